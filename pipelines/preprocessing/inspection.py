@@ -28,6 +28,7 @@ from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import unpack_hint
 from pipelines.corpora.formats.record_reader import read_json_entries, read_records
 from pipelines.corpora.readers.fields import RecordCorpus
+from pipelines.corpora.readers.label_values import count_labels, describe_numeric_labels
 from pipelines.io.directory import SourceDirectory, to_printable
 from pipelines.io.media import MediaReadError, read_media
 from pipelines.transforms.decode_guard import decode_each
@@ -57,8 +58,9 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         Plain values by name: path, reader, evidence (why this reader was chosen), modality, task,
         rows, complete (all rows were read), splits, named_splits (splits that the corpus names;
         others are made by a hash), rejected, columns (after preparation), source (fields of one
-        record in the file), captions, texts, labels, media, example, examples, files, bytes and
-        counted (all files were counted).
+        record in the file), captions, texts, labels, numeric_labels (a sentence if labels are
+        numbers), media, example, examples, files, bytes, counted (all files were counted) and
+        unread (annotation files that the reader does not read).
 
     Raises:
         UserError: the path is missing or of an unknown format, or the options are those of
@@ -75,7 +77,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     sample = _read_sample(corpus)
     files, size, counted = _count_files(corpus)
     rows = sample.rows
-    labels = Counter(row["label"] for row in rows if row.get("label"))
+    labels = count_labels(row["label"] for row in rows if row.get("label"))
     has_media = "media" in corpus.raw_schema.names
     return {
         "path": corpus.source.uri,
@@ -93,12 +95,14 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "captions": _describe_captions(rows),
         "texts": _describe_texts(rows),
         "labels": dict(labels.most_common(20)),
+        "numeric_labels": None if corpus.labels else describe_numeric_labels(labels),
         "media": _describe_media(corpus, rows) if has_media else {},
         "example": _make_example(rows[0]) if rows else {},
         "examples": [_make_example(row) for row in _choose_examples(rows)],
         "files": files,
         "bytes": size,
         "counted": counted,
+        "unread": corpus.unread_files.describe(),
     }
 
 
@@ -133,6 +137,8 @@ def show_inspection(report: dict[str, Any]) -> None:
         named = ", ".join(report["named_splits"]) or "none: splits are made by a hash"
         lines.append(["named splits", named])
     lines.append(["columns after preparation", ", ".join(report["columns"])])
+    if report["unread"]:
+        lines.append(["annotations not read", report["unread"]])
     if report["captions"]:
         text = "{per_row} per row, {characters} characters".format_map(report["captions"])
         lines.append(["captions", text])
@@ -151,6 +157,8 @@ def show_inspection(report: dict[str, Any]) -> None:
     rejected += [[f"{count} of {media['decoded']}", reason] for reason, count in undecoded]
     if rejected:
         console.print_table("Rows that prepare would reject", ["rows", "reason"], rejected)
+    if report["numeric_labels"]:
+        console.print_warning(report["numeric_labels"])
     reader = report["reader"]
     named_path = f"{reader}=" if reader.isidentifier() else f"mine={reader}:"
     console.print_note(f"to prepare it: skillnet prepare --corpus {named_path}{report['path']}")
@@ -222,7 +230,7 @@ def _run_within(seconds: float, work: Callable[[threading.Event], None]) -> bool
 
 
 def _count_files(corpus: ExternalCorpus) -> tuple[int, int, bool]:
-    """Return the number of files, their bytes, and whether all files were counted."""
+    """Return the number of files, their bytes, and whether all were counted; note unread ones."""
     if corpus.source.is_file:
         return 1, 0, True
     files = [0, 0]
@@ -231,6 +239,7 @@ def _count_files(corpus: ExternalCorpus) -> tuple[int, int, bool]:
         for entry in corpus.source.walk():
             if is_late.is_set():
                 return
+            corpus.note_unread(entry)
             files[0], files[1] = files[0] + 1, files[1] + (entry.size or 0)
 
     counted = _run_within(COUNT_TIMEOUT_S, work)

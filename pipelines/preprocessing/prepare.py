@@ -105,6 +105,12 @@ def _prepare(
 ) -> dict[str, dict[str, Any]]:
     policy = policy or selection.TokenizerPolicy()
     sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
+    for corpus in corpora:
+        if isinstance(corpus, ExternalCorpus) and corpus.unread_files:
+            console.print_warning(
+                f"{corpus.source.uri}: annotation files that are not read: "
+                f"{corpus.unread_files.describe()}. To read one of them, give the file itself"
+            )
     tokenizer = data / TOKENIZER
     absent = not tokenizer.is_file() or selection.is_leftover_tokenizer(tokenizer, store or data)
     training_corpora = tokenizer_training_corpora(

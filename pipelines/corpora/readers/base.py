@@ -9,7 +9,7 @@ Formats of other packages join through the entry point group ``skillnet.corpora`
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -19,16 +19,27 @@ from annotated_types import Interval
 from pipelines.config.bounds import BoundedOptions
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.corpora.readers import columns
-from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
+from pipelines.corpora.readers.label_values import (
+    describe_numeric_labels,
+    merge_equal_labels,
+    parse_label,
+    sort_labels,
+)
+from pipelines.corpora.readers.unread_files import UnreadFiles
+from pipelines.io.directory import (
+    DirectoryEntry,
+    SourceDirectory,
+    digest_listing,
+    to_printable,
+)
 from pipelines.io.media import MAX_MEDIA_BYTES
 from pipelines.transforms import image, sound, video
+from skillnet_platform import console
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 
 #: CTC symbol of characters that do not occur in the training transcripts.
 UNKNOWN_SYMBOL = "<unk>"
-#: Longer digit strings are sorted as texts: Python refuses to convert very long ones to numbers.
-MAX_LABEL_DIGITS = 640
 #: Approximate size of a shard in bytes. It decides the number of rows per shard.
 TARGET_SHARD_BYTES = 32 * 2**20
 #: (Modality, annotation) -> task. Other combinations have a task of their own name.
@@ -64,6 +75,7 @@ class ExternalCorpus(Corpus):
 
     Attributes:
         source: the directory or file at ``place``.
+        unread_files: annotation files that are not read, found by ``extra_sources``.
 
     Raises:
         UserError: the path does not exist, or does not hold this format.
@@ -88,6 +100,7 @@ class ExternalCorpus(Corpus):
         self.name = name or type(self).name
         self.source = SourceDirectory(place)
         self.options = options if options is not None else type(self).Options()
+        self.unread_files = UnreadFiles()
         self.discover()
         self.finalize_schema()
 
@@ -150,7 +163,9 @@ class ExternalCorpus(Corpus):
                 labels.add(row["label"])
             if wants_symbols:
                 characters.update(row.get("text") or "")
-        self.set_labels(sort_labels(labels), sorted(characters), errors)
+        self.set_labels(sort_labels(merge_equal_labels(labels)), sorted(characters), errors)
+        if report := describe_numeric_labels(self.labels if wants_labels else ()):
+            console.print_warning(f"{self.source.uri}: {report}")
 
     def set_labels(
         self,
@@ -211,11 +226,11 @@ class ExternalCorpus(Corpus):
             built["text"] = block["text"]
             built["symbols"] = self._encode_symbols(block["text"].to_pylist())
         if "labels" in self.annotations_present:
-            label_ids = {name: label_id for label_id, name in enumerate(self.labels)}
             row_labels = block["label"].to_pylist()
-            built["label"] = pa.array([label_ids.get(label) for label in row_labels], pa.int32())
-            for index, label in enumerate(row_labels):
-                if label is not None and label not in label_ids and rejected[index] is None:
+            row_ids = self._encode_labels(row_labels)
+            built["label"] = pa.array(row_ids, pa.int32())
+            for index, (label, label_id) in enumerate(zip(row_labels, row_ids, strict=True)):
+                if label is not None and label_id is None and rejected[index] is None:
                     rejected[index] = "a label that no training row has"
         return pa.table(built | {"rejected": pa.array(rejected, pa.string())})
 
@@ -255,6 +270,20 @@ class ExternalCorpus(Corpus):
         """Return the files that hold rows; the manifest identifies them by their content."""
         return []
 
+    def is_unread_annotation(self, file: str) -> bool:
+        """Return whether a file can hold annotations that this reader does not read.
+
+        Args:
+            file: path of a file in ``source``.
+        """
+        return False
+
+    def note_unread(self, entry: DirectoryEntry) -> DirectoryEntry:
+        """Return a file of ``source``, added to ``unread_files`` if it is one of them."""
+        if self.is_unread_annotation(entry.name):
+            self.unread_files.add(to_printable(entry.name))
+        return entry
+
     def num_source_files(self) -> int:
         """Return the number of annotation files."""
         return len(self.annotation_files()) or 1
@@ -264,6 +293,7 @@ class ExternalCorpus(Corpus):
 
         Hashing the content of all media would take as long as preparing them.
         """
+        self.unread_files = UnreadFiles()
         if self.source.is_file:
             digest = self.source.digest("")
             found = [{"file": to_printable(self.source.name), "sha256": digest}]
@@ -274,7 +304,7 @@ class ExternalCorpus(Corpus):
                 {"file": to_printable(name), "sha256": self.source.digest(name)} for name in files
             ]
             count, size, digest = digest_listing(
-                entry for entry in self.source.walk() if entry.name not in known
+                self.note_unread(entry) for entry in self.source.walk() if entry.name not in known
             )
             if count:
                 found.append({"file": f"{count} files, {size} bytes", "sha256": digest})
@@ -284,20 +314,20 @@ class ExternalCorpus(Corpus):
             found.append({"file": f"media: {count} files, {size} bytes", "sha256": digest})
         return found
 
+    def _encode_labels(self, row_labels: Sequence[str | None]) -> list[int | None]:
+        """Return the class ids of labels, None for unknown ones; ``1.0`` also names class ``1``."""
+        names = {name: label_id for label_id, name in enumerate(self.labels)}
+        values: dict[Any, int] = {}
+        for name, label_id in names.items():
+            values.setdefault(parse_label(name), label_id)
+        return [
+            None if label is None else names.get(label, values.get(parse_label(label)))
+            for label in row_labels
+        ]
+
     def _encode_symbols(self, transcripts: Sequence[str | None]) -> pa.Array:
         # Id 0 is the CTC blank.
         ids = {symbol: symbol_id for symbol_id, symbol in enumerate(self.symbols, start=1)}
         unknown = ids.get(UNKNOWN_SYMBOL, 0)
         rows = [[ids.get(c, unknown) for c in text or ""] for text in transcripts]
         return pa.array(rows, pa.list_(pa.int32()))
-
-
-def sort_labels(labels: Collection[str]) -> list[str]:
-    """Return class names in the order of their ids: by value if all are numbers, else as texts.
-
-    ``"1"`` and ``"01"`` have the same value. The text decides between them, so that every reading
-    of a corpus gives the same order.
-    """
-    if all(label.isdecimal() and len(label) <= MAX_LABEL_DIGITS for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)

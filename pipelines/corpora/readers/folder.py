@@ -13,6 +13,7 @@ can be in capitals.
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
@@ -34,11 +35,15 @@ from pipelines.corpora.readers.metadata_tables import (
     FILE_FIELDS,
     METADATA_NAMES,
     ROW_SUFFIXES,
+    CocoTable,
     MetadataTable,
     find_file_field,
     find_tables,
+    is_caption_file,
+    locate_media,
 )
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
+from pipelines.corpora.readers.unread_files import is_annotation_name
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
@@ -73,8 +78,9 @@ class FolderCorpus(RecordCorpus):
     def detect(cls, source: SourceDirectory) -> str | None:
         """Return metadata, a media file in a class folder, or a file of rows as evidence."""
         if source.is_file:
-            return "a file of rows" if source.name.lower().endswith(ROW_SUFFIXES) else None
-        found = list(find_tables(source))
+            is_table = source.name.lower().endswith(ROW_SUFFIXES) or is_caption_file(source.name)
+            return "a file of rows" if is_table else None
+        found = find_tables(source)
         if found:
             return f"{found[0].file} names files or holds rows"
         if media := find_first_media(source):
@@ -83,19 +89,20 @@ class FolderCorpus(RecordCorpus):
 
     def discover(self) -> None:
         """Find metadata files or class folders, and infer the schema from the first rows."""
-        is_file, uri = self.source.is_file, self.source.uri
-        self.tables = [MetadataTable(None, "")] if is_file else list(find_tables(self.source))
-        beside = uri.rpartition("/")[0] or "/" if is_file else uri
+        uri = self.source.uri
+        beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
+        self.tables = find_tables(self.source, self.media_source)
         if not self.tables:
             self._discover_classes()
             return
-        self.named_splits = frozenset(table.split for table in self.tables if table.split)
-        sample, names = SchemaSample(), list[Row]()
+        sample, named = SchemaSample(), dict[MetadataTable, list[Row]]()
         for table in sorted(self.tables, key=lambda each: each.split != "train"):
+            named[table] = []
             for record in table.records(self.source, SAMPLE_ROWS):
                 sample.add(table.split, record)
-                names.append(_file_and_split_names(record))
+                named[table].append(_file_and_split_names(record))
+        names = [row for rows in named.values() for row in rows]
         if not sample.names:
             first = self.tables[0].file
             cause = describe_first_error(self.source, first)
@@ -106,11 +113,40 @@ class FolderCorpus(RecordCorpus):
             raise UserError(
                 f"{uri}: no field of file names among {', '.join(sample.names)}; expected file_name"
             )
+        if self.file_field is not None:
+            self._locate_media(named)
+        self.named_splits = frozenset(table.split for table in self.tables if table.split)
         filled = [name for name in sample.filled_fields if name != self.file_field]
         self.infer_schema(sample.names, extension, filled)
         if any(table.split is None for table in self.tables):
             self._find_named_splits(names, sample)
         self.resolve_test_split(sample)
+
+    def _locate_media(self, named: dict[MetadataTable, list[Row]]) -> None:
+        """Find the folder of each table's media.
+
+        Often only one of COCO's image folders was downloaded. Then the others are not read.
+        """
+        located = list[MetadataTable]()
+        missing = list[MetadataTable]()
+        for table in self.tables:
+            first = replace(table, folder="") if self.options.media else table
+            tried = (
+                self._try_relative_name(row.get(self.file_field or "")) for row in named[table]
+            )
+            names = [name for name in tried if name]
+            found = locate_media(first, names, self.media_source)
+            located.append(found or first)
+            missing += [first] if names and not found else []
+        is_partial = len(missing) < len(located)
+        skipped = [t for t in missing if is_partial and isinstance(t, CocoTable)]
+        self.tables = [table for table in located if table not in skipped]
+
+    def _try_relative_name(self, name: object) -> str | None:
+        try:
+            return self._relative_name(name)
+        except ValueError:
+            return None
 
     def _find_named_splits(self, names: list[Row], sample: SchemaSample) -> None:
         """Find the splits that the rows of one metadata file name, by a field or by folders.
@@ -142,11 +178,8 @@ class FolderCorpus(RecordCorpus):
 
     def _split_by_folder(self, record: Row) -> str | None:
         """Return the split that the first folder of a row's media file names, or None."""
-        try:
-            name = self._relative_name(record.get(self.file_field or ""))
-        except ValueError:
-            return None
-        first, inside, _ = name.partition("/")
+        name = self._try_relative_name(record.get(self.file_field or ""))
+        first, inside, _ = (name or "").partition("/")
         return parse_split_name(first) if inside else None
 
     def _relative_name(self, name: object) -> str:
@@ -229,13 +262,17 @@ class FolderCorpus(RecordCorpus):
         """Return the metadata files."""
         return [table.file for table in self.tables]
 
+    def is_unread_annotation(self, file: str) -> bool:
+        """Return whether a file has the name of annotations and is not a metadata file."""
+        return is_annotation_name(file) and file not in self.annotation_files()
+
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield rows in the order of the metadata, then media that no row refers to."""
         if not self.tables:
             yield from self._class_rows()
             return
-        for table in self.tables:
-            with KeySet() as referenced:
+        with KeySet() as referenced:
+            for table in self.tables:
                 name = table.file or self.source.name
                 for number, record in table.read(self.source):
                     key = make_key(f"{name}:{number}")
@@ -248,14 +285,15 @@ class FolderCorpus(RecordCorpus):
                         yield rejected_row(key, error, name, number)
                         continue
                     yield row | {"file": name, "row": number}
-                if self.file_field is not None and not self.source.is_file:
-                    yield from self._unreferenced_media(table.folder, referenced)
+            # After all tables, because several of them can name files of one folder.
+            if self.file_field is not None and not self.source.is_file:
+                yield from self._unreferenced_media(referenced)
 
     def _metadata_row(self, key: str, table: MetadataTable, record: Row, referenced: KeySet) -> Row:
         if self.file_field is None:
             return self.build_row(key, record, None, table.split)
         name = self._relative_name(record.get(self.file_field))
-        inside = name if self.options.media else join_path(table.folder, name)
+        inside = join_path(table.folder, name)
         path = self.media_source.path(inside)
         referenced.add(path)
         split = table.split or (self._split_by_folder(record) if self.splits_by_folder else None)
@@ -279,15 +317,10 @@ class FolderCorpus(RecordCorpus):
             found.append({"file": f"media: {files} files, {size} bytes", "sha256": digest})
         return found
 
-    def _unreferenced_media(self, folder: str, referenced: KeySet) -> Iterator[RejectedRow]:
-        """Yield media files below a metadata file that no row refers to."""
-        others = {table.folder for table in self.tables} - {folder}
-        for entry in self.media_source.walk(folder if not self.options.media else ""):
-            if not self._is_media(entry.name):
-                continue
-            if any(other and entry.name.startswith(f"{other}/") for other in others):
-                continue  # another metadata file is responsible for it
-            if self.media_source.path(entry.name) not in referenced:
+    def _unreferenced_media(self, referenced: KeySet) -> Iterator[RejectedRow]:
+        """Yield media files that no row refers to."""
+        for entry in self.media_source.walk():
+            if self._is_media(entry.name) and self.media_source.path(entry.name) not in referenced:
                 reason = "a media file that no row refers to"
                 yield RejectedRow(make_key(entry.name), reason, entry.name)
 

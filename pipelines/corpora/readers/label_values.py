@@ -5,7 +5,8 @@ Parquet. Only the value decides the class.
 """
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 
 #: Longer digit strings are sorted as texts: Python refuses to convert very long ones to numbers.
@@ -29,6 +30,16 @@ def merge_equal_labels(labels: Collection[str]) -> list[str]:
     for label in ordered:
         chosen.setdefault(parse_label(label), label)
     return list(chosen.values())
+
+
+def count_labels(labels: Iterable[str]) -> Counter[str]:
+    """Return the number of rows by class; labels of equal value are one class."""
+    counts = Counter(labels)
+    names = {parse_label(name): name for name in merge_equal_labels(counts.keys())}
+    merged = Counter[str]()
+    for label, count in counts.items():
+        merged[names[parse_label(label)]] += count
+    return merged
 
 
 def sort_labels(labels: Collection[str]) -> list[str]:

@@ -1,17 +1,29 @@
 """Metadata tables of the format ``folder``: files whose rows name media, or hold texts.
 
-:func:`find_tables` finds them by their names. The readers of folders and tars call it.
+    metadata.jsonl, train.tsv           rows with named fields; Common Voice is such a corpus
+    metadata.csv                        LJSpeech: "LJ001-0001|text|normalized text", no header
+    annotations/captions_val2017.json   COCO: images and their captions in two arrays
+    results_20130124.token              Flickr: "1000.jpg#0", a tab, a caption
+    captions.txt, results.csv           Flickr: a CSV file with a header
+
+:func:`find_tables` finds them by their names, and :func:`locate_media` finds their media. The
+readers of folders and tars call them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from pipelines.corpora.base import Row
-from pipelines.corpora.formats.encoding import NumberedRecord
-from pipelines.corpora.formats.record_reader import read_records
+from pipelines.corpora.formats.csv_reader import read_csv_rows
+from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
+from pipelines.corpora.formats.record_reader import read_json_arrays, read_records
+from pipelines.corpora.readers.class_folders import join_path
 from pipelines.corpora.readers.fields import (
     LABEL_FIELDS,
+    MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
     TEXT_FIELDS,
     file_extension,
@@ -25,13 +37,24 @@ METADATA_NAMES = tuple(
     for compression in ("", ".gz")
     if not (suffix == ".parquet" and compression)
 )
-FILE_FIELDS = ("file_name", "file", "filename", "path", "audio", "image", "video", "wav")
+FILE_FIELDS = (
+    "file_name", "file", "filename", "path", "audio", "image", "video", "wav", "image_name",
+)  # fmt: skip
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
+#: Files of COCO and Flickr. A corpus can hold several of Flickr; the first one is read.
+_COCO_NAME = re.compile(r"captions_(\w+)\.json")
+_FLICKR_NAME = re.compile(r"results_\d+\.token|flickr\w+\.token(\.txt)?|results\.csv|captions\.txt")
+#: Folders of annotation files beside the media.
+_ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|flickr\w*_?text", re.IGNORECASE)
+#: Folders of recordings whose names have no ending, "" for the directory itself.
+_SOUND_FOLDERS = ("wavs", "wav", "audio", "clips", "")
+#: Rows and folders in which media are searched.
+_TRIED_ROWS, _TRIED_FOLDERS = 5, 32
 
 
 @dataclass(frozen=True)
 class MetadataTable:
-    """A file of rows.
+    """A file of rows with named fields.
 
     Args:
         split: split of all its rows, None if the file does not decide it.
@@ -42,6 +65,9 @@ class MetadataTable:
     split: str | None
     file: str
     folder: str = ""
+
+    #: Folders that can hold the media, in addition to those beside the file.
+    media_folders = ("",)
 
     def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
         """Yield its records with their numbers; see ``read_records``.
@@ -62,16 +88,105 @@ class MetadataTable:
         return islice(found, limit)
 
 
-def find_tables(source: SourceDirectory) -> Iterator[MetadataTable]:
-    """Yield the metadata tables of a directory: one of the directory itself, or one per split.
+@dataclass(frozen=True)
+class SpeechTable(MetadataTable):
+    """Names of recordings with their transcripts, as in LJSpeech: ``name|text|normalized text``.
 
     Args:
-        source: the directory of the corpus.
+        fields: names of the fields; the last one is the transcript.
+        extension: ending of the recordings with its dot, which the names lack.
     """
+
+    fields: tuple[str, ...] = ()
+    extension: str = ""
+
+    def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
+        """Yield its records with their line numbers."""
+        for number, record in read_csv_rows(source, self.file, "|", self.fields):
+            if isinstance(record, dict):
+                record["file_name"] += self.extension
+            yield number, record
+
+
+@dataclass(frozen=True)
+class FlickrTable(MetadataTable):
+    """Names of images with one caption per row, as in Flickr8k and Flickr30k.
+
+    Args:
+        has_header: whether the file is CSV. Otherwise each line is ``1000.jpg#0``, a tab, and the
+            caption.
+    """
+
+    has_header: bool = False
+
+    def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
+        """Yield its records with their line numbers."""
+        if self.has_header:
+            yield from read_csv_rows(source, self.file)
+            return
+        for number, record in read_csv_rows(source, self.file, "\t", ("image", "caption")):
+            if isinstance(record, dict):
+                record["image"] = _remove_number(record["image"])
+            yield number, record
+
+
+@dataclass(frozen=True)
+class CocoTable(MetadataTable):
+    """Captions of COCO: an array of images and an array of captions, which names image ids."""
+
+    @property
+    def media_folders(self) -> tuple[str, ...]:  # type: ignore[override]
+        """``captions_val2017.json`` annotates the folder ``val2017``, or ``images/val2017``."""
+        found = _COCO_NAME.search(self.file)
+        folder = found[1] if found else ""
+        return folder, f"images/{folder}", "images", ""
+
+    def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
+        """Yield the captions with their numbers, each with the ``file_name`` of its image."""
+        names = self._read_names(source)
+        is_empty = True
+        for number, array, value in read_json_arrays(source, self.file):
+            if isinstance(value, BadRecord):
+                is_empty = False
+                yield number, value
+            elif array == "annotations" and isinstance(value, dict):
+                is_empty = False
+                yield number, {"file_name": names.get(str(value.get("image_id")))} | value
+        if is_empty:
+            reason = "no captions as in COCO: an object with the arrays images and annotations"
+            yield 1, BadRecord(reason, truncates_file=True)
+
+    def _read_names(self, source: SourceDirectory) -> dict[str, Any]:
+        """Return image id -> file name. The 118,287 images of COCO take 20 MB."""
+        names: dict[str, Any] = {}
+        for _, array, value in read_json_arrays(source, self.file):
+            if array == "images" and isinstance(value, dict):
+                names[str(value.get("id"))] = value.get("file_name")
+            elif names and array == "annotations":
+                break
+        return names
+
+
+def find_tables(
+    source: SourceDirectory, media: SourceDirectory | None = None
+) -> list[MetadataTable]:
+    """Return the metadata tables of a directory: of the directory itself, or one per split.
+
+    Args:
+        source: the directory of the corpus, or a single file of rows.
+        media: directory of the media; by default ``source``.
+    """
+    media = media or source
+    if source.is_file:
+        return [_open_table(source, media, None, "")]
     for name in METADATA_NAMES:
         if source.exists(name):
-            yield MetadataTable(None, name)
-            return
+            return [_open_table(source, media, None, name)]
+    return _find_split_tables(source, media) or _find_caption_tables(source, media)
+
+
+def _find_split_tables(source: SourceDirectory, media: SourceDirectory) -> list[MetadataTable]:
+    found = list[MetadataTable]()
     for entry in source.entries():
         split = parse_split_name(entry.name.split(".")[0])
         if split is None:
@@ -79,9 +194,115 @@ def find_tables(source: SourceDirectory) -> Iterator[MetadataTable]:
         if entry.is_folder:
             candidates = (f"{entry.name}/{name}" for name in METADATA_NAMES)
             if file := next((each for each in candidates if source.exists(each)), None):
-                yield MetadataTable(split, file, entry.name)
+                found.append(MetadataTable(split, file, entry.name))
         elif entry.name.lower().endswith(ROW_SUFFIXES):
-            yield MetadataTable(split, entry.name)
+            found.append(_open_table(source, media, split, entry.name))
+    return found
+
+
+def _find_caption_tables(source: SourceDirectory, media: SourceDirectory) -> list[MetadataTable]:
+    """Return the tables of COCO, one per split, or the first one of Flickr."""
+    top = source.entries()
+    files = [entry.name for entry in top if not entry.is_folder]
+    for folder in top:
+        if folder.is_folder and _ANNOTATION_FOLDER.fullmatch(folder.name):
+            inside = source.entries(folder.name)
+            files += [f"{folder.name}/{entry.name}" for entry in inside if not entry.is_folder]
+    coco = [(_coco_split(file), file) for file in files]
+    if tables := [CocoTable(split, file) for split, file in coco if split]:
+        return list(tables)
+    for file in files:
+        if is_caption_file(file) and not _coco_split(file):
+            table = _open_table(source, media, None, file)
+            if find_file_field(list(table.records(source, _TRIED_ROWS)))[0] is not None:
+                return [table]
+    return []
+
+
+def _open_table(
+    source: SourceDirectory, media: SourceDirectory, split: str | None, file: str
+) -> MetadataTable:
+    """Return the table of a file; its name and first lines decide the layout."""
+    name = (file or source.name).rpartition("/")[2]
+    if _COCO_NAME.fullmatch(name):
+        return CocoTable(split, file)
+    if _FLICKR_NAME.fullmatch(name.lower()):
+        first = next(iter(_first_lines(source, file)), "").partition("\t")
+        is_named = file_extension(_remove_number(first[0])) in MODALITY_OF_EXTENSION
+        return FlickrTable(split, file, has_header=not (is_named and first[1]))
+    if name.lower().removesuffix(".gz").endswith(".csv"):
+        return _open_speech_table(source, media, split, file) or MetadataTable(split, file)
+    return MetadataTable(split, file)
+
+
+def _open_speech_table(
+    source: SourceDirectory, media: SourceDirectory, split: str | None, file: str
+) -> SpeechTable | None:
+    """Return a table without header if its first fields name recordings, else None."""
+    rows = [line.split("|") for line in _first_lines(source, file)]
+    fields = {2: ("file_name", "text"), 3: ("file_name", "raw_text", "text")}
+    if not rows or len(rows[0]) not in fields:
+        return None
+    endings = ["", *(f".{extension}" for extension in MEDIA_EXTENSIONS["sound"])]
+    for name, *_ in rows:
+        for folder in _SOUND_FOLDERS:
+            for ending in endings:
+                is_sound = file_extension(name + ending) in MEDIA_EXTENSIONS["sound"]
+                if is_sound and _exists(media, join_path(folder, name + ending)):
+                    return SpeechTable(split, file, folder, fields[len(rows[0])], ending)
+    return None
+
+
+def _first_lines(source: SourceDirectory, file: str) -> list[str]:
+    with source.open(file) as stream:
+        start = peek_start(stream)
+    text = "" if isinstance(start, BadRecord) else start.decode("utf-8-sig", "replace")
+    return text.splitlines()[:_TRIED_ROWS]
+
+
+def is_caption_file(file: str) -> bool:
+    """Return whether a file has the name of an annotation file of COCO or Flickr."""
+    name = file.rpartition("/")[2]
+    return bool(_COCO_NAME.fullmatch(name) or _FLICKR_NAME.fullmatch(name.lower()))
+
+
+def locate_media(
+    table: MetadataTable, names: Sequence[str], media: SourceDirectory
+) -> MetadataTable | None:
+    """Return a table with the folder that holds the media of its first rows, or None.
+
+    Args:
+        table: a table; its own folder is tried first, and all folders of ``media`` last.
+        names: file names of its first rows.
+        media: directory of the media.
+    """
+
+    def holds(folder: str) -> bool:
+        return any(_exists(media, join_path(folder, name)) for name in names[:_TRIED_ROWS])
+
+    known = dict.fromkeys((table.folder, *table.media_folders))
+    folder = next(filter(holds, known), None)
+    if folder is None:
+        others = [entry.name for entry in media.entries() if entry.is_folder]
+        folder = next(filter(holds, others[:_TRIED_FOLDERS]), None)
+    return None if folder is None else replace(table, folder=folder)
+
+
+def _exists(media: SourceDirectory, name: str) -> bool:
+    try:
+        return media.exists(name)
+    except ValueError:  # the name leads out of the directory
+        return False
+
+
+def _remove_number(name: str) -> str:
+    """``"1000.jpg#0" -> "1000.jpg"``."""
+    return re.sub(r"#\d+$", "", name)
+
+
+def _coco_split(file: str) -> str | None:
+    found = _COCO_NAME.fullmatch(file.rpartition("/")[2])
+    return parse_split_name(found[1]) if found else None
 
 
 def find_file_field(rows: list[Row]) -> tuple[str | None, str | None]:

@@ -18,6 +18,10 @@ class Started(Exception):
     """Raised in place of the start of Ray."""
 
 
+def no_ray(*_: object) -> None:
+    raise Started
+
+
 def pictures(folder: Path) -> Path:
     for number in range(6):
         home = folder / "train" / "ab"[number % 2]
@@ -28,9 +32,6 @@ def pictures(folder: Path) -> Path:
 
 @pytest.fixture(params=[pictures, user_corpora.media_folder, user_corpora.aishell1])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    def no_ray(*_: object) -> None:
-        raise Started
-
     monkeypatch.setattr(cluster, "ensure_ray", no_ray)
     reader = "aishell1" if request.param is user_corpora.aishell1 else "folder"
     return f"{reader}:{request.param(tmp_path / 'given')}"
@@ -76,3 +77,20 @@ def test_labels_of_other_options_are_not_reused(place: str, tmp_path: Path) -> N
     with pytest.raises(Started):
         preparing.prepare([], data, tmp_path, external=[corpus])
     assert corpus.facts() == {key: before[key] for key in corpus.facts()}
+
+
+def test_unread_files_and_numbers_as_labels_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "ensure_ray", no_ray)
+    rows = [{"file_name": f"{n}.jpg", "label": n / 10} for n in range(10)] * 4
+    user_corpora.write_lines(tmp_path / "given" / "metadata.jsonl", rows)
+    for row in rows:
+        (tmp_path / "given" / row["file_name"]).write_bytes(user_corpora.jpg(1))
+    (tmp_path / "given" / "boxes.json").write_text("[]")
+    corpus = open_external_corpus("mine", f"folder:{tmp_path / 'given'}")
+    with pytest.raises(Started):
+        preparing.prepare([], tmp_path / "data", tmp_path, external=[corpus])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "annotation files that are not read: boxes.json" in printed
+    assert "the labels are numbers" in printed

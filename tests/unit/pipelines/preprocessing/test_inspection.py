@@ -145,3 +145,22 @@ def test_options_of_another_reader_are_rejected(tmp_path: Path, words: dict[str,
     folder = user_corpora.codesearchnet(tmp_path)
     with pytest.raises(UserError, match=r"is read as codesearchnet .*--options\.codesearchnet"):
         inspection.inspect_corpus(str(folder), words)
+
+
+def test_numbers_as_labels_and_unread_files_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ["1", "1.0", "0.0", "0.5"] * 5
+    rows = [{"file_name": f"{n}.jpg", "label": label} for n, label in enumerate(labels)]
+    user_corpora.write_lines(tmp_path / "metadata.jsonl", rows)
+    for row in rows:
+        (tmp_path / row["file_name"]).write_bytes(user_corpora.jpg(1))
+    (tmp_path / "boxes.xml").write_text("<boxes/>")
+    found = inspection.inspect_corpus(str(tmp_path))
+    assert found["labels"] == {"1": 10, "0.0": 5, "0.5": 5}
+    assert found["numeric_labels"].startswith("the labels are numbers, 3 values from 0.0 to 1.")
+    assert found["unread"] == "boxes.xml"
+    inspection.show_inspection(found)
+    printed = capsys.readouterr()
+    assert "boxes.xml" in printed.out + printed.err
+    assert "regression" in printed.err

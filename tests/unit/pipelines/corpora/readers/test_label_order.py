@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import open_external_corpus
-from pipelines.corpora.readers.base import sort_labels
+from pipelines.corpora.readers.label_values import sort_labels
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from pipelines.corpora.readers.base import sort_labels
         (["2", "②", "²"], ["2", "²", "②"]),  # digits that are not numbers
         (["2", "9" * 5000], ["2", "9" * 5000]),  # longer than Python converts
         (["b", "1", "a"], ["1", "a", "b"]),
+        (["10.5", "-1", "2", "0.5"], ["-1", "0.5", "2", "10.5"]),
     ],
 )
 def test_labels_have_one_order_for_any_input_order(labels: list[str], order: list[str]) -> None:
