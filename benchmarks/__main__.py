@@ -20,6 +20,7 @@ NAMES = (
     "reading_store",
     "waiting",
     "tracker_auth",
+    "registration",
 )
 
 

@@ -1,0 +1,118 @@
+"""Registration of the demo's model, and the first prediction and search with a registered model.
+
+A short training of the preset ``quickstart`` writes a model of the demo's size; only the sizes
+matter here. *Registration* is timed as the demo runs it: in the process that evaluated the model,
+whose libraries are loaded, with all cores. *Predict* and *search* are commands of their own. Their
+floor is a process that imports torch and MLflow and asks the registry for a version.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Result, Took, ratio, spread
+from benchmarks.sides import side
+from skillnet_platform import console
+from skillnet_platform.storage import data_root
+
+CLOCK = "wall and cpu"
+MOST_ROUNDS = 5
+#: Steps of the training: each of the six tasks gets some.
+STEPS = 60
+RUN, NAME = "bench", "bench"
+FLOOR = """
+import sys, torch, mlflow
+client = mlflow.MlflowClient(sys.argv[1], sys.argv[1])
+client.get_model_version_by_alias(sys.argv[2], "champion")
+"""
+
+
+def run(rounds: int, threads: int) -> list[Result]:
+    """Seconds of a registration and of commands with a registered model, and their floor."""
+    del threads
+    rounds = min(rounds, MOST_ROUNDS)
+    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root()).absolute()
+    if not (data / "headings" / "manifest.json").is_file():
+        console.print_warning(f"registration needs prepared corpora; there are none in {data}")
+        return []
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skillnet-")))
+        os.environ["SKILLNET_HOME"] = str(home)
+        os.environ.pop("OMP_NUM_THREADS", None)
+        _train(data)
+        register = stack.enter_context(side(registrar, RUN, str(data)))
+        registrations = [register(f"{NAME}-{number}") for number in range(rounds)]
+        model = f"models:/{NAME}-0@champion"
+        words = [sys.executable, "-m"]
+        search = [*words, "pipelines.search", "红色的心", "--model", model, "--data", str(data)]
+        commands = {
+            "predict": [*words, "pipelines.predict", "--text", "宋代陶瓷工艺史", "--model", model],
+            "search, new index": search,
+            "search": search,
+            "floor": [sys.executable, "-c", FLOOR, f"sqlite:///{home}/mlflow.db", f"{NAME}-0"],
+        }
+        took: dict[str, list[Took]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                if name == "search, new index":
+                    shutil.rmtree(home / "cache" / "indexes", ignore_errors=True)
+                took[name].append(_timed_command(command))
+    wall = spread([taken.wall for taken in registrations])
+    setting = f"demo's model and corpora, {len(os.sched_getaffinity(0))} cores"
+    results = [
+        Result("registration", "", "s", *wall, "<= 10", rounds, setting, "the first loads MLflow")
+    ]
+    cpu = {name: [taken.cpu for taken in values] for name, values in took.items()}
+    for name in ("predict", "search, new index", "search"):
+        target = "<= 6" if name == "predict" else ""
+        results.append(Result(name, "", "CPU s", *spread(cpu[name]), target, rounds, setting))
+    floor = "import of torch and MLflow, and one request to the registry"
+    results += [
+        Result(name, floor, "ratio of CPU times", *ratio(cpu[name], cpu["floor"]), "", rounds)
+        for name in ("predict", "search")
+    ]
+    return results
+
+
+def registrar(run: str, data: str, folder: Path, stack: ExitStack) -> Callable[..., object]:
+    """Return the registration of a run's model under a name, with the run's evaluation."""
+    del folder, stack
+    from pipelines.evaluation.evaluator import evaluate_model  # the demo has loaded it
+    from pipelines.runs import model_source
+    from pipelines.serving.registration import register_model
+
+    del evaluate_model
+    home = Path(os.environ["SKILLNET_HOME"])
+    rows: list[dict[str, Any]] = json.loads((home / run / "result.json").read_text())["evaluation"]
+
+    def register(name: str) -> object:
+        source = model_source.resolve_model(run, None)
+        return register_model(source, data, rows=rows, name=name)
+
+    return register
+
+
+def _train(data: Path) -> None:
+    words = ["--config", "quickstart", "--name", RUN, "--data", str(data)]
+    words += ["--training.steps", str(STEPS), "--training.workers", "0"]
+    words += ["--tracking.register", "false"]
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.finetune", *words], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def _timed_command(command: list[str]) -> Took:
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Took(cpu, time.perf_counter() - began)
