@@ -305,7 +305,8 @@ def show_sweep(result: dict[str, Any]) -> None:
     "Optuna, with or without early stopping. Ranks them on the validation split; the test splits "
     "are never read.",
     example="skillnet sweep --config sweeps/plans\n"
-    "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
+    "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json\n"
+    "skillnet sweep --search random --space.training.lr.loguniform 3e-4,3e-3",
     show=show_sweep,
     resources=request_sweep,
     essential=(

@@ -43,6 +43,9 @@ SUMMARIES = {
     "ui": "show the runs of this machine in MLflow's pages",
 }
 
+#: Usual names of our commands in other tools -> ours, for the suggestion.
+OTHER_NAMES = {"train": "finetune", "fit": "finetune", "tune": "sweep", "download": "fetch"}
+
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
 
@@ -69,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in known:
         what = "option" if name.startswith("-") else "command"
-        console.print_error(f"unknown {what} {name!r}{suggest_name(name, known)}")
+        meant = OTHER_NAMES.get(name, name)
+        console.print_error(f"unknown {what} {name!r}{suggest_name(meant, known)}")
         return 2
     return _load_and_run(known[name], rest)
 

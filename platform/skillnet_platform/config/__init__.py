@@ -14,7 +14,6 @@ from skillnet_platform.config.fields import (
 )
 from skillnet_platform.config.parser import (
     digest_config,
-    find_config,
     flatten_tree,
     load_layer,
     load_yaml,
@@ -23,6 +22,7 @@ from skillnet_platform.config.parser import (
     read_value,
     to_yaml,
 )
+from skillnet_platform.config.presets import find_config
 from skillnet_platform.config.schema import check_keys
 
 __all__ = [

@@ -22,15 +22,18 @@ from skillnet_platform.config import safe_yaml
 from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.choices import COMMAND_LINE, remove_unchosen_defaults
 from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, default_values, to_dict
+from skillnet_platform.config.presets import check_preset_command, find_config, names_file
 from skillnet_platform.config.schema import (
     check_keys,
     describe_kind,
+    find_missing_keys,
     hint_at,
     nest_value,
     remove_null_entries,
+    split_key,
     without_none,
 )
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError
 
 #: Key by which a mapping in a YAML file includes another file.
 INCLUDE = "include"
@@ -77,8 +80,22 @@ def parse_config(
     if "--json" in words:
         words = [word for word in words if word != "--json"]
         console.begin_json()
-    tree = default_values(cls)
     files, overrides, bare = _scan([*words, *rest], cls)
+    try:
+        tree, origins = _merge_layers(cls, files, overrides)
+        _place_bare(cls, tree, bare, prog)
+        return build_config(cls, tree, origins)
+    except UserError:
+        for given in files:
+            check_preset_command(given, prog, lambda name: _fits_preset(cls, name))
+        raise
+
+
+def _merge_layers(
+    cls: Any, files: Sequence[str], overrides: Sequence[tuple[str, Any]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the merged tree, and key -> file or command line."""
+    tree = default_values(cls)
     origins: dict[str, str] = {}
     layers: list[tuple[str, dict[str, Any]]] = []
     typed: dict[str, Any] = {}
@@ -90,15 +107,23 @@ def parse_config(
         origins |= dict.fromkeys(flatten_tree(layer), str(path))
         merge_trees(tree, layer)
     for key, value in overrides:
-        layer = check_keys(cls, nest_value(key, value), COMMAND_LINE)
+        layer = check_keys(cls, nest_value(split_key(cls, key), value), COMMAND_LINE)
         _over(typed, copy.deepcopy(layer))
         origins |= dict.fromkeys(flatten_tree(layer), COMMAND_LINE)
         merge_trees(tree, layer)
     remove_unchosen_defaults(cls, tree, default_values(cls), [*layers, (COMMAND_LINE, typed)])
     # After all layers: a later layer may replace a null by a value.
     remove_null_entries(cls, tree)
-    _place_bare(cls, tree, bare, prog)
-    return build_config(cls, tree, origins)
+    return tree, origins
+
+
+def _fits_preset(cls: Any, name: str) -> bool:
+    """Return whether a preset has only keys of a command, and all keys of its new entries."""
+    try:
+        tree, _ = _merge_layers(cls, [name], [])
+    except UserError:
+        return False
+    return set(find_missing_keys(cls, tree)) <= set(find_missing_keys(cls, default_values(cls)))
 
 
 def load_yaml(path: str | PurePath) -> dict[str, Any]:
@@ -152,51 +177,6 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
 
     layer: dict[str, Any] = resolve_includes(load_yaml(path))
     return layer
-
-
-def preset_directories() -> list[Path]:
-    """Return the directories of the built-in presets: the installed package, the checkout."""
-    here = Path(__file__).resolve().parents[1]
-    return [place for place in (here / "configs", here.parents[1] / "configs") if place.is_dir()]
-
-
-def names_file(name: str) -> bool:
-    """Return whether a name of ``--config`` is a path, such as ``x.yaml`` or ``./x``."""
-    return Path(name).suffix in (".yaml", ".yml", ".json") or name.startswith((".", "/", "~"))
-
-
-def find_config(name: str) -> Path:
-    """Return the file of ``--config``: a path, or a preset such as ``tiny`` or ``studies/tiny``.
-
-    The name of a built-in preset always means that preset, in every working directory. Other names
-    are looked for in the directory ``configs`` of the working directory.
-
-    Raises:
-        UserError: neither exists; suggests the nearest preset.
-    """
-    own = Path("configs").absolute()
-    presets = (
-        [] if names_file(name) else [folder / f"{name}.yaml" for folder in preset_directories()]
-    )
-    built_in = next((path for path in presets if path.is_file()), None)
-    others = [Path(name).expanduser(), own / f"{name}.yaml"]
-    other = next((path for path in others if path.is_file()), None)
-    if built_in and other and not built_in.samefile(other):
-        shown = f"./{other}" if other == Path(name) else other.relative_to(Path.cwd())
-        console.print_note(
-            f"--config {name}: takes the built-in preset, not the file {shown}; give "
-            f"--config {shown} for the file"
-        )
-    found = built_in or other
-    if found:
-        return found
-    known = [
-        str(path.relative_to(folder).with_suffix(""))
-        for folder in (own, *preset_directories())
-        for path in folder.rglob("*.yaml")
-    ]
-    hint = suggest_name(name.removesuffix(".yaml"), known)
-    raise UserError(f"--config {name}: neither a file nor a preset{hint}")
 
 
 def to_yaml(obj: Any) -> str:
@@ -270,7 +250,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
         hint = hint_at(cls, key)
         if key != "config" and hint is None:
             # Names the wrong part of the key.
-            check_keys(cls, nest_value(key, None), COMMAND_LINE)
+            check_keys(cls, nest_value(split_key(cls, key), None), COMMAND_LINE)
             raise UserError(f"command line: {key!r} has no keys of its own")
         if not equals:
             is_flag = without_none(hint) is bool

@@ -54,12 +54,37 @@ def without_none(hint: Any) -> Any:
 def hint_at(cls: Any, key: str) -> Any:
     """Return the type at a dotted key, or ``None`` if the key does not exist."""
     hint = cls
-    for part in key.split("."):
+    for part in split_key(cls, key):
         known = child_types(hint)
         if known is None or (part not in known and "*" not in known):
             return None
         hint = known.get(part, known.get("*"))
     return hint
+
+
+def split_key(hint: Any, key: str) -> list[str]:
+    """Return the parts of a dotted key. The name of an entry that has keys may have dots.
+
+    Such a name ends before the first part that is a key of the entry: the parts of
+    ``space.training.lr.loguniform`` are ``space``, ``training.lr`` and ``loguniform``.
+
+    Args:
+        hint: type that has the key.
+        key: dotted key.
+    """
+    first, *rest = parts = key.split(".")
+    known = child_types(hint)
+    if known is None or not rest:
+        return parts
+    below = child_types(known.get(first, known.get("*")))
+    end = 1
+    # A value without keys of its own stays an error: `options.a.b` is no option named `a.b`.
+    if "*" in known and below is not None and "*" not in below:
+        own = (number for number in range(1, len(parts)) if parts[number] in below)
+        # A wrong key is the last part.
+        end = next(own, len(parts) - 1)
+    name = ".".join(parts[:end])
+    return [name, *split_key(known.get(name, known.get("*")), ".".join(parts[end:]))]
 
 
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
@@ -174,9 +199,9 @@ def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
     return f"; {place} has: {', '.join(sorted(known))}"
 
 
-def nest_value(key: str, value: Any) -> dict[str, Any]:
-    """Return a value below a dotted key: ``("a.b", 1) -> {"a": {"b": 1}}``."""
-    for part in reversed(key.split(".")):
+def nest_value(key: str | Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a value below a dotted key or its parts: ``("a.b", 1) -> {"a": {"b": 1}}``."""
+    for part in reversed(key.split(".") if isinstance(key, str) else key):
         value = {part: value}
     return typing.cast(dict[str, Any], value)
 

@@ -377,3 +377,33 @@ def test_a_null_where_none_may_be_is_named() -> None:
     with pytest.raises(UserError, match="lr: expected a number, got null"):
         parse("--lr", "null")
     assert parse("--parts.a.weight", "null").parts["a"].weight is None
+
+
+@dataclass
+class SearchRange:
+    """A range. Args: low: lowest."""
+
+    loguniform: list[float] = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class SearchedRun:
+    """A run whose keys are searched."""
+
+    space: dict[str, SearchRange] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("name", ["lr", "training.lr", "model.tasks.a.towers.input"])
+def test_names_of_entries_may_have_dots(name: str) -> None:
+    parsed = config.parse_config(
+        SearchedRun,
+        [f"--space.{name}.loguniform", "1e-4,1e-2", f"--space.{name}.options.a.lr", "3"],
+        "test",
+    )
+    assert parsed.space == {name: SearchRange([1e-4, 1e-2], {"a": {"lr": 3}})}
+
+
+def test_a_wrong_key_of_an_entry_with_dots_is_named() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'space.training.lr.loguniform'"):
+        config.parse_config(SearchedRun, ["--space.training.lr.loguniforn", "1,2"], "test")
