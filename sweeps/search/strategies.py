@@ -7,11 +7,22 @@ counts with their last scores.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import TrialState
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
@@ -21,6 +32,9 @@ from sweeps.trials.trial import Trial, TrialOutcome
 
 #: Points that are built as a check before Optuna starts, at least.
 NUM_PROBES = 8
+
+#: Proposals at random, before Optuna uses the scores.
+NUM_RANDOM_PROPOSALS = 8
 
 #: Splits on which trials are evaluated.
 SPLITS = ("validation",)
@@ -108,7 +122,10 @@ def configurations_from_points(
 
 
 class OptunaSource:
-    """A source of trials that Optuna proposes (Akiba et al. 2019), through Tune's adapter.
+    """A source of trials that Optuna proposes (Akiba et al. 2019), through ask and tell.
+
+    A proposal depends on the seed, its number and the earlier outcomes, and on nothing else. So a
+    resumed sweep proposes the points that an uninterrupted one would have proposed.
 
     Args:
         space: the search space.
@@ -131,13 +148,12 @@ class OptunaSource:
         self._space, self._seeds, self._finish = space, list(seeds), finish
         self._num_configurations = count
         self._proposals_path = folder / PROPOSALS
-        self._search, self._categories = _build_optuna_search(space, seed)
+        self._study, self._distributions, self._categories = _build_study(space)
+        self._seed = seed
         self._candidates: dict[str, CandidateConfiguration] = {}
         self._stored_points = _read_proposals(self._proposals_path)
         self._queue: list[Trial] = []
         self._scores: dict[str, list[float | None]] = {}
-        #: Configurations that Optuna proposed in this process.
-        self._proposed_here: set[str] = set()
         self.total = count * len(self._seeds)
         self.example = self._probe()
 
@@ -159,25 +175,25 @@ class OptunaSource:
         # Optuna gets one mean for a configuration and not the noise of each seed (decision 13).
         if len(scores) < len(self._seeds):
             return
-        good = [score for score in scores if score is not None]
-        name = outcome.group
-        if name in self._proposed_here:
-            result = {"score": fmean(good)} if good else None
-            self._search.on_trial_complete(name, result, error=not good)
-        # Proposed before a restart: this Optuna has not seen the point and gets it as a result.
-        elif good:
-            self._search.add_evaluated_point(
-                self._encode_point(self._candidates[name].point), fmean(good)
-            )
+        good = [score for score in scores if score is not None and math.isfinite(score)]
+        # Optuna numbers its trials from 0 in the order of the proposals.
+        number = int(outcome.group)
+        if good:
+            self._study.tell(number, fmean(good))
+        else:
+            self._study.tell(number, state=TrialState.FAIL)
 
     def _propose(self) -> CandidateConfiguration:
         index = len(self._candidates)
         name = f"{index:03d}"
         if index < len(self._stored_points):
             point = self._stored_points[index]
+            # Asked for again, so that this study has the same trials as the one before the kill.
+            self._study.enqueue_trial(self._encode_point(point))
+            self._study.ask(self._distributions)
         else:
-            point = self._decode_point(self._search.suggest(name))
-            self._proposed_here.add(name)
+            self._study.sampler = _seed_sampler(self._seed, index)
+            point = self._decode_point(self._study.ask(self._distributions).params)
             # Stored before any trial starts, so that a killed sweep repeats the same points.
             with self._proposals_path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(point, ensure_ascii=False) + "\n")
@@ -213,21 +229,11 @@ class OptunaSource:
         }
 
 
-def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, list[Any]]]:
-    """Return Tune's Optuna search, and the values of dimensions that it knows by index only."""
-    try:
-        from optuna.distributions import (
-            BaseDistribution,
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
-        from optuna.logging import WARNING, set_verbosity
-        from optuna.samplers import TPESampler
-        from ray.tune.search.optuna import OptunaSearch
-    except ImportError as error:  # pragma: no cover - a dependency
-        raise UserError(f"search optuna needs the package optuna: {error}") from None
-    set_verbosity(WARNING)
+def _build_study(
+    space: SearchSpace,
+) -> tuple[optuna.Study, dict[str, BaseDistribution], dict[str, list[Any]]]:
+    """Return an empty study, its distributions, and the values that Optuna knows by index only."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions: dict[str, BaseDistribution] = {}
     categories: dict[str, list[Any]] = {}
     for name, dimension in space.dimensions.items():
@@ -244,9 +250,23 @@ def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, 
             distributions[name] = IntDistribution(int(low), int(high), log=log)
         else:
             distributions[name] = FloatDistribution(float(low), float(high), log=log)
-    sampler = TPESampler(seed=seed, n_startup_trials=8, multivariate=False)
-    search = OptunaSearch(distributions, metric="score", mode="max", sampler=sampler)
-    return search, categories
+    return optuna.create_study(direction="maximize"), distributions, categories
+
+
+def _seed_sampler(seed: int, index: int) -> optuna.samplers.TPESampler:
+    """Return the sampler of one proposal.
+
+    A sampler has a random state that a killed process loses. With one sampler for the whole sweep
+    a resumed sweep would draw the first points again.
+
+    Args:
+        seed: seed of the search.
+        index: number of the proposal.
+    """
+    own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(
+        seed=own, n_startup_trials=NUM_RANDOM_PROPOSALS, multivariate=False
+    )
 
 
 def _read_proposals(path: Path) -> list[SearchPoint]:

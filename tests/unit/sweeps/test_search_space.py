@@ -1,6 +1,7 @@
 """Search spaces: points, errors that are found before anything starts, width at fixed cost."""
 
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,8 @@ from sweeps.config.trials import FixedCostConfig, ScoreConfig
 from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
 from sweeps.search.space import SearchSpace
 from sweeps.search.strategies import OptunaSource, configurations_from_points
-from sweeps.trials.trial import TrialOutcome
+from sweeps.trials.source import PROPOSALS
+from sweeps.trials.trial import Trial, TrialOutcome
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sweeps").glob("*.yaml"))
 VIDEO = "model.tasks.text_to_video.towers.candidate.skills"
@@ -177,42 +179,68 @@ def test_width_at_fixed_cost(adjust: Any) -> None:
         fit_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
 
 
-def test_optuna_finds_the_better_half_and_resumes_after_a_kill(tmp_path: Path) -> None:
+def guided(folder: Path) -> OptunaSource:
     made = space({"training.lr": {"loguniform": [1e-4, 1e-1]}, VIDEO: {
         "choice": [["general", "video"], ["general", "image", "video"]]}})  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    return OptunaSource(made, 12, [0, 1], 0, lambda config: config, folder)
 
-    def guided() -> OptunaSource:
-        return OptunaSource(made, 12, [0, 1], 0, lambda config: config, tmp_path)
 
-    def run(source: OptunaSource, count: int) -> list[dict[str, Any]]:
-        points = []
-        for _ in range(count):
-            trial = source.next_trial()
-            assert trial is not None
-            points.append(dict(trial.settings))
-            image = "image" in trial.settings[VIDEO]
-            score = 0.5 * image - abs(trial.config.training.lr - 1e-3) + 0.01 * trial.config.seed
-            report = {"step": 1, "score": score, "scores": {}}
-            assert trial.group is not None
-            source.record_outcome(
-                TrialOutcome(
-                    trial.name, trial.group, tmp_path, "finished", {"step": 1}, [report],
-                    settings=dict(trial.settings), seed=trial.config.seed,
-                )
-            )  # fmt: skip
-        return points
+def finish(source: OptunaSource, trial: Trial) -> None:
+    """Report the end of a trial; an image skill and a rate near 0.001 score best."""
+    image = "image" in trial.settings[VIDEO]
+    score = 0.5 * image - abs(trial.config.training.lr - 1e-3) + 0.01 * trial.config.seed
+    report = {"step": 1, "score": score, "scores": {}}
+    assert trial.group is not None
+    source.record_outcome(
+        TrialOutcome(
+            trial.name, trial.group, Path(), "finished", {"step": 1}, [report],
+            settings=dict(trial.settings), seed=trial.config.seed,
+        )
+    )  # fmt: skip
 
-    first = guided()
-    before = run(first, 9)
-    again = guided()
-    after = run(again, 24)
-    assert after[:9] == before, "what was proposed before the kill comes first, unchanged"
-    assert again.next_trial() is None
-    assert again.is_exhausted()
-    for one, other in zip(after[::2], after[1::2], strict=True):
+
+def run_guided(source: OptunaSource, count: int = 24, concurrent: int = 1) -> list[dict[str, Any]]:
+    """Run trials until ``count`` have started; return their settings. The last do not end."""
+    points: list[dict[str, Any]] = []
+    live: list[Trial] = []
+    while len(points) < count:
+        trial = source.next_trial()
+        assert trial is not None
+        points.append(dict(trial.settings))
+        live.append(trial)
+        if len(live) == concurrent and len(points) < count:
+            finish(source, live.pop(0))
+    return points
+
+
+def test_optuna_finds_the_better_half(tmp_path: Path) -> None:
+    source = guided(tmp_path)
+    points = run_guided(source)
+    assert source.next_trial() is None
+    assert source.is_exhausted()
+    for one, other in zip(points[::2], points[1::2], strict=True):
         assert one == other, "both seeds of a configuration before the next is proposed"
-    chosen = after[16::2]
-    assert sum("image" in point[VIDEO] for point in chosen) >= 3
+    assert sum("image" in point[VIDEO] for point in points[16::2]) >= 3
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 6, 9, 19])
+def test_a_resumed_optuna_sweep_draws_the_points_of_an_uninterrupted_one(
+    killed_after: int, tmp_path: Path
+) -> None:
+    wanted = run_guided(guided(tmp_path / "whole"))
+    before = run_guided(guided(tmp_path / "killed"), killed_after)
+    after = run_guided(guided(tmp_path / "killed"))
+    assert before == wanted[:killed_after]
+    assert after == wanted
+
+
+def test_no_draw_repeats_if_concurrent_trials_were_killed(tmp_path: Path) -> None:
+    for count in (5, 11, 17):
+        run_guided(guided(tmp_path), count, concurrent=4)
+    points = run_guided(guided(tmp_path), concurrent=4)
+    assert len({point["training.lr"] for point in points}) == 12
+    assert [json.loads(line) for line in (tmp_path / PROPOSALS).open()] == points[::2]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
