@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pipelines.runs.layout import RUN
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
@@ -22,7 +23,9 @@ from sweeps.trials.ledger import LedgerEntry, compute_mean_scores, last_line, pr
 from sweeps.trials.source import TrialOptions, TrialSource, find_first_rung
 from sweeps.trials.trial import (
     ERROR,
+    OUTCOME,
     STOP,
+    EvaluationRecorder,
     Trial,
     TrialOutcome,
     place_config,
@@ -84,13 +87,15 @@ class TrialDriver:
                 self._asha.replay_reports(entry.trial.name, read_reports(entry.folder))
             entry.steps_before = entry.steps_done() if settled is None else math.inf
             self.entries[entry.trial.name] = entry
-            if settled is not None:
-                entry.outcome = settled
-                self.source.record_outcome(settled)
-                continue
             try:
+                if settled is not None:
+                    self._take_over(entry, settled)
+                    continue
                 self._open_run(entry)
             except UserError as error:
+                # A trial that has ended is never failed afterwards.
+                if settled is not None:
+                    raise
                 self._settle(entry, "failed", str(error))
                 continue
             except Exception as error:
@@ -108,6 +113,29 @@ class TrialDriver:
             }
             return entry.trial.name, arguments
         return None
+
+    def _take_over(self, entry: LedgerEntry, settled: TrialOutcome) -> None:
+        """Report a trial of an earlier part of the sweep to the source.
+
+        A trial that ended after the driver was killed has no outcome file. Its MLflow run and its
+        outcome are completed first, from the files that its process wrote.
+
+        Args:
+            entry: the trial.
+            settled: its outcome, as its directory shows it.
+        """
+        if (entry.folder / OUTCOME).is_file():
+            entry.outcome = settled
+            self.source.record_outcome(settled)
+            return
+        if self.options.score is not None and settled.result and settled.result["evaluation"]:
+            recorder = EvaluationRecorder(entry.folder, self.options.score)
+            # A process on another node reported its last evaluation to the killed driver only.
+            recorder.record(settled.result["evaluation"], settled.step)
+        entry.tracker = tracking.start_child_run(
+            self.options.parent, entry.trial.name, record=entry.folder / RUN
+        )
+        self._settle(entry, settled.status)
 
     def _process_location(self, entry: LedgerEntry) -> dict[str, Any]:
         """Return the trial's location for its process: a shared disk, or an object store."""
@@ -133,7 +161,6 @@ class TrialDriver:
 
     def _open_run(self, entry: LedgerEntry) -> None:
         """Create the trial's directory and open its MLflow run."""
-        from pipelines.runs import layout
         from pipelines.training.resolved_run import resolve_run
         from pipelines.training.run import open_run_folder
 
@@ -148,7 +175,7 @@ class TrialDriver:
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
-        record = entry.folder / layout.RUN
+        record = entry.folder / RUN
         entry.tracker = tracking.start_child_run(
             parent, entry.trial.name, config, tags, record=record
         )
@@ -205,7 +232,7 @@ class TrialDriver:
             self._settle(entry, "failed", "the trial ended without a result and without an error")
 
     def _settle(self, entry: LedgerEntry, status: Any, error: str | None = None) -> None:
-        outcome = entry.settle(status, error)
+        outcome = entry.build_outcome(status, error)
         if entry.tracker is not None:
             tags = {"outcome": status}
             if error:
@@ -216,6 +243,8 @@ class TrialDriver:
             if outcome.score is not None:
                 entry.tracker.metrics({"score": outcome.score}, outcome.step)
             entry.tracker.end(MLFLOW_STATUS[status])
+        # Written after the records of the MLflow run: an outcome file says that both are complete.
+        outcome = entry.settle(status, error)
         # Stopped trials do not resume, so their weights only take space.
         if status == "stopped":
             entry.remove_weights()

@@ -50,7 +50,8 @@ class TrackingConfig:
     Args:
         uri: the MLflow tracker; by default MLFLOW_TRACKING_URI, else a sqlite file in the run root.
         experiment: the name under which runs are grouped.
-        register: whether the finished model becomes a version in the registry.
+        register: whether the finished model becomes a version in the registry, if all of its tasks
+            are trained.
         system_metrics: whether CPU, memory, disk and GPU are recorded along.
 
     A password in ``uri`` is kept in memory only: no file and no message shows it.
@@ -251,16 +252,8 @@ def start_run(
     send_leftover_spools(place.uri)
     # A killed process could not end its run, which would stay RUNNING.
     orphans.close_abandoned(client, place.experiment_id)
-    if record is not None:
-        run_id, key = run_record.reserve_run(record)
-    run_id = run_id or _find_run(client, place.experiment_id, key)
-    if run_id is None:
-        run_id = _create_run(client, place.experiment_id, name, parent, key)
-    else:
-        _resume(client, run_id, place.uri, record)
-    if record is not None:
-        run_record.write_run_id(record, run_id, place.uri)
-    tracker = Tracker(run_id, place.uri, place.experiment_id)
+    tracker = _open_run(client, place.uri, place.experiment_id, name, parent, run_id, key, record)
+    run_id = tracker.run_id
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.system_metrics:
@@ -283,7 +276,7 @@ def start_run(
         raise
     except BaseException as error:
         status = "FAILED"
-        tracker.tags({"failure": redact_secrets(f"{type(error).__name__}: {error}")})
+        tracker.tags({orphans.FAILURE_TAG: redact_secrets(f"{type(error).__name__}: {error}")})
         raise
     finally:
         tracker.end(status)
@@ -315,21 +308,12 @@ def start_child_run(
 
     Raises:
         MlflowException: the tracker is unreachable (see ``spool.is_away``).
+        UserError: the run to resume does not exist.
     """
     client = backend.create_client(parent.uri)
-    key = None
-    if record is not None and run_id is None:
-        run_id, key = run_record.reserve_run(record)
-    run_id = run_id or _find_run(client, parent.experiment_id, key)
-    if run_id is None:
-        run_id = _create_run(client, parent.experiment_id, name, parent.run_id, key)
-    else:
-        client.update_run(run_id, status="RUNNING")
-        # The old tag names an ended process, so the next start would close this run.
-        client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
-    if record is not None:
-        run_record.write_run_id(record, run_id, parent.uri)
-    tracker = Tracker(run_id, parent.uri, parent.experiment_id)
+    tracker = _open_run(
+        client, parent.uri, parent.experiment_id, name, parent.run_id, run_id, None, record
+    )
     if tags:
         tracker.tags(tags)
     if config is not None:
@@ -337,11 +321,35 @@ def start_child_run(
     return tracker
 
 
+def _open_run(
+    client: Any,
+    uri: str,
+    experiment_id: str,
+    name: str,
+    parent: str | None,
+    run_id: str | None,
+    key: str | None,
+    record: Path | None,
+) -> Tracker:
+    """Resume the run of an id, of a record or of a key; create and record it if there is none."""
+    if record is not None and run_id is None:
+        run_id, key = run_record.reserve_run(record)
+    run_id = run_id or _find_run(client, experiment_id, key)
+    if run_id is None:
+        run = client.create_run(experiment_id, run_name=name, tags=_first_tags(parent, key))
+        run_id = str(run.info.run_id)
+    else:
+        _resume(client, run_id, uri, record)
+    if record is not None:
+        run_record.write_run_id(record, run_id, uri)
+    return Tracker(run_id, uri, experiment_id)
+
+
 def _resume(client: Any, run_id: str, uri: str, record: Path | None) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.update_run(run_id, status="RUNNING")
+        orphans.reopen_run(client, run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -350,7 +358,6 @@ def _resume(client: Any, run_id: str, uri: str, record: Path | None) -> None:
             f"{source}the tracker {uri} cannot resume the run {run_id}: {first_line(error)}; "
             f"{run_record.REMEDY}"
         ) from None
-    client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
 
 
 def send_leftover_spools(uri: str) -> int:
@@ -359,14 +366,6 @@ def send_leftover_spools(uri: str) -> int:
     for path in spool.find_leftover_spools(uri):
         sent += Tracker(path.name.partition(".")[0], uri)._spool.adopt(path)
     return sent
-
-
-def _create_run(
-    client: Any, experiment_id: str, name: str, parent: str | None, key: str | None
-) -> str:
-    run = client.create_run(experiment_id, run_name=name, tags=_first_tags(parent, key))
-    run_id: str = run.info.run_id
-    return run_id
 
 
 def _find_run(client: Any, experiment_id: str, key: str | None) -> str | None:

@@ -1,5 +1,7 @@
 """Parts of the trial engine that need no Ray cluster: resources, resumed ASHA, pruning."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +10,18 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from skillnet_platform import config as configuration
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from sweeps.config.trials import ResourceConfig
+from skillnet_platform.storage import write_json
+from skillnet_platform.tracking import TrackingConfig, backend
+from sweeps.config.trials import ResourceConfig, ScoreConfig
+from sweeps.trials.driver import TrialDriver
 from sweeps.trials.engine import run_trials
 from sweeps.trials.ledger import WEIGHT_FOLDERS, LedgerEntry, prune_entries
 from sweeps.trials.ray_tune import ResumableASHA
-from sweeps.trials.trial import Trial, TrialOutcome
+from sweeps.trials.source import ListedTrials, TrialOptions
+from sweeps.trials.trial import OUTCOME, Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config
 
 REPORTS = [{"step": 2, "score": 0.9}, {"step": 4, "score": 0.95}]
@@ -86,3 +94,48 @@ def test_only_the_best_keep_models_and_checkpoints(tmp_path: Path) -> None:
     assert all((each.folder / "evaluation.csv").is_file() for each in entries)
     prune_entries(entries, keep=0)
     assert not (tmp_path / "best" / "model").exists()
+
+
+@pytest.fixture
+def parent(run_root: Path) -> Iterator[tracking.Tracker]:
+    with tracking.start_run("parent", tracking=TrackingConfig(system_metrics=False)) as tracker:
+        yield tracker
+
+
+def test_a_trial_that_ended_without_its_driver_is_completed_once(
+    parent: tracking.Tracker, run_root: Path
+) -> None:
+    folder = run_root / "sweep" / "000-seed0"
+    trial = Trial("000-seed0", small_config(run_root / "corpora"), splits=("validation",))
+    opened = tracking.start_child_run(parent, trial.name, record=folder / "run.json")
+    client = backend.create_client(parent.uri)
+    # The next command of the experiment closes the run of a killed driver.
+    client.set_tag(opened.run_id, "failure", "the process was killed")
+    client.set_terminated(opened.run_id, "KILLED")
+    write_json(folder / "config.yaml", configuration.to_dict(trial.config))
+    row = {"task": "text_to_image", "split": "validation", "metric": "recall_at_10", "value": 0.75}
+    result = {"step": 6, "seconds": 1.0, "model": "m", "name": trial.name, "evaluation": [row]}
+    write_json(folder / "result.json", result)
+
+    def resume() -> TrialOutcome:
+        options = TrialOptions(
+            folder.parent, parent, ScoreConfig(), ResourceConfig(), None, None, 1, "sweep"
+        )
+        (outcome,) = TrialDriver(ListedTrials([trial]), options).run()
+        return outcome
+
+    for _ in range(2):
+        outcome = resume()
+        assert (outcome.status, outcome.score, outcome.run_id) == ("finished", 0.75, opened.run_id)
+        run = client.get_run(opened.run_id)
+        assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "finished")
+        assert "failure" not in run.data.tags
+        assert run.data.metrics == {"score": 0.75}
+        assert len(client.get_metric_history(opened.run_id, "score")) == 1
+        assert json.loads((folder / OUTCOME).read_text())["score"] == 0.75
+        assert len(client.search_runs([parent.experiment_id])) == 2, "the parent and one trial"
+        before = run.info.end_time
+    (folder / OUTCOME).unlink()
+    resume()
+    assert client.get_run(opened.run_id).info.end_time > before, "completed again, in the same run"
+    assert len(client.search_runs([parent.experiment_id])) == 2
