@@ -1,6 +1,6 @@
 """``skillnet predict``: predictions of a trained model for texts and files."""
 
-import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +40,9 @@ class PredictConfig:
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: prepared corpora; required only for a checkpoint.
         top: number of alternatives.
-        output: file for the predictions, one line each.
+        output: file for the predictions, one line each. A prediction of a row repeats the row's
+            "id", if it has one, and its file and line. Rejected rows are listed with their
+            reasons in a file of the same name that ends in .rejected.jsonl.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -70,10 +72,21 @@ class PredictConfig:
             )
 
 
-def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]]":
-    """Predict for the inputs of a command line, and return inputs with their predictions.
+@dataclass(frozen=True)
+class PredictionRun:
+    """Result of :func:`predict_rows`.
 
-    Unusable rows of a file are reported and skipped.
+    Args:
+        answered: inputs with their predictions, in order; a Python file has several.
+        rejected: unusable rows with their reasons, in order.
+    """
+
+    answered: "list[tuple[InputRow, TaskPrediction]]"
+    rejected: "list[InputRow]" = field(default_factory=list)
+
+
+def predict_rows(config: PredictConfig) -> PredictionRun:
+    """Predict for the inputs of a command line.
 
     Args:
         config: of the command.
@@ -85,37 +98,45 @@ def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.inputs import InputRow, check_usable_rows, report_rejected
+    from pipelines.serving.inputs import check_usable_rows, report_rejected
 
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
     inputs = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
-    usable = [row for row in inputs if not row.reason]
-    rejected: dict[int, str] = {}
+    usable = [number for number, row in enumerate(inputs) if row.item]
 
     def reject(index: int, message: str) -> None:
-        where = usable[index].where
+        row = inputs[usable[index]]
         # An input of the command line must not be skipped; a row of a file may be.
-        if not where:
+        if not row.where:
             raise UserError(message)
-        rejected[index] = message.removeprefix(f"{where}: ")
+        reason = message.removeprefix(f"{row.where}: ")
+        inputs[usable[index]] = replace(row, item=None, reason=reason)
 
-    items = [row.item for row in usable if row.item]
-    predictions = predictor.predict(items, config.top, reject)
-    unusable = [
-        replace(usable[index], item=None, reason=reason) for index, reason in rejected.items()
-    ]
-    unusable += [row for row in inputs if row.reason]
-    predicted = [row for index, row in enumerate(usable) if index not in rejected]
+    items = [item for row in inputs if (item := row.item)]
+    predictions = predictor.predict_items(items, config.top, reject)
     # Inputs of the command line have no position here; they have failed above.
-    check_usable_rows([row for row in (*unusable, *predicted) if row.where])
-    report_rejected([*unusable, *predicted])
-    # A file with functions has several predictions, so that inputs and predictions do not pair.
-    if len(predicted) != len(predictions):
-        predicted = [InputRow("", {})] * len(predictions)
-    return list(zip(predicted, predictions, strict=True))
+    check_usable_rows([row for row in inputs if row.where])
+    listed = choose_rejected_path(config.output) if config.output else None
+    report_rejected(inputs, f"see {listed}" if listed else "--output FILE lists all of them")
+    return PredictionRun(
+        [(inputs[usable[index]], prediction) for index, prediction in predictions],
+        [row for row in inputs if row.reason],
+    )
+
+
+def choose_rejected_path(output: str) -> Path | None:
+    """Return the file that lists rejected rows beside an output, None beside a pipe or device.
+
+    Args:
+        output: file of the predictions.
+    """
+    path = Path(output)
+    if path.exists() and not path.is_file():
+        return None
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.rejected.jsonl")
 
 
 def gather_inputs(config: PredictConfig) -> "list[InputRow]":
@@ -133,14 +154,14 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     inputs: list[InputRow] = []
     if config.text is not None:
         item = PredictionItem(config.text, config.text, None, config.task, where="--text")
-        inputs.append(InputRow("", {}, item))
+        inputs.append(InputRow(item=item))
     if config.input is not None:
         inputs += read_input_rows(Path(config.input), config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
         if Path(name).suffix.lower() in ROW_SUFFIXES:
             inputs += read_input_rows(Path(name), config.task)
         else:
-            inputs.append(InputRow("", {}, read_input_item(name, config.task)))
+            inputs.append(InputRow(item=read_input_item(name, config.task)))
     return inputs
 
 
@@ -166,50 +187,84 @@ def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dic
     return lines
 
 
-def print_tables(predictions: "list[TaskPrediction]") -> None:
+def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
     """Print predictions, one table per task.
 
     Args:
-        predictions: in order.
+        answered: inputs with their predictions, in order.
     """
-    for task in dict.fromkeys(p.task for p in predictions):
-        rows = []
-        for p in predictions:
+    for task in dict.fromkeys(prediction.task for _, prediction in answered):
+        rows, has_texts = [], False
+        for row, p in answered:
             if p.task != task:
                 continue
-            answer, score = (
-                p.answer or f"(embedding of width {len(p.embedding)})",
-                f"{p.score:.3f}",
-            )
+            answer, score = p.answer or f"(embedding of width {len(p.embedding)})", f"{p.score:.3f}"
             others = "\n".join(f"{_short(n, 32)} {v:.3f}" for n, v in p.alternatives[1:])
-            rows.append([_short(p.input), answer, score if p.answer else "–", others])
-        console.print_table(task, ["input", "answer", "score", "alternatives"], rows)
-        if any(not p.answer and p.task == task and p.embedding for p in predictions):
+            label = [str(row.row.get("id", "")), row.line or ""]
+            rows.append([*label, _short(p.input), answer, score if p.answer else "–", others])
+            has_texts |= not p.answer and bool(p.embedding)
+        columns = ["id", "line", "input", "answer", "score", "alternatives"]
+        # Inputs of the command line have neither id nor line.
+        shown = [n for n, name in enumerate(columns) if n > 1 or any(row[n] for row in rows)]
+        console.print_table(
+            task, [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+        )
+        if has_texts:
             console.print_note(
                 f'to rank the rows of a corpus for a text: skillnet search "…" --task {task}'
             )
 
 
 def show_predictions(
-    predictions: "list[TaskPrediction]", lines: list[dict[str, Any]], config: PredictConfig
+    run: PredictionRun, lines: list[dict[str, Any]], config: PredictConfig
 ) -> None:
-    """Print predictions as tables or in CLUE's format.
+    """Print predictions, or a summary if they are in a file.
 
     Args:
-        predictions: in order.
+        run: predictions and rejected rows.
         lines: of the output file.
         config: of the command.
     """
-    if config.format == "clue" and config.output:
-        console.print_note(f"{len(lines)} predictions in {config.output}")
+    if config.output:
+        tasks = Counter(prediction.task for _, prediction in run.answered)
+        counts = ", ".join(f"{task} {count}" for task, count in tasks.items())
+        console.print_note(f"{len(lines)} predictions ({counts}) in {config.output}")
     elif config.format == "clue":
         console.print_json_lines(lines)
     else:
-        print_tables(predictions)
+        print_tables(run.answered)
+    listed = choose_rejected_path(config.output) if config.output else None
+    if run.rejected:
+        where = f" in {listed}" if listed else ""
+        console.print_note(f"{len(run.rejected)} rejected rows{where}")
 
 
-def _to_json(prediction: "TaskPrediction") -> dict[str, Any]:
-    values = asdict(prediction)
+def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: str) -> None:
+    """Write predictions, and the rejected rows beside them.
+
+    Args:
+        run: predictions and rejected rows.
+        lines: of the output file.
+        output: file of the predictions.
+    """
+    from pipelines.preprocessing.blocks import format_json_line
+
+    # A killed command must not leave half a file that looks complete.
+    with open_output(output, "w") as stream:
+        stream.writelines(map(format_json_line, lines))
+    listed = choose_rejected_path(output)
+    if listed is not None and run.rejected:
+        with open_output(listed, "w") as stream:
+            stream.writelines(
+                format_json_line(row.locate() | {"reason": row.reason}) for row in run.rejected
+            )
+    elif listed is not None:
+        # The list of an earlier command would describe other predictions.
+        listed.unlink(missing_ok=True)
+
+
+def _to_json(row: "InputRow", prediction: "TaskPrediction") -> dict[str, Any]:
+    values = row.locate() | asdict(prediction)
     values["alternatives"] = [
         {"answer": name, "score": score} for name, score in prediction.alternatives
     ]
@@ -239,19 +294,16 @@ def _short(text: str, max_length: int = 48) -> str:
 )
 def main(
     config: PredictConfig,
-) -> "tuple[list[TaskPrediction], list[dict[str, Any]], PredictConfig]":
+) -> tuple[PredictionRun, list[dict[str, Any]], PredictConfig]:
     """Run ``skillnet predict``."""
-    answered = predict_rows(config)
-    predictions = [prediction for _, prediction in answered]
-    lines: list[dict[str, Any]] = [_to_json(prediction) for prediction in predictions]
+    run = predict_rows(config)
     if config.format == "clue":
-        lines = clue_lines(answered)
+        lines = clue_lines(run.answered)
+    else:
+        lines = [_to_json(row, prediction) for row, prediction in run.answered]
     if config.output:
-        # A killed command must not leave half a file that looks complete.
-        with open_output(config.output, "w") as stream:
-            for line in lines:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return predictions, lines, config
+        write_predictions(run, lines, config.output)
+    return run, lines, config
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the empty text, or from its keywords. ``skillnet predict`` calls :func:`read_inp
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,31 @@ EXPECTED_ROW = 'expected {"text": …} or {"file": …}'
 
 @dataclass(frozen=True)
 class InputRow:
-    """Row of an input file: either an item to predict for, or a reason for its rejection.
+    """Input of a prediction: a row of a file, usable or rejected, or an input of the command line.
 
     Args:
-        where: file and line.
+        source: file of the row; "" for an input of the command line.
+        line: number of the row's line in the file, from 1.
         row: the JSON object; {} if the line is not an object.
         item: to predict for; None if the row is rejected.
         reason: of the rejection; "" if the row is usable.
     """
 
-    where: str
-    row: dict[str, Any]
+    source: str = ""
+    line: int = 0
+    row: dict[str, Any] = field(default_factory=dict)
     item: PredictionItem | None = None
     reason: str = ""
+
+    @property
+    def where(self) -> str:
+        """File and line for messages; "" for an input of the command line."""
+        return f"{self.source}, line {self.line}" if self.source else ""
+
+    def locate(self) -> dict[str, Any]:
+        """Return the fields that join an output with its input: id if given, file and line."""
+        identity = {"id": self.row["id"]} if "id" in self.row else {}
+        return {**identity, "source": self.source, "line": self.line} if self.source else {}
 
 
 def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
@@ -63,7 +75,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
             f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
     rows = [
-        _parse_row(f"{path}, line {number}", line, path.parent, task, clue)
+        _parse_row(path, number, line, task, clue)
         # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.strip()
@@ -88,11 +100,12 @@ def check_usable_rows(rows: Sequence[InputRow]) -> None:
         raise UserError(f"{rows[0].where}: {rows[0].reason}; none of its rows is usable")
 
 
-def report_rejected(rows: Sequence[InputRow]) -> None:
+def report_rejected(rows: Sequence[InputRow], remedy: str) -> None:
     """Warn about rejected rows with their reasons, and about rows with empty texts.
 
     Args:
         rows: of all files.
+        remedy: where all of them are listed, if they are too many for warnings.
     """
     lines = [f"{row.where}: {row.reason}; row skipped" for row in rows if row.reason]
     lines += [
@@ -104,17 +117,17 @@ def report_rejected(rows: Sequence[InputRow]) -> None:
     for line in lines[:MAX_REPORTED]:
         console.print_warning(line)
     if len(lines) > MAX_REPORTED:
-        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with similar problems")
+        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with problems; {remedy}")
 
 
-def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> InputRow:
+def _parse_row(path: Path, number: int, line: bytes, task: str | None, clue: bool) -> InputRow:
+    source, where = str(path), f"{path}, line {number}"
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
         # JSON can escape half a character. An id or a task with it could not be written.
         check_unicode(json.dumps(row, ensure_ascii=False))
-        item = _parse_item(where, row, folder, task, clue)
-        return InputRow(where, row, item)
+        return InputRow(source, number, row, _parse_item(where, row, path.parent, task, clue))
     # These errors are ValueErrors, so the order of the handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
@@ -123,7 +136,7 @@ def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bo
         reason = f"not JSON ({error})"
     except ValueError as error:
         reason = str(error).removeprefix(f"{where}: ")
-    return InputRow(where, row if isinstance(row, dict) else {}, None, reason)
+    return InputRow(source, number, row if isinstance(row, dict) else {}, None, reason)
 
 
 def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:

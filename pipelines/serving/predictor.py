@@ -146,6 +146,15 @@ class TaskPredictor:
         top: int = 5,
         on_error: Callable[[int, str], None] | None = None,
     ) -> list[TaskPrediction]:
+        """Predict for each item, in order; see :meth:`predict_items`."""
+        return [prediction for _, prediction in self.predict_items(items, top, on_error)]
+
+    def predict_items(
+        self,
+        items: Sequence[PredictionItem],
+        top: int = 5,
+        on_error: Callable[[int, str], None] | None = None,
+    ) -> list[tuple[int, TaskPrediction]]:
         """Predict for each item, in order; a Python file gives one prediction per function.
 
         Args:
@@ -154,10 +163,14 @@ class TaskPredictor:
             on_error: called with the index and the message of an unreadable item. It may raise;
                 otherwise the item is skipped. None raises the error.
 
+        Returns:
+            Index of the item, and a prediction for it.
+
         Raises:
             UserError: an input is unreadable, or no task of the model reads its modality.
         """
         jobs: list[tuple[str, str, str, np.ndarray]] = []  # task, tower, name, array
+        owners: list[int] = []
         # Everything is read before the model runs, so that a damaged file fails early.
         for number, item in enumerate(items):
             try:
@@ -170,6 +183,7 @@ class TaskPredictor:
                 on_error(number, str(error))
                 continue
             jobs += [(task, tower, printable_name(name), array) for name, array in arrays]
+            owners += [number] * len(arrays)
         out: list[TaskPrediction | None] = [None] * len(jobs)
         # One pass per task and tower, so that the model runs in batches and not item by item.
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
@@ -177,7 +191,7 @@ class TaskPredictor:
             answers = self._run_task(*key, [jobs[i][3] for i in indices], top)
             for index, (answer, score, ranked, vector) in zip(indices, answers, strict=True):
                 out[index] = TaskPrediction(jobs[index][2], key[0], answer, score, ranked, vector)
-        return [prediction for prediction in out if prediction is not None]
+        return [(n, each) for n, each in zip(owners, out, strict=True) if each is not None]
 
     def tokenize(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         """Return the token ids of each text, truncated to ``limit``.

@@ -203,6 +203,44 @@ def test_bad_rows_are_set_aside_and_the_others_are_answered(
     assert len([row for row in read_input_rows(rows, None) if row.reason]) == 2
 
 
+def test_predictions_and_rejected_rows_are_joined_with_their_input(
+    place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    """Rejected rows and files with several functions leave no prediction without its row."""
+    (tmp_path / "two.py").write_text("def a():\n    pass\n\n\ndef b():\n    pass\n")
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    listed = tmp_path / "out.rejected.jsonl"
+    given = ['{"id": "x", "text": "数学"}', "", '{"id": 2, "text": " "}', '{"file": "two.py"}']
+    given += ['{"id": [7], "text": "法律"}', '{"id": 9, "text": "a", "task": "no"}', "{"]
+    rows.write_text("\n".join(given), encoding="utf-8")
+    words = ["--input", str(rows), "--text", "历史", "--model", str(place.bundle)]
+    assert predict.main([*words, "--output", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    joined = [(line.get("id"), line.get("line"), line["input"].split(":")[-1]) for line in lines]
+    assert joined == [
+        (None, None, "历史"),
+        ("x", 1, "数学"),
+        (None, 4, "1 a"),
+        (None, 4, "5 b"),
+        ([7], 5, "法律"),
+    ]
+    assert [line.get("source") for line in lines] == [None, *[str(rows)] * 4]
+    rejected = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
+    assert [(row.get("id"), row["line"]) for row in rejected] == [(2, 3), (9, 6), (None, 7)]
+    assert rejected[0]["reason"] == "the text is empty"
+    shown = capsys.readouterr()
+    said = " ".join((shown.out + shown.err).split())
+    assert "数学" not in said
+    assert f"5 predictions (text_classification 3, text_to_code 2) in {out}" in said
+    assert f"3 rejected rows in {listed}" in said
+    # Without an output the table names the rows; an earlier list of rejected rows is outdated.
+    assert predict.main(words) == 0
+    assert "line" in capsys.readouterr().out
+    rows.write_text(given[0], encoding="utf-8")
+    assert predict.main([*words, "--output", str(out)]) == 0
+    assert not listed.exists()
+
+
 def test_text_of_the_command_line_with_half_a_character_is_an_error(
     place: Place, capsys: Any
 ) -> None:
