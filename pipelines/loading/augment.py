@@ -5,6 +5,7 @@ change for any number of workers. Shapes: B rows, T tokens, N frames, H height,
 W width, C channels, M mel bins.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.config.data import AugmentConfig
-from pipelines.loading.rng import keyed_rng
+from pipelines.loading.rng import draw_uniform, keyed_rng
 from pipelines.shards.row_threads import map_row_slices
 
 MASK_TOKEN = 2
@@ -38,8 +39,11 @@ class BatchRandom:
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
         """Return (B, *shape) float32 in [0, 1). ``shape`` must not depend on the rank's rows."""
-        generator = keyed_rng(*self._key, name)
-        return generator.random((self._count, *shape), dtype=np.float32)[self._part]
+        start, stop, _ = self._part.indices(self._count)
+        each = math.prod(shape)
+        # The numbers of other ranks' rows are skipped, so that the cost is that of these rows.
+        numbers = draw_uniform((*self._key, name), start * each, (stop - start) * each)
+        return numbers.reshape(stop - start, *shape)
 
 
 def drop_tokens(

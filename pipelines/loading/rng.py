@@ -1,8 +1,12 @@
 """Random generators keyed by seed, names and step."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
+#: float32 numbers that Philox makes for one value of its counter: 256 bits.
+NUMBERS_PER_COUNT = 8
 
 
 def keyed_rng(*key: int | str) -> np.random.Generator:
@@ -13,8 +17,28 @@ def keyed_rng(*key: int | str) -> np.random.Generator:
     Args:
         key: such as (seed, "order", task, epoch).
     """
+    return np.random.Generator(_keyed_philox(key))
+
+
+def draw_uniform(key: Sequence[int | str], start: int, count: int) -> np.ndarray:
+    """Return a part of a keyed sequence, (count,) float32 in [0, 1), without drawing its beginning.
+
+    The numbers equal ``keyed_rng(*key).random(start + count, dtype=np.float32)[start:]``.
+
+    Args:
+        key: of :func:`keyed_rng`.
+        start: position of the first number.
+        count: of numbers.
+    """
+    philox = _keyed_philox(key)
+    philox.advance(start // NUMBERS_PER_COUNT)
+    skipped = start % NUMBERS_PER_COUNT
+    return np.random.Generator(philox).random(skipped + count, dtype=np.float32)[skipped:]
+
+
+def _keyed_philox(key: Sequence[int | str]) -> np.random.Philox:
     words = [part & 0xFFFFFFFF if isinstance(part, int) else _name_word(part) for part in key]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    return np.random.Philox(np.random.SeedSequence(words))
 
 
 @lru_cache(maxsize=256)
