@@ -12,12 +12,10 @@ from typing import Any
 
 from pipelines.tokenizer.guarded_loader import (
     UNUSED_PARTS,
-    check_tokenizer,
     parse_tokenizer,
     read_tokenizer_tree,
 )
 from pipelines.tokenizer.training import PAD, SPECIAL, UNKNOWN
-from skillnet.rust_panics import panics_as_errors
 from skillnet_platform.errors import UserError
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -40,7 +38,7 @@ def convert_tokenizer(path: str | Path) -> str:
             read from the disk only, and none of its code is run.
 
     Raises:
-        UserError: there is no tokenizer, it has no fast form, or its ids cannot be remapped.
+        UserError: there is no tokenizer.json, it is rejected, or its ids cannot be remapped.
     """
     tree = _read_tree(Path(path))
     if list(_read_vocabulary(tree))[: len(SPECIAL)] == list(SPECIAL) and _has_bytes(tree):
@@ -75,38 +73,25 @@ def convert_tokenizer(path: str | Path) -> str:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    """Return the JSON of the fast form of a tokenizer file or directory, after its checks.
+    """Return the JSON of a tokenizer file or directory, after its checks.
 
     Without padding, truncation and post-processing: the transforms do these.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file() and file.suffix == ".json":
-        try:
-            tree = read_tokenizer_tree(file) | dict.fromkeys(UNUSED_PARTS)
-            parse_tokenizer(tree)
-            return tree
-        except ValueError as error:
-            raise UserError(f"{file}: not a tokenizer ({error})") from None
-    if not path.is_dir():
+    if path.is_dir() and not file.is_file():
+        # transformers would build one from other files without the checks of this project.
+        raise UserError(
+            f"{path}: it has no tokenizer.json; write one with transformers: "
+            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(…), or give another "
+            "directory"
+        )
+    if not file.is_file():
         raise UserError(f"{path}: no tokenizer there; expected a tokenizer.json, or its directory")
-    from transformers import AutoTokenizer
-
     try:
-        with panics_as_errors("its files are damaged"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:
-        line = str(error).strip().splitlines() or [""]
-        raise UserError(f"{path}: transformers finds no tokenizer there ({line[0]})") from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"{path}: this tokenizer has no fast form (no tokenizer.json)")
-    tree = json.loads(backend.to_str()) | dict.fromkeys(UNUSED_PARTS)
-    try:
-        check_tokenizer(tree)
+        tree = read_tokenizer_tree(file) | dict.fromkeys(UNUSED_PARTS)
+        parse_tokenizer(tree)
     except ValueError as error:
-        raise UserError(f"{path}: the tokenizer is rejected ({error})") from None
+        raise UserError(f"{file}: not a tokenizer ({error})") from None
     return tree
 
 

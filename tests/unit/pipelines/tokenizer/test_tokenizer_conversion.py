@@ -1,6 +1,7 @@
 """Converted tokenizers: all kinds, no unknown tokens, and the model's four fixed ids."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,22 @@ def test_small_vocabulary_keeps_the_most_frequent_characters() -> None:
     assert "的" in learnt
 
 
+@pytest.mark.parametrize("file", ["vocab.txt", "spiece.model", "tokenizer_config.json"])
+def test_a_directory_without_tokenizer_json_reaches_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / file).write_text('{"tokenizer_class": "BertTokenizer", "vocab": "x"}')
+    with pytest.raises(UserError, match=r"it has no tokenizer\.json"):
+        convert_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none", None, "no tokenizer there"),
         ("bad.json", "{}", "not a tokenizer"),
-        ("folder/x.txt", "x", "finds no tokenizer there"),
+        ("folder/x.txt", "x", r"folder: it has no tokenizer\.json; .*save_pretrained"),
     ],
 )
 def test_invalid_tokenizer_is_reported(
