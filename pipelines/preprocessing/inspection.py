@@ -28,6 +28,7 @@ from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import unpack_hint
 from pipelines.corpora.formats.record_reader import read_json_entries, read_records
 from pipelines.corpora.readers.fields import RecordCorpus
+from pipelines.corpora.readers.folder import FolderCorpus
 from pipelines.corpora.readers.label_values import count_labels, describe_numeric_labels
 from pipelines.io.directory import SourceDirectory, to_printable
 from pipelines.io.media import MediaReadError, read_media
@@ -265,6 +266,8 @@ def _find_record(corpus: ExternalCorpus) -> dict[str, Any]:
         finally:
             del corpus.build_row
         record = records[0] if records else None
+    elif isinstance(corpus, FolderCorpus):
+        record = next(corpus.tables[0].records(corpus.source, 1), None)
     elif files:
         record = next(read_records(corpus.source, files[0]), (None,))[-1]
         if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):

@@ -72,14 +72,13 @@ def read_records(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]
     return read_json_lines(source, file)
 
 
-def describe_first_error(source: SourceDirectory, file: str) -> str:
+def describe_first_error(records: Iterator[NumberedRecord]) -> str:
     """Return " (reason)" if the first record cannot be read, to append to a message; else "".
 
     Args:
-        source: the directory of the file.
-        file: path of the file in ``source``.
+        records: records of a file from its start.
     """
-    first = next(read_records(source, file), (1, None))[1]
+    first = next(records, (1, None))[1]
     return f" ({first.reason})" if isinstance(first, BadRecord) else ""
 
 

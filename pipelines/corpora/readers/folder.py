@@ -104,9 +104,9 @@ class FolderCorpus(RecordCorpus):
                 named[table].append(_file_and_split_names(record))
         names = [row for rows in named.values() for row in rows]
         if not sample.names:
-            first = self.tables[0].file
-            cause = describe_first_error(self.source, first)
-            where = f" in {first}" if first else ""
+            first = self.tables[0]
+            cause = describe_first_error(first.read(self.source))
+            where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
         self.file_field, extension = find_file_field(names)
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
@@ -135,7 +135,8 @@ class FolderCorpus(RecordCorpus):
                 self._try_relative_name(row.get(self.file_field or "")) for row in named[table]
             )
             names = [name for name in tried if name]
-            found = locate_media(first, names, self.media_source)
+            option = f"--options.{self.name}.media"
+            found = locate_media(first, names, self.media_source, option)
             located.append(found or first)
             missing += [first] if names and not found else []
         is_partial = len(missing) < len(located)

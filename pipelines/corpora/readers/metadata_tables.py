@@ -30,6 +30,7 @@ from pipelines.corpora.readers.fields import (
     parse_split_name,
 )
 from pipelines.io.directory import SourceDirectory
+from skillnet_platform.errors import UserError
 
 METADATA_NAMES = tuple(
     f"metadata{suffix}{compression}"
@@ -267,14 +268,18 @@ def is_caption_file(file: str) -> bool:
 
 
 def locate_media(
-    table: MetadataTable, names: Sequence[str], media: SourceDirectory
+    table: MetadataTable, names: Sequence[str], media: SourceDirectory, option: str
 ) -> MetadataTable | None:
     """Return a table with the folder that holds the media of its first rows, or None.
 
     Args:
-        table: a table; its own folder is tried first, and all folders of ``media`` last.
+        table: a table; its own folder is tried first, and the folders of ``media`` last.
         names: file names of its first rows.
         media: directory of the media.
+        option: name of the option for ``media``, for the message.
+
+    Raises:
+        UserError: several folders hold files of these names, such as images and masks.
     """
 
     def holds(folder: str) -> bool:
@@ -282,10 +287,20 @@ def locate_media(
 
     known = dict.fromkeys((table.folder, *table.media_folders))
     folder = next(filter(holds, known), None)
-    if folder is None:
-        others = [entry.name for entry in media.entries() if entry.is_folder]
-        folder = next(filter(holds, others[:_TRIED_FOLDERS]), None)
-    return None if folder is None else replace(table, folder=folder)
+    if folder is not None:
+        return replace(table, folder=folder)
+    others = [entry.name for entry in media.entries() if entry.is_folder][:_TRIED_FOLDERS]
+    # Splits often use the same names: train/1.jpg and test/1.jpg.
+    own_split = [name for name in others if table.split and parse_split_name(name) == table.split]
+    no_split = [name for name in others if parse_split_name(name) is None]
+    found = list(filter(holds, own_split)) or list(filter(holds, no_split))
+    if len(found) > 1:
+        raise UserError(
+            f"{media.uri}: the folders {', '.join(found)} hold files of the same names, and "
+            f"{table.file} does not decide between them. Give the folder of the media: "
+            f"{option} {media.path(found[0])}"
+        )
+    return replace(table, folder=found[0]) if found else None
 
 
 def _exists(media: SourceDirectory, name: str) -> bool:

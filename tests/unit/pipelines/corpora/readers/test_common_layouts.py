@@ -10,6 +10,8 @@ from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.corpora.readers.fields import parse_split_name, parse_split_prefix
 from pipelines.io.directory import SourceDirectory
+from pipelines.preprocessing import inspection
+from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.unit.pipelines.corpora.readers.test_readers import Rows, media, read, sizes
 
@@ -206,6 +208,9 @@ def test_ljspeech(tmp_path: Path, fields: int) -> None:
     first = next(row for each in rows.values() for row in each if row["row"] == 1)
     assert first["text"] == f'"{word} 0, he said'
     assert first["media"]["path"].endswith("wavs/LJ001-0000.wav")
+    source = inspection.inspect_corpus(str(tmp_path))["source"]
+    assert source["file_name"] == "LJ001-0000.wav"
+    assert source["text"] == f'"{word} 0, he said'
 
 
 def test_csv_with_semicolons(tmp_path: Path) -> None:
@@ -226,3 +231,33 @@ def test_unread_annotation_files_are_named(tmp_path: Path) -> None:
     corpus = detected(tmp_path)
     assert corpus.annotations_present == ("labels",)
     assert unread(corpus) == "a/b.json.gz, labels.csv, xml/*.xml (5 files)"
+
+
+def write_image_table(home: Path, split: str, *folders: str) -> None:
+    """Write a table of four images, and an image of each name in each folder."""
+    for number in range(4):
+        write_files(home, user_corpora.jpg(number), *(f"{each}/{number}.jpg" for each in folders))
+    rows = (f"{number}.jpg,{split} {number}\n" for number in range(4))
+    (home / f"{split}.csv").write_text("image,caption\n" + "".join(rows), "utf-8")
+
+
+def test_splits_with_files_of_equal_names(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        write_image_table(tmp_path, split, f"{split}2014", "old-train")
+    rows, reasons = read(detected(tmp_path))
+    assert sizes(rows) == {"test": 4, "train": 4, "validation": 4}
+    assert reasons == {"a media file that no row refers to": 4}
+    for split, folder in (("train", "train"), ("validation", "val"), ("test", "test")):
+        for row in rows[split]:
+            assert f"/{folder}2014/" in row["media"]["path"]
+            assert row["captions"][0].startswith(folder)
+
+
+def test_an_unclear_folder_of_media_is_asked_for(tmp_path: Path) -> None:
+    """Masks have the names of their images."""
+    write_image_table(tmp_path, "train", "images", "masks")
+    with pytest.raises(UserError, match=r"the folders images, masks .*--options\.mine\.media "):
+        detected(tmp_path)
+    corpus = detected(tmp_path, {"media": str(tmp_path / "masks")})
+    rows, _ = read(corpus)
+    assert all("/masks/" in row["media"]["path"] for each in rows.values() for row in each)
