@@ -70,6 +70,28 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     return model
 
 
+def remove_skill(model: SkillNet, name: str) -> SkillNet:
+    """Remove a skill in place from every module that has skills.
+
+    Args:
+        model: any SkillNet.
+        name: a skill that no plan of the model's tasks activates.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a plan activates the skill.
+    """
+    # Replaced first: the configuration rejects plans with a skill that it lacks.
+    kept = tuple(skill for skill in model.config.skills if skill != name)
+    model.config = dataclasses.replace(model.config, skills=kept)
+    for module in model.modules():
+        if isinstance(module, SkillWeights) and name in module.weights:
+            module.remove(name)
+    return model
+
+
 def remove_task(model: TaskModel, name: str) -> TaskModel:
     """Remove a task and its head in place. Skills and stems stay.
 

@@ -94,6 +94,11 @@ class SkillWeights(nn.Module):
                 weight.copy_(self._get(init_from))
         self.weights[name] = nn.Parameter(weight)
 
+    def remove(self, name: str) -> None:
+        """Remove a skill with its weights."""
+        del self.weights[name]
+        self._merged.clear()
+
     def _get(self, name: str) -> Tensor:
         if name not in self.weights:
             raise ValueError(

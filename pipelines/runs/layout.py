@@ -14,6 +14,8 @@ from skillnet_platform.storage.temporary import is_temporary, remove_leftovers
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
+#: Summary of the training: time, losses, throughput.
+TRAINED = "trained.json"
 #: File beside a copy of weights: the configuration that they were trained with.
 SETTINGS = "settings.json"
 LOCK = ".lock"

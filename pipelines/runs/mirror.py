@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.layout import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -30,8 +31,6 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 #: Files of a run that are copied as they are, if they exist.
 STATE = ("run.json", "progress.jsonl")
-#: Summary of the training: time, losses, throughput.
-TRAINED = "trained.json"
 RESULTS = (TRAINED, "evaluation.csv", "outcomes.parquet")
 FOLDERS = ("model",)
 CHECKPOINTS = "checkpoints"

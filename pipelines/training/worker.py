@@ -9,14 +9,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.runs.mirror import TRAINED, mirror_of
+from pipelines.runs.layout import TRAINED
+from pipelines.runs.mirror import mirror_of
 from pipelines.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
 from pipelines.training.loop import train_model
 from pipelines.training.reporter import OnEvaluation, RunReporter, SilentReporter
 from pipelines.training.resolved_run import ResolvedRun
-from skillnet.growth import remove_task
+from skillnet.growth import remove_skill, remove_task
+from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
@@ -83,9 +86,7 @@ def run_worker(
             _end_for_resize(world, node_id)
         # A preempted run has no final model; it resumes from its checkpoint.
         if not result.preempted:
-            # The final model has no heads of auxiliary tasks.
-            for name in config.tasks.keys() - config.measured.keys():
-                remove_task(result.model, name)
+            remove_untrained_parts(run, result.model)
             result.model.save_pretrained(folder / MODEL)
         write_json(folder / TRAINED, result.to_dict() | {"world": world, "seed": config.seed})
     finally:
@@ -94,6 +95,28 @@ def run_worker(
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
         upload_trained(mirror, uploads, config.storage.patience, is_remote)
+
+
+def remove_untrained_parts(run: ResolvedRun, model: TaskModel) -> None:
+    """Remove, in place, heads of auxiliary tasks, and skills that have random weights.
+
+    A skill is random if no task of the run activates it and no start model has it: a run on one
+    own corpus uses two of the seven default skills.
+
+    Args:
+        run: the run.
+        model: at its end.
+    """
+    if isinstance(model, SkillNet):
+        used = {skill for task in model.config.tasks.values() for skill in task.skills}
+        unused = [skill for skill in model.config.skills if skill not in used]
+        # The report loads the initial weights once more, so it is made only if it matters.
+        taken = run.init_report.taken if unused and run.init_report is not None else []
+        for skill in unused:
+            if f"skill-{skill}" not in taken:
+                remove_skill(model, skill)
+    for name in run.config.tasks.keys() - run.config.measured.keys():
+        remove_task(model, name)
 
 
 def _end_for_resize(world: int, node_id: str) -> None:

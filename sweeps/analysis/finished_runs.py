@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
 from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes
-from pipelines.runs.mirror import TRAINED
+from pipelines.runs.layout import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

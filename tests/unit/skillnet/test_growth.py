@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skillnet import SkillNet, SkillPlan
-from skillnet.growth import add_skill, add_task, remove_task
+from skillnet.growth import add_skill, add_task, remove_skill, remove_task
 from skillnet.skills import Task
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
@@ -156,3 +156,19 @@ def test_a_task_taken_off_leaves_the_others_as_they_were() -> None:
     assert "head-text_to_code" not in model.files_of()
     with pytest.raises(ValueError, match="unknown task 'text_to_code'"):
         remove_task(model, "text_to_code")
+
+
+@pytest.mark.parametrize("modules", ["both", "feedforward"])
+def test_a_removed_skill_leaves_the_rest_to_the_bit(modules: str, tmp_path: Path) -> None:
+    model = add_skill(small_model(skill_modules=modules), "depth")
+    batch = batch_of("image", model.config)
+    with torch.no_grad():
+        before = model.encode(batch, PLANS["image"])
+        assert remove_skill(model, "depth") is model
+        assert torch.equal(model.encode(batch, PLANS["image"]), before)
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "skill-depth.safetensors").exists()
+    loaded = SkillNet.from_pretrained(tmp_path / "model")
+    assert loaded.config.skills == small_model(skill_modules=modules).config.skills
+    with pytest.raises(ValueError, match="unknown skill 'image'"):
+        remove_skill(model, "image")
