@@ -90,6 +90,27 @@ def is_corpus_key(key: str) -> bool:
     return key.partition(".")[0] == "corpora"
 
 
+def check_trained_corpora(config: FinetuneConfig, before: FinetuneConfig, stored: Path) -> None:
+    """Raise UserError if a run was trained on other corpora than a configuration names.
+
+    Args:
+        config: configuration of this call.
+        before: configuration of the existing run.
+        stored: its file, for the message.
+    """
+    # A corpus without a digest is missing, and a finished run needs none.
+    pairs = {name: (before.corpora.get(name), config.corpora.get(name)) for name in before.corpora}
+    differing = [name for name, (old, new) in pairs.items() if old and new and old != new]
+    if differing:
+        old, new = pairs[differing[0]]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"the run {before.name} was trained on another corpus: corpora.{differing[0]} is {old} "
+            f"in {stored}, and {new} below {config.data}{more}. Restore that corpus to resume the "
+            "run, or give another --name"
+        )
+
+
 def check_corpus_digest(name: str, expected: str | None, found: str, location: Location) -> None:
     """Raise UserError if a corpus is not the one that the configuration names.
 

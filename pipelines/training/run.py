@@ -130,7 +130,11 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     Raises:
         UserError: the folder is no run, a run of another configuration, or damaged.
     """
-    from pipelines.runs.identity import find_identity_differences, is_corpus_key
+    from pipelines.runs.identity import (
+        check_trained_corpora,
+        find_identity_differences,
+        is_corpus_key,
+    )
 
     config, folder = run.config, run.folder
     stored = folder / CONFIG
@@ -143,19 +147,15 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     except UserError as error:
         raise UserError(f"{stored} is damaged: {error}") from None
     differing = find_identity_differences(before, config)
-    if differing:
-        key, (old, new) = next(iter(differing.items()))
-        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        if is_corpus_key(key):
-            raise UserError(
-                f"the run {config.name} was trained on another corpus: {key} is {old} in {stored}, "
-                f"and {new} below {config.data}{more}. Restore that corpus to resume the run, or "
-                "give another --name"
-            )
+    settings = [key for key in differing if not is_corpus_key(key)]
+    if settings:
+        old, new = differing[settings[0]]
+        more = f" and {len(settings) - 1} more" if len(settings) > 1 else ""
         raise UserError(
-            f"the run {config.name} has {key} {old}, not {new}{more}; give another --name, or "
-            f"--config {stored} to resume it"
+            f"the run {config.name} has {settings[0]} {old}, not {new}{more}; give another --name, "
+            f"or --config {stored} to resume it"
         )
+    check_trained_corpora(config, before, stored)
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
         # A run that stopped early, for example at max_minutes, is not finished.

@@ -14,6 +14,7 @@ from pipelines.runs.layout import lock_run_folder
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
+from sweeps.trials.ledger import check_trial_corpora
 from sweeps.trials.source import ListedTrials, TrialSource, find_first_rung
 from sweeps.trials.trial import Trial, TrialOutcome, place_config
 
@@ -131,6 +132,9 @@ def check_trial(
         validate_run(resolve_run(trial.config))
         if folder is not None and trial.pretrain is None:
             find_finished_result(resolve_run(place_config(trial.config, folder / trial.name)))
+        elif folder is not None:
+            # Its initial weights are not known yet.
+            check_trial_corpora(trial, folder / trial.name)
     except UserError as error:
         raise UserError(f"trial {trial.name}: {error}") from None
     if score is not None:

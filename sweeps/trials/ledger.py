@@ -12,9 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.identity import check_trained_corpora
 from pipelines.runs.layout import CONFIG, RESULT, RUN, read_result
 from pipelines.runs.mirror import RunMirror
 from pipelines.runs.progress_log import PROGRESS
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_record, write_json
 from skillnet_platform.tracking import Tracker, read_run_id
 from sweeps.config.trials import TrialStatus
@@ -73,8 +77,9 @@ class LedgerEntry:
         A failed trial runs again.
 
         Raises:
-            UserError: a file of the trial is damaged.
+            UserError: a file of the trial is damaged, or the trial ended on another corpus.
         """
+        check_trial_corpora(self.trial, self.folder)
         if (self.folder / RESULT).is_file():
             return self.build_outcome("finished")
         if (self.folder / OUTCOME).is_file():
@@ -199,6 +204,25 @@ def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
         # A stopped trial cannot become the model of its group.
         if entry.outcome.group not in best or entry.outcome.status == "stopped":
             entry.remove_weights()
+
+
+def check_trial_corpora(trial: Trial, folder: Path) -> None:
+    """Raise UserError if the run in a trial's directory was trained on other corpora.
+
+    Scores of a sweep are compared, so all of its trials must read the same rows.
+
+    Args:
+        trial: the trial, with the digests of its corpora as far as they are known.
+        folder: run directory, which may be missing.
+    """
+    stored = folder / CONFIG
+    if not stored.is_file():
+        return
+    try:
+        before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
+    except UserError as error:
+        raise UserError(f"{stored} is damaged: {error}") from None
+    check_trained_corpora(trial.config, before, stored)
 
 
 def prune_trial(folder: Path) -> None:

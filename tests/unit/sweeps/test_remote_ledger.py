@@ -28,7 +28,8 @@ def test_an_empty_disk_restores_the_ledger_without_models(
     uri = f"{object_store.uri}/sweep"
     here = trial_at(tmp_path / "here/trials/000", f"{uri}/trials/000")
     assert here.mirror is not None
-    for name in ("config.yaml", "trial.json", "run.json"):
+    (here.folder / "config.yaml").write_text("seed: 0\n")
+    for name in ("trial.json", "run.json"):
         (here.folder / name).write_text('{"run_id": "known"}')
     (here.folder.parent / "proposed.jsonl").write_text('{"lr": 1}\n')
     remote_ledger.send_trial(here.mirror)
