@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from skillnet.build_budget import limit_weights
+from skillnet.build_budget import count_saved_weights, limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.heads import HEADS, MaskedHead, RetrievalHead
@@ -33,9 +33,6 @@ from skillnet.serialization import (
 )
 from skillnet.skills import find_task, nearest_hint
 from skillnet.staging import replace_folder, staging_folder
-
-#: Shortest entry of a tensor in the header of a safetensors file.
-HEADER_BYTES_PER_TENSOR = 50
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -90,6 +87,15 @@ class TaskModel(nn.Module):
                 hint = nearest_hint(key, known) if known else "; it has none"
                 raise ValueError(f"system {cls.system}: unknown option {key!r}{hint}")
         return cls.options_class(**(given or {}))
+
+    @classmethod
+    def parse_saved_options(cls, given: Mapping[str, Any] | None) -> Any:
+        """Build the options of a saved model, whose weights come from its own files only.
+
+        Args:
+            given: as in :meth:`parse_options`.
+        """
+        return cls.parse_options(given)
 
     def add_heads(self) -> None:
         """Build the heads of all tasks. Subclasses call this last in their constructor."""
@@ -302,12 +308,12 @@ class TaskModel(nn.Module):
                 f"{folder} holds a model of the system {system!r}, not {cls.system!r}; "
                 "skillnet.systems.load_model reads any"
             )
-        if isinstance(options, dict) and options.get("download"):
-            options = options | {"download": False}  # loading a model downloads nothing
         if task is not None:
             config = cls.config_for(config, task)
-        # A few bytes of configuration can request any amount of memory. The file sizes cannot.
-        with torch.device("meta"), limit_weights(_count_weights(folder, manifest)):
+        # A few bytes of configuration can request any amount of memory. The files cannot.
+        files = (folder / name for name in manifest["files"] if name.endswith(".safetensors"))
+        budget = limit_weights(count_saved_weights(files))
+        with torch.device("meta"), budget:
             _check_shapes(folder, cls._build(folder, config, options), manifest)
         model = cls._build(folder, config, options)
         dtype = None
@@ -323,7 +329,7 @@ class TaskModel(nn.Module):
     @classmethod
     def _build(cls, folder: Path, config: SkillNetConfig, options: Any) -> Self:
         try:
-            return cls(config, cls.parse_options(options))
+            return cls(config, cls.parse_saved_options(options))
         except Exception as error:  # any library that a system builds its encoders with
             raise ValueError(
                 f"{folder / 'config.json'}: cannot build a {cls.system} model from it: "
@@ -363,13 +369,6 @@ def save_model(model: TaskModel, path: Path) -> None:
     with staging_folder(path) as staging:
         write_manifest(staging, write_parts(model, staging))
         replace_folder(staging, path)
-
-
-def _count_weights(folder: Path, manifest: dict[str, Any]) -> int:
-    """Return the most tensors that the files of a saved model can hold; files may be missing."""
-    paths = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
-    # The headers are not read: a model that is loaded for one task opens the files of that task.
-    return sum(path.stat().st_size for path in paths if path.is_file()) // HEADER_BYTES_PER_TENSOR
 
 
 def _check_shapes(folder: Path, model: TaskModel, manifest: dict[str, Any]) -> None:

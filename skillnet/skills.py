@@ -3,6 +3,7 @@
 This module is pure Python without torch. docs/skills.md gives the source of each default.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -209,9 +210,9 @@ def check_names(names: Sequence[str], where: str) -> None:
         if name == "shared":
             raise ValueError(f"{where}: 'shared' means the weights of all tasks; choose another")
     # Skills become file names, and some file systems ignore case.
-    folded = [name.casefold() for name in names]
-    for name, key in zip(names, folded, strict=True):
-        if folded.count(key) > 1:
+    counts = Counter(name.casefold() for name in names)
+    for name in names:
+        if counts[name.casefold()] > 1:
             raise ValueError(f"{where}: {name!r} occurs twice (upper and lower case are the same)")
 
 
@@ -226,8 +227,9 @@ def check_plan(plan: SkillPlan, skills: Sequence[str], where: str = "plan") -> N
     Raises:
         ValueError: an unknown skill, with the nearest valid name.
     """
+    known = set(skills)
     for name in plan.skills:
-        if name not in skills:
+        if name not in known:
             raise ValueError(f"{where}: unknown skill {name!r}{nearest_hint(name, skills)}")
 
 

@@ -22,6 +22,7 @@ from skillnet.baselines.hf_checkpoints import (
     require_finite,
     silence_library_logs,
 )
+from skillnet.baselines.shape_bounds import check_shape, check_table
 from skillnet.config import SkillNetConfig
 from skillnet.stems import PAD
 
@@ -92,6 +93,13 @@ class TransformersArchitecture(LibraryArchitecture):
     def check(self, found: Any, config: SkillNetConfig) -> None:
         """Raise ValueError, naming the key, if a checkpoint does not fit the study."""
 
+    def check_tables(self, found: Any) -> None:
+        """Raise ValueError if the library would build a table of fixed positions that is too large.
+
+        Args:
+            found: configuration of the library.
+        """
+
     def fresh(self, config: SkillNetConfig, hidden: int) -> Shape:
         return self._plain(self._config(self.sizes(config, hidden) | self.inputs(config)))
 
@@ -104,14 +112,18 @@ class TransformersArchitecture(LibraryArchitecture):
             )
         if "quantization_config" in values:
             raise ValueError(f"{folder} holds quantized weights; give it in full precision")
-        found = self._class(self.config_class).from_dict(values | self.inputs(config))
+        settings = {key: value for key, value in values.items() if key in self._settings()}
+        check_shape(f"{folder}/config.json", settings)
+        found = self._class(self.config_class).from_dict(settings | self.inputs(config))
         self.check(found, config)
         return self._plain(found)
 
     def build(
         self, shape: Shape, dim: int, weights: Path | None = None
     ) -> library_encoders.EncoderAdapter:
+        check_shape(f"shape of {self.name}", shape, self._settings())
         config = self._config(shape)
+        self.check_tables(config)
         model = self.model(config) if weights is None else self._load(weights, config)
         return self.tower(model, getattr(config, self.width_key), dim)
 
@@ -148,11 +160,14 @@ class TransformersArchitecture(LibraryArchitecture):
         config._attn_implementation = "eager"
         return config
 
-    @staticmethod
-    def _plain(config: Any) -> Shape:
+    def _plain(self, config: Any) -> Shape:
         kept = config.to_diff_dict()
-        # Versions and other metadata of the library are not part of the shape.
-        return json.loads(json.dumps({k: v for k, v in kept.items() if k not in _ABOUT}))
+        # Labels, versions and other metadata of the library are not part of the shape.
+        return json.loads(json.dumps({k: v for k, v in kept.items() if k in self._settings()}))
+
+    def _settings(self) -> frozenset[str]:
+        """Return the keys that the library documents for this model, without those of all."""
+        return frozenset(self._class(self.config_class).__annotations__)
 
     @staticmethod
     def _class(name: str) -> Any:
@@ -228,6 +243,11 @@ class VideoMAE(TransformersArchitecture):
             "hidden_dropout_prob": layer_dropout(config),
         }
 
+    def check_tables(self, found: Any) -> None:
+        across = _first(found.image_size) // _first(found.patch_size)
+        tokens = across**2 * (found.num_frames // found.tubelet_size)
+        check_table("shape of videomae", tokens, found.hidden_size)
+
     def check(self, found: Any, config: SkillNetConfig) -> None:
         cut = (found.tubelet_size, found.patch_size, found.patch_size)
         require_equal("(tubelet_size, patch_size, patch_size)", cut, "tubelet", config.tubelet)
@@ -265,6 +285,9 @@ class Speech2Text(TransformersArchitecture):
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
         return {"dropout": layer_dropout(config)}
+
+    def check_tables(self, found: Any) -> None:
+        check_table("shape of speech2text", found.max_source_positions, found.d_model)
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
         require_equal(
@@ -353,7 +376,7 @@ class ViT(LibraryArchitecture):
     ) -> library_encoders.EncoderAdapter:
         import timm
 
-        _check_architecture(shape["architecture"], shape["arguments"])
+        _check_architecture(shape.get("architecture"), shape.get("arguments"))
         extra: dict[str, Any] = {}
         if weights is not None:
             file = str(next(iter(sorted(weights.glob("*.safetensors")))))
@@ -393,6 +416,7 @@ def _check_architecture(name: Any, arguments: Any) -> None:
         raise ValueError(f"{name!r} is no Vision Transformer of this version of timm")
     if not isinstance(arguments, dict) or _LOADS & set(arguments):
         raise ValueError(f"{name}: its arguments name other things to load; they may be sizes only")
+    check_shape(name, arguments)
 
 
 FAMILIES: dict[str, LibraryArchitecture] = {
@@ -407,7 +431,10 @@ FAMILIES: dict[str, LibraryArchitecture] = {
     )
 }
 
-_ABOUT = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+
+def _first(size: Any) -> int:
+    """Return the height of a size that is one number, or a height and a width."""
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def layer_dropout(config: SkillNetConfig) -> float:

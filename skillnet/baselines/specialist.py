@@ -122,6 +122,17 @@ class SpecialistModel(TaskModel):
             )
         self.add_heads()
 
+    @classmethod
+    def parse_saved_options(cls, given: Mapping[str, Any] | None) -> SpecialistOptions:
+        """Build the options of a saved model, which names no other files to load.
+
+        Args:
+            given: option name -> value.
+        """
+        options: SpecialistOptions = cls.parse_options(given)
+        used = {name: path for name, path in options.checkpoints.items() if name in options.shapes}
+        return dataclasses.replace(options, checkpoints=used, download=False)
+
     def _tower(self, modality: Modality, options: SpecialistOptions) -> EncoderAdapter:
         family, dim = options.family(modality), self.config.dim
         if modality in options.shapes:

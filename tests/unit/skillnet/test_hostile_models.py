@@ -9,7 +9,6 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from pipelines.training.optimizer import WeightAverage, build_optimizer
 from skillnet import systems
 from skillnet.baselines import library_models
 from skillnet.baselines.hf_checkpoints import find_checkpoint, require_finite
-from skillnet.build_budget import limit_weights
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import hash_file, read_manifest, write_manifest
 from tests.helpers.small_models import small_model
@@ -298,14 +296,6 @@ def test_a_small_configuration_of_millions_of_weights_is_rejected_at_once(saved:
     with pytest.raises(ValueError, match=r"more than the \d+ weights of its files"):
         systems.load_model(saved)
     assert time.process_time() - begin < 10
-
-
-def test_models_of_other_threads_are_built_while_one_is_limited() -> None:
-    with limit_weights(0), ThreadPoolExecutor(1) as threads:
-        assert threads.submit(torch.nn.Linear, 2, 2).result().weight.shape == (2, 2)
-        with pytest.raises(ValueError, match="more than the 0 weights"):
-            torch.nn.Linear(2, 2)
-    torch.nn.Linear(2, 2)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\xff"])
