@@ -138,20 +138,31 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
 def register_run(
     config: FinetuneConfig, run: Path, rows: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Register the model of a run and decide on its promotion; None if not requested.
+    """Register the model of a run and decide on its promotion.
+
+    A run of a few steps may leave a task untrained, and a given name may belong to another system.
+    Such a run is kept, and a warning states the reason.
 
     Args:
         config: of the run.
         run: its folder.
         rows: its evaluation; without rows nothing is registered.
+
+    Returns:
+        Name, version, alias and address; None if nothing is registered.
     """
     if not config.tracking.register or not rows:
         return None
     from pipelines.runs.model_source import resolve_model
-    from pipelines.serving.registration import register_model
+    from pipelines.serving.registration import UntrainedTaskError, register_model
+    from skillnet_platform.tracking.champion import OtherSystemError
 
     source = resolve_model(str(run), config.tracking.uri)
-    made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
+    try:
+        made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
+    except (UntrainedTaskError, OtherSystemError) as error:
+        console.print_warning(str(error))
+        return None
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
 
 

@@ -112,7 +112,7 @@ def _grow_in_folder(
         _log_report(report, run, tracker)
     # The report is written first, so that it shows what changed if the check fails.
     verification.assert_frozen_unchanged(report)
-    result["registered"] = _register(config, settings, run, result, report)
+    result["registered"] = _register(config, source, settings, run, result, report)
     result["growth"] = report.to_dict()
     write_json(run / layout.RESULT, result)
     return result
@@ -191,6 +191,7 @@ def _log_report(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
 
 def _register(
     config: GrowConfig,
+    source: "ModelSource",
     settings: "FinetuneConfig",
     run: Path,
     result: dict[str, Any],
@@ -199,16 +200,27 @@ def _register(
     if not config.tracking.register:
         return None
     from pipelines.runs import model_source
-    from pipelines.serving.registration import register_model
-
-    registered = register_model(
-        model_source.resolve_model(str(run), config.tracking.uri),
-        str(settings.data),
-        # The run has measured the model; a second evaluation would only take time.
-        rows=result["evaluation"],
-        uri=config.tracking.uri,
-        description=report.summarize(),
+    from pipelines.serving.registration import (
+        UntrainedTaskError,
+        check_trained_tasks,
+        register_model,
     )
+    from skillnet_platform.tracking.champion import OtherSystemError
+
+    try:
+        # The old tasks took no step here, so they are as trained as in the source.
+        check_trained_tasks(source)
+        registered = register_model(
+            model_source.resolve_model(str(run), config.tracking.uri),
+            str(settings.data),
+            # The run has measured the model; a second evaluation would only take time.
+            rows=result["evaluation"],
+            uri=config.tracking.uri,
+            description=report.summarize(),
+        )
+    except (UntrainedTaskError, OtherSystemError) as error:
+        console.print_warning(str(error))
+        return None
     return {
         "name": registered.name,
         "version": registered.version,

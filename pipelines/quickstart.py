@@ -36,12 +36,10 @@ class QuickstartConfig(FinetuneConfig):
         evaluate: evaluate the final model on the test splits; needed for the table.
         archives: directory of the downloads; null takes ``archives`` in the run root.
         skip: stages to skip, because they were done before.
-        registered: name of the registered model.
     """
 
     archives: str | None = None
     skip: list[Literal["fetch", "prepare", "simple_baselines"]] = field(default_factory=list)
-    registered: str = "skillnet"
 
 
 @dataclass
@@ -111,7 +109,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
         result = finetune(training)
     rows = result["evaluation"]
-    with stages.stage("register", f"registering the model as {config.registered}"):
+    with stages.stage("register", "registering the model"):
         registered = _register(config, data, result, rows, baselines)
         total = _record_baselines(config, result, rows, baselines)
     return {
@@ -170,9 +168,7 @@ def _register(
 
     uri = config.tracking.uri
     source = model_source.resolve_model(result["run"], uri)
-    return register_model(
-        source, data, rows=rows, baseline_rows=baselines, name=config.registered, uri=uri
-    )
+    return register_model(source, data, rows=rows, baseline_rows=baselines, uri=uri)
 
 
 def _record_baselines(
@@ -228,7 +224,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         cells,
         caption="active: fraction of the parameters that the task uses",
     )
-    name = f"models:/{config.registered}@{done['alias']}"
+    name = f"{done['model'].rpartition('/')[0]}@{done['alias']}"
     console.print_note(
         f"The model is {name} ({done['model']}); all stages took "
         f"{format_minutes(done['seconds'])}. Next commands:\n"
@@ -257,7 +253,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         "data",
         "archives",
         "skip",
-        "registered",
+        "tracking.registered_model",
         "seed",
         "model.dim",
         "model.num_layers",

@@ -23,7 +23,8 @@ class RegisterConfig:
 
     Args:
         source: name, id or folder of a run, checkpoint, or saved model.
-        name: name of the registered model.
+        name: name of the registered model; by default that of the training run, such as skillnet or
+            skillnet-dense.
         data: directory or URI of prepared corpora; by default corpora below the run root.
         bootstrap_samples: resamples of the confidence intervals that promotion compares.
         force: make it champion without the comparison.
@@ -33,7 +34,7 @@ class RegisterConfig:
     """
 
     source: str = positional_field()
-    name: str = "skillnet"
+    name: str | None = None
     data: str | None = None
     bootstrap_samples: ResampleCount = 1000
     force: bool = False
@@ -60,7 +61,7 @@ def show_registration(registered: "RegisteredVersion") -> None:
     RegisterConfig,
     description="Register a trained model with its tokenizer and output names as a new version. "
     "It becomes the champion if it is not worse on any task and better on at least one, by "
-    "confidence interval.",
+    "confidence interval. Models of different systems are never compared.",
     example="skillnet register my-run",
     show=show_registration,
     resources=lambda config: request_model(config.source, config.data),

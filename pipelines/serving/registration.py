@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from skillnet_platform.tracking.registry import RegisteredVersion
 
 
+class UntrainedTaskError(UserError):
+    """A task of the model has random weights, so the model is not registered."""
+
+
 def register_model(
     source: "ModelSource",
     data: str | Path,
     *,
     rows: Sequence[dict[str, Any]] | None = None,
     baseline_rows: Sequence[dict[str, Any]] = (),
-    name: str = "skillnet",
+    name: str | None = None,
     uri: str | None = None,
     bootstrap_samples: int = 1000,
     force: bool = False,
@@ -44,20 +48,19 @@ def register_model(
         data: directory of prepared corpora.
         rows: evaluation rows on the test splits; None evaluates the model now.
         baseline_rows: of chance and the simple baselines, for the page of the version.
-        name: name of the registered model.
+        name: name of the registered model; None takes the name that its training run set, or
+            derives one from the experiment and the system.
         uri: MLflow tracking URI.
         bootstrap_samples: resamples of each interval, if the model is evaluated now.
         force: make it champion without the comparison.
         description: added to the page of the version.
 
     Raises:
-        UserError: a corpus is missing or does not fit the model, or a task is untrained.
+        UntrainedTaskError: a task has random weights.
+        OtherSystemError: the registered model has versions of another system.
+        UserError: a corpus is missing or does not fit the model.
     """
-    for task, reason in source.untrained.items():
-        raise UserError(
-            f"{source.name}: the task {task} is untrained, because {reason}; train it again before "
-            "the model is registered"
-        )
+    check_trained_tasks(source)
     # These modules load torch and MLflow, which --help of the commands must not do.
     from pipelines.runs.model_source import load_trained_tasks
     from skillnet_platform.tracking import backend, champion, registration_order, registry
@@ -66,6 +69,9 @@ def register_model(
     with terminate_as_interrupt():
         backend.setup_backend(uri)
         model = load_trained_tasks(source)
+        name = name or _choose_name(source, model.system)
+        # Refused before the evaluation, which can take minutes.
+        champion.check_system(backend.create_client(backend.resolve_uri(uri)), name, model.system)
         key = _registration_key(source, model, data, name, uri)
         known = registry.find_registration(key, name=name, uri=uri)
         if known is not None and registration_order.is_done(known):
@@ -82,6 +88,26 @@ def register_model(
             verdict = champion.promote_version(registered.version, name=name, uri=uri, force=True)
             registered = dataclasses.replace(registered, alias=champion.CHAMPION, verdict=verdict)
     return registered
+
+
+def check_trained_tasks(source: "ModelSource") -> None:
+    """Raise UntrainedTaskError if a task of a model has random weights; name it and the reason."""
+    # The final model has no head of an auxiliary task.
+    untrained = {k: v for k, v in source.untrained.items() if k not in source.auxiliary}
+    for task, reason in untrained.items():
+        raise UntrainedTaskError(
+            f"{source.name}: the task {task} is untrained, because {reason}, so the model is not "
+            f"registered. Train with more steps, or without the task: --tasks.{task} null"
+        )
+
+
+def _choose_name(source: "ModelSource", system: str) -> str:
+    from skillnet_platform.tracking import champion
+
+    tracking = source.settings.get("tracking") or {}
+    return tracking.get("registered_model") or champion.choose_model_name(
+        system, tracking.get("experiment")
+    )
 
 
 def _registration_key(
@@ -116,7 +142,7 @@ def _register_bundle(
     from pipelines.runs.model_source import BUNDLE
     from pipelines.serving import bundle
     from skillnet_platform import __version__
-    from skillnet_platform.tracking import registry
+    from skillnet_platform.tracking import champion, registry
 
     # The directory is private: another registration at the same time writes to its own.
     with (
@@ -148,6 +174,7 @@ def _register_bundle(
             description=f"{description}\n\n{page}" if description else page,
             tags={
                 # `skillnet verify` compares these digests with the present files.
+                champion.SYSTEM_TAG: model.system,
                 "weights_digest": source.digest,
                 "serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST),
                 "package": __version__,

@@ -1,6 +1,7 @@
 """From a checkpoint into the registry and back: the same answers, nothing else needed."""
 
 import base64
+import dataclasses
 import io
 import json
 import shutil
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import evaluate, verify
+from pipelines import evaluate, finetune, verify
+from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.evaluator import evaluate_model
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.runs import model_source
@@ -21,6 +23,7 @@ from pipelines.serving import registration
 from pipelines.shards.dataset import open_corpus
 from pipelines.transforms import image
 from skillnet.model import SkillNet
+from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend, champion, registry
 from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
@@ -138,6 +141,28 @@ def test_an_equal_model_stays_challenger(place: Place, tmp_path: Path):
     forced = registration.register_model(source, place.data, bootstrap_samples=50, force=True)
     assert (forced.alias, forced.version) == ("champion", again.version)
     assert int(champion.find_champion().version) == forced.version
+
+
+def test_a_baseline_is_registered_under_its_own_name(place: Place, tmp_path: Path, capsys):
+    before = champion.find_champion().version
+    build_system("dense", config()).save_pretrained(tmp_path / "dense" / "model")
+    (tmp_path / "dense" / "config.yaml").write_text("system: dense\n")
+    source = model_source.resolve_model(str(tmp_path / "dense"))
+    with pytest.raises(champion.OtherSystemError, match="is a dense model"):
+        registration.register_model(source, place.data, name="skillnet", rows=[])
+    made = registration.register_model(source, place.data, rows=[])
+    assert (made.uri, made.alias) == ("models:/skillnet-dense/1", "champion")
+    assert champion.find_champion().version == before
+    chosen = {"registered_model": "mine", "experiment": "clue"}
+    for tracking, name in ((chosen, "mine"), ({"experiment": "clue"}, "clue-dense")):
+        source = dataclasses.replace(source, settings={"tracking": tracking})
+        assert registration.register_model(source, place.data, rows=[]).uri == f"models:/{name}/1"
+    # A run that names the model of another system is kept.
+    about = {"system": "dense", "tracking": {"registered_model": "skillnet"}}
+    (tmp_path / "dense" / "config.yaml").write_text(json.dumps(about))
+    run = FinetuneConfig(data=str(place.data))
+    assert finetune.register_run(run, tmp_path / "dense", [{}]) is None
+    assert "this model is a dense model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):

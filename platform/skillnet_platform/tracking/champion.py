@@ -16,9 +16,49 @@ MODEL_NAME = "skillnet"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 FIGURES_TAG = "figures"
+#: Tag of a version: the system of its model. All versions of a registered model have one system.
+SYSTEM_TAG = "system"
 GATE_TAG = "gate"
 #: Decisions of one promotion, if another machine changes the champion each time.
 DECISION_ATTEMPTS = 10
+
+
+class OtherSystemError(UserError):
+    """A registered model has versions of another system, with which nothing is compared."""
+
+
+def choose_model_name(system: str, experiment: str | None = None) -> str:
+    """Return the default name of a registered model: ``skillnet``, ``skillnet-dense``.
+
+    Args:
+        system: of the model.
+        experiment: of its run; None takes ``skillnet``.
+    """
+    # MLflow reserves both characters for addresses of versions.
+    group = (experiment or MODEL_NAME).replace("/", "-").replace(":", "-")
+    return group if system == MODEL_NAME else f"{group}-{system}"
+
+
+def check_system(client: Any, name: str, system: str | None) -> None:
+    """Raise OtherSystemError if a registered model has a version of another system.
+
+    Args:
+        client: ``MlflowClient``.
+        name: of the registered model.
+        system: of the model that becomes a version; None if unknown.
+    """
+    for version in client.search_model_versions(f"name = '{name}'"):
+        _refuse_other_system(name, system, version)
+
+
+def _refuse_other_system(name: str, system: str | None, version: Any) -> None:
+    other = version.tags.get(SYSTEM_TAG)
+    if system and other and system != other:
+        raise OtherSystemError(
+            f"models:/{name}: version {version.version} is a {other} model, and this model is a "
+            f"{system} model. Promotion compares models of one system only: register it under "
+            f"another name, such as {choose_model_name(system)}"
+        )
 
 
 def promote_version(
@@ -33,6 +73,7 @@ def promote_version(
         force: make it champion regardless of the estimates; the decision records this.
 
     Raises:
+        OtherSystemError: ``force``, and the champion is a model of another system.
         UserError: other machines changed the champion during every attempt.
     """
     chosen = backend.resolve_uri(uri)
@@ -82,6 +123,8 @@ def promote_in_turn(
     version = client.get_model_version(name, str(number))
     for _ in range(DECISION_ATTEMPTS):
         current = champion_of(client, name)
+        if force and current is not None:
+            _refuse_other_system(name, version.tags.get(SYSTEM_TAG), current)
         verdict = _decide(version, current)
         if force and not verdict.passed:
             verdict = promotion.PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
@@ -112,6 +155,11 @@ def _decide(version: Any, current: Any) -> promotion.PromotionDecision:
         # A kill after the alias was set left the reasons of that decision.
         reasons = () if registration_order.is_done(version) else recorded_reasons(version)
         return promotion.PromotionDecision(True, reasons or ("already the champion",))
+    own, other = (each.tags.get(SYSTEM_TAG) for each in (version, current))
+    # Another machine can register a first version of another system at the same time.
+    if own and other and own != other:
+        reason = f"system: {own} is not compared with the champion, a {other} model"
+        return promotion.PromotionDecision(False, (reason,))
     return promotion.decide_promotion(_unpack(version), _unpack(current))
 
 

@@ -104,6 +104,7 @@ def register_version(
         key: identifies the registration; by default each call is another one.
 
     Raises:
+        OtherSystemError: the model has versions of another system.
         UserError: a code file or an artifact is missing, or an upload differs from it.
     """
     for what in [code_path, *artifacts.values()]:
@@ -115,6 +116,7 @@ def register_version(
     with registration_order.registration_turn(chosen, name):
         found = find_registration(key, name=name, uri=chosen)
         if found is None:
+            champion.check_system(client, name, (tags or {}).get(champion.SYSTEM_TAG))
             found = _create_version(
                 client,
                 chosen,

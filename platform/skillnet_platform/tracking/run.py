@@ -52,6 +52,8 @@ class TrackingConfig:
         experiment: the name under which runs are grouped.
         register: whether the finished model becomes a version in the registry, if all of its tasks
             are trained.
+        registered_model: name of the registered model; by default the experiment, followed by the
+            system if that is not skillnet.
         system_metrics: whether CPU, memory, disk and GPU are recorded along.
 
     A password in ``uri`` is kept in memory only: no file and no message shows it.
@@ -60,6 +62,7 @@ class TrackingConfig:
     uri: str | None = None
     experiment: str = "skillnet"
     register: bool = True
+    registered_model: str | None = None
     system_metrics: bool = True
 
     def __setattr__(self, name: str, value: Any) -> None:
