@@ -6,6 +6,7 @@ same command finds it again after a kill, and with the digest of all its files.
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def upload_model(
         with contextlib.suppress(UserError, OSError, mlflow.exceptions.MlflowException):
             if earlier.status == "READY":
                 return _verify_upload(mlflow, earlier.model_id, code_path, artifacts)
-        client.delete_logged_model(earlier.model_id)
+        _delete_upload(client, earlier, with_files=earlier.status != "READY")
     try:
         # pyfunc.log_model would open the run again and end it as FINISHED.
         info = mlflow.models.Model.log(
@@ -81,7 +82,8 @@ def upload_model(
             flavor=mlflow.pyfunc,
             run_id=run_id,
             python_model=str(code_path),
-            artifacts={name: str(path) for name, path in artifacts.items()},
+            # MLflow reads a plain path as a URI: a %, ? or # in it would lead elsewhere.
+            artifacts={name: Path(path).absolute().as_uri() for name, path in artifacts.items()},
             tags={KEY_TAG: key},
             **options,
         )
@@ -92,13 +94,33 @@ def upload_model(
         # MLflow leaves the logged model behind. After a kill the next attempt deletes it.
         with contextlib.suppress(Exception):
             for unfinished in _find_logged_models(client, experiment_id, key):
-                client.delete_logged_model(unfinished.model_id)
+                _delete_upload(client, unfinished, with_files=True)
         raise
 
 
 def _find_logged_models(client: Any, experiment_id: str, key: str) -> list[Any]:
     query = f"tags.`{KEY_TAG}` = '{key}'"
     return list(client.search_logged_models([experiment_id], filter_string=query))
+
+
+def _delete_upload(client: Any, model: Any, with_files: bool) -> None:
+    """Delete a logged model, and its files, which MLflow keeps.
+
+    Args:
+        client: ``MlflowClient``.
+        model: logged model.
+        with_files: False for a complete upload, which a version may use.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    # The location comes from the tracker, so it must be a folder that MLflow makes for the model.
+    is_own = re.fullmatch(r"m-[0-9a-f]{32}", model.model_id) is not None
+    is_own = is_own and model.artifact_location.endswith(f"/models/{model.model_id}/artifacts")
+    if with_files and is_own:
+        # Before the record: after a kill the next attempt finds the record again.
+        with contextlib.suppress(Exception):
+            get_artifact_repository(model.artifact_location).delete_artifacts()
+    client.delete_logged_model(model.model_id)
 
 
 def _verify_upload(

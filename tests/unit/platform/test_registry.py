@@ -84,9 +84,10 @@ def test_figures_survive_json() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("model")
+    # MLflow decodes such a name where it expects a URI.
+    place = tmp_path_factory.mktemp("model") / "50%25 of? a#b ü"
+    (place / "weights").mkdir(parents=True)
     (place / "serving.py").write_text(CODE)
-    (place / "weights").mkdir()
     (place / "weights" / "offset.json").write_text("5")
     return place
 
@@ -220,8 +221,11 @@ def test_an_upload_that_arrives_altered_is_rejected_and_leaves_nothing(
 
     upload = LocalArtifactRepository.log_artifacts
 
+    places: list[Path] = []
+
     def damage(self: Any, local_dir: str, artifact_path: str | None = None) -> None:
         upload(self, local_dir, artifact_path)
+        places.append(Path(self.artifact_dir))
         for path in Path(self.artifact_dir).rglob("offset.json"):
             path.write_text("6")
 
@@ -232,6 +236,8 @@ def test_an_upload_that_arrives_altered_is_rejected_and_leaves_nothing(
     assert list(client.search_model_versions("name = 'damaged'")) == []
     experiment = client.get_run(run.run_id).info.experiment_id
     assert [m for m in client.search_logged_models([experiment]) if m.name == "damaged"] == []
+    assert places
+    assert [path for path in places if path.exists()] == [], "MLflow keeps files of deleted models"
 
 
 def test_files_that_are_not_the_registered_ones_are_rejected(
