@@ -125,6 +125,8 @@ class TrainingConfig:
         evaluate_every: steps between evaluations on the validation split; 0 for none.
         log_every: steps between logged metrics.
         bucket_mb: size of a gradient bucket in MiB.
+        reduce_dtype: type in which gradients travel between workers: that of the ``weights``, or
+            ``bf16``, which halves the bytes and rounds each gradient.
         max_failures: restarts after a worker dies.
         collective_timeout_s: seconds that a worker waits for the others in a collective operation.
             Then it counts as dead, as do all workers, and they restart. It must be longer than
@@ -163,7 +165,8 @@ class TrainingConfig:
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0
     log_every: PositiveCount = 20
-    bucket_mb: Annotated[float, Interval(gt=0, le=65_536)] = 8.0
+    bucket_mb: Annotated[float, Interval(gt=0, le=65_536)] = 25.0
+    reduce_dtype: Literal["weights", "bf16"] = "weights"
     max_failures: NonNegativeCount = 1
     collective_timeout_s: PositiveAmount = 1800.0
     trainable: list[str] = field(default_factory=list)

@@ -1,12 +1,21 @@
 """Sum of gradients over ranks: only of active skills, in buckets, during the backward pass.
 
 DDP needs ``find_unused_parameters`` if the used parameters change from step to step; it then walks
-the graph each step and reduces every parameter. Here the task of a step determines the parameters:
-buckets are fixed per task, and each is reduced as soon as it is full. A loss is a sum over a
-rank's rows divided by the global count, so gradients are summed, not averaged.
+the graph each step and reduces every parameter. Here the task of a step determines the parameters.
+Parameters that the same tasks use share buckets, so a task uses whole buckets and each parameter
+is in one of them::
+
+    general   ████ ████ ████   all tasks
+    text      ████             the four tasks that read text
+    image     ████             text_to_image
+    head      █                one task
+
+A gradient is a view of its bucket, so it is not copied. A bucket is reduced as soon as its last
+gradient is ready. A loss is a sum over a rank's rows divided by the global count, so gradients are
+summed, not averaged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,30 +28,38 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class _Bucket:
-    """Gradients of some parameters in one flat tensor; the last one of a task also has a flag."""
+    """Gradients of some parameters in one flat tensor, followed by one number for a flag."""
 
-    def __init__(self, parameters: list[nn.Parameter], flagged: bool) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         first = parameters[0]
         sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(sum(sizes) + flagged, dtype=first.dtype, device=first.device)
-        self.flag = self.flat[sum(sizes) :]
-        pieces = zip(self.flat[: sum(sizes)].split(sizes), parameters, strict=True)
+        self.flat = torch.zeros(sum(sizes) + 1, dtype=first.dtype, device=first.device)
+        self.gradients, self.flag = self.flat[:-1], self.flat[-1:]
+        pieces = zip(self.gradients.split(sizes), parameters, strict=True)
         self.views = [piece.view_as(p) for piece, p in pieces]
 
-    def fill(self) -> None:
-        """Copy the gradients in; a missing gradient counts as zeros."""
-        with torch.no_grad():
-            for view, parameter in zip(self.views, self.parameters, strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad)
-
-    def drain(self) -> None:
-        """Use the reduced values as the parameters' gradients, without a copy."""
+    def attach(self) -> None:
+        """Let the parameters accumulate their gradients in this bucket, from zero."""
+        self.gradients.zero_()
         for view, parameter in zip(self.views, self.parameters, strict=True):
             parameter.grad = view
+
+
+class _Reduction:
+    """Sum of a bucket over the ranks, which runs while the backward pass goes on."""
+
+    def __init__(self, values: Tensor, dtype: torch.dtype | None) -> None:
+        self._values = values
+        self._sent = values if dtype is None else values.to(dtype)
+        self.nbytes = self._sent.nbytes
+        self._handle: Any = dist.all_reduce(self._sent, async_op=True)
+
+    def wait(self) -> None:
+        """Wait for the sum, and write it into the bucket."""
+        self._handle.wait()
+        if self._sent is not self._values:
+            self._values.copy_(self._sent)
 
 
 class GradientSync:
@@ -59,42 +76,62 @@ class GradientSync:
         active: task -> its (name, parameter) pairs in forward order.
         world: number of ranks.
         bucket_bytes: size of a bucket.
+        dtype: type in which gradients travel; None for that of the weights.
     """
 
-    def __init__(self, active: dict[str, NamedParameters], world: int, bucket_bytes: float) -> None:
-        self._world = world
+    def __init__(
+        self,
+        active: Mapping[str, NamedParameters],
+        world: int,
+        bucket_bytes: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._world, self._dtype = world, dtype
         self.bytes_reduced = 0
         self._buckets: dict[str, list[_Bucket]] = {}
         self._where: dict[str, dict[nn.Parameter, int]] = {}
         self._task: str | None = None
         self._waiting: list[int] = []
-        self._next = 0
-        self._handles: list[Any] = []
+        self._reductions: list[_Reduction] = []
         self._flag = False
         # One rank needs no buckets and no hooks.
         if world == 1:
             return
-        for task, named in active.items():
-            # Backward meets parameters in the reverse of their first use.
-            groups = _cut([p for _, p in reversed(named) if p.requires_grad], bucket_bytes)
-            last = len(groups) - 1
-            self._buckets[task] = [_Bucket(group, i == last) for i, group in enumerate(groups)]
-            self._where[task] = {p: i for i, group in enumerate(groups) for p in group}
+        # Backward meets parameters in the reverse of their first use.
+        met = {
+            task: [p for _, p in reversed(named) if p.requires_grad]
+            for task, named in active.items()
+        }
+        buckets = [_Bucket(group) for group in _group_parameters(met, bucket_bytes)]
+        for task, parameters in met.items():
+            position = {parameter: number for number, parameter in enumerate(parameters)}
+            own = [bucket for bucket in buckets if bucket.parameters[0] in position]
+            # The bucket whose last gradient is ready first is reduced first.
+            own.sort(key=lambda bucket: max(position[p] for p in bucket.parameters))
+            self._buckets[task] = own
+            self._where[task] = {p: i for i, bucket in enumerate(own) for p in bucket.parameters}
         # A hook per parameter, also for parameters of several tasks.
-        every = {p for where in self._where.values() for p in where}
-        for parameter in every:
+        for parameter in {p for parameters in met.values() for p in parameters}:
             parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buckets; each parameter has one place."""
+        buckets = {id(b): b.flat.nbytes for own in self._buckets.values() for b in own}
+        return sum(buckets.values())
 
     def begin(self, task: str, flag: bool = False) -> None:
         """Prepare for a backward pass of a task, with this rank's flag."""
         self._flag = flag
         if self._world == 1:
             return
-        self._task, self._next = task, 0
+        self._task = task
         self._waiting = [len(bucket.parameters) for bucket in self._buckets[task]]
+        for bucket in self._buckets[task]:
+            bucket.attach()
 
     def finish(self) -> bool:
-        """Reduce the remaining buckets, wait for all, and replace the gradients by the sums.
+        """Reduce the remaining buckets, and wait until all gradients are sums.
 
         Returns:
             Whether the flag of any rank was set; the same on all ranks.
@@ -102,13 +139,12 @@ class GradientSync:
         if self._world == 1 or self._task is None:
             return self._flag
         buckets = self._buckets[self._task]
-        # Parameters without a gradient in this step never call the hook.
-        while self._next < len(buckets):
+        # Parameters without a gradient in this step never call the hook: theirs is zero.
+        while len(self._reductions) < len(buckets):
             self._launch()
-        for handle, bucket in zip(self._handles, buckets, strict=True):
-            handle.wait()
-            bucket.drain()
-        self._handles.clear()
+        for reduction in self._reductions:
+            reduction.wait()
+        self._reductions.clear()
         self._task = None
         return bool(buckets[-1].flag.item() > 0) if buckets else self._flag
 
@@ -120,20 +156,56 @@ class GradientSync:
             raise AssertionError(f"a parameter outside the plan of {self._task} has a gradient")
         self._waiting[index] -= 1
         # Buckets start in a fixed order: collective operations must match on all ranks.
-        while self._next < len(self._waiting) and self._waiting[self._next] == 0:
+        launched = len(self._reductions)
+        while launched < len(self._waiting) and self._waiting[launched] == 0:
             self._launch()
+            launched += 1
 
     def _launch(self) -> None:
         assert self._task is not None
-        bucket = self._buckets[self._task][self._next]
-        bucket.fill()
-        bucket.flag.fill_(float(self._flag))
-        self._handles.append(dist.all_reduce(bucket.flat, async_op=True))
-        self.bytes_reduced += bucket.flat.numel() * bucket.flat.element_size()
-        self._next += 1
+        buckets = self._buckets[self._task]
+        bucket = buckets[len(self._reductions)]
+        is_last = bucket is buckets[-1]
+        if is_last:
+            bucket.flag.fill_(float(self._flag))
+        with torch.no_grad():
+            reduction = _Reduction(bucket.flat if is_last else bucket.gradients, self._dtype)
+        self._reductions.append(reduction)
+        self.bytes_reduced += reduction.nbytes
 
 
-def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> list[list[nn.Parameter]]:
+def broadcast_parameters(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> None:
+    """Give all ranks the values of rank 0, in messages of about ``bucket_bytes``.
+
+    Args:
+        parameters: the same on all ranks, in the same order.
+        bucket_bytes: size of a message; a larger parameter travels alone.
+    """
+    for group in _cut_buckets(parameters, bucket_bytes):
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in group])
+        dist.broadcast(flat, src=0)
+        pieces = flat.split([parameter.numel() for parameter in group])
+        for parameter, piece in zip(group, pieces, strict=True):
+            parameter.detach().copy_(piece.view_as(parameter))
+
+
+def _group_parameters(
+    met: Mapping[str, list[nn.Parameter]], bucket_bytes: float
+) -> list[list[nn.Parameter]]:
+    """Return the parameters of each bucket: all of a bucket belong to the same tasks."""
+    tasks_of: dict[nn.Parameter, tuple[str, ...]] = {}
+    for task, parameters in met.items():
+        for parameter in parameters:
+            tasks_of[parameter] = (*tasks_of.get(parameter, ()), task)
+    sharing: dict[tuple[str, ...], list[nn.Parameter]] = {}
+    for parameter, tasks in tasks_of.items():
+        sharing.setdefault(tasks, []).append(parameter)
+    return [group for same in sharing.values() for group in _cut_buckets(same, bucket_bytes)]
+
+
+def _cut_buckets(
+    parameters: Iterable[nn.Parameter], bucket_bytes: float
+) -> list[list[nn.Parameter]]:
     groups: list[list[nn.Parameter]] = []
     filled = 0.0
     for parameter in parameters:
