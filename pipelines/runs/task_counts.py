@@ -5,7 +5,7 @@ and registration reads them: a model with an untrained task must not be register
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -19,6 +19,7 @@ class TaskCounts:
         consecutive: how many of the newest steps made no update.
         rows: rows read.
         unalignable_rows: rows whose CTC loss is zero, because the audio has too few tokens.
+        is_inherited: all weights of the task came from a model in which it is trained.
     """
 
     steps: int = 0
@@ -26,6 +27,7 @@ class TaskCounts:
     consecutive: int = 0
     rows: int = 0
     unalignable_rows: int = 0
+    is_inherited: bool = False
 
     @property
     def untrained_reason(self) -> str | None:
@@ -58,11 +60,11 @@ def parse_task_counts(tree: Any) -> dict[str, TaskCounts]:
     Raises:
         ValueError: the document has another form.
     """
-    known = {field.name for field in fields(TaskCounts)}
+    known = {name: type(value) for name, value in asdict(TaskCounts()).items()}
     is_valid = isinstance(tree, dict) and all(
         isinstance(entry, dict)
-        and entry.keys() == known
-        and all(type(value) is int and value >= 0 for value in entry.values())
+        and entry.keys() == known.keys()
+        and all(type(value) is known[key] and value >= 0 for key, value in entry.items())
         for entry in tree.values()
     )
     if not is_valid:
@@ -71,6 +73,11 @@ def parse_task_counts(tree: Any) -> dict[str, TaskCounts]:
 
 
 def find_untrained_tasks(counts: Mapping[str, TaskCounts]) -> dict[str, str]:
-    """Return task -> reason for the tasks whose steps changed no weight."""
-    reasons = {name: each.untrained_reason for name, each in counts.items()}
+    """Return task -> reason for the tasks whose weights are random: no step changed them."""
+    total = sum(each.steps for each in counts.values())
+    idle = f"it took none of the {total} steps of its run"
+    reasons = {
+        name: each.untrained_reason if each.steps or each.is_inherited else idle
+        for name, each in counts.items()
+    }
     return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -35,7 +35,7 @@ class TaskHealth:
     """Counter of the steps and rows of each task that made no update.
 
     Args:
-        tasks: names of the trained tasks.
+        tasks: names of all tasks of the run; eval_only tasks take no steps.
         remedy: second part of the message about gradients.
         world: number of ranks.
         device: of the losses.
@@ -103,6 +103,20 @@ class TaskHealth:
             counts.unalignable_rows += rows
         self._rows.zero_()
 
+    @property
+    def has_idle_task(self) -> bool:
+        """Whether a task has taken no step, so that its weights are those of the start."""
+        return not all(counts.steps for counts in self.counts.values())
+
+    def mark_inherited(self, tasks: Iterable[str]) -> None:
+        """Record that tasks started from weights that are trained for them.
+
+        Args:
+            tasks: their names.
+        """
+        for name in tasks:
+            self.counts[name].is_inherited = True
+
     def check_trained(self, min_steps: int = 1) -> None:
         """Check that at least one step of each task could change its weights.
 
@@ -136,16 +150,17 @@ class TaskHealth:
         parts = [f"{name}: {c.problems}" for name, c in self.counts.items() if c.problems]
         return f" ({'; '.join(parts)})" if parts else ""
 
-    def to_dict(self) -> dict[str, dict[str, int]]:
+    def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return task -> counts as plain types."""
         return {name: asdict(counts) for name, counts in self.counts.items()}
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Return further keys of ``state.json``: none without problems.
+        """Return further keys of ``state.json``: none if all tasks take steps without problems.
 
         The checkpoints of a healthy run therefore do not depend on these counts.
         """
-        return {STATE_KEY: self.to_dict()} if self.collect_metrics() else {}
+        is_needed = self.has_idle_task or self.collect_metrics()
+        return {STATE_KEY: self.to_dict()} if is_needed else {}
 
     def restore(
         self, state: Mapping[str, Any], steps: Mapping[str, int], rows: Mapping[str, int]

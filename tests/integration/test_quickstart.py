@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 SMALL = {
     **SMALL_RUN,
-    "training.steps": 12,
+    "training.steps": 16,
     "training.log_every": 4,
     "skip": "[fetch,prepare]",
     "tasks.text_to_definition.batch_size": 8,
@@ -50,7 +50,7 @@ def done(place: Path, tmp_path_factory):
 
 def test_the_document_tells_everything(done, place: Path):
     document, _ = done
-    assert document["steps"] == 12
+    assert document["steps"] == 16
     assert document["model"] == "models:/skillnet/1"
     assert document["alias"] == "champion"
     assert set(document["stages"]) == {"simple_baselines", "train", "register"}
@@ -58,7 +58,7 @@ def test_the_document_tells_everything(done, place: Path):
     assert len(tasks) == 5
     assert {row["system"] for row in document["simple_baselines"]} == {"chance", "simple_baseline"}
     assert {row["task"] for row in document["simple_baselines"]} == tasks
-    assert all(row["steps"] == 12 for row in document["evaluation"])
+    assert all(row["steps"] == 16 for row in document["evaluation"])
     assert (place / "first" / "model" / "manifest.json").is_file()
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.integration
 SMALL = {
     **SMALL_RUN,
     "name": "run",
-    "training.steps": 2,
-    "training.log_every": 2,
+    "training.steps": 16,
+    "training.log_every": 16,
 }
 
 #: Runs one command in forked children. Each but the last two is killed at a later point.

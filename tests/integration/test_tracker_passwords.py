@@ -50,7 +50,7 @@ def test_no_file_no_parameter_and_no_output_of_a_run_holds_the_password(
 ) -> None:
     secret = tracker.reveal().partition("admin:")[2].partition("@")[0]
     home = tmp_path / "runs"
-    config = small_config(write_corpora(tmp_path / "data"), steps=2, log_every=1)
+    config = small_config(write_corpora(tmp_path / "data"), steps=6, log_every=1)
     config.model.vocab_size = 1200
     config.name, config.evaluate, config.tracking.register = "secretive", True, True
     path = tmp_path / "run.yaml"
