@@ -34,6 +34,7 @@ from pipelines.io.directory import (
 )
 from pipelines.io.media import MAX_MEDIA_BYTES
 from pipelines.transforms import image, sound, video
+from skillnet.skills import name_task
 from skillnet_platform import console
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
@@ -42,14 +43,6 @@ from skillnet_platform.errors import UserError
 UNKNOWN_SYMBOL = "<unk>"
 #: Approximate size of a shard in bytes. It decides the number of rows per shard.
 TARGET_SHARD_BYTES = 32 * 2**20
-#: (Modality, annotation) -> task. Other combinations have a task of their own name.
-TASK_NAMES = {
-    ("text", "labels"): "text_classification",
-    ("sound", "transcripts"): "speech_recognition",
-    ("image", "captions"): "text_to_image",
-    ("video", "captions"): "text_to_video",
-    ("code", "captions"): "text_to_code",
-}
 
 
 @dataclass
@@ -127,14 +120,7 @@ class ExternalCorpus(Corpus):
         size = columns.estimate_row_bytes(self.modality, self.options)
         # Shards of few rows are slow to open; shards of many rows need much memory.
         self.shard_rows = min(max(TARGET_SHARD_BYTES // size, 64), 8192)
-        known = [
-            TASK_NAMES[self.modality, annotation]
-            for annotation in self.annotations_present
-            if (self.modality, annotation) in TASK_NAMES
-        ]
-        has_labels = "labels" in self.annotations_present
-        other = f"{self.modality}_classification" if has_labels else None
-        self.task = known[0] if known else other or f"masked_{self.modality}"
+        self.task = name_task(self.modality, self.annotations_present)
 
     def can_run_remotely(self) -> bool:
         """Return whether all media are named by URI, so that any node can read them."""
