@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipelines.loading.dataloader import rank_slice
-from pipelines.training.gradient_sync import DistributedGather, GradientSync
+from pipelines.training.gradient_sync import DistributedGather, GradientSync, broadcast_parameters
 from skillnet.losses import info_nce
 from tests.integration.ranks import run_ranks
 
@@ -73,6 +73,85 @@ def outside_the_plan(rank: int, world: int) -> None:
 
 def test_a_gradient_outside_the_plan_is_a_defect() -> None:
     run_ranks(2, outside_the_plan)
+
+
+class Shared(nn.Module):
+    """A layer of both tasks between layers of one task each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own = nn.ModuleDict({name: nn.Linear(6, 40) for name in ("left", "right")})
+        self.shared = nn.Linear(40, 40)
+        self.double()
+
+    def active(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        shared = list(self.shared.named_parameters())
+        return {name: [*own.named_parameters(), *shared] for name, own in self.own.items()}
+
+    def loss(self, task: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.shared(self.own[task](rows).tanh()).square().sum() / 10
+
+
+def sums_in_shared_buckets(rank: int, world: int) -> None:
+    model, reference = Shared(), Shared()
+    sync = GradientSync(model.active(), world, 1e6)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert sync.nbytes == 8 * (numbers + 3), "one place for each gradient, and a flag a bucket"
+    x = torch.arange(60, dtype=torch.float64).view(10, 6).sin()
+    for task in ("left", "right", "left"):
+        sync.begin(task)
+        model.loss(task, x[rank_slice(10, rank, world)]).backward()
+        sync.finish()
+        reference.loss(task, x).backward()
+        for own, whole in zip(model.parameters(), reference.parameters(), strict=True):
+            assert (own.grad is None) == (whole.grad is None)
+            if own.grad is not None:
+                torch.testing.assert_close(own.grad, whole.grad, rtol=1e-12, atol=1e-12)
+            own.grad = whole.grad = None
+
+
+def test_a_gradient_of_two_tasks_has_one_place() -> None:
+    run_ranks(2, sums_in_shared_buckets)
+
+
+def sums_in_bf16(rank: int, world: int) -> None:
+    model, reference = Shared(), Shared()
+    sync = GradientSync(model.active(), world, 1e6, torch.bfloat16)
+    x = torch.arange(60, dtype=torch.float64).view(10, 6).sin()
+    sync.begin("left", flag=rank == 1)
+    model.loss("left", x[rank_slice(10, rank, world)]).backward()
+    assert sync.finish(), "the flag travels in bf16 as well"
+    reference.loss("left", x).backward()
+    numbers = sum(parameter.numel() for _, parameter in model.active()["left"])
+    assert sync.bytes_reduced == 2 * (numbers + 1)
+    for (_, own), (_, whole) in zip(
+        model.active()["left"], reference.active()["left"], strict=True
+    ):
+        assert own.grad is not None
+        assert own.grad.dtype == torch.float64
+        assert not torch.equal(own.grad, whole.grad)
+        # Each rank rounds its part, and the sum is rounded: 2^-8 each.
+        torch.testing.assert_close(own.grad, whole.grad, rtol=0.02, atol=1e-3)
+
+
+def test_bf16_halves_the_bytes_and_rounds() -> None:
+    run_ranks(2, sums_in_bf16)
+
+
+def values_of_rank_0(rank: int, world: int, bucket_bytes: float) -> None:
+    model, reference = Shared(), Shared()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank
+    broadcast_parameters(model.parameters(), bucket_bytes)
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1e6])
+def test_all_ranks_get_the_values_of_rank_0(bucket_bytes: float) -> None:
+    run_ranks(2, values_of_rank_0, bucket_bytes)
 
 
 def contrastive(rank: int, world: int, count: int) -> None:
