@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.runs.layout import TRAINED
 from skillnet_platform import console, storage
 
 PROGRESS = "progress.jsonl"
@@ -51,6 +52,8 @@ class ProgressFile:
 def follow_progress(path: Path, steps: int) -> Iterator[None]:
     """Show a progress bar from the lines that rank 0 appends, inside a block.
 
+    The bar ends with the training, before the evaluation of the final model.
+
     Args:
         path: of the progress file.
         steps: in total.
@@ -58,12 +61,15 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
     ended = threading.Event()
     # Lines of an earlier process of this run are not shown again.
     start = path.stat().st_size if path.is_file() else 0
+    summary = path.with_name(TRAINED)
+    summary_before = _file_state(summary)
 
     def follow() -> None:
         position, bar, stack = start, None, contextlib.ExitStack()
         with stack:
             while True:
-                last = ended.is_set()
+                # Before the lines are read, so that the last line is shown.
+                last = ended.is_set() or _file_state(summary) != summary_before
                 lines, position = _new_lines(path, position)
                 for line in lines:
                     if "losses" not in line:
@@ -73,7 +79,7 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
                             console.show_progress("training", steps, "steps", done=line["step"])
                         )
                     bar.advance(line["step"] - bar.done, line["losses"])
-                if last:
+                if last or (bar is not None and bar.done >= steps):
                     return
                 ended.wait(0.3)
 
@@ -85,6 +91,13 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    if not path.is_file():
+        return None
+    about = path.stat()
+    return about.st_mtime_ns, about.st_size, about.st_ino
 
 
 def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:

@@ -19,7 +19,14 @@ OnEvaluation = Callable[[list[dict[str, Any]], int], None]
 
 
 class LoopReporter:
-    """Receiver of the loop's results on rank 0. This base class ignores them."""
+    """Receiver of the loop's results on rank 0. This base class ignores them.
+
+    Attributes:
+        evaluates_last: the last step is evaluated like the steps of ``training.evaluate_every``.
+            A trial evaluates its final model itself, on the same rows.
+    """
+
+    evaluates_last = True
 
     def start(self, step: int) -> None:
         """Note that training begins after ``step`` steps of an earlier process."""
@@ -42,6 +49,7 @@ class SilentReporter(LoopReporter):
 
     def __init__(self, on_evaluation: OnEvaluation | None) -> None:
         self._on_evaluation = on_evaluation
+        self.evaluates_last = on_evaluation is None
 
     def evaluate(self, model: TaskModel, step: int) -> None:
         if self._on_evaluation is not None:
@@ -76,6 +84,7 @@ class RunReporter(LoopReporter):
         self._next_note = time.monotonic() if is_remote else float("inf")
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
+        self.evaluates_last = on_evaluation is None
         self._file = ProgressFile(run / PROGRESS)
 
     def start(self, step: int) -> None:

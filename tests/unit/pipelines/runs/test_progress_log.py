@@ -2,11 +2,13 @@
 
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from pipelines.runs.progress_log import ProgressFile, read_metric_history
+from pipelines.runs.progress_log import ProgressFile, follow_progress, read_metric_history
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 
@@ -74,3 +76,25 @@ def test_full_disk_is_reported_by_path(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"progress.jsonl: the disk is full"):
         file.append(step=1, losses="")
     file.close()
+
+
+@pytest.mark.parametrize("reached", [10, 7])
+def test_progress_ends_with_the_training(
+    reached: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the training stops early, for example after a number of minutes."""
+    (tmp_path / "trained.json").write_text("{}", encoding="utf-8")
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    with follow_progress(tmp_path / "progress.jsonl", 10):
+        file.append(step=0, losses="")
+        file.append(step=reached, losses="loss 2.0")
+        if reached < 10:
+            (tmp_path / "trained.json").write_text("{ }", encoding="utf-8")
+        seen, deadline = "", time.monotonic() + 10
+        while "training" not in seen and time.monotonic() < deadline:
+            time.sleep(0.02)
+            seen += capsys.readouterr().err
+        console.print_note("evaluating")
+    file.close()
+    assert seen.startswith(f"training: {reached}/10 steps")
+    assert capsys.readouterr().err == "evaluating\n"
