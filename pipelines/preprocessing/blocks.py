@@ -131,7 +131,7 @@ def read_blocks(
                 split_shards[split] += 1
 
         for row in corpus.rows(sources):
-            row = _check_row(row, seen)
+            row = check_row(row, seen)
             if isinstance(row, RejectedRow):
                 reject(row)
                 continue
@@ -202,7 +202,13 @@ def digest_keys(table: pa.Table) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_row(row: Row | RejectedRow, seen: KeySet) -> Row | RejectedRow:
+def check_row(row: Row | RejectedRow, seen: KeySet) -> Row | RejectedRow:
+    """Return a row, or its rejection if its key came before or one of its texts is too long.
+
+    Args:
+        row: as the corpus yields it.
+        seen: keys of earlier rows; extended in place.
+    """
     if isinstance(row, RejectedRow):
         return row if seen.add(row.key) else _make_duplicate(row.key, row.file, row.row)
     key = row["key"]

@@ -5,17 +5,14 @@ reads them, for ``READ_TIMEOUT_S`` at most. Files are counted for ``COUNT_TIMEOU
 """
 
 import itertools
+import json
+import shlex
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from pipelines.corpora import (
     READERS,
@@ -25,15 +22,23 @@ from pipelines.corpora import (
     parse_reader_prefix,
 )
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed_archives import unpack_hint
+from pipelines.corpora.formats.packed_archives import (
+    is_empty_folder,
+    list_archives,
+    unpack_hint,
+)
 from pipelines.corpora.formats.record_reader import read_json_entries, read_records
 from pipelines.corpora.readers.fields import RecordCorpus
 from pipelines.corpora.readers.folder import FolderCorpus
 from pipelines.corpora.readers.label_values import count_labels, describe_numeric_labels
 from pipelines.io.directory import SourceDirectory, to_printable
-from pipelines.io.media import MediaReadError, read_media
-from pipelines.transforms.decode_guard import decode_each
-from pipelines.transforms.decoder_process import DecoderEndedError, decode_media
+from pipelines.io.file_signature import describe_bytes
+from pipelines.io.key_set import KeySet
+from pipelines.io.media import read_media
+from pipelines.preprocessing.blocks import check_row
+from pipelines.preprocessing.media_sample import describe_media, format_range
+from pipelines.preprocessing.prepare import MAX_ERROR_RATE
+from pipelines.preprocessing.time_limit import run_within
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
@@ -42,8 +47,6 @@ from skillnet_platform.storage import human_bytes
 READ_TIMEOUT_S = 8.0
 #: Seconds. Files that were not listed by then are not counted.
 COUNT_TIMEOUT_S = 3.0
-#: Media files that are decoded at most, and seconds that decoding may take.
-MAX_DECODED, DECODE_TIME_S = 24, 6.0
 #: Rows that are kept to be analysed, and examples that are shown.
 SAMPLE_ROWS, SHOWN_ROWS = 1000, 3
 
@@ -58,10 +61,13 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     Returns:
         Plain values by name: path, reader, evidence (why this reader was chosen), modality, task,
         rows, complete (all rows were read), splits, named_splits (splits that the corpus names;
-        others are made by a hash), rejected, columns (after preparation), source (fields of one
-        record in the file), captions, texts, labels, numeric_labels (a sentence if labels are
-        numbers), media, example, examples, files, bytes, counted (all files were counted) and
-        unread (annotation files that the reader does not read).
+        others are made by a hash), rejected, errors (rejected rows that count towards
+        max_error_rate), duplicates (rows that equal an earlier row except for their key), columns
+        (after preparation), source (fields of one record in the file), captions, texts, labels,
+        numeric_labels (a sentence if labels are numbers), media, example, examples, files, bytes,
+        counted (all files were counted), unread (annotation files that the reader does not read),
+        archives (packed files that it does not read) and command (which prepares the corpus; ""
+        if no row could be used).
 
     Raises:
         UserError: the path is missing or of an unknown format, or the options are those of
@@ -75,11 +81,17 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         )
     name = reader if reader.isidentifier() else "mine"
     corpus = open_external_corpus(name, f"{reader}:{location}", (options or {}).get(reader))
+    if isinstance(corpus, RecordCorpus):
+        corpus.is_preview = True
     sample = _read_sample(corpus)
     files, size, counted = _count_files(corpus)
     rows = sample.rows
     labels = count_labels(row["label"] for row in rows if row.get("label"))
-    has_media = "media" in corpus.raw_schema.names
+    media = describe_media(corpus, rows) if "media" in corpus.raw_schema.names else {}
+    undecodable = media and 0 < media["decoded"] == sum(media["rejected"].values())
+    # A slow listing can end the sample before its first row.
+    is_unknown = not sample.complete and not sample.rejections
+    is_usable = is_unknown or bool(rows and not undecodable)
     return {
         "path": corpus.source.uri,
         "reader": reader,
@@ -91,19 +103,23 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "splits": dict(sorted(sample.splits.items())),
         "named_splits": sorted(corpus.named_splits) if isinstance(corpus, RecordCorpus) else None,
         "rejected": dict(sample.rejections.most_common()),
+        "errors": sample.errors,
+        "duplicates": sample.duplicates,
         "columns": {field.name: str(field.type) for field in corpus.columns},
         "source": sample.record,
         "captions": _describe_captions(rows),
         "texts": _describe_texts(rows),
         "labels": dict(labels.most_common(20)),
         "numeric_labels": None if corpus.labels else describe_numeric_labels(labels),
-        "media": _describe_media(corpus, rows) if has_media else {},
+        "media": media,
         "example": _make_example(rows[0]) if rows else {},
         "examples": [_make_example(row) for row in _choose_examples(rows)],
         "files": files,
         "bytes": size,
         "counted": counted,
         "unread": corpus.unread_files.describe(),
+        "archives": _list_unread_archives(corpus),
+        "command": _suggest_command(reader, corpus, options or {}) if is_usable else "",
     }
 
 
@@ -113,6 +129,8 @@ def _find_reader(path: str) -> tuple[str, str, str]:
     if named is not None and not Path(path).exists():
         return *named, "named"
     source = SourceDirectory(path)
+    if is_empty_folder(source):
+        raise UserError(f"{path}: an empty folder; give the folder that holds the corpus")
     detected = detect_reader(source)
     if detected is None:
         raise UserError(
@@ -137,9 +155,14 @@ def show_inspection(report: dict[str, Any]) -> None:
     if report["named_splits"] is not None:
         named = ", ".join(report["named_splits"]) or "none: splits are made by a hash"
         lines.append(["named splits", named])
+    if report["duplicates"]:
+        lines.append(["duplicate rows", f"{report['duplicates']} (equal content, other keys)"])
     lines.append(["columns after preparation", ", ".join(report["columns"])])
     if report["unread"]:
         lines.append(["annotations not read", report["unread"]])
+    if report["archives"]:
+        names = ", ".join(report["archives"])
+        lines.append(["archives not read", f"{names}: unpack them (unzip, or tar xf)"])
     if report["captions"]:
         text = "{per_row} per row, {characters} characters".format_map(report["captions"])
         lines.append(["captions", text])
@@ -160,9 +183,37 @@ def show_inspection(report: dict[str, Any]) -> None:
         console.print_table("Rows that prepare would reject", ["rows", "reason"], rejected)
     if report["numeric_labels"]:
         console.print_warning(report["numeric_labels"])
-    reader = report["reader"]
-    named_path = f"{reader}=" if reader.isidentifier() else f"mine={reader}:"
-    console.print_note(f"to prepare it: skillnet prepare --corpus {named_path}{report['path']}")
+    if not report["command"]:
+        console.print_warning(
+            "prepare would fail: no row can be used. Fix the reasons above, or see "
+            "docs/own-corpora.md"
+        )
+        return
+    if report["errors"] > MAX_ERROR_RATE * report["rows"]:
+        console.print_warning(
+            f"prepare would stop: {report['errors']} of {report['rows']} rows are damaged, more "
+            f"than {MAX_ERROR_RATE:.1%}. Fix them, or raise the limit: --max_error_rate"
+        )
+    console.print_note(f"to prepare it: {report['command']}")
+
+
+def _suggest_command(reader: str, corpus: ExternalCorpus, options: Mapping[str, Any]) -> str:
+    """Return the command that prepares an inspected corpus with the same options."""
+    given = f"{reader}={corpus.source.uri}"
+    if not reader.isidentifier():
+        given = f"{corpus.name}={reader}:{corpus.source.uri}"
+    words = ["skillnet", "prepare", "--corpus", given]
+    for key, value in (options.get(reader) or {}).items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        words += [f"--options.{corpus.name}.{key}", text]
+    return shlex.join(words)
+
+
+def _list_unread_archives(corpus: ExternalCorpus) -> list[str]:
+    """Return the archives of a directory, unless its format consists of them."""
+    if corpus.source.is_file or type(corpus).name == "webdataset":
+        return []
+    return [to_printable(name) for name in list_archives(corpus.source)]
 
 
 @dataclass
@@ -172,6 +223,8 @@ class _Sample:
     Args:
         splits: rows by split.
         rejections: rejected rows by reason.
+        errors: rejected rows that should have been readable.
+        duplicates: rows whose content an earlier row has.
         rows: the first ``SAMPLE_ROWS`` rows.
         record: fields of one record in the source file.
         complete: whether all rows were read.
@@ -179,6 +232,8 @@ class _Sample:
 
     splits: Counter[str] = field(default_factory=Counter)
     rejections: Counter[str] = field(default_factory=Counter)
+    errors: int = 0
+    duplicates: int = 0
     rows: list[Row] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
@@ -190,44 +245,28 @@ def _read_sample(corpus: ExternalCorpus) -> _Sample:
 
     def work(is_late: threading.Event) -> None:
         sample.record.update(_find_record(corpus))
-        for row in corpus.rows(SourceArchives.none()):
-            if is_late.is_set():
-                return
-            if isinstance(row, RejectedRow):
-                sample.rejections[row.reason] += 1
-                continue
-            sample.splits[row["split"]] += 1
-            if len(sample.rows) < SAMPLE_ROWS:
-                sample.rows.append(row)
+        with KeySet() as keys, KeySet() as contents:
+            for row in corpus.rows(SourceArchives.none()):
+                if is_late.is_set():
+                    return
+                row = check_row(row, keys)
+                if isinstance(row, RejectedRow):
+                    sample.rejections[row.reason] += 1
+                    sample.errors += row.counts_as_error
+                    continue
+                sample.splits[row["split"]] += 1
+                sample.duplicates += not contents.add(_format_content(row))
+                if len(sample.rows) < SAMPLE_ROWS:
+                    sample.rows.append(row)
 
-    sample.complete = _run_within(READ_TIMEOUT_S, work)
+    sample.complete = run_within(READ_TIMEOUT_S, work)
     return sample
 
 
-def _run_within(seconds: float, work: Callable[[threading.Event], None]) -> bool:
-    """Run work in a thread, and return whether it ended in time.
-
-    After the time limit an event is set. A thread that does not check it is abandoned.
-    """
-    is_late, errors = threading.Event(), list[BaseException]()
-
-    def run() -> None:
-        try:
-            work(is_late)
-        except BaseException as error:
-            errors.append(error)
-
-    # A daemon thread does not keep the process alive if it hangs.
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    in_time = not thread.is_alive()
-    is_late.set()
-    # The thread checks the event after each row. Then its counts no longer change.
-    thread.join(0.5)
-    if errors:
-        raise errors[0]
-    return in_time
+def _format_content(row: Row) -> str:
+    """Return a text that rows of equal content have in common."""
+    names = ("text", "code", "label", "captions", "media")
+    return repr([row.get(name) for name in names])
 
 
 def _count_files(corpus: ExternalCorpus) -> tuple[int, int, bool]:
@@ -243,7 +282,7 @@ def _count_files(corpus: ExternalCorpus) -> tuple[int, int, bool]:
             corpus.note_unread(entry)
             files[0], files[1] = files[0] + 1, files[1] + (entry.size or 0)
 
-    counted = _run_within(COUNT_TIMEOUT_S, work)
+    counted = run_within(COUNT_TIMEOUT_S, work)
     return files[0], files[1], counted
 
 
@@ -289,10 +328,10 @@ def _describe_texts(rows: list[Row]) -> dict[str, str]:
     for key, name in (("text", "texts"), ("code", "code")):
         texts = [row[key] for row in rows if row.get(key)]
         if texts:
-            lengths[name] = f"{_format_range([len(text) for text in texts])} characters"
+            lengths[name] = f"{format_range([len(text) for text in texts])} characters"
         if texts and key == "code":
             lines = [text.count("\n") + 1 for text in texts]
-            lengths["lines of code"] = _format_range(lines)
+            lengths["lines of code"] = format_range(lines)
     return lengths
 
 
@@ -301,102 +340,26 @@ def _describe_captions(rows: list[Row]) -> dict[str, Any]:
     if not counts:
         return {}
     lengths = [len(caption) for row in rows for caption in row["captions"]]
-    return {"per_row": _format_range(counts), "characters": _format_range(lengths)}
-
-
-def _describe_media(corpus: ExternalCorpus, rows: list[Row]) -> dict[str, Any]:
-    """Return sizes and durations of media files that are spread over the first rows."""
-    # Neighbouring rows are often similar, so the decoded rows are spread evenly.
-    step = max(1, len(rows) // MAX_DECODED)
-    measured: dict[str, list[float]] = {}
-    rejections = Counter[str]()
-    chosen, start, decoded = rows[::step][:MAX_DECODED], time.monotonic(), 0
-    for row, data in zip(chosen, read_media([row["media"] for row in chosen]), strict=True):
-        if time.monotonic() - start > DECODE_TIME_S:
-            break
-        decoded += 1
-        if isinstance(data, MediaReadError):
-            rejections[data.reason] += 1
-            continue
-        [(result, error)] = decode_each([row], partial(_check_media, corpus, data))
-        if result is None:
-            rejections[str(error)] += 1
-            continue
-        facts, rejection = result
-        if rejection is not None:
-            rejections[rejection] += 1
-        for key, value in (facts | {"file size": float(len(data))}).items():
-            measured.setdefault(key, []).append(value)
-    ranges = {key: _format_range(v) for key, v in measured.items() if key != "file size"}
-    if "file size" in measured:
-        low, high = min(measured["file size"]), max(measured["file size"])
-        ranges["file size"] = f"{human_bytes(low)} to {human_bytes(high)}"
-    return {"decoded": decoded, **ranges, "rejected": dict(rejections)}
-
-
-def _check_media(
-    corpus: ExternalCorpus, data: bytes, row: Row
-) -> tuple[dict[str, float], str | None]:
-    """Return facts of a row's media file, and the reason if prepare would reject the row.
-
-    Raises:
-        ValueError: the file has no readable header, or its decoder does not return.
-    """
-    # First in a process of its own: a file that ends its decoder must not end this command.
-    try:
-        decode_media(corpus.modality, data)
-    except DecoderEndedError:
-        raise
-    # The checks below give the same reason, and the facts of the file.
-    except ValueError:
-        pass
-    facts = _measure_media(corpus.modality, data)
-    block = pa.Table.from_pylist([row], schema=corpus.raw_schema)
-    return facts, corpus.build_columns(block)["rejected"][0].as_py()
-
-
-def _measure_media(modality: str, data: bytes) -> dict[str, float]:
-    """Return duration in seconds or size in pixels of a media file, read from its header."""
-    if modality == "image":
-        from pipelines.transforms.image import read_image_size
-
-        size = read_image_size(data)
-        return {"width": float(size[0]), "height": float(size[1])} if size else {}
-    import av
-
-    from pipelines.transforms import containers, video
-
-    try:
-        with containers.open_container(data) as container:
-            facts = {"seconds": (container.duration or 0) / av.time_base}
-            if modality == "video" and container.streams.video:
-                stream = container.streams.video[0]
-                facts["frames"] = float(stream.frames)
-                width, height = video.read_video_size(data)
-                facts |= {"width": float(width), "height": float(height)}
-            return facts
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
+    return {"per_row": format_range(counts), "characters": format_range(lengths)}
 
 
 def _make_example(row: Row) -> dict[str, Any]:
     hidden = {"group", "file"} if "media" in row else {"group"}
     shown = {k: v for k, v in row.items() if k not in hidden and v not in (None, [])}
     if "media" in shown:
+        [content] = read_media([row["media"]])
         shown["media"] = {k: v for k, v in shown["media"].items() if v is not None}
+        if isinstance(content, bytes):
+            shown["media"]["content"] = describe_bytes(content)
     return dict(_shorten(shown))
 
 
 def _shorten(value: Any) -> Any:
-    """Return a value with long strings and lists cut."""
+    """Return a value with long strings and lists cut, and bytes as their size and format."""
+    if isinstance(value, bytes):
+        return describe_bytes(value)
     if isinstance(value, dict):
         return {_shorten(name): _shorten(inner) for name, inner in value.items()}
     if isinstance(value, str):
         return to_printable(value if len(value) <= 200 else value[:199] + "…")
     return [_shorten(v) for v in value[:5]] if isinstance(value, list) else value
-
-
-def _format_range(values: list[Any]) -> str:
-    """Return one number if all values are equal, else "1 to 9, median 4"."""
-    low, middle, high = (float(np.quantile(values, q)) for q in (0, 0.5, 1))
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, median {middle:.4g}"

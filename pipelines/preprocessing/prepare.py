@@ -13,6 +13,7 @@ from pipelines.corpora import BUILT_IN, Corpus, ExternalCorpus, find_corpus
 from pipelines.corpora.archives import check_archive
 from pipelines.corpora.base import SourceArchives
 from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.preflight import check_preparable
 from pipelines.preprocessing.remote_staging import clear_staging, upload_shared_files
 from pipelines.preprocessing.staging import finish_commit, staging_path
 from pipelines.shards.dataset import open_corpus, verify_corpus
@@ -128,6 +129,8 @@ def _prepare(
     for corpus in corpora:
         if corpus.name not in done and isinstance(corpus, ExternalCorpus):
             corpus.scan_labels()
+            rejected = data / f"{corpus.name}.rejected.jsonl"
+            check_preparable(corpus, rejected, max_error_rate)
     if not is_trained and policy.lock is not None:
         policy.lock.exclusive()
     if not is_trained and size is not None:

@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipelines.corpora.base import Corpus
 from pipelines.preprocessing import staging
 from pipelines.preprocessing.blocks import ReadSummary
 from pipelines.preprocessing.corpus_job import CorpusJob
@@ -119,10 +121,8 @@ class CorpusProgress:
     ) -> NoReturn:
         with atomic_write(self.rejected_path, "w") as stream:
             stream.writelines(staging.iter_rejected_lines(self.job.staging_dir))
-        frequent = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
-        raise UserError(
-            f"{self.job.corpus.name}: {count} rows ({share:.1%}) were rejected; the limit is "
-            f"{max_error_rate:.1%} (max_error_rate). {frequent}. See {self.rejected_path}. {advice}"
+        raise make_rate_error(
+            self.job.corpus.name, max_error_rate, count, share, reasons, self.rejected_path, advice
         )
 
     def _find_read_summary(self) -> tuple[ReadSummary, int] | None:
@@ -168,14 +168,8 @@ class CorpusProgress:
         # Rows rejected while reading and by the transform are counted together.
         reasons.update(self.summary.rejections)
         if not any(parts[name]["rows"] for name in {"train", *corpus.pretraining} & parts.keys()):
-            counts = ", ".join(f"{name} {entry['rows']}" for name, entry in parts.items())
-            frequent = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
-            raise UserError(
-                f"{corpus.name}: no row is left to train on, so it was not published. "
-                f"{rows_out} of {rows_in} rows can be used ({counts or 'none'}), and {rejected} "
-                f"were rejected{': ' * bool(frequent)}{frequent}. Fix the rows, or the options "
-                "that choose rows and splits"
-            )
+            counts = {name: entry["rows"] for name, entry in parts.items()}
+            raise make_unusable_error(corpus.name, counts, rows_in, reasons)
         schemas = [corpus.schema(split) for split in splits]
         # Keys and their values decide the digest of the corpus; do not rename them.
         manifest = {
@@ -206,6 +200,87 @@ class CorpusProgress:
             staging.commit_corpus(job.staging_dir, job.final_dir)
         self.rejected_path.unlink(missing_ok=True)
         return manifest
+
+
+def check_first_rows(
+    corpus: Corpus, summary: ReadSummary, max_error_rate: float, rejected: Path
+) -> None:
+    """Check a corpus whose rows were all read before Ray starts, and none decoded.
+
+    The error rate decides here only if most rows are bad. Otherwise the rows are decoded first, so
+    that one message lists all bad rows.
+
+    Args:
+        corpus: that was read.
+        summary: of its rows.
+        max_error_rate: allowed fraction of bad rows.
+        rejected: file of the rejected rows, for the message.
+
+    Raises:
+        UserError: most rows are bad, too many files are truncated, or no row is left to train on.
+    """
+    if message := summary.truncation_error(max_error_rate):
+        raise UserError(f"{corpus.name}: {message}")
+    errors = Counter(summary.errors)
+    bad = errors.total()
+    if bad > max(max_error_rate, MAX_ADVISED_RATE) * summary.rows:
+        count, share = f"{bad} of {summary.rows}", bad / summary.rows
+        raise make_rate_error(
+            corpus.name, max_error_rate, count, share, errors, rejected, MOSTLY_BAD_ADVICE
+        )
+    if not any(summary.split_rows.get(name) for name in {"train", *corpus.pretraining}):
+        reasons = Counter(summary.rejections)
+        raise make_unusable_error(corpus.name, summary.split_rows, summary.rows, reasons)
+
+
+def make_rate_error(
+    name: str,
+    max_error_rate: float,
+    count: str,
+    share: float,
+    reasons: Counter[str],
+    rejected: Path,
+    advice: str,
+) -> UserError:
+    """Return the error that too many rows of a corpus are bad.
+
+    Args:
+        name: of the corpus.
+        max_error_rate: allowed fraction of bad rows.
+        count: number of bad rows, "12 of 20".
+        share: fraction of bad rows.
+        reasons: reason -> bad rows.
+        rejected: file of the rejected rows.
+        advice: last sentence.
+    """
+    return UserError(
+        f"{name}: {count} rows ({share:.1%}) were rejected; the limit is {max_error_rate:.1%} "
+        f"(max_error_rate). {_list_frequent(reasons)}. See {rejected}. {advice}"
+    )
+
+
+def make_unusable_error(
+    name: str, split_rows: Mapping[str, int], rows_in: int, reasons: Counter[str]
+) -> UserError:
+    """Return the error that no row of a corpus is left to train on.
+
+    Args:
+        name: of the corpus.
+        split_rows: split -> usable rows.
+        rows_in: rows that were read.
+        reasons: reason -> rejected rows.
+    """
+    counts = ", ".join(f"{split} {rows}" for split, rows in split_rows.items())
+    return UserError(
+        f"{name}: no row is left to train on, so it was not published. "
+        f"{sum(split_rows.values())} of {rows_in} rows can be used ({counts or 'none'}), and "
+        f"{reasons.total()} were rejected{': ' * bool(reasons)}{_list_frequent(reasons)}. Fix the "
+        "rows, or the options that choose rows and splits"
+    )
+
+
+def _list_frequent(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
 
 
 def count_reasons(reasons: Counter[str]) -> dict[str, int]:

@@ -179,7 +179,7 @@ def test_a_description_in_plain_values(place: Place, capsys: Any) -> None:
     ("path", "message"),
     [
         ("/nowhere", "/nowhere: no such file or folder"),
-        ("{empty}", "no known format"),
+        ("{empty}", "an empty folder"),
     ],
 )
 def test_inspecting_a_wrong_path_exits_with_two(

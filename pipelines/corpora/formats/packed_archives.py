@@ -36,7 +36,13 @@ def missing_format_error(source: SourceDirectory, reason: str) -> UserError:
         source: the path that was given.
         reason: which file or folder is missing.
     """
-    return UserError(f"{source.uri}: {reason}{unpack_hint(source)}")
+    empty = "an empty folder; " if is_empty_folder(source) else ""
+    return UserError(f"{source.uri}: {empty}{reason}{unpack_hint(source)}")
+
+
+def is_empty_folder(source: SourceDirectory) -> bool:
+    """Return whether a path is a folder without a file, at any depth. Hidden files do not count."""
+    return not source.is_file and next(source.walk(), None) is None
 
 
 def _is_archive(name: str) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipelines.corpora.formats.arrow_reader import read_parquet_rows
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
 from pipelines.io.directory import SourceDirectory
+from pipelines.io.file_signature import find_signature
 from pipelines.io.media import MediaRef
 from pipelines.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
 
@@ -23,30 +24,6 @@ from pipelines.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
 MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
 #: Rows that are searched for a media, which shows the modality of its column.
 SEARCHED_ROWS = 1000
-#: (First bytes, offset of the next bytes, these bytes) -> modality.
-_SIGNATURES = (
-    (b"\xff\xd8\xff", 0, b"", "image"),
-    (b"\x89PNG\r\n\x1a\n", 0, b"", "image"),
-    (b"GIF8", 0, b"", "image"),
-    (b"BM", 6, bytes(4), "image"),
-    (b"II*\0", 0, b"", "image"),
-    (b"MM\0*", 0, b"", "image"),
-    (b"RIFF", 8, b"WEBP", "image"),
-    (b"", 4, b"ftypavi", "image"),
-    (b"RIFF", 8, b"WAVE", "sound"),
-    (b"FORM", 8, b"AIF", "sound"),
-    (b"fLaC", 0, b"", "sound"),
-    (b"OggS", 0, b"", "sound"),
-    (b"ID3", 0, b"", "sound"),
-    (b"\xff\xfb", 0, b"", "sound"),
-    (b"\xff\xf3", 0, b"", "sound"),
-    (b"\xff\xf2", 0, b"", "sound"),
-    (b"#!AMR", 0, b"", "sound"),
-    (b"", 4, b"ftypM4A", "sound"),
-    (b"", 4, b"ftyp", "video"),
-    (b"RIFF", 8, b"AVI ", "video"),
-    (b"\x1aE\xdf\xa3", 0, b"", "video"),
-)
 
 
 @dataclass(frozen=True)
@@ -201,7 +178,5 @@ def _search_modality(batches: Iterator[pa.RecordBatch]) -> str:
 
 def detect_modality(data: bytes) -> str:
     """Return the modality of a media file by its first bytes, "" if they are not known."""
-    for start, offset, following, modality in _SIGNATURES:
-        if data.startswith(start) and data.startswith(following, offset):
-            return modality
-    return ""
+    found = find_signature(data)
+    return found[0] if found else ""

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from pipelines import corpora, inspect
 from pipelines.io.directory import DirectoryEntry, SourceDirectory
@@ -164,3 +166,68 @@ def test_numbers_as_labels_and_unread_files_are_reported(
     printed = capsys.readouterr()
     assert "boxes.xml" in printed.out + printed.err
     assert "regression" in printed.err
+
+
+def test_command_keeps_the_given_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = user_corpora.tnews(tmp_path / "with space")
+    options = ["--options.tnews.keywords", "true", "--options.tnews.max_tokens", "64"]
+    assert inspect.main([str(folder), *options]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"to prepare it: skillnet prepare --corpus 'tnews={folder}'" in said
+    assert said.endswith(" ".join(options))
+
+
+def test_no_command_is_suggested_if_every_row_would_be_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = [{"file_name": f"{number}.jpg", "text": "一"} for number in range(3)]
+    user_corpora.write_lines(tmp_path / "missing" / "metadata.jsonl", missing)
+    (tmp_path / "missing" / "images.zip").write_bytes(b"PK")
+    for number in range(4):
+        home = tmp_path / "torn" / "train" / "ab"[number % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{number}.jpg").write_bytes(b"\xff\xd8\xff torn")
+    for name in ("missing", "torn"):
+        assert inspect.main([str(tmp_path / name)]) == 0
+        shown = capsys.readouterr()
+        assert "to prepare it" not in shown.err
+        assert "prepare would fail: no row can be used" in " ".join(shown.err.split())
+        assert ("images.zip: unpack them" in " ".join(shown.out.split())) == (name == "missing")
+
+
+def test_damaged_rows_above_the_limit_and_duplicates_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"文{number % 6}", "label": "ab"[number % 2]} for number in range(8)]
+    user_corpora.write_lines(tmp_path / "train.jsonl", [*rows, {"text": "", "label": "a"}])
+    assert inspect.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "duplicate rows 2 (equal content" in " ".join(shown.out.replace("│", " ").split())
+    said = " ".join(shown.err.split())
+    assert "1 of 9 rows are damaged, more than 10.0%" in said
+    assert "to prepare it" in said
+
+
+def test_media_are_shown_by_size_and_format(tmp_path: Path) -> None:
+    data = user_corpora.jpg(1, (40, 30))
+    for number in range(4):
+        home = tmp_path / "files" / "train" / "ab"[number % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{number}.jpg").write_bytes(data)
+    size = f"{len(data):,} bytes, JPEG"
+    found = inspection.inspect_corpus(str(tmp_path / "files"))
+    assert found["example"]["media"]["content"] == size
+    cells = pa.array([{"bytes": data, "path": "1.jpg"}] * 3)
+    (tmp_path / "embedded").mkdir()
+    table = pa.table({"image": cells, "text": ["一", "二", "三"]})
+    parquet.write_table(table, tmp_path / "embedded" / "train.parquet")
+    found = inspection.inspect_corpus(str(tmp_path / "embedded"))
+    assert found["example"]["media"]["content"] == size
+
+
+def test_empty_folder_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    with pytest.raises(UserError, match="an empty folder"):
+        inspection.inspect_corpus(str(tmp_path / "empty"))
