@@ -99,7 +99,9 @@ def run(session_root: Path) -> Iterator[tracking.Tracker]:
         yield tracker
 
 
-def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry.RegisteredVersion:
+def put(
+    run: tracking.Tracker, files: Path, name: str, value: float, system: str = "skillnet"
+) -> registry.RegisteredVersion:
     return registry.register_version(
         run.run_id,
         files / "serving.py",
@@ -108,7 +110,7 @@ def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry
         uri=run.uri,
         name=name,
         metadata={"tasks": ["a"]},
-        tags={"seed": 1},
+        tags={"seed": 1, "system": system},
         description="**trained** on a",
     )
 
@@ -179,6 +181,39 @@ def test_a_model_that_is_not_there_is_named(
         registry.resolve_registered(uri, run.uri)
     assert says in str(caught.value)
     assert uri in str(caught.value)
+
+
+def test_models_of_two_systems_are_never_versions_of_one_model(
+    run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "systems"
+    put(run, files, name, 0.5)
+    with pytest.raises(champion.OtherSystemError, match="such as skillnet-dense"):
+        put(run, files, name, 0.9, "dense")
+    assert aliases(run, name) == {"champion": 1}
+    # Two machines can register at once, so the promotion compares the systems too.
+    monkeypatch.setattr(champion, "check_system", lambda *_: None)
+    late = put(run, files, name, 0.9, "dense")
+    assert (late.version, late.alias) == (2, "challenger")
+    assert str(late.verdict) == "system: dense is not compared with the champion, a skillnet model"
+    with pytest.raises(champion.OtherSystemError, match="version 1 is a skillnet model"):
+        champion.promote_version(2, name=name, uri=run.uri, force=True)
+    assert aliases(run, name) == {"champion": 1, "challenger": 2}
+
+
+@pytest.mark.parametrize(
+    ("system", "experiment", "expected"),
+    [
+        ("skillnet", None, "skillnet"),
+        ("dense", None, "skillnet-dense"),
+        ("skillnet", "clue", "clue"),
+        ("moe", "team/clue:1", "team-clue-1-moe"),
+    ],
+)
+def test_a_registered_model_has_one_system_and_one_experiment(
+    system: str, experiment: str | None, expected: str
+) -> None:
+    assert champion.choose_model_name(system, experiment) == expected
 
 
 def test_a_missing_artefact_is_named_before_anything_is_logged(run: tracking.Tracker) -> None:
