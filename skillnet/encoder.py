@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skillnet.attention import padding_bias
 from skillnet.config import SkillNetConfig
@@ -94,6 +95,8 @@ class Encoder(nn.Module):
             EncoderLayer(config, index) for index in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.dim)
+        #: Keep only the input of each layer for the backward pass, which computes the rest again.
+        self.recompute_layers = False
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:
         """Encode tokens (B, T, D) with the active skills.
@@ -106,5 +109,9 @@ class Encoder(nn.Module):
         # The bias is built once for all layers.
         bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
         for layer in self.layers:
-            x_BTD = layer(x_BTD, skills, bias_B11T)
+            if self.recompute_layers and torch.is_grad_enabled():
+                # The random rows of stochastic depth are drawn again from the same state.
+                x_BTD = checkpoint(layer, x_BTD, skills, bias_B11T, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, skills, bias_B11T)
         return self.norm(x_BTD)

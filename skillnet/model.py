@@ -83,6 +83,10 @@ class SkillNet(TaskModel):
         """
         return mean_pool(*self.tokens(batch, plan))
 
+    def enable_activation_checkpointing(self) -> None:
+        """Let each encoder layer keep only its input, and compute it again in the backward pass."""
+        self.encoder.recompute_layers = True
+
     # -- ownership -------------------------------------------------------------------------
 
     def file_of(self, name: str) -> str:

@@ -44,6 +44,10 @@ class EncoderAdapter(nn.Module):
         """
         raise ValueError(f"{type(self.model).__name__} embeds no tokens")
 
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only the inputs of the layers for the backward pass (transformers' models)."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
@@ -75,6 +79,10 @@ class ImageTower(EncoderAdapter):
     def __init__(self, model: Any, width: int, dim: int) -> None:
         super().__init__(model, width, dim)
         model.patch_embed.proj = PatchProduct(model.patch_embed.proj)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass."""
+        self.model.set_grad_checkpointing(True)
 
     def encode(self, batch: Batch) -> Tokens:
         x_BCHW = scale_to_signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)

@@ -85,12 +85,13 @@ class ExpertLayer(EncoderLayer):
             jitter=options.jitter,
         )
         self.routings: list[RoutingResult] = []
+        self.stores_routings = False
 
     def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         # The attention bias is 0 at real tokens. Its rows are already those that drop path keeps.
         mask_BT = None if bias_B11T is None else bias_B11T[:, 0, 0] == 0
         y_BTD, routing = self.feedforward(self.feedforward_norm(x_BTD), mask_BT)
-        if self.training:
+        if self.training and self.stores_routings:
             self.routings.append(routing)
         return y_BTD
 
@@ -126,7 +127,12 @@ class MoE(SkillNet):
         # Routings are kept per pass, because the balancing loss averages over the towers.
         for layer in self.expert_layers:
             layer.routings.clear()
-        return super().forward(task, towers)
+            layer.stores_routings = True
+        outputs = super().forward(task, towers)
+        # The backward pass may compute a layer again; its routing then is one of those stored.
+        for layer in self.expert_layers:
+            layer.stores_routings = False
+        return outputs
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the weighted balance and z losses: sums over layers of means over towers."""

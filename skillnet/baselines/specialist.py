@@ -161,6 +161,12 @@ class SpecialistModel(TaskModel):
         """Return the embedding (V, D) of the tower's own tokens."""
         return self.tower(task, tower).token_embedding(self.config.vocab_size)
 
+    def enable_activation_checkpointing(self) -> None:
+        """Let all encoders recompute their layers in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, EncoderAdapter):
+                module.enable_activation_checkpointing()
+
     # -- ownership -------------------------------------------------------------------------
 
     def file_of(self, name: str) -> str:
