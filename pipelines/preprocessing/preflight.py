@@ -4,13 +4,15 @@
 that is too large for that is checked while it is prepared. ``prepare`` calls it.
 """
 
+import copy
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.corpora import ExternalCorpus
-from pipelines.corpora.base import Row, SourceArchives
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import unpack_hint
 from pipelines.io.media import MediaReadError, read_media
 from pipelines.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
@@ -26,7 +28,7 @@ from skillnet_platform.storage import atomic_write
 
 #: Seconds. A corpus that was not read by then is checked while it is prepared.
 READ_TIMEOUT_S = 8.0
-#: Accepted rows. A corpus with more of them is checked while it is prepared.
+#: Rows, accepted and rejected. A corpus with more of them is checked while it is prepared.
 MAX_FIRST_ROWS = 10_000
 #: Media files that are tried until one can be decoded. If half of the files were damaged, all of
 #: them would fail once in 65,000 corpora.
@@ -63,20 +65,30 @@ def _read_first_rows(corpus: ExternalCorpus, lines: Path) -> tuple[list[Row], Re
     """Return the rows with media, and the counts of all rows, or None if there are too many."""
     blocks: list[RowBlock] = []
     summaries: list[ReadSummary] = []
+    first_rows = copy.copy(corpus)
 
     def work(is_late: threading.Event) -> None:
-        for each in read_blocks(corpus, SourceArchives.none(), lines):
-            if isinstance(each, ReadSummary):
+        def read(sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+            for number, row in enumerate(corpus.rows(sources)):
+                # Rejected rows come in no block, so both limits are checked at every row.
+                if is_late.is_set() or number >= MAX_FIRST_ROWS:
+                    is_late.set()
+                    return
+                yield row
+
+        first_rows.rows = read  # type: ignore[method-assign]
+        for each in read_blocks(first_rows, SourceArchives.none(), lines):
+            if isinstance(each, RowBlock):
+                blocks.append(each)
+            elif not is_late.is_set():
                 summaries.append(each)
-                return
-            blocks.append(each)
-            if is_late.is_set() or sum(b.table.num_rows for b in blocks) > MAX_FIRST_ROWS:
-                return
 
     run_within(READ_TIMEOUT_S, work)
+    if not summaries:
+        return [], None
     has_media = "media" in corpus.raw_schema.names
     rows = [row for block in blocks for row in block.table.to_pylist()] if has_media else []
-    return rows, summaries[0] if summaries else None
+    return rows, summaries[0]
 
 
 def _check_media(corpus: ExternalCorpus, rows: list[Row]) -> None:

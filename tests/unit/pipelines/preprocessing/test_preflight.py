@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import pytest
 
 from pipelines import prepare
+from pipelines.preprocessing import preflight
 from skillnet_platform import cluster
 from tests.helpers import user_corpora
 
@@ -74,3 +75,16 @@ def test_a_usable_corpus_reaches_ray(tmp_path: Path, capsys: Any) -> None:
     assert prepare.main(words) == 1
     assert "RayStartedError" in capsys.readouterr().err
     assert not (tmp_path / "data" / "mine.rejected.jsonl").exists()
+
+
+def test_a_corpus_of_many_rows_is_checked_while_it_is_prepared(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rows can all be bad: they lie close together."""
+    write_images(tmp_path / "mine", 40, None)
+    words = [f"--corpus=mine=folder:{tmp_path / 'mine'}", "--data", str(tmp_path / "data")]
+    monkeypatch.setattr(preflight, "MAX_FIRST_ROWS", 39)
+    assert prepare.main(words) == 1
+    assert "RayStartedError" in capsys.readouterr().err
+    monkeypatch.setattr(preflight, "MAX_FIRST_ROWS", 40)
+    assert prepare.main(words) == 2
