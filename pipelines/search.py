@@ -117,6 +117,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
+    from pipelines.runs.vocabulary_match import check_corpus_vocabulary
     from pipelines.serving.bundle import open_predictor
     from pipelines.shards.dataset import open_corpus
     from skillnet.skills import find_task
@@ -131,6 +132,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
             f"{config.task} is not a retrieval task; use one of {', '.join(searchable) or 'none'}"
         )
     corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
+    check_corpus_vocabulary(predictor.model, config.task, corpus)
     splits = _choose_splits(corpus, config.splits)
     vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
     # The time excludes loading and indexing, which happen once for a model and a corpus.

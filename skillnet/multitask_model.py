@@ -9,7 +9,7 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,11 +28,13 @@ from skillnet.serialization import (
     read_config,
     read_manifest,
     read_tensor_shapes,
+    read_vocabulary,
     write_manifest,
     write_parts,
 )
 from skillnet.skills import find_task, nearest_hint
 from skillnet.staging import replace_folder, staging_folder
+from skillnet.vocabulary import ModelVocabulary, find_order
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -67,6 +69,10 @@ class TaskModel(nn.Module):
         self.config = config
         self.options: dict[str, Any] = dataclasses.asdict(options or NoOptions())
         self.heads = nn.ModuleDict()
+        #: Meaning of token ids and outputs; training takes it from the corpora.
+        self.vocabulary = ModelVocabulary()
+        #: Folder that the model was read from, for messages; None for a new model.
+        self.origin: Path | None = None
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any] | None) -> Any:
@@ -245,6 +251,27 @@ class TaskModel(nn.Module):
         """Delete the parameters that only this task uses, after it left the configuration."""
         del self.heads[task]
 
+    @torch.no_grad()
+    def reorder_outputs(self, task: str, names: Sequence[str]) -> None:
+        """Move the outputs of a head, with their weights, to another order of the same names.
+
+        Args:
+            task: a task with names in :attr:`vocabulary`.
+            names: of its outputs, in the new order.
+
+        Raises:
+            ValueError: these are not the names of the task's outputs.
+        """
+        order = find_order(names, self.vocabulary.outputs[task])
+        if order is None:
+            raise ValueError(f"{task}: the outputs have other names than {', '.join(names)}")
+        if self.config.tasks[task].objective == "ctc":
+            order = [0, *(1 + position for position in order)]  # 0 is the blank
+        for parameter in self.heads[task].parameters():
+            parameter.copy_(parameter[order])
+        outputs = {**self.vocabulary.outputs, task: tuple(names)}
+        self.vocabulary = dataclasses.replace(self.vocabulary, outputs=outputs)
+
     # -- saving and loading ----------------------------------------------------------------
 
     @classmethod
@@ -303,6 +330,7 @@ class TaskModel(nn.Module):
         folder = Path(path)
         manifest = read_manifest(folder)
         config, system, options = read_config(folder, manifest)
+        vocabulary = read_vocabulary(folder, manifest)
         if system != cls.system:
             raise ValueError(
                 f"{folder} holds a model of the system {system!r}, not {cls.system!r}; "
@@ -315,7 +343,9 @@ class TaskModel(nn.Module):
         budget = limit_weights(count_saved_weights(files))
         with torch.device("meta"), budget:
             _check_shapes(folder, cls._build(folder, config, options), manifest)
+        _check_outputs(folder, config, vocabulary)
         model = cls._build(folder, config, options)
+        model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
         dtype = None
         for file in model.files_of():
             tensors = load_tensors(folder / f"{file}.safetensors")
@@ -369,6 +399,16 @@ def save_model(model: TaskModel, path: Path) -> None:
     with staging_folder(path) as staging:
         write_manifest(staging, write_parts(model, staging))
         replace_folder(staging, path)
+
+
+def _check_outputs(folder: Path, config: SkillNetConfig, vocabulary: ModelVocabulary) -> None:
+    """Raise ValueError unless each named task has as many names as outputs."""
+    for task, names in vocabulary.restrict_to(config.tasks).outputs.items():
+        if len(names) != config.tasks[task].outputs:
+            raise ValueError(
+                f"{folder / 'config.json'}: vocabulary.outputs.{task} has {len(names)} names, the "
+                f"task has {config.tasks[task].outputs} outputs"
+            )
 
 
 def _check_shapes(folder: Path, model: TaskModel, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Files of a saved model: one safetensors file per skill, stem and head, and a manifest.
 
-    config.json                 sizes of the model, name and options of its system
+    config.json                 sizes of the model, name and options of its system, vocabulary
     shared.safetensors          norms, and layers without skills
     skill-NAME.safetensors      all weights of one skill
     stem-NAME.safetensors       all weights of one stem
@@ -28,6 +28,7 @@ from torch import Tensor
 from skillnet.config import SkillNetConfig
 from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import SkillPlan, Task
+from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Longest accepted header, in bytes. Headers of models with thousands of tensors take 1 % of it.
@@ -94,7 +95,7 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 class SavableModel(Protocol):
@@ -102,6 +103,7 @@ class SavableModel(Protocol):
 
     config: SkillNetConfig
     options: dict[str, Any]
+    vocabulary: ModelVocabulary
     system: ClassVar[str]
 
     def named_parameters(self) -> Any:
@@ -160,7 +162,11 @@ def write_parts(model: SavableModel, folder: Path) -> list[str]:
     # safetensors needs contiguous tensors on the host.
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     written = ["config.json"]
-    about = config_to_dict(model.config) | {"system": model.system, "options": model.options}
+    about = config_to_dict(model.config) | {
+        "system": model.system,
+        "options": model.options,
+        "vocabulary": model.vocabulary.restrict_to(model.config.tasks).to_dict(),
+    }
     text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     for file, names in model.files_of().items():
@@ -259,7 +265,7 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
 
 
 def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Read ``config.json`` of a saved model: sizes, and name and options of its system.
+    """Read ``config.json`` of a saved model: sizes, name and options of its system, vocabulary.
 
     Args:
         path: directory of the saved model.
@@ -293,10 +299,28 @@ def read_config(path: Path, manifest: dict[str, Any]) -> tuple[SkillNetConfig, s
     """
     values = read_about(path, manifest)
     system, options = values.pop("system", "skillnet"), values.pop("options", {})
+    values.pop("vocabulary", None)
     try:
         return config_from_dict(values), str(system), options
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path / 'config.json'}: {describe_error(problem)}") from None
+
+
+def read_vocabulary(path: Path, manifest: dict[str, Any]) -> ModelVocabulary:
+    """Read the vocabulary of a saved model.
+
+    Args:
+        path: directory of the saved model.
+        manifest: from :func:`read_manifest`.
+
+    Raises:
+        ValueError: the file does not match the manifest, or holds no valid vocabulary.
+    """
+    values = read_about(path, manifest)
+    try:
+        return parse_vocabulary(values.get("vocabulary"))
+    except ValueError as problem:
+        raise ValueError(f"{path / 'config.json'}: {problem}") from None
 
 
 def describe_error(problem: Exception) -> str:

@@ -34,13 +34,13 @@ from pipelines.evaluation.task_metrics import (
     rank_metrics,
     retrieval_metrics,
 )
-from pipelines.runs.head_sizes import LISTED, num_outputs_of
+from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.accounting import account_task
 from skillnet.metrics import error_counts, retrieval_ranks, unique_group_ids
 from skillnet.multitask_model import TaskModel
-from skillnet.skills import Task, find_task
+from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Location, join_location, parse_location
 
@@ -65,7 +65,8 @@ def evaluate_model(
     """Evaluate a model on the splits of its tasks' corpora.
 
     Args:
-        model: on the device to run on; its training mode is restored afterwards.
+        model: on the device to run on; its training mode is restored afterwards. Its outputs get
+            the order of the corpus' names.
         data: directory of prepared corpora.
         tasks: names; None selects all tasks of the model.
         splits: names; None selects every split whose name starts with ``test``, and
@@ -85,7 +86,8 @@ def evaluate_model(
         One dictionary per metric with the keys ``COLUMNS``. Rates are in [0, 1].
 
     Raises:
-        UserError: a task is unknown, a corpus is missing, or no corpus has a requested split.
+        UserError: a task is unknown, a corpus is missing or has another vocabulary, or no corpus
+            has a requested split.
     """
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
@@ -94,7 +96,7 @@ def evaluate_model(
     evaluated: set[str] = set()
     for name, spec in specs.items():
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
-        check_outputs(corpus, name, spec)
+        align_outputs(model, name, corpus)
         masked = spec.objective == "masked"
         for split_name in choose_splits(
             corpus, ["validation"] if masked and not splits else splits
@@ -302,27 +304,6 @@ def choose_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[
         return [name for name in corpus.splits if name.startswith("test")]
     # Corpora have different splits; the caller reports names that no corpus has.
     return [name for name in splits if name in corpus.splits]
-
-
-def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
-    """Check that a corpus has as many classes or symbols as the model has outputs.
-
-    Args:
-        corpus: of the task.
-        task: name of the task.
-        spec: the task, with its number of outputs.
-
-    Raises:
-        UserError: the numbers differ.
-    """
-    num_outputs = num_outputs_of(corpus.manifest, spec)
-    # Without this check, outputs would get the names of other classes, without any error.
-    if num_outputs is not None and num_outputs != spec.outputs:
-        raise UserError(
-            f"{task}: the corpus {corpus.name} has {num_outputs} {LISTED[spec.objective]}, the "
-            f"model was built for {spec.outputs}; set model.tasks.{task}.outputs to {num_outputs} "
-            "and train again"
-        )
 
 
 def read_fixed_column(table: Any, name: str, where: str) -> np.ndarray:

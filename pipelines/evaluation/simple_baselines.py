@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluation.evaluator import (
-    check_outputs,
     choose_splits,
     locate_task_corpus,
     read_fixed_column,
@@ -43,6 +42,7 @@ from pipelines.evaluation.task_metrics import (
     retrieval_metrics,
     transcription_metrics,
 )
+from pipelines.runs.vocabulary_match import check_outputs
 from pipelines.shards.columns import FixedColumn, open_column
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from pipelines.runs.layout import SETTINGS
 from pipelines.runs.task_counts import find_untrained_tasks, parse_task_counts
 from skillnet import systems
 from skillnet.growth import remove_task
@@ -25,7 +26,7 @@ from skillnet.serialization import check_file, load_tensors, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_record, run_root
+from skillnet_platform.storage import read_json, read_record, run_root
 from skillnet_platform.storage.objects import is_uri
 
 DEFAULT_MODEL = "models:/skillnet@champion"
@@ -132,6 +133,17 @@ def resolve_model(
         f"{address}: no folder and no run in {run_root()} has this name, and it is no registry "
         f"address such as {DEFAULT_MODEL}"
     )
+
+
+def read_training_settings(source: ModelSource) -> dict[str, Any]:
+    """Return the configuration of a model's training; {} if unknown.
+
+    Args:
+        source: a run, a bundle, or a copy of weights with the settings of their training.
+    """
+    copied = source.weights / SETTINGS
+    settings = source.settings or (read_json(copied) if copied.is_file() else {})
+    return settings if isinstance(settings, dict) else {}
 
 
 def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel:

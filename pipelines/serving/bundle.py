@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipelines.evaluation.evaluator import check_outputs, locate_task_corpus
+from pipelines.evaluation.evaluator import locate_task_corpus
 from pipelines.runs.bundle_manifest import (
     BUNDLE_FORMAT,
     BUNDLE_MANIFEST,
@@ -31,6 +31,11 @@ from pipelines.runs.bundle_manifest import (
 )
 from pipelines.runs.head_sizes import LISTED
 from pipelines.runs.model_source import ModelSource, load_trained_tasks
+from pipelines.runs.vocabulary_match import (
+    TOKENIZER_FILE,
+    check_corpus_vocabulary,
+    read_corpus_names,
+)
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
@@ -39,9 +44,9 @@ from pipelines.tokenizer.guarded_loader import largest_token_id
 from pipelines.transforms.text import is_unicode
 from skillnet import systems
 from skillnet.config import SkillNetConfig
+from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
 from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
-from skillnet.skills import Task
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
@@ -66,7 +71,6 @@ VECTORS_VERSION = 2
 MAX_CAPTIONS = 100_000
 #: Captions that are read or embedded in one batch.
 BATCH_CAPTIONS = 8192
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
@@ -88,12 +92,12 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
         task: open_corpus(locate_task_corpus(data, task, source.corpora))
         for task in model.config.tasks
     }
-    tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
     specs = model.config.tasks
     # A wrong corpus must fail before the captions are embedded.
     for task, corpus in corpora.items():
-        check_outputs(corpus, task, specs[task])
-    names = {task: read_output_names(corpus, specs[task]) for task, corpus in corpora.items()}
+        check_corpus_vocabulary(model, task, corpus)
+    tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
+    names = {task: read_output_names(model, task, corpus) for task, corpus in corpora.items()}
     with staging_directory(target) as folder:
         model.save_pretrained(folder / "model")
         # A copy, because the tokenizer beside the corpora may be replaced later (decision 24).
@@ -162,7 +166,7 @@ def _load_checked_bundle(folder: Path, manifest: dict[str, Any], precision: str)
         if spec.objective == "retrieval" and f"captions-{task}.json" in manifest["files"]:
             banks[task] = _read_caption_bank(folder, task, model.config.embedding_dim)
     tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER_FILE)
-    check_vocabulary(folder / TOKENIZER_FILE, tokenizer, model.config)
+    check_bundle_vocabulary(folder, manifest, tokenizer, model)
     return TaskPredictor(
         model,
         tokenizer,
@@ -229,23 +233,38 @@ def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig)
             )
 
 
-def check_vocabulary(path: Path, tokenizer: Any, config: SkillNetConfig) -> None:
-    """Check that a model knows every token that a tokenizer can produce.
+def check_bundle_vocabulary(
+    folder: Path, manifest: Mapping[str, Any], tokenizer: Any, model: TaskModel
+) -> None:
+    """Check that the tokenizer and the names of a bundle are those of its model.
 
     Args:
-        path: of the tokenizer.
-        tokenizer: to check.
-        config: of the model.
+        folder: of the bundle.
+        manifest: content of ``serving.json``.
+        tokenizer: of the bundle.
+        model: of the bundle.
 
     Raises:
-        UserError: a token is beyond the vocabulary of the model.
+        UserError: another tokenizer, a token beyond the vocabulary of the model, or other names.
     """
+    path, size = folder / TOKENIZER_FILE, model.config.vocab_size
     largest = largest_token_id(tokenizer)
-    if largest >= config.vocab_size:
+    if largest >= size:
         raise UserError(
-            f"{path}: it has the token id {largest}; the model has {config.vocab_size} tokens; use "
+            f"{path}: it has the token id {largest}; the model has {size} tokens; use "
             "the tokenizer of its training"
         )
+    expected, found = model.vocabulary.tokenizer, manifest["files"][TOKENIZER_FILE]
+    if expected is not None and found != expected:
+        raise UserError(
+            f"{path}: sha256 {found}; the model was trained with the tokenizer {expected}; {REMEDY}"
+        )
+    for task, names in model.vocabulary.outputs.items():
+        if list(names) != manifest["tasks"][task]["names"]:
+            raise UserError(
+                f"{folder / BUNDLE_MANIFEST}: tasks.{task}.names are not those of the model; "
+                f"{REMEDY}"
+            )
 
 
 def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
@@ -305,18 +324,20 @@ def open_predictor(
     return open_bundle(build_bundle(source, data, target), precision)
 
 
-def read_output_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
+def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> list[str]:
     """Return the names of a task's classes, or of its symbols from 1; [] for retrieval.
 
     Args:
+        model: its own names come first; a corpus may list the same in another order.
+        task: name of the task.
         corpus: of the task.
-        spec: the task.
     """
-    key = LISTED.get(spec.objective)
-    if key is None:
+    spec = model.config.tasks[task]
+    if spec.objective not in LISTED:
         return []
+    names = model.vocabulary.outputs.get(task) or read_corpus_names(corpus, spec)
     # A corpus may have numbers only. Each output needs a name.
-    return list(corpus.manifest.get(key) or map(str, range(spec.outputs)))
+    return list(names or map(str, range(spec.outputs)))
 
 
 def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS) -> list[str]:

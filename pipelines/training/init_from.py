@@ -1,23 +1,40 @@
 """Initial weights of a run: random ones, or those of a trained model of the same system.
 
 A trained model provides the weights that both models have by name: stems, shared weights, skills
-and heads of tasks that both know. The rest stays random and is reported.
+and heads of tasks that both know. The rest stays random and is reported. A head whose classes or
+symbols are not those of the corpus starts from random weights.
 """
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.head_sizes import LISTED
 from pipelines.runs.layout import SETTINGS
 from pipelines.runs.mirror import TRAINED
-from pipelines.runs.model_source import ModelSource, load_source_model, resolve_model
+from pipelines.runs.model_source import (
+    ModelSource,
+    load_source_model,
+    read_training_settings,
+    resolve_model,
+)
+from pipelines.runs.vocabulary_match import (
+    align_outputs,
+    check_corpus_tokenizer,
+    list_names,
+    read_corpus_names,
+    reads_tokens,
+)
+from pipelines.shards.dataset import PreparedCorpus
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
-from skillnet.serialization import read_about, read_manifest
-from skillnet.systems import build_system
+from skillnet.serialization import read_about, read_manifest, read_vocabulary
+from skillnet.skills import Task, find_task
+from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
@@ -38,6 +55,7 @@ class InitReport:
         taken: files all of whose weights came from the source.
         fresh: files with a weight that stayed random.
         corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
+        new_heads: task -> why its head starts from random weights although the source has one.
     """
 
     source: str
@@ -45,11 +63,13 @@ class InitReport:
     taken: list[str]
     fresh: list[str]
     corpora: dict[str, str | None]
+    new_heads: dict[str, str] = field(default_factory=dict)
 
-    def summary(self) -> str:
-        """Return one line for the console."""
+    def describe(self) -> list[str]:
+        """Return lines for the console: the origin, and each head that starts from scratch."""
         fresh = f"; random: {', '.join(self.fresh)}" if self.fresh else ""
-        return f"started from {self.source} with {', '.join(self.taken)}{fresh}"
+        origin = f"started from {self.source} with {', '.join(self.taken)}{fresh}"
+        return [origin, *(f"{task}: {reason}" for task, reason in self.new_heads.items())]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for the run's result."""
@@ -87,27 +107,42 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     return str(copy)
 
 
-def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | None:
+def load_init_weights(
+    config: FinetuneConfig, model: TaskModel, corpora: Mapping[str, PreparedCorpus]
+) -> InitReport | None:
     """Load the weights of ``init_from`` into a fresh model; averaged ones if its run kept them.
 
     Args:
         config: of the run.
-        model: with random weights.
+        model: with random weights, and the vocabulary of its corpora; it inherits the vocabulary
+            of weights that the corpora do not concern.
+        corpora: task -> its corpus.
 
     Returns:
         A report, or None without ``init_from``.
 
     Raises:
-        UserError: a model of another system, or weights that do not fit; names the tensor and
-            the keys of the configuration that differ.
+        UserError: a model of another system or tokenizer, or weights that do not fit; names the
+            tensor and the keys of the configuration that differ.
     """
     if not config.init_from:
         return None
     source, location = resolve_model(config.init_from), f"--from {config.init_from}"
+    vocabulary = read_vocabulary(source.weights, read_manifest(source.weights))
+    # Before the sizes: another tokenizer explains another number of tokens.
+    for task, corpus in corpora.items():
+        if reads_tokens(find_task(task, config.model.tasks)):
+            check_corpus_tokenizer(vocabulary, corpus, source.weights)
     # Differences are collected first, to explain a tensor that does not fit.
     differing = _find_differences(config, source.weights, location)
+    start = load_source_model(source)
+    new_heads = _match_heads(config, start, corpora)
     try:
-        weights = dict(load_source_model(source).named_parameters())
+        weights = {
+            name: parameter
+            for name, parameter in start.named_parameters()
+            if not any(name.startswith(f"heads.{task}.") for task in new_heads)
+        }
         # Names of parameters that the source does not provide.
         fresh = set(model.load_partial(weights))
     except ValueError as error:
@@ -123,8 +158,69 @@ def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | 
             f"{location} has no weight that this model could start from; it holds "
             f"{', '.join(sorted(weights)[:3])}, …"
         )
-    corpora = read_training_corpora(source)
-    return InitReport(str(source.weights), source.digest, taken, partial, corpora)
+    inherited = start.vocabulary.restrict_to(model.config.tasks)
+    model.vocabulary = ModelVocabulary(
+        model.vocabulary.tokenizer or inherited.tokenizer,
+        {**inherited.outputs, **model.vocabulary.outputs},
+    )
+    return InitReport(
+        source=str(source.weights),
+        digest=source.digest,
+        taken=taken,
+        fresh=partial,
+        corpora=read_training_corpora(source),
+        new_heads=new_heads,
+    )
+
+
+def _match_heads(
+    config: FinetuneConfig, start: TaskModel, corpora: Mapping[str, PreparedCorpus]
+) -> dict[str, str]:
+    """Give the heads of a trained model the order of the corpora; find those that do not fit.
+
+    Returns:
+        Task -> why the head of the trained model does not fit the corpus.
+
+    Raises:
+        UserError: such a task takes no steps.
+    """
+    new_heads = {}
+    for task, corpus in corpora.items():
+        if task not in start.config.tasks:
+            continue
+        reason = _describe_other_outputs(start, task, config.model.tasks[task], corpus)
+        if reason is None:
+            align_outputs(start, task, corpus)
+        elif config.tasks[task].eval_only:
+            raise UserError(
+                f"tasks.{task}: {reason}, and the task is only evaluated. Give it a corpus with "
+                "the names of the trained model, or train it"
+            )
+        else:
+            new_heads[task] = f"{reason}; its head starts from random weights"
+    return new_heads
+
+
+def _describe_other_outputs(
+    start: TaskModel, task: str, spec: Task, corpus: PreparedCorpus
+) -> str | None:
+    """Return how the outputs of a trained head differ from those of a corpus; None if they fit."""
+    old, listed = start.config.tasks[task], LISTED.get(spec.objective)
+    if old.objective != spec.objective:
+        return f"the model was trained for {old.objective}, this run trains {spec.objective}"
+    if listed is None:
+        return None
+    known, names = start.vocabulary.outputs.get(task), read_corpus_names(corpus, spec)
+    if known and names:
+        if find_order(names, known) is not None:
+            return None
+        return (
+            f"the model was trained for the {listed} {list_names(known)}; the corpus "
+            f"{corpus.name} has {list_names(names)}"
+        )
+    if old.outputs != spec.outputs:
+        return f"the model was trained for {old.outputs} {listed}, this run has {spec.outputs}"
+    return None
 
 
 def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
@@ -133,17 +229,8 @@ def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
     Args:
         source: a run, a bundle, or a copy of weights with the settings of their training.
     """
-    copied = source.weights / SETTINGS
-    settings = source.settings or (storage.read_json(copied) if copied.is_file() else {})
-    corpora = settings.get("corpora") if isinstance(settings, dict) else None
+    corpora = read_training_settings(source).get("corpora")
     return dict(corpora) if isinstance(corpora, dict) else {}
-
-
-def dry_run_init(config: FinetuneConfig) -> InitReport | None:
-    """Load the initial weights into a model that is discarded; return the report."""
-    if not config.init_from:
-        return None
-    return load_init_weights(config, build_system(config.system, config.model, config.options))
 
 
 def _find_differences(

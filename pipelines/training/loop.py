@@ -108,7 +108,7 @@ def train_model(
     row_threads.limit_row_threads(torch.get_num_threads())
 
     # Each rank builds the model from the seed or the initial weights.
-    model = build_model(config).to(device, precision.weights)
+    model = build_model(config, run.corpora).to(device, precision.weights)
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
         for parameter in model.parameters():

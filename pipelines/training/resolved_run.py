@@ -118,9 +118,9 @@ class ResolvedRun:
         Raises:
             UserError: the weights do not fit.
         """
-        from pipelines.training.init_from import dry_run_init
+        from pipelines.training.setup import dry_run_init
 
-        return dry_run_init(self.config)
+        return dry_run_init(self.config, self.corpora)
 
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:

@@ -27,7 +27,7 @@ def validate_run(run: ResolvedRun) -> None:
     Raises:
         UserError: one of them does not fit; names the key to change.
     """
-    from pipelines.evaluation.evaluator import check_outputs
+    from pipelines.runs.vocabulary_match import check_outputs, find_common_tokenizer
     from pipelines.training.setup import pick_device
     from skillnet.skills import find_task
     from skillnet.systems import find_system
@@ -49,17 +49,8 @@ def validate_run(run: ResolvedRun) -> None:
             )
     # A missing GPU is reported before the workers start.
     pick_device(config.training.use_gpu)
+    find_common_tokenizer(run.manifests)
     _ = run.init_report
-    tokenizers = {
-        name: manifest["tokenizer"]["sha256"]
-        for name, manifest in run.manifests.items()
-        if manifest.get("tokenizer")
-    }
-    if len(set(tokenizers.values())) > 1:
-        raise UserError(
-            f"the corpora {', '.join(tokenizers)} were prepared with different tokenizers; "
-            "prepare them together: skillnet prepare"
-        )
 
 
 def train_and_evaluate(
@@ -98,7 +89,8 @@ def train_and_evaluate(
     tracker.inputs(run.manifests)
     begin = time.monotonic()
     if report is not None:
-        console.print_note(report.summary())
+        for line in report.describe():
+            console.print_note(line)
         tracker.tags({"init_from": report.source, "init_from_digest": report.digest})
     evaluated = resume_evaluation(run, tracker, splits, brief)
     if evaluated is not None:

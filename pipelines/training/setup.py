@@ -12,9 +12,10 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs import checkpoints
 from pipelines.runs.identity import check_corpus_digest, corpora_of
+from pipelines.runs.vocabulary_match import read_corpora_vocabulary
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training import checkpointing
-from pipelines.training.init_from import load_init_weights
+from pipelines.training.init_from import InitReport, load_init_weights
 from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
@@ -87,13 +88,46 @@ def open_corpora(
     return corpora
 
 
-def build_model(config: FinetuneConfig) -> TaskModel:
-    """Build the model of a configuration: random weights from the seed, or those of init_from."""
+def build_model(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None = None
+) -> TaskModel:
+    """Build the model of a configuration: random weights from the seed, or those of init_from.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus; None opens them. They have the model's vocabulary.
+
+    Raises:
+        UserError: a corpus is missing, or the weights of ``init_from`` do not fit.
+    """
+    return _build_started(config, corpora)[0]
+
+
+def dry_run_init(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None = None
+) -> InitReport | None:
+    """Load the initial weights into a model that is discarded; return the report.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus; None opens them.
+
+    Raises:
+        UserError: as for :func:`build_model`.
+    """
+    return _build_started(config, corpora)[1] if config.init_from else None
+
+
+def _build_started(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None
+) -> tuple[TaskModel, InitReport | None]:
+    opened = open_corpora(config) if corpora is None else corpora
     # The seed alone determines random weights, on every rank and in every process.
     torch.manual_seed(config.seed)
     model = build_system(config.system, config.model, config.options)
-    load_init_weights(config, model)
-    return model
+    of_task = {name: opened[task.corpus] for name, task in config.tasks.items()}
+    model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
+    return model, load_init_weights(config, model, of_task)
 
 
 def resume_run(

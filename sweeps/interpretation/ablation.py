@@ -17,6 +17,7 @@ from pipelines.evaluation.evaluator import locate_task_corpus, measure_split, us
 from pipelines.evaluation.inference import InferenceRunner
 from pipelines.evaluation.outcomes import OutcomeTable, RowOutcomes, paired_difference
 from pipelines.evaluation.tables import OBJECTIVE_METRICS, sort_rows
+from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
@@ -215,6 +216,7 @@ def find_measured_splits(
         if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
             continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
+        align_outputs(model, name, corpus)
         seen |= corpus.splits.keys()
         if split in corpus.splits:
             measured.append((name, corpus.splits[split], corpus))

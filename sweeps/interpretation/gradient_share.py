@@ -17,6 +17,7 @@ from pipelines.config.run import TaskTraining
 from pipelines.evaluation.evaluator import locate_task_corpus
 from pipelines.evaluation.tables import OBJECTIVE_METRICS, sort_rows
 from pipelines.loading.dataloader import MultiTaskDataLoader
+from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
 from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
@@ -84,6 +85,7 @@ def measure_gradient_share(
         if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
             continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
+        align_outputs(model, name, corpus)
         settings = TaskTraining(
             corpus.name, batch_size=batch, split=split, max_length=(limits or {}).get(name)
         )

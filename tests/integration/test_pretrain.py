@@ -217,11 +217,11 @@ def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path:
     config = small_pretraining(data)
     config.tasks = {"masked_sound": config.tasks["masked_sound"]}
     build_model(build_joint_run(config)).save_pretrained(tmp_path / "model")
-    from pipelines.training.init_from import dry_run_init
+    from pipelines.training.setup import dry_run_init
 
     start = dry_run_init(tuning(data, str(tmp_path / "model")))
     assert start is not None
     assert "stem-log_mel" in start.taken
     assert "skill-sound" in start.taken
     assert "stem-patch" in start.fresh
-    assert "random: " in start.summary()
+    assert "random: " in start.describe()[0]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.init_from import dry_run_init
+from pipelines.training.setup import dry_run_init
 from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun

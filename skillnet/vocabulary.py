@@ -1,0 +1,62 @@
+"""Vocabulary of a model: the tokenizer of its token ids, and the names of its outputs.
+
+Ids are numbers, so ids of another tokenizer or of other classes raise no error by themselves. A
+saved model therefore records its vocabulary, and readers compare it with the vocabulary of a corpus
+(:mod:`pipelines.runs.vocabulary_match`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelVocabulary:
+    """Meaning of a model's ids.
+
+    Args:
+        tokenizer: SHA-256 of the ``tokenizer.json`` that made its token ids; None if it reads no
+            tokens, or if it was not trained on a prepared corpus.
+        outputs: task -> names of its classes, or of its CTC symbols from id 1, in the order of
+            their ids. Tasks without names are left out.
+    """
+
+    tokenizer: str | None = None
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def restrict_to(self, tasks: Iterable[str]) -> "ModelVocabulary":
+        """Return the same vocabulary without the outputs of other tasks."""
+        kept = {task: self.outputs[task] for task in tasks if task in self.outputs}
+        return ModelVocabulary(self.tokenizer, kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types, ready for JSON."""
+        outputs = {task: list(names) for task, names in self.outputs.items()}
+        return {"tokenizer": self.tokenizer, "outputs": outputs}
+
+
+def parse_vocabulary(values: Any) -> ModelVocabulary:
+    """Build a vocabulary from plain types, the inverse of :meth:`ModelVocabulary.to_dict`.
+
+    Raises:
+        ValueError: a key is missing, unknown or of another type.
+    """
+    if not isinstance(values, dict) or values.keys() != {"tokenizer", "outputs"}:
+        raise ValueError("vocabulary: expected the keys tokenizer and outputs")
+    tokenizer, outputs = values["tokenizer"], values["outputs"]
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise ValueError("vocabulary.tokenizer: expected a SHA-256 or null")
+    if not isinstance(outputs, dict):
+        raise ValueError("vocabulary.outputs: expected the names of each task")
+    for task, names in outputs.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"vocabulary.outputs.{task}: expected a list of names")
+    return ModelVocabulary(tokenizer, {task: tuple(names) for task, names in outputs.items()})
+
+
+def find_order(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Return the position in ``known`` of each name; None unless both hold the same names."""
+    positions = {name: position for position, name in enumerate(known)}
+    # Repeated names have no unique position.
+    is_same = len(names) == len(known) == len(positions) and set(names) == positions.keys()
+    return [positions[name] for name in names] if is_same else None
