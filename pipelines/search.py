@@ -1,9 +1,9 @@
-"""``skillnet search``: rank images, videos or functions of a corpus for a Chinese text."""
+"""``skillnet search``: rank the rows of a corpus of any modality for a Chinese text."""
 
 import re
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
+    from skillnet.skills import Task
 
 
 @dataclass
@@ -30,7 +31,8 @@ class SearchConfig:
 
     Args:
         query: text in Chinese; several arguments are one query.
-        task: text_to_image, text_to_video or text_to_code.
+        task: retrieval task of the model whose query is a text: text_to_image, text_to_video,
+            text_to_code, or a task of your own.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
         splits: splits to search; by default all except pretrain. The embeddings of their rows may
@@ -68,7 +70,7 @@ class SearchHit:
         score: cosine similarity to the query.
         key: of the row.
         split: of the row.
-        caption: first caption of the row, or its key.
+        caption: first caption of the row; its text or transcript, or its key, if it has none.
         captions: all captions of the row.
         row: number of the row in its split.
     """
@@ -112,27 +114,21 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         config: of the command.
 
     Raises:
-        UserError: the model, the corpus or a split is missing, or the task is not a retrieval task.
+        UserError: the model, the corpus or a split is missing, the task does not rank rows for a
+            text, or the corpus is of another modality.
     """
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
-    from pipelines.runs.vocabulary_match import check_corpus_vocabulary
     from pipelines.serving.bundle import open_predictor
     from pipelines.shards.dataset import open_corpus
-    from skillnet.skills import find_task
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     tasks = predictor.model.config.tasks
-    if find_task(config.task, tasks).objective != "retrieval":
-        searchable = [name for name, spec in tasks.items() if spec.objective == "retrieval"]
-        raise UserError(
-            f"{config.task} is not a retrieval task; use one of {', '.join(searchable) or 'none'}"
-        )
+    _require_text_query(config.task, tasks)
     corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
-    check_corpus_vocabulary(predictor.model, config.task, corpus)
     splits = _choose_splits(corpus, config.splits)
     vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
@@ -179,7 +175,7 @@ def write_search_page(
     for hit in hits:
         others = [caption for caption in hit.captions if caption != hit.caption]
         details = ([" · ".join(others)] if others else []) + [f"{hit.key} · {hit.split}"]
-        media, code = _load_media(corpus, hit)
+        media, code = _load_content(corpus, hit)
         cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
     with open_output(path, "w") as stream:
         stream.write(render_search_page(query, cards, facts, credit_line(corpus)))
@@ -216,6 +212,34 @@ def show_search(result: SearchResult) -> None:
     )
 
 
+def _require_text_query(task: str, tasks: "Mapping[str, Task]") -> None:
+    """Check that a task ranks rows for a text.
+
+    Args:
+        task: name of the task.
+        tasks: of the model.
+
+    Raises:
+        UserError: it is no retrieval task, or its query is of another modality.
+    """
+    from skillnet.skills import find_task
+
+    def reads_text(spec: "Task") -> bool:
+        return spec.objective == "retrieval" and spec.towers["query"].modality == "text"
+
+    spec = find_task(task, tasks)
+    if reads_text(spec):
+        return
+    searchable = [name for name, each in tasks.items() if reads_text(each)]
+    reason = "is not a retrieval task"
+    if spec.objective == "retrieval":
+        reason = f"has a query of the modality {spec.towers['query'].modality}, not text"
+    raise UserError(
+        f"{task}: the task {reason}. Use one that ranks rows for a text: "
+        f"{', '.join(searchable) or 'this model has none'}"
+    )
+
+
 def _choose_splits(corpus: "PreparedCorpus", names: Sequence[str] | None) -> list[str]:
     if names is None:
         # Pretraining rows would enlarge the index, whose size is limited. --splits includes them.
@@ -240,30 +264,40 @@ def _rank_hits(
         number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]
         row = int(rank) - int(ends[number]) + corpus.splits[name].rows
-        split = corpus.splits[name]
-        captions = split.column("captions")[row].as_py()
-        key = split.column("key")[row].as_py()
-        caption = captions[0] if captions else key
+        table = corpus.splits[name].table()
+        key = _read_cell(table, "key", row)
+        captions = _read_cell(table, "captions", row) or []
+        # Audio may have a transcript only, and the rows of a split for prediction have neither.
+        caption = captions[0] if captions else _read_cell(table, "text", row) or key
         hits.append(
-            SearchHit(len(hits) + 1, float(scores[rank]), key, name, caption, list(captions), row)
+            SearchHit(len(hits) + 1, float(scores[rank]), key, name, caption, captions, row)
         )
     return hits
 
 
-def _load_media(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
-    """Return the image or video of a hit, or its code."""
-    from pipelines.shards.columns import FixedColumn, open_column
+def _read_cell(table: Any, column: str, row: int) -> Any:
+    """Return the value of a row, or None if the table has no such column."""
+    return table.column(column)[row].as_py() if column in table.column_names else None
 
-    table: Any = corpus.splits[hit.split].table()
-    for name in ("pixels", "frames"):
-        if name in table.column_names:
-            column = open_column(table, name, corpus.name)
-            if isinstance(column, FixedColumn):
-                media = column.take(np.array([hit.row]))[0]
-                # Videos are white on black for the model; the page shows them black on white.
-                return (255 - media if corpus.modality == "video" else media), None
-    code = table.column("code")[hit.row].as_py() if "code" in table.column_names else None
-    return None, code
+
+def _load_content(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
+    """Return the picture or the video of a hit, or its text or code."""
+    from pipelines.evaluation.inference import INPUT_COLUMNS
+    from pipelines.serving.search_page import draw_log_mel
+    from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
+
+    table = corpus.splits[hit.split].table()
+    if corpus.modality in ("text", "code"):
+        return None, _read_cell(table, corpus.modality, hit.row)
+    # The modality selects the column: "frames" are pixels of a video, and lengths of audio.
+    column = open_column(table, INPUT_COLUMNS[corpus.modality], corpus.name)
+    rows = np.array([hit.row])
+    if isinstance(column, RaggedColumn):
+        return draw_log_mel(column.take(rows)[0][0]), None
+    assert isinstance(column, FixedColumn)
+    media = column.take(rows)[0]
+    # Videos are white on black for the model; the page shows them black on white.
+    return (255 - media if corpus.modality == "video" else media), None
 
 
 def _default_page(query: str, task: str) -> Path:
@@ -280,8 +314,8 @@ def _short(text: str, max_length: int = 60) -> str:
 
 @command(
     SearchConfig,
-    description="Rank the images, videos or functions of a prepared corpus for a Chinese text; "
-    "print a table, and write an HTML page with thumbnails.",
+    description="Rank the images, videos, recordings, functions or texts of a prepared corpus for "
+    "a Chinese text; print a table, and write an HTML page with thumbnails.",
     example='skillnet search "红色的心" --open\n'
     'skillnet search "横、竖、撇、捺" --task text_to_video\n'
     'skillnet search "发送消息给用户" --task text_to_code --top 5',

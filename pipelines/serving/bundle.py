@@ -111,7 +111,8 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
             preprocessing=preprocessing,
         )
         for task, corpus in corpora.items():
-            if specs[task].objective == "retrieval":
+            # A task whose query is no text cannot embed captions.
+            if "query" in specs[task].towers and specs[task].towers["query"].modality == "text":
                 captions = read_known_captions(corpus)
                 # Embedded once here, so that a server does not run the text tower over all
                 # captions.
