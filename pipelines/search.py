@@ -120,6 +120,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
+    from pipelines.runs.vocabulary_match import check_corpus_vocabulary
     from pipelines.serving.bundle import open_predictor
     from pipelines.shards.dataset import open_corpus
 
@@ -129,6 +130,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     tasks = predictor.model.config.tasks
     _require_text_query(config.task, tasks)
     corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
+    check_corpus_vocabulary(predictor.model, config.task, corpus)
     splits = _choose_splits(corpus, config.splits)
     vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
