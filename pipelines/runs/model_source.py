@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
-from pipelines.runs.layout import SETTINGS
+from pipelines.runs.layout import SETTINGS, TRAINED
 from pipelines.runs.task_counts import find_untrained_tasks, parse_task_counts
 from skillnet import systems
 from skillnet.growth import remove_task
@@ -47,7 +47,7 @@ class ModelSource:
         version: in the registry, or None.
         settings: the resolved configuration of its training, as plain values; {} if unknown.
         steps: training steps done, or None.
-        untrained: task -> why its steps changed no weight; such a model is not registered.
+        untrained: task -> why its weights are random; such a model is not registered.
     """
 
     name: str
@@ -277,7 +277,8 @@ def _with_run(weights: Path, run: Path | None, address: str) -> ModelSource:
         settings = _check_settings(load_yaml(run / "config.yaml"), run / "config.yaml")
     run_id = tracking.read_run_id(run / "run.json") if run is not None else None
     # A checkpoint has its own record; a final model has that of its run.
-    records = (weights / "state.json", *([run / "trained.json"] if run else []))
+    folders = [weights, *([run] if run else [])]
+    records = [weights / "state.json", *(folder / TRAINED for folder in folders)]
     record = next((path for path in records if path.is_file()), None)
     if record is None:
         return ModelSource(address, weights, None, run, run_id, None, settings)

@@ -304,7 +304,7 @@ def open_predictor(
     tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
     digests = [
         open_corpus(locate_task_corpus(data, task, source.corpora)).digest
-        for task in tasks
+        for task in source.trained_tasks(tasks)
         if task not in source.auxiliary
     ]
     # Another version of the package may preprocess differently, so it builds its own bundle.

@@ -14,8 +14,7 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.head_sizes import LISTED
-from pipelines.runs.layout import SETTINGS
-from pipelines.runs.mirror import TRAINED
+from pipelines.runs.layout import SETTINGS, TRAINED
 from pipelines.runs.model_source import (
     ModelSource,
     load_source_model,
@@ -56,6 +55,7 @@ class InitReport:
         fresh: files with a weight that stayed random.
         corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
         new_heads: task -> why its head starts from random weights although the source has one.
+        trained_tasks: tasks all of whose weights came from a source that is trained for them.
     """
 
     source: str
@@ -64,6 +64,7 @@ class InitReport:
     fresh: list[str]
     corpora: dict[str, str | None]
     new_heads: dict[str, str] = field(default_factory=dict)
+    trained_tasks: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Return lines for the console: the origin, and each head that starts from scratch."""
@@ -163,6 +164,12 @@ def load_init_weights(
         model.vocabulary.tokenizer or inherited.tokenizer,
         {**inherited.outputs, **model.vocabulary.outputs},
     )
+    trained_tasks = [
+        task
+        for task in model.config.tasks
+        if task not in source.untrained
+        and fresh.isdisjoint(name for name, _ in model.active_parameters(task))
+    ]
     return InitReport(
         source=str(source.weights),
         digest=source.digest,
@@ -170,6 +177,7 @@ def load_init_weights(
         fresh=partial,
         corpora=read_training_corpora(source),
         new_heads=new_heads,
+        trained_tasks=trained_tasks,
     )
 
 

@@ -124,7 +124,7 @@ class ResolvedRun:
 
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
-    """Resolve a configuration: name, absolute paths, number of outputs, digests, initial weights.
+    """Resolve a configuration: name, absolute paths, model tasks, digests, initial weights.
 
     Workers have working directories of their own, so paths are absolute.
 
@@ -135,8 +135,8 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     Raises:
         UserError: the name is no folder name, two mirrors are given, or ``init_from`` is not found.
     """
-    from pipelines.runs.head_sizes import infer_num_outputs
     from pipelines.runs.identity import corpora_of
+    from pipelines.runs.model_tasks import resolve_model_tasks
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.cache import shared_cache
 
@@ -156,8 +156,8 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
             corpora[name] = open_corpus(
                 join_location(data, name), cache=shared_cache(config.storage.cache_gb)
             )
-    # Before the name: the number of outputs is part of the identity.
-    config = infer_num_outputs(config, {name: c.manifest for name, c in corpora.items()})
+    # Before the name: the tasks of the model are part of the identity.
+    config = resolve_model_tasks(config, {name: c.manifest for name, c in corpora.items()})
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} is no valid folder name; use letters, digits, - and _")

@@ -14,6 +14,9 @@ from skillnet_platform import console
 from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.storage import read_json
 
+#: Runs of more steps are not checked for tasks without a step.
+MAX_CHECKED_STEPS = 4096
+
 if TYPE_CHECKING:
     from pipelines.training.callbacks import LoopCallback
     from pipelines.training.ray_train.fit import NestedFit
@@ -47,10 +50,26 @@ def validate_run(run: ResolvedRun) -> None:
                 f"{dataset.location} have more symbols than tokens and cannot be learned; lower "
                 f"model.mel_stack ({config.model.mel_stack})"
             )
+    warn_of_idle_tasks(run)
     # A missing GPU is reported before the workers start.
     pick_device(config.training.use_gpu)
     find_common_tokenizer(run.manifests)
     _ = run.init_report
+
+
+def warn_of_idle_tasks(run: ResolvedRun) -> None:
+    """Warn of tasks that a run without initial weights is too short for."""
+    steps = run.config.training.steps
+    # The schedule of a long run is not computed twice; its tasks have steps.
+    if steps > MAX_CHECKED_STEPS or run.config.init_from:
+        return
+    idle = [name for name, count in run.dataloader.count_steps(steps).items() if not count]
+    if idle:
+        console.print_warning(
+            f"training.steps is {steps}, and no step trains {', '.join(idle)}: random weights stay "
+            "in the model, and registration refuses it. Set more steps, or leave tasks out: "
+            f"--tasks.{idle[0]} null"
+        )
 
 
 def train_and_evaluate(
