@@ -15,6 +15,7 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import run_root, scratch_directory, sha256_file
+from skillnet_platform.storage.temporary import remove_leftovers
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -76,6 +77,8 @@ def register_model(
         known = registry.find_registration(key, name=name, uri=uri)
         if known is not None and registration_order.is_done(known):
             registered = registry.complete_registration(known, name=name, uri=uri)
+            # A kill at the end of that registration left its bundle.
+            remove_leftovers(_bundle_place().parent, _bundle_place().name)
             console.print_note(f"{source.name} is registered already: {registered.uri}")
         else:
             if rows is None:
@@ -147,7 +150,7 @@ def _register_bundle(
     # The directory is private: another registration at the same time writes to its own.
     with (
         _open_run(source, uri, key) as run_id,
-        scratch_directory(run_root() / "cache" / "registering") as scratch,
+        scratch_directory(_bundle_place()) as scratch,
     ):
         folder = bundle.build_bundle(source, data, scratch / BUNDLE)
         # The bundle is read back, so that a damaged one is never registered.
@@ -182,6 +185,11 @@ def _register_bundle(
             },
             key=key,
         )
+
+
+def _bundle_place() -> Path:
+    """Return the path beside which the bundle of a registration is built."""
+    return run_root() / "cache" / "registering"
 
 
 def registry_metrics(
