@@ -261,7 +261,7 @@ class FolderCorpus(RecordCorpus):
 
     def annotation_files(self) -> list[str]:
         """Return the metadata files."""
-        return [table.file for table in self.tables]
+        return [file for table in self.tables for file in table.files]
 
     def is_unread_annotation(self, file: str) -> bool:
         """Return whether a file has the name of annotations and is not a metadata file."""

@@ -10,9 +10,11 @@
 readers of folders and tars call them.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,7 +31,7 @@ from pipelines.corpora.readers.fields import (
     file_extension,
     parse_split_name,
 )
-from pipelines.io.directory import SourceDirectory
+from pipelines.io.directory import DAMAGE_ERRORS, SourceDirectory
 from skillnet_platform.errors import UserError
 
 METADATA_NAMES = tuple(
@@ -45,6 +47,8 @@ ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".
 #: Files of COCO and Flickr. A corpus can hold several of Flickr; the first one is read.
 _COCO_NAME = re.compile(r"captions_(\w+)\.json")
 _FLICKR_NAME = re.compile(r"results_\d+\.token|flickr\w+\.token(\.txt)?|results\.csv|captions\.txt")
+#: Images of a split of Flickr8k, one name per line.
+_FLICKR_SPLIT = re.compile(r"flickr_?8k\.(train|dev|test)images\.txt")
 #: Folders of annotation files beside the media.
 _ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|flickr\w*_?text", re.IGNORECASE)
 #: Folders of recordings whose names have no ending, "" for the directory itself.
@@ -69,6 +73,11 @@ class MetadataTable:
 
     #: Folders that can hold the media, in addition to those beside the file.
     media_folders = ("",)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that ``read`` opens."""
+        return (self.file,)
 
     def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
         """Yield its records with their numbers; see ``read_records``.
@@ -116,18 +125,32 @@ class FlickrTable(MetadataTable):
     Args:
         has_header: whether the file is CSV. Otherwise each line is ``1000.jpg#0``, a tab, and the
             caption.
+        lists: (split, file) of the lists of images per split, which Flickr8k has.
     """
 
     has_header: bool = False
+    lists: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file of the captions, and the lists of images."""
+        return self.file, *(file for _, file in self.lists)
 
     def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
-        """Yield its records with their line numbers."""
-        if self.has_header:
-            yield from read_csv_rows(source, self.file)
-            return
-        for number, record in read_csv_rows(source, self.file, "\t", ("image", "caption")):
+        """Yield its records with their line numbers; the lists decide the field ``split``."""
+        splits = dict[str, str]()
+        for split, file in self.lists:
+            with contextlib.suppress(*DAMAGE_ERRORS):  # a line without end
+                for _, line in source.lines(file):
+                    splits[line.decode("utf-8", "replace").strip()] = split
+        plain = partial(read_csv_rows, separator="\t", names=("image", "caption"))
+        read_rows = read_csv_rows if self.has_header else plain
+        for number, record in read_rows(source, self.file):
             if isinstance(record, dict):
-                record["image"] = _remove_number(record["image"])
+                name = record.get("image") or record.get("image_name") or ""
+                if not self.has_header:
+                    record["image"] = name = _remove_number(name)
+                record |= {"split": splits.get(name)} if splits else {}
             yield number, record
 
 
@@ -230,10 +253,21 @@ def _open_table(
     if _FLICKR_NAME.fullmatch(name.lower()):
         first = next(iter(_first_lines(source, file)), "").partition("\t")
         is_named = file_extension(_remove_number(first[0])) in MODALITY_OF_EXTENSION
-        return FlickrTable(split, file, has_header=not (is_named and first[1]))
+        has_header = not (is_named and first[1])
+        return FlickrTable(split, file, "", has_header, _find_split_lists(source, file))
     if name.lower().removesuffix(".gz").endswith(".csv"):
         return _open_speech_table(source, media, split, file) or MetadataTable(split, file)
     return MetadataTable(split, file)
+
+
+def _find_split_lists(source: SourceDirectory, file: str) -> tuple[tuple[str, str], ...]:
+    """Return (split, file) of the lists of Flickr8k beside a file of captions."""
+    folder = file.rpartition("/")[0]
+    found = []
+    for entry in [] if source.is_file else source.entries(folder):
+        if named := _FLICKR_SPLIT.fullmatch(entry.name.lower()):
+            found.append((str(parse_split_name(named[1])), join_path(folder, entry.name)))
+    return tuple(found)
 
 
 def _open_speech_table(

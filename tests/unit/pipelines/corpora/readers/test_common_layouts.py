@@ -160,7 +160,7 @@ def test_flickr_captions(tmp_path: Path, images: str, file: str, head: str, line
         for number, (name, caption) in enumerate(TOKENS)
     )
     (tmp_path / file).write_text(head + "".join(lines), "utf-8")
-    write_files(tmp_path, b"x", "Flickr_8k.trainImages.txt", "readme.txt")
+    write_files(tmp_path, b"x", "ExpertAnnotations.txt", "readme.txt")
     corpus = detected(tmp_path, {"validation": 0.3, "test": 0.3})
     assert corpus.task == "text_to_image"
     rows, reasons = read(corpus)
@@ -168,7 +168,31 @@ def test_flickr_captions(tmp_path: Path, images: str, file: str, head: str, line
     assert set(rows) == {"train", "validation", "test"}
     assert len({name for split in rows for name in names(rows, split)}) == 30
     assert captions_of(rows, "/7.jpg") == {caption for name, caption in TOKENS if name == "7.jpg"}
-    assert unread(corpus) == "Flickr_8k.trainImages.txt"
+    assert unread(corpus) == "ExpertAnnotations.txt"
+
+
+@pytest.mark.parametrize("file", ["Flickr8k.token.txt", "captions.txt"])
+def test_lists_of_flickr8k_define_the_splits(tmp_path: Path, file: str) -> None:
+    for number in range(30):
+        write_files(tmp_path / "Flicker8k_Dataset", user_corpora.jpg(number), f"{number}.jpg")
+    home = tmp_path / ("Flickr8k_text" if file.endswith("token.txt") else "")
+    home.mkdir(exist_ok=True)
+    lines = (f"{name}#0\t{caption}\n" for name, caption in TOKENS)
+    if file == "captions.txt":
+        lines = (f'{name},"{caption}"\n' for name, caption in (("image", "caption"), *TOKENS))
+    (home / file).write_text("".join(lines), "utf-8")
+    for split, numbers in {"train": range(20), "dev": range(20, 24), "test": range(24, 29)}.items():
+        listed = "".join(f"{number}.jpg\n" for number in numbers)
+        (home / f"Flickr_8k.{split}Images.txt").write_text(listed)
+    corpus = detected(tmp_path)
+    rows, reasons = read(corpus)
+    assert {split: len(names(rows, split)) for split in rows} == {
+        "train": 20,
+        "validation": 4,
+        "test": 5,
+    }
+    assert reasons["a split that is not train, validation or test"] == 2  # the captions of one
+    assert unread(corpus) == ""
 
 
 def test_common_voice(tmp_path: Path) -> None:
