@@ -98,7 +98,7 @@ def _run_in_folder(
         return finished
     validate_run(run)
     if config.evaluate:
-        check_evaluation_splits(config, run.manifests, splits)
+        check_evaluation_splits(run, splits)
     create_run_folder(config, folder)
     if mirror is not None:
         mirror.check_writable(exists)

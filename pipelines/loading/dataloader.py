@@ -139,6 +139,9 @@ class MultiTaskDataLoader:
             # The key has the task's name: adding a task does not change the order of the others.
             key = (seed, "order", name)
             self._samplers[name] = _build_sampler(dataset, settings.batch_size, key, shuffle_bytes)
+            # Shards in a store are checked when a worker downloads them.
+            if not dataset.shard_table.is_remote:
+                dataset.check_columns()
         self.weights = compute_task_weights(
             {name: settings.weight for name, settings in tasks.items()},
             {name: dataset.num_rows for name, dataset in self.datasets.items()},

@@ -64,6 +64,47 @@ def resolve_splits(corpus: "PreparedCorpus", split: str) -> tuple[str, ...]:
     return (split,)
 
 
+#: Modality -> column of its rows; objective -> columns of its targets.
+INPUT_COLUMNS = {
+    "text": "tokens",
+    "code": "tokens",
+    "sound": "log_mel",
+    "image": "pixels",
+    "video": "frames",
+}
+TARGET_COLUMNS = {
+    "classification": ("label",),
+    "ctc": ("symbols",),
+    "retrieval": ("caption_tokens",),
+    "masked": (),
+}
+
+
+def check_split_columns(
+    name: str, task: Task, corpus: "PreparedCorpus", split: str, model: SkillNetConfig
+) -> None:
+    """Check that the evaluation of a task can read a split, before the training.
+
+    Shards in an object store are not read: that would download them on the driver.
+
+    Args:
+        name: task name.
+        task: its objective and towers.
+        corpus: opened corpus of the task.
+        split: name of the split.
+        model: sizes of the model.
+
+    Raises:
+        UserError: a shard is damaged, a column is missing, or an id is outside of its range.
+    """
+    location = f"{corpus.name}/{split}"
+    table = ShardTable([corpus.splits[split]], location, model_id_ranges(name, task, model))
+    if not table.is_remote:
+        table.open()
+        for column in (INPUT_COLUMNS[corpus.modality], *TARGET_COLUMNS[task.objective]):
+            table.column(column)
+
+
 def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, IdRange]:
     """Return column -> range of the ids that a task reads, from the sizes of its model.
 
@@ -201,6 +242,26 @@ class TaskDataset:
         symbols, lengths = self._ragged("symbols").take(local)
         return towers, {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
 
+    def check_columns(self) -> None:
+        """Check the columns and captions of the open shards, so that a run is rejected early.
+
+        Raises:
+            UserError: a column is missing or of another type, or a row has no caption.
+        """
+        self.load(np.arange(1))
+        if self.task.objective == "retrieval" and not self.views:
+            column = self._nested("caption_tokens")
+            self._require_captions(column.counts(np.arange(self.shard_table.table().num_rows)))
+
+    def _require_captions(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Raise UserError for the first row without a caption, of (B,) counts."""
+        if counts.size and not counts.min():
+            row = int(counts.argmin())
+            raise UserError(
+                f"{self.location}: row {row if rows is None else int(rows[row])} has no caption to "
+                "search with; prepare the corpus without such rows"
+            )
+
     def load_inputs(self, rows: np.ndarray) -> Tensors:
         """Load the inputs of the tower of the corpus' own modality, without augmentation.
 
@@ -324,12 +385,7 @@ class TaskDataset:
     ) -> Tensors:
         column = self._nested("caption_tokens")
         counts, captions = column.counts(local), column.first(local)
-        if counts.size and not counts.min():
-            row = int(rows[int(counts.argmin())])
-            raise UserError(
-                f"{self.location}: row {row} has no caption to search with; prepare the corpus "
-                "without such rows"
-            )
+        self._require_captions(counts, rows)
         if random is not None:
             chance, choice = random.uniform("caption", 2).T
             drawn = np.floor(choice * counts).astype(np.int64)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.runs.progress_log import PROGRESS, ProgressFile
 from pipelines.runs.uploads import CheckpointUploads
 from skillnet.multitask_model import TaskModel
@@ -36,6 +36,20 @@ class LoopReporter:
 
     def progress(self, step: int, losses: str) -> None:
         """Show that ``step`` steps are done."""
+
+    def needs_evaluation(self, step: int, last: int, settings: TrainingConfig) -> bool:
+        """Return whether the loop evaluates the model after a step.
+
+        Args:
+            step: steps done.
+            last: step at which the loop ends.
+            settings: of the training.
+        """
+        if not settings.evaluate_every:
+            return False
+        if step == settings.steps:
+            return self.evaluates_last
+        return step < last and step % settings.evaluate_every == 0
 
     def evaluate(self, model: TaskModel, step: int) -> None:
         """Evaluate the model; the loop waits until this returns."""

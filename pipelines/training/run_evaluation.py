@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,35 +214,36 @@ def _log_evaluation(run: Path, tracker: "Tracker", record: dict[str, Any]) -> di
     return result
 
 
-def check_evaluation_splits(
-    config: FinetuneConfig,
-    manifests: Mapping[str, Mapping[str, Any]],
-    splits: Sequence[str] | None,
-) -> None:
+def check_evaluation_splits(run: "ResolvedRun", splits: Sequence[str] | None) -> None:
     """Check before training that there are splits to evaluate the final model on.
 
     Args:
-        config: of the run.
-        manifests: corpus name -> manifest.
+        run: the run.
         splits: requested splits; None requests test splits.
 
     Raises:
-        UserError: no corpus has the requested split.
+        UserError: no corpus has the requested split, or a row of one cannot be read.
     """
+    from pipelines.evaluation.evaluator import choose_splits
+    from pipelines.loading.task_dataset import check_split_columns
     from skillnet.skills import find_task
 
-    # A masked task is evaluated on validation rows, the others on test rows.
-    known = {name: manifests[task.corpus]["splits"] for name, task in config.measured.items()}
-    masked = {n for n in known if find_task(n, config.model.tasks).objective == "masked"}
-    if splits:
-        absent = [s for s in splits if not any(s in of_task for of_task in known.values())]
-    elif any(s.startswith("test") for n, found in known.items() for s in found if n not in masked):
-        absent = []
-    else:
-        absent = [] if any("validation" in known[name] for name in masked) else ["test"]
-    if absent:
+    config = run.config
+    specs = {name: find_task(name, config.model.tasks) for name in config.measured}
+    evaluated = {}
+    for name, settings in config.measured.items():
+        # A masked task is evaluated on validation rows, the others on test rows.
+        wanted = ["validation"] if not splits and specs[name].objective == "masked" else splits
+        evaluated[name] = choose_splits(run.corpora[settings.corpus], wanted or None)
+    found = {split for names in evaluated.values() for split in names}
+    absent = [split for split in splits or () if split not in found]
+    if absent or not found:
         raise UserError(
-            f"no corpus of the tasks {', '.join(known)} in {config.data} has a split "
-            f"{absent[0]!r} to evaluate the model on; prepare one with this split, or train with "
-            "--evaluate false"
+            f"no corpus of the tasks {', '.join(config.measured)} in {config.data} has a split "
+            f"{(absent or ['test'])[0]!r} to evaluate the model on; prepare one with this split, "
+            "or train with --evaluate false"
         )
+    for name, names in evaluated.items():
+        corpus = run.corpora[config.measured[name].corpus]
+        for split in names:
+            check_split_columns(name, specs[name], corpus, split, config.model)
