@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import evaluate
+from pipelines import evaluate, predict, register, search
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune, main
 from pipelines.runs import model_source
@@ -64,7 +64,10 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert {entry.dataset.name for entry in recorded.inputs.dataset_inputs} == {
         task.corpus for task in config.tasks.values()
     }
-    assert len(read_metric_history(run / "progress.jsonl")["training/learning_rate"]) == 3
+    history = read_metric_history(run / "progress.jsonl")
+    assert len(history["training/learning_rate"]) == 3
+    # Every four steps, and at the last one.
+    assert [step for step, _ in history["text_to_image/validation_recall_at_10"]] == [4, 6]
 
     again = finetune(config)
     assert again["run_id"] == result["run_id"]
@@ -136,7 +139,8 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
     run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = readable_corpora.write_corpora(tmp_path / "data")
-    config = config_for(here, steps=2, precision="auto")
+    # A model of four tasks is registered if each of them took a step.
+    config = config_for(here, steps=6, precision="auto")
     config.model = readable_corpora.config()
     config.evaluate = config.tracking.register = True
     shutil.rmtree(here / config.tasks.pop("speech_recognition").corpus)
@@ -148,6 +152,35 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
     assert evaluate.main(words) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["task"] for row in rows} == set(config.tasks)
+
+
+def test_a_run_on_two_corpora_reads_and_saves_nothing_else(
+    run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = readable_corpora.write_corpora(tmp_path / "data")
+    for corpus in ("syllables", "strokes", "functions"):
+        shutil.rmtree(here / corpus)
+    config = config_for(here, steps=1, precision="auto")
+    config.model = readable_corpora.config()
+    config.evaluate = config.tracking.register = True
+    config.tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
+    result = finetune(config)
+    [idle] = [name for name, counts in result["tasks"].items() if not counts["steps"]]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"training.steps is 1, and no step trains {idle}: random weights stay" in said
+    reason = f"the task {idle} is untrained, because it took none of the 1 steps of its run"
+    assert result["registered"] is None
+    assert reason in said
+    assert {path.stem for path in Path(result["model"]).glob("*.safetensors")} == {
+        *("shared", "stem-token", "stem-patch", "head-text_classification", "head-text_to_image"),
+        *("skill-general", "skill-text", "skill-image", "skill-alignment"),
+    }
+    words = ["--model", result["run"], "--data", str(here)]
+    assert predict.main([*words, "--text", "文学研究"]) == 0
+    assert search.main([*words, "红色的圆圈", "--top", "2"]) == 0
+    # The command that only registers fails, where the run above has another result.
+    assert register.main([result["run"], "--data", str(here)]) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def registered(result: dict[str, Any]) -> Path:
