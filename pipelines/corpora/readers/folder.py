@@ -5,6 +5,7 @@
     metadata.jsonl                      {"file_name": "train/1.jpg", …}: splits by media folders
     train/cat/1.jpg  train/dog/2.jpg    without metadata: the folder is the class
     rows.csv                            without media: texts with labels, functions with docstrings
+    data/train-00000-of-00002.parquet   a repository of the Hugging Face Hub
     any-name.jsonl                      given as the path itself, with or without media beside it
 
 ``file_name`` is relative to its metadata file and cannot lead out of the directory. Names of splits
@@ -12,11 +13,13 @@ can be in capitals.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
+from pipelines.corpora.formats.parquet_media import EmbeddedMedia
 from pipelines.corpora.formats.record_reader import BadRecord, describe_first_error
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.corpora.readers.class_folders import (
@@ -26,11 +29,13 @@ from pipelines.corpora.readers.class_folders import (
 )
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
+    MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
     file_extension,
     parse_split_name,
 )
+from pipelines.corpora.readers.joined_captions import ITEM_FIELD
 from pipelines.corpora.readers.metadata_tables import (
     FILE_FIELDS,
     METADATA_NAMES,
@@ -42,6 +47,7 @@ from pipelines.corpora.readers.metadata_tables import (
     is_caption_file,
     locate_media,
 )
+from pipelines.corpora.readers.parquet_tables import ParquetTable, describe_tables
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.corpora.readers.unread_files import is_annotation_name
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
@@ -53,6 +59,8 @@ from skillnet_platform.errors import UserError
 NEARBY_FOLDERS = 3
 #: Default name of the field with the split of each row.
 SPLIT_FIELD = "split"
+#: Tables of a split, which can be thousands of shards, whose rows are sampled.
+SAMPLED_TABLES = 8
 
 
 class FolderCorpus(RecordCorpus):
@@ -60,7 +68,8 @@ class FolderCorpus(RecordCorpus):
 
     Attributes:
         tables: the metadata, none for class folders.
-        file_field: field with the name of the media file, if there is one.
+        file_field: field with the media, or with the name of the media file, if there is one.
+        media_column: the same field, if the media are embedded in the rows.
         splits_by_folder: whether the folders of the media name the splits of one metadata file.
         root: without metadata, the folder that holds the split folders.
     """
@@ -68,9 +77,11 @@ class FolderCorpus(RecordCorpus):
     name = "folder"
     # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
     # the file name decides a split that is made, so that rows of one file stay in one split.
-    version = 3
+    # Version 4: captions of one media file are one item, and media in Parquet files are read.
+    version = 4
     tables: list[MetadataTable]
     file_field: str | None = None
+    media_column: str | None = None
     splits_by_folder: bool = False
     root: str = ""
 
@@ -92,28 +103,39 @@ class FolderCorpus(RecordCorpus):
         uri = self.source.uri
         beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
-        self.tables = find_tables(self.source, self.media_source)
+        tables = find_tables(self.source, self.media_source)
+        self.tables = describe_tables(self.source, tables, self.options.modality)
         if not self.tables:
             self._discover_classes()
             return
+        described = next((each for each in self.tables if isinstance(each, ParquetTable)), None)
+        self.media_column = described.media_column if described else None
+        self.class_names = described.described.class_names if described else {}
         sample, named = SchemaSample(), dict[MetadataTable, list[Row]]()
+        counts = Counter[str | None]()
         for table in sorted(self.tables, key=lambda each: each.split != "train"):
             named[table] = []
-            for record in table.records(self.source, SAMPLE_ROWS):
+            counts[table.split] += 1
+            rows = SAMPLE_ROWS if counts[table.split] <= SAMPLED_TABLES else 0
+            for record in table.records(self.source, rows):
                 sample.add(table.split, record)
                 named[table].append(_file_and_split_names(record))
         names = [row for rows in named.values() for row in rows]
-        if not sample.names:
+        if not sample.names and self.media_column is None:
             first = self.tables[0]
             cause = describe_first_error(first.read(self.source))
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
         self.file_field, extension = find_file_field(names)
+        if described is not None and self.media_column is not None:
+            self.file_field = self.media_column
+            modality = described.described.media[self.media_column] or self.options.modality
+            extension = MEDIA_EXTENSIONS[modality or ""][0]
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
             raise UserError(
                 f"{uri}: no field of file names among {', '.join(sample.names)}; expected file_name"
             )
-        if self.file_field is not None:
+        if self.file_field is not None and self.media_column is None:
             self._locate_media(named)
         self.named_splits = frozenset(table.split for table in self.tables if table.split)
         filled = [name for name in sample.filled_fields if name != self.file_field]
@@ -121,6 +143,8 @@ class FolderCorpus(RecordCorpus):
         if any(table.split is None for table in self.tables):
             self._find_named_splits(names, sample)
         self.resolve_test_split(sample)
+        if self.named_splits - ALL_SPLITS:
+            self.allow_unlabelled_rows()
 
     def _locate_media(self, named: dict[MetadataTable, list[Row]]) -> None:
         """Find the folder of each table's media.
@@ -260,15 +284,22 @@ class FolderCorpus(RecordCorpus):
         return split, classes[-1] if classes else None
 
     def annotation_files(self) -> list[str]:
-        """Return the metadata files."""
-        return [file for table in self.tables for file in table.files]
+        """Return the metadata files; those with media inside are too large to hash."""
+        return [] if self.media_column else [f for table in self.tables for f in table.files]
+
+    def num_source_files(self) -> int:
+        """Return the number of metadata files."""
+        return len(self.tables) or 1
 
     def is_unread_annotation(self, file: str) -> bool:
         """Return whether a file has the name of annotations and is not a metadata file."""
-        return is_annotation_name(file) and file not in self.annotation_files()
+        return is_annotation_name(file) and all(file not in table.files for table in self.tables)
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield rows in the order of the metadata, then media that no row refers to."""
+        yield from self.join_items(self._read_rows)
+
+    def _read_rows(self) -> Iterator[Row | RejectedRow]:
         if not self.tables:
             yield from self._class_rows()
             return
@@ -287,13 +318,22 @@ class FolderCorpus(RecordCorpus):
                         continue
                     yield row | {"file": name, "row": number}
             # After all tables, because several of them can name files of one folder.
-            if self.file_field is not None and not self.source.is_file:
+            is_named = self.file_field is not None and self.media_column is None
+            if is_named and not self.source.is_file:
                 yield from self._unreferenced_media(referenced)
 
     def _metadata_row(self, key: str, table: MetadataTable, record: Row, referenced: KeySet) -> Row:
         if self.file_field is None:
             return self.build_row(key, record, None, table.split)
-        name = self._relative_name(record.get(self.file_field))
+        value = record.get(self.file_field)
+        if isinstance(value, EmbeddedMedia):
+            del record[self.file_field]
+            item = value.item or key
+            row = self.build_row(key, record, value.reference, table.split, item)
+            return row | {ITEM_FIELD: item}
+        if value is None and self.media_column is not None:
+            raise ValueError("no media file")
+        name = self._relative_name(value)
         inside = join_path(table.folder, name)
         path = self.media_source.path(inside)
         referenced.add(path)
@@ -306,12 +346,13 @@ class FolderCorpus(RecordCorpus):
         # A query per row would be slow in a store. There, a missing file is found when it is read.
         if not self.media_source.remote and not self.media_source.exists(inside):
             raise ValueError("the media file is missing")
-        return row
+        return row | {ITEM_FIELD: path}
 
     def extra_sources(self) -> list[dict[str, str]]:
         """Return the sources of every reader, and the media beside a single file of rows."""
         found = super().extra_sources()
-        if self.source.is_file and self.file_field is not None and not self.options.media:
+        has_media = self.file_field is not None and self.media_column is None
+        if self.source.is_file and has_media and not self.options.media:
             entries = self.media_source.walk()
             media = (e for e in entries if file_extension(e.name) in MODALITY_OF_EXTENSION)
             files, size, digest = digest_listing(media)

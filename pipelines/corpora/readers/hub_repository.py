@@ -7,6 +7,7 @@ default/train/0000.parquet                        as the Hub converts other form
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 from pipelines.corpora.readers.fields import parse_split_name, parse_split_prefix
 from pipelines.io.directory import SourceDirectory
@@ -14,10 +15,10 @@ from skillnet_platform.errors import UserError
 
 #: Files that show that a directory is a repository, so that its folders are searched.
 REPOSITORY_FILES = (".gitattributes", "README.md", "dataset_infos.json")
-#: The usual folder of the files, and the configuration that the Hub shows first.
-DATA_FOLDER, DEFAULT_CONFIGURATION = "data", "default"
-#: Folders that are searched, in the order of their names.
-MAX_SEARCHED_FOLDERS = 64
+#: The usual folder of the files.
+DATA_FOLDER = "data"
+#: Folders that are searched, in the order of their names, and their levels.
+MAX_SEARCHED_FOLDERS, SEARCHED_LEVELS = 64, 2
 #: Configurations that a message names.
 MAX_NAMED = 8
 #: ``train-00000-of-00002`` and the longer names of old repositories, which end in a hash.
@@ -42,22 +43,30 @@ def list_repository_files(
     """
     if source.is_file:
         return []
-    if found := _list_shards(source, "", suffixes):
-        return _name_splits(found)
-    folders = [e.name for e in source.entries() if e.is_folder][:MAX_SEARCHED_FOLDERS]
-    if not any(source.exists(name) for name in REPOSITORY_FILES):
-        folders = [name for name in folders if name == DATA_FOLDER]
-    listed = ((name, _list_shards(source, name, suffixes)) for name in folders)
-    configurations = {name: files for name, files in listed if files}
-    if len(configurations) > 1 and DEFAULT_CONFIGURATION not in configurations:
+    is_repository = any(source.exists(name) for name in REPOSITORY_FILES)
+    configurations: dict[str, list[tuple[str, str]]] = {}
+    for folder in _iter_folders(source, "" if is_repository else DATA_FOLDER):
+        if files := _list_shards(source, folder, suffixes):
+            configurations[folder] = files
+    if len(configurations) > 1:
         names = list(configurations)
         more = " …" if len(names) > MAX_NAMED else ""
         raise UserError(
             f"{source.uri}: several configurations: {', '.join(names[:MAX_NAMED])}{more}. Give "
             f"one of them: {source.path(names[0])}"
         )
-    found = configurations.get(DEFAULT_CONFIGURATION) or next(iter(configurations.values()), [])
-    return _name_splits(found)
+    return _name_splits(next(iter(configurations.values()), []))
+
+
+def _iter_folders(source: SourceDirectory, start: str) -> Iterator[str]:
+    """Yield the directory itself, and the folders below ``start`` that can be configurations."""
+    yield ""
+    if start and not source.exists(start):
+        return
+    for folder in islice(source.folders(start, SEARCHED_LEVELS), MAX_SEARCHED_FOLDERS):
+        # A split folder belongs to the configuration above it.
+        if folder and not parse_split_name(folder.rpartition("/")[2]):
+            yield folder
 
 
 def _list_shards(

@@ -31,6 +31,7 @@ from pipelines.corpora.readers.fields import (
     file_extension,
     parse_split_name,
 )
+from pipelines.corpora.readers.hub_repository import list_repository_files
 from pipelines.io.directory import DAMAGE_ERRORS, SourceDirectory
 from skillnet_platform.errors import UserError
 
@@ -199,6 +200,9 @@ def find_tables(
     Args:
         source: the directory of the corpus, or a single file of rows.
         media: directory of the media; by default ``source``.
+
+    Raises:
+        UserError: the directory is a repository of the Hub with several configurations.
     """
     media = media or source
     if source.is_file:
@@ -206,7 +210,9 @@ def find_tables(
     for name in METADATA_NAMES:
         if source.exists(name):
             return [_open_table(source, media, None, name)]
-    return _find_split_tables(source, media) or _find_caption_tables(source, media)
+    found = _find_split_tables(source, media) or _find_caption_tables(source, media)
+    shards = [] if found else list_repository_files(source, ROW_SUFFIXES)
+    return found or [MetadataTable(split, file, file.rpartition("/")[0]) for split, file in shards]
 
 
 def _find_split_tables(source: SourceDirectory, media: SourceDirectory) -> list[MetadataTable]:

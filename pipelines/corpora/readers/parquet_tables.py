@@ -1,0 +1,115 @@
+"""Tables of Parquet files that embed media or number their classes, as on the Hub.
+
+:func:`describe_tables` turns metadata tables into :class:`ParquetTable` where their files describe
+such columns.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from pipelines.corpora.base import Row
+from pipelines.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.corpora.formats.encoding import NumberedRecord
+from pipelines.corpora.formats.parquet_media import (
+    ParquetDescription,
+    name_class,
+    read_embedded_rows,
+    read_parquet_description,
+)
+from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS
+from pipelines.corpora.readers.metadata_tables import MetadataTable
+from pipelines.io.directory import SourceDirectory
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParquetTable(MetadataTable):
+    """A Parquet file of rows, in which classes can be numbers and media can be embedded.
+
+    Args:
+        media_column: column of the media that are read, if there are any.
+        described: all columns of media and of classes.
+    """
+
+    media_column: str | None = None
+    # Not compared, because tables are keys, and the split and the file identify them.
+    described: ParquetDescription = field(default_factory=ParquetDescription, compare=False)
+
+    def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
+        """Yield its records with their numbers; see ``read_embedded_rows``."""
+        if self.media_column is None:
+            return self._read_fields(source)
+        others = self.described.media.keys() - {self.media_column}
+        return self._name_classes(read_embedded_rows(source, self.file, self.media_column, others))
+
+    def records(self, source: SourceDirectory, limit: int | None = None) -> Iterator[Row]:
+        """Yield its first ``limit`` readable records, or all, without embedded media."""
+        found = (record for _, record in self._read_fields(source) if isinstance(record, dict))
+        return islice(found, limit)
+
+    def _read_fields(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
+        unread = self.described.media.keys()
+        return self._name_classes(read_parquet_rows(source, self.file, unread=unread))
+
+    def _name_classes(self, rows: Iterator[NumberedRecord]) -> Iterator[NumberedRecord]:
+        for number, record in rows:
+            for column, names in self.described.class_names.items():
+                if isinstance(record, dict) and column in record:
+                    record[column] = name_class(names, record[column])
+            yield number, record
+
+
+def describe_tables(
+    source: SourceDirectory, tables: list[MetadataTable], modality: str | None
+) -> list[MetadataTable]:
+    """Return tables, with the columns of media and classes that their Parquet files describe.
+
+    The first file of training rows decides: the files of a corpus have the same columns.
+
+    Args:
+        source: the directory of the corpus.
+        tables: tables of the corpus.
+        modality: modality of the corpus, None to take that of the first column of media.
+
+    Raises:
+        UserError: the format of embedded media is unknown.
+    """
+    names = ((table, (table.file or source.name).lower()) for table in tables)
+    parquet = [table for table, name in names if name.endswith(".parquet")]
+    if not parquet:
+        return tables
+    first = min(parquet, key=lambda table: table.split != "train")
+    path, described = source.path(first.file), read_parquet_description(source, first.file)
+    column = choose_media_column(described.media, modality)
+    if column is None and modality is None and described.media:
+        raise UserError(
+            f"{path}: the format of the media in the column {next(iter(described.media))} is "
+            "unknown; give the option modality"
+        )
+    if column is not None and (others := [name for name in described.media if name != column]):
+        console.print_warning(
+            f"{path}: the media in the column {column} are read, and not those in "
+            f"{', '.join(others)}"
+        )
+    return [
+        ParquetTable(table.split, table.file, table.folder, column, described)
+        if table in parquet
+        else table
+        for table in tables
+    ]
+
+
+def choose_media_column(media: Mapping[str, str], modality: str | None) -> str | None:
+    """Return the first column of a modality, or the first of a known one; None without any.
+
+    Args:
+        media: column -> modality, "" if it is unknown.
+        modality: modality of the corpus; media of an unknown format have it, too.
+    """
+    if modality is None:
+        return next((name for name, kind in media.items() if kind), None)
+    known = next((name for name, kind in media.items() if kind == modality), None)
+    unknown = (name for name, kind in media.items() if not kind and modality in MEDIA_EXTENSIONS)
+    return known or next(unknown, None)
