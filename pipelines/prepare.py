@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.config.corpus_options import rewrite_corpus_options
 from pipelines.corpora import BUILT_IN, open_external_corpus
+from pipelines.corpora.base import JOINED_ROW
 from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare
 from pipelines.preprocessing.remote_staging import stage_locally
 from pipelines.tokenizer import training as tokenizers
@@ -65,7 +66,11 @@ def show_corpora(result: dict[str, Any]) -> None:
 
 def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
     splits = ", ".join(f"{split} {rows}" for split, rows in entry["splits"].items())
-    rejected = entry["rows_in"] - entry["rows_out"]
+    # Joined rows are not lost: their captions are in the row of their media file.
+    joined = entry["quarantine"].get(JOINED_ROW, 0)
+    rejected: Any = entry["rows_in"] - entry["rows_out"] - joined
+    if joined:
+        rejected = f"{rejected}, {joined} joined"
     size = storage.human_bytes(entry["bytes"])
     return [name, entry["state"], entry["rows_in"], entry["rows_out"], rejected, splits, size]
 
