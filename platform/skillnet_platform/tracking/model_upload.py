@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform.config import digest_config
+from skillnet_platform.config.safe_yaml import load_plain_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 
@@ -43,6 +44,23 @@ class UploadedModel:
 def digest_files(folder: Path) -> str:
     """Return the SHA-256 over the names and hashes of all files of a model."""
     return digest_config(_hash_files(folder))
+
+
+def read_model_file(folder: Path) -> Any:
+    """Return MLflow's ``Model`` of a folder with an MLmodel file.
+
+    MLflow's own ``Model.load`` reads a path as a URI, and decodes a %, ? or # in it.
+
+    Args:
+        folder: of a downloaded model.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: the folder has no such file.
+    """
+    from mlflow.models import Model
+
+    return Model.from_dict(load_plain_yaml((folder / "MLmodel").read_text(encoding="utf-8")))
 
 
 def upload_model(
@@ -132,7 +150,7 @@ def _verify_upload(
     uri = f"models:/{model_id}"
     with tempfile.TemporaryDirectory(prefix="skillnet-") as place:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
-        flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
+        flavor = read_model_file(folder).flavors["python_function"]
         names = {name: entry["path"] for name, entry in flavor["artifacts"].items()}
         _require_equal_files(uri, Path(code_path), folder / flavor["model_code_path"])
         for name, local in artifacts.items():

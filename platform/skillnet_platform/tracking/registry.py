@@ -252,7 +252,7 @@ def resolve_registered(
         )
     if check_digest:
         _check_digest(client, model, path, found)
-    metadata = mlflow.models.Model.load(str(path)).metadata if (path / "MLmodel").exists() else {}
+    metadata = model_upload.read_model_file(path).metadata if (path / "MLmodel").is_file() else {}
     return ResolvedModel(
         model,
         path,
@@ -281,14 +281,16 @@ def _check_digest(client: Any, model: str, path: Path, found: Any) -> None:
 
 def _logged_tags(client: Any, model: str, path: Path) -> Mapping[str, str]:
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
 
     run_id = model.removeprefix("runs:/").split("/")[0] if model.startswith("runs:/") else None
     try:
         # The files of a run name their logged model, which must be of that run.
-        model_id = Model.load(str(path)).model_id if run_id else model.removeprefix("models:/")
-        logged = client.get_logged_model(model_id)
-    except MlflowException:
+        logged = client.get_logged_model(
+            model_upload.read_model_file(path).model_id
+            if run_id
+            else model.removeprefix("models:/")
+        )
+    except (MlflowException, ValueError, OSError):
         return {}
     tags: Mapping[str, str] = logged.tags
     return tags if run_id in (None, logged.source_run_id) else {}

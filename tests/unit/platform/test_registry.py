@@ -156,6 +156,18 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
     assert (resolved.path / "MLmodel").is_file()
 
 
+def test_a_version_below_a_root_with_special_characters_is_found(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path / "50%25 of? a#b ü"))
+    where = tracking.TrackingConfig(system_metrics=False)
+    with tracking.start_run("odd", None, where) as run:
+        put(run, files, "odd", 0.5)
+        resolved = registry.resolve_registered("models:/odd@champion", run.uri)
+    assert resolved.path.is_relative_to(tmp_path)
+    assert resolved.metadata == {"tasks": ["a"]}
+
+
 def test_a_folder_is_a_model_too(files: Path) -> None:
     found = registry.resolve_registered(str(files))
     assert (found.path, found.version) == (files, None)
