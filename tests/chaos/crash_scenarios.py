@@ -150,8 +150,7 @@ class FinetuneScenario:
 
     def setup(self, lab: CrashLab) -> None:
         """Write corpora, and register the model of another run."""
-        readable_corpora.write_corpora(lab.root / "corpora")
-        (lab.root / "run.yaml").write_text(json.dumps(RUN), encoding="utf-8")
+        write_inputs(lab.root)
         end = lab.run(_finetune(lab.root, "first"))
         assert end.code == 0, end.output
 
@@ -213,7 +212,10 @@ class SweepScenario:
 
     def setup(self, lab: CrashLab) -> None:
         """Write corpora, and create the tracker's database by another run."""
-        FinetuneScenario().setup(lab)
+        write_inputs(lab.root)
+        rest = ["--tracking.register", "false", "--evaluate", "false"]
+        end = lab.run([*_finetune(lab.root, "first"), *rest])
+        assert end.code == 0, end.output
         run = {**RUN, "evaluate": False, "tracking": {"system_metrics": False, "register": False}}
         body = {
             "name": "swept",
@@ -232,7 +234,8 @@ class SweepScenario:
         """Check the ledger, the folder of each trial, and the tracker."""
         found = unreadable_json((root / "swept").glob("*.json"))
         for trial in sorted((root / "swept" / "trials").glob("[!.]*")):
-            found += run_violations(root, trial)
+            # A sweep removes the models of trials that ended, except of the best.
+            found += run_violations(root, trial, not (trial / "outcome.json").is_file())
         return found
 
     def repeated(self, first: Sequence[FileEvent], second: Sequence[FileEvent]) -> list[str]:
@@ -267,8 +270,20 @@ SCENARIOS: tuple[type[CrashScenario], ...] = (
 )
 
 
-def run_violations(root: Path, run: Path) -> list[str]:
-    """Return what is damaged in a run's folder, and whether a run counts as finished too early."""
+def write_inputs(root: Path) -> None:
+    """Write corpora and the configuration of a run into an empty run root."""
+    readable_corpora.write_corpora(root / "corpora")
+    (root / "run.yaml").write_text(json.dumps(RUN), encoding="utf-8")
+
+
+def run_violations(root: Path, run: Path, keeps_model: bool = True) -> list[str]:
+    """Return what is damaged in a run's folder, and whether a run counts as finished too early.
+
+    Args:
+        root: run root.
+        run: the run's folder.
+        keeps_model: whether a run with a result must have a model.
+    """
     found = unreadable_json(path for path in run.glob("*.json") if not path.name.startswith("."))
     for folder in list_checkpoint_folders(run / "checkpoints"):
         found += _errors_of(verify_checkpoint, folder)
@@ -276,7 +291,8 @@ def run_violations(root: Path, run: Path) -> list[str]:
     if has_model:
         found += _errors_of(verify_model, run / "model")
     status = run_status(root, run)
-    if (run / "result.json").is_file() and not (has_model and (run / "trained.json").is_file()):
+    is_trained = (has_model or not keeps_model) and (run / "trained.json").is_file()
+    if (run / "result.json").is_file() and not is_trained:
         found.append(f"{run.name}: a result without a model")
     if status == "FINISHED" and not (run / "trained.json").is_file():
         found.append(f"{run.name}: finished in the tracker, and not trained")
@@ -347,7 +363,11 @@ def records(root: Path) -> dict[str, Any]:
         "aliases": sorted(query(root, "select alias, version from registered_model_aliases")),
         "logged models": sorted(
             (str(names.get(run)), status == LOGGED_MODEL_READY)
-            for run, status in query(root, "select source_run_id, status from logged_models")
+            for run, status in query(
+                root,
+                # MLflow keeps the rows of deleted models.
+                "select source_run_id, status from logged_models where lifecycle_stage = 'active'",
+            )
         ),
         "metrics": {
             run: {key: sorted(steps) for key, steps in sorted(keys.items())}
