@@ -33,6 +33,7 @@ from skillnet.serialization import (
     write_parts,
 )
 from skillnet.skills import find_task, nearest_hint
+from skillnet.skipped_init import SkippedInit
 from skillnet.staging import replace_folder, staging_folder
 from skillnet.vocabulary import ModelVocabulary, find_order
 
@@ -251,6 +252,17 @@ class TaskModel(nn.Module):
         """Delete the parameters that only this task uses, after it left the configuration."""
         del self.heads[task]
 
+    def enable_activation_checkpointing(self) -> None:
+        """Let the backward pass compute layers again, to keep less in memory (Chen et al. 2016).
+
+        Raises:
+            ValueError: the system does not support it.
+        """
+        raise ValueError(
+            f"the system {self.system} cannot compute layers again; set "
+            "training.activation_checkpointing to false"
+        )
+
     @torch.no_grad()
     def reorder_outputs(self, task: str, names: Sequence[str]) -> None:
         """Move the outputs of a head, with their weights, to another order of the same names.
@@ -341,10 +353,11 @@ class TaskModel(nn.Module):
         # A few bytes of configuration can request any amount of memory. The files cannot.
         files = (folder / name for name in manifest["files"] if name.endswith(".safetensors"))
         budget = limit_weights(count_saved_weights(files))
-        with torch.device("meta"), budget:
+        with torch.device("meta"), SkippedInit(), budget:
             _check_shapes(folder, cls._build(folder, config, options), manifest)
         _check_outputs(folder, config, vocabulary)
-        model = cls._build(folder, config, options)
+        with SkippedInit():  # every weight is read from the files below
+            model = cls._build(folder, config, options)
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
         dtype = None
         for file in model.files_of():

@@ -120,9 +120,15 @@ class TrainingConfig:
             different nodes if possible, ``strict_spread`` always on different nodes.
         precision: ``auto`` is bf16 autocast if the device multiplies bf16 natively, else fp32;
             fp64 is for tests.
+        micro_batch_size: rows that a worker computes at a time. A larger batch passes in parts,
+            whose gradients add up; a contrastive loss still compares all rows. Balancing losses of
+            experts are those of the parts. Null computes all rows at once.
+        activation_checkpointing: keep only the input of each encoder layer for the backward pass,
+            which computes the layer again: a third more operations, far less memory.
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
-        evaluate_every: steps between evaluations on the validation split; 0 for none.
+        evaluate_every: steps between evaluations on the validation split, the last step included; 0
+            for none.
         log_every: steps between logged metrics.
         bucket_mb: size of a gradient bucket in MiB.
         reduce_dtype: type in which gradients travel between workers: that of the ``weights``, or
@@ -161,6 +167,8 @@ class TrainingConfig:
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    micro_batch_size: PositiveCount | None = None
+    activation_checkpointing: bool = False
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0

@@ -28,6 +28,7 @@ NON_IDENTITY_KEYS = (
     "evaluate_every",
     "log_every",
     "bucket_mb",
+    "activation_checkpointing",
     "max_failures",
     "collective_timeout_s",
 )

@@ -15,7 +15,8 @@ gradient is ready. A loss is a sum over a rank's rows divided by the global coun
 summed, not averaged.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class _Bucket:
 
 
 class _Reduction:
-    """Sum of a bucket over the ranks, which runs while the backward pass goes on."""
+    """Sum of a bucket over the ranks, which runs beside the backward pass."""
 
     def __init__(self, values: Tensor, dtype: torch.dtype | None) -> None:
         self._values = values
@@ -93,7 +94,7 @@ class GradientSync:
         self._task: str | None = None
         self._waiting: list[int] = []
         self._reductions: list[_Reduction] = []
-        self._flag = False
+        self._flag = self._paused = False
         # One rank needs no buckets and no hooks.
         if world == 1:
             return
@@ -130,6 +131,19 @@ class GradientSync:
         for bucket in self._buckets[task]:
             bucket.attach()
 
+    @contextlib.contextmanager
+    def paused(self, is_paused: bool = True) -> Iterator[None]:
+        """Let backward passes inside the block add to the gradients without starting a reduction.
+
+        Args:
+            is_paused: False changes nothing.
+        """
+        before, self._paused = self._paused, self._paused or is_paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def finish(self) -> bool:
         """Reduce the remaining buckets, and wait until all gradients are sums.
 
@@ -149,7 +163,7 @@ class GradientSync:
         return bool(buckets[-1].flag.item() > 0) if buckets else self._flag
 
     def _arrived(self, parameter: nn.Parameter) -> None:
-        if self._task is None:
+        if self._task is None or self._paused:
             return
         index = self._where[self._task].get(parameter)
         if index is None:

@@ -1,23 +1,21 @@
 """The training loop: one task per step, the same code without Ray, under Ray and in tests."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch, BatchPrefetcher
+from pipelines.loading.dataloader import BatchPrefetcher
 from pipelines.loading.rng import keyed_rng
 from pipelines.shards import row_threads
 from pipelines.training import checkpointing, preemption
 from pipelines.training.callbacks import LoopCallback
 from pipelines.training.freezing import trainable_parameters
-from pipelines.training.gradient_sync import DistributedGather, GradientSync
+from pipelines.training.gradient_sync import GradientSync, broadcast_parameters
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
@@ -27,13 +25,11 @@ from pipelines.training.optimizer import (
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, pick_device, resume_run
+from pipelines.training.step import backward_step
 from pipelines.training.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.throughput import ThroughputMeter
-from skillnet import losses as skillnet_losses
-from skillnet.losses import RankGather
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import ComputePrecision, choose_precision
-from skillnet.skills import Task
+from skillnet.precision import choose_precision
 
 
 @dataclass
@@ -63,7 +59,7 @@ class TrainResult:
     rows_per_second: float
     waiting: float
     bytes_reduced: int
-    tasks: dict[str, dict[str, int]]
+    tasks: dict[str, dict[str, Any]]
     losses: dict[str, float] = field(default_factory=dict)
     checkpoint: Path | None = None
     preempted: bool = False
@@ -109,20 +105,23 @@ def train_model(
 
     # Each rank builds the model from the seed or the initial weights.
     model = build_model(config, run.corpora).to(device, precision.weights)
+    if settings.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    bucket_bytes = settings.bucket_mb * 2**20
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
+        broadcast_parameters(model.parameters(), bucket_bytes)
     optimizer = build_optimizer(model.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
     # Task -> parameters that its steps change: clipping, sums and the average use only these.
     active = trainable_parameters(model, config)
-    sync = GradientSync(active, world, settings.bucket_mb * 2**20)
+    reduce_dtype = torch.bfloat16 if settings.reduce_dtype == "bf16" else None
+    sync = GradientSync(active, world, bucket_bytes, reduce_dtype)
 
     identity = run.identity_digest
     # The checkpoint must have the same identity as this run.
     health = TaskHealth(
-        config.trained,
+        config.tasks,
         f"lower training.lr ({settings.lr}) or training.max_grad_norm, or set training.precision "
         "fp32",
         world,
@@ -146,6 +145,9 @@ def train_model(
         health.reduce()
         if not run.has_folder or rank:
             return None
+        # The report loads the initial weights once more, so it is made only if it matters.
+        if health.has_idle_task and run.init_report is not None:
+            health.mark_inherited(run.init_report.trained_tasks)
         state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
         state |= health.checkpoint_state()
         written = checkpointing.write_checkpoint(
@@ -169,7 +171,6 @@ def train_model(
     ) as prefetcher:
         for batch in meter.iter_timed(prefetcher):
             batch = batch.to(device, precision.weights)
-            task = config.model.tasks[batch.task]
             # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
             seed_dropout(config.seed, step, rank)
             for callback in callbacks:
@@ -177,8 +178,7 @@ def train_model(
 
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
-            loss = step_loss(model, task, batch, precision, config, rank, world, health)
-            loss.backward()
+            loss = backward_step(model, batch, precision, config, sync, rank, world, health)
             leaving = sync.finish()
             norm = clip_gradients((p for _, p in active[batch.task]), settings.max_grad_norm)
             # All ranks see the same norm, so all of them skip the same steps.
@@ -193,7 +193,7 @@ def train_model(
 
             step += 1
             lr = float(scheduler.get_last_lr()[0])
-            meter.add(batch, loss.detach(), norm, lr, is_finite)
+            meter.add(batch, loss, norm, lr, is_finite)
             # Also after a skipped update: the learning rate is a function of the step.
             scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
@@ -209,7 +209,7 @@ def train_model(
             if leaving and step < last:
                 stopped = f"preempted (SIGTERM) at step {step}"
                 break
-            if settings.evaluate_every and step % settings.evaluate_every == 0 and step < last:
+            if reporter.needs_evaluation(step, last, settings):
                 with averaged_weights(model, average), meter.paused():
                     reporter.evaluate(model, step)
             # The checkpoint of the last step is written below.
@@ -243,89 +243,6 @@ def train_model(
         losses=dict(meter.losses),
         checkpoint=path,
         preempted=leaving and step < settings.steps,
-    )
-
-
-def step_loss(
-    model: TaskModel,
-    task: Task,
-    batch: Batch,
-    precision: ComputePrecision,
-    config: FinetuneConfig,
-    rank: int = 0,
-    world: int = 1,
-    health: TaskHealth | None = None,
-) -> Tensor:
-    """Return this rank's share of the loss of a global batch; the shares of all ranks add up to it.
-
-    Args:
-        model: in training mode.
-        task: objective of the batch.
-        batch: this rank's rows, on the model's device.
-        precision: of the forward pass.
-        config: of the run.
-        rank: of this process.
-        world: number of processes.
-        health: counts the rows that cannot be aligned.
-    """
-    with precision.autocast():
-        outputs = model(batch.task, batch.towers)
-    if health is not None:
-        health.add_outputs(task, outputs, batch)
-    gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
-    smoothing = config.tasks[batch.task].label_smoothing
-    loss = task_loss(task, outputs, batch, gather, smoothing)
-    # An auxiliary loss is a mean over this rank's rows, so it is weighted by their share.
-    share = 0.0 if batch.is_padding else len(batch.rows) / batch.global_rows
-    for extra in model.auxiliary_losses().values():
-        loss = loss + share * extra
-    return loss
-
-
-def task_loss(
-    task: Task,
-    outputs: Mapping[str, Tensor],
-    batch: Batch,
-    gather: RankGather | None = None,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """Return the loss of a rank's rows: a sum over rows, divided by the global number of rows.
-
-    Args:
-        task: its objective.
-        outputs: of the model.
-        batch: targets of this rank's rows.
-        gather: collects rows of all ranks for contrastive losses; None with one rank.
-        smoothing: label smoothing of classification.
-    """
-    targets, count = batch.targets, batch.global_rows
-    real = slice(0, 0) if batch.is_padding else slice(None)
-    if task.objective == "classification":
-        return skillnet_losses.cross_entropy(
-            outputs["logits"][real], targets["labels"][real], count, smoothing
-        )
-    if task.objective == "masked":
-        loss = skillnet_losses.masked_loss(
-            outputs["predicted"], targets["values"], targets["masked"], count
-        )
-        return loss * 0 if batch.is_padding else loss
-    if task.objective == "ctc":
-        loss = skillnet_losses.ctc_loss(
-            outputs["log_probs"],
-            outputs["lengths"],
-            targets["symbols"],
-            targets["symbol_lengths"],
-            count,
-        )
-        # CTC takes no batch of zero rows.
-        return loss * 0 if batch.is_padding else loss
-    return skillnet_losses.info_nce(
-        outputs["query"][real],
-        outputs["candidate"][real],
-        outputs["scale"],
-        targets["groups"][real],
-        count,
-        gather,
     )
 
 

@@ -19,7 +19,7 @@ from pipelines.evaluation.tables import OBJECTIVE_METRICS, sort_rows
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.loop import task_loss
+from pipelines.training.step import task_loss
 from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
 from skillnet.model import SkillNet
 from skillnet.precision import choose_precision

@@ -43,6 +43,15 @@ def test_same_weights_and_losses_as_one_worker(data: Path, tmp_path: Path, world
     assert any(not torch.equal(p, alone[name]) for name, p in changed.named_parameters())
 
 
+def test_micro_batches_of_two_workers_equal_one_worker(data: Path, tmp_path: Path) -> None:
+    """A contrastive loss compares the rows of all parts of all workers."""
+    alone = weights_of(small_config(data, steps=15), 1, tmp_path / "one.safetensors")
+    config = small_config(data, steps=15, micro_batch_size=2, activation_checkpointing=True)
+    several = weights_of(config, 2, tmp_path / "several.safetensors")
+    for name in alone.keys() - {"bytes_reduced"}:
+        torch.testing.assert_close(several[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
 def count_rows(rank: int, world: int, config: FinetuneConfig, out: str) -> None:
     result = train_model(ResolvedRun(config), rank=rank, world=world)
     Path(f"{out}-{world}-{rank}.json").write_text(json.dumps(result.tasks))

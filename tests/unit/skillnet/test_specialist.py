@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.loop import seed_dropout, step_loss, train_model
+from pipelines.training.loop import seed_dropout, train_model
 from pipelines.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
@@ -16,6 +16,7 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
+from pipelines.training.step import step_loss
 from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
 from skillnet.baselines.specialist import SPECIALIST, SpecialistModel, SpecialistOptions

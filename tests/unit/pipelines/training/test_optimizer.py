@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.config.run import TrainingConfig
-from pipelines.training.loop import step_loss, train_model
+from pipelines.training.loop import train_model
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
@@ -20,6 +20,7 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
+from pipelines.training.step import step_loss
 from skillnet.precision import choose_precision
 from tests.helpers.small_corpora import small_config, write_corpora
 

@@ -11,10 +11,11 @@ from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.task_dataset import resolve_splits
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.loop import task_loss, train_model
+from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, open_corpora
+from pipelines.training.step import task_loss
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_pretraining, write_corpora

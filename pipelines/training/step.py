@@ -1,0 +1,249 @@
+"""Forward and backward pass of one step: the loss of a batch, whole or in micro-batches.
+
+:func:`backward_step` is called by the loop. With ``training.micro_batch_size``, the rows of a
+worker pass through the model in parts, so that only one part's activations are in memory. Losses
+are sums over rows, so their gradients add up. A contrastive loss compares all rows of the step;
+its gradients come from GradCache (Gao et al. 2021):
+
+1. embed all parts without gradients;
+2. compute the loss of the whole batch, and its gradient for each embedding;
+3. embed each part again, with the same random numbers, and pass these gradients back.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import Batch
+from pipelines.training.gradient_sync import DistributedGather, GradientSync
+from pipelines.training.task_health import TaskHealth
+from skillnet import losses as skillnet_losses
+from skillnet.losses import RankGather
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import ComputePrecision
+from skillnet.skills import Task
+
+
+def backward_step(
+    model: TaskModel,
+    batch: Batch,
+    precision: ComputePrecision,
+    config: FinetuneConfig,
+    sync: GradientSync,
+    rank: int = 0,
+    world: int = 1,
+    health: TaskHealth | None = None,
+) -> Tensor:
+    """Add the gradients of a batch to the parameters; return the loss, without a graph.
+
+    Args:
+        model: in training mode.
+        batch: this rank's rows, on the model's device.
+        precision: of the forward pass.
+        config: of the run.
+        sync: reduces gradients during the backward pass of the last part.
+        rank: of this process.
+        world: number of processes.
+        health: counts the rows that cannot be aligned.
+    """
+    task = config.model.tasks[batch.task]
+
+    def compute_loss(part: Batch) -> Tensor:
+        return step_loss(model, task, part, precision, config, rank, world, health)
+
+    size = config.training.micro_batch_size
+    if size is None or len(batch.rows) <= size:
+        loss = compute_loss(batch)
+        loss.backward()
+        return loss.detach()
+    parts = list(split_batch(batch, size))
+    if task.objective == "retrieval":
+        gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
+        return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
+    total = torch.zeros((), device=_device_of(batch))
+    for part in parts:
+        with sync.paused(part is not parts[-1]):
+            loss = compute_loss(part)
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
+    """Yield the rows of a batch in parts of at most ``size`` rows, each of the same global batch.
+
+    Args:
+        batch: of this rank.
+        size: rows of a part.
+    """
+    # Values of masked tokens are listed one after the other, for all rows.
+    masked = batch.targets.get("masked")
+    ends = None if masked is None else masked.flatten(1).sum(1).cumsum(0).tolist()
+    for start in range(0, len(batch.rows), size):
+        rows = slice(start, start + size)
+
+        def cut(tensors: Mapping[str, Tensor], rows: slice = rows) -> dict[str, Tensor]:
+            return {name: x[rows] for name, x in tensors.items() if name != "values"}
+
+        targets = cut(batch.targets)
+        if ends is not None:
+            last = min(rows.stop, len(ends)) - 1
+            first = ends[start - 1] if start else 0
+            targets["values"] = batch.targets["values"][first : ends[last]]
+        towers = {name: cut(tensors) for name, tensors in batch.towers.items()}
+        yield dataclasses.replace(batch, towers=towers, targets=targets, rows=batch.rows[rows])
+
+
+def _backward_contrastive(
+    model: TaskModel,
+    task: Task,
+    batch: Batch,
+    parts: list[Batch],
+    precision: ComputePrecision,
+    sync: GradientSync,
+    gather: RankGather | None,
+) -> Tensor:
+    device = _device_of(batch)
+    states, embedded = [], []
+    with torch.no_grad(), precision.autocast():
+        for part in parts:
+            states.append(_read_random_state(device))
+            embedded.append(model(batch.task, part.towers))
+    leaves = {
+        name: torch.cat([outputs[name] for outputs in embedded]).requires_grad_()
+        for name in ("query", "candidate")
+    }
+    # The scale of the similarities is a weight; its gradient goes back with the first part.
+    leaves["scale"] = embedded[0]["scale"].detach().requires_grad_()
+    del embedded
+    loss = task_loss(task, leaves, batch, gather)
+    with sync.paused():
+        loss.backward()
+    start = 0
+    for part, state in zip(parts, states, strict=True):
+        _restore_random_state(device, state)
+        rows = slice(start, start + len(part.rows))
+        with sync.paused(part is not parts[-1]):
+            with precision.autocast():
+                outputs = model(batch.task, part.towers)
+            # The gradient of these sums for an embedding is the one that the loss gave it.
+            sums = [
+                (outputs[name] * _gradient(leaves[name])[rows]).sum()
+                for name in ("query", "candidate")
+            ]
+            if not start:
+                sums.append(outputs["scale"] * _gradient(leaves["scale"]))
+            auxiliary = _add_auxiliary_losses(loss.new_zeros(()), model, part)
+            (torch.stack(sums).sum() + auxiliary).backward()
+        loss = loss.detach() + auxiliary.detach()
+        start = rows.stop
+    return loss.detach()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _device_of(batch: Batch) -> torch.device:
+    return next(iter(next(iter(batch.towers.values())).values())).device
+
+
+def _read_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), own
+
+
+def _restore_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def step_loss(
+    model: TaskModel,
+    task: Task,
+    batch: Batch,
+    precision: ComputePrecision,
+    config: FinetuneConfig,
+    rank: int = 0,
+    world: int = 1,
+    health: TaskHealth | None = None,
+) -> Tensor:
+    """Return this rank's share of the loss of a global batch; the shares of all ranks add up to it.
+
+    Args:
+        model: in training mode.
+        task: objective of the batch.
+        batch: this rank's rows, on the model's device.
+        precision: of the forward pass.
+        config: of the run.
+        rank: of this process.
+        world: number of processes.
+        health: counts the rows that cannot be aligned.
+    """
+    with precision.autocast():
+        outputs = model(batch.task, batch.towers)
+    if health is not None:
+        health.add_outputs(task, outputs, batch)
+    gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
+    smoothing = config.tasks[batch.task].label_smoothing
+    loss = task_loss(task, outputs, batch, gather, smoothing)
+    return _add_auxiliary_losses(loss, model, batch)
+
+
+def _add_auxiliary_losses(loss: Tensor, model: TaskModel, batch: Batch) -> Tensor:
+    # An auxiliary loss is a mean over this rank's rows, so it is weighted by their share.
+    share = 0.0 if batch.is_padding else len(batch.rows) / batch.global_rows
+    for extra in model.auxiliary_losses().values():
+        loss = loss + share * extra
+    return loss
+
+
+def task_loss(
+    task: Task,
+    outputs: Mapping[str, Tensor],
+    batch: Batch,
+    gather: RankGather | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Return the loss of a rank's rows: a sum over rows, divided by the global number of rows.
+
+    Args:
+        task: its objective.
+        outputs: of the model.
+        batch: targets of this rank's rows.
+        gather: collects rows of all ranks for contrastive losses; None with one rank.
+        smoothing: label smoothing of classification.
+    """
+    targets, count = batch.targets, batch.global_rows
+    real = slice(0, 0) if batch.is_padding else slice(None)
+    if task.objective == "classification":
+        return skillnet_losses.cross_entropy(
+            outputs["logits"][real], targets["labels"][real], count, smoothing
+        )
+    if task.objective == "masked":
+        loss = skillnet_losses.masked_loss(
+            outputs["predicted"], targets["values"], targets["masked"], count
+        )
+        return loss * 0 if batch.is_padding else loss
+    if task.objective == "ctc":
+        loss = skillnet_losses.ctc_loss(
+            outputs["log_probs"],
+            outputs["lengths"],
+            targets["symbols"],
+            targets["symbol_lengths"],
+            count,
+        )
+        # CTC takes no batch of zero rows.
+        return loss * 0 if batch.is_padding else loss
+    return skillnet_losses.info_nce(
+        outputs["query"][real],
+        outputs["candidate"][real],
+        outputs["scale"],
+        targets["groups"][real],
+        count,
+        gather,
+    )

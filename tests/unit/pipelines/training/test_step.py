@@ -1,0 +1,111 @@
+"""Micro-batches: the gradients, loss and counts of the whole batch, with one part in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import Batch
+from pipelines.training.freezing import trainable_parameters
+from pipelines.training.gradient_sync import GradientSync
+from pipelines.training.pretraining import build_joint_run
+from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.setup import build_model
+from pipelines.training.step import backward_step, split_batch
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import choose_precision
+from skillnet.skills import default_tasks, masked_tasks
+from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
+
+PRECISION = choose_precision("fp64", torch.device("cpu"))
+TASKS = tuple(default_tasks())
+MASKED = tuple(masked_tasks())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", pretrain=20)
+
+
+def config_of(data: Path, task: str) -> FinetuneConfig:
+    """Return a run that trains the task."""
+    if task in MASKED:
+        return build_joint_run(small_pretraining(data))
+    return small_config(data)
+
+
+def batch_for(config: FinetuneConfig, task: str) -> Batch:
+    """Return the first whole batch of a task."""
+    stream = ResolvedRun(config).dataloader
+    step = next(step for step in range(200) if stream.batch_spec(step).task == task)
+    return stream.batch(step).to(PRECISION.device, torch.float64)
+
+
+def gradients_of(
+    config: FinetuneConfig, batch: Batch, micro_batch_size: int | None
+) -> tuple[torch.Tensor, TaskModel]:
+    """Return the loss of a batch, and the model with its gradients."""
+    torch.manual_seed(0)
+    model = build_model(config).double().train()
+    config.training.micro_batch_size = micro_batch_size
+    sync = GradientSync(trainable_parameters(model, config), 1, 1e6)
+    sync.begin(batch.task)
+    torch.manual_seed(1)
+    loss = backward_step(model, batch, PRECISION, config, sync)
+    sync.finish()
+    return loss, model
+
+
+@pytest.mark.parametrize("task", TASKS + MASKED)
+def test_parts_give_the_gradients_of_the_whole_batch(data: Path, task: str) -> None:
+    config = config_of(data, task)
+    batch = batch_for(config, task)
+    assert len(batch.rows) > 2
+    whole, expected = gradients_of(config, batch, None)
+    for size in (1, 2):
+        loss, model = gradients_of(config, batch, size)
+        torch.testing.assert_close(loss, whole, rtol=1e-9, atol=1e-12)
+        wanted = dict(expected.named_parameters())
+        for name, parameter in model.named_parameters():
+            other = wanted[name].grad
+            assert (parameter.grad is None) == (other is None), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_part_repeats_its_dropout_in_the_second_pass(data: Path) -> None:
+    """Without that, the gradient of a contrastive loss belongs to other embeddings."""
+    config = small_config(data)
+    config.model.dropout, config.model.drop_path = 0.3, 0.3
+    batch = batch_for(config, "text_to_image")
+    seen: list[torch.Tensor] = []
+    model = build_model(config).double().train()
+    forward = model.forward
+
+    def watch(task: str, towers: dict) -> dict:
+        outputs = forward(task, towers)
+        seen.append(outputs["query"].detach())
+        return outputs
+
+    model.forward = watch  # type: ignore[assignment]
+    config.training.micro_batch_size = 3
+    sync = GradientSync(trainable_parameters(model, config), 1, 1e6)
+    sync.begin(batch.task)
+    backward_step(model, batch, PRECISION, config, sync)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == -(-len(batch.rows) // 3)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("task", ["speech_recognition", MASKED[0]])
+def test_parts_have_all_rows_in_order(data: Path, task: str) -> None:
+    batch = batch_for(config_of(data, task), task)
+    parts = list(split_batch(batch, 3))
+    assert [len(part.rows) for part in parts[:-1]] == [3] * (len(parts) - 1)
+    assert all(part.global_rows == batch.global_rows for part in parts)
+    for name, expected in batch.targets.items():
+        assert torch.equal(torch.cat([part.targets[name] for part in parts]), expected)
+    for name, expected in batch.towers["input"].items():
+        assert torch.equal(torch.cat([part.towers["input"][name] for part in parts]), expected)
