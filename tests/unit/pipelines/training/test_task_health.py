@@ -10,8 +10,12 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.loading.task_dataset import TaskDataset
 from pipelines.runs import checkpoints
 from pipelines.runs.model_source import resolve_model
-from pipelines.runs.task_counts import TaskCounts
-from pipelines.serving.registration import register_model
+from pipelines.runs.task_counts import TaskCounts, find_untrained_tasks
+from pipelines.serving.registration import (
+    UntrainedTaskError,
+    check_trained_tasks,
+    register_model,
+)
 from pipelines.training.loop import TrainResult, train_model
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
@@ -106,6 +110,36 @@ def test_a_checkpoint_with_an_untrained_task_is_not_registered(data: Path, tmp_p
     assert list(source.untrained) == [SPEECH]
     with pytest.raises(UserError, match=f"the task {SPEECH} is untrained, because none of its"):
         register_model(source, data)
+
+
+def test_a_task_without_steps_is_not_registered(data: Path, tmp_path: Path) -> None:
+    run = ResolvedRun(small_config(data, steps=2), tmp_path / "run")
+    result = train_model(run)
+    idle = {name for name, steps in run.dataloader.count_steps(2).items() if not steps}
+    assert len(idle) == 3
+    source = resolve_model(str(result.checkpoint))
+    assert source.untrained.keys() == idle
+    with pytest.raises(UntrainedTaskError, match="none of the 2 steps of its run"):
+        register_model(source, data)
+    # The final model has no head of an auxiliary task.
+    for name in idle:
+        source.settings.setdefault("tasks", {})[name] = {"corpus": "x", "auxiliary": True}
+    check_trained_tasks(source)
+
+
+def test_a_run_counts_the_steps_of_the_model_that_it_starts_from(
+    data: Path, tmp_path: Path
+) -> None:
+    parent = train_model(ResolvedRun(small_config(data, steps=12), tmp_path / "parent"))
+    short = train_model(ResolvedRun(small_config(data, steps=1), tmp_path / "short"))
+    for start, steps in ((parent, 12), (short, 1)):
+        config = small_config(data, steps=1)
+        config.init_from = str(start.checkpoint)
+        run = tmp_path / f"from-{steps}"
+        stopped = train_model(ResolvedRun(config, run))
+        untrained = find_untrained_tasks({n: TaskCounts(**c) for n, c in stopped.tasks.items()})
+        assert len(untrained) == (0 if steps == 12 else 4)
+        assert resolve_model(str(stopped.checkpoint)).untrained == untrained
 
 
 def test_a_healthy_run_keeps_the_content_of_its_checkpoints(data: Path, tmp_path: Path) -> None:
