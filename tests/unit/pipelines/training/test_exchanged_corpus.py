@@ -12,10 +12,10 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.runs.identity import find_identity_differences
 from pipelines.runs.layout import CONFIG, RESULT
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.setup import dry_run_init
 from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.run import find_finished_result, open_run_folder
+from pipelines.training.setup import dry_run_init
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
