@@ -16,7 +16,8 @@ from pathlib import Path
 
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media import PICTURE, files
-from pipelines.loading.dataloader import BatchPrefetcher, MultiTaskDataLoader
+from pipelines.loading.dataloader import MultiTaskDataLoader
+from pipelines.loading.prefetch import BatchPrefetcher
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Largest number of rounds: each takes as long as its steps sleep.

@@ -115,6 +115,7 @@ class TrainingConfig:
         resize_interval_s: seconds between two checks of an elastic run for room for more workers.
         threads_per_worker: compute threads of a worker, and threads (up to eight) that build its
             batches; 0 divides the cores of the machine among the workers.
+        dataloader_num_workers: processes of a worker that load batches; 0 loads them in a thread.
         use_gpu: give each worker a GPU.
         placement_strategy: ``pack`` places workers on one node if they fit, ``spread`` on
             different nodes if possible, ``strict_spread`` always on different nodes.
@@ -164,6 +165,7 @@ class TrainingConfig:
     min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
     resize_interval_s: PositiveAmount = 60.0
     threads_per_worker: ProcessCount = 0
+    dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"

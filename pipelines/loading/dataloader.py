@@ -5,10 +5,8 @@ the global batch. Order, captions and augmentation depend on (seed, step, row) a
 number of workers, and resuming needs only the step.
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +81,21 @@ class Batch:
         towers = {name: move(tensors) for name, tensors in self.towers.items()}
         targets = move(self.targets)
         return Batch(self.task, towers, targets, self.rows, self.global_rows, self.is_padding)
+
+    def pin_memory(self) -> "Batch":
+        """Move the tensors to pinned memory, from which copies to a GPU are asynchronous."""
+        for tensors in (*self.towers.values(), self.targets):
+            tensors.update({key: x.pin_memory() for key, x in tensors.items()})
+        return self
+
+    def pin(self) -> "Batch":
+        """Return the batch in pinned memory, from which copies to a GPU are asynchronous."""
+
+        def pin_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: x.pin_memory() for key, x in tensors.items()}
+
+        towers = {name: pin_tensors(tensors) for name, tensors in self.towers.items()}
+        return replace(self, towers=towers, targets=pin_tensors(self.targets))
 
 
 def rank_slice(count: int, rank: int, world: int) -> slice:
@@ -220,77 +233,3 @@ def _build_sampler(
     # Local shards are cheap to open, and a missing one is reported before training starts.
     table.open()
     return ShuffleSampler(dataset.num_rows, batch_size, lengths(), key)
-
-
-class BatchPrefetcher:
-    """Batches of steps ``start`` to ``stop``, loaded ahead by a thread.
-
-    Close it, or leave its ``with`` block, to end the thread. An error in the thread is raised
-    where the batch is requested.
-
-    Args:
-        dataloader: loads the batches.
-        start: first step.
-        stop: step after the last one.
-        rank: of the process.
-        world: number of ranks.
-        depth: batches that are loaded ahead.
-        pin: put tensors into pinned memory, for asynchronous copies to a GPU.
-    """
-
-    def __init__(
-        self,
-        dataloader: MultiTaskDataLoader,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world: int = 1,
-        depth: int = 4,
-        pin: bool = False,
-    ) -> None:
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._args = (dataloader, start, stop, rank, world, pin)
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _fill(self) -> None:
-        dataloader, start, stop, rank, world, pin = self._args
-        # One compute thread: the others belong to the model.
-        torch.set_num_threads(1)
-        try:
-            for step in range(start, stop):
-                batch = dataloader.batch(step, rank, world)
-                if pin:
-                    for tensors in (*batch.towers.values(), batch.targets):
-                        tensors.update({key: x.pin_memory() for key, x in tensors.items()})
-                if not self._put(batch):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            item = self._queue.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def __enter__(self) -> "BatchPrefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()

@@ -6,6 +6,7 @@ store, or one that is read in windows, only the shards of the current batches ar
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,10 @@ class ShardTable:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loading process opens its own shards: a copy would hold all of their rows.
+        return {**self.__dict__, "_open": {}, "_columns": {}, "_is_prefetched": False}
 
     @property
     def is_remote(self) -> bool:

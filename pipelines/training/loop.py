@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.loading.dataloader import BatchPrefetcher
+from pipelines.loading.prefetch import prefetch_batches
 from pipelines.loading.rng import keyed_rng
 from pipelines.shards import row_threads
 from pipelines.training import checkpointing, preemption
@@ -166,10 +166,9 @@ def train_model(
     for callback in callbacks:
         callback.on_train_start(run.folder if run.has_folder else None, rank)
     model.train()
-    with BatchPrefetcher(
-        run.dataloader, start, last, rank, world, pin=device.type == "cuda"
-    ) as prefetcher:
-        for batch in meter.iter_timed(prefetcher):
+    processes, pin = settings.dataloader_num_workers, device.type == "cuda"
+    with prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches:
+        for batch in meter.iter_timed(batches):
             batch = batch.to(device, precision.weights)
             # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
             seed_dropout(config.seed, step, rank)

@@ -2,14 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch, BatchPrefetcher
+from pipelines.loading.dataloader import Batch
 
 
 class ThroughputMeter:
@@ -39,7 +39,7 @@ class ThroughputMeter:
         """Seconds since the loop began, without evaluations."""
         return time.monotonic() - self._start - self._pause
 
-    def iter_timed(self, batches: BatchPrefetcher) -> Iterator[Batch]:
+    def iter_timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over the batches and count the time spent waiting for them."""
         iterator = iter(batches)
         while True:

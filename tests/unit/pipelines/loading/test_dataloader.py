@@ -1,5 +1,7 @@
 """Batches are a pure function of (seed, step), for any number of workers."""
 
+import multiprocessing
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from pipelines.config.data import AugmentConfig
-from pipelines.loading.dataloader import Batch, BatchPrefetcher, MultiTaskDataLoader, rank_slice
+from pipelines.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
+from pipelines.loading.prefetch import BatchPrefetcher, prefetch_batches
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
@@ -158,6 +161,43 @@ def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) 
     stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
     with BatchPrefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
         list(ahead)
+
+
+def test_processes_give_the_batches_of_the_thread(data: Path) -> None:
+    stream = ResolvedRun(small_config(data)).dataloader
+    before = set(multiprocessing.active_children())
+    with prefetch_batches(stream, 5, 25, rank=1, world=2, processes=2) as ahead:
+        batches = list(ahead)
+    assert len(batches) == 20
+    for step, batch in zip(range(5, 25), batches, strict=True):
+        whole = stream.batch(step, 1, 2)
+        assert (batch.task, batch.rows.tolist()) == (whole.task, whole.rows.tolist())
+        expected = tensors(whole)
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_processes_open_their_own_shards(data: Path) -> None:
+    """A copy of the open shards would hold all rows of the corpora."""
+    stream = ResolvedRun(small_config(data)).dataloader
+    stream.batch(0)
+    sizes = sum(sum(d.shard_table.bytes) for d in stream.datasets.values())
+    assert len(pickle.dumps(stream)) < sizes / 4
+
+
+def test_processes_raise_the_error_of_a_batch_unchanged(data: Path) -> None:
+    stream = ResolvedRun(small_config(data)).dataloader
+    for dataset in stream.datasets.values():
+        dataset.views = True
+        dataset._mask = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="NoneType") as alone:
+        stream.batch(0)
+    with (
+        prefetch_batches(stream, 0, 20, processes=1) as ahead,
+        pytest.raises(TypeError, match="NoneType") as raised,
+    ):
+        list(ahead)
+    assert str(raised.value) == str(alone.value)
 
 
 def test_rank_slice_equals_array_split() -> None:
