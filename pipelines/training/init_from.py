@@ -31,6 +31,7 @@ from pipelines.runs.vocabulary_match import (
 from pipelines.shards.dataset import PreparedCorpus
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
+from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_manifest, read_vocabulary
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
@@ -56,6 +57,7 @@ class InitReport:
         corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
         new_heads: task -> why its head starts from random weights although the source has one.
         trained_tasks: tasks all of whose weights came from a source that is trained for them.
+        resized: position weight -> change of its grid, for inputs of another size.
     """
 
     source: str
@@ -65,12 +67,17 @@ class InitReport:
     corpora: dict[str, str | None]
     new_heads: dict[str, str] = field(default_factory=dict)
     trained_tasks: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
-        """Return lines for the console: the origin, and each head that starts from scratch."""
+        """Return lines for the console: the origin, new heads, and positions of other sizes."""
         fresh = f"; random: {', '.join(self.fresh)}" if self.fresh else ""
         origin = f"started from {self.source} with {', '.join(self.taken)}{fresh}"
-        return [origin, *(f"{task}: {reason}" for task, reason in self.new_heads.items())]
+        return [
+            origin,
+            *(f"{task}: {reason}" for task, reason in self.new_heads.items()),
+            *(f"{name}: interpolated from {change}" for name, change in self.resized.items()),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for the run's result."""
@@ -139,11 +146,12 @@ def load_init_weights(
     start = load_source_model(source)
     new_heads = _match_heads(config, start, corpora)
     try:
-        weights = {
+        found = {
             name: parameter
             for name, parameter in start.named_parameters()
             if not any(name.startswith(f"heads.{task}.") for task in new_heads)
         }
+        weights, resized = resize_positions(found, start.config, model.config)
         # Names of parameters that the source does not provide.
         fresh = set(model.load_partial(weights))
     except ValueError as error:
@@ -178,6 +186,7 @@ def load_init_weights(
         corpora=read_training_corpora(source),
         new_heads=new_heads,
         trained_tasks=trained_tasks,
+        resized=resized,
     )
 
 
