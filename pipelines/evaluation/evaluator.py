@@ -25,6 +25,7 @@ from pipelines.evaluation.inference import (
 )
 from pipelines.evaluation.masked import masked_losses, mean_masked_length
 from pipelines.evaluation.outcomes import OutcomeTable
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.evaluation.tables import COLUMNS, sort_rows
 from pipelines.evaluation.task_metrics import (
     TaskMetrics,
@@ -61,6 +62,7 @@ def evaluate_model(
     on_split: Callable[[str, str, int], None] | None = None,
     outcomes: OutcomeTable | None = None,
     masks: MaskConfig | None = None,
+    ranks: EvaluationRanks | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a model on the splits of its tasks' corpora.
 
@@ -78,12 +80,15 @@ def evaluate_model(
         steps: training steps, copied into the rows.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
         bootstrap_samples: resamples of each interval; 0 omits intervals.
-        on_split: called before each split with the task, the split and its number of rows.
-        outcomes: receives the outcome of every row.
+        on_split: called before each split with the task, the split and its number of rows; on
+            each rank.
+        outcomes: receives the outcome of every row, on the first rank.
         masks: mask settings of masked tasks, as in training.
+        ranks: that share the rows, each with an equal model; None is this process alone.
 
     Returns:
-        One dictionary per metric with the keys ``COLUMNS``. Rates are in [0, 1].
+        One dictionary per metric with the keys ``COLUMNS``. Rates are in [0, 1]. Ranks other than
+        the first return none.
 
     Raises:
         UserError: a task is unknown, a corpus is missing or has another vocabulary, or no corpus
@@ -91,7 +96,7 @@ def evaluate_model(
     """
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
-    runner = InferenceRunner(model, precision)
+    runner = InferenceRunner(model, precision, ranks=ranks)
     rows: list[dict[str, Any]] = []
     evaluated: set[str] = set()
     for name, spec in specs.items():
@@ -107,11 +112,10 @@ def evaluate_model(
                 on_split(name, split_name, split.rows)
             limit = (limits or {}).get(name)
             if masked:
+                values = masked_losses(runner, name, corpus, split_name, masks, limit)
                 metrics = {
-                    metric: mean_with_interval(values, seed, bootstrap_samples)
-                    for metric, values in masked_losses(
-                        runner, name, corpus, split_name, masks, limit
-                    ).items()
+                    metric: mean_with_interval(values_N, seed, bootstrap_samples)
+                    for metric, values_N in (values.items() if runner.ranks.is_first else ())
                 }
                 lengths = mean_masked_length(model, name, corpus, split_name, limit)
             else:
@@ -140,7 +144,7 @@ def evaluate_model(
             )
     # A corpus may lack a split that others have, but a name that no corpus has is an error.
     missing = sorted(set(splits or ()) - evaluated)
-    if missing or not rows:
+    if missing or not evaluated:
         raise UserError(
             f"no corpus of the tasks {', '.join(names)} below {data} has "
             + (f"the split {missing[0]!r}" if missing else "a test split")
@@ -163,7 +167,7 @@ def measure_split(
     """Measure one task on one split.
 
     Args:
-        runner: of the model.
+        runner: of the model. Only its first rank computes metrics and outcomes.
         task: a task that is not masked.
         split: opened split of the task's corpus.
         where: names the split in error messages.
@@ -174,7 +178,7 @@ def measure_split(
         all_captions: make every caption of a row a query; otherwise only the first.
 
     Returns:
-        The metrics, and tower -> mean length of its rows.
+        The metrics, none of them on other ranks, and tower -> mean length of its rows.
     """
     config = runner.model.config
     spec = find_task(task, config.tasks)
@@ -193,14 +197,19 @@ def measure_split(
         )
         for tower, plan in spec.towers.items()
     }
+    lengths = mean_row_lengths(inputs)
     if spec.objective == "classification":
         probabilities = runner.classify(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
         labels = read_fixed_column(table, "label", where)
         predicted = probabilities.argmax(1)
         metrics = classification_metrics(predicted, labels, seed, bootstrap_samples)
         row_outcomes.add_hits(task, split.name, predicted == labels)
     elif spec.objective == "ctc":
         symbols, _ = runner.transcribe(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
         # Metrics and stored outcomes use the same counts, so that they cannot disagree.
         counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
         metrics = error_rate_metrics(counts, seed, bootstrap_samples)
@@ -208,6 +217,8 @@ def measure_split(
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
+        if not runner.ranks.is_first:
+            return {}, lengths
         # Rows without a group must not count as correct answers for one another.
         groups = unique_group_ids(read_fixed_column(table, "group", where))
         owners = inputs["query"].owners
@@ -224,7 +235,7 @@ def measure_split(
             directions=("reverse_",),
         )
         row_outcomes.add_ranks(task, split.name, ranks, owners)
-    return metrics, mean_row_lengths(inputs)
+    return metrics, lengths
 
 
 def uses_all_captions(corpus: PreparedCorpus) -> bool:

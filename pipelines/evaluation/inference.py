@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.shards.columns import NestedRaggedColumn, RaggedColumn, open_column
 from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from skillnet.config import SkillNetConfig
@@ -23,9 +24,10 @@ from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, find_task
 
-#: Rows x tokens of one batch: large enough for two cores, small in memory.
-MAX_BATCH_TOKENS = 4096
-MAX_BATCH_ROWS = 512
+#: Type of device -> rows x tokens of one batch, and rows of one batch. On a CPU a batch is large
+#: enough for two cores and small in memory. A GPU computes 4096 tokens faster than the host reads
+#: the next batch, and has memory for sixteen times as many.
+BATCH_LIMITS = {"cpu": (4096, 512), "cuda": (65_536, 4096)}
 
 #: Modality -> column of a prepared corpus that contains its input.
 INPUT_COLUMNS = {
@@ -172,21 +174,31 @@ def memory_inputs(
 class InferenceRunner:
     """Inference of a model's tasks without gradients, in bf16 if the device supports it natively.
 
+    With several ranks each infers a part of the batches, all must call the same methods in the
+    same order, and every rank gets the results of all rows.
+
     Args:
         model: set to evaluation mode during inference; its mode is restored afterwards.
         precision: ``auto``, ``bf16``, ``fp32`` or ``fp64``.
-        max_batch_tokens: rows x tokens of one batch.
+        max_batch_tokens: rows x tokens of one batch; None takes the limit of the device.
+        ranks: that infer together; None is this process alone.
     """
 
     def __init__(
-        self, model: TaskModel, precision: str = "auto", max_batch_tokens: int = MAX_BATCH_TOKENS
+        self,
+        model: TaskModel,
+        precision: str = "auto",
+        max_batch_tokens: int | None = None,
+        ranks: EvaluationRanks | None = None,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         # Autocast would round away the digits for which float64 weights were chosen.
         double = next(model.parameters()).dtype == torch.float64
         self.precision = choose_precision("fp64" if double else precision, self.device)
-        self.max_batch_tokens = max_batch_tokens
+        tokens, self.max_batch_rows = BATCH_LIMITS.get(self.device.type, BATCH_LIMITS["cpu"])
+        self.max_batch_tokens = max_batch_tokens or tokens
+        self.ranks = ranks or EvaluationRanks()
 
     def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
         """Return class probabilities, (N, C) float32.
@@ -197,12 +209,15 @@ class InferenceRunner:
         """
         outputs = find_task(task, self.model.config.tasks).outputs
         out = np.zeros((len(inputs), outputs), dtype=np.float32)
-        with self._inference():
-            for rows, batch in self._batches(inputs):
-                # Probabilities are normalised in float32: bf16 has about three significant digits.
-                logits = self.model(task, {"input": batch})["logits"]
-                out[rows] = torch.softmax(logits.float(), -1).cpu().numpy()
-        return out
+
+        def classify_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            # Probabilities are normalised in float32: bf16 has about three significant digits.
+            logits = self.model(task, {"input": batch})["logits"]
+            return (torch.softmax(logits.float(), -1),)
+
+        for rows, (probabilities,) in self._infer(inputs, classify_batch):
+            out[rows] = probabilities.numpy()
+        return self.ranks.merge(out)
 
     def transcribe(self, task: str, inputs: InferenceInputs) -> tuple[list[list[int]], np.ndarray]:
         """Return the symbols of each row by greedy (best path) CTC decoding, and a confidence.
@@ -216,18 +231,20 @@ class InferenceRunner:
         """
         symbols: list[list[int]] = [[] for _ in range(len(inputs))]
         confidence = np.zeros(len(inputs), dtype=np.float32)
-        with self._inference():
-            for rows, batch in self._batches(inputs):
-                outputs = self.model(task, {"input": batch})
-                log_probs, lengths = outputs["log_probs"].float().cpu(), outputs["lengths"].cpu()
-                best = log_probs.amax(-1)
-                decoded = greedy_symbols(log_probs, lengths)
-                for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-                    symbols[row] = decoded[index]
-                    # The mean of log-probabilities does not penalise long transcripts as their sum
-                    # would. Frames after the end are padding and do not count.
-                    confidence[row] = best[index, : max(length, 1)].mean().exp()
-        return symbols, confidence
+
+        def transcribe_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            outputs = self.model(task, {"input": batch})
+            return outputs["log_probs"].float(), outputs["lengths"]
+
+        for rows, (log_probs, lengths) in self._infer(inputs, transcribe_batch):
+            best = log_probs.amax(-1)
+            decoded = greedy_symbols(log_probs, lengths)
+            for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+                symbols[row] = decoded[index]
+                # The mean of log-probabilities does not penalise long transcripts as their sum
+                # would. Frames after the end are padding and do not count.
+                confidence[row] = best[index, : max(length, 1)].mean().exp()
+        return self.ranks.merge_sequences(symbols), self.ranks.merge(confidence)
 
     def embed(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
         """Return the unit vectors of a retrieval tower, (N, E) float32.
@@ -238,14 +255,37 @@ class InferenceRunner:
             inputs: of the tower, N rows.
         """
         out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
-        with self._inference():
-            for rows, batch in self._batches(inputs):
-                out[rows] = self.model.embed(task, tower, batch).float().cpu().numpy()
-        return out
 
-    def _batches(self, inputs: InferenceInputs) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        for rows in batches_by_length(inputs.lengths, self.max_batch_tokens):
-            yield rows, {name: x.to(self.device) for name, x in inputs.load_batch(rows).items()}
+        def embed_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (self.model.embed(task, tower, batch).float(),)
+
+        for rows, (vectors,) in self._infer(inputs, embed_batch):
+            out[rows] = vectors.numpy()
+        return self.ranks.merge(out)
+
+    def _infer(
+        self,
+        inputs: InferenceInputs,
+        infer_batch: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    ) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
+        """Yield the rows of each batch of this rank, and its results in the host's memory.
+
+        A GPU computes a batch while the host reads the next one: a result is waited for only after
+        the next batch has been sent.
+        """
+        batches = batches_by_length(inputs.lengths, self.max_batch_tokens, self.max_batch_rows)
+        waiting: tuple[np.ndarray, tuple[Tensor, ...], Callable[[], None]] | None = None
+        with self._inference():
+            for rows in self.ranks.select(batches):
+                batch = send_batch(inputs.load_batch(rows), self.device)
+                results, wait = fetch_results(infer_batch(batch))
+                if waiting is not None:
+                    waiting[2]()
+                    yield waiting[0], waiting[1]
+                waiting = rows, results, wait
+            if waiting is not None:
+                waiting[2]()
+                yield waiting[0], waiting[1]
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -259,12 +299,45 @@ class InferenceRunner:
             self.model.train(was_training)
 
 
-def batches_by_length(lengths: np.ndarray, max_batch_tokens: int) -> Iterator[np.ndarray]:
+def send_batch(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch on a device; the host does not wait for a copy to a GPU.
+
+    Args:
+        batch: name -> tensor in the host's memory.
+        device: of the model.
+    """
+    if device.type != "cuda":
+        return {name: x.to(device) for name, x in batch.items()}
+    # Only a copy from pinned memory runs beside the host.
+    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def fetch_results(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Start to copy results to the host.
+
+    Args:
+        results: tensors on one device.
+
+    Returns:
+        The results in the host's memory, and a function that waits until they are there.
+    """
+    if results[0].device.type != "cuda":
+        return tuple(x.cpu() for x in results), lambda: None
+    copies = tuple(x.to("cpu", non_blocking=True) for x in results)
+    copied = torch.cuda.Event()
+    copied.record()
+    return copies, copied.synchronize
+
+
+def batches_by_length(
+    lengths: np.ndarray, max_batch_tokens: int, max_batch_rows: int = BATCH_LIMITS["cpu"][1]
+) -> Iterator[np.ndarray]:
     """Yield row numbers in batches of similar length, longest first; every row exactly once.
 
     Args:
         lengths: (N,) tokens of each row.
         max_batch_tokens: rows x tokens of one batch. A batch has at least one row.
+        max_batch_rows: rows of one batch.
     """
     # Longest first, so that a lack of memory shows in the first batch. The stable order gives the
     # same batches, and therefore the same bits, in every evaluation.
@@ -272,7 +345,7 @@ def batches_by_length(lengths: np.ndarray, max_batch_tokens: int) -> Iterator[np
     start = 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        rows = max(1, min(MAX_BATCH_ROWS, max_batch_tokens // longest))
+        rows = max(1, min(max_batch_rows, max_batch_tokens // longest))
         yield order[start : start + rows]
         start += rows
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.evaluation.inference import InferenceRunner
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.dataloader import Batch
 from pipelines.loading.task_dataset import TaskDataset
@@ -37,6 +38,7 @@ def masked_batches(
     masks: MaskConfig | None = None,
     limit: int | None = None,
     rows: np.ndarray | None = None,
+    ranks: EvaluationRanks | None = None,
 ) -> Iterator[Batch]:
     """Yield the rows of a split in order, with masked tokens, on the model's device.
 
@@ -48,16 +50,21 @@ def masked_batches(
         masks: mask settings.
         limit: maximum row length in tokens or frames.
         rows: row numbers; None selects all rows.
+        ranks: that share the batches; None yields all batches.
     """
     dataset = open_masked_rows(model, task, corpus, split, masks, limit)
     parameter = next(model.parameters())
     selected = np.arange(dataset.num_rows) if rows is None else rows
-    for start in range(0, len(selected), BATCH_ROWS):
+    starts = range(0, len(selected), BATCH_ROWS)
+    for start in (ranks or EvaluationRanks()).select(starts):
         part = selected[start : start + BATCH_ROWS]
         # The key of the generator is constant, so that each evaluation masks the same tokens.
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
         towers, targets = dataset.load(part, draws)
-        yield Batch(task, towers, targets, part, len(part)).to(parameter.device, parameter.dtype)
+        batch = Batch(task, towers, targets, part, len(part))
+        if parameter.device.type == "cuda":
+            batch = batch.pin()
+        yield batch.to(parameter.device, parameter.dtype)
 
 
 def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
@@ -98,22 +105,28 @@ def masked_losses(
     Returns:
         ``masked_loss`` (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
     """
-    losses: list[Tensor] = []
-    accuracies: list[Tensor] = []
-    for batch in masked_batches(runner.model, task, corpus, split, masks, limit):
+    rows = corpus.splits[split].rows
+    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
+    values_N3 = np.zeros((rows, 3))
+    for batch in masked_batches(
+        runner.model, task, corpus, split, masks, limit, ranks=runner.ranks
+    ):
         predicted = predict_masked_tokens(runner, batch)
         values, masked = batch.targets["values"], batch.targets["masked"]
         # The loss is kept per row, because the bootstrap resamples rows.
-        losses.append(masked_loss_per_row(predicted, values, masked))
+        losses = masked_loss_per_row(predicted, values, masked)
+        values_N3[batch.rows, 0] = losses.double().cpu().numpy()
         # Only discrete targets (token ids, sound units) have an accuracy; others are regressed.
         if not values.is_floating_point():
             hits_M = (predicted.argmax(1) == values).double()
             hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
             hits_B.index_add_(0, masked.nonzero()[:, 0], hits_M)
-            accuracies.append(hits_B / masked.sum(1))
-    metrics = {"masked_loss": torch.cat(losses).double().cpu().numpy()}
-    if accuracies:
-        metrics["masked_accuracy"] = torch.cat(accuracies).cpu().numpy()
+            values_N3[batch.rows, 1] = (hits_B / masked.sum(1)).cpu().numpy()
+            values_N3[batch.rows, 2] = 1.0
+    values_N3 = runner.ranks.merge(values_N3)
+    metrics = {"masked_loss": values_N3[:, 0]}
+    if values_N3[:, 2].any():
+        metrics["masked_accuracy"] = values_N3[:, 1]
     return metrics
 
 
