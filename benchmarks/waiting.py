@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media import PICTURE, files
 from pipelines.loading.dataloader import MultiTaskDataLoader
-from pipelines.loading.prefetch import BatchPrefetcher
+from pipelines.loading.prefetch import prefetch_batches
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Largest number of rounds: each takes as long as its steps sleep.
@@ -93,7 +93,7 @@ def _steps(
     stream: MultiTaskDataLoader, start: int, stop: int, seconds: float
 ) -> tuple[float, float, float]:
     """(Waited, all, CPU) seconds of steps that take so long; the first batch is not counted."""
-    with BatchPrefetcher(stream, start, stop) as batches:
+    with prefetch_batches(stream, start, stop) as batches:
         iterator = iter(batches)
         next(iterator)
         begin, cpu, waited = time.monotonic(), time.process_time(), 0.0

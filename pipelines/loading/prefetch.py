@@ -43,11 +43,10 @@ def prefetch_batches(
         processes: that load batches; 0 for a thread.
         pin: put tensors into pinned memory, for asynchronous copies to a GPU.
     """
-    if not processes:
-        return BatchPrefetcher(dataloader, start, stop, rank, world, pin=pin)
-    return _prefetch_in_processes(
-        StepBatches(dataloader, rank, world), range(start, stop), processes, pin
-    )
+    batches, steps = StepBatches(dataloader, rank, world), range(start, stop)
+    if processes:
+        return _prefetch_in_processes(batches, steps, processes, pin)
+    return BatchPrefetcher(batches, steps, pin)
 
 
 @contextlib.contextmanager
@@ -107,50 +106,42 @@ def _start_process(number: int) -> None:
     # The processes are the parallelism.
     torch.set_num_threads(1)
     limit_row_threads(1)
-    # A notice of preemption is for the worker, which finishes its step.
+    # Ctrl+C is for the training process, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class BatchPrefetcher:
-    """Batches of steps ``start`` to ``stop``, loaded ahead by a thread.
+    """Batches that a thread loads ahead.
 
     Close it, or leave its ``with`` block, to end the thread. An error in the thread is raised
     where the batch is requested.
 
     Args:
-        dataloader: loads the batches.
-        start: first step.
-        stop: step after the last one.
-        rank: of the process.
-        world: number of ranks.
+        batches: batches by step.
+        steps: to load, in order.
+        pin: put tensors into pinned memory.
         depth: batches that are loaded ahead.
-        pin: put tensors into pinned memory, for asynchronous copies to a GPU.
     """
 
     def __init__(
-        self,
-        dataloader: MultiTaskDataLoader,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world: int = 1,
-        depth: int = 4,
-        pin: bool = False,
+        self, batches: StepBatches, steps: range, pin: bool = False, depth: int = 4
     ) -> None:
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
-        self._args = (dataloader, start, stop, rank, world, pin)
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._fill, args=(batches, steps, pin), name="prefetch", daemon=True
+        )
         self._thread.start()
 
-    def _fill(self) -> None:
-        dataloader, start, stop, rank, world, pin = self._args
+    def _fill(self, batches: StepBatches, steps: range, pin: bool) -> None:
         # One compute thread: the others belong to the model.
         torch.set_num_threads(1)
         try:
-            for step in range(start, stop):
-                batch = dataloader.batch(step, rank, world)
-                if not self._put(batch.pin() if pin else batch):
+            for step in steps:
+                batch = batches[step]
+                if pin and isinstance(batch, Batch):
+                    batch.pin_memory()
+                if not self._put(batch):
                     return
             self._put(None)
         except BaseException as error:

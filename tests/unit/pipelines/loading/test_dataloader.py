@@ -11,7 +11,7 @@ import torch
 
 from pipelines.config.data import AugmentConfig
 from pipelines.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
-from pipelines.loading.prefetch import BatchPrefetcher, prefetch_batches
+from pipelines.loading.prefetch import prefetch_batches
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
@@ -147,7 +147,7 @@ def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
 
 
 def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:
-    with BatchPrefetcher(stream, 4, 9) as ahead:
+    with prefetch_batches(stream, 4, 9) as ahead:
         batches = list(ahead)
     assert len(batches) == 5
     for step, batch in zip(range(4, 9), batches, strict=True):
@@ -159,7 +159,7 @@ def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) 
     stream.datasets["text_to_video"].task.towers.clear()
     stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
     stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
-    with BatchPrefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
+    with prefetch_batches(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
         list(ahead)
 
 
