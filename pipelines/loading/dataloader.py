@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.group_sampler import GroupedShuffleSampler
 from pipelines.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
 from pipelines.loading.shard_table import ShardTable
 from pipelines.loading.task_dataset import TaskDataset
@@ -27,7 +28,7 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
-RowSampler = ShuffleSampler | WindowedShuffleSampler
+RowSampler = ShuffleSampler | WindowedShuffleSampler | GroupedShuffleSampler
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Batch:
         global_rows: rows of all ranks.
         is_padding: the global batch has no row for this rank. The rank computes the first row,
             with a loss of zero weight, so that it takes part in all collective operations.
+        masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
     """
 
     task: str
@@ -66,6 +68,7 @@ class Batch:
     rows: np.ndarray
     global_rows: int
     is_padding: bool = False
+    masked_counts: np.ndarray | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """Return the batch on a device, its floating-point tensors in ``dtype``."""
@@ -80,22 +83,13 @@ class Batch:
 
         towers = {name: move(tensors) for name, tensors in self.towers.items()}
         targets = move(self.targets)
-        return Batch(self.task, towers, targets, self.rows, self.global_rows, self.is_padding)
+        return replace(self, towers=towers, targets=targets)
 
     def pin_memory(self) -> "Batch":
         """Move the tensors to pinned memory, from which copies to a GPU are asynchronous."""
         for tensors in (*self.towers.values(), self.targets):
             tensors.update({key: x.pin_memory() for key, x in tensors.items()})
         return self
-
-    def pin(self) -> "Batch":
-        """Return the batch in pinned memory, from which copies to a GPU are asynchronous."""
-
-        def pin_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: x.pin_memory() for key, x in tensors.items()}
-
-        towers = {name: pin_tensors(tensors) for name, tensors in self.towers.items()}
-        return replace(self, towers=towers, targets=pin_tensors(self.targets))
 
 
 def rank_slice(count: int, rank: int, world: int) -> slice:
@@ -124,6 +118,7 @@ class MultiTaskDataLoader:
         masks: masks of masked tasks.
         shuffle_bytes: largest size of a task's shards that are shuffled as a unit; a larger task
             is shuffled in windows of this size.
+        shard_groups: groups of shards from which each batch takes equal parts; None for none.
 
     Raises:
         UserError: an unknown task, or a corpus that is missing or of another modality.
@@ -139,6 +134,7 @@ class MultiTaskDataLoader:
         temperature: float = 2.0,
         masks: MaskConfig | None = None,
         shuffle_bytes: float = float("inf"),
+        shard_groups: int | None = None,
     ) -> None:
         if not tasks:
             raise UserError("there is no task to train; name at least one in tasks")
@@ -151,7 +147,9 @@ class MultiTaskDataLoader:
             self.datasets[name] = dataset
             # The key has the task's name: adding a task does not change the order of the others.
             key = (seed, "order", name)
-            self._samplers[name] = _build_sampler(dataset, settings.batch_size, key, shuffle_bytes)
+            self._samplers[name] = _build_sampler(
+                dataset, settings.batch_size, key, shuffle_bytes, shard_groups
+            )
             # Shards in a store are checked when a worker downloads them.
             if not dataset.shard_table.is_remote:
                 dataset.check_columns()
@@ -175,7 +173,7 @@ class MultiTaskDataLoader:
             if table.is_remote:
                 sampler, total = self._samplers[name], sum(table.bytes)
                 size = total
-                if isinstance(sampler, WindowedShuffleSampler):
+                if not isinstance(sampler, ShuffleSampler):
                     size = sampler.max_open_bytes()
                 # Tasks that read all of the same rows share the files.
                 sizes[dataset.location, name if size < total else ""] = size
@@ -187,32 +185,41 @@ class MultiTaskDataLoader:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Load a rank's part of the global batch of a step."""
-        spec = self.batch_spec(step)
-        dataset = self.datasets[spec.task]
-        prefetch_shards(self._samplers[spec.task], dataset.shard_table, spec.batch_index)
-        part = rank_slice(len(spec.rows), rank, world)
+        task, batch_index = self._task_sampler.task_at(step)
+        dataset, sampler = self.datasets[task], self._samplers[task]
+        count = self.tasks[task].batch_size
+        part = rank_slice(count, rank, world)
         is_padding = part.stop == part.start
         # The first row stands in; its loss has zero weight.
         if is_padding:
             part = slice(0, 1)
-        random = BatchRandom((self.seed, "rows", step), len(spec.rows), part)
-        rows = spec.rows[part]
+        prefetch_shards(sampler, dataset.shard_table, batch_index, part)
+        if isinstance(sampler, GroupedShuffleSampler):
+            rows = sampler.batch(batch_index, part)
+        else:
+            rows = sampler.batch(batch_index)[part]
+        random = BatchRandom((self.seed, "rows", step), count, part)
         towers, targets = dataset.load(rows, random, self._augmentation)
-        return Batch(spec.task, towers, targets, rows, len(spec.rows), is_padding)
+        return Batch(task, towers, targets, rows, count, is_padding)
 
 
-def prefetch_shards(sampler: RowSampler, table: ShardTable, batch_index: int) -> None:
+def prefetch_shards(
+    sampler: RowSampler, table: ShardTable, batch_index: int, part: slice = slice(None)
+) -> None:
     """Open the shards of a batch and prefetch the next ones in the background.
 
     Args:
         sampler: order of the rows.
         table: shards of the task.
         batch_index: of the batch.
+        part: positions in the batch that are read.
 
     Raises:
         UserError, StoreUnavailableError: see :meth:`ShardTable.open`.
     """
-    if isinstance(sampler, WindowedShuffleSampler):
+    if isinstance(sampler, GroupedShuffleSampler):
+        table.open(sampler.shards(batch_index, part), sampler.next_shards(batch_index, part))
+    elif isinstance(sampler, WindowedShuffleSampler):
         table.open(sampler.shards(batch_index), sampler.next_shards(batch_index))
     elif table.is_remote:
         # Loading the batch opens its own shards.
@@ -220,9 +227,18 @@ def prefetch_shards(sampler: RowSampler, table: ShardTable, batch_index: int) ->
 
 
 def _build_sampler(
-    dataset: TaskDataset, batch_size: int, key: tuple[int | str, ...], shuffle_bytes: float
+    dataset: TaskDataset,
+    batch_size: int,
+    key: tuple[int | str, ...],
+    shuffle_bytes: float,
+    shard_groups: int | None,
 ) -> RowSampler:
     table, lengths = dataset.shard_table, dataset.row_lengths
+    if shard_groups is not None:
+        _check_groups(dataset, batch_size, shard_groups)
+        return GroupedShuffleSampler(
+            table.rows, table.bytes, batch_size, shard_groups, shuffle_bytes, key, lengths
+        )
     # One shard cannot be divided into windows.
     if sum(table.bytes) > shuffle_bytes and len(table.bytes) > 1:
         return WindowedShuffleSampler(
@@ -233,3 +249,18 @@ def _build_sampler(
     # Local shards are cheap to open, and a missing one is reported before training starts.
     table.open()
     return ShuffleSampler(dataset.num_rows, batch_size, lengths(), key)
+
+
+def _check_groups(dataset: TaskDataset, batch_size: int, groups: int) -> None:
+    """Raise UserError unless a batch and the shards of a task can be divided into groups."""
+    if batch_size % groups:
+        raise UserError(
+            f"tasks.{dataset.name}.batch_size {batch_size} is not a multiple of "
+            f"training.shard_groups {groups}; change one of them"
+        )
+    shards = len(dataset.shard_table.rows)
+    if shards < groups:
+        raise UserError(
+            f"{dataset.location} has {shards} shards, fewer than training.shard_groups {groups}; "
+            "lower it, or prepare the corpus with smaller shards"
+        )
