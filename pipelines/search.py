@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
     from skillnet.skills import Task
 
+#: Task of a search if the model has several.
+DEFAULT_TASK = "text_to_image"
+
 
 @dataclass
 class SearchConfig:
@@ -32,7 +35,7 @@ class SearchConfig:
     Args:
         query: text in Chinese; several arguments are one query.
         task: retrieval task of the model whose query is a text: text_to_image, text_to_video,
-            text_to_code, or a task of your own.
+            text_to_code, or a task of your own; by default the only one, or text_to_image.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
         splits: splits to search; by default all except pretrain. The embeddings of their rows may
@@ -45,7 +48,7 @@ class SearchConfig:
     """
 
     query: list[str] = positional_field()
-    task: str = "text_to_image"
+    task: str | None = None
     model: str = "models:/skillnet@champion"
     data: str | None = None
     splits: list[str] | None = None
@@ -127,22 +130,21 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
-    tasks = predictor.model.config.tasks
-    _require_text_query(config.task, tasks)
-    corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
-    check_corpus_vocabulary(predictor.model, config.task, corpus)
+    task = _choose_task(config.task, predictor.model.config.tasks)
+    corpus = open_corpus(locate_task_corpus(data, task, source.corpora))
+    check_corpus_vocabulary(predictor.model, task, corpus)
     splits = _choose_splits(corpus, config.splits)
-    vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
+    vectors = build_retrieval_index(predictor, source, task, corpus, splits)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
     query = " ".join(config.query).strip()
-    scores = vectors @ predictor.embed_texts(config.task, [query])[0]
+    scores = vectors @ predictor.embed_texts(task, [query])[0]
     hits = _rank_hits(corpus, splits, scores, config.top)
     seconds = time.monotonic() - begin
     name = source.name if source.version is None else f"{source.name} (version {source.version})"
-    page = Path(config.html) if config.html else _default_page(query, config.task)
-    write_search_page(page, query, config.task, name, corpus, hits, len(vectors))
-    return SearchResult(query, config.task, name, len(vectors), seconds, hits, page.absolute())
+    page = Path(config.html) if config.html else _default_page(query, task)
+    write_search_page(page, query, task, name, corpus, hits, len(vectors))
+    return SearchResult(query, task, name, len(vectors), seconds, hits, page.absolute())
 
 
 def write_search_page(
@@ -214,30 +216,42 @@ def show_search(result: SearchResult) -> None:
     )
 
 
-def _require_text_query(task: str, tasks: "Mapping[str, Task]") -> None:
-    """Check that a task ranks rows for a text.
+def _choose_task(given: str | None, tasks: "Mapping[str, Task]") -> str:
+    """Return the task that ranks rows for a text.
 
     Args:
-        task: name of the task.
+        given: name of the task, or None.
         tasks: of the model.
 
     Raises:
-        UserError: it is no retrieval task, or its query is of another modality.
+        UserError: it is no retrieval task, or its query is of another modality. Without a name:
+            the model has no such task, or several.
     """
     from skillnet.skills import find_task
 
     def reads_text(spec: "Task") -> bool:
         return spec.objective == "retrieval" and spec.towers["query"].modality == "text"
 
-    spec = find_task(task, tasks)
-    if reads_text(spec):
-        return
     searchable = [name for name, each in tasks.items() if reads_text(each)]
+    if given is None:
+        if len(searchable) == 1 or DEFAULT_TASK in searchable:
+            return searchable[0] if len(searchable) == 1 else DEFAULT_TASK
+        if searchable:
+            raise UserError(
+                f"--task: {', '.join(searchable)} rank rows for a text; give one of them"
+            )
+        raise UserError(
+            f"--model: none of its tasks ({', '.join(tasks)}) ranks rows for a text; give another "
+            "model, or use skillnet predict"
+        )
+    spec = find_task(given, tasks)
+    if reads_text(spec):
+        return given
     reason = "is not a retrieval task"
     if spec.objective == "retrieval":
         reason = f"has a query of the modality {spec.towers['query'].modality}, not text"
     raise UserError(
-        f"{task}: the task {reason}. Use one that ranks rows for a text: "
+        f"{given}: the task {reason}. Use one that ranks rows for a text: "
         f"{', '.join(searchable) or 'this model has none'}"
     )
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 
-from pipelines.search import SearchConfig, search_corpus
+from pipelines.search import SearchConfig, _choose_task, search_corpus
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
 from pipelines.tokenizer.training import load_tokenizer
 from pipelines.transforms.text import encode_captions
 from skillnet.model import SkillNet
-from skillnet.skills import Modality, SkillPlan, Task, default_tasks
+from skillnet.skills import Modality, SkillPlan, Task, default_tasks, known_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import config, write_corpora
 
@@ -141,3 +141,21 @@ def test_corpora_that_cannot_be_searched_are_named(
     fails("emptied", "functions: no rows in train, validation, test")
     run = save_run(default_tasks(), {"text_classification": "headings"})
     fails("text_classification", "text_classification: the task is not a retrieval task")
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["text_to_sound", "sound_classification"], "text_to_sound"),
+        (["text_to_video", "text_to_image"], "text_to_image"),
+        (["text_to_video", "text_to_code"], "--task: text_to_video, text_to_code rank rows"),
+        (["text_classification"], "none of its tasks (text_classification) ranks rows"),
+    ],
+)
+def test_the_task_of_a_search_without_a_name(names: list[str], chosen: str) -> None:
+    tasks = {name: known_tasks()[name] for name in names}
+    if chosen in names:
+        assert _choose_task(None, tasks) == chosen
+    else:
+        with pytest.raises(UserError, match=re.escape(chosen)):
+            _choose_task(None, tasks)
