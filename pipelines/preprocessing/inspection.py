@@ -21,7 +21,7 @@ from pipelines.corpora import (
     open_external_corpus,
     parse_reader_prefix,
 )
-from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.base import JOINED_ROW, RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import (
     is_empty_folder,
     list_archives,
@@ -61,7 +61,8 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     Returns:
         Plain values by name: path, reader, evidence (why this reader was chosen), modality, task,
         rows, complete (all rows were read), splits, named_splits (splits that the corpus names;
-        others are made by a hash), rejected, errors (rejected rows that count towards
+        others are made by a hash), joined (rows whose captions the first row of their media file
+        holds), rejected (other rows that give no item), errors (rejected rows that count towards
         max_error_rate), duplicates (rows that equal an earlier row except for their key), columns
         (after preparation), source (fields of one record in the file), captions, texts, labels,
         numeric_labels (a sentence if labels are numbers), media, example, examples, files, bytes,
@@ -85,7 +86,9 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         corpus.is_preview = True
     sample = _read_sample(corpus)
     files, size, counted = _count_files(corpus)
-    rows = sample.rows
+    rows, num_read = sample.rows, sample.splits.total() + sample.rejections.total()
+    # Joined rows are not lost: their captions are in the row of their media file.
+    joined = sample.rejections.pop(JOINED_ROW, 0)
     labels = count_labels(row["label"] for row in rows if row.get("label"))
     media = describe_media(corpus, rows) if "media" in corpus.raw_schema.names else {}
     undecodable = media and 0 < media["decoded"] == sum(media["rejected"].values())
@@ -98,10 +101,11 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "evidence": evidence,
         "modality": corpus.modality,
         "task": corpus.task,
-        "rows": sample.splits.total() + sample.rejections.total(),
+        "rows": num_read,
         "complete": sample.complete,
         "splits": dict(sorted(sample.splits.items())),
         "named_splits": sorted(corpus.named_splits) if isinstance(corpus, RecordCorpus) else None,
+        "joined": joined,
         "rejected": dict(sample.rejections.most_common()),
         "errors": sample.errors,
         "duplicates": sample.duplicates,
@@ -150,8 +154,12 @@ def show_inspection(report: dict[str, Any]) -> None:
         ["modality, task", f"{report['modality']}, {report['task']}"],
         ["files", f"{report['files']}{size}{more_files}"],
         ["rows", f"{report['rows']}{more_rows}"],
-        ["splits", ", ".join(f"{name} {rows}" for name, rows in report["splits"].items())],
     ]
+    if report["joined"]:
+        items = sum(report["splits"].values())
+        lines.append(["items", f"{items}: {report['joined']} rows are further captions of an item"])
+    splits = ", ".join(f"{name} {rows}" for name, rows in report["splits"].items())
+    lines.append(["splits", splits or "none"])
     if report["named_splits"] is not None:
         named = ", ".join(report["named_splits"]) or "none: splits are made by a hash"
         lines.append(["named splits", named])
@@ -174,7 +182,8 @@ def show_inspection(report: dict[str, Any]) -> None:
     lines += [[f"{key} (of {media['decoded']})", media[key]] for key in measured if key in media]
     lines += [["", ""]] + [[f"source: {k}", str(v)] for k, v in report["source"].items()]
     for example in report["examples"]:
-        lines += [["", ""]] + [[f"example: {k}", str(v)] for k, v in example.items()]
+        shown = {k: _format_media(v) if k == "media" else str(v) for k, v in example.items()}
+        lines += [["", ""]] + [[f"example: {key}", text] for key, text in shown.items()]
     console.print_table(report["path"], ["", ""], lines)
     rejected = [[count, reason] for reason, count in report["rejected"].items()]
     undecoded = media.get("rejected", {}).items()
@@ -352,6 +361,14 @@ def _make_example(row: Row) -> dict[str, Any]:
         if isinstance(content, bytes):
             shown["media"]["content"] = describe_bytes(content)
     return dict(_shorten(shown))
+
+
+def _format_media(media: dict[str, Any]) -> str:
+    """Return place and content of a media file: ``"/data/1.jpg (4,364 bytes, JPEG)"``."""
+    # The number of a row of Parquet is shown as the example's row, from 1.
+    hidden = ("path", "content", "row_number")
+    place = "".join(f", {key} {value}" for key, value in media.items() if key not in hidden)
+    return f"{media['path']}{place} ({media.get('content', 'unreadable')})"
 
 
 def _shorten(value: Any) -> Any:

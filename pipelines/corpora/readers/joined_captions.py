@@ -10,7 +10,7 @@ occur again later, in a file. So memory does not grow with the corpus.
 
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from pipelines.io.key_set import KeySet, digest_key, open_scratch_database
 
 #: Adjacent rows of one item that are in memory at once.
 MAX_RUN_ROWS = MAX_CAPTIONS
+#: Items of a preview that get the captions of later rows while they are read.
+PREVIEW_ITEMS = 1000
 #: Field of a row with a value that all rows of the same media file share.
 ITEM_FIELD = "item"
 
@@ -33,10 +35,11 @@ def join_captions(read_rows: RowReader, is_preview: bool) -> Iterator[Row | Reje
 
     Args:
         read_rows: reads the rows, with the field ``ITEM_FIELD``; is called twice.
-        is_preview: omit the first pass. The counts are exact, but only captions of adjacent rows
-            are joined.
+        is_preview: omit the first pass. The counts are exact. The list of captions of a yielded
+            row grows while later rows are read, for the first ``PREVIEW_ITEMS`` items.
     """
     with LaterCaptions() as later, KeySet() as seen:
+        growing: dict[str, list[str]] = {}
         if not is_preview:
             later.collect(read_rows())
         for run in _iter_runs(read_rows()):
@@ -46,7 +49,13 @@ def join_captions(read_rows: RowReader, is_preview: bool) -> Iterator[Row | Reje
             item = _identify_item(run[0])
             is_first = seen.add(item)
             if is_first:
-                yield _join_run(run, later.captions(item))
+                first = _join_run(run, later.captions(item))
+                is_shown = is_preview and len(growing) < PREVIEW_ITEMS
+                if is_shown and not isinstance(first, RejectedRow):
+                    growing[item] = first["captions"]
+                yield first
+            elif item in growing:
+                growing[item][:] = _list_captions(run, before=growing[item])[:MAX_CAPTIONS]
             for row in run[1:] if is_first else run:
                 yield RejectedRow(row["key"], JOINED_ROW, row.get("file"), row.get("row"))
 
@@ -126,9 +135,15 @@ def _identify_item(row: Row) -> str:
 
 def _join_run(run: list[Row], later: list[str]) -> Row | RejectedRow:
     first = {name: value for name, value in run[0].items() if name != ITEM_FIELD}
-    found = chain((caption for row in run for caption in row["captions"]), later)
-    captions = list(dict.fromkeys(found))
+    captions = _list_captions(run, later=later)
     if len(captions) > MAX_CAPTIONS:
         reason = f"more than {MAX_CAPTIONS} captions"
         return error_row(first["key"], reason, first.get("file"), first.get("row"))
     return first | {"captions": captions, "group": hash_caption_group(captions)}
+
+
+def _list_captions(
+    run: list[Row], *, before: Sequence[str] = (), later: Sequence[str] = ()
+) -> list[str]:
+    """Return the distinct captions of some rows, between others of the same item."""
+    return list(dict.fromkeys(chain(before, (c for row in run for c in row["captions"]), later)))

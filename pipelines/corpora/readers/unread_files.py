@@ -9,8 +9,8 @@ ANNOTATION_SUFFIXES = (
 )  # fmt: skip
 #: Names of texts about a corpus.
 _DOCUMENTATION = ("readme", "license", "licence", "changelog", "changes", "about", "requirements")
-#: Files of a folder that are named; more of them are counted.
-_MAX_NAMED = 3
+#: Files of a folder that are named; more of them are counted. COCO has six beside its captions.
+_MAX_NAMED = 8
 
 
 def is_annotation_name(file: str) -> bool:

@@ -16,7 +16,7 @@ from pipelines.corpora.base import JOINED_ROW
 from pipelines.corpora.readers import joined_captions
 from pipelines.corpora.readers.row_builders import MAX_CAPTIONS
 from pipelines.prepare import show_corpora
-from pipelines.preprocessing.inspection import inspect_corpus
+from pipelines.preprocessing.inspection import inspect_corpus, show_inspection
 from tests.helpers import user_corpora
 from tests.helpers.hub_repositories import embed, write_repository
 from tests.unit.pipelines.corpora.readers.test_readers import media, read
@@ -93,11 +93,23 @@ def test_rows_of_one_image_are_one_item(tmp_path: Path, kind: str, shuffled: boo
     assert (sum(map(len, preview.values())), preview_reasons) == (IMAGES, reasons)
 
 
-def test_inspect_shows_items(tmp_path: Path) -> None:
-    report = inspect_corpus(write_csv(tmp_path, caption_rows(False)))
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_inspect_shows_items(
+    tmp_path: Path, shuffled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = inspect_corpus(write_csv(tmp_path, caption_rows(shuffled)))
     assert sum(report["splits"].values()) == IMAGES
     assert report["captions"]["per_row"] == "5"
     assert "item" not in report["example"]
+    # Joined rows are no loss, so they are not among the rejected ones.
+    joined = IMAGES * (CAPTIONS - 1)
+    assert (report["rows"], report["joined"], report["rejected"]) == (200, joined, {})
+    show_inspection(report)
+    shown = capsys.readouterr().out
+    assert f"{IMAGES}: {joined} rows are further captions of an item" in shown
+    assert "would reject" not in shown
+    size = len(picture(0))
+    assert f"{tmp_path}/0.jpg ({size:,} bytes, JPEG)" in " ".join(shown.split()) or shuffled
 
 
 def write_lines(folder: Path, rows: list[dict[str, Any]]) -> ExternalCorpus:
