@@ -169,6 +169,11 @@ class RecordCorpus(ExternalCorpus):
                 )
             annotations = [options.task]
         if self.modality == "text" and self.text_field is None:
+            if blank := _first_of(names, common):
+                raise UserError(
+                    f"{self.source.uri}: the field {blank} is blank in the first rows. Fill it, or "
+                    f"name the field of the text: --{prefix}.text"
+                )
             raise UserError(
                 f"{self.source.uri}: no text field among {', '.join(names) or 'none'}; give "
                 f"--{prefix}.text"

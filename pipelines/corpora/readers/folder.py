@@ -45,6 +45,7 @@ from pipelines.corpora.readers.metadata_tables import (
     find_file_field,
     find_tables,
     is_caption_file,
+    list_row_files,
     locate_media,
 )
 from pipelines.corpora.readers.parquet_tables import ParquetTable, describe_tables
@@ -57,6 +58,8 @@ from skillnet_platform.errors import UserError
 
 #: Folders in which metadata are searched that class folders would ignore.
 NEARBY_FOLDERS = 3
+#: Files of rows that a message names.
+NAMED_FILES = 8
 #: Default name of the field with the split of each row.
 SPLIT_FIELD = "split"
 #: Tables of a split, which can be thousands of shards, whose rows are sampled.
@@ -238,6 +241,12 @@ class FolderCorpus(RecordCorpus):
                     f"{source.uri}: contains no metadata file, but {entry.name}/{table.file}; give "
                     f"{source.path(entry.name)}"
                 )
+        if first is None and len(rows := list_row_files(source)) > 1:
+            names = ", ".join(rows[:NAMED_FILES])
+            raise UserError(
+                f"{source.uri}: several files of rows: {names}. Give one of them: "
+                f"{source.path(rows[0])}; or name them train, validation and test"
+            )
         if first is None:
             raise missing_format_error(
                 source,

@@ -22,7 +22,7 @@ from pipelines.corpora.base import Row
 from pipelines.corpora.formats.csv_reader import read_csv_rows
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
 from pipelines.corpora.formats.record_reader import read_json_arrays, read_records
-from pipelines.corpora.readers.class_folders import join_path
+from pipelines.corpora.readers.class_folders import find_first_media, join_path
 from pipelines.corpora.readers.fields import (
     LABEL_FIELDS,
     MEDIA_EXTENSIONS,
@@ -197,6 +197,8 @@ def find_tables(
 ) -> list[MetadataTable]:
     """Return the metadata tables of a directory: of the directory itself, or one per split.
 
+    The only file of rows of a directory without media in folders can have any name.
+
     Args:
         source: the directory of the corpus, or a single file of rows.
         media: directory of the media; by default ``source``.
@@ -212,7 +214,17 @@ def find_tables(
             return [_open_table(source, media, None, name)]
     found = _find_split_tables(source, media) or _find_caption_tables(source, media)
     shards = [] if found else list_repository_files(source, ROW_SUFFIXES)
-    return found or [MetadataTable(split, file, file.rpartition("/")[0]) for split, file in shards]
+    found = found or [MetadataTable(s, file, file.rpartition("/")[0]) for s, file in shards]
+    # Beside media in folders, such a file can be anything; without them it is all that there is.
+    if not found and find_first_media(source) is None and len(rows := list_row_files(source)) == 1:
+        return [_open_table(source, media, None, rows[0])]
+    return found
+
+
+def list_row_files(source: SourceDirectory) -> list[str]:
+    """Return the files of rows that lie in a directory itself, whatever their names are."""
+    files = (entry.name for entry in source.entries() if not entry.is_folder)
+    return [name for name in files if name.lower().endswith(ROW_SUFFIXES)]
 
 
 def _find_split_tables(source: SourceDirectory, media: SourceDirectory) -> list[MetadataTable]:

@@ -61,7 +61,7 @@ def test_media_of_which_none_can_be_decoded_are_reported(tmp_path: Path, capsys:
 def test_texts_that_cannot_be_used_are_reported(tmp_path: Path, capsys: Any) -> None:
     rows = [{"text": " ", "label": "a"}] * 5
     user_corpora.write_lines(tmp_path / "mine" / "train.jsonl", rows)
-    assert "no text field among text, label" in run_prepare(tmp_path, capsys)
+    assert "the field text is blank in the first rows" in run_prepare(tmp_path, capsys)
     (tmp_path / "mine" / "train.jsonl").unlink()
     assert "mine: an empty folder" in run_prepare(tmp_path, capsys)
 
