@@ -81,7 +81,9 @@ def _run_in_folder(
 ) -> dict[str, Any]:
     from pipelines.runs.mirror import mirror_of
     from pipelines.runs.uploads import upload_results
+    from pipelines.serving.registration import check_given_name
     from pipelines.training.run_evaluation import check_evaluation_splits
+    from pipelines.training.setup import require_devices
 
     config, folder = run.config, run.folder
     mirror = mirror_of(config, folder)
@@ -96,9 +98,12 @@ def _run_in_folder(
             f"{config.name} is finished ({finished['step']} steps); give another name"
         )
         return finished
+    # A missing GPU is reported before the corpora are read.
+    require_devices(config.training)
     validate_run(run)
     if config.evaluate:
         check_evaluation_splits(run, splits)
+        check_given_name(config.tracking, config.system)
     create_run_folder(config, folder)
     if mirror is not None:
         mirror.check_writable(exists)
@@ -132,6 +137,10 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
     rows = [[name, problem] for name, problem in problems.items() if problem]
     if rows:
         console.print_table("training problems", ["task", "problem"], rows)
+    if made := result.get("registered"):
+        console.print_note(
+            f"registered as {made['uri']}, now models:/{made['name']}@{made['alias']}"
+        )
     console.print_note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
 
 

@@ -10,7 +10,7 @@ beside the runs), and its ``training.trainable`` lists the new files. It resumes
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +67,10 @@ def _grow_in_folder(
     from pipelines.growth import runs, verification
     from pipelines.runs import layout
     from pipelines.runs.progress_log import PROGRESS, follow_progress
+    from pipelines.serving.registration import check_given_name
     from pipelines.training import run as training_run
     from pipelines.training.init_from import read_training_corpora
+    from pipelines.training.setup import require_devices
 
     settings = resolved.config
     assert settings.name is not None
@@ -89,7 +91,10 @@ def _grow_in_folder(
             "new growth"
         )
         return finished
+    require_devices(settings.training)
     training_run.validate_run(resolved)
+    check_given_name(config.tracking, settings.system)
+    references = _resolve_references(config, settings, source, run)
     layout.create_run_folder(settings, run)
     # Written after validation, so that a rejected config does not reserve the name.
     with atomic_write(run / "grow.yaml", "w") as stream:
@@ -97,7 +102,9 @@ def _grow_in_folder(
     with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
             with follow_progress(run / PROGRESS, settings.training.steps):
-                finished = training_run.train_and_evaluate(resolved, tracker)
+                finished = training_run.train_and_evaluate(
+                    resolved, tracker, source=str(source.weights.absolute())
+                )
             finished["grown_from"] = {
                 "digest": source.digest,
                 "corpora": read_training_corpora(source),
@@ -105,9 +112,9 @@ def _grow_in_folder(
             # Written before the report, so that a growth that is killed now does not train again.
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
-        references = _train_references(config, settings, source, run, tracker)
+        trained = _train_references(references, tracker)
         report = verification.build_growth_report(
-            source, before, settings, run, result, references, (config.skill.name, config.task.name)
+            source, before, settings, run, result, trained, (config.skill.name, config.task.name)
         )
         _log_report(report, run, tracker)
     # The report is written first, so that it shows what changed if the check fails.
@@ -118,21 +125,15 @@ def _grow_in_folder(
     return result
 
 
-def _train_references(
-    config: GrowConfig,
-    settings: "FinetuneConfig",
-    source: "ModelSource",
-    run: Path,
-    tracker: "Tracker",
-) -> dict[str, dict[str, Any]]:
-    """Train the reference runs; return name -> result. Each is a child run in MLflow."""
+def _resolve_references(
+    config: GrowConfig, settings: "FinetuneConfig", source: "ModelSource", run: Path
+) -> "dict[str, ResolvedRun]":
+    """Return name -> validated reference run, before the growth has a folder."""
     from pipelines.growth import runs
-    from pipelines.runs import layout
-    from pipelines.runs.progress_log import PROGRESS, follow_progress
-    from pipelines.training import run as training_run
     from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.run import find_finished_result, validate_run
 
-    results: dict[str, dict[str, Any]] = {}
+    resolved = {}
     for name in dict.fromkeys(config.references):
         other = runs.build_reference_config(name, config, settings, source, run)
         # Without another skill there is no frozen model to put the head on.
@@ -140,12 +141,26 @@ def _train_references(
             console.print_note(f"{name}: the task has no other skill; this reference is skipped")
             continue
         assert other.name is not None
-        folder = run / "references" / other.name
-        resolved = ResolvedRun(other, folder)
+        resolved[name] = ResolvedRun(other, run / "references" / other.name)
+        if find_finished_result(resolved[name]) is None:
+            validate_run(resolved[name])
+    return dict(resolved)
+
+
+def _train_references(
+    references: "Mapping[str, ResolvedRun]", tracker: "Tracker"
+) -> dict[str, dict[str, Any]]:
+    """Train the reference runs; return name -> result. Each is a child run in MLflow."""
+    from pipelines.runs import layout
+    from pipelines.runs.progress_log import PROGRESS, follow_progress
+    from pipelines.training import run as training_run
+
+    results: dict[str, dict[str, Any]] = {}
+    for name, resolved in references.items():
+        other, folder = resolved.config, resolved.folder
         finished = training_run.open_run_folder(resolved)
         if finished is None:
             console.print_note(f"training the reference {name}")
-            training_run.validate_run(resolved)
             with (
                 _open_tracker(other, folder, {"reference": name}, tracker.run_id) as child,
                 follow_progress(folder / PROGRESS, other.training.steps),

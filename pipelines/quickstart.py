@@ -80,6 +80,10 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Raises:
         UserError: a stage failed. Finished stages are reused by the next call.
     """
+    from pipelines.training.setup import require_devices
+
+    # Before the downloads, which take minutes.
+    require_devices(config.training)
     _warn_without_bf16(config)
     data = require_local_folder(config.data, data_root(), "data of quickstart")
     archives = require_local_folder(config.archives, archive_root(), "archives")
@@ -199,8 +203,9 @@ def _warn_without_bf16(config: QuickstartConfig) -> None:
 
     from skillnet.precision import native_bf16
 
-    device = torch.device("cuda" if config.training.use_gpu else "cpu")
-    if config.training.precision == "auto" and not native_bf16(device):
+    # Each GPU worker chooses its precision itself: the driver may have no GPU.
+    on_cpu = not config.training.use_gpu and config.training.precision == "auto"
+    if on_cpu and not native_bf16(torch.device("cpu")):
         console.print_warning(
             "this machine does not multiply bf16 natively; it computes in fp32, which takes about "
             "twice as long"

@@ -17,13 +17,13 @@ from skillnet_platform.cluster.resource_request import (
 
 
 def request_workers(
-    training: TrainingConfig, cpus: float = 1.0, gpus: float = 0.0
+    training: TrainingConfig, cpus: float | None = None, gpus: float = 0.0
 ) -> ResourceRequest:
     """Return the workers, CPUs and GPUs that a training needs.
 
     Args:
         training: settings of the training.
-        cpus: CPUs of each worker.
+        cpus: CPUs of each worker; None takes ``training.cpus_per_worker``.
         gpus: GPUs of each worker. 0 takes one GPU with ``use_gpu``, else none.
     """
     workers = max(training.workers, 1)
@@ -31,7 +31,7 @@ def request_workers(
     return ResourceRequest(
         workers,
         workers * (gpus or float(training.use_gpu)),
-        cpus,
+        cpus or training.cpus_per_worker or 1.0,
         min_workers=fewest if fewest < workers else 0,
         spread=training.placement_strategy == "strict_spread",
         keep_checkpoints=training.keep_checkpoints,

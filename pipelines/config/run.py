@@ -114,8 +114,11 @@ class TrainingConfig:
             ``workers`` and waits for their nodes.
         resize_interval_s: seconds between two checks of an elastic run for room for more workers.
         threads_per_worker: compute threads of a worker, and threads (up to eight) that build its
-            batches; 0 divides the cores of the machine among the workers.
+            batches; 0 takes the reserved CPUs if they are more than one, else the worker's share
+            of the cores of its node.
         dataloader_num_workers: processes of a worker that load batches; 0 loads them in a thread.
+        cpus_per_worker: CPUs that a worker reserves in Ray. Null reserves one, and for a worker
+            with a GPU its share of the node's CPUs, at most 8.
         use_gpu: give each worker a GPU.
         placement_strategy: ``pack`` places workers on one node if they fit, ``spread`` on
             different nodes if possible, ``strict_spread`` always on different nodes.
@@ -137,7 +140,7 @@ class TrainingConfig:
         max_failures: restarts after a worker dies.
         collective_timeout_s: seconds that a worker waits for the others in a collective operation.
             Then it counts as dead, as do all workers, and they restart. It must be longer than
-            anything that only one worker does, such as an upload or a long evaluation.
+            anything that only one worker does, such as an upload or the intervals of an evaluation.
         trainable: files of the model to train (skill-NAME, head-TASK, stem-NAME, shared); all
             others stay bitwise unchanged. Empty trains all that a task activates.
         augment: random changes of training rows.
@@ -145,6 +148,9 @@ class TrainingConfig:
         shuffle_gb: largest size of a task's shards, in GB, that are shuffled as a unit; a larger
             task is shuffled in windows of this size, drawn again each epoch. It determines the
             order of rows.
+        shard_groups: groups of shards from which each batch takes equal parts; a rank then reads
+            the shards of its groups only. Choose a multiple of the largest number of workers; it
+            determines the order of rows. Null lets each rank read all shards.
     """
 
     steps: PositiveCount = 2000
@@ -165,6 +171,7 @@ class TrainingConfig:
     min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
     resize_interval_s: PositiveAmount = 60.0
     threads_per_worker: ProcessCount = 0
+    cpus_per_worker: PositiveAmount | None = None
     dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -183,6 +190,7 @@ class TrainingConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     masking: MaskConfig = field(default_factory=MaskConfig)
     shuffle_gb: PositiveAmount = 4.0
+    shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = None
 
     def __post_init__(self) -> None:
         require_bounds(self, "training.")

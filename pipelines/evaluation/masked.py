@@ -63,7 +63,7 @@ def masked_batches(
         towers, targets = dataset.load(part, draws)
         batch = Batch(task, towers, targets, part, len(part))
         if parameter.device.type == "cuda":
-            batch = batch.pin()
+            batch = batch.pin_memory()
         yield batch.to(parameter.device, parameter.dtype)
 
 

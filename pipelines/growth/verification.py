@@ -17,15 +17,15 @@ from pipelines.evaluation.outcomes import (
     OutcomeTable,
     paired_difference,
     read_outcomes,
-    write_outcomes,
 )
 from pipelines.growth.report import GROWN, FileState, GrowthReport, TaskState, TransferResult
+from pipelines.runs.layout import SOURCE, SOURCE_ROWS
 from pipelines.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.model import SkillNet
 from skillnet.serialization import hash_file, read_manifest, read_tensor_shapes
 from skillnet.skills import Task
-from skillnet_platform import console
+from skillnet_platform.storage import read_json
 
 #: Columns of an evaluation row that must not change; the others describe the measurement.
 COMPARED_COLUMNS = ("value", "low", "high", "activated_params", "flops_per_example")
@@ -114,7 +114,7 @@ def build_growth_report(
     references: Mapping[str, Mapping[str, Any]],
     added: tuple[str, str],
 ) -> GrowthReport:
-    """Evaluate the source model, and compare it with the grown model.
+    """Compare the source model with the grown model.
 
     Args:
         source: the source model.
@@ -127,9 +127,7 @@ def build_growth_report(
     """
     skill, task = added
     spec = settings.model.tasks[task]
-    # The source is measured again and not read from its run: another machine may round differently,
-    # and the comparison is exact.
-    old_rows, old_outcomes = _evaluate_source(before, settings, run)
+    old_rows, old_outcomes = _read_source_evaluation(run)
     own_outcomes = read_outcomes(run / OUTCOMES_FILE)
     compared = changed = 0
     for key in old_outcomes:
@@ -170,34 +168,15 @@ def build_growth_report(
     )
 
 
-def _evaluate_source(
-    before: SkillNet, settings: FinetuneConfig, run: Path
-) -> tuple[list[dict[str, Any]], OutcomeTable]:
-    """Evaluate the old tasks of the source, in this process as the grown model was."""
-    from pipelines.evaluation.evaluator import evaluate_model
+def _read_source_evaluation(run: Path) -> tuple[list[dict[str, Any]], OutcomeTable]:
+    """Read how the workers of the run measured the source, as they measured the grown model.
 
-    old = {
-        name: settings.tasks[name]
-        for name in tables.sort_rows(settings.tasks)
-        if settings.tasks[name].eval_only
-    }
-    outcomes = OutcomeTable()
-    if not old:
-        return [], outcomes
-    with console.show_progress("evaluating the source", None, "rows") as bar:
-        rows = evaluate_model(
-            before,
-            str(settings.data),
-            list(old),
-            seed=settings.seed,
-            corpora={name: task.corpus for name, task in old.items()},
-            limits={name: task.max_length for name, task in old.items()},
-            on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
-            outcomes=outcomes,
-        )
-    # The file has fewer digits than memory; the grown model's outcomes also come from a file.
-    write_outcomes(outcomes, run / f"before-{OUTCOMES_FILE}")
-    return rows, read_outcomes(run / f"before-{OUTCOMES_FILE}")
+    The numbers of the source's own run are not used: another machine may round differently, and
+    the comparison is exact.
+    """
+    if not (run / SOURCE_ROWS).is_file():
+        return [], OutcomeTable()
+    return read_json(run / SOURCE_ROWS), read_outcomes(run / f"{SOURCE}-{OUTCOMES_FILE}")
 
 
 def _compare_rows(

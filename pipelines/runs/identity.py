@@ -20,6 +20,7 @@ NON_IDENTITY_KEYS = (
     "min_workers",
     "resize_interval_s",
     "threads_per_worker",
+    "cpus_per_worker",
     "dataloader_num_workers",
     "use_gpu",
     "placement_strategy",

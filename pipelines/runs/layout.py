@@ -16,6 +16,9 @@ RUN = "run.json"
 RESULT = "result.json"
 #: Summary of the training: time, losses, throughput.
 TRAINED = "trained.json"
+#: Prefix of files about the model that a growth starts from; the second are its evaluation rows.
+SOURCE = "source"
+SOURCE_ROWS = "source-evaluation.json"
 #: File beside a copy of weights: the configuration that they were trained with.
 SETTINGS = "settings.json"
 LOCK = ".lock"

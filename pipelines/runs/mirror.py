@@ -106,16 +106,15 @@ class RunMirror:
                 directories.put_file(self.run / name, self.uri_of(name))
 
     def upload_trained(self) -> None:
-        """Upload the final model and the summary of the training."""
+        """Upload the final model, its evaluation, and the summary of the training last."""
         for name in FOLDERS:
             if (self.run / name / directories.MANIFEST).is_file():
                 directories.put_directory(self.run / name, self.uri_of(name))
-        self.upload_files(CONFIG, *STATE, RESULTS[0])
+        self.upload_files(CONFIG, *STATE, *RESULTS[1:], RESULTS[0])
 
     def upload_all(self) -> None:
         """Upload all results of a finished run; ``result.json``, the mark of completion, last."""
         self.upload_trained()
-        self.upload_files(*RESULTS[1:])
         self.upload_files(RESULT)
 
     def check_writable(self, exists: bool) -> None:
@@ -140,7 +139,7 @@ class RunMirror:
             console.print_warning(f"{error.reason}. Continuing with the files in {self.run}")
 
     def download_trained(self) -> None:
-        """Download the final model of a worker whose disk this machine does not see.
+        """Download the final model and evaluation of a worker on a disk that is not seen here.
 
         Raises:
             UserError: the store has no model either.
@@ -157,7 +156,7 @@ class RunMirror:
             # A preempted worker has written no model.
             if directories.is_committed(self.uri_of(name)):
                 directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
-        for name in (*STATE[1:], RESULTS[0]):
+        for name in (*STATE[1:], *RESULTS[1:], RESULTS[0]):
             if directories.object_exists(self.uri_of(name)):
                 directories.get_file(self.uri_of(name), self.run / name)
 

@@ -50,9 +50,10 @@ class ProgressFile:
 
 @contextlib.contextmanager
 def follow_progress(path: Path, steps: int) -> Iterator[None]:
-    """Show a progress bar from the lines that rank 0 appends, inside a block.
+    """Show progress bars from the lines that rank 0 appends, inside a block.
 
-    The bar ends with the training, before the evaluation of the final model.
+    The first bar counts the steps of the training. After it a second one counts the rows of the
+    final evaluation.
 
     Args:
         path: of the progress file.
@@ -66,21 +67,33 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
 
     def follow() -> None:
         position, bar, stack = start, None, contextlib.ExitStack()
+        is_trained = is_evaluating = False
         with stack:
             while True:
                 # Before the lines are read, so that the last line is shown.
                 last = ended.is_set() or _file_state(summary) != summary_before
                 lines, position = _new_lines(path, position)
                 for line in lines:
-                    if "losses" not in line:
-                        continue
-                    if bar is None:
-                        bar = stack.enter_context(
-                            console.show_progress("training", steps, "steps", done=line["step"])
-                        )
-                    bar.advance(line["step"] - bar.done, line["losses"])
-                if last or (bar is not None and bar.done >= steps):
+                    if "evaluating" in line:
+                        if bar is None or not is_evaluating:
+                            stack.close()
+                            bar = stack.enter_context(
+                                console.show_progress("evaluating", None, "rows")
+                            )
+                            is_trained = is_evaluating = True
+                        bar.advance(line.get("rows", 0), line["evaluating"])
+                    elif "losses" in line and not is_trained:
+                        if bar is None:
+                            bar = stack.enter_context(
+                                console.show_progress("training", steps, "steps", done=line["step"])
+                            )
+                        bar.advance(line["step"] - bar.done, line["losses"])
+                        is_trained = bar.done >= steps
+                if last:
                     return
+                if is_trained and not is_evaluating:
+                    # The finished bar must not stay on the screen while rank 0 saves the model.
+                    stack.close()
                 ended.wait(0.3)
 
     # A thread follows the file, because the main thread waits for the training.
@@ -125,6 +138,8 @@ def _is_line(values: dict[str, Any]) -> bool:
     return (
         type(values.get("step")) is int
         and isinstance(values.get("losses", ""), str)
+        and isinstance(values.get("evaluating", ""), str)
+        and type(values.get("rows", 0)) is int
         and isinstance(metrics, dict)
         and all(isinstance(value, (int, float)) for value in metrics.values())
     )

@@ -19,6 +19,7 @@ from skillnet_platform.storage.temporary import remove_leftovers
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
+    from skillnet_platform.tracking import TrackingConfig
     from skillnet_platform.tracking.promotion import MetricEstimate
     from skillnet_platform.tracking.registry import RegisteredVersion
 
@@ -102,6 +103,33 @@ def check_trained_tasks(source: "ModelSource") -> None:
             f"{source.name}: the task {task} is untrained, because {reason}, so the model is not "
             f"registered. Train with more steps, or without the task: --tasks.{task} null"
         )
+
+
+def check_given_name(tracking: "TrackingConfig", system: str) -> None:
+    """Refuse the registered model that a run names, if it has another system.
+
+    A run calls it before its training. A default name contains the system and is not looked up.
+
+    Args:
+        tracking: of the run.
+        system: of its model.
+
+    Raises:
+        OtherSystemError: the registered model has versions of another system.
+    """
+    if not tracking.register or not tracking.registered_model:
+        return
+    from skillnet_platform.tracking import backend, champion
+    from skillnet_platform.tracking.spool import is_away
+
+    backend.setup_backend(tracking.uri)
+    client = backend.create_client(backend.resolve_uri(tracking.uri))
+    try:
+        champion.check_system(client, tracking.registered_model, system)
+    except Exception as error:
+        # The run starts without its tracker, too; the registration compares again.
+        if not is_away(error):
+            raise
 
 
 def _choose_name(source: "ModelSource", system: str) -> str:

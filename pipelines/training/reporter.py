@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig, TrainingConfig
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.runs.progress_log import PROGRESS, ProgressFile
 from pipelines.runs.uploads import CheckpointUploads
 from skillnet.multitask_model import TaskModel
@@ -57,15 +58,27 @@ class LoopReporter:
     def checkpoint(self, path: Path, step: int) -> None:
         """Note that a valid checkpoint is at ``path``."""
 
+    def begin_split(self, name: str, rows: int, step: int) -> None:
+        """Show that the final evaluation begins with the rows of a split."""
+
 
 class SilentReporter(LoopReporter):
-    """Reporter of the other ranks, which only take part in the callback after an evaluation."""
+    """Reporter of the other ranks, which infer their part of each evaluation.
 
-    def __init__(self, on_evaluation: OnEvaluation | None) -> None:
-        self._on_evaluation = on_evaluation
+    Args:
+        config: of the run, with absolute paths.
+        on_evaluation: called after each evaluation, or None.
+        ranks: that evaluate together.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, on_evaluation: OnEvaluation | None, ranks: EvaluationRanks
+    ) -> None:
+        self._config, self._on_evaluation, self._ranks = config, on_evaluation, ranks
         self.evaluates_last = on_evaluation is None
 
     def evaluate(self, model: TaskModel, step: int) -> None:
+        evaluate_validation(self._config, model, self._ranks)
         if self._on_evaluation is not None:
             self._on_evaluation([], step)
 
@@ -82,6 +95,7 @@ class RunReporter(LoopReporter):
         world: number of workers; an elastic run records it as a metric.
         is_remote: the driver does not see the progress file; print the progress from time to
             time, because Ray forwards the output of workers.
+        ranks: that evaluate together; None is this process alone.
     """
 
     def __init__(
@@ -93,7 +107,9 @@ class RunReporter(LoopReporter):
         uploads: CheckpointUploads | None = None,
         world: int = 1,
         is_remote: bool = False,
+        ranks: EvaluationRanks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._uploads, self._world = uploads, world
         self._next_note = time.monotonic() if is_remote else float("inf")
         self._config, self._run, self._tracker = config, run, tracker
@@ -121,11 +137,8 @@ class RunReporter(LoopReporter):
     def evaluate(self, model: TaskModel, step: int) -> None:
         from pipelines.evaluation import reconstructions
         from pipelines.evaluation.tables import flat_metrics
-        from pipelines.training.run_evaluation import evaluate_run
 
-        # The same precision as in training; without intervals, which would slow the run down.
-        precision = self._config.training.precision
-        rows = evaluate_run(self._config, model, ["validation"], precision=precision)
+        rows = evaluate_validation(self._config, model, self._ranks)
         self.metrics(flat_metrics(rows), step)
         reconstructions.log_reconstructions(self._config, model, self._run, self._tracker, step)
         if self._on_evaluation is not None:
@@ -135,8 +148,34 @@ class RunReporter(LoopReporter):
         if self._uploads is not None:
             self._uploads.add_checkpoint(path)
 
+    def begin_split(self, name: str, rows: int, step: int) -> None:
+        self._file.append(step=step, evaluating=name, rows=rows)
+        if time.monotonic() >= self._next_note:
+            self._next_note = time.monotonic() + PROGRESS_NOTE_S
+            console.print_note(f"evaluating: {name}, {rows} rows")
+
     def close(self) -> None:
         """Send buffered metrics and close the progress file."""
         if self._tracker is not None:
             self._tracker.flush()
         self._file.close()
+
+
+def evaluate_validation(
+    config: FinetuneConfig, model: TaskModel, ranks: EvaluationRanks | None
+) -> list[dict[str, Any]]:
+    """Evaluate a model on the validation splits, during training; all ranks call this.
+
+    Args:
+        config: of the run, with absolute paths.
+        model: in training, on the device of this worker.
+        ranks: that share the rows.
+
+    Returns:
+        Tidy rows; none on ranks other than the first.
+    """
+    from pipelines.training.run_evaluation import evaluate_run
+
+    # The same precision as in training; without intervals, which would slow the run down.
+    precision = config.training.precision
+    return evaluate_run(config, model, ["validation"], precision=precision, ranks=ranks)

@@ -19,19 +19,22 @@ MAX_CHECKED_STEPS = 4096
 
 if TYPE_CHECKING:
     from pipelines.training.callbacks import LoopCallback
+    from pipelines.training.final_evaluation import FinalEvaluation
     from pipelines.training.ray_train.fit import NestedFit
     from pipelines.training.reporter import OnEvaluation
     from skillnet_platform.tracking import Tracker
 
 
 def validate_run(run: ResolvedRun) -> None:
-    """Check before anything starts that corpora, system, device and initial weights fit.
+    """Check before anything starts that corpora, system and initial weights fit.
+
+    Devices are not checked: the driver of a sweep calls this for trials that run elsewhere. See
+    :func:`pipelines.training.setup.require_devices`.
 
     Raises:
         UserError: one of them does not fit; names the key to change.
     """
     from pipelines.runs.vocabulary_match import check_outputs, find_common_tokenizer
-    from pipelines.training.setup import pick_device
     from skillnet.skills import find_task
     from skillnet.systems import find_system
 
@@ -51,8 +54,6 @@ def validate_run(run: ResolvedRun) -> None:
                 f"model.mel_stack ({config.model.mel_stack})"
             )
     warn_of_idle_tasks(run)
-    # A missing GPU is reported before the workers start.
-    pick_device(config.training.use_gpu)
     find_common_tokenizer(run.manifests)
     _ = run.init_report
 
@@ -81,6 +82,7 @@ def train_and_evaluate(
     nested: "NestedFit | None" = None,
     brief: bool = False,
     callbacks: "Sequence[LoopCallback]" = (),
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate in a run whose folder and MLflow run are open; the caller ends both.
 
@@ -94,6 +96,8 @@ def train_and_evaluate(
         nested: how several workers run inside a trial of Ray Tune.
         brief: write no figures and no intervals, for a run that is only ranked among others.
         callbacks: of the training loop.
+        source: folder of the model that a growth starts from, see
+            :class:`pipelines.training.final_evaluation.FinalEvaluation`.
 
     Returns:
         The result of :func:`pipelines.finetune.finetune` before registration. The caller writes
@@ -102,7 +106,8 @@ def train_and_evaluate(
     Raises:
         TerminatedError: the run was preempted, after a checkpoint.
     """
-    from pipelines.training.run_evaluation import evaluate_and_log, resume_evaluation
+    from pipelines.training.final_evaluation import FinalEvaluation
+    from pipelines.training.run_evaluation import complete_result, resume_evaluation
 
     config, report = run.config, run.init_report
     tracker.inputs(run.manifests)
@@ -114,7 +119,8 @@ def train_and_evaluate(
     evaluated = resume_evaluation(run, tracker, splits, brief)
     if evaluated is not None:
         return evaluated
-    _train(run, tracker, on_evaluation, nested, callbacks)
+    final = FinalEvaluation(tuple(splits) if splits is not None else None, brief, source)
+    _train(run, tracker, on_evaluation, nested, callbacks, final)
     result = {
         "name": config.name,
         "run": str(run.folder),
@@ -125,7 +131,7 @@ def train_and_evaluate(
         **read_json(run.folder / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
-    return evaluate_and_log(config, run.folder, tracker, result, splits, brief)
+    return complete_result(config, run.folder, tracker, result, splits, brief)
 
 
 def open_run_folder(run: ResolvedRun) -> dict[str, Any] | None:
@@ -181,6 +187,7 @@ def _train(
     on_evaluation: "OnEvaluation | None",
     nested: "NestedFit | None",
     callbacks: "Sequence[LoopCallback]",
+    final: "FinalEvaluation",
 ) -> None:
     from pipelines.runs.mirror import mirror_of
     from pipelines.training import preemption
@@ -194,9 +201,15 @@ def _train(
         # The training process reuses freed memory; Ray workers get this by their environment.
         keep_freed_memory()
         with preemption.listen_in_driver():
-            run_worker(run, tracked=tracked, on_evaluation=on_evaluation, callbacks=callbacks)
+            run_worker(
+                run,
+                tracked=tracked,
+                on_evaluation=on_evaluation,
+                callbacks=callbacks,
+                final=final,
+            )
     else:
-        fit_on_ray(run, tracked, on_evaluation, nested, callbacks)
+        fit_on_ray(run, tracked, on_evaluation, nested, callbacks, final)
     mirror = mirror_of(config, folder)
     if mirror is not None:
         mirror.download_trained()

@@ -1,25 +1,22 @@
-"""Evaluation of a run: during training, of the final model, and the check of splits before it."""
+"""Evaluation of a run: its model, the record of the result, and the check of splits before it."""
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
-from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, write_json
 
 if TYPE_CHECKING:
     from pipelines.evaluation.outcomes import OutcomeTable
+    from pipelines.evaluation.ranks import EvaluationRanks
     from pipelines.training.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
-#: Bootstrap samples of a confidence interval.
-BOOTSTRAP_SAMPLES = 1000
 #: Result of the evaluation before it is logged and registered; ``result.json`` follows.
 EVALUATED = "evaluated.json"
 EVALUATION_CSV = "evaluation.csv"
@@ -33,8 +30,10 @@ def evaluate_run(
     step: int | None = None,
     precision: str = "auto",
     bootstrap_samples: int = 0,
+    tasks: Sequence[str] | None = None,
     outcomes: "OutcomeTable | None" = None,
-    show_progress: bool = False,
+    on_split: Callable[[str, str, int], None] | None = None,
+    ranks: "EvaluationRanks | None" = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a model on the corpora of its run.
 
@@ -45,38 +44,36 @@ def evaluate_run(
         step: training steps, copied into the rows.
         precision: of the forward passes; ``auto``, bf16, fp32 or fp64.
         bootstrap_samples: of each interval; 0 leaves intervals out.
+        tasks: of the run; None takes all that are measured.
         outcomes: receives the outcome of each row.
-        show_progress: show a progress bar.
+        on_split: see :func:`pipelines.evaluation.evaluator.evaluate_model`.
+        ranks: that share the rows; all call this.
 
     Returns:
-        Tidy rows, one per metric, task and split.
+        Tidy rows, one per metric, task and split; none on ranks other than the first.
     """
     from pipelines.evaluation.evaluator import evaluate_model
 
-    tasks = config.measured
-    with contextlib.ExitStack() as stack:
-        on_split = None
-        if show_progress:
-            bar = stack.enter_context(console.show_progress("evaluating", None, "rows"))
-            on_split = lambda task, split, rows: bar.advance(rows, f"{task} {split}")  # noqa: E731
-        return evaluate_model(
-            model,
-            str(config.data),
-            list(tasks),
-            splits,
-            seed=config.seed,
-            corpora={name: task.corpus for name, task in tasks.items()},
-            limits={name: task.max_length for name, task in tasks.items()},
-            steps=step,
-            precision=precision,
-            bootstrap_samples=bootstrap_samples,
-            on_split=on_split,
-            outcomes=outcomes,
-            masks=config.training.masking,
-        )
+    measured = {name: config.measured[name] for name in tasks or config.measured}
+    return evaluate_model(
+        model,
+        str(config.data),
+        list(measured),
+        splits,
+        seed=config.seed,
+        corpora={name: task.corpus for name, task in measured.items()},
+        limits={name: task.max_length for name, task in measured.items()},
+        steps=step,
+        precision=precision,
+        bootstrap_samples=bootstrap_samples,
+        on_split=on_split,
+        outcomes=outcomes,
+        masks=config.training.masking,
+        ranks=ranks,
+    )
 
 
-def evaluate_and_log(
+def complete_result(
     config: FinetuneConfig,
     run: Path,
     tracker: "Tracker",
@@ -84,7 +81,10 @@ def evaluate_and_log(
     splits: Sequence[str] | None,
     brief: bool,
 ) -> dict[str, Any]:
-    """Evaluate the final model of a run; log metrics, figures, costs and a description.
+    """Complete the result of a run whose workers have evaluated its model; log all of it.
+
+    Metrics, figures, costs and a description are logged. The model is only counted here: the
+    driver may have no GPU.
 
     The result is written to ``evaluated.json`` before its metrics are logged. A process that
     resumes after a kill logs the same metrics with the same times, which the tracker stores once.
@@ -93,18 +93,14 @@ def evaluate_and_log(
         config: of the run.
         run: its folder, with the model.
         tracker: of its MLflow run.
-        result: of the training.
-        splits: to evaluate on; None takes the test splits if ``config.evaluate`` is set.
-        brief: write no figures and no intervals.
+        result: of the training and of :func:`pipelines.training.final_evaluation.evaluate_final`.
+        splits: that the model was evaluated on; None took the test splits.
+        brief: write no figures.
 
     Returns:
-        The result with ``total_params``, the parameters of the complete model, and
-        ``evaluation``: tidy rows, empty without an evaluation.
+        The result with ``total_params``, the parameters of the complete model.
     """
-    from pipelines.evaluation import figures, reconstructions, tables
-    from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
-    from pipelines.evaluation.outcomes import OutcomeTable, write_outcomes
-    from pipelines.evaluation.tables import write_evaluation_csv
+    from pipelines.evaluation import figures, tables
     from skillnet import systems
     from skillnet.accounting import account_task
 
@@ -116,21 +112,7 @@ def evaluate_and_log(
         past = read_metric_history(run / PROGRESS)
         for name, figure in figures.training_figures(past, config.model).items():
             tracker.figure(figure, name)
-        reconstructions.log_reconstructions(config, model, run, tracker, result["step"])
-    outcomes = OutcomeTable()
-    rows: list[dict[str, Any]] = []
-    if config.evaluate or splits is not None:
-        rows = evaluate_run(
-            config,
-            model,
-            splits,
-            step=result["step"],
-            bootstrap_samples=0 if brief else BOOTSTRAP_SAMPLES,
-            outcomes=outcomes,
-            show_progress=True,
-        )
-        write_evaluation_csv(rows, run / EVALUATION_CSV)
-        write_outcomes(outcomes, run / OUTCOMES)
+    rows = result["evaluation"]
     costs = {task: account_task(model, task) for task in config.measured}
     facts = {
         "steps": result["step"],
@@ -141,7 +123,7 @@ def evaluate_and_log(
         "folder": f"`{run}`",
     }
     record: dict[str, Any] = {
-        "result": result | {"total_params": total, "evaluation": rows},
+        "result": result | {"total_params": total},
         "splits": list(splits) if splits is not None else None,
         "brief": brief,
         "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
@@ -166,8 +148,8 @@ def resume_evaluation(
     Args:
         run: the run.
         tracker: of its MLflow run.
-        splits: see :func:`evaluate_and_log`.
-        brief: see :func:`evaluate_and_log`.
+        splits: see :func:`complete_result`.
+        brief: see :func:`complete_result`.
 
     Returns:
         None if the training or its evaluation is not complete, or was of other data.

@@ -1,5 +1,7 @@
 """Inputs of a run before its first step: corpora, batches, model, device and newest checkpoint."""
 
+import os
+import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.resources import request_workers
+from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs import checkpoints
 from pipelines.runs.identity import check_corpus_digest, corpora_of
@@ -20,6 +23,7 @@ from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
 from skillnet_platform import storage
+from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import GB, shared_cache
 from skillnet_platform.storage.location import join_location, parse_location
@@ -47,6 +51,7 @@ def build_dataloader(
         training.temperature,
         training.masking,
         training.shuffle_gb * GB,
+        training.shard_groups,
     )
     needed, limit = dataloader.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
     if needed > limit:
@@ -203,5 +208,41 @@ def pick_device(use_gpu: bool) -> torch.device:
     if not use_gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("training.use_gpu is true, but torch finds no GPU on this machine")
+        raise UserError(
+            f"training.use_gpu is true, but torch {torch.__version__} finds no GPU on "
+            f"{platform.node()}, where this worker runs. Install the driver and a build of torch "
+            "for its GPU, or train without GPUs (--training.use_gpu false)"
+        )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_devices(training: TrainingConfig) -> None:
+    """Check in the driver that the workers of a run get their devices.
+
+    The driver itself needs no GPU, and touches none: Ray gives the GPUs to the workers.
+
+    Raises:
+        UserError: the cluster has too few GPUs; or this process trains and finds none.
+    """
+    if not training.use_gpu:
+        return
+    if training.workers == 0:
+        # This process is the worker.
+        pick_device(training.use_gpu)
+        return
+    # Counting does not initialise a device.
+    require_gpus(request_workers(training), torch.cuda.device_count())
+
+
+def count_threads(cpus: float, local_workers: int) -> int:
+    """Return the number of threads of a worker on its node, at least one.
+
+    Args:
+        cpus: CPUs that the worker reserved in Ray.
+        local_workers: workers of the run on this node.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # One CPU stands for a slot: the workers of a run share the node. More of them were reserved
+    # beside other programs on the node, so the worker uses these.
+    mine = int(cpus) if cpus > 1 else (cores or 1) // local_workers
+    return max(1, min(mine, cores or 1))

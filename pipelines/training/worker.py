@@ -9,14 +9,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.runs.layout import TRAINED
 from pipelines.runs.mirror import mirror_of
 from pipelines.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
-from pipelines.training.loop import train_model
-from pipelines.training.reporter import OnEvaluation, RunReporter, SilentReporter
+from pipelines.training.final_evaluation import (
+    EvaluationStoppedError,
+    FinalEvaluation,
+    evaluate_final,
+)
+from pipelines.training.loop import TrainResult, train_model
+from pipelines.training.reporter import LoopReporter, OnEvaluation, RunReporter, SilentReporter
 from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.setup import pick_device
 from skillnet.growth import remove_skill, remove_task
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
@@ -39,8 +46,9 @@ def run_worker(
     is_remote: bool = False,
     node_id: str | None = None,
     callbacks: Sequence[LoopCallback] = (),
+    final: FinalEvaluation | None = None,
 ) -> None:
-    """Train as one of ``world`` workers; rank 0 writes the model and a summary to the run.
+    """Train and evaluate as one of ``world`` workers; rank 0 writes the results to the run.
 
     Args:
         run: configuration with absolute paths, and the run's folder.
@@ -52,6 +60,7 @@ def run_worker(
             through the run's mirror.
         node_id: id of this worker's node in an elastic run; None in other runs.
         callbacks: called by the training loop.
+        final: how all workers evaluate the final model; None leaves that out.
 
     Raises:
         WorkerGroupResize: the workers of an elastic run wrote a checkpoint and must restart.
@@ -61,14 +70,12 @@ def run_worker(
     mirror = mirror_of(config, folder)
     if mirror is not None:
         restore_latest(mirror)
+    ranks = EvaluationRanks(rank, world, pick_device(config.training.use_gpu))
     if rank:
-        result = train_model(
-            run,
-            rank=rank,
-            world=world,
-            reporter=SilentReporter(on_evaluation),
-            callbacks=callbacks,
-        )
+        silent = SilentReporter(config, on_evaluation, ranks)
+        result = train_model(run, rank=rank, world=world, reporter=silent, callbacks=callbacks)
+        if final is not None:
+            _evaluate(run, result, final, ranks, silent)
         if result.preempted and node_id is not None:
             _end_for_resize(world, node_id)
         return
@@ -77,24 +84,45 @@ def run_worker(
         CheckpointUploads(mirror, config.training.keep_checkpoints) if mirror is not None else None
     )
     is_remote = is_remote and mirror is not None
-    reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote)
+    reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote, ranks)
     try:
         result = train_model(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
-        if result.preempted and node_id is not None:
-            if uploads is not None:
-                uploads.close(config.storage.patience)
-            _end_for_resize(world, node_id)
         # A preempted run has no final model; it resumes from its checkpoint.
         if not result.preempted:
             remove_untrained_parts(run, result.model)
             result.model.save_pretrained(folder / MODEL)
-        write_json(folder / TRAINED, result.to_dict() | {"world": world, "seed": config.seed})
+        rows = _evaluate(run, result, final, ranks, reporter, tracker) if final is not None else []
+        if result.preempted and node_id is not None:
+            if uploads is not None:
+                uploads.close(config.storage.patience)
+            _end_for_resize(world, node_id)
+        summary = {"world": world, "seed": config.seed, "evaluation": rows}
+        write_json(folder / TRAINED, result.to_dict() | summary)
     finally:
         reporter.close()
     if is_remote and tracker is not None:
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
         upload_trained(mirror, uploads, config.storage.patience, is_remote)
+
+
+def _evaluate(
+    run: ResolvedRun,
+    result: TrainResult,
+    final: FinalEvaluation,
+    ranks: EvaluationRanks,
+    reporter: LoopReporter,
+    tracker: Tracker | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate the final model, unless the training was preempted or the evaluation is."""
+    if result.preempted:
+        return []
+    try:
+        return evaluate_final(run, result.model, final, ranks, reporter, result.step, tracker)
+    except EvaluationStoppedError:
+        # As a preempted training: the last checkpoint exists, and the same command resumes.
+        result.preempted = True
+        return []
 
 
 def remove_untrained_parts(run: ResolvedRun, model: TaskModel) -> None:

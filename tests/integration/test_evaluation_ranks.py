@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def compare_with_one_process(rank: int, world: int, data: str) -> None:
     ranks = CountingRanks(rank, world)
     object.__setattr__(ranks, "counted", [])
     found, outcomes = evaluate(ranks, data)
-    counted = [None] * world
+    counted: list[Any] = [None] * world
     dist.all_gather_object(counted, ranks.counted)
     assert len({len(lists) for lists in counted}) == 1
     for parts in zip(*counted, strict=True):

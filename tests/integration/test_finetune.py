@@ -10,10 +10,12 @@ import torch
 
 from pipelines import evaluate, predict, register, search
 from pipelines.config.run import FinetuneConfig
+from pipelines.evaluation.inference import InferenceRunner
 from pipelines.finetune import finetune, main
 from pipelines.runs import model_source
 from pipelines.runs.progress_log import read_metric_history
 from pipelines.shards.format import manifest_digest
+from pipelines.training.run_evaluation import evaluate_run
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -92,13 +94,21 @@ def test_going_on_by_name_keeps_the_mlflow_run(data: Path, run_root: Path) -> No
 
 
 def test_two_ray_workers_reach_the_same_weights(
-    data: Path, run_root: Path, ray_session: Any
+    data: Path, run_root: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = finetune(config_for(data))
-    config = config_for(data, workers=2)
-    config.name = "two"
-    two = finetune(config)
+    config = config_for(data, workers=2, evaluate_every=3)
+    config.name, config.evaluate = "two", True
+    with monkeypatch.context() as driver:
+        # The driver may have no GPU, so it infers nothing.
+        driver.setattr(InferenceRunner, "__init__", None)
+        two = finetune(config)
     assert two["world"] == 2
+    whole = evaluate_run(
+        config, SkillNet.from_pretrained(two["model"]), None, step=6, bootstrap_samples=1000
+    )
+    assert two["evaluation"] == whole
+    assert (Path(two["run"]) / "outcomes.parquet").is_file()
     one, other = weights(alone["model"]), weights(two["model"])
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.runs.uploads import fit_storage
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
+from pipelines.training.final_evaluation import FinalEvaluation
 from pipelines.training.reporter import OnEvaluation
 from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.setup import count_threads, pick_device
 from pipelines.training.worker import run_worker
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.cluster import capacity
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 
@@ -60,8 +64,14 @@ def run_ray_worker(settings: dict[str, Any]) -> None:
 
     config = configuration.build_config(FinetuneConfig, settings["config"])
     context = ray.train.get_context()
-    torch.set_num_threads(settings["threads"])
+    # Counted here, because the driver may be on a node with other cores.
+    threads = config.training.threads_per_worker or count_threads(
+        settings["cpus"], context.get_local_world_size()
+    )
+    torch.set_num_threads(threads)
     if config.training.use_gpu:
+        # A node without a driver or with another build of torch is named.
+        pick_device(config.training.use_gpu)
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
@@ -77,6 +87,7 @@ def run_ray_worker(settings: dict[str, Any]) -> None:
             is_remote=settings["driver_node"] != node,
             node_id=node if config.training.min_workers else None,
             callbacks=settings["callbacks"],
+            final=FinalEvaluation(*settings["final"]) if settings["final"] else None,
         )
 
 
@@ -86,6 +97,7 @@ def fit_on_ray(
     on_evaluation: OnEvaluation | None = None,
     nested: NestedFit | None = None,
     callbacks: Sequence[LoopCallback] = (),
+    final: FinalEvaluation | None = None,
 ) -> None:
     """Train on ``training.workers`` Ray workers.
 
@@ -101,6 +113,7 @@ def fit_on_ray(
             Ray must be able to serialize it.
         nested: how to run inside a trial of Ray Tune.
         callbacks: of the training loop; Ray serializes them for the workers.
+        final: how the workers evaluate the final model; None leaves that out.
 
     Raises:
         TerminatedError: the driver was preempted while an elastic run waited for nodes.
@@ -110,18 +123,18 @@ def fit_on_ray(
     config = run.config
     workers = config.training.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
+    slots = math.ceil(workers * (config.training.cpus_per_worker or 1))
     # Ray's own watcher of preemption notices logs an error about itself; ours is watch_spot.sh.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    loop = {
+    loop: dict[str, Any] = {
         "config": configuration.to_dict(config),
         "run": str(run.folder),
-        "threads": threads,
         "tracked": list(tracked) if tracked else None,
         "on_evaluation": on_evaluation,
         "callbacks": list(callbacks),
+        "final": (final.splits, final.brief, final.source) if final is not None else None,
     }
-    with cluster.ray_session(cpus=max(workers, cores or 1)):
+    with cluster.ray_session(cpus=max(slots, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
         from ray.train import ControllerError
@@ -130,8 +143,11 @@ def fit_on_ray(
 
         leave = loop["leave"] = RayStopSignal()
         loop["driver_node"] = ray.get_runtime_context().get_node_id()
+        nodes = [*capacity.list_living_nodes(ray), *capacity.list_startable_nodes()]
+        resources = nested.resources if nested else worker_resources(config.training, nodes)
+        loop["cpus"] = resources["CPU"]
         for attempts_left in range(config.training.max_failures, -1, -1):
-            trainer = _trainer(config, run.folder, loop, nested)
+            trainer = _trainer(config, run.folder, loop, resources, nested)
             try:
                 # Only after Ray has started, because Ray installs its own handler.
                 with preemption.listen_in_driver(leave):
@@ -155,8 +171,28 @@ def fit_on_ray(
                 raise KeyboardInterrupt from None
 
 
+def worker_resources(
+    training: TrainingConfig, nodes: Sequence[capacity.NodeResources]
+) -> dict[str, float]:
+    """Return the resources that each worker reserves in Ray.
+
+    Args:
+        training: settings of the training.
+        nodes: resources of each node that is alive or may be started.
+    """
+    if not training.use_gpu:
+        return {"CPU": training.cpus_per_worker or 1.0}
+    # A GPU waits for its batches if other programs use the CPUs beside it.
+    cpus = training.cpus_per_worker or float(capacity.share_of_cpus(nodes))
+    return {"CPU": cpus, "GPU": 1.0}
+
+
 def _trainer(
-    config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: NestedFit | None
+    config: FinetuneConfig,
+    run: Path,
+    loop: dict[str, Any],
+    resources: dict[str, float],
+    nested: NestedFit | None,
 ) -> "TorchTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
@@ -165,7 +201,6 @@ def _trainer(
     from skillnet_platform.ray_internals.worker_callback import WorkerStartCallback
 
     training = config.training
-    per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
     workers: Any = training.workers
     trainer_class: Any = PolicyTrainer
     if training.min_workers:
@@ -181,7 +216,7 @@ def _trainer(
         num_workers=workers,
         elastic_resize_monitor_interval_s=training.resize_interval_s,
         use_gpu=training.use_gpu,
-        resources_per_worker=nested.resources if nested else per_worker,
+        resources_per_worker=resources,
         placement_strategy=training.placement_strategy.upper(),
     )
     trainer: TorchTrainer = trainer_class(

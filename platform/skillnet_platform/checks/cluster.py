@@ -1,13 +1,10 @@
 """Checks of a cluster: the probes of its nodes become findings with advice."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from skillnet_platform import storage
 from skillnet_platform.checks.finding import FREE_DISK_BYTES, Finding, Level
@@ -21,6 +18,7 @@ from skillnet_platform.checks.node_probe import (
     tracker_folder,
 )
 from skillnet_platform.cluster import loopback, versions
+from skillnet_platform.cluster.capacity import count_places, list_startable_nodes
 from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
@@ -33,8 +31,6 @@ ENTRY = (
     "--env_from MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD, before the command; or "
     "~/.mlflow/credentials on every node"
 )
-#: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 
 
 def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
@@ -48,10 +44,10 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
     seen, silent = probe_nodes(ray, nodes, request)
     # The comparisons below need the answers of all nodes.
     if silent:
-        return [*silent, *check_resources(nodes, request, _growth())]
+        return [*silent, *check_resources(nodes, request, list_startable_nodes())]
     found = [
         *check_node_versions(seen),
-        *check_resources(nodes, request, _growth()),
+        *check_resources(nodes, request, list_startable_nodes()),
         *check_models(request.models),
     ]
     found += [
@@ -114,15 +110,15 @@ def _resources(
     request: ResourceRequest,
     have: str,
 ) -> Finding:
-    if _places(now, request) >= request.workers:
+    if count_places(now, request) >= request.workers:
         return Finding("resources", "ok", have)
-    if _places(most, request) >= request.workers:
+    if count_places(most, request) >= request.workers:
         advice = "none needed: the autoscaler starts more nodes within minutes"
         return Finding("resources", "warning", have, advice)
-    if request.min_workers and (found := _places(most, request)) >= request.min_workers:
+    if request.min_workers and (found := count_places(most, request)) >= request.min_workers:
         advice = f"none needed: the run trains with {found} workers, and with more on more nodes"
         return Finding("resources", "warning", have, advice)
-    if request.spread and _places(most, replace(request, spread=False)) >= request.workers:
+    if request.spread and count_places(most, replace(request, spread=False)) >= request.workers:
         advice = (
             f"use placement pack or spread, or have {request.min_workers or request.workers} nodes"
         )
@@ -131,39 +127,6 @@ def _resources(
     if request.cpus != 1 or request.gpus not in (0, request.workers):
         advice = f"lower resources.cpus or resources.gpus; or {advice}"
     return Finding("resources", "error", f"never enough: {have}", advice)
-
-
-def _places(nodes: Sequence[Mapping[str, float]], request: ResourceRequest) -> int:
-    """Return the number of workers that fit at the same time."""
-    gpus = request.gpus / request.workers
-    found = [
-        # As in Ray, 3 × 0.3 CPUs fit into 0.9 CPUs.
-        int(
-            min(
-                node.get("CPU", 0) / request.cpus + 1e-6,
-                node.get("GPU", 0) / gpus + 1e-6 if gpus else math.inf,
-            )
-        )
-        for node in nodes
-    ]
-    return sum(min(count, 1) if request.spread else count for count in found)
-
-
-def _growth() -> list[dict[str, float]]:
-    """Return the resources of the nodes that the autoscaler may start, from `ray up`'s file."""
-    try:
-        content = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return []
-    if content["provider"]["type"] == "local":
-        return []  # the autoscaler starts no on-premise nodes
-    kinds = content.get("available_node_types", {})
-    most = [
-        (kind.get("resources", {}), kind.get("max_workers", 0))
-        for name, kind in kinds.items()
-        if name != content.get("head_node_type")
-    ]
-    return [dict(resources) for resources, count in most for _ in range(count)]
 
 
 def check_authentication(seen: Sequence[NodeProbe], dashboard: str = "") -> list[Finding]:

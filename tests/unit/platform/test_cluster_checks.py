@@ -14,7 +14,7 @@ from skillnet_platform.checks import machine as machine_checks
 from skillnet_platform.checks import node_probe
 from skillnet_platform.checks.finding import GIB
 from skillnet_platform.checks.node_probe import NodeProbe
-from skillnet_platform.cluster import versions
+from skillnet_platform.cluster import capacity, versions
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     estimate_checkpoint_bytes,
@@ -116,11 +116,11 @@ def test_the_autoscaler_may_start_what_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "ray_bootstrap_config.yaml"
-    monkeypatch.setattr(checks, "BOOTSTRAP", file)
-    assert checks._growth() == []
+    monkeypatch.setattr(capacity, "BOOTSTRAP", file)
+    assert capacity.list_startable_nodes() == []
     source = Path(__file__).parents[3] / "ray_cluster.yaml"
     file.write_bytes(source.read_bytes())
-    assert sorted(map(str, checks._growth())) == sorted(
+    assert sorted(map(str, capacity.list_startable_nodes())) == sorted(
         ["{'CPU': 8, 'GPU': 1}"] * 4 + ["{'CPU': 8}"] * 4
     )
 

@@ -98,3 +98,19 @@ def test_progress_ends_with_the_training(
     file.close()
     assert seen.startswith(f"training: {reached}/10 steps")
     assert capsys.readouterr().err == "evaluating\n"
+
+
+def test_the_final_evaluation_has_a_bar_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    with follow_progress(tmp_path / "progress.jsonl", 2):
+        file.append(step=0, losses="")
+        file.append(step=2, losses="loss 2.0")
+        file.append(step=2, evaluating="text_to_image test", rows=30)
+        file.append(step=2, evaluating="text_to_code test", rows=12)
+    file.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training: 2/2 steps")
+    assert lines[-1].startswith("evaluating: 42 rows")
+    assert "text_to_code test" in lines[-1]

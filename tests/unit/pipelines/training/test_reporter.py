@@ -1,6 +1,7 @@
 """Steps after which a run is evaluated on its validation rows."""
 
-from pipelines.config.run import TrainingConfig
+from pipelines.config.run import FinetuneConfig, TrainingConfig
+from pipelines.evaluation.ranks import EvaluationRanks
 from pipelines.training.reporter import LoopReporter, SilentReporter
 
 
@@ -11,6 +12,7 @@ def test_the_last_step_is_evaluated_once() -> None:
         return [s for s in range(1, last + 1) if reporter.needs_evaluation(s, last, settings)]
 
     assert evaluated(LoopReporter()) == [4, 8, 10]
-    assert evaluated(SilentReporter(lambda rows, step: None)) == [4, 8], "a trial does it itself"
+    trial = SilentReporter(FinetuneConfig(), lambda rows, step: None, EvaluationRanks(1, 2))
+    assert evaluated(trial) == [4, 8], "a trial does it itself"
     assert evaluated(LoopReporter(), last=6) == [4]
     assert not LoopReporter().needs_evaluation(10, 10, TrainingConfig(steps=10))

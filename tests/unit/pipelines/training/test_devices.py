@@ -1,0 +1,168 @@
+"""Devices of a run: only workers touch them, and the driver compares the run with its cluster."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from pipelines.config.run import TrainingConfig
+from pipelines.quickstart import QuickstartConfig, quickstart
+from pipelines.training import setup
+from pipelines.training.ray_train import fit, rendezvous
+from pipelines.training.resolved_run import resolve_run
+from pipelines.training.run import validate_run
+from skillnet_platform.cluster import capacity
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora
+
+HEAD = {"CPU": 4.0}
+GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
+
+
+class Session:
+    """Stands for the connected ``ray`` module."""
+
+    def __init__(self, nodes: list[dict[str, float]]) -> None:
+        self._nodes = nodes
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": node} for node in self._nodes]
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float], startable: int = 0) -> None:
+    """Let this process see a cluster of the given nodes, whose head it runs on."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    # It changes the environment of this process, which later tests share.
+    monkeypatch.setattr(capacity, "prepare_ray_environment", lambda: None)
+    monkeypatch.setattr(capacity, "ray_session", lambda: Session(list(nodes)))
+    monkeypatch.setattr(capacity, "list_startable_nodes", lambda: startable * [GPU_NODE])
+
+
+def gpus(workers: int, **more: Any) -> TrainingConfig:
+    return TrainingConfig(use_gpu=True, workers=workers, **more)
+
+
+def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(monkeypatch, HEAD, *4 * [GPU_NODE])
+    config = small_config(write_corpora(tmp_path / "data"), use_gpu=True, workers=4)
+    setup.require_devices(config.training)
+    validate_run(resolve_run(config))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "startable", "training", "message"),
+    [
+        (
+            [HEAD],
+            0,
+            gpus(4),
+            r"training\.workers 4 with training\.use_gpu need 4 GPUs; the cluster has 0\. Lower",
+        ),
+        ([HEAD, GPU_NODE], 2, gpus(4), "need 4 GPUs; the cluster has 3"),
+        ([HEAD], 4, gpus(4), None),
+        ([HEAD, GPU_NODE], 0, gpus(4, min_workers=1), None),
+        (
+            [HEAD],
+            0,
+            gpus(4, min_workers=2),
+            r"training\.min_workers 2 with training\.use_gpu need 2 GPUs; the cluster has 0",
+        ),
+        (
+            [{"CPU": 4.0, "GPU": 2.0}],
+            0,
+            gpus(2, cpus_per_worker=4),
+            "need 2 GPUs with 4 CPUs each; the nodes of the cluster have room for 1 of them",
+        ),
+        (
+            [{"CPU": 16.0, "GPU": 2.0}],
+            0,
+            gpus(2, placement_strategy="strict_spread"),
+            "need 2 GPUs on as many nodes; the cluster has 2 GPUs on fewer",
+        ),
+    ],
+    ids=range(7),
+)
+def test_the_gpus_of_a_run_are_those_of_the_cluster(
+    nodes: list[dict[str, float]],
+    startable: int,
+    training: TrainingConfig,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connect(monkeypatch, *nodes, startable=startable)
+    if message is None:
+        setup.require_devices(training)
+        return
+    with pytest.raises(UserError, match=message):
+        setup.require_devices(training)
+
+
+def test_pods_that_the_autoscaler_may_start_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    connect(monkeypatch, HEAD)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(capacity, "BOOTSTRAP", tmp_path / "absent.yaml")
+    setup.require_devices(gpus(2))
+    assert "The run waits for the autoscaler" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_machine_without_gpus_is_named_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = QuickstartConfig(data=str(tmp_path / "data"), archives=str(tmp_path / "archives"))
+    config.training.use_gpu = True
+    with pytest.raises(UserError, match=r"need 1 GPU; this machine has 0\. Set RAY_ADDRESS"):
+        quickstart(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_without_a_gpu_names_its_node_and_its_torch() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=f"torch {torch.__version__[:4]}.*finds no GPU on "):
+        setup.require_devices(gpus(0))
+
+
+def test_threads_are_those_of_the_worker_and_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    assert setup.count_threads(1, 1) == 16
+    assert setup.count_threads(1, 4) == 4
+    assert setup.count_threads(1, 64) == 1
+    assert setup.count_threads(8, 2) == 8
+    assert setup.count_threads(64, 1) == 16, "slots of Ray may exceed the cores"
+
+
+def test_a_gpu_worker_reserves_its_share_of_the_cpus_of_a_node() -> None:
+    assert capacity.share_of_cpus([HEAD, GPU_NODE]) == 8
+    assert capacity.share_of_cpus([HEAD, GPU_NODE, {"CPU": 4.0, "GPU": 1.0}]) == 4
+    assert capacity.share_of_cpus([{"CPU": 192.0, "GPU": 8.0}]) == 8
+    assert capacity.share_of_cpus([{"CPU": 2.0, "GPU": 4.0}]) == 1
+    assert fit.worker_resources(gpus(2), [HEAD, GPU_NODE]) == {"CPU": 8.0, "GPU": 1.0}
+    assert fit.worker_resources(gpus(2, cpus_per_worker=3), [GPU_NODE])["CPU"] == 3.0
+    assert fit.worker_resources(TrainingConfig(workers=2), [GPU_NODE]) == {"CPU": 1.0}
+
+
+def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skillnet_platform.cluster.loopback.listens_on_loopback", lambda ray: True)
+    config = rendezvous.build_torch_config(use_gpu=False, timeout_s=12.5)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: asked.update(options)
+    )
+    rendezvous._join("gloo", "file:///x", 0, 2, config.timeout_s)
+    assert asked["timeout"].total_seconds() == 13
