@@ -20,6 +20,21 @@ from pipelines.corpora.archives import Archive, iter_members, read_member
 Row = dict[str, Any]
 #: Reason of a row that is not lost: its captions are in the row of its item.
 JOINED_ROW = "joined to the first row of its media file"
+#: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
+MAX_TEXT_LENGTH = 1_000_000
+
+
+def find_long_text(row: Row) -> str:
+    """Return why a row is rejected if one of its texts is too long, else "".
+
+    Args:
+        row: as the corpus yields it.
+    """
+    for name, value in row.items():
+        texts = value if isinstance(value, list) else (value,)
+        if texts and isinstance(texts[0], str) and max(map(len, texts)) > MAX_TEXT_LENGTH:
+            return f"{name} is longer than {MAX_TEXT_LENGTH} characters"
+    return ""
 
 
 @dataclass(frozen=True)

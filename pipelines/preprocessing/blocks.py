@@ -15,12 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, find_long_text
 from pipelines.io.directory import to_printable
 from pipelines.io.key_set import KeySet
 
-#: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
-MAX_TEXT_LENGTH = 1_000_000
 #: Characters of all rows of one block, approximately: a block lies in memory.
 MAX_BLOCK_CHARACTERS = 128 * 2**20
 #: Columns of a row that the quarantine records to locate the row in its source.
@@ -216,11 +214,8 @@ def check_row(row: Row | RejectedRow, seen: KeySet) -> Row | RejectedRow:
         row["file"] = to_printable(row["file"])
     if not seen.add(key):
         return _make_duplicate(key, row.get("file"), row.get("row"))
-    for name, value in row.items():
-        texts = value if isinstance(value, list) else (value,)
-        if texts and isinstance(texts[0], str) and max(map(len, texts)) > MAX_TEXT_LENGTH:
-            return _make_error_row(row, f"{name} is longer than {MAX_TEXT_LENGTH} characters")
-    return row
+    reason = find_long_text(row)
+    return _make_error_row(row, reason) if reason else row
 
 
 def _count_characters(row: Row) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from pipelines.corpora.base import JOINED_ROW, RejectedRow, Row
+from pipelines.corpora.base import JOINED_ROW, RejectedRow, Row, find_long_text
 from pipelines.corpora.readers.row_builders import MAX_CAPTIONS, error_row, hash_caption_group
 from pipelines.io.key_set import KeySet, digest_key, open_scratch_database
 
@@ -113,6 +113,10 @@ def _iter_runs(rows: Iterator[Row | RejectedRow]) -> Iterator[list[Row] | Reject
     """Yield adjacent rows of one item together, up to ``MAX_RUN_ROWS``."""
     run: list[Row] = []
     for row in rows:
+        # Captions of the same media file in other rows are kept.
+        reason = "" if isinstance(row, RejectedRow) else find_long_text(row)
+        if reason:
+            row = error_row(row["key"], reason, row.get("file"), row.get("row"))
         if isinstance(row, RejectedRow):
             if run:
                 yield run

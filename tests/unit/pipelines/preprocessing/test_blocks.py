@@ -9,13 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.base import MAX_TEXT_LENGTH, RejectedRow, Row, SourceArchives
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MEDIA, MediaRef
 from pipelines.preprocessing import blocks as blocks_module
 from pipelines.preprocessing.blocks import (
     DUPLICATE_KEY,
-    MAX_TEXT_LENGTH,
     ReadSummary,
     RowBlock,
     read_blocks,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora import ExternalCorpus, open_external_corpus
-from pipelines.corpora.base import JOINED_ROW
+from pipelines.corpora.base import JOINED_ROW, MAX_TEXT_LENGTH
 from pipelines.corpora.readers import joined_captions
 from pipelines.corpora.readers.row_builders import MAX_CAPTIONS
 from pipelines.prepare import show_corpora
@@ -153,6 +153,18 @@ def test_an_image_with_too_many_captions_is_rejected(
     found, reasons = read(write_lines(tmp_path, rows))
     assert Counter(row["captions"][0] for each in found.values() for row in each) == {"b": 1}
     assert reasons == {f"more than {MAX_CAPTIONS} captions": 1, JOINED_ROW: count - 1}
+
+
+def test_a_caption_that_is_too_long_costs_its_own_row_only(tmp_path: Path) -> None:
+    long = "长" * (MAX_TEXT_LENGTH + 1)
+    rows = [{"file_name": "a.jpg", "caption": text} for text in ("one", long, "two", long)]
+    found, reasons = read(write_lines(tmp_path, rows))
+    (item,) = [row for each in found.values() for row in each]
+    assert item["captions"] == ["one", "two"]
+    assert reasons == {
+        JOINED_ROW: 1,
+        f"captions is longer than {MAX_TEXT_LENGTH} characters": 2,
+    }
 
 
 def test_joined_rows_are_shown_apart_from_rejected_ones(
