@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 # Before torch is imported: small tests on few cores lose time with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
+for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 
 CPUS = 4

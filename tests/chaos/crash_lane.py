@@ -162,7 +162,11 @@ def enumerate_kills(
 ) -> Iterator[CrashRow]:
     """Yield a row for each chosen event of a scenario."""
     runner = CrashRunner(lab, scenario)
-    for number in choose_events(runner.events, seed, sample):
+    events = runner.events
+    if sample == 1:
+        # A command with Ray has more events in one run than in another, so the last may not occur.
+        events = events[: max(len(events) // 2, 1)]
+    for number in choose_events(events, seed, sample):
         yield runner.kill(number)
 
 

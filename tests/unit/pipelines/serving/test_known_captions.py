@@ -9,6 +9,7 @@ import pytest
 from pipelines.serving import bundle, retrieval_index
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.shards.files import LocalShardStore
+from skillnet.skills import default_tasks, find_task
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import write_corpora
 
@@ -66,8 +67,9 @@ def test_a_search_above_the_memory_limit_names_a_split(
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
     monkeypatch.setattr(retrieval_index, "MAX_INDEX_BYTES", rows * 16 * 4 - 1)
+    tasks = {"text_to_image": find_task("text_to_image", default_tasks())}
     predictor = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16)),
+        model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16, tasks=tasks)),
         runner=SimpleNamespace(precision=SimpleNamespace(name="fp32")),
         limits={},
     )
