@@ -10,6 +10,7 @@ from pipelines.config.resources import request_model
 from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
+from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import SampleCount, require_bounds
 from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, run_root
@@ -37,7 +38,7 @@ class EvaluateConfig:
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    model: str | None = None
+    model: str | None = positional_field(None)
     checkpoint: str | None = None
     run: str | None = None
     data: str | None = None
@@ -206,8 +207,8 @@ def show_evaluation(result: EvaluationResult) -> None:
     EvaluateConfig,
     description="Measure a model on every row of the test sets, each metric with a 95 % "
     "bootstrap interval, and compare it with chance and simple baselines.",
-    example="skillnet evaluate --model models:/skillnet@champion\n"
-    "skillnet evaluate --run my-run --splits validation --json",
+    example="skillnet evaluate models:/skillnet@champion\n"
+    "skillnet evaluate my-run --splits validation --json",
     show=show_evaluation,
     resources=lambda config: request_model(
         config.model or config.checkpoint or config.run, config.data

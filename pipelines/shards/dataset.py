@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipelines.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from pipelines.shards.id_columns import IdRange, check_ids, manifest_id_ranges
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.cache import FileCache
 from skillnet_platform.storage.location import Location, join_location, parse_location
 
@@ -184,11 +184,14 @@ def verify_corpus(path: str | Path) -> dict[str, Any]:
 def _read_manifest(files: ShardStore) -> dict[str, Any]:
     named = join_location(files.location, MANIFEST)
     name = str(files.location).rsplit("/", 1)[-1]
-    hint = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`."
+    own = f"for your own files `skillnet prepare --corpus {name}=PATH`"
+    hint = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`, or {own}."
     try:
         manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
     except FileNotFoundError:
-        state = "not a prepared corpus (no manifest.json)" if files.exists() else "missing"
+        state = "not a prepared corpus (no manifest.json)"
+        if not files.exists():
+            state = f"missing{_suggest_corpora(files.location)}"
         raise UserError(f"{files.location}: {state}. {hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{named}: not JSON ({error}). {files.repair_hint}") from None
@@ -204,6 +207,14 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
     if key:
         raise UserError(f"{named}: {key} is missing or damaged. {files.repair_hint}")
     return manifest
+
+
+def _suggest_corpora(missing: Location) -> str:
+    """Return a hint that names the prepared corpora beside a missing one; "" in a store."""
+    if not isinstance(missing, Path):
+        return ""
+    beside = (manifest.parent.name for manifest in missing.parent.glob(f"*/{MANIFEST}"))
+    return suggest_name(missing.name, beside).removesuffix("?")
 
 
 def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipelines import evaluate as command
+from pipelines import register
 from pipelines.evaluation.evaluator import evaluate_model
 from pipelines.evaluation.inference import (
     InferenceRunner,
@@ -168,14 +169,7 @@ def test_user_errors_have_messages(model: SkillNet, data: Path, tmp_path: Path):
 
 def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
-    words = [
-        "--checkpoint",
-        str(tmp_path / "model"),
-        "--data",
-        str(data),
-        "--bootstrap_samples",
-        "50",
-    ]
+    words = [str(tmp_path / "model"), "--data", str(data), "--bootstrap_samples", "50"]
     out = tmp_path / "figures.csv"
     assert command.main([*words, "--output", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -188,6 +182,24 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
     table = capsys.readouterr().out
     assert "text_to_image" in table
     assert "test_unseen_concept, reverse" in table
+
+
+@pytest.mark.parametrize("main", [command.main, register.main])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("text_to_image=TYPO", "TYPO: missing; known: drawings, functions, headings"),
+        ("text_to_imag=drawings", "--corpora: unknown task 'text_to_imag'; did you mean"),
+    ],
+)
+def test_another_corpus_must_exist_and_have_a_task(
+    main, option: str, message: str, model: SkillNet, data: Path, run_root: Path, capsys, tmp_path
+):
+    model.save_pretrained(tmp_path / "model")
+    task, _, corpus = option.partition("=")
+    words = [str(tmp_path / "model"), "--data", str(data), f"--corpora.{task}", corpus]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_rejects_a_directory_without_a_model(

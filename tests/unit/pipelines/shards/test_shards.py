@@ -119,8 +119,13 @@ def test_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
     (corpus / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"not a prepared corpus.*skillnet prepare made"):
         open_corpus(corpus)
-    with pytest.raises(UserError, match="missing"):
+
+
+def test_missing_corpus_is_reported_with_its_neighbours(corpus: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing: missing; known: made\. Run .*nothing=PATH"):
         open_corpus(corpus.with_name("nothing"))
+    with pytest.raises(UserError, match=r"mode: missing; did you mean 'made'\. Run"):
+        open_corpus(corpus.with_name("mode"))
 
 
 @pytest.mark.parametrize(
