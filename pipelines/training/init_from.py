@@ -53,7 +53,7 @@ class InitReport:
         source: folder of the weights.
         digest: of the weights.
         taken: files all of whose weights came from the source.
-        fresh: files with a weight that stayed random.
+        fresh: files that a task activates with a weight that stayed random.
         corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
         new_heads: task -> why its head starts from random weights although the source has one.
         trained_tasks: tasks all of whose weights came from a source that is trained for them.
@@ -172,17 +172,21 @@ def load_init_weights(
         model.vocabulary.tokenizer or inherited.tokenizer,
         {**inherited.outputs, **model.vocabulary.outputs},
     )
+    active = {
+        task: {name for name, _ in model.active_parameters(task)} for task in model.config.tasks
+    }
     trained_tasks = [
         task
-        for task in model.config.tasks
-        if task not in source.untrained
-        and fresh.isdisjoint(name for name, _ in model.active_parameters(task))
+        for task, names in active.items()
+        if task not in source.untrained and fresh.isdisjoint(names)
     ]
+    # Skills and stems that no task activates are left out of the final model.
+    used = set[str]().union(*active.values())
     return InitReport(
         source=str(source.weights),
         digest=source.digest,
         taken=taken,
-        fresh=partial,
+        fresh=[file for file in partial if not used.isdisjoint(files[file])],
         corpora=read_training_corpora(source),
         new_heads=new_heads,
         trained_tasks=trained_tasks,
@@ -199,19 +203,30 @@ def _match_heads(
         Task -> why the head of the trained model does not fit the corpus.
 
     Raises:
-        UserError: such a task takes no steps.
+        UserError: the head of such a task is not trained, or a frozen head would be reordered.
     """
     new_heads = {}
+    trainable = config.training.trainable
     for task, corpus in corpora.items():
         if task not in start.config.tasks:
             continue
         reason = _describe_other_outputs(start, task, config.model.tasks[task], corpus)
+        is_frozen = bool(trainable) and f"head-{task}" not in trainable
         if reason is None:
+            known = start.vocabulary.outputs.get(task)
             align_outputs(start, task, corpus)
-        elif config.tasks[task].eval_only:
+            # A frozen file keeps its bytes, which growth proves after the training.
+            if is_frozen and known != start.vocabulary.outputs.get(task):
+                raise UserError(
+                    f"tasks.{task}: the corpus {corpus.name} lists the names of "
+                    f"the trained model in another order, and head-{task} is frozen. Give the task "
+                    f"a corpus that lists them as {list_names(known or ())}"
+                )
+        elif is_frozen or config.tasks[task].eval_only:
+            state = "its head is frozen" if is_frozen else "the task is only evaluated"
             raise UserError(
-                f"tasks.{task}: {reason}, and the task is only evaluated. Give it a corpus with "
-                "the names of the trained model, or train it"
+                f"tasks.{task}: {reason}, and {state}. Give it a corpus with the names of the "
+                "trained model, or train it"
             )
         else:
             new_heads[task] = f"{reason}; its head starts from random weights"

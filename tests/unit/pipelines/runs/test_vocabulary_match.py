@@ -336,3 +336,23 @@ def test_a_task_that_is_only_evaluated_needs_the_names_of_its_head(data: Path, m
     config.model.tasks[SPEECH] = small_config(data).model.tasks[SPEECH]
     with pytest.raises(UserError, match=r"tasks.text_classification: .*only evaluated"):
         dry_run_init(config)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (CLASSES[::-1], r"tasks.text_classification: .* in another order, and head-.* is frozen"),
+        (["bad", "good"], r"tasks.text_classification: .*and its head is frozen"),
+    ],
+)
+def test_a_frozen_head_needs_the_names_and_their_order(
+    names: list[str], message: str, data: Path, model: Path
+) -> None:
+    """A growth finds changed bytes of a frozen file only after its training."""
+    derive_corpus(data, "headings", "other", names)
+    config = tuned(data, model, TASK, "other", len(names))
+    config = replace(config, training=replace(config.training, trainable=["skill-text"]))
+    with pytest.raises(UserError, match=message):
+        dry_run_init(config)
+    config.training.trainable.append(f"head-{TASK}")
+    assert dry_run_init(config) is not None
