@@ -74,14 +74,10 @@ def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None
         remote_ledger.restore_ledger(mirror, START_FILES, ("trials",))
     source, run = _build_source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
-    # Errors that all trials share are found before anything is written or recorded.
-    check_trial(
-        source[0] if isinstance(source, list) else source.example,
-        None,
-        config.score,
-        asha,
-        config.resources,
-    )
+    # Errors of listed trials, and those that all sampled trials share, are found before anything is
+    # written or recorded.
+    for trial in source if isinstance(source, list) else [source.example]:
+        check_trial(trial, None, config.score, asha, config.resources)
     _store_config(config, folder)
     with tracking.start_run(
         folder.name,

@@ -162,7 +162,7 @@ class TrialDriver:
     def _open_run(self, entry: LedgerEntry) -> None:
         """Create the trial's directory and open its MLflow run."""
         from pipelines.training.resolved_run import resolve_run
-        from pipelines.training.run import open_run_folder
+        from pipelines.training.run import open_run_folder, validate_run
 
         # A stop file of an earlier part would end the trial at its first check.
         entry.clear_failure()
@@ -171,6 +171,8 @@ class TrialDriver:
         config = run.config
         if entry.mirror is not None:
             entry.mirror.relocate_config(config)
+        # A sampled point, or a trial with a pretrained model, is not known before it starts.
+        validate_run(run)
         open_run_folder(run)
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
@@ -249,9 +251,10 @@ class TrialDriver:
         if status == "stopped":
             entry.remove_weights()
         if status == "failed":
-            console.print_warning(
-                f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})"
-            )
+            place = outcome.log or entry.folder
+            # A trial that does not fit its corpora or its model leaves no folder.
+            more = f" (see {place})" if place.exists() else ""
+            console.print_warning(f"trial {entry.trial.name}: {error}{more}")
         # An interrupted trial resumes later, so its score is not final for the source.
         if status != "interrupted":
             self.source.record_outcome(outcome)
@@ -327,8 +330,13 @@ class TrialDriver:
         Raises:
             UserError: the cluster has too few resources for one trial.
         """
+        from skillnet_platform.cluster import capacity
+
         workers = max(self.source.example.config.training.workers, 1)
-        have, used = ray.cluster_resources(), self.options.resources
+        # Nodes that the autoscaler may start count: it starts them for the first trials.
+        nodes = [*capacity.list_living_nodes(ray), *capacity.list_startable_nodes()]
+        have = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        used = self.options.resources
         fit = self.source.total
         for name, each in (("CPU", used.cpus), ("GPU", used.gpus)):
             if each:

@@ -139,3 +139,20 @@ def test_a_trial_that_ended_without_its_driver_is_completed_once(
     resume()
     assert client.get_run(opened.run_id).info.end_time > before, "completed again, in the same run"
     assert len(client.search_runs([parent.experiment_id])) == 2
+
+
+def test_a_sampled_trial_that_does_not_fit_opens_no_run(
+    parent: tracking.Tracker, run_root: Path
+) -> None:
+    """A point that is drawn after the start of the sweep is not known before."""
+    trial = Trial("000-seed0", small_config(run_root / "corpora"), splits=("validation",))
+    options = TrialOptions(
+        run_root / "sweep", parent, ScoreConfig(), ResourceConfig(), None, None, 1, "sweep"
+    )
+    (outcome,) = TrialDriver(ListedTrials([trial]), options).run()
+    assert (outcome.status, outcome.run_id) == ("failed", None)
+    assert "missing" in str(outcome.error)
+    # A resumed sweep tries a failed trial again, for example after its corpus is prepared.
+    assert not (run_root / "sweep" / trial.name).exists()
+    client = backend.create_client(parent.uri)
+    assert len(client.search_runs([parent.experiment_id])) == 1, "only the parent"
