@@ -6,6 +6,7 @@ reads them, for ``READ_TIMEOUT_S`` at most. Files are counted for ``COUNT_TIMEOU
 
 import itertools
 import json
+import re
 import shlex
 import threading
 from collections import Counter
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.corpora import (
+    BUILT_IN,
+    EXTRA_BUILT_IN,
     READERS,
     ExternalCorpus,
     detect_reader,
@@ -47,6 +50,8 @@ from skillnet_platform.storage import human_bytes
 READ_TIMEOUT_S = 8.0
 #: Seconds. Files that were not listed by then are not counted.
 COUNT_TIMEOUT_S = 3.0
+#: Longest suggested name of a corpus, in characters.
+MAX_NAME = 40
 #: Rows that are kept to be analysed, and examples that are shown.
 SAMPLE_ROWS, SHOWN_ROWS = 1000, 3
 
@@ -208,14 +213,26 @@ def show_inspection(report: dict[str, Any]) -> None:
 
 def _suggest_command(reader: str, corpus: ExternalCorpus, options: Mapping[str, Any]) -> str:
     """Return the command that prepares an inspected corpus with the same options."""
-    given = f"{reader}={corpus.source.uri}"
-    if not reader.isidentifier():
-        given = f"{corpus.name}={reader}:{corpus.source.uri}"
+    name, place = _suggest_name(reader, corpus), corpus.source.uri
+    given = f"{name}={place}" if name == reader else f"{name}={reader}:{place}"
     words = ["skillnet", "prepare", "--corpus", given]
     for key, value in (options.get(reader) or {}).items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        words += [f"--options.{corpus.name}.{key}", text]
+        words += [f"--options.{name}.{key}", text]
     return shlex.join(words)
+
+
+def _suggest_name(reader: str, corpus: ExternalCorpus) -> str:
+    """Return a name for a prepared corpus: of its format, or of its directory or file.
+
+    Many directories have a general format. Under one name, each would replace the one before.
+    """
+    if not isinstance(corpus, RecordCorpus):
+        return corpus.name
+    stem = corpus.source.uri.rstrip("/").rpartition("/")[2].split(".")[0]
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:MAX_NAME] or "mine"
+    taken = name in READERS or name in BUILT_IN or name in EXTRA_BUILT_IN
+    return f"my-{name}" if taken else name
 
 
 def _list_unread_archives(corpus: ExternalCorpus) -> list[str]:

@@ -1,5 +1,6 @@
 """``skillnet inspect``: sizes, source fields, examples, and time limits."""
 
+import shlex
 import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -177,6 +178,21 @@ def test_command_keeps_the_given_options(
     said = " ".join(capsys.readouterr().err.split())
     assert f"to prepare it: skillnet prepare --corpus 'tnews={folder}'" in said
     assert said.endswith(" ".join(options))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("my reviews", "my-reviews"), ("folder", "my-folder"), ("影评", "mine")]
+)
+def test_two_directories_get_two_names(tmp_path: Path, folder: str, name: str) -> None:
+    """A second corpus of the name "folder" would replace the first one."""
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(4)]
+    user_corpora.write_lines(tmp_path / folder / "rows.jsonl", rows)
+    place = tmp_path / folder
+    report = inspection.inspect_corpus(str(place), {"folder": {"text": "text"}})
+    words = ["skillnet", "prepare", "--corpus", f"{name}=folder:{place}"]
+    assert shlex.split(report["command"]) == [*words, f"--options.{name}.text", "text"]
+    reader, path = corpora.parse_reader_prefix(f"folder:{place}") or ("", "")
+    corpora.open_external_corpus(name, f"{reader}:{path}", {"text": "text"})
 
 
 def test_no_command_is_suggested_if_every_row_would_be_rejected(
