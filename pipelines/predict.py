@@ -204,8 +204,9 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
             rows.append([*label, _short(p.input), answer, score if p.answer else "–", others])
             has_texts |= not p.answer and bool(p.embedding)
         columns = ["id", "line", "input", "answer", "score", "alternatives"]
-        # Inputs of the command line have neither id nor line.
-        shown = [n for n, name in enumerate(columns) if n > 1 or any(row[n] for row in rows)]
+        # Inputs of the command line have neither id nor line; transcripts have no alternatives.
+        always = ("input", "answer", "score")
+        shown = [n for n, name in enumerate(columns) if name in always or any(r[n] for r in rows)]
         console.print_table(
             task, [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
         )
