@@ -25,9 +25,11 @@ from pipelines.transforms import image
 from skillnet.model import SkillNet
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, champion, registry
+from skillnet_platform.storage import run_root
+from skillnet_platform.tracking import TrackingConfig, backend, champion, registry
 from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
+from tests.helpers.small_run import SMALL_RUN, option_arguments
 
 pytestmark = pytest.mark.integration
 CHAMPION = "models:/skillnet@champion"
@@ -36,6 +38,10 @@ CHAMPION = "models:/skillnet@champion"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     yield from registered(tmp_path_factory)
+
+
+def read_error(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def heart() -> bytes:
@@ -157,12 +163,20 @@ def test_a_baseline_is_registered_under_its_own_name(place: Place, tmp_path: Pat
     for tracking, name in ((chosen, "mine"), ({"experiment": "clue"}, "clue-dense")):
         source = dataclasses.replace(source, settings={"tracking": tracking})
         assert registration.register_model(source, place.data, rows=[]).uri == f"models:/{name}/1"
-    # A run that names the model of another system is kept.
+    # A run that names the model of another system stops before its training.
+    words = ["--name", "rejected", "--data", str(place.data), "--system", "dense"]
+    words += ["--tracking.registered_model", "skillnet"]
+    assert finetune.main([*words, *option_arguments(SMALL_RUN)]) == 2
+    assert "is a skillnet model, and this model is a dense model" in read_error(capsys)
+    assert not (run_root() / "rejected").exists()
+    unregistered = TrackingConfig(register=False, registered_model="skillnet")
+    registration.check_given_name(unregistered, "dense")
+    # If another process registered it meanwhile, the run is kept.
     about = {"system": "dense", "tracking": {"registered_model": "skillnet"}}
     (tmp_path / "dense" / "config.yaml").write_text(json.dumps(about))
     run = FinetuneConfig(data=str(place.data))
     assert finetune.register_run(run, tmp_path / "dense", [{}]) is None
-    assert "this model is a dense model" in " ".join(capsys.readouterr().err.split())
+    assert "this model is a dense model" in read_error(capsys)
 
 
 def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
