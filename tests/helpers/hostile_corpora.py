@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import tempfile
@@ -169,8 +170,8 @@ OUTSIDE = "outside.jpg"
 
 def lines(kind: str) -> list[tuple[bytes, str]]:
     """(Line, words of the reason, "" for a good one) that are bad for any file they name."""
-    field, files = FIELDS[kind], FILES.get(kind, {})
-    good = next((name for name, (_, why) in files.items() if not why), "")
+    field = FIELDS[kind]
+    good = good_file(kind)
 
     def line(words: Any, name: str = good, **more: Any) -> bytes:
         about = {"label": "好"} if kind == "texts" else {"file_name": name}
@@ -195,7 +196,18 @@ def lines(kind: str) -> list[tuple[bytes, str]]:
             (line("好", "\udcff.jpg"), "missing"),
             (line("好", "\0.jpg"), "null character"),
         ]
-    return [*found, (line("最后"), "")]
+    # A file of its own: captions of one file would be joined.
+    return [*found, (line("最后", last_file(kind)), "")]
+
+
+def good_file(kind: str) -> str:
+    """Name of the first file that can be decoded, "" for texts."""
+    return next((name for name, (_, why) in FILES.get(kind, {}).items() if not why), "")
+
+
+def last_file(kind: str) -> str:
+    """Name of a copy of the good file, which the last row names."""
+    return f"last{Path(good_file(kind)).suffix}"
 
 
 def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
@@ -216,6 +228,8 @@ def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
         (folder / name).write_bytes(make())
         row = {"file_name": name, FIELDS[kind]: f"第{number}个"}
         written.append((json.dumps(row).encode() + b"\n", why))
+    if kind != "texts":
+        shutil.copy(folder / good_file(kind), folder / last_file(kind))
     if kind == "texts":
         good = ({"text": f"第{number}条新闻", "label": "好坏"[number % 2]} for number in range(9))
         written += [(json.dumps(row).encode() + b"\n", "") for row in good]
