@@ -133,7 +133,7 @@ def _resolve_references(
     from pipelines.training.resolved_run import ResolvedRun
     from pipelines.training.run import find_finished_result, validate_run
 
-    resolved = {}
+    resolved: dict[str, ResolvedRun] = {}
     for name in dict.fromkeys(config.references):
         other = runs.build_reference_config(name, config, settings, source, run)
         # Without another skill there is no frozen model to put the head on.
@@ -144,7 +144,7 @@ def _resolve_references(
         resolved[name] = ResolvedRun(other, run / "references" / other.name)
         if find_finished_result(resolved[name]) is None:
             validate_run(resolved[name])
-    return dict(resolved)
+    return resolved
 
 
 def _train_references(
