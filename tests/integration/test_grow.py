@@ -180,7 +180,10 @@ def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ({"skill": NewSkill("ink", init_from="vidoe")}, "unknown skill 'vidoe'; did you mean 'vid"),
         ({"skill": NewSkill("code")}, "base already has a skill 'code'"),
         ({"task.name": "text_to_code"}, "base already has a task 'text_to_code'"),
-        ({"corpus": "cuonts"}, "cuonts: missing. Run `skillnet prepare cuonts`"),
+        (
+            {"corpus": "cuonts"},
+            "cuonts: missing; did you mean 'counts'. Run `skillnet prepare cuonts`",
+        ),
         ({"corpus": "unnamed"}, "the corpus unnamed has no list of labels; give --task.outputs"),
         ({"corpus": "headings"}, "counting reads video, but corpus headings holds text"),
         ({"skills": ("ink", "genral")}, "unknown skill 'genral'"),
