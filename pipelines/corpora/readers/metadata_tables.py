@@ -222,7 +222,7 @@ def find_tables(
 
 
 def list_row_files(source: SourceDirectory) -> list[str]:
-    """Return the files of rows that lie in a directory itself, whatever their names are."""
+    """Return the files of rows of any name that lie in a directory itself."""
     files = (entry.name for entry in source.entries() if not entry.is_folder)
     return [name for name in files if name.lower().endswith(ROW_SUFFIXES)]
 
