@@ -8,6 +8,7 @@ from typing import Any
 
 from skillnet_platform import storage
 from skillnet_platform.checks.finding import FREE_DISK_BYTES, Finding, Level
+from skillnet_platform.checks.gpu import check_gpu_memory, check_gpus, gpu_nodes
 from skillnet_platform.checks.node_probe import (
     AGAIN,
     INTERFACES,
@@ -17,8 +18,13 @@ from skillnet_platform.checks.node_probe import (
     storage_roots,
     tracker_folder,
 )
+from skillnet_platform.checks.node_sums import check_sums
 from skillnet_platform.cluster import loopback, versions
-from skillnet_platform.cluster.capacity import count_places, list_startable_nodes
+from skillnet_platform.cluster.capacity import (
+    count_places,
+    list_startable_nodes,
+    list_startable_types,
+)
 from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
@@ -45,9 +51,12 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
     # The comparisons below need the answers of all nodes.
     if silent:
         return [*silent, *check_resources(nodes, request, list_startable_nodes())]
+    having = gpu_nodes(nodes, seen)
     found = [
         *check_node_versions(seen),
         *check_resources(nodes, request, list_startable_nodes()),
+        *check_gpus(having, request),
+        *check_gpu_memory(having, list_startable_types(), request),
         *check_models(request.models),
     ]
     found += [
@@ -59,6 +68,7 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
         *check_checkpoint_space(seen, request),
         *check_node_trackers(seen, request),
         *check_interfaces(seen, request),
+        *check_sums(ray, nodes, seen, request),
     ]
 
 

@@ -6,12 +6,13 @@ import secrets
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skillnet_platform import storage
 from skillnet_platform.checks.finding import Finding
+from skillnet_platform.checks.gpu_probe import GpuProbe, probe_gpus
 from skillnet_platform.cluster import versions
 from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line
@@ -46,6 +47,8 @@ class NodeProbe:
         free_bytes: free bytes of the directory of runs.
         tracker_problem: error of a request to the tracker; empty if it worked.
         access_problem: error about the tracker's credentials; empty if it worked.
+        gpu: torch's build and the GPUs, on a node whose GPUs Ray offers.
+        free_port: a port that no process of the node used.
     """
 
     node: str
@@ -60,6 +63,8 @@ class NodeProbe:
     free_bytes: int
     tracker_problem: str
     access_problem: str = ""
+    gpu: GpuProbe = field(default_factory=GpuProbe)
+    free_port: int = 0
 
 
 def probe_nodes(
@@ -80,19 +85,35 @@ def probe_nodes(
         locations = list(dict.fromkeys([*storage_roots(locations), folder_of_tracker]))
     # Two checks may run at the same time in one store.
     folder = f".doctor-{secrets.token_hex(4)}"
-    written, problems = _on_each(ray, nodes, _leave_file, folder, locations)
+    written, problems = run_on_nodes(ray, nodes, _leave_file, folder, locations)
     seen: dict[str, Any] = {}
     if not problems:  # without a node's file the other nodes cannot look for it
-        seen, problems = _on_each(ray, nodes, _look_around, folder, locations, request.run_dir)
+        with_gpus = [
+            node["NodeManagerAddress"] for node in nodes if node.get("Resources", {}).get("GPU", 0)
+        ]
+        seen, problems = run_on_nodes(
+            ray, nodes, _look_around, folder, locations, request.run_dir, with_gpus
+        )
     _clean_up(folder, locations)
-    probes = [NodeProbe(**answer, write_problem=written[node]) for node, answer in seen.items()]
+    probes = [
+        NodeProbe(
+            **{**answer, "gpu": GpuProbe.from_dict(answer["gpu"])}, write_problem=written[node]
+        )
+        for node, answer in seen.items()
+    ]
     return sorted(probes, key=lambda each: each.node), problems
 
 
-def _on_each(
+def run_on_nodes(
     ray: Any, nodes: Sequence[Mapping[str, Any]], function: Any, *arguments: Any
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Call ``function(address, *arguments)`` on every node.
+    """Call ``function(address, *arguments)`` on every node, at the same time.
+
+    Args:
+        ray: the ``ray`` module, connected.
+        nodes: as ``ray.nodes()`` lists them.
+        function: a module's function.
+        *arguments: plain values.
 
     Returns:
         Address -> answer, and findings about nodes that failed.
@@ -139,7 +160,11 @@ def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
 
 
 def _look_around(
-    address: str, folder: str, places: Sequence[str], run_dir: str = ""
+    address: str,
+    folder: str,
+    places: Sequence[str],
+    run_dir: str = "",
+    with_gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
     import psutil
 
@@ -164,7 +189,16 @@ def _look_around(
         "free_bytes": storage.free_bytes(runs_directory(run_dir)),
         "tracker_problem": away,
         "access_problem": access,
+        # The process of the probe takes seconds, so only nodes with GPUs start it.
+        "gpu": asdict(probe_gpus() if address in with_gpus else GpuProbe()),
+        "free_port": _free_port(),
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))  # only finds a number; it listens to nobody
+        return int(server.getsockname()[1])
 
 
 def storage_roots(places: Sequence[str]) -> list[str]:

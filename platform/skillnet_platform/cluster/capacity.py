@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from skillnet_platform import console
 from skillnet_platform.cluster.connect import prepare_ray_environment, ray_session
+from skillnet_platform.cluster.node_types import NodeType, read_node_types
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError
 
@@ -56,21 +55,17 @@ def list_living_nodes(ray: Any) -> list[dict[str, float]]:
     return [dict(node.get("Resources", {})) for node in ray.nodes() if node["Alive"]]
 
 
+def list_startable_types() -> list[NodeType]:
+    """Return the types of nodes that the autoscaler may start, from `ray up`'s file."""
+    try:
+        return read_node_types(BOOTSTRAP)
+    except UserError:
+        return []  # this cluster was not started by `ray up`
+
+
 def list_startable_nodes() -> list[dict[str, float]]:
     """Return the resources of each node that the autoscaler may start, from `ray up`'s file."""
-    try:
-        content = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return []
-    if content["provider"]["type"] == "local":
-        return []  # the autoscaler starts no on-premise nodes
-    kinds = content.get("available_node_types", {})
-    most = [
-        (kind.get("resources", {}), kind.get("max_workers", 0))
-        for name, kind in kinds.items()
-        if name != content.get("head_node_type")
-    ]
-    return [dict(resources) for resources, count in most for _ in range(count)]
+    return [dict(kind.resources) for kind in list_startable_types() for _ in range(kind.most)]
 
 
 def share_of_cpus(nodes: Sequence[NodeResources]) -> int:

@@ -5,11 +5,12 @@ The hook gets the configuration that the command itself would run with. This pac
 knows no configuration of ``pipelines`` or ``sweeps``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from skillnet_platform import cli, storage
+from skillnet_platform.cluster.gpu_types import GpuType
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.objects import is_uri
 
@@ -35,6 +36,8 @@ class ResourceRequest:
         run_name: name of the run.
         keep_checkpoints: number of checkpoints that the run keeps.
         uses_tracker: whether the run writes to the tracker or reads the registry.
+        find_memory_problem: returns why the run does not fit a type of GPU, and the options that
+            make it fit; None if it fits. It is called when the GPUs of the cluster are known.
     """
 
     workers: int = 1
@@ -49,6 +52,9 @@ class ResourceRequest:
     run_name: str = ""
     keep_checkpoints: int = 2
     uses_tracker: bool = field(default=False, compare=False)
+    find_memory_problem: Callable[[GpuType], tuple[str, str] | None] | None = field(
+        default=None, compare=False
+    )
 
     def format(self) -> str:
         """Return the request in words: ``2 workers with a GPU each on 2 nodes``."""
