@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.resources import request_training
 from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
+from pipelines.planning.run_request import request_planned_training
 from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
 from pipelines.runs.progress_log import PROGRESS, follow_progress
 from pipelines.runs.task_counts import parse_task_counts
@@ -183,7 +183,7 @@ def register_run(
     "skillnet finetune --tasks.image_classification.corpus mine\n"
     "skillnet finetune --config tiny --training.workers 2 --json",
     show=lambda result: print_result(result, f"the model is in {result['model']}"),
-    resources=request_training,
+    resources=request_planned_training,
     essential=(
         "name",
         "run_dir",

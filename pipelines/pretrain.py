@@ -8,9 +8,9 @@ and workers are those of ``skillnet finetune``, which starts from the result wit
 
 from typing import Any
 
-from pipelines.config.resources import request_training
 from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, PretrainConfig
 from pipelines.finetune import print_result, run_end_to_end
+from pipelines.planning.run_request import request_planned_training
 from pipelines.training.pretraining import build_joint_run
 from skillnet_platform.cli import command
 
@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     example="skillnet pretrain --config pretrain --name first-pretraining\n"
     "skillnet finetune --config quickstart --from first-pretraining",
     show=lambda result: print_result(result, f"next: skillnet finetune --from {result['name']}"),
-    resources=request_training,
+    resources=request_planned_training,
     essential=(
         "name",
         "run_dir",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config.resources import request_training
 from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
+from pipelines.planning.run_request import request_planned_training
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import archive_root, data_root
@@ -251,7 +251,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     show=lambda result: show_quickstart(*result),
     to_json=lambda result: result[0],
     rewrite_arguments=lambda argv: ["--config", PRESET, *argv],
-    resources=request_training,
+    resources=request_planned_training,
     essential=(
         "name",
         "run_dir",

@@ -118,7 +118,8 @@ class SkillWeights(nn.Module):
         Raises:
             ValueError: an unknown skill.
         """
-        if torch.is_grad_enabled():
+        # In training mode the next step changes the weights, so caching would only hold memory.
+        if torch.is_grad_enabled() or self.training:
             return self._merge([self._get(name) for name in skills], dtype)
         parts = [self._get(name) for name in skills]
         # An in-place update raises _version, and load_state_dict may replace the storage.
@@ -129,9 +130,6 @@ class SkillWeights(nn.Module):
         if kept is not None and kept[0] == versions:
             return kept[1]
         merged = self._merge(parts, dtype)
-        # In training mode the next step changes the weights, so caching would only hold memory.
-        if self.training:
-            return merged
         self._merged[skills, dtype] = (versions, merged)
         return merged
 

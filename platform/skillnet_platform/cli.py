@@ -27,6 +27,7 @@ SUMMARIES = {
     "prepare": "convert downloads or your own data into Arrow shards",
     "pretrain": "train the skills on unlabelled data",
     "finetune": "train the tasks jointly",
+    "plan": "check whether a run fits GPUs, and bound its time, without a GPU",
     "evaluate": "measure a model on every test row, with intervals",
     "register": "register a trained model; promote it if it is better",
     "predict": "predict from a file or a text with a registered model",

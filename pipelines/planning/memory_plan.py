@@ -1,0 +1,270 @@
+"""Memory of a GPU worker by part, and the option that makes a run fit.
+
+:class:`RunPlanner` counts the steps of all tasks on fake tensors, so that the figures follow from
+the code that trains. :func:`find_memory_problem` is the check of ``skillnet submit``, and
+:mod:`pipelines.planning.run_plan` adds rates and hours for ``skillnet plan``.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.planning.example_batches import build_example_batch
+from pipelines.planning.step_counter import PlannedModel, StepCost, measure_step
+from skillnet.skills import find_task
+from skillnet_platform.cluster.gpu_types import GB, GpuType
+from skillnet_platform.errors import UserError
+
+#: Tensors (B, G) of float32 that the contrastive loss keeps in its two directions: similarities,
+#: their logarithms and targets.
+SIMILARITY_TENSORS = 6
+#: Fewest rows that are worth a pass; below, layers are computed again first.
+FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Options that trade operations for memory.
+
+    Args:
+        micro_batch_size: rows that a worker computes at a time; None for all.
+        activation_checkpointing: compute layers again in the backward pass.
+    """
+
+    micro_batch_size: int | None
+    activation_checkpointing: bool
+
+    def describe(self, before: "MemoryOptions") -> str:
+        """Return the command line options that change other options into these."""
+        words = []
+        if self.micro_batch_size != before.micro_batch_size:
+            words.append(f"--training.micro_batch_size {self.micro_batch_size}")
+        if self.activation_checkpointing and not before.activation_checkpointing:
+            words.append("--training.activation_checkpointing true")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Memory of one worker by part, in bytes.
+
+    Args:
+        weights: of the complete model.
+        optimizer: AdamW's two averages of all trained weights.
+        gradients: of one worker: those of the largest task. Of several: buckets of all tasks.
+        reduction: copies of gradients that travel as bf16.
+        average: average of the weights, with ``training.ema``.
+        activations: task -> living tensors at the peak of its step.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    reduction: int
+    average: int
+    activations: dict[str, int]
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on the rows of a step."""
+        return self.weights + self.optimizer + self.gradients + self.reduction + self.average
+
+    @property
+    def largest_task(self) -> str:
+        """Task with the largest peak."""
+        return max(self.activations, key=lambda name: self.activations[name])
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak of the largest task."""
+        return self.fixed + max(self.activations.values())
+
+
+class RunPlanner:
+    """Planner of one run on one type of GPU.
+
+    Args:
+        config: of the run.
+        gpu: type of each worker's GPU.
+        workers: number of workers.
+
+    Raises:
+        UserError: the system cannot be planned.
+    """
+
+    def __init__(self, config: FinetuneConfig, gpu: GpuType, workers: int) -> None:
+        self.config = config.joint() if isinstance(config, PretrainConfig) else config
+        self.gpu, self.workers = gpu, workers
+        training = self.config.training
+        if training.precision == "fp64":
+            raise UserError("training.precision: fp64 is not planned for GPUs. Set auto.")
+        automatic = "bf16" if gpu.has_bf16 else "fp32"
+        self.precision = automatic if training.precision == "auto" else training.precision
+        self.given = MemoryOptions(training.micro_batch_size, training.activation_checkpointing)
+        self._models: dict[bool, PlannedModel] = {}
+        self._costs: dict[tuple[str, int, MemoryOptions], StepCost] = {}
+
+    def rows_per_worker(self, task: str) -> int:
+        """Return the rows of a step that the first worker computes."""
+        return -(-self.config.tasks[task].batch_size // self.workers)
+
+    def measure(self, task: str, options: MemoryOptions) -> tuple[StepCost, float]:
+        """Count a step of a task, and return how many such passes make the step.
+
+        A micro-batch costs as much as every other, so only two of them are counted.
+
+        Args:
+            task: its name.
+            options: memory options.
+        """
+        rows, size = self.rows_per_worker(task), options.micro_batch_size
+        if size is None or size >= rows:
+            return self._measure(task, rows, replace(options, micro_batch_size=None)), 1.0
+        if find_task(task, self.config.model.tasks).objective == "retrieval":
+            counted = min(rows, 2 * size)
+            return self._measure(task, counted, options), rows / counted
+        return self._measure(task, size, replace(options, micro_batch_size=None)), rows / size
+
+    def _measure(self, task: str, rows: int, options: MemoryOptions) -> StepCost:
+        key = (task, rows, options)
+        if key not in self._costs:
+            checkpointing = options.activation_checkpointing
+            if checkpointing not in self._models:
+                self._models[checkpointing] = PlannedModel(self.config, checkpointing)
+            planned = self._models[checkpointing]
+            with planned.fake:
+                batch = build_example_batch(self.config, task, rows, rows)
+            size = options.micro_batch_size
+            self._costs[key] = measure_step(planned, batch, self.precision, size)
+        return self._costs[key]
+
+    def memory(self, options: MemoryOptions | None = None) -> WorkerMemory:
+        """Return the memory of a worker.
+
+        Args:
+            options: memory options; None takes those of the configuration.
+        """
+        chosen = options or self.given
+        training, trained = self.config.training, self.trained_parameters
+        largest = max(self.trained_sizes.values())
+        halved = self.workers > 1 and training.reduce_dtype == "bf16"
+        return WorkerMemory(
+            weights=4 * self.total_parameters,
+            optimizer=8 * trained,
+            gradients=4 * (trained if self.workers > 1 else largest),
+            reduction=2 * largest if halved else 0,
+            average=4 * trained if training.ema else 0,
+            activations={name: self._activations(name, chosen) for name in self.config.trained},
+        )
+
+    def _activations(self, task: str, options: MemoryOptions) -> int:
+        cost, _ = self.measure(task, options)
+        rows, total = self.rows_per_worker(task), self.config.tasks[task].batch_size
+        more = 0
+        if find_task(task, self.config.model.tasks).objective == "retrieval":
+            counted = min(rows, 2 * (options.micro_batch_size or rows))
+            # A worker compares its rows with those of all workers.
+            more = 4 * SIMILARITY_TENSORS * (rows * total - counted * counted)
+        return cost.peak_bytes + more
+
+    @cached_property
+    def _any_model(self) -> PlannedModel:
+        flag = self.given.activation_checkpointing
+        if flag not in self._models:
+            self._models[flag] = PlannedModel(self.config, flag)
+        return self._models[flag]
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Number of weights of the model."""
+        return sum(p.numel() for p in self._any_model.model.parameters())
+
+    @cached_property
+    def trained_sizes(self) -> dict[str, int]:
+        """Task -> number of weights that its steps change."""
+        active = self._any_model.active
+        return {task: sum(p.numel() for _, p in named) for task, named in active.items()}
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """Number of weights that the steps of all tasks change."""
+        tasks = self._any_model.active.values()
+        return sum({id(p): p.numel() for named in tasks for _, p in named}.values())
+
+    def fits(self, memory: WorkerMemory) -> bool:
+        """Return whether the tensors of a worker fit its GPU."""
+        return memory.total <= self.gpu.usable_bytes
+
+    def find_fitting_options(self) -> MemoryOptions | None:
+        """Return the given options if they fit, else the cheapest options that do; or None."""
+        if self.fits(self.memory()):
+            return self.given
+        for checkpointing, fewest in ((False, FEW_ROWS), (True, 1)):
+            if self.given.activation_checkpointing and not checkpointing:
+                continue
+            options = self._largest_micro_batch(checkpointing, fewest)
+            if options is not None:
+                return options
+        return None
+
+    def _fits_with(self, options: MemoryOptions) -> bool:
+        plain = self.memory()
+        # The first task that does not fit ends the search; the largest is tried first.
+        for task in sorted(plain.activations, key=lambda name: -plain.activations[name]):
+            if plain.fixed + self._activations(task, options) > self.gpu.usable_bytes:
+                return False
+        return True
+
+    def _largest_micro_batch(self, checkpointing: bool, fewest: int) -> MemoryOptions | None:
+        try:
+            options = MemoryOptions(self.given.micro_batch_size, checkpointing)
+            if self._fits_with(options):
+                return options
+        except ValueError:
+            return None  # the system has no activation checkpointing
+        most = max(self.rows_per_worker(task) for task in self.config.trained)
+        most = min(most, self.given.micro_batch_size or most)
+        size = 1 << max((most - 1).bit_length() - 1, 0)
+        while size >= fewest:
+            options = MemoryOptions(size, checkpointing)
+            if self._fits_with(options):
+                return options
+            size //= 2
+        return None
+
+    def advise(self) -> str:
+        """Return the options that make the run fit, or the resource that it lacks."""
+        options = self.find_fitting_options()
+        if options is not None:
+            return options.describe(self.given)
+        try:
+            least = self.memory(MemoryOptions(1, True)).total
+        except ValueError:  # the system has no activation checkpointing
+            least = self.memory(MemoryOptions(1, False)).total
+        return (
+            f"a GPU with more than {least / GB:.1f} GB for the tensors of a worker, or a smaller "
+            "model: --model.dim, --model.num_layers"
+        )
+
+
+def find_memory_problem(config: FinetuneConfig, gpu: GpuType) -> tuple[str, str] | None:
+    """Return why a run does not fit a type of GPU, and the remedy; None if it fits.
+
+    Args:
+        config: of the run, with its number of workers.
+        gpu: smallest GPU of the cluster.
+
+    Raises:
+        UserError: the system cannot be planned.
+    """
+    training = config.training
+    # With the fewest workers of an elastic run, each computes the most rows.
+    planner = RunPlanner(config, gpu, max(training.min_workers or training.workers, 1))
+    memory = planner.memory()
+    if planner.fits(memory):
+        return None
+    seen = (
+        f"{memory.largest_task} needs {memory.total / GB:.1f} GB on each {gpu.describe()}, of "
+        f"which {gpu.usable_bytes / GB:.1f} GB are usable"
+    )
+    return seen, planner.advise()

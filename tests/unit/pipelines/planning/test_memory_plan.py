@@ -1,0 +1,168 @@
+"""Memory of a plan against a step that computes, and the options that make a run fit."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
+from pipelines.finetune import main as finetune
+from pipelines.planning.example_batches import build_example_batch
+from pipelines.planning.memory_plan import MemoryOptions, RunPlanner, find_memory_problem
+from pipelines.planning.step_counter import PlannedModel, StepCounter, measure_step
+from pipelines.training.gradient_sync import GradientSync
+from pipelines.training.optimizer import build_optimizer
+from pipelines.training.step import backward_step, step_loss
+from skillnet.attention import fused_attention
+from skillnet.precision import ComputePrecision
+from skillnet.systems import build_system
+from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType
+from skillnet_platform.errors import UserError
+from tests.helpers.small_models import small_config
+
+CPU = torch.device("cpu")
+TASKS = tuple(small_config().tasks)
+LARGE = GpuType("large", 1000, 1000, 100, 10)
+
+
+def config_of(system: str = "skillnet", **training: Any) -> FinetuneConfig:
+    """A run of the five tasks, 12 rows each, with random layers left out at times."""
+    tasks = {name: TaskTraining("any", batch_size=12) for name in TASKS}
+    model = small_config(num_layers=3, drop_path=0.2, mel_stack=2)
+    return FinetuneConfig(
+        system=system, model=model, tasks=tasks, training=TrainingConfig(**training)
+    )
+
+
+def kept_bytes(config: FinetuneConfig, task: str, precision: str) -> int:
+    """Bytes that autograd keeps between the passes of a step on real tensors, without weights."""
+    model = build_system(config.system, config.model, config.options).train()
+    if config.training.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    batch = build_example_batch(config, task, 12, 12)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    compute = ComputePrecision(precision, CPU)
+    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = step_loss(model, config.model.tasks[task], batch, compute, config)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("system", ["skillnet", "dense"])
+@pytest.mark.parametrize("task", TASKS)
+def test_kept_bytes_equal_those_of_a_real_step(system: str, task: str) -> None:
+    config = config_of(system)
+    planned = PlannedModel(config, checkpointing=False)
+    with planned.fake:
+        batch = build_example_batch(config, task, 12, 12)
+    for precision in ("fp32", "bf16"):
+        counted = measure_step(planned, batch, precision).kept_bytes
+        real = kept_bytes(config, task, precision)
+        # The count also has the inputs, and outputs that no gradient needs.
+        assert real <= counted <= 1.1 * real + 10_000, precision
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", [None, 4])
+def test_peak_equals_that_of_a_real_step(task: str, size: int | None) -> None:
+    if size and task != "text_to_image":
+        pytest.skip("the counter sees the parts of a contrastive step only")
+    config = config_of(micro_batch_size=size)
+    planned = PlannedModel(config, checkpointing=False)
+    with planned.fake:
+        batch = build_example_batch(config, task, 12, 12)
+    counted = measure_step(planned, batch, "fp32", size)
+    model = build_system(config.system, config.model).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    real_batch = build_example_batch(config, task, 12, 12)
+    with fused_attention(), StepCounter(known) as counter:
+        for tensors in (*real_batch.towers.values(), real_batch.targets):
+            for tensor in tensors.values():
+                counter.add(tensor)
+        sync = GradientSync({}, 1, 1.0)
+        backward_step(model, real_batch, ComputePrecision("fp32", CPU), config, sync)
+    assert counted.peak_bytes == pytest.approx(counter.peak, rel=0.01)
+    assert counted.flops == sum(each.flops for each in counter.operations)
+
+
+def test_fixed_memory_equals_that_of_a_real_run() -> None:
+    config = config_of(ema=0.9)
+    memory = RunPlanner(config, LARGE, 4).memory()
+    model = build_system(config.system, config.model)
+    optimizer = build_optimizer(model.named_parameters(), config.training)
+    for task in TASKS:
+        for _, parameter in model.active_parameters(task):
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = sum(
+        x.nbytes for each in optimizer.state.values() for x in each.values() if x.ndim and x.nbytes
+    )
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    scalars = [p for p in model.parameters() if not p.ndim]
+    assert memory.optimizer == state + 8 * len(scalars)
+    assert memory.gradients == memory.average == memory.optimizer // 2
+    assert RunPlanner(config, LARGE, 1).memory().gradients < memory.gradients
+
+
+def test_checkpointing_and_micro_batches_need_less() -> None:
+    planner = RunPlanner(config_of(), LARGE, 1)
+    plain = planner.memory().total
+    layers = planner.memory(MemoryOptions(None, True)).total
+    parts = planner.memory(MemoryOptions(4, False)).total
+    both = planner.memory(MemoryOptions(4, True)).total
+    assert both < min(layers, parts) <= max(layers, parts) < plain
+    # More workers divide the rows.
+    activations = RunPlanner(config_of(), LARGE, 4).memory().activations
+    assert all(activations[name] < size for name, size in planner.memory().activations.items())
+
+
+def short_config(**training: Any) -> FinetuneConfig:
+    """A run of two tasks in one layer, 64 rows each: its plan takes little time."""
+    tasks = {name: TaskTraining("any", batch_size=64) for name in TASKS[:3:2]}
+    model = small_config(num_layers=1)
+    return FinetuneConfig(model=model, tasks=tasks, training=TrainingConfig(**training))
+
+
+def card_of(usable: float) -> GpuType:
+    """A GPU with this many usable bytes."""
+    return GpuType("small", (usable + 1.5e9) / 0.95e9, 300, 121, 30)
+
+
+def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
+    config = short_config()
+    planner = RunPlanner(config, LARGE, 1)
+    enough = planner.memory(MemoryOptions(16, False)).total
+    assert find_memory_problem(config, LARGE) is None
+    problem = find_memory_problem(config, card_of(enough + 1))
+    assert problem is not None
+    assert "GB on each small" in problem[0]
+    assert problem[1] == "--training.micro_batch_size 16"
+    with_layers = planner.memory(MemoryOptions(None, True)).total
+    problem = find_memory_problem(config, card_of(with_layers + 1))
+    assert problem is not None
+    assert "--training." in problem[1]
+    problem = find_memory_problem(config, card_of(planner.memory().fixed))
+    assert problem is not None
+    assert problem[1].startswith("a GPU with")
+
+
+def test_base_fits_the_machines_of_the_cluster_file() -> None:
+    config = finetune.parse_arguments(["--config", "base"])
+    planner = RunPlanner(config, GPU_TYPES["L4"], 4)
+    assert planner.fits(planner.memory()), planner.memory()
+
+
+def test_a_system_whose_operations_depend_on_the_data_says_so() -> None:
+    with pytest.raises(UserError, match="system moe: its operations depend on the data"):
+        RunPlanner(config_of("moe"), LARGE, 1).memory()
