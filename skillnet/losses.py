@@ -162,7 +162,9 @@ def masked_loss_per_row(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor
     else:
         losses_M = F.cross_entropy(predicted_M, values_M, reduction="none")
     counts_B = masked_BT.sum(1)
-    rows_M = masked_BT.nonzero()[:, 0]
+    # Row of each masked token. Unlike nonzero(), this does not make the host wait for a GPU.
+    numbers_M = torch.arange(len(losses_M), device=counts_B.device)
+    rows_M = torch.searchsorted(counts_B.cumsum(0), numbers_M, right=True)
     return losses_M.new_zeros(len(counts_B)).index_add(0, rows_M, losses_M) / counts_B.clamp(min=1)
 
 

@@ -135,8 +135,8 @@ class TaskModel(nn.Module):
         Returns:
             classification: ``logits`` (B, C). ctc: ``log_probs`` (B, T, S + 1) and ``lengths``
             (B,). retrieval: ``query`` and ``candidate`` (B, E), unit length, and ``scale`` ().
-            masked: ``predicted`` (M, V) for text and code, otherwise (M, P), in row-major order
-            of the tokens in the batch's ``masked`` (B, T), or of all real tokens without it.
+            masked: ``predicted`` (M, V) for text and code, otherwise (M, P), in the order of the
+            batch's ``places`` (M,), numbers among its B T tokens, or of all real tokens without it.
         """
         spec = find_task(task, self.config.tasks)
         head = self.heads[task]
@@ -150,8 +150,12 @@ class TaskModel(nn.Module):
         if spec.objective == "classification":
             return {"logits": head(mean_pool(x_BTD, mask_BT))}
         if isinstance(head, MaskedHead):
-            masked_BT = towers["input"].get("masked", mask_BT)
-            x_MD = x_BTD.flatten(0, 1) if masked_BT is None else x_BTD[masked_BT]
+            places_M = towers["input"].get("places")
+            x_MD = x_BTD.flatten(0, 1)
+            if places_M is not None:
+                x_MD = x_MD.index_select(0, places_M)
+            elif mask_BT is not None:
+                x_MD = x_BTD[mask_BT]
             # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
             tied = self.token_embedding(task, "input") if head.tied else None
             return {"predicted": head(x_MD, tied)}

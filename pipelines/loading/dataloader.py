@@ -200,7 +200,9 @@ class MultiTaskDataLoader:
             rows = sampler.batch(batch_index)[part]
         random = BatchRandom((self.seed, "rows", step), count, part)
         towers, targets = dataset.load(rows, random, self._augmentation)
-        return Batch(task, towers, targets, rows, count, is_padding)
+        masked = targets.get("masked")
+        counts = None if masked is None else masked.sum(1).numpy()
+        return Batch(task, towers, targets, rows, count, is_padding, counts)
 
 
 def prefetch_shards(

@@ -371,7 +371,7 @@ class TaskDataset:
             inputs = self._inputs(local, branch, config)
             masked, _ = self._mask(self.plan.modality, inputs, branch)
             # A view does not mark its masked tokens for the model.
-            del masked["masked"]
+            del masked["places"]
             towers[tower] = masked
         # The groups of a corpus mark similar rows, as labels do; here only a row equals itself.
         return towers, {"groups": _to_int64(rows)}

@@ -79,22 +79,28 @@ def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
         batch: of this rank.
         size: rows of a part.
     """
-    # Values of masked tokens are listed one after the other, for all rows.
-    masked = batch.targets.get("masked")
-    ends = None if masked is None else masked.flatten(1).sum(1).cumsum(0).tolist()
+    counts_B = batch.masked_counts
     for start in range(0, len(batch.rows), size):
         rows = slice(start, start + size)
 
         def cut(tensors: Mapping[str, Tensor], rows: slice = rows) -> dict[str, Tensor]:
-            return {name: x[rows] for name, x in tensors.items() if name != "values"}
+            return {
+                name: x[rows] for name, x in tensors.items() if name not in ("values", "places")
+            }
 
         targets = cut(batch.targets)
-        if ends is not None:
-            last = min(rows.stop, len(ends)) - 1
-            first = ends[start - 1] if start else 0
-            targets["values"] = batch.targets["values"][first : ends[last]]
         towers = {name: cut(tensors) for name, tensors in batch.towers.items()}
-        yield dataclasses.replace(batch, towers=towers, targets=targets, rows=batch.rows[rows])
+        part = dataclasses.replace(batch, towers=towers, targets=targets, rows=batch.rows[rows])
+        if counts_B is not None:
+            # Masked tokens are listed one after the other, for all rows. The host knows where a
+            # row begins, so it does not wait for the device.
+            first = int(counts_B[:start].sum())
+            masked = slice(first, first + int(counts_B[rows].sum()))
+            targets["values"] = batch.targets["values"][masked]
+            skipped = start * batch.targets["masked"].shape[1]
+            towers["input"]["places"] = batch.towers["input"]["places"][masked] - skipped
+            part.masked_counts = counts_B[rows]
+        yield part
 
 
 def _backward_contrastive(

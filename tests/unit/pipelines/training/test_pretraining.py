@@ -47,7 +47,7 @@ def test_only_the_named_tokens_are_predicted_in_row_major_order(task: str) -> No
     assert len(everything) == int(real_BT.sum())
     chosen_BT = real_BT & (torch.rand(real_BT.shape) < 0.5)
     chosen_BT[0, 0] = True
-    towers["input"]["masked"] = chosen_BT
+    towers["input"]["places"] = chosen_BT.flatten().nonzero()[:, 0]
     some = model(task, towers)["predicted"]
     torch.testing.assert_close(some, everything[chosen_BT[real_BT]])
 
