@@ -20,7 +20,7 @@ from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
     build_optimizer,
-    clip_gradients,
+    update_weights,
 )
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
@@ -179,13 +179,11 @@ def train_model(
             sync.begin(batch.task, preemption.stop_requested())
             loss = backward_step(model, batch, precision, config, sync, rank, world, health)
             leaving = sync.finish()
-            norm = clip_gradients((p for _, p in active[batch.task]), settings.max_grad_norm)
-            # All ranks see the same norm, so all of them skip the same steps.
-            is_finite = bool(torch.isfinite(norm))
-            if is_finite:
-                optimizer.step()
-                if average is not None:
-                    average.update(active[batch.task])
+            # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on
+            # the device until the next log.
+            norm, is_finite = update_weights(
+                optimizer, active[batch.task], settings.max_grad_norm, average
+            )
             health.add_step(batch, is_finite, step)
             # Gradients become None, so that AdamW skips parameters outside the next task.
             optimizer.zero_grad()

@@ -110,8 +110,41 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
 
 
+def update_weights(
+    optimizer: torch.optim.Optimizer,
+    active: NamedParameters,
+    max_norm: float,
+    average: "WeightAverage | None" = None,
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients and update the weights, unless a gradient is not finite.
+
+    The device decides, so the host does not wait for the backward pass. Without an update, weights
+    and optimizer state keep their values; a weight without state gets that of zero updates.
+
+    Args:
+        optimizer: a fused optimizer of torch.
+        active: parameters of the step.
+        max_norm: see :func:`clip_gradients`.
+        average: of the weights, or None.
+
+    Returns:
+        The norm of the gradient before scaling, and whether it is finite, both on the device.
+    """
+    norm = clip_gradients((parameter for _, parameter in active), max_norm)
+    is_finite = torch.isfinite(norm)
+    # torch's GradScaler hands its flag to fused optimizers in the same attribute.
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    if average is not None:
+        average.update(active)
+    return norm, is_finite
+
+
 class WeightAverage:
     """Exponential average of the weights, updated only for the active parameters of a step.
+
+    A step without an update of the weights, because its gradient is not finite, counts too: the
+    host does not know of it at that time.
 
     At first the decay is smaller, (1 + n) / (10 + n) after n updates of a parameter, so that the
     random initial weights are soon forgotten.

@@ -3,11 +3,14 @@
 A step whose gradient is not finite makes no update. A CTC row with more symbols than tokens has no
 alignment and contributes zero to the loss. Both leave the weights as they are, so a task can look
 trained and be random. The training loop counts both per task with :class:`TaskHealth`.
+
+Both are known on the device. The host reads them at each log and before each checkpoint, and then
+counts the steps in their order, so a limit has the same message whenever it is read.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,15 @@ class NonFiniteGradientError(UserError, FloatingPointError):
     """Too many steps of a task had a gradient that is not finite."""
 
 
+class _UnreadStep(NamedTuple):
+    """Step whose flag is still on the device."""
+
+    task: str
+    rows: int
+    step: int
+    is_finite: Tensor
+
+
 class TaskHealth:
     """Counter of the steps and rows of each task that made no update.
 
@@ -45,6 +57,7 @@ class TaskHealth:
         self.counts = {name: TaskCounts() for name in tasks}
         self._remedy, self._world = remedy, world
         self._consecutive = 0
+        self._unread: list[_UnreadStep] = []
         # This rank's rows since the last sum over ranks.
         self._rows = torch.zeros(len(self.counts), dtype=torch.int64, device=device)
 
@@ -62,20 +75,30 @@ class TaskHealth:
             )
             self._rows[list(self.counts).index(batch.task)] += rows_B.sum()
 
-    def add_step(self, batch: Batch, is_finite: bool, step: int) -> None:
-        """Count a step. ``is_finite`` is equal on all ranks, so all of them stop at one step.
+    def add_step(self, batch: Batch, is_finite: Tensor, step: int) -> None:
+        """Remember a step until :meth:`reduce` counts it.
 
         Args:
             batch: of the step.
-            is_finite: the gradient was finite, so the weights were updated.
+            is_finite: scalar bool, equal on all ranks; the gradient was finite, so the weights
+                were updated.
             step: number of the step.
-
-        Raises:
-            NonFiniteGradientError: a limit is exceeded.
         """
-        counts = self.counts[batch.task]
+        self._unread.append(_UnreadStep(batch.task, batch.global_rows, step, is_finite))
+
+    def _count_unread(self) -> None:
+        """Count the remembered steps, up to the first that exceeds a limit."""
+        unread, self._unread = self._unread, []
+        if unread:
+            # One copy to the host for all steps.
+            flags = torch.stack([each.is_finite for each in unread]).tolist()
+            for each, is_finite in zip(unread, flags, strict=True):
+                self._count_step(each.task, each.rows, is_finite, each.step)
+
+    def _count_step(self, task: str, rows: int, is_finite: bool, step: int) -> None:
+        counts = self.counts[task]
         counts.steps += 1
-        counts.rows += batch.global_rows
+        counts.rows += rows
         if is_finite:
             counts.consecutive = self._consecutive = 0
             return
@@ -92,11 +115,18 @@ class TaskHealth:
         else:
             return
         raise NonFiniteGradientError(
-            f"{batch.task}: the gradient is not finite {problem}; {self._remedy}"
+            f"{task}: the gradient is not finite {problem}; {self._remedy}"
         )
 
     def reduce(self) -> None:
-        """Sum the counted rows over ranks. All ranks must call it together."""
+        """Count the steps since the last call, and sum the counted rows over ranks.
+
+        All ranks must call it together. All see the same flags, so all stop at the same step.
+
+        Raises:
+            NonFiniteGradientError: a limit is exceeded.
+        """
+        self._count_unread()
         if self._world > 1:
             dist.all_reduce(self._rows)
         for counts, rows in zip(self.counts.values(), self._rows.tolist(), strict=True):

@@ -52,21 +52,20 @@ class ThroughputMeter:
             self._since["waited"] += spent
             yield batch
 
-    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, is_finite: bool) -> None:
-        """Count a step.
+    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, is_finite: Tensor) -> None:
+        """Count a step, without reading a tensor of the device.
 
         Args:
             batch: of the step.
             loss: this rank's share of the global loss.
             norm: of the gradient.
             lr: learning rate.
-            is_finite: the gradient was finite.
+            is_finite: scalar bool; the gradient was finite.
         """
+        index = self._names.index(batch.task)
         # One loss that is not finite would make the running mean NaN for the rest of the run.
-        if is_finite:
-            index = self._names.index(batch.task)
-            self._sums[index, 0] += loss
-            self._sums[index, 1] += 1
+        self._sums[index, 0] += loss.masked_fill(~is_finite, 0)
+        self._sums[index, 1] += is_finite
         self.rows += batch.global_rows
         self._since["rows"] += batch.global_rows
         self._since["steps"] += 1

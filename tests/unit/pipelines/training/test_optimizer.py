@@ -17,6 +17,7 @@ from pipelines.training.optimizer import (
     clip_gradients,
     compute_learning_rate,
     has_weight_decay,
+    update_weights,
 )
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
@@ -195,6 +196,30 @@ def test_clipping() -> None:
     assert float(scaled.norm()) == pytest.approx(1.5)
     assert float(clip_gradients(layer.parameters(), 0)) == pytest.approx(1.5)
     assert float(clip_gradients(layer.parameters(), 9)) == pytest.approx(1.5)
+
+
+def test_gradients_that_are_not_finite_change_nothing() -> None:
+    """Also not the step count of the optimizer, which corrects the bias of its averages."""
+    torch.manual_seed(0)
+    updates: list[list[float]] = [[1.0, 2.0], [1.0, float("inf"), 2.0, float("nan")]]
+    layers = []
+    for scales in updates:
+        layer = nn.Linear(3, 3).double()
+        nn.init.ones_(layer.weight)
+        nn.init.ones_(layer.bias)
+        named = list(layer.named_parameters())
+        optimizer = build_optimizer(named, TrainingConfig(weight_decay=0.1, lr=0.1))
+        for scale in scales:
+            for _, parameter in named:
+                parameter.grad = torch.full_like(parameter, scale)
+            norm, is_finite = update_weights(optimizer, named, 1.0)
+            assert bool(is_finite) == (scale in updates[0]) == bool(norm.isfinite())
+        layers.append((layer, optimizer))
+    (one, first), (other, second) = layers
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in first.state[a].items():
+            assert torch.equal(value, second.state[b][key]), key
 
 
 def test_average_follows_and_swaps_back() -> None:

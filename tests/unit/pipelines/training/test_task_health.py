@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import Batch
 from pipelines.loading.task_dataset import TaskDataset
 from pipelines.runs import checkpoints
 from pipelines.runs.model_source import resolve_model
@@ -19,7 +21,7 @@ from pipelines.serving.registration import (
 from pipelines.training.loop import TrainResult, train_model
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.task_health import NonFiniteGradientError
+from pipelines.training.task_health import NonFiniteGradientError, TaskHealth
 from skillnet.losses import ctc_loss, find_unalignable_rows
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
@@ -89,6 +91,27 @@ def test_a_task_whose_gradients_are_never_finite_ends_a_long_run_early(data: Pat
     ):
         train_model(ResolvedRun(config), reporter=reporter)
     assert len(reporter.shown) < 80
+
+
+@pytest.mark.parametrize("steps_per_read", [1, 7, 40])
+def test_the_time_of_a_read_does_not_change_the_message(steps_per_read: int) -> None:
+    """The host reads flags of the device when it logs, and counts all steps in their order."""
+    health = TaskHealth(["one", "two"], "lower it", 1, torch.device("cpu"))
+    batch = Batch("one", {}, {}, np.arange(3), 3)
+    good = replace(batch, task="two")
+
+    def train() -> None:
+        for step in range(40):
+            is_bad = step >= 8 and step % 2 == 0
+            health.add_step(batch if is_bad else good, torch.tensor(not is_bad), step)
+            if (step + 1) % steps_per_read == 0:
+                health.reduce()
+        health.reduce()
+
+    with pytest.raises(NonFiniteGradientError, match=r"last 10 steps .*, until step 26; "):
+        train()
+    assert health.counts["one"].nonfinite_steps == 10
+    assert health.counts["two"].steps == 17
 
 
 def test_counts_continue_after_a_restart(data: Path, tmp_path: Path) -> None:
