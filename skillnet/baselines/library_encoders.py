@@ -126,8 +126,15 @@ class VideoTower(EncoderAdapter):
 
     def __init__(self, model: Any, width: int, dim: int) -> None:
         super().__init__(model, width, dim)
-        embeddings = model.embeddings.patch_embeddings
-        embeddings.projection = PatchProduct(embeddings.projection)
+        embeddings = model.embeddings
+        embeddings.patch_embeddings.projection = PatchProduct(
+            embeddings.patch_embeddings.projection
+        )
+        # transformers keeps its fixed positions in a plain tensor, which stays on the CPU and is
+        # copied to the device in each pass.
+        positions = embeddings.position_embeddings
+        del embeddings.position_embeddings
+        embeddings.register_buffer("position_embeddings", positions, persistent=False)
 
     def encode(self, batch: Batch) -> Tokens:
         x = scale_to_signed(batch["frames"], self.dtype)

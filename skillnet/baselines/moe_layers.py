@@ -7,7 +7,8 @@
     z           mean of the squared logsumexp of the logits (ST-MoE, Zoph et al. 2022)
 
 Experts have no capacity limit, so no token is dropped (MegaBlocks, Gale et al. 2023). Tokens are
-sorted by expert, and each expert runs on its slice. Padding is not routed.
+sorted by expert, and each expert runs on its slice. Padding is not routed on CPUs. On GPUs it is
+routed, because only the device knows the real tokens; its result is 0, and no figure counts it.
 
 Shapes: B batch, T tokens, N real tokens of the batch, k experts per token, S = N k pairs of token
 and expert, R rows that experts compute (S, or a few more), E experts, D model width, F hidden
@@ -34,11 +35,13 @@ class RoutingResult(NamedTuple):
         logits_NE: scores of the router.
         weights_Nk: weights of the experts of a token; they sum to 1.
         experts_Nk: chosen experts, best first.
+        is_real_N: which tokens are real; None if all are.
     """
 
     logits_NE: Tensor
     weights_Nk: Tensor
     experts_Nk: Tensor
+    is_real_N: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -107,10 +110,23 @@ class ExpertFeedForward(nn.Module):
         if mask_BT is None:
             y_ND, routing = self.run(x_ND)
             return y_ND.view(x_BTD.shape), routing
+        if x_BTD.is_cuda:
+            return self.run_with_padding(x_BTD, mask_BT)
         real_N = mask_BT.flatten().nonzero()[:, 0]
         y_ND, routing = self.run(x_ND.index_select(0, real_N))
         padded = y_ND.new_zeros(x_ND.shape).index_copy(0, real_N, y_ND)
         return padded.view(x_BTD.shape), routing
+
+    def run_with_padding(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RoutingResult]:
+        """Route and compute all tokens, and set the result of padding to 0.
+
+        To select the real tokens, the host would have to wait for their number in each layer. The
+        other systems compute padding too.
+        """
+        is_real_N = mask_BT.flatten()
+        y_ND, routing = self.run(x_BTD.flatten(0, 1))
+        y_ND = y_ND.masked_fill(~is_real_N[:, None], 0)
+        return y_ND.view(x_BTD.shape), routing._replace(is_real_N=is_real_N)
 
     def flops(self, tokens: int, active: int = 1) -> int:
         """Return the operations of a number of real tokens: router and chosen experts."""
@@ -147,7 +163,7 @@ def expert_slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tens
     """
     S, k, device = experts_Nk.numel(), experts_Nk.shape[1], experts_Nk.device
     experts_S, order_S = experts_Nk.flatten().sort(stable=True)
-    counts_E = torch.bincount(experts_S, minlength=experts)
+    counts_E = count_experts(experts_S, experts)
     rows_E = (counts_E + multiple - 1) // multiple * multiple
     shift_E = (rows_E.cumsum(0) - rows_E) - (counts_E.cumsum(0) - counts_E)
     sorted_S = torch.arange(S, device=device) + shift_E[experts_S]
@@ -157,6 +173,19 @@ def expert_slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tens
     rows_S = torch.empty_like(order_S)
     rows_S[order_S] = sorted_S
     return rows_E, tokens_R, rows_S
+
+
+def count_experts(experts_S: Tensor, experts: int, weights_S: Tensor | None = None) -> Tensor:
+    """Return the (E,) number of pairs of each expert.
+
+    Args:
+        experts_S: expert of each pair.
+        experts: number of experts E.
+        weights_S: how often a pair counts, int64; None counts each once.
+    """
+    # torch.bincount reads the largest number, for which the host waits.
+    ones_S = torch.ones_like(experts_S) if weights_S is None else weights_S
+    return experts_S.new_zeros(experts).index_add_(0, experts_S, ones_S)
 
 
 def _multiple(x: Tensor, dtype: torch.dtype) -> int:
@@ -176,9 +205,9 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
         weight_EOI: one matrix per expert.
         counts_E: rows of each expert.
     """
-    aligned = all(width % 8 == 0 for width in weight_EOI.shape[1:])
-    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16 and aligned:
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         return one_kernel(x_RI, weight_EOI, counts_E)
+    # On a GPU, fp32 makes the host wait for the counts.
     return _GroupedLinear.apply(x_RI, weight_EOI, counts_E.tolist())
 
 
@@ -187,12 +216,20 @@ def one_kernel(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
     Args:
         x_RI: rows, sorted by expert.
-        weight_EOI: one matrix per expert; widths must divide by 8 (rows start at 16 bytes).
+        weight_EOI: one matrix per expert.
         counts_E: rows of each expert.
     """
     product = getattr(F, "grouped_mm", torch._grouped_mm)  # public since torch 2.10
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    return product(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+    outputs, inputs = weight_EOI.shape[1:]
+    # Rows must start at multiples of 16 bytes, so widths are padded with zeros to multiples of 8.
+    more_outputs, more_inputs = -outputs % 8, -inputs % 8
+    if more_inputs:
+        x_RI = F.pad(x_RI, (0, more_inputs))
+    if more_inputs or more_outputs:
+        weight_EOI = F.pad(weight_EOI, (0, more_inputs, 0, more_outputs))
+    y_RO = product(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+    return y_RO[:, :outputs] if more_outputs else y_RO
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -228,25 +265,38 @@ class _GroupedLinear(torch.autograd.Function):
 
 def expert_load(routing: RoutingResult) -> Tensor:
     """Return the share of assignments of each expert, (E,); the shares sum to 1."""
-    experts = routing.logits_NE.shape[1]
-    counts_E = torch.bincount(routing.experts_Nk.flatten(), minlength=experts)
-    return counts_E.to(routing.logits_NE.dtype) / max(routing.experts_Nk.numel(), 1)
+    experts_Nk, is_real_N = routing.experts_Nk, routing.is_real_N
+    experts, dtype = routing.logits_NE.shape[1], routing.logits_NE.dtype
+    if is_real_N is None:
+        counts_E = count_experts(experts_Nk.flatten(), experts)
+        return counts_E.to(dtype) / max(experts_Nk.numel(), 1)
+    weights_S = is_real_N.long()[:, None].expand_as(experts_Nk).flatten()
+    counts_E = count_experts(experts_Nk.flatten(), experts, weights_S)
+    return counts_E.to(dtype) / weights_S.sum().clamp(min=1)
 
 
 def balance_loss(routing: RoutingResult) -> Tensor:
     """Return E sum_e f_e P_e, a scalar: 1 for even loads or probabilities, at most E."""
     experts = routing.logits_NE.shape[1]
-    # A batch that is all padding has no mean.
-    mean_E = routing.logits_NE.softmax(-1).sum(0) / max(len(routing.logits_NE), 1)
+    mean_E = _average_tokens(routing, routing.logits_NE.softmax(-1))
     return experts * (expert_load(routing) * mean_E).sum()
 
 
 def z_loss(routing: RoutingResult) -> Tensor:
     """Return the mean of logsumexp(logits) squared, a scalar."""
-    return routing.logits_NE.logsumexp(-1).square().sum() / max(len(routing.logits_NE), 1)
+    return _average_tokens(routing, routing.logits_NE.logsumexp(-1).square())
 
 
 def router_entropy(routing: RoutingResult) -> Tensor:
     """Return the mean entropy of the router's probabilities, in nats, at most log E."""
     log_p = routing.logits_NE.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum() / max(len(log_p), 1)
+    return -_average_tokens(routing, (log_p.exp() * log_p).sum(-1))
+
+
+def _average_tokens(routing: RoutingResult, x: Tensor) -> Tensor:
+    """Average figures of tokens (N, …) over the real ones; 0 if the batch is all padding."""
+    is_real_N = routing.is_real_N
+    if is_real_N is None:
+        return x.sum(0) / max(len(x), 1)
+    weights = is_real_N.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+    return (x * weights).sum(0) / is_real_N.sum().clamp(min=1)

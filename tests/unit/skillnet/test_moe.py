@@ -67,12 +67,13 @@ def test_equals_the_block_of_transformers(way: str) -> None:
     torch.testing.assert_close(made(x)[0], block(x), rtol=1e-5, atol=1e-6)
 
 
-def test_torchs_grouped_product_computes_the_same() -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 16), (6, 16), (8, 13)])
+def test_torchs_grouped_product_computes_the_same(inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([3, 0, 5, 2])
-    x = torch.randn(10, 8, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(4, 16, 8, dtype=torch.bfloat16, requires_grad=True)
-    probe = torch.randn(10, 16, dtype=torch.bfloat16)
+    x = torch.randn(10, inputs, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, outputs, inputs, dtype=torch.bfloat16, requires_grad=True)
+    probe = torch.randn(10, outputs, dtype=torch.bfloat16)
     found = []
     for product in (moe_layers.grouped_linear, moe_layers.one_kernel):
         y = product(x, weight, counts)
@@ -116,6 +117,30 @@ def test_padding_is_not_routed() -> None:
         == moe_layers.router_entropy(routing)
         == 0
     )
+
+
+def test_routed_padding_changes_no_result() -> None:
+    """A GPU routes padding, because only the device knows which tokens are real."""
+    made = layer()
+    x = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    probe = torch.randn(2, 4, 8, dtype=torch.float64)
+    figures = (
+        moe_layers.balance_loss,
+        moe_layers.z_loss,
+        moe_layers.router_entropy,
+        moe_layers.expert_load,
+    )
+    found = []
+    for run in (made.forward, made.run_with_padding):
+        y, routing = run(x, mask)
+        values = [each(routing) for each in figures]
+        loss = (y * probe).sum() + values[0] + values[1]
+        found.append((y, *values, *torch.autograd.grad(loss, [x, *made.parameters()])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    _, nothing = made.run_with_padding(x, torch.zeros_like(mask))
+    assert not any(each(nothing).any() for each in figures)
 
 
 def test_padding_of_a_batch_is_not_routed_with_drop_path_either() -> None:
