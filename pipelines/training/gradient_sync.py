@@ -63,6 +63,30 @@ class _Reduction:
             self._values.copy_(self._sent)
 
 
+class _FlagReader:
+    """Reader of the sum of all ranks' flags.
+
+    On a GPU the host would wait for the backward pass of the step, and then have no work in the
+    queue of the device. It reads the flag of a step at the end of the next step, on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._copied: tuple[Tensor, torch.Event] | None = None
+
+    def read(self, flag: Tensor) -> bool:
+        """Return whether a flag was set: in this step on a CPU, in the step before on a GPU."""
+        if flag.device.type == "cpu":
+            return bool(flag.item() > 0)
+        before, event = self._copied, torch.Event(flag.device.type)
+        # torch puts the result of an asynchronous copy into pinned memory.
+        self._copied = (flag.to("cpu", non_blocking=True), event)
+        event.record()
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0].item() > 0)
+
+
 class GradientSync:
     """Sum of the active parameters' gradients over all ranks.
 
@@ -71,7 +95,7 @@ class GradientSync:
     so ranks need no further communication. With one rank it does nothing.
 
     A flag of each rank travels as one more number in the last bucket, so all ranks know after the
-    step whether one of them requested a stop.
+    step whether one of them requested a stop; on GPUs one step later, so that no step waits.
 
     Args:
         active: task -> its (name, parameter) pairs in forward order.
@@ -95,6 +119,7 @@ class GradientSync:
         self._waiting: list[int] = []
         self._reductions: list[_Reduction] = []
         self._flag = self._paused = False
+        self._flag_reader = _FlagReader()
         # One rank needs no buckets and no hooks.
         if world == 1:
             return
@@ -147,8 +172,11 @@ class GradientSync:
     def finish(self) -> bool:
         """Reduce the remaining buckets, and wait until all gradients are sums.
 
+        On a GPU its own queue waits, not the host.
+
         Returns:
-            Whether the flag of any rank was set; the same on all ranks.
+            Whether the flag of any rank was set, in this step, or on GPUs in the step before; the
+            same on all ranks.
         """
         if self._world == 1 or self._task is None:
             return self._flag
@@ -160,7 +188,7 @@ class GradientSync:
             reduction.wait()
         self._reductions.clear()
         self._task = None
-        return bool(buckets[-1].flag.item() > 0) if buckets else self._flag
+        return self._flag_reader.read(buckets[-1].flag) if buckets else self._flag
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         if self._task is None or self._paused:

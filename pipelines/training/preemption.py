@@ -3,10 +3,12 @@
 The driver or a worker may receive the signal; the same command resumes the run. A worker's flag
 travels in the last gradient bucket of the step
 (:class:`~pipelines.training.gradient_sync.GradientSync`), so that all ranks stop after the same
-step without another exchange. The driver sets a :class:`StopSignal`, which rank 0 polls in a
-thread, because the driver may be on another node than its workers. On Ray the signal is a key in
-Ray's own store (:class:`~skillnet_platform.ray_internals.stop_signal.RayStopSignal`), so no common
-disk is needed.
+step without another exchange. With several GPUs that is the step after: a host that reads the flag
+of the current step waits for its backward pass.
+
+The driver sets a :class:`StopSignal`, which rank 0 polls in a thread, because the driver may be on
+another node than its workers. On Ray the signal is a key in Ray's own store
+(:class:`~skillnet_platform.ray_internals.stop_signal.RayStopSignal`), so no common disk is needed.
 
 In an elastic run a signal to a worker concerns its node alone: after the checkpoint the workers
 end with :class:`~skillnet_platform.ray_internals.errors.WorkerGroupResize`, and the controller
