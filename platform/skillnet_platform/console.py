@@ -22,6 +22,8 @@ from skillnet_platform.secret_uri import redact_secrets
 from skillnet_platform.terminal_text import escape_controls, escape_line, escape_log
 
 SECONDS_BETWEEN_LINES = 10.0
+#: Seconds after which a rate is shown.
+SHORTEST_RATED_S = 0.05
 #: Columns of a line where no terminal and no variable gives another number.
 COLUMNS_OF_FILES = 120
 
@@ -257,6 +259,9 @@ class ProgressCounter:
 
     def _speed_texts(self) -> list[str]:
         """Return the rate, and the remaining time if it is known."""
+        # All units of a short run can be read at once; their rate would be that of the reading.
+        if time.monotonic() - self.start < SHORTEST_RATED_S:
+            return []
         rate = self.rate
         texts = [f"{rate:,.0f} {self.unit}/s" if rate >= 100 else f"{rate:.2g} {self.unit}/s"]
         if self.total and rate > 0 and self.done < self.total:

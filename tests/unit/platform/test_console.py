@@ -67,6 +67,7 @@ def test_progress_without_a_terminal_is_plain_lines(
 ) -> None:
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     with console.show_progress("training", total=4, unit="steps") as bar:
+        bar.start -= 1.0
         bar.advance(2, "loss 1.5")
         bar.advance(2)
     captured = capsys.readouterr()
@@ -170,3 +171,10 @@ def test_json_on_a_terminal_has_no_controls_and_the_same_content(
 def test_a_log_keeps_its_colours_only(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_log(f"\x1b[36m(worker)\x1b[0m {HOSTILE}\x1b[2J\n")
     assert capsys.readouterr().out == f"\x1b[36m(worker)\x1b[0m {SHOWN}\\u001b[2J\n"
+
+
+def test_units_that_are_read_at_once_have_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of a run of a fraction of a second are read together."""
+    with console.show_progress("training", 20, "steps") as bar:
+        bar.advance(20, "loss 0.6")
+    assert capsys.readouterr().err == "training: 20/20 steps, loss 0.6\n"
