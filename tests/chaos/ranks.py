@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pipelines.config.run import FinetuneConfig
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
+from pipelines.training.final_evaluation import FinalEvaluation
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.worker import run_worker
 from skillnet_platform import console
@@ -34,6 +35,7 @@ def fit_on_ranks(
     on_evaluation: Any = None,
     nested: Any = None,
     callbacks: Sequence[LoopCallback] = (),
+    final: FinalEvaluation | None = None,
 ) -> None:
     """What ``pipelines.training.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
@@ -57,6 +59,7 @@ def fit_on_ranks(
                 f"{place}/store-{attempt}",
                 words,
                 callbacks,
+                final,
             )
             group = [
                 context.Process(target=_worker, args=(rank, *args))
@@ -95,6 +98,7 @@ def _worker(
     store: str,
     words: Path,
     callbacks: Sequence[LoopCallback],
+    final: FinalEvaluation | None,
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     world = config.training.workers
@@ -105,10 +109,10 @@ def _worker(
     try:
         resolved = ResolvedRun(config, run)
         if rank:
-            run_worker(resolved, rank, world, tracked, callbacks=callbacks)
+            run_worker(resolved, rank, world, tracked, callbacks=callbacks, final=final)
         else:
             with preemption.watch_stop_signal(preemption.FileStopSignal(run / preemption.FILE)):
-                run_worker(resolved, rank, world, tracked, callbacks=callbacks)
+                run_worker(resolved, rank, world, tracked, callbacks=callbacks, final=final)
     except UserError as error:
         words.write_text(str(error), encoding="utf-8")
         os._exit(2)

@@ -114,8 +114,7 @@ def _iter_runs(rows: Iterator[Row | RejectedRow]) -> Iterator[list[Row] | Reject
     run: list[Row] = []
     for row in rows:
         # Captions of the same media file in other rows are kept.
-        reason = "" if isinstance(row, RejectedRow) else find_long_text(row)
-        if reason:
+        if not isinstance(row, RejectedRow) and (reason := find_long_text(row)):
             row = error_row(row["key"], reason, row.get("file"), row.get("row"))
         if isinstance(row, RejectedRow):
             if run:
