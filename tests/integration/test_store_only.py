@@ -38,8 +38,8 @@ def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, r
     monkeypatch.setitem(fit.WORKER_ENVIRONMENT, "SKILLNET_HOME", str(run.parent))
     original = fit._trainer
 
-    def trainer(config: FinetuneConfig, mine: Path, loop: dict[str, Any], nested: Any) -> Any:
-        return original(config, mine, loop | {"run": str(run), "driver_node": "another"}, nested)
+    def trainer(config: FinetuneConfig, mine: Path, loop: dict[str, Any], *more: Any) -> Any:
+        return original(config, mine, loop | {"run": str(run), "driver_node": "another"}, *more)
 
     monkeypatch.setattr(fit, "_trainer", trainer)
 
@@ -54,6 +54,7 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
 ) -> None:
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = config_of(data, object_store, workers=1, checkpoint_every=0, threads_per_worker=1)
+    config = replace(config, evaluate=True, tracking=replace(config.tracking, register=False))
     apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
     order = {"step": 5, "kind": "term", "victim": "driver"}
     with pytest.raises(TerminatedError, match="the same command"):
@@ -64,6 +65,9 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
         shutil.rmtree(place)
     result = finetune.finetune(config)
     assert (result["resumed"], result["step"]) == (6, 12)
+    # The worker has evaluated, and sent its tables with the model.
+    assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+    assert (run_root / "a" / "outcomes.parquet").is_file()
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
 
 
