@@ -47,9 +47,11 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
         tower: _tower_inputs(config.model, plan, rows, lengths[tower])
         for tower, plan in task.towers.items()
     }
+    counts = None
     if task.objective == "masked":
         targets = _masked_targets(config, task, rows, lengths["input"])
         towers["input"]["places"] = torch.zeros(len(targets["values"]), dtype=torch.long)
+        counts = np.full(rows, len(targets["values"]) // rows)
     elif task.objective == "ctc":
         symbols = count_tokens(config.model, task.towers["input"], lengths["input"]) // 2 or 1
         targets = {
@@ -59,7 +61,7 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
     else:
         target = "groups" if task.objective == "retrieval" else "labels"
         targets = {target: torch.zeros(rows, dtype=torch.long)}
-    return Batch(name, towers, targets, np.arange(rows), global_rows)
+    return Batch(name, towers, targets, np.arange(rows), global_rows, masked_counts=counts)
 
 
 def count_tokens(model: SkillNetConfig, plan: SkillPlan, length: int) -> int:
