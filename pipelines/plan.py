@@ -12,6 +12,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.cluster.gpu_types import GB, find_gpu_type
 from skillnet_platform.cluster.node_types import read_node_types
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class PlanConfig:
     entry: list[str] = positional_field([])
     gpus: str | None = None
     cluster: str | None = None
-    network_gbit_s: float | None = None
+    network_gbit_s: PositiveAmount | None = None
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
 
 
 def split_plan_arguments(argv: Sequence[str]) -> list[str]:

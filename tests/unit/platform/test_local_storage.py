@@ -118,6 +118,8 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(
         storage.restore_replaced(final)
         assert not final.exists(), "a living writer is left alone"
         process.kill()
+        # The writer is a child of the killed process: the pipe ends when it has died.
+        process.stdout.read()
     # The first write to a folder removes leftovers, and the old directory is none.
     storage.write_json(tmp_path / "other.json", {})
     with pytest.raises(RuntimeError), storage.staging_directory(final):

@@ -134,6 +134,8 @@ def test_an_outage_is_waited_for(
     object_store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, uri = folder(tmp_path / "mine"), directories.join_uri(object_store.uri, "x")
+    # The first request loads the client, which can take longer than the outage.
+    assert not directories.is_committed(uri)
     object_store.door.shut()
     opener = threading.Timer(3.0, object_store.door.unshut)
     opener.start()
