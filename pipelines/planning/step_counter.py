@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
+from pipelines.planning.fake_weights import replace_weights
 from pipelines.training.freezing import NamedParameters, trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.step import backward_step, step_loss
@@ -173,29 +174,11 @@ class PlannedModel:
         with torch.device("meta"), SkippedInit():
             self.model: TaskModel = build_system(config.system, config.model, config.options)
         with self.fake:
-            _make_fake(self.model)
+            replace_weights(self.model, torch.device("cpu"))
         self.model.train()
         if checkpointing:
             self.model.enable_activation_checkpointing()
         self.active: dict[str, NamedParameters] = trainable_parameters(self.model, config)
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Replace weights and buffers of the meta device by fake tensors of the CPU."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for owner in (module._parameters, module._buffers):
-            for name, tensor in owner.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    made[id(tensor)] = (
-                        nn.Parameter(fake, tensor.requires_grad)
-                        if isinstance(tensor, nn.Parameter)
-                        else fake
-                    )
-                owner[name] = made[id(tensor)]
 
 
 def measure_step(

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.masked import predict_masked_tokens
 from pipelines.loading.dataloader import Batch
+from pipelines.planning.fake_weights import replace_weights
 from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.optimizer import WeightAverage, build_optimizer, update_weights
@@ -93,7 +94,7 @@ class StepCensus:
         with torch.device("meta"), SkippedInit():
             self.model: TaskModel = build_system(name, config.model, options)
         with mode:
-            move_to_fake(self.model)
+            replace_weights(self.model, CUDA)
         self.model.train()
 
     def measure(self, batch: Batch, options: StepOptions) -> dict[str, Any]:
@@ -157,31 +158,13 @@ class StepCensus:
         like = self.config.model.tasks[task]
         plan = like.towers["input"]
         # A fake parameter cannot be replaced in place, so the move of new modules is imitated.
-        move = mock.patch.object(Module, "to", lambda module, *_: move_to_fake(module))
+        move = mock.patch.object(Module, "to", lambda module, *_: replace_weights(module, CUDA))
         with self._mode, DeviceWatch(), SkippedInit(), move:
             add_skill(self.model, "music", "general")
             towers = {"input": SkillPlan(("general", "music"), plan.modality)}
             add_task(self.model, "grown", Task(like.objective, towers, outputs=like.outputs))
         tasks = {**self.config.tasks, "grown": self.config.tasks[task]}
         self.config = replace(self.config, model=self.model.config, tasks=tasks)
-
-
-def move_to_fake(model: Module) -> Module:
-    """Replace parameters and buffers by fake CUDA tensors; nothing else moves with a model."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for owner in (module._parameters, module._buffers):
-            for name, tensor in owner.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
-                    if isinstance(tensor, Parameter):
-                        fake = Parameter(fake, tensor.requires_grad)
-                    # The original stays alive, so that its id is not given again.
-                    made[id(tensor)] = (fake, tensor)
-                owner[name] = made[id(tensor)][0]
-    return model
 
 
 def describe(watch: DeviceWatch) -> dict[str, Any]:
