@@ -264,13 +264,8 @@ class _JsonText:
         Raises:
             ValueError: the array is damaged, or the text ends inside it.
         """
-        self._require("[")
-        while (following := self.next_character(consume=False)) != "]":
-            if following == ",":
-                self.next_character()
-                continue
+        for _ in self._iter_starts("[", "]"):
             yield self.next_value()
-        self.next_character()
 
     def iter_names(self) -> Iterator[str]:
         """Yield the names of the next value, an object; the caller parses the value of each.
@@ -278,14 +273,19 @@ class _JsonText:
         Raises:
             ValueError: the object is damaged, or the text ends inside it.
         """
-        self._require("{")
-        while (following := self.next_character(consume=False)) != "}":
-            if following == ",":
-                self.next_character()
-                continue
+        for _ in self._iter_starts("{", "}"):
             name = self.next_value()
             self._require(":")
             yield str(name)
+
+    def _iter_starts(self, opening: str, closing: str) -> Iterator[None]:
+        """Yield at the beginning of each entry of a value; the caller parses the entry."""
+        self._require(opening)
+        while (following := self.next_character(consume=False)) != closing:
+            if following == ",":
+                self.next_character()
+            else:
+                yield
         self.next_character()
 
     def _require(self, character: str) -> None:
