@@ -194,10 +194,7 @@ class MultiTaskDataLoader:
         if is_padding:
             part = slice(0, 1)
         prefetch_shards(sampler, dataset.shard_table, batch_index, part)
-        if isinstance(sampler, GroupedShuffleSampler):
-            rows = sampler.batch(batch_index, part)
-        else:
-            rows = sampler.batch(batch_index)[part]
+        rows = sampler.batch(batch_index, part)
         random = BatchRandom((self.seed, "rows", step), count, part)
         towers, targets = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")

@@ -119,18 +119,18 @@ class ShuffleSampler:
         self._key, self._window = tuple(key), window
         self._epochs: dict[int, np.ndarray] = {}
 
-    def batch(self, batch_index: int) -> np.ndarray:
-        """Return the (batch,) row numbers of one batch of the task."""
+    def batch(self, batch_index: int, part: slice = slice(None)) -> np.ndarray:
+        """Return the row numbers of one batch of the task, or of a part of it."""
         start = batch_index * self._batch
         epoch, offset = divmod(start, self._rows)
         parts: list[np.ndarray] = []
         missing = self._batch
         while missing:
-            part = self._epoch(epoch)[offset : offset + missing]
-            parts.append(part)
-            missing -= len(part)
+            rows = self._epoch(epoch)[offset : offset + missing]
+            parts.append(rows)
+            missing -= len(rows)
             epoch, offset = epoch + 1, 0
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[part]
 
     def remaining(self, batch_index: int) -> np.ndarray:
         """Return the row numbers of a batch and of the rest of its epoch, in their order."""

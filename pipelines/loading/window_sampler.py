@@ -52,13 +52,13 @@ class WindowedShuffleSampler:
         self._layouts: dict[int, _EpochLayout] = {}
         self._shuffled_windows: dict[tuple[int, int], np.ndarray] = {}
 
-    def batch(self, batch_index: int) -> np.ndarray:
-        """Return the (batch,) row numbers of one batch of the task."""
+    def batch(self, batch_index: int, part: slice = slice(None)) -> np.ndarray:
+        """Return the row numbers of one batch of the task, or of a part of it."""
         parts = [
             self._shuffled(epoch, window)[begin:end]
             for epoch, window, begin, end in self._touched(batch_index)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[part]
 
     def shards(self, batch_index: int) -> list[int]:
         """Return the shards of the windows that a batch reads, in the order of their use."""
