@@ -22,7 +22,12 @@ from skillnet_platform.config import safe_yaml
 from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.choices import COMMAND_LINE, remove_unchosen_defaults
 from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, default_values, to_dict
-from skillnet_platform.config.presets import check_preset_command, find_config, names_file
+from skillnet_platform.config.presets import (
+    check_preset_command,
+    choose_preset,
+    find_config,
+    names_file,
+)
 from skillnet_platform.config.schema import (
     check_keys,
     describe_kind,
@@ -80,7 +85,8 @@ def parse_config(
     if "--json" in words:
         words = [word for word in words if word != "--json"]
         console.begin_json()
-    files, overrides, bare = _scan([*words, *rest], cls)
+    given_files, overrides, bare = _scan([*words, *rest], cls)
+    files = [choose_preset(given, prog) for given in given_files]
     try:
         tree, origins = _merge_layers(cls, files, overrides)
         _place_bare(cls, tree, bare, prog)

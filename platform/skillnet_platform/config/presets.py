@@ -1,7 +1,7 @@
 """Presets of ``--config``: the files below ``configs``, and the commands that they belong to.
 
-The comment on top of a preset has the command lines that use it. :func:`find_config` is called for
-each ``--config``, :func:`check_preset_command` after an error.
+The comment on top of a preset has the command lines that use it. :func:`choose_preset` and
+:func:`find_config` are called for each ``--config``, :func:`check_preset_command` after an error.
 """
 
 import itertools
@@ -25,6 +25,20 @@ def preset_directories() -> list[Path]:
 def names_file(name: str) -> bool:
     """Return whether a name of ``--config`` is a path, such as ``x.yaml`` or ``./x``."""
     return Path(name).suffix in (".yaml", ".yml", ".json") or name.startswith((".", "/", "~"))
+
+
+def choose_preset(name: str, prog: str) -> str:
+    """Return the preset that a command means by a name: its own of that name, if there is one.
+
+    ``skillnet pretrain --config base`` means ``pretrain/base``, because the tasks of a preset
+    belong to one command.
+
+    Args:
+        name: of ``--config``.
+        prog: program and command, such as ``skillnet pretrain``.
+    """
+    own = f"{prog.rpartition(' ')[2]}/{name}"
+    return own if not names_file(name) and own in list_presets() else name
 
 
 def find_config(name: str) -> Path:

@@ -24,7 +24,7 @@ def test_a_preset_names_the_commands_that_take_it(name: str) -> None:
         (
             "pretrain --config tiny",
             "error: --config tiny: this is a preset of skillnet finetune; presets of skillnet "
-            "pretrain: pretrain",
+            "pretrain: pretrain, pretrain/base",
         ),
         (
             "compare --config tiny",
@@ -49,6 +49,19 @@ def test_a_preset_of_another_command_is_named(
 ) -> None:
     assert cli.main(words.split()) == 2
     assert capsys.readouterr().err.strip() == message
+
+
+def test_a_name_means_the_preset_of_the_command() -> None:
+    assert presets.choose_preset("base", "skillnet pretrain") == "pretrain/base"
+    assert presets.choose_preset("base", "skillnet finetune") == "base"
+    assert presets.choose_preset("./base.yaml", "skillnet pretrain") == "./base.yaml"
+    loaded = cli.find_commands()["pretrain"].load()
+    assert isinstance(loaded, cli.CliCommand)
+    config = loaded.parse_arguments(["--config", "base", "--training.workers", "4"])
+    # The model of `finetune --config base`, which starts from it.
+    assert (config.model.dim, config.training.use_gpu) == (768, True)
+    assert "text_classification" not in config.tasks
+    assert {"masked_sound", "views_image", "text_to_image"} <= set(config.tasks)
 
 
 def test_an_error_of_a_fitting_preset_is_kept(

@@ -15,6 +15,7 @@ from pipelines.planning.step_counter import PlannedModel, StepCounter, measure_s
 from pipelines.pretrain import main as pretrain
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.optimizer import build_optimizer
+from pipelines.training.pretraining import check_unlabelled_tasks
 from pipelines.training.step import backward_step, step_loss
 from skillnet.attention import fused_attention
 from skillnet.config import SkillNetConfig
@@ -164,6 +165,16 @@ def test_a_run_that_does_not_fit_gets_the_option_that_makes_it_fit() -> None:
 def test_base_fits_the_machines_of_the_cluster_file() -> None:
     config = finetune.parse_arguments(["--config", "base"])
     planner = RunPlanner(config, GPU_TYPES["L4"], 4)
+    assert planner.fits(planner.memory()), planner.memory()
+
+
+def test_pretraining_at_base_fits_the_machines_of_the_cluster_file() -> None:
+    config = pretrain.parse_arguments(["--config", "base", "--training.workers", "4"])
+    check_unlabelled_tasks(config.joint())
+    assert len(config.tasks) == 12
+    # The task that needs most; a plan of all twelve takes 20 s.
+    tasks = {name: config.tasks[name] for name in ("text_to_code",)}
+    planner = RunPlanner(replace(config, tasks=tasks), GPU_TYPES["L4"], 4)
     assert planner.fits(planner.memory()), planner.memory()
 
 
