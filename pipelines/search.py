@@ -312,8 +312,9 @@ def _load_content(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray 
         return draw_log_mel(column.take(rows)[0][0]), None
     assert isinstance(column, FixedColumn)
     media = column.take(rows)[0]
-    # Videos are white on black for the model; the page shows them black on white.
-    return (255 - media if corpus.modality == "video" else media), None
+    # Pen paths are white on black for the model; the page shows them black on white.
+    is_drawn = "pen" in corpus.manifest.get("preprocessing", {})
+    return (255 - media if is_drawn else media), None
 
 
 def _default_page(query: str, task: str) -> Path:

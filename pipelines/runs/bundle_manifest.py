@@ -80,6 +80,7 @@ PREPROCESSING_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "fit": (lambda value: value in ("pad", "crop"), "pad or crop"),
     "trim": (_is_flag, "true or false"),
     "keywords": (_is_flag, "true or false"),
+    "video_channels": (lambda value: type(value) is int and value in (1, 3), "1 or 3"),
     "max_seconds": (_or_none(_is_duration), "a number of seconds or null"),
     **{
         key: (_or_none(_is_limit), f"a number from 1 to {MAX_LIMIT} or null")

@@ -15,7 +15,7 @@ from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.tables import sort_rows
 from pipelines.io.media import MAX_MEDIA_BYTES
 from pipelines.io.source_file import read_bounded
-from pipelines.transforms import sound, text
+from pipelines.transforms import sound, text, video
 from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
@@ -277,8 +277,10 @@ class TaskPredictor:
                 trim = settings.get("trim", True)
                 return [(item.name, decode_media("sound", data, frames, trim))]
             if plan.modality == "video":
-                size = config.video_size
-                return [(item.name, decode_media("video", data, config.video_frames, size))]
+                # A model reads grey and coloured frames; it was trained on those of its corpus.
+                channels = settings.get("video_channels", video.GREY)
+                sizes = (config.video_frames, config.video_size, channels)
+                return [(item.name, decode_media("video", data, *sizes))]
             # The model was trained on single functions, so a file is one input for each of them.
             functions = decode_media("code", data)
             if not functions:

@@ -33,7 +33,7 @@ def uses_jpeg(shape: Sequence[int], storage: PixelStorage) -> bool:
     """Return whether rows of a shape are stored as JPEG.
 
     Args:
-        shape: (H, W, 3) or (F, H, W, 1) of uint8 rows.
+        shape: (H, W, 3), or (F, H, W, 1 or 3) of uint8 rows.
         storage: option of the corpus.
 
     Raises:
@@ -55,18 +55,19 @@ def jpeg_field(name: str, shape: Sequence[int]) -> pa.Field:
 
     Args:
         name: name of the column.
-        shape: shape of a row, (H, W, 3) or (F, H, W, 1).
+        shape: shape of a row, (H, W, 3) or (F, H, W, 1 or 3).
     """
     text = "[" + ",".join(str(length) for length in shape) + "]"
     return pa.field(name, pa.binary(), metadata={b"shape": text.encode(), ENCODING: JPEG})
 
 
 def encode_jpeg(row: NDArray[np.uint8]) -> bytes:
-    """Encode an image (H, W, 3) or a video (F, H, W, 1) as JPEG. Equal rows give equal bytes."""
+    """Encode an image (H, W, 3) or video (F, H, W, 1 or 3) as JPEG. Equal rows give equal bytes."""
     from PIL import Image
 
     # JPEG is two-dimensional: the frames of a video are stacked vertically.
-    flat = row if row.shape[-1] == 3 else row.reshape(-1, row.shape[-2])
+    strip = (-1, row.shape[-2], 3) if row.shape[-1] == 3 else (-1, row.shape[-2])
+    flat = row.reshape(strip)
     target = io.BytesIO()
     Image.fromarray(flat).save(target, "JPEG", quality=QUALITY)
     return target.getvalue()

@@ -1,10 +1,10 @@
-"""Transform of videos: a fixed number of square, upright, grey frames; and pen paths as videos."""
+"""Transform of videos: a fixed number of square, upright frames; and pen paths as videos."""
 
 import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ VERSION = 3
 #: Frames of a video, and pixels of a side.
 FRAMES = 8
 SIZE = 32
+#: Channels of a grey pixel; a coloured one has 3.
+GREY: Final = 1
 #: Pen paths are drawn this many times larger and then reduced, for smooth edges.
 SUPERSAMPLE = 4
 #: Pen width as a fraction of the frame's side.
@@ -102,9 +104,9 @@ def _iter_frames(data: bytes) -> Iterator[Any]:
 
 
 def sample_frames(
-    frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE
+    frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE, channels: int = GREY
 ) -> NDArray[np.uint8]:
-    """Sample frames evenly, and make them square and grey: uint8 (count, size, size, 1).
+    """Sample frames evenly, and make them square: uint8 (count, size, size, channels).
 
     The last frame is always sampled, because it shows the result of an action.
 
@@ -112,13 +114,15 @@ def sample_frames(
         frames: uint8 (N, H, W, 1) or (N, H, W, 3), N at least 1.
         count: number of sampled frames.
         size: side of a frame in pixels.
+        channels: 1 for grey, 3 for colour.
     """
-    return np.stack(
-        [_crop_grey_square(frames[i], size) for i in _sample_indices(len(frames), count)]
-    )[..., None]
+    chosen = _sample_indices(len(frames), count)
+    return np.stack([_crop_square(frames[i], size, channels) for i in chosen])
 
 
-def load_video_frames(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
+def load_video_frames(
+    data: bytes, count: int = FRAMES, size: int = SIZE, channels: int = GREY
+) -> NDArray[np.uint8]:
     """Decode the frames of a video file that :func:`sample_frames` would sample.
 
     All frames are decoded, because later frames depend on them, but memory holds only one. Frames
@@ -129,28 +133,29 @@ def load_video_frames(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDA
         data: bytes of the file.
         count: number of sampled frames.
         size: side of a frame in pixels.
+        channels: 1 for grey, 3 for colour.
 
     Returns:
-        uint8 (count, size, size, 1).
+        uint8 (count, size, size, channels).
 
     Raises:
         ValueError: the bytes are not a video, it is truncated, or its frames are too many or too
             large.
     """
     expected = count_frames(data)
-    decoded, sampled = _decode_sampled(data, expected, count, size)
+    decoded, sampled = _decode_sampled(data, expected, count, size, channels)
     if decoded != expected:
         # Some packets hold no visible frame. After one pass the number of frames is known.
         if decoded < 0.9 * expected - 2:
             raise ValueError(CUT_SHORT)
-        decoded, sampled = _decode_sampled(data, decoded, count, size)
-    return np.stack(sampled)[..., None]
+        decoded, sampled = _decode_sampled(data, decoded, count, size, channels)
+    return np.stack(sampled)
 
 
 def _decode_sampled(
-    data: bytes, length: int, count: int, size: int
+    data: bytes, length: int, count: int, size: int, channels: int
 ) -> tuple[int, list[NDArray[np.uint8]]]:
-    """Return the number of frames, and the frames sampled from ``length``, square and grey."""
+    """Return the number of frames, and the square frames sampled from ``length``."""
     from av.video.reformatter import VideoReformatter
 
     indices = _sample_indices(length, count)
@@ -164,7 +169,7 @@ def _decode_sampled(
             if not same:
                 pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
             sampled.append(
-                sampled[-1] if same else rotate_upright(frame, _crop_grey_square(pixels, size))
+                sampled[-1] if same else rotate_upright(frame, _crop_square(pixels, size, channels))
             )
         decoded += 1
     if not decoded:
@@ -178,21 +183,22 @@ def _sample_indices(length: int, count: int) -> list[int]:
     return [max(index, 0) for index in chosen.tolist()]
 
 
-def _crop_grey_square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Return the centre square of a frame in grey, uint8 (size, size)."""
+def _crop_square(frame: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+    """Return the centre square of a frame, uint8 (size, size, channels)."""
     from PIL import Image
 
-    image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("L")
+    image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame)
+    image = image.convert("L" if channels == GREY else "RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     if side != size:
         square = square.resize((size, size), Image.Resampling.BOX if side > size else 3)
-    return np.asarray(square)
+    return np.asarray(square).reshape(size, size, channels)
 
 
 def rotate_upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Rotate and mirror the pixels (H, W) of a PyAV frame by its display matrix.
+    """Rotate and mirror the pixels (H, W, C) of a PyAV frame by its display matrix.
 
     Args:
         frame: PyAV frame.
@@ -200,7 +206,7 @@ def rotate_upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     a, b, c, d = _display_matrix(frame)
     if abs(b) > abs(a):  # a quarter turn: rightward becomes downward or upward
-        pixels, right, down = pixels.T, c, b
+        pixels, right, down = pixels.swapaxes(0, 1), c, b
     else:
         right, down = a, d
     return pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]

@@ -35,7 +35,12 @@ MODALITY = {
 
 
 def write_corpora(
-    folder: Path, rows: int = 45, test_rows: int = 14, shards: int = 2, pretrain: int = 0
+    folder: Path,
+    rows: int = 45,
+    test_rows: int = 14,
+    shards: int = 2,
+    pretrain: int = 0,
+    video_channels: int = 1,
 ) -> Path:
     """Write all five corpora below ``folder``; the training split in several shards.
 
@@ -47,7 +52,7 @@ def write_corpora(
         splits = {"train": (rows, shards), "validation": (test_rows, 1), "test": (test_rows, 1)}
         if pretrain and name != "syllables":
             splits["pretrain"] = (pretrain, 1)
-        _write(folder / name, name, splits, random)
+        _write(folder / name, name, splits, random, video_channels)
     return folder
 
 
@@ -122,13 +127,17 @@ def small_pretraining(data: Path, **training: object) -> PretrainConfig:
 
 
 def _write(
-    folder: Path, name: str, splits: dict[str, tuple[int, int]], random: np.random.Generator
+    folder: Path,
+    name: str,
+    splits: dict[str, tuple[int, int]],
+    random: np.random.Generator,
+    video_channels: int,
 ) -> None:
     folder.mkdir(parents=True)
     modality, task = MODALITY[name]
     described = {}
     for split, (rows, shards) in splits.items():
-        table = _table(name, split, rows, random)
+        table = _table(name, split, rows, random, video_channels)
         files = []
         for index, part in enumerate(np.array_split(np.arange(rows), shards)):
             piece = table.slice(int(part[0]), len(part))
@@ -157,7 +166,9 @@ def _write(
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.Table:
+def _table(
+    name: str, split: str, rows: int, random: np.random.Generator, video_channels: int
+) -> pa.Table:
     kind = random.integers(0, 15, rows)
     columns: dict[str, pa.Array] = {
         "key": pa.array([f"{split}/{index}" for index in range(rows)]),
@@ -185,7 +196,7 @@ def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.
     else:
         field, shape = {
             "drawings": ("pixels", [48, 48, 3]),
-            "strokes": ("frames", [8, 32, 32, 1]),
+            "strokes": ("frames", [8, 32, 32, video_channels]),
         }[name]
         width = int(np.prod(shape))
         pixels = random.integers(0, 40, (rows, width)) + 14 * kind[:, None]

@@ -106,16 +106,18 @@ class ImageOptions(BoundedOptions):
 
 @dataclass
 class VideoOptions(BoundedOptions):
-    """Videos: grey frames, spread evenly over the video, the square in the middle of each.
+    """Videos: frames, spread evenly over the video, the square in the middle of each.
 
     Args:
         frames: frames per video; 8 to 32 are common. Set model.video_frames to the same value.
         video_size: pixels per side of a frame; set model.video_size to the same value.
+        video_channels: 1 for grey frames, 3 for colour. A model reads both.
         storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
     frames: Annotated[int, Interval(ge=1, le=MAX_SIDE)] = video.FRAMES
     video_size: Annotated[int, Interval(ge=1, le=MAX_SIDE)] = video.SIZE
+    video_channels: Literal[1, 3] = video.GREY
     storage: PixelStorage = "auto"
 
 
@@ -306,13 +308,14 @@ def build_video_columns(block: pa.Table, options: VideoOptions, max_bytes: int) 
 
     Args:
         block: raw rows with a column ``media``.
-        options: frames, size and storage.
+        options: frames, size, channels and storage.
         max_bytes: a larger file is rejected.
     """
 
     def decode(data: bytes, row: int) -> np.ndarray:
-        return video.load_video_frames(data, options.frames, options.video_size)
+        return video.load_video_frames(data, *sizes)
 
+    sizes = (options.frames, options.video_size, options.video_channels)
     shape = _video_shape(options)
     return _build_pixels(block, "frames", shape, options.storage, decode, max_bytes)
 
@@ -322,7 +325,7 @@ def _image_shape(options: ImageOptions) -> tuple[int, ...]:
 
 
 def _video_shape(options: VideoOptions) -> tuple[int, ...]:
-    return options.frames, options.video_size, options.video_size, 1
+    return options.frames, options.video_size, options.video_size, options.video_channels
 
 
 def _pixel_field(name: str, shape: tuple[int, ...], storage: PixelStorage) -> pa.Field:

@@ -28,6 +28,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpora(tmp_path_factory.mktemp("corpora") / "data", pretrain=20)
 
 
+@pytest.fixture(scope="module")
+def coloured_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coloured") / "data"
+    return write_corpora(folder, rows=8, test_rows=8, pretrain=4, video_channels=3)
+
+
 def run_of(data: Path, units: int = 0) -> tuple[FinetuneConfig, TaskModel]:
     config = small_pretraining(data, precision="fp32").joint()
     config = replace(config, model=replace(config.model, sound_units=units))
@@ -63,15 +69,19 @@ def cut(config: FinetuneConfig, task: str, images: np.ndarray) -> Tensor:
     return stack_frames(x.transpose(1, 2).nan_to_num(), config.model.mel_stack)
 
 
-@pytest.mark.parametrize("task", ["masked_image", "masked_video", "masked_sound"])
+@pytest.mark.parametrize("task", ["masked_image", "masked_video", "masked_sound", "colour"])
 def test_masked_tokens_are_restored_in_their_place(
-    task: str, data: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, data: Path, coloured_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, model = run_of(data)
+    config, model = run_of(coloured_data if task == "colour" else data)
+    task = task.replace("colour", "masked_video")
     oracle = Oracle(right=True)
     monkeypatch.setattr(reconstructions, "predict_masked_tokens", oracle)
     original, hidden, restored = reconstructions.reconstruct_rows(config, model, task)
     assert original.shape == hidden.shape == restored.shape
+    if config.data == str(coloured_data):
+        assert np.ptp(original, axis=-1).max() > 0.1
+        assert np.ptp(hidden, axis=-1).max() > 0.1
     assert np.allclose(restored, original, atol=1e-4, equal_nan=True)
     tokens, shown = cut(config, task, original), cut(config, task, hidden)
     changed_BT = ((tokens - shown).abs() > 1e-5).any(-1)

@@ -124,9 +124,11 @@ def test_normalised_patches_have_no_mean_and_flat_ones_stay_flat() -> None:
     assert found[0, 3].abs().max() < 0.1
 
 
-@pytest.mark.parametrize("tubes", [True, False])
-def test_masked_tubelets_are_filled_and_their_pixels_are_targets(tubes: bool) -> None:
-    frames = torch.randint(0, 256, (6, 8, 32, 32, 1), dtype=torch.uint8)
+@pytest.mark.parametrize(("tubes", "channels"), [(True, 1), (False, 1), (True, 3)])
+def test_masked_tubelets_are_filled_and_their_pixels_are_targets(
+    tubes: bool, channels: int
+) -> None:
+    frames = torch.randint(0, 256, (6, 8, 32, 32, channels), dtype=torch.uint8)
     shown, targets = hider(video_tubes=tubes)("video", {"frames": frames}, draws(6))
     masked = targets["masked"]
     assert masked.shape == (6, 64)
@@ -137,8 +139,9 @@ def test_masked_tubelets_are_filled_and_their_pixels_are_targets(tubes: bool) ->
     whole = cut_tubelets(frames.float() / 255, (2, 8, 8))
     assert torch.equal(cut[~masked], whole[~masked])
     for row in range(6):
-        blank = cut[row, masked[row]]
-        torch.testing.assert_close(blank, whole[row, ~masked[row]].mean().expand_as(blank))
+        left = whole[row, ~masked[row]].view(-1, channels).mean(0)
+        blank = cut[row, masked[row]].view(-1, channels)
+        torch.testing.assert_close(blank, left.expand_as(blank))
     assert targets["values"].shape == (6 * 48, 2 * 8 * 8 * 3)
 
 

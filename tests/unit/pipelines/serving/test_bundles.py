@@ -91,6 +91,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda m: m["tasks"][TASK]["preprocessing"].update(fit=[]),
         r"fit is \[\], expected pad",
     ),
+    "video_channels": (
+        lambda m: m["tasks"][TASK]["preprocessing"].update(video_channels=True),
+        "video_channels is True, expected 1 or 3",
+    ),
     "steps": (lambda m: m.update(steps="many"), "steps is 'many'"),
     "run_id": (lambda m: m.update(run_id=3), "run_id is 3, expected a text or null"),
     "settings": (lambda m: m.update(settings=[1]), r"settings is \[1\], expected keys"),

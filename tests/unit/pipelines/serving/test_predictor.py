@@ -10,13 +10,16 @@ import torch
 
 from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
+from pipelines.evaluation.inference import memory_inputs
 from pipelines.serving import bundle
 from pipelines.serving.inputs import read_input_rows
 from pipelines.serving.predictor import PredictionItem, TaskPredictor
 from pipelines.tokenizer import training as tokenizers
+from pipelines.transforms import video
 from skillnet.model import SkillNet
 from tests.helpers.readable_corpora import config
 from tests.helpers.user_corpora import tnews
+from tests.helpers.video_files import encode_video
 
 WORDS = "新闻研究概论教程史料手册论文集年鉴方法的_abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -85,6 +88,24 @@ def test_texts_and_code_are_truncated_like_the_corpus(words: Any) -> None:
     source = b"def send(message):\n    return client.post(message, message, message)\n"
     tested.predict([PredictionItem("a.py", None, source)])
     assert len(tested.recorded[0]) == 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_videos_are_grey_or_coloured_like_the_corpus(words: Any, channels: int) -> None:
+    white = video.draw_pen_paths([[(0.1, 0.5), (0.9, 0.5)]])
+    data = encode_video(white // np.array([1, 2, 8], np.uint8))
+    settings = {} if channels == 1 else {"video_channels": channels}
+    tested = predictor(words, "text_to_video", settings)
+    item = PredictionItem("clip.mp4", task="text_to_video", data=data)
+    (found,) = tested.predict([item])
+    frames = [video.load_video_frames(data, 8, 32, each) for each in (channels, 4 - channels)]
+    plan = tested.model.config.tasks["text_to_video"].towers["candidate"]
+    wanted, other = (
+        tested.runner.embed("text_to_video", "candidate", memory_inputs([x], plan, config()))[0]
+        for x in frames
+    )
+    assert found.embedding == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert found.embedding != pytest.approx(other.tolist(), abs=1e-2)
 
 
 def test_corpora_without_text_need_no_tokenizer(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """Search over rows of every modality: the ranked rows, their page, and corpora it cannot search."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from pipelines.corpora.base import tensor_field
 from pipelines.search import SearchConfig, _choose_task, search_corpus
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
@@ -104,6 +109,36 @@ def test_rows_of_every_modality_are_ranked_and_shown(
     assert len(re.findall('<img src="data:image/png', html)) == 3 * shows_image
     if modality in ("text", "code"):
         assert rows[modality][found.hits[0].row].as_py().split("\n")[0] in html
+
+
+def test_videos_are_shown_as_stored_unless_a_pen_drew_them(
+    tmp_path: Path, save_run: Callable[..., str]
+) -> None:
+    """Pen paths are black on white on the page; films of a user keep their colours."""
+    folder = write_corpora(tmp_path / "corpora")
+    edit_corpus(folder, "strokes", coloured_clips)
+    run = save_run({"searched": retrieval("video")}, {"searched": "strokes"})
+    page = tmp_path / "page.html"
+    for preprocessing in ({"video_channels": 3}, {"pen": 0.055}):
+        path = folder / "strokes" / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8")) | {"preprocessing": preprocessing}
+        manifest["digest"] = manifest_digest(manifest)
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        search_corpus(SearchConfig(["横"], "searched", run, str(folder), ["test"], html=str(page)))
+        (shown, *_) = re.findall('data:image/png;base64,([^"]+)', page.read_text(encoding="utf-8"))
+        with Image.open(io.BytesIO(base64.b64decode(shown))) as image:
+            colour = image.convert("RGB").getpixel((0, 0))
+        assert colour == ((55, 255, 255) if "pen" in preprocessing else (200, 0, 0))
+
+
+def coloured_clips(data: Path, table: pa.Table) -> pa.Table:
+    """Replace all clips by red ones."""
+    shape = (8, 32, 32, 3)
+    red = np.broadcast_to(np.array([200, 0, 0], np.uint8), (len(table), *shape))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(red.ravel()), int(np.prod(shape)))
+    return table.set_column(
+        table.column_names.index("frames"), tensor_field("frames", pa.uint8(), shape), column
+    )
 
 
 def test_rows_without_captions_are_named_by_transcript_or_key(

@@ -20,7 +20,7 @@ from skillnet_platform.errors import UserError
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.transforms.test_transforms import PATHS
 
-PICTURE, CLIP = (224, 224, 3), (8, 96, 96, 1)
+PICTURE, CLIP, COLOUR_CLIP = (224, 224, 3), (8, 96, 96, 1), (8, 112, 112, 3)
 
 
 def smooth(shape: tuple[int, ...], number: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def smooth(shape: tuple[int, ...], number: int) -> np.ndarray:
     return np.broadcast_to(wave[..., None], shape).astype(np.uint8)
 
 
-@pytest.mark.parametrize("shape", [PICTURE, CLIP])
+@pytest.mark.parametrize("shape", [PICTURE, CLIP, COLOUR_CLIP])
 def test_decoded_rows_are_nearly_equal(shape: tuple[int, ...]) -> None:
     rows = [smooth(shape, number) for number in range(5)]
     cells = [encode_jpeg(row) for row in rows]
@@ -85,20 +85,22 @@ def test_cell_of_another_shape_is_reported() -> None:
         opened.take(np.array([1]))
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("kind", ["image", "video", "colour video"])
 def test_folder_is_prepared_as_jpeg_without_its_bad_rows(tmp_path: Path, kind: str) -> None:
-    ending = {"image": "jpg", "video": "mp4"}[kind]
+    ending = "jpg" if kind == "image" else "mp4"
     good = io.BytesIO()
     if kind == "image":
         Image.fromarray(smooth((300, 400, 3), 3)).save(good, "JPEG", quality=95)
     else:
-        good.write(encode_video(video.draw_pen_paths(PATHS, 8, 64)))
+        white = video.draw_pen_paths(PATHS, 8, 64)
+        good.write(encode_video(white // np.array([1, 2, 4], np.uint8)))
     lines = []
     for number, data in enumerate([good.getvalue(), b"rubbish", good.getvalue()]):
         (tmp_path / f"{number}.{ending}").write_bytes(data)
         lines.append(json.dumps({"file_name": f"{number}.{ending}", "caption": f"第{number}个"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     size = {"size": 224} if kind == "image" else {"video_size": 96}
+    size |= {"video_channels": 3} if kind == "colour video" else {}
     corpora = {}
     for storage in ("encoded", "raw"):
         corpus = FolderCorpus(str(tmp_path), FolderCorpus.Options(storage=storage, **size))
@@ -111,7 +113,12 @@ def test_folder_is_prepared_as_jpeg_without_its_bad_rows(tmp_path: Path, kind: s
         kept = made.filter(pa.compute.is_null(made["rejected"])).select([name]).cast(schema)
         assert [bool(reason) for reason in made["rejected"].to_pylist()] == [False, True, False]
         corpora[storage] = open_column(kept, name, "made").take(np.arange(2)), kept.nbytes
+        assert corpus.preprocessing().items() >= size.items()
     (encoded, small), (raw, large) = corpora["encoded"], corpora["raw"]
     assert encoded.shape == raw.shape
+    if kind == "colour video":
+        red, _, blue = (int(raw[..., channel].max()) for channel in range(3))
+        assert raw.shape == (2, 8, 96, 96, 3)
+        assert red > 2.5 * blue
     assert np.abs(encoded.astype(int) - raw).mean() < 3
     assert small < large / 3

@@ -260,6 +260,17 @@ def test_longer_video_is_sampled_to_its_end() -> None:
     assert out[:, 0, 0, 0].tolist() == [24, 56, 88, 120, 152, 184, 216, 240]
 
 
+def test_frames_keep_their_colour_only_with_three_channels() -> None:
+    frames = np.zeros((4, 40, 60, 3), np.uint8)
+    frames[:2, ..., 0] = 200
+    frames[2:, ..., 2] = 200
+    colour = video.sample_frames(frames, 2, 16, 3)
+    assert colour.shape == (2, 16, 16, 3)
+    assert colour[:, 8, 8].tolist() == [[200, 0, 0], [0, 0, 200]]
+    assert video.sample_frames(frames, 2, 16).shape == (2, 16, 16, 1)
+    assert (video.sample_frames(frames[..., :1], 2, 16, 3)[0] == 200).all()  # grey to colour
+
+
 @pytest.mark.parametrize(
     ("matrix", "numbers"),
     [
@@ -283,6 +294,10 @@ def test_video_is_rotated_upright(
         seen = [frame[:14, :14], frame[:14, 18:], frame[18:, :14], frame[18:, 18:]]
         assert [round(part.mean() / 50) for part in seen] == list(numbers)
     assert video.read_video_size(data) == ((128, 192) if matrix[1] else (192, 128))
+    colour = video.load_video_frames(data, 3, 32, 3)
+    assert colour.shape == (3, 32, 32, 3)
+    grey = video.load_video_frames(data, 3, 32)
+    assert np.abs(colour.astype(int) - grey).max() < 8  # the same quarters at the same places
 
 
 def test_non_video_is_rejected() -> None:

@@ -83,6 +83,7 @@ def test_an_unknown_format_is_not_detected(tmp_path: Path) -> None:
         ("folder", "{tnews}", {"size": 0}, "options.folder: size: .* from 1 to 4096, got 0"),
         ("folder", "{tnews}", {"frames": 0}, "frames: .* from 1 to 4096, got 0"),
         ("folder", "{tnews}", {"video_size": 10**7}, "video_size: .* to 4096, got 10000000"),
+        ("folder", "{tnews}", {"video_channels": 2}, "video_channels: expected one of 1, 3, got 2"),
         ("folder", "{tnews}", {"max_seconds": 0}, "max_seconds: .* from 0.1 to 3600, got 0"),
         ("folder", "{tnews}", {"max_seconds": float("nan")}, "max_seconds"),
         ("folder", "{tnews}", {"max_megabytes": 0}, "max_megabytes: .* from 1 to 1048576, got 0"),
