@@ -8,8 +8,6 @@ products. This operation copies the projections once into the layout of batched 
 their gradient once back.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from skillnet.gpu_kernels import uses_gpu_kernels
+
 #: Longest sequence (tokens) whose T x T probabilities are kept for the backward pass.
 PLAIN_TOKENS = 256
-
-#: The limit in use; see :func:`fused_attention`.
-_plain_tokens = PLAIN_TOKENS
 
 #: Lengths (tokens) at which the CPU's softmax is faster in float32 (up to twice, measured).
 FLOAT32_SOFTMAX = range(16, 64)
@@ -40,20 +37,6 @@ def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return (~mask_BT)[:, None, None, :].to(dtype) * -1e4
 
 
-@contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
-    """Use torch's fused kernel at every length inside the block, as GPUs do.
-
-    A plan of a training on GPUs counts tensors of the CPU, which has the same fused kernel.
-    """
-    global _plain_tokens
-    before, _plain_tokens = _plain_tokens, 0
-    try:
-        yield
-    finally:
-        _plain_tokens = before
-
-
 def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None = None) -> Tensor:
     """Compute multi-head scaled dot-product attention, (B, T, 3 D) -> (B, T, D).
 
@@ -67,9 +50,11 @@ def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None =
     if bias_B11T is not None:
         bias_B11T = bias_B11T.to(qkv_BT3D.dtype)
     # Longer sequences would need T x T memory per head, so they use torch's fused kernel.
-    if qkv_BT3D.device.type == "cpu" and T <= _plain_tokens:
+    is_plain = qkv_BT3D.device.type == "cpu" and not uses_gpu_kernels(qkv_BT3D)
+    if is_plain and T <= PLAIN_TOKENS:
         return _PlainAttention.apply(qkv_BT3Hd, bias_B11T)
-    q_BHTd, k_BHTd, v_BHTd = qkv_BT3Hd.permute(2, 0, 3, 1, 4).unbind(0)
+    # Cut before the axes are exchanged, so that the gradient is joined in its own layout.
+    q_BHTd, k_BHTd, v_BHTd = (x_BTHd.transpose(1, 2) for x_BTHd in qkv_BT3Hd.unbind(2))
     y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     return y_BHTd.transpose(1, 2).reshape(B, T, width // 3)
 

@@ -5,6 +5,7 @@ the code that trains. :func:`find_memory_problem` is the check of ``skillnet sub
 :mod:`pipelines.planning.run_plan` adds rates and hours for ``skillnet plan``.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -138,11 +139,14 @@ class RunPlanner:
             self._costs[key] = measure_step(planned, batch, self.precision, size)
         return self._costs[key]
 
-    def memory(self, options: MemoryOptions | None = None) -> WorkerMemory:
+    def memory(
+        self, options: MemoryOptions | None = None, tasks: Collection[str] | None = None
+    ) -> WorkerMemory:
         """Return the memory of a worker.
 
         Args:
             options: memory options; None takes those of the configuration.
+            tasks: whose activations are counted; None counts those of all trained tasks.
         """
         chosen = options or self.given
         training, trained = self.config.training, self.trained_parameters
@@ -154,7 +158,9 @@ class RunPlanner:
             gradients=4 * (trained if self.workers > 1 else largest),
             reduction=2 * largest if halved else 0,
             average=4 * trained if training.ema else 0,
-            activations={name: self._activations(name, chosen) for name in self.config.trained},
+            activations={
+                name: self._activations(name, chosen) for name in tasks or self.config.trained
+            },
         )
 
     def _activations(self, task: str, options: MemoryOptions) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
@@ -23,7 +23,7 @@ from pipelines.planning.fake_weights import replace_weights
 from pipelines.training.freezing import NamedParameters, trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.step import backward_step, step_loss
-from skillnet.attention import fused_attention
+from skillnet.gpu_kernels import assume_gpu
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.skills import find_task
@@ -127,7 +127,7 @@ class StepCounter(TorchDispatchMode):
             self.add(tensor)
         if outputs and not func.is_view and name not in _ALLOCATIONS:
             inputs = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
-            formula = flop_registry.get(func.overloadpacket)
+            formula = _FORMULAS.get(func.overloadpacket)
             self.operations.append(
                 CountedOperation(
                     sum(x.numel() * x.element_size() for x in (*inputs, *outputs)),
@@ -146,6 +146,17 @@ def _ctc(log_probs: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _ctc_backward(gradient: Tensor, log_probs: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(log_probs)
 
+
+def _grouped_product_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    # Each row of the first matrix is multiplied by the matrix of one group.
+    return int(2 * a[0] * a[1] * b[-1])
+
+
+#: Operations -> their floating-point operations by the shapes of inputs and output.
+_FORMULAS: Any = {
+    torch.ops.aten._grouped_mm: shape_wrapper(_grouped_product_flops),
+    **flop_registry,
+}
 
 #: Operations whose result depends on values -> a tensor of the same shape.
 _ANSWERS: dict[str, Any] = {
@@ -213,7 +224,7 @@ def measure_step(
     task = find_task(batch.task, config.model.tasks)
     is_split = micro_batch_size is not None and len(batch.rows) > micro_batch_size
     try:
-        with planned.fake, fused_attention():
+        with planned.fake, assume_gpu():
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.stems import PAD, Batch, Tokens, scale_to_signed, token_lengths, with_motion
 
 
@@ -56,7 +57,7 @@ class EncoderAdapter(nn.Module):
     def attend_for(self, x: Tensor) -> None:
         """Select the attention implementation of transformers for the device of ``x``."""
         # torch's fused attention has a slow backward pass on CPUs; see skillnet/attention.py.
-        self.model.config._attn_implementation = "sdpa" if x.is_cuda else "eager"
+        self.model.config._attn_implementation = "sdpa" if uses_gpu_kernels(x) else "eager"
 
 
 class TextTower(EncoderAdapter):
@@ -88,7 +89,7 @@ class ImageTower(EncoderAdapter):
         x_BCHW = scale_to_signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)
         # timm decides this at construction, when the device is not yet known.
         for block in self.model.blocks:
-            block.attn.fused_attn = x_BCHW.is_cuda
+            block.attn.fused_attn = uses_gpu_kernels(x_BCHW)
         x_BTW = self.model.forward_features(x_BCHW)
         return x_BTW[:, self.model.num_prefix_tokens :], None
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import compute_dtype
 
 #: Rows of an expert are padded to a multiple of this number in bf16 on CPUs.
@@ -110,7 +111,7 @@ class ExpertFeedForward(nn.Module):
         if mask_BT is None:
             y_ND, routing = self.run(x_ND)
             return y_ND.view(x_BTD.shape), routing
-        if x_BTD.is_cuda:
+        if uses_gpu_kernels(x_BTD):
             return self.run_with_padding(x_BTD, mask_BT)
         real_N = mask_BT.flatten().nonzero()[:, 0]
         y_ND, routing = self.run(x_ND.index_select(0, real_N))
@@ -194,7 +195,7 @@ def _multiple(x: Tensor, dtype: torch.dtype) -> int:
     On CPUs, oneDNN compiles one kernel per shape of a bf16 product, which takes several times as
     long as the product. With steps of 32 rows the shapes soon repeat.
     """
-    return ROWS if dtype == torch.bfloat16 and not x.is_cuda else 1
+    return ROWS if dtype == torch.bfloat16 and not uses_gpu_kernels(x) else 1
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
         weight_EOI: one matrix per expert.
         counts_E: rows of each expert.
     """
-    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+    if uses_gpu_kernels(x_RI) and x_RI.dtype == torch.bfloat16:
         return one_kernel(x_RI, weight_EOI, counts_E)
     # On a GPU, fp32 makes the host wait for the counts.
     return _GroupedLinear.apply(x_RI, weight_EOI, counts_E.tolist())
