@@ -21,6 +21,7 @@ GROUP = "skillnet.systems"
 #: Entry points of the baselines. They are repeated here so that a checkout works where the
 #: package is not installed, as in a job on a cluster.
 BUILT_IN = {
+    "alone": "skillnet.baselines.alone:ALONE",
     "dense": "skillnet.baselines.dense:DENSE",
     "moe": "skillnet.baselines.moe:MOE",
     "specialist": "skillnet.baselines.specialist:SPECIALIST",

@@ -11,7 +11,7 @@ from skillnet.multitask_model import TaskModel
 from skillnet.systems import find_system
 from tests.helpers.small_models import loss_of, small_config
 
-SYSTEMS = ("skillnet", "dense", "moe", "specialist")
+SYSTEMS = ("skillnet", "alone", "dense", "moe", "specialist")
 TASKS = tuple(small_config().tasks)
 
 

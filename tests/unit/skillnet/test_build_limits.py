@@ -48,7 +48,7 @@ def expect_rejection_at_once(saved: Path, about: dict[str, Any], message: str) -
     assert time.process_time() - begin < 5
 
 
-@pytest.mark.parametrize("system", ["skillnet", "dense", "moe", "specialist"])
+@pytest.mark.parametrize("system", ["skillnet", "alone", "dense", "moe", "specialist"])
 @pytest.mark.parametrize(
     "change",
     [{"num_layers": 1024}, {"options": {"experts": 2**20}}, {"skills": 3000}],

@@ -38,7 +38,7 @@ def test_random_weights_become_zeros_and_constants_stay() -> None:
     assert built.places.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("system", ["skillnet", "dense", "moe", "specialist"])
+@pytest.mark.parametrize("system", ["skillnet", "alone", "dense", "moe", "specialist"])
 def test_loading_draws_no_random_number(tmp_path: Path, system: str) -> None:
     kind = find_system(system).model
     trained = kind(small_config(mel_stack=4), kind.parse_options({}))
