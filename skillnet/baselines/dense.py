@@ -1,16 +1,19 @@
 """Dense baseline: one model for all tasks, with all weights always active.
 
-It is a SkillNet with a single skill, whose feed-forward width follows from the comparison. Stems,
-heads, layers, attention and regularization are those of SkillNet.
+It is a SkillNet with a single skill, whose feed-forward width or depth follows from the comparison.
+Stems, heads, layers, attention and regularization are those of SkillNet. With one feed-forward
+network per modality it is the sparsity of Mixture-of-Transformers (Liang et al. 2024) in the
+feed-forward layers alone.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from skillnet.baselines import size_matching
 from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.skills import MODALITIES
 from skillnet.systems import System
 
 SKILL = "dense"
@@ -24,16 +27,35 @@ class DenseOptions:
         size: quantity to match with the study's SkillNet. ``activated``: the parameters that a task
             activates, on average over tasks; ``total``: all parameters; ``executed``: operations
             per example, on average.
+        shape: dimension that is solved for. ``width``: feed-forward width at the study's depth;
+            ``depth``: as many layers as fit at the width of one skill, and their width matches the
+            rest.
+        feedforward: ``shared``: one feed-forward network for all inputs; ``modality``: one per
+            modality, with shared attention.
         ffn_dim: feed-forward width; None derives it from ``size``.
     """
 
     size: Literal["activated", "total", "executed"] = "activated"
+    shape: Literal["width", "depth"] = "width"
+    feedforward: Literal["shared", "modality"] = "shared"
     ffn_dim: LayerSize | None = None
 
     def __post_init__(self) -> None:
-        if self.size not in ("activated", "total", "executed"):
-            raise ValueError(f"options.size is activated, total or executed, not {self.size!r}")
+        for key, known in {
+            "size": ("activated", "total", "executed"),
+            "shape": ("width", "depth"),
+            "feedforward": ("shared", "modality"),
+        }.items():
+            value = getattr(self, key)
+            if value not in known:
+                expected = f"{', '.join(known[:-1])} or {known[-1]}"
+                raise ValueError(f"options.{key} is {expected}, not {value!r}")
         check_bounds(self, "options.")
+        if self.ffn_dim is not None and self.shape == "depth":
+            raise ValueError(
+                "options.shape depth derives the width; remove options.ffn_dim, or set "
+                "model.num_layers and options.ffn_dim of a dense model of shape width"
+            )
 
 
 class DenseModel(SkillNet):
@@ -44,27 +66,43 @@ class DenseModel(SkillNet):
 
 
 def configure_dense(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
-    """Return the study's configuration with one skill of the width that the options request.
+    """Return the study's configuration with the depth and the width that the options request.
 
     Args:
         config: configuration of the study.
         options: size of the baseline.
+
+    Raises:
+        ValueError: no width gives the requested size.
     """
-    return size_matching.one_skill(config, SKILL, options.ffn_dim or _width(config, options))
+    layers, width = config.num_layers, options.ffn_dim
+    if width is None:
+        budget = size_matching.LayerBudget.of(
+            config, options.size, _active_networks(config, options)
+        )
+        if options.shape == "depth":
+            layers = budget.fitting_layers(config.ffn_dim)
+        width = budget.width_at(layers, "options.ffn_dim")
+    if options.feedforward == "modality":
+        return size_matching.modality_skills(config, _modalities(config), width, layers)
+    return size_matching.one_skill(config, SKILL, width, layers)
 
 
-def _width(config: SkillNetConfig, options: DenseOptions) -> int:
-    if options.size == "executed":
-        return size_matching.round_width(size_matching.executed_width(config))
-    measure: Any = (
-        size_matching.total_params
-        if options.size == "total"
-        else size_matching.mean_activated_params
-    )
-    # Parameters are linear in the width, so two evaluations give the line.
-    each = 2 * config.dim * config.num_layers
-    narrow = size_matching.total_params(size_matching.one_skill(config, SKILL, 1))
-    return size_matching.solve_width(measure(config), narrow - each, each, "options.ffn_dim")
+def _active_networks(config: SkillNetConfig, options: DenseOptions) -> float:
+    """Return how many feed-forward networks of a layer the matched quantity counts."""
+    if options.feedforward == "shared" or options.size == "executed":
+        return 1
+    if options.size == "total":
+        return len(_modalities(config))
+    tasks = size_matching.reference_tasks(config).values()
+    return sum(len({p.modality for p in task.towers.values()}) for task in tasks) / len(tasks)
+
+
+def _modalities(config: SkillNetConfig) -> list[str]:
+    # Those of the compared tasks too, so that pretraining and fine-tuning build one model.
+    tasks = [*config.tasks.values(), *size_matching.reference_tasks(config).values()]
+    read = {plan.modality for task in tasks for plan in task.towers.values()}
+    return [name for name in MODALITIES if name in read]
 
 
 DENSE = System(

@@ -9,7 +9,7 @@ one size.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -87,28 +87,125 @@ def max_tokens(config: SkillNetConfig, plan: SkillPlan) -> int:
     return (config.video_frames // frames) * across
 
 
-def one_skill(config: SkillNetConfig, name: str, hidden: int) -> SkillNetConfig:
+def one_skill(
+    config: SkillNetConfig, name: str, hidden: int, layers: int | None = None
+) -> SkillNetConfig:
     """Return the configuration with one skill, active in every tower and layer.
 
     Args:
         config: configuration of the study.
         name: of the skill.
         hidden: feed-forward width.
+        layers: depth; None keeps that of the study.
     """
-    tasks = {
-        task: dataclasses.replace(
-            spec, towers={t: SkillPlan((name,), plan.modality) for t, plan in spec.towers.items()}
-        )
-        for task, spec in config.tasks.items()
-    }
     return dataclasses.replace(
         config,
         skills=(name,),
-        tasks=tasks,
+        tasks=_replace_skills(config.tasks, lambda plan: name),
         ffn_dim=hidden,
+        num_layers=layers or config.num_layers,
         skill_modules="both",
         skill_every=1,
     )
+
+
+def modality_skills(
+    config: SkillNetConfig, modalities: Iterable[str], hidden: int, layers: int
+) -> SkillNetConfig:
+    """Return the configuration with one feed-forward network per modality and shared attention.
+
+    Args:
+        config: configuration of the study.
+        modalities: names of the networks.
+        hidden: width of each network.
+        layers: depth.
+    """
+    return dataclasses.replace(
+        config,
+        skills=tuple(modalities),
+        tasks=_replace_skills(config.tasks, lambda plan: plan.modality),
+        ffn_dim=hidden,
+        num_layers=layers,
+        skill_modules="feedforward",
+        skill_every=1,
+    )
+
+
+def _replace_skills(
+    tasks: Mapping[str, Task], skill_of: Callable[[SkillPlan], str]
+) -> dict[str, Task]:
+    return {
+        name: dataclasses.replace(
+            task,
+            towers={t: SkillPlan((skill_of(p),), p.modality) for t, p in task.towers.items()},
+        )
+        for name, task in tasks.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBudget:
+    """Size of a stack of equal layers, as a linear function of depth and width.
+
+    The size is ``fixed + layers * (per_layer + per_unit * width)``: parameters, or operations per
+    token.
+
+    Args:
+        wanted: size of the layers of the study's SkillNet.
+        fixed: part that depends on neither depth nor width.
+        per_layer: part of a layer that does not depend on the width.
+        per_unit: part of a layer per unit of feed-forward width.
+    """
+
+    wanted: float
+    fixed: float
+    per_layer: float
+    per_unit: float
+
+    @classmethod
+    def of(cls, config: SkillNetConfig, size: str, networks: float) -> "LayerBudget":
+        """Return the budget of a baseline with shared attention.
+
+        Args:
+            config: configuration of the study.
+            size: ``activated``, ``total`` or ``executed``.
+            networks: feed-forward networks of a layer that count.
+        """
+        if size == "executed":
+            attention, wanted = _executed_operations(config)
+            return cls(wanted, 0, attention, 4 * config.dim)
+        one = total_params(one_skill(config, "one", 1, layers=1))
+        two = total_params(one_skill(config, "one", 1, layers=2))
+        per_unit = 2 * config.dim  # parameters of a network per unit of width
+        wanted = total_params(config) if size == "total" else mean_activated_params(config)
+        return cls(wanted, 2 * one - two, two - one - per_unit, per_unit * networks)
+
+    def fitting_layers(self, width: int) -> int:
+        """Return the largest number of layers of a width that fits; at least 1."""
+        return max(int((self.wanted - self.fixed) / (self.per_layer + self.per_unit * width)), 1)
+
+    def width_at(self, layers: int, where: str) -> int:
+        """Return the rounded width at which a number of layers has the wanted size.
+
+        Raises:
+            ValueError: nothing is left for the feed-forward layer.
+        """
+        fixed = self.fixed + layers * self.per_layer
+        return solve_width(self.wanted, fixed, layers * self.per_unit, where)
+
+
+def _executed_operations(config: SkillNetConfig) -> tuple[float, float]:
+    """Return mean operations of a token: of the attention of one layer, and of all layers."""
+    work = count = 0.0
+    for task in reference_tasks(config).values():
+        for plan in task.towers.values():
+            tokens = max_tokens(config, plan)
+            # Projections, and the products of scores and values.
+            work += tokens * (8 * config.dim**2 + 4 * config.dim * tokens)
+            count += tokens
+    attention = work / count
+    feedforward = 4 * config.dim * executed_width(config)
+    return attention, config.num_layers * (attention + feedforward)
 
 
 def solve_width(wanted: float, fixed: float, each: float, where: str) -> int:

@@ -41,6 +41,44 @@ def test_sizes_match(changes: dict[str, Any]) -> None:
     assert work[1] == pytest.approx(work[0], rel=0.01)
 
 
+def mean_flops(model: TaskModel) -> float:
+    return sum(account_task(model, task).flops_per_example for task in model.config.tasks)
+
+
+@pytest.mark.parametrize("feedforward", ["shared", "modality"])
+@pytest.mark.parametrize("shape", ["width", "depth"])
+def test_depth_and_networks_per_modality_have_the_size_of_skillnet(
+    shape: str, feedforward: str
+) -> None:
+    # Skills so narrow that a dense model of the same cost is deeper.
+    config = small_config(dim=32, ffn_dim=24, num_heads=4, embedding_dim=32)
+    ours, options = SkillNet(config), {"shape": shape, "feedforward": feedforward}
+    activated = build_system("dense", config, options)
+    assert mean_activated(activated) == pytest.approx(mean_activated(ours), rel=0.02)
+    executed = build_system("dense", config, options | {"size": "executed"})
+    assert mean_flops(executed) == pytest.approx(mean_flops(ours), rel=0.02)
+    total = build_system("dense", config, options | {"size": "total"})
+    expected = sum(p.numel() for p in ours.parameters())
+    assert sum(p.numel() for p in total.parameters()) == pytest.approx(expected, rel=0.02)
+    deeper = (
+        total.config.num_layers > config.num_layers,
+        total.config.ffn_dim < 2 * config.ffn_dim,
+    )
+    assert deeper == ((True, True) if shape == "depth" else (False, False))
+
+
+def test_networks_per_modality_share_attention_and_norms() -> None:
+    model = build_system("dense", small_config(), {"feedforward": "modality"})
+    assert model.config.skills == ("text", "image", "sound", "video", "code")
+    active = {name for name, _ in model.active_parameters("text_to_image")}
+    layers = {name for name, _ in model.named_parameters() if name.startswith("encoder.layers.0.")}
+    assert layers - active == {
+        f"encoder.layers.0.feedforward.{part}.weights.{modality}"
+        for part in ("up", "down")
+        for modality in ("sound", "video", "code")
+    }
+
+
 def test_every_parameter_is_active_but_other_tasks_stems_and_heads() -> None:
     model = build_system("dense", small_config())
     for task in model.config.tasks:
@@ -72,9 +110,13 @@ def test_equals_a_skillnet_of_one_skill() -> None:
 def test_pretraining_and_finetuning_build_the_same_encoder() -> None:
     tasks = small_config().tasks
     for other in (masked_tasks(), masked_tasks() | {"text_to_image": tasks["text_to_image"]}):
-        for system in ("dense", "moe"):
-            first = build_system(system, small_config(tasks=other))
-            second = build_system(system, small_config())
+        for system, options in (
+            ("dense", {}),
+            ("dense", {"shape": "depth", "feedforward": "modality"}),
+            ("moe", {}),
+        ):
+            first = build_system(system, small_config(tasks=other), options)
+            second = build_system(system, small_config(), options)
             fresh = second.load_partial(dict(first.named_parameters()))
             assert {name.partition(".")[0] for name in fresh} <= {"heads"}
 
@@ -96,7 +138,7 @@ def test_saved_models_name_their_system(tmp_path: Any) -> None:
     model = build_system("dense", small_config(), {"size": "total"}).eval()
     model.save_pretrained(tmp_path / "model")
     again = load_model(tmp_path / "model")
-    assert (again.system, again.options) == ("dense", {"size": "total", "ffn_dim": None})
+    assert (again.system, again.options["size"]) == ("dense", "total")
     assert again.config == model.config
     one = load_model(tmp_path / "model", "text_to_code")
     batch = towers_of("text_to_code", model.config)
@@ -112,5 +154,9 @@ def test_mistakes_are_named() -> None:
         build_system("dense", small_config(), {"sise": "total"})
     with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
         build_system("dense", small_config(), {"size": "large"})
+    with pytest.raises(ValueError, match=r"options\.shape is width or depth, not 'deep'"):
+        build_system("dense", small_config(), {"shape": "deep"})
+    with pytest.raises(ValueError, match="shape depth derives the width"):
+        build_system("dense", small_config(), {"shape": "depth", "ffn_dim": 8})
     with pytest.raises(ValueError, match=r"set options\.ffn_dim explicitly"):
         size_matching.solve_width(100, 90, 20, "options.ffn_dim")
