@@ -60,8 +60,8 @@ def masked_batches(
         part = selected[start : start + BATCH_ROWS]
         # The key of the generator is constant, so that each evaluation masks the same tokens.
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
-        towers, targets = dataset.load(part, draws)
-        batch = Batch(task, towers, targets, part, len(part))
+        towers, targets, changes = dataset.load(part, draws)
+        batch = Batch(task, towers, targets, part, len(part), changes=changes)
         if parameter.device.type == "cuda":
             batch = batch.pin_memory()
         yield batch.to(parameter.device, parameter.dtype)

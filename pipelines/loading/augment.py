@@ -1,8 +1,8 @@
 """Random augmentation of training rows, a batch at a time.
 
 Every function takes random numbers of its rows (:class:`BatchRandom`), so that a row gets the same
-change for any number of workers. Shapes: B rows, T tokens, N frames, H height,
-W width, C channels, M mel bins.
+change for any number of workers. :mod:`pipelines.loading.pixel_changes` changes images and videos.
+Shapes: B rows, T tokens, N frames, M mel bins.
 """
 
 import math
@@ -11,12 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pipelines.config.data import AugmentConfig
 from pipelines.loading.rng import draw_uniform, keyed_rng
-from pipelines.shards.row_threads import map_row_slices
 
 MASK_TOKEN = 2
 
@@ -67,87 +64,6 @@ def drop_tokens(
     chance = random.uniform("tokens", longest)[:, :width]
     hit = (chance < share) & (np.arange(width) < lengths_B[:, None] - 1)
     return np.where(hit, MASK_TOKEN, tokens_BT)
-
-
-def augment_images(pixels_BHWC: np.ndarray, config: AugmentConfig, random: BatchRandom) -> Tensor:
-    """Shift, resize and tint images.
-
-    Args:
-        pixels_BHWC: uint8.
-        config: largest changes.
-        random: of these rows.
-
-    Returns:
-        (B, H, W, C) float32 in [0, 1].
-    """
-    B, H, W, C = pixels_BHWC.shape
-    transform = _draw_transforms(config.image_shift, config.image_scale, random)
-    # Random numbers are drawn for all rows at once; the threads below only apply them.
-    tint = None
-    if config.image_colour:
-        tint = torch.from_numpy(1 + config.image_colour * (2 * random.uniform("colour", 3) - 1))
-    out_BHWC = torch.empty((B, H, W, C))
-
-    def change(part: slice) -> None:
-        x_BCHW = torch.from_numpy(pixels_BHWC[part]).permute(0, 3, 1, 2).float() / 255
-        if transform is not None:
-            x_BCHW = _shift_and_scale(x_BCHW, *transform, part)
-        if tint is not None:
-            x_BCHW = (x_BCHW * tint[part][:, :, None, None]).clamp_(0, 1)
-        out_BHWC[part] = x_BCHW.permute(0, 2, 3, 1)
-
-    map_row_slices(B, change)
-    return out_BHWC
-
-
-def augment_videos(frames_BNHWC: np.ndarray, config: AugmentConfig, random: BatchRandom) -> Tensor:
-    """Shift and resize videos, all frames of a video equally.
-
-    Args:
-        frames_BNHWC: uint8.
-        config: largest changes.
-        random: of these rows.
-
-    Returns:
-        (B, N, H, W, C) float32 in [0, 1].
-    """
-    B, N, H, W, C = frames_BNHWC.shape
-    transform = _draw_transforms(config.video_shift, config.video_scale, random)
-    out_BNHWC = torch.empty((B, N, H, W, C))
-
-    def change(part: slice) -> None:
-        x = torch.from_numpy(frames_BNHWC[part]).permute(0, 1, 4, 2, 3)
-        x = x.reshape(-1, N * C, H, W).float() / 255
-        if transform is not None:
-            x = _shift_and_scale(x, *transform, part)
-        out_BNHWC[part] = x.view(-1, N, C, H, W).permute(0, 1, 3, 4, 2)
-
-    map_row_slices(B, change)
-    return out_BNHWC
-
-
-def _draw_transforms(
-    shift: float, scale: float, random: BatchRandom
-) -> tuple[Tensor, float, float] | None:
-    """(B, 3) numbers in [-1, 1] for size and position, and their largest effects; None if zero."""
-    if not shift and not scale:
-        return None
-    return torch.from_numpy(2 * random.uniform("place", 3) - 1), shift, scale
-
-
-def _shift_and_scale(
-    x_BCHW: Tensor, draw_B3: Tensor, shift: float, scale: float, part: slice
-) -> Tensor:
-    B, _, H, W = x_BCHW.shape
-    draw = draw_B3[part]
-    size = (1 + scale * draw[:, :1]).reciprocal()
-    # Pixel centres in [-1, 1], in the convention of grid_sample with align_corners=False.
-    across_BW = size * ((2 * torch.arange(W) + 1) / W - 1) + draw[:, 1:2] * 2 * shift / W
-    down_BH = size * ((2 * torch.arange(H) + 1) / H - 1) + draw[:, 2:] * 2 * shift / H
-    grid = torch.stack(
-        [across_BW[:, None].expand(B, H, W), down_BH[:, :, None].expand(B, H, W)], dim=-1
-    )
-    return F.grid_sample(x_BCHW, grid, padding_mode="border", align_corners=False)
 
 
 def augment_audio(

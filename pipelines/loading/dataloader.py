@@ -5,8 +5,8 @@ the global batch. Order, captions and augmentation depend on (seed, step, row) a
 number of workers, and resuming needs only the step.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.group_sampler import GroupedShuffleSampler
+from pipelines.loading.pixel_changes import PixelChanges, apply_changes
 from pipelines.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
 from pipelines.loading.shard_table import ShardTable
 from pipelines.loading.task_dataset import TaskDataset
@@ -60,6 +61,7 @@ class Batch:
         is_padding: the global batch has no row for this rank. The rank computes the first row,
             with a loss of zero weight, so that it takes part in all collective operations.
         masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
+        changes: tower -> change of its pixels that is not applied yet.
     """
 
     task: str
@@ -69,20 +71,35 @@ class Batch:
     global_rows: int
     is_padding: bool = False
     masked_counts: np.ndarray | None = None
+    changes: PixelChanges = field(default_factory=dict)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
-        """Return the batch on a device, its floating-point tensors in ``dtype``."""
-        if device.type == "cpu" and dtype == torch.float32:
-            return self
+        """Return the batch on a device, its pixels changed, its floats in ``dtype``.
 
-        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {
-                key: x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
-                for key, x in tensors.items()
-            }
+        Args:
+            device: to move to; the changes of pixels are applied there.
+            dtype: of the model's weights.
+        """
 
-        towers = {name: move(tensors) for name, tensors in self.towers.items()}
-        targets = move(self.targets)
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
+
+        return self._map_tensors(move).apply_changes()._map_tensors(cast)
+
+    def apply_changes(self) -> "Batch":
+        """Return the batch with changed pixels, as the model reads them."""
+        towers, targets = apply_changes(self.towers, self.targets, self.changes)
+        return replace(self, towers=towers, targets=targets, changes={})
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        towers = {
+            name: {key: change(x) for key, x in tensors.items()}
+            for name, tensors in self.towers.items()
+        }
+        targets = {key: change(x) for key, x in self.targets.items()}
         return replace(self, towers=towers, targets=targets)
 
     def pin_memory(self) -> "Batch":
@@ -183,8 +200,15 @@ class MultiTaskDataLoader:
         """Return the number of steps of each task among the first ``steps``."""
         return self._task_sampler.count_steps(steps)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Load a rank's part of the global batch of a step."""
+    def batch(self, step: int, rank: int = 0, world: int = 1, for_gpu: bool = False) -> Batch:
+        """Load a rank's part of the global batch of a step.
+
+        Args:
+            step: of the training.
+            rank: of the process.
+            world: number of ranks.
+            for_gpu: leave pixels as stored; :meth:`Batch.to` changes them on the GPU.
+        """
         task, batch_index = self._task_sampler.task_at(step)
         dataset, sampler = self.datasets[task], self._samplers[task]
         count = self.tasks[task].batch_size
@@ -196,10 +220,11 @@ class MultiTaskDataLoader:
         prefetch_shards(sampler, dataset.shard_table, batch_index, part)
         rows = sampler.batch(batch_index, part)
         random = BatchRandom((self.seed, "rows", step), count, part)
-        towers, targets = dataset.load(rows, random, self._augmentation)
+        towers, targets, changes = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")
         counts = None if masked is None else masked.sum(1).numpy()
-        return Batch(task, towers, targets, rows, count, is_padding, counts)
+        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes)
+        return batch if for_gpu else batch.apply_changes()
 
 
 def prefetch_shards(

@@ -19,10 +19,8 @@ from skillnet.config import SkillNetConfig
 from skillnet.stems import (
     cut_tubelets,
     join_tubelets,
-    patchify,
     scale_to_signed,
     stack_frames,
-    unpatchify,
     unstack_frames,
 )
 
@@ -124,10 +122,10 @@ class InputMasker:
         self._units = units
 
     def __call__(self, modality: str, inputs: Tensors, random: BatchRandom) -> MaskedInputs:
-        """Mask a part of the inputs.
+        """Mask a part of text, code or sound.
 
         Args:
-            modality: of the rows.
+            modality: of the rows; :func:`hide_pixels` masks images and videos.
             inputs: of the model's tower.
             random: of these rows.
 
@@ -135,10 +133,6 @@ class InputMasker:
             Masked inputs, with the ``places`` (M,) of masked tokens among the B T tokens of the
             batch; and ``masked`` (B, T) with the original ``values`` (M, …).
         """
-        if modality == "image":
-            return self.mask_patches(inputs["pixels"], random)
-        if modality == "video":
-            return self.mask_tubelets(inputs["frames"], random)
         if modality == "sound":
             return self.mask_frames(inputs["log_mel"], inputs["frames"], random)
         share = self._config.text if modality == "text" else self._config.code
@@ -164,32 +158,30 @@ class InputMasker:
         flags = torch.from_numpy(masked)
         return _with_targets({"tokens": torch.from_numpy(shown)}, flags, tokens_BT)
 
-    def mask_patches(self, pixels_BHWC: Tensor, random: BatchRandom) -> MaskedInputs:
-        """Mask random patches of images; the values are their normalised pixels."""
-        x, size, side = _to_float(pixels_BHWC), self._model.image_size, self._model.patch_size
-        B, T = len(x), (size // side) ** 2
-        masked = sample_mask(random.uniform("mask", T), np.full(B, T), self._config.image)
-        flags = torch.from_numpy(masked)
-        cover = unpatchify(_spread(flags, side * side), side, size)
-        values = normalise_tokens(patchify(scale_to_signed(x, x.dtype), side))
-        return _with_targets({"pixels": _fill_masked(x, cover)}, flags, values)
+    def draw_pixel_mask(self, modality: str, rows: int, random: BatchRandom) -> Tensor:
+        """Return the (B, T) mask of random patches of images, or tubelets of videos.
 
-    def mask_tubelets(self, frames_BNHWC: Tensor, random: BatchRandom) -> MaskedInputs:
-        """Mask tubelets of videos; the values are their normalised pixels, with 3 channels."""
-        x, size, count = _to_float(frames_BNHWC), self._model.video_size, self._model.video_frames
-        tubelet, B = self._model.tubelet, len(x)
-        f, h, w = tubelet
-        times, positions = count // f, (size // h) * (size // w)
-        if self._config.video_tubes:
-            masked = sample_tube_mask(random.uniform("mask", positions), times, self._config.video)
-        else:
-            T = times * positions
-            masked = sample_mask(random.uniform("mask", T), np.full(B, T), self._config.video)
-        flags = torch.from_numpy(masked)
-        cover = join_tubelets(_spread(flags, f * h * w), tubelet, count, size)
-        three = scale_to_signed(x, x.dtype).expand(*x.shape[:-1], 3)
-        values = normalise_tokens(cut_tubelets(three, tubelet))
-        return _with_targets({"frames": _fill_masked(x, cover)}, flags, values)
+        Args:
+            modality: ``image`` or ``video``.
+            rows: B.
+            random: of these rows.
+        """
+        times, across = self._model.video_frames // self._model.tubelet[0], self._model.video_size
+        positions = (across // self._model.tubelet[1]) * (across // self._model.tubelet[2])
+        if modality == "image":
+            times, positions = 1, (self._model.image_size // self._model.patch_size) ** 2
+        elif self._config.video_tubes:
+            chance = random.uniform("mask", positions)
+            return torch.from_numpy(sample_tube_mask(chance, times, self._config.video))
+        share = self._config.image if modality == "image" else self._config.video
+        T = times * positions
+        masked = sample_mask(random.uniform("mask", T), np.full(rows, T), share)
+        return torch.from_numpy(masked)
+
+    def find_tubelet(self, modality: str) -> tuple[int, int, int]:
+        """Return (frames, height, width) of a token of images or videos."""
+        side = self._model.patch_size
+        return (1, side, side) if modality == "image" else self._model.tubelet
 
     def mask_frames(
         self, log_mel_BNM: Tensor, frames_B: Tensor, random: BatchRandom
@@ -210,6 +202,41 @@ class InputMasker:
         stacks_BTP = stack_frames(log_mel_BNM, stack)
         values = self._units(stacks_BTP) if self._units else normalise_tokens(stacks_BTP)
         return _with_targets(shown, flags, values)
+
+
+def hide_pixels(
+    x_BNHWC: Tensor,
+    masked_BT: Tensor,
+    tubelet: tuple[int, int, int],
+    places_M: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Mask tokens of images or videos; the values are their normalised pixels, with 3 channels.
+
+    Args:
+        x_BNHWC: rows in [0, 1]; an image is one frame.
+        masked_BT: flags of the masked tokens.
+        tubelet: (frames, height, width) of a token.
+        places_M: masked tokens among the B T tokens; None returns no values.
+
+    Returns:
+        Masked rows, and (M, P) values or None.
+    """
+    frames, size = x_BNHWC.shape[1:3]
+    f, h, w = tubelet
+    cover = join_tubelets(_spread(masked_BT, f * h * w), tubelet, frames, size)
+    values_MP = None
+    if places_M is not None:
+        signed = scale_to_signed(x_BNHWC, x_BNHWC.dtype).expand(*x_BNHWC.shape[:-1], 3)
+        values_MP = normalise_tokens(cut_tubelets(signed, tubelet).flatten(0, 1)[places_M])
+    return _fill_masked(x_BNHWC, cover), values_MP
+
+
+def list_places(masked_BT: Tensor) -> Tensor:
+    """Return the (M,) numbers of masked tokens among the B T tokens of a batch.
+
+    The model selects tokens by number: a GPU would have to count the True values of a mask.
+    """
+    return masked_BT.flatten().nonzero()[:, 0]
 
 
 def normalise_tokens(x_BTP: Tensor) -> Tensor:
@@ -241,13 +268,7 @@ def _fill_masked(x: Tensor, cover: Tensor, left: Tensor | None = None) -> Tensor
     return torch.where(cover, mean, x)
 
 
-def _to_float(x: Tensor) -> Tensor:
-    """Pixels as floats in [0, 1], because a mean is not a multiple of 1/255."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
 def _with_targets(inputs: Tensors, masked_BT: Tensor, values_BT: Tensor) -> MaskedInputs:
-    # The model selects tokens by number: a GPU would have to count the True values of a mask.
-    places_M = masked_BT.flatten().nonzero()[:, 0]
+    places_M = list_places(masked_BT)
     targets = {"masked": masked_BT, "values": values_BT.flatten(0, 1)[places_M]}
     return inputs | {"places": places_M}, targets

@@ -30,7 +30,7 @@ def prefetch_batches(
     rank: int = 0,
     world: int = 1,
     processes: int = 0,
-    pin: bool = False,
+    for_gpu: bool = False,
 ) -> AbstractContextManager[Iterable[Batch]]:
     """Return a context manager of the batches of steps ``start`` to ``stop``, loaded ahead.
 
@@ -41,12 +41,13 @@ def prefetch_batches(
         rank: of the process.
         world: number of ranks.
         processes: that load batches; 0 for a thread.
-        pin: put tensors into pinned memory, for asynchronous copies to a GPU.
+        for_gpu: put tensors into pinned memory, for asynchronous copies, and leave the changes of
+            pixels to the GPU.
     """
-    batches, steps = StepBatches(dataloader, rank, world), range(start, stop)
+    batches, steps = StepBatches(dataloader, rank, world, for_gpu), range(start, stop)
     if processes:
-        return _prefetch_in_processes(batches, steps, processes, pin)
-    return BatchPrefetcher(batches, steps, pin)
+        return _prefetch_in_processes(batches, steps, processes, for_gpu)
+    return BatchPrefetcher(batches, steps, for_gpu)
 
 
 @contextlib.contextmanager
@@ -89,15 +90,19 @@ class StepBatches(Dataset["Batch | Exception"]):
         dataloader: loads the batches.
         rank: of the process.
         world: number of ranks.
+        for_gpu: leave the changes of pixels to the GPU.
     """
 
-    def __init__(self, dataloader: MultiTaskDataLoader, rank: int, world: int) -> None:
+    def __init__(
+        self, dataloader: MultiTaskDataLoader, rank: int, world: int, for_gpu: bool = False
+    ) -> None:
         self._dataloader, self._rank, self._world = dataloader, rank, world
+        self._for_gpu = for_gpu
 
     def __getitem__(self, step: int) -> "Batch | Exception":
         """Return the batch of a step, or the error; ``DataLoader`` would rewrite its message."""
         try:
-            return self._dataloader.batch(step, self._rank, self._world)
+            return self._dataloader.batch(step, self._rank, self._world, self._for_gpu)
         except Exception as error:
             return error
 

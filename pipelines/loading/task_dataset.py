@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.run import TaskTraining
-from pipelines.loading import augment, masking
+from pipelines.loading import augment, masking, pixel_changes
 from pipelines.loading.audio_units import SoundUnits, find_sound_units
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.loading.shard_table import ShardTable
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
 from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 ColumnT = TypeVar("ColumnT", FixedColumn, RaggedColumn, NestedRaggedColumn)
 Tensors = dict[str, Tensor]
-#: Tower -> tensors, and targets.
-TowersAndTargets = tuple[dict[str, Tensors], Tensors]
+#: Tower -> tensors with stored pixels, targets, and the changes of the pixels.
+StoredRows = tuple[dict[str, Tensors], Tensors, PixelChanges]
 
 #: Name of a task's split that stands for the splits that a corpus allows for pretraining.
 PRETRAINING = "pretraining"
@@ -214,8 +215,8 @@ class TaskDataset:
         rows: np.ndarray,
         random: BatchRandom | None = None,
         config: AugmentConfig | None = None,
-    ) -> TowersAndTargets:
-        """Load rows as (towers, targets).
+    ) -> StoredRows:
+        """Load rows as (towers, targets, changes): pixels as stored, with changes to apply.
 
         Args:
             rows: (B,) row numbers.
@@ -233,14 +234,16 @@ class TaskDataset:
         if self.task.objective == "masked":
             random = random or BatchRandom(("masks",), len(rows), slice(None))
             return self._masked(local, random, config)
-        towers = {self.own_tower: self._inputs(local, random, config)}
+        inputs, change = self._inputs(local, random, config)
+        towers, changes = {self.own_tower: inputs}, {self.own_tower: change} if change else {}
         if self.task.objective == "retrieval":
             towers["query"] = self._queries(rows, local, random, config)
-            return towers, {"groups": _to_int64(self._fixed("group").take(local))}
+            return towers, {"groups": _to_int64(self._fixed("group").take(local))}, changes
         if self.task.objective == "classification":
-            return towers, {"labels": _to_int64(self._fixed("label").take(local))}
+            return towers, {"labels": _to_int64(self._fixed("label").take(local))}, changes
         symbols, lengths = self._ragged("symbols").take(local)
-        return towers, {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
+        targets = {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
+        return towers, targets, changes
 
     def check_columns(self) -> None:
         """Check the columns and captions of the open shards, so that a run is rejected early.
@@ -268,7 +271,7 @@ class TaskDataset:
         Args:
             rows: (B,) row numbers.
         """
-        return self._inputs(self._open_rows(rows), None, None)
+        return self._inputs(self._open_rows(rows), None, None)[0]
 
     def _open_rows(self, rows: np.ndarray) -> np.ndarray:
         """(B,) numbers of rows in the open shards, after opening their shards."""
@@ -320,16 +323,16 @@ class TaskDataset:
 
     def _inputs(
         self, local: np.ndarray, random: BatchRandom | None, config: AugmentConfig | None
-    ) -> Tensors:
-        """Inputs of the tower of the corpus' own modality; see ``load``."""
+    ) -> tuple[Tensors, PixelChange | None]:
+        """Inputs of the tower of the corpus' own modality, and a change of their pixels."""
         modality = self.plan.modality
         if modality in ("image", "video"):
             name = "pixels" if modality == "image" else "frames"
-            x = self._fixed(name).take(local)
+            stored = {name: torch.from_numpy(self._fixed(name).take(local))}
             if random is None or config is None:
-                return {name: torch.from_numpy(x)}
-            change = augment.augment_images if modality == "image" else augment.augment_videos
-            return {name: change(x, config, random)}
+                return stored, None
+            change, drawn = pixel_changes.draw_change(modality, config, random)
+            return stored | drawn, change
         crop = random.uniform("crop") if random is not None else None
         if modality == "sound":
             mel, frames = self._ragged("log_mel").take(local, self.limit, crop)
@@ -337,25 +340,40 @@ class TaskDataset:
                 mel, frames = augment.augment_audio(
                     mel, frames, config, random, self._model.max_frames, self._deviation
                 )
-            return {"log_mel": torch.from_numpy(mel), "frames": _to_int64(frames)}
+            return {"log_mel": torch.from_numpy(mel), "frames": _to_int64(frames)}, None
         tokens, lengths = self._ragged("tokens").take(local, self.limit, crop, PAD_TO)
         if random is not None and config is not None:
             share = config.token_dropout if modality == "text" else config.code_dropout
             tokens = augment.drop_tokens(tokens, lengths, share, random, self.limit)
-        return {"tokens": _to_int64(tokens)}
+        return {"tokens": _to_int64(tokens)}, None
 
     def _masked(
         self, local: np.ndarray, random: BatchRandom, config: AugmentConfig | None
-    ) -> TowersAndTargets:
+    ) -> StoredRows:
         """Augmented rows, masked in part, with the masked values as targets."""
         if config is not None:
             # These augmentations hide parts of the input, which would then become targets.
             config = replace(
                 config, time_masks=0, frequency_masks=0, token_dropout=0.0, code_dropout=0.0
             )
-        inputs = self._inputs(local, random, config)
+        inputs, change = self._inputs(local, random, config)
+        if self.plan.modality in ("image", "video"):
+            masked_BT, change = self._draw_pixel_mask(inputs, change, random)
+            inputs[pixel_changes.PLACES] = masking.list_places(masked_BT)
+            changes = {self.own_tower: replace(change, has_targets=True)}
+            return {self.own_tower: inputs}, {pixel_changes.MASKED: masked_BT}, changes
         inputs, targets = self._mask(self.plan.modality, inputs, random)
-        return {self.own_tower: inputs}, targets
+        return {self.own_tower: inputs}, targets, {}
+
+    def _draw_pixel_mask(
+        self, inputs: Tensors, change: PixelChange | None, random: BatchRandom
+    ) -> tuple[Tensor, PixelChange]:
+        """Return the (B, T) mask of images or videos, and their change with masked tokens."""
+        modality = self.plan.modality
+        column = INPUT_COLUMNS[modality]
+        masked_BT = self._mask.draw_pixel_mask(modality, len(inputs[column]), random)
+        change = change or PixelChange(column)
+        return masked_BT, replace(change, tubelet=self._mask.find_tubelet(modality))
 
     def _two_views(
         self,
@@ -363,18 +381,22 @@ class TaskDataset:
         local: np.ndarray,
         random: BatchRandom,
         config: AugmentConfig | None,
-    ) -> TowersAndTargets:
+    ) -> StoredRows:
         """Each row twice, augmented and masked with independent random numbers."""
-        towers = {}
+        towers, changes = {}, {}
         for tower in ("query", "candidate"):
             branch = random.branch(tower)
-            inputs = self._inputs(local, branch, config)
-            masked, _ = self._mask(self.plan.modality, inputs, branch)
-            # A view does not mark its masked tokens for the model.
-            del masked["places"]
-            towers[tower] = masked
+            inputs, change = self._inputs(local, branch, config)
+            if self.plan.modality in ("image", "video"):
+                masked_BT, changes[tower] = self._draw_pixel_mask(inputs, change, branch)
+                inputs[pixel_changes.MASKED] = masked_BT
+            else:
+                inputs, _ = self._mask(self.plan.modality, inputs, branch)
+                # A view does not mark its masked tokens for the model.
+                del inputs["places"]
+            towers[tower] = inputs
         # The groups of a corpus mark similar rows, as labels do; here only a row equals itself.
-        return towers, {"groups": _to_int64(rows)}
+        return towers, {"groups": _to_int64(rows)}, changes
 
     def _queries(
         self,

@@ -62,6 +62,8 @@ SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 #: Tasks whose batches are also computed in checkpointed parts, one for each objective.
 IN_PARTS = ("text_classification", "speech_recognition", "text_to_image", "masked_code")
+#: Tasks whose batches also come with stored pixels, which the device changes.
+WITH_PIXELS = ("text_to_image", "text_to_video", "masked_image", "masked_video", "views_image")
 #: Name of the case that shows that waits are seen.
 WAITING_ON_PURPOSE = "waiting on purpose"
 #: Ranks of the fake process group.
@@ -177,13 +179,13 @@ def describe(watch: DeviceWatch) -> dict[str, Any]:
     }
 
 
-def first_batches(config: FinetuneConfig) -> dict[str, Batch]:
+def first_batches(config: FinetuneConfig, for_gpu: bool = False) -> dict[str, Batch]:
     """Return task -> its first batch of the real data loader."""
     loader, found = ResolvedRun(config).dataloader, {}
     for step in range(1000):
         task = loader.batch_spec(step).task
         if task not in found:
-            found[task] = loader.batch(step)
+            found[task] = loader.batch(step, for_gpu=for_gpu)
         if len(found) == len(config.trained):
             break
     return found
@@ -239,6 +241,11 @@ def iter_cases(corpora: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]
                 if is_measured(system, task) and task in IN_PARTS:
                     name = f"{system} {task} in checkpointed parts"
                     yield name, lambda c=census, b=batch, p=parts: c.measure(b, p)
+        census = StepCensus(config, "skillnet", mode)
+        for task, batch in first_batches(config, for_gpu=True).items():
+            if task in WITH_PIXELS and task in batches:
+                name = f"skillnet {task} from stored pixels"
+                yield name, lambda c=census, b=batch: c.measure(b, StepOptions())
     config, batches = configs["finetune"], first_batches(configs["finetune"])
     census = StepCensus(config, "skillnet", mode)
     batch = batches["text_to_image"]

@@ -70,7 +70,7 @@ def test_validation_rows_use_the_units_of_training(corpus: PreparedCorpus) -> No
     task = find_task("masked_sound", MODEL.tasks)
     rows = TaskDataset("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
     numbers = np.arange(4)
-    _, targets = rows.load(numbers, BatchRandom((0, 0), 4, slice(0, 4)))
+    _, targets, _ = rows.load(numbers, BatchRandom((0, 0), 4, slice(0, 4)))
     whole = stack_frames(rows.load_inputs(numbers)["log_mel"], STACK)
     wanted = units(whole)[:, : targets["masked"].shape[1]][targets["masked"]]
     assert torch.equal(targets["values"], wanted)

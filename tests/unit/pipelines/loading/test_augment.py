@@ -8,10 +8,9 @@ from pipelines.loading.augment import (
     MASK_TOKEN,
     BatchRandom,
     augment_audio,
-    augment_images,
-    augment_videos,
     drop_tokens,
 )
+from tests.helpers.pixel_rows import augment_pixels
 
 NONE = AugmentConfig(**dict.fromkeys(vars(AugmentConfig()), 0))
 
@@ -23,12 +22,11 @@ def draws(count: int, step: int = 0) -> BatchRandom:
 def test_nothing_changes_when_all_is_off() -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    found = augment_images(pixels, NONE, draws(3))
+    found = augment_pixels("image", pixels, NONE, draws(3))
     assert torch.equal(found, torch.from_numpy(pixels).float() / 255)
     frames = random.integers(0, 256, (3, 2, 8, 8, 1), dtype=np.uint8)
-    assert torch.equal(
-        augment_videos(frames, NONE, draws(3)), torch.from_numpy(frames).float() / 255
-    )
+    found = augment_pixels("video", frames, NONE, draws(3))
+    assert torch.equal(found, torch.from_numpy(frames).float() / 255)
     mel = random.standard_normal((2, 5, 4), dtype=np.float32)
     mel[1, 3:] = 0
     out, lengths = augment_audio(mel, np.array([5, 3]), NONE, draws(2), longest=9)
@@ -42,7 +40,7 @@ def test_image_shifts_by_the_configured_pixels() -> None:
     pixels = np.full((200, 21, 21, 3), 255, dtype=np.uint8)
     pixels[:, 10, 10] = 0
     config = AugmentConfig(**(vars(NONE) | {"image_shift": 3.0}))
-    dark = 1 - augment_images(pixels, config, draws(200))[..., 0]
+    dark = 1 - augment_pixels("image", pixels, config, draws(200))[..., 0]
     centre = (dark.sum(2) * torch.arange(21)).sum(1) / dark.sum((1, 2))
     assert 2.5 < float((centre - 10).abs().max()) <= 3.0 + 1e-3
     assert abs(float((centre - 10).mean())) < 0.4
@@ -52,7 +50,7 @@ def test_frames_of_a_video_shift_together() -> None:
     frames = np.zeros((4, 3, 16, 16, 1), dtype=np.uint8)
     frames[:, :, 5:9, 5:9] = 255
     config = AugmentConfig(**(vars(NONE) | {"video_shift": 2.0, "video_scale": 0.1}))
-    found = augment_videos(frames, config, draws(4))
+    found = augment_pixels("video", frames, config, draws(4))
     assert torch.equal(found[:, 0], found[:, 2])
     assert not torch.equal(found[0], found[1])
 

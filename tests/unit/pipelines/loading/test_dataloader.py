@@ -188,13 +188,12 @@ def test_processes_open_their_own_shards(data: Path) -> None:
 def test_processes_raise_the_error_of_a_batch_unchanged(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     for dataset in stream.datasets.values():
-        dataset.views = True
-        dataset._mask = None  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="NoneType") as alone:
+        dataset.shard_table = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError, match="NoneType") as alone:
         stream.batch(0)
     with (
         prefetch_batches(stream, 0, 20, processes=1) as ahead,
-        pytest.raises(TypeError, match="NoneType") as raised,
+        pytest.raises(AttributeError, match="NoneType") as raised,
     ):
         list(ahead)
     assert str(raised.value) == str(alone.value)

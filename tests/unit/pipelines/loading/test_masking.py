@@ -16,6 +16,7 @@ from pipelines.loading.masking import (
 )
 from skillnet.config import SkillNetConfig
 from skillnet.stems import cut_tubelets, patchify, stack_frames
+from tests.helpers.pixel_rows import mask_pixels
 
 MODEL = SkillNetConfig(
     dim=16,
@@ -99,7 +100,7 @@ def test_tokens_are_masked_as_in_bert() -> None:
 
 def test_masked_patches_are_filled_and_their_pixels_are_targets() -> None:
     pixels = torch.randint(0, 256, (5, 48, 48, 3), dtype=torch.uint8)
-    shown, targets = hider(image=0.5)("image", {"pixels": pixels}, draws(5))
+    shown, targets = mask_pixels(hider(image=0.5), "image", pixels, draws(5))
     masked = targets["masked"]
     assert masked.shape == (5, 36)
     assert (masked.sum(1) == 18).all()
@@ -129,7 +130,7 @@ def test_masked_tubelets_are_filled_and_their_pixels_are_targets(
     tubes: bool, channels: int
 ) -> None:
     frames = torch.randint(0, 256, (6, 8, 32, 32, channels), dtype=torch.uint8)
-    shown, targets = hider(video_tubes=tubes)("video", {"frames": frames}, draws(6))
+    shown, targets = mask_pixels(hider(video_tubes=tubes), "video", frames, draws(6))
     masked = targets["masked"]
     assert masked.shape == (6, 64)
     assert (masked.sum(1) == 48).all()

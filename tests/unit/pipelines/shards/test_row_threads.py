@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.config.data import AugmentConfig
-from pipelines.loading import augment
+from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.masking import InputMasker
 from pipelines.shards import row_threads
 from pipelines.shards.row_threads import map_row_slices
+from skillnet.config import SkillNetConfig
+from tests.helpers.pixel_rows import augment_pixels, mask_pixels
 
 
 @pytest.fixture(params=[1, 3, 8])
@@ -58,11 +60,25 @@ def test_augmentation_does_not_depend_on_the_number_of_threads(cores: int) -> No
     pixels = random.integers(0, 256, (37, 20, 20, 3), np.uint8)
     frames = random.integers(0, 256, (37, 4, 12, 12, 1), np.uint8)
     config = AugmentConfig()
-    for change, rows in ((augment.augment_images, pixels), (augment.augment_videos, frames)):
-        whole = change(rows, config, BatchRandom((1,), 37, slice(None)))
+    for modality, rows in (("image", pixels), ("video", frames)):
+        whole = augment_pixels(modality, rows, config, BatchRandom((1,), 37, slice(None)))
         one_by_one = [
-            change(rows[n : n + 1], config, BatchRandom((1,), 37, slice(n, n + 1)))
+            augment_pixels(
+                modality, rows[n : n + 1], config, BatchRandom((1,), 37, slice(n, n + 1))
+            )
             for n in range(37)
         ]
         assert torch.equal(whole, torch.cat(one_by_one))
         assert whole.is_contiguous()
+
+
+def test_masked_pixels_do_not_depend_on_the_number_of_threads(cores: int) -> None:
+    pixels = torch.randint(0, 256, (37, 16, 16, 3), dtype=torch.uint8)
+    masker = InputMasker(SkillNetConfig(image_size=16, patch_size=4), MaskConfig(), 60, 24)
+    whole, targets = mask_pixels(masker, "image", pixels, BatchRandom((1,), 37, slice(None)))
+    parts = [
+        mask_pixels(masker, "image", pixels[n : n + 1], BatchRandom((1,), 37, slice(n, n + 1)))
+        for n in range(37)
+    ]
+    assert torch.equal(whole["pixels"], torch.cat([part["pixels"] for part, _ in parts]))
+    assert torch.equal(targets["values"], torch.cat([found["values"] for _, found in parts]))

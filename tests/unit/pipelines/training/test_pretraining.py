@@ -9,6 +9,7 @@ import torch
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.pixel_changes import apply_changes
 from pipelines.loading.task_dataset import resolve_splits
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import train_model
@@ -191,16 +192,15 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
         rows = stream.datasets[name]
         assert rows.location.endswith("pretrain+train")
         picked, draws = np.arange(6), BatchRandom((0, "rows", 3), 6, slice(None))
-        towers, targets = rows.load(picked, draws, joint.training.augment)
+        towers, targets = apply_changes(*rows.load(picked, draws, joint.training.augment))
         (key,) = towers["query"]
         query, candidate = towers["query"][key], towers["candidate"][key]
         assert query.shape == candidate.shape
         assert (query.flatten(1) != candidate.flatten(1)).any(1).all()
         # What a corpus calls alike is a label: a row is the pair of itself alone.
         assert len(set(targets["groups"].tolist())) == 6
-        again, _ = rows.load(
-            picked[2:4], BatchRandom((0, "rows", 3), 6, slice(2, 4)), joint.training.augment
-        )
+        draws = BatchRandom((0, "rows", 3), 6, slice(2, 4))
+        again, _ = apply_changes(*rows.load(picked[2:4], draws, joint.training.augment))
         width = again["query"][key].shape[1]  # sequences are padded to the longest of their batch
         assert torch.equal(again["query"][key], query[2:4, :width])
 
