@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.precision import find_device
 from skillnet.skills import SkillPlan, find_task
 from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, masked_outputs
 
@@ -161,7 +162,7 @@ def _masked_head_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
 
 def _example_batch(model: SupportsTasks, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:
     """Return a batch of one row that a plan can read. The cost does not depend on its values."""
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.config, find_device(model.parameters())
     if plan.modality in ("text", "code"):
         return {"tokens": torch.ones(1, length or config.max_tokens, dtype=torch.long).to(device)}
     if plan.modality == "sound":

@@ -1,10 +1,12 @@
 """Number formats: bf16 autocast, and the type of the weights."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ def native_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def find_device(weights: Iterable[Tensor]) -> torch.device:
+    """Return where a model computes: the GPU that has some of its weights, else the CPU.
+
+    Args:
+        weights: of the model. Training may keep those of other tasks in the host's memory.
+    """
+    devices = (weight.device for weight in weights)
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def best_device() -> torch.device:

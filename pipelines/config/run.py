@@ -129,6 +129,8 @@ class TrainingConfig:
             experts are those of the parts. Null computes all rows at once.
         activation_checkpointing: keep only the input of each encoder layer for the backward pass,
             which computes the layer again: a third more operations, far less memory.
+        offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
+            average, unless the current or the next step uses them. The result is the same.
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between evaluations on the validation split, the last step included; 0
@@ -178,6 +180,7 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     micro_batch_size: PositiveCount | None = None
     activation_checkpointing: bool = False
+    offload_inactive_weights: bool = False
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0

@@ -21,7 +21,7 @@ from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import choose_precision
+from skillnet.precision import choose_precision, find_device
 from skillnet.skills import SkillPlan, find_task
 
 #: Type of device -> rows x tokens of one batch, and rows of one batch. On a CPU a batch is large
@@ -192,7 +192,7 @@ class InferenceRunner:
         ranks: EvaluationRanks | None = None,
     ) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = find_device(model.parameters())
         # Autocast would round away the digits for which float64 weights were chosen.
         double = next(model.parameters()).dtype == torch.float64
         self.precision = choose_precision("fp64" if double else precision, self.device)

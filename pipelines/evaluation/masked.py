@@ -21,6 +21,7 @@ from pipelines.loading.dataloader import Batch
 from pipelines.loading.task_dataset import TaskDataset
 from skillnet.losses import masked_loss_per_row
 from skillnet.multitask_model import TaskModel
+from skillnet.precision import find_device
 from skillnet.skills import find_task
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def masked_batches(
         ranks: that share the batches; None yields all batches.
     """
     dataset = open_masked_rows(model, task, corpus, split, masks, limit)
-    parameter = next(model.parameters())
+    device, dtype = find_device(model.parameters()), next(model.parameters()).dtype
     selected = np.arange(dataset.num_rows) if rows is None else rows
     starts = range(0, len(selected), BATCH_ROWS)
     for start in (ranks or EvaluationRanks()).select(starts):
@@ -62,9 +63,9 @@ def masked_batches(
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
         towers, targets, changes = dataset.load(part, draws)
         batch = Batch(task, towers, targets, part, len(part), changes=changes)
-        if parameter.device.type == "cuda":
+        if device.type == "cuda":
             batch = batch.pin_memory()
-        yield batch.to(parameter.device, parameter.dtype)
+        yield batch.to(device, dtype)
 
 
 def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:

@@ -177,6 +177,10 @@ class MultiTaskDataLoader:
         )
         self._task_sampler = TaskSampler(self.weights, seed)
 
+    def task_at(self, step: int) -> str:
+        """Return the task of a step."""
+        return self._task_sampler.task_at(step)[0]
+
     def batch_spec(self, step: int) -> BatchSpec:
         """Return the task and rows of the global batch of a step."""
         task, batch_index = self._task_sampler.task_at(step)

@@ -31,6 +31,7 @@ NON_IDENTITY_KEYS = (
     "log_every",
     "bucket_mb",
     "activation_checkpointing",
+    "offload_inactive_weights",
     "max_failures",
     "collective_timeout_s",
 )

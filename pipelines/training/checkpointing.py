@@ -134,12 +134,11 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint is of a model of another shape.
     """
-    device = next(model.parameters()).device
     load_weights(checkpoint.path, model)
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for path in list_manifest_files(checkpoint.path, "optimizer-"):
-        tensors = load_tensors(path, str(device))
+        tensors = load_tensors(path)
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             # ``step`` is a scalar; the averages have the parameter's shape.
@@ -149,15 +148,16 @@ def load_checkpoint(
                 raise UserError(f"{path}: {key} is not the state of a parameter of this model")
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
-            optimizer.state[parameters[name]][field] = value.clone()
+            parameter = parameters[name]
+            optimizer.state[parameter][field] = value.to(parameter.device, copy=True)
     if average is not None:
         for path in list_manifest_files(checkpoint.path, "average-"):
-            for name, value in load_tensors(path, str(device)).items():
+            for name, value in load_tensors(path).items():
                 if value.shape != shapes.get(name):
                     raise UserError(
                         f"{path}: {name} is not the average of a parameter of this model"
                     )
-                average.values[name] = value.clone()
+                average.values[name] = value.to(parameters[name].device, copy=True)
         updates = checkpoint.state.get("average_updates", {})
         if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
             raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")

@@ -3,7 +3,7 @@
 DDP needs ``find_unused_parameters`` if the used parameters change from step to step; it then walks
 the graph each step and reduces every parameter. Here the task of a step determines the parameters.
 Parameters that the same tasks use share buckets, so a task uses whole buckets and each parameter
-is in one of them::
+is in one of them. Only the buckets of the last task exist::
 
     general   ████ ████ ████   all tasks
     text      ████             the four tasks that read text
@@ -33,18 +33,21 @@ class _Bucket:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        first = parameters[0]
-        sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(sum(sizes) + 1, dtype=first.dtype, device=first.device)
-        self.gradients, self.flag = self.flat[:-1], self.flat[-1:]
-        pieces = zip(self.gradients.split(sizes), parameters, strict=True)
-        self.views = [piece.view_as(p) for piece, p in pieces]
+        self._sizes = [p.numel() for p in parameters]
+        self.release()
 
     def attach(self) -> None:
         """Let the parameters accumulate their gradients in this bucket, from zero."""
-        self.gradients.zero_()
-        for view, parameter in zip(self.views, self.parameters, strict=True):
-            parameter.grad = view
+        first = self.parameters[0]
+        self.flat = torch.zeros(sum(self._sizes) + 1, dtype=first.dtype, device=first.device)
+        self.gradients, self.flag = self.flat[:-1], self.flat[-1:]
+        pieces = self.gradients.split(self._sizes)
+        for piece, parameter in zip(pieces, self.parameters, strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+    def release(self) -> None:
+        """Free the memory of the bucket, after the gradients are used."""
+        self.flat = self.gradients = self.flag = torch.empty(0)
 
 
 class _Reduction:
@@ -116,6 +119,7 @@ class GradientSync:
         self._buckets: dict[str, list[_Bucket]] = {}
         self._where: dict[str, dict[nn.Parameter, int]] = {}
         self._task: str | None = None
+        self._last: list[_Bucket] = []
         self._waiting: list[int] = []
         self._reductions: list[_Reduction] = []
         self._flag = self._paused = False
@@ -142,7 +146,7 @@ class GradientSync:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all buckets; each parameter has one place."""
+        """Memory of the buckets that exist; each parameter has one place."""
         buckets = {id(b): b.flat.nbytes for own in self._buckets.values() for b in own}
         return sum(buckets.values())
 
@@ -151,7 +155,9 @@ class GradientSync:
         self._flag = flag
         if self._world == 1:
             return
-        self._task = task
+        for bucket in self._last:
+            bucket.release()
+        self._task, self._last = task, self._buckets[task]
         self._waiting = [len(bucket.parameters) for bucket in self._buckets[task]]
         for bucket in self._buckets[task]:
             bucket.attach()
@@ -216,15 +222,18 @@ class GradientSync:
         self.bytes_reduced += reduction.nbytes
 
 
-def broadcast_parameters(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> None:
+def broadcast_parameters(
+    parameters: Iterable[nn.Parameter], bucket_bytes: float, device: torch.device | None = None
+) -> None:
     """Give all ranks the values of rank 0, in messages of about ``bucket_bytes``.
 
     Args:
         parameters: the same on all ranks, in the same order.
         bucket_bytes: size of a message; a larger parameter travels alone.
+        device: from which messages are sent; None for that of the parameters.
     """
     for group in _cut_buckets(parameters, bucket_bytes):
-        flat = torch.cat([parameter.detach().reshape(-1) for parameter in group])
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in group]).to(device)
         dist.broadcast(flat, src=0)
         pieces = flat.split([parameter.numel() for parameter in group])
         for parameter, piece in zip(group, pieces, strict=True):

@@ -23,6 +23,7 @@ from pipelines.training.optimizer import (
     update_weights,
 )
 from pipelines.training.reporter import LoopReporter
+from pipelines.training.residency import WeightResidency
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, pick_device, resume_run
 from pipelines.training.step import backward_step
@@ -104,13 +105,15 @@ def train_model(
     row_threads.limit_row_threads(torch.get_num_threads())
 
     # Each rank builds the model from the seed or the initial weights.
-    model = build_model(config, run.corpora).to(device, precision.weights)
+    offload = settings.offload_inactive_weights
+    place = torch.device("cpu") if offload else device
+    model = build_model(config, run.corpora).to(place, precision.weights)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     bucket_bytes = settings.bucket_mb * 2**20
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
-        broadcast_parameters(model.parameters(), bucket_bytes)
+        broadcast_parameters(model.parameters(), bucket_bytes, device)
     optimizer = build_optimizer(model.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
     # Task -> parameters that its steps change: clipping, sums and the average use only these.
@@ -134,6 +137,7 @@ def train_model(
             start = checkpoint.step
             sizes = {name: task.batch_size for name, task in config.trained.items()}
             health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    residency = WeightResidency(model, optimizer, average, device) if offload else None
     scheduler = build_lr_scheduler(optimizer, settings, start)
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
@@ -145,6 +149,8 @@ def train_model(
         health.reduce()
         if not run.has_folder or rank:
             return None
+        if residency is not None:
+            residency.settle()
         # The report loads the initial weights once more, so it is made only if it matters.
         if health.has_idle_task and run.init_report is not None:
             health.mark_inherited(run.init_report.trained_tasks)
@@ -170,6 +176,9 @@ def train_model(
     with prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches:
         for batch in meter.iter_timed(batches):
             batch = batch.to(device, precision.weights)
+            if residency is not None:
+                following = run.dataloader.task_at(step + 1) if step + 1 < last else None
+                residency.begin_step(batch.task, following)
             # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
             seed_dropout(config.seed, step, rank)
             for callback in callbacks:
@@ -207,7 +216,7 @@ def train_model(
                 stopped = f"preempted (SIGTERM) at step {step}"
                 break
             if reporter.needs_evaluation(step, last, settings):
-                with averaged_weights(model, average), meter.paused():
+                with averaged_weights(model, average, residency), meter.paused():
                     reporter.evaluate(model, step)
             # The checkpoint of the last step is written below.
             if stopped or step == last:
@@ -222,9 +231,13 @@ def train_model(
         dist.barrier()
     if step == settings.steps:
         health.check_trained()
+    if residency is not None:
+        residency.settle()
     # The result has the averaged weights; the checkpoint has both.
     if average is not None:
         average.swap(model)
+    if residency is not None:
+        residency.drop_state()
     if stopped is None and last < settings.steps:
         stopped = f"stopped at step {last}, as requested"
     return TrainResult(
@@ -249,14 +262,21 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def averaged_weights(model: TaskModel, average: WeightAverage | None) -> Iterator[None]:
+def averaged_weights(
+    model: TaskModel, average: WeightAverage | None, residency: WeightResidency | None = None
+) -> Iterator[None]:
     """Swap the averaged weights into the model, in evaluation mode, inside a block."""
-    if average is not None:
-        average.swap(model)
+
+    def swap() -> None:
+        if residency is not None:
+            residency.settle()
+        if average is not None:
+            average.swap(model)
+
+    swap()
     model.eval()
     try:
         yield
     finally:
         model.train()
-        if average is not None:
-            average.swap(model)
+        swap()

@@ -58,6 +58,27 @@ def test_the_same_in_float64_at_another_world_size(
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+def train_plain_and_offloaded(rank: int, world: int, data: Path, folder: Path) -> None:
+    for offload, stops in ((False, (None,)), (True, (5, None))):
+        name = "offloaded" if offload else "plain"
+        config = small_config(data, ema=0.9, bucket_mb=0.004, offload_inactive_weights=offload)
+        for stop in stops:
+            out = str(folder / f"{name}.safetensors")
+            train_and_save(rank, world, config, str(folder / name), out, stop)
+
+
+def test_the_same_to_the_bit_with_weights_in_the_host(data: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_plain_and_offloaded, data, tmp_path)
+    plain, offloaded = (tmp_path / f"{name}.safetensors" for name in ("plain", "offloaded"))
+    assert parameters(plain).pop("bytes_reduced") > 0
+    whole, parts = parameters(plain), parameters(offloaded)
+    for name in whole.keys() - {"bytes_reduced"}:
+        assert torch.equal(whole[name], parts[name]), name
+    last = "checkpoints/step-00000012"
+    for path in (tmp_path / "plain" / last).iterdir():
+        assert path.read_bytes() == (tmp_path / "offloaded" / last / path.name).read_bytes(), path
+
+
 def test_dropout_does_not_hang_on_where_a_run_stopped(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=8)
     config.model.dropout = config.model.drop_path = 0.3
