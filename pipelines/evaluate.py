@@ -1,4 +1,4 @@
-"""``skillnet evaluate``: metrics of a trained model on every test row, with bootstrap intervals."""
+"""``skillnet evaluate``: metrics of a trained model on every test row, with intervals."""
 
 import time
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ class EvaluateConfig:
         splits: splits to evaluate; by default every test split of each corpus.
         corpora: task -> corpus, if it differs from the training run.
         simple_baselines: also evaluate chance and the simple baselines.
-        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
+            intervals.
         precision: auto uses bf16 if the device supports it natively.
         output: CSV file; by default below evaluations in the run root.
         log: also log the metrics to the model's MLflow run.
@@ -206,7 +207,7 @@ def show_evaluation(result: EvaluationResult) -> None:
 @command(
     EvaluateConfig,
     description="Measure a model on every row of the test sets, each metric with a 95 % "
-    "bootstrap interval, and compare it with chance and simple baselines.",
+    "confidence interval, and compare it with chance and simple baselines.",
     example="skillnet evaluate models:/skillnet@champion\n"
     "skillnet evaluate my-run --splits validation --json",
     show=show_evaluation,

@@ -26,7 +26,7 @@ class RegisterConfig:
         name: name of the registered model; by default that of the training run, such as skillnet or
             skillnet-dense.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        bootstrap_samples: resamples of the confidence intervals that promotion compares.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank.
         force: make it champion without the comparison.
         description: added to the page of the version.
         corpora: task -> corpus, if it differs from the training run.

@@ -38,7 +38,7 @@ class InterpretConfig:
         swaps: also replace each active skill by each other skill; most of the running time.
         tokens: tokens of each modality for the comparison of skill outputs.
         batches: training batches of each task for the gradient.
-        bootstrap_samples: resamplings of each interval.
+        bootstrap_samples: resamplings of the intervals of gradient shares.
         seed: seed of row sampling and resampling.
         precision: auto is bf16 on hardware with native bf16 multiplication.
         output: output directory; by default interpretation in the run directory, or below the run

@@ -16,8 +16,16 @@ import pyarrow as pa
 
 from pipelines.corpora.archives import Archive, iter_members, read_member
 
-#: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key`` and ``group``.
+#: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key``, ``group`` and ``unit``.
+#: The unit names the rows that only occur together in a split (a module, a speaker). A row without
+#: ``unit``, or with None, is a unit by itself.
 Row = dict[str, Any]
+#: Columns of every shard, before those of the corpus.
+ROW_COLUMNS = (
+    pa.field("key", pa.string()),
+    pa.field("group", pa.int64()),
+    pa.field("unit", pa.string()),
+)
 #: Reason of a row that is not lost: its captions are in the row of its item.
 JOINED_ROW = "joined to the first row of its media file"
 #: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
@@ -124,7 +132,7 @@ class Corpus(ABC):
     #: Columns that ``rows`` yields in addition to split, key and group. If a later step rejects a
     #: row, the columns ``file`` (text) and ``row`` (number from 1) go to the quarantine file.
     raw_schema: pa.Schema
-    #: Columns of the finished shards after key and group, of all splits together.
+    #: Columns of the finished shards after ``ROW_COLUMNS``, of all splits together.
     columns: pa.Schema
     #: Columns that a split omits, because they would be empty.
     omitted_columns: ClassVar[dict[str, frozenset[str]]] = {}
@@ -150,7 +158,7 @@ class Corpus(ABC):
         """Return the finished columns of a block, row for row.
 
         Args:
-            block: key, group and the columns of ``raw_schema``.
+            block: ``ROW_COLUMNS`` and the columns of ``raw_schema``.
             tokenizer: None for a corpus without ``text_columns``.
 
         Returns:
@@ -182,8 +190,7 @@ class Corpus(ABC):
         """Return the columns of the shards of a split."""
         omitted = self.omitted_columns.get(split, frozenset())
         return pa.schema(
-            [pa.field("key", pa.string()), pa.field("group", pa.int64())]
-            + [column for column in self.columns if column.name not in omitted]
+            [*ROW_COLUMNS, *(column for column in self.columns if column.name not in omitted)]
         )
 
 

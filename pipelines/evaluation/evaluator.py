@@ -1,4 +1,4 @@
-"""Evaluation of a model on prepared corpora: tidy rows with bootstrap intervals.
+"""Evaluation of a model on prepared corpora: tidy rows with intervals over held-out units.
 
 The main entry point is :func:`evaluate_model`; ``skillnet evaluate``, training runs, sweeps and
 growth reports call it. Every row of a split is used exactly once. In retrieval, the query of a row
@@ -17,6 +17,7 @@ import numpy as np
 
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import default_masked_training, default_tasks_training
+from pipelines.evaluation.held_out_units import read_units
 from pipelines.evaluation.inference import (
     InferenceInputs,
     InferenceRunner,
@@ -34,6 +35,7 @@ from pipelines.evaluation.task_metrics import (
     mean_with_interval,
     rank_metrics,
     retrieval_metrics,
+    units_of_queries,
 )
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
@@ -79,7 +81,8 @@ def evaluate_model(
         system: name of the system in the rows; None uses the model's name.
         steps: training steps, copied into the rows.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
-        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
+            intervals.
         on_split: called before each split with the task, the split and its number of rows; on
             each rank.
         outcomes: receives the outcome of every row, on the first rank.
@@ -113,10 +116,19 @@ def evaluate_model(
             limit = (limits or {}).get(name)
             if masked:
                 values = masked_losses(runner, name, corpus, split_name, masks, limit)
-                metrics = {
-                    metric: mean_with_interval(values_N, seed, bootstrap_samples)
-                    for metric, values_N in (values.items() if runner.ranks.is_first else ())
-                }
+                metrics = {}
+                if runner.ranks.is_first:
+                    units = read_units(split.table(), f"{corpus.name}/{split_name}")
+                    metrics = {
+                        # A loss has no range; an accuracy is a share.
+                        metric: mean_with_interval(
+                            values_N,
+                            bootstrap_samples,
+                            units,
+                            "free" if metric.endswith("loss") else "share",
+                        )
+                        for metric, values_N in values.items()
+                    }
                 lengths = mean_masked_length(model, name, corpus, split_name, limit)
             else:
                 metrics, lengths = measure_split(
@@ -173,7 +185,8 @@ def measure_split(
         where: names the split in error messages.
         limit: maximum length of the corpus' own modality; None uses the model's limit.
         seed: of the bootstrap.
-        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
+            intervals.
         outcomes: receives the outcome of every row.
         all_captions: make every caption of a row a query; otherwise only the first.
 
@@ -198,22 +211,23 @@ def measure_split(
         for tower, plan in spec.towers.items()
     }
     lengths = mean_row_lengths(inputs)
+    units = read_units(table, where)
     if spec.objective == "classification":
         probabilities = runner.classify(task, inputs["input"])
         if not runner.ranks.is_first:
             return {}, lengths
         labels = read_fixed_column(table, "label", where)
         predicted = probabilities.argmax(1)
-        metrics = classification_metrics(predicted, labels, seed, bootstrap_samples)
-        row_outcomes.add_hits(task, split.name, predicted == labels)
+        metrics = classification_metrics(predicted, labels, seed, bootstrap_samples, units)
+        row_outcomes.add_hits(task, split.name, predicted == labels, units)
     elif spec.objective == "ctc":
         symbols, _ = runner.transcribe(task, inputs["input"])
         if not runner.ranks.is_first:
             return {}, lengths
         # Metrics and stored outcomes use the same counts, so that they cannot disagree.
         counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
-        metrics = error_rate_metrics(counts, seed, bootstrap_samples)
-        row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1])
+        metrics = error_rate_metrics(counts, bootstrap_samples, units)
+        row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1], unit=units)
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
@@ -225,7 +239,8 @@ def measure_split(
         query_groups = groups if owners is None else groups[owners]
         # The outcomes need the ranks too, so this direction is not left to retrieval_metrics.
         ranks = retrieval_ranks(query, candidate, query_groups, groups)
-        metrics = rank_metrics(ranks, "", seed, bootstrap_samples, owners) | retrieval_metrics(
+        query_units = units_of_queries(units, owners)
+        metrics = rank_metrics(ranks, "", seed, bootstrap_samples, query_units) | retrieval_metrics(
             query,
             candidate,
             query_groups,
@@ -233,8 +248,9 @@ def measure_split(
             seed,
             bootstrap_samples,
             directions=("reverse_",),
+            units=units,
         )
-        row_outcomes.add_ranks(task, split.name, ranks, owners)
+        row_outcomes.add_ranks(task, split.name, ranks, owners, units)
     return metrics, lengths
 
 

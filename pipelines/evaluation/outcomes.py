@@ -8,7 +8,9 @@ classification   1 if the class is correct                1
 ctc              edit distance to the reference           number of reference symbols
 retrieval        queries with a rank of at most 10        number of queries of the row
 
-Rows are numbered as in the prepared split. Two systems are paired by (task, split, row).
+Rows are numbered as in the prepared split. Two systems are paired by (task, split, row). ``unit``
+numbers the units that the split holds out (modules, speakers), in the order of their first rows;
+the column ``unit`` of the shard has their names.
 :func:`pipelines.evaluation.evaluator.evaluate_model` fills an :class:`OutcomeTable`; comparisons
 and growth reports read the file.
 """
@@ -22,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
+from skillnet.metrics import ConfidenceInterval
+from skillnet.unit_statistics import bound_score, jackknife_units, unit_error
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
@@ -40,6 +43,7 @@ SCHEMA = pa.schema(
         ("numerator", pa.float32()),
         ("denominator", pa.float32()),
         ("rank", pa.float32()),
+        ("unit", pa.int32()),
     ]
 )
 
@@ -52,11 +56,13 @@ class RowOutcomes:
         numerator: (N,) float64, see the module docstring.
         denominator: (N,) float64.
         rank: (N,) float64, from 1; NaN for tasks without a ranking.
+        unit: (N,) int64, number of the unit of each row, from 0.
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
     rank: np.ndarray
+    unit: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numerator)
@@ -75,19 +81,27 @@ class OutcomeTable:
     def __init__(self) -> None:
         self._parts: dict[tuple[str, str], RowOutcomes] = {}
 
-    def add_hits(self, task: str, split: str, hits: ArrayLike) -> None:
+    def add_hits(
+        self, task: str, split: str, hits: ArrayLike, unit: ArrayLike | None = None
+    ) -> None:
         """Add the outcomes of classification rows.
 
         Args:
             task: name of the task.
             split: name of the split.
             hits: (N,) booleans, true for rows with the correct class.
+            unit: see :meth:`add`.
         """
         numerator = np.asarray(hits, np.float64)
-        self.add(task, split, numerator, np.ones(len(numerator)))
+        self.add(task, split, numerator, np.ones(len(numerator)), unit=unit)
 
     def add_ranks(
-        self, task: str, split: str, ranks: ArrayLike, owners: np.ndarray | None = None
+        self,
+        task: str,
+        split: str,
+        ranks: ArrayLike,
+        owners: np.ndarray | None = None,
+        unit: ArrayLike | None = None,
     ) -> None:
         """Add the outcomes of retrieval queries.
 
@@ -97,6 +111,7 @@ class OutcomeTable:
             ranks: (Q,) rank of the best correct candidate of each query, from 1.
             owners: (Q,) row of each query, ascending; None if each row has one query. The rank of
                 a row is the mean rank of its queries.
+            unit: see :meth:`add`.
         """
         rank = np.asarray(ranks, np.float64)
         hits: np.ndarray = (rank <= RECALL_RANK).astype(np.float64)
@@ -107,7 +122,7 @@ class OutcomeTable:
             queries = np.bincount(owners).astype(np.float64)
             hits = np.bincount(owners, hits)
             rank = np.bincount(owners, rank) / queries
-        self.add(task, split, hits, queries, rank)
+        self.add(task, split, hits, queries, rank, unit)
 
     def add(
         self,
@@ -116,6 +131,7 @@ class OutcomeTable:
         numerator: ArrayLike,
         denominator: ArrayLike,
         rank: ArrayLike | None = None,
+        unit: ArrayLike | None = None,
     ) -> None:
         """Add the rows of a split; a second call for the same split replaces the first.
 
@@ -125,11 +141,15 @@ class OutcomeTable:
             numerator: (N,) see the module docstring.
             denominator: (N,)
             rank: (N,) or None for tasks without a ranking.
+            unit: (N,) number of the unit of each row; None counts each row as a unit.
         """
         numerators = np.asarray(numerator, np.float64)
         ranks = np.full(len(numerators), np.nan) if rank is None else np.asarray(rank, np.float64)
         self._parts[task, split] = RowOutcomes(
-            numerators, np.asarray(denominator, np.float64), ranks
+            numerators,
+            np.asarray(denominator, np.float64),
+            ranks,
+            np.arange(len(numerators)) if unit is None else np.asarray(unit, np.int64),
         )
 
     def __getitem__(self, key: tuple[str, str]) -> RowOutcomes:
@@ -155,6 +175,7 @@ class OutcomeTable:
                 pa.array([split] * count, pa.string()),
                 pa.array(np.arange(count, dtype=np.int32)),
                 *(pa.array(x.astype(np.float32)) for x in values),
+                pa.array(part.unit.astype(np.int32)),
             ]
             tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
@@ -201,36 +222,44 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
         table[name].to_numpy().astype(np.float64)
         for name in ("row", "numerator", "denominator", "rank")
     )
+    units = table["unit"].to_numpy().astype(np.int64)
     for task, split in dict.fromkeys(zip(tasks.tolist(), splits.tolist(), strict=True)):
         lines = np.flatnonzero((tasks == task) & (splits == split))
         # Systems are paired by position, so rows must be in order and complete.
         lines = lines[np.argsort(row[lines], kind="stable")]
         if not np.array_equal(row[lines], np.arange(len(lines))):
             raise UserError(f"{path}: {task} {split}: rows are missing or duplicated")
-        outcomes.add(task, split, numerator[lines], denominator[lines], rank[lines])
+        unit = units[lines]
+        if unit.min(initial=0) < 0 or unit.max(initial=0) >= max(len(lines), 1):
+            raise UserError(f"{path}: {task} {split}: a unit has no number of a row")
+        outcomes.add(task, split, numerator[lines], denominator[lines], rank[lines], unit)
     return outcomes
 
 
-def paired_difference(
-    one: RowOutcomes, other: RowOutcomes, seed: int = 0, bootstrap_samples: int = 1000
-) -> ConfidenceInterval:
+def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterval:
     """Return the primary metric of ``one`` minus that of ``other``, with its interval.
 
-    The bootstrap draws the outcomes of both models for a row together. Rows that are difficult for
-    both models therefore do not widen the interval.
+    The difference is formed row by row. Rows that are difficult for both models therefore do not
+    widen the interval.
 
     Args:
         one: outcomes of the first model.
         other: outcomes of the second model on the same rows.
-        seed: of the bootstrap.
-        bootstrap_samples: number of resamples.
 
     Raises:
         ValueError: the outcomes belong to different rows.
     """
-    # Row counts can agree by accident; reference lengths and query counts are a second check.
-    if len(one) != len(other) or not np.array_equal(one.denominator, other.denominator):
+    # Row counts can agree by accident; lengths, query counts and units are a second check.
+    if not have_equal_rows(one, other):
         raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
-    # The difference is formed before resampling, so that each draw takes both models' row.
-    rows_N2 = np.stack([one.numerator - other.numerator, one.denominator], 1)
-    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)
+    effects = jackknife_units(one.numerator - other.numerator, one.denominator, one.unit)
+    value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
+    bounds = bound_score(value, unit_error(effects_K), effects.dof, len(effects_K))
+    return ConfidenceInterval(value, *bounds)
+
+
+def have_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
+    """Return whether two models were evaluated on rows of equal weights and units."""
+    return np.array_equal(one.denominator, other.denominator) and np.array_equal(
+        one.unit, other.unit
+    )

@@ -36,6 +36,7 @@ from pipelines.evaluation.evaluator import (
     tidy_rows,
     uses_all_captions,
 )
+from pipelines.evaluation.held_out_units import read_units
 from pipelines.evaluation.task_metrics import (
     TaskMetrics,
     classification_metrics,
@@ -53,7 +54,7 @@ from skillnet_platform.storage import read_json, run_root, write_json
 from skillnet_platform.storage.location import parse_location
 
 #: Increase it when a method in this file changes, so that cached results are not reused.
-BASELINES_VERSION = 1
+BASELINES_VERSION = 2
 
 NEIGHBOURS = 5
 #: Maximum size of a TF-IDF vocabulary in retrieval.
@@ -131,7 +132,8 @@ def _measure_both(
     if spec.objective == "classification":
         return _classification(train, test, corpus.modality, where, seed, bootstrap_samples)
     if spec.objective == "ctc":
-        return _transcription(train, test, where, seed, bootstrap_samples)
+        return _transcription(train, test, where, bootstrap_samples)
+    units = read_units(test, where)
     groups = unique_group_ids(read_fixed_column(test, "group", where))
     captions = test.column("captions").to_pylist()
     if not uses_all_captions(corpus):
@@ -154,6 +156,7 @@ def _measure_both(
         bootstrap_samples,
         directions=("",),
         owners=owners,
+        units=units,
     )
     backward = retrieval_metrics(
         back_query,
@@ -163,6 +166,7 @@ def _measure_both(
         seed,
         bootstrap_samples,
         directions=("reverse_",),
+        units=units,
     )
     return {
         "chance": random_ranking_metrics(groups, query_groups),
@@ -198,9 +202,12 @@ def _classification(
         warnings.simplefilter("ignore", ConvergenceWarning)
         predicted = model.fit(train_features, train_labels).predict(features)
     most_frequent = np.full(len(labels), np.bincount(train_labels).argmax())
+    units = read_units(test, where)
     return {
-        "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples),
-        "simple_baseline": classification_metrics(predicted, labels, seed, bootstrap_samples),
+        "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples, units),
+        "simple_baseline": classification_metrics(
+            predicted, labels, seed, bootstrap_samples, units
+        ),
     }
 
 
@@ -208,7 +215,7 @@ def _classification(
 
 
 def _transcription(
-    train: pa.Table, test: pa.Table, where: str, seed: int, bootstrap_samples: int
+    train: pa.Table, test: pa.Table, where: str, bootstrap_samples: int
 ) -> dict[str, TaskMetrics]:
     train_symbols = read_ragged_column(train, "symbols", where)
     symbols = read_ragged_column(test, "symbols", where)
@@ -220,12 +227,13 @@ def _transcription(
         int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
         for position in range(min(mean_length, longest))
     ]
+    units = read_units(test, where)
     return {
         "chance": transcription_metrics(
-            [most_frequent] * len(symbols), symbols, seed, bootstrap_samples
+            [most_frequent] * len(symbols), symbols, bootstrap_samples, units
         ),
         "simple_baseline": transcription_metrics(
-            [train_symbols[row] for row in nearest], symbols, seed, bootstrap_samples
+            [train_symbols[row] for row in nearest], symbols, bootstrap_samples, units
         ),
     }
 

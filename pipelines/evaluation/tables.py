@@ -45,6 +45,11 @@ OBJECTIVE_METRICS = {
     "masked": ("masked_loss", False),
 }
 
+#: Metric of a task with labels -> whether higher values are better.
+SCORED_METRICS = dict(
+    metric for objective, metric in OBJECTIVE_METRICS.items() if objective != "masked"
+)
+
 #: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
 UNSCALED_SUFFIXES = ("rank", "loss")
 
@@ -64,6 +69,19 @@ METRIC_LABELS = {
     "masked_loss": "masked loss",
     "masked_accuracy": "masked token accuracy",
 }
+
+
+def score_metric(metric: str, value: float) -> float:
+    """Return the score of a primary metric, in [0, 1], where higher is better.
+
+    Sweeps, studies and comparisons average these scores over tasks. An error rate above 1 is worth
+    0: a negative score would dominate the mean.
+
+    Args:
+        metric: name in evaluation rows.
+        value: its value.
+    """
+    return value if SCORED_METRICS[metric] else max(1.0 - value, 0.0)
 
 
 def metric_label(metric: str) -> str:
@@ -286,9 +304,9 @@ def run_description(
             markdown_table(*summary_cells(rows, baseline_rows, config.tasks, total_params)),
         ]
         parts += [
-            "*active*: share of the parameters that the task reads. Intervals: bootstrap over "
-            "test rows. The CSV files in `evaluation/` under Artifacts contain all metrics, with "
-            "the other test sets and the reverse direction."
+            "*active*: share of the parameters that the task reads. Intervals: over held-out "
+            "units of the test. The CSV files in `evaluation/` under Artifacts contain all "
+            "metrics, with the other test sets and the reverse direction."
         ]
     parts += ["#### Active skills of each tower", markdown_table(*activation_cells(config))]
     if facts:

@@ -1,4 +1,8 @@
-"""Metrics of each objective with bootstrap intervals, from predictions and correct answers.
+"""Metrics of each objective with their intervals, from predictions and correct answers.
+
+Units (see :mod:`pipelines.evaluation.held_out_units`) are the independent observations. Shares and
+error rates have the interval of :func:`skillnet.unit_statistics.bound_score`. Macro-F1 and the
+median rank have a bootstrap interval; it is omitted where all resamples agree.
 
 :mod:`pipelines.evaluation.evaluator` applies them to models, and
 :mod:`pipelines.evaluation.simple_baselines` to simple methods.
@@ -14,16 +18,20 @@ from skillnet.metrics import (
     error_counts,
     macro_f1_of_rows,
     median_rank,
-    ratio_of_sums,
     retrieval_ranks,
 )
+from skillnet.unit_statistics import ScoreScale, bound_score, jackknife_units, unit_error
 
 #: Metric name -> value and interval.
 TaskMetrics = dict[str, ConfidenceInterval]
 
 
 def classification_metrics(
-    predicted: np.ndarray, labels: np.ndarray, seed: int = 0, bootstrap_samples: int = 1000
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    bootstrap_samples: int = 1000,
+    units: np.ndarray | None = None,
 ) -> TaskMetrics:
     """Return accuracy and macro-F1 of predicted classes.
 
@@ -32,46 +40,49 @@ def classification_metrics(
         labels: (N,) correct class indices.
         seed: of the bootstrap.
         bootstrap_samples: resamples of each interval; 0 omits intervals.
+        units: (N,) number of the unit of each row; None counts each row as a unit.
     """
     # Macro-F1 is not a mean over rows: the bootstrap must resample predictions with their labels.
     pairs = np.stack([np.asarray(predicted), np.asarray(labels)], 1).astype(np.int64)
     return {
-        "accuracy": mean_with_interval(pairs[:, 0] == pairs[:, 1], seed, bootstrap_samples),
-        "macro_f1": _interval(pairs, macro_f1_of_rows, seed, bootstrap_samples),
+        "accuracy": mean_with_interval(pairs[:, 0] == pairs[:, 1], bootstrap_samples, units),
+        "macro_f1": _resample(pairs, macro_f1_of_rows, seed, bootstrap_samples, units),
     }
 
 
 def transcription_metrics(
     hypotheses: Sequence[Sequence[int]],
     references: Sequence[Sequence[int]],
-    seed: int = 0,
     bootstrap_samples: int = 1000,
+    units: np.ndarray | None = None,
 ) -> TaskMetrics:
     """Return the token error rate and the share of rows without errors.
 
     Args:
         hypotheses: N predicted symbol sequences.
         references: N correct symbol sequences.
-        seed: of the bootstrap.
-        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        bootstrap_samples: 0 omits intervals.
+        units: (N,) number of the unit of each row; None counts each row as a unit.
     """
-    return error_rate_metrics(error_counts(hypotheses, references), seed, bootstrap_samples)
+    return error_rate_metrics(error_counts(hypotheses, references), bootstrap_samples, units)
 
 
 def error_rate_metrics(
-    counts: np.ndarray, seed: int = 0, bootstrap_samples: int = 1000
+    counts: np.ndarray, bootstrap_samples: int = 1000, units: np.ndarray | None = None
 ) -> TaskMetrics:
     """Return the token error rate and the share of rows without errors, from counts.
 
     Args:
         counts: (N, 2) edit distance and number of reference symbols of each row.
-        seed: of the bootstrap.
-        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        bootstrap_samples: 0 omits intervals.
+        units: (N,) number of the unit of each row; None counts each row as a unit.
     """
     return {
         # A ratio of sums: a mean of rates would give short transcripts too much weight.
-        "token_error_rate": _interval(counts, ratio_of_sums, seed, bootstrap_samples),
-        "exact_rate": mean_with_interval(counts[:, 0] == 0, seed, bootstrap_samples),
+        "token_error_rate": _bound_ratio(
+            counts[:, 0], counts[:, 1], bootstrap_samples, units, "error_rate"
+        ),
+        "exact_rate": mean_with_interval(counts[:, 0] == 0, bootstrap_samples, units),
     }
 
 
@@ -84,6 +95,7 @@ def retrieval_metrics(
     bootstrap_samples: int = 1000,
     directions: Iterable[str] = ("", "reverse_"),
     owners: np.ndarray | None = None,
+    units: np.ndarray | None = None,
 ) -> TaskMetrics:
     """Return recall at 1, 5 and 10 and the median rank, for each direction of retrieval.
 
@@ -96,6 +108,7 @@ def retrieval_metrics(
         bootstrap_samples: resamples of each interval; 0 omits intervals.
         directions: metric prefixes: "" is text -> X, ``reverse_`` is X -> text.
         owners: (Q,) row of each query; None if each row has one query.
+        units: (N,) number of the unit of each candidate; None counts each row as a unit.
     """
     metrics: TaskMetrics = {}
     for prefix in directions:
@@ -103,10 +116,21 @@ def retrieval_metrics(
             ranks = retrieval_ranks(candidate, query, candidate_ids, query_ids)
         else:
             ranks = retrieval_ranks(query, candidate, query_ids, candidate_ids)
-        # In the reverse direction a row is one query, so nothing is resampled together.
-        clusters = None if prefix else owners
-        metrics |= rank_metrics(ranks, prefix, seed, bootstrap_samples, clusters)
+        # In the reverse direction each row is one query.
+        query_units = units if prefix else units_of_queries(units, owners)
+        metrics |= rank_metrics(ranks, prefix, seed, bootstrap_samples, query_units)
     return metrics
+
+
+def units_of_queries(units: np.ndarray | None, owners: np.ndarray | None) -> np.ndarray | None:
+    """Return the number of the unit of each query, (Q,); None if each query is a unit.
+
+    Args:
+        units: (N,) number of the unit of each row; None counts each row as a unit.
+        owners: (Q,) row of each query; None if each row has one query.
+    """
+    # Captions of one row are never independent.
+    return owners if units is None else units if owners is None else units[owners]
 
 
 def rank_metrics(
@@ -114,7 +138,7 @@ def rank_metrics(
     prefix: str = "",
     seed: int = 0,
     bootstrap_samples: int = 1000,
-    clusters: np.ndarray | None = None,
+    units: np.ndarray | None = None,
 ) -> TaskMetrics:
     """Return recall at 1, 5 and 10 and the median of ranks.
 
@@ -123,43 +147,68 @@ def rank_metrics(
         prefix: of the metric names.
         seed: of the bootstrap.
         bootstrap_samples: resamples of each interval; 0 omits intervals.
-        clusters: (Q,) queries of one cluster (captions of one image) are resampled together.
+        units: (Q,) number of the unit of each query; None counts each query as a unit.
     """
     metrics = {
-        f"{prefix}recall_at_{k}": mean_with_interval(ranks <= k, seed, bootstrap_samples, clusters)
+        f"{prefix}recall_at_{k}": mean_with_interval(ranks <= k, bootstrap_samples, units)
         for k in (1, 5, 10)
     }
-    metrics[f"{prefix}median_rank"] = _interval(
-        ranks, median_rank, seed, bootstrap_samples, clusters
-    )
+    metrics[f"{prefix}median_rank"] = _resample(ranks, median_rank, seed, bootstrap_samples, units)
     return metrics
 
 
 def mean_with_interval(
-    values: np.ndarray, seed: int, bootstrap_samples: int, clusters: np.ndarray | None = None
+    values: np.ndarray,
+    bootstrap_samples: int = 1000,
+    units: np.ndarray | None = None,
+    scale: ScoreScale = "share",
 ) -> ConfidenceInterval:
-    """Return the mean of values with its bootstrap interval.
+    """Return the mean of values with its interval.
 
     Args:
         values: (N,) booleans or numbers.
-        seed: of the bootstrap.
-        bootstrap_samples: resamples; 0 omits the interval.
-        clusters: (N,) values of one cluster are resampled together.
+        bootstrap_samples: 0 omits the interval.
+        units: (N,) number of the unit of each value; None counts each value as a unit.
+        scale: of the values, see :func:`skillnet.unit_statistics.bound_score`.
     """
-    as_float = np.asarray(values, dtype=np.float64)
-    return _interval(as_float, np.mean, seed, bootstrap_samples, clusters)
+    amounts = np.asarray(values, np.float64)
+    return _bound_ratio(amounts, np.ones(len(amounts)), bootstrap_samples, units, scale)
 
 
-def _interval(
+def _bound_ratio(
+    amounts: np.ndarray,
+    weights: np.ndarray,
+    bootstrap_samples: int,
+    units: np.ndarray | None,
+    scale: ScoreScale,
+) -> ConfidenceInterval:
+    nan = float("nan")
+    # The references of a split can all be empty.
+    if not weights.sum():
+        return ConfidenceInterval(nan, nan, nan)
+    effects = jackknife_units(amounts, weights, units)
+    value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
+    if not bootstrap_samples:
+        return ConfidenceInterval(value, nan, nan)
+    error = unit_error(effects_K)
+    bounds = bound_score(value, error, effects.dof, len(effects_K), scale)
+    return ConfidenceInterval(value, *bounds)
+
+
+def _resample(
     values: np.ndarray,
     statistic: Callable[..., float],
     seed: int,
     bootstrap_samples: int,
-    clusters: np.ndarray | None = None,
+    units: np.ndarray | None,
 ) -> ConfidenceInterval:
+    nan = float("nan")
+    interval = ConfidenceInterval(float(statistic(values)), nan, nan)
+    # One unit has no variance to resample.
+    if bootstrap_samples and (units is None or units.any()):
+        interval = bootstrap_interval(
+            values, statistic, seed=seed, samples=bootstrap_samples, clusters=units
+        )
     # NaN bounds make tables omit the interval; equal bounds would claim certainty.
-    if not bootstrap_samples:
-        return ConfidenceInterval(float(statistic(values)), float("nan"), float("nan"))
-    return bootstrap_interval(
-        values, statistic, seed=seed, samples=bootstrap_samples, clusters=clusters
-    )
+    is_point = interval.low == interval.high
+    return ConfidenceInterval(interval.value, nan, nan) if is_point else interval

@@ -15,7 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, find_long_text
+from pipelines.corpora.base import (
+    ROW_COLUMNS,
+    Corpus,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    find_long_text,
+)
 from pipelines.io.directory import to_printable
 from pipelines.io.key_set import KeySet
 
@@ -33,7 +40,7 @@ class RowBlock:
     Args:
         split: split of all rows.
         shard: index of the shard in its split, from 0.
-        table: key, group and the raw columns of the corpus.
+        table: ``ROW_COLUMNS`` and the raw columns of the corpus.
         keys: digest of the rows' keys, in order.
     """
 
@@ -175,7 +182,7 @@ def rows_to_table(corpus: Corpus, rows: list[Row]) -> tuple[pa.Table, list[Rejec
     Returns:
         The table of the rows that fit, and the other rows.
     """
-    schema = pa.schema([("key", pa.string()), ("group", pa.int64()), *corpus.raw_schema])
+    schema = pa.schema([*ROW_COLUMNS, *corpus.raw_schema])
     try:
         return pa.Table.from_pylist(rows, schema=schema), []
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError, TypeError):

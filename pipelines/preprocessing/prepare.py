@@ -27,7 +27,7 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.temporary import remove_leftovers
 
 #: Increase it when the engine (not one corpus) changes the prepared bytes.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 #: Fraction of the rows.
 MAX_ERROR_RATE = 0.1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Corpus
+from pipelines.corpora.base import ROW_COLUMNS, Corpus
 from pipelines.io.media import MEDIA, MediaRef
 from pipelines.preprocessing import staging
 from pipelines.preprocessing.blocks import SOURCE_COLUMNS
@@ -88,10 +88,10 @@ def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> 
     Args:
         corpus: corpus of the rows.
         tokenizer: tokenizer file, if the corpus needs one.
-        block: key, group and the raw columns.
+        block: ``ROW_COLUMNS`` and the raw columns.
 
     Returns:
-        The columns of the corpus, key, group, and ``REJECTED_COLUMN``; one row per raw row.
+        The columns of the corpus, ``ROW_COLUMNS`` and ``REJECTED_COLUMN``; one row per raw row.
     """
     transformed = corpus.transform(
         block, tokenizers.load_tokenizer(tokenizer) if tokenizer else None
@@ -102,8 +102,8 @@ def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> 
         transformed = transformed.append_column(REJECTED_COLUMN, nulls)
     if "symbols" in transformed.column_names and "log_mel" in transformed.column_names:
         transformed = _reject_unalignable(transformed)
-    for name in ("key", "group"):
-        transformed = transformed.append_column(name, block[name])
+    for column in ROW_COLUMNS:
+        transformed = transformed.append_column(column, block[column.name])
     return transformed
 
 

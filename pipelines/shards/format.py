@@ -18,7 +18,7 @@ import pyarrow as pa
 from skillnet_platform.config import digest_config as digest_of
 from skillnet_platform.storage import disk_guard, sha256_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 #: Keys of a manifest that describe how it was made. The digest does not cover them.

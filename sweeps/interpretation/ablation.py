@@ -102,8 +102,6 @@ def measure_ablations(
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
     swaps: bool = True,
-    seed: int = 0,
-    bootstrap_samples: int = 1000,
     precision: str = "auto",
     on_change: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -117,15 +115,13 @@ def measure_ablations(
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
         swaps: also replace each active skill by each other skill.
-        seed: seed of the resampling of rows.
-        bootstrap_samples: resamplings of each interval.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
         on_change: called with the task and its number of rows before each evaluation.
 
     Returns:
         Rows with the keys ``COLUMNS``. ``before``, ``after`` and ``score_drop`` are scores in
         [0, 1] where higher is better (1 − error rate for error rates). ``score_drop`` is before
-        minus after, with its paired 95 % bootstrap interval over rows. All but ``before`` are None
+        minus after, with its paired 95 % interval over held-out units. All but ``before`` are None
         if a tower would have no skill.
 
     Raises:
@@ -156,7 +152,7 @@ def measure_ablations(
                 altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
                 # For error rates the order is reversed, so that a positive drop is always worse.
                 pair = (baseline, altered) if more else (altered, baseline)
-                interval = paired_difference(*pair, seed=seed, bootstrap_samples=bootstrap_samples)
+                interval = paired_difference(*pair)
                 row |= {"after": _score(altered.value, more), "score_drop": interval.value}
                 row |= {"low": interval.low, "high": interval.high}
             table.append({column: row.get(column) for column in COLUMNS})

@@ -141,31 +141,33 @@ def interpret_model(
         tokens: see :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
         batches: training batches of each task for the gradient.
         seed: seed of row sampling and resampling.
-        bootstrap_samples: resamplings of each interval.
+        bootstrap_samples: resamplings of the intervals of gradient shares.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
         on_progress: called with a task and its number of rows before each evaluation.
 
     Raises:
         UserError: an unknown task, or a corpus that does not fit.
     """
-    common: dict[str, Any] = {"corpora": corpora, "limits": limits, "seed": seed}
+    common: dict[str, Any] = {"corpora": corpora, "limits": limits}
     ablations = measure_ablations(
         model,
         data,
         tasks,
         split,
         swaps=swaps,
-        bootstrap_samples=bootstrap_samples,
         precision=precision,
         on_change=on_progress,
         **common,
     )
-    similarities = measure_skill_similarity(model, data, tasks, split, tokens=tokens, **common)
+    similarities = measure_skill_similarity(
+        model, data, tasks, split, tokens=tokens, seed=seed, **common
+    )
     gradients = measure_gradient_share(
         model,
         data,
         tasks,
         batches=batches,
+        seed=seed,
         bootstrap_samples=bootstrap_samples,
         precision=precision,
         **common,

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipelines.corpora import ExternalCorpus
 from pipelines.preprocessing import prepare as preparing
-from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 
 
 def write_empty_corpus(data: Path, corpus: ExternalCorpus) -> None:
@@ -18,7 +18,7 @@ def write_empty_corpus(data: Path, corpus: ExternalCorpus) -> None:
     home.mkdir(parents=True)
     entry = write_shard(pa.table({"key": ["a"]}), home / "train-00000.arrow")
     manifest: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": corpus.name,
         "modality": corpus.modality,
         "task": corpus.task,

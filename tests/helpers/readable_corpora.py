@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from pipelines.tokenizer import training as tokenizer_training
 from pipelines.transforms import text, video
 from skillnet.config import SkillNetConfig
@@ -166,7 +166,7 @@ def _write(folder: Path, name: str, modality: str, rows: list[Row], words: Any) 
         splits[split] = {"rows": table.num_rows, "shards": [entry]}
     tokens = (folder / "tokenizer.json").read_bytes()
     manifest: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": name,
         "modality": modality,
         "task": "",
@@ -196,6 +196,10 @@ def _table(rows: list[Row], split: str, words: Any) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "key": pa.array([f"{split}/{number}" for number in range(len(rows))]),
         "group": pa.array([row.get("group", -1) for row in rows], pa.int64()),
+        # The first half of the rows: two are a unit. The others are units by themselves.
+        "unit": pa.array(
+            [f"unit {n // 2}" if n < len(rows) // 2 else None for n in range(len(rows))]
+        ),
     }
     shapes: dict[str, tuple[int, ...]] = {}
     for name in ("text", "code"):

@@ -30,9 +30,9 @@ def write_labelled_clips(data: Path, name: str = "counts", named: bool = True) -
         frames = table["frames"].combine_chunks()
         ink = frames.flatten().to_numpy().reshape(len(table), -1).mean(1)
         label = np.argsort(np.argsort(ink)) * CLASSES // len(table)
-        fields = [table.schema.field("key"), table.schema.field("group")]
+        fields = [table.schema.field(name) for name in ("key", "group", "unit")]
         fields += [table.schema.field("frames"), pa.field("label", pa.int32())]
-        columns = [table["key"], table["group"], frames, pa.array(label, pa.int32())]
+        columns = [table["key"], table["group"], table["unit"], frames, pa.array(label, pa.int32())]
         made = pa.Table.from_arrays(columns, schema=pa.schema(fields))
         splits[split] = {
             "rows": len(made),

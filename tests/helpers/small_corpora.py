@@ -19,7 +19,7 @@ from pipelines.config.run import (
     TrainingConfig,
     default_masked_training,
 )
-from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import TrackingConfig
@@ -145,7 +145,7 @@ def _write(
         described[split] = {"rows": rows, "shards": files}
     total = sum(rows for rows, _ in splits.values())
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": name,
         "modality": modality,
         "task": task,
@@ -173,6 +173,8 @@ def _table(
     columns: dict[str, pa.Array] = {
         "key": pa.array([f"{split}/{index}" for index in range(rows)]),
         "group": pa.array(np.where(random.random(rows) < 0.3, kind, -1), pa.int64()),
+        # Two rows are a unit, and the last rows are units by themselves.
+        "unit": pa.array([f"unit {n // 2}" if n < rows // 2 else None for n in range(rows)]),
     }
     shapes: dict[str, list[int]] = {}
     if name == "headings":

@@ -137,6 +137,7 @@ class DrawingsCorpus(Corpus):
                     "split": home or "pretrain",
                     "key": key,
                     "group": group_ids(code) if home else -1,
+                    "unit": concept_family(code),
                     "image": files[artist][code],
                     "captions": captions[code] if home else [],
                     "source": artist,

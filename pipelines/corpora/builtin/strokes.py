@@ -101,6 +101,7 @@ class StrokesCorpus(Corpus):
                 "split": split[name] if caption else "pretrain",
                 "key": name,
                 "group": group_ids(caption) if caption else -1,
+                "unit": caption,
                 "points": [value for path in paths for point in path for value in point],
                 "counts": [len(path) for path in paths],
                 "captions": [caption] if caption else [],

@@ -159,7 +159,8 @@ class AishellCorpus(ExternalCorpus):
                     # Rejected by choice: 360 utterances of the corpus have no transcript.
                     yield RejectedRow(key, "audio without a transcript", inside)
                 else:
-                    row = media_row(final, key, reference, text=line.text)
+                    speaker = make_key(_speaker_of(path))
+                    row = media_row(final, key, reference, text=line.text, unit=speaker)
                     yield row | {"file": self.transcript, "row": line.number}
         for name, each in spoken.items():
             if each.text is not None and name not in heard:

@@ -142,6 +142,8 @@ class CodeSearchNetCorpus(ExternalCorpus):
             "split": split,
             "key": key,
             "group": hash_caption_group([caption]),
+            # The splits of the corpus separate repositories.
+            "unit": make_key(record["repo"]) if record.get("repo") else None,
             # Line ends of Windows are not part of the function.
             "code": clean_text(source.replace("\r\n", "\n")),
             "label": None,

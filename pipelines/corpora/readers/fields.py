@@ -25,6 +25,7 @@ from pipelines.corpora.readers.row_builders import (
     clean_text,
     hash_caption_group,
     hash_split,
+    make_key,
     media_row,
     normalize_transcript,
     val_or_test,
@@ -53,6 +54,7 @@ CAPTION_FIELDS = (
 )  # fmt: skip
 TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
 TEXT_FIELDS = ("text", "sentence", "txt", "content")
+SPEAKER_FIELDS = ("speaker_id", "speaker", "spk_id", "client_id")
 LABEL_FIELDS = ("label", "labels", "cls", "class", "category", "intent")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -87,7 +89,8 @@ class RecordOptions(
         split: field with the split of each row; by default ``split``, if one metadata file holds
             all rows.
         split_by: field whose values stay in one split if splits are made, for example the speaker
-            or the film.
+            or the film. Intervals and tests count its values, not rows. By default a common name
+            of the speaker's field counts.
         task: "labels" to classify, "captions" or "transcripts" to pair with texts, for rows that
             have both.
     """
@@ -261,7 +264,9 @@ class RecordCorpus(ExternalCorpus):
         label = self._read_label(fields) if has_label else None
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
         if self.modality in ("text", "code"):
-            return self._build_text_row(final, key, fields, label)
+            return self._build_text_row(final, key, fields, label) | {
+                "unit": self._read_unit(fields)
+            }
         if reference is None:
             raise ValueError("no media file")
         captions: list[str] = []
@@ -275,7 +280,8 @@ class RecordCorpus(ExternalCorpus):
             if unlabelled or _is_blank(value):
                 raise NoAnnotationError("audio without a transcript")
             transcript = normalize_transcript(clean_text(value))
-        return media_row(final, key, reference, captions, transcript, label)
+        unit = self._read_unit(fields, split_key)
+        return media_row(final, key, reference, captions, transcript, label, unit)
 
     def assign_split(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
         """Return the final split of a row; missing splits are made from the others.
@@ -318,6 +324,15 @@ class RecordCorpus(ExternalCorpus):
         if split is None:
             raise ValueError("a split that is not train, validation or test")
         return split
+
+    def _read_unit(self, fields: Mapping[str, Any], item: str | None = None) -> str | None:
+        """Return the name of the unit of a row: of ``split_by``, the speaker or the media file."""
+        name = self.options.split_by or _first_of(list(fields), SPEAKER_FIELDS)
+        value = fields.get(name or "")
+        if is_empty_value(value) or isinstance(value, list | dict):
+            # Captions of one media file become one row.
+            value = None if "captions" in self.annotations_present else item
+        return None if value is None else make_key(value)
 
     def _read_label(self, fields: Mapping[str, Any]) -> str:
         value = fields.get(self.label_field or "")

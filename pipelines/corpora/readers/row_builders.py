@@ -28,6 +28,7 @@ def media_row(
     captions: Sequence[str] = (),
     text: str | None = None,
     label: str | None = None,
+    unit: str | None = None,
 ) -> Row:
     """Return the raw row of an image, audio or video file.
 
@@ -38,11 +39,13 @@ def media_row(
         captions: its captions.
         text: its transcript.
         label: name of its class.
+        unit: name of the speaker, film or file that it shares with other rows, if there is one.
     """
     return {
         "split": split,
         "key": key,
         "group": hash_caption_group(captions),
+        "unit": unit,
         "media": reference.row(),
         "text": text,
         "label": label,

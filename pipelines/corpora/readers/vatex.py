@@ -121,7 +121,8 @@ class VatexCorpus(CaptionedCorpus):
         if video is None:
             raise ValueError("captions without a video")
         reference = MediaRef(self.media_source.path(videos[video]))
-        return media_row(self.assign_split(split, youtube), make_key(name), reference, captions)
+        final, unit = self.assign_split(split, youtube), make_key(youtube)
+        return media_row(final, make_key(name), reference, captions, unit=unit)
 
     def _index_videos(self) -> dict[str, str]:
         """Return name without its ending -> path, of every video below the directory."""

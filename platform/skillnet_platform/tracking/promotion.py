@@ -83,9 +83,12 @@ def decide_promotion(
             worse |= high < 0
             better |= low > 0
             word = "worse" if high < 0 else "better" if low > 0 else "no difference"
+            gain = f"gain {low:+.4g} to {high:+.4g}"
+            # A test of one held-out unit has no interval, so it shows nothing.
+            if math.isnan(low):
+                gain = "no interval"
             reasons.append(
-                f"{task}: {word} ({new.metric} {new.value:.4g} against {old.value:.4g}, "
-                f"gain {low:+.4g} to {high:+.4g})"
+                f"{task}: {word} ({new.metric} {new.value:.4g} against {old.value:.4g}, {gain})"
             )
     if not worse and not better:
         reasons.append("better on no task")

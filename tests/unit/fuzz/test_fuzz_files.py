@@ -18,7 +18,7 @@ from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.corpora.archives import iter_members
 from pipelines.runs import checkpoints
 from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from pipelines.training import checkpointing
 from pipelines.training.optimizer import build_optimizer
 from skillnet import systems
@@ -97,7 +97,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     entry = write_shard(table, directory / "train-00000.arrow")
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": "made",
         "modality": "text",
         "task": "text_classification",

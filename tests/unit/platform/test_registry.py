@@ -57,6 +57,8 @@ def error(value: float, half: float = 0.02) -> MetricEstimate:
         ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, False, "another data"),
         ({"a": error(0.1), "b": error(0.2)}, False, "another metric"),
         ({"a": accuracy(0.525), "b": error(0.2)}, False, "a: no difference"),
+        # A test of one held-out unit has no interval.
+        ({"a": accuracy(0.9, float("nan")), "b": error(0.2)}, False, "against 0.5, no interval"),
     ],
 )
 def test_the_gate(challenger: dict[str, MetricEstimate], passes: bool, says: str) -> None:

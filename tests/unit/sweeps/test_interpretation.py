@@ -84,17 +84,18 @@ def test_every_change_of_a_plan_is_listed_once() -> None:
 def test_removing_a_redundant_skill_has_no_effect(data: Path, model: SkillNet) -> None:
     """The mean of two equal skills equals each of them, so removing one has no effect."""
     task = "text_classification"
-    differing = measure_ablations(model, data, [task], bootstrap_samples=20)
+    differing = measure_ablations(model, data, [task])
     assert any(row["score_drop"] for row in differing if row["change"] == REMOVE)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name.endswith("weights.text"):
                 parameter.copy_(parameters[name.removesuffix("text") + "general"])
-    rows = measure_ablations(model, data, [task], bootstrap_samples=20)
+    rows = measure_ablations(model, data, [task])
     left = [row for row in rows if row["change"] == REMOVE]
     assert {row["skill"] for row in left} == {"general", "text"}
-    assert all((row["score_drop"], row["low"], row["high"]) == (0, 0, 0) for row in left)
+    # Equal answers on a few units do not prove that all answers are equal.
+    assert all(row["score_drop"] == 0 and row["low"] == -row["high"] < 0 for row in left)
 
 
 def test_ablations_of_zero_weights_have_no_effect(data: Path, model: SkillNet) -> None:
@@ -102,7 +103,7 @@ def test_ablations_of_zero_weights_have_no_effect(data: Path, model: SkillNet) -
         for name, parameter in model.named_parameters():
             if ".out.weight.weights." in name or ".down.weights." in name:
                 parameter.zero_()
-    rows = measure_ablations(model, data, ["text_to_image"], bootstrap_samples=5)
+    rows = measure_ablations(model, data, ["text_to_image"])
     assert {row["change"] for row in rows} == {REMOVE, ADD, SWAP}
     assert {row["score_drop"] for row in rows} == {0.0}
 
@@ -110,7 +111,7 @@ def test_ablations_of_zero_weights_have_no_effect(data: Path, model: SkillNet) -
 def test_rows_are_scores_and_the_model_is_unchanged(data: Path, model: SkillNet) -> None:
     before = model.config
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    rows = measure_ablations(model, data, split="validation", swaps=False, bootstrap_samples=20)
+    rows = measure_ablations(model, data, split="validation", swaps=False)
     assert model.config is before
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert {row["task"] for row in rows} == FIVE
@@ -128,7 +129,7 @@ def test_removing_the_only_skill_has_no_score(data: Path, model: SkillNet) -> No
         model.config.tasks[task], towers={"input": SkillPlan(("text",), "text")}
     )
     model.config = dataclasses.replace(model.config, tasks=model.config.tasks | {task: alone})
-    rows = measure_ablations(model, data, [task], swaps=False, bootstrap_samples=5)
+    rows = measure_ablations(model, data, [task], swaps=False)
     (left,) = [row for row in rows if row["change"] == REMOVE]
     assert (left["score_drop"], left["after"], left["low"]) == (None, None, None)
 
@@ -142,7 +143,7 @@ def test_ablations_use_all_captions_where_the_evaluation_does(
     path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), encoding="utf-8")
     evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], bootstrap_samples=0)
     (recall,) = (row["value"] for row in evaluated if row["metric"] == "recall_at_10")
-    table = measure_ablations(model, own, ["text_to_image"], swaps=False, bootstrap_samples=2)
+    table = measure_ablations(model, own, ["text_to_image"], swaps=False)
     assert [row["before"] for row in table] == pytest.approx([recall] * len(table))
 
 

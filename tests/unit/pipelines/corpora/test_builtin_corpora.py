@@ -96,6 +96,7 @@ def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
     # The word is the caption, so its definition must not contain it.
     assert rows["definition/一/一定"]["text"] == "必然，如～要去。"
     assert rows["definition/一/一定"]["captions"] == ["一定"]
+    assert rows["definition/一/一定"].get("unit") is None
     assert len(rows) + len(rejected) == len(tree()) + 2
     homes = defaultdict(set)
     labels = defaultdict(set)
@@ -105,6 +106,7 @@ def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
             labels[row["split"]].add(row["label"])
             if len(code) > 2:
                 homes[code.split(".")[0]].add(row["split"])
+                assert row["unit"] == code.split(".")[0]
     assert all(len(found) == 1 for found in homes.values())
     assert all(len(labels[split]) == 15 for split in ("train", "validation", "test"))
     sizes = Counter(row["split"] for key, row in rows.items() if key.startswith("heading/"))
@@ -237,9 +239,11 @@ def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Pa
     assert rows["乙"]["captions"] == ["甲"]
     assert rows["一"]["group"] == rows["丨"]["group"] != rows["十"]["group"]
     assert rows["一"]["split"] == rows["丨"]["split"]
+    assert rows["一"]["unit"] == rows["丨"]["unit"] == "横"
     # Different stroke counts, or no stroke order: a video without a caption.
     for char in ("二", "龘"):
         assert (rows[char]["split"], rows[char]["captions"]) == ("pretrain", [])
+        assert rows[char]["unit"] is None
 
 
 def test_a_stroke_sequence_lies_in_one_split(monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -300,9 +304,13 @@ def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, mo
     assert reasons["body shorter than 30 characters"] == 12
     assert reasons["code repeated"] == 11  # copies are one function, with any docstring
     assert rows["nonebot2/n.a:g:1"]["split"] == "test_unseen_package"
+    assert rows["nonebot2/n.a:g:1"]["unit"] == "nonebot2"
     homes = defaultdict(set)
     for row in rows.values():
         homes[row["module"]].add(row["split"])
+        assert row["unit"] == {"nonebot2": "nonebot2"}.get(
+            row["package"], f"akshare/{row['module']}"
+        )
         assert "http" not in "".join(row["captions"])
         assert '"""' not in row["code"]
     assert all(len(found - {"pretrain"}) == 1 for found in homes.values())

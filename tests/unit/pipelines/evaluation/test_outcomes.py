@@ -46,6 +46,10 @@ def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
             assert np.isfinite(found.rank).all() == row["task"].startswith("text_to_")
             compared += 1
     assert compared == len(again) == 6
+    # The units of the shards: two rows each, then rows by themselves.
+    units = again["text_classification", "test"].unit
+    assert units[:4].tolist() == [0, 0, 1, 1]
+    assert len(set(units.tolist())) == 3 * len(units) // 4
     ranks = again["text_to_code", "test"].rank
     median = [r for r in rows if (r["task"], r["metric"]) == ("text_to_code", "median_rank")]
     assert np.median(ranks) == median[0]["value"]
@@ -53,7 +57,8 @@ def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
 
 def _table(rows: list[int]) -> pa.Table:
     count = len(rows)
-    columns = [["a"] * count, ["test"] * count, rows, [1.0] * count, [1.0] * count, [0.0] * count]
+    ones, zeros = [1.0] * count, [0.0] * count
+    columns = [["a"] * count, ["test"] * count, rows, ones, ones, zeros, [0] * count]
     arrays = [pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
@@ -86,11 +91,36 @@ def test_another_file_is_rejected_with_one_line(tmp_path: Path):
 def test_a_paired_difference_is_narrower_than_an_unpaired_one() -> None:
     random = np.random.default_rng(0)
     hard = random.random(400)
-    one = RowOutcomes((hard < 0.6).astype(float), np.ones(400), np.full(400, np.nan))
-    other = RowOutcomes((hard < 0.5).astype(float), np.ones(400), np.full(400, np.nan))
+    rest = (np.ones(400), np.full(400, np.nan), np.arange(400))
+    one = RowOutcomes((hard < 0.6).astype(float), *rest)
+    other = RowOutcomes((hard < 0.5).astype(float), *rest)
     found = paired_difference(one, other)
     assert found.value == pytest.approx(one.value - other.value)
     assert 0 < found.low < found.value < found.high < 0.15
-    assert paired_difference(one, one) == (0.0, 0.0, 0.0)
+    same = paired_difference(one, one)
+    assert same.value == 0
+    assert same.low == -same.high < 0
     with pytest.raises(ValueError, match="not of the same rows"):
-        paired_difference(one, RowOutcomes(one.numerator[1:], one.denominator[1:], one.rank[1:]))
+        paired_difference(one, RowOutcomes(one.numerator[1:], *(each[1:] for each in rest)))
+
+
+def test_a_paired_difference_counts_units_and_not_rows() -> None:
+    """Ten rows of a unit that agree are one observation."""
+    random = np.random.default_rng(1)
+    better_40, unit = random.random(40) < 0.4, np.repeat(np.arange(40), 10)
+    rest = (np.ones(400), np.full(400, np.nan))
+    one = np.repeat(better_40, 10).astype(float)
+    rows = paired_difference(*(RowOutcomes(x, *rest, np.arange(400)) for x in (one, np.zeros(400))))
+    units = paired_difference(*(RowOutcomes(x, *rest, unit) for x in (one, np.zeros(400))))
+    assert units.value == rows.value
+    assert units.high - units.low == pytest.approx(10**0.5 * (rows.high - rows.low), rel=0.05)
+    # Equal weights but other units are not the same rows.
+    with pytest.raises(ValueError, match="not of the same rows"):
+        paired_difference(RowOutcomes(one, *rest, unit), RowOutcomes(one, *rest, np.arange(400)))
+
+
+def test_a_unit_is_the_number_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "o.parquet"
+    pq.write_table(_table([0, 1]).set_column(6, "unit", pa.array([0, 7], pa.int32())), path)
+    with pytest.raises(UserError, match="a test: a unit has no number of a row"):
+        read_outcomes(path)

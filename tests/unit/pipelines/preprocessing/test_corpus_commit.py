@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.preprocessing import staging
 from pipelines.shards.dataset import verify_corpus
-from pipelines.shards.format import MANIFEST, QUARANTINE, manifest_digest
+from pipelines.shards.format import FORMAT_VERSION, MANIFEST, QUARANTINE, manifest_digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import local
 from tests.helpers.killed_children import EventCounter, run_killed
@@ -34,7 +34,7 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
     for name in (staging.REJECTED_ROWS, staging.READ_SUMMARY, staging.LOCK, QUARANTINE):
         (folder / name).write_text("", encoding="utf-8")
     manifest: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": "made",
         "modality": "text",
         "task": "text_classification",

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.corpora.base import tensor_field
 from pipelines.shards.dataset import open_corpus, verify_corpus
-from pipelines.shards.format import manifest_digest, shard_bytes, write_shard
+from pipelines.shards.format import FORMAT_VERSION, manifest_digest, shard_bytes, write_shard
 from skillnet_platform.errors import UserError
 
 ROWS = 5
@@ -44,7 +44,7 @@ def corpus(tmp_path: Path) -> Path:
     directory.mkdir()
     shards = [write_shard(table(), directory / f"train-0000{n}.arrow") for n in range(2)]
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": "made",
         "modality": "image",
         "task": "text_to_image",

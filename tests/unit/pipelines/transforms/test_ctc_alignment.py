@@ -56,7 +56,8 @@ class Spoken(Corpus):
 
 def test_prepare_rejects_rows_without_an_alignment_and_counts_them_by_reason() -> None:
     names = [f"{index}.wav" for index in range(len(ROWS))]
-    block = pa.table({"key": names, "group": [-1] * len(ROWS), "file": names})
+    units = pa.nulls(len(ROWS), pa.string())
+    block = pa.table({"key": names, "group": [-1] * len(ROWS), "unit": units, "file": names})
     good, rejected = split_rejected(transform_block(Spoken(), None, block), block)
     expected = {f"{index}.wav": row[2] for index, row in enumerate(ROWS) if row[2]}
     assert {row["key"]: row["reason"] for row in rejected} == expected

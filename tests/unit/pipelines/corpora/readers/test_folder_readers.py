@@ -46,7 +46,15 @@ class TestFolder:
             for row in each:
                 number = int(row["key"].rpartition(":")[2]) - 1
                 homes.setdefault(f"s{number % 3}", set()).add(split)
+                assert row["unit"] == f"s{number % 3}"
         assert all(len(home) == 1 for home in homes.values())
+
+    def test_a_common_field_of_the_speaker_names_the_unit(self, tmp_path: Path) -> None:
+        """Without splits by speaker, the rows of a speaker are similar all the same."""
+        folder = user_corpora.media_folder(tmp_path, rows=6)
+        rows, _ = read(open_external_corpus("mine", f"folder:{folder}"))
+        every = [row for each in rows.values() for row in each]
+        assert {row["unit"] for row in every} == {"s0", "s1", "s2"}
 
     def test_a_row_without_the_split_by_field_is_rejected(self, tmp_path: Path) -> None:
         """Otherwise all rows without the field would share one split."""
