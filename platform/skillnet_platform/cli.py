@@ -33,6 +33,7 @@ SUMMARIES = {
     "predict": "predict from a file or a text with a registered model",
     "search": "rank images, videos or functions for a text",
     "grow": "add a skill to a trained model",
+    "merge": "join models that grew from one base, with equal outputs",
     "verify": "check every hash from the downloads to the weights",
     "sweep": "train many configurations and rank them",
     "compare": "compare systems, with statistics",

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipelines import grow as growing
+from pipelines import merge as merging
 from pipelines.config.growth import NewSkill
 from pipelines.finetune import finetune
 from pipelines.grow import grow_model
 from pipelines.growth import verification
+from pipelines.growth.merge_report import MergeReport
 from pipelines.growth.report import GrowthReport
 from pipelines.runs import model_source
 from pipelines.training.reporter import RunReporter
@@ -132,6 +134,44 @@ def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[st
     assert {each.info.status for each in below} == {"FINISHED"}
 
 
+def test_two_growths_merge_with_equal_outputs(
+    place: Path, grown: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(grow_config("base", place / "corpora", steps=2), name="second")
+    # The same corpus as a second task, whose skill has another name.
+    config.skill = NewSkill("tone")
+    towers = {"input": SkillPlan(("general", "tone"), "video")}
+    config.task = replace(config.task, name="tones", towers=towers)
+    grow_model(config)
+    words = ["grown", "second", "--name", "both", "--data", str(place / "corpora")]
+    assert merging.main([*words, "--tracking.register", "false", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    report = MergeReport.from_dict(result["merge"])
+    assert report.is_identical
+    assert report.is_exact
+    old = set(small_config(place).tasks)
+    assert {(each.model, each.task) for each in report.tasks} == {
+        *(("grown", task) for task in old | {"counting"}),
+        *(("second", task) for task in old | {"tones"}),
+    }
+    parents = {**files(place / "grown" / "model"), **files(place / "second" / "model")}
+    assert files(place / "both" / "model") == parents
+    merged = model_source.resolve_model("both")
+    assert merged.corpora["tones"] == "counts"
+    assert merged.limits["text_to_code"] == 9
+    run = backend.create_client(backend.resolve_uri()).get_run(str(merged.run_id))
+    digests = {run.data.tags[f"merged_from.{number}"] for number in (1, 2)}
+    assert digests == set(report.parents.values())
+    assert merging.main(words) == 0
+    said = capsys.readouterr()
+    assert "both is finished" in said.err
+    assert "identical to the bit" in said.err
+    assert merging.main(["grown", "grown"]) == 2
+    assert "a model is named twice" in capsys.readouterr().err
+    assert merging.main(["grown", "second", "--name", "base"]) == 2
+    assert "a run of this name exists" in capsys.readouterr().err
+
+
 def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:
     config = grow_config("base", place / "corpora")
     assert grow_model(config)["run_id"] == grown["run_id"]
@@ -249,7 +289,7 @@ def test_a_change_to_an_old_file_is_found(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_registered_model_grows_into_its_next_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     made = Place(tmp_path)
@@ -269,3 +309,9 @@ def test_a_registered_model_grows_into_its_next_version(
     assert "old files" in page
     # As good on all old tasks, to the digit, and one task more.
     assert done["registered"]["alias"] == champion.CHAMPION
+    # A merge with its own base has nothing new, and becomes the next version.
+    words = [made.made.uri, done["registered"]["uri"], "--name", "both", "--data", str(made.data)]
+    assert merging.main([*words, "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert merged["registered"]["version"] == done["registered"]["version"] + 1
+    assert files(Path(merged["model"])) == files(bundle.weights)

@@ -1,0 +1,218 @@
+"""Steps of ``skillnet merge``: read the models, name the corpora of all tasks, compare outputs."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.merging import MergeConfig
+from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.evaluation import tables
+from pipelines.evaluation.evaluator import choose_splits, evaluate_model, locate_task_corpus
+from pipelines.growth.merge_report import MergedFile, MergeReport, TaskComparison
+from pipelines.growth.output_digests import digest_outputs
+from pipelines.runs import model_source
+from pipelines.runs.model_source import ModelSource
+from pipelines.runs.vocabulary_match import align_outputs
+from pipelines.shards.dataset import open_corpus
+from skillnet.model_merging import MergeParent, MergePlan, read_parent
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import read_manifest
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import scratch_directory
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """One of the models of a merge.
+
+    Args:
+        source: the model, as the user named it.
+        parent: its files, with the new names.
+        renames: old name -> new name.
+    """
+
+    source: ModelSource
+    parent: MergeParent
+    renames: Mapping[str, str]
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task of the model -> its name in the merged model."""
+        old_names = {new: old for old, new in self.renames.items()}
+        return {old_names.get(task, task): task for task in self.parent.config.tasks}
+
+
+@contextlib.contextmanager
+def open_merge_sources(config: MergeConfig, scratch: Path) -> Iterator[list[MergeSource]]:
+    """Resolve the models of a merge.
+
+    A checkpoint with averaged weights has no files that a merge can copy. It is saved as a model
+    first.
+
+    Args:
+        config: of the merge.
+        scratch: path beside which these models lie while the block runs.
+
+    Raises:
+        UserError: a model is missing, named twice or damaged, or no model has a renamed skill.
+    """
+    resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
+    if len({source.weights for source in resolved}) < len(resolved):
+        raise UserError(f"{', '.join(config.models)}: a model is named twice")
+    with scratch_directory(scratch) as folder:
+        sources = []
+        found: set[str] = set()
+        for position, source in enumerate(resolved):
+            weights = source.weights
+            listed = read_manifest(weights)["files"]
+            if any(name.startswith("average-") for name in listed):
+                weights = folder / f"{position}"
+                model_source.load_source_model(source).cpu().save_pretrained(weights)
+            present = read_parent(weights, source.name).config
+            wanted = config.renames_of(position)
+            # A rename without a model number concerns those models that have the name.
+            renames = {
+                old: new
+                for old, (new, must_have) in wanted.items()
+                if must_have or old in present.skills or old in present.tasks
+            }
+            found |= renames.keys()
+            sources.append(MergeSource(source, read_parent(weights, source.name, renames), renames))
+        for old in {
+            old for position in range(len(resolved)) for old in config.renames_of(position)
+        }:
+            if old not in found:
+                raise UserError(
+                    f"rename {old}: no model after the first has a skill or task {old!r}"
+                )
+        yield sources
+
+
+def build_merged_config(
+    config: MergeConfig, sources: list[MergeSource], plan: MergePlan
+) -> FinetuneConfig:
+    """Return the configuration of the merged model's run: its tasks are evaluated, not trained.
+
+    Args:
+        config: of the merge.
+        sources: its models.
+        plan: of the merge.
+
+    Raises:
+        UserError: the corpus of a task is unknown.
+    """
+    tasks: dict[str, TaskTraining] = {}
+    for source in sources:
+        trained = source.source.settings.get("tasks") or {}
+        for old, new in source.tasks.items():
+            if new in tasks:
+                continue
+            settings = trained.get(old) or {}
+            corpora = ({new: settings["corpus"]} if settings else {}) | config.corpora
+            corpus = locate_task_corpus("", new, corpora)
+            tasks[new] = TaskTraining(
+                Path(str(corpus)).name, max_length=settings.get("max_length"), eval_only=True
+            )
+    return FinetuneConfig(
+        name=config.name or time.strftime("merge-%Y%m%d-%H%M%S"),
+        run_dir=config.run_dir,
+        data=config.data,
+        model=plan.config,
+        tasks=tasks,
+        tracking=config.tracking,
+    )
+
+
+def build_merge_report(
+    sources: list[MergeSource],
+    plan: MergePlan,
+    settings: FinetuneConfig,
+    weights: Path,
+    on_split: Callable[[str, str, int], None],
+) -> tuple[MergeReport, list[dict[str, Any]]]:
+    """Evaluate every task of every model before and after the merge, on every test row.
+
+    Args:
+        sources: models of the merge.
+        plan: of the merge.
+        settings: of :func:`build_merged_config`.
+        weights: folder of the merged model.
+        on_split: called before each pass over a split with the task, the split and its rows.
+
+    Returns:
+        The report, and the evaluation rows of the merged model.
+    """
+    merged = model_source.load_source_model(ModelSource(str(weights), weights))
+    corpora = {name: task.corpus for name, task in settings.tasks.items()}
+    limits = {name: task.max_length for name, task in settings.tasks.items()}
+    rows = evaluate_model(
+        merged, str(settings.data), corpora=corpora, limits=limits, on_split=on_split
+    )
+    comparisons: list[TaskComparison] = []
+    for source in sources:
+        model = model_source.load_source_model(source.source)
+        for old, new in source.tasks.items():
+            comparisons += _compare_task(
+                source, model, merged, (old, new), settings, rows, on_split
+            )
+    files = read_manifest(weights)["files"]
+    report = MergeReport(
+        parents={source.source.name: source.source.digest for source in sources},
+        total_params=sum(p.numel() for p in merged.parameters()),
+        files=[
+            MergedFile(
+                file,
+                [parent.name for parent in owners],
+                files[f"{file}.safetensors"]["sha256"],
+                file in plan.averaged,
+            )
+            for file, owners in plan.origins.items()
+        ],
+        tasks=comparisons,
+    )
+    return report, rows
+
+
+def _compare_task(
+    source: MergeSource,
+    model: TaskModel,
+    merged: TaskModel,
+    names: tuple[str, str],
+    settings: FinetuneConfig,
+    rows: list[dict[str, Any]],
+    on_split: Callable[[str, str, int], None],
+) -> Iterator[TaskComparison]:
+    """Yield the comparison of one task of a model, for each split."""
+    old, new = names
+    task = settings.tasks[new]
+    corpus = open_corpus(locate_task_corpus(str(settings.data), new, {new: task.corpus}))
+    align_outputs(model, old, corpus)
+    objective = model.config.tasks[old].objective
+    metric, _ = tables.OBJECTIVE_METRICS[objective]
+    for split in choose_splits(corpus, ["validation"] if objective == "masked" else None):
+        count = corpus.splits[split].rows
+        on_split(new, split, count)
+        before = digest_outputs(model, old, corpus, split, task.max_length)
+        is_identical = before == digest_outputs(merged, new, corpus, split, task.max_length)
+        row = tables.find_row(rows, new, metric, split=split)
+        value = float("nan") if row is None else float(row["value"])
+        before_value = value
+        # Equal outputs have equal metrics, so only a changed task is evaluated again.
+        if not is_identical:
+            own = evaluate_model(
+                model,
+                str(settings.data),
+                [old],
+                [split],
+                corpora={old: task.corpus},
+                limits={old: task.max_length},
+                bootstrap_samples=0,
+            )
+            found = tables.find_row(own, old, metric, split=split)
+            before_value = float("nan") if found is None else float(found["value"])
+        yield TaskComparison(
+            source.source.name, new, split, count, is_identical, metric, before_value, value
+        )

@@ -1,0 +1,227 @@
+"""``skillnet merge``: join models that grew from one base, with equal outputs of every task.
+
+<run root>/<name>/          a run with the files that other commands read, and
+  merge.yaml                configuration of the merge
+  merge.json, merge.md      report: origin of each file, outputs of each task before and after
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.merging import MergeConfig
+from pipelines.config.resources import request_model
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.cli import command
+from skillnet_platform.cluster.resource_request import ResourceRequest
+from skillnet_platform.errors import UserError
+from skillnet_platform.signals import terminate_as_interrupt
+from skillnet_platform.storage import atomic_write, data_root, run_root, write_json
+from skillnet_platform.storage.location import parse_location, require_local_folder
+
+if TYPE_CHECKING:
+    from pipelines.config.run import FinetuneConfig
+    from pipelines.growth.merge_report import MergeReport
+    from pipelines.growth.merging import MergeSource
+    from skillnet.model_merging import MergePlan
+
+
+def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
+    """Merge models, and compare the outputs of every task on every test row.
+
+    Args:
+        config: of the merge.
+
+    Returns:
+        ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
+        ``merge``: the report.
+
+    Raises:
+        UserError: a model or corpus is missing, the models have no common base, or the name is in
+            use.
+        RuntimeError: an exact merge changed an output; the report names the task.
+    """
+    # torch loads here, so that --help and usage errors stay fast.
+    from pipelines.growth.merging import build_merged_config, open_merge_sources
+    from pipelines.runs import layout
+    from skillnet.model_merging import plan_merge
+
+    config = replace(
+        config,
+        run_dir=str(require_local_folder(config.run_dir, run_root(), "run_dir of merge")),
+        data=str(parse_location(config.data, data_root())),
+    )
+    starts = Path(str(config.run_dir)) / ".starts"
+    with terminate_as_interrupt(), open_merge_sources(config, starts / "merging") as sources:
+        plan = plan_merge(
+            [source.parent for source in sources],
+            config.without,
+            average_shared=config.average_shared,
+        )
+        settings = build_merged_config(config, sources, plan)
+        folder = Path(str(config.run_dir)) / str(settings.name)
+        with layout.lock_run_folder(folder):
+            return _merge_in_folder(config, sources, plan, settings, folder)
+
+
+def _merge_in_folder(
+    config: MergeConfig,
+    sources: "list[MergeSource]",
+    plan: "MergePlan",
+    settings: "FinetuneConfig",
+    folder: Path,
+) -> dict[str, Any]:
+    import time
+
+    from pipelines.growth.merging import build_merge_report
+    from pipelines.runs import layout
+    from pipelines.serving.registration import check_given_name, check_trained_tasks
+    from skillnet.model_merging import merge_models
+    from skillnet_platform import tracking
+
+    began = time.monotonic()
+    parents = [{"name": source.source.name, "digest": source.source.digest} for source in sources]
+    if (folder / layout.RESULT).is_file():
+        finished: dict[str, Any] = layout.read_result(folder / layout.RESULT)
+        if finished.get("parents") == parents:
+            console.print_note(f"{settings.name} is finished; give another --name for a new merge")
+            return finished
+    if not layout.is_unused(folder) and not (folder / "merge.yaml").is_file():
+        raise UserError(f"{folder}: a run of this name exists; choose another --name")
+    for source in sources:
+        check_trained_tasks(source.source)
+    check_given_name(config.tracking, settings.system)
+    layout.create_run_folder(settings, folder)
+    with atomic_write(folder / "merge.yaml", "w") as stream:
+        stream.write(configuration.to_yaml(config))
+    merge_models(plan, folder / "model", parents=parents)
+    tags = {f"merged_from.{index}": each["digest"] for index, each in enumerate(parents, 1)}
+    with (
+        tracking.start_run(
+            str(settings.name),
+            settings,
+            settings.tracking,
+            tags={"run_dir": str(folder), "stage": "merge", **tags},
+            record=folder / layout.RUN,
+        ) as tracker,
+        console.show_progress("comparing outputs", None, "rows") as bar,
+    ):
+        report, rows = build_merge_report(
+            sources,
+            plan,
+            settings,
+            folder / "model",
+            lambda task, split, count: bar.advance(count, f"{task} {split}"),
+        )
+        _write_report(report, folder, tracker)
+    # The report is written first, so that it shows the difference.
+    changed = [task for task in report.tasks if not task.is_identical]
+    if plan.is_exact and changed:
+        raise RuntimeError(
+            f"the outputs of {changed[0].task} on {changed[0].split} differ from those of "
+            f"{changed[0].model}, although all files are copies"
+        )
+    result = {
+        "name": settings.name,
+        "run": str(folder),
+        "model": str(folder / "model"),
+        "parents": parents,
+        "evaluation": rows,
+        "step": max(source.source.steps or 0 for source in sources),
+        "seconds": time.monotonic() - began,
+        "registered": _register(config, folder, settings, rows, report),
+        "merge": report.to_dict(),
+    }
+    write_json(folder / layout.RESULT, console.to_json_types(result))
+    return result
+
+
+def _write_report(report: "MergeReport", folder: Path, tracker: Any) -> None:
+    from pipelines.growth.merge_report import REPORT_JSON, REPORT_MARKDOWN
+
+    # Local files come first, because the tracking server may be away.
+    write_json(folder / REPORT_JSON, console.to_json_types(report.to_dict()))
+    with atomic_write(folder / REPORT_MARKDOWN, "w") as stream:
+        stream.write(report.to_markdown() + "\n")
+    for name in (REPORT_JSON, REPORT_MARKDOWN):
+        tracker.artifact(folder / name, "merge")
+    tracker.note(report.to_markdown())
+    tracker.tags({"merge.is_identical": str(report.is_identical).lower()})
+
+
+def _register(
+    config: MergeConfig,
+    folder: Path,
+    settings: "FinetuneConfig",
+    rows: list[dict[str, Any]],
+    report: "MergeReport",
+) -> dict[str, Any] | None:
+    if not config.tracking.register:
+        return None
+    from pipelines.runs import model_source
+    from pipelines.serving.registration import register_model
+    from skillnet_platform.tracking.champion import OtherSystemError
+
+    try:
+        registered = register_model(
+            model_source.resolve_model(str(folder), config.tracking.uri),
+            str(settings.data),
+            rows=rows,
+            uri=config.tracking.uri,
+            description=report.summarize(),
+        )
+    except OtherSystemError as error:
+        console.print_warning(str(error))
+        return None
+    return {
+        "name": registered.name,
+        "version": registered.version,
+        "alias": registered.alias,
+        "uri": registered.uri,
+    }
+
+
+def show_merge(result: dict[str, Any]) -> None:
+    """Print the tables of the report, and the location of the model.
+
+    Args:
+        result: of :func:`merge_trained_models`.
+    """
+    from pipelines.growth.merge_report import MergeReport
+
+    report = MergeReport.from_dict(
+        {k: v for k, v in result["merge"].items() if not k.startswith("is_")}
+    )
+    for title, columns, cells in report.build_tables():
+        console.print_table(title, columns, cells)
+    console.print_note(report.summarize())
+    console.print_note(f"the model is in {result['model']}")
+    if result.get("registered"):
+        console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+
+
+def request_merge(config: MergeConfig) -> ResourceRequest:
+    """Return the request of ``skillnet merge``: one CPU, the models and the corpora."""
+    requests = [request_model(model, config.data) for model in config.models]
+    models = tuple(dict.fromkeys(path for each in requests for path in each.models))
+    return replace(requests[0], models=models)
+
+
+@command(
+    MergeConfig,
+    description="Join models that grew from one base. Files in common must be equal; the files of "
+    "all skills, stems and heads are copied. Every task of every model is evaluated before and "
+    "after, and the outputs must be identical to the bit.",
+    example="skillnet merge counting radicals --name both\n"
+    "skillnet merge counting other --rename counting=counting_too",
+    show=show_merge,
+    resources=request_merge,
+)
+def main(config: MergeConfig) -> dict[str, Any]:
+    """Run ``skillnet merge``."""
+    return merge_trained_models(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,312 @@
+"""Merging of models that grew from one base: the union of their skills, stems, heads and tasks.
+
+Growth freezes all old files, so models that grew from one base have equal files in common. The
+merged model has these files once, and all other files of every model. No weight changes, and no
+task reads another set of skills, so the outputs of every task stay identical, bit for bit.
+:func:`merge_models` is the entry point; ``skillnet merge`` calls it.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skillnet.config import SkillNetConfig
+from skillnet.model import SkillNet
+from skillnet.serialization import (
+    check_file,
+    load_tensors,
+    read_config,
+    read_manifest,
+    read_vocabulary,
+    write_manifest,
+    write_parts,
+)
+from skillnet.skills import SkillPlan, Task, nearest_hint
+from skillnet.staging import replace_folder, staging_folder
+from skillnet.vocabulary import ModelVocabulary
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class MergeParent:
+    """One of the models that are merged.
+
+    Args:
+        name: for messages.
+        folder: of the saved model.
+        config: shape, skills and tasks, with the new names.
+        vocabulary: of the model, with the new names of tasks.
+        sources: file of the merged model -> (file of this model, old name, new name).
+        hashes: file of the merged model -> sha256 of this model's file.
+    """
+
+    name: str
+    folder: Path
+    config: SkillNetConfig
+    vocabulary: ModelVocabulary
+    sources: dict[str, tuple[str, str, str]]
+    hashes: dict[str, str]
+
+
+@dataclass
+class MergePlan:
+    """Files of a merged model.
+
+    Args:
+        config: shape, skills and tasks.
+        vocabulary: of all tasks.
+        origins: file -> the parents that have it.
+        averaged: files whose weights differ between the parents and are averaged.
+    """
+
+    config: SkillNetConfig
+    vocabulary: ModelVocabulary
+    origins: dict[str, list[MergeParent]]
+    averaged: list[str] = field(default_factory=list)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every file is that of a parent."""
+        return not self.averaged
+
+
+def read_parent(folder: Path, name: str, renames: Mapping[str, str] | None = None) -> MergeParent:
+    """Read the configuration and the hashes of a saved model.
+
+    Args:
+        folder: of the saved model.
+        name: for messages.
+        renames: old name -> new name of skills and tasks of this model.
+
+    Raises:
+        ValueError: the model is damaged or of another system, a name is unknown or in use, or a new
+            name would change the order in which a plan adds its skills.
+    """
+    manifest = read_manifest(folder)
+    config, system, _ = read_config(folder, manifest)
+    if system != SkillNet.system:
+        raise ValueError(f"{name}: system {system} has no skills; give skillnet models")
+    names = dict(renames or {})
+    known = {*config.skills, *config.tasks}
+    for old, new in names.items():
+        if old not in known:
+            raise ValueError(
+                f"rename {old}={new}: {name} has no skill or task {old!r}"
+                f"{nearest_hint(old, sorted(known))}"
+            )
+        if new in known:
+            raise ValueError(f"rename {old}={new}: {name} already has {new!r}; choose another name")
+    vocabulary = read_vocabulary(folder, manifest)
+    outputs = {names.get(task, task): value for task, value in vocabulary.outputs.items()}
+    sources: dict[str, tuple[str, str, str]] = {}
+    for path in manifest["files"]:
+        if not path.endswith(SUFFIX):
+            continue
+        file = path.removesuffix(SUFFIX)
+        kind, _, old = file.partition("-")
+        new = names.get(old, old) if kind in ("skill", "head") else old
+        sources["-".join(filter(None, (kind, new)))] = (path, old, new)
+    return MergeParent(
+        name,
+        folder,
+        _rename_config(config, names, name),
+        ModelVocabulary(vocabulary.tokenizer, outputs),
+        sources,
+        {file: manifest["files"][path]["sha256"] for file, (path, _, _) in sources.items()},
+    )
+
+
+def _rename_config(config: SkillNetConfig, names: Mapping[str, str], where: str) -> SkillNetConfig:
+    if not names:
+        return config
+    tasks = {}
+    for name, task in config.tasks.items():
+        towers = {}
+        for tower, plan in task.towers.items():
+            renamed = [names.get(skill, skill) for skill in plan.skills]
+            # Weights are added in the order of the names, and another order rounds differently.
+            if renamed != sorted(renamed):
+                old = next(skill for skill in plan.skills if skill in names)
+                raise ValueError(
+                    f"rename {old}={names[old]}: {where} adds the skills of {name} in the order of "
+                    f"their names, and the new order {', '.join(sorted(renamed))} would round "
+                    f"differently; choose a name that sorts like {old!r} among them"
+                )
+            towers[tower] = SkillPlan(tuple(renamed), plan.modality)
+        tasks[names.get(name, name)] = dataclasses.replace(task, towers=towers)
+    skills = tuple(names.get(skill, skill) for skill in config.skills)
+    return dataclasses.replace(config, skills=skills, tasks=tasks)
+
+
+def plan_merge(
+    parents: Sequence[MergeParent],
+    without: Sequence[str] = (),
+    *,
+    average_shared: bool = False,
+) -> MergePlan:
+    """Compare the parents, and decide which files the merged model has.
+
+    Args:
+        parents: at least two models.
+        without: skills to leave out.
+        average_shared: average files that differ, heads of one task included; otherwise they are
+            rejected.
+
+    Raises:
+        ValueError: the shapes, tokenizers or common files differ, a name means two things, or a
+            task needs a skill of ``without``.
+    """
+    first = parents[0]
+    for other in parents[1:]:
+        _check_shapes(first, other)
+    tasks: dict[str, Task] = {}
+    outputs: dict[str, tuple[str, ...]] = {}
+    origins: dict[str, list[MergeParent]] = {}
+    for parent in parents:
+        for file in parent.sources:
+            origins.setdefault(file, []).append(parent)
+        for name, task in parent.config.tasks.items():
+            names = parent.vocabulary.outputs.get(name)
+            # A model that was not trained on a prepared corpus has no names.
+            renamed = names is not None and outputs.get(name, names) != names
+            if renamed or tasks.get(name, task) != task:
+                raise ValueError(
+                    f"the task {name} of {parent.name} has other plans or outputs than that of "
+                    f"{origins[f'head-{name}'][0].name}; rename one with --rename {name}=NEW"
+                )
+            tasks[name] = task
+            if names is not None:
+                outputs[name] = names
+    skills = list(dict.fromkeys(skill for parent in parents for skill in parent.config.skills))
+    for skill in without:
+        if skill not in skills:
+            raise ValueError(
+                f"without: no model has a skill {skill!r}{nearest_hint(skill, skills)}"
+            )
+        users = [name for name, task in tasks.items() if skill in task.skills]
+        if users:
+            raise ValueError(f"without: the skill {skill} is needed by {', '.join(users)}")
+        skills.remove(skill)
+        origins.pop(f"skill-{skill}", None)
+    differing = [
+        file
+        for file, owners in origins.items()
+        if len({parent.hashes[file] for parent in owners}) > 1
+    ]
+    if differing and not average_shared:
+        raise ValueError(_describe_difference(differing, origins))
+    tokenizer = next((p.vocabulary.tokenizer for p in parents if p.vocabulary.tokenizer), None)
+    config = dataclasses.replace(first.config, skills=tuple(skills), tasks=tasks)
+    return MergePlan(config, ModelVocabulary(tokenizer, outputs), origins, differing)
+
+
+def _check_shapes(one: MergeParent, other: MergeParent) -> None:
+    for field_ in dataclasses.fields(SkillNetConfig):
+        if field_.name in ("skills", "tasks"):
+            continue
+        values = getattr(one.config, field_.name), getattr(other.config, field_.name)
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{one.name} has model.{field_.name} {values[0]}, {other.name} has {values[1]}; "
+                "only models of one shape can be merged"
+            )
+    tokenizers = {one.vocabulary.tokenizer, other.vocabulary.tokenizer} - {None}
+    if len(tokenizers) > 1:
+        raise ValueError(
+            f"{one.name} and {other.name} read tokens of two tokenizers: "
+            f"{' and '.join(sorted(str(digest)[:16] for digest in tokenizers))}; train both on "
+            "corpora that were prepared with one"
+        )
+
+
+def _describe_difference(files: Sequence[str], origins: Mapping[str, list[MergeParent]]) -> str:
+    """Return why files that differ cannot be merged, and what to do."""
+    common = [name for name in files if not name.startswith(("skill-", "head-"))]
+    file = (common or files)[0]
+    owners = origins[file]
+    who = " and ".join(f"{parent.name} ({parent.hashes[file][:16]})" for parent in owners)
+    kind, _, name = file.partition("-")
+    if common:
+        remedy = "the models have no common base. Grow both from one model"
+    else:
+        what = {"skill": "skill", "head": "task"}[kind]
+        remedy = f"rename the {what} of one model with --rename {name}=NEW"
+    return f"{file} differs: {who}; {remedy}, or give --average-shared, which changes the outputs"
+
+
+def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
+    """Write the merged model. Files of the parents are copied, not computed again.
+
+    Args:
+        plan: of :func:`plan_merge`.
+        target: directory to write; an older model there is replaced at once.
+        **record: entries of the manifest, such as the parents.
+
+    Raises:
+        ValueError: a file of a parent does not match its manifest.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(target) as staging:
+        written = write_parts(_ModelDescription(plan.config, plan.vocabulary), staging)
+        for file, owners in plan.origins.items():
+            path = staging / f"{file}{SUFFIX}"
+            if file in plan.averaged:
+                save_file(_average([_read_file(parent, file) for parent in owners]), path)
+            else:
+                _copy_file(owners[0], file, path)
+            written.append(path.name)
+        write_manifest(staging, written, **record)
+        # Names and shapes are checked before the model gets its name.
+        SkillNet.from_pretrained(staging)
+        replace_folder(staging, target)
+
+
+@dataclass
+class _ModelDescription:
+    """The part of a model that ``config.json`` stores, without weights."""
+
+    config: SkillNetConfig
+    vocabulary: ModelVocabulary
+    options: dict[str, Any] = field(default_factory=dict)
+    system: ClassVar[str] = SkillNet.system
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def files_of(self) -> dict[str, list[str]]:
+        return {}
+
+
+def _copy_file(parent: MergeParent, file: str, path: Path) -> None:
+    source, old, new = parent.sources[file]
+    checked = check_file(parent.folder, source, read_manifest(parent.folder))
+    if old == new:
+        shutil.copyfile(checked, path)
+    else:
+        save_file(_read_file(parent, file), path)
+
+
+def _read_file(parent: MergeParent, file: str) -> dict[str, Tensor]:
+    """Return the tensors of a file, with the names that they have in the merged model."""
+    source, old, new = parent.sources[file]
+    tensors = load_tensors(check_file(parent.folder, source, read_manifest(parent.folder)))
+    if file.startswith("head-"):
+        return {f"heads.{new}.{name.split('.', 2)[2]}": value for name, value in tensors.items()}
+    if file.startswith("skill-"):
+        return {name.removesuffix(old) + new: value for name, value in tensors.items()}
+    return tensors
+
+
+def _average(parents: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([p[name].double() for p in parents]).mean(0).to(value.dtype)
+        for name, value in parents[0].items()
+    }

@@ -1,0 +1,140 @@
+"""Merging: the files of models that grew apart join, and the outputs stay equal to the bit."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from skillnet.growth import add_skill, add_task
+from skillnet.model import SkillNet
+from skillnet.model_merging import merge_models, plan_merge, read_parent
+from skillnet.skills import SkillPlan, Task
+from skillnet.systems import load_model
+from skillnet.vocabulary import ModelVocabulary
+from tests.helpers.small_models import batch_of, small_model, towers_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that grew from one base: ``one`` by ink, ``two`` by tone, ``clash`` by another ink."""
+    root = tmp_path_factory.mktemp("models")
+    base = small_model(torch.float32)
+    base.vocabulary = ModelVocabulary("f" * 64)
+    base.save_pretrained(root / "base")
+    for number, (name, skill, task) in enumerate(
+        [("one", "ink", "counting"), ("two", "tone", "tones"), ("clash", "ink", "tones")]
+    ):
+        grown = copy.deepcopy(base)
+        torch.manual_seed(number)
+        add_skill(grown, skill)
+        towers = {"input": SkillPlan(("general", skill, "video"), "video")}
+        add_task(grown, task, Task("classification", towers, 3))
+        with torch.no_grad():
+            for parameter in grown.heads[task].parameters():
+                parameter.normal_()
+        grown.save_pretrained(root / name)
+    small_model(torch.float32, seed=1).save_pretrained(root / "other")
+    small_model(torch.float32, ffn_dim=16).save_pretrained(root / "wide")
+    return root
+
+
+def join(folder: Path, target: Path, *names: str, **options: object) -> SkillNet:
+    renames: dict[str, dict[str, str]] = options.pop("renames", {})  # type: ignore[assignment]
+    parents = [read_parent(folder / name, name, renames.get(name)) for name in names]
+    merge_models(plan_merge(parents, **options), target)  # type: ignore[arg-type]
+    model = load_model(target)
+    assert isinstance(model, SkillNet)
+    return model
+
+
+def clips(model: SkillNet) -> dict[str, dict[str, torch.Tensor]]:
+    return {"input": batch_of("video", model.config)}
+
+
+def test_every_output_of_every_parent_is_equal_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    merged = join(folder, tmp_path / "both", "one", "two")
+    assert {"ink", "tone"} <= set(merged.config.skills)
+    assert merged.vocabulary.tokenizer == "f" * 64
+    for name, task in (("one", "counting"), ("two", "tones")):
+        parent = load_model(folder / name)
+        expected, found = parent(task, clips(merged)), merged(task, clips(merged))
+        assert torch.equal(expected["logits"], found["logits"])
+        for old in load_model(folder / "base").config.tasks:
+            batch = towers_of(old, merged.config)
+            expected, found = parent(old, batch), merged(old, batch)
+            assert all(torch.equal(expected[key], found[key]) for key in expected)
+    parents = {**hashes(folder / "two"), **hashes(folder / "one")}
+    assert hashes(tmp_path / "both") == parents
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return read_parent(folder, folder.name).hashes
+
+
+def test_renamed_skills_and_tasks_keep_their_outputs(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"skill-ink differs: one .* --rename ink=NEW"):
+        join(folder, tmp_path / "both", "one", "clash")
+    renames = {"clash": {"ink": "ink_two", "tones": "tones_two"}}
+    merged = join(folder, tmp_path / "both", "one", "clash", renames=renames)
+    assert merged.config.tasks["tones_two"].skills == ("general", "ink_two", "video")
+    expected = load_model(folder / "clash")("tones", clips(merged))
+    assert torch.equal(expected["logits"], merged("tones_two", clips(merged))["logits"])
+
+
+@pytest.mark.parametrize(
+    ("renames", "message"),
+    [
+        ({"ink": "a"}, "rename ink=a: clash adds the skills of tones in the order of their names"),
+        ({"inc": "x"}, "clash has no skill or task 'inc'; did you mean 'ink'"),
+        ({"ink": "video"}, "clash already has 'video'"),
+    ],
+)
+def test_renames_that_would_change_outputs_are_rejected(
+    folder: Path, renames: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_parent(folder / "clash", "clash", renames)
+
+
+def test_a_skill_leaves_unless_a_task_needs_it(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the skill ink is needed by counting"):
+        join(folder, tmp_path / "both", "one", "two", without=["ink"])
+    with pytest.raises(ValueError, match="no model has a skill 'inc'; did you mean 'ink'"):
+        join(folder, tmp_path / "both", "one", "two", without=["inc"])
+    lone = load_model(folder / "base")
+    assert isinstance(lone, SkillNet)
+    add_skill(lone, "unused").save_pretrained(tmp_path / "lone")
+    merged = join(tmp_path, tmp_path / "both", "lone", str(folder / "one"), without=["unused"])
+    assert "unused" not in merged.config.skills
+    assert not (tmp_path / "both" / "skill-unused.safetensors").exists()
+
+
+def test_models_without_a_common_base_join_only_by_averages(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shared differs: .*the models have no common base"):
+        join(folder, tmp_path / "both", "base", "other")
+    with pytest.raises(ValueError, match=r"base has model\.ffn_dim 12, wide has 16"):
+        join(folder, tmp_path / "both", "base", "wide")
+    merged = join(folder, tmp_path / "both", "base", "other", average_shared=True)
+    one, other = load_model(folder / "base"), load_model(folder / "other")
+    for name, parameter in merged.named_parameters():
+        mean = (one.get_parameter(name).double() + other.get_parameter(name).double()) / 2
+        assert torch.equal(parameter, mean.float()), name
+    # A renamed task keeps its head.
+    renames = {"other": {"text_to_code": "code_two"}}
+    options = {"average_shared": True, "renames": renames}
+    merged = join(folder, tmp_path / "two", "base", "other", **options)
+    heads = [f"heads.{task}.query.weight" for task in ("code_two", "text_to_code")]
+    assert torch.equal(merged.get_parameter(heads[0]), other.get_parameter(heads[1]))
+    assert torch.equal(merged.get_parameter(heads[1]), one.get_parameter(heads[1]))
+
+
+def test_a_damaged_parent_is_found_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    load_model(folder / "one").save_pretrained(tmp_path / "damaged")
+    path = tmp_path / "damaged" / "skill-ink.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"skill-ink\.safetensors was altered or cut short"):
+        join(tmp_path, tmp_path / "both", "damaged", str(folder / "two"))
+    assert not (tmp_path / "both").exists()
