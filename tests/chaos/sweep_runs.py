@@ -137,7 +137,7 @@ def scores(root: Path) -> list[tuple[str, ...]]:
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    return sorted((r["trial"], r["status"], r["step"], r["score"]) for r in rows)
+    return sorted((r["name"], r["status"], r["step"], r["score"]) for r in rows)
 
 
 def count_missing(root: Path) -> int:
