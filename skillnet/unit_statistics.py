@@ -82,7 +82,7 @@ def jackknife_units(
     return UnitEffects(values, effects, float(1 / (share_K**2).sum() - 1))
 
 
-def unit_error(effects_K: NDArray[np.float64]) -> float:
+def compute_unit_error(effects_K: NDArray[np.float64]) -> float:
     """Return the standard error that follows from the effects of units; NaN for one unit."""
     count = len(effects_K)
     if count < 2:
@@ -90,7 +90,7 @@ def unit_error(effects_K: NDArray[np.float64]) -> float:
     return float(np.sqrt((effects_K**2).sum() / (count * (count - 1))))
 
 
-def least_error(units: int, dof: float, level: float = CONFIDENCE_LEVEL) -> float:
+def compute_least_error(units: int, dof: float, level: float = CONFIDENCE_LEVEL) -> float:
     """Return the standard error of a score that shows no variance at all.
 
     All rows right, or two systems with equal answers, do not prove that the next unit is like
@@ -135,7 +135,7 @@ def bound_score(
     if np.isnan(error) or np.isnan(value):
         return float("nan"), float("nan")
     quantile = _quantile(dof, level)
-    error = error or least_error(units, dof, level)
+    error = error or compute_least_error(units, dof, level)
     is_inside = 0 < value < 1 if scale == "share" else 0 < value
     if scale == "free" or (not is_inside and value not in (0.0, 1.0)):
         return value - quantile * error, value + quantile * error

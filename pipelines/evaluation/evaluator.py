@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import default_masked_training, default_tasks_training
-from pipelines.evaluation.held_out_units import read_units
+from pipelines.evaluation.held_out_units import read_unit_numbers
 from pipelines.evaluation.inference import (
     InferenceInputs,
     InferenceRunner,
@@ -32,10 +32,10 @@ from pipelines.evaluation.task_metrics import (
     TaskMetrics,
     classification_metrics,
     error_rate_metrics,
+    find_query_units,
     mean_with_interval,
     rank_metrics,
     retrieval_metrics,
-    units_of_queries,
 )
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
@@ -118,7 +118,7 @@ def evaluate_model(
                 values = masked_losses(runner, name, corpus, split_name, masks, limit)
                 metrics = {}
                 if runner.ranks.is_first:
-                    units = read_units(split.table(), f"{corpus.name}/{split_name}")
+                    units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
                     metrics = {
                         # A loss has no range; an accuracy is a share.
                         metric: mean_with_interval(
@@ -211,7 +211,7 @@ def measure_split(
         for tower, plan in spec.towers.items()
     }
     lengths = mean_row_lengths(inputs)
-    units = read_units(table, where)
+    units = read_unit_numbers(table, where)
     if spec.objective == "classification":
         probabilities = runner.classify(task, inputs["input"])
         if not runner.ranks.is_first:
@@ -239,7 +239,7 @@ def measure_split(
         query_groups = groups if owners is None else groups[owners]
         # The outcomes need the ranks too, so this direction is not left to retrieval_metrics.
         ranks = retrieval_ranks(query, candidate, query_groups, groups)
-        query_units = units_of_queries(units, owners)
+        query_units = find_query_units(units, owners)
         metrics = rank_metrics(ranks, "", seed, bootstrap_samples, query_units) | retrieval_metrics(
             query,
             candidate,

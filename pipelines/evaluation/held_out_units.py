@@ -1,7 +1,7 @@
 """Units that a split holds out, as numbers per row.
 
 The column ``unit`` of a shard names the unit of each row (a module, a speaker); a row without a
-name is a unit by itself. :func:`read_units` is called by everything that evaluates a split.
+name is a unit by itself. :func:`read_unit_numbers` is called by everything that evaluates a split.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from skillnet_platform.errors import UserError
 UNIT_COLUMN = "unit"
 
 
-def read_units(table: pa.Table, where: str) -> np.ndarray:
+def read_unit_numbers(table: pa.Table, where: str) -> np.ndarray:
     """Return the number of each row's unit, in the order of the units' first rows, (N,) int64.
 
     Args:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from skillnet.metrics import ConfidenceInterval
-from skillnet.unit_statistics import bound_score, jackknife_units, unit_error
+from skillnet.unit_statistics import bound_score, compute_unit_error, jackknife_units
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
@@ -250,15 +250,15 @@ def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterva
         ValueError: the outcomes belong to different rows.
     """
     # Row counts can agree by accident; lengths, query counts and units are a second check.
-    if not have_equal_rows(one, other):
+    if not has_equal_rows(one, other):
         raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
     effects = jackknife_units(one.numerator - other.numerator, one.denominator, one.unit)
     value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
-    bounds = bound_score(value, unit_error(effects_K), effects.dof, len(effects_K))
+    bounds = bound_score(value, compute_unit_error(effects_K), effects.dof, len(effects_K))
     return ConfidenceInterval(value, *bounds)
 
 
-def have_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
+def has_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
     """Return whether two models were evaluated on rows of equal weights and units."""
     return np.array_equal(one.denominator, other.denominator) and np.array_equal(
         one.unit, other.unit

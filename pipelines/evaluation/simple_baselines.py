@@ -36,7 +36,7 @@ from pipelines.evaluation.evaluator import (
     tidy_rows,
     uses_all_captions,
 )
-from pipelines.evaluation.held_out_units import read_units
+from pipelines.evaluation.held_out_units import read_unit_numbers
 from pipelines.evaluation.task_metrics import (
     TaskMetrics,
     classification_metrics,
@@ -133,7 +133,7 @@ def _measure_both(
         return _classification(train, test, corpus.modality, where, seed, bootstrap_samples)
     if spec.objective == "ctc":
         return _transcription(train, test, where, bootstrap_samples)
-    units = read_units(test, where)
+    units = read_unit_numbers(test, where)
     groups = unique_group_ids(read_fixed_column(test, "group", where))
     captions = test.column("captions").to_pylist()
     if not uses_all_captions(corpus):
@@ -202,7 +202,7 @@ def _classification(
         warnings.simplefilter("ignore", ConvergenceWarning)
         predicted = model.fit(train_features, train_labels).predict(features)
     most_frequent = np.full(len(labels), np.bincount(train_labels).argmax())
-    units = read_units(test, where)
+    units = read_unit_numbers(test, where)
     return {
         "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples, units),
         "simple_baseline": classification_metrics(
@@ -227,7 +227,7 @@ def _transcription(
         int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
         for position in range(min(mean_length, longest))
     ]
-    units = read_units(test, where)
+    units = read_unit_numbers(test, where)
     return {
         "chance": transcription_metrics(
             [most_frequent] * len(symbols), symbols, bootstrap_samples, units

@@ -20,7 +20,7 @@ from skillnet.metrics import (
     median_rank,
     retrieval_ranks,
 )
-from skillnet.unit_statistics import ScoreScale, bound_score, jackknife_units, unit_error
+from skillnet.unit_statistics import ScoreScale, bound_score, compute_unit_error, jackknife_units
 
 #: Metric name -> value and interval.
 TaskMetrics = dict[str, ConfidenceInterval]
@@ -117,12 +117,12 @@ def retrieval_metrics(
         else:
             ranks = retrieval_ranks(query, candidate, query_ids, candidate_ids)
         # In the reverse direction each row is one query.
-        query_units = units if prefix else units_of_queries(units, owners)
+        query_units = units if prefix else find_query_units(units, owners)
         metrics |= rank_metrics(ranks, prefix, seed, bootstrap_samples, query_units)
     return metrics
 
 
-def units_of_queries(units: np.ndarray | None, owners: np.ndarray | None) -> np.ndarray | None:
+def find_query_units(units: np.ndarray | None, owners: np.ndarray | None) -> np.ndarray | None:
     """Return the number of the unit of each query, (Q,); None if each query is a unit.
 
     Args:
@@ -190,7 +190,7 @@ def _bound_ratio(
     value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
     if not bootstrap_samples:
         return ConfidenceInterval(value, nan, nan)
-    error = unit_error(effects_K)
+    error = compute_unit_error(effects_K)
     bounds = bound_score(value, error, effects.dof, len(effects_K), scale)
     return ConfidenceInterval(value, *bounds)
 

@@ -5,10 +5,10 @@ import pytest
 
 from skillnet.unit_statistics import (
     bound_score,
+    compute_least_error,
+    compute_unit_error,
     jackknife_units,
-    least_error,
     number_units,
-    unit_error,
 )
 
 
@@ -34,7 +34,7 @@ def test_rows_without_units_have_the_usual_standard_error() -> None:
     hits = np.random.default_rng(0).random(200) < 0.3
     found = jackknife_units(hits, np.ones(200))
     assert found.dof == pytest.approx(199)
-    assert unit_error(found.effects_SK[0]) == pytest.approx(hits.std(ddof=1) / np.sqrt(200))
+    assert compute_unit_error(found.effects_SK[0]) == pytest.approx(hits.std(ddof=1) / np.sqrt(200))
 
 
 def test_units_of_different_sizes_count_as_fewer() -> None:
@@ -57,7 +57,7 @@ def test_intervals_of_few_uneven_units_cover(rho: float) -> None:
     covered = [
         low <= 0 <= high
         for low, high in (
-            bound_score(value, unit_error(effects), found.dof, 10)
+            bound_score(value, compute_unit_error(effects), found.dof, 10)
             for value, effects in zip(found.values_S, found.effects_SK, strict=True)
         )
     ]
@@ -85,11 +85,11 @@ def test_all_right_has_the_interval_of_wilson() -> None:
     assert (low, high) == (pytest.approx(0.928652, abs=1e-6), 1.0)
     low, high = bound_score(0.4, np.sqrt(0.24 / 50), 1e9, 50, "share")
     assert (low, high) == (pytest.approx(0.276084, abs=1e-5), pytest.approx(0.538186, abs=1e-5))
-    assert least_error(50, 1e9) * 1.959964 == pytest.approx(1 - 0.928652, abs=1e-6)
+    assert compute_least_error(50, 1e9) * 1.959964 == pytest.approx(1 - 0.928652, abs=1e-6)
 
 
 def test_one_unit_has_no_interval() -> None:
     found = jackknife_units(np.array([1.0, 0.0, 1.0]), np.ones(3), np.zeros(3))
-    assert np.isnan(unit_error(found.effects_SK[0]))
+    assert np.isnan(compute_unit_error(found.effects_SK[0]))
     assert np.isnan(bound_score(2 / 3, float("nan"), found.dof, 1, "share")).all()
-    assert np.isnan(least_error(1, 0.0))
+    assert np.isnan(compute_least_error(1, 0.0))

@@ -4,12 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.evaluation.held_out_units import read_units
+from pipelines.evaluation.held_out_units import read_unit_numbers
 from pipelines.evaluation.task_metrics import (
     classification_metrics,
     error_rate_metrics,
+    find_query_units,
     rank_metrics,
-    units_of_queries,
 )
 from skillnet_platform.errors import UserError
 
@@ -63,16 +63,16 @@ def test_one_unit_has_values_and_no_intervals() -> None:
 
 def test_captions_of_a_row_are_one_unit_at_most() -> None:
     owners = np.array([0, 0, 1, 2, 2])
-    assert units_of_queries(None, None) is None
-    assert units_of_queries(None, owners) is owners
-    assert units_of_queries(np.array([0, 0, 1]), None).tolist() == [0, 0, 1]  # type: ignore[union-attr]
-    assert units_of_queries(np.array([0, 0, 1]), owners).tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
+    assert find_query_units(None, None) is None
+    assert find_query_units(None, owners) is owners
+    assert find_query_units(np.array([0, 0, 1]), None).tolist() == [0, 0, 1]  # type: ignore[union-attr]
+    assert find_query_units(np.array([0, 0, 1]), owners).tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
 
 
 def test_rows_without_a_name_are_units_by_themselves() -> None:
     names = pa.chunked_array([["b", None, "a"], [None, "b"]], pa.string())
-    assert read_units(pa.table({"unit": names}), "x/test").tolist() == [0, 1, 2, 3, 0]
+    assert read_unit_numbers(pa.table({"unit": names}), "x/test").tolist() == [0, 1, 2, 3, 0]
     nothing = pa.table({"unit": pa.nulls(3, pa.string())})
-    assert read_units(nothing, "x/test").tolist() == [0, 1, 2]
+    assert read_unit_numbers(nothing, "x/test").tolist() == [0, 1, 2]
     with pytest.raises(UserError, match=r"x/test: no column 'unit'. Prepare the corpus again."):
-        read_units(pa.table({"key": ["a"]}), "x/test")
+        read_unit_numbers(pa.table({"key": ["a"]}), "x/test")
