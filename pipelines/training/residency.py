@@ -30,9 +30,9 @@ TensorKey = tuple[str, str]
 class WeightResidency:
     """Residency of a model's weights, their optimizer state and their averages on a device.
 
-    The tensors of a task lie on the device from ``begin_step`` to the next call. All others lie in
-    the host's memory, where any code can read them after :meth:`settle`. Parameters keep their
-    identity: only their data moves.
+    The tensors of a step and of the next one lie on the device, and those of the step before until
+    they are copied. All others lie in the host's memory, where any code can read them after
+    :meth:`settle`. Parameters keep their identity: only their data moves.
 
     Outside of steps, each forward pass first loads the weights of its task, without their state.
 
