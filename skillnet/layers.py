@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.attention import multihead_attention
+from skillnet.gpu_kernels import uses_gpu_kernels
+from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
-
-Skills = tuple[str, ...]
 
 
 def require_unused_name(container: nn.Module, name: str, what: str) -> None:
@@ -120,31 +120,46 @@ class SkillWeights(nn.Module):
         """
         # In training mode the next step changes the weights, so caching would only hold memory.
         if torch.is_grad_enabled() or self.training:
-            return self._merge([self._get(name) for name in skills], dtype)
+            step = find_step_merges()
+            if step is None or not self._is_rounded(self._get(skills[0]), dtype):
+                return self._merge(skills, dtype)
+            return step.get(self, skills, dtype, lambda plans: self._merge_rounded(plans, dtype))
         parts = [self._get(name) for name in skills]
         # An in-place update raises _version, and load_state_dict may replace the storage.
         if any(part.is_inference() for part in parts):  # these tensors have no version counter
-            return self._merge(parts, dtype)
+            return self._merge(skills, dtype)
         versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
         kept = self._merged.get((skills, dtype))
         if kept is not None and kept[0] == versions:
             return kept[1]
-        merged = self._merge(parts, dtype)
+        merged = self._merge(skills, dtype)
         self._merged[skills, dtype] = (versions, merged)
         return merged
 
-    def _merge(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _merge(self, skills: Skills, dtype: torch.dtype) -> Tensor:
+        parts = [self._get(name) for name in skills]
         count = len(parts)
         if count == 1:
             return parts[0].to(dtype)
+        if self._is_rounded(parts[0], dtype):
+            return self._merge_rounded((skills,), dtype)[0]
         if self.axis is None:
             total = torch.add(parts[0], parts[1])
             for part in parts[2:]:
                 total = torch.add(total, part)
             return (total / count).to(dtype)  # summed in full precision, rounded once
-        # Casting before the concatenation moves half the bytes.
         joined = torch.cat([part.to(dtype) for part in parts], self.axis)
         return joined / count if self.scale_by_count else joined
+
+    def _merge_rounded(self, plans: tuple[Skills, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        parts = {name: self._get(name) for plan in plans for name in plan}
+        return merge_rounded(parts, plans, dtype, self.axis, self.scale_by_count)
+
+    @staticmethod
+    def _is_rounded(part: Tensor, dtype: torch.dtype) -> bool:
+        # CPUs keep weights of these sizes in their caches, and a compiler fuses plain operations.
+        is_eager = not torch.compiler.is_compiling()
+        return part.dtype != dtype and is_eager and uses_gpu_kernels(part)
 
     def train(self, mode: bool = True) -> "SkillWeights":
         if mode:

@@ -24,6 +24,7 @@ from skillnet import losses as skillnet_losses
 from skillnet.losses import RankGather
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
+from skillnet.rounded_weights import share_merges
 from skillnet.skills import Task
 
 
@@ -54,22 +55,24 @@ def backward_step(
     def compute_loss(part: Batch) -> Tensor:
         return step_loss(model, task, part, precision, config, rank, world, health)
 
-    size = config.training.micro_batch_size
-    if size is None or len(batch.rows) <= size:
-        loss = compute_loss(batch)
-        loss.backward()
-        return loss.detach()
-    parts = list(split_batch(batch, size))
-    if task.objective == "retrieval":
-        gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
-        return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
-    total = torch.zeros((), device=_device_of(batch))
-    for part in parts:
-        with sync.paused(part is not parts[-1]):
-            loss = compute_loss(part)
+    # All towers and parts of the step read the same weights.
+    with share_merges(plan.skills for plan in task.towers.values()):
+        size = config.training.micro_batch_size
+        if size is None or len(batch.rows) <= size:
+            loss = compute_loss(batch)
             loss.backward()
-        total = total + loss.detach()
-    return total
+            return loss.detach()
+        parts = list(split_batch(batch, size))
+        if task.objective == "retrieval":
+            gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
+            return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
+        total = torch.zeros((), device=_device_of(batch))
+        for part in parts:
+            with sync.paused(part is not parts[-1]):
+                loss = compute_loss(part)
+                loss.backward()
+            total = total + loss.detach()
+        return total
 
 
 def split_batch(batch: Batch, size: int) -> Iterator[Batch]:

@@ -22,8 +22,19 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[3]
 PACKAGES = tuple(str(ROOT / name) for name in ("skillnet", "pipelines"))
 
-#: Operations that launch no kernel, beside views; copies are counted apart.
-NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_to_copy"}
+#: Operations that launch no kernel, beside views; copies are counted apart. ``_unsafe_view`` is a
+#: view that torch does not call one.
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+    "_to_copy",
+}
+#: Products of matrices. Their bytes are not counted: every system reads its weights for them.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 NOT_COMPUTING = {
     "detach",
     "device",
@@ -50,6 +61,7 @@ class DeviceWatch(TorchDispatchMode):
         blocking_copies: places of copies to the device for which the host waits.
         cpu_operations: names of operations on tensors of the CPU.
         operations: number of operations on the device.
+        nbytes: bytes of inputs and outputs of these operations, without products.
     """
 
     def __init__(self) -> None:
@@ -57,7 +69,7 @@ class DeviceWatch(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.blocking_copies: list[str] = []
         self.cpu_operations: Counter[str] = Counter()
-        self.operations = 0
+        self.operations = self.nbytes = 0
 
     def _wait(self, reason: str, count: int = 1) -> None:
         self.waits[f"{reason} at {find_place()}"] += count
@@ -89,7 +101,12 @@ class DeviceWatch(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         self._record_copy(name, args, options, inputs, outputs)
         if any(is_cuda(x) for x in (*inputs, *outputs)):
-            self.operations += not func.is_view and name not in NO_KERNEL | NOT_COMPUTING
+            is_computing = not func.is_view and name not in NO_KERNEL | NOT_COMPUTING
+            self.operations += is_computing
+            if (is_computing or name == "_to_copy") and name not in PRODUCTS:
+                # A tensor that is written into is an input and the output.
+                tensors = {id(x): x for x in (*inputs, *outputs)}.values()
+                self.nbytes += sum(x.numel() * x.element_size() for x in tensors)
         elif not func.is_view and name not in NO_KERNEL | NOT_COMPUTING:
             self.cpu_operations[name] += 1
         return out
