@@ -15,6 +15,7 @@ from pipelines.config.run import TaskTraining
 from pipelines.loading import augment, masking, pixel_changes
 from pipelines.loading.audio_units import SoundUnits, find_sound_units
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.input_sizes import require_pixel_sizes
 from pipelines.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.loading.shard_table import ShardTable
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
@@ -249,7 +250,7 @@ class TaskDataset:
         """Check the columns and captions of the open shards, so that a run is rejected early.
 
         Raises:
-            UserError: a column is missing or of another type, or a row has no caption.
+            UserError: a column is missing or of another type or size, or a row has no caption.
         """
         self.load(np.arange(1))
         if self.task.objective == "retrieval" and not self.views:
@@ -328,7 +329,9 @@ class TaskDataset:
         modality = self.plan.modality
         if modality in ("image", "video"):
             name = "pixels" if modality == "image" else "frames"
-            stored = {name: torch.from_numpy(self._fixed(name).take(local))}
+            x = self._fixed(name).take(local)
+            require_pixel_sizes(modality, x.shape[1:], self._model, self.location)
+            stored = {name: torch.from_numpy(x)}
             if random is None or config is None:
                 return stored, None
             change, drawn = pixel_changes.draw_change(modality, config, random)

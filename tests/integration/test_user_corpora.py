@@ -110,7 +110,8 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
     config = {
         "model": {
             **{"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "embedding_dim": 8},
-            **{"vocab_size": 900, "patch_size": 16, "tubelet": [4, 16, 16]},
+            **{"vocab_size": 900, "tubelet": [4, 16, 16]},
+            **{"image_size": 48, "video_frames": 8, "video_size": 32},
         },
         "training": {"steps": 6, "workers": 0, "log_every": 1},
         "tasks": tasks,

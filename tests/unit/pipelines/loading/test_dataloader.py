@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,27 @@ def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
     for step in range(4):
         one, other = (x.batch(step).towers["input"]["log_mel"] for x in (plain, scaled))
         torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 96}, "drawings/train: images .* size 48.* Set model.image_size 48, or .*"),
+        (
+            {"video_frames": 4, "video_size": 64},
+            "strokes/train: videos were prepared with frames 8, video_size 32, which the model "
+            "does not read. Set model.video_frames 8, model.video_size 32, or prepare the corpus "
+            "with --options.strokes.frames 4 --options.strokes.video_size 64",
+        ),
+    ],
+)
+def test_sizes_that_the_model_does_not_read_are_named(
+    data: Path, sizes: dict[str, int], message: str
+) -> None:
+    config = small_config(data)
+    config.model = replace(config.model, **sizes)
+    with pytest.raises(UserError, match=message):
+        _ = ResolvedRun(config).dataloader
 
 
 def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:

@@ -37,7 +37,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def paper(data: Path, *words: str) -> FinetuneConfig:
+    sizes = {"dim": 16, "num_heads": 2, "image_size": 48, "video_frames": 8, "video_size": 32}
     said = ["--config", "paper", "--data", str(data), "--training.use_gpu", "false", *words]
+    said += [word for key, value in sizes.items() for word in (f"--model.{key}", str(value))]
     return configuration.parse_config(FinetuneConfig, said, "skillnet finetune", "Train.")
 
 
