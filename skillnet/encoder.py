@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from skillnet.attention import padding_bias
 from skillnet.config import SkillNetConfig
 from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
+from skillnet.rounded_weights import share_merges
 
 #: Name of the only "skill" of a layer without skill modules. All tasks use its weights.
 SHARED: Skills = ("shared",)
 
 
-Branch = Callable[[Tensor, Skills, Tensor | None], Tensor]
+#: Arguments and result of a layer, and of a residual branch.
+LayerCall = Callable[[Tensor, Skills, Tensor | None], Tensor]
 
 
 class EncoderLayer(nn.Module):
@@ -53,8 +55,20 @@ class EncoderLayer(nn.Module):
             out_std=config.ffn_dim**-0.5 * out_std,
         )
         self.drop_path = config.drop_path
+        #: Wraps a call of the layer, to gather the weights of the given skills around it.
+        self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None
 
     def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+        if self.gather_weights is None:
+            return self._run(x_BTD, skills, bias_B11T)
+        has_shared = not (self.attention_skills and self.feedforward_skills)
+        has_own = self.attention_skills or self.feedforward_skills
+        active = (SHARED if has_shared else ()) + (skills if has_own else ())
+        # The weights exist only inside the call, so a step cannot share merged ones.
+        with share_merges(()):
+            return self.gather_weights(self._run, active)(x_BTD, skills, bias_B11T)
+
+    def _run(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         x_BTD = self._add(self._attend, x_BTD, skills, bias_B11T)
         return self._add(self._feed, x_BTD, skills, bias_B11T)
 
@@ -67,7 +81,7 @@ class EncoderLayer(nn.Module):
         return self.feedforward(self.feedforward_norm(x_BTD), active)
 
     def _add(
-        self, branch: Branch, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
+        self, branch: LayerCall, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
     ) -> Tensor:
         """Add a residual branch. In training, only a random subset of the rows gets the branch.
 

@@ -52,8 +52,9 @@ class RetrievalHead(nn.Module):
         super().__init__()
         self.query = nn.Linear(config.dim, config.embedding_dim, bias=False)
         self.candidate = nn.Linear(config.dim, config.embedding_dim, bias=False)
-        # Learned as a logarithm, so that every value gives a positive scale.
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # Learned as a logarithm, so that every value gives a positive scale. Sharded training
+        # divides weights along their first axis, so it has one.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, pooled_BD: Tensor, tower: str) -> Tensor:
         project = self.query if tower == "query" else self.candidate
@@ -64,7 +65,7 @@ class RetrievalHead(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Factor of similarities, a scalar tensor in (0, 100]."""
-        return self.log_scale.exp().clamp(max=100.0)
+        return self.log_scale[0].exp().clamp(max=100.0)
 
 
 #: Factor of the bias of masked tokens. The bias must learn token frequencies, several nats. With

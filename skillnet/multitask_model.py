@@ -9,7 +9,7 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -74,6 +74,8 @@ class TaskModel(nn.Module):
         self.vocabulary = ModelVocabulary()
         #: Folder that the model was read from, for messages; None for a new model.
         self.origin: Path | None = None
+        #: Gives the model the weights of a task, if it does not hold all, as in sharded training.
+        self.weight_loader: Callable[[str], None] | None = None
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any] | None) -> Any:
@@ -398,12 +400,15 @@ def mean_pool(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
 
 
-def save_model(model: TaskModel, path: Path) -> None:
+def save_model(
+    model: TaskModel, path: Path, read_weight: Callable[[str], Tensor] | None = None
+) -> None:
     """Write a model atomically; replace an older model at the same path.
 
     Args:
         model: any system.
         path: directory to write; its parents are created.
+        read_weight: see :func:`skillnet.serialization.write_parts`.
 
     Raises:
         ValueError: the path exists and is not a saved model.
@@ -414,7 +419,7 @@ def save_model(model: TaskModel, path: Path) -> None:
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(path) as staging:
-        write_manifest(staging, write_parts(model, staging))
+        write_manifest(staging, write_parts(model, staging, read_weight))
         replace_folder(staging, path)
 
 

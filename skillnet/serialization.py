@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -149,19 +150,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parts(model: SavableModel, folder: Path) -> list[str]:
-    """Write the configuration and all weight files of a model.
+def write_config(model: SavableModel, folder: Path) -> str:
+    """Write the configuration of a model; return the name of the file.
 
     Args:
         model: any system.
         folder: existing directory.
-
-    Returns:
-        Names of the files.
     """
-    # safetensors needs contiguous tensors on the host.
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    written = ["config.json"]
     about = config_to_dict(model.config) | {
         "system": model.system,
         "options": model.options,
@@ -169,8 +164,28 @@ def write_parts(model: SavableModel, folder: Path) -> list[str]:
     }
     text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    return "config.json"
+
+
+def write_parts(
+    model: SavableModel, folder: Path, read_weight: Callable[[str], Tensor] | None = None
+) -> list[str]:
+    """Write the configuration and all weight files of a model, one file at a time.
+
+    Args:
+        model: any system.
+        folder: existing directory.
+        read_weight: returns the weight of a name; None takes it from the model.
+
+    Returns:
+        Names of the files.
+    """
+    written = [write_config(model, folder)]
+    read = read_weight or dict(model.named_parameters()).__getitem__
     for file, names in model.files_of().items():
-        save_file({name: tensors[name] for name in names}, folder / f"{file}.safetensors")
+        # safetensors needs contiguous tensors on the host.
+        tensors = {name: read(name).detach().cpu().contiguous() for name in names}
+        save_file(tensors, folder / f"{file}.safetensors")
         written.append(f"{file}.safetensors")
     return written
 

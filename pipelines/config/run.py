@@ -131,6 +131,9 @@ class TrainingConfig:
             which computes the layer again: a third more operations, far less memory.
         offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
             average, unless the current or the next step uses them. The result is the same.
+        sharding: ``full`` divides weights, gradients and optimizer state among all workers (FSDP),
+            ``hybrid`` among the workers of a node, with a replica on each node (HSDP). A step
+            gathers only the weights that its task uses. ``none`` keeps everything on each worker.
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between evaluations on the validation split, the last step included; 0
@@ -181,6 +184,7 @@ class TrainingConfig:
     micro_batch_size: PositiveCount | None = None
     activation_checkpointing: bool = False
     offload_inactive_weights: bool = False
+    sharding: Literal["none", "full", "hybrid"] = "none"
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0
@@ -197,6 +201,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_bounds(self, "training.")
+        if self.sharding != "none" and self.offload_inactive_weights:
+            raise ValueError(
+                "training.sharding and training.offload_inactive_weights are two ways to hold "
+                "weights that a step does not use; set sharding to none, or the other to false"
+            )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(
                 f"training.min_workers must be between 1 and training.workers ({self.workers}), "

@@ -99,10 +99,12 @@ def evaluate_model(
     """
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
-    runner = InferenceRunner(model, precision, ranks=ranks)
     rows: list[dict[str, Any]] = []
     evaluated: set[str] = set()
     for name, spec in specs.items():
+        if model.weight_loader is not None:
+            model.weight_loader(name)
+        runner = InferenceRunner(model, precision, ranks=ranks)
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         align_outputs(model, name, corpus)
         masked = spec.objective == "masked"

@@ -89,10 +89,7 @@ def draw_reconstructions(
 
     triples = {
         modality: reconstruct_rows(config, model, name)
-        for modality in ("image", "sound", "video")
-        for name in config.measured
-        if (spec := config.model.tasks[name]).objective == "masked"
-        and spec.towers["input"].modality == modality
+        for name, modality in _drawn_tasks(config).items()
     }
     if not triples:
         return None
@@ -104,6 +101,29 @@ def draw_reconstructions(
         part.suptitle(f"{modality}: {', '.join(VIEWS)}" + (f" · {title}" if title else ""), size=10)
         _draw_triple(part, modality, triple)
     return figure
+
+
+def load_drawn_tasks(config: FinetuneConfig, model: TaskModel) -> None:
+    """Take part in the loading of weights for a figure, on a rank that draws none.
+
+    Args:
+        config: of the run.
+        model: of this rank.
+    """
+    if model.weight_loader is not None:
+        for name in _drawn_tasks(config):
+            model.weight_loader(name)
+
+
+def _drawn_tasks(config: FinetuneConfig) -> dict[str, str]:
+    """Return masked task -> modality, in the order of a figure."""
+    return {
+        name: modality
+        for modality in ("image", "sound", "video")
+        for name in config.measured
+        if (spec := config.model.tasks[name]).objective == "masked"
+        and spec.towers["input"].modality == modality
+    }
 
 
 def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> ReconstructionTriple:
@@ -118,6 +138,8 @@ def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> Rec
         Images (rows, H, W, 3) and video (rows, frames, H, W, 3) in [0, 1]; audio (rows, mel bins,
         frames), NaN after the end of a recording.
     """
+    if model.weight_loader is not None:
+        model.weight_loader(task)
     settings, masks = config.tasks[task], config.training.masking
     corpus = open_corpus(join_location(parse_location(config.data, Path()), settings.corpus))
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))

@@ -1,10 +1,12 @@
 """Checkpoints of a run on disk: find the newest, verify files, load weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
@@ -83,12 +85,15 @@ def verify_checkpoint(path: str | Path) -> VerifiedCheckpoint:
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: TaskModel) -> None:
+def load_weights(
+    path: Path, model: TaskModel, store_weight: Callable[[str, Tensor], None] | None = None
+) -> None:
     """Copy a saved model's weights into a model of the same shape.
 
     Args:
         path: folder of the saved model or checkpoint.
         model: receives the weights.
+        store_weight: receives name and value of each weight instead of the model.
 
     Raises:
         UserError: a file is missing or corrupt, or weights do not fit.
@@ -105,7 +110,10 @@ def load_weights(path: Path, model: TaskModel) -> None:
                     f"{path}: {name} is {found}, this model has "
                     f"{tuple(parameters[name].shape)}; use the model section of that run"
                 )
-            parameters[name].copy_(tensors[name])
+            if store_weight is not None:
+                store_weight(name, tensors[name])
+            else:
+                parameters[name].copy_(tensors[name])
 
 
 def list_manifest_files(folder: Path, start: str) -> list[Path]:

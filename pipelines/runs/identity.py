@@ -32,6 +32,7 @@ NON_IDENTITY_KEYS = (
     "bucket_mb",
     "activation_checkpointing",
     "offload_inactive_weights",
+    "sharding",
     "max_failures",
     "collective_timeout_s",
 )

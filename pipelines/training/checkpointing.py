@@ -12,9 +12,10 @@ There is no generator state: all randomness is keyed by (seed, step).
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,23 +38,113 @@ from skillnet.serialization import (
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
+if TYPE_CHECKING:
+    from pipelines.training.sharding import ModelShards
+
 #: Tensors that AdamW keeps for each parameter.
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: TaskModel, names: Iterable[str]
-) -> dict[str, Tensor]:
-    """Return the optimizer state of named parameters, as ``<parameter>/<field>`` -> tensor.
+class CheckpointTensors:
+    """Tensors of a training by file, whole, also if each rank has a part of them.
 
-    Parameters that no step has updated have no state.
+    Args:
+        model: names and files of the weights.
+        optimizer: of its weights, or of their shards.
+        average: averaged weights, or None.
+        shards: this rank's part of the weights; all ranks then read the same files in turn.
     """
-    return {
-        f"{name}/{field}": optimizer.state[parameter][field]
-        for name in names
-        if (parameter := model.get_parameter(name)) in optimizer.state
-        for field in OPTIMIZER_STATE
-    }
+
+    def __init__(
+        self,
+        model: TaskModel,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        shards: "ModelShards | None" = None,
+    ) -> None:
+        self._model, self._optimizer, self._average = model, optimizer, average
+        self._shards = shards
+        self._owned = dict((shards or model).named_parameters())
+
+    def _gather(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self._shards is None else self._shards.gather(name, tensor)
+
+    def read_weight(self, name: str) -> Tensor:
+        """Return a weight."""
+        return self._gather(name, self._owned[name])
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield name and tensors of each file of the optimizer state and of the averages.
+
+        A tensor of the state is called ``<parameter>/<field>``. Parameters that no step has
+        updated have no state.
+        """
+        for file, names in self._model.files_of().items():
+            state = {
+                f"{name}/{field}": value if field == "step" else self._gather(name, value)
+                for name in names
+                if (parameter := self._owned[name]) in self._optimizer.state
+                for field in OPTIMIZER_STATE
+                for value in (self._optimizer.state[parameter][field],)
+            }
+            if state:
+                yield f"optimizer-{file}", state
+            means = self._average.values if self._average is not None else {}
+            averages = {name: self._gather(name, means[name]) for name in names if name in means}
+            if averages:
+                yield f"average-{file}", averages
+
+    def read_parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Return this rank's parts: of weights and optimizer state, and of averages, by file.
+
+        The step counts of the optimizer are whole; see :meth:`read_steps`.
+        """
+        assert self._shards is not None
+        share, state = self._shards.share, self._optimizer.state
+        means = self._average.values if self._average is not None else {}
+        current: dict[str, dict[str, Tensor]] = {}
+        averages: dict[str, dict[str, Tensor]] = {}
+        for file, names in self._model.files_of().items():
+            current[file] = {name: share(name, self._owned[name]) for name in names}
+            current[f"optimizer-{file}"] = {
+                f"{name}/{field}": share(name, state[self._owned[name]][field])
+                for name in names
+                if self._owned[name] in state
+                for field in OPTIMIZER_STATE
+                if field != "step"
+            }
+            averages[f"average-{file}"] = {
+                name: share(name, means[name]) for name in names if name in means
+            }
+        parts = {"current": current, "averages": averages}
+        filled = {kind: {k: v for k, v in files.items() if v} for kind, files in parts.items()}
+        return {kind: files for kind, files in filled.items() if files}
+
+    def read_steps(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of the step count of each weight that has one."""
+        for name, parameter in self._owned.items():
+            if parameter in self._optimizer.state:
+                yield f"{name}/step", self._optimizer.state[parameter]["step"]
+
+    def complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of ``state.json``.
+
+        Args:
+            step: steps done.
+            state: further keys.
+        """
+        updates = {} if self._average is None else {"average_updates": dict(self._average.updates)}
+        return {"step": step, **state, **updates}
+
+    def count_bytes(self) -> int:
+        """Return the bytes of all files, about."""
+        copies = 1 + (self._average is not None)
+        total = sum(copies * p.numel() * p.element_size() for p in self._model.parameters())
+        trained = {p for p in self._owned.values() if p in self._optimizer.state}
+        for name, parameter in self._model.named_parameters():
+            if self._owned[name] in trained:
+                total += 2 * parameter.numel() * parameter.element_size()
+        return total + (1 << 20)
 
 
 def write_checkpoint(
@@ -64,6 +155,7 @@ def write_checkpoint(
     average: WeightAverage | None,
     state: dict[str, Any],
     keep: int,
+    shards: "ModelShards | None" = None,
 ) -> Path:
     """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
 
@@ -77,6 +169,8 @@ def write_checkpoint(
         average: averaged weights, or None.
         state: further keys of ``state.json``.
         keep: number of checkpoints that stay.
+        shards: this rank's part of the weights. All other ranks then call
+            :func:`join_checkpoint` at the same time.
 
     Returns:
         The checkpoint's folder.
@@ -85,36 +179,60 @@ def write_checkpoint(
         UserError: the disk is full; earlier checkpoints stay valid.
     """
     final = folder / f"{PREFIX}{step:08d}"
-    files = model.files_of()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state_bytes = sum(
-        x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values()
-    )
-    needed = (1 + (average is not None)) * weights + state_bytes + (1 << 20)
+    tensors = CheckpointTensors(model, optimizer, average, shards)
+    needed = tensors.count_bytes()
     # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
     with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
-        written = write_parts(model, staging)
-        for file, names in files.items():
-            tensors = optimizer_tensors(optimizer, model, names)
-            if tensors:
-                save_file(_to_cpu(tensors), staging / f"optimizer-{file}.safetensors")
-                written.append(f"optimizer-{file}.safetensors")
-            if average is not None:
-                means = {name: average.values[name] for name in names if name in average.values}
-                if means:
-                    save_file(_to_cpu(means), staging / f"average-{file}.safetensors")
-                    written.append(f"average-{file}.safetensors")
-        full = {"step": step, **state}
-        if average is not None:
-            full["average_updates"] = average.updates
-        text = json.dumps(full, indent=1, sort_keys=True)
-        (staging / "state.json").write_text(text + "\n", encoding="utf-8")
-        write_manifest(staging, [*written, "state.json"])
-    # Remove old checkpoints only after the new one is complete.
+        written = write_parts(model, staging, tensors.read_weight)
+        for file, values in tensors.read_state():
+            save_file(_to_cpu(values), staging / f"{file}.safetensors")
+            written.append(f"{file}.safetensors")
+        complete_checkpoint(staging, written, tensors.complete_state(step, state))
+    remove_old_checkpoints(folder, keep)
+    return final
+
+
+def complete_checkpoint(staging: Path, written: list[str], state: dict[str, Any]) -> None:
+    """Write the state and the manifest of a checkpoint, after all its tensors.
+
+    Args:
+        staging: folder of the files.
+        written: their names.
+        state: content of ``state.json``.
+    """
+    text = json.dumps(state, indent=1, sort_keys=True)
+    (staging / "state.json").write_text(text + "\n", encoding="utf-8")
+    write_manifest(staging, [*written, "state.json"])
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, after the newest is complete.
+
+    Args:
+        folder: of the checkpoints.
+        keep: number that stays.
+    """
     for old in list_checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def join_checkpoint(
+    model: TaskModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    shards: "ModelShards",
+) -> None:
+    """Take part in gathering the tensors of a checkpoint that another rank writes.
+
+    Args:
+        model: see :func:`write_checkpoint`.
+        optimizer: see :func:`write_checkpoint`.
+        average: see :func:`write_checkpoint`.
+        shards: this rank's part of the weights.
+    """
+    shards.gather_files(model)
+    deque(CheckpointTensors(model, optimizer, average, shards).read_state(), maxlen=0)
 
 
 def load_checkpoint(
@@ -122,6 +240,7 @@ def load_checkpoint(
     model: TaskModel,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
+    shards: "ModelShards | None" = None,
 ) -> None:
     """Load a verified checkpoint's weights, optimizer state and averages.
 
@@ -130,13 +249,20 @@ def load_checkpoint(
         model: receives the weights.
         optimizer: over the model's parameters; receives their state.
         average: receives the averaged weights.
+        shards: receives this rank's part of each tensor instead of the model.
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
     """
-    load_weights(checkpoint.path, model)
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict((shards or model).named_parameters())
+    load_weights(checkpoint.path, model, shards.store if shards is not None else None)
+
+    def own_part(name: str, value: Tensor) -> Tensor:
+        # The step count of a weight has no parts.
+        part = value if shards is None or not value.ndim else shards.cut(name, value)
+        return part.to(parameters[name].device, copy=True)
+
     for path in list_manifest_files(checkpoint.path, "optimizer-"):
         tensors = load_tensors(path)
         for key, value in tensors.items():
@@ -148,8 +274,7 @@ def load_checkpoint(
                 raise UserError(f"{path}: {key} is not the state of a parameter of this model")
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
-            parameter = parameters[name]
-            optimizer.state[parameter][field] = value.to(parameter.device, copy=True)
+            optimizer.state[parameters[name]][field] = own_part(name, value)
     if average is not None:
         for path in list_manifest_files(checkpoint.path, "average-"):
             for name, value in load_tensors(path).items():
@@ -157,7 +282,7 @@ def load_checkpoint(
                     raise UserError(
                         f"{path}: {name} is not the average of a parameter of this model"
                     )
-                average.values[name] = value.to(parameters[name].device, copy=True)
+                average.values[name] = own_part(name, value)
         updates = checkpoint.state.get("average_updates", {})
         if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
             raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")

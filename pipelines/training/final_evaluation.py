@@ -83,8 +83,11 @@ def evaluate_final(
         reporter.begin_split(f"{task} {split}", rows, step)
 
     # Figures take seconds each, which a sweep of many short runs cannot afford.
-    if ranks.is_first and not request.brief:
-        reconstructions.log_reconstructions(config, model, folder, tracker, step)
+    if not request.brief:
+        if ranks.is_first:
+            reconstructions.log_reconstructions(config, model, folder, tracker, step)
+        else:
+            reconstructions.load_drawn_tasks(config, model)
     if not config.evaluate and request.splits is None:
         return []
     outcomes = OutcomeTable()

@@ -66,7 +66,7 @@ class _Reduction:
             self._values.copy_(self._sent)
 
 
-class _FlagReader:
+class FlagReader:
     """Reader of the sum of all ranks' flags.
 
     On a GPU the host would wait for the backward pass of the step, and then have no work in the
@@ -123,7 +123,7 @@ class GradientSync:
         self._waiting: list[int] = []
         self._reductions: list[_Reduction] = []
         self._flag = self._paused = False
-        self._flag_reader = _FlagReader()
+        self._flag_reader = FlagReader()
         # One rank needs no buckets and no hooks.
         if world == 1:
             return

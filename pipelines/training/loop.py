@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,23 +14,25 @@ from pipelines.loading.rng import keyed_rng
 from pipelines.shards import row_threads
 from pipelines.training import checkpointing, preemption
 from pipelines.training.callbacks import LoopCallback
-from pipelines.training.freezing import trainable_parameters
-from pipelines.training.gradient_sync import GradientSync, broadcast_parameters
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
     build_optimizer,
     update_weights,
 )
+from pipelines.training.replicas import TrainingReplica, build_replica
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.residency import WeightResidency
 from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model, pick_device, resume_run
+from pipelines.training.setup import pick_device, resume_run
 from pipelines.training.step import backward_step
 from pipelines.training.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.throughput import ThroughputMeter
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
+
+if TYPE_CHECKING:
+    from pipelines.training.sharding import ModelShards
 
 
 @dataclass
@@ -49,6 +51,7 @@ class TrainResult:
         tasks: steps and rows per task, and those that made no update.
         losses: last running mean of the loss per task.
         checkpoint: the last checkpoint on rank 0, if the run has a folder.
+        shards: this rank's part of the weights; None if the model holds them whole.
         preempted: a stop was requested (:mod:`pipelines.training.preemption`); a checkpoint exists.
     """
 
@@ -63,11 +66,12 @@ class TrainResult:
     tasks: dict[str, dict[str, Any]]
     losses: dict[str, float] = field(default_factory=dict)
     checkpoint: Path | None = None
+    shards: "ModelShards | None" = None
     preempted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the model, as plain types."""
-        values = {key: value for key, value in vars(self).items() if key != "model"}
+        """Return everything but the weights, as plain types."""
+        values = {k: value for k, value in vars(self).items() if k not in ("model", "shards")}
         return values | {"checkpoint": str(self.checkpoint) if self.checkpoint else None}
 
 
@@ -104,22 +108,10 @@ def train_model(
         torch.set_num_threads(settings.threads_per_worker)
     row_threads.limit_row_threads(torch.get_num_threads())
 
-    # Each rank builds the model from the seed or the initial weights.
-    offload = settings.offload_inactive_weights
-    place = torch.device("cpu") if offload else device
-    model = build_model(config, run.corpora).to(place, precision.weights)
-    if settings.activation_checkpointing:
-        model.enable_activation_checkpointing()
-    bucket_bytes = settings.bucket_mb * 2**20
-    # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
-    if world > 1:
-        broadcast_parameters(model.parameters(), bucket_bytes, device)
-    optimizer = build_optimizer(model.named_parameters(), settings)
+    replica = build_replica(run, rank, world, device, precision.weights)
+    model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
+    optimizer = build_optimizer(replica.owner.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
-    # Task -> parameters that its steps change: clipping, sums and the average use only these.
-    active = trainable_parameters(model, config)
-    reduce_dtype = torch.bfloat16 if settings.reduce_dtype == "bf16" else None
-    sync = GradientSync(active, world, bucket_bytes, reduce_dtype)
 
     identity = run.identity_digest
     # The checkpoint must have the same identity as this run.
@@ -132,30 +124,45 @@ def train_model(
     )
     start = 0
     if run.has_folder:
-        checkpoint = resume_run(run.folder, identity, model, optimizer, average, world)
+        checkpoint = resume_run(run.folder, identity, model, optimizer, average, world, shards)
         if checkpoint is not None:
             start = checkpoint.step
             sizes = {name: task.batch_size for name, task in config.trained.items()}
             health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
-    residency = WeightResidency(model, optimizer, average, device) if offload else None
+    residency = None
+    if settings.offload_inactive_weights:
+        residency = WeightResidency(model, optimizer, average, device)
     scheduler = build_lr_scheduler(optimizer, settings, start)
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = ThroughputMeter(config, world, device)
     stopped, path, leaving = None, None, False
     step = start
+    writer = None
+    if run.has_folder and shards is not None:
+        from pipelines.training.sharded_checkpoints import open_writer
+
+        writer = open_writer(run.folder / "checkpoints", model, shards, rank, settings, reporter)
 
     def save_checkpoint() -> Path | None:
         health.reduce()
-        if not run.has_folder or rank:
+        if not run.has_folder or (rank and shards is None):
             return None
         if residency is not None:
             residency.settle()
-        # The report loads the initial weights once more, so it is made only if it matters.
-        if health.has_idle_task and run.init_report is not None:
-            health.mark_inherited(run.init_report.trained_tasks)
-        state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
-        state |= health.checkpoint_state()
+        state: dict[str, Any] = {}
+        if not rank:
+            # The report loads the initial weights once more, so it is made only if it matters.
+            if health.has_idle_task and run.init_report is not None:
+                health.mark_inherited(run.init_report.trained_tasks)
+            state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
+            state |= health.checkpoint_state()
+        if writer is not None:
+            writer.start(step, optimizer, average, state)
+            return None
+        if rank and shards is not None:
+            checkpointing.join_checkpoint(model, optimizer, average, shards)
+            return None
         written = checkpointing.write_checkpoint(
             run.folder / "checkpoints",
             step,
@@ -164,6 +171,7 @@ def train_model(
             average,
             state,
             settings.keep_checkpoints,
+            shards,
         )
         reporter.checkpoint(written, step)
         return written
@@ -171,7 +179,7 @@ def train_model(
     reporter.start(start)
     for callback in callbacks:
         callback.on_train_start(run.folder if run.has_folder else None, rank)
-    model.train()
+    replica.runner.train()
     processes, pin = settings.dataloader_num_workers, device.type == "cuda"
     with prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches:
         for batch in meter.iter_timed(batches):
@@ -186,12 +194,14 @@ def train_model(
 
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
-            loss = backward_step(model, batch, precision, config, sync, rank, world, health)
+            loss = backward_step(
+                replica.runner, batch, precision, config, sync, rank, world, health
+            )
             leaving = sync.finish()
             # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on
             # the device until the next log.
             norm, is_finite = update_weights(
-                optimizer, active[batch.task], settings.max_grad_norm, average
+                optimizer, active[batch.task], settings.max_grad_norm, average, replica.shard_group
             )
             health.add_step(batch, is_finite, step)
             # Gradients become None, so that AdamW skips parameters outside the next task.
@@ -216,7 +226,7 @@ def train_model(
                 stopped = f"preempted (SIGTERM) at step {step}"
                 break
             if reporter.needs_evaluation(step, last, settings):
-                with averaged_weights(model, average, residency), meter.paused():
+                with averaged_weights(replica, average, residency), meter.paused():
                     reporter.evaluate(model, step)
             # The checkpoint of the last step is written below.
             if stopped or step == last:
@@ -226,6 +236,8 @@ def train_model(
 
     if step > start or path is None:
         path = save_checkpoint()
+    if writer is not None:
+        path = writer.close()
     # No rank may end while rank 0 still writes the checkpoint.
     if world > 1:
         dist.barrier()
@@ -235,7 +247,7 @@ def train_model(
         residency.settle()
     # The result has the averaged weights; the checkpoint has both.
     if average is not None:
-        average.swap(model)
+        average.swap(replica.owner)
     if residency is not None:
         residency.drop_state()
     if stopped is None and last < settings.steps:
@@ -252,6 +264,7 @@ def train_model(
         tasks=health.to_dict(),
         losses=dict(meter.losses),
         checkpoint=path,
+        shards=shards,
         preempted=leaving and step < settings.steps,
     )
 
@@ -263,7 +276,9 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 @contextlib.contextmanager
 def averaged_weights(
-    model: TaskModel, average: WeightAverage | None, residency: WeightResidency | None = None
+    replica: TrainingReplica,
+    average: WeightAverage | None,
+    residency: WeightResidency | None = None,
 ) -> Iterator[None]:
     """Swap the averaged weights into the model, in evaluation mode, inside a block."""
 
@@ -271,12 +286,12 @@ def averaged_weights(
         if residency is not None:
             residency.settle()
         if average is not None:
-            average.swap(model)
+            average.swap(replica.owner)
 
     swap()
-    model.eval()
+    replica.model.eval()
     try:
         yield
     finally:
-        model.train()
+        replica.runner.train()
         swap()

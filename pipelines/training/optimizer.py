@@ -8,14 +8,24 @@ step count, which corrects the bias of the averages, stays as it is.
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.config.run import TrainingConfig
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+class WeightOwner(Protocol):
+    """A model, or this rank's shards of one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return names and weights."""
+
 
 #: Names of position vectors and class tokens in timm and transformers.
 _OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
@@ -99,15 +109,29 @@ def build_lr_scheduler(
     return LambdaLR(optimizer, partial(compute_learning_rate, config), last_epoch=step - 1)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, shards: dist.ProcessGroup | None = None
+) -> Tensor:
     """Scale gradients to a global norm of at most ``max_norm``; 0 does not scale.
+
+    Args:
+        parameters: with gradients.
+        max_norm: largest norm.
+        shards: ranks that each have a part of every gradient; None if each has the whole.
 
     Returns:
         The norm before scaling.
     """
-    limit = max_norm or math.inf
+    limit, parameters = max_norm or math.inf, list(parameters)
     # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
-    return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    if shards is None:
+        return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    square = nn.utils.get_total_norm(gradients, foreach=True).square()
+    dist.all_reduce(square, group=shards)
+    norm = square.sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm
 
 
 def update_weights(
@@ -115,6 +139,7 @@ def update_weights(
     active: NamedParameters,
     max_norm: float,
     average: "WeightAverage | None" = None,
+    shards: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients and update the weights, unless a gradient is not finite.
 
@@ -126,11 +151,12 @@ def update_weights(
         active: parameters of the step.
         max_norm: see :func:`clip_gradients`.
         average: of the weights, or None.
+        shards: see :func:`clip_gradients`.
 
     Returns:
         The norm of the gradient before scaling, and whether it is finite, both on the device.
     """
-    norm = clip_gradients((parameter for _, parameter in active), max_norm)
+    norm = clip_gradients((parameter for _, parameter in active), max_norm, shards)
     is_finite = torch.isfinite(norm)
     # torch's GradScaler hands its flag to fused optimizers in the same attribute.
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
@@ -175,7 +201,7 @@ class WeightAverage:
             torch._foreach_lerp_(averages, weights, rate)
 
     @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
+    def swap(self, model: WeightOwner) -> None:
         """Exchange the model's weights with their averages; call again to undo."""
         for name, parameter in model.named_parameters():
             if name in self.values:

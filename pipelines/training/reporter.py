@@ -78,7 +78,10 @@ class SilentReporter(LoopReporter):
         self.evaluates_last = on_evaluation is None
 
     def evaluate(self, model: TaskModel, step: int) -> None:
+        from pipelines.evaluation.reconstructions import load_drawn_tasks
+
         evaluate_validation(self._config, model, self._ranks)
+        load_drawn_tasks(self._config, model)
         if self._on_evaluation is not None:
             self._on_evaluation([], step)
 

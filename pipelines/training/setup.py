@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,16 @@ from pipelines.training import checkpointing
 from pipelines.training.init_from import InitReport, load_init_weights
 from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
+from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
 from skillnet_platform import storage
 from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import GB, shared_cache
 from skillnet_platform.storage.location import join_location, parse_location
+
+if TYPE_CHECKING:
+    from pipelines.training.sharding import ModelShards
 
 
 def build_dataloader(
@@ -108,6 +112,23 @@ def build_model(
     return _build_started(config, corpora)[0]
 
 
+def build_structure(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus], dtype: torch.dtype
+) -> TaskModel:
+    """Build the model of a configuration without values, on the meta device.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus. They have the model's vocabulary.
+        dtype: of the weights.
+    """
+    with torch.device("meta"), SkippedInit():
+        model = build_system(config.system, config.model, config.options)
+    of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
+    model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
+    return model.to(dtype)
+
+
 def dry_run_init(
     config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None = None
 ) -> InitReport | None:
@@ -142,6 +163,7 @@ def resume_run(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     world: int = 1,
+    shards: "ModelShards | None" = None,
 ) -> checkpoints.VerifiedCheckpoint | None:
     """Load the newest valid checkpoint of a run, and return it; None without one.
 
@@ -152,6 +174,7 @@ def resume_run(
         optimizer: receives its state.
         average: receives the averaged weights, if the run keeps them.
         world: number of ranks, which all call this.
+        shards: receives this rank's part of each tensor instead of the model.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, or only some ranks see one.
@@ -164,7 +187,7 @@ def resume_run(
             f"{checkpoint.path} was written with another configuration; resume with that one "
             f"({run / 'config.yaml'}), or give this run another name"
         )
-    checkpointing.load_checkpoint(checkpoint, model, optimizer, average)
+    checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards)
     return checkpoint
 
 

@@ -12,6 +12,7 @@ its gradients come from GradCache (Gao et al. 2021):
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,18 +23,30 @@ from pipelines.training.gradient_sync import DistributedGather, GradientSync
 from pipelines.training.task_health import TaskHealth
 from skillnet import losses as skillnet_losses
 from skillnet.losses import RankGather
-from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.rounded_weights import share_merges
 from skillnet.skills import Task
 
+if TYPE_CHECKING:
+    from pipelines.training.sharded_sync import ShardedSync
+
+
+class StepModel(Protocol):
+    """Computation of a step: a model, or a sharded one."""
+
+    def __call__(self, task: str, towers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run a task; see :meth:`TaskModel.forward`."""
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Return further losses of the last call."""
+
 
 def backward_step(
-    model: TaskModel,
+    model: StepModel,
     batch: Batch,
     precision: ComputePrecision,
     config: FinetuneConfig,
-    sync: GradientSync,
+    sync: "GradientSync | ShardedSync",
     rank: int = 0,
     world: int = 1,
     health: TaskHealth | None = None,
@@ -107,12 +120,12 @@ def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _backward_contrastive(
-    model: TaskModel,
+    model: StepModel,
     task: Task,
     batch: Batch,
     parts: list[Batch],
     precision: ComputePrecision,
-    sync: GradientSync,
+    sync: "GradientSync | ShardedSync",
     gather: RankGather | None,
 ) -> Tensor:
     device = _device_of(batch)
@@ -172,7 +185,7 @@ def _restore_random_state(device: torch.device, state: tuple[Tensor, Tensor | No
 
 
 def step_loss(
-    model: TaskModel,
+    model: StepModel,
     task: Task,
     batch: Batch,
     precision: ComputePrecision,
@@ -203,7 +216,7 @@ def step_loss(
     return _add_auxiliary_losses(loss, model, batch)
 
 
-def _add_auxiliary_losses(loss: Tensor, model: TaskModel, batch: Batch) -> Tensor:
+def _add_auxiliary_losses(loss: Tensor, model: StepModel, batch: Batch) -> Tensor:
     # An auxiliary loss is a mean over this rank's rows, so it is weighted by their share.
     share = 0.0 if batch.is_padding else len(batch.rows) / batch.global_rows
     for extra in model.auxiliary_losses().values():

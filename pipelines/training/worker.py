@@ -26,7 +26,7 @@ from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import pick_device
 from skillnet.growth import remove_skill, remove_task
 from skillnet.model import SkillNet
-from skillnet.multitask_model import TaskModel
+from skillnet.multitask_model import TaskModel, save_model
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
@@ -74,6 +74,9 @@ def run_worker(
     if rank:
         silent = SilentReporter(config, on_evaluation, ranks)
         result = train_model(run, rank=rank, world=world, reporter=silent, callbacks=callbacks)
+        if result.shards is not None and not result.preempted:
+            remove_untrained_parts(run, result.model)
+            result.shards.gather_files(result.model)
         if final is not None:
             _evaluate(run, result, final, ranks, silent)
         if result.preempted and node_id is not None:
@@ -90,7 +93,8 @@ def run_worker(
         # A preempted run has no final model; it resumes from its checkpoint.
         if not result.preempted:
             remove_untrained_parts(run, result.model)
-            result.model.save_pretrained(folder / MODEL)
+            read = None if result.shards is None else result.shards.gather_weight
+            save_model(result.model, folder / MODEL, read)
         rows = _evaluate(run, result, final, ranks, reporter, tracker) if final is not None else []
         if result.preempted and node_id is not None:
             if uploads is not None:

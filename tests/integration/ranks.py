@@ -63,8 +63,10 @@ def train_and_save(
     done = train_model(
         ResolvedRun(config, place), rank=rank, world=world, reporter=metrics, stop_at=stop_at
     )
+    names = [name for name, _ in done.model.named_parameters()]
+    read = done.model.get_parameter if done.shards is None else done.shards.gather_weight
+    tensors = {name: read(name).detach().contiguous() for name in names}
     if rank == 0:
-        tensors = {name: p.detach().contiguous() for name, p in done.model.named_parameters()}
         for index, values in enumerate(metrics.seen):
             for name, value in values.items():
                 if name.endswith("/loss"):

@@ -1,0 +1,142 @@
+"""Sharded training reaches the weights of one process, and gathers only what a step activates."""
+
+import json
+import platform
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.layout import TRAINED
+from pipelines.training.final_evaluation import FinalEvaluation
+from pipelines.training.loop import train_model
+from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.setup import build_model
+from pipelines.training.sharded_checkpoints import STEPS_FILE
+from pipelines.training.worker import MODEL, run_worker
+from skillnet.serialization import check_file, read_manifest
+from skillnet.systems import load_model
+from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
+from tests.integration.ranks import run_ranks
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Counter of the bytes that this rank gathers, for each step of a training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.marks = 0, dict[int, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "c10d::_allgather_base_":
+            self.total += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+    def on_train_start(self, folder: Path | None, rank: int) -> None:
+        pass
+
+    def on_step_start(self, step: int) -> None:
+        self.marks[step] = self.total
+
+    def of_step(self, step: int) -> int:
+        return self.marks[step + 1] - self.marks[step]
+
+
+def train_first_steps(rank: int, world: int, config: FinetuneConfig, run: str, steps: int) -> None:
+    """Train with a count of the gathered bytes, and leave a checkpoint."""
+    with GatheredBytes() as gathered:
+        resolved = ResolvedRun(config, Path(run))
+        result = train_model(resolved, rank=rank, world=world, stop_at=steps, callbacks=[gathered])
+    assert result.shards is not None
+    weights = dict(build_model(config).double().named_parameters())
+    whole = sum(p.nbytes for p in weights.values())
+    for step in range(steps - 1):
+        task = resolved.dataloader.batch_spec(step).task
+        active = sum(weights[name].nbytes for name, _ in result.model.active_parameters(task))
+        assert active <= gathered.of_step(step) <= 1.02 * active < whole, (task, step)
+    if rank == 0:
+        assert result.checkpoint is not None
+        # The same files as without shards, and the step counts.
+        files = read_manifest(result.checkpoint)["files"].keys()
+        expected = {f"{file}.safetensors" for file in result.model.files_of()}
+        assert files > expected | {STEPS_FILE, "optimizer-skill-text.safetensors", "state.json"}
+    held = sum(part.nbytes for part in result.shards.parameters.values())
+    assert held < 1.05 * whole / world
+    # Autocast merges weights in another way, and layers may share weights.
+    for system in ("skillnet", "dense"):
+        rounded = replace(config, system=system)
+        rounded.model = replace(config.model, skill_modules="feedforward")
+        is_dense = system == "dense"
+        rounded.training = replace(
+            config.training, steps=2, precision="bf16", activation_checkpointing=is_dense
+        )
+        losses = train_model(ResolvedRun(rounded), rank=rank, world=world).losses
+        assert losses
+        assert all(isfinite(loss) for loss in losses.values())
+
+
+def finish_run(rank: int, world: int, config: FinetuneConfig, run: str) -> None:
+    Path(run).mkdir(exist_ok=True)
+    run_worker(ResolvedRun(config, Path(run)), rank, world, final=FinalEvaluation())
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    rows = json.loads((run / TRAINED).read_text())["evaluation"]
+    return [{key: row[key] for key in ("task", "split", "metric", "value")} for row in rows]
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    manifest = read_manifest(run / MODEL)
+    assert {"skill-text.safetensors", "stem-token.safetensors"} <= manifest["files"].keys()
+    for name in manifest["files"]:
+        check_file(run / MODEL, name, manifest)
+    return dict(load_model(run / MODEL).named_parameters())
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    weights = weights_of(expected)
+    for name, value in weights_of(found).items():
+        torch.testing.assert_close(value, weights.pop(name), rtol=1e-9, atol=1e-9, msg=name)
+    assert not weights
+
+
+def test_two_then_four_ranks_equal_one_process(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=10, ema=0.9, max_grad_norm=0.5)
+    config.evaluate = True
+    finish_run(0, 1, config, str(tmp_path / "alone"))
+    config.training.sharding = "full"
+    run_ranks(2, train_first_steps, config, str(tmp_path / "run"), 7)
+    run_ranks(4, finish_run, config, str(tmp_path / "run"))
+    assert_equal_runs(tmp_path / "run", tmp_path / "alone")
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "alone")
+
+
+def finish_on_nodes(rank: int, world: int, config: FinetuneConfig, run: str) -> None:
+    platform.node = lambda: f"node-{rank // 2}"
+    finish_run(rank, world, config, run)
+
+
+def test_hybrid_equals_one_process(data: Path, tmp_path: Path) -> None:
+    """Two nodes; masked tasks, whose head reads the token embedding; views; parts; frozen files."""
+    trainable = ["shared", "skill-text", "skill-alignment", "stem-token", "head-views_image"]
+    given = small_pretraining(data, steps=6, trainable=trainable)
+    given.views = True
+    config = given.joint()
+    finish_run(0, 1, config, str(tmp_path / "alone"))
+    config.training.micro_batch_size, config.training.activation_checkpointing = 2, True
+    config.training.sharding = "hybrid"
+    run_ranks(4, finish_on_nodes, config, str(tmp_path / "run"))
+    assert_equal_runs(tmp_path / "run", tmp_path / "alone")
