@@ -13,7 +13,7 @@ training loop calls :class:`WeightResidency` with ``training.offload_inactive_we
 the host's memory is a second copy, so that tests exercise the same code.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class WeightResidency:
         self._average = average
         self._parameters = dict(model.named_parameters())
         self._used: dict[str, list[str]] = {}
+        # A step has a thousand tensors: their keys are listed again only after the first updates.
+        self._keys: dict[str, list[TensorKey]] = {}
+        self._fields: dict[str, list[str]] = {}
+        self._complete: set[str] = set()
         #: Tensors that lie on the device.
         self._resident: set[TensorKey] = set()
         #: Task of the last step or forward pass.
@@ -64,9 +68,11 @@ class WeightResidency:
         self._leaving: list[Tensor] = []
         # Each tensor keeps its place in the host's memory also while it is on the device.
         self._places: dict[TensorKey, Tensor] = {}
-        for key in self._list_keys(self._parameters):
-            self._places[key] = place = self._stream.pin(self._read(key))
-            self._assign(key, place)
+        for name in self._parameters:
+            self._fields[name] = self._list_fields(name)
+            for key in [(name, field) for field in self._fields[name]]:
+                self._places[key] = place = self._stream.pin(self._read(key))
+                self._assign(key, place)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -79,6 +85,9 @@ class WeightResidency:
             return embed(task, tower, batch)
 
         model.embed = load_and_embed  # type: ignore[method-assign]
+        # The device must have some weights: they show where the model computes. A run that resumes
+        # after its last step only evaluates.
+        self._load_task(model, (next(iter(model.config.tasks)),))
 
     def begin_step(self, task: str, following: str | None) -> None:
         """Let the device wait for a step's tensors, and start to load those of the next step.
@@ -88,11 +97,11 @@ class WeightResidency:
             following: task of the next step; None after the last one.
         """
         self._find_new_tensors()
-        needed = self._list_keys(self._names_of(task))
+        needed = self._keys_of(task)
         # The step before has loaded them, unless this is the first one or follows an evaluation.
         self._load(needed)
         self._wait()
-        ahead = [] if following is None else self._list_keys(self._names_of(following))
+        ahead = [] if following is None else self._keys_of(following)
         self._load(ahead)
         self._store({*needed, *ahead})
         self._task = task
@@ -108,6 +117,8 @@ class WeightResidency:
         self._optimizer = self._average = None
         self._places = {key: x for key, x in self._places.items() if key[1] == WEIGHT}
         self._resident = {key for key in self._resident if key[1] == WEIGHT}
+        self._fields = {name: [WEIGHT] for name in self._parameters}
+        self._keys.clear()
 
     def _load_task(self, model: torch.nn.Module, arguments: Sequence[object]) -> None:
         """Load the weights of the task that a forward pass runs, and store all other tensors."""
@@ -130,21 +141,33 @@ class WeightResidency:
             self._used[task] = [name for name, _ in self._model.active_parameters(task)]
         return self._used[task]
 
-    def _list_keys(self, names: Iterable[str]) -> list[TensorKey]:
-        keys: list[TensorKey] = []
-        for name in names:
-            keys.append((name, WEIGHT))
-            if self._optimizer is not None and self._parameters[name] in self._optimizer.state:
-                keys += [(name, key) for key in self._optimizer.state[self._parameters[name]]]
-            if self._average is not None and name in self._average.values:
-                keys.append((name, AVERAGE))
-        return keys
+    def _keys_of(self, task: str) -> list[TensorKey]:
+        if task not in self._keys:
+            names = self._names_of(task)
+            self._keys[task] = [(name, field) for name in names for field in self._fields[name]]
+        return self._keys[task]
+
+    def _list_fields(self, name: str) -> list[str]:
+        fields, parameter = [WEIGHT], self._parameters[name]
+        if self._optimizer is not None and parameter in self._optimizer.state:
+            fields += self._optimizer.state[parameter]
+        if self._average is not None and name in self._average.values:
+            fields.append(AVERAGE)
+        return fields
 
     def _find_new_tensors(self) -> None:
         # The first update of a weight makes its state, and its average, on the device.
-        if self._task is not None:
-            keys = self._list_keys(self._names_of(self._task))
-            self._resident.update(key for key in keys if key not in self._places)
+        if self._task is None or self._optimizer is None:
+            return
+        for name in self._names_of(self._task):
+            if name not in self._complete and self._parameters[name].requires_grad:
+                fields = self._list_fields(name)
+                self._resident.update((name, x) for x in fields if x not in self._fields[name])
+                self._fields[name] = fields
+                self._keys.clear()
+                has_state = bool(self._optimizer.state.get(self._parameters[name]))
+                if has_state and (self._average is None or AVERAGE in fields):
+                    self._complete.add(name)
 
     def _load(self, keys: list[TensorKey]) -> None:
         missing = [key for key in keys if key not in self._resident]

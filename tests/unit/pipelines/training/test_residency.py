@@ -99,7 +99,8 @@ def test_the_device_has_the_tensors_of_two_tasks(data: Path) -> None:
     def moved() -> set[str]:
         return {name for name, parameter in everything if parameter.data_ptr() != host[name]}
 
-    assert moved() == set()
+    # A run without a step evaluates on the device that has some weights.
+    assert moved() == used[next(iter(config.model.tasks))]
     residency.begin_step("text_to_image", "text_to_video")
     assert moved() == used["text_to_image"] | used["text_to_video"]
     residency.begin_step("text_to_video", None)
