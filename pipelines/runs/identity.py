@@ -32,6 +32,8 @@ NON_IDENTITY_KEYS = (
     "bucket_mb",
     "activation_checkpointing",
     "offload_inactive_weights",
+    "profile_start",
+    "profile_steps",
     "sharding",
     "max_failures",
     "collective_timeout_s",

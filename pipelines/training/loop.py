@@ -24,9 +24,16 @@ from pipelines.training.replicas import TrainingReplica, build_replica
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.residency import WeightResidency
 from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.row_updates import use_sparse_gradients
 from pipelines.training.setup import pick_device, resume_run
 from pipelines.training.step import backward_step
 from pipelines.training.task_health import MAX_NONFINITE_STEPS, TaskHealth
+from pipelines.training.telemetry import (
+    CostMeter,
+    GaugePublisher,
+    find_peak_flops,
+    profile_steps,
+)
 from pipelines.training.throughput import ThroughputMeter
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
@@ -110,7 +117,8 @@ def train_model(
 
     replica = build_replica(run, rank, world, device, precision.weights)
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
-    optimizer = build_optimizer(replica.owner.named_parameters(), settings)
+    tables = use_sparse_gradients(model) if settings.sparse_embeddings else []
+    optimizer = build_optimizer(replica.owner.named_parameters(), settings, tables)
     average = WeightAverage(settings.ema) if settings.ema else None
 
     identity = run.identity_digest
@@ -135,7 +143,9 @@ def train_model(
     scheduler = build_lr_scheduler(optimizer, settings, start)
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
-    meter = ThroughputMeter(config, world, device)
+    peak = find_peak_flops(device, precision.name == "bf16")
+    meter = ThroughputMeter(config, world, device, CostMeter(model, peak))
+    gauges = GaugePublisher(str(config.name))
     stopped, path, leaving = None, None, False
     step = start
     writer = None
@@ -177,11 +187,15 @@ def train_model(
         return written
 
     reporter.start(start)
+    folder = run.folder if run.has_folder else None
     for callback in callbacks:
-        callback.on_train_start(run.folder if run.has_folder else None, rank)
+        callback.on_train_start(folder, rank)
     replica.runner.train()
     processes, pin = settings.dataloader_num_workers, device.type == "cuda"
-    with prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches:
+    with (
+        profile_steps(settings, folder, rank, device) as profiler,
+        prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches,
+    ):
         for batch in meter.iter_timed(batches):
             batch = batch.to(device, precision.weights)
             if residency is not None:
@@ -191,6 +205,7 @@ def train_model(
             seed_dropout(config.seed, step, rank)
             for callback in callbacks:
                 callback.on_step_start(step)
+            profiler.begin_step(step)
 
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
@@ -216,6 +231,8 @@ def train_model(
                 health.reduce()
                 values = meter.collect_metrics() | model.statistics() | health.collect_metrics()
                 reporter.metrics(values, step)
+                if rank == 0:
+                    gauges.publish(values)
                 reporter.progress(step, meter.format_losses() + health.format_problems())
                 health.check_trained(MAX_NONFINITE_STEPS)
                 limit = settings.max_minutes

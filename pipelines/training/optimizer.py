@@ -8,7 +8,7 @@ step count, which corrects the bias of the averages, stays as it is.
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.config.run import TrainingConfig
+from pipelines.training.row_updates import RowSparseAdamW, clip_sparse_gradients
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -71,26 +72,28 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: TrainingConfig,
+    tables: Sequence[Tensor] = (),
 ) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov & Hutter 2019) in two groups: with and without weight decay.
 
     Args:
         parameters: names and tensors of the model.
         config: learning rate, betas and weight decay.
+        tables: embedding tables of which only rows with a gradient are updated.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in parameters:
         groups[has_weight_decay(name, parameter)].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": config.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    by_decay: list[dict[str, Any]] = [
+        {"params": groups[True], "weight_decay": config.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    if tables:
+        return RowSparseAdamW(by_decay, tables, lr=config.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(by_decay, lr=config.lr, betas=betas, fused=True)
 
 
 def build_lr_scheduler(
@@ -124,6 +127,8 @@ def clip_gradients(
     """
     limit, parameters = max_norm or math.inf, list(parameters)
     # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        return clip_sparse_gradients(parameters, limit)
     if shards is None:
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     gradients = [p.grad for p in parameters if p.grad is not None]

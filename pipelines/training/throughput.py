@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
+from pipelines.training.telemetry import CostMeter, measure_peak_memory
 
 
 class ThroughputMeter:
@@ -19,10 +20,17 @@ class ThroughputMeter:
         config: of the run.
         world: number of ranks.
         device: of the losses.
+        costs: counts tokens and operations; None leaves them out.
     """
 
-    def __init__(self, config: FinetuneConfig, world: int, device: torch.device) -> None:
-        self._world, self._device = world, device
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        world: int,
+        device: torch.device,
+        costs: CostMeter | None = None,
+    ) -> None:
+        self._world, self._device, self._costs = world, device, costs
         self._names = list(config.tasks)
         self._start = self._mark = time.monotonic()
         self._pause = 0.0
@@ -70,6 +78,8 @@ class ThroughputMeter:
         self._since["rows"] += batch.global_rows
         self._since["steps"] += 1
         self._norm, self._lr = norm, lr
+        if self._costs is not None:
+            self._costs.add(batch)
 
     def collect_metrics(self) -> dict[str, float]:
         """Return metrics since the last call. All ranks must call it together."""
@@ -96,6 +106,9 @@ class ThroughputMeter:
             "training/steps_per_second": self._since["steps"] / seconds,
             "training/waiting_for_data": self._since["waited"] / seconds,
         }
+        values |= measure_peak_memory(self._device)
+        if self._costs is not None:
+            values |= self._costs.collect_metrics(seconds)
         self._sums.zero_()
         self._since = {"rows": 0, "waited": 0.0, "steps": 0}
         self._mark = now
