@@ -40,6 +40,7 @@ def validate_run(run: ResolvedRun) -> None:
 
     # Cheap checks come first: the options of a system need no corpus.
     config = run.config
+    check_batch_sizes(config)
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
     for name, task in config.tasks.items():
@@ -56,6 +57,22 @@ def validate_run(run: ResolvedRun) -> None:
     warn_of_idle_tasks(run)
     find_common_tokenizer(run.manifests)
     _ = run.init_report
+
+
+def check_batch_sizes(config: FinetuneConfig) -> None:
+    """Check that each worker gets a row of each batch.
+
+    Raises:
+        UserError: a task has fewer rows per step than the run has workers.
+    """
+    workers = config.training.workers
+    for name, task in config.trained.items():
+        if task.batch_size < workers:
+            raise UserError(
+                f"tasks.{name}.batch_size is {task.batch_size}, fewer than training.workers "
+                f"({workers}): a worker would have no row. Set it to {workers} or more, or give "
+                f"--training.workers {task.batch_size}"
+            )
 
 
 def warn_of_idle_tasks(run: ResolvedRun) -> None:
@@ -191,6 +208,7 @@ def _train(
 ) -> None:
     from pipelines.runs.mirror import mirror_of
     from pipelines.training import preemption
+    from pipelines.training.device_errors import DeviceWatch
     from pipelines.training.ray_train.fit import fit_on_ray
     from pipelines.training.worker import run_worker
     from skillnet.malloc import keep_freed_memory
@@ -200,12 +218,13 @@ def _train(
     if config.training.workers == 0:
         # The training process reuses freed memory; Ray workers get this by their environment.
         keep_freed_memory()
-        with preemption.listen_in_driver():
+        watch = DeviceWatch(config, folder)
+        with preemption.listen_in_driver(), watch.explain_errors():
             run_worker(
                 run,
                 tracked=tracked,
                 on_evaluation=on_evaluation,
-                callbacks=callbacks,
+                callbacks=[watch, *callbacks],
                 final=final,
             )
     else:

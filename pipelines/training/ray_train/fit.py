@@ -17,16 +17,17 @@ from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.runs.uploads import fit_storage
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
+from pipelines.training.device_errors import DeviceLostError, DeviceWatch
 from pipelines.training.final_evaluation import FinalEvaluation
 from pipelines.training.reporter import OnEvaluation
 from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import count_threads, pick_device
+from pipelines.training.setup import count_threads
 from pipelines.training.worker import run_worker
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cluster import capacity
-from skillnet_platform.errors import TerminatedError
+from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
 #: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Waiting compute threads must not spin: the thread that loads the batches needs the core.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
+#: Between two operations a compute thread of libgomp waits actively for about 0.1 ms. Without that
+#: each operation wakes it through the kernel, which doubled the time of small operations. libgomp's
+#: default is 30 times as long, and keeps the core from the thread that loads the batches.
+SHORT_ACTIVE_WAIT = {"GOMP_SPINCOUNT": "10000"}
+WORKER_ENVIRONMENT = {**SHORT_ACTIVE_WAIT, **KEEP_FREED_MEMORY}
 
 
 @dataclass
@@ -70,14 +74,14 @@ def run_ray_worker(settings: dict[str, Any]) -> None:
     )
     torch.set_num_threads(threads)
     if config.training.use_gpu:
-        # A node without a driver or with another build of torch is named.
-        pick_device(config.training.use_gpu)
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
     node = ray.get_runtime_context().get_node_id()
     tracked, rank = settings["tracked"], context.get_world_rank()
-    with preemption.watch_stop_signal(settings["leave"]) if rank == 0 else contextlib.nullcontext():
+    watch = DeviceWatch(config, Path(settings["run"]))
+    leave = contextlib.nullcontext() if rank else preemption.watch_stop_signal(settings["leave"])
+    with leave, watch.explain_errors():
         run_worker(
             ResolvedRun(config, Path(settings["run"])),
             rank,
@@ -86,7 +90,7 @@ def run_ray_worker(settings: dict[str, Any]) -> None:
             settings["on_evaluation"],
             is_remote=settings["driver_node"] != node,
             node_id=node if config.training.min_workers else None,
-            callbacks=settings["callbacks"],
+            callbacks=[watch, *settings["callbacks"]],
             final=FinalEvaluation(*settings["final"]) if settings["final"] else None,
         )
 
@@ -117,6 +121,8 @@ def fit_on_ray(
 
     Raises:
         TerminatedError: the driver was preempted while an elastic run waited for nodes.
+        DeviceLostError: a device failed, also after the restarts.
+        UserError: the nodes have different builds of torch, or one has no GPU.
     """
     from skillnet_platform import cluster
 
@@ -137,7 +143,7 @@ def fit_on_ray(
     with cluster.ray_session(cpus=max(slots, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
-        from ray.train import ControllerError
+        from ray.train import ControllerError, WorkerGroupError
 
         from skillnet_platform.ray_internals.stop_signal import RayStopSignal
 
@@ -159,7 +165,16 @@ def fit_on_ray(
                     raise
                 reason = str(error).strip().splitlines()[0]
                 console.print_warning(f"the controller of Ray Train died ({reason}); restarting it")
+            except WorkerGroupError as error:
+                # The other workers fail as a consequence, with errors of the network.
+                failures = error.worker_failures.values()
+                lost = next((each for each in failures if isinstance(each, DeviceLostError)), None)
+                if lost is None:
+                    raise
+                raise DeviceLostError(str(lost)) from None
             except ControllerError as error:
+                if isinstance(error.controller_failure, UserError):
+                    raise UserError(str(error.controller_failure)) from None
                 if not isinstance(error.controller_failure, InsufficientWorkersError):
                     raise
                 raise TerminatedError(

@@ -1,5 +1,6 @@
 """Failure policy of Ray Train: restart failed workers, but stop at once on a user error."""
 
+import logging
 from typing import Any
 
 from ray.train.v2._internal.execution.failure_handling import (
@@ -8,14 +9,29 @@ from ray.train.v2._internal.execution.failure_handling import (
     FailurePolicy,
 )
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from skillnet_platform.errors import UserError
 
+#: The controller logs the exceptions of the start of its workers under this name.
+CONTROLLER_LOGGER = "ray.train.v2._internal.execution.controller.controller"
+
+
+def hide_user_errors() -> None:
+    """Keep user errors, which the driver prints, out of the controller's log."""
+    logging.getLogger(CONTROLLER_LOGGER).addFilter(is_no_user_error)
+
+
+def is_no_user_error(record: logging.LogRecord) -> bool:
+    """Return False for the log lines of user errors."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
 
 def is_user_error(error: TrainingFailedError) -> bool:
-    """Return whether a worker failed with a user error."""
+    """Return whether a worker, or the start of the workers, failed with a user error."""
+    if isinstance(error, ControllerError):
+        return isinstance(error.controller_failure, UserError)
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     return any(isinstance(each, UserError) for each in failures.values())
 

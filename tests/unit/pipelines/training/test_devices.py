@@ -1,21 +1,28 @@
 """Devices of a run: only workers touch them, and the driver compares the run with its cluster."""
 
+import logging
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.train import ControllerError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
 from torch import distributed as dist
 
 from pipelines.config.run import TrainingConfig
 from pipelines.quickstart import QuickstartConfig, quickstart
 from pipelines.training import setup
 from pipelines.training.ray_train import fit, rendezvous
+from pipelines.training.ray_train.rendezvous import WorkerBuild
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import validate_run
 from skillnet_platform.cluster import capacity
 from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.failure_policy import FailFastOnUserError, is_no_user_error
 from tests.helpers.small_corpora import small_config, write_corpora
 
 HEAD = {"CPU": 4.0}
@@ -56,6 +63,8 @@ def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
 ) -> None:
     connect(monkeypatch, HEAD, *4 * [GPU_NODE])
     config = small_config(write_corpora(tmp_path / "data"), use_gpu=True, workers=4)
+    for task in config.tasks.values():
+        task.batch_size = 4
     setup.require_devices(config.training)
     validate_run(resolve_run(config))
 
@@ -155,6 +164,45 @@ def test_a_gpu_worker_reserves_its_share_of_the_cpus_of_a_node() -> None:
     assert fit.worker_resources(gpus(2), [HEAD, GPU_NODE]) == {"CPU": 8.0, "GPU": 1.0}
     assert fit.worker_resources(gpus(2, cpus_per_worker=3), [GPU_NODE])["CPU"] == 3.0
     assert fit.worker_resources(TrainingConfig(workers=2), [GPU_NODE]) == {"CPU": 1.0}
+
+
+def test_workers_with_different_builds_of_torch_do_not_start() -> None:
+    mixed = [WorkerBuild("a", "2.13.0+cu128"), WorkerBuild("b", "2.13.0+cu126")]
+    with pytest.raises(UserError) as caught:
+        rendezvous.check_builds(mixed, use_gpu=True)
+    for part in ("torch 2.13.0+cu128 on a", "torch 2.13.0+cu126 on b", "one build on all nodes"):
+        assert part in str(caught.value)
+    # The sums of CPUs need equal versions only.
+    rendezvous.check_builds(mixed, use_gpu=False)
+    with pytest.raises(UserError, match=r"torch 2.13.0 on a; torch 2.12.1 on b"):
+        rendezvous.check_builds([mixed[0], WorkerBuild("b", "2.12.1+cu128")], use_gpu=False)
+
+
+def test_a_worker_without_a_gpu_is_named_before_the_process_group() -> None:
+    found = rendezvous.describe_build(use_gpu=True)
+    with pytest.raises(UserError, match=f"finds no GPU on {platform.node()}"):
+        rendezvous.check_builds([WorkerBuild("other", found.build), found], use_gpu=True)
+    rendezvous.check_builds([rendezvous.describe_build(use_gpu=False)], use_gpu=False)
+
+
+def test_an_error_before_the_start_of_the_workers_ends_the_run() -> None:
+    policy = FailFastOnUserError(FailureConfig(max_failures=3))
+    error = ControllerError(UserError("the nodes have different builds of torch"))
+    assert policy.make_decision(error) is FailureDecision.RAISE
+    # The driver prints it, so the controller's log does not.
+    told = logging.LogRecord("x", 40, "x", 1, "failed", None, (UserError, UserError("x"), None))
+    assert not is_no_user_error(told)
+    told.exc_info = (ValueError, ValueError("x"), None)
+    assert is_no_user_error(told)
+
+
+def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:
+    config = small_config(write_corpora(tmp_path / "data"), workers=4)
+    config.tasks["text_to_image"].batch_size = 3
+    with pytest.raises(UserError) as caught:
+        validate_run(resolve_run(config))
+    for part in ("tasks.text_to_image.batch_size is 3", "(4)", "--training.workers 3"):
+        assert part in str(caught.value)
 
 
 def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
