@@ -12,7 +12,7 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # Test processes. More than four compete for memory and save no time.
 JOBS ?= logical --maxprocesses 4
 
-.PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench clean help
+.PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,10 @@ fuzz: $(VENV)/.installed-dev  ## damage all inputs at random for FUZZ_MINUTES (2
 
 bench: $(VENV)/.installed-dev  ## measure speed, as ratios, into benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+# Exits with 2 on a machine without a GPU.
+gpu: $(VENV)/.installed-dev  ## measure a GPU: parity, waits, time, MFU and memory per task, two runs
+	$(BIN)/python -m benchmarks.gpu_first_hour
 
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist build
