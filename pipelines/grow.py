@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.growth import GrowConfig
-from pipelines.config.resources import request_growth
+from pipelines.planning.run_request import request_planned_growth
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -269,7 +269,7 @@ def show_growth(result: dict[str, Any]) -> None:
     example="skillnet prepare stroke_counts\n"
     "skillnet grow my-run --config grow/stroke-count --name counting",
     show=show_growth,
-    resources=request_growth,
+    resources=request_planned_growth,
     essential=(
         "source",
         "name",

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.planning.memory_check import MemoryCheck, PlannedRun, select_largest_runs
 from skillnet_platform import cli, console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.gpu_types import GB, find_gpu_type
 from skillnet_platform.cluster.node_types import read_node_types
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
@@ -29,7 +30,7 @@ class PlanConfig:
     """Options of ``skillnet plan``.
 
     Args:
-        entry: training command with its options; ``finetune`` without a command.
+        entry: command that trains, with its options; ``finetune`` without a command.
         gpus: number and type of GPUs, such as ``4xL4``.
         cluster: file of `ray up` whose GPU instances are planned for, instead of ``gpus``.
         network_gbit_s: bandwidth between two workers in Gbit/s; null takes that of the instances of
@@ -110,14 +111,14 @@ def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
     )
 
 
-def parse_run(entry: Sequence[str]) -> FinetuneConfig:
-    """Return the configuration of the training command that is planned.
+def parse_runs(entry: Sequence[str]) -> list[PlannedRun]:
+    """Return the runs of the command that is planned: of many, those of the largest models.
 
     Args:
         entry: its name and arguments; ``finetune`` if the first word is an option.
 
     Raises:
-        UserError: an unknown command, or one that trains no single model.
+        UserError: an unknown command, or one that trains nothing.
     """
     words = list(entry)
     name = words.pop(0) if words and not words[0].startswith("-") else "finetune"
@@ -125,12 +126,61 @@ def parse_run(entry: Sequence[str]) -> FinetuneConfig:
     if name not in known:
         raise UserError(f"unknown command {name!r}{suggest_name(name, known)}")
     loaded = known[name].load()
-    config = loaded.parse_arguments(words) if isinstance(loaded, cli.CliCommand) else None
-    if not isinstance(config, FinetuneConfig):
+    request = loaded.request_resources(words) if isinstance(loaded, cli.CliCommand) else None
+    check = request.find_memory_problem if isinstance(request, ResourceRequest) else None
+    runs = select_largest_runs(list(check.list_runs())) if isinstance(check, MemoryCheck) else []
+    if not runs:
         raise UserError(
-            f"skillnet plan {name}: it trains no single model. Plan finetune or pretrain."
+            f"skillnet plan {name}: it trains nothing. Plan finetune, pretrain, grow, sweep or "
+            "compare."
         )
-    return config
+    return runs
+
+
+@dataclass
+class CommandPlan:
+    """Plans of the runs of a command.
+
+    Args:
+        plans: label -> plan; the only run of a command has no label.
+    """
+
+    plans: dict[str, "RunPlan"]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all runs fit."""
+        return all(plan.fits for plan in self.plans.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for ``--json``."""
+        if list(self.plans) == [""]:
+            return self.plans[""].to_dict()
+        runs = {label: plan.to_dict() for label, plan in self.plans.items()}
+        return {"fits": self.fits, "runs": runs}
+
+
+def show_plans(result: CommandPlan) -> None:
+    """Print the plan of a command with one run, or a table of its runs."""
+    if list(result.plans) == [""]:
+        show_plan(result.plans[""])
+        return
+    first = next(iter(result.plans.values()))
+    rows: list[list[Any]] = [
+        [label, plan.memory.largest_task, f"{plan.memory.total / GB:.2f}", f"{plan.hours:.1f}"]
+        for label, plan in result.plans.items()
+    ]
+    gpu = first.pool.gpu
+    console.print_table(
+        f"Runs on {gpu.describe()}, of which {gpu.usable_bytes / GB:.2f} GB are usable",
+        ["run", "largest task", "GB", "hours"],
+        rows,
+        "Runs that need equal memory are planned once, and of many only the largest models. GB: of "
+        "a worker, counted on tensors without values. Hours: a bound by roofline.",
+    )
+    for label, plan in result.plans.items():
+        if not plan.fits:
+            console.print_warning(f"{label}: it does not fit. Use {plan.advice}")
 
 
 def show_plan(plan: "RunPlan") -> None:
@@ -188,19 +238,26 @@ def show_plan(plan: "RunPlan") -> None:
     "option makes it fit, and its rate by roofline: a bound from data sheets, not a measurement. "
     "Exits with 1 if the run does not fit.",
     example="skillnet plan --config base --gpus 4xL4\n"
-    "skillnet plan pretrain --cluster ray_cluster.yaml --json",
-    show=show_plan,
+    "skillnet plan pretrain --config base --cluster ray_cluster.yaml\n"
+    "skillnet plan compare --config studies/headline --gpus 1xA10G --json",
+    show=show_plans,
     to_json=lambda plan: plan.to_dict(),
     exit_code=lambda plan: int(not plan.fits),
     rewrite_arguments=split_plan_arguments,
 )
-def main(config: PlanConfig) -> "RunPlan":
+def main(config: PlanConfig) -> CommandPlan:
     """Run ``skillnet plan``."""
     from pipelines.planning.run_plan import plan_run
 
     pool = parse_pool(config)
-    run = parse_run(config.entry)
-    return plan_run(replace(run, training=replace(run.training, use_gpu=True)), pool)
+    plans: dict[str, RunPlan] = {}
+    for run in parse_runs(config.entry):
+        training = replace(run.config.training, use_gpu=True)
+        # A single run uses all GPUs; each trial of a sweep has its own workers.
+        workers = max(training.workers, 1) if run.prefix else pool.workers
+        own = replace(pool, gpu=run.take_share(pool.gpu), workers=min(workers, pool.workers))
+        plans[run.label] = plan_run(replace(run.config, training=training), own, run.prefix)
+    return CommandPlan(plans)
 
 
 if __name__ == "__main__":

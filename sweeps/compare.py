@@ -19,8 +19,8 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.directories import is_uri
-from sweeps.config.resources import request_study
 from sweeps.config.study import StudyConfig
+from sweeps.study.planned_trials import request_planned_study
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
@@ -317,7 +317,7 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
     to_json=lambda result: report_document(result[0]),
     exit_code=lambda result: int(bool(result[1])),
     rewrite_arguments=normalize_arguments,
-    resources=request_study,
+    resources=request_planned_study,
     essential=(
         "runs",
         "names",

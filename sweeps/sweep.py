@@ -34,8 +34,8 @@ from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import Tracker
 from sweeps.config import location
-from sweeps.config.resources import request_sweep
 from sweeps.config.sweep import SweepConfig
+from sweeps.search.planned_trials import request_planned_sweep
 from sweeps.trials import remote_ledger
 from sweeps.trials.remote_ledger import RUN
 from sweeps.trials.trial import TrialOutcome
@@ -304,7 +304,7 @@ def show_sweep(result: dict[str, Any]) -> None:
     "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json\n"
     "skillnet sweep --search random --space.training.lr.loguniform 3e-4,3e-3",
     show=show_sweep,
-    resources=request_sweep,
+    resources=request_planned_sweep,
     essential=(
         "name",
         "run_dir",

@@ -5,9 +5,12 @@ the code that trains. :func:`find_memory_problem` is the check of ``skillnet sub
 :mod:`pipelines.planning.run_plan` adds rates and hours for ``skillnet plan``.
 """
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+
+from torch import nn
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from pipelines.planning.example_batches import build_example_batch
@@ -19,6 +22,8 @@ from skillnet_platform.errors import UserError
 #: Tensors (B, G) of float32 that the contrastive loss keeps in its two directions: similarities,
 #: their logarithms and targets.
 SIMILARITY_TENSORS = 6
+#: Tasks among which the three with the most weights are looked for.
+MOST_COMPARED_TASKS = 16
 #: Fewest rows that are worth a pass; below, layers are computed again first.
 FEW_ROWS = 16
 
@@ -30,18 +35,27 @@ class MemoryOptions:
     Args:
         micro_batch_size: rows that a worker computes at a time; None for all.
         activation_checkpointing: compute layers again in the backward pass.
+        offload_inactive_weights: keep weights of other tasks in the host's memory.
     """
 
     micro_batch_size: int | None
     activation_checkpointing: bool
+    offload_inactive_weights: bool = False
 
-    def describe(self, before: "MemoryOptions") -> str:
-        """Return the command line options that change other options into these."""
+    def describe(self, before: "MemoryOptions", prefix: str = "") -> str:
+        """Return the command line options that change other options into these.
+
+        Args:
+            before: the other options.
+            prefix: of the options of a run, such as ``run.`` in a sweep.
+        """
         words = []
         if self.micro_batch_size != before.micro_batch_size:
-            words.append(f"--training.micro_batch_size {self.micro_batch_size}")
+            words.append(f"--{prefix}training.micro_batch_size {self.micro_batch_size}")
         if self.activation_checkpointing and not before.activation_checkpointing:
-            words.append("--training.activation_checkpointing true")
+            words.append(f"--{prefix}training.activation_checkpointing true")
+        if self.offload_inactive_weights and not before.offload_inactive_weights:
+            words.append(f"--{prefix}training.offload_inactive_weights true")
         return " ".join(words)
 
 
@@ -50,9 +64,9 @@ class WorkerMemory:
     """Memory of one worker by part, in bytes.
 
     Args:
-        weights: of the complete model.
-        optimizer: AdamW's two averages of all trained weights.
-        gradients: of one worker: those of the largest task. Of several: buckets of all tasks.
+        weights: of the complete model, or of three tasks if the host keeps the others.
+        optimizer: AdamW's two averages of all trained weights among them.
+        gradients: those of the largest task.
         reduction: copies of gradients that travel as bf16.
         average: average of the weights, with ``training.ema``.
         activations: task -> living tensors at the peak of its step.
@@ -101,7 +115,11 @@ class RunPlanner:
             raise UserError("training.precision: fp64 is not planned for GPUs. Set auto.")
         automatic = "bf16" if gpu.has_bf16 else "fp32"
         self.precision = automatic if training.precision == "auto" else training.precision
-        self.given = MemoryOptions(training.micro_batch_size, training.activation_checkpointing)
+        self.given = MemoryOptions(
+            training.micro_batch_size,
+            training.activation_checkpointing,
+            training.offload_inactive_weights,
+        )
         self._models: dict[bool, PlannedModel] = {}
         self._costs: dict[tuple[str, int, MemoryOptions], StepCost] = {}
 
@@ -150,16 +168,20 @@ class RunPlanner:
         """
         chosen = options or self.given
         training, trained = self.config.training, self.trained_parameters
+        resident = self.total_parameters
+        if chosen.offload_inactive_weights:
+            resident, trained = self.resident_parameters
         largest = max(self.trained_sizes.values())
         halved = self.workers > 1 and training.reduce_dtype == "bf16"
         return WorkerMemory(
-            weights=4 * self.total_parameters,
+            weights=4 * resident,
             optimizer=8 * trained,
-            gradients=4 * (trained if self.workers > 1 else largest),
+            gradients=4 * largest,
             reduction=2 * largest if halved else 0,
             average=4 * trained if training.ema else 0,
             activations={
-                name: self._activations(name, chosen) for name in tasks or self.config.trained
+                name: self._activations(name, chosen)
+                for name in (self.config.trained if tasks is None else tasks)
             },
         )
 
@@ -197,6 +219,17 @@ class RunPlanner:
         tasks = self._any_model.active.values()
         return sum({id(p): p.numel() for named in tasks for _, p in named}.values())
 
+    @cached_property
+    def resident_parameters(self) -> tuple[int, int]:
+        """Largest numbers of weights, and of trained weights, of three consecutive tasks.
+
+        Those of the current task, of the next one, and of the one before, which are on their way to
+        the host.
+        """
+        planned = self._any_model
+        used = [planned.model.active_parameters(task) for task in planned.active]
+        return _largest_union(used), _largest_union(planned.active.values())
+
     def fits(self, memory: WorkerMemory) -> bool:
         """Return whether the tensors of a worker fit its GPU."""
         return memory.total <= self.gpu.usable_bytes
@@ -205,25 +238,33 @@ class RunPlanner:
         """Return the given options if they fit, else the cheapest options that do; or None."""
         if self.fits(self.memory()):
             return self.given
-        for checkpointing, fewest in ((False, FEW_ROWS), (True, 1)):
+        choices = itertools.product((False, True), ((False, FEW_ROWS), (True, 1)))
+        for offload, (checkpointing, fewest) in choices:
             if self.given.activation_checkpointing and not checkpointing:
                 continue
-            options = self._largest_micro_batch(checkpointing, fewest)
+            if self.given.offload_inactive_weights and not offload:
+                continue
+            options = self._largest_micro_batch(checkpointing, offload, fewest)
             if options is not None:
                 return options
         return None
 
     def _fits_with(self, options: MemoryOptions) -> bool:
         plain = self.memory()
+        fixed = self.memory(options, tasks=()).fixed
+        if fixed > self.gpu.usable_bytes:
+            return False
         # The first task that does not fit ends the search; the largest is tried first.
         for task in sorted(plain.activations, key=lambda name: -plain.activations[name]):
-            if plain.fixed + self._activations(task, options) > self.gpu.usable_bytes:
+            if fixed + self._activations(task, options) > self.gpu.usable_bytes:
                 return False
         return True
 
-    def _largest_micro_batch(self, checkpointing: bool, fewest: int) -> MemoryOptions | None:
+    def _largest_micro_batch(
+        self, checkpointing: bool, offload: bool, fewest: int
+    ) -> MemoryOptions | None:
         try:
-            options = MemoryOptions(self.given.micro_batch_size, checkpointing)
+            options = MemoryOptions(self.given.micro_batch_size, checkpointing, offload)
             if self._fits_with(options):
                 return options
         except ValueError:
@@ -232,33 +273,48 @@ class RunPlanner:
         most = min(most, self.given.micro_batch_size or most)
         size = 1 << max((most - 1).bit_length() - 1, 0)
         while size >= fewest:
-            options = MemoryOptions(size, checkpointing)
+            options = MemoryOptions(size, checkpointing, offload)
             if self._fits_with(options):
                 return options
             size //= 2
         return None
 
-    def advise(self) -> str:
-        """Return the options that make the run fit, or the resource that it lacks."""
+    def advise(self, prefix: str = "") -> str:
+        """Return the options that make the run fit, or the resource that it lacks.
+
+        Args:
+            prefix: of the options of the run on the command line.
+        """
         options = self.find_fitting_options()
         if options is not None:
-            return options.describe(self.given)
+            return options.describe(self.given, prefix)
         try:
-            least = self.memory(MemoryOptions(1, True)).total
+            least = self.memory(MemoryOptions(1, True, True)).total
         except ValueError:  # the system has no activation checkpointing
-            least = self.memory(MemoryOptions(1, False)).total
+            least = self.memory(MemoryOptions(1, False, True)).total
         return (
             f"a GPU with more than {least / GB:.1f} GB for the tensors of a worker, or a smaller "
-            "model: --model.dim, --model.num_layers"
+            f"model: --{prefix}model.dim, --{prefix}model.num_layers"
         )
 
 
-def find_memory_problem(config: FinetuneConfig, gpu: GpuType) -> tuple[str, str] | None:
+def _largest_union(of_tasks: Iterable[Iterable[tuple[str, nn.Parameter]]]) -> int:
+    sizes = [{id(p): p.numel() for _, p in named} for named in of_tasks]
+    largest = sorted(sizes, key=lambda size: -sum(size.values()))[:MOST_COMPARED_TASKS]
+    groups = itertools.combinations(largest, min(3, len(largest)))
+    unions = ({key: n for size in each for key, n in size.items()} for each in groups)
+    return max(sum(union.values()) for union in unions)
+
+
+def find_memory_problem(
+    config: FinetuneConfig, gpu: GpuType, prefix: str = ""
+) -> tuple[str, str] | None:
     """Return why a run does not fit a type of GPU, and the remedy; None if it fits.
 
     Args:
         config: of the run, with its number of workers.
-        gpu: smallest GPU of the cluster.
+        gpu: smallest GPU of the cluster, or the part of it that a worker gets.
+        prefix: of the options of the run on the command line.
 
     Raises:
         UserError: the system cannot be planned.
@@ -273,4 +329,4 @@ def find_memory_problem(config: FinetuneConfig, gpu: GpuType) -> tuple[str, str]
         f"{memory.largest_task} needs {memory.total / GB:.1f} GB on each {gpu.describe()}, of "
         f"which {gpu.usable_bytes / GB:.1f} GB are usable"
     )
-    return seen, planner.advise()
+    return seen, planner.advise(prefix)

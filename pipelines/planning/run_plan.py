@@ -138,12 +138,13 @@ class RunPlan:
         }
 
 
-def plan_run(config: FinetuneConfig, pool: WorkerPool) -> RunPlan:
+def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunPlan:
     """Plan a run on GPUs.
 
     Args:
         config: of the run.
         pool: its GPUs.
+        prefix: of the options of the run on the command line.
 
     Raises:
         UserError: the system cannot be planned.
@@ -151,7 +152,7 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool) -> RunPlan:
     planner = RunPlanner(config, pool.gpu, pool.workers)
     memory = planner.memory()
     fits = planner.fits(memory)
-    advice = "" if fits else planner.advise()
+    advice = "" if fits else planner.advise(prefix)
     tasks = [_plan_task(planner, memory, name, pool) for name in planner.config.trained]
     weights = {name: task.weight for name, task in planner.config.trained.items()}
     given = [weight for weight in weights.values() if weight is not None]

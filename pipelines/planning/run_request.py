@@ -1,26 +1,29 @@
-"""Resource request of a training run, with the check of its memory.
+"""Resource requests of commands that train, with the check of their memory.
 
-The ``resources`` hooks of the training commands call :func:`request_planned_training`.
+The ``resources`` hooks of the commands call these functions. ``skillnet plan`` plans the same runs.
 """
 
 from dataclasses import replace
 
-from pipelines.config.resources import request_training
+from pipelines.config.growth import GrowConfig
+from pipelines.config.resources import request_growth, request_training
 from pipelines.config.run import FinetuneConfig
-from skillnet_platform.cluster.gpu_types import GpuType
+from pipelines.planning.memory_check import MemoryCheck, PlannedRun
 from skillnet_platform.cluster.resource_request import ResourceRequest
 
 
 def request_planned_training(config: FinetuneConfig) -> ResourceRequest:
-    """Return the request of a training run; with GPUs it also computes the memory of a worker."""
-    request = request_training(config)
-    if not config.training.use_gpu:
-        return request
+    """Return the request of a training run, with the check of its memory."""
+    check = MemoryCheck(lambda: [PlannedRun(config)])
+    return replace(request_training(config), find_memory_problem=check)
 
-    def find_problem(gpu: GpuType) -> tuple[str, str] | None:
-        # Imported here, because the import of torch takes seconds.
-        from pipelines.planning.memory_plan import find_memory_problem
 
-        return find_memory_problem(config, gpu)
+def request_planned_growth(config: GrowConfig) -> ResourceRequest:
+    """Return the request of ``skillnet grow``; its check reads the model that grows."""
 
-    return replace(request, find_memory_problem=find_problem)
+    def list_runs() -> list[PlannedRun]:
+        from pipelines.planning.growth_runs import list_growth_runs
+
+        return list_growth_runs(config)
+
+    return replace(request_growth(config), find_memory_problem=MemoryCheck(list_runs))

@@ -157,8 +157,7 @@ class SearchSpace:
         try:
             run = self._applied[key] = configuration.build_config(FinetuneConfig, tree)
         except ValueError as error:
-            values = ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
-            raise UserError(f"{error} (with {values})") from None
+            raise UserError(f"{error} (with {describe_point(point)})") from None
         return run
 
     # -- checks ---------------------------------------------------------------------------------
@@ -225,6 +224,11 @@ class SearchSpace:
             from skillnet.systems import system_names
 
             check_known_names([assignments["system"]], system_names(), where, "system")
+
+
+def describe_point(point: SearchPoint) -> str:
+    """Return a point in words: ``model.dim 64, training.lr 0.001``."""
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
 
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:

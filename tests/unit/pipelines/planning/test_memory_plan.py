@@ -118,8 +118,28 @@ def test_fixed_memory_equals_that_of_a_real_run() -> None:
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     scalars = [p for p in model.parameters() if not p.ndim]
     assert memory.optimizer == state + 8 * len(scalars)
-    assert memory.gradients == memory.average == memory.optimizer // 2
-    assert RunPlanner(config, LARGE, 1).memory().gradients < memory.gradients
+    assert memory.average == memory.optimizer // 2
+    # Gradients exist for the task of a step only.
+    sizes = [sum(p.nbytes for _, p in model.active_parameters(task)) for task in TASKS]
+    assert memory.gradients == max(sizes) < memory.average
+
+
+def test_weights_in_the_host_are_an_option_that_makes_a_run_fit() -> None:
+    tasks = {name: TaskTraining("any", batch_size=2) for name in TASKS}
+    config = replace(
+        config_of("specialist"), model=small_config(num_layers=1, mel_stack=2), tasks=tasks
+    )
+    planner = RunPlanner(config, LARGE, 1)
+    plain, offloaded = planner.memory(), planner.memory(MemoryOptions(None, False, True))
+    # Three of five models of their own.
+    assert offloaded.weights < 0.9 * plain.weights
+    assert offloaded.optimizer == 2 * offloaded.weights
+    assert offloaded.activations == plain.activations
+    problem = find_memory_problem(config, card_of(offloaded.total + 1))
+    assert problem is not None
+    assert "--training.offload_inactive_weights true" in problem[1]
+    given = replace(config, training=TrainingConfig(offload_inactive_weights=True))
+    assert find_memory_problem(given, card_of(offloaded.total + 1)) is None
 
 
 def test_checkpointing_and_micro_batches_need_less() -> None:

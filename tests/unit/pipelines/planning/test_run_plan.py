@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.plan import PlanConfig, main, parse_pool, parse_run, split_plan_arguments
+from pipelines.plan import PlanConfig, main, parse_pool, parse_runs, split_plan_arguments
 from pipelines.planning.run_plan import OPTIMIZER_BYTES, WorkerPool, plan_run
 from pipelines.planning.run_request import request_planned_training
 from skillnet_platform.checks.gpu import check_gpu_memory
@@ -48,15 +48,16 @@ def test_other_gpus_are_rejected(options: dict[str, str], message: str) -> None:
 def test_options_of_plan_and_of_the_run_may_be_mixed() -> None:
     words = split_plan_arguments(["--config", "base", "--gpus", "4xL4", "--json"])
     assert words == ["--gpus", "4xL4", "--json", "--", "--config", "base"]
-    assert parse_run(["pretrain", "--training.steps", "7"]).training.steps == 7
-    with pytest.raises(UserError, match="plan doctor: it trains no single model"):
-        parse_run(["doctor"])
+    (run,) = parse_runs(["pretrain", "--training.steps", "7"])
+    assert run.config.training.steps == 7
+    with pytest.raises(UserError, match="plan doctor: it trains nothing"):
+        parse_runs(["doctor"])
     with pytest.raises(UserError, match="unknown command 'pretrian'; did you mean 'pretrain'"):
-        parse_run(["pretrian"])
+        parse_runs(["pretrian"])
 
 
 def test_steps_take_the_longer_of_computing_and_sending() -> None:
-    config = config_of()
+    config = short_config()
     fast = plan_run(config, WorkerPool(GPU_TYPES["L4"], 4, network_gbit_s=1e9))
     slow = plan_run(config, WorkerPool(GPU_TYPES["L4"], 4, network_gbit_s=1e-6))
     alone = plan_run(config, WorkerPool(GPU_TYPES["L4"], 1, network_gbit_s=1e-6))
@@ -94,7 +95,7 @@ def test_submit_rejects_a_run_that_does_not_fit_the_cluster() -> None:
     startable = read_node_types(ROOT / "ray_cluster.yaml")
     (finding,) = check_gpu_memory([], startable, request)
     assert (finding.level, finding.seen) == ("ok", "the run fits L4 (24 GB)")
-    assert request_planned_training(config_of()).find_memory_problem is None
+    assert check_gpu_memory([], startable, request_planned_training(config_of())) == []
     config.model.dim, config.model.ffn_dim = 8192, 131072
     (finding,) = check_gpu_memory([], startable, request_planned_training(config))
     assert finding.level == "error"

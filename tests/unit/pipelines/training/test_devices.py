@@ -190,10 +190,10 @@ def test_an_error_before_the_start_of_the_workers_ends_the_run() -> None:
     error = ControllerError(UserError("the nodes have different builds of torch"))
     assert policy.make_decision(error) is FailureDecision.RAISE
     # The driver prints it, so the controller's log does not.
-    told = logging.LogRecord("x", 40, "x", 1, "failed", None, (UserError, UserError("x"), None))
-    assert not is_no_user_error(told)
-    told.exc_info = (ValueError, ValueError("x"), None)
-    assert is_no_user_error(told)
+    record = logging.LogRecord("x", 40, "x", 1, "failed", None, (UserError, UserError("x"), None))
+    assert not is_no_user_error(record)
+    record.exc_info = (ValueError, ValueError("x"), None)
+    assert is_no_user_error(record)
 
 
 def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:

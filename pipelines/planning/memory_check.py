@@ -1,0 +1,109 @@
+"""Check that the runs of a command fit a GPU: the runs, and those of them that are planned.
+
+:class:`MemoryCheck` is part of the resource request of a command that trains. The hooks are in
+:mod:`pipelines.planning.run_request` and in ``sweeps``.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from pipelines.config.run import FinetuneConfig, PretrainConfig
+from skillnet_platform.cluster.gpu_types import GpuType
+
+#: Runs of one command that are planned, of more the largest: at base a plan takes ten seconds.
+MAX_PLANNED_RUNS = 6
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run of a command.
+
+    Args:
+        config: of the run.
+        label: its name among the runs of the command; empty for the only run.
+        prefix: of its options on the command line, such as ``run.``.
+        share: GPUs of each worker; several trials share a GPU if it is below 1.
+    """
+
+    config: FinetuneConfig
+    label: str = ""
+    prefix: str = ""
+    share: float = 1.0
+
+    def take_share(self, gpu: GpuType) -> GpuType:
+        """Return the part of a GPU that a worker of the run may use."""
+        return replace(gpu, memory_gb=gpu.memory_gb * min(self.share, 1.0))
+
+
+@dataclass(frozen=True)
+class MemoryCheck:
+    """Check that the runs of a command fit a type of GPU.
+
+    Args:
+        list_runs: returns the runs; called late, because it may import torch.
+    """
+
+    list_runs: Callable[[], Iterable[PlannedRun]]
+
+    def __call__(self, gpu: GpuType) -> tuple[str, str] | None:
+        """Return why a run does not fit, and the remedy; None if all fit.
+
+        Raises:
+            UserError: a run cannot be planned.
+        """
+        from pipelines.planning.memory_plan import find_memory_problem
+
+        for run in select_largest_runs(list(self.list_runs())):
+            problem = find_memory_problem(run.config, run.take_share(gpu), run.prefix)
+            if problem is not None:
+                seen, remedy = problem
+                return (f"{run.label}: {seen}" if run.label else seen), remedy
+        return None
+
+
+def select_largest_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Return the runs whose memory differs; of many, those of the largest models."""
+    distinct: dict[str, PlannedRun] = {}
+    for run in runs:
+        distinct.setdefault(_memory_key(run.config), run)
+    chosen = list(distinct.values())
+    if len(chosen) > MAX_PLANNED_RUNS:
+        chosen = sorted(chosen, key=_size_of, reverse=True)[:MAX_PLANNED_RUNS]
+    return chosen
+
+
+def _memory_key(config: FinetuneConfig) -> str:
+    """Return a text that is equal for runs that need equal memory."""
+    joint = config.joint() if isinstance(config, PretrainConfig) else config
+    training = joint.training
+    tasks = {
+        name: [task.batch_size, task.max_length, task.views, task.eval_only]
+        for name, task in joint.tasks.items()
+    }
+    key = [
+        joint.system,
+        joint.options,
+        asdict(joint.model),
+        tasks,
+        asdict(training.masking),
+        [training.workers, training.min_workers, training.precision, training.ema > 0],
+        [training.micro_batch_size, training.activation_checkpointing, training.reduce_dtype],
+        training.offload_inactive_weights,
+        training.trainable,
+    ]
+    return json.dumps(key, sort_keys=True, default=str)
+
+
+def _size_of(run: PlannedRun) -> tuple[int, int]:
+    """Return the number of weights and the largest batch of a run."""
+    import torch
+
+    from skillnet.skipped_init import SkippedInit
+    from skillnet.systems import build_system
+
+    config = run.config.joint() if isinstance(run.config, PretrainConfig) else run.config
+    with torch.device("meta"), SkippedInit():
+        model = build_system(config.system, config.model, config.options)
+    batches = [task.batch_size for task in config.trained.values()]
+    return sum(p.numel() for p in model.parameters()), max(batches, default=0)
