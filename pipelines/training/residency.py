@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines.training.optimizer import WeightAverage
-from skillnet.multitask_model import Batch, TaskModel
+from skillnet.multitask_model import TaskModel
 
 #: Fields of a parameter that are not optimizer state.
 WEIGHT, AVERAGE = "weight", "average"
@@ -34,7 +34,7 @@ class WeightResidency:
     they are copied. All others lie in the host's memory, where any code can read them after
     :meth:`settle`. Parameters keep their identity: only their data moves.
 
-    Outside of steps, each forward pass first loads the weights of its task, without their state.
+    An evaluation loads one task after the other, by the ``weight_loader`` of the model.
 
     Args:
         model: in the host's memory. Its buffers move to the device.
@@ -76,18 +76,7 @@ class WeightResidency:
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
-        model.register_forward_pre_hook(self._load_task)
-        # Retrieval is evaluated tower by tower. FSDP2 wraps such methods in the same way.
-        embed = model.embed
-
-        def load_and_embed(task: str, tower: str, batch: Batch) -> Tensor:
-            self._load_task(model, (task,))
-            return embed(task, tower, batch)
-
-        model.embed = load_and_embed  # type: ignore[method-assign]
-        # The device must have some weights: they show where the model computes. A run that resumes
-        # after its last step only evaluates.
-        self._load_task(model, (next(iter(model.config.tasks)),))
+        model.weight_loader = self.load_task
 
     def begin_step(self, task: str, following: str | None) -> None:
         """Let the device wait for a step's tensors, and start to load those of the next step.
@@ -106,6 +95,24 @@ class WeightResidency:
         self._store({*needed, *ahead})
         self._task = task
 
+    def load_task(self, task: str) -> None:
+        """Load the weights of a task that is evaluated, without state; store all other tensors.
+
+        Args:
+            task: of the model.
+        """
+        if task == self._task:
+            return
+        self._find_new_tensors()
+        needed = [(name, WEIGHT) for name in self._names_of(task)]
+        self._load(needed)
+        self._store(set(needed))
+        self._wait()
+        self._task = task
+        # The training mode drops merged weights, which would pile up from task to task.
+        was_training = self._model.training
+        self._model.train().train(was_training)
+
     def settle(self) -> None:
         """Wait until the host can read all tensors in its memory."""
         self._wait()
@@ -119,22 +126,6 @@ class WeightResidency:
         self._resident = {key for key in self._resident if key[1] == WEIGHT}
         self._fields = {name: [WEIGHT] for name in self._parameters}
         self._keys.clear()
-
-    def _load_task(self, model: torch.nn.Module, arguments: Sequence[object]) -> None:
-        """Load the weights of the task that a forward pass runs, and store all other tensors."""
-        task = str(arguments[0])
-        if task == self._task:
-            return
-        self._find_new_tensors()
-        needed = [(name, WEIGHT) for name in self._names_of(task)]
-        self._load(needed)
-        self._store(set(needed))
-        self._wait()
-        self._task = task
-        if not model.training:
-            # Training mode drops merged weights, which would pile up from task to task.
-            model.train()
-            model.eval()
 
     def _names_of(self, task: str) -> list[str]:
         if task not in self._used:
