@@ -1,7 +1,9 @@
 """What every test may need: a run root of its own, and one Ray for the whole session."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 
 CPUS = 4
+GPUS = 2
 
 _SLOW_MACHINES = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # The same examples each time: what decides over a change is the change, not the day's luck. New
@@ -52,22 +55,45 @@ def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["SKILLNET_HOME"] = before
 
 
+@pytest.fixture(scope="session")
+def empty_tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a run. Their creation takes two seconds, a copy none."""
+    from skillnet_platform.tracking.backend import create_client
+    from skillnet_platform.tracking.database_uri import sqlite_uri
+
+    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    create_client(sqlite_uri(path)).search_experiments()
+    return path
+
+
 @pytest.fixture
-def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty run root for one test. Ray's workers keep the session's: pass them paths."""
+def run_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Path:
+    """A run root for one test. Ray's workers keep the session's: pass them paths."""
     root = tmp_path / "runs"
     root.mkdir()
     monkeypatch.setenv("SKILLNET_HOME", str(root))
+    if request.node.get_closest_marker("integration"):
+        shutil.copyfile(request.getfixturevalue("empty_tracking_database"), root / "mlflow.db")
     return root
 
 
 @pytest.fixture(scope="session")
 def ray_session(session_root: Path) -> Iterator[Any]:
-    """The session's only Ray, with more slots than cores so that two workers always fit."""
+    """The session's only Ray, with more slots than cores so that two workers always fit.
+
+    It offers GPUs that do not exist, so that workers with GPUs are placed.
+    """
+    import ray
+
     from skillnet_platform.cluster import ray_session
 
-    with ray_session(cpus=CPUS) as ray:
-        yield ray
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", partial(ray.init, num_gpus=GPUS))
+        with ray_session(cpus=CPUS) as session:
+            patch.undo()
+            yield session
 
 
 @pytest.fixture(scope="session")
