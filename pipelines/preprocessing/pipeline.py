@@ -33,7 +33,7 @@ from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
 from skillnet_platform import cluster, console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, require_space
+from skillnet_platform.storage import require_space
 from skillnet_platform.storage.directories import StoreUnavailableError
 
 #: With fewer free bytes than this, no corpus is started.
@@ -115,16 +115,14 @@ def spool_corpora(
 def train_shared_tokenizer(
     corpora: Sequence[Corpus],
     spools: dict[str, Path],
-    path: Path,
     size: int,
     scheduling: SchedulingOptions,
-) -> None:
-    """Train the tokenizer on the spooled texts of corpora, and write it.
+) -> str:
+    """Train the tokenizer on the spooled texts of corpora, and return its JSON.
 
     Args:
         corpora: training corpora.
         spools: corpus name -> spool file.
-        path: tokenizer file to write.
         size: number of tokens.
         scheduling: see :func:`choose_scheduling`.
     """
@@ -133,9 +131,8 @@ def train_shared_tokenizer(
     task = ray.remote(num_cpus=scheduling.cpus, max_retries=0, **scheduling.this_node)(
         _train_tokenizer
     )
-    text = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in corpora], size))
-    with atomic_write(path, "w") as stream:
-        stream.write(text)
+    text: str = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in corpora], size))
+    return text
 
 
 def write_corpora(

@@ -5,6 +5,7 @@ other corpora to :mod:`pipelines.preprocessing.pipeline`.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,16 +154,18 @@ def _prepare(
         if not is_trained:
             spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
             num_tokens = size or tokenizers.VOCABULARY_SIZE
-            pipeline.train_shared_tokenizer(
-                training_corpora, spools, tokenizer, num_tokens, scheduling
-            )
+            text = pipeline.train_shared_tokenizer(training_corpora, spools, num_tokens, scheduling)
             recorded = {
                 selection.FINGERPRINT: config.digest_config(fingerprint),
-                "sha256": storage.sha256_file(tokenizer),
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
             }
             names = [corpus.name for corpus in training_corpora]
             trained_on = {selection.TRAINED_ON: names} if size else {}
+            # The manifest comes first. After a kill between the two, a tokenizer that does not
+            # match its manifest is trained again; one without a manifest would be the user's own.
             storage.write_json(data / TOKENIZER_MANIFEST, trained_on | recorded)
+            with storage.atomic_write(tokenizer, "w") as stream:
+                stream.write(text)
             for corpus in corpora:
                 # Other training texts can give an equal tokenizer: these corpora are current.
                 if corpus.name not in done:
@@ -235,7 +238,8 @@ def tokenizer_training_corpora(
     external: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, ExternalCorpus)]
     if retrain or (external and len(external) == len(readers)):
         return external if retrain or absent else []
-    if not readers or selection.is_custom_tokenizer(tokenizer.with_name(TOKENIZER_MANIFEST)):
+    manifest = tokenizer.with_name(TOKENIZER_MANIFEST)
+    if not readers or (tokenizer.is_file() and selection.is_custom_tokenizer(manifest)):
         return []
     built_in = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]
     files = [archives / archive.file for corpus in built_in for archive in corpus.archives]

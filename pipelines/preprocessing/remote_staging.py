@@ -29,7 +29,7 @@ from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.location import Location, read_if_exists
 
 #: Files that the corpora of a folder share. They are uploaded first: manifests name their hash.
-SHARED_FILES = (TOKENIZER, TOKENIZER_MANIFEST)
+SHARED_FILES = (TOKENIZER_MANIFEST, TOKENIZER)
 #: Small objects that are read at once.
 MAX_ENTRY_READS = 16
 
