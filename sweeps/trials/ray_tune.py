@@ -23,6 +23,7 @@ from ray.tune.stopper import Stopper
 
 from skillnet.malloc import give_back_freed_memory
 from skillnet_platform import console
+from skillnet_platform.cluster.own_node import OwnNodeCheck
 from skillnet_platform.storage import directories, run_root
 from sweeps.trials.ledger import prune_trial
 from sweeps.trials.trial import ERROR, LOG, STOP, read_reports, read_trial, run_trial
@@ -235,6 +236,11 @@ class TrialListener(tune.Callback):
         on_report: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._on_end, self._on_report = on_end, on_report
+        self._own_node = OwnNodeCheck()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the sweep if its node is lost: Tune would wait for its trials for ever."""
+        self._own_node.require_alive()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
