@@ -108,6 +108,7 @@ def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
         sum(each.gpus * each.most for each in kinds),
         network_gbit_s or min(instance.network_gbit_s for _, _, instance in known),
         min(each.resources.get("CPU", 0) / each.gpus for each in kinds),
+        min(each.gpus for each in kinds),
     )
 
 

@@ -89,7 +89,7 @@ def _memory_key(config: FinetuneConfig) -> str:
         asdict(training.masking),
         [training.workers, training.min_workers, training.precision, training.ema > 0],
         [training.micro_batch_size, training.activation_checkpointing, training.reduce_dtype],
-        training.offload_inactive_weights,
+        [training.offload_inactive_weights, training.sharding],
         training.trainable,
     ]
     return json.dumps(key, sort_keys=True, default=str)

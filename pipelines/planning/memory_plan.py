@@ -15,6 +15,8 @@ from torch import nn
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from pipelines.planning.example_batches import build_example_batch
 from pipelines.planning.step_counter import PlannedModel, StepCost, measure_step
+from pipelines.training.replicas import count_sharing_workers
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
 from skillnet_platform.cluster.gpu_types import GB, GpuType
 from skillnet_platform.errors import UserError
@@ -36,11 +38,18 @@ class MemoryOptions:
         micro_batch_size: rows that a worker computes at a time; None for all.
         activation_checkpointing: compute layers again in the backward pass.
         offload_inactive_weights: keep weights of other tasks in the host's memory.
+        sharding: ``training.sharding``; ``full`` divides weights and state among the workers.
     """
 
     micro_batch_size: int | None
     activation_checkpointing: bool
     offload_inactive_weights: bool = False
+    sharding: str = "none"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each worker keeps all weights on its GPU."""
+        return not self.offload_inactive_weights and self.sharding == "none"
 
     def describe(self, before: "MemoryOptions", prefix: str = "") -> str:
         """Return the command line options that change other options into these.
@@ -56,6 +65,8 @@ class MemoryOptions:
             words.append(f"--{prefix}training.activation_checkpointing true")
         if self.offload_inactive_weights and not before.offload_inactive_weights:
             words.append(f"--{prefix}training.offload_inactive_weights true")
+        if self.sharding != before.sharding:
+            words.append(f"--{prefix}training.sharding {self.sharding}")
         return " ".join(words)
 
 
@@ -64,9 +75,10 @@ class WorkerMemory:
     """Memory of one worker by part, in bytes.
 
     Args:
-        weights: of the complete model, or of three tasks if the host keeps the others.
-        optimizer: AdamW's two averages of all trained weights among them.
-        gradients: those of the largest task.
+        weights: of the complete model, or of three tasks if the host keeps the others. With shards
+            those of the worker and of the largest task.
+        optimizer: AdamW's two averages of the trained weights that the worker keeps.
+        gradients: those of the largest task; with shards also the worker's sums.
         reduction: copies of gradients that travel as bf16.
         average: average of the weights, with ``training.ema``.
         activations: task -> living tensors at the peak of its step.
@@ -102,12 +114,16 @@ class RunPlanner:
         config: of the run.
         gpu: type of each worker's GPU.
         workers: number of workers.
+        workers_per_node: workers that divide the weights with ``training.sharding`` hybrid.
 
     Raises:
         UserError: the system cannot be planned.
     """
 
-    def __init__(self, config: FinetuneConfig, gpu: GpuType, workers: int) -> None:
+    def __init__(
+        self, config: FinetuneConfig, gpu: GpuType, workers: int, workers_per_node: int = 1
+    ) -> None:
+        self.workers_per_node = workers_per_node
         self.config = config.joint() if isinstance(config, PretrainConfig) else config
         self.gpu, self.workers = gpu, workers
         training = self.config.training
@@ -119,6 +135,7 @@ class RunPlanner:
             training.micro_batch_size,
             training.activation_checkpointing,
             training.offload_inactive_weights,
+            training.sharding,
         )
         self._models: dict[bool, PlannedModel] = {}
         self._costs: dict[tuple[str, int, MemoryOptions], StepCost] = {}
@@ -145,6 +162,8 @@ class RunPlanner:
         return self._measure(task, size, replace(options, micro_batch_size=None)), rows / size
 
     def _measure(self, task: str, rows: int, options: MemoryOptions) -> StepCost:
+        # Where weights lie does not change the other tensors of a step.
+        options = replace(options, offload_inactive_weights=False, sharding="none")
         key = (task, rows, options)
         if key not in self._costs:
             checkpointing = options.activation_checkpointing
@@ -171,12 +190,16 @@ class RunPlanner:
         resident = self.total_parameters
         if chosen.offload_inactive_weights:
             resident, trained = self.resident_parameters
-        largest = max(self.trained_sizes.values())
+        largest, step = max(self.trained_sizes.values()), 0
+        share = count_sharing_workers(chosen.sharding, self.workers, self.workers_per_node)
+        if share > 1:
+            # A step gathers the weights of its task.
+            resident, trained, step = -(-resident // share), -(-trained // share), largest
         halved = self.workers > 1 and training.reduce_dtype == "bf16"
         return WorkerMemory(
-            weights=4 * resident,
+            weights=4 * (resident + step),
             optimizer=8 * trained,
-            gradients=4 * largest,
+            gradients=4 * (largest + step // share),
             reduction=2 * largest if halved else 0,
             average=4 * trained if training.ema else 0,
             activations={
@@ -238,16 +261,24 @@ class RunPlanner:
         """Return the given options if they fit, else the cheapest options that do; or None."""
         if self.fits(self.memory()):
             return self.given
-        choices = itertools.product((False, True), ((False, FEW_ROWS), (True, 1)))
-        for offload, (checkpointing, fewest) in choices:
-            if self.given.activation_checkpointing and not checkpointing:
-                continue
-            if self.given.offload_inactive_weights and not offload:
-                continue
-            options = self._largest_micro_batch(checkpointing, offload, fewest)
-            if options is not None:
-                return options
+        for placed in self._list_placements():
+            for checkpointing, fewest in ((False, FEW_ROWS), (True, 1)):
+                if self.given.activation_checkpointing and not checkpointing:
+                    continue
+                options = replace(placed, activation_checkpointing=checkpointing)
+                found = self._largest_micro_batch(options, fewest)
+                if found is not None:
+                    return found
         return None
+
+    def _list_placements(self) -> list[MemoryOptions]:
+        """Return the given options with the places of weights that are tried, cheapest first."""
+        placed = [self.given]
+        if self.given.is_plain:
+            if self.workers > 1 and can_shard(self._any_model.model):
+                placed.append(replace(self.given, sharding="full"))
+            placed.append(replace(self.given, offload_inactive_weights=True))
+        return placed
 
     def _fits_with(self, options: MemoryOptions) -> bool:
         plain = self.memory()
@@ -260,11 +291,8 @@ class RunPlanner:
                 return False
         return True
 
-    def _largest_micro_batch(
-        self, checkpointing: bool, offload: bool, fewest: int
-    ) -> MemoryOptions | None:
+    def _largest_micro_batch(self, options: MemoryOptions, fewest: int) -> MemoryOptions | None:
         try:
-            options = MemoryOptions(self.given.micro_batch_size, checkpointing, offload)
             if self._fits_with(options):
                 return options
         except ValueError:
@@ -273,9 +301,9 @@ class RunPlanner:
         most = min(most, self.given.micro_batch_size or most)
         size = 1 << max((most - 1).bit_length() - 1, 0)
         while size >= fewest:
-            options = MemoryOptions(size, checkpointing, offload)
-            if self._fits_with(options):
-                return options
+            smaller = replace(options, micro_batch_size=size)
+            if self._fits_with(smaller):
+                return smaller
             size //= 2
         return None
 
@@ -288,14 +316,28 @@ class RunPlanner:
         options = self.find_fitting_options()
         if options is not None:
             return options.describe(self.given, prefix)
+        placed = [replace(each, micro_batch_size=1) for each in self._list_placements()]
         try:
-            least = self.memory(MemoryOptions(1, True, True)).total
+            few = [replace(each, activation_checkpointing=True) for each in placed]
+            least = min(self.memory(each).total for each in few)
         except ValueError:  # the system has no activation checkpointing
-            least = self.memory(MemoryOptions(1, False, True)).total
+            least = min(self.memory(each).total for each in placed)
         return (
             f"a GPU with more than {least / GB:.1f} GB for the tensors of a worker, or a smaller "
             f"model: --{prefix}model.dim, --{prefix}model.num_layers"
         )
+
+
+def can_shard(model: TaskModel) -> bool:
+    """Return whether ``training.sharding`` takes a model."""
+    # Only a run that does not fit asks, and the library takes seconds to load.
+    from pipelines.training.sharding import require_sharding
+
+    try:
+        require_sharding(model)
+    except UserError:
+        return False
+    return True
 
 
 def _largest_union(of_tasks: Iterable[Iterable[tuple[str, nn.Parameter]]]) -> int:

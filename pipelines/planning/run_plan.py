@@ -36,12 +36,14 @@ class WorkerPool:
         workers: number of GPUs, one per worker.
         network_gbit_s: bandwidth between two workers in Gbit/s.
         cpus_per_worker: CPUs beside each GPU; 0 if unknown.
+        workers_per_node: GPUs of each node; 1 if unknown.
     """
 
     gpu: GpuType
     workers: int
     network_gbit_s: float
     cpus_per_worker: float = 0.0
+    workers_per_node: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
     Raises:
         UserError: the system cannot be planned.
     """
-    planner = RunPlanner(config, pool.gpu, pool.workers)
+    planner = RunPlanner(config, pool.gpu, pool.workers, pool.workers_per_node)
     memory = planner.memory()
     fits = planner.fits(memory)
     advice = "" if fits else planner.advise(prefix)

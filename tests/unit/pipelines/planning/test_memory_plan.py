@@ -199,6 +199,28 @@ def test_the_tasks_of_base_are_those_of_a_pretraining() -> None:
     assert len(config.tasks) == 12
 
 
+def test_shards_are_an_option_that_makes_a_run_fit() -> None:
+    config = short_config()
+    planner = RunPlanner(config, LARGE, 4)
+    plain, sharded = planner.memory(), planner.memory(MemoryOptions(None, False, sharding="full"))
+    largest = max(planner.trained_sizes.values())
+    assert sharded.optimizer == pytest.approx(plain.optimizer / 4, abs=8)
+    # A step gathers the weights of its task, and sums its gradients.
+    assert sharded.weights == pytest.approx(plain.weights / 4 + 4 * largest, abs=4)
+    assert sharded.gradients == pytest.approx(5 * largest, abs=4)
+    assert sharded.activations == plain.activations
+    # Nodes of one worker have nothing to divide.
+    assert planner.memory(MemoryOptions(None, False, sharding="hybrid")) == plain
+    assert (
+        RunPlanner(config, LARGE, 4, 4).memory(MemoryOptions(None, False, sharding="hybrid"))
+        == sharded
+    )
+    assert planner._list_placements()[1].describe(planner.given) == "--training.sharding full"
+    # Neither one worker nor the specialists divide their weights.
+    for other in (RunPlanner(config, LARGE, 1), RunPlanner(config_of("moe"), LARGE, 4)):
+        assert [each.sharding for each in other._list_placements()] == ["none", "none"]
+
+
 MASKED = {name: TaskTraining("any", batch_size=4) for name in masked_tasks()}
 
 
