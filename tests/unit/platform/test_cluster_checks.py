@@ -310,6 +310,9 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     assert "on 1 node" in found["resources"].seen
     assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
     assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads the files of all"
+    # The session's Ray offers GPUs that do not exist.
+    assert found["GPU"].level == "error"
+    assert "finds no GPU" in found["GPU"].seen
     assert list(tmp_path.iterdir()) == [], "cleaned up"
 
 
