@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -166,12 +166,10 @@ def fit_on_ray(
                 reason = str(error).strip().splitlines()[0]
                 console.print_warning(f"the controller of Ray Train died ({reason}); restarting it")
             except WorkerGroupError as error:
-                # The other workers fail as a consequence, with errors of the network.
-                failures = error.worker_failures.values()
-                lost = next((each for each in failures if isinstance(each, DeviceLostError)), None)
+                lost = find_device_loss(error.worker_failures)
                 if lost is None:
                     raise
-                raise DeviceLostError(str(lost)) from None
+                raise lost from None
             except ControllerError as error:
                 if isinstance(error.controller_failure, UserError):
                     raise UserError(str(error.controller_failure)) from None
@@ -184,6 +182,19 @@ def fit_on_ray(
             except SystemExit:
                 # Ray Train turns Ctrl-C into SystemExit, which would look like a normal end.
                 raise KeyboardInterrupt from None
+
+
+def find_device_loss(failures: Mapping[int, BaseException]) -> DeviceLostError | None:
+    """Return the loss of a device among the errors of the workers.
+
+    The other workers fail as a consequence, with errors of the network.
+
+    Args:
+        failures: rank -> its error.
+    """
+    lost = (each for each in failures.values() if isinstance(each, DeviceLostError))
+    # Ray's copy of an error has a traceback in its text.
+    return next((DeviceLostError(str(getattr(each, "cause", each))) for each in lost), None)
 
 
 def worker_resources(

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from pipelines.config.run import TrainingConfig
 from pipelines.quickstart import QuickstartConfig, quickstart
 from pipelines.training import setup
+from pipelines.training.device_errors import DeviceLostError
 from pipelines.training.ray_train import fit, rendezvous
 from pipelines.training.ray_train.rendezvous import WorkerBuild
 from pipelines.training.resolved_run import resolve_run
@@ -194,6 +195,14 @@ def test_an_error_before_the_start_of_the_workers_ends_the_run() -> None:
     assert not is_no_user_error(record)
     record.exc_info = (ValueError, ValueError("x"), None)
     assert is_no_user_error(record)
+
+
+def test_the_loss_of_a_device_is_found_among_the_errors_of_the_workers() -> None:
+    failures = {0: RuntimeError("Connection closed by peer"), 1: DeviceLostError("b, GPU 0: lost")}
+    found = fit.find_device_loss(failures)
+    assert found is not None
+    assert str(found) == "b, GPU 0: lost"
+    assert fit.find_device_loss({0: failures[0]}) is None
 
 
 def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:
