@@ -18,9 +18,9 @@ from skillnet_platform.cluster.gpu_types import GB, GpuType
 #: Bytes that AdamW and clipping move per trained weight: weight, gradient and two averages, each
 #: read, three of them written; clipping reads the gradient, and reads and writes it again.
 OPTIMIZER_BYTES = 28 + 12
-#: CPU seconds to decode and augment a pixel of an image: 1.515 ms for 224 x 224
-#: (benchmarks/results/2026-11-25-waiting.csv). Frames of videos are assumed to cost as much.
-SECONDS_PER_PIXEL = 1.515e-3 / 224**2
+#: CPU seconds to read and decode a pixel of an image, which the GPU then changes: 0.407 ms for
+#: 224 x 224 (benchmarks/results/2026-11-25-reading.csv). Frames are assumed to cost as much.
+SECONDS_PER_PIXEL = 0.407e-3 / 224**2
 #: CPU seconds per token of text or code, and per frame of sound: rows of the built-in corpora with
 #: augmentation (benchmarks/results/2026-11-25-stream.csv), about 24 tokens and 80 frames long.
 SECONDS_PER_TOKEN = 1 / 901_300 / 24
