@@ -9,8 +9,9 @@ SEED ?= 0
 FUZZ_MINUTES ?= 20
 # The lock file names the public index, even if this machine uses another one.
 UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
-# Test processes. More than four compete for memory and save no time.
-JOBS ?= logical --maxprocesses 4
+# Test processes: one more than cores, because tests wait for a third of their time. More than four
+# compete for memory and save no time.
+JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
 .PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench gpu clean help
 
