@@ -51,6 +51,8 @@ def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None =
         bias_B11T = bias_B11T.to(qkv_BT3D.dtype)
     # Longer sequences would need T x T memory per head, so they use torch's fused kernel.
     is_plain = qkv_BT3D.device.type == "cpu" and not uses_gpu_kernels(qkv_BT3D)
+    # The choice by length would need a graph for each range of lengths.
+    is_plain = is_plain and not torch.compiler.is_compiling()
     if is_plain and T <= PLAIN_TOKENS:
         return _PlainAttention.apply(qkv_BT3Hd, bias_B11T)
     # Cut before the axes are exchanged, so that the gradient is joined in its own layout.

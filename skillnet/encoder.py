@@ -4,13 +4,17 @@ Shapes: B batch, T tokens, D model width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from skillnet.attention import padding_bias
+from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
+from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
 from skillnet.rounded_weights import share_merges
 
@@ -18,8 +22,12 @@ from skillnet.rounded_weights import share_merges
 SHARED: Skills = ("shared",)
 
 
-#: Arguments and result of a layer, and of a residual branch.
-LayerCall = Callable[[Tensor, Skills, Tensor | None], Tensor]
+#: A layer or a residual branch: tokens, active skills, bias, and for a layer also row weights.
+LayerCall = Callable[..., Tensor]
+
+#: Largest ``model.drop_path`` at which GPUs compute dropped rows too and give them the weight 0: up
+#: to here, leaving rows out costs more in copies than it saves (the limit of DINOv2).
+MASKED_DROP_PATH = 0.1
 
 
 class EncoderLayer(nn.Module):
@@ -58,19 +66,47 @@ class EncoderLayer(nn.Module):
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
         self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None
 
-    def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        skills: Skills,
+        bias_B11T: Tensor | None,
+        weights_2B11: Tensor | None = None,
+    ) -> Tensor:
+        """Add both residual branches.
+
+        Args:
+            x_BTD: tokens.
+            skills: active skills, sorted.
+            bias_B11T: of the attention scores; None if all tokens are real.
+            weights_2B11: weights of the rows in both branches, see :func:`draw_row_weights`.
+        """
         if self.gather_weights is None:
-            return self._run(x_BTD, skills, bias_B11T)
+            return self._run(x_BTD, skills, bias_B11T, weights_2B11)
         has_shared = not (self.attention_skills and self.feedforward_skills)
         has_own = self.attention_skills or self.feedforward_skills
         active = (SHARED if has_shared else ()) + (skills if has_own else ())
         # The weights exist only inside the call, so a step cannot share merged ones.
         with share_merges(()):
-            return self.gather_weights(self._run, active)(x_BTD, skills, bias_B11T)
+            return self.gather_weights(self._run, active)(x_BTD, skills, bias_B11T, weights_2B11)
 
-    def _run(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
-        x_BTD = self._add(self._attend, x_BTD, skills, bias_B11T)
-        return self._add(self._feed, x_BTD, skills, bias_B11T)
+    def _run(
+        self,
+        x_BTD: Tensor,
+        skills: Skills,
+        bias_B11T: Tensor | None,
+        weights_2B11: Tensor | None,
+    ) -> Tensor:
+        if weights_2B11 is None:
+            x_BTD = self._add(self._attend, x_BTD, skills, bias_B11T)
+            return self._add(self._feed, x_BTD, skills, bias_B11T)
+        for branch, weights_B11 in zip((self._attend, self._feed), weights_2B11, strict=True):
+            y_BTD = branch(x_BTD, skills, bias_B11T)
+            if torch.compiler.is_compiling():
+                x_BTD = x_BTD + y_BTD * weights_B11
+            else:
+                x_BTD = _WeightedSum.apply(x_BTD, y_BTD, weights_B11)
+        return x_BTD
 
     def _attend(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         active = skills if self.attention_skills else SHARED
@@ -89,8 +125,7 @@ class EncoderLayer(nn.Module):
         first, so their branch costs nothing. Kept rows are weighted by B / kept.
         """
         B = x_BTD.shape[0]
-        # At least one row keeps the branch, so its weights get a gradient in every step.
-        kept = max(round(B * (1 - self.drop_path)), 1) if self.training else B
+        kept = count_kept_rows(B, self.drop_path) if self.training else B
         if kept == B:
             return x_BTD + branch(x_BTD, skills, bias_B11T)
         rows = torch.randperm(B, device=x_BTD.device)[:kept]
@@ -98,6 +133,60 @@ class EncoderLayer(nn.Module):
             bias_B11T = bias_B11T.index_select(0, rows)
         y_BTD = branch(x_BTD.index_select(0, rows), skills, bias_B11T)
         return x_BTD.index_add(0, rows, y_BTD.to(x_BTD.dtype), alpha=B / kept)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """x + weights * y in one operation each way, also if autocast gave y a smaller type."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, y_BTD: Tensor, weights_B11: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_B11)
+        ctx.dtype = y_BTD.dtype
+        # Autocast would convert the branch in an operation of its own.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return torch.addcmul(x_BTD, y_BTD, weights_B11)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (weights_B11,) = ctx.saved_tensors
+        of_branch = torch.empty_like(grads[0], dtype=ctx.dtype)
+        return grads[0], torch.mul(grads[0], weights_B11, out=of_branch), None
+
+
+def draw_row_weights(x_BTD: Tensor, layers: int, drop_path: float) -> Tensor | None:
+    """Draw the weights (layers, 2, B, 1, 1) of the rows of residual branches: B / kept, or 0.
+
+    This is stochastic depth as in :meth:`EncoderLayer._add`, for GPUs: one draw for all branches,
+    and no copies of rows.
+
+    Args:
+        x_BTD: tokens.
+        layers: number of layers.
+        drop_path: probability of dropping a branch of a row.
+
+    Returns:
+        None if rows are not dropped, or are left out by the layers.
+    """
+    if drop_path > MASKED_DROP_PATH or not uses_gpu_kernels(x_BTD):
+        return None
+    B = x_BTD.shape[0]
+    kept = count_kept_rows(B, drop_path)
+    if kept == B:
+        return None
+    # The order of random numbers is a random order, so exactly `kept` rows stay.
+    ranks_L2B = torch.rand(layers, 2, B, device=x_BTD.device).argsort(-1)
+    return ((ranks_L2B < kept).to(x_BTD.dtype) * (B / kept))[..., None, None]
+
+
+def count_kept_rows(rows: int, drop_path: float) -> int:
+    """Return the number of rows that keep a branch: at least one, so that its weights learn.
+
+    Args:
+        rows: of the batch.
+        drop_path: probability of dropping a branch of a row.
+    """
+    return max(round(rows * (1 - drop_path)), 1)
 
 
 class Encoder(nn.Module):
@@ -109,8 +198,13 @@ class Encoder(nn.Module):
             EncoderLayer(config, index) for index in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.dim)
+        self.drop_path = config.drop_path
+        #: Whether GPUs may compute rows whose branch is dropped.
+        self.can_mask_rows = True
         #: Keep only the input of each layer for the backward pass, which computes the rest again.
         self.recompute_layers = False
+        #: Compiles the forward pass; None computes operation by operation.
+        self.compiler: PlanCompiler | None = None
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:
         """Encode tokens (B, T, D) with the active skills.
@@ -120,12 +214,23 @@ class Encoder(nn.Module):
             skills: active skills, sorted.
             mask_BT: True at real tokens; None if all are real.
         """
+        if self.compiler is None:
+            return self._encode(x_BTD, skills, mask_BT)
+        return self.compiler.run(self, type(self)._encode, x_BTD, skills, mask_BT)
+
+    def _encode(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None) -> Tensor:
         # The bias is built once for all layers.
         bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
-        for layer in self.layers:
+        weights_L2B11 = None
+        if self.training and self.can_mask_rows:
+            weights_L2B11 = draw_row_weights(x_BTD, len(self.layers), self.drop_path)
+        for index, layer in enumerate(self.layers):
+            weights_2B11 = None if weights_L2B11 is None else weights_L2B11[index]
             if self.recompute_layers and torch.is_grad_enabled():
                 # The random rows of stochastic depth are drawn again from the same state.
-                x_BTD = checkpoint(layer, x_BTD, skills, bias_B11T, use_reentrant=False)
+                x_BTD = checkpoint(
+                    layer, x_BTD, skills, bias_B11T, weights_2B11, use_reentrant=False
+                )
             else:
-                x_BTD = layer(x_BTD, skills, bias_B11T)
+                x_BTD = layer(x_BTD, skills, bias_B11T, weights_2B11)
         return self.norm(x_BTD)

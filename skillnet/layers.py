@@ -118,6 +118,9 @@ class SkillWeights(nn.Module):
         Raises:
             ValueError: an unknown skill.
         """
+        # A graph has no state, and its weights may change between two calls.
+        if torch.compiler.is_compiling():
+            return self._merge(skills, dtype)
         # In training mode the next step changes the weights, so caching would only hold memory.
         if torch.is_grad_enabled() or self.training:
             step = find_step_merges()

@@ -4,15 +4,17 @@ Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.flops import task_flops
+from skillnet.layers import Skills
 from skillnet.multitask_model import Batch, TaskModel, Tokens, mean_pool
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem
@@ -86,6 +88,25 @@ class SkillNet(TaskModel):
     def enable_activation_checkpointing(self) -> None:
         """Let each encoder layer keep only its input, and compute it again in the backward pass."""
         self.encoder.recompute_layers = True
+
+    def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
+        """Compile the encoder once per plan; see :class:`skillnet.compilation.PlanCompiler`.
+
+        Args:
+            report: receives a line for each plan that cannot be compiled.
+            backend: of ``torch.compile``.
+        """
+
+        def report_plan(skills: Skills, cause: str) -> None:
+            tasks = [
+                name
+                for name, task in self.config.tasks.items()
+                if skills in {plan.skills for plan in task.towers.values()}
+            ]
+            plan = f"{', '.join(tasks)}: the plan {'+'.join(skills)}"
+            report(f"{plan} runs without compilation ({cause})")
+
+        self.encoder.compiler = PlanCompiler(report_plan, backend)
 
     # -- ownership -------------------------------------------------------------------------
 

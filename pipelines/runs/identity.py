@@ -31,6 +31,7 @@ NON_IDENTITY_KEYS = (
     "log_every",
     "bucket_mb",
     "activation_checkpointing",
+    "compile",
     "offload_inactive_weights",
     "profile_start",
     "profile_steps",

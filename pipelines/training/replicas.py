@@ -14,7 +14,9 @@ from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import GradientSync, broadcast_parameters
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, build_structure
+from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet_platform import console
 
 if TYPE_CHECKING:
     from pipelines.training.sharded_sync import ShardedSync
@@ -52,6 +54,25 @@ class TrainingReplica:
         return None if self.shards is None else self.shards.group
 
 
+def compile_plans(model: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
+    """Compile the plans of a model; the first rank names those that cannot be compiled.
+
+    Args:
+        model: of the run.
+        rank: of this process.
+        backend: of ``torch.compile``.
+    """
+
+    def report(line: str) -> None:
+        if rank == 0:
+            console.print_warning(f"training.compile: {line}")
+
+    if isinstance(model, SkillNet):
+        model.enable_compilation(report, backend)
+    else:
+        report(f"the system {model.system} runs without compilation")
+
+
 def build_replica(
     run: ResolvedRun,
     rank: int,
@@ -81,6 +102,8 @@ def build_replica(
     model = build_model(config, run.corpora).to(place, dtype)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
+    if settings.compile:
+        compile_plans(model, rank)
     bucket_bytes = settings.bucket_mb * 2**20
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:

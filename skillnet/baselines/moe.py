@@ -101,6 +101,8 @@ class ExpertEncoder(Encoder):
 
     def __init__(self, config: SkillNetConfig, options: MoEOptions) -> None:
         super().__init__(config)
+        # A dropped row must not be routed: it would count as load of an expert.
+        self.can_mask_rows = False
         for index in range(options.every - 1, config.num_layers, options.every):
             self.layers[index] = ExpertLayer(config, index, options)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from skillnet.attention import PLAIN_TOKENS, multihead_attention, padding_bias
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import SHARED, Encoder, EncoderLayer
+from skillnet.encoder import SHARED, Encoder, EncoderLayer, draw_row_weights
+from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillAttention, SkillFeedForward, SkillLinear, Skills, SkillWeights
 from tests.helpers.small_models import small_config
 
@@ -338,3 +339,30 @@ def test_layers_without_skills_are_shared_by_all_plans() -> None:
     for one, two in itertools.combinations(PLANS, 2):
         assert torch.equal(layer._feed(x, one, None), layer._feed(x, two, None))
         assert not torch.allclose(layer._attend(x, one, None), layer._attend(x, two, None))
+
+
+def test_gpus_give_dropped_rows_the_weight_zero() -> None:
+    """The kernels of GPUs run on the CPU here; only the random numbers differ."""
+    torch.manual_seed(0)
+    encoder = encoder_of(small_config(drop_path=0.1, num_layers=3)).train()
+    x = torch.randn(16, 3, 8, dtype=torch.float64)
+    assert draw_row_weights(x, 3, 0.1) is None  # a CPU leaves rows out
+    with assume_gpu():
+        weights = draw_row_weights(x, 3, 0.1)
+        assert weights is not None
+        assert draw_row_weights(x, 3, 0.0) is None
+        assert draw_row_weights(x, 3, 0.2) is None
+    assert weights.shape == (3, 2, 16, 1, 1)
+    assert ((weights == 0).sum(2) == 2).all()
+    torch.testing.assert_close(weights.sum(2), torch.full_like(weights.sum(2), 16))
+    rows = [weights[0, branch, :, 0, 0].nonzero()[:, 0] for branch in range(2)]
+    layer = encoder.layers[0]
+    assert isinstance(layer, EncoderLayer)
+    masked = layer(x, ("general", "text"), None, weights[0])
+    plain = x
+    for branch, kept in zip((layer._attend, layer._feed), rows, strict=True):
+        y = branch(plain[kept], ("general", "text"), None)
+        plain = plain.index_add(0, kept, y, alpha=16 / 14)
+    assert_same(masked, plain, dict(layer.named_parameters()))
+    with assume_gpu():
+        assert encoder(x, ("general", "text")).isfinite().all()
