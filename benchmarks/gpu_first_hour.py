@@ -10,7 +10,6 @@ Writes ``<date>-gpu-<card>.csv``. On a machine without a GPU it says so and exit
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import subprocess
@@ -27,7 +26,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.measure import Result, spread
-from pipelines.config.run import FinetuneConfig, TrainingConfig
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import main as finetune
 from pipelines.planning.example_batches import build_example_batch
 from pipelines.planning.memory_plan import RunPlanner
@@ -36,6 +35,7 @@ from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.loop import train_model
 from pipelines.training.optimizer import build_optimizer, update_weights
+from pipelines.training.replicas import compile_plans
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.step import backward_step
 from skillnet.precision import choose_precision
@@ -134,6 +134,8 @@ def measure_tasks(
     model.train()
     if training.activation_checkpointing:
         model.enable_activation_checkpointing()
+    if training.compile:
+        compile_plans(model)
     precision = choose_precision(training.precision, device)
     optimizer = build_optimizer(model.named_parameters(), training)
     active = trainable_parameters(model, config)
@@ -168,10 +170,9 @@ def measure_tasks(
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / GB
             yield Result(name, "", "GB at the peak", *3 * (peak,), setting=setting)
-            # The plan is for several workers, which keep the gradients of all tasks.
-            planned = RunPlanner(config, card, 1)
-            planned_gb = planned.memory(tasks=[task]).fixed / GB + cost.peak_bytes / GB
-            yield Result(name, "", "GB of the plan", *3 * (planned_gb,), setting=setting)
+            planned = (planner.memory(tasks=[]).fixed + cost.peak_bytes) / GB
+            note = "Adam state of all tasks; measured is that of the tasks up to this one"
+            yield Result(name, "", "GB of the plan", *3 * (planned,), setting=setting, note=note)
 
 
 def time_steps(step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
@@ -203,14 +204,9 @@ def _inverse(seconds: Sequence[float], amount: float) -> measure.Spread:
 
 
 def list_compiled(config: FinetuneConfig) -> list[tuple[str, FinetuneConfig]]:
-    """Return the run as it is and, if this version can compile steps, compiled."""
-    if "compile" not in {each.name for each in dataclasses.fields(TrainingConfig)}:
-        return [("", config)]
-    options: Any = {"compile": True}
-    return [
-        ("", config),
-        ("compiled ", replace(config, training=replace(config.training, **options))),
-    ]
+    """Return the run as it is and, with the label ``compiled``, with ``training.compile``."""
+    compiled = replace(config.training, compile=True)
+    return [("", config), ("compiled ", replace(config, training=compiled))]
 
 
 def run_commands(name: str, use_gpu: bool, options: Sequence[str] = ()) -> Iterator[Result]:

@@ -2,7 +2,6 @@
 
 import subprocess
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +77,11 @@ def test_runs_become_rows_and_a_failed_run_a_note(monkeypatch: pytest.MonkeyPatc
     assert (failed.measured, failed.note) == ("pretrain", "error: no GPU")
 
 
-def test_steps_are_compiled_where_a_run_can_be() -> None:
-    config = short_config()
-    plain, *compiled = gpu_first_hour.list_compiled(config)
-    assert plain == ("", config)
-    for label, each in compiled:
-        assert label == "compiled "
-        options: Any = {"compile": True}
-        assert each.training == replace(config.training, **options)
+def test_steps_are_also_measured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(gpu_first_hour, "compile_plans", compiled.append)
+    config = short_config(precision="fp32")
+    config.tasks.pop("text_to_image")
+    for label, each in gpu_first_hour.list_compiled(config):
+        list(gpu_first_hour.measure_tasks(each, label, CPU, rounds=1))
+        assert len(compiled) == (label == "compiled ")
