@@ -1,12 +1,13 @@
 """Census of training steps and inference on fake CUDA tensors: waits, copies and operations.
 
-    python -m tests.helpers.fake_cuda.census LIBRARY CORPORA OUT.json
+    python -m tests.helpers.fake_cuda.census LIBRARY CORPORA OUT.json [PART OF THE NAME OF A CASE]
 
 :mod:`tests.unit.pipelines.training.test_fake_cuda` runs it once and reads the result. A step does
 the same as the training loop: it takes a batch of the real data loader, and calls the functions
 that the loop calls.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.masked import predict_masked_tokens
 from pipelines.loading.dataloader import Batch
+from pipelines.planning.example_batches import build_example_batch
 from pipelines.planning.fake_weights import replace_weights
 from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
@@ -40,12 +42,14 @@ from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.step import backward_step
 from pipelines.training.task_health import TaskHealth
 from pipelines.training.throughput import ThroughputMeter
+from skillnet.config import SkillNetConfig
 from skillnet.growth import add_skill, add_task
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
+from tests.helpers.fake_cuda.offloading import measure_offloaded_steps
 from tests.helpers.fake_cuda.watch import DeviceWatch, answer_values
 from tests.helpers.small_corpora import small_config, small_pretraining
 
@@ -66,8 +70,16 @@ IN_PARTS = ("text_classification", "speech_recognition", "text_to_image", "maske
 WITH_PIXELS = ("text_to_image", "text_to_video", "masked_image", "masked_video", "views_image")
 #: Name of the case that shows that waits are seen.
 WAITING_ON_PURPOSE = "waiting on purpose"
+#: Skills of models whose inactive weights lie in the host's memory.
+OFFLOADED_SKILLS = (7, 200)
 #: Ranks of the fake process group.
 WORLD = 8
+#: The layers of configs/base.yaml, with inputs of one token: almost all bytes that operations move
+#: are those of weights.
+BASE = {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072, "embedding_dim": 512}
+ONE_TOKEN = {"max_tokens": 1, "image_size": 4, "patch_size": 4, "vocab_size": 8}
+#: Tasks that are also counted at the size of configs/base.yaml: of one tower, and of two.
+AT_BASE_SIZE = ("text_classification", "text_to_image")
 
 
 @dataclass
@@ -124,6 +136,7 @@ class StepCensus:
                     model, on_device, precision, config, sync, 0, options.world, health
                 )
                 sync.finish()
+                of_passes = watch.nbytes
                 norm, is_finite = update_weights(optimizer, active[batch.task], 1.0, average)
                 health.add_step(on_device, is_finite, 0)
                 optimizer.zero_grad()
@@ -131,7 +144,7 @@ class StepCensus:
         tensors = [*model.parameters(), *model.buffers(), *average.values.values()]
         tensors += [x for state in optimizer.state.values() for x in state.values()]
         assert all(x.device == CUDA for x in tensors)
-        return describe(watch)
+        return describe(watch) | {"megabytes": round(of_passes / 1e6)}
 
     def infer(self, task: str, batch: Batch) -> dict[str, Any]:
         """Return what the inference of one batch does."""
@@ -256,6 +269,14 @@ def iter_cases(corpora: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]
         name = f"{system} text_to_image on {WORLD} ranks"
         yield name, lambda c=one: c.measure(shared, StepOptions(world=WORLD))
 
+    def train_offloaded(skills: int) -> dict[str, Any]:
+        one = replace(batches["text_classification"], global_rows=WORLD)
+        watch, sizes = measure_offloaded_steps(config, one, skills, WORLD, mode)
+        return describe(watch) | sizes
+
+    for skills in OFFLOADED_SKILLS:
+        yield f"offloaded with {skills} skills", lambda n=skills: train_offloaded(n)
+
     def train_grown() -> dict[str, Any]:
         census.grow("text_classification")
         return census.measure(replace(batches["text_classification"], task="grown"), StepOptions())
@@ -263,12 +284,28 @@ def iter_cases(corpora: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]
     yield "skillnet grown", train_grown
 
 
+def iter_base_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield the cases at the size of configs/base.yaml; see :func:`iter_cases`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    config = FinetuneConfig(model=SkillNetConfig(**BASE, **ONE_TOKEN, bigram_buckets=8))
+    census = StepCensus(config, "skillnet", mode)
+    for task in AT_BASE_SIZE:
+
+        def measure(task: str = task) -> dict[str, Any]:
+            with mode:
+                # Stochastic depth needs enough rows to drop some.
+                batch = build_example_batch(config, task, 16, 16)
+            return census.measure(batch, StepOptions())
+
+        yield f"skillnet {task} at base size", measure
+
+
 def main(corpora: Path, out: Path, only: str = "") -> None:
     """Measure all cases, or those whose name contains a text, and write them as JSON."""
     answer_values()
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     found = {WAITING_ON_PURPOSE: wait_on_purpose()}
-    for name, measure in iter_cases(corpora):
+    for name, measure in itertools.chain(iter_base_cases(), iter_cases(corpora)):
         if only not in name:
             continue
         try:
