@@ -1,6 +1,7 @@
 """Micro-batches: the gradients, loss and counts of the whole batch, with one part in memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from pipelines.training.step import backward_step, split_batch
+from skillnet import layers
+from skillnet.gpu_kernels import assume_gpu
+from skillnet.layers import SkillWeights
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import choose_precision
+from skillnet.precision import ComputePrecision, choose_precision
+from skillnet.rounded_weights import merge_rounded
 from skillnet.skills import default_tasks, masked_tasks
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 
@@ -97,6 +102,36 @@ def test_a_part_repeats_its_dropout_in_the_second_pass(data: Path) -> None:
     assert len(first) == -(-len(batch.rows) // 3)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+def test_all_passes_of_a_step_share_one_merge(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers, and both passes of each micro-batch, as on a GPU."""
+    config = small_config(data)
+    batch = batch_for(config, "text_to_image")
+    _, exact = gradients_of(config, batch, None)
+    merges: list[Any] = []
+
+    def count(*arguments: Any) -> Any:
+        merges.append(arguments)
+        return merge_rounded(*arguments)
+
+    monkeypatch.setattr(layers, "merge_rounded", count)
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    config.training.micro_batch_size = 3
+    sync = GradientSync(trainable_parameters(model, config), 1, 1e6)
+    rounded = ComputePrecision("bf16", PRECISION.device)
+    batch = batch.to(PRECISION.device, torch.float32)
+    with assume_gpu():
+        backward_step(model, batch, rounded, config, sync)
+    owners = [module for module in model.modules() if isinstance(module, SkillWeights)]
+    assert len(merges) == len(owners)
+    ours, theirs = (
+        torch.cat([p.grad.double().flatten() for p in each.parameters() if p.grad is not None])
+        for each in (model, exact)
+    )
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert 0.95 < ours.norm() / theirs.norm() < 1.05
 
 
 @pytest.mark.parametrize("task", ["speech_recognition", MASKED[0]])
