@@ -7,7 +7,7 @@ then compute statistics (``sweeps.analysis``) and write a report (``sweeps.repor
 import time
 import webbrowser
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,17 @@ from sweeps.study.planned_trials import request_planned_study
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
     from sweeps.analysis.finished_runs import FinishedRun
+    from sweeps.analysis.power import PowerPlan
     from sweeps.report.report import ComparisonReport
     from sweeps.study.study import TuningResult
 
 
-def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
+def compare(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
     """Run a study or read finished runs, then write and record the report.
 
     Returns:
-        The report, and the number of final runs of the study that failed.
+        The report, and the number of final runs of the study that failed. With ``power``, what
+        the study could decide, and 0.
 
     Raises:
         UserError: a run does not exist, is not finished or cannot be compared, or the study is
@@ -49,6 +51,9 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
     if not config.name:
         raise UserError("a study needs a name, by which it can be resumed; give --name")
     check_roles(config, list(config.systems))
+    config.claims.check_names(config.systems, [*config.run.tasks])
+    if config.power:
+        return plan_study_power(config), 0
     with terminate_as_interrupt(), lock_run_folder(config.folder):
         return _compare_study(config)
 
@@ -113,14 +118,38 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     return report, len(study.failed_runs)
 
 
-def _compare_runs(config: StudyConfig) -> "ComparisonReport":
-    from sweeps.analysis.finished_runs import find_run, label_runs, read_run
+def plan_study_power(config: StudyConfig) -> "PowerPlan":
+    """Return what a study could decide, given the variances of an earlier one.
+
+    Args:
+        config: the planned study; ``power`` names the earlier one.
+
+    Raises:
+        UserError: a run does not exist or cannot be compared, or its variances are unknown.
+    """
+    from sweeps.analysis.comparison import compare_systems
+    from sweeps.analysis.finished_runs import label_runs
+    from sweeps.analysis.power import PowerPlan, plan_power
+
+    runs, _ = _read_named_runs(config.power, config.tracking.uri)
+    earlier = compare_systems(label_runs(runs))
+    seeds = {label: config.seeds_of(label) for label in config.systems}
+    tests = plan_power(earlier, config.claims, seeds)
+    named = ", ".join(config.power) if len(config.power) < 4 else f"{len(config.power)} runs"
+    return PowerPlan(str(config.name), named, tests)
+
+
+def _read_named_runs(
+    names: Sequence[str], uri: str | None
+) -> tuple[list["FinishedRun"], list[tuple[Path, dict[str, "TuningResult"]]]]:
+    """Read finished runs and the runs of studies; return the studies with their tuning."""
+    from sweeps.analysis.finished_runs import find_run, read_run
     from sweeps.study.study import read_study_ledger
     from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished_runs
 
     runs: list[FinishedRun] = []
     studies: list[tuple[Path, dict[str, TuningResult]]] = []
-    for named in config.runs:
+    for named in names:
         # Runs in an object store are read from a local copy.
         location = str(fetch_finished_runs(named)) if is_uri(named) else named
         for path in (Path(location).expanduser(), run_root() / location):
@@ -130,7 +159,14 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
                 runs += [read_run(folder, label) for label, folder in members]
                 break
         else:
-            runs.append(read_run(find_run(location, config.tracking.uri)))
+            runs.append(read_run(find_run(location, uri)))
+    return runs, studies
+
+
+def _compare_runs(config: StudyConfig) -> "ComparisonReport":
+    from sweeps.analysis.finished_runs import label_runs
+
+    runs, studies = _read_named_runs(config.runs, config.tracking.uri)
     # label_runs may rename systems; tuning results must follow their runs.
     old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)
@@ -289,18 +325,28 @@ def normalize_arguments(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def show_comparison(report: "ComparisonReport") -> None:
-    """Print the claims and the main tables."""
+def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
+    """Print the claims and the main tables, or the power of a planned study."""
+    from sweeps.analysis.power import PowerPlan, tabulate_power
     from sweeps.report.report import show_report
+
+    if isinstance(report, PowerPlan):
+        title = f"{report.study}: what it could decide, with the variances of {report.earlier}"
+        console.print_table(title, *tabulate_power(report.tests))
+        return
 
     show_report(report)
     assert report.folder is not None
     console.print_note(f"report: {report.folder / 'report.html'}; tables: CSV files beside it")
 
 
-def report_document(report: "ComparisonReport") -> dict[str, Any]:
-    """Return the report as a JSON document."""
+def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
+    """Return the report, or the power of a planned study, as a JSON document."""
+    from sweeps.analysis.power import PowerPlan
     from sweeps.report.report import report_to_dict
+
+    if isinstance(report, PowerPlan):
+        return asdict(report)
 
     return report_to_dict(report)
 
@@ -326,6 +372,7 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
         "seeds",
         "reference",
         "specialist",
+        "power",
         "tuning.trials",
         "interpret",
         "output",
@@ -340,10 +387,12 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
         "tracking.uri",
     ),
 )
-def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
+def main(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
     """Run ``skillnet compare``."""
+    from sweeps.analysis.power import PowerPlan
+
     report, failed = compare(config)
-    if config.open and report.folder is not None:
+    if config.open and not isinstance(report, PowerPlan) and report.folder is not None:
         page = (report.folder / "report.html").absolute().as_uri()
         if not webbrowser.open(page):
             console.print_warning(f"no browser could be started; open {page} in a browser")

@@ -1,6 +1,7 @@
 """Compare systems: score estimates, paired tests, relative scores and costs.
 
-All computations use scores where higher is better: accuracy, 1 − token error rate, recall at 10.
+All computations use scores where higher is better: accuracy, 1 − token error rate (at least 0),
+recall at 10; see :func:`pipelines.evaluation.tables.score_metric`.
 Only the split ``test`` is tested; other test splits get intervals. :func:`compare_systems` is
 called by ``skillnet compare``.
 """
@@ -10,19 +11,26 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.evaluation.tables import sort_rows
+from pipelines.evaluation.tables import SCORED_METRICS, sort_rows
+from skillnet.unit_statistics import ScoreScale
 from skillnet_platform.errors import UserError, check_known_names
 from sweeps.analysis import statistics
 from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun, check_comparable
-from sweeps.analysis.statistics import RunSample, ScoreEstimate, SeedVariance
-from sweeps.config.trials import PRIMARY_METRICS
+from sweeps.analysis.statistics import (
+    RunSample,
+    SampleDifference,
+    ScoreEstimate,
+    SeedVariance,
+)
+from sweeps.config.claims import MEAN_TASK
 
 #: Split of significance tests, scores and costs.
 SPLIT = "test"
 
 #: Pseudo-task: the mean over the tasks that all systems have.
-MEAN = "mean"
+MEAN = MEAN_TASK
 
 #: Significance level after correction.
 ALPHA = 0.05
@@ -85,15 +93,17 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class RelativeScore:
-    """Mean over tasks of a system's score divided by the specialists' score.
+    """Geometric mean over tasks of a system's mean score divided by the specialists'.
 
     Args:
         against: label of the specialists.
         value: the estimate.
+        without_one: smallest and largest value if one task is left out; None with one task.
     """
 
     against: str
     value: ScoreEstimate
+    without_one: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ class SystemComparison:
         relative: label -> relative score.
         tests: all paired tests.
         costs: (label, task) -> cost; (label, "mean") is the mean over tasks.
+        spreads: (task, split) -> variance over seeds, pooled over systems.
     """
 
     systems: Mapping[str, Sequence[FinishedRun]]
@@ -127,6 +138,7 @@ class SystemComparison:
     relative: Mapping[str, RelativeScore]
     tests: Sequence[PairedTest]
     costs: Mapping[tuple[str, str], TaskCost]
+    spreads: Mapping[tuple[str, str], SeedVariance | None]
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -141,6 +153,23 @@ class SystemComparison:
     def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:
         """Return the estimate of a score, or None if the system lacks the task."""
         return self.scores.get((label, task, split))
+
+    def has_task(self, task: str, *labels: str) -> bool:
+        """Return whether some systems were evaluated on the test split of a task."""
+        return all((label, task, SPLIT) in self.samples for label in labels)
+
+    def subtract_scores(
+        self, own: str, other: str, task: str
+    ) -> tuple[SampleDifference, SeedVariance | None]:
+        """Return the score of one system minus that of another, and the pooled seed variance.
+
+        Args:
+            own: label of one system.
+            other: label of the other system.
+            task: task name, or ``mean``.
+        """
+        left, right = self.samples[own, task, SPLIT], self.samples[other, task, SPLIT]
+        return SampleDifference(left, right), self.spreads[task, SPLIT]
 
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
         """Return the test of two systems on a task, or None if there is none."""
@@ -204,7 +233,7 @@ def compare_systems(
                 splits[task].append(split)
         # A row with another metric, such as macro F1, is not the primary score of its task.
         metrics |= {
-            row["task"]: row["metric"] for row in run.rows if row["metric"] in PRIMARY_METRICS
+            row["task"]: row["metric"] for row in run.rows if row["metric"] in SCORED_METRICS
         }
     tasks = [task for task in sort_rows(splits) if task in metrics]
     samples = _build_samples(systems, tasks, splits, metrics)
@@ -229,9 +258,9 @@ def compare_systems(
         (label, task, split): statistics.estimate_mean(
             sample,
             spreads[task, split],
-            # The token error rate can exceed 1, so its score has no lower bound.
-            least=-np.inf if metrics.get(task) == "token_error_rate" else 0.0,
+            least=0.0,
             most=1.0,
+            scale=_find_scale(metrics.get(task)),
         )
         for (label, task, split), sample in samples.items()
     }
@@ -248,6 +277,7 @@ def compare_systems(
         _estimate_relative_scores(samples, list(systems), common, roles.specialist),
         _run_tests(samples, spreads, list(systems), [*tasks, MEAN], roles.reference),
         _collect_costs(systems, tasks, common),
+        spreads,
     )
 
 
@@ -282,16 +312,24 @@ def _build_samples(
                     continue
                 parts = {run.seed: run.outcomes[task, split] for run in having}
                 weight = next(iter(parts.values())).denominator
-                more_is_better = PRIMARY_METRICS[metrics[task]]
+                more_is_better = SCORED_METRICS[metrics[task]]
                 # Scores count what is right, so errors are subtracted from the weights.
                 amounts = {
                     seed: part.numerator if more_is_better else weight - part.numerator
                     for seed, part in parts.items()
                 }
-                samples[label, task, split] = statistics.build_sample(
-                    amounts, weight, (task, split)
-                )
+                # All runs have equal units, see check_comparable.
+                units = next(iter(parts.values())).unit
+                sample = statistics.build_sample(amounts, weight, (task, split), units)
+                samples[label, task, split] = statistics.clip_sample(sample)
     return samples
+
+
+def _find_scale(metric: str | None) -> ScoreScale:
+    # A mean over tasks is neither a share nor a rate.
+    if metric is None:
+        return "free"
+    return "share" if SCORED_METRICS[metric] else "error_rate"
 
 
 def _estimate_relative_scores(
@@ -300,26 +338,41 @@ def _estimate_relative_scores(
     common: Sequence[str],
     specialist: str,
 ) -> dict[str, RelativeScore]:
-    means: dict[str, tuple[str, RunSample]] = {}
+    logs = {
+        (label, task): statistics.take_logarithm(samples[label, task, SPLIT])
+        for label in labels
+        for task in common
+    }
+    means = {
+        label: statistics.average_samples([logs[label, task] for task in common])
+        for label in labels
+    }
+    spread = statistics.pool_seed_variance(list(means.values()))
+    nan, found = float("nan"), {}
     for label in labels:
         against = find_variant(specialist, label, labels)
-        if against is None:
-            continue
-        ratios = [
-            statistics.divide_samples(samples[label, task, SPLIT], samples[against, task, SPLIT])
-            for task in common
-        ]
-        means[label] = (against, statistics.average_samples(ratios))
-    # The ratio of the specialists to themselves is 1 for every seed and has no variance.
-    spread = statistics.pool_seed_variance(
-        [own for label, (against, own) in means.items() if label != against]
-    )
-    return {
-        label: RelativeScore(
-            against, statistics.estimate_mean(own, spread if label != against else None)
-        )
-        for label, (against, own) in means.items()
-    }
+        if against == label:
+            # 1 by definition, so it has no interval.
+            estimate = ScoreEstimate(1.0, nan, nan, nan, nan, len(means[label].seeds))
+            found[label] = RelativeScore(against, estimate, None)
+        elif against is not None:
+            log = statistics.estimate_mean(SampleDifference(means[label], means[against]), spread)
+            each = [SampleDifference(logs[label, t], logs[against, t]).value for t in common]
+            found[label] = _build_relative_score(against, log, np.array(each))
+    return found
+
+
+def _build_relative_score(
+    against: str, log: ScoreEstimate, logs_T: NDArray[np.float64]
+) -> RelativeScore:
+    """Return a geometric mean from its logarithm and the logarithms of its tasks."""
+    value, low, high = (float(np.exp(x)) for x in log[:3])
+    without_one = None
+    if len(logs_T) > 1:
+        rest = np.exp((logs_T.sum() - logs_T) / (len(logs_T) - 1))
+        without_one = (float(rest.min()), float(rest.max()))
+    estimate = ScoreEstimate(value, low, high, value * log.std_error, log.dof, log.seeds)
+    return RelativeScore(against, estimate, without_one)
 
 
 def _run_tests(
@@ -343,9 +396,7 @@ def _run_tests(
             left, right = samples.get((label, task, SPLIT)), samples.get((against, task, SPLIT))
             if left is None or right is None:
                 continue
-            change = statistics.subtract_samples(left, right)
-            pooled = spreads[task, SPLIT]
-            spread = pooled.for_difference() if pooled else None
+            change, spread = SampleDifference(left, right), spreads[task, SPLIT]
             estimate = statistics.estimate_mean(change, spread)
             p = statistics.compute_p_value(change, spread)
             tests.append((kind, label, against, task, estimate, p))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
-from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes
+from pipelines.evaluation.outcomes import OutcomeTable, RowOutcomes, has_equal_rows, read_outcomes
 from pipelines.runs.layout import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
@@ -300,7 +300,7 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Raise UserError unless all runs were evaluated on the same rows of the same corpora."""
     corpora: dict[str, tuple[str, FinishedRun]] = {}
-    weights: dict[tuple[str, str], tuple[np.ndarray, FinishedRun]] = {}
+    rows: dict[tuple[str, str], tuple[RowOutcomes, FinishedRun]] = {}
     for run in runs:
         for name, digest in run.digests.items():
             # The first run with a corpus defines the version that the others must have.
@@ -311,13 +311,14 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                     f"({digest[:12]} and {known[:12]}); compare runs of one version"
                 )
         for key in run.outcomes:
-            own = run.outcomes[key].denominator
-            weight, first = weights.setdefault(key, (own, run))
-            # Equal weights mean equal rows: each row contributes its number of symbols or queries.
-            if not np.array_equal(own, weight):
+            own = run.outcomes[key]
+            known_rows, first = rows.setdefault(key, (own, run))
+            # Each row contributes its number of symbols or queries, and its unit.
+            if not has_equal_rows(own, known_rows):
                 raise UserError(
                     f"{run.folder} and {first.folder} were evaluated on different rows of "
-                    f"{key[0]} {key[1]} ({len(own)} and {len(weight)}); compare runs of one version"
+                    f"{key[0]} {key[1]} ({len(own)} and {len(known_rows)}); compare runs of one "
+                    "version"
                 )
 
 

@@ -30,6 +30,9 @@ def format_signed_points(value: float) -> str:
 
 def format_interval(change: Sequence[float]) -> str:
     """Return (difference, low, high, …) in points: ``+1.2 (+0.3 to +2.1)``."""
+    # One held-out unit gives a value without an interval.
+    if np.isnan(change[1]):
+        return format_signed_points(change[0])
     value, low, high = (format_signed_points(x) for x in change[:3])
     return f"{value} ({low} to {high})"
 

@@ -1,25 +1,28 @@
-"""Intervals and tests over seeds and test rows together, for few seeds and many rows.
+"""Intervals and tests over seeds and held-out units together, for few seeds and many units.
 
-A score of a study depends on two random choices: the seeds that were run and the rows that were
-tested. Every seed answers every row, so the two factors are crossed. The model is the two-way
-random-effects model y[s, n] = mean + seed[s] + row[n] + residual[s, n]. The variance of the mean is
+A score of a study depends on two random choices: the seeds that were run and the units that the
+test split drew (modules, subtrees, speakers). Every seed answers every row, so the two factors are
+crossed. The model is the two-way random-effects model of readers and cases,
+y[s, k] = mean + seed[s] + unit[k] + residual[s, k], on jackknife pseudovalues of the units
+(source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007). The variance of the mean is
 
-    (MS_seed + max(MS_row - MS_residual, 0)) / (S N)
+    (MS_seed + max(MS_unit - MS_residual, 0)) / (S K)
 
-with Satterthwaite's degrees of freedom. This is the analysis of several readers and many cases
-(source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007).
+with Satterthwaite's degrees of freedom. Rows of a unit are summed first: they resemble each other,
+and as independent rows they gave intervals that were three times too short (decision 51).
 
-Two or three seeds carry little information about the seed variance: they may agree by chance, and
-a test would be overconfident. The seed variance is therefore pooled over the systems of a study
-(:class:`SeedVariance`), as in any analysis of variance. A system's own variance is used where it
-is larger. ``docs/comparison.md`` lists the measured coverage and false alarms of this method, of
-each system's own variance, and of a crossed bootstrap.
+Two to four seeds carry little information about the seed variance: they may agree by chance, and
+a test would be overconfident. Systems with so few seeds take the variance that is pooled over the
+systems of a study (:class:`SeedVariance`), or their own if it is larger. From ``MIN_OWN_SEEDS``
+seeds on each system has its own variance, because systems differ in it (source: Welch 1947).
+``docs/comparison.md`` lists the measured coverage and false alarms.
 
-A :class:`RunSample` is a number per run with the influence of each row. Means over tasks, ratios to
-a baseline and differences are samples too, so one estimator serves all of them. Differences are
-paired by row and seed.
+A :class:`RunSample` is a number per run with the effect of each unit. Means over tasks and
+logarithms are samples too. A :class:`SampleDifference` is paired by unit. It is not paired by seed:
+runs of different systems with equal seeds have nothing in common that was measurable, and so all
+runs of both systems count.
 
-Shapes: S seeds, N test rows of one split.
+Shapes: S seeds, N test rows of one split, K units.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -30,12 +33,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-#: Confidence level of intervals.
-LEVEL = 0.95
+from skillnet.unit_statistics import (
+    CONFIDENCE_LEVEL,
+    ScoreScale,
+    bound_score,
+    compute_least_error,
+    jackknife_units,
+)
+
+#: Runs of a system from which on its own variance over seeds is used.
+MIN_OWN_SEEDS = 5
 
 
 class ScoreEstimate(NamedTuple):
-    """A mean over seeds and rows with its uncertainty.
+    """A mean over seeds and units with its uncertainty.
 
     Args:
         value: mean over seeds.
@@ -43,8 +54,9 @@ class ScoreEstimate(NamedTuple):
         high: upper bound of the interval.
         std_error: standard error.
         dof: degrees of freedom of the standard error.
-        seeds: number of seeds. With one seed and no pooled variance, the standard error and the
-            interval cover test rows only.
+        seeds: number of seeds, the smaller one of a difference. With one seed and no pooled
+            variance, the standard error and the interval cover held-out units only. With one unit
+            they are NaN.
     """
 
     value: float
@@ -66,66 +78,102 @@ class SeedVariance(NamedTuple):
     variance: float
     dof: float
 
-    def for_difference(self) -> "SeedVariance":
-        """Return the variance of the difference of two systems' runs."""
-        # Seeds of different systems are treated as independent, so the variances add.
-        return SeedVariance(2 * self.variance, self.dof)
-
 
 @dataclass(frozen=True)
 class RunSample:
-    """A score of every run of one system, with the influence of each row.
+    """A score of every run of one system, with the effect of each held-out unit.
 
     Args:
         seeds: seeds of the runs, ascending.
         values: (S,) score of each run.
-        rows: split -> (S, N): effect of row n on the run's score, times N; the values of a run
-            sum to 0 (an influence function). Splits are independent of each other.
+        effects: split -> (S, K) jackknife effects of its units, see
+            :func:`skillnet.unit_statistics.jackknife_units`. Splits are independent of each other.
+        dofs: split -> degrees of freedom of the variance over its units.
     """
 
     seeds: tuple[int, ...]
     values: NDArray[np.float64]
-    rows: Mapping[Hashable, NDArray[np.float64]]
+    effects: Mapping[Hashable, NDArray[np.float64]]
+    dofs: Mapping[Hashable, float]
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("a sample needs at least one run")
-        for key, part in self.rows.items():
-            if part.shape[0] != len(self.seeds) or part.ndim != 2 or part.shape[1] < 2:
+        for key, part in self.effects.items():
+            if part.shape[0] != len(self.seeds) or part.ndim != 2:
                 raise ValueError(
-                    f"{key}: rows of {len(self.seeds)} runs must have the shape (seeds, at least "
-                    f"2 rows), not {part.shape}"
+                    f"{key}: effects of {len(self.seeds)} runs must have the shape (seeds, "
+                    f"units), not {part.shape}"
                 )
+
+    @property
+    def units(self) -> int:
+        """The smallest number of units of its splits."""
+        return min(part.shape[1] for part in self.effects.values())
 
     def select(self, indices: Sequence[int]) -> "RunSample":
         """Return the runs at the given indices."""
         chosen = list(indices)
-        rows = {key: part[chosen] for key, part in self.rows.items()}
-        return RunSample(tuple(self.seeds[i] for i in chosen), self.values[chosen], rows)
+        effects = {key: part[chosen] for key, part in self.effects.items()}
+        seeds = tuple(self.seeds[i] for i in chosen)
+        return RunSample(seeds, self.values[chosen], effects, self.dofs)
 
 
-def build_sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -> RunSample:
+@dataclass(frozen=True)
+class SampleDifference:
+    """The scores of one system minus those of another.
+
+    Args:
+        left: scores of one system.
+        right: scores of another system, with the same units.
+    """
+
+    left: RunSample
+    right: RunSample
+
+    def __post_init__(self) -> None:
+        for key in self.left.effects.keys() & self.right.effects.keys():
+            own, other = (each.effects[key].shape[1] for each in (self.left, self.right))
+            if own != other:
+                raise ValueError(f"{key}: {own} units cannot be paired with {other}")
+
+    @property
+    def value(self) -> float:
+        """Difference of the means over seeds."""
+        return float(self.left.values.mean() - self.right.values.mean())
+
+
+def build_sample(
+    amounts: Mapping[int, ArrayLike],
+    weight: ArrayLike,
+    key: Hashable,
+    units: ArrayLike | None = None,
+) -> RunSample:
     """Return the ratio sum(amount) / sum(weight) of each run over the rows of a split.
 
     Args:
         amounts: seed -> (N,) numerators.
         weight: (N,) denominators, equal for all runs.
-        key: name of the split; samples with the same key are paired by row.
+        key: name of the split; samples with the same key are paired by unit.
+        units: (N,) number of each row's unit, from 0; None counts each row as a unit.
 
     Raises:
         ValueError: the weights sum to 0.
     """
     seeds = tuple(sorted(amounts))
     amount_SN = np.stack([np.asarray(amounts[seed], np.float64) for seed in seeds])
-    weight_N = np.asarray(weight, np.float64)
-    if weight_N.sum() <= 0:
-        raise ValueError(f"{key}: the weights of the rows must sum to more than 0")
-    # A ratio of sums weights long rows more, as the token error rate is defined.
-    values_S = amount_SN.sum(1) / weight_N.sum()
-    # Influence function of the ratio: each run's values sum to 0.
-    # Division by the mean weight gives the influences the unit of the score.
-    rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
-    return RunSample(seeds, values_S, {key: rows_SN})
+    try:
+        found = jackknife_units(amount_SN, weight, units)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return RunSample(seeds, found.values_S, {key: found.effects_SK}, {key: found.dof})
+
+
+def clip_sample(sample: RunSample) -> RunSample:
+    """Return a sample whose negative scores are 0: a token error above 1 is worth nothing."""
+    kept = sample.values > 0
+    effects = {key: part * kept[:, None] for key, part in sample.effects.items()}
+    return RunSample(sample.seeds, sample.values * kept, effects, sample.dofs)
 
 
 # -- arithmetic of samples -----------------------------------------------------------------
@@ -135,59 +183,27 @@ def average_samples(parts: Sequence[RunSample]) -> RunSample:
     """Return the mean of several samples, seed by seed."""
     parts = _on_common_seeds(parts)
     values = np.mean([part.values for part in parts], axis=0)
-    return RunSample(parts[0].seeds, values, _sum_rows([(part, 1 / len(parts)) for part in parts]))
+    # Each split occurs once, because tasks are tested on rows of their own.
+    effects = {key: x / len(parts) for part in parts for key, x in part.effects.items()}
+    dofs = {key: dof for part in parts for key, dof in part.dofs.items()}
+    return RunSample(parts[0].seeds, values, effects, dofs)
 
 
-def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
-    """Return ``left - right``, run by run.
+def take_logarithm(sample: RunSample) -> RunSample:
+    """Return the logarithm of the mean over seeds, with the part of each run (delta method).
 
-    Args:
-        left: scores of one system.
-        right: scores of another system; both are restricted to their common seeds.
-    """
-    left, right = pair_samples(left, right)
-    return RunSample(
-        left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)])
-    )
-
-
-def divide_samples(above: RunSample, below: RunSample) -> RunSample:
-    """Return ``above / below``, run by run; row influences follow by the delta method.
+    The difference of two such samples is the logarithm of the ratio of two means. A mean of ratios
+    would be too high, because a low denominator raises it more than a high one lowers it.
 
     Args:
-        above: numerators.
-        below: denominators; the ratio is NaN where one is 0.
+        sample: scores; all values are NaN if their mean is not above 0.
     """
-    above, below = pair_samples(above, below)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.where(below.values == 0, np.nan, above.values / below.values)
-        # A score of 0 has no relative score; NaN keeps it out of every verdict.
-        scale = np.where(below.values == 0, np.nan, 1 / below.values)
-    return RunSample(above.seeds, values, _sum_rows([(above, scale), (below, -values * scale)]))
-
-
-def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSample]:
-    """Return two samples restricted to their common seeds.
-
-    Samples with fewer than two common seeds are paired in the order of their seeds. Seeds are
-    exchangeable, so any fixed pairing gives a valid test.
-
-    Args:
-        left: scores of one system.
-        right: scores of another system.
-    """
-    # The usual case of a study; the samples need no copy.
-    if left.seeds == right.seeds:
-        return left, right
-    common = sorted(set(left.seeds) & set(right.seeds))
-    if len(common) >= 2 or len(common) == min(len(left.seeds), len(right.seeds)):
-        return (
-            left.select([left.seeds.index(seed) for seed in common]),
-            right.select([right.seeds.index(seed) for seed in common]),
-        )
-    # One common seed gives no variance, so pairing by order uses more of the runs.
-    count = min(len(left.seeds), len(right.seeds))
-    return left.select(range(count)), right.select(range(count))
+    mean = float(sample.values.mean())
+    # A score of 0 has no relative score; NaN keeps it out of every verdict.
+    mean = mean if mean > 0 else float("nan")
+    values = np.log(mean) + (sample.values - mean) / mean
+    effects = {key: part / mean for key, part in sample.effects.items()}
+    return RunSample(sample.seeds, values, effects, sample.dofs)
 
 
 def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
@@ -195,21 +211,6 @@ def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
         raise ValueError("a mean requires at least one sample")
     common = sorted(set.intersection(*(set(part.seeds) for part in parts)))
     return [part.select([part.seeds.index(seed) for seed in common]) for part in parts]
-
-
-def _sum_rows(
-    terms: Sequence[tuple[RunSample, float | NDArray]],
-) -> dict[Hashable, NDArray[np.float64]]:
-    rows: dict[Hashable, NDArray[np.float64]] = {}
-    for part, factor in terms:
-        for key, own in part.rows.items():
-            scaled = own * np.reshape(factor, (-1, 1))
-            if key in rows and rows[key].shape != scaled.shape:
-                raise ValueError(
-                    f"{key}: {rows[key].shape[1]} rows cannot be paired with {scaled.shape[1]}"
-                )
-            rows[key] = rows[key] + scaled if key in rows else scaled
-    return rows
 
 
 # -- estimates and tests -------------------------------------------------------------------
@@ -226,45 +227,70 @@ def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
 
 
 def estimate_mean(
-    sample: RunSample,
+    sample: RunSample | SampleDifference,
     spread: SeedVariance | None = None,
-    level: float = LEVEL,
+    level: float = CONFIDENCE_LEVEL,
     least: float = -np.inf,
     most: float = np.inf,
+    scale: ScoreScale = "free",
 ) -> ScoreEstimate:
     """Return the mean over seeds with its interval, clipped to ``least`` and ``most``.
 
     Args:
-        sample: score of each run.
-        spread: pooled variance over seeds; None takes the variance of the sample.
+        sample: score of each run, or a difference.
+        spread: variance over seeds of one system, pooled over systems; None takes the sample's own.
         level: confidence level.
         least: lower end of the score's range.
         most: upper end of the score's range.
+        scale: how the variance depends on the score, see
+            :func:`skillnet.unit_statistics.bound_score`; "error_rate" is about 1 - score.
     """
-    value, error, dof = _mean_and_error(sample, spread)
-    # With zero error the degrees of freedom are infinite, and 0.0 * error keeps NaN.
-    half = float(stats.t.ppf((1 + level) / 2, dof)) * error if error else 0.0 * error
-    low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
-    return ScoreEstimate(value, low, high, error, dof, len(sample.seeds))
+    terms = _list_terms(sample)
+    value, error, dof = _mean_and_error(terms, spread)
+    units = min(each.units for each, _ in terms)
+    if scale == "error_rate":
+        high, low = (1 - x for x in bound_score(1 - value, error, dof, units, scale, level))
+    else:
+        low, high = bound_score(value, error, dof, units, scale, level)
+    low, high = (float(np.clip(x, least, most)) for x in (low, high))
+    return ScoreEstimate(value, low, high, error, dof, min(len(each.seeds) for each, _ in terms))
 
 
 def compute_p_value(
-    sample: RunSample, spread: SeedVariance | None = None, null: float = 0.0
+    sample: RunSample | SampleDifference, spread: SeedVariance | None = None, null: float = 0.0
 ) -> float:
     """Return the two-sided p-value of "the mean is ``null``" (Student's t).
 
     Args:
-        sample: score of each run.
-        spread: pooled variance over seeds; None takes the variance of the sample.
+        sample: score of each run, or a difference.
+        spread: variance over seeds of one system, pooled over systems; None takes the sample's own.
         null: mean under the null hypothesis.
     """
-    value, error, dof = _mean_and_error(sample, spread)
-    if np.isnan(value) or np.isnan(error):
-        return float("nan")
-    # Without variance any difference from the null hypothesis is certain.
-    if error == 0:
-        return 1.0 if value == null else 0.0
+    value, error, dof = _mean_and_error(_list_terms(sample), spread)
+    # NaN without an error: one unit, or no ratio.
     return float(2 * stats.t.sf(abs(value - null) / error, dof))
+
+
+def estimate_unit_variance(sample: RunSample | SampleDifference) -> tuple[float, float]:
+    """Return the variance of the mean over units alone, which more seeds do not reduce.
+
+    Args:
+        sample: score of each run, or a difference.
+
+    Returns:
+        The variance, and its degrees of freedom; NaN with one unit.
+    """
+    terms = _list_terms(sample)
+    if min(each.units for each, _ in terms) < 2:
+        return float("nan"), float("nan")
+    parts = _unit_variances(terms)
+    return sum(variance for variance, _ in parts), _combine_dofs(parts)
+
+
+def _list_terms(sample: RunSample | SampleDifference) -> list[tuple[RunSample, float]]:
+    if isinstance(sample, RunSample):
+        return [(sample, 1.0)]
+    return [(sample.left, 1.0), (sample.right, -1.0)]
 
 
 def _variance(values_S: NDArray[np.float64]) -> float:
@@ -275,30 +301,62 @@ def _variance(values_S: NDArray[np.float64]) -> float:
     return float(values_S.var(ddof=1))
 
 
-def _mean_and_error(sample: RunSample, spread: SeedVariance | None) -> tuple[float, float, float]:
-    """Return the mean, its standard error and the degrees of freedom."""
-    count = len(sample.seeds)
-    value = float(sample.values.mean())
-    variances, squares = [], []
-    if count > 1 or spread is not None:
-        known = spread or SeedVariance(0.0, count - 1)
+def _mean_and_error(
+    terms: Sequence[tuple[RunSample, float]], spread: SeedVariance | None
+) -> tuple[float, float, float]:
+    """Return the mean of a sum of systems' scores, its standard error and degrees of freedom."""
+    value = sum(sign * float(sample.values.mean()) for sample, sign in terms)
+    if min(sample.units for sample, _ in terms) < 2:
+        return value, float("nan"), float("nan")
+    parts = [term for sample, _ in terms if (term := _seed_variance(sample, spread)) is not None]
+    parts += _unit_variances(terms)
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return value, *_least_error_and_dof(terms[0][0])
+    return value, float(np.sqrt(total)), _combine_dofs(parts)
+
+
+def _combine_dofs(parts: Sequence[tuple[float, float]]) -> float:
+    """Return Satterthwaite's degrees of freedom of a sum of independent variances."""
+    total = sum(variance for variance, _ in parts)
+    squares = sum(variance**2 / dof for variance, dof in parts)
+    return float(total**2 / squares) if squares > 0 else float("inf")
+
+
+def _seed_variance(sample: RunSample, spread: SeedVariance | None) -> tuple[float, float] | None:
+    """Return the variance of a system's mean over seeds, and its dof; None if unknown."""
+    count, own = len(sample.seeds), _variance(sample.values)
+    if count < MIN_OWN_SEEDS and spread is not None:
         # The larger of own and pooled variance, so that an unstable system is not understated.
-        variances.append(max(_variance(sample.values), known.variance) / count)
-        squares.append(variances[-1] ** 2 / known.dof)
-    for part in sample.rows.values():
-        rows = part.shape[1]
-        mean_N = part.mean(0)
-        variance = float(mean_N.var(ddof=1)) / rows
-        if count > 1:
-            # The row variance contains residual variance, which averages out over seeds.
-            residual = float(((part - mean_N) ** 2).sum()) / ((count - 1) * (rows - 1))
-            variance = max(variance - residual / (count * rows), 0.0)
-        variances.append(variance)
-        squares.append(variance**2 / (rows - 1))
-    total = sum(variances)
-    # Satterthwaite's approximation for a sum of independent variances.
-    dof = total**2 / sum(squares) if sum(squares) > 0 else np.inf
-    return value, float(np.sqrt(total)), float(dof)
+        return max(own, spread.variance) / count, spread.dof
+    return (own / count, count - 1) if count > 1 else None
+
+
+def _unit_variances(terms: Sequence[tuple[RunSample, float]]) -> list[tuple[float, float]]:
+    """Return the variance of the mean over the units of each split, and its dof."""
+    found = []
+    for key in dict.fromkeys(key for sample, _ in terms for key in sample.effects):
+        having = [(sample.effects[key], sign) for sample, sign in terms if key in sample.effects]
+        units = having[0][0].shape[1]
+        mean_K = sum(sign * part.mean(0) for part, sign in having)
+        variance = float((mean_K**2).sum()) / ((units - 1) * units)
+        for part, _ in having:
+            count = len(part)
+            if count > 1:
+                # The unit variance contains residual variance, which averages out over seeds.
+                residual = float(((part - part.mean(0)) ** 2).sum()) / ((count - 1) * (units - 1))
+                variance -= residual / (count * units)
+        dof = next(sample.dofs[key] for sample, _ in terms if key in sample.effects)
+        found.append((max(variance, 0.0), dof))
+    return found
+
+
+def _least_error_and_dof(sample: RunSample) -> tuple[float, float]:
+    """Return the standard error of a mean over splits that shows no variance at all."""
+    dof = min(sample.dofs.values())
+    each = [compute_least_error(part.shape[1], dof) for part in sample.effects.values()]
+    # A mean over splits weights them equally; their errors are independent.
+    return float(np.sqrt(np.sum(np.square(each)))) / len(each), dof
 
 
 def correct_p_values(p_values: Sequence[float]) -> list[float]:

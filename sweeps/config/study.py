@@ -12,35 +12,16 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import (
     NonNegativeCount,
     RandomSeed,
-    UnitFraction,
     require_bounds,
 )
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import TrackingConfig
+from sweeps.config.claims import ClaimsConfig
 from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig
-
-
-@dataclass
-class ClaimsConfig:
-    """Thresholds of the claims.
-
-    Args:
-        relative: mean relative score to the specialists that SkillNet must reach.
-        margin: non-inferiority margin, as a fraction (0.01 is one point). A score counts as "at
-            or above" another if the interval of their difference lies above minus this margin.
-        equal_cost: activated parameters count as equal within this fraction.
-    """
-
-    relative: Annotated[float, Interval(ge=0, le=100)] = 1.02
-    margin: UnitFraction = 0.01
-    equal_cost: Annotated[float, Interval(ge=0, le=100)] = 0.1
-
-    def __post_init__(self) -> None:
-        require_bounds(self, "claims.")
 
 
 @dataclass
@@ -53,8 +34,7 @@ class SystemConfig:
         pretrain: start each run from its own pretraining, with the seed of the run.
         set: flat key -> value that overrides the study's run for this system.
         reuse_tuning_of: system whose tuned settings are used instead of own tuning trials.
-        extra_seeds: seeds beyond the study's, for close results. Two systems are tested on their
-            common seeds.
+        extra_seeds: seeds beyond the study's, for close results.
     """
 
     system: str
@@ -112,7 +92,9 @@ class StudyConfig:
         resources: resources of one run.
         reference: label of the system that the others are tested against; by default skillnet.
         specialist: label of the system whose scores count as 1; by default specialist.
-        claims: thresholds of the claims.
+        claims: claims of the study, with margins and order.
+        power: an earlier study, or finished runs: state what this study could decide, given their
+            variances; nothing is trained.
         interpret: add figures about the skills of the reference: ablations, similarity,
             gradients.
         output: directory of the report; by default the study's directory.
@@ -133,6 +115,7 @@ class StudyConfig:
     reference: str | None = None
     specialist: str | None = None
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+    power: list[str] = field(default_factory=list)
     interpret: bool = True
     output: str | None = None
     open: bool = False

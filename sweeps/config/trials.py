@@ -6,14 +6,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from pipelines.evaluation.tables import OBJECTIVE_METRICS
+from pipelines.evaluation.tables import SCORED_METRICS, score_metric
 from skillnet_platform.config.bounds import NonNegativeCount, PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
-#: Primary metric of a task with labels -> whether higher is better.
-PRIMARY_METRICS = dict(
-    figure for objective, figure in OBJECTIVE_METRICS.items() if objective != "masked"
-)
 TrialStatus = Literal["finished", "stopped", "failed", "interrupted"]
 
 
@@ -151,13 +147,8 @@ class ScoreConfig:
         """
         scores: dict[str, float] = {}
         for row in rows:
-            if row["split"] == self.split and row["metric"] in PRIMARY_METRICS:
-                value = float(row["value"])
-                # An error rate above 1 would otherwise give a negative score that dominates the
-                # mean.
-                scores[row["task"]] = (
-                    value if PRIMARY_METRICS[row["metric"]] else max(1.0 - value, 0.0)
-                )
+            if row["split"] == self.split and row["metric"] in SCORED_METRICS:
+                scores[row["task"]] = score_metric(row["metric"], float(row["value"]))
         if self.tasks:
             scores = {name: scores[name] for name in self.tasks}
         if self.kind == "relative":

@@ -32,7 +32,8 @@ def render_report(report: "ComparisonReport") -> str:
             {"name": name, "uri": encode(figure), "caption": report.captions.get(name, name)}
             for name, figure in figures.items()
         ]
-    sections = {id: name for id, name in SECTIONS.items() if id != "skills" or report.skills}
+    shown = {"skills": report.skills, "claims": report.claims}
+    sections = {id: name for id, name in SECTIONS.items() if shown.get(id, True)}
     return render_template("report.html", values | {"sections": sections})
 
 

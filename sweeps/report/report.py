@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
-from sweeps.analysis.claims import EvaluatedClaim, evaluate_claims
+from sweeps.analysis.claims import EvaluatedClaim, answer_in_a_sentence, evaluate_claims
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
-from sweeps.config.study import ClaimsConfig
+from sweeps.config.claims import ClaimsConfig
 from sweeps.report.plots import draw_plots
 from sweeps.report.tables import ReportTable, build_tables
 
@@ -87,6 +87,11 @@ class ComparisonReport:
     folder: Path | None = None
 
     @property
+    def answer(self) -> str:
+        """The answer of a comparison of two systems, in a sentence; "" for more systems."""
+        return answer_in_a_sentence(self.comparison)
+
+    @property
     def lead(self) -> str:
         """One line that states the size of the comparison."""
         comparison = self.comparison
@@ -112,7 +117,7 @@ def build_report(
     Args:
         comparison: computed results.
         title: title of the page.
-        rules: thresholds of the claims; None takes the defaults.
+        rules: claims; None states none.
         facts: additional provenance, listed first.
     """
     return ComparisonReport(
@@ -164,12 +169,11 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
 
 def show_report(report: ComparisonReport) -> None:
     """Print the claims and the main tables."""
-    cells = [
-        [claim.verdict, claim.winner_text, claim.text, claim.undecided_reason]
-        for claim in report.claims
-    ]
-    columns = ["verdict", "winner", "claim", ""]
-    console.print_table(report.title, columns, cells)
+    if report.answer:
+        console.print_note(report.answer)
+    if report.claims:
+        cells = [[claim.verdict, claim.text, claim.undecided_reason] for claim in report.claims]
+        console.print_table(report.title, ["verdict", "claim", ""], cells)
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_lines() for cell in row] for row in table.rows]
@@ -180,9 +184,10 @@ def report_to_markdown(report: ComparisonReport) -> str:
     """Return the claims and main tables as Markdown, for the description of the MLflow run."""
     from pipelines.evaluation.tables import markdown_table
 
-    columns = ["claim", "verdict", "winner"]
-    cells = [[c.text, c.verdict, c.winner_text] for c in report.claims]
-    parts = [report.lead + ".", markdown_table(columns, cells)]
+    parts = [report.lead + ".", report.answer]
+    if report.claims:
+        cells = [[claim.text, claim.verdict] for claim in report.claims]
+        parts.append(markdown_table(["claim", "verdict"], cells))
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_line() for cell in row] for row in table.rows]
@@ -200,11 +205,16 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
     return {
         "title": report.title,
         "folder": report.folder,
+        "answer": report.answer,
         "claims": build_claim_rows(report.claims),
         "summary": build_summary_rows(comparison),
         "tests": build_test_rows(comparison),
         "relative": {
-            label: {"against": relative.against, **relative.value._asdict()}
+            label: {
+                "against": relative.against,
+                **relative.value._asdict(),
+                "without_one_task": relative.without_one,
+            }
             for label, relative in comparison.relative.items()
         },
         "runs": [
@@ -249,6 +259,12 @@ def build_summary_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
             {"system": label, "task": MEAN, "split": SPLIT, "score": own.value}
             | {"metric": f"relative_to_{relative.against}", **own._asdict()}
         )
+        if relative.without_one is not None:
+            # Bounds of the value if any task is left out, not an interval.
+            low, high = relative.without_one
+            name = f"relative_to_{relative.against}_without_one_task"
+            row = {"system": label, "task": MEAN, "split": SPLIT, "metric": name}
+            rows.append(row | {"low": low, "high": high})
     return rows
 
 
@@ -278,7 +294,6 @@ def build_claim_rows(claims: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
             "claim": claim.text,
             "rule": claim.rule,
             "verdict": claim.verdict,
-            "winner": claim.winner,
             "undecided_reason": claim.undecided_reason,
             "conditions": [{"text": each.text, "shown": each.shown} for each in claim.conditions],
         }

@@ -18,6 +18,7 @@ from sweeps.analysis.format import (
     format_p_value,
     format_signed_points,
 )
+from sweeps.analysis.run_figures import estimate_run_figures
 from sweeps.analysis.statistics import ScoreEstimate
 
 #: Marks of scores that are significantly better or worse than the reference's.
@@ -82,6 +83,7 @@ def build_tables(comparison: SystemComparison) -> list[ReportTable]:
         build_flops_table(comparison),
     ]
     built += [
+        build_robust_table(comparison),
         build_test_table(comparison),
         build_seed_table(comparison),
         build_settings_table(comparison),
@@ -112,7 +114,7 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
             row.append(TableCell("1"))
         else:
             value = relative.value
-            row.append(TableCell(f"{value.value:.3f}", f"{value.low:.3f}–{value.high:.3f}"))
+            row.append(TableCell(f"{value.value:.3f}", _format_range(value.low, value.high, 3)))
         rows.append(row)
     names = (
         ", ".join(comparison.common_tasks)
@@ -123,14 +125,14 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
         "Results on held-out rows",
         columns,
         rows,
-        "Mean over seeds with the 95 % interval over seeds and test rows, in percent; the variance "
-        f"over seeds is pooled over systems. {BETTER} and "
+        "Mean over seeds with the 95 % interval over seeds and held-out units, in percent; the "
+        f"variance over seeds is pooled over systems. {BETTER} and "
         f"{WORSE}: significantly better or worse than {comparison.reference} with the same "
-        f"pretraining (paired over rows and seeds, Holm's correction over "
+        f"pretraining (paired by unit and seed, Holm's correction over "
         f"{len(comparison.tests)} tests, 5 %). Bold: best of its column. Score: "
-        f"accuracy, 1 − token error rate, recall at 10; the mean is over {names}. Relative: mean "
-        f"over tasks of the score divided by the score of {comparison.specialist} with the same "
-        "pretraining." + _seeds_warning(comparison),
+        f"accuracy, 1 − token error rate (at least 0), recall at 10; the mean is over {names}. "
+        "Relative: geometric mean over tasks of the mean score divided by the mean score of "
+        f"{comparison.specialist} with the same pretraining." + _seeds_warning(comparison),
     )
 
 
@@ -151,8 +153,8 @@ def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
         "Gain from pretraining",
         ["system", *(task.replace("_", " ") for task in tasks)],
         rows,
-        "Score with pretraining minus score without, in points; 95 % interval, paired over rows "
-        f"and seeds. {BETTER} {WORSE}: significant after correction.",
+        "Score with pretraining minus score without, in points; 95 % interval, paired by unit "
+        f"and seed. {BETTER} {WORSE}: significant after correction.",
     )
 
 
@@ -254,7 +256,38 @@ def build_other_splits_table(comparison: SystemComparison) -> ReportTable:
             ),
         ],
         rows,
-        "Percent, with 95 % intervals over seeds and rows; no significance tests.",
+        "Percent, with 95 % intervals over seeds and held-out units; no significance tests. A set "
+        "of one unit has no interval.",
+        collapsed=True,
+    )
+
+
+def build_robust_table(comparison: SystemComparison) -> ReportTable:
+    """Return how the relative score depends on tasks and runs, per system."""
+    figures, rows = estimate_run_figures(comparison), []
+    for label, relative in comparison.relative.items():
+        if relative.against == label or np.isnan(relative.value.value):
+            continue
+        row = [TableCell(label), TableCell(relative.against)]
+        row.append(TableCell(_format_range(*(relative.without_one or (np.nan, np.nan)), 3) or "–"))
+        for own in figures[label][1:] if label in figures else ():
+            assert not isinstance(own, str)
+            row.append(TableCell(f"{own.value:.3f}", _format_range(own.low, own.high, 3)))
+        rows.append([*row, *[TableCell("–")] * (5 - len(row))])
+    return ReportTable(
+        "Relative to specialists: single tasks and runs",
+        [
+            "system",
+            "against",
+            "relative score without one task",
+            "chance that a run is better",
+            "interquartile mean",
+        ],
+        rows,
+        "Without one task: the range of the relative score if any task is left out. Chance: that "
+        "the score of a run is above that of a run of the specialists, mean over tasks "
+        "(Bouthillier et al. 2021). Interquartile mean: of relative scores over tasks and runs "
+        "(Agarwal et al. 2021). Their intervals resample runs and hold for these test rows only.",
         collapsed=True,
     )
 
@@ -277,7 +310,7 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
         "All tests",
         ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
         rows,
-        "Difference of scores, paired over rows and seeds; Student's t with the variance over "
+        "Difference of scores, paired by unit and seed; Student's t with the variance over "
         "seeds pooled over systems and Satterthwaite's degrees of freedom; Holm's correction over "
         f"these {len(comparison.tests)} tests.",
         collapsed=True,
@@ -376,7 +409,7 @@ def _metric_cell(comparison: SystemComparison, task: str, score: ScoreEstimate |
     if comparison.metrics.get(task) == "token_error_rate":
         # Error rates are shown as such; inverting swaps the bounds.
         value, low, high = 1 - value, 1 - high, 1 - low
-    return TableCell(f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}")
+    return TableCell(f"{100 * value:.1f}", _format_range(100 * low, 100 * high, 1))
 
 
 def _change_cell(test: PairedTest | None) -> TableCell:
@@ -386,9 +419,14 @@ def _change_cell(test: PairedTest | None) -> TableCell:
     mark = (BETTER if value > 0 else WORSE) if test.is_significant else ""
     return TableCell(
         format_signed_points(value),
-        f"{format_signed_points(low)} to {format_signed_points(high)}",
+        "" if np.isnan(low) else f"{format_signed_points(low)} to {format_signed_points(high)}",
         mark,
     )
+
+
+def _format_range(low: float, high: float, digits: int) -> str:
+    # One held-out unit, or one run, gives a value without an interval.
+    return "" if np.isnan(low) else f"{low:.{digits}f}–{high:.{digits}f}"
 
 
 def _pretraining_time(runs: Sequence[FinishedRun]) -> str:
@@ -398,7 +436,7 @@ def _pretraining_time(runs: Sequence[FinishedRun]) -> str:
 
 def _seeds_warning(comparison: SystemComparison) -> str:
     if all(len(runs) == 1 for runs in comparison.systems.values()):
-        return " One seed: intervals cover test rows only and do not generalize to other seeds."
+        return " One seed: intervals cover units only and do not generalize to other seeds."
     if comparison.seeds < 3:
         return " With fewer than three seeds no claim is decided: the seed variance is uncertain."
     return ""

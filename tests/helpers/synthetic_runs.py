@@ -14,6 +14,8 @@ from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_out
 from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet.metrics import ConfidenceInterval
 from skillnet_platform import config as configuration
+from skillnet_platform.config import presets
+from sweeps.config.claims import ClaimsConfig
 from tests.helpers.small_corpora import small_config
 
 TASKS = (
@@ -137,3 +139,10 @@ def write_study(
 def expected(skill: float, by_seed: float = 0.05) -> float:
     """Share of right answers that a skill comes to in the long run."""
     return float(stats.norm.cdf((0.3 + skill) / np.sqrt(1 + 0.25 + by_seed**2)))
+
+
+def paper_claims() -> ClaimsConfig:
+    """Claims of the preset ``claims/paper``."""
+    tree = configuration.load_yaml(presets.find_config("claims/paper"))["claims"]
+    built: ClaimsConfig = configuration.build_config(ClaimsConfig, tree)
+    return built

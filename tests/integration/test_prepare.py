@@ -324,4 +324,4 @@ def test_built_in_corpora_say_all_they_must() -> None:
         assert corpus.name == name
         json.dumps([corpus.preprocessing(), corpus.facts()])  # goes into a manifest as it is
         for split in ("train", "pretrain"):
-            assert corpus.schema(split).names[:2] == ["key", "group"]
+            assert corpus.schema(split).names[:3] == ["key", "group", "unit"]

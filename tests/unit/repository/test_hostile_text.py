@@ -33,7 +33,6 @@ def comparison_page() -> str:
     claim = SimpleNamespace(
         verdict=NASTY,
         text=NASTY,
-        winner=NASTY,
         undecided_reason=NASTY,
         conditions=[condition],
         rule=NASTY,
@@ -48,6 +47,7 @@ def comparison_page() -> str:
     report = SimpleNamespace(
         title=NASTY,
         lead=NASTY,
+        answer=NASTY,
         claims=[claim],
         tables=tables,
         skills_note=NASTY,

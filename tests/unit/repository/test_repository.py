@@ -142,6 +142,7 @@ def test_presets_parse(path: Path) -> None:
     from sweeps.config.sweep import SweepConfig
 
     kinds: dict[str, type] = {
+        "claims": StudyConfig,
         "grow": GrowConfig,
         "pretrain": PretrainConfig,
         "studies": StudyConfig,

@@ -27,7 +27,7 @@ from sweeps.report.plots import draw_plots
 from sweeps.report.report import ComparisonReport
 from sweeps.report.tables import TableCell, build_score_table
 from sweeps.study.study import TuningResult
-from tests.helpers.synthetic_runs import TASKS, write_study
+from tests.helpers.synthetic_runs import TASKS, paper_claims, write_study
 
 SYSTEMS = {
     "skillnet": 0.5,
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ComparisonReport:
     made = report_report.build_report(
-        compare_systems(label_runs([read_run(f) for f in folders])), "five systems"
+        compare_systems(label_runs([read_run(f) for f in folders])), "five systems", paper_claims()
     )
     writer.write_report(made, tmp_path_factory.mktemp("report"))
     return made
@@ -212,6 +212,7 @@ def test_finished_runs_from_the_command_line(
     monkeypatch.setenv("SKILLNET_HOME", str(study))
     arguments = ["--runs", str(study), *names[-3:], "--output", str(tmp_path / "out"), "--json"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    arguments += ["--config", "claims/paper"]
     assert command.main([*arguments, "--tracking.uri", uri, "--name", "again"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {(run["system"], run["seed"]) for run in printed["runs"]} == {
@@ -230,8 +231,22 @@ def test_finished_runs_from_the_command_line(
     assert {f"comparison/{name}" for name in ("report.html", "summary.csv")} <= files
     plotted = client.list_artifacts(runs[0].info.run_id, "plots")
     assert "plots/score_against_FLOPs.png" in {entry.path for entry in plotted}
-    assert runs[0].data.tags["claim.the specialists_ pretrained"] == "holds"
+    assert runs[0].data.tags["claim.pretrained specialists"] == "holds"
     assert runs[0].data.metrics["skillnet/mean_score"] == pytest.approx(means[0]["score"])
+
+
+def test_a_planned_study_states_what_it_could_decide(folders: list[Path], capsys):
+    arguments = ["--config", "studies/tiny", "--power", ",".join(map(str, folders))]
+    assert command.main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["study"] == "tiny-study"
+    assert {(each["system"], each["against"]) for each in printed["tests"]} == {
+        ("skillnet-pretrained", "skillnet"),
+        ("dense", "skillnet"),
+    }
+    assert all(each["detectable"] > each["error"] > 0 for each in printed["tests"])
+    assert command.main(arguments) == 0
+    assert "with the variances of 15 runs" in capsys.readouterr().out
 
 
 def test_tuning_is_reported_by_the_labels_of_the_report(tmp_path: Path):
@@ -292,6 +307,10 @@ def test_skill_figures_are_written_beside_the_report(
         (["--config", "studies/headlin"], "neither a file nor a preset"),
         (["--seeds", "1,1"], "seeds must differ"),
         (["--claims.margin", "-1"], "claims.margin: expected a number from 0 to 1, got -1"),
+        (
+            ["--config", "studies/headline", "--systems.moe-pretrained", "null"],
+            "claims.stated.mixture of experts: unknown system 'moe-pretrained'",
+        ),
         (
             ["--config", "studies/tiny", "--reference", "dens"],
             "--reference: unknown system 'dens'; did you mean 'dense'?",

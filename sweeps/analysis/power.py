@@ -1,0 +1,173 @@
+"""What a study could decide, given the variances of an earlier one.
+
+An earlier comparison of the same tasks gives, for each task, the variance over seeds and that over
+held-out units of a difference. :func:`plan_power` computes from them, for each part of each claim,
+the difference that the planned seeds find in 80 of 100 studies, and how often equal systems would
+be shown to be no worse. Called by ``skillnet compare --power``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from skillnet_platform.errors import UserError
+from sweeps.analysis import statistics
+from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison, find_variant
+from sweeps.analysis.finished_runs import PRETRAINED
+from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
+
+#: Share of studies in which a detectable difference is found.
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class PlannedTest:
+    """What a planned test of a claim could decide.
+
+    Args:
+        claim: name of the claim.
+        system: label of the system that the claim is about.
+        against: label of the other system.
+        task: task name, or ``mean``.
+        seeds: seeds of the system with fewer seeds.
+        margin: margin of the test; 0 for "higher".
+        error: expected standard error of the difference.
+        detectable: true difference from minus the margin that is found with ``POWER``.
+        shown_if_equal: probability that the part is shown if both systems are equal.
+    """
+
+    claim: str
+    system: str
+    against: str
+    task: str
+    seeds: int
+    margin: float
+    error: float
+    detectable: float
+    shown_if_equal: float
+
+
+@dataclass(frozen=True)
+class PowerPlan:
+    """What a study could decide.
+
+    Args:
+        study: name of the planned study.
+        earlier: the runs whose variances are expected again.
+        tests: planned tests.
+    """
+
+    study: str
+    earlier: str
+    tests: Sequence[PlannedTest]
+
+
+def plan_power(
+    earlier: SystemComparison, claims: ClaimsConfig, seeds: Mapping[str, Sequence[int]]
+) -> list[PlannedTest]:
+    """Return what each part of each claim could decide, per task.
+
+    Args:
+        earlier: comparison whose variances are expected again.
+        claims: claims of the planned study.
+        seeds: label -> seeds of the planned study.
+
+    Raises:
+        UserError: the earlier comparison has one seed per system, or lacks a task.
+    """
+    planned = []
+    stated = claims.stated or _state_differences(earlier, list(seeds))
+    for name, claim in stated.items():
+        for part in claim.parts:
+            counts = (len(seeds[part.system]), len(seeds[part.against]))
+            for task in part.tasks or earlier.common_tasks:
+                margin = claims.find_margin(task) if part.test == "not_lower" else 0.0
+                error, dof = _expect_error(earlier, part, task, counts)
+                quantile = float(stats.t.ppf(1 - claims.alpha / 2, dof))
+                planned.append(
+                    PlannedTest(
+                        name,
+                        part.system,
+                        part.against,
+                        task,
+                        min(counts),
+                        margin,
+                        error,
+                        (quantile + float(stats.t.ppf(POWER, dof))) * error,
+                        float(stats.nct.sf(quantile, dof, margin / error)),
+                    )
+                )
+    return planned
+
+
+def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a table with a line per planned test, in points.
+
+    Args:
+        planned: of :func:`plan_power`.
+    """
+    columns = ["claim", "difference", "task", "seeds", "std error", "margin"]
+    columns += [f"found at {100 * POWER:.0f} %", "shown if equal"]
+    cells = [
+        [
+            each.claim,
+            f"{each.system} − {each.against}",
+            each.task,
+            str(each.seeds),
+            f"{100 * each.error:.1f}",
+            f"{100 * each.margin:g}",
+            f"{100 * (each.detectable - each.margin):+.1f}".replace("-", "−"),
+            f"{100 * each.shown_if_equal:.0f} %",
+        ]
+        for each in planned
+    ]
+    return columns, cells
+
+
+def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict[str, StatedClaim]:
+    """Return claims about each system and the reference, for a study that states none."""
+    tasks = [*earlier.common_tasks, MEAN]
+    claims = {}
+    for label in labels:
+        against = find_variant(earlier.reference, label, labels) or labels[0]
+        if against == label:
+            # The reference itself is compared with its variant without pretraining.
+            against = label.removesuffix(PRETRAINED)
+        if label != against and against in labels:
+            part = ClaimPart(label, against, tasks=tasks)
+            claims[label] = StatedClaim(f"{label} scores higher than {against}.", [part])
+    return claims
+
+
+def _expect_error(
+    earlier: SystemComparison, part: ClaimPart, task: str, counts: tuple[int, int]
+) -> tuple[float, float]:
+    """Return the expected standard error of a difference, and its degrees of freedom."""
+    if (task, SPLIT) not in earlier.spreads:
+        raise UserError(f"--power: the earlier study has no task {task}; name one that has")
+    spread = earlier.spreads[task, SPLIT]
+    if spread is None:
+        raise UserError(
+            "--power: the earlier study has one seed per system, so the variance over seeds is "
+            "unknown; name one with more seeds"
+        )
+    # The same pair if it was run, else the mean over all pairs: units differ little between them.
+    pairs = [(part.system, part.against)]
+    if not earlier.has_task(task, *pairs[0]):
+        labels = [label for label in earlier.systems if earlier.has_task(task, label)]
+        pairs = [(a, b) for i, a in enumerate(labels) for b in labels[:i]]
+    if not pairs:
+        raise UserError(f"--power: the earlier study has one system with the task {task}")
+    by_unit, dofs = [], []
+    for own, other in pairs:
+        change, _ = earlier.subtract_scores(own, other, task)
+        variance, dof = statistics.estimate_unit_variance(change)
+        by_unit.append(variance)
+        dofs.append(dof)
+    # Each system has its own variance over seeds, as in the planned analysis.
+    terms = [(spread.variance / count, float(max(count - 1, 1))) for count in counts]
+    terms.append((float(np.mean(by_unit)), min(dofs)))
+    total = sum(variance for variance, _ in terms)
+    return float(np.sqrt(total)), total**2 / sum(variance**2 / dof for variance, dof in terms)

@@ -1,0 +1,100 @@
+"""Power of a planned study: from an earlier one, and as simulated."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skillnet_platform.errors import UserError
+from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
+from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.power import plan_power, tabulate_power
+from sweeps.analysis.statistics import RunSample, SampleDifference, compute_p_value, estimate_mean
+from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
+from tests.helpers.synthetic_runs import TASKS, write_study
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
+    """Build a comparison of two equal systems with six seeds."""
+    paths = write_study(
+        tmp_path_factory.mktemp("runs"), {"skillnet": 0.0, "dense": 0.0}, seeds=range(6)
+    )
+    return compare_systems(label_runs([read_run(path) for path in paths]))
+
+
+def claims(test: str, margin: float = 0.05) -> ClaimsConfig:
+    part = ClaimPart("skillnet", "specialist", test, [MEAN])  # type: ignore[arg-type]
+    return ClaimsConfig({"it": StatedClaim("x", [part])}, margin=margin)
+
+
+def test_more_seeds_find_smaller_differences(earlier: SystemComparison) -> None:
+    """The planned specialist was not run; the variances of the pair that was run are taken."""
+    found = {
+        count: plan_power(
+            earlier, claims("higher"), {"skillnet": range(count), "specialist": range(count)}
+        )[0]
+        for count in (3, 6, 24)
+    }
+    assert found[3].detectable > found[6].detectable > found[24].detectable > 0
+    # Units limit what seeds can do.
+    by_seed = earlier.spreads[MEAN, "test"]
+    assert by_seed is not None
+    assert found[24].error > (2 * by_seed.variance / 24) ** 0.5
+    # "Higher" is shown by chance alone if both are equal.
+    assert found[6].shown_if_equal == pytest.approx(0.025)
+    wide = plan_power(
+        earlier, claims("not_lower", 0.5), {"skillnet": range(6), "specialist": range(6)}
+    )[0]
+    assert wide.shown_if_equal > 0.99
+
+
+def test_the_power_is_that_of_simulated_studies(earlier: SystemComparison) -> None:
+    seeds = {"skillnet": range(8), "specialist": range(8)}
+    (plan,) = plan_power(earlier, claims("not_lower", 0.02), seeds)
+    spread = earlier.spreads[MEAN, "test"]
+    assert spread is not None
+    over_units = plan.error**2 - 2 * spread.variance / 8
+    random, shown, found, trials = np.random.default_rng(0), 0, 0, 1500
+    for _ in range(trials):
+        common_K = random.normal(0, over_units**0.5 * 400**0.5, 400)
+        own, other = (
+            RunSample(
+                tuple(range(8)),
+                random.normal(0, spread.variance**0.5, 8),
+                {"t": np.tile(effects_K - effects_K.mean(), (8, 1))},
+                {"t": 399.0},
+            )
+            for effects_K in (common_K, np.zeros(400))
+        )
+        # The units of this study, whose effects the scores contain.
+        own = RunSample(own.seeds, own.values + common_K.mean(), own.effects, own.dofs)
+        change = SampleDifference(own, other)
+        shown += estimate_mean(change).low > -0.02
+        found += compute_p_value(change, null=-plan.detectable) <= 0.05
+    assert shown / trials == pytest.approx(plan.shown_if_equal, abs=0.05)
+    assert found / trials == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_study_without_claims_plans_its_differences(earlier: SystemComparison) -> None:
+    planned = plan_power(
+        earlier, ClaimsConfig(), {"skillnet": range(3), "dense": range(3), "moe": range(3)}
+    )
+    assert [(each.system, each.task) for each in planned] == [
+        (label, task) for label in ("dense", "moe") for task in (*TASKS, MEAN)
+    ]
+    columns, cells = tabulate_power(planned)
+    assert all(len(row) == len(columns) for row in cells)
+    with pytest.raises(UserError, match="--power: the earlier study has no task reading"):
+        plan_power(
+            earlier,
+            ClaimsConfig({"it": StatedClaim("x", [ClaimPart("a", "b", tasks=["reading"])])}),
+            {"a": range(3), "b": range(3)},
+        )
+
+
+def test_one_seed_has_no_known_variance(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, {"skillnet": 0.0, "dense": 0.0}, seeds=(0,))
+    single = compare_systems(label_runs([read_run(path) for path in paths]))
+    with pytest.raises(UserError, match="one seed per system, so the variance over seeds is unkn"):
+        plan_power(single, ClaimsConfig(), {"skillnet": range(3), "dense": range(3)})
