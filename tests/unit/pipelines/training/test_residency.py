@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.config.run import TrainingConfig
 from pipelines.evaluation.tables import flat_metrics
 from pipelines.training.loop import TrainResult, train_model
 from pipelines.training.optimizer import WeightAverage, build_optimizer
@@ -109,3 +110,8 @@ def test_the_device_has_the_tensors_of_two_tasks(data: Path) -> None:
     assert model.weight_loader is not None
     model.weight_loader("text_classification")
     assert moved() == used["text_classification"]
+
+
+def test_shards_are_no_second_way_beside_it() -> None:
+    with pytest.raises(ValueError, match=r"training\.sharding and .* set sharding to none"):
+        TrainingConfig(sharding="full", offload_inactive_weights=True, workers=2)
