@@ -120,11 +120,17 @@ class CheckpointTensors:
         filled = {kind: {k: v for k, v in files.items() if v} for kind, files in parts.items()}
         return {kind: files for kind, files in filled.items() if files}
 
-    def read_steps(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and value of the step count of each weight that has one."""
-        for name, parameter in self._owned.items():
-            if parameter in self._optimizer.state:
-                yield f"{name}/step", self._optimizer.state[parameter]["step"]
+    def read_steps(self) -> dict[str, dict[str, Tensor]]:
+        """Return the step counts of all weights that have one, by file."""
+        state = self._optimizer.state
+        return {
+            f"optimizer-{file}": {
+                f"{name}/step": state[self._owned[name]]["step"]
+                for name in names
+                if self._owned[name] in state
+            }
+            for file, names in self._model.files_of().items()
+        }
 
     def complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
         """Return the content of ``state.json``.

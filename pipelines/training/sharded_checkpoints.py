@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -44,8 +44,6 @@ from skillnet.serialization import write_config
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
-#: File of the step counts of all weights, which have no parts.
-STEPS_FILE = "optimizer-steps.safetensors"
 #: Seconds until files of other nodes must be visible.
 VISIBLE_TIMEOUT_S = 120.0
 
@@ -115,7 +113,10 @@ class ShardedCheckpoints:
             files.append((staging / kind, list(parts)))
             self._writing.append(_write_parts(staging / kind, parts, group))
         if self._rank == 0:
-            steps = {name: value.cpu().clone() for name, value in tensors.read_steps()}
+            steps = {
+                file: {name: value.cpu().clone() for name, value in values.items()}
+                for file, values in tensors.read_steps().items()
+            }
             state = tensors.complete_state(step, state)
             self._completing = self._thread.submit(
                 self._complete, stack, staging, final, files, steps, state
@@ -127,7 +128,7 @@ class ShardedCheckpoints:
         staging: Path,
         final: Path,
         files: list[tuple[Path, list[str]]],
-        steps: dict[str, Tensor],
+        steps: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
     ) -> Path:
         with stack:
@@ -137,12 +138,11 @@ class ShardedCheckpoints:
             for folder, names in files:
                 for number, name in enumerate(names, 1):
                     (joined,) = folder.glob(f"model-{number:05d}-of-*.safetensors")
-                    joined.rename(staging / f"{name}.safetensors")
+                    # Step counts have no parts, so they are added to the joined tensors.
+                    whole = load_file(joined) | steps.get(name, {})
+                    save_file(whole, staging / f"{name}.safetensors")
                     written.append(f"{name}.safetensors")
                 shutil.rmtree(folder)
-            if steps:
-                save_file(steps, staging / STEPS_FILE)
-                written.append(STEPS_FILE)
             complete_checkpoint(staging, written, state)
         remove_old_checkpoints(self._folder, self._keep)
         self._on_written(final, state["step"])

@@ -119,7 +119,7 @@ def test_command_line(
 
 def test_two_ray_workers(data: Path, run_root: Path, ray_session: Any) -> None:
     alone = pretrain(small_pretraining(data, steps=5))
-    config = small_pretraining(data, steps=5, workers=2)
+    config = small_pretraining(data, steps=5, workers=2, sharding="full")
     config.name = "two"
     two = pretrain(config)
     assert two["world"] == 2

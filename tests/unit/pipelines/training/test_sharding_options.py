@@ -1,12 +1,9 @@
 """Sharded training: rejected options, systems and nodes."""
 
-from pathlib import Path
-
 import pytest
 
 from pipelines.config.run import TrainingConfig
 from pipelines.training.replicas import count_sharing_workers
-from pipelines.training.sharded_checkpoints import wait_for_files
 from pipelines.training.sharding import count_ranks_per_node, require_sharding
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
@@ -40,10 +37,3 @@ def test_workers_that_share_a_replica() -> None:
     found = [count_sharing_workers(name, 8, 4) for name in ("none", "hybrid", "full")]
     assert found == [1, 4, 8]
     assert count_sharing_workers("full", 0, 1) == 1, "without Ray one process holds everything"
-
-
-def test_parts_of_all_workers_must_be_visible(tmp_path: Path) -> None:
-    (tmp_path / "a").touch()
-    wait_for_files(tmp_path, {"a"}, 0)
-    with pytest.raises(UserError, match="b, which another worker wrote, does not appear"):
-        wait_for_files(tmp_path, {"a", "b"}, 0)
