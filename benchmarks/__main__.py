@@ -12,6 +12,7 @@ NAMES = (
     "stream",
     "two_workers",
     "moe",
+    "ray_overhead",
     "sweep_overhead",
     "prepare_speed",
     "prepare_scaling",

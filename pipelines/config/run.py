@@ -134,8 +134,8 @@ class TrainingConfig:
         offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
             average, unless the current or the next step uses them. The result is the same.
         sparse_embeddings: update only the rows of embedding tables that have a gradient in a step,
-            as ``torch.optim.SparseAdam`` does; other rows keep weight and optimizer state. Steps
-            on CPUs are shorter, and the weights differ. On CPUs only.
+            as ``torch.optim.SparseAdam`` does; other rows keep weight and optimizer state. The
+            weights differ from those of the default. On CPUs only.
         profile_start: step at which ``torch.profiler`` starts; its traces are in ``profiles`` of
             the run's folder. Null records none.
         profile_steps: number of steps that it records.
