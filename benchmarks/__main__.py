@@ -20,6 +20,7 @@ NAMES = (
     "reading",
     "reading_store",
     "waiting",
+    "paper_sizes",
     "tracker_auth",
     "registration",
 )

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import sys
 import wave
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,26 +130,35 @@ def speech(random: np.random.Generator, archives: Path) -> tuple[bytes, str]:
 
 def film(random: np.random.Generator, archives: Path) -> tuple[bytes, str]:
     """(MP4, caption)."""
-    import av
-
     characters = _characters(archives)
     name, paths = characters[int(random.integers(len(characters)))]
     drawn = video.draw_pen_paths(paths, CLIP_FRAMES, CLIP_SIDE // 4)
     large = drawn.repeat(4, axis=1).repeat(4, axis=2).astype(np.int16)
     colour = random.uniform(0.5, 1.0, 3).astype(np.float32)
-    target = io.BytesIO()
-    with av.open(target, mode="w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = CLIP_SIDE
-        stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 2_000_000
+
+    def frames() -> Iterator[np.ndarray]:
         for frame in large:
             y, x = (int(n) for n in random.integers(0, 256, 2))
             noise = _noise()[y : y + CLIP_SIDE, x : x + CLIP_SIDE]
-            pixels = ((frame + 20) * colour + noise).clip(0, 255).astype(np.uint8)
+            yield ((frame + 20) * colour + noise).clip(0, 255).astype(np.uint8)
+
+    return encode_mp4(frames(), CLIP_SIDE, CLIP_SIDE), f"写：{name}"
+
+
+def encode_mp4(frames: Iterable[np.ndarray], width: int, height: int) -> bytes:
+    """Return an MP4 file of frames, uint8 (height, width, 3), ten a second."""
+    import av
+
+    target = io.BytesIO()
+    with av.open(target, mode="w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 2_000_000
+        for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
-    return target.getvalue(), f"写：{name}"
+    return target.getvalue()
 
 
 @cache
