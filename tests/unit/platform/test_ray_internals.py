@@ -33,6 +33,7 @@ PRIVATE_NAMES = {
     "ray.experimental.internal_kv._internal_kv_put",
     "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError",
     "ray.train.v2._internal.execution.callback.WorkerCallback",
+    "ray.train.v2._internal.execution.controller.controller",  # name of a logger
     "ray.train.v2._internal.execution.failure_handling.DefaultFailurePolicy",
     "ray.train.v2._internal.execution.failure_handling.FailureDecision",
     "ray.train.v2._internal.execution.failure_handling.FailurePolicy",
