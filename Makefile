@@ -11,7 +11,7 @@ FUZZ_MINUTES ?= 20
 UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # Test processes: one more than cores, because tests wait for a third of their time. More than four
 # compete for memory and save no time.
-JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
+JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
 .PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench gpu clean help
 
