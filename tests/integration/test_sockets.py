@@ -92,11 +92,6 @@ def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
         assert "Authentication token is missing or incorrect" in refused.stderr
 
 
-def test_workers_have_the_priority_of_the_command(ray_session: Any) -> None:
-    """Ray's default lets every other process of the machine go first."""
-    assert ray_session.get(ray_session.remote(lambda: os.nice(0)).remote()) == os.nice(0)
-
-
 #: What the second user of an attack tries: to read the logs, and to replace or use the sockets.
 _ATTACK = """
 import socket

@@ -35,11 +35,8 @@ if TYPE_CHECKING:
 
 #: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Between two operations a compute thread of libgomp waits actively for about 0.1 ms. Without that
-#: each operation wakes it through the kernel, which doubled the time of small operations. libgomp's
-#: default is 30 times as long, and keeps the core from the thread that loads the batches.
-SHORT_ACTIVE_WAIT = {"GOMP_SPINCOUNT": "10000"}
-WORKER_ENVIRONMENT = {**SHORT_ACTIVE_WAIT, **KEEP_FREED_MEMORY}
+#: Waiting compute threads must not spin: the thread that loads the batches needs the core.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
 
 
 @dataclass

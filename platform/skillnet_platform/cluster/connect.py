@@ -19,9 +19,8 @@ from skillnet_platform.storage.user_environment import prepare_user_environment
 
 #: Environment of Ray, set before its import unless the user has set it.
 DEFAULTS = {
-    # report() waits for the controller's next poll: its default of 2 s dominates a short run. Each
-    # poll takes Python's lock from the training loop.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # report() waits for the controller's next poll: its default of 2 s dominates a short run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,9 +32,6 @@ DEFAULTS = {
 #: The same on a cluster. Ray Train waits one minute for workers to start, four times. A node that
 #: the autoscaler starts needs several minutes.
 ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
-#: Ray's default of 15 lets every other process of the machine go first. The workers of the embedded
-#: Ray are the command itself; ``nice skillnet …`` lowers all of it.
-WORKER_PRIORITY = {"RAY_worker_niceness": "0"}
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -102,8 +98,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
         return ray
     _share_import_path()
     sessions = prepare_session_directory()
-    variables = {k: os.environ.get(k, v) for k, v in WORKER_PRIORITY.items()}
-    with loopback.loopback_environment({DIRECTORY_VARIABLE: str(sessions), **variables}):
+    with loopback.loopback_environment({DIRECTORY_VARIABLE: str(sessions)}):
         ray.init(
             # By default Ray joins any cluster whose address a file in its directory names.
             address="local",
