@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
 from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
-from skillnet_platform.errors import TerminatedError, UserError
+from skillnet_platform.errors import TerminatedError
 from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
