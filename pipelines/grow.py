@@ -26,7 +26,6 @@ from skillnet_platform.storage.location import require_local_folder
 
 if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
-    from pipelines.growth.report import GrowthReport
     from pipelines.runs.model_source import ModelSource
     from pipelines.training.resolved_run import ResolvedRun
     from skillnet.model import SkillNet
@@ -65,9 +64,10 @@ def _grow_in_folder(
     config: GrowConfig, source: "ModelSource", before: "SkillNet", resolved: "ResolvedRun"
 ) -> dict[str, Any]:
     from pipelines.growth import runs, verification
+    from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
     from pipelines.runs.progress_log import PROGRESS, follow_progress
-    from pipelines.serving.registration import check_given_name
+    from pipelines.serving.registration import check_given_name, register_measured_run
     from pipelines.training import run as training_run
     from pipelines.training.init_from import read_training_corpora
     from pipelines.training.setup import require_devices
@@ -116,10 +116,17 @@ def _grow_in_folder(
         report = verification.build_growth_report(
             source, before, settings, run, result, trained, (config.skill.name, config.task.name)
         )
-        _log_report(report, run, tracker)
+        record_growth_report(report, run, tracker, "growth", {"is_unchanged": report.is_unchanged})
     # The report is written first, so that it shows what changed if the check fails.
     verification.assert_frozen_unchanged(report)
-    result["registered"] = _register(config, source, settings, run, result, report)
+    result["registered"] = register_measured_run(
+        config.tracking,
+        [source],
+        run,
+        str(settings.data),
+        result["evaluation"],
+        report.summarize(),
+    )
     result["growth"] = report.to_dict()
     write_json(run / layout.RESULT, result)
     return result
@@ -189,59 +196,6 @@ def _open_tracker(
         parent=parent,
     ) as tracker:
         yield tracker
-
-
-def _log_report(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
-    from pipelines.growth.report import REPORT_JSON, REPORT_MARKDOWN
-
-    # Local files come first, because the tracking server may be away.
-    write_json(run / REPORT_JSON, console.to_json_types(report.to_dict()))
-    with atomic_write(run / REPORT_MARKDOWN, "w") as stream:
-        stream.write(report.to_markdown() + "\n")
-    for name in (REPORT_JSON, REPORT_MARKDOWN):
-        tracker.artifact(run / name, "growth")
-    tracker.note(report.to_markdown())
-    tracker.tags({"growth.is_unchanged": str(report.is_unchanged).lower()})
-
-
-def _register(
-    config: GrowConfig,
-    source: "ModelSource",
-    settings: "FinetuneConfig",
-    run: Path,
-    result: dict[str, Any],
-    report: "GrowthReport",
-) -> dict[str, Any] | None:
-    if not config.tracking.register:
-        return None
-    from pipelines.runs import model_source
-    from pipelines.serving.registration import (
-        UntrainedTaskError,
-        check_trained_tasks,
-        register_model,
-    )
-    from skillnet_platform.tracking.champion import OtherSystemError
-
-    try:
-        # The old tasks took no step here, so they are as trained as in the source.
-        check_trained_tasks(source)
-        registered = register_model(
-            model_source.resolve_model(str(run), config.tracking.uri),
-            str(settings.data),
-            # The run has measured the model; a second evaluation would only take time.
-            rows=result["evaluation"],
-            uri=config.tracking.uri,
-            description=report.summarize(),
-        )
-    except (UntrainedTaskError, OtherSystemError) as error:
-        console.print_warning(str(error))
-        return None
-    return {
-        "name": registered.name,
-        "version": registered.version,
-        "alias": registered.alias,
-        "uri": registered.uri,
-    }
 
 
 def show_growth(result: dict[str, Any]) -> None:

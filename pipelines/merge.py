@@ -5,6 +5,7 @@
   merge.json, merge.md      report: origin of each file, outputs of each task before and after
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from skillnet_platform.storage.location import parse_location, require_local_fol
 
 if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
-    from pipelines.growth.merge_report import MergeReport
     from pipelines.growth.merging import MergeSource
     from skillnet.model_merging import MergePlan
 
@@ -72,11 +72,14 @@ def _merge_in_folder(
     settings: "FinetuneConfig",
     folder: Path,
 ) -> dict[str, Any]:
-    import time
-
     from pipelines.growth.merging import build_merge_report
+    from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
-    from pipelines.serving.registration import check_given_name, check_trained_tasks
+    from pipelines.serving.registration import (
+        check_given_name,
+        check_trained_tasks,
+        register_measured_run,
+    )
     from skillnet.model_merging import merge_models
     from skillnet_platform import tracking
 
@@ -114,7 +117,9 @@ def _merge_in_folder(
             folder / "model",
             lambda task, split, count: bar.advance(count, f"{task} {split}"),
         )
-        _write_report(report, folder, tracker)
+        record_growth_report(
+            report, folder, tracker, "merge", {"is_identical": report.is_identical}
+        )
     # The report is written first, so that it shows the difference.
     changed = [task for task in report.tasks if not task.is_identical]
     if plan.is_exact and changed:
@@ -130,56 +135,18 @@ def _merge_in_folder(
         "evaluation": rows,
         "step": max(source.source.steps or 0 for source in sources),
         "seconds": time.monotonic() - began,
-        "registered": _register(config, folder, settings, rows, report),
+        "registered": register_measured_run(
+            config.tracking,
+            [source.source for source in sources],
+            folder,
+            str(settings.data),
+            rows,
+            report.summarize(),
+        ),
         "merge": report.to_dict(),
     }
     write_json(folder / layout.RESULT, console.to_json_types(result))
     return result
-
-
-def _write_report(report: "MergeReport", folder: Path, tracker: Any) -> None:
-    from pipelines.growth.merge_report import REPORT_JSON, REPORT_MARKDOWN
-
-    # Local files come first, because the tracking server may be away.
-    write_json(folder / REPORT_JSON, console.to_json_types(report.to_dict()))
-    with atomic_write(folder / REPORT_MARKDOWN, "w") as stream:
-        stream.write(report.to_markdown() + "\n")
-    for name in (REPORT_JSON, REPORT_MARKDOWN):
-        tracker.artifact(folder / name, "merge")
-    tracker.note(report.to_markdown())
-    tracker.tags({"merge.is_identical": str(report.is_identical).lower()})
-
-
-def _register(
-    config: MergeConfig,
-    folder: Path,
-    settings: "FinetuneConfig",
-    rows: list[dict[str, Any]],
-    report: "MergeReport",
-) -> dict[str, Any] | None:
-    if not config.tracking.register:
-        return None
-    from pipelines.runs import model_source
-    from pipelines.serving.registration import register_model
-    from skillnet_platform.tracking.champion import OtherSystemError
-
-    try:
-        registered = register_model(
-            model_source.resolve_model(str(folder), config.tracking.uri),
-            str(settings.data),
-            rows=rows,
-            uri=config.tracking.uri,
-            description=report.summarize(),
-        )
-    except OtherSystemError as error:
-        console.print_warning(str(error))
-        return None
-    return {
-        "name": registered.name,
-        "version": registered.version,
-        "alias": registered.alias,
-        "uri": registered.uri,
-    }
 
 
 def show_merge(result: dict[str, Any]) -> None:
@@ -190,9 +157,7 @@ def show_merge(result: dict[str, Any]) -> None:
     """
     from pipelines.growth.merge_report import MergeReport
 
-    report = MergeReport.from_dict(
-        {k: v for k, v in result["merge"].items() if not k.startswith("is_")}
-    )
+    report = MergeReport.from_dict(result["merge"])
     for title, columns, cells in report.build_tables():
         console.print_table(title, columns, cells)
     console.print_note(report.summarize())

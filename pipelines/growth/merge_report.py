@@ -10,9 +10,6 @@ from typing import Any
 
 from pipelines.evaluation import tables as evaluation_tables
 
-REPORT_JSON = "merge.json"
-REPORT_MARKDOWN = "merge.md"
-
 
 @dataclass(frozen=True)
 class MergedFile:

@@ -94,6 +94,55 @@ def register_model(
     return registered
 
 
+def register_measured_run(
+    tracking: "TrackingConfig",
+    sources: Sequence["ModelSource"],
+    run: Path,
+    data: str,
+    rows: Sequence[dict[str, Any]],
+    description: str,
+) -> dict[str, Any] | None:
+    """Register a run that was made from trained models and that was measured already.
+
+    Args:
+        tracking: of the run; without ``register`` nothing is done.
+        sources: models that the run was made from. Their tasks must be trained, because they took
+            no step here.
+        run: its folder.
+        data: directory of prepared corpora.
+        rows: evaluation rows of the run. A second evaluation would only take time.
+        description: added to the page of the version.
+
+    Returns:
+        ``name``, ``version``, ``alias`` and ``uri``; None if the model is not registered, after a
+        warning with the reason.
+    """
+    if not tracking.register:
+        return None
+    from pipelines.runs import model_source
+    from skillnet_platform.tracking.champion import OtherSystemError
+
+    try:
+        for source in sources:
+            check_trained_tasks(source)
+        registered = register_model(
+            model_source.resolve_model(str(run), tracking.uri),
+            data,
+            rows=rows,
+            uri=tracking.uri,
+            description=description,
+        )
+    except (UntrainedTaskError, OtherSystemError) as error:
+        console.print_warning(str(error))
+        return None
+    return {
+        "name": registered.name,
+        "version": registered.version,
+        "alias": registered.alias,
+        "uri": registered.uri,
+    }
+
+
 def check_trained_tasks(source: "ModelSource") -> None:
     """Raise UntrainedTaskError if a task of a model has random weights; name it and the reason."""
     # The final model has no head of an auxiliary task.
