@@ -318,6 +318,10 @@ class FinetuneConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     evaluate: bool = True
 
+    def joint(self) -> "FinetuneConfig":
+        """Return the joint training run: this one, or that of a pretraining."""
+        return self
+
     @property
     def trained(self) -> dict[str, TaskTraining]:
         """The tasks that take steps: all but the eval_only ones."""

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform.cluster.gpu_types import GpuType
 
 #: Runs of one command that are planned, of more the largest: at base a plan takes ten seconds.
@@ -75,7 +75,7 @@ def select_largest_runs(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 def _memory_key(config: FinetuneConfig) -> str:
     """Return a text that is equal for runs that need equal memory."""
-    joint = config.joint() if isinstance(config, PretrainConfig) else config
+    joint = config.joint()
     training = joint.training
     tasks = {
         name: [task.batch_size, task.max_length, task.views, task.eval_only]
@@ -102,7 +102,7 @@ def _size_of(run: PlannedRun) -> tuple[int, int]:
     from skillnet.skipped_init import SkippedInit
     from skillnet.systems import build_system
 
-    config = run.config.joint() if isinstance(run.config, PretrainConfig) else run.config
+    config = run.config.joint()
     with torch.device("meta"), SkippedInit():
         model = build_system(config.system, config.model, config.options)
     batches = [task.batch_size for task in config.trained.values()]

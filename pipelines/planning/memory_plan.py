@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig
 from pipelines.planning.example_batches import build_example_batch
 from pipelines.planning.step_counter import PlannedModel, StepCost, measure_step
 from pipelines.training.replicas import count_sharing_workers
@@ -124,7 +124,7 @@ class RunPlanner:
         self, config: FinetuneConfig, gpu: GpuType, workers: int, workers_per_node: int = 1
     ) -> None:
         self.workers_per_node = workers_per_node
-        self.config = config.joint() if isinstance(config, PretrainConfig) else config
+        self.config = config.joint()
         self.gpu, self.workers = gpu, workers
         training = self.config.training
         if training.precision == "fp64":

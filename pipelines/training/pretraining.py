@@ -6,7 +6,7 @@ Called by ``skillnet pretrain`` and by the trials of a study that start from a p
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
     """
     from pipelines.training.setup import open_corpora
 
-    joint = config.joint() if isinstance(config, PretrainConfig) else config
+    joint = config.joint()
     check_unlabelled_tasks(joint)
     check_pretraining_splits(joint, open_corpora(joint))
     return joint
