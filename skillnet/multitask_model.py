@@ -254,6 +254,15 @@ class TaskModel(nn.Module):
         """
         return count_flops(self, task, lengths)
 
+    def require_weights(self, task: str) -> None:
+        """Load the weights of a task, if the model does not hold all; see :attr:`weight_loader`.
+
+        Args:
+            task: that is evaluated next.
+        """
+        if self.weight_loader is not None:
+            self.weight_loader(task)
+
     def drop_task(self, task: str) -> None:
         """Delete the parameters that only this task uses, after it left the configuration."""
         del self.heads[task]

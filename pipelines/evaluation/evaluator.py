@@ -102,8 +102,7 @@ def evaluate_model(
     rows: list[dict[str, Any]] = []
     evaluated: set[str] = set()
     for name, spec in specs.items():
-        if model.weight_loader is not None:
-            model.weight_loader(name)
+        model.require_weights(name)
         runner = InferenceRunner(model, precision, ranks=ranks)
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         align_outputs(model, name, corpus)

@@ -110,9 +110,8 @@ def load_drawn_tasks(config: FinetuneConfig, model: TaskModel) -> None:
         config: of the run.
         model: of this rank.
     """
-    if model.weight_loader is not None:
-        for name in _drawn_tasks(config):
-            model.weight_loader(name)
+    for name in _drawn_tasks(config):
+        model.require_weights(name)
 
 
 def _drawn_tasks(config: FinetuneConfig) -> dict[str, str]:
@@ -138,8 +137,7 @@ def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> Rec
         Images (rows, H, W, 3) and video (rows, frames, H, W, 3) in [0, 1]; audio (rows, mel bins,
         frames), NaN after the end of a recording.
     """
-    if model.weight_loader is not None:
-        model.weight_loader(task)
+    model.require_weights(task)
     settings, masks = config.tasks[task], config.training.masking
     corpus = open_corpus(join_location(parse_location(config.data, Path()), settings.corpus))
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))
