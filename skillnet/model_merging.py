@@ -45,7 +45,7 @@ class MergeParent:
         config: shape, skills and tasks, with the new names.
         vocabulary: of the model, with the new names of tasks.
         sources: file of the merged model -> (file of this model, old name, new name).
-        hashes: file of the merged model -> sha256 of this model's file.
+        manifest: of the saved model.
     """
 
     name: str
@@ -53,7 +53,21 @@ class MergeParent:
     config: SkillNetConfig
     vocabulary: ModelVocabulary
     sources: dict[str, tuple[str, str, str]]
-    hashes: dict[str, str]
+    manifest: dict[str, Any]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """File of the merged model -> sha256 of this model's file."""
+        listed = self.manifest["files"]
+        return {file: listed[path]["sha256"] for file, (path, _, _) in self.sources.items()}
+
+    def check_source(self, file: str) -> Path:
+        """Return the path of this model's file for a file of the merged model.
+
+        Raises:
+            ValueError: the file does not match its manifest.
+        """
+        return check_file(self.folder, self.sources[file][0], self.manifest)
 
 
 @dataclass
@@ -120,7 +134,7 @@ def read_parent(folder: Path, name: str, renames: Mapping[str, str] | None = Non
         _rename_config(config, names, name),
         ModelVocabulary(vocabulary.tokenizer, outputs),
         sources,
-        {file: manifest["files"][path]["sha256"] for file, (path, _, _) in sources.items()},
+        manifest,
     )
 
 
@@ -286,18 +300,17 @@ class _ModelDescription:
 
 
 def _copy_file(parent: MergeParent, file: str, path: Path) -> None:
-    source, old, new = parent.sources[file]
-    checked = check_file(parent.folder, source, read_manifest(parent.folder))
+    _, old, new = parent.sources[file]
     if old == new:
-        shutil.copyfile(checked, path)
+        shutil.copyfile(parent.check_source(file), path)
     else:
         save_file(_read_file(parent, file), path)
 
 
 def _read_file(parent: MergeParent, file: str) -> dict[str, Tensor]:
     """Return the tensors of a file, with the names that they have in the merged model."""
-    source, old, new = parent.sources[file]
-    tensors = load_tensors(check_file(parent.folder, source, read_manifest(parent.folder)))
+    _, old, new = parent.sources[file]
+    tensors = load_tensors(parent.check_source(file))
     if file.startswith("head-"):
         return {f"heads.{new}.{name.split('.', 2)[2]}": value for name, value in tensors.items()}
     if file.startswith("skill-"):
