@@ -21,20 +21,16 @@ from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.heads import HEADS, MaskedHead, RetrievalHead
 from skillnet.layers import require_unused_name
+from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
 from skillnet.serialization import (
-    check_file,
     describe_error,
     load_tensors,
     read_config,
     read_manifest,
-    read_tensor_shapes,
     read_vocabulary,
-    write_manifest,
-    write_parts,
 )
 from skillnet.skills import find_task, nearest_hint
 from skillnet.skipped_init import SkippedInit
-from skillnet.staging import replace_folder, staging_folder
 from skillnet.vocabulary import ModelVocabulary, find_order
 
 Batch = dict[str, Tensor]
@@ -369,8 +365,8 @@ class TaskModel(nn.Module):
         files = (folder / name for name in manifest["files"] if name.endswith(".safetensors"))
         budget = limit_weights(count_saved_weights(files))
         with torch.device("meta"), SkippedInit(), budget:
-            _check_shapes(folder, cls._build(folder, config, options), manifest)
-        _check_outputs(folder, config, vocabulary)
+            require_saved_shapes(folder, cls._build(folder, config, options), manifest)
+        require_output_names(folder, config, vocabulary)
         with SkippedInit():  # every weight is read from the files below
             model = cls._build(folder, config, options)
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
@@ -407,52 +403,3 @@ def mean_pool(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
     # Not a matrix product: autocast would round the pooled vector to bf16.
     return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
-
-
-def save_model(
-    model: TaskModel, path: Path, read_weight: Callable[[str], Tensor] | None = None
-) -> None:
-    """Write a model atomically; replace an older model at the same path.
-
-    Args:
-        model: any system.
-        path: directory to write; its parents are created.
-        read_weight: see :func:`skillnet.serialization.write_parts`.
-
-    Raises:
-        ValueError: the path exists and is not a saved model.
-    """
-    # A directory without a manifest may hold a user's files. It is never replaced.
-    foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
-    if foreign or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} exists and is not a saved model; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(path) as staging:
-        write_manifest(staging, write_parts(model, staging, read_weight))
-        replace_folder(staging, path)
-
-
-def _check_outputs(folder: Path, config: SkillNetConfig, vocabulary: ModelVocabulary) -> None:
-    """Raise ValueError unless each named task has as many names as outputs."""
-    for task, names in vocabulary.restrict_to(config.tasks).outputs.items():
-        if len(names) != config.tasks[task].outputs:
-            raise ValueError(
-                f"{folder / 'config.json'}: vocabulary.outputs.{task} has {len(names)} names, the "
-                f"task has {config.tasks[task].outputs} outputs"
-            )
-
-
-def _check_shapes(folder: Path, model: TaskModel, manifest: dict[str, Any]) -> None:
-    """Raise ValueError unless the headers of a model's files name its weights and shapes."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for file, names in model.files_of().items():
-        path = check_file(folder, f"{file}.safetensors", manifest)
-        found = read_tensor_shapes(path)
-        if found.keys() != set(names):
-            raise ValueError(f"{path} holds other weights than its config says")
-        for name in names:
-            if found[name] != wanted[name]:
-                raise ValueError(
-                    f"{path} does not fit its config: {name} is {found[name]}, "
-                    f"expected {wanted[name]}"
-                )

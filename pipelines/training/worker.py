@@ -26,7 +26,8 @@ from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import pick_device
 from skillnet.growth import remove_skill, remove_task
 from skillnet.model import SkillNet
-from skillnet.multitask_model import TaskModel, save_model
+from skillnet.multitask_model import TaskModel
+from skillnet.saved_model import save_model
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker

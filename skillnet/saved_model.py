@@ -1,0 +1,88 @@
+"""Saving a model to a folder, and checks of a saved model before its weights are read.
+
+Only names and shapes of a model matter here, so these functions know no system.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from skillnet.config import SkillNetConfig
+from skillnet.serialization import (
+    SavableModel,
+    check_file,
+    read_tensor_shapes,
+    write_manifest,
+    write_parts,
+)
+from skillnet.staging import replace_folder, staging_folder
+from skillnet.vocabulary import ModelVocabulary
+
+
+def save_model(
+    model: SavableModel, path: Path, read_weight: Callable[[str], Tensor] | None = None
+) -> None:
+    """Write a model atomically; replace an older model at the same path.
+
+    Args:
+        model: any system.
+        path: directory to write; its parents are created.
+        read_weight: see :func:`skillnet.serialization.write_parts`.
+
+    Raises:
+        ValueError: the path exists and is not a saved model.
+    """
+    # A directory without a manifest may hold a user's files. It is never replaced.
+    foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
+    if foreign or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} exists and is not a saved model; choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(path) as staging:
+        write_manifest(staging, write_parts(model, staging, read_weight))
+        replace_folder(staging, path)
+
+
+def require_output_names(folder: Path, config: SkillNetConfig, vocabulary: ModelVocabulary) -> None:
+    """Require as many names as outputs for each named task of a saved model.
+
+    Args:
+        folder: of the model, for the message.
+        config: of the model.
+        vocabulary: of the model.
+
+    Raises:
+        ValueError: a task has another number of names.
+    """
+    for task, names in vocabulary.restrict_to(config.tasks).outputs.items():
+        if len(names) != config.tasks[task].outputs:
+            raise ValueError(
+                f"{folder / 'config.json'}: vocabulary.outputs.{task} has {len(names)} names, the "
+                f"task has {config.tasks[task].outputs} outputs"
+            )
+
+
+def require_saved_shapes(folder: Path, model: SavableModel, manifest: dict[str, Any]) -> None:
+    """Require that the headers of a model's files name its weights and shapes.
+
+    Args:
+        folder: of the saved model.
+        model: built from its configuration; its weights are not read.
+        manifest: of the folder.
+
+    Raises:
+        ValueError: a weight is missing, unknown, or has another shape.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for file, names in model.files_of().items():
+        path = check_file(folder, f"{file}.safetensors", manifest)
+        found = read_tensor_shapes(path)
+        if found.keys() != set(names):
+            raise ValueError(f"{path} holds other weights than its config says")
+        for name in names:
+            if found[name] != wanted[name]:
+                raise ValueError(
+                    f"{path} does not fit its config: {name} is {found[name]}, "
+                    f"expected {wanted[name]}"
+                )
