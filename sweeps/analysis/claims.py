@@ -15,7 +15,7 @@ nothing is decided. :func:`evaluate_claims` and :func:`answer_in_a_sentence` are
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,24 @@ Verdict = Literal["holds", "does not hold", "not decided"]
 MIN_SEEDS = 3
 
 
+class TestedDifference(NamedTuple):
+    """The difference that a condition is about.
+
+    Args:
+        system: label of the system that the claim is about.
+        against: label of the other system.
+        task: task name, or ``mean``.
+        margin: loss that the claim allows, as a fraction; 0 if the score must be higher.
+        change: score of ``system`` minus score of ``against``.
+    """
+
+    system: str
+    against: str
+    task: str
+    margin: float
+    change: ScoreEstimate
+
+
 @dataclass(frozen=True)
 class ClaimCondition:
     """One condition of a claim.
@@ -39,11 +57,13 @@ class ClaimCondition:
         text: the condition with its numbers, and what they exclude.
         shown: True if shown, False if refuted, None otherwise.
         p: one-sided p-value; 0 for a condition without a test.
+        tested: the difference that was tested; None for a condition on costs.
     """
 
     text: str
     shown: bool | None
     p: float = 0.0
+    tested: TestedDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +248,8 @@ def _test_part(
     text = f"{task}, {part.system} − {part.against}: {_format_points(found)}"
     if not np.isnan(found.low):
         text += f"; {_list_exclusions(found)}"
-    return ClaimCondition(text, shown, p)
+    tested = TestedDifference(part.system, part.against, task, margin, found)
+    return ClaimCondition(text, shown, p, tested)
 
 
 def _check_flops(comparison: SystemComparison, part: ClaimPart, most: float) -> ClaimCondition:
