@@ -148,8 +148,8 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     Raises:
         UserError: a file is missing, empty or damaged.
     """
+    from pipelines.serving.input_items import PredictionItem, read_input_item
     from pipelines.serving.inputs import InputRow, read_input_rows
-    from pipelines.serving.predictor import PredictionItem, read_input_item
 
     inputs: list[InputRow] = []
     if config.text is not None:

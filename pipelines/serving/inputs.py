@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.serving.predictor import (
+from pipelines.serving.input_items import (
     MAX_ROWS_BYTES,
     PredictionItem,
     read_file_bytes,

@@ -16,7 +16,8 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.serving.bundle import open_bundle
-from pipelines.serving.predictor import PredictionItem, TaskPrediction
+from pipelines.serving.input_items import PredictionItem
+from pipelines.serving.predictor import TaskPrediction
 from skillnet_platform.errors import UserError
 
 DEFAULT_TOP = 5

@@ -6,28 +6,23 @@ MLflow model use it. It preprocesses inputs with the settings of the training co
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.tables import sort_rows
-from pipelines.io.media import MAX_MEDIA_BYTES
-from pipelines.io.source_file import read_bounded
-from pipelines.transforms import sound, text, video
+from pipelines.serving.input_items import (
+    PredictionItem,
+    decode_text,
+    guess_modality,
+    printable_name,
+)
+from pipelines.transforms import image, sound, text, video
 from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
-from skillnet.skills import SkillPlan, find_task
+from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
-
-MODALITY_SUFFIXES = {
-    "sound": (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac"),
-    "image": (".png", ".jpg", ".jpeg", ".svg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
-    "code": (".py", ".pyi"),
-    "text": (".txt",),
-}
 
 #: Input -> keys of a corpus' preprocessing settings that limit its tokens.
 TRUNCATION_KEYS = {
@@ -35,50 +30,6 @@ TRUNCATION_KEYS = {
     "code": ("max_code_tokens", "code_tokens"),
     "query": ("max_caption_tokens", "caption_tokens"),
 }
-
-#: Largest file that a prediction reads: that of prepare.
-MAX_FILE_BYTES = MAX_MEDIA_BYTES
-#: Largest file with rows of predictions.
-MAX_ROWS_BYTES = 2**30
-
-#: First bytes of common formats, for data without a file name.
-MAGIC_BYTES = (
-    (b"\x89PNG", "image"),
-    (b"\xff\xd8\xff", "image"),
-    (b"GIF8", "image"),
-    (b"<svg", "image"),
-    (b"ID3", "sound"),
-    # An MP3 file without an ID3 tag starts with the sync bits of a frame.
-    (b"\xff\xfb", "sound"),
-    (b"\xff\xf3", "sound"),
-    (b"fLaC", "sound"),
-    (b"OggS", "sound"),
-    # EBML, the container of Matroska and WebM.
-    (b"\x1aE\xdf\xa3", "video"),
-)
-
-
-@dataclass(frozen=True)
-class PredictionItem:
-    """Input of a prediction: a text, or the bytes of a media file.
-
-    Args:
-        name: name in the result: a path, or the text itself.
-        text: the text, or None.
-        data: the bytes, or None.
-        task: task to run; None selects the first task that reads the modality.
-        keywords: keywords of the text, for corpora that were prepared with them.
-        where: position of the input in error messages; "" uses the name.
-        may_be_empty: whether an empty text is accepted.
-    """
-
-    name: str
-    text: str | None = None
-    data: bytes | None = None
-    task: str | None = None
-    keywords: str | None = None
-    where: str = ""
-    may_be_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,8 +125,8 @@ class TaskPredictor:
         # Everything is read before the model runs, so that a damaged file fails early.
         for number, item in enumerate(items):
             try:
-                task, tower, plan = self._select_task(item)
-                arrays = self._preprocess(item, task, tower, plan)
+                task, tower = self._select_task(item)
+                arrays = self.preprocess(item, task, tower)
             # An unknown task of a row is a plain ValueError.
             except ValueError as error:
                 if on_error is None:
@@ -230,15 +181,15 @@ class TaskPredictor:
 
     # -- selection of the task and preprocessing -------------------------------------------
 
-    def _select_task(self, item: PredictionItem) -> tuple[str, str, SkillPlan]:
-        """Return task, tower and plan for an item."""
+    def _select_task(self, item: PredictionItem) -> tuple[str, str]:
+        """Return task and tower for an item."""
         tasks = self.model.config.tasks
         modality = "text" if item.data is None else guess_modality(item.name, item.data)
         if item.task is not None:
             spec = find_task(item.task, tasks)
             for tower in ("input", "candidate", "query"):
                 if tower in spec.towers and spec.towers[tower].modality == modality:
-                    return item.task, tower, spec.towers[tower]
+                    return item.task, tower
             modalities = sorted({plan.modality for plan in spec.towers.values()})
             raise UserError(
                 f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
@@ -248,49 +199,74 @@ class TaskPredictor:
             # A text without a task is classified; the embedding of a query needs an explicit task.
             for tower in ("input", "candidate"):
                 if tower in towers and towers[tower].modality == modality:
-                    return name, tower, towers[tower]
+                    return name, tower
         raise UserError(
             f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
         )
 
-    def _preprocess(
-        self, item: PredictionItem, task: str, tower: str, plan: SkillPlan
+    def preprocess(
+        self, item: PredictionItem, task: str, tower: str
     ) -> list[tuple[str, np.ndarray]]:
-        """Return named model inputs of an item; several for a file with functions."""
-        config = self.model.config
-        data, settings = item.data or b"", self.preprocessing.get(task, {})
+        """Return named model inputs of an item; several for a file with functions.
+
+        Args:
+            item: input of the modality that the tower reads.
+            task: name of the task.
+            tower: of the task.
+
+        Raises:
+            UserError: the input is empty, damaged or of another kind.
+        """
+        modality = find_task(task, self.model.config.tasks).towers[tower].modality
         try:
-            if plan.modality == "text":
-                content = (item.text if item.text is not None else _decode_text(data)).strip()
-                if not content and not item.may_be_empty:
-                    raise ValueError("the text is empty")
-                if settings.get("keywords") and tower != "query":
-                    content = text.append_keywords(content, item.keywords)
-                limit = self._max_tokens(task, "query" if tower == "query" else "text")
-                return [(item.name, self.tokenize([content], limit)[0])]
-            if plan.modality == "image":
-                fit = settings.get("fit", "pad")
-                return [(item.name, decode_media("image", data, config.image_size, fit))]
-            if plan.modality == "sound":
-                seconds = settings.get("max_seconds")
-                frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
-                trim = settings.get("trim", True)
-                return [(item.name, decode_media("sound", data, frames, trim))]
-            if plan.modality == "video":
-                # A model reads grey and coloured frames; it was trained on those of its corpus.
-                channels = settings.get("video_channels", video.GREY)
-                sizes = (config.video_frames, config.video_size, channels)
-                return [(item.name, decode_media("video", data, *sizes))]
-            # The model was trained on single functions, so a file is one input for each of them.
-            functions = decode_media("code", data)
-            if not functions:
-                raise ValueError("the file has no functions")
-            rows = self.tokenize([f["code"] for f in functions], self._max_tokens(task, "code"))
-            names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
-            return list(zip(names, rows, strict=True))
+            if modality == "text":
+                return [(item.name, self._read_text(item, task, tower))]
+            if modality == "code":
+                return self._read_functions(item, task)
+            return [(item.name, self._read_media(item, task, modality))]
         # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
             raise UserError(f"{item.where or item.name}: {error}") from None
+
+    def _read_text(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
+        content = (item.text if item.text is not None else decode_text(item.data or b"")).strip()
+        if not content and not item.may_be_empty:
+            raise ValueError("the text is empty")
+        if self.preprocessing.get(task, {}).get("keywords") and tower != "query":
+            content = text.append_keywords(content, item.keywords)
+        limit = self._max_tokens(task, "query" if tower == "query" else "text")
+        return self.tokenize([content], limit)[0]
+
+    def _read_functions(self, item: PredictionItem, task: str) -> list[tuple[str, np.ndarray]]:
+        # The model was trained on single functions, so a file is one input for each of them.
+        functions = decode_media("code", item.data or b"")
+        if not functions:
+            raise ValueError("the file has no functions")
+        rows = self.tokenize([f["code"] for f in functions], self._max_tokens(task, "code"))
+        names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
+        return list(zip(names, rows, strict=True))
+
+    def _read_media(self, item: PredictionItem, task: str, modality: str) -> np.ndarray:
+        config, settings = self.model.config, self.preprocessing.get(task, {})
+        options: tuple[Any, ...]
+        if modality == "image":
+            options = (config.image_size, settings.get("fit", "pad"))
+        elif modality == "sound":
+            seconds = settings.get("max_seconds")
+            frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
+            options = (frames, settings.get("trim", True))
+        else:
+            # A model reads grey and coloured frames; it was trained on those of its corpus.
+            channels = settings.get("video_channels", video.GREY)
+            options = (config.video_frames, config.video_size, channels)
+        if item.content is None:
+            return decode_media(modality, item.data or b"", *options)
+        # No decoder runs, so a child process would protect from nothing.
+        if modality == "image":
+            return image.convert_image(item.content, *options)
+        if modality == "sound":
+            return sound.compute_log_mel(sound.resample_audio(*item.content), *options)
+        return video.sample_frames(item.content, *options)
 
     # -- inference -------------------------------------------------------------------------
 
@@ -324,87 +300,6 @@ class TaskPredictor:
                 ranked = _rank_names(bank.captions, bank.embeddings @ vector, top)
                 answers.append((*ranked, vector.tolist()))
         return answers
-
-
-def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem:
-    """Return a file as an item.
-
-    Args:
-        path: of the file.
-        task: task to run; None selects one by modality.
-
-    Raises:
-        UserError: the file is missing, unreadable or empty.
-    """
-    data = read_file_bytes(Path(path), "; use --text for a text")
-    if not data:
-        raise UserError(f"{path}: the file is empty")
-    return PredictionItem(str(path), None, data, task)
-
-
-def printable_name(name: str) -> str:
-    """Return a name that every output can encode; file names may be no Unicode."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def read_file_bytes(
-    path: Path, hint: str = "", max_bytes: int = MAX_FILE_BYTES, allow_pipe: bool = False
-) -> bytes:
-    """Return the content of a file.
-
-    Args:
-        path: of the file.
-        hint: appended to the message if the file is missing.
-        max_bytes: a longer file is rejected.
-        allow_pipe: also read a pipe, which the user names on purpose.
-
-    Raises:
-        UserError: the file is missing, unreadable, too large or not a regular file.
-    """
-    try:
-        return read_bounded(path, max_bytes, allow_pipe)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{hint}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def guess_modality(name: str, data: bytes) -> str:
-    """Return the modality of a file by its suffix, or else by its first bytes.
-
-    Args:
-        name: file name.
-        data: content.
-
-    Raises:
-        UserError: the modality is unknown.
-    """
-    # The suffix decides first: texts and Python code have no magic bytes.
-    suffix = Path(name).suffix.lower()
-    for modality, suffixes in MODALITY_SUFFIXES.items():
-        if suffix in suffixes:
-            return modality
-    # SVG is text and may start with white space.
-    head = data[:64].lstrip()
-    for magic, modality in MAGIC_BYTES:
-        if head.startswith(magic):
-            return modality
-    # WAV, WebP and AVI are RIFF files; their form type follows the size.
-    if head[:4] == b"RIFF":
-        return {b"WAVE": "sound", b"WEBP": "image"}.get(head[8:12], "video")
-    # MP4 and MOV start with the size of their first box; its type comes second.
-    if head[4:8] == b"ftyp":
-        return "video"
-    known = ", ".join(suffix for suffixes in MODALITY_SUFFIXES.values() for suffix in suffixes)
-    raise UserError(f"{name}: unknown file type; use a name with one of {known}")
-
-
-def _decode_text(data: bytes) -> str:
-    try:
-        # utf-8-sig also removes the byte order mark that editors on Windows write.
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise ValueError("the text is not UTF-8") from None
 
 
 def _rank_names(

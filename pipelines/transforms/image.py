@@ -53,6 +53,11 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         image = _open(data)
     except Exception as error:
         raise _make_decode_error(error) from None
+    return _convert(image, size)
+
+
+def _convert(image: Any, size: int) -> Any:
+    """Check an opened image, rotate it upright, and convert it to RGB or RGBA."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(TOO_LARGE)
     if image.mode == "F":
@@ -182,7 +187,36 @@ def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.u
     Raises:
         ValueError: the bytes are not an image.
     """
-    image = decode_image(data, size)
+    return _make_square(decode_image(data, size), size, fit)
+
+
+def convert_image(image: Any, size: int = SIZE, fit: str = "pad") -> NDArray[np.uint8]:
+    """Convert an image in memory to pixels as :func:`load_pixels` does, uint8 (size, size, 3).
+
+    Args:
+        image: Pillow image of any mode, or uint8 pixels (H, W) or (H, W, 3 or 4).
+        size: side of the square in pixels.
+        fit: see :func:`load_pixels`.
+
+    Raises:
+        ValueError: it is no image, or has more than 64 million pixels.
+    """
+    pillow = _pillow()
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2:]
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in ((), (3,), (4,)):
+            raise ValueError(
+                f"pixels are {image.dtype} {image.shape}, expected uint8 (H, W), (H, W, 3) or "
+                "(H, W, 4)"
+            )
+        image = pillow.fromarray(image)
+    elif not isinstance(image, pillow.Image):
+        raise ValueError(f"no image but {type(image).__name__}")
+    # A copy, because the rotation changes the image in place.
+    return _make_square(_convert(image.copy(), size), size, fit)
+
+
+def _make_square(image: Any, size: int, fit: str) -> NDArray[np.uint8]:
     return crop_image(image, size) if fit == "crop" else fit_image(image, size)
 
 

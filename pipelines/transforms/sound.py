@@ -4,6 +4,7 @@ The scale is that of HTK (mel = 2595 log10(1 + f / 700)), with triangles of unit
 and 8 kHz, as in the filterbanks of Kaldi-style recognizers.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,8 @@ MEAN, DEVIATION = -2.8, 3.2
 #: Frames of the model's input, and seconds of a file that is decoded.
 MAX_FRAMES = 192
 MAX_SECONDS = 600
+#: Hz: highest sampling rate of audio in memory.
+MAX_RATE = 768_000
 TOO_LONG = f"longer than {MAX_SECONDS} seconds"
 CUT_SHORT = "cut short: the file ends before its audio does"
 NON_FINITE_SAMPLES = "samples that are not finite (NaN or infinite)"
@@ -77,7 +80,7 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
             declared = _declared_seconds(container, stream, data)
             if declared > MAX_SECONDS:
                 raise ValueError(TOO_LONG)
-            wave = _decode(container, stream, rate)
+            wave = _resample(container.decode(stream), rate)
     except av.FFmpegError as error:
         raise ValueError(f"not audio that can be read ({error.strerror})") from None
     if not wave.size:
@@ -89,13 +92,48 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
     return wave
 
 
-def _decode(container: Any, stream: Any, rate: int) -> NDArray[np.float32]:
+def resample_audio(samples: NDArray[Any], rate: int) -> NDArray[np.float32]:
+    """Convert audio in memory to mono samples at ``RATE`` as :func:`decode_audio` does.
+
+    Args:
+        samples: float32 or float64 in [-1, 1], or int16; (samples,), (samples, 1) or (samples, 2).
+        rate: their sampling rate in Hz.
+
+    Raises:
+        ValueError: another type or shape, or audio that :func:`decode_audio` rejects.
+    """
+    import av
+
+    wave = np.asarray(samples)
+    kinds = {np.dtype(np.int16): "s16", np.dtype(np.float32): "flt", np.dtype(np.float64): "dbl"}
+    wave = wave[:, None] if wave.ndim == 1 else wave
+    if wave.dtype not in kinds or wave.ndim != 2 or wave.shape[1] not in (1, 2):
+        raise ValueError(
+            f"samples are {wave.dtype} {np.shape(samples)}, expected float32, float64 or int16 of "
+            "shape (samples,) or (samples, 2)"
+        )
+    if not len(wave):
+        raise ValueError("empty audio")
+    if not isinstance(rate, int | np.integer) or not 0 < rate <= MAX_RATE:
+        raise ValueError(f"the sampling rate is {rate}, expected 1 to {MAX_RATE} Hz")
+    if len(wave) > MAX_SECONDS * rate:
+        raise ValueError(TOO_LONG)
+    if not np.isfinite(wave).all():
+        raise ValueError(NON_FINITE_SAMPLES)
+    packed = np.ascontiguousarray(wave).reshape(1, -1)
+    layout = "mono" if wave.shape[1] == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(packed, format=kinds[wave.dtype], layout=layout)
+    frame.sample_rate = int(rate)
+    return _resample([frame], RATE)
+
+
+def _resample(frames: Iterable[Any], rate: int) -> NDArray[np.float32]:
     import av
 
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
     parts: list[NDArray[np.float32]] = []
     samples = 0
-    for frame in container.decode(stream):
+    for frame in frames:
         for out in resampler.resample(frame):
             parts.append(out.to_ndarray()[0])
             samples += parts[-1].size

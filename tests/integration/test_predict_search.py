@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import predict, search
 from pipelines.runs import model_source
 from pipelines.serving.bundle import open_predictor
-from pipelines.serving.predictor import PredictionItem, guess_modality
+from pipelines.serving.input_items import PredictionItem, guess_modality
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError

@@ -18,8 +18,9 @@ from pipelines import predict
 from pipelines.runs import model_source
 from pipelines.runs.bundle_manifest import compute_bundle_digest, read_bundle_manifest
 from pipelines.serving import bundle
+from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.inputs import read_input_rows
-from pipelines.serving.predictor import PredictionItem, TaskPrediction, TaskPredictor
+from pipelines.serving.predictor import TaskPrediction, TaskPredictor
 from skillnet.model import SkillNet
 from skillnet.serialization import hash_file
 from skillnet_platform.errors import UserError

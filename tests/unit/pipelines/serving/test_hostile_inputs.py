@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.serving.input_items import MAX_FILE_BYTES, read_input_item
 from pipelines.serving.inputs import read_input_rows
-from pipelines.serving.predictor import MAX_FILE_BYTES, read_input_item
 from pipelines.tokenizer.training import train_tokenizer
 from pipelines.transforms.text import encode_captions, encode_texts
 from skillnet_platform.errors import UserError

@@ -12,8 +12,9 @@ from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
 from pipelines.evaluation.inference import memory_inputs
 from pipelines.serving import bundle
+from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.inputs import read_input_rows
-from pipelines.serving.predictor import PredictionItem, TaskPredictor
+from pipelines.serving.predictor import TaskPredictor
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import video
 from skillnet.model import SkillNet
