@@ -22,6 +22,13 @@ class SkillNetConfig:
         skill_modules: modules with skills: attention projections (source: SkillNet-X), the
             feed-forward layer (source: the SkillNet-NLG code), or both.
         skill_every: every n-th layer has skill modules; the other layers are shared.
+        bias: add a bias to every projection of the layers; per skill, like its weight.
+        skill_norms: give the norms of skill modules a scale and a shift per skill.
+        norm_position: ``pre`` normalizes the input of each branch of a layer, and the output of the
+            encoder; ``post`` normalizes the sum after each branch (BERT).
+        norm_eps: added to the variance by all norms.
+        stem_norm: normalize the tokens of a stem.
+        class_token: put a learned token before the patches of an image (ViT).
         drop_path: probability of dropping a residual branch of a row (stochastic depth).
         dropout: dropout probability on the tokens of a stem.
         vocab_size: tokens of the vocabulary of text and code, including padding (id 0).
@@ -53,6 +60,12 @@ class SkillNetConfig:
     ffn_dim: LayerSize = 384
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
     skill_every: LayerSize = 1
+    bias: bool = False
+    skill_norms: bool = False
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: Annotated[float, Interval(gt=0, le=0.1)] = 1e-5
+    stem_norm: bool = True
+    class_token: bool = False
     drop_path: DropProbability = 0.1
     dropout: DropProbability = 0.0
     vocab_size: LayerSize = 12000
@@ -87,6 +100,8 @@ class SkillNetConfig:
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
             )
+        if self.norm_position not in ("pre", "post"):
+            raise ValueError(f"model.norm_position is pre or post, not {self.norm_position!r}")
         if self.dim % self.num_heads:
             raise ValueError(
                 f"model.dim {self.dim} must divide by model.num_heads {self.num_heads}"
@@ -105,3 +120,13 @@ class SkillNetConfig:
         for name, task in self.tasks.items():
             for tower, plan in task.towers.items():
                 check_plan(plan, self.skills, f"model.tasks.{name}.towers.{tower}")
+                if self.class_token and task.objective == "masked" and plan.modality == "image":
+                    raise ValueError(
+                        f"model.class_token: {name} predicts the patches of an image, and the "
+                        "class token is none; set it to false"
+                    )
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of tokens of an image."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token

@@ -1,4 +1,4 @@
-"""Transformer encoder: pre-norm layers whose attention and feed-forward parts may have skills.
+"""Transformer encoder: layers whose attention and feed-forward parts may have skills.
 
 Shapes: B batch, T tokens, D model width.
 """
@@ -15,7 +15,7 @@ from skillnet.attention import padding_bias
 from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
 from skillnet.gpu_kernels import uses_gpu_kernels
-from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
+from skillnet.layers import SkillAttention, SkillFeedForward, SkillNorm, Skills, compute_dtype
 from skillnet.rounded_weights import share_merges
 
 #: Name of the only "skill" of a layer without skill modules. All tasks use its weights.
@@ -31,7 +31,7 @@ MASKED_DROP_PATH = 0.1
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm Transformer layer.
+    """Transformer layer that normalizes the input of each branch, or the sum after it.
 
     Args:
         config: sizes, and the layers and modules that have skills.
@@ -46,21 +46,24 @@ class EncoderLayer(nn.Module):
         std = config.dim**-0.5
         # Residual branches start smaller with depth (GPT-2), so the sum keeps its variance.
         out_std = (2 * config.num_layers) ** -0.5
-        self.attention_norm = nn.LayerNorm(config.dim)
+        self.is_post_norm = config.norm_position == "post"
+        self.attention_norm = build_norm(config, self.attention_skills)
         self.attention = SkillAttention(
             config.skills if self.attention_skills else SHARED,
             config.dim,
             config.num_heads,
             std=std,
             out_std=std * out_std,
+            has_bias=config.bias,
         )
-        self.feedforward_norm = nn.LayerNorm(config.dim)
+        self.feedforward_norm = build_norm(config, self.feedforward_skills)
         self.feedforward = SkillFeedForward(
             config.skills if self.feedforward_skills else SHARED,
             config.dim,
             config.ffn_dim,
             std=std,
             out_std=config.ffn_dim**-0.5 * out_std,
+            has_bias=config.bias,
         )
         self.drop_path = config.drop_path
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
@@ -73,7 +76,7 @@ class EncoderLayer(nn.Module):
         bias_B11T: Tensor | None,
         weights_2B11: Tensor | None = None,
     ) -> Tensor:
-        """Add both residual branches.
+        """Add both residual branches, and normalize each sum in a post-norm layer.
 
         Args:
             x_BTD: tokens.
@@ -97,24 +100,38 @@ class EncoderLayer(nn.Module):
         bias_B11T: Tensor | None,
         weights_2B11: Tensor | None,
     ) -> Tensor:
-        if weights_2B11 is None:
-            x_BTD = self._add(self._attend, x_BTD, skills, bias_B11T)
-            return self._add(self._feed, x_BTD, skills, bias_B11T)
-        for branch, weights_B11 in zip((self._attend, self._feed), weights_2B11, strict=True):
-            y_BTD = branch(x_BTD, skills, bias_B11T)
-            if torch.compiler.is_compiling():
-                x_BTD = x_BTD + y_BTD * weights_B11
+        branches = ((self._attend, self.attention_norm), (self._feed, self.feedforward_norm))
+        for index, (branch, norm) in enumerate(branches):
+            if weights_2B11 is None:
+                x_BTD = self._add(branch, x_BTD, skills, bias_B11T)
             else:
-                x_BTD = _WeightedSum.apply(x_BTD, y_BTD, weights_B11)
+                y_BTD = branch(x_BTD, skills, bias_B11T)
+                if torch.compiler.is_compiling():
+                    x_BTD = x_BTD + y_BTD * weights_2B11[index]
+                else:
+                    x_BTD = _WeightedSum.apply(x_BTD, y_BTD, weights_2B11[index])
+            if self.is_post_norm:
+                x_BTD = _normalize(norm, x_BTD, skills)
         return x_BTD
+
+    def normalize_input(self, norm: nn.Module, x_BTD: Tensor, skills: Skills) -> Tensor:
+        """Return the input of a branch, normalized in a pre-norm layer.
+
+        Args:
+            norm: of the branch.
+            x_BTD: tokens.
+            skills: active skills, sorted.
+        """
+        return x_BTD if self.is_post_norm else _normalize(norm, x_BTD, skills)
 
     def _attend(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         active = skills if self.attention_skills else SHARED
-        return self.attention(self.attention_norm(x_BTD), active, bias_B11T)
+        z_BTD = self.normalize_input(self.attention_norm, x_BTD, skills)
+        return self.attention(z_BTD, active, bias_B11T)
 
     def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         active = skills if self.feedforward_skills else SHARED
-        return self.feedforward(self.feedforward_norm(x_BTD), active)
+        return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD, skills), active)
 
     def _add(
         self, branch: LayerCall, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
@@ -133,6 +150,23 @@ class EncoderLayer(nn.Module):
             bias_B11T = bias_B11T.index_select(0, rows)
         y_BTD = branch(x_BTD.index_select(0, rows), skills, bias_B11T)
         return x_BTD.index_add(0, rows, y_BTD.to(x_BTD.dtype), alpha=B / kept)
+
+
+def build_norm(config: SkillNetConfig, has_skills: bool) -> nn.Module:
+    """Return the norm of a residual branch: per skill, or one for all.
+
+    Args:
+        config: sizes, and whether norms are per skill.
+        has_skills: whether the branch has skills.
+    """
+    if has_skills and config.skill_norms:
+        return SkillNorm(config.skills, config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, config.norm_eps)
+
+
+def _normalize(norm: nn.Module, x_BTD: Tensor, skills: Skills) -> Tensor:
+    normalized: Tensor = norm(x_BTD, skills) if isinstance(norm, SkillNorm) else norm(x_BTD)
+    return normalized
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -190,14 +224,16 @@ def count_kept_rows(rows: int, drop_path: float) -> int:
 
 
 class Encoder(nn.Module):
-    """Stack of encoder layers and a final norm. (B, T, D) -> (B, T, D)."""
+    """Stack of encoder layers, and after pre-norm layers a final norm. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             EncoderLayer(config, index) for index in range(config.num_layers)
         )
-        self.norm = nn.LayerNorm(config.dim)
+        # The last post-norm layer has normalized its output already.
+        is_post_norm = config.norm_position == "post"
+        self.norm = nn.Identity() if is_post_norm else nn.LayerNorm(config.dim, config.norm_eps)
         self.drop_path = config.drop_path
         #: Whether GPUs may compute rows whose branch is dropped.
         self.can_mask_rows = True

@@ -131,8 +131,10 @@ def plan_flops(model: SupportsPlans, plan: SkillPlan, length: int | None = None)
         second = tokens * dim * stem.second.kernel_size[0]
         flops = 2 * dim * (first + second)
     elif isinstance(stem, PatchStem | TubeletStem):
-        tokens = stem.position.shape[0]
-        flops = 2 * tokens * stem.project.in_features * dim
+        tokens = patches = stem.position.shape[0]
+        if isinstance(stem, PatchStem):
+            tokens = config.image_tokens
+        flops = 2 * patches * stem.project.in_features * dim
     else:  # a stem of a third party
         raise TypeError(f"no cost is known for {type(stem).__name__}")
     return flops + _encoder_flops(model.encoder, plan, tokens), tokens

@@ -26,6 +26,10 @@ def _positions(count: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(count, dim).mul_(0.02))
 
 
+def _build_stem_norm(config: SkillNetConfig) -> nn.Module:
+    return nn.LayerNorm(config.dim, config.norm_eps) if config.stem_norm else nn.Identity()
+
+
 class TokenStem(nn.Module):
     """Token embedding of text and code. Batch: ``tokens`` (B, T) int64; 0 is padding.
 
@@ -47,7 +51,7 @@ class TokenStem(nn.Module):
         self.modality = nn.ParameterDict(
             {name: torch.zeros(config.dim) for name in ("text", "code")}
         )
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = _build_stem_norm(config)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         tokens_BT = batch["tokens"]
@@ -70,7 +74,7 @@ class TokenStem(nn.Module):
 class PatchStem(nn.Module):
     """Patch embedding of images. Batch: ``pixels`` (B, H, W, 3), uint8 or floats in [0, 1].
 
-    T = (H/p)(W/p).
+    T = (H/p)(W/p), and one more with ``class_token``, which comes first.
     """
 
     def __init__(self, config: SkillNetConfig) -> None:
@@ -79,7 +83,8 @@ class PatchStem(nn.Module):
         count = (self.size // self.patch) ** 2
         self.project = nn.Linear(3 * self.patch**2, config.dim)
         self.position = _positions(count, config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.class_token = nn.Parameter(torch.zeros(config.dim)) if config.class_token else None
+        self.norm = _build_stem_norm(config)
 
     def patches(self, pixels_BHWC: Tensor) -> Tensor:
         """Cut images into patches with values in [-1, 1], (B, H, W, 3) -> (B, T, p*p*3).
@@ -97,6 +102,9 @@ class PatchStem(nn.Module):
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.patches(batch["pixels"])) + self.position
+        if self.class_token is not None:
+            first_B1D = self.class_token.expand(len(x_BTD), 1, -1)
+            x_BTD = torch.cat([first_B1D.to(x_BTD.dtype), x_BTD], 1)
         return self.norm(x_BTD), None
 
 
@@ -117,7 +125,7 @@ class TubeletStem(nn.Module):
         self.motion = config.video_motion
         self.project = nn.Linear((6 if self.motion else 3) * f * h * w, config.dim)
         self.position = _positions(tokens, config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = _build_stem_norm(config)
 
     def tubelets(self, frames_BNHWC: Tensor) -> Tensor:
         """Cut videos into tubelets with values in [-1, 1], (B, N, H, W, C) -> (B, T, f*h*w*3 or 6).
@@ -159,7 +167,7 @@ class LogMelStem(nn.Module):
             config.dim, config.dim, width, stride=self.stack, padding=width // 2
         )
         self.position = _positions(-(-config.max_frames // self.stack), config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = _build_stem_norm(config)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BNM, frames_B = batch["log_mel"], batch["frames"]

@@ -375,6 +375,6 @@ def _encoder_lengths(
 
 def _tokens_per_row(plan: SkillPlan, config: SkillNetConfig) -> int:
     if plan.modality == "image":
-        return (config.image_size // config.patch_size) ** 2
+        return config.image_tokens
     f, h, w = config.tubelet
     return (config.video_frames // f) * (config.video_size // h) * (config.video_size // w)

@@ -77,7 +77,7 @@ def count_tokens(model: SkillNetConfig, plan: SkillPlan, length: int) -> int:
     if plan.modality == "sound":
         return -(-length // model.mel_stack)
     if plan.modality == "image":
-        return (model.image_size // model.patch_size) ** 2
+        return model.image_tokens
     f, h, w = model.tubelet
     return (model.video_frames // f) * (model.video_size // h) * (model.video_size // w)
 

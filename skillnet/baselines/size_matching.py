@@ -81,7 +81,7 @@ def max_tokens(config: SkillNetConfig, plan: SkillPlan) -> int:
     if plan.modality == "sound":
         return -(-config.max_frames // config.mel_stack)
     if plan.modality == "image":
-        return (config.image_size // config.patch_size) ** 2
+        return config.image_tokens
     frames, height, width = config.tubelet
     across = (config.video_size // height) * (config.video_size // width)
     return (config.video_frames // frames) * across
@@ -176,7 +176,8 @@ class LayerBudget:
             return cls(wanted, 0, attention, 4 * config.dim)
         one = total_params(one_skill(config, "one", 1, layers=1))
         two = total_params(one_skill(config, "one", 1, layers=2))
-        per_unit = 2 * config.dim  # parameters of a network per unit of width
+        # Parameters of a network per unit of width.
+        per_unit = 2 * config.dim + config.bias
         wanted = total_params(config) if size == "total" else mean_activated_params(config)
         return cls(wanted, 2 * one - two, two - one - per_unit, per_unit * networks)
 
