@@ -126,6 +126,8 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
             precision=config.precision,
             bootstrap_samples=config.bootstrap_samples,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            # Rows of the usual test splits may be training rows of the fold.
+            fold=source.fold,
         )
     # Stopped before the simple baselines, which may come from a cache.
     seconds = time.monotonic() - begin
@@ -139,6 +141,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
                 corpora=corpora,
                 bootstrap_samples=config.bootstrap_samples,
                 on_task=lambda name: bar.advance(1, name),
+                fold=source.fold,
             )
     if config.output:
         output = Path(config.output)

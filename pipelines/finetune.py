@@ -150,7 +150,8 @@ def register_run(
     """Register the model of a run and decide on its promotion.
 
     A run of a few steps may leave a task untrained, and a given name may belong to another system.
-    Such a run is kept, and a warning states the reason.
+    Such a run is kept, and a warning states the reason. A model of a fold is not registered: the
+    champion was compared on other rows.
 
     Args:
         config: of the run.
@@ -160,7 +161,7 @@ def register_run(
     Returns:
         Name, version, alias and address; None if nothing is registered.
     """
-    if not config.tracking.register or not rows:
+    if not config.tracking.register or not rows or config.fold.count:
         return None
     from pipelines.runs.model_source import resolve_model
     from pipelines.serving.registration import UntrainedTaskError, register_model

@@ -81,6 +81,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     from sweeps.interpretation.analysis import interpret_model
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    source.require_own_splits("The interpretation")
     model = model_source.load_trained_tasks(source)
     # Baselines can subclass SkillNet, so the registered name is compared as well.
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:

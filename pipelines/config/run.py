@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from pipelines.config.data import AugmentConfig, MaskConfig
+from pipelines.config.folds import FoldConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased_field, choices_field
@@ -144,8 +145,7 @@ class TrainingConfig:
             gathers only the weights that its task uses. ``none`` keeps everything on each worker.
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
-        evaluate_every: steps between evaluations on the validation split, the last step included; 0
-            for none.
+        evaluate_every: steps between validations, the last step included; 0 for none.
         log_every: steps between logged metrics.
         bucket_mb: size of a gradient bucket in MiB.
         reduce_dtype: type in which gradients travel between workers: that of the ``weights``, or
@@ -300,6 +300,7 @@ class FinetuneConfig:
         training: optimizer, workers and intervals.
         tracking: MLflow server, experiment and registration.
         storage: mirror of the run in an object store, and cache of corpora.
+        fold: fold of the corpora by held-out units, in place of their own splits.
         evaluate: evaluate the final model on the test splits.
     """
 
@@ -316,6 +317,7 @@ class FinetuneConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    fold: FoldConfig = field(default_factory=FoldConfig)
     evaluate: bool = True
 
     def joint(self) -> "FinetuneConfig":
@@ -398,6 +400,7 @@ class PretrainConfig(FinetuneConfig):
         training: optimizer, workers, intervals and masks.
         tracking: MLflow server and experiment; the model is not registered by default.
         storage: mirror of the run in an object store, and cache of corpora.
+        fold: fold of the corpora by held-out units, in place of their own splits.
         evaluate: evaluate the final model on the validation splits.
         contrastive: also train on pairs: captions with images, videos and functions of the
             training splits, and words with their definitions.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.config.data import MaskConfig
+from pipelines.config.folds import RESERVE_SPLIT, FoldConfig
 from pipelines.config.run import default_masked_training, default_tasks_training
 from pipelines.evaluation.held_out_units import read_unit_numbers
 from pipelines.evaluation.inference import (
@@ -40,6 +41,7 @@ from pipelines.evaluation.task_metrics import (
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
+from pipelines.shards.folds import open_fold
 from skillnet.accounting import account_task
 from skillnet.metrics import error_counts, retrieval_ranks, unique_group_ids
 from skillnet.multitask_model import TaskModel
@@ -65,6 +67,8 @@ def evaluate_model(
     outcomes: OutcomeTable | None = None,
     masks: MaskConfig | None = None,
     ranks: EvaluationRanks | None = None,
+    fold: FoldConfig | None = None,
+    with_reserve: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate a model on the splits of its tasks' corpora.
 
@@ -88,6 +92,8 @@ def evaluate_model(
         outcomes: receives the outcome of every row, on the first rank.
         masks: mask settings of masked tasks, as in training.
         ranks: that share the rows, each with an equal model; None is this process alone.
+        fold: of the training; None takes the splits of the corpora.
+        with_reserve: allow the split ``reserve`` of the fold.
 
     Returns:
         One dictionary per metric with the keys ``COLUMNS``. Rates are in [0, 1]. Ranks other than
@@ -104,7 +110,7 @@ def evaluate_model(
     for name, spec in specs.items():
         model.require_weights(name)
         runner = InferenceRunner(model, precision, ranks=ranks)
-        corpus = open_corpus(locate_task_corpus(data, name, corpora))
+        corpus = open_task_corpus(data, name, corpora, fold, with_reserve)
         align_outputs(model, name, corpus)
         masked = spec.objective == "masked"
         for split_name in choose_splits(
@@ -321,15 +327,46 @@ def locate_task_corpus(
     return join_location(parse_location(data, Path()), names[task])
 
 
+def open_task_corpus(
+    data: str | Path,
+    task: str,
+    corpora: Mapping[str, str] | None = None,
+    fold: FoldConfig | None = None,
+    with_reserve: bool = False,
+) -> PreparedCorpus:
+    """Open a task's corpus with the splits of a fold.
+
+    Args:
+        data: directory of prepared corpora.
+        task: name of the task.
+        corpora: task -> corpus; other tasks use the built-in corpus.
+        fold: of the training; None takes the splits of the corpus.
+        with_reserve: add the split ``reserve``.
+
+    Raises:
+        UserError: the corpus is missing or damaged, or cannot be divided so.
+    """
+    corpus = open_corpus(locate_task_corpus(data, task, corpora))
+    return open_fold(corpus, fold or FoldConfig(), with_reserve)
+
+
 def choose_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[str]:
     """Return those of the named splits that a corpus has.
 
     Args:
         corpus: to search.
         splits: names; None selects all test splits.
+
+    Raises:
+        UserError: the reserve of a study is named.
     """
     if splits is None:
         return [name for name in corpus.splits if name.startswith("test")]
+    if RESERVE_SPLIT in splits and RESERVE_SPLIT not in corpus.splits:
+        raise UserError(
+            f"{corpus.name}: the split {RESERVE_SPLIT} is read by the final evaluation of a study "
+            "only. Name another split"
+        )
     # Corpora have different splits; the caller reports names that no corpus has.
     return [name for name in splits if name in corpus.splits]
 

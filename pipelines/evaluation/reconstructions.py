@@ -18,8 +18,9 @@ from pipelines.evaluation.inference import InferenceRunner
 from pipelines.evaluation.masked import masked_batches, open_masked_rows, predict_masked_tokens
 from pipelines.loading.audio_units import find_sound_units
 from pipelines.loading.masking import VARIANCE_FLOOR, normalise_tokens
-from pipelines.loading.task_dataset import PRETRAINING, resolve_splits
+from pipelines.loading.task_columns import PRETRAINING, resolve_splits
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.shards.folds import open_fold
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.stems import (
@@ -139,7 +140,8 @@ def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> Rec
     """
     model.require_weights(task)
     settings, masks = config.tasks[task], config.training.masking
-    corpus = open_corpus(join_location(parse_location(config.data, Path()), settings.corpus))
+    location = join_location(parse_location(config.data, Path()), settings.corpus)
+    corpus = open_fold(open_corpus(location), config.fold)
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))
     rows = _evenly_spaced_rows(corpus, split)
     runner = InferenceRunner(model, config.training.precision)

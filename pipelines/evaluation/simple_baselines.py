@@ -22,15 +22,17 @@ call it.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.config.folds import FoldConfig
 from pipelines.evaluation.evaluator import (
     choose_splits,
-    locate_task_corpus,
+    open_task_corpus,
     read_fixed_column,
     read_ragged_column,
     tidy_rows,
@@ -45,7 +47,7 @@ from pipelines.evaluation.task_metrics import (
 )
 from pipelines.runs.vocabulary_match import check_outputs
 from pipelines.shards.columns import FixedColumn, open_column
-from pipelines.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import ConfidenceInterval, unique_group_ids
 from skillnet.skills import Task, find_task
@@ -73,6 +75,7 @@ def evaluate_simple_baselines(
     bootstrap_samples: int = 1000,
     use_cache: bool = True,
     on_task: Callable[[str], None] | None = None,
+    fold: FoldConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate ``chance`` and ``simple_baseline`` on the splits of some tasks.
 
@@ -86,6 +89,7 @@ def evaluate_simple_baselines(
         use_cache: read and write ``simple-baselines-<corpus>-<digest>.json`` beside the corpora.
             The digest covers the corpora, the settings and ``BASELINES_VERSION``.
         on_task: called with the name of each task that is computed.
+        fold: whose splits are fitted and measured; None takes the splits of the corpora.
 
     Returns:
         Rows in the format of :func:`pipelines.evaluation.evaluator.evaluate_model`.
@@ -94,7 +98,7 @@ def evaluate_simple_baselines(
         UserError: a corpus is missing or damaged.
     """
     specs = dict(SkillNetConfig().tasks if tasks is None else tasks)
-    opened = {name: open_corpus(locate_task_corpus(data, name, corpora)) for name in specs}
+    opened = {name: open_task_corpus(data, name, corpora, fold) for name in specs}
     where = parse_location(data, Path())
     # Results can be recomputed, so they are not written to an object store.
     # Beside the corpora, all runs on this data share the results.
@@ -104,7 +108,9 @@ def evaluate_simple_baselines(
         spec = find_task(name, specs)
         check_outputs(corpus, name, spec)
         names = choose_splits(corpus, splits)
-        settings = [spec.objective, names, seed, bootstrap_samples]
+        settings: list[Any] = [spec.objective, names, seed, bootstrap_samples]
+        if fold is not None and fold.count:
+            settings.append(asdict(fold))
         key = digest_config([BASELINES_VERSION, name, corpus.digest, *settings])
         path = cache / f"simple-baselines-{corpus.name}-{key[:12]}.json"
         if use_cache and path.is_file():

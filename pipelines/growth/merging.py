@@ -60,6 +60,8 @@ def open_merge_sources(config: MergeConfig, scratch: Path) -> Iterator[list[Merg
         UserError: a model is missing, named twice or damaged, or no model has a renamed skill.
     """
     resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
+    for source in resolved:
+        source.require_own_splits("The evaluation of a merged model")
     if len({source.weights for source in resolved}) < len(resolved):
         raise UserError(f"{', '.join(config.models)}: a model is named twice")
     with scratch_directory(scratch) as folder:

@@ -60,6 +60,7 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
         "corpora": {
             name: config.corpora[name] for name in corpora_of(config) if config.corpora.get(name)
         },
+        "fold": configuration.to_dict(config.fold),
         "training": training,
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipelines.config.folds import FoldConfig
 from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from pipelines.runs.layout import SETTINGS, TRAINED
 from pipelines.runs.task_counts import find_untrained_tasks, parse_task_counts
@@ -24,7 +25,7 @@ from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
 from skillnet.serialization import check_file, load_tensors, read_manifest
 from skillnet_platform import tracking
-from skillnet_platform.config import load_yaml
+from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, run_root
 from skillnet_platform.storage.objects import is_uri
@@ -80,6 +81,24 @@ class ModelSource:
         """Task -> corpus, as in training."""
         tasks = self.settings.get("tasks") or {}
         return {name: task["corpus"] for name, task in tasks.items() if task}
+
+    @property
+    def fold(self) -> FoldConfig:
+        """Fold of the corpora that the training read."""
+        return build_config(FoldConfig, self.settings.get("fold") or {})
+
+    def require_own_splits(self, action: str) -> None:
+        """Raise UserError if the training read a fold in place of the splits of its corpora.
+
+        Args:
+            action: that would read training rows of the fold as test rows.
+        """
+        if self.fold.count:
+            raise UserError(
+                f"{self.name}: was trained on fold {self.fold.number} of {self.fold.count}. "
+                f"{action} reads the splits of the corpora, which hold rows of that training. "
+                "Give a model that was trained without fold.count"
+            )
 
     @property
     def limits(self) -> dict[str, int | None]:

@@ -63,6 +63,7 @@ def register_model(
         UserError: a corpus is missing or does not fit the model.
     """
     check_trained_tasks(source)
+    source.require_own_splits("Registration")
     # These modules load torch and MLflow, which --help of the commands must not do.
     from pipelines.runs.model_source import load_trained_tasks
     from skillnet_platform.tracking import backend, champion, registration_order, registry

@@ -70,6 +70,7 @@ def evaluate_run(
         outcomes=outcomes,
         masks=config.training.masking,
         ranks=ranks,
+        fold=config.fold,
     )
 
 

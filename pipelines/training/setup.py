@@ -17,6 +17,7 @@ from pipelines.runs import checkpoints
 from pipelines.runs.identity import check_corpus_digest, corpora_of
 from pipelines.runs.vocabulary_match import read_corpora_vocabulary
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.shards.folds import open_fold
 from pipelines.training import checkpointing
 from pipelines.training.init_from import InitReport, load_init_weights
 from pipelines.training.optimizer import WeightAverage
@@ -70,7 +71,7 @@ def build_dataloader(
 def open_corpora(
     config: FinetuneConfig, opened: Mapping[str, PreparedCorpus] | None = None
 ) -> dict[str, PreparedCorpus]:
-    """Open the corpora of all tasks; return corpus name -> corpus.
+    """Open the corpora of all tasks with the splits of the run's fold; return name -> corpus.
 
     Args:
         config: of the run.
@@ -94,7 +95,7 @@ def open_corpora(
                 f"corpus {name} was prepared with a vocabulary of {size} tokens, "
                 f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
             )
-    return corpora
+    return {name: open_fold(corpus, config.fold) for name, corpus in corpora.items()}
 
 
 def build_model(
