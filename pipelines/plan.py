@@ -182,6 +182,8 @@ def show_plans(result: CommandPlan) -> None:
     for label, plan in result.plans.items():
         if not plan.fits:
             console.print_warning(f"{label}: it does not fit. Use {plan.advice}")
+        if plan.size_mismatch:
+            console.print_warning(f"{label}: {plan.size_mismatch}")
 
 
 def show_plan(plan: "RunPlan") -> None:
@@ -231,6 +233,8 @@ def show_plan(plan: "RunPlan") -> None:
         console.print_note(f"it fits: {plan.memory.total / GB:.1f} GB of {gpu.describe()}")
     else:
         console.print_warning(f"it does not fit. Use {plan.advice}")
+    if plan.size_mismatch:
+        console.print_warning(plan.size_mismatch)
 
 
 @command(

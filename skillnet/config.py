@@ -31,6 +31,8 @@ class SkillNetConfig:
         class_token: put a learned token before the patches of an image (ViT).
         drop_path: probability of dropping a residual branch of a row (stochastic depth).
         dropout: dropout probability on the tokens of a stem.
+        init_scale: factor of the standard deviation of the initial matrices of the layers; those of
+            a library's specialist too.
         vocab_size: tokens of the vocabulary of text and code, including padding (id 0).
         max_tokens: longest sequence of text or code.
         bigram_buckets: rows of the hashed table of token bigrams in the token stem (the idea of
@@ -48,6 +50,10 @@ class SkillNetConfig:
         video_motion: add the difference to the previous frame as further channels.
         embedding_dim: width of the retrieval space.
         tasks: name -> task (objective, plans of its towers, outputs).
+        reference_tasks: tasks over whose mean the sizes of a baseline are matched, with the skills
+            of the study's SkillNet. A run fills them in with the tasks that it trains and
+            evaluates, a pretraining with those that fine-tuning can train. A model with one task
+            of a joint run thereby keeps the size of the joint run.
 
     Raises:
         ValueError: a value outside its range, sizes that do not divide, or an unknown skill.
@@ -68,6 +74,7 @@ class SkillNetConfig:
     class_token: bool = False
     drop_path: DropProbability = 0.1
     dropout: DropProbability = 0.0
+    init_scale: Annotated[float, Interval(gt=0, le=100)] = 1.0
     vocab_size: LayerSize = 12000
     max_tokens: LayerSize = 192
     bigram_buckets: OptionalSize = 0
@@ -83,6 +90,7 @@ class SkillNetConfig:
     video_motion: bool = True
     embedding_dim: LayerSize = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
+    reference_tasks: dict[str, Task] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.skills = tuple(self.skills)
@@ -95,6 +103,9 @@ class SkillNetConfig:
             raise ValueError("model.skills is empty; a model needs at least one skill")
         check_names(self.skills, "model.skills")
         check_names(tuple(self.tasks), "model.tasks")
+        # Their skills are not checked: a baseline has other skills than the SkillNet it is matched
+        # with, and keeps the reference tasks of that SkillNet.
+        check_names(tuple(self.reference_tasks), "model.reference_tasks")
         check_bounds(self, "model.")
         if self.skill_modules not in ("both", "attention", "feedforward"):
             raise ValueError(

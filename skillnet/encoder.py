@@ -43,7 +43,7 @@ class EncoderLayer(nn.Module):
         carries = (index + 1) % config.skill_every == 0
         self.attention_skills = carries and config.skill_modules in ("both", "attention")
         self.feedforward_skills = carries and config.skill_modules in ("both", "feedforward")
-        std = config.dim**-0.5
+        std = config.init_scale * config.dim**-0.5
         # Residual branches start smaller with depth (GPT-2), so the sum keeps its variance.
         out_std = (2 * config.num_layers) ** -0.5
         self.is_post_norm = config.norm_position == "post"
@@ -62,7 +62,7 @@ class EncoderLayer(nn.Module):
             config.dim,
             config.ffn_dim,
             std=std,
-            out_std=config.ffn_dim**-0.5 * out_std,
+            out_std=config.init_scale * config.ffn_dim**-0.5 * out_std,
             has_bias=config.bias,
         )
         self.drop_path = config.drop_path

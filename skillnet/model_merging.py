@@ -224,7 +224,7 @@ def plan_merge(
 
 def _check_shapes(one: MergeParent, other: MergeParent) -> None:
     for field_ in dataclasses.fields(SkillNetConfig):
-        if field_.name in ("skills", "tasks"):
+        if field_.name in ("skills", "tasks", "reference_tasks", "init_scale"):
             continue
         values = getattr(one.config, field_.name), getattr(other.config, field_.name)
         if values[0] != values[1]:

@@ -129,7 +129,13 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown model configuration keys: {', '.join(unknown)}")
-    tasks = {
+    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    tasks = {key: _parse_tasks(values.get(key, {})) for key in ("tasks", "reference_tasks")}
+    return SkillNetConfig(**(rest | tasks))
+
+
+def _parse_tasks(values: dict[str, Any]) -> dict[str, Task]:
+    return {
         name: Task(
             objective=task["objective"],
             towers={
@@ -138,10 +144,8 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
             },
             outputs=task["outputs"],
         )
-        for name, task in values.get("tasks", {}).items()
+        for name, task in values.items()
     }
-    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return SkillNetConfig(**(rest | {"tasks": tasks}))
 
 
 def hash_file(path: Path) -> str:

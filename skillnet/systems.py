@@ -32,6 +32,42 @@ def _keep_config(config: SkillNetConfig, options: Any) -> SkillNetConfig:
     return config
 
 
+#: Largest relative difference to the aimed size that is not reported.
+MAX_SIZE_DEVIATION = 0.05
+
+
+@dataclass(frozen=True)
+class SizeMatch:
+    """Size of a baseline's layers beside the size that it aims at, on average over tasks.
+
+    Args:
+        quantity: that is matched, in words.
+        aimed: size of the layers of the study's SkillNet.
+        reached: size of the layers of the baseline.
+    """
+
+    quantity: str
+    aimed: float
+    reached: float
+
+    @property
+    def deviation(self) -> float:
+        """Relative difference to the aimed size; negative for a smaller baseline."""
+        return self.reached / self.aimed - 1
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Whether the difference is above 5 % and has to be reported."""
+        return abs(self.deviation) > MAX_SIZE_DEVIATION
+
+    def describe(self) -> str:
+        """Return ``+12.0 % activated parameters (1,234 for 1,102)``."""
+        return (
+            f"{100 * self.deviation:+.1f} % {self.quantity} "
+            f"({self.reached:,.0f} for {self.aimed:,.0f})"
+        )
+
+
 @dataclass(frozen=True)
 class System:
     """Recipe for one system.
@@ -41,12 +77,17 @@ class System:
         model: class of the model; its ``options_class`` defines the options.
         configure: maps (configuration of the study, options) to the configuration of the system,
             for example with other widths. The saved model stores the latter.
+        measure: maps the same to the size that the system aims at and its own; None for a system
+            that is not matched with SkillNet.
+        shares_weights: whether tasks share weights. Otherwise each is trained as if it were alone.
         summary: one line for reports.
     """
 
     name: str
     model: type[TaskModel]
     configure: Callable[[SkillNetConfig, Any], SkillNetConfig] = _keep_config
+    measure: Callable[[SkillNetConfig, Any], SizeMatch] | None = None
+    shares_weights: bool = True
     summary: str = ""
 
     def build(self, config: SkillNetConfig, given: Mapping[str, Any] | None = None) -> TaskModel:
@@ -61,6 +102,22 @@ class System:
         """
         options = self.model.parse_options(given)
         return self.model(self.configure(config, options), options)
+
+    def measure_size(
+        self, config: SkillNetConfig, given: Mapping[str, Any] | None = None
+    ) -> SizeMatch | None:
+        """Return the aimed size and the size of the system; None if it is not matched.
+
+        Args:
+            config: configuration of the study, with its reference tasks.
+            given: option name -> value.
+
+        Raises:
+            ValueError: an unknown option, an invalid value, or a size that cannot be reached.
+        """
+        if self.measure is None:
+            return None
+        return self.measure(config, self.model.parse_options(given))
 
 
 SKILLNET = System("skillnet", SkillNet, summary="one encoder, its skills activated per task")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sweeps.analysis.finished_runs import FinishedRun
     from sweeps.analysis.power import PowerPlan
     from sweeps.report.report import ComparisonReport
-    from sweeps.study.study import TuningResult
+    from sweeps.study.tuning import TuningResult
 
 
 def compare(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:

@@ -8,7 +8,8 @@ from annotated_types import Interval
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.folds import FoldConfig
 from skillnet.config import SkillNetConfig
-from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
+from skillnet.pretraining_tasks import pretraining_modality, pretraining_tasks
+from skillnet.skills import known_tasks
 from skillnet_platform.config import aliased_field, choices_field
 from skillnet_platform.config.bounds import (
     NonNegativeAmount,
@@ -54,6 +55,7 @@ class TaskTraining:
         batch_size: rows of one global batch, over all workers.
         split: the split to train on; ``pretraining`` stands for all splits that the manifest of
             the corpus allows for pretraining.
+        lr: peak learning rate of the task's steps; null takes ``training.lr``.
         max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
             rows are cropped at a random position. Null takes the limit of the model.
         label_smoothing: label smoothing, for classification.
@@ -71,6 +73,7 @@ class TaskTraining:
     weight: PositiveAmount | None = None
     batch_size: Annotated[int, Interval(ge=1, le=2**20)] = 64
     split: str = "train"
+    lr: Annotated[float, Interval(gt=0, le=10)] | None = None
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
     first_caption_prob: UnitFraction = 0.0
@@ -321,8 +324,17 @@ class FinetuneConfig:
     evaluate: bool = True
 
     def joint(self) -> "FinetuneConfig":
-        """Return the joint training run: this one, or that of a pretraining."""
-        return self
+        """Return the joint training run with the reference tasks of a baseline.
+
+        The run trains all of its tasks jointly. A pretraining returns its run.
+        """
+        # SkillNet is the reference of the others, so it has none.
+        if self.system == "skillnet" or self.model.reference_tasks:
+            return self
+        plans = known_tasks() | self.model.tasks
+        compared = self.trained.keys() & self.measured.keys() or self.trained.keys()
+        found = {name: plans[name] for name in self.tasks if name in compared and name in plans}
+        return replace(self, model=replace(self.model, reference_tasks=found))
 
     @property
     def trained(self) -> dict[str, TaskTraining]:
@@ -368,16 +380,6 @@ def default_views_training() -> dict[str, TaskTraining]:
     }
 
 
-def _pretraining_model() -> SkillNetConfig:
-    def task_of_views(modality: Modality) -> Task:
-        plan = SkillPlan(("general", modality, "alignment"), modality)
-        return Task("retrieval", {"query": plan, "candidate": plan})
-
-    pairs = {f"views_{modality}": task_of_views(modality) for modality in MODALITIES}
-    pairs["text_to_definition"] = task_of_views("text")
-    return SkillNetConfig(tasks=masked_tasks() | default_tasks() | pairs)
-
-
 @dataclass
 class PretrainConfig(FinetuneConfig):
     """Configuration of a self-supervised pretraining on unlabelled rows.
@@ -408,7 +410,7 @@ class PretrainConfig(FinetuneConfig):
             of the retrieval tasks.
     """
 
-    model: SkillNetConfig = field(default_factory=_pretraining_model)
+    model: SkillNetConfig = field(default_factory=lambda: SkillNetConfig(tasks=pretraining_tasks()))
     tasks: dict[str, TaskTraining] = choices_field(default_masked_training, "corpus")
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(register=False))
     contrastive: bool = False
@@ -422,6 +424,11 @@ class PretrainConfig(FinetuneConfig):
         tasks = more | self.tasks
         # A model with heads of all known tasks would have parameters that no step trains.
         known = {name: task for name, task in self.model.tasks.items() if name in tasks}
-        model = replace(self.model, tasks=known)
+        reference = self.model.reference_tasks
+        if self.system != "skillnet" and not reference:
+            # Fine-tuning builds the same size, although it trains other tasks.
+            plans = self.model.tasks
+            reference = {n: plans[n] for n in plans if pretraining_modality(plans[n]) is None}
+        model = replace(self.model, tasks=known, reference_tasks=reference)
         values = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}
         return FinetuneConfig(**(values | {"model": model, "tasks": tasks}))

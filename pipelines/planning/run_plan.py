@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.config.run import FinetuneConfig
 from pipelines.planning.example_batches import count_tokens, longest_lengths
 from pipelines.planning.memory_plan import MemoryOptions, RunPlanner, WorkerMemory
+from pipelines.runs.baseline_size import find_size_mismatch
 from skillnet.skills import find_task
 from skillnet_platform.cluster.gpu_types import GB, GpuType
 
@@ -93,6 +94,8 @@ class RunPlan:
         steps: of the run.
         hours: of all steps by roofline; tasks without a weight count equally.
         equal_weights: a task has no weight, so its share of the steps is unknown.
+        size_mismatch: in words, how the size of a baseline misses the size that it aims at; empty
+            if it has that size.
     """
 
     pool: WorkerPool
@@ -105,6 +108,7 @@ class RunPlan:
     steps: int
     hours: float
     equal_weights: bool
+    size_mismatch: str = ""
 
     def memory_parts(self) -> dict[str, float]:
         """Return part -> GB of a worker, at the peak of the largest task."""
@@ -137,6 +141,7 @@ class RunPlan:
             "tasks": [asdict(task) | {"step_s": task.step_s} for task in self.tasks],
             "steps": self.steps,
             "hours": self.hours,
+            "size_mismatch": self.size_mismatch,
         }
 
 
@@ -174,6 +179,7 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
         steps=steps,
         hours=steps * mean / 3600,
         equal_weights=equal,
+        size_mismatch=find_size_mismatch(planner.config) or "",
     )
 
 

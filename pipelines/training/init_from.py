@@ -5,6 +5,7 @@ and heads of tasks that both know. The rest stays random and is reported. A head
 symbols are not those of the corpus starts from random weights.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from pipelines.shards.dataset import PreparedCorpus
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.positions import resize_positions
-from skillnet.serialization import read_about, read_manifest, read_vocabulary
+from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform import config as configuration
@@ -42,7 +43,7 @@ from skillnet_platform.storage.objects import is_uri
 
 #: Keys that change the model's computation although all tensors may fit.
 _MUST_EQUAL = ("num_layers", "num_heads", "skill_modules", "skill_every")
-_NOT_SHAPE = ("tasks", "skills", "drop_path", "dropout")
+_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", "init_scale")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,26 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
             if source.settings:
                 storage.write_json(staging / SETTINGS, source.settings)
     return str(copy)
+
+
+def inherit_reference_tasks(config: FinetuneConfig, weights: str) -> FinetuneConfig:
+    """Return the run with the reference tasks of the model that it starts from.
+
+    A baseline that trains fewer tasks than its pretraining was made for keeps the size of the
+    weights. Tasks that the configuration gives stay.
+
+    Args:
+        config: of the run.
+        weights: folder of the initial weights.
+    """
+    if config.system == "skillnet" or config.model.reference_tasks:
+        return config
+    # A damaged folder is reported when its weights are read.
+    with contextlib.suppress(ValueError, OSError):
+        start, _, _ = read_config(Path(weights), read_manifest(Path(weights)))
+        model = dataclasses.replace(config.model, reference_tasks=start.reference_tasks)
+        return dataclasses.replace(config, model=model)
+    return config
 
 
 def load_init_weights(

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from pipelines.training import checkpointing, preemption
 from pipelines.training.callbacks import LoopCallback
 from pipelines.training.optimizer import (
     WeightAverage,
-    build_lr_scheduler,
     build_optimizer,
+    set_learning_rate,
     update_weights,
 )
 from pipelines.training.replicas import TrainingReplica, build_replica
@@ -140,7 +140,8 @@ def train_model(
     residency = None
     if settings.offload_inactive_weights:
         residency = WeightResidency(model, optimizer, average, device)
-    scheduler = build_lr_scheduler(optimizer, settings, start)
+    # One schedule per task: a task may have a rate of its own.
+    schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     peak = find_peak_flops(device, precision.name == "bf16")
@@ -215,6 +216,7 @@ def train_model(
             leaving = sync.finish()
             # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on
             # the device until the next log.
+            lr = set_learning_rate(optimizer, schedules[batch.task], step)
             norm, is_finite = update_weights(
                 optimizer, active[batch.task], settings.max_grad_norm, average, replica.shard_group
             )
@@ -223,10 +225,7 @@ def train_model(
             optimizer.zero_grad()
 
             step += 1
-            lr = float(scheduler.get_last_lr()[0])
             meter.add(batch, loss, norm, lr, is_finite)
-            # Also after a skipped update: the learning rate is a function of the step.
-            scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
                 health.reduce()
                 values = meter.collect_metrics() | model.statistics() | health.collect_metrics()

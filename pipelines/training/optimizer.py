@@ -7,13 +7,11 @@ step count, which corrects the bias of the averages, stays as it is.
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.config.run import TrainingConfig
 from pipelines.training.row_updates import RowSparseAdamW, clip_sparse_gradients
@@ -96,20 +94,18 @@ def build_optimizer(
     return torch.optim.AdamW(by_decay, lr=config.lr, betas=betas, fused=True)
 
 
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int = 0
-) -> LambdaLR:
-    """Build a scheduler that sets :func:`compute_learning_rate`.
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> float:
+    """Set the learning rate of a step, :func:`compute_learning_rate`, and return it.
 
     Args:
-        optimizer: its rates are set.
-        config: schedule.
+        optimizer: of all parameters; those outside of the step's task have no gradient.
+        config: schedule of the step's task.
         step: steps done before.
     """
+    rate = compute_learning_rate(config, step)
     for group in optimizer.param_groups:
-        # LambdaLR multiplies by this: with 1 the rate is the function's value to the bit.
-        group["initial_lr"] = 1.0
-    return LambdaLR(optimizer, partial(compute_learning_rate, config), last_epoch=step - 1)
+        group["lr"] = rate
+    return rate
 
 
 def clip_gradients(

@@ -124,7 +124,7 @@ class ResolvedRun:
 
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
-    """Resolve a configuration: name, absolute paths, model tasks, digests, initial weights.
+    """Resolve a configuration: name, absolute paths, tasks, digests, initial weights.
 
     Workers have working directories of their own, so paths are absolute.
 
@@ -163,9 +163,12 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         raise UserError(f"name {name!r} is no valid folder name; use letters, digits, - and _")
     init_from = None
     if config.init_from:
-        from pipelines.training.init_from import resolve_init_weights
+        from pipelines.training.init_from import inherit_reference_tasks, resolve_init_weights
 
         init_from = resolve_init_weights(config.init_from, config.tracking.uri, str(folder))
+        config = inherit_reference_tasks(config, init_from)
+    # Known only now: the tasks have plans, and initial weights determine the size of a baseline.
+    config = config.joint()
     config = replace(
         config,
         name=name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.baseline_size import find_size_mismatch
 from pipelines.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
 from pipelines.runs.task_counts import parse_task_counts
 from pipelines.training.resolved_run import ResolvedRun
@@ -43,6 +44,9 @@ def validate_run(run: ResolvedRun) -> None:
     check_batch_sizes(config)
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
+    mismatch = find_size_mismatch(config)
+    if mismatch is not None:
+        console.print_warning(f"{mismatch}. Set options.ffn_dim, or report the difference")
     for name, task in config.tasks.items():
         check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
     # Building the batches compares each task with its corpus.

@@ -99,5 +99,6 @@ ALONE = System(
     "alone",
     SeparateSkillNets,
     _check_tasks,
+    shares_weights=False,
     summary="a SkillNet of its own for each task, with the same plans",
 )

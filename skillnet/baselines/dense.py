@@ -14,7 +14,7 @@ from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.skills import MODALITIES
-from skillnet.systems import System
+from skillnet.systems import SizeMatch, System
 
 SKILL = "dense"
 
@@ -24,9 +24,9 @@ class DenseOptions:
     """Size of the dense baseline.
 
     Args:
-        size: quantity to match with the study's SkillNet. ``activated``: the parameters that a task
-            activates, on average over tasks; ``total``: all parameters; ``executed``: operations
-            per example, on average.
+        size: quantity to match with the study's SkillNet, on average over the reference tasks.
+            ``activated``: the parameters that a task activates; ``executed``: operations per
+            example.
         shape: dimension that is solved for. ``width``: feed-forward width at the study's depth;
             ``depth``: as many layers as fit at the width of one skill, and their width matches the
             rest.
@@ -35,21 +35,20 @@ class DenseOptions:
         ffn_dim: feed-forward width; None derives it from ``size``.
     """
 
-    size: Literal["activated", "total", "executed"] = "activated"
+    size: Literal["activated", "executed"] = "activated"
     shape: Literal["width", "depth"] = "width"
     feedforward: Literal["shared", "modality"] = "shared"
     ffn_dim: LayerSize | None = None
 
     def __post_init__(self) -> None:
         for key, known in {
-            "size": ("activated", "total", "executed"),
+            "size": ("activated", "executed"),
             "shape": ("width", "depth"),
             "feedforward": ("shared", "modality"),
         }.items():
             value = getattr(self, key)
             if value not in known:
-                expected = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise ValueError(f"options.{key} is {expected}, not {value!r}")
+                raise ValueError(f"options.{key} is {' or '.join(known)}, not {value!r}")
         check_bounds(self, "options.")
         if self.ffn_dim is not None and self.shape == "depth":
             raise ValueError(
@@ -92,8 +91,6 @@ def _active_networks(config: SkillNetConfig, options: DenseOptions) -> float:
     """Return how many feed-forward networks of a layer the matched quantity counts."""
     if options.feedforward == "shared" or options.size == "executed":
         return 1
-    if options.size == "total":
-        return len(_modalities(config))
     tasks = size_matching.reference_tasks(config).values()
     return sum(len({p.modality for p in task.towers.values()}) for task in tasks) / len(tasks)
 
@@ -105,9 +102,26 @@ def _modalities(config: SkillNetConfig) -> list[str]:
     return [name for name in MODALITIES if name in read]
 
 
+def measure_dense(config: SkillNetConfig, options: DenseOptions) -> SizeMatch:
+    """Return the size that the options aim at and the size of the dense layers.
+
+    Args:
+        config: configuration of the study.
+        options: size of the baseline.
+    """
+    compared = size_matching.compared_config(config)
+    own = configure_dense(compared, options)
+    if options.size == "executed":
+        count = size_matching.executed_operations
+        return SizeMatch("executed operations", count(compared), count(own))
+    count = size_matching.mean_activated_params
+    return SizeMatch("activated parameters", count(compared), count(own))
+
+
 DENSE = System(
     "dense",
     DenseModel,
     configure_dense,
+    measure_dense,
     summary="one model for all tasks, everything always active",
 )

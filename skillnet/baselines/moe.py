@@ -21,7 +21,7 @@ from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.layers import Skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, Outputs
-from skillnet.systems import System
+from skillnet.systems import SizeMatch, System
 
 SKILL = "moe"
 
@@ -74,14 +74,14 @@ class ExpertLayer(EncoderLayer):
     def __init__(self, config: SkillNetConfig, index: int, options: MoEOptions) -> None:
         super().__init__(config, index)
         hidden = config.ffn_dim // options.top_k
-        std = config.dim**-0.5
+        std = config.init_scale * config.dim**-0.5
         self.feedforward = ExpertFeedForward(  # type: ignore[assignment]
             config.dim,
             hidden,
             options.experts,
             options.top_k,
             std=std,
-            out_std=hidden**-0.5 * (2 * config.num_layers) ** -0.5,
+            out_std=config.init_scale * hidden**-0.5 * (2 * config.num_layers) ** -0.5,
             jitter=options.jitter,
         )
         self.routings: list[RoutingResult] = []
@@ -211,10 +211,30 @@ def configure_moe(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
     each = 2 * config.dim * config.num_layers
     # The router is part of the activated parameters, so experts get a little narrower.
-    routers = config.num_layers // options.every * options.experts * config.dim
+    routers = _router_params(config, options)
     fixed = size_matching.total_params(size_matching.one_skill(config, SKILL, 1)) - each + routers
     wanted = size_matching.mean_activated_params(config)
     return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.ffn_dim")
+
+
+def _router_params(config: SkillNetConfig, options: MoEOptions) -> int:
+    return config.num_layers // options.every * options.experts * config.dim
+
+
+def measure_moe(config: SkillNetConfig, options: MoEOptions) -> SizeMatch:
+    """Return the parameters that SkillNet's layers activate, and those of a token's experts.
+
+    Args:
+        config: configuration of the study.
+        options: number and width of the experts.
+    """
+    compared = size_matching.compared_config(config)
+    layers = size_matching.mean_activated_params(configure_moe(compared, options))
+    return SizeMatch(
+        "activated parameters",
+        size_matching.mean_activated_params(compared),
+        layers + _router_params(config, options),
+    )
 
 
 def _over(routings: list[RoutingResult], what: Callable[[RoutingResult], Tensor]) -> Tensor:
@@ -230,5 +250,6 @@ MOE = System(
     "moe",
     MoE,
     configure_moe,
+    measure_moe,
     summary="feed-forward layers of experts, two for each token",
 )

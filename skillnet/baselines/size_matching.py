@@ -3,9 +3,8 @@
 Only Transformer layers are compared. Heads, and for the dense and mixture-of-experts baselines
 also stems, are equal on both sides and cancel out.
 
-The mean is over the five default tasks, with the study's plans where it has them, and not over
-the tasks that a run trains. Pretraining and fine-tuning of a study therefore build baselines of
-one size.
+The mean is over the reference tasks of the configuration. A run sets them to the tasks that it
+trains and evaluates. A pretraining keeps those of fine-tuning, so both build baselines of one size.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import torch
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.skills import SkillPlan, Task, default_tasks
+from skillnet.skills import SkillPlan, Task
 
 #: Largest relative change of a width that makes it a multiple of a power of two (faster products).
 TOLERANCE = 0.005
@@ -24,13 +23,20 @@ TOLERANCE = 0.005
 def reference_tasks(config: SkillNetConfig) -> dict[str, Task]:
     """Return the tasks over which costs are averaged.
 
-    These are the five default tasks whose skills the model has. If there are none, all tasks that
-    are not masked modelling, and otherwise all tasks.
+    These are the reference tasks of the configuration. A configuration without them, or of a
+    baseline whose skills they do not name, is measured on its own tasks, without masked modelling
+    if it has others.
     """
-    defaults = {name: config.tasks.get(name, task) for name, task in default_tasks().items()}
-    known = {n: task for n, task in defaults.items() if set(task.skills) <= set(config.skills)}
+    given = config.reference_tasks
+    if given and all(set(task.skills) <= set(config.skills) for task in given.values()):
+        return given
     measured = {n: task for n, task in config.tasks.items() if task.objective != "masked"}
-    return known or measured or config.tasks
+    return measured or config.tasks
+
+
+def compared_config(config: SkillNetConfig) -> SkillNetConfig:
+    """Return the configuration with the reference tasks as its only tasks."""
+    return dataclasses.replace(config, tasks=reference_tasks(config), reference_tasks={})
 
 
 def mean_num_towers(config: SkillNetConfig) -> float:
@@ -168,17 +174,17 @@ class LayerBudget:
 
         Args:
             config: configuration of the study.
-            size: ``activated``, ``total`` or ``executed``.
+            size: ``activated`` or ``executed``.
             networks: feed-forward networks of a layer that count.
         """
         if size == "executed":
-            attention, wanted = _executed_operations(config)
-            return cls(wanted, 0, attention, 4 * config.dim)
+            attention = attention_operations(config)
+            return cls(executed_operations(config), 0, attention, 4 * config.dim)
         one = total_params(one_skill(config, "one", 1, layers=1))
         two = total_params(one_skill(config, "one", 1, layers=2))
         # Parameters of a network per unit of width.
         per_unit = 2 * config.dim + config.bias
-        wanted = total_params(config) if size == "total" else mean_activated_params(config)
+        wanted = mean_activated_params(config)
         return cls(wanted, 2 * one - two, two - one - per_unit, per_unit * networks)
 
     def fitting_layers(self, width: int) -> int:
@@ -195,8 +201,8 @@ class LayerBudget:
         return solve_width(self.wanted, fixed, layers * self.per_unit, where)
 
 
-def _executed_operations(config: SkillNetConfig) -> tuple[float, float]:
-    """Return mean operations of a token: of the attention of one layer, and of all layers."""
+def attention_operations(config: SkillNetConfig) -> float:
+    """Return the operations of a token in the attention of one layer, mean over tokens."""
     work = count = 0.0
     for task in reference_tasks(config).values():
         for plan in task.towers.values():
@@ -204,9 +210,13 @@ def _executed_operations(config: SkillNetConfig) -> tuple[float, float]:
             # Projections, and the products of scores and values.
             work += tokens * (8 * config.dim**2 + 4 * config.dim * tokens)
             count += tokens
-    attention = work / count
+    return work / count
+
+
+def executed_operations(config: SkillNetConfig) -> float:
+    """Return the operations of a token in all layers, mean over tokens of the longest examples."""
     feedforward = 4 * config.dim * executed_width(config)
-    return attention, config.num_layers * (attention + feedforward)
+    return config.num_layers * (attention_operations(config) + feedforward)
 
 
 def solve_width(wanted: float, fixed: float, each: float, where: str) -> int:

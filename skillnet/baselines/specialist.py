@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skillnet.baselines import library_models, size_matching
@@ -23,8 +24,10 @@ from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.layers import require_unused_name
 from skillnet.multitask_model import Batch, TaskModel, Tokens
-from skillnet.skills import MODALITIES, Modality, Task, find_task, nearest_hint
-from skillnet.systems import System
+from skillnet.pretraining_tasks import pretraining_modality
+from skillnet.skills import MODALITIES, Modality, find_task, nearest_hint
+from skillnet.skipped_init import SkippedInit
+from skillnet.systems import SizeMatch, System
 
 #: Architectures of each modality; the first is the default.
 READERS: dict[str, tuple[str, ...]] = {
@@ -50,7 +53,7 @@ class SpecialistOptions:
             weights and sizes; other modalities start from scratch at the study's size.
         download: download checkpoints that are not on this machine.
         ffn_dim: feed-forward width from scratch. None matches the layers of a task's towers to the
-            parameters that a task of SkillNet activates, both on average over tasks.
+            parameters that a task of SkillNet activates, both on average over the reference tasks.
         shapes: modality -> configuration of the library's model of a checkpoint. It is filled in
             when a model is saved, so that it can be loaded without the checkpoint.
 
@@ -85,18 +88,6 @@ class SpecialistOptions:
     def family(self, modality: str) -> library_models.LibraryArchitecture:
         """Return the architecture of a modality."""
         return FAMILIES[getattr(self, modality)]
-
-
-def pretraining_modality(task: Task) -> Modality | None:
-    """Return the modality whose encoder a self-supervised task trains, None for other tasks.
-
-    Masked modelling and pairs within one modality are self-supervised: two views of a row, or a
-    word and its definition.
-    """
-    modalities = {plan.modality for plan in task.towers.values()}
-    if task.objective in ("masked", "retrieval") and len(modalities) == 1:
-        return modalities.pop()
-    return None
 
 
 class SpecialistModel(TaskModel):
@@ -138,7 +129,9 @@ class SpecialistModel(TaskModel):
         if modality in options.shapes:
             return family.build(options.shapes[modality], dim)
         if modality not in options.checkpoints:
-            return family.build(family.fresh(self.config, self.config.ffn_dim), dim)
+            encoder = family.build(family.fresh(self.config, self.config.ffn_dim), dim)
+            _scale_layers(encoder, self.config.init_scale)
+            return encoder
         folder = find_checkpoint(options.checkpoints[modality], options.download)
         shape = family.read(folder, self.config)
         self.options["shapes"] = {**self.options["shapes"], modality: shape}
@@ -202,6 +195,14 @@ class SpecialistModel(TaskModel):
         return ".".join(["pretrained", plan.modality, *parts[3:]])
 
 
+@torch.no_grad()
+def _scale_layers(encoder: EncoderAdapter, factor: float) -> None:
+    """Scale the initial matrices of the layers; biases, norms and embeddings stay."""
+    for name, parameter in encoder.named_parameters():
+        if is_layer_weight(name) and parameter.ndim >= 2:
+            parameter.mul_(factor)
+
+
 def configure_specialist(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetConfig:
     """Return the study's configuration with the feed-forward width of the specialists.
 
@@ -233,9 +234,47 @@ def _width(config: SkillNetConfig) -> int:
     return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.ffn_dim")
 
 
+def measure_specialist(config: SkillNetConfig, options: SpecialistOptions) -> SizeMatch:
+    """Return the parameters that SkillNet's layers activate, and those of the specialists' layers.
+
+    Args:
+        config: configuration of the study.
+        options: architectures and checkpoints. A checkpoint is read for its sizes only.
+    """
+    compared = size_matching.compared_config(config)
+    own = configure_specialist(compared, options)
+    shapes = {
+        name: options.family(name).read(find_checkpoint(path, options.download), own)
+        for name, path in options.checkpoints.items()
+    }
+    plain = dataclasses.replace(options, checkpoints={}, shapes=shapes | options.shapes)
+    with torch.device("meta"), SkippedInit():
+        model = SpecialistModel(own, plain)
+    sizes = [
+        sum(p.numel() for name, p in model.active_parameters(task) if is_layer_weight(name))
+        for task in compared.tasks
+    ]
+    return SizeMatch(
+        "activated parameters",
+        size_matching.mean_activated_params(compared),
+        sum(sizes) / len(sizes),
+    )
+
+
+def is_layer_weight(name: str) -> bool:
+    """Return whether a parameter of a specialist belongs to the layers of an encoder.
+
+    Args:
+        name: of the parameter. The libraries call the layers ``encoder``, ``blocks`` or ``layers``.
+    """
+    return not {"encoder", "blocks", "layers"}.isdisjoint(name.split("."))
+
+
 SPECIALIST = System(
     "specialist",
     SpecialistModel,
     configure_specialist,
+    measure_specialist,
+    shares_weights=False,
     summary="an encoder of transformers or timm for each tower of each task",
 )

@@ -23,6 +23,11 @@ from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig
 
+#: Smallest fraction of the steps of a run after which its settings are judged.
+MIN_STEP_FRACTION = 0.6
+
+LearningRate = Annotated[float, Interval(gt=0, le=10)]
+
 
 @dataclass
 class SystemConfig:
@@ -33,8 +38,12 @@ class SystemConfig:
         options: options of the system.
         pretrain: start each run from its own pretraining, with the seed of the run.
         set: flat key -> value that overrides the study's run for this system.
-        reuse_tuning_of: system whose tuned settings are used instead of own tuning trials.
+        reuse_tuning_of: system whose tuned settings are used instead of own tuning trials. A
+            pretrained system that names one without pretraining tunes its own rates.
         extra_seeds: seeds beyond the study's, for close results.
+        rate_per_task: choose the learning rate of each task by its own scores, for a system whose
+            tasks share no weights.
+        steps_factor: steps of the system as a multiple of the run's, to see whether gaps close.
     """
 
     system: str
@@ -43,34 +52,60 @@ class SystemConfig:
     set: dict[str, Any] = field(default_factory=dict)
     reuse_tuning_of: str | None = None
     extra_seeds: list[RandomSeed] = field(default_factory=list)
+    rate_per_task: bool = False
+    steps_factor: Annotated[float, Interval(gt=0, le=100)] = 1.0
+
+    def __post_init__(self) -> None:
+        require_bounds(self, "systems: ")
 
 
 @dataclass
 class TuningConfig:
     """Search for training settings, equal for every system, before the final runs.
 
-    The first trial is the run as configured. The other trials are spread over the space by Latin
-    hypercube sampling.
+    The settings of the space come first: one trial is the run as configured, the others are spread
+    over the space by Latin hypercube sampling. Then every system tries the same learning rates
+    with its settings, and takes the top of a parabola over the logarithm of the rate.
 
     Args:
-        trials: trials per system; 0 disables tuning.
+        trials: trials per system over the space; 0 keeps the settings as configured.
         space: key -> values, as in a sweep.
-        seed: seed of the trials and of their points; must not be a seed of the study.
-        step_fraction: steps of a trial, as a fraction of the run's steps.
         points: additional settings (key -> value) that every system tries, such as a value beyond
             the end of a range.
+        rates: learning rates of the run that every system tries; empty tunes no rate.
+        pretraining_rates: learning rates of the pretraining that every pretrained system tries.
+        seeds: seeds of each trial; none may be a seed of the study. The first draws the points.
+        step_fraction: steps of a trial, as a fraction of the run's steps. Shorter trials prefer
+            settings that learn fast.
     """
 
     trials: NonNegativeCount = 0
     space: dict[str, SearchDimension] = field(default_factory=dict)
-    seed: RandomSeed = 1000
-    step_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     points: list[dict[str, Any]] = field(default_factory=list)
+    rates: list[LearningRate] = field(default_factory=list)
+    pretraining_rates: list[LearningRate] = field(default_factory=list)
+    seeds: list[RandomSeed] = field(default_factory=lambda: [1000])
+    step_fraction: Annotated[float, Interval(ge=MIN_STEP_FRACTION, le=1)] = 1.0
 
     def __post_init__(self) -> None:
         require_bounds(self, "tuning.")
         if self.trials > 1 and not self.space:
             raise UserError("tuning.trials needs a tuning.space: name the settings to tune")
+        if self.rates and "training.lr" in self.space:
+            raise UserError("tuning.space has training.lr, as has tuning.rates; remove one")
+        for key in ("rates", "pretraining_rates"):
+            given = getattr(self, key)
+            if given and len(set(given)) < max(len(given), 3):
+                raise UserError(
+                    f"tuning.{key}: a parabola needs three or more different rates, got {given}"
+                )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"tuning.seeds must be different numbers, got {self.seeds}")
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is any trial."""
+        return bool(self.trials or self.rates or self.pretraining_rates)
 
 
 @dataclass
@@ -133,10 +168,11 @@ class StudyConfig:
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
             # Settings chosen with a seed of a final run would favour that run.
-            if self.tuning.trials and self.tuning.seed in seeds:
+            both = sorted(set(self.tuning.seeds) & set(seeds)) if self.tuning.is_enabled else []
+            if both:
                 raise UserError(
-                    f"tuning.seed {self.tuning.seed} is also one of {key}: settings must not be "
-                    "chosen and evaluated with one seed; choose another tuning.seed"
+                    f"tuning.seeds {both} are also {key}: settings must not be chosen and "
+                    "evaluated with one seed; choose other tuning.seeds"
                 )
         for label, entry in self.systems.items():
             if "/" in label or label.startswith(".") or not label:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from sweeps.analysis.format import format_duration
 from sweeps.report.tables import ReportTable, TableCell
-from sweeps.study.study import TuningResult, format_settings
+from sweeps.study.tuning import TuningResult, format_settings
 
 
 def build_tuning_tables(
@@ -18,7 +18,8 @@ def build_tuning_tables(
     """
     if not any(result.trials for result in tuning.values()):
         return []
-    return [_build_chosen_table(tuning, pretrained), _build_trials_table(tuning)]
+    rates = [_build_rates_table(tuning)] if any(own.rates for own in tuning.values()) else []
+    return [_build_chosen_table(tuning, pretrained), *rates, _build_trials_table(tuning)]
 
 
 def _build_chosen_table(
@@ -28,15 +29,18 @@ def _build_chosen_table(
     for label, own in tuning.items():
         # Failed trials have no time.
         seconds = sum(trial["seconds"] or 0.0 for trial in own.trials)
-        # The first trial is always the run as configured.
-        first = own.trials[0]["score"] if own.trials else None
+        # The first trial over the space is always the run as configured.
+        is_configured = bool(own.trials) and own.trials[0]["stage"] == "space"
+        first = own.trials[0]["score"] if is_configured else None
         rows.append(
             [
                 TableCell(label),
                 TableCell(
                     str(len(own.trials))
                     if own.reuse_tuning_of is None
-                    else f"as {own.reuse_tuning_of}"
+                    else ", ".join(
+                        [f"as {own.reuse_tuning_of}", *([str(len(own.trials))] * bool(own.trials))]
+                    )
                 ),
                 TableCell(_format_score(first)),
                 TableCell(_format_score(own.score)),
@@ -58,6 +62,23 @@ def _build_chosen_table(
     )
 
 
+def _build_rates_table(tuning: Mapping[str, TuningResult]) -> ReportTable:
+    rows = [
+        [TableCell(label), TableCell(key), TableCell(words)]
+        for label, own in tuning.items()
+        for key, words in own.rates.items()
+    ]
+    return ReportTable(
+        "Tuned learning rates",
+        ["system", "rate", "chosen"],
+        rows,
+        "The top of a parabola of the validation score over the logarithm of the rate, with its "
+        "range of one standard error. Where the scores have no top between the tried rates, the "
+        "best trial.",
+        collapsed=True,
+    )
+
+
 def _limits_note(tuning: Mapping[str, TuningResult], pretrained: Collection[str]) -> str:
     """Return a note on differences that remain with equal numbers of trials."""
     keys = {key for own in tuning.values() for trial in own.trials for key in trial["settings"]}
@@ -73,9 +94,17 @@ def _limits_note(tuning: Mapping[str, TuningResult], pretrained: Collection[str]
     if any(
         o.label in pretrained and o.reuse_tuning_of not in (None, *pretrained) for o in borrowed
     ):
-        notes.append("These settings were tuned without the pretraining.")
-    if pretrained:
-        notes.append("The settings of pretraining, including its learning rate, were not tuned.")
+        notes.append("These settings were tuned without the pretraining, except for own trials.")
+    untuned = [
+        label
+        for label in pretrained
+        if label in tuning and "pretraining.training.lr" not in tuning[label].settings
+    ]
+    if untuned:
+        names = ", ".join(untuned)
+        notes.append(f"The pretraining of {names}, and its learning rate, has no tuning.")
+    elif pretrained:
+        notes.append("Of the pretraining only the learning rate was tuned.")
     return " ".join(notes)
 
 

@@ -34,6 +34,7 @@ def compute_model_cost(
     from skillnet.accounting import account_task
     from skillnet.systems import build_system
 
+    config = config.joint()
     # The meta device allocates no weights, so that many widths can be tried.
     with torch.device("meta"):
         model = build_system(config.system, config.model, config.options)

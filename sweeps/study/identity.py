@@ -70,7 +70,7 @@ def _compare_runs(before: FinetuneConfig, now: FinetuneConfig) -> str:
     from pipelines.runs.identity import find_identity_differences
 
     differing = find_identity_differences(
-        replace(before, init_from=None), replace(now, init_from=None)
+        replace(before.joint(), init_from=None), replace(now.joint(), init_from=None)
     )
     return _format_difference(differing)
 

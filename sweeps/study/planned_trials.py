@@ -6,7 +6,8 @@ from pipelines.planning.memory_check import MemoryCheck, PlannedRun
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from sweeps.config.resources import request_study
 from sweeps.config.study import StudyConfig
-from sweeps.study.study import TuningResult, build_final_trials, build_tuning_trials
+from sweeps.study.study import build_final_trials
+from sweeps.study.tuning import STAGES, build_stage_trials, start_tuning
 
 
 def request_planned_study(config: StudyConfig) -> ResourceRequest:
@@ -24,9 +25,10 @@ def list_study_runs(config: StudyConfig) -> list[PlannedRun]:
     Raises:
         UserError: the study is invalid.
     """
-    untuned = {label: TuningResult(label) for label in config.systems}
+    untuned = start_tuning(config)
     planned, share = [], config.resources.gpus or 1.0
-    for trial in [*build_final_trials(config, untuned), *build_tuning_trials(config)]:
+    tuning = [each for stage in STAGES for each in build_stage_trials(config, stage, untuned)]
+    for trial in [*build_final_trials(config, untuned), *tuning]:
         label = trial.group or trial.name
         planned.append(PlannedRun(trial.config, label, "run.", share))
         if trial.pretrain is not None:

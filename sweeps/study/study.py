@@ -13,23 +13,26 @@ repeated. With ``--run_dir s3://bucket/runs`` the object store holds the same fi
 sweeps/trials/remote_ledger.py.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from skillnet_platform.config.schema import check_keys, nest_value
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
-from sweeps.config.space import SearchDimension, format_setting
 from sweeps.config.study import StudyConfig
 from sweeps.config.trials import ScoreConfig
-from sweeps.search.space import SearchSpace
 from sweeps.study.identity import STUDY_FILE, check_unchanged
+from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
+from sweeps.study.tuning import (
+    STAGES,
+    TuningResult,
+    build_stage_trials,
+    choose_settings,
+    start_tuning,
+)
 from sweeps.trials.remote_ledger import RUN, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
@@ -38,25 +41,6 @@ if TYPE_CHECKING:
 
 #: Files that exist from the start of a study.
 START_FILES = (STUDY_FILE, RUN)
-
-
-@dataclass
-class TuningResult:
-    """Result of tuning one system.
-
-    Args:
-        label: label of the system.
-        settings: flat key -> chosen value; empty for the run as configured.
-        score: mean validation score of the chosen trial; None without trials.
-        trials: settings, status, score, steps and seconds of each trial.
-        reuse_tuning_of: system whose tuning was used, or None for own trials.
-    """
-
-    label: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    score: float | None = None
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    reuse_tuning_of: str | None = None
 
 
 @dataclass
@@ -80,21 +64,24 @@ class StudyResult:
 
 
 def check_study(config: StudyConfig) -> None:
-    """Check a study by building all of its trials; nothing is written.
+    """Check a study by building its trials; nothing is written.
 
     Raises:
         UserError: the study is invalid, or differs from the runs that exist under its name.
     """
-    trials = build_tuning_trials(config)
-    check_unchanged(config, trials, config.folder / "tuning")
+    start = start_tuning(config)
+    # All stages are built, because a wrong rate must fail before the first trial trains. Only the
+    # first is compared with existing runs: the others depend on what it selects.
+    stages = [build_stage_trials(config, stage, start) for stage in STAGES]
+    check_unchanged(config, stages[0], config.folder / "tuning")
     known: dict[str, TuningResult] = {}
     if (config.folder / STUDY_LEDGER).is_file():
         known, _ = read_study_ledger(config.folder)
-    tuning = {label: known.get(label, TuningResult(label)) for label in config.systems}
-    finals = build_final_trials(config, tuning)
+    finals = build_final_trials(config, {label: known.get(label, start[label]) for label in start})
     # Without the ledger the chosen settings are unknown, so the final runs are not compared.
+    is_tuned = any(stages)
     check_unchanged(
-        config, [t for t in finals if not trials or t.group in known], config.folder / "runs"
+        config, [t for t in finals if not is_tuned or t.group in known], config.folder / "runs"
     )
 
 
@@ -122,9 +109,12 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         stream.write(configuration.to_yaml(config))
     if mirror is not None:
         mirror.upload_files(*START_FILES)
-    trials = build_tuning_trials(config)
-    tuned: list[TrialOutcome] = []
-    if trials:
+    tuning = start_tuning(config)
+    for stage in STAGES:
+        trials = build_stage_trials(config, stage, tuning)
+        if not trials:
+            continue
+        check_unchanged(config, trials, folder / "tuning")
         tuned = run_trials(
             trials,
             folder=folder / "tuning",
@@ -133,10 +123,10 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             resources=config.resources,
             # Only the scores of tuning are used, so no weights are kept.
             keep=0,
-            label="tuning",
+            label=f"tuning, {stage.replace('_', ' ')}",
             store=mirror.uri_of("tuning") if mirror is not None else None,
         )
-    tuning = choose_settings(config, trials, tuned)
+        tuning = choose_settings(config, stage, tuning, trials, tuned)
     # Written before the final runs, so that a killed study resumes with the same settings.
     write_study_ledger(StudyResult(config, tuning, []), folder)
     finals = build_final_trials(config, tuning)
@@ -153,104 +143,6 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     study = StudyResult(config, tuning, outcomes)
     write_study_ledger(study, folder)
     return study
-
-
-def build_tuning_trials(config: StudyConfig) -> list[Trial]:
-    """Return the tuning trials of all systems, which are evaluated on the validation splits."""
-    trials: list[Trial] = []
-    if not config.tuning.trials:
-        return trials
-    points = build_tuning_points(config)
-    for label, entry in config.systems.items():
-        if entry.reuse_tuning_of is not None:
-            continue
-        base = build_base_run(config, label, config.tuning.seed)
-        steps = math.ceil(config.tuning.step_fraction * base.training.steps)
-        # Trials must not read the test splits.
-        base = replace(base, evaluate=False, training=replace(base.training, steps=steps))
-        for index, settings in enumerate(points):
-            run = override_run(base, settings, "tuning.space")
-            trials.append(
-                Trial(
-                    f"{label}-t{index}",
-                    run,
-                    pretrain=build_pretraining(config, label, run),
-                    splits=("validation",),
-                    group=f"{label}-t{index}",
-                    settings={"system": label, **settings},
-                )
-            )
-    return trials
-
-
-def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
-    """Return the settings of the tuning trials, which are the same for every system.
-
-    The first are the settings as configured, then points spread over the space, then the points
-    of ``tuning.points``.
-    """
-    space = SearchSpace(config.tuning.space, config.run)
-    spread = space.latin_hypercube_points(config.tuning.trials - 1, config.tuning.seed)
-    # The settings as configured are always tried, so tuning cannot end below them by bad luck.
-    points = [{}, *(space.resolve_assignments(point) for point in spread)]
-    for point in config.tuning.points:
-        try:
-            SearchSpace(
-                {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
-            )
-        except UserError as error:
-            raise UserError(f"tuning.points: {error}") from None
-    return [*points[: config.tuning.trials], *config.tuning.points]
-
-
-def choose_settings(
-    config: StudyConfig, trials: Sequence[Trial], outcomes: Sequence[TrialOutcome]
-) -> dict[str, TuningResult]:
-    """Return the settings with the best mean validation score of each system.
-
-    Args:
-        config: the study.
-        trials: tuning trials of all systems.
-        outcomes: their outcomes. Among equal scores the first trial is chosen.
-
-    Raises:
-        UserError: no tuning trial of a system finished.
-    """
-    by_name = {outcome.name: outcome for outcome in outcomes}
-    tuning: dict[str, TuningResult] = {}
-    for label, entry in config.systems.items():
-        if entry.reuse_tuning_of is not None:
-            continue
-        own = TuningResult(label)
-        for trial in trials:
-            if trial.settings["system"] != label:
-                continue
-            settings = {k: v for k, v in trial.settings.items() if k != "system"}
-            outcome = by_name.get(trial.name)
-            score = outcome.score if outcome and outcome.status == "finished" else None
-            own.trials.append(
-                {
-                    "settings": settings,
-                    "status": outcome.status if outcome else "not run",
-                    "score": score,
-                    "steps": trial.config.training.steps,
-                    "seconds": outcome.seconds if outcome else None,
-                }
-            )
-            # Strictly greater: among equal scores the first trial is chosen.
-            if score is not None and (own.score is None or score > own.score):
-                own.score, own.settings = score, settings
-        # Untuned settings would make the comparison with tuned systems unfair.
-        if own.trials and own.score is None:
-            raise UserError(f"no tuning trial of {label} finished; see {config.folder / 'tuning'}")
-        tuning[label] = own
-    for label, entry in config.systems.items():
-        if entry.reuse_tuning_of is not None:
-            other = tuning[entry.reuse_tuning_of]
-            tuning[label] = TuningResult(
-                label, other.settings, other.score, [], entry.reuse_tuning_of
-            )
-    return {label: tuning[label] for label in config.systems}
 
 
 def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) -> list[Trial]:
@@ -283,86 +175,15 @@ def build_final_trial(
         settings: flat key -> tuned value.
         seed: seed of the run.
     """
-    run = override_run(build_base_run(config, label, seed), settings, f"systems.{label}")
+    run = apply_settings(build_base_run(config, label, seed), settings, f"systems.{label}")
     run = replace(run, evaluate=True)
     return Trial(
         f"{label}-seed{seed}",
         run,
-        pretrain=build_pretraining(config, label, run),
+        pretrain=build_pretraining(config, label, run, settings),
         group=label,
         settings={"system": label, **settings},
     )
-
-
-def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig:
-    """Return the study's run with the system's own settings.
-
-    Args:
-        config: the study.
-        label: label of the system.
-        seed: seed of the run.
-
-    Raises:
-        UserError: an unknown system, option or key.
-    """
-    from skillnet.systems import find_system
-
-    entry = config.systems[label]
-    try:
-        # Checked here, because a wrong option must fail before the first trial trains.
-        find_system(entry.system).model.parse_options(entry.options)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"systems.{label}: {error}") from None
-    run = override_run(config.run, entry.set, f"systems.{label}.set")
-    # Runs of a study are not registered, and the study's own run logs system metrics.
-    tracking = replace(config.tracking, register=False, system_metrics=False)
-    return replace(
-        run, seed=seed, system=entry.system, options=dict(entry.options), tracking=tracking
-    )
-
-
-def build_pretraining(
-    config: StudyConfig, label: str, run: FinetuneConfig
-) -> PretrainConfig | None:
-    """Return the pretraining of a run with its system, sizes and seed; None without one.
-
-    Args:
-        config: the study.
-        label: label of the system.
-        run: the run that starts from the pretraining.
-    """
-    if not config.systems[label].pretrain:
-        return None
-    plan = config.pretraining
-    return replace(
-        plan,
-        seed=run.seed,
-        data=run.data,
-        system=run.system,
-        options=dict(run.options),
-        # Sizes of the run, but tasks of the pretraining.
-        model=replace(run.model, tasks=plan.model.tasks),
-        tracking=run.tracking,
-    )
-
-
-def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> FinetuneConfig:
-    """Return a run with some flat keys set to other values.
-
-    Args:
-        run: the base run.
-        keys: flat key -> value.
-        where: source of the values, for error messages.
-
-    Raises:
-        UserError: an unknown key or a wrong value.
-    """
-    if not keys:
-        return run
-    tree = configuration.to_dict(run)
-    for key, value in keys.items():
-        configuration.merge_trees(tree, check_keys(FinetuneConfig, nest_value(key, value), where))
-    return configuration.build_config(FinetuneConfig, tree, dict.fromkeys(keys, where))
 
 
 # -- ledger --------------------------------------------------------------------------------
@@ -419,14 +240,6 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
         if entry["status"] == "finished"
     ]
     return tuning, runs
-
-
-def format_settings(settings: Mapping[str, Any]) -> str:
-    """Return ``training.lr 0.002, training.weight_decay 0.1``, or "as configured" for none."""
-    return (
-        ", ".join(f"{key} {format_setting(value)}" for key, value in settings.items())
-        or "as configured"
-    )
 
 
 def warn_about_failures(study: StudyResult) -> None:

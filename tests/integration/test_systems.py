@@ -24,7 +24,7 @@ from tests.integration.ranks import run_ranks, train_and_save
 pytestmark = pytest.mark.integration
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dense": {"size": "total"},
+    "dense": {"size": "executed"},
     "moe": {"experts": 3},
     "specialist": {"ffn_dim": 8},
 }
@@ -119,7 +119,7 @@ def _pretrained(name: str, config: FinetuneConfig) -> list[str]:
     ("system", "options", "words"),
     [
         ("dens", {}, "did you mean 'dense'"),
-        ("dense", {"sise": "total"}, "did you mean 'size'"),
+        ("dense", {"sise": "executed"}, "did you mean 'size'"),
         ("specialist", {"checkpoints": {"text": "/none"}}, "neither a folder nor in the cache"),
     ],
 )

@@ -1,7 +1,7 @@
 """What each system costs at the sizes of a configuration: parameters and operations per task.
 
     python -m tools.docs.system_costs --config quickstart --model.bigram_buckets 0
-    python -m tools.docs.system_costs --systems skillnet,dense:size=total --markdown --data corpora
+    python -m tools.docs.system_costs --systems skillnet,dense:size=executed --data corpora
 
 Words that it does not know are those of ``skillnet finetune``. With ``--data`` operations are
 those of an example of the test split's mean length, else of the longest that the model reads.
@@ -9,10 +9,11 @@ those of an example of the test split's mean length, else of the longest that th
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = "skillnet,dense,dense:size=executed,dense:size=total,moe,specialist"
+SYSTEMS = "skillnet,dense,dense:size=executed,moe,specialist"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_system(spoken: str) -> tuple[str, dict[str, Any]]:
-    """("dense", {"size": "total"}) of "dense:size=total"."""
+    """("dense", {"size": "executed"}) of "dense:size=executed"."""
     import yaml
 
     name, *options = spoken.split(":")
@@ -56,7 +57,9 @@ def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[
     from skillnet.systems import build_system
 
     name, options = read_system(spoken)
-    model = build_system(name, config.model, options)
+    # The reference tasks of a baseline are those of the run.
+    joint = replace(config, system=name).joint()
+    model = build_system(name, joint.model, options)
     costs = [account_task(model, task, lengths[task]) for task in config.measured]
     activated = [cost.activated for cost in costs]
     flops = [cost.flops_per_example for cost in costs]

@@ -21,7 +21,7 @@ from skillnet_platform.cli import CliCommand, find_commands
 from skillnet_platform.config.schema import child_types
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
-from sweeps.study.study import override_run
+from sweeps.study.system_runs import override_run
 from sweeps.trials.trial import TRIAL, read_trial
 from tests.helpers.small_models import small_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.training.loop import seed_dropout, train_model
-from pipelines.training.optimizer import build_lr_scheduler, build_optimizer, clip_gradients
+from pipelines.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from pipelines.training.step import step_loss
@@ -63,7 +63,7 @@ def test_training_in_one_module_is_training_alone(tmp_path: Path) -> None:
             seed_dropout(config.seed, step, 0)
             step_loss(model, config.model.tasks[task], batch, precision, config).backward()
             clip_gradients((p for _, p in active), config.training.max_grad_norm)
-            build_lr_scheduler(optimizer, config.training, step)  # follows the steps of all tasks
+            set_learning_rate(optimizer, config.training, step)  # follows the steps of all tasks
             optimizer.step()
             optimizer.zero_grad()
         for name, parameter in active:

@@ -1,5 +1,6 @@
 """Dense baseline: its size matches the options, and it is a SkillNet with one skill."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.helpers.small_models import small_config, towers_of
 
 #: Large enough for rounding of the width to weigh little.
 SIZES: dict[str, Any] = {"dim": 32, "ffn_dim": 48, "num_heads": 4, "embedding_dim": 32}
+TEXT = "text_classification"
 SHAPES: list[dict[str, Any]] = [
     {},
     {"skill_modules": "attention"},
@@ -33,9 +35,6 @@ def test_sizes_match(changes: dict[str, Any]) -> None:
     ours = SkillNet(config)
     dense = build_system("dense", config)
     assert mean_activated(dense) == pytest.approx(mean_activated(ours), rel=0.01)
-    large = build_system("dense", config, {"size": "total"})
-    total = sum(p.numel() for p in ours.parameters())
-    assert sum(p.numel() for p in large.parameters()) == pytest.approx(total, rel=0.01)
     equal = build_system("dense", config, {"size": "executed"})
     work = [sum(account_task(m, t).flops_per_example for t in config.tasks) for m in (ours, equal)]
     assert work[1] == pytest.approx(work[0], rel=0.01)
@@ -57,12 +56,9 @@ def test_depth_and_networks_per_modality_have_the_size_of_skillnet(
     assert mean_activated(activated) == pytest.approx(mean_activated(ours), rel=0.02)
     executed = build_system("dense", config, options | {"size": "executed"})
     assert mean_flops(executed) == pytest.approx(mean_flops(ours), rel=0.02)
-    total = build_system("dense", config, options | {"size": "total"})
-    expected = sum(p.numel() for p in ours.parameters())
-    assert sum(p.numel() for p in total.parameters()) == pytest.approx(expected, rel=0.02)
     deeper = (
-        total.config.num_layers > config.num_layers,
-        total.config.ffn_dim < 2 * config.ffn_dim,
+        activated.config.num_layers > config.num_layers,
+        activated.config.ffn_dim < 2 * config.ffn_dim,
     )
     assert deeper == ((True, True) if shape == "depth" else (False, False))
 
@@ -115,19 +111,73 @@ def test_pretraining_and_finetuning_build_the_same_encoder() -> None:
             ("dense", {"shape": "depth", "feedforward": "modality"}),
             ("moe", {}),
         ):
-            first = build_system(system, small_config(tasks=other), options)
+            pretraining = small_config(tasks=other, reference_tasks=tasks)
+            first = build_system(system, pretraining, options)
             second = build_system(system, small_config(), options)
             fresh = second.load_partial(dict(first.named_parameters()))
             assert {name.partition(".")[0] for name in fresh} <= {"heads"}
 
 
-def test_the_mean_is_over_the_five_tasks() -> None:
+def test_the_mean_is_over_the_tasks_of_the_run() -> None:
     config = small_config()
     assert list(size_matching.reference_tasks(config)) == list(default_tasks())
     assert size_matching.mean_num_towers(config) == 1.6
+    # Tasks that a run does not train have no part in the size.
+    one = dataclasses.replace(config, tasks={"text_classification": default_tasks()[TEXT]})
+    assert list(size_matching.reference_tasks(one)) == [TEXT]
+    found = [build_system("dense", each).config.ffn_dim for each in (one, config)]
+    assert found[1] > 1.2 * found[0]
     own = {"mine": Task("classification", {"input": SkillPlan(("a",), "text")}, 3)}
     other = small_config(skills=("a", "b"), tasks=own | {"m": masked_task("a")})
     assert list(size_matching.reference_tasks(other)) == ["mine"]
+
+
+@pytest.mark.parametrize("system", ["dense", "moe", "specialist"])
+def test_one_task_of_a_joint_run_has_the_size_of_the_joint_run(system: str, tmp_path: Any) -> None:
+    joint = small_config(**SIZES, mel_stack=4)
+    child = dataclasses.replace(
+        joint, tasks={TEXT: joint.tasks[TEXT]}, reference_tasks=dict(joint.tasks)
+    )
+    model = build_system(system, child).eval()
+    assert model.config.ffn_dim == build_system(system, joint).config.ffn_dim
+    # The saved model says which tasks its size was matched on.
+    model.save_pretrained(tmp_path / "model")
+    saved = load_model(tmp_path / "model").config
+    assert saved == model.config
+    assert saved.reference_tasks == joint.tasks
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("dense", {}),
+        ("dense", {"shape": "depth", "feedforward": "modality"}),
+        ("dense", {"size": "executed"}),
+        ("moe", {}),
+        ("specialist", {}),
+    ],
+)
+def test_a_mismatch_above_five_percent_is_measured(system: str, options: dict[str, Any]) -> None:
+    config = small_config(**SIZES, mel_stack=4)
+    match = find_system(system).measure_size(config, options)
+    assert match is not None
+    assert abs(match.deviation) < 0.03
+    assert not match.is_mismatch
+    if options.get("shape") == "depth":
+        return
+    wide = find_system(system).measure_size(config, options | {"ffn_dim": 4 * config.ffn_dim})
+    assert wide is not None
+    assert wide.aimed == match.aimed
+    assert wide.is_mismatch
+    assert wide.describe().startswith(f"{100 * wide.deviation:+.1f} % {match.quantity}")
+    # The measured tasks are the reference tasks, also if the model itself trains others.
+    masked = dataclasses.replace(config, tasks=masked_tasks(), reference_tasks=config.tasks)
+    assert find_system(system).measure_size(masked, options) == match
+
+
+def test_systems_without_a_size_to_match_have_no_mismatch() -> None:
+    assert find_system("skillnet").measure_size(small_config()) is None
+    assert find_system("alone").measure_size(small_config()) is None
 
 
 def masked_task(skill: str) -> Task:
@@ -135,10 +185,10 @@ def masked_task(skill: str) -> Task:
 
 
 def test_saved_models_name_their_system(tmp_path: Any) -> None:
-    model = build_system("dense", small_config(), {"size": "total"}).eval()
+    model = build_system("dense", small_config(), {"size": "executed"}).eval()
     model.save_pretrained(tmp_path / "model")
     again = load_model(tmp_path / "model")
-    assert (again.system, again.options["size"]) == ("dense", "total")
+    assert (again.system, again.options["size"]) == ("dense", "executed")
     assert again.config == model.config
     one = load_model(tmp_path / "model", "text_to_code")
     batch = towers_of("text_to_code", model.config)
@@ -151,8 +201,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean 'dense'"):
         find_system("dens")
     with pytest.raises(ValueError, match="system dense: unknown option 'sise'; did you mean"):
-        build_system("dense", small_config(), {"sise": "total"})
-    with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
+        build_system("dense", small_config(), {"sise": "executed"})
+    with pytest.raises(ValueError, match=r"options\.size is activated or executed, not 'large'"):
         build_system("dense", small_config(), {"size": "large"})
     with pytest.raises(ValueError, match=r"options\.shape is width or depth, not 'deep'"):
         build_system("dense", small_config(), {"shape": "deep"})

@@ -10,16 +10,21 @@ import torch
 
 from pipelines.training.loop import seed_dropout, train_model
 from pipelines.training.optimizer import (
-    build_lr_scheduler,
     build_optimizer,
     clip_gradients,
+    set_learning_rate,
 )
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from pipelines.training.step import step_loss
 from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
-from skillnet.baselines.specialist import SPECIALIST, SpecialistModel, SpecialistOptions
+from skillnet.baselines.specialist import (
+    SPECIALIST,
+    SpecialistModel,
+    SpecialistOptions,
+    is_layer_weight,
+)
 from skillnet.growth import remove_task
 from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, Task, masked_tasks
@@ -66,7 +71,8 @@ def test_layers_are_as_large_as_what_skillnet_activates() -> None:
         size_matching.mean_activated_params(config), rel=0.01
     )
     pretrained = SPECIALIST.configure(
-        dataclasses.replace(config, tasks=masked_tasks()), SpecialistOptions()
+        dataclasses.replace(config, tasks=masked_tasks(), reference_tasks=config.tasks),
+        SpecialistOptions(),
     )
     assert pretrained.ffn_dim == own.ffn_dim
 
@@ -198,6 +204,10 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
     config = small_run(write_corpora(tmp_path / "data"), steps=15, max_grad_norm=0.5)
     config.system, config.options = "specialist", {"ffn_dim": 8}
     config.model.drop_path = 0.2
+    config.training.lr = 1e-3
+    # A task with a rate of its own is trained as in a run with this rate.
+    for factor, settings in enumerate(list(config.tasks.values())[1:], 2):
+        settings.lr = factor * 1e-3
     together = dict(train_model(ResolvedRun(config)).model.named_parameters())
 
     start = dict(build_model(config).named_parameters())
@@ -211,7 +221,8 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
         with torch.no_grad():
             for name, parameter in alone.named_parameters():
                 parameter.copy_(start[name])
-        optimizer = build_optimizer(alone.named_parameters(), config.training)
+        training = dataclasses.replace(config.training, lr=config.tasks[task].lr or 1e-3)
+        optimizer = build_optimizer(alone.named_parameters(), training)
         active = list(alone.named_parameters())
         for step in steps:
             batch = stream.batch(step).to(device, torch.float64)
@@ -222,9 +233,28 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
             loss.backward()
             clip_gradients((p for _, p in active), config.training.max_grad_norm)
             # The rate follows the steps of all tasks.
-            build_lr_scheduler(optimizer, config.training, step)
+            set_learning_rate(optimizer, training, step)
             optimizer.step()
             optimizer.zero_grad()
         for name, parameter in active:
             assert torch.equal(parameter, together[name]), name
             assert name.endswith("key.bias") or not torch.equal(parameter, start[name].double())
+
+
+@pytest.mark.parametrize("system", ["skillnet", "alone", "dense", "moe", "specialist"])
+def test_the_scale_of_initial_weights_is_a_setting_of_every_system(system: str) -> None:
+    models = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        config = small_config(mel_stack=4, n_mels=8, init_scale=scale)
+        models.append(dict(build_system(system, config).named_parameters()))
+    ratios = {
+        name: float(weight.norm() / plain.norm())
+        for (name, plain), weight in zip(models[0].items(), models[1].values(), strict=True)
+        if is_layer_weight(name) and plain.ndim >= 2 and "router" not in name
+    }
+    assert ratios
+    assert ratios == {name: pytest.approx(0.25) for name in ratios}
+    others = [name for name in models[0] if not is_layer_weight(name)]
+    assert others
+    assert all(torch.equal(models[0][name], models[1][name]) for name in others)

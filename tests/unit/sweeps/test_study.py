@@ -15,6 +15,8 @@ from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from sweeps.report.tuning_tables import build_tuning_tables
 from sweeps.study import study as st
+from sweeps.study import tuning as tn
+from sweeps.study.system_runs import build_base_run
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config
 
@@ -28,7 +30,7 @@ SYSTEMS = {
 
 def study(**values: Any) -> StudyConfig:
     tuning = TuningConfig(
-        4, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, seed=77, step_fraction=0.5
+        4, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, seeds=[77], step_fraction=0.6
     )
     common: dict[str, Any] = {
         "name": "s",
@@ -53,15 +55,19 @@ def outcome(trial: Trial, score: float | None, status: str = "finished") -> Tria
     )
 
 
+def space_trials(config: StudyConfig) -> list[Trial]:
+    return tn.build_stage_trials(config, "space", tn.start_tuning(config))
+
+
 def test_every_system_gets_the_same_trials():
     config = study()
     by_system: dict[str, list[Trial]] = {}
-    for trial in st.build_tuning_trials(config):
+    for trial in space_trials(config):
         by_system.setdefault(trial.settings["system"], []).append(trial)
         assert trial.splits == ("validation",)
         assert not trial.config.evaluate
         assert trial.config.seed == 77
-        assert trial.config.training.steps == 6
+        assert trial.config.training.steps == 8
     assert list(by_system) == ["skillnet", "skillnet-pretrained", "dense"]
     points = [[trial.settings.get("training.lr") for trial in own] for own in by_system.values()]
     assert points[0] == points[1] == points[2]
@@ -73,15 +79,15 @@ def test_every_system_gets_the_same_trials():
 
 def test_every_system_also_tries_named_points():
     tuning = replace(study().tuning, points=[{"training.lr": 0.05}])
-    trials = st.build_tuning_trials(study(tuning=tuning))
+    trials = space_trials(study(tuning=tuning))
     assert len(trials) == 15
-    last = [trial for trial in trials if trial.name.endswith("-t4")]
+    last = [trial for trial in trials if trial.name.endswith("-t4-seed77")]
     assert [trial.config.training.lr for trial in last] == [0.05] * 3
     wrong = replace(study().tuning, points=[{"training.lrr": 0.05}])
     with pytest.raises(UserError, match=r"tuning\.points: .*'training\.lr'"):
-        st.build_tuning_trials(study(tuning=wrong))
+        space_trials(study(tuning=wrong))
     none = replace(tuning, trials=0)
-    assert st.build_tuning_trials(study(tuning=none)) == []
+    assert space_trials(study(tuning=none)) == []
 
 
 def test_final_runs_differ_only_in_the_settings_of_their_system():
@@ -109,20 +115,20 @@ def test_pretraining_has_the_seed_and_sizes_of_its_run():
     assert plan.model.tasks == config.pretraining.model.tasks
     assert st.build_final_trial(config, "skillnet", {}, 1).pretrain is None
     # Trials that differ in how they are trained later share one pretraining.
-    trials = [t for t in st.build_tuning_trials(config) if t.pretrain]
+    trials = [t for t in space_trials(config) if t.pretrain]
     assert len({configuration.digest_config(t.pretrain) for t in trials}) == 1
 
 
 def test_the_best_validation_score_is_chosen_and_reported():
     config = study()
-    trials = st.build_tuning_trials(config)
+    trials = space_trials(config)
     scores = {"skillnet": [0.3, 0.5, 0.5, 0.4], "skillnet-pretrained": [0.6, 0.2, 0.1, 0.3]}
     scores["dense"] = [0.1, 0.2, None, 0.4]
     outcomes = []
     for trial in trials:
-        score = scores[trial.settings["system"]][int(trial.name[-1])]
+        score = scores[trial.settings["system"]][int((trial.group or "")[-1])]
         outcomes.append(outcome(trial, score, "finished" if score is not None else "failed"))
-    tuned = st.choose_settings(config, trials, outcomes)
+    tuned = tn.choose_settings(config, "space", tn.start_tuning(config), trials, outcomes)
     assert list(tuned) == list(SYSTEMS)
     assert tuned["skillnet"].settings == tuned["skillnet"].trials[1]["settings"]
     assert tuned["skillnet-pretrained"].settings == {}
@@ -132,25 +138,26 @@ def test_the_best_validation_score_is_chosen_and_reported():
     chosen, every = build_tuning_tables(tuned)
     assert [row[1].text for row in chosen.rows] == ["4", "4", "4", "as dense"]
     assert [row[2].text for row in chosen.rows] == ["30.0", "60.0", "10.0", "–"]
-    assert "4 trial(s) of 6 steps" in chosen.caption
+    assert "4 trial(s) of 8 steps" in chosen.caption
     assert sum(row[3].is_best for row in every.rows) == 4  # two of skillnet's are equal
     with pytest.raises(UserError, match="no tuning trial of dense finished"):
-        st.choose_settings(config, trials, [o for o in outcomes if not o.name.startswith("dense")])
+        kept = [o for o in outcomes if not o.name.startswith("dense")]
+        tn.choose_settings(config, "space", tn.start_tuning(config), trials, kept)
 
 
 def test_the_report_lists_limits_of_equal_tuning():
     trial = {"settings": {"training.lr": 0.1}, "status": "finished", "score": 0.5}
-    trial |= {"steps": 6, "seconds": 1.0}
+    trial |= {"stage": "space", "steps": 6, "seconds": 1.0}
     tuned = {
-        "skillnet": st.TuningResult("skillnet", {}, 0.5, [trial]),
-        "skillnet-pretrained": st.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
+        "skillnet": tn.TuningResult("skillnet", {}, 0.5, [trial]),
+        "skillnet-pretrained": tn.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
     }
     caption = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
     assert "Tuned: training.lr. All other settings are equal for all systems" in caption
     assert "Settings tuned for another system: skillnet-pretrained uses skillnet." in caption
     assert "tuned without the pretraining" in caption
-    assert "pretraining, including its learning rate, were not tuned" in caption
-    own = {label: st.TuningResult(label, {}, 0.5, [trial]) for label in tuned}
+    assert "The pretraining of skillnet-pretrained, and its learning rate, has no tuning" in caption
+    own = {label: tn.TuningResult(label, {}, 0.5, [trial]) for label in tuned}
     caption = build_tuning_tables(own, ["skillnet-pretrained"])[0].caption
     assert "tuned for another system" not in caption
     assert "tuned without the pretraining" not in caption
@@ -159,8 +166,8 @@ def test_the_report_lists_limits_of_equal_tuning():
 
 def test_without_tuning_nothing_is_chosen():
     config = study(tuning=TuningConfig())
-    assert st.build_tuning_trials(config) == []
-    tuned = st.choose_settings(config, [], [])
+    assert space_trials(config) == []
+    tuned = tn.start_tuning(config)
     assert all(own.settings == {} for own in tuned.values())
     assert build_tuning_tables(tuned) == []
 
@@ -171,7 +178,7 @@ def test_the_ledger_round_trips(tmp_path: Path):
     outcomes = [outcome(trials[0], None), outcome(trials[1], None, "failed")]
     for each in outcomes:
         each.folder = tmp_path / "runs" / each.name
-    tuned = {"dense": st.TuningResult("dense", {"training.lr": 0.1}, 0.5, [])}
+    tuned = {"dense": tn.TuningResult("dense", {"training.lr": 0.1}, 0.5, [])}
     made = st.StudyResult(config, tuned, outcomes)
     assert [each.name for each in made.failed_runs] == ["dense-seed1"]
     st.write_study_ledger(made, tmp_path)
@@ -199,15 +206,15 @@ def test_a_study_resumes_only_with_unchanged_settings(run_root: Path):
     lesson = SystemConfig("skillnet", pretrain=True, reuse_tuning_of="skillnet")
     few = {"skillnet": SystemConfig("skillnet"), "skillnet-pretrained": lesson}
     tuning = TuningConfig(
-        2, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, step_fraction=0.5
+        2, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, step_fraction=0.6
     )
     common: dict[str, Any] = {"seeds": [0], "systems": few, "tuning": tuning}
     config = study(**common)
     config.folder.mkdir()
     (config.folder / "study.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    for trial in st.build_tuning_trials(config):
+    for trial in space_trials(config):
         begun(config, trial, "tuning")
-    tuned = {label: st.TuningResult(label, {"training.lr": 0.1}) for label in few}
+    tuned = {label: tn.TuningResult(label, {"training.lr": 0.1}) for label in few}
     for trial in st.build_final_trials(config, tuned):
         begun(config, trial, "runs")
     st.write_study_ledger(st.StudyResult(config, tuned, []), config.folder)
@@ -218,9 +225,11 @@ def test_a_study_resumes_only_with_unchanged_settings(run_root: Path):
     with pytest.raises(UserError) as raised:
         st.check_study(study(**common | {"run": shorter}))
     message = str(raised.value)
-    assert message.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
+    assert message.startswith(
+        "the study s has run.training.steps 12, not 10; its run skillnet-t0-seed1000 "
+    )
     assert (
-        "with training.steps 6, not 5. Give another --name, or resume the study with --config "
+        "with training.steps 8, not 6. Give another --name, or resume the study with --config "
         in message
     )
     space = {"training.lr": SearchDimension(loguniform=[1e-3, 1e-1])}
@@ -251,7 +260,7 @@ def test_a_system_can_have_extra_seeds():
         tuning=TuningConfig(),
     )
     made = st.build_final_trials(
-        config, {label: st.TuningResult(label) for label in config.systems}
+        config, {label: tn.TuningResult(label) for label in config.systems}
     )
     assert [trial.name for trial in made] == [
         "a-seed0", "b-seed0", "a-seed1", "b-seed1", "b-seed4", "b-seed3"
@@ -269,9 +278,9 @@ def test_a_system_can_have_extra_seeds():
         ),
         (
             {"systems": {"a": SystemConfig("dense", extra_seeds=[77])}},
-            "77 is also one of seeds and systems.a.extra_seeds",
+            r"tuning.seeds \[77\] are also seeds and systems.a.extra_seeds",
         ),
-        ({"seeds": [77]}, "tuning.seed 77 is also one of seeds"),
+        ({"seeds": [77]}, r"tuning.seeds \[77\] are also seeds"),
         ({"systems": {"a/b": SystemConfig("dense")}}, "is not a valid directory name"),
         (
             {"systems": {"dense": SystemConfig("dense", reuse_tuning_of="dens")}},
@@ -299,19 +308,23 @@ def test_errors_in_a_study_are_named(values: dict[str, Any], expected: str):
 )
 def test_errors_in_a_system_are_named(entry: SystemConfig, expected: str):
     with pytest.raises(UserError, match=expected):
-        st.build_base_run(study(systems={"x": entry}), "x", 0)
+        build_base_run(study(systems={"x": entry}), "x", 0)
 
 
 def test_invalid_tuning_is_rejected():
+    rate = {"training.lr": SearchDimension(uniform=[0.1, 0.2])}
     for values, expected in (
         ({"trials": -1}, "trials: expected a whole number from 0"),
-        ({"step_fraction": 0.0}, "above 0"),
+        ({"step_fraction": 0.5}, "from 0.6"),
         ({"trials": 2}, "needs a tuning.space"),
+        ({"rates": [0.1, 0.1, 0.2]}, "three or more different rates"),
+        ({"rates": [0.1, 0.2, 0.3], "space": rate}, "remove one"),
+        ({"seeds": []}, "different numbers"),
     ):
         with pytest.raises(UserError, match=expected):
             TuningConfig(**values)
     with pytest.raises(UserError, match="lrr"):
-        st.build_tuning_trials(
+        space_trials(
             study(tuning=TuningConfig(2, {"training.lrr": SearchDimension(uniform=[0.1, 0.2])}))
         )
 
@@ -328,10 +341,14 @@ def test_presets_of_studies_expand(name: str):
     for label in config.systems:
         trial = st.build_final_trial(config, label, {}, config.seeds[0])
         assert (trial.pretrain is not None) == label.endswith("-pretrained")
+        # A longer arm has a multiple of the steps.
+        steps = round(trial.config.training.steps / config.systems[label].steps_factor)
+        training = replace(trial.config.training, steps=steps)
         same = replace(trial.config, system="", options={}, model=config.run.model)
+        same = replace(same, training=training)
         seen.add(configuration.digest_config({"run": same}))
     assert len(seen) == 1, "systems differ in more than their system, options and model"
     one = replace(config, systems={"skillnet": config.systems["skillnet"]})
     tuning = config.tuning
     tried = tuning.trials and tuning.trials + len(tuning.points)
-    assert len(st.build_tuning_trials(one)) == tried
+    assert len(space_trials(one)) == tried * len(tuning.seeds)

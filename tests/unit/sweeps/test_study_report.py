@@ -26,7 +26,7 @@ from sweeps.report.html import render_template
 from sweeps.report.plots import draw_plots
 from sweeps.report.report import ComparisonReport
 from sweeps.report.tables import TableCell, build_score_table
-from sweeps.study.study import TuningResult
+from sweeps.study.tuning import TuningResult
 from tests.helpers.synthetic_runs import TASKS, paper_claims, write_study
 
 SYSTEMS = {
@@ -205,7 +205,14 @@ def test_finished_runs_from_the_command_line(
         {"system": name.rpartition("-seed")[0], "folder": name, "status": "finished"}
         for name in names[:-3]
     ]
-    trial = {"settings": {}, "status": "finished", "score": 0.5, "steps": 6, "seconds": 2.0}
+    trial = {
+        "stage": "space",
+        "settings": {},
+        "status": "finished",
+        "score": 0.5,
+        "steps": 6,
+        "seconds": 2.0,
+    }
     tuned = {"dense": {"label": "dense", "score": 0.5, "trials": [trial]}}
     study = folders[0].parent
     (study / "study.json").write_text(json.dumps({"tuning": tuned, "runs": entries}))

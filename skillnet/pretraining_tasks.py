@@ -1,0 +1,32 @@
+"""Self-supervised tasks, and the tasks that a pretraining knows: :func:`pretraining_tasks`."""
+
+from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
+
+
+def pretraining_tasks() -> dict[str, Task]:
+    """Return masked tasks, the paper's five, and pairs within a modality.
+
+    Pairs are two views of an image, a video or a function, or a word and its definition.
+    """
+    pairs = {f"views_{modality}": _pair_within(modality) for modality in MODALITIES}
+    pairs["text_to_definition"] = _pair_within("text")
+    return masked_tasks() | default_tasks() | pairs
+
+
+def _pair_within(modality: Modality) -> Task:
+    plan = SkillPlan(("general", modality, "alignment"), modality)
+    return Task("retrieval", {"query": plan, "candidate": plan})
+
+
+def pretraining_modality(task: Task) -> Modality | None:
+    """Return the modality that a self-supervised task trains, None for other tasks.
+
+    Masked modelling and pairs within one modality are self-supervised.
+
+    Args:
+        task: any task.
+    """
+    modalities = {plan.modality for plan in task.towers.values()}
+    if task.objective in ("masked", "retrieval") and len(modalities) == 1:
+        return modalities.pop()
+    return None
