@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.heads import head_class
 from skillnet.precision import find_device
 from skillnet.skills import SkillPlan, find_task
-from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, masked_outputs
+from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
 
 
 class SupportsTasks(Protocol):
@@ -96,12 +97,7 @@ def task_flops(
     for tower, plan in spec.towers.items():
         tower_flops, tower_tokens = plan_flops(model, plan, (lengths or {}).get(tower))
         flops, tokens = flops + tower_flops, tokens + tower_tokens
-        outputs = {
-            "classification": spec.outputs,
-            "ctc": tower_tokens * (spec.outputs + 1),
-            "retrieval": config.embedding_dim,
-            "masked": tower_tokens * _masked_head_outputs(config, plan),
-        }[spec.objective]
+        outputs = head_class(spec).count_outputs(config, spec, tower_tokens)
         # Every head is one linear layer over the tokens or the pooled vector.
         flops += 2 * config.dim * outputs
     return flops, tokens
@@ -153,13 +149,6 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
             tokens, len(plan.skills) if layer.feedforward_skills else 1
         )
     return flops
-
-
-def _masked_head_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
-    """Return the outputs of a masked task's head at one token; every token is counted."""
-    if plan.stem == "token":
-        return config.dim + config.vocab_size
-    return masked_outputs(config, plan.modality)
 
 
 def _example_batch(model: SupportsTasks, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from skillnet.heads import HEADS
+from skillnet.heads import build_head
 from skillnet.layers import SkillWeights, require_unused_name
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
@@ -61,7 +61,7 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     # The new parts join the device and type of the model.
     some = next(model.parameters())
     # Built before the model changes, so that an error leaves the model as it was.
-    head = HEADS[task.objective](model.config, task).to(some.device, some.dtype)
+    head = build_head(model.config, task).to(some.device, some.dtype)
     model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
     for stem in task.stems:
         if stem not in model.stems:

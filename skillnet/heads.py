@@ -1,25 +1,164 @@
-"""Task heads: outputs of a task from the tokens of the encoder.
+"""Task heads: outputs of a task from the tokens of its towers, their loss and the predictions.
+
+A head belongs to an objective of :mod:`skillnet.objectives`. :class:`skillnet.multitask_model`
+runs it, the training loop asks it for the loss, and evaluations ask it for predictions.
 
 Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space,
 M masked tokens, V tokens of the vocabulary, P values of a token.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skillnet import losses
 from skillnet.config import SkillNetConfig
+from skillnet.objectives import find_objective
 from skillnet.skills import Task
 from skillnet.stems import masked_outputs
 
+TowerInputs = Mapping[str, Tensor]
+#: Maps the name of a tower to its tokens (B, T, D) and their mask (B, T), None if all are real.
+EncodeTower = Callable[[str], tuple[Tensor, Tensor | None]]
 
-class ClassificationHead(nn.Module):
-    """Linear classifier on the pooled tokens, (B, D) -> logits (B, C)."""
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Targets of this rank's rows, and the global batch that they are a part of.
+
+    Args:
+        targets: name of a target -> tensor, first axis B.
+        count: rows of the global batch.
+        is_padding: whether this rank has no rows, and computes a row that must not count.
+        gather: collects rows of all ranks; None with one rank.
+        smoothing: label smoothing in [0, 1).
+    """
+
+    targets: Mapping[str, Tensor]
+    count: int
+    is_padding: bool = False
+    gather: losses.RankGather | None = None
+    smoothing: float = 0.0
+
+    @property
+    def real(self) -> slice:
+        """Selects the rows that count."""
+        return slice(0, 0) if self.is_padding else slice(None)
+
+
+class TaskHead(nn.Module):
+    """Base class of heads. A subclass defines the outputs of a task and their loss.
+
+    ``predict`` and ``score_rows`` are enough for the evaluation of a third party's objective. CTC,
+    retrieval and masked modelling have evaluations of their own.
+
+    Args:
+        config: sizes of the model.
+        task: of the head; gives the number of outputs.
+    """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__()
+
+    def run(
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+    ) -> dict[str, Tensor]:
+        """Run the task on one batch per tower. By default: ``logits`` of the pooled ``input``.
+
+        Args:
+            towers: tower -> input tensors.
+            encode: encodes the input of a tower.
+            embedding: returns the token embedding (V, D) of the tower ``input``.
+        """
+        return {"logits": self(mean_pool(*encode("input")))}
+
+    def embed(self, tokens: tuple[Tensor, Tensor | None], tower: str) -> Tensor:
+        """Return the unit vectors (B, E) of the tokens of a tower.
+
+        Args:
+            tokens: tokens (B, T, D) and their mask (B, T).
+            tower: ``query`` or ``candidate``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no retrieval space")
+
+    @classmethod
+    def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
+        """Return the loss of this rank's rows: a sum over rows, divided by the global number.
+
+        Args:
+            outputs: of :meth:`run`.
+            inputs: targets and global batch.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
+        """Return how many outputs a linear layer of width D computes for one row.
+
+        Args:
+            config: sizes of the model.
+            task: of the head.
+            tokens: of the row.
+        """
+        return task.outputs
+
+    @classmethod
+    def example_targets(cls, task: Task, rows: int) -> dict[str, Tensor]:
+        """Return valid targets without a meaning, to measure the memory of a step.
+
+        Args:
+            task: of the head.
+            rows: number of rows.
+        """
+        return {"labels": torch.zeros(rows, dtype=torch.long)}
+
+    @classmethod
+    def predict(cls, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return predictions (B, outputs) from the outputs of :meth:`run`.
+
+        Args:
+            outputs: of :meth:`run`.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no predictions per row")
+
+    @classmethod
+    def score_rows(cls, predictions: Any, targets: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return numerator and denominator of each row, (N,) each.
+
+        The primary metric is the sum of the numerators by that of the denominators. Denominators
+        depend on the targets only, so that two models are compared row by row.
+
+        Args:
+            predictions: (N, …) of :meth:`predict`, as numpy array.
+            targets: name of a target -> (N, …) numpy array, or list of N lists.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no score per row")
+
+
+def mean_pool(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Average the real tokens, (B, T, D) -> (B, D). A row without real tokens gives zeros.
+
+    Args:
+        x_BTD: encoded tokens.
+        mask_BT: True at real tokens; None if all are real.
+    """
+    if mask_BT is None:
+        return x_BTD.mean(1)
+    weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
+    # Not a matrix product: autocast would round the pooled vector to bf16.
+    return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
+
+
+class ClassificationHead(TaskHead):
+    """Linear classifier on the pooled tokens, (B, D) -> logits (B, C)."""
+
+    def __init__(self, config: SkillNetConfig, task: Task) -> None:
+        super().__init__(config, task)
         self.project = nn.Linear(config.dim, task.outputs)
         # Small weights: the first predictions are close to uniform.
         nn.init.trunc_normal_(self.project.weight, std=0.02)
@@ -28,12 +167,23 @@ class ClassificationHead(nn.Module):
     def forward(self, pooled_BD: Tensor) -> Tensor:
         return self.project(pooled_BD)
 
+    @classmethod
+    def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
+        logits_BC, labels_B = outputs["logits"], inputs.targets["labels"]
+        real = inputs.real
+        return losses.cross_entropy(logits_BC[real], labels_B[real], inputs.count, inputs.smoothing)
 
-class CTCHead(nn.Module):
+    @classmethod
+    def predict(cls, outputs: Mapping[str, Tensor]) -> Tensor:
+        # Probabilities are normalised in float32: bf16 has about three significant digits.
+        return torch.softmax(outputs["logits"].float(), -1)
+
+
+class CTCHead(TaskHead):
     """Linear CTC head, (B, T, D) -> log probabilities (B, T, S + 1); symbol 0 is the blank."""
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
-        super().__init__()
+        super().__init__(config, task)
         self.project = nn.Linear(config.dim, task.outputs + 1)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -41,15 +191,42 @@ class CTCHead(nn.Module):
         # In bf16 the log of small probabilities loses the digits that CTC sums.
         return F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
 
+    def run(
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+    ) -> dict[str, Tensor]:
+        x_BTD, mask_BT = encode("input")
+        # CTC needs the number of real tokens per row.
+        if mask_BT is not None:
+            lengths_B = mask_BT.sum(1)
+        else:
+            lengths_B = torch.full((x_BTD.shape[0],), x_BTD.shape[1], device=x_BTD.device)
+        return {"log_probs": self(x_BTD), "lengths": lengths_B}
 
-class RetrievalHead(nn.Module):
+    @classmethod
+    def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
+        loss = losses.ctc_loss(
+            outputs["log_probs"],
+            outputs["lengths"],
+            inputs.targets["symbols"],
+            inputs.targets["symbol_lengths"],
+            inputs.count,
+        )
+        # CTC takes no batch of zero rows.
+        return loss * 0 if inputs.is_padding else loss
+
+    @classmethod
+    def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
+        return tokens * (task.outputs + 1)
+
+
+class RetrievalHead(TaskHead):
     """Projection of a pooled tower to unit vectors, (B, D) -> (B, E), with a learned temperature.
 
     The scale starts at 1/0.07 and is clamped to 100 (source: CLIP).
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
-        super().__init__()
+        super().__init__(config, task)
         self.query = nn.Linear(config.dim, config.embedding_dim, bias=False)
         self.candidate = nn.Linear(config.dim, config.embedding_dim, bias=False)
         # Learned as a logarithm, so that every value gives a positive scale. Sharded training
@@ -61,6 +238,39 @@ class RetrievalHead(nn.Module):
         y_BE = project(pooled_BD)
         # Unit vectors in bf16 would lose the small angles that ranks depend on.
         return F.normalize(y_BE.float() if y_BE.dtype != torch.float64 else y_BE, dim=-1)
+
+    def run(
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+    ) -> dict[str, Tensor]:
+        return {
+            "query": self.embed(encode("query"), "query"),
+            "candidate": self.embed(encode("candidate"), "candidate"),
+            "scale": self.scale,
+        }
+
+    def embed(self, tokens: tuple[Tensor, Tensor | None], tower: str) -> Tensor:
+        embedded: Tensor = self(mean_pool(*tokens), tower)
+        return embedded
+
+    @classmethod
+    def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
+        real = inputs.real
+        return losses.info_nce(
+            outputs["query"][real],
+            outputs["candidate"][real],
+            outputs["scale"],
+            inputs.targets["groups"][real],
+            inputs.count,
+            inputs.gather,
+        )
+
+    @classmethod
+    def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
+        return config.embedding_dim
+
+    @classmethod
+    def example_targets(cls, task: Task, rows: int) -> dict[str, Tensor]:
+        return {"groups": torch.zeros(rows, dtype=torch.long)}
 
     @property
     def scale(self) -> Tensor:
@@ -74,7 +284,7 @@ class RetrievalHead(nn.Module):
 BIAS_SCALE = 30.0
 
 
-class MaskedHead(nn.Module):
+class MaskedHead(TaskHead):
     """Prediction of the original content at masked tokens (M, D).
 
     Text and code: logits (M, V) by BERT's head (Devlin et al. 2019), whose output matrix is the
@@ -83,7 +293,7 @@ class MaskedHead(nn.Module):
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
-        super().__init__()
+        super().__init__(config, task)
         plan = task.towers["input"]
         self.tied = plan.stem == "token"
         if self.tied:
@@ -101,10 +311,52 @@ class MaskedHead(nn.Module):
         h_MD = self.norm(F.gelu(self.transform(x_MD)))
         return F.linear(h_MD, embedding_VD, BIAS_SCALE * self.bias)
 
+    def run(
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+    ) -> dict[str, Tensor]:
+        x_BTD, mask_BT = encode("input")
+        places_M = towers["input"].get("places")
+        x_MD = x_BTD.flatten(0, 1)
+        if places_M is not None:
+            x_MD = x_MD.index_select(0, places_M)
+        elif mask_BT is not None:
+            x_MD = x_BTD[mask_BT]
+        # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
+        return {"predicted": self(x_MD, embedding() if self.tied else None)}
 
-HEADS: dict[str, type[nn.Module]] = {
-    "classification": ClassificationHead,
-    "ctc": CTCHead,
-    "retrieval": RetrievalHead,
-    "masked": MaskedHead,
-}
+    @classmethod
+    def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
+        targets = inputs.targets
+        loss = losses.masked_loss(
+            outputs["predicted"], targets["values"], targets["masked"], inputs.count
+        )
+        return loss * 0 if inputs.is_padding else loss
+
+    @classmethod
+    def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
+        # Every token is counted, although only the masked ones are predicted.
+        plan = task.towers["input"]
+        if plan.stem == "token":
+            return tokens * (config.dim + config.vocab_size)
+        return tokens * masked_outputs(config, plan.modality)
+
+
+def build_head(config: SkillNetConfig, task: Task) -> TaskHead:
+    """Build the randomly initialized head of a task.
+
+    Args:
+        config: sizes of the model.
+        task: its objective names the class of the head.
+    """
+    head: TaskHead = head_class(task)(config, task)
+    return head
+
+
+def head_class(task: Task) -> type[TaskHead]:
+    """Return the class of a task's head.
+
+    Args:
+        task: its objective names the class.
+    """
+    found: type[TaskHead] = find_objective(task.objective).load_head()
+    return found

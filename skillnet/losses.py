@@ -39,6 +39,32 @@ def cross_entropy(
     return F.cross_entropy(logits, labels_B, reduction="sum", label_smoothing=smoothing) / count
 
 
+def binary_cross_entropy(logits_BC: Tensor, truth_BC: Tensor, count: int) -> Tensor:
+    """Compute the mean binary cross entropy of C decisions, summed over B, divided by ``count``.
+
+    Args:
+        logits_BC: logit of each class.
+        truth_BC: 1 for the classes of a row, else 0.
+        count: rows of the global batch.
+    """
+    logits = _full(logits_BC)
+    truth = truth_BC.to(logits.dtype)
+    losses_BC = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return losses_BC.mean(1).sum() / count
+
+
+def squared_error(predicted_B: Tensor, right_B: Tensor, count: int) -> Tensor:
+    """Compute the squared error, summed over B and divided by ``count``.
+
+    Args:
+        predicted_B: predictions.
+        right_B: correct values.
+        count: rows of the global batch.
+    """
+    predicted = _full(predicted_B)
+    return (predicted - right_B.to(predicted.dtype)).square().sum() / count
+
+
 def ctc_loss(
     log_probs_BTS: Tensor,
     lengths_B: Tensor,

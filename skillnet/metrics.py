@@ -40,6 +40,27 @@ def macro_f1_of_rows(pairs_N2: NDArray) -> float:
     return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
 
 
+def average_precision_of_rows(scores_NC: ArrayLike, truth_NC: ArrayLike) -> NDArray[np.float64]:
+    """Compute the average precision of each row's ranking of classes, (N,); 0 without a label.
+
+    For each label of a row: the share of labels among the classes with at least its score. Their
+    mean over rows is the label ranking average precision (Schapire & Singer 2000).
+
+    Args:
+        scores_NC: score of each class.
+        truth_NC: booleans, true for the labels of a row.
+    """
+    scores, truth = np.asarray(scores_NC), np.asarray(truth_NC, bool)
+    values = np.zeros(len(scores))
+    for row in np.flatnonzero(truth.any(1)):
+        # Equal scores share the last of their ranks, as in scikit-learn.
+        ordered, of_labels = np.sort(scores[row]), np.sort(scores[row][truth[row]])
+        rank = len(ordered) - np.searchsorted(ordered, of_labels)
+        hits = len(of_labels) - np.searchsorted(of_labels, of_labels)
+        values[row] = (hits / rank).mean()
+    return values
+
+
 # -- sequences -----------------------------------------------------------------------------
 
 
@@ -120,6 +141,36 @@ def unique_group_ids(groups: ArrayLike | Tensor) -> NDArray[np.int64]:
     """Groups with -1 ("no group") replaced by a negative number of each row's own, (N,)."""
     array = _array(groups).astype(np.int64)
     return np.where(array < 0, -1 - np.arange(len(array)), array)
+
+
+def pair_ranks(
+    query_NE: ArrayLike, candidate_NE: ArrayLike, group_ids: ArrayLike, values: int = 2**24
+) -> NDArray[np.float64]:
+    """Compute the rank, from 1, of the best other row of each row's group, (N,).
+
+    The rows of two embeddings are the same rows, so a row itself is no candidate. Ties count
+    against the model. The rank is NaN for rows without another one of their group.
+
+    Args:
+        query_NE, candidate_NE: embeddings of the rows; similarity is their dot product.
+        group_ids: (N,) see :func:`unique_group_ids`.
+        values: similarities that are in memory at once.
+    """
+    query, candidate = torch.as_tensor(query_NE), torch.as_tensor(candidate_NE)
+    ids = torch.as_tensor(_array(group_ids))
+    ranks = np.full(len(ids), np.nan)
+    block = max(values // max(len(ids), 1), 1)
+    for start in range(0, len(ids), block):
+        rows = torch.arange(start, min(start + block, len(ids)))
+        similarity_BN = query[rows] @ candidate.T
+        same_BN = ids[rows][:, None] == ids[None]
+        right_BN = same_BN.clone()
+        right_BN[torch.arange(len(rows)), rows] = False
+        best_B1 = similarity_BN.masked_fill(~right_BN, -torch.inf).amax(1, keepdim=True)
+        ahead_B = ((similarity_BN >= best_B1) & ~same_BN).sum(1)
+        found_B = right_BN.any(1)
+        ranks[rows[found_B].numpy()] = 1 + ahead_B[found_B].numpy()
+    return ranks
 
 
 def retrieval_ranks(

@@ -14,8 +14,9 @@ from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.flops import task_flops
+from skillnet.heads import mean_pool
 from skillnet.layers import Skills
-from skillnet.multitask_model import Batch, TaskModel, Tokens, mean_pool
+from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem
 

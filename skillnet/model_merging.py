@@ -120,6 +120,7 @@ def read_parent(folder: Path, name: str, renames: Mapping[str, str] | None = Non
             raise ValueError(f"rename {old}={new}: {name} already has {new!r}; choose another name")
     vocabulary = read_vocabulary(folder, manifest)
     outputs = {names.get(task, task): value for task, value in vocabulary.outputs.items()}
+    scales = {names.get(task, task): value for task, value in vocabulary.scales.items()}
     sources: dict[str, tuple[str, str, str]] = {}
     for path in manifest["files"]:
         if not path.endswith(SUFFIX):
@@ -132,7 +133,7 @@ def read_parent(folder: Path, name: str, renames: Mapping[str, str] | None = Non
         name,
         folder,
         _rename_config(config, names, name),
-        ModelVocabulary(vocabulary.tokenizer, outputs),
+        ModelVocabulary(vocabulary.tokenizer, outputs, scales),
         sources,
         manifest,
     )
@@ -183,6 +184,7 @@ def plan_merge(
         _check_shapes(first, other)
     tasks: dict[str, Task] = {}
     outputs: dict[str, tuple[str, ...]] = {}
+    scales: dict[str, tuple[float, float]] = {}
     origins: dict[str, list[MergeParent]] = {}
     for parent in parents:
         for file in parent.sources:
@@ -191,6 +193,8 @@ def plan_merge(
             names = parent.vocabulary.outputs.get(name)
             # A model that was not trained on a prepared corpus has no names.
             renamed = names is not None and outputs.get(name, names) != names
+            scale = parent.vocabulary.scales.get(name)
+            renamed |= scale is not None and scales.get(name, scale) != scale
             if renamed or tasks.get(name, task) != task:
                 raise ValueError(
                     f"the task {name} of {parent.name} has other plans or outputs than that of "
@@ -199,6 +203,8 @@ def plan_merge(
             tasks[name] = task
             if names is not None:
                 outputs[name] = names
+            if scale is not None:
+                scales[name] = scale
     skills = list(dict.fromkeys(skill for parent in parents for skill in parent.config.skills))
     for skill in without:
         if skill not in skills:
@@ -219,7 +225,7 @@ def plan_merge(
         raise ValueError(_describe_difference(differing, origins))
     tokenizer = next((p.vocabulary.tokenizer for p in parents if p.vocabulary.tokenizer), None)
     config = dataclasses.replace(first.config, skills=tuple(skills), tasks=tasks)
-    return MergePlan(config, ModelVocabulary(tokenizer, outputs), origins, differing)
+    return MergePlan(config, ModelVocabulary(tokenizer, outputs, scales), origins, differing)
 
 
 def _check_shapes(one: MergeParent, other: MergeParent) -> None:

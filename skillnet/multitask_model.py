@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from skillnet.build_budget import count_saved_weights, limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
-from skillnet.heads import HEADS, MaskedHead, RetrievalHead
+from skillnet.heads import TaskHead, build_head
 from skillnet.layers import require_unused_name
 from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
 from skillnet.serialization import (
@@ -29,7 +29,7 @@ from skillnet.serialization import (
     read_manifest,
     read_vocabulary,
 )
-from skillnet.skills import find_task, nearest_hint
+from skillnet.skills import find_task, nearest_hint, require_outputs
 from skillnet.skipped_init import SkippedInit
 from skillnet.vocabulary import ModelVocabulary, find_order
 
@@ -106,7 +106,8 @@ class TaskModel(nn.Module):
         """Build the heads of all tasks. Subclasses call this last in their constructor."""
         for name, task in self.config.tasks.items():
             require_unused_name(self.heads, name, "task")
-            self.heads[name] = HEADS[task.objective](self.config, task)
+            require_outputs(name, task)
+            self.heads[name] = build_head(self.config, task)
 
     # -- forward pass ----------------------------------------------------------------------
 
@@ -131,38 +132,18 @@ class TaskModel(nn.Module):
             towers: tower name -> input tensors.
 
         Returns:
+            Tensors by name, as the head of the objective defines them.
             classification: ``logits`` (B, C). ctc: ``log_probs`` (B, T, S + 1) and ``lengths``
             (B,). retrieval: ``query`` and ``candidate`` (B, E), unit length, and ``scale`` ().
             masked: ``predicted`` (M, V) for text and code, otherwise (M, P), in the order of the
             batch's ``places`` (M,), numbers among its B T tokens, or of all real tokens without it.
         """
-        spec = find_task(task, self.config.tasks)
-        head = self.heads[task]
-        if isinstance(head, RetrievalHead):
-            return {
-                "query": self.embed(task, "query", towers["query"]),
-                "candidate": self.embed(task, "candidate", towers["candidate"]),
-                "scale": head.scale,
-            }
-        x_BTD, mask_BT = self.tower_tokens(task, "input", towers["input"])
-        if spec.objective == "classification":
-            return {"logits": head(mean_pool(x_BTD, mask_BT))}
-        if isinstance(head, MaskedHead):
-            places_M = towers["input"].get("places")
-            x_MD = x_BTD.flatten(0, 1)
-            if places_M is not None:
-                x_MD = x_MD.index_select(0, places_M)
-            elif mask_BT is not None:
-                x_MD = x_BTD[mask_BT]
-            # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
-            tied = self.token_embedding(task, "input") if head.tied else None
-            return {"predicted": head(x_MD, tied)}
-        # CTC needs the number of real tokens per row.
-        if mask_BT is not None:
-            lengths_B = mask_BT.sum(1)
-        else:
-            lengths_B = torch.full((x_BTD.shape[0],), x_BTD.shape[1], device=x_BTD.device)
-        return {"log_probs": head(x_BTD), "lengths": lengths_B}
+        find_task(task, self.config.tasks)
+        return self._head(task).run(
+            towers,
+            lambda tower: self.tower_tokens(task, tower, towers[tower]),
+            lambda: self.token_embedding(task, "input"),
+        )
 
     def embed(self, task: str, tower: str, batch: Batch) -> Tensor:
         """Return the unit vectors (B, E) of one tower of a retrieval task.
@@ -180,7 +161,12 @@ class TaskModel(nn.Module):
             raise ValueError(f"{task} is a {spec.objective} task: it has no retrieval space")
         if tower not in spec.towers:
             raise ValueError(f"{task} has the towers query and candidate, not {tower!r}")
-        return self.heads[task](mean_pool(*self.tower_tokens(task, tower, batch)), tower)
+        return self._head(task).embed(self.tower_tokens(task, tower, batch), tower)
+
+    def _head(self, task: str) -> TaskHead:
+        head = self.heads[task]
+        assert isinstance(head, TaskHead)
+        return head
 
     def token_embedding(self, task: str, tower: str) -> Tensor:
         """Return the token embedding (V, D) of a tower; it also predicts masked tokens.
@@ -389,17 +375,3 @@ class TaskModel(nn.Module):
                 f"{folder / 'config.json'}: cannot build a {cls.system} model from it: "
                 f"{describe_error(error)}"
             ) from error
-
-
-def mean_pool(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Average the real tokens, (B, T, D) -> (B, D). A row without real tokens gives zeros.
-
-    Args:
-        x_BTD: encoded tokens.
-        mask_BT: True at real tokens; None if all are real.
-    """
-    if mask_BT is None:
-        return x_BTD.mean(1)
-    weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
-    # Not a matrix product: autocast would round the pooled vector to bf16.
-    return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)

@@ -6,13 +6,13 @@ This module is pure Python without torch. docs/skills.md gives the source of eac
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from skillnet.bounds import OptionalSize, check_bounds
+from skillnet.objectives import BUILT_IN_OBJECTIVES, find_objective, objective_names
 
-# The names of modalities and objectives are values of configuration files and of saved models.
+# The names of modalities are values of configuration files and of saved models.
 Modality = Literal["text", "image", "sound", "video", "code"]
-Objective = Literal["classification", "ctc", "retrieval", "masked"]
 
 MODALITIES: tuple[Modality, ...] = ("text", "image", "sound", "video", "code")
 
@@ -84,35 +84,52 @@ class Task:
     Args:
         objective: determines the head and the loss.
         towers: tower name -> plan.
-        outputs: number of classes (classification) or of symbols without the blank (CTC). Retrieval
-            and masked modelling ignore it.
+        outputs: number of classes (classification) or of symbols without the blank (CTC); 0 takes
+            the number in the manifest of the task's corpus. Retrieval and masked modelling ignore
+            it.
 
     Raises:
-        ValueError: an unknown objective, or towers or outputs that do not fit it.
+        ValueError: an unknown objective, or towers that do not fit it.
     """
 
-    objective: Objective
+    objective: str
     towers: dict[str, SkillPlan] = field(default_factory=dict)
     outputs: OptionalSize = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            hint = nearest_hint(self.objective, get_args(Objective))
-            raise ValueError(f"unknown objective {self.objective!r}{hint}")
-        expected = {"query", "candidate"} if self.objective == "retrieval" else {"input"}
+        if self.objective not in BUILT_IN_OBJECTIVES:
+            known = objective_names()
+            if self.objective not in known:
+                hint = nearest_hint(self.objective, known)
+                raise ValueError(f"unknown objective {self.objective!r}{hint}")
+        expected = set(find_objective(self.objective).towers)
         if set(self.towers) != expected:
             raise ValueError(
                 f"a {self.objective} task has the towers {sorted(expected)}, "
                 f"not {sorted(self.towers)}"
             )
-        if self.objective in ("classification", "ctc") and self.outputs < 1:
-            raise ValueError(f"a {self.objective} task needs outputs >= 1, not {self.outputs}")
         check_bounds(self, "")
 
     @property
     def skills(self) -> tuple[str, ...]:
         """All skills that at least one tower activates, sorted."""
         return tuple(sorted({name for plan in self.towers.values() for name in plan.skills}))
+
+    @property
+    def caption_tower(self) -> str | None:
+        """Tower of a retrieval task that reads the captions of rows; None if none reads text.
+
+        The other tower reads the rows themselves. If both read text, the query reads captions.
+        """
+        towers = ("query", "candidate") if self.objective == "retrieval" else ()
+        return next((each for each in towers if self.towers[each].modality == "text"), None)
+
+    @property
+    def row_tower(self) -> str:
+        """Tower that reads the rows of the corpus, in their own modality."""
+        if self.objective != "retrieval":
+            return next(iter(self.towers))
+        return "query" if self.caption_tower == "candidate" else "candidate"
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -162,30 +179,41 @@ def name_task(modality: str, annotations: Collection[str]) -> str:
 
     Args:
         modality: of the rows.
-        annotations: of the rows: of "labels", "captions", "transcripts". Transcripts and captions
-            take precedence over labels.
+        annotations: of the rows: of "labels", "label_sets", "values", "pairs", "captions",
+            "transcripts". Transcripts and captions take precedence over the others.
     """
     if modality == "sound" and "transcripts" in annotations:
         return "speech_recognition"
     if modality != "text" and "captions" in annotations:
         return f"text_to_{modality}"
+    if "pairs" in annotations:
+        return f"{modality}_to_{modality}"
+    if "values" in annotations:
+        return f"{modality}_regression"
+    if "label_sets" in annotations:
+        return f"{modality}_multi_label"
     return f"{modality}_classification" if "labels" in annotations else f"masked_{modality}"
 
 
 def known_tasks() -> dict[str, Task]:
     """Return all tasks with a name of their own, and their default plans.
 
-    Manifests, ``skillnet inspect`` and configurations use these names. The numbers of outputs are
-    placeholders, except those of the paper's five tasks: a run takes them from its corpus.
+    Manifests, ``skillnet inspect`` and configurations use these names. Only the paper's five tasks
+    have numbers of outputs: a run takes them from its corpus.
     """
-    classification = {
-        f"{name}_classification": Task(
-            "classification", {"input": SkillPlan(("general", name), name)}, outputs=1
-        )
+    labelled = {
+        f"{name}_{objective}": Task(objective, {"input": SkillPlan(("general", name), name)})
+        for objective in ("classification", "multi_label", "regression")
         for name in MODALITIES
     }
     pairs = {f"text_to_{name}": _retrieval(name) for name in MODALITIES if name != "text"}
-    return classification | pairs | masked_tasks() | default_tasks()
+    within = {
+        f"{name}_to_{name}": Task("retrieval", {"query": plan, "candidate": plan})
+        for name in MODALITIES
+        if name != "text"
+        for plan in [SkillPlan(("general", name, "alignment"), name)]
+    }
+    return labelled | pairs | within | masked_tasks() | default_tasks()
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -246,6 +274,25 @@ def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
     if name not in tasks:
         raise ValueError(f"unknown task {name!r}{nearest_hint(name, list(tasks))}")
     return tasks[name]
+
+
+def require_outputs(name: str, task: Task) -> None:
+    """Check that a task whose outputs have names knows their number.
+
+    Args:
+        name: of the task.
+        task: its objective and outputs.
+
+    Raises:
+        ValueError: the number is 0.
+    """
+    listed = find_objective(task.objective).listed
+    if listed and not task.outputs:
+        raise ValueError(
+            f"model.tasks.{name}.outputs is 0: a {task.objective} task needs the number of its "
+            f"{listed}. The manifest of its corpus provides it, if the corpus has {listed}; "
+            "otherwise set it"
+        )
 
 
 def nearest_hint(name: str, known: Sequence[str]) -> str:

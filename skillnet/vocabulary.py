@@ -5,7 +5,8 @@ saved model therefore records its vocabulary, and readers compare it with the vo
 (:mod:`pipelines.runs.vocabulary_match`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,20 +20,25 @@ class ModelVocabulary:
             tokens, or if it was not trained on a prepared corpus.
         outputs: task -> names of its classes, or of its CTC symbols from id 1, in the order of
             their ids. Tasks without names are left out.
+        scales: task of a regression -> mean and deviation of its training values.
     """
 
     tokenizer: str | None = None
     outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def restrict_to(self, tasks: Iterable[str]) -> "ModelVocabulary":
+    def restrict_to(self, tasks: Collection[str]) -> "ModelVocabulary":
         """Return the same vocabulary without the outputs of other tasks."""
         kept = {task: self.outputs[task] for task in tasks if task in self.outputs}
-        return ModelVocabulary(self.tokenizer, kept)
+        scales = {task: self.scales[task] for task in tasks if task in self.scales}
+        return ModelVocabulary(self.tokenizer, kept, scales)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, ready for JSON."""
         outputs = {task: list(names) for task, names in self.outputs.items()}
-        return {"tokenizer": self.tokenizer, "outputs": outputs}
+        scales = {task: list(scale) for task, scale in self.scales.items()}
+        given = {"tokenizer": self.tokenizer, "outputs": outputs}
+        return given | {"scales": scales} if scales else given
 
 
 def parse_vocabulary(values: Any) -> ModelVocabulary:
@@ -41,7 +47,7 @@ def parse_vocabulary(values: Any) -> ModelVocabulary:
     Raises:
         ValueError: a key is missing, unknown or of another type.
     """
-    if not isinstance(values, dict) or values.keys() != {"tokenizer", "outputs"}:
+    if not isinstance(values, dict) or values.keys() - {"scales"} != {"tokenizer", "outputs"}:
         raise ValueError("vocabulary: expected the keys tokenizer and outputs")
     tokenizer, outputs = values["tokenizer"], values["outputs"]
     if tokenizer is not None and not isinstance(tokenizer, str):
@@ -51,7 +57,33 @@ def parse_vocabulary(values: Any) -> ModelVocabulary:
     for task, names in outputs.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"vocabulary.outputs.{task}: expected a list of names")
-    return ModelVocabulary(tokenizer, {task: tuple(names) for task, names in outputs.items()})
+    scales = values.get("scales", {})
+    if not isinstance(scales, dict):
+        raise ValueError("vocabulary.scales: expected mean and deviation of each task")
+    return ModelVocabulary(
+        tokenizer,
+        {task: tuple(names) for task, names in outputs.items()},
+        {task: parse_scale(scale, f"vocabulary.scales.{task}") for task, scale in scales.items()},
+    )
+
+
+def parse_scale(values: Any, where: str) -> tuple[float, float]:
+    """Return mean and deviation of a regression's values from plain types.
+
+    Args:
+        values: a list of two numbers.
+        where: key, for the message.
+
+    Raises:
+        ValueError: they are no finite numbers, or the deviation is not above 0.
+    """
+    is_pair = isinstance(values, list) and len(values) == 2
+    if not is_pair or not all(type(each) in (int, float) for each in values):
+        raise ValueError(f"{where}: expected mean and deviation")
+    mean, deviation = map(float, values)
+    if not (math.isfinite(mean) and math.isfinite(deviation) and deviation > 0):
+        raise ValueError(f"{where}: expected a finite mean and a deviation above 0")
+    return mean, deviation
 
 
 def find_order(names: Sequence[str], known: Sequence[str]) -> list[int] | None:

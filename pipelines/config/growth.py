@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipelines.config.run import TaskTraining, TrainingConfig
 from skillnet.bounds import OptionalSize
-from skillnet.skills import Objective, SkillPlan
+from skillnet.skills import SkillPlan
 from skillnet_platform.config import ALIAS, positional_field
 from skillnet_platform.config.bounds import RandomSeed
 from skillnet_platform.tracking import TrackingConfig
@@ -41,7 +41,7 @@ class NewTask:
     name: str
     towers: dict[str, SkillPlan]
     training: TaskTraining
-    objective: Objective = "classification"
+    objective: str = "classification"
     outputs: OptionalSize = 0
 
 

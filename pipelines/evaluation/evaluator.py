@@ -28,6 +28,7 @@ from pipelines.evaluation.inference import (
 from pipelines.evaluation.masked import masked_losses, mean_masked_length
 from pipelines.evaluation.outcomes import OutcomeTable
 from pipelines.evaluation.ranks import EvaluationRanks
+from pipelines.evaluation.row_scores import read_targets, score_predictions
 from pipelines.evaluation.tables import COLUMNS, sort_rows
 from pipelines.evaluation.task_metrics import (
     TaskMetrics,
@@ -35,6 +36,7 @@ from pipelines.evaluation.task_metrics import (
     error_rate_metrics,
     find_query_units,
     mean_with_interval,
+    measure_pairs,
     rank_metrics,
     retrieval_metrics,
 )
@@ -210,10 +212,11 @@ def measure_split(
             plan,
             config,
             where,
-            use_captions=tower == "query",
-            all_captions=all_captions,
-            # Queries are captions; the limit is about the corpus' own modality.
-            limit=None if tower == "query" else limit,
+            use_captions=tower == spec.caption_tower,
+            # As candidates, the first captions rank; they are as many as the rows.
+            all_captions=all_captions and tower == "query",
+            # The limit is about the corpus' own modality.
+            limit=None if tower == spec.caption_tower else limit,
         )
         for tower, plan in spec.towers.items()
     }
@@ -235,6 +238,22 @@ def measure_split(
         counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
         metrics = error_rate_metrics(counts, bootstrap_samples, units)
         row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1], unit=units)
+    elif spec.objective != "retrieval":
+        predictions = runner.classify(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        targets = read_targets(table, spec, where)
+        scored = score_predictions(spec, predictions, targets, bootstrap_samples, units)
+        metrics = scored.metrics
+        row_outcomes.add(task, split.name, scored.numerator, scored.denominator, unit=units)
+    elif spec.caption_tower is None:
+        query = runner.embed(task, "query", inputs["query"])
+        candidate = runner.embed(task, "candidate", inputs["candidate"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        groups = unique_group_ids(read_fixed_column(table, "group", where))
+        metrics, paired = measure_pairs(query, candidate, groups, seed, bootstrap_samples, units)
+        row_outcomes.add_pairs(task, split.name, paired, units)
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.ranks import EvaluationRanks
+from pipelines.loading.task_columns import INPUT_COLUMNS
 from pipelines.shards.columns import NestedRaggedColumn, RaggedColumn, open_column
 from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from skillnet.config import SkillNetConfig
+from skillnet.heads import head_class
 from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision, find_device
@@ -28,15 +30,6 @@ from skillnet.skills import SkillPlan, find_task
 #: enough for two cores and small in memory. A GPU computes 4096 tokens faster than the host reads
 #: the next batch, and has memory for sixteen times as many.
 BATCH_LIMITS = {"cpu": (4096, 512), "cuda": (65_536, 4096)}
-
-#: Modality -> column of a prepared corpus that contains its input.
-INPUT_COLUMNS = {
-    "text": "tokens",
-    "code": "tokens",
-    "image": "pixels",
-    "sound": "log_mel",
-    "video": "frames",
-}
 
 
 @dataclass(frozen=True)
@@ -201,23 +194,30 @@ class InferenceRunner:
         self.ranks = ranks or EvaluationRanks()
 
     def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
-        """Return class probabilities, (N, C) float32.
+        """Return the predictions of the head, (N, outputs) float32.
+
+        They are probabilities of classes, or the values of a regression in their own unit.
 
         Args:
-            task: a classification task.
+            task: a task with predictions per row: classification, labels, numbers, or a task of a
+                third party's objective.
             inputs: of its tower, N rows.
         """
-        outputs = find_task(task, self.model.config.tasks).outputs
-        out = np.zeros((len(inputs), outputs), dtype=np.float32)
+        spec, config = find_task(task, self.model.config.tasks), self.model.config
+        head = head_class(spec)
+        mean, deviation = self.model.vocabulary.scales.get(task, (0.0, 1.0))
+        out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
 
         def classify_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            # Probabilities are normalised in float32: bf16 has about three significant digits.
-            logits = self.model(task, {"input": batch})["logits"]
-            return (torch.softmax(logits.float(), -1),)
+            return (head.predict(self.model(task, {"input": batch})),)
 
-        for rows, (probabilities,) in self._infer(inputs, classify_batch):
-            out[rows] = probabilities.numpy()
-        return self.ranks.merge(out)
+        for rows, (predictions,) in self._infer(inputs, classify_batch):
+            out[rows] = predictions.numpy()
+        merged = self.ranks.merge(out)
+        if task not in self.model.vocabulary.scales:
+            return merged
+        # In double precision: a large mean would round small differences away.
+        return mean + deviation * merged.astype(np.float64)
 
     def transcribe(self, task: str, inputs: InferenceInputs) -> tuple[list[list[int]], np.ndarray]:
         """Return the symbols of each row by greedy (best path) CTC decoding, and a confidence.

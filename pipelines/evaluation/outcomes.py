@@ -124,6 +124,21 @@ class OutcomeTable:
             rank = np.bincount(owners, rank) / queries
         self.add(task, split, hits, queries, rank, unit)
 
+    def add_pairs(
+        self, task: str, split: str, ranks: np.ndarray, unit: ArrayLike | None = None
+    ) -> None:
+        """Add the outcomes of rows that search other rows of their group.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            ranks: (N,) from 1; NaN for rows without another one of their group.
+            unit: see :meth:`add`.
+        """
+        queries = (~np.isnan(ranks)).astype(np.float64)
+        hits: np.ndarray = (ranks <= RECALL_RANK).astype(np.float64)
+        self.add(task, split, hits, queries, ranks, unit)
+
     def add(
         self,
         task: str,

@@ -3,13 +3,14 @@
 ``chance`` predicts without reading the input:
 
 * Classification: the most frequent class of the training rows.
+* Labels and numbers: the shares of the training labels, the mean of the training values.
 * Speech: the most frequent symbol at each position.
 * Retrieval: candidates in random order; its exact expectation, so it has no interval.
 
 ``simple_baseline`` is a method without a neural network:
 
 * Classification: logistic regression on TF-IDF of character n-grams, or on downsampled images,
-  video and audio.
+  video and audio. Labels: one such model per label. Numbers: ridge regression.
 * Speech: the transcript of the nearest training recording.
 * Image and video retrieval: the training items whose captions are nearest by TF-IDF replace the
   query; candidates are ranked by visual similarity to them.
@@ -39,6 +40,8 @@ from pipelines.evaluation.evaluator import (
     uses_all_captions,
 )
 from pipelines.evaluation.held_out_units import read_unit_numbers
+from pipelines.evaluation.label_baselines import measure_label_baselines
+from pipelines.evaluation.row_scores import read_targets
 from pipelines.evaluation.task_metrics import (
     TaskMetrics,
     classification_metrics,
@@ -140,18 +143,26 @@ def _measure_both(
     if spec.objective == "ctc":
         return _transcription(train, test, where, bootstrap_samples)
     units = read_unit_numbers(test, where)
+    if spec.objective in ("multi_label", "regression"):
+        targets = read_targets(train, spec, where), read_targets(test, spec, where)
+        features = _row_features(train, test, corpus.modality, where)
+        return measure_label_baselines(spec, features, targets, bootstrap_samples, units)
+    if spec.caption_tower is None:
+        return {}  # no simple method is known for pairs of rows or for other packages' objectives
     groups = unique_group_ids(read_fixed_column(test, "group", where))
     captions = test.column("captions").to_pylist()
-    if not uses_all_captions(corpus):
+    if not uses_all_captions(corpus) or spec.caption_tower == "candidate":
         captions = [row[:1] for row in captions]
     owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     query_groups, texts = groups[owners], [caption for row in captions for caption in row]
+    if corpus.modality == "sound":
+        return {"chance": random_ranking_metrics(groups, query_groups)}
     if corpus.modality in ("image", "video"):
         query, candidate, back_query, back_candidate = _visual_vectors(
             train, test, texts, corpus.modality, where
         )
     else:
-        query, candidate = _code_vectors(train, test, texts)
+        query, candidate = _code_vectors(train, test, texts, corpus.modality)
         back_query, back_candidate = query, candidate
     forward = retrieval_metrics(
         query,
@@ -174,9 +185,19 @@ def _measure_both(
         directions=("reverse_",),
         units=units,
     )
-    return {
+    found = {
         "chance": random_ranking_metrics(groups, query_groups),
         "simple_baseline": forward | backward,
+    }
+    is_swapped = spec.caption_tower == "candidate"
+    return {name: _swap_directions(each) for name, each in found.items()} if is_swapped else found
+
+
+def _swap_directions(metrics: TaskMetrics) -> TaskMetrics:
+    """Return the metrics of text -> X as those of X -> text."""
+    return {
+        name.removeprefix("reverse_") if name.startswith("reverse_") else f"reverse_{name}": value
+        for name, value in metrics.items()
     }
 
 
@@ -191,17 +212,7 @@ def _classification(
 
     train_labels = read_fixed_column(train, "label", where)
     labels = read_fixed_column(test, "label", where)
-    if modality in ("text", "code"):
-        vectors = _tfidf((1, 2), 60_000)
-        train_features = vectors.fit_transform(_strings(train, modality))
-        features = vectors.transform(_strings(test, modality))
-    elif modality == "sound":
-        train_features, features = (_audio_vectors(table, where) for table in (train, test))
-    else:
-        name = "pixels" if modality == "image" else "frames"
-        train_features, features = (
-            _brightness(read_fixed_column(table, name, where)) / 255 for table in (train, test)
-        )
+    train_features, features = _row_features(train, test, modality, where)
     model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
         # On thousands of dense features, 200 steps are accurate enough without convergence.
@@ -215,6 +226,21 @@ def _classification(
             predicted, labels, seed, bootstrap_samples, units
         ),
     }
+
+
+def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) -> tuple[Any, Any]:
+    """Return features of training and test rows: n-grams of texts, or downsampled media."""
+    if modality in ("text", "code"):
+        vectors = _tfidf((1, 2), 60_000)
+        train_features = vectors.fit_transform(_strings(train, modality))
+        return train_features, vectors.transform(_strings(test, modality))
+    if modality == "sound":
+        return _audio_vectors(train, where), _audio_vectors(test, where)
+    name = "pixels" if modality == "image" else "frames"
+    return (
+        _brightness(read_fixed_column(train, name, where)) / 255,
+        _brightness(read_fixed_column(test, name, where)) / 255,
+    )
 
 
 # -- speech --------------------------------------------------------------------------------
@@ -288,13 +314,13 @@ def _visual_vectors(
 
 
 def _code_vectors(
-    train: pa.Table, test: pa.Table, texts: list[str]
+    train: pa.Table, test: pa.Table, texts: list[str], modality: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return TF-IDF vectors of the queries and of the candidates' code."""
+    """Return TF-IDF vectors of the queries and of the candidates: code or texts."""
     vectors = _tfidf((1, 3), FEATURES)
     # One vocabulary for both sides; otherwise their vectors could not be compared.
-    vectors.fit([*_first_captions(train), *_strings(train, "code")])
-    candidate = _strings(test, "code")
+    vectors.fit([*_first_captions(train), *_strings(train, modality)])
+    candidate = _strings(test, modality)
     return (
         vectors.transform(texts).toarray().astype(np.float32),
         vectors.transform(candidate).toarray().astype(np.float32),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from skillnet.config import SkillNetConfig
+from skillnet.objectives import find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
 from skillnet_platform.storage import open_output
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
@@ -38,20 +39,15 @@ COLUMNS = (
 EvaluationRow = dict[str, Any]
 
 #: Objective -> its primary metric, and whether higher values are better.
-OBJECTIVE_METRICS = {
-    "classification": ("accuracy", True),
-    "ctc": ("token_error_rate", False),
-    "retrieval": ("recall_at_10", True),
-    "masked": ("masked_loss", False),
-}
+OBJECTIVE_METRICS = {each.name: (each.metric, each.higher_is_better) for each in list_objectives()}
 
 #: Metric of a task with labels -> whether higher values are better.
-SCORED_METRICS = dict(
-    metric for objective, metric in OBJECTIVE_METRICS.items() if objective != "masked"
-)
+SCORED_METRICS = {
+    each.metric: each.higher_is_better for each in list_objectives() if each.has_labels
+}
 
 #: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
-UNSCALED_SUFFIXES = ("rank", "loss")
+UNSCALED_SUFFIXES = ("rank", "loss", "r_squared", "absolute_error")
 
 #: System -> its label in tables.
 SYSTEM_LABELS = {"chance": "chance", "simple_baseline": "simple baseline"}
@@ -68,20 +64,34 @@ METRIC_LABELS = {
     "median_rank": "median rank",
     "masked_loss": "masked loss",
     "masked_accuracy": "masked token accuracy",
+    "average_precision": "average precision",
+    "micro_f1": "micro-F1",
+    "r_squared": "R²",
+    "mean_absolute_error": "mean absolute error",
 }
+
+
+def primary_metric(objective: str) -> tuple[str, bool]:
+    """Return the primary metric of an objective, and whether higher values are better.
+
+    Args:
+        objective: of a task; also one of another package.
+    """
+    found = find_objective(objective)
+    return found.metric, found.higher_is_better
 
 
 def score_metric(metric: str, value: float) -> float:
     """Return the score of a primary metric, in [0, 1], where higher is better.
 
-    Sweeps, studies and comparisons average these scores over tasks. An error rate above 1 is worth
-    0: a negative score would dominate the mean.
+    Sweeps, studies and comparisons average these scores over tasks. An error rate above 1 and an R²
+    below 0 are worth 0: a negative score would dominate the mean.
 
     Args:
         metric: name in evaluation rows.
         value: its value.
     """
-    return value if SCORED_METRICS[metric] else max(1.0 - value, 0.0)
+    return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
 
 
 def metric_label(metric: str) -> str:
@@ -243,24 +253,19 @@ def find_row(
 def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
     """Return rows as MLflow metrics: ``text_to_image/test_recall_at_10`` -> value.
 
-    Only the primary metrics on ``test`` have bounds here. The bounds of other metrics would fill
-    the page; they are in the CSV file.
+    Of the test splits, only the primary metrics on ``test`` are here. MLflow draws a chart of each
+    metric, and a final figure would be a chart of one point. The CSV file has all, with bounds.
 
     Args:
         rows: of the model.
     """
     primary = {metric for metric, _ in OBJECTIVE_METRICS.values()}
-    flat: dict[str, float] = {}
-    for row in rows:
-        name = f"{row['task']}/{row['split']}_{row['metric']}"
-        flat[name] = float(row["value"])
-        if row["metric"] in primary and row["split"] == "test":
-            for bound in ("low", "high"):
-                # A metric without an interval has NaN bounds, which would be an empty curve in
-                # MLflow.
-                if row.get(bound) is not None and not np.isnan(row[bound]):
-                    flat[f"{name}_{bound}"] = float(row[bound])
-    return flat
+    return {
+        f"{row['task']}/{row['split']}_{row['metric']}": float(row["value"])
+        for row in rows
+        if not row["split"].startswith("test")
+        or (row["split"] == "test" and row["metric"] in primary)
+    }
 
 
 def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from skillnet.metrics import (
     error_counts,
     macro_f1_of_rows,
     median_rank,
+    pair_ranks,
     retrieval_ranks,
 )
 from skillnet.unit_statistics import ScoreScale, bound_score, compute_unit_error, jackknife_units
@@ -79,7 +80,7 @@ def error_rate_metrics(
     """
     return {
         # A ratio of sums: a mean of rates would give short transcripts too much weight.
-        "token_error_rate": _bound_ratio(
+        "token_error_rate": ratio_with_interval(
             counts[:, 0], counts[:, 1], bootstrap_samples, units, "error_rate"
         ),
         "exact_rate": mean_with_interval(counts[:, 0] == 0, bootstrap_samples, units),
@@ -120,6 +121,36 @@ def retrieval_metrics(
         query_units = units if prefix else find_query_units(units, owners)
         metrics |= rank_metrics(ranks, prefix, seed, bootstrap_samples, query_units)
     return metrics
+
+
+def measure_pairs(
+    query: np.ndarray,
+    candidate: np.ndarray,
+    groups: np.ndarray,
+    seed: int = 0,
+    bootstrap_samples: int = 1000,
+    units: np.ndarray | None = None,
+) -> tuple[TaskMetrics, np.ndarray]:
+    """Return the metrics of finding other rows of one group, in both directions.
+
+    Args:
+        query: (N, E) unit vectors of the rows as queries.
+        candidate: (N, E) unit vectors of the same rows as candidates.
+        groups: (N,) group of each row. Rows that are alone in theirs are no queries.
+        seed: of the bootstrap.
+        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        units: (N,) number of the unit of each row; None counts each row as a unit.
+
+    Returns:
+        The metrics, and the rank of each row, (N,), NaN for rows that are no queries.
+    """
+    metrics: TaskMetrics = {}
+    forward = pair_ranks(query, candidate, groups)
+    for prefix, ranks in (("", forward), ("reverse_", pair_ranks(candidate, query, groups))):
+        is_query = ~np.isnan(ranks)
+        own = None if units is None else units[is_query]
+        metrics |= rank_metrics(ranks[is_query], prefix, seed, bootstrap_samples, own)
+    return metrics, forward
 
 
 def find_query_units(units: np.ndarray | None, owners: np.ndarray | None) -> np.ndarray | None:
@@ -172,16 +203,25 @@ def mean_with_interval(
         scale: of the values, see :func:`skillnet.unit_statistics.bound_score`.
     """
     amounts = np.asarray(values, np.float64)
-    return _bound_ratio(amounts, np.ones(len(amounts)), bootstrap_samples, units, scale)
+    return ratio_with_interval(amounts, np.ones(len(amounts)), bootstrap_samples, units, scale)
 
 
-def _bound_ratio(
+def ratio_with_interval(
     amounts: np.ndarray,
     weights: np.ndarray,
-    bootstrap_samples: int,
-    units: np.ndarray | None,
-    scale: ScoreScale,
+    bootstrap_samples: int = 1000,
+    units: np.ndarray | None = None,
+    scale: ScoreScale = "free",
 ) -> ConfidenceInterval:
+    """Return the sum of amounts by the sum of weights, with its interval.
+
+    Args:
+        amounts: (N,) numerators.
+        weights: (N,) denominators.
+        bootstrap_samples: 0 omits the interval.
+        units: (N,) number of the unit of each value; None counts each value as a unit.
+        scale: of the ratio, see :func:`skillnet.unit_statistics.bound_score`.
+    """
     nan = float("nan")
     # The references of a split can all be empty.
     if not weights.sum():

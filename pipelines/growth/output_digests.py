@@ -11,10 +11,8 @@ from pipelines.evaluation.evaluator import uses_all_captions
 from pipelines.evaluation.inference import batches_by_length, send_batch, split_inputs
 from pipelines.shards.dataset import PreparedCorpus
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives import find_objective
 from skillnet.skills import find_task
-
-#: Objective -> raw output of the forward pass; retrieval has one output per tower.
-OUTPUT_OF = {"classification": "logits", "ctc": "log_probs", "masked": "predicted"}
 
 
 @torch.no_grad()
@@ -45,6 +43,7 @@ def _iterate_outputs(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     spec = find_task(task, model.config.tasks)
     device = next(model.parameters()).device
+    output = find_objective(spec.objective).output
     table = corpus.splits[split].table()
     for tower, plan in spec.towers.items():
         inputs = split_inputs(
@@ -52,14 +51,14 @@ def _iterate_outputs(
             plan,
             model.config,
             f"{corpus.name}/{split}",
-            use_captions=tower == "query",
+            use_captions=tower == spec.caption_tower,
             all_captions=uses_all_captions(corpus),
-            # Queries are captions; the limit is about the corpus' own modality.
-            limit=None if tower == "query" else limit,
+            # The limit is about the corpus' own modality.
+            limit=None if tower == spec.caption_tower else limit,
         )
         for rows in batches_by_length(inputs.lengths, 4096):
             batch = send_batch(inputs.load_batch(rows), device)
-            if spec.objective == "retrieval":
-                yield rows, model.embed(task, tower, batch)
+            if output:
+                yield rows, model(task, {tower: batch})[output]
             else:
-                yield rows, model(task, {tower: batch})[OUTPUT_OF[spec.objective]]
+                yield rows, model.embed(task, tower, batch)

@@ -20,6 +20,7 @@ from pipelines.runs.model_source import ModelSource
 from pipelines.shards.dataset import open_corpus
 from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
+from skillnet.objectives import find_objective
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import commit_directory, data_root, scratch_directory
@@ -139,9 +140,9 @@ def resolve_new_task(config: GrowConfig) -> Task:
         UserError: the corpus has no list of classes or symbols.
     """
     task, outputs = config.task, config.task.outputs
-    if not outputs and task.objective in ("classification", "ctc"):
+    key = find_objective(task.objective).listed
+    if not outputs and key is not None:
         data = parse_location(config.data, data_root())
-        key = "labels" if task.objective == "classification" else "symbols"
         names = open_corpus(join_location(data, task.training.corpus)).manifest.get(key)
         if not names:
             raise UserError(

@@ -15,13 +15,22 @@ from pipelines.config.run import TaskTraining
 from pipelines.loading import augment, masking, pixel_changes
 from pipelines.loading.audio_units import SoundUnits, find_sound_units
 from pipelines.loading.augment import BatchRandom
+from pipelines.loading.group_pairs import GroupPairs
 from pipelines.loading.input_sizes import require_pixel_sizes
 from pipelines.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.loading.shard_table import ShardTable
+from pipelines.loading.task_columns import (
+    INPUT_COLUMNS,
+    PRETRAINING,
+    make_indicators,
+    model_id_ranges,
+    resolve_splits,
+)
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
-from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange
+from pipelines.shards.value_scale import read_value_scale
 from pipelines.transforms.ctc_alignment import count_alignment_tokens
 from skillnet.config import SkillNetConfig
+from skillnet.objectives import find_objective
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 
@@ -33,96 +42,8 @@ Tensors = dict[str, Tensor]
 #: Tower -> tensors with stored pixels, targets, and the changes of the pixels.
 StoredRows = tuple[dict[str, Tensors], Tensors, PixelChanges]
 
-#: Name of a task's split that stands for the splits that a corpus allows for pretraining.
-PRETRAINING = "pretraining"
-
 #: Sequences are padded to a multiple of this, for even kernels and few shapes.
 PAD_TO = 8
-
-
-def resolve_splits(corpus: "PreparedCorpus", split: str) -> tuple[str, ...]:
-    """Return the splits that a task's ``split`` stands for.
-
-    Args:
-        corpus: of the task.
-        split: name of a split, or ``pretraining``.
-
-    Raises:
-        UserError: the corpus has no such split, or allows none for pretraining.
-    """
-    if split == PRETRAINING:
-        allowed = corpus.manifest.get("pretraining", ())
-        splits = tuple(name for name in allowed if name in corpus.splits)
-        if not splits:
-            raise UserError(
-                f"corpus {corpus.name} names no split for pretraining in its manifest; prepare it "
-                f"again, or name one of {', '.join(corpus.splits)}"
-            )
-        return splits
-    if split not in corpus.splits:
-        raise UserError(
-            f"corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}"
-        )
-    return (split,)
-
-
-#: Modality -> column of its rows; objective -> columns of its targets.
-INPUT_COLUMNS = {
-    "text": "tokens",
-    "code": "tokens",
-    "sound": "log_mel",
-    "image": "pixels",
-    "video": "frames",
-}
-TARGET_COLUMNS = {
-    "classification": ("label",),
-    "ctc": ("symbols",),
-    "retrieval": ("caption_tokens",),
-    "masked": (),
-}
-
-
-def check_split_columns(
-    name: str, task: Task, corpus: "PreparedCorpus", split: str, model: SkillNetConfig
-) -> None:
-    """Check that the evaluation of a task can read a split, before the training.
-
-    Shards in an object store are not read: that would download them on the driver.
-
-    Args:
-        name: task name.
-        task: its objective and towers.
-        corpus: opened corpus of the task.
-        split: name of the split.
-        model: sizes of the model.
-
-    Raises:
-        UserError: a shard is damaged, a column is missing, or an id is outside of its range.
-    """
-    location = f"{corpus.name}/{split}"
-    table = ShardTable([corpus.splits[split]], location, model_id_ranges(name, task, model))
-    if not table.is_remote:
-        table.open()
-        for column in (INPUT_COLUMNS[corpus.modality], *TARGET_COLUMNS[task.objective]):
-            table.column(column)
-
-
-def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, IdRange]:
-    """Return column -> range of the ids that a task reads, from the sizes of its model.
-
-    Args:
-        name: task name.
-        task: its objective decides which targets it reads.
-        model: sizes of the model.
-    """
-    tokens = IdRange(f"model.vocab_size is {model.vocab_size}", model.vocab_size)
-    ranges = dict.fromkeys(TOKEN_COLUMNS, tokens)
-    source = f"model.tasks.{name}.outputs is {task.outputs}"
-    if task.objective == "classification":
-        ranges["label"] = IdRange(source, task.outputs)
-    if task.objective == "ctc":
-        ranges["symbols"] = IdRange(source, task.outputs + 1, first=1)
-    return ranges
 
 
 class TaskDataset:
@@ -162,7 +83,7 @@ class TaskDataset:
             model_id_ranges(name, task, model),
         )
         #: Tower of the corpus' own modality.
-        self.own_tower = "candidate" if task.objective == "retrieval" else "input"
+        self.own_tower = task.row_tower
         self.plan: SkillPlan = task.towers[self.own_tower]
         if corpus.modality != self.plan.modality:
             raise UserError(
@@ -178,6 +99,7 @@ class TaskDataset:
             self._reject_cropping(corpus)
         #: Rows of a CTC task whose transcript has no alignment with the model's tokens.
         self.unalignable_rows = self._count_unalignable() if task.objective == "ctc" else 0
+        self._value_scale = read_value_scale(corpus.manifest, task)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._first_caption_prob = settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}
@@ -189,6 +111,10 @@ class TaskDataset:
                 f"tasks.{name}.views needs a retrieval task whose towers both read "
                 f"{self.plan.modality}: a row is compared with itself"
             )
+        #: Rows of one group, for a retrieval task that reads no captions.
+        self._pairs: GroupPairs | None = None
+        if task.objective == "retrieval" and not self.views and task.caption_tower is None:
+            self._pairs = self._find_pairs()
         masks = masks or MaskConfig()
         if self.views:
             # Views are masked lightly: both must still show the same row.
@@ -237,14 +163,38 @@ class TaskDataset:
             return self._masked(local, random, config)
         inputs, change = self._inputs(local, random, config)
         towers, changes = {self.own_tower: inputs}, {self.own_tower: change} if change else {}
+        if self._pairs is not None:
+            groups = _to_int64(self._fixed("group").take(local))
+            others = self._pairs.draw(rows, random.uniform("pair") if random else None)
+            branch = random.branch("query") if random else None
+            towers["query"], change = self._inputs(self._open_rows(others), branch, config)
+            changes |= {"query": change} if change else {}
+            return towers, {"groups": groups}, changes
         if self.task.objective == "retrieval":
-            towers["query"] = self._queries(rows, local, random, config)
+            assert self.task.caption_tower is not None
+            towers[self.task.caption_tower] = self._queries(rows, local, random, config)
             return towers, {"groups": _to_int64(self._fixed("group").take(local))}, changes
-        if self.task.objective == "classification":
-            return towers, {"labels": _to_int64(self._fixed("label").take(local))}, changes
-        symbols, lengths = self._ragged("symbols").take(local)
-        targets = {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
-        return towers, targets, changes
+        if self.task.objective == "ctc":
+            symbols, lengths = self._ragged("symbols").take(local)
+            targets = {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
+            return towers, targets, changes
+        return towers, self._row_targets(local), changes
+
+    def _row_targets(self, local: np.ndarray) -> Tensors:
+        """Targets by name, from the columns that the objective declares."""
+        targets: Tensors = {}
+        for name, column in find_objective(self.task.objective).columns:
+            opened = self.shard_table.column(column)
+            if isinstance(opened, RaggedColumn):
+                values = make_indicators(*opened.take(local), self.task.outputs)
+            else:
+                values = self._fixed(column).take(local)
+            if self._value_scale is not None:
+                mean, deviation = self._value_scale
+                values = (values - np.float32(mean)) / np.float32(deviation)
+            is_whole = np.issubdtype(values.dtype, np.integer)
+            targets[name] = _to_int64(values) if is_whole else torch.from_numpy(values)
+        return targets
 
     def check_columns(self) -> None:
         """Check the columns and captions of the open shards, so that a run is rejected early.
@@ -253,7 +203,7 @@ class TaskDataset:
             UserError: a column is missing or of another type or size, or a row has no caption.
         """
         self.load(np.arange(1))
-        if self.task.objective == "retrieval" and not self.views:
+        if self.task.caption_tower is not None and not self.views:
             column = self._nested("caption_tokens")
             self._require_captions(column.counts(np.arange(self.shard_table.table().num_rows)))
 
@@ -278,6 +228,17 @@ class TaskDataset:
         """(B,) numbers of rows in the open shards, after opening their shards."""
         self.shard_table.ensure_open(rows)
         return self.shard_table.to_local(rows)
+
+    def _find_pairs(self) -> GroupPairs:
+        """Read the groups of all rows, whose shards are opened."""
+        modalities = {plan.modality for plan in self.task.towers.values()}
+        if len(modalities) > 1:
+            raise UserError(
+                f"task {self.name}: its towers read {' and '.join(sorted(modalities))}, but a "
+                "corpus has rows of one modality, and captions. Give one tower the modality text"
+            )
+        local = self._open_rows(np.arange(self.num_rows))
+        return GroupPairs(self._fixed("group").take(local), self.location)
 
     def _reject_cropping(self, corpus: "PreparedCorpus") -> None:
         """A transcript needs its complete audio: raise UserError if the end would be cropped."""

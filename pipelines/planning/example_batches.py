@@ -10,6 +10,7 @@ from torch import Tensor
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
 from skillnet.config import SkillNetConfig
+from skillnet.heads import head_class
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import values_of_token
 
@@ -27,7 +28,7 @@ def longest_lengths(config: FinetuneConfig, name: str) -> dict[str, int]:
     for tower, plan in task.towers.items():
         limit = _model_limit(config.model, plan)
         # The limit of a task applies to the rows of its corpus, not to captions.
-        if settings.max_length and (tower != "query" or settings.views):
+        if settings.max_length and (tower != task.caption_tower or settings.views):
             limit = min(limit, settings.max_length)
         lengths[tower] = limit
     return lengths
@@ -59,8 +60,7 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
             "symbol_lengths": torch.ones(rows, dtype=torch.long),
         }
     else:
-        target = "groups" if task.objective == "retrieval" else "labels"
-        targets = {target: torch.zeros(rows, dtype=torch.long)}
+        targets = head_class(task).example_targets(task, rows)
     return Batch(name, towers, targets, np.arange(rows), global_rows, masked_counts=counts)
 
 

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from skillnet.objectives import find_objective
 from skillnet.skills import Task
-
-#: Objective -> key of a manifest that lists the meaning of each output.
-LISTED = {"classification": "labels", "ctc": "symbols"}
 
 
 def num_outputs_of(manifest: Mapping[str, Any], task: Task) -> int | None:
@@ -16,5 +14,14 @@ def num_outputs_of(manifest: Mapping[str, Any], task: Task) -> int | None:
         manifest: of the corpus.
         task: its objective decides which list counts.
     """
-    listed = manifest.get(LISTED.get(task.objective, ""))
-    return len(listed) if isinstance(listed, list) else None
+    names = manifest.get(outputs_key(task) or "")
+    return len(names) if isinstance(names, list) else None
+
+
+def outputs_key(task: Task) -> str | None:
+    """Return the key of a manifest that lists the meaning of each output, None without outputs.
+
+    Args:
+        task: its objective decides.
+    """
+    return find_objective(task.objective).listed

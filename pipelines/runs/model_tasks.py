@@ -39,8 +39,10 @@ def resolve_model_tasks(
         tasks[name] = task
         outputs = num_outputs_of(manifest, task)
         # Only defaults are replaced: a number in the configuration is a decision of the user.
-        is_default = name not in configured or (
-            name in known and task.outputs == known[name].outputs
+        is_default = (
+            not task.outputs
+            or name not in configured
+            or (name in known and task.outputs == known[name].outputs)
         )
         if outputs and outputs != task.outputs and is_default:
             console.print_note(f"{name}: {outputs} outputs, as in {corpus}")

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.runs.head_sizes import LISTED, num_outputs_of
+from pipelines.runs.head_sizes import num_outputs_of, outputs_key
 from pipelines.runs.model_source import read_training_settings, resolve_model
 from pipelines.shards.dataset import PreparedCorpus
+from pipelines.shards.value_scale import read_value_scale
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
@@ -44,9 +45,13 @@ def read_corpora_vocabulary(
     specs = {task: find_task(task, tasks) for task in corpora}
     readers = [corpus for task, corpus in corpora.items() if reads_tokens(specs[task])]
     outputs = {task: read_corpus_names(corpus, specs[task]) for task, corpus in corpora.items()}
+    scales = {
+        task: read_value_scale(corpus.manifest, specs[task]) for task, corpus in corpora.items()
+    }
     return ModelVocabulary(
         find_common_tokenizer({corpus.name: corpus.manifest for corpus in readers}),
         {task: names for task, names in outputs.items() if names},
+        {task: scale for task, scale in scales.items() if scale is not None},
     )
 
 
@@ -79,7 +84,7 @@ def read_corpus_names(corpus: PreparedCorpus, spec: Task) -> tuple[str, ...]:
         corpus: of the task.
         spec: the task.
     """
-    return tuple(corpus.manifest.get(LISTED.get(spec.objective, "")) or ())
+    return tuple(corpus.manifest.get(outputs_key(spec) or "") or ())
 
 
 def reads_tokens(spec: Task) -> bool:
@@ -104,7 +109,7 @@ def check_corpus_vocabulary(model: TaskModel, task: str, corpus: PreparedCorpus)
     names, known = read_corpus_names(corpus, spec), model.vocabulary.outputs.get(task)
     if known and names and find_order(names, known) is None:
         raise UserError(
-            f"{corpus.path}: its {LISTED[spec.objective]} are {list_names(names)}; the task {task} "
+            f"{corpus.path}: its {outputs_key(spec)} are {list_names(names)}; the task {task} "
             f"of the model was trained for {list_names(known)}. Give a corpus with the same names, "
             f"or train the model on this one: skillnet finetune --from MODEL "
             f"--tasks.{task}.corpus {corpus.name}"
@@ -147,7 +152,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
     # Without this check, outputs would get the names of other classes, without any error.
     if num_outputs is not None and num_outputs != spec.outputs:
         raise UserError(
-            f"{task}: the corpus {corpus.name} has {num_outputs} {LISTED[spec.objective]}, the "
+            f"{task}: the corpus {corpus.name} has {num_outputs} {outputs_key(spec)}, the "
             f"model was built for {spec.outputs}; set model.tasks.{task}.outputs to {num_outputs} "
             "and train again"
         )

@@ -29,7 +29,7 @@ from pipelines.runs.bundle_manifest import (
     compute_bundle_digest,
     read_bundle_manifest,
 )
-from pipelines.runs.head_sizes import LISTED
+from pipelines.runs.head_sizes import outputs_key
 from pipelines.runs.model_source import ModelSource, load_trained_tasks
 from pipelines.runs.vocabulary_match import (
     TOKENIZER_FILE,
@@ -111,8 +111,8 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
             preprocessing=preprocessing,
         )
         for task, corpus in corpora.items():
-            # A task whose query is no text cannot embed captions.
-            if "query" in specs[task].towers and specs[task].towers["query"].modality == "text":
+            # A task without a text tower cannot embed captions.
+            if specs[task].caption_tower is not None:
                 captions = read_known_captions(corpus)
                 # Embedded once here, so that a server does not run the text tower over all
                 # captions.
@@ -227,7 +227,7 @@ def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig)
         )
     for task, spec in config.tasks.items():
         names = manifest["tasks"][task]["names"]
-        if spec.objective in LISTED and len(names) != spec.outputs:
+        if outputs_key(spec) and len(names) != spec.outputs:
             raise UserError(
                 f"{path}: tasks.{task}.names has {len(names)} names; the model has {spec.outputs} "
                 f"outputs; {REMEDY}"
@@ -334,7 +334,7 @@ def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> li
         corpus: of the task.
     """
     spec = model.config.tasks[task]
-    if spec.objective not in LISTED:
+    if outputs_key(spec) is None:
         return []
     names = model.vocabulary.outputs.get(task) or read_corpus_names(corpus, spec)
     # A corpus may have numbers only. Each output needs a name.

@@ -5,12 +5,13 @@ MLflow model use it. It preprocesses inputs with the settings of the training co
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.evaluation.row_scores import DECISION_THRESHOLD
 from pipelines.evaluation.tables import sort_rows
 from pipelines.serving.input_items import (
     PredictionItem,
@@ -161,9 +162,11 @@ class TaskPredictor:
             task: a retrieval task.
             texts: N queries.
         """
-        plan = find_task(task, self.model.config.tasks).towers["query"]
+        spec = find_task(task, self.model.config.tasks)
+        tower = spec.caption_tower or "query"
         rows = self.tokenize([text.strip() for text in texts], self._max_tokens(task, "query"))
-        return self.runner.embed(task, "query", memory_inputs(rows, plan, self.model.config))
+        inputs = memory_inputs(rows, spec.towers[tower], self.model.config)
+        return self.runner.embed(task, tower, inputs)
 
     def _max_tokens(self, task: str, kind: str) -> int:
         """Return the maximum tokens of a text, of code or of a query, as in training."""
@@ -195,11 +198,10 @@ class TaskPredictor:
                 f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
             )
         for name in sort_rows(tasks):
-            towers = tasks[name].towers
             # A text without a task is classified; the embedding of a query needs an explicit task.
-            for tower in ("input", "candidate"):
-                if tower in towers and towers[tower].modality == modality:
-                    return name, tower
+            tower = tasks[name].row_tower
+            if tasks[name].towers[tower].modality == modality:
+                return name, tower
         raise UserError(
             f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
         )
@@ -232,9 +234,10 @@ class TaskPredictor:
         content = (item.text if item.text is not None else decode_text(item.data or b"")).strip()
         if not content and not item.may_be_empty:
             raise ValueError("the text is empty")
-        if self.preprocessing.get(task, {}).get("keywords") and tower != "query":
+        is_caption = tower == find_task(task, self.model.config.tasks).caption_tower
+        if self.preprocessing.get(task, {}).get("keywords") and not is_caption:
             content = text.append_keywords(content, item.keywords)
-        limit = self._max_tokens(task, "query" if tower == "query" else "text")
+        limit = self._max_tokens(task, "query" if is_caption else "text")
         return self.tokenize([content], limit)[0]
 
     def _read_functions(self, item: PredictionItem, task: str) -> list[tuple[str, np.ndarray]]:
@@ -275,7 +278,19 @@ class TaskPredictor:
     ) -> list[tuple[str, float, list[tuple[str, float]], list[float]]]:
         spec = find_task(task, self.model.config.tasks)
         inputs = memory_inputs(arrays, spec.towers[tower], self.model.config)
-        if spec.objective == "classification":
+        if spec.objective == "regression":
+            values = self.runner.classify(task, inputs)[:, 0]
+            return [(f"{value:.6g}", float(value), [], []) for value in values]
+        if spec.objective == "multi_label":
+            return [
+                (
+                    _join_labels(self.names[task], row),
+                    *_rank_names(self.names[task], row, top)[1:],
+                    [],
+                )
+                for row in self.runner.classify(task, inputs)
+            ]
+        if spec.objective != "ctc" and self.names.get(task):
             probabilities = self.runner.classify(task, inputs)
             return [(*_rank_names(self.names[task], row, top), []) for row in probabilities]
         if spec.objective == "ctc":
@@ -293,13 +308,36 @@ class TaskPredictor:
         bank = self.banks.get(task)
         answers: list[tuple[str, float, list[tuple[str, float]], list[float]]] = []
         for vector in vectors:
-            if tower == "query" or bank is None:
+            if tower == spec.caption_tower or bank is None:
                 answers.append(("", float("nan"), [], vector.tolist()))
             else:
                 # Both sides are unit vectors, so their product is the cosine similarity.
                 ranked = _rank_names(bank.captions, bank.embeddings @ vector, top)
                 answers.append((*ranked, vector.tolist()))
         return answers
+
+
+def _join_labels(names: Sequence[str], probabilities: np.ndarray) -> str:
+    """Return the labels of a row that are more likely than not."""
+    chosen = [each for each, p in zip(names, probabilities, strict=True) if p >= DECISION_THRESHOLD]
+    return ", ".join(chosen) or "none"
+
+
+def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str, Any]:
+    """Return a prediction as plain values for JSON.
+
+    Args:
+        prediction: of an input.
+        top: alternatives to keep; None keeps all.
+    """
+    values = asdict(prediction)
+    values["alternatives"] = [
+        {"answer": name, "score": score} for name, score in prediction.alternatives[:top]
+    ]
+    if not prediction.answer:
+        # The score of an embedding is NaN, which JSON does not have.
+        values["score"] = None
+    return values
 
 
 def _rank_names(

@@ -62,7 +62,8 @@ def build_retrieval_index(
     )
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     config = predictor.model.config
-    plan = config.tasks[task].towers["candidate"]
+    tower = config.tasks[task].row_tower
+    plan = config.tasks[task].towers[tower]
     # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
     if corpus.modality != plan.modality:
         raise UserError(
@@ -101,7 +102,7 @@ def build_retrieval_index(
                 f"{corpus.name}/{name}",
                 limit=limit,
             )
-            parts.append(predictor.runner.embed(task, "candidate", inputs))
+            parts.append(predictor.runner.embed(task, tower, inputs))
             bar.advance(len(inputs), name)
     vectors = np.concatenate(parts)
     write_index(path, key, vectors)

@@ -45,8 +45,10 @@ def manifest_id_ranges(manifest: Mapping[str, Any]) -> dict[str, IdRange]:
     size = (manifest.get("tokenizer") or {}).get("vocab_size")
     tokens = IdRange(f"the tokenizer of its manifest has {size} tokens", size)
     labels, symbols = (len(manifest.get(key) or ()) or None for key in ("labels", "symbols"))
+    classes = IdRange(f"its manifest lists {labels} labels", labels)
     return dict.fromkeys(TOKEN_COLUMNS, tokens) | {
-        "label": IdRange(f"its manifest lists {labels} labels", labels),
+        "label": classes,
+        "label_set": classes,
         # 0 is the blank of CTC, so symbols are counted from 1.
         "symbols": IdRange(
             f"its manifest lists {symbols} symbols", symbols and symbols + 1, first=1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs.head_sizes import LISTED
+from pipelines.runs.head_sizes import outputs_key
 from pipelines.runs.layout import SETTINGS, TRAINED
 from pipelines.runs.model_source import (
     ModelSource,
@@ -30,6 +30,7 @@ from pipelines.runs.vocabulary_match import (
     reads_tokens,
 )
 from pipelines.shards.dataset import PreparedCorpus
+from pipelines.shards.value_scale import read_value_scale
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.positions import resize_positions
@@ -192,6 +193,7 @@ def load_init_weights(
     model.vocabulary = ModelVocabulary(
         model.vocabulary.tokenizer or inherited.tokenizer,
         {**inherited.outputs, **model.vocabulary.outputs},
+        {**inherited.scales, **model.vocabulary.scales},
     )
     active = {
         task: {name for name, _ in model.active_parameters(task)} for task in model.config.tasks
@@ -258,9 +260,12 @@ def _describe_other_outputs(
     start: TaskModel, task: str, spec: Task, corpus: PreparedCorpus
 ) -> str | None:
     """Return how the outputs of a trained head differ from those of a corpus; None if they fit."""
-    old, listed = start.config.tasks[task], LISTED.get(spec.objective)
+    old, listed = start.config.tasks[task], outputs_key(spec)
     if old.objective != spec.objective:
         return f"the model was trained for {old.objective}, this run trains {spec.objective}"
+    scale, known_scale = read_value_scale(corpus.manifest, spec), start.vocabulary.scales.get(task)
+    if scale != known_scale:
+        return f"the model was trained for values of another scale than those of {corpus.name}"
     if listed is None:
         return None
     known, names = start.vocabulary.outputs.get(task), read_corpus_names(corpus, spec)

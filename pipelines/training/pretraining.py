@@ -52,7 +52,7 @@ def check_pretraining_splits(
         config: the joint run.
         corpora: name -> prepared corpus; each manifest lists the splits for pretraining.
     """
-    from pipelines.loading.task_dataset import PRETRAINING, resolve_splits
+    from pipelines.loading.task_columns import PRETRAINING, resolve_splits
 
     for name, settings in config.tasks.items():
         corpus = corpora[settings.corpus]

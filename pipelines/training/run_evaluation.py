@@ -208,7 +208,7 @@ def check_evaluation_splits(run: "ResolvedRun", splits: Sequence[str] | None) ->
         UserError: no corpus has the requested split, or a row of one cannot be read.
     """
     from pipelines.evaluation.evaluator import choose_splits
-    from pipelines.loading.task_dataset import check_split_columns
+    from pipelines.loading.task_columns import check_split_columns
     from skillnet.skills import find_task
 
     config = run.config

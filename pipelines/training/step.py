@@ -21,7 +21,7 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
 from pipelines.training.gradient_sync import DistributedGather, GradientSync
 from pipelines.training.task_health import TaskHealth
-from skillnet import losses as skillnet_losses
+from skillnet.heads import LossInputs, head_class
 from skillnet.losses import RankGather
 from skillnet.precision import ComputePrecision
 from skillnet.rounded_weights import share_merges
@@ -240,32 +240,5 @@ def task_loss(
         gather: collects rows of all ranks for contrastive losses; None with one rank.
         smoothing: label smoothing of classification.
     """
-    targets, count = batch.targets, batch.global_rows
-    real = slice(0, 0) if batch.is_padding else slice(None)
-    if task.objective == "classification":
-        return skillnet_losses.cross_entropy(
-            outputs["logits"][real], targets["labels"][real], count, smoothing
-        )
-    if task.objective == "masked":
-        loss = skillnet_losses.masked_loss(
-            outputs["predicted"], targets["values"], targets["masked"], count
-        )
-        return loss * 0 if batch.is_padding else loss
-    if task.objective == "ctc":
-        loss = skillnet_losses.ctc_loss(
-            outputs["log_probs"],
-            outputs["lengths"],
-            targets["symbols"],
-            targets["symbol_lengths"],
-            count,
-        )
-        # CTC takes no batch of zero rows.
-        return loss * 0 if batch.is_padding else loss
-    return skillnet_losses.info_nce(
-        outputs["query"][real],
-        outputs["candidate"][real],
-        outputs["scale"],
-        targets["groups"][real],
-        count,
-        gather,
-    )
+    inputs = LossInputs(batch.targets, batch.global_rows, batch.is_padding, gather, smoothing)
+    return head_class(task).compute_loss(outputs, inputs)

@@ -85,7 +85,7 @@ def measure_skill_similarity(
     seen: set[str] = set()
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
-        tower = "input" if "input" in spec.towers else "candidate"
+        tower = spec.row_tower
         plan = spec.towers[tower]
         # One task per modality is enough, and each costs a forward pass per skill.
         if plan.modality in seen:

@@ -8,7 +8,7 @@ from pipelines.config.data import AugmentConfig
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.masking import InputMasker, list_places
 from pipelines.loading.pixel_changes import MASKED, PLACES, PixelChange, apply_changes, draw_change
-from pipelines.loading.task_dataset import INPUT_COLUMNS
+from pipelines.loading.task_columns import INPUT_COLUMNS
 
 
 def augment_pixels(

@@ -20,6 +20,7 @@ from pipelines.config.bounds import BoundedOptions
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.corpora.readers import columns
 from pipelines.corpora.readers.label_values import (
+    RunningMoments,
     describe_numeric_labels,
     merge_equal_labels,
     parse_label,
@@ -77,7 +78,8 @@ class ExternalCorpus(Corpus):
     archives = ()
     #: Dataclass of the options of the format.
     Options: ClassVar[type]
-    #: Annotations of a row in addition to its media: of "labels", "captions", "transcripts".
+    #: Annotations of a row in addition to its media: of "labels", "label_sets", "values",
+    #: "captions", "transcripts".
     annotations_present: tuple[str, ...] = ()
     #: Whether the captions of a row are equivalent. Then each one is a query in an evaluation,
     #: otherwise only the first one.
@@ -88,6 +90,8 @@ class ExternalCorpus(Corpus):
     labels: Sequence[str] = ()
     #: CTC symbols; the first one has the id 1.
     symbols: Sequence[str] = ()
+    #: Mean and deviation of the values of the training rows.
+    value_scale: tuple[float, float] | None = None
 
     def __init__(self, place: str, options: Any = None, name: str | None = None) -> None:
         self.name = name or type(self).name
@@ -111,7 +115,7 @@ class ExternalCorpus(Corpus):
 
     def finalize_schema(self) -> None:
         """Set columns, task and shard size from modality, options and annotations."""
-        self.raw_schema = columns.raw_columns_schema(self.modality)
+        self.raw_schema = columns.raw_columns_schema(self.modality, self.annotations_present)
         self.columns = columns.shard_columns(self.modality, self.annotations_present, self.options)
         self.text_columns = tuple(
             [self.modality] * (self.modality in ("text", "code"))
@@ -127,15 +131,17 @@ class ExternalCorpus(Corpus):
         return all(each.remote for each in vars(self).values() if isinstance(each, SourceDirectory))
 
     def scan_labels(self) -> None:
-        """Collect classes and symbols, which only the rows contain, before preparation.
+        """Collect classes, symbols and the scale of values, which only the rows contain.
 
-        It costs one pass over ``rows`` and runs only if classes or symbols are missing.
+        It costs one pass over ``rows`` before preparation, and runs only if they are missing.
         """
-        wants_labels = "labels" in self.annotations_present and not self.labels
+        wants_labels = self._has_labels() and not self.labels
         wants_symbols = "transcripts" in self.annotations_present and not self.symbols
-        if not wants_labels and not wants_symbols:
+        wants_scale = "values" in self.annotations_present and self.value_scale is None
+        if not wants_labels and not wants_symbols and not wants_scale:
             return
         labels: set[str] = set()
+        values = RunningMoments()
         characters: set[str] = set()
         errors = Counter[str]()
         for row in self.rows(SourceArchives.none()):
@@ -145,12 +151,18 @@ class ExternalCorpus(Corpus):
             # A class or character that training lacks cannot be learned.
             if row["split"] != "train":
                 continue
-            if wants_labels and row.get("label") is not None:
-                labels.add(row["label"])
+            if wants_labels:
+                labels.update(row.get("label_set") or ())
+                labels |= set() if row.get("label") is None else {row["label"]}
+            if wants_scale and row.get("value") is not None:
+                values.add(row["value"])
             if wants_symbols:
                 characters.update(row.get("text") or "")
+        if wants_scale:
+            self.value_scale = values.scale(self.source.uri)
         self.set_labels(sort_labels(merge_equal_labels(labels)), sorted(characters), errors)
-        if report := describe_numeric_labels(self.labels if wants_labels else ()):
+        is_single = wants_labels and "labels" in self.annotations_present
+        if report := describe_numeric_labels(self.labels if is_single else ()):
             console.print_warning(f"{self.source.uri}: {report}")
 
     def set_labels(
@@ -172,7 +184,7 @@ class ExternalCorpus(Corpus):
         """
         (reason, count), *_ = [*Counter(errors).most_common(1), ("", 0)]
         cause = f" ({count} × {reason})" if count else ""
-        if "labels" in self.annotations_present and not self.labels:
+        if self._has_labels() and not self.labels:
             if not labels:
                 raise UserError(f"{self.source.uri}: no training row has a label{cause}")
             self.labels = tuple(labels)
@@ -180,6 +192,10 @@ class ExternalCorpus(Corpus):
             if not characters:
                 raise UserError(f"{self.source.uri}: no training row has a transcript{cause}")
             self.symbols = (UNKNOWN_SYMBOL, *characters)
+
+    def _has_labels(self) -> bool:
+        """Return whether rows have one class, or several."""
+        return bool({"labels", "label_sets"} & set(self.annotations_present))
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield every row, in an order that depends only on the corpus; see ``Corpus.rows``."""
@@ -218,6 +234,13 @@ class ExternalCorpus(Corpus):
             for index, (label, label_id) in enumerate(zip(row_labels, row_ids, strict=True)):
                 if label is not None and label_id is None and rejected[index] is None:
                     rejected[index] = "a label that no training row has"
+        if "label_sets" in self.annotations_present:
+            sets = [self._encode_labels(row or ()) for row in block["label_set"].to_pylist()]
+            # Classes that training lacks cannot be learned; the others of the row can.
+            known = [sorted({each for each in row if each is not None}) for row in sets]
+            built["label_set"] = pa.array(known, pa.list_(pa.int32()))
+        if "values" in self.annotations_present:
+            built["value"] = block["value"].cast(pa.float32())
         return pa.table(built | {"rejected": pa.array(rejected, pa.string())})
 
     def schema(self, split: str) -> pa.Schema:
@@ -225,7 +248,7 @@ class ExternalCorpus(Corpus):
         full = super().schema(split)
         if split not in self.unlabelled_splits:
             return full
-        absent = {"label", "captions", "caption_tokens", "symbols"}
+        absent = {"label", "label_set", "value", "captions", "caption_tokens", "symbols"}
         absent |= {"text"} if self.modality != "text" else set()
         return pa.schema([field for field in full if field.name not in absent])
 
@@ -243,9 +266,10 @@ class ExternalCorpus(Corpus):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Return the names of classes and symbols, and which captions are queries."""
-        has_labels = "labels" in self.annotations_present
-        entries: dict[str, Any] = {"labels": list(self.labels)} if has_labels else {}
+        """Return names of classes and symbols, the scale of values, and how captions are used."""
+        entries: dict[str, Any] = {"labels": list(self.labels)} if self._has_labels() else {}
+        if self.value_scale is not None:
+            entries |= {"value_scale": list(self.value_scale)}
         if "transcripts" in self.annotations_present:
             entries |= {"symbols": list(self.symbols), "blank": 0}
         if "captions" in self.annotations_present and self.captions_equivalent:

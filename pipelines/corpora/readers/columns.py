@@ -138,11 +138,17 @@ class CodeOptions(BoundedOptions):
 ColumnArrays = dict[str, pa.Array]
 
 
-def raw_columns_schema(modality: str) -> pa.Schema:
+def raw_columns_schema(modality: str, annotations: Sequence[str] = ()) -> pa.Schema:
     """Return the columns that ``rows`` yields after key, split and group.
 
     Absent values are null, or empty for captions.
+
+    Args:
+        modality: text, sound, image, video or code.
+        annotations: see :func:`shard_columns`.
     """
+    targets = [("label_set", pa.list_(pa.string()))] * ("label_sets" in annotations)
+    targets += [("value", pa.float64())] * ("values" in annotations)
     inputs = {"text": [("text", pa.string())], "code": [("code", pa.string())]}
     # ``text`` beside media is the transcript of audio.
     media = [("media", MEDIA), ("text", pa.string())]
@@ -150,6 +156,7 @@ def raw_columns_schema(modality: str) -> pa.Schema:
         [
             *inputs.get(modality, media),
             ("label", pa.string()),
+            *targets,
             ("captions", pa.list_(pa.string())),
             ("file", pa.string()),
             ("row", pa.int64()),
@@ -162,7 +169,7 @@ def shard_columns(modality: str, annotations: Sequence[str], options: Any) -> pa
 
     Args:
         modality: text, sound, image, video or code.
-        annotations: of "labels", "captions", "transcripts".
+        annotations: of "labels", "label_sets", "values", "captions", "transcripts".
         options: options of the reader.
     """
     tokens = pa.list_(pa.int32())
@@ -180,6 +187,10 @@ def shard_columns(modality: str, annotations: Sequence[str], options: Any) -> pa
         fields += [("symbols", tokens), ("text", pa.string())]
     if "labels" in annotations:
         fields += [("label", pa.int32())]
+    if "label_sets" in annotations:
+        fields += [("label_set", tokens)]
+    if "values" in annotations:
+        fields += [("value", pa.float32())]
     if "captions" in annotations:
         fields += [("captions", pa.list_(pa.string())), ("caption_tokens", pa.list_(tokens))]
     return pa.schema(fields)

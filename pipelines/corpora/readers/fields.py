@@ -19,6 +19,7 @@ from pipelines.corpora.readers.columns import (
     VideoOptions,
 )
 from pipelines.corpora.readers.joined_captions import ITEM_FIELD, RowReader, join_captions
+from pipelines.corpora.readers.label_values import read_label_set, read_number
 from pipelines.corpora.readers.row_builders import (
     NoAnnotationError,
     clean_captions,
@@ -56,6 +57,10 @@ TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
 TEXT_FIELDS = ("text", "sentence", "txt", "content")
 SPEAKER_FIELDS = ("speaker_id", "speaker", "spk_id", "client_id")
 LABEL_FIELDS = ("label", "labels", "cls", "class", "category", "intent")
+LABEL_SET_FIELDS = ("labels", "tags", "categories", "classes")
+VALUE_FIELDS = ("value", "score", "rating", "target")
+#: Annotations that come from the field of the label.
+LABELLED = ("labels", "label_sets", "values", "pairs")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -85,14 +90,16 @@ class RecordOptions(
     Args:
         modality: text, sound, image, video or code; detected from the first rows by default.
         text: field of the text, the transcript or the captions; a common name by default.
-        label: field of the class, for classification; a common name by default.
+        label: field of the class, the classes or the number; a common name by default.
         split: field with the split of each row; by default ``split``, if one metadata file holds
             all rows.
         split_by: field whose values stay in one split if splits are made, for example the speaker
             or the film. Intervals and tests count its values, not rows. By default a common name
             of the speaker's field counts.
         task: "labels" to classify, "captions" or "transcripts" to pair with texts, for rows that
-            have both.
+            have both. "label_sets" to give a row any number of classes, "values" to predict a
+            number, "pairs" to find other rows of the same item: they read the field of the label.
+        separator: between the classes of a row in a text, for "label_sets". A list needs none.
     """
 
     modality: Literal["text", "sound", "image", "video", "code"] | None = None
@@ -100,7 +107,15 @@ class RecordOptions(
     label: str | None = None
     split: str | None = None
     split_by: str | None = None
-    task: Literal["labels", "captions", "transcripts"] | None = None
+    task: Literal["labels", "label_sets", "values", "pairs", "captions", "transcripts"] | None = (
+        None
+    )
+    separator: str = "|"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.separator.strip():
+            raise ValueError("separator is blank; give the text between two labels, such as ;")
 
 
 class RecordCorpus(ExternalCorpus):
@@ -156,13 +171,15 @@ class RecordCorpus(ExternalCorpus):
         common = common or CAPTION_FIELDS
         self.text_field = _choose_field(names, options.text, filled, common, f"{prefix}.text")
         has_text = self.modality == "text" or self.text_field is None
-        classes = (*LABEL_FIELDS, *(self.class_names if has_text else ()))
+        kind = options.task if options.task in LABELLED else "labels"
+        usual = {"label_sets": LABEL_SET_FIELDS, "values": VALUE_FIELDS}.get(kind, ())
+        classes = (*usual, *LABEL_FIELDS, *(self.class_names if has_text else ()))
         self.label_field = _choose_field(names, options.label, filled, classes, f"{prefix}.label")
         for key in ("split", "split_by"):
             _choose_field(names, getattr(options, key), (), (), f"{prefix}.{key}")
         paired = "transcripts" if self.modality == "sound" else "captions"
         annotations = [paired] * (self.modality != "text" and self.text_field is not None)
-        annotations += ["labels"] * (self.label_field is not None)
+        annotations += [kind] * (self.label_field is not None)
         if options.task is not None:
             # An explicit task selects one of several annotations.
             if options.task not in annotations:
@@ -171,6 +188,8 @@ class RecordCorpus(ExternalCorpus):
                     f"{', '.join(names) or 'no fields'}"
                 )
             annotations = [options.task]
+        if "pairs" in annotations and self.modality == "text":
+            raise UserError(f"{prefix}.task: texts pair with captions; name their field as text")
         if self.modality == "text" and self.text_field is None:
             if blank := _first_of(names, common):
                 raise UserError(
@@ -201,7 +220,7 @@ class RecordCorpus(ExternalCorpus):
             sample: rows of the test, and of the training split.
         """
         annotated = [
-            self.label_field if annotation == "labels" else self.text_field
+            self.label_field if annotation in LABELLED else self.text_field
             for annotation in self.annotations_present
         ]
         if "test" not in self.named_splits or not annotated:
@@ -220,8 +239,7 @@ class RecordCorpus(ExternalCorpus):
 
     def allow_unlabelled_rows(self) -> None:
         """Make the split ``unlabelled`` of rows to classify that have no label."""
-        is_classification = self.annotations_present == ("labels",)
-        self.unlabelled_splits = (UNLABELLED,) if is_classification else ()
+        self.unlabelled_splits = (UNLABELLED,) if self._has_labels_only() else ()
 
     def join_items(self, read_rows: RowReader) -> Iterator[Row | RejectedRow]:
         """Yield rows, the captions of one media file in one row; see :func:`join_captions`.
@@ -260,13 +278,14 @@ class RecordCorpus(ExternalCorpus):
         """
         split = split or self._read_split(fields)
         unlabelled = (self.test_unlabelled and split == "test") or self._is_extra_row(split, fields)
-        has_label = "labels" in self.annotations_present and not unlabelled
-        label = self._read_label(fields) if has_label else None
+        targets = {} if unlabelled else self._read_targets(fields)
+        label = targets.pop("label", None)
+        if "pairs" in self.annotations_present and split is None:
+            split_key = str(fields.get(self.label_field or ""))  # an item stays in one split
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
         if self.modality in ("text", "code"):
-            return self._build_text_row(final, key, fields, label) | {
-                "unit": self._read_unit(fields)
-            }
+            row = self._build_text_row(final, key, fields, label)
+            return row | targets | {"unit": self._read_unit(fields)}
         if reference is None:
             raise ValueError("no media file")
         captions: list[str] = []
@@ -281,7 +300,7 @@ class RecordCorpus(ExternalCorpus):
                 raise NoAnnotationError("audio without a transcript")
             transcript = normalize_transcript(clean_text(value))
         unit = self._read_unit(fields, split_key)
-        return media_row(final, key, reference, captions, transcript, label, unit)
+        return media_row(final, key, reference, captions, transcript, label, unit) | targets
 
     def assign_split(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
         """Return the final split of a row; missing splits are made from the others.
@@ -312,7 +331,7 @@ class RecordCorpus(ExternalCorpus):
 
     def _is_extra_row(self, split: str | None, fields: Mapping[str, Any]) -> bool:
         """Return whether a row has no label and is in a split of another name, as in IMDB."""
-        if split is None or split in ALL_SPLITS or self.annotations_present != ("labels",):
+        if split is None or split in ALL_SPLITS or not self._has_labels_only():
             return False
         value = fields.get(self.label_field or "")
         return is_empty_value(value) or is_minus_one(value)
@@ -328,17 +347,34 @@ class RecordCorpus(ExternalCorpus):
     def _read_unit(self, fields: Mapping[str, Any], item: str | None = None) -> str | None:
         """Return the name of the unit of a row: of ``split_by``, the speaker or the media file."""
         name = self.options.split_by or _first_of(list(fields), SPEAKER_FIELDS)
+        name = self.label_field if "pairs" in self.annotations_present else name
         value = fields.get(name or "")
         if is_empty_value(value) or isinstance(value, list | dict):
             # Captions of one media file become one row.
             value = None if "captions" in self.annotations_present else item
         return None if value is None else make_key(value)
 
+    def _has_labels_only(self) -> bool:
+        return len(self.annotations_present) == 1 and self.annotations_present[0] in LABELLED
+
+    def _read_targets(self, fields: Mapping[str, Any]) -> Row:
+        """Return the class, the classes or the number of a row, by raw column."""
+        value = fields.get(self.label_field or "")
+        if "label_sets" in self.annotations_present:
+            return {"label_set": read_label_set(value, self.options.separator)}
+        if "values" in self.annotations_present:
+            return {"value": read_number(value)}
+        if "pairs" in self.annotations_present:
+            return {"group": hash_caption_group([self._read_label(fields)])}
+        return {"label": self._read_label(fields)} if "labels" in self.annotations_present else {}
+
     def _read_label(self, fields: Mapping[str, Any]) -> str:
         value = fields.get(self.label_field or "")
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
-        if is_empty_value(value) or isinstance(value, list | dict):
+        if isinstance(value, list) and value:
+            raise ValueError("several labels; the option task label_sets reads them")
+        if is_empty_value(value) or isinstance(value, dict | list):
             raise ValueError("no label")
         return clean_text(str(value))
 

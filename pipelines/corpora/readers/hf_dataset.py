@@ -150,7 +150,7 @@ class HfDatasetCorpus(RecordCorpus):
 
     def _name_class(self, record: dict[str, Any]) -> dict[str, Any]:
         """Replace the number of a class by its name."""
-        if self.label_field in record:
+        if self.label_field in record and "labels" in self.annotations_present:
             record[self.label_field] = name_class(self.labels, record[self.label_field])
         return record
 

@@ -10,7 +10,7 @@ import torch
 from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.pixel_changes import apply_changes
-from pipelines.loading.task_dataset import resolve_splits
+from pipelines.loading.task_columns import resolve_splits
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run

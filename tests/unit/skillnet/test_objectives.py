@@ -1,0 +1,165 @@
+"""Objectives: one of a third party trains and is evaluated, and outputs come from the manifest."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import label_ranking_average_precision_score, r2_score
+
+from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.outcomes import OutcomeTable
+from pipelines.planning.example_batches import build_example_batch
+from pipelines.runs.model_tasks import resolve_model_tasks
+from pipelines.shards.dataset import open_corpus
+from pipelines.training.loop import train_model
+from pipelines.training.resolved_run import ResolvedRun
+from skillnet import objectives
+from skillnet.config import SkillNetConfig
+from skillnet.metrics import average_precision_of_rows
+from skillnet.model import SkillNet
+from skillnet.skills import SkillPlan, Task
+from skillnet.value_heads import RegressionHead
+from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
+from tests.helpers.small_corpora import small_config, write_corpora
+
+TEXT = {"input": SkillPlan(("general", "text"), "text")}
+
+#: A classifier with a margin, as another package would add it.
+MARGIN = """
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from skillnet.heads import TaskHead
+from skillnet.objectives import TaskObjective
+
+
+class MarginHead(TaskHead):
+    def __init__(self, config, task):
+        super().__init__(config, task)
+        self.project = nn.Linear(config.dim, task.outputs)
+
+    def forward(self, pooled_BD):
+        return self.project(pooled_BD)
+
+    @classmethod
+    def compute_loss(cls, outputs, inputs):
+        logits, labels = outputs["logits"][inputs.real], inputs.targets["labels"][inputs.real]
+        return F.multi_margin_loss(logits, labels, reduction="sum") / inputs.count
+
+    @classmethod
+    def predict(cls, outputs):
+        return outputs["logits"].float()
+
+    @classmethod
+    def score_rows(cls, predictions, targets):
+        hits = predictions.argmax(1) == targets["labels"]
+        return hits.astype(float), np.ones(len(hits))
+
+
+MARGIN = TaskObjective(
+    "margin", "margin_objective:MarginHead", "margin_hits", columns=(("labels", "label"),),
+    output="logits", listed="labels",
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture
+def margin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installed package with an entry point, as pip leaves it."""
+    (tmp_path / "margin_objective.py").write_text(MARGIN, encoding="utf-8")
+    about = tmp_path / "margin-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: margin\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        f"[{objectives.GROUP}]\nmargin = margin_objective:MARGIN\nother = margin_objective:MARGIN\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _forget_entries()
+    yield
+    sys.modules.pop("margin_objective", None)
+    _forget_entries()
+
+
+def _forget_entries() -> None:
+    objectives.find_objective.cache_clear()
+    objectives._other_entries.cache_clear()
+
+
+def run_of(data: Path, task: Task) -> FinetuneConfig:
+    """Return a run of one task on the texts, with the outputs of the manifest."""
+    config = small_config(data, steps=3)
+    config.tasks = {"subject": TaskTraining("headings", batch_size=8)}
+    config.model = replace(config.model, tasks={"subject": task})
+    return resolve_model_tasks(config, {"headings": open_corpus(data / "headings").manifest})
+
+
+@pytest.mark.usefixtures("margin_package")
+def test_an_objective_of_another_package_trains_and_is_evaluated(data: Path) -> None:
+    config = run_of(data, Task("margin", TEXT))
+    assert config.model.tasks["subject"].outputs == 15
+    assert build_example_batch(config, "subject", 2, 2).targets["labels"].shape == (2,)
+    model = train_model(ResolvedRun(config)).model
+    outcomes = OutcomeTable()
+    (row,) = evaluate_model(
+        model, data, corpora={"subject": "headings"}, splits=["test"], outcomes=outcomes
+    )
+    assert (row["metric"], row["low"] <= row["value"] <= row["high"]) == ("margin_hits", True)
+    assert outcomes["subject", "test"].value == row["value"]
+
+
+@pytest.mark.usefixtures("margin_package")
+def test_an_entry_point_names_the_objective_of_its_own_name() -> None:
+    with pytest.raises(ValueError, match=r"skillnet\.objectives:other names no TaskObjective"):
+        Task("other", TEXT)
+
+
+def test_a_task_without_outputs_takes_those_of_its_corpus(data: Path) -> None:
+    config = run_of(data, Task("classification", TEXT))
+    assert config.model.tasks["subject"].outputs == 15
+    # A number that the user gives stays, and validation compares it with the corpus.
+    assert run_of(data, Task("classification", TEXT, 7)).model.tasks["subject"].outputs == 7
+
+
+def test_a_task_whose_outputs_nobody_knows_is_named() -> None:
+    config = SkillNetConfig(tasks={"mood": Task("classification", TEXT)})
+    with pytest.raises(ValueError, match=r"model\.tasks\.mood\.outputs is 0: .* of its labels"):
+        SkillNet(config)
+
+
+def test_average_precision_equals_that_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    truth = random.random((40, 6)) < 0.3
+    truth[~truth.any(1), 0] = True
+    scores = random.integers(0, 4, truth.shape) / 4  # with equal scores
+    ours = average_precision_of_rows(scores, truth)
+    assert ours.mean() == pytest.approx(label_ranking_average_precision_score(truth, scores))
+    assert average_precision_of_rows(scores[:1], np.zeros((1, 6), bool)).tolist() == [0]
+
+
+def test_the_score_of_a_regression_is_r_squared() -> None:
+    random = np.random.default_rng(1)
+    right, predicted = random.normal(5, 2, 50), random.normal(5, 2, 50)
+    numerator, denominator = RegressionHead.score_rows(predicted[:, None], {"numbers": right})
+    assert numerator.sum() / denominator.sum() == pytest.approx(r2_score(right, predicted))
+
+
+def test_the_scale_of_a_regression_is_saved_with_the_model() -> None:
+    vocabulary = ModelVocabulary("digest", {"topic": ("a",)}, {"price": (3.5, 0.25)})
+    assert parse_vocabulary(vocabulary.to_dict()) == vocabulary
+    assert vocabulary.restrict_to(["price"]).scales == {"price": (3.5, 0.25)}
+    # Files of models without a regression keep their bytes.
+    assert "scales" not in ModelVocabulary("digest").to_dict()
+    for wrong in ([1.0], [1.0, 0.0], [float("nan"), 1.0], ["1", 2.0]):
+        with pytest.raises(ValueError, match=r"vocabulary\.scales\.price"):
+            parse_vocabulary(vocabulary.to_dict() | {"scales": {"price": wrong}})
