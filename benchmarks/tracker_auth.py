@@ -23,7 +23,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from skillnet_platform.tracking import server as tracking_server
-from skillnet_platform.ui import _free_port
+from skillnet_platform.ui import find_free_port
 
 STEPS = 20
 CLIENTS, REQUESTS = 50, 300
@@ -71,7 +71,7 @@ def run(rounds: int, threads: int) -> list[Result]:
 def _served(home: Path, name: str) -> Iterator[SecretUri]:
     """Run ``skillnet tracker`` during a block; yield its URI, complete with the password."""
     home.mkdir()
-    port = _free_port("127.0.0.1")
+    port = find_free_port("127.0.0.1")
     words = [sys.executable, "-m", "skillnet_platform.tracker", "--port", str(port)]
     words += ["--auth", "true"] if name == "auth" else []
     environment = {**os.environ, "SKILLNET_HOME": str(home)}

@@ -21,6 +21,7 @@ from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
 from pipelines.planning.run_request import request_planned_training
 from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
 from pipelines.runs.progress_log import PROGRESS, follow_progress
+from pipelines.runs.run_tags import describe_run
 from pipelines.runs.task_counts import parse_task_counts
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
@@ -112,7 +113,7 @@ def _run_in_folder(
             str(config.name),
             config,
             config.tracking,
-            tags={"run_dir": str(folder), "stage": stage},
+            tags={"run_dir": str(folder), "stage": stage, **describe_run(config)},
             record=folder / RUN,
         ) as tracker,
         follow_progress(folder / PROGRESS, config.training.steps),

@@ -36,6 +36,7 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking.backend import URI_VARIABLE
+from skillnet_platform.tracking.source_commit import commit_variable
 
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
@@ -102,7 +103,8 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
         raise UserError(f"{here}: not the root of the repository, whose code a job needs")
     if options.check:
         request_resources(options.entry)  # invalid arguments fail before the upload
-    variables = {**job_environment(), **options.env, **read_variables(options.env_from)}
+    given = {**options.env, **read_variables(options.env_from)}
+    variables = {**job_environment(), **commit_variable(), **given}
     for name in options.env:
         if SECRET.search(name.upper()):
             console.print_warning(

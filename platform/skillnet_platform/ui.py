@@ -59,7 +59,7 @@ def main(config: UiConfig) -> int:
             "Use 127.0.0.1 with ssh -L, start `skillnet tracker --auth true`, or add "
             "--without_password on a private network"
         )
-    port = config.port or _free_port(config.host)
+    port = config.port or find_free_port(config.host)
     require_free_port(config.host, port)
     tracker = backend.setup_backend(uri, config.experiment)
     # Without the records that still wait the pages would be incomplete.
@@ -82,7 +82,7 @@ def _serve(tracker: backend.TrackingBackend, host: str, port: int, open_browser:
             with signals.terminate_as_interrupt():
                 _wait_until_up(server, url, output)
                 console.print_note(f"runs of {tracker.uri}; Ctrl-C stops")
-                page = f"{url}/#/experiments/{tracker.experiment_id}/runs?{backend.TRAINING_VIEW}"
+                page = backend.run_list_link(url, tracker.experiment_id)
                 console.print_output(page)
                 if open_browser:
                     webbrowser.open(page)
@@ -113,7 +113,12 @@ def _wait_until_up(server: "subprocess.Popen[str]", url: str, output: list[str])
     raise RuntimeError(f"the MLflow server did not answer within {WAIT_S:.0f} s")
 
 
-def _free_port(host: str) -> int:
+def find_free_port(host: str) -> int:
+    """Return a port that no program uses.
+
+    Args:
+        host: interface to listen on.
+    """
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

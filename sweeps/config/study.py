@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -18,6 +18,7 @@ from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import TrackingConfig
+from skillnet_platform.tracking.backend import STUDY_EXPERIMENT
 from sweeps.config.claims import ClaimsConfig
 from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
@@ -118,12 +119,16 @@ class StudyConfig:
         name: name of the study, its directory and the report.
         run_dir: parent of the study's directory, by default the run root; a URI
             ("s3://bucket/runs") for nodes without a shared disk.
-        seeds: seeds of the final runs of every system.
+        seeds: seeds of the final runs of every system; with ``run.fold``, of each fold.
         run: settings that all systems share: data, model, tasks, training.
         pretraining: pretraining of the systems with pretrain; model sizes are those of run.
         systems: label -> system. A label that ends in -pretrained is compared with the other
             pretrained systems.
         tuning: search for training settings of each system.
+        keep: directory for the results of each finished replicate, without weights; the study
+            resumes from them on another machine.
+        read_reserve: evaluate the models of all final runs on the reserve of ``run.fold`` and
+            report that: once, or again, which is recorded.
         resources: resources of one run.
         reference: label of the system that the others are tested against; by default skillnet.
         specialist: label of the system whose scores count as 1; by default specialist.
@@ -146,6 +151,8 @@ class StudyConfig:
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     systems: dict[str, SystemConfig] = field(default_factory=dict)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    keep: str | None = None
+    read_reserve: Literal["never", "once", "again"] = "never"
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     reference: str | None = None
     specialist: str | None = None
@@ -154,7 +161,9 @@ class StudyConfig:
     interpret: bool = True
     output: str | None = None
     open: bool = False
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = field(
+        default_factory=lambda: TrackingConfig(experiment=STUDY_EXPERIMENT)
+    )
 
     def __post_init__(self) -> None:
         # Finished runs have their own seeds and systems, so the study's keys are not used.

@@ -12,6 +12,7 @@ from skillnet_platform.config.bounds import (
 )
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
+from skillnet_platform.tracking.backend import SWEEP_EXPERIMENT
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import AshaConfig, FixedCostConfig, ResourceConfig, ScoreConfig
 
@@ -58,7 +59,9 @@ class SweepConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     keep: NonNegativeCount = 1
     max_failures: NonNegativeCount = 1
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = field(
+        default_factory=lambda: TrackingConfig(experiment=SWEEP_EXPERIMENT)
+    )
 
     def __post_init__(self) -> None:
         require_bounds(self)

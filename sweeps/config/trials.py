@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from pipelines.evaluation.tables import SCORED_METRICS, score_metric
+from pipelines.evaluation.overall_score import average_scores, compute_overall_score
 from skillnet_platform.config.bounds import NonNegativeCount, PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
@@ -145,14 +145,11 @@ class ScoreConfig:
         Args:
             rows: tidy evaluation rows.
         """
-        scores: dict[str, float] = {}
-        for row in rows:
-            if row["split"] == self.split and row["metric"] in SCORED_METRICS:
-                scores[row["task"]] = score_metric(row["metric"], float(row["value"]))
+        _, scores = compute_overall_score(rows, self.split)
         if self.tasks:
             scores = {name: scores[name] for name in self.tasks}
         if self.kind == "relative":
             scores = {name: value / self.references[name] for name, value in scores.items()}
         if not scores:
             raise UserError(f"no evaluated task has a metric on the split {self.split!r}")
-        return sum(scores.values()) / len(scores), scores
+        return average_scores(scores), scores

@@ -161,6 +161,7 @@ class TrialDriver:
 
     def _open_run(self, entry: LedgerEntry) -> None:
         """Create the trial's directory and open its MLflow run."""
+        from pipelines.runs.run_tags import describe_run
         from pipelines.training.resolved_run import resolve_run
         from pipelines.training.run import open_run_folder, validate_run
 
@@ -176,6 +177,7 @@ class TrialDriver:
         open_run_folder(run)
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
+        tags |= describe_run(config)
         parent = self.options.parent
         record = entry.folder / RUN
         entry.tracker = tracking.start_child_run(

@@ -392,9 +392,11 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
         *("ray", "attach", cluster, "--port-forward", "5001"), stdin=subprocess.PIPE, **quiet
     )
     api = "http://127.0.0.1:5001/api/2.0/mlflow"
-    said = until_it_answers(client, f"{api}/experiments/get-by-name?experiment_name=skillnet")
-    identity = json.loads(said)["experiment"]["experiment_id"]
-    asked = json.dumps({"experiment_ids": [identity]})
+    found = []
+    for name in ("skillnet", "skillnet-sweeps"):
+        said = until_it_answers(client, f"{api}/experiments/get-by-name?experiment_name={name}")
+        found.append(json.loads(said)["experiment"]["experiment_id"])
+    asked = json.dumps({"experiment_ids": found})
     kind = ("-H", "Content-Type: application/json", "-d", asked)
     runs = json.loads(until_it_answers(client, f"{api}/runs/search", *kind))["runs"]
     ended = {run["info"]["run_name"]: run["info"]["status"] for run in runs}
@@ -402,7 +404,7 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
     assert ended == dict.fromkeys(names, "FINISHED")
     # Every evaluation and step of every host came to the tracker of the head.
     two = next(run["data"] for run in runs if run["info"]["run_name"] == "two-hosts")
-    assert "training/total_params" in {metric["key"] for metric in two["metrics"]}
+    assert "training/total_params" in {param["key"] for param in two["params"]}
     attached.kill()
     client.run("ray", "job", "stop", job)
 

@@ -18,6 +18,7 @@ from pipelines import evaluate, finetune, verify
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.evaluator import evaluate_model
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.evaluation.tables import flat_metrics
 from pipelines.runs import model_source
 from pipelines.serving import registration
 from pipelines.shards.dataset import open_corpus
@@ -119,9 +120,8 @@ def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place,
     assert [r["value"] for r in through] == [r["value"] for r in direct]
     run = backend.create_client(backend.resolve_uri()).get_run(place.made.run_id)
     logged = run.data.metrics
-    for row in direct:
-        name = f"{row['task']}/{row['split']}_{row['metric']}"
-        assert logged[name] == pytest.approx(row["value"])
+    for name, value in flat_metrics(direct).items():
+        assert logged[name] == pytest.approx(value)
     assert run.info.status == "FINISHED"
 
 

@@ -22,7 +22,7 @@ OPEN_A_TUNNEL = (
     "export RAY_ADDRESS=http://127.0.0.1:8265"
 )
 #: Commands that serve or only check: ``--attach`` without an id ignores them.
-SERVICES = ("doctor", "tracker", "ui")
+SERVICES = ("doctor", "serve", "tracker", "ui")
 
 
 def resolve_job_server_url(address: str | None = None) -> str:

@@ -6,6 +6,7 @@ worker is a private database. One process sets up an empty backend, since severa
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.user_environment import prepare_user_environment
 from skillnet_platform.tracking.database_file import require_database
 from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
+from skillnet_platform.tracking.moved_root import relocate_artifacts
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 PASSWORD_VARIABLE = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - a variable's name
@@ -41,8 +43,31 @@ DEFAULTS = {
 #: Without it MLflow's pages open on traces of language models.
 TRAINING_VIEW = "workflowType=machine_learning"
 
+#: Experiments of runs that are not compared with those of ``TrackingConfig.experiment``.
+PRETRAINING_EXPERIMENT = "skillnet-pretraining"
+SWEEP_EXPERIMENT = "skillnet-sweeps"
+STUDY_EXPERIMENT = "skillnet-studies"
+
+#: Tags and metric of each run that the list of runs shows, see ``RUN_LIST_VIEW``.
+SYSTEM_TAG, TASKS_TAG, SCORE_METRIC = "system", "tasks", "score"
+
+#: Name of the shared view of an experiment. MLflow's pages keep a shared view in a tag.
+RUN_LIST_KEY = "skillnet"
+#: Columns of the list of runs. MLflow's own columns are the source, models and datasets.
+RUN_LIST_VIEW = {
+    "selectedColumns": [
+        f"tags.`{SYSTEM_TAG}`",
+        f"tags.`{TASKS_TAG}`",
+        f"metrics.`{SCORE_METRIC}`",
+        "attributes.`Source`",
+        "attributes.`Models`",
+        "attributes.`Dataset`",
+    ]
+}
+
 #: Tags by which MLflow's pages show training runs first, with a description.
 EXPERIMENT_TAGS = {
+    f"mlflow.sharedViewState.{RUN_LIST_KEY}": json.dumps(RUN_LIST_VIEW),
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
         "Runs of SkillNet Platform. Metrics are grouped by task (`text_to_image/loss`); a run's "
@@ -138,6 +163,17 @@ def share_secret(uri: SecretUri) -> Iterator[None]:
             os.environ[URI_VARIABLE] = before
 
 
+def run_list_link(server: str, experiment_id: str) -> str:
+    """Return the URL of an experiment's list of runs with system, tasks and score.
+
+    Args:
+        server: address of the MLflow server.
+        experiment_id: of the experiment.
+    """
+    view = f"viewStateShareKey={RUN_LIST_KEY}&{TRAINING_VIEW}"
+    return f"{server}/#/experiments/{experiment_id}/runs?{view}"
+
+
 def artifact_root() -> Path:
     """Return the folder of artifacts of the default backend: ``<run root>/mlartifacts``."""
     return storage.run_root() / "mlartifacts"
@@ -153,7 +189,10 @@ def create_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     if is_sqlite(uri):
-        require_database(sqlite_path(uri))
+        path = sqlite_path(uri)
+        require_database(path)
+        if path.parent == artifact_root().parent:
+            relocate_artifacts(path, artifact_root(), lambda: _one_at_a_time(uri))
     complete = _restore_secret(SecretUri(uri)).reveal()
     return MlflowClient(tracking_uri=complete, registry_uri=complete)
 
@@ -193,6 +232,10 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
             f"the experiment {experiment!r} was deleted in {chosen}; restore it there, or give "
             "another name with --tracking.experiment"
         )
+    for tag, value in EXPERIMENT_TAGS.items():
+        # An experiment that another program created; a description of the user stays.
+        if tag not in found.tags:
+            mlflow_client.set_experiment_tag(found.experiment_id, tag, value)
     return TrackingBackend(chosen, found.experiment_id)
 
 

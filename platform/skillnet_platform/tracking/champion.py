@@ -17,7 +17,7 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 FIGURES_TAG = "figures"
 #: Tag of a version: the system of its model. All versions of a registered model have one system.
-SYSTEM_TAG = "system"
+SYSTEM_TAG = backend.SYSTEM_TAG
 GATE_TAG = "gate"
 #: Decisions of one promotion, if another machine changes the champion each time.
 DECISION_ATTEMPTS = 10

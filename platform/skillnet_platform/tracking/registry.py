@@ -180,7 +180,9 @@ def _create_version(
 ) -> Any:
     experiment_id = client.get_run(run_id).info.experiment_id
     with _as_default(uri, experiment_id) as mlflow:
-        uploaded = model_upload.upload_model(mlflow, run_id, key, name=name, **options)
+        # The registered model may have any name; the list of runs shows the name of the files.
+        logged = str(tags.get(champion.SYSTEM_TAG) or name)
+        uploaded = model_upload.upload_model(mlflow, run_id, key, name=logged, **options)
         _ensure_model(client, name)
         # All tags at once: a version without them could not be found again after a kill.
         own = {

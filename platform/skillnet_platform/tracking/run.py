@@ -25,6 +25,7 @@ from skillnet_platform.tracking import (
     operations,
     orphans,
     run_record,
+    source_commit,
     spool,
 )
 from skillnet_platform.tracking import (
@@ -121,9 +122,17 @@ class Tracker:
         become tags named ``changed.<key>``.
         """
         flat = configuration.flatten_tree(configuration.to_dict(resolved))
-        values = {key: _short(value, LONGEST_PARAMETER) for key, value in flat.items()}
-        self._spool.send({"kind": "params", "values": values})
+        self.constants(flat)
         self.text(configuration.to_yaml(resolved), "config.yaml")
+
+    def constants(self, values: Mapping[str, Any]) -> None:
+        """Log values that a run measures once, as parameters: a metric would be a chart.
+
+        Args:
+            values: name -> value.
+        """
+        short = {key: _short(value, LONGEST_PARAMETER) for key, value in values.items()}
+        self._spool.send({"kind": "params", "values": short})
 
     def inputs(self, manifests: Mapping[str, Mapping[str, Any]], context: str = "training") -> None:
         """Log corpora as dataset inputs.
@@ -385,6 +394,7 @@ def _first_tags(parent: str | None, key: str | None = None) -> dict[str, str]:
         "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
         "mlflow.source.type": "LOCAL",
         orphans.PROCESS_TAG: orphans.this_process(),
+        **source_commit.commit_tags(),
     }
     if parent:
         tags["mlflow.parentRunId"] = parent

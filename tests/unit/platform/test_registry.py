@@ -149,6 +149,9 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
     rows = pd.DataFrame({"text": ["abc", "红色的心"]})
     for uri in ("models:/loaded@champion", made.uri):
         assert registry.load_registered(uri, run.uri).predict(rows) == [8, 9]
+    client = backend.create_client(run.uri)
+    uploaded = client.get_model_version("loaded", "1").source.removeprefix("models:/")
+    assert client.get_logged_model(uploaded).name == "skillnet", "named after its system"
     resolved = registry.resolve_registered("models:/loaded@champion", run.uri)
     assert resolved.version == 1
     assert resolved.run_id == run.run_id
@@ -280,7 +283,7 @@ def test_an_upload_that_arrives_altered_is_rejected_and_leaves_nothing(
 
     monkeypatch.setattr(LocalArtifactRepository, "log_artifacts", damage)
     with pytest.raises(UserError, match=r"offset\.json arrived altered"):
-        put(run, files, "damaged", 0.5)
+        put(run, files, "damaged", 0.5, "damaged")
     client = backend.create_client(run.uri)
     assert list(client.search_model_versions("name = 'damaged'")) == []
     experiment = client.get_run(run.run_id).info.experiment_id
@@ -292,7 +295,7 @@ def test_an_upload_that_arrives_altered_is_rejected_and_leaves_nothing(
 def test_files_that_are_not_the_registered_ones_are_rejected(
     run: tracking.Tracker, files: Path
 ) -> None:
-    made = put(run, files, "altered", 0.5)
+    made = put(run, files, "altered", 0.5, "altered")
     client = backend.create_client(run.uri)
     found = client.get_model_version("altered", "1")
     path = registry.resolve_registered(made.uri, run.uri).path

@@ -1,11 +1,15 @@
 """Tables and figures of a run: cells equal the rows, figures show every task and skill."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from pipelines.evaluation import figures, tables
+from pipelines.evaluation.overall_score import compute_overall_score
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
+from sweeps.config.trials import ScoreConfig
 
 
 def row(task: str, metric: str, value: float, system: str = "skillnet", **more) -> dict:
@@ -52,16 +56,37 @@ def test_results_keep_splits_and_directions_apart():
     assert "accuracy 60.0 % (58.0–62.0)" in metrics[3]
 
 
-def test_metrics_are_grouped_by_task_and_only_primary_ones_have_bounds():
-    flat = tables.flat_metrics(ROWS)
-    assert flat["text_to_image/test_recall_at_10"] == 0.4
-    assert flat["text_to_image/test_recall_at_10_low"] == pytest.approx(0.38)
-    assert flat["text_to_image/test_unseen_concept_recall_at_10"] == 0.2
-    assert {name for name in flat if name.endswith(("_low", "_high"))} == {
-        f"{name}_{bound}"
-        for name in ("text_to_image/test_recall_at_10", "text_classification/test_accuracy")
-        for bound in ("low", "high")
+def test_a_final_evaluation_has_one_metric_per_task_and_a_validation_all():
+    # MLflow draws a chart of each metric: of a final figure it would have one point.
+    assert tables.flat_metrics(ROWS) == {
+        "text_to_image/test_recall_at_10": 0.4,
+        "text_classification/test_accuracy": 0.6,
     }
+    curve = tables.flat_metrics([{**row, "split": "validation"} for row in ROWS])
+    assert "text_to_image/validation_median_rank" in curve
+    assert not [name for name in curve if name.endswith(("_low", "_high"))]
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_score_of_a_run_is_that_of_a_sweep(split: str):
+    rows = [{**row, "split": split} for row in ROWS if row["split"] == "test"]
+    score, scores = compute_overall_score(rows, split)
+    assert scores == {"text_to_image": 0.4, "text_classification": 0.6}
+    assert score == pytest.approx(0.5)
+    if split == "validation":
+        assert ScoreConfig().compute_score(rows) == (score, scores)
+    assert compute_overall_score(rows, "other") == (None, {})
+
+
+def test_a_pretraining_is_scored_by_its_masked_losses():
+    def masked(task: str, loss: float) -> dict[str, Any]:
+        return {"task": task, "split": "validation", "metric": "masked_loss", "value": loss}
+
+    low, _ = compute_overall_score([masked("a", 1.0), masked("b", 2.0)], "validation")
+    high, _ = compute_overall_score([masked("a", 0.5), masked("b", 2.0)], "validation")
+    assert low is not None
+    assert high is not None
+    assert 0 < low < high < 1
 
 
 def test_markdown_cells_cannot_break_the_table():

@@ -1,0 +1,100 @@
+"""The list of runs shows what tells runs apart, and a moved run root keeps its artifacts."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.run import PretrainConfig
+from skillnet_platform import tracking
+from skillnet_platform.tracking import backend, source_commit
+from skillnet_platform.tracking.moved_root import relocate_artifacts
+from sweeps.config.study import StudyConfig
+from sweeps.config.sweep import SweepConfig
+from tests.helpers.tracked_runs import run_of, where
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_run_records_the_commit_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(source_commit.COMMIT_VARIABLE, raising=False)
+    source_commit.read_commit.cache_clear()
+    with tracking.start_run("commit", None, where()) as tracker:
+        pass
+    tags = run_of(tracker).data.tags
+    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    assert tags.get("mlflow.source.git.commit", "") == head
+
+
+def test_a_job_records_the_commit_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(source_commit.COMMIT_VARIABLE, "ab12+")
+    assert source_commit.commit_variable() == {source_commit.COMMIT_VARIABLE: "ab12+"}
+    assert source_commit.commit_tags() == {
+        "mlflow.source.git.commit": "ab12",
+        "skillnet.git.modified": "true",
+    }
+
+
+def test_the_repository_around_an_ignored_folder_is_not_its_commit(tmp_path: Path) -> None:
+    for words in (["init", "-q"], ["config", "user.email", "a@b"], ["config", "user.name", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "module.py").touch()
+    (tmp_path / "config.yaml").touch()
+    for words in (["add", "config.yaml"], ["commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    source_commit.read_commit.cache_clear()
+    assert source_commit.read_commit(tmp_path / "venv") == ""
+    assert len(source_commit.read_commit(tmp_path)) == 40
+    source_commit.read_commit.cache_clear()
+    (tmp_path / "config.yaml").write_text("a: 1")
+    assert source_commit.read_commit(tmp_path).endswith(source_commit.MODIFIED_MARK)
+
+
+def test_the_list_of_runs_opens_with_system_tasks_and_score() -> None:
+    backend.setup_backend(experiment="listed")
+    place = backend.setup_backend(experiment="listed")
+    client = backend.create_client(place.uri)
+    tags = client.get_experiment(place.experiment_id).tags
+    shown = json.loads(tags["mlflow.sharedViewState.skillnet"])["selectedColumns"]
+    assert shown[:3] == ["tags.`system`", "tags.`tasks`", "metrics.`score`"]
+    link = backend.run_list_link("http://host", place.experiment_id)
+    assert f"/experiments/{place.experiment_id}/runs?viewStateShareKey=skillnet&" in link
+    # Of an experiment that another program made.
+    other = client.create_experiment("foreign", tags={"mlflow.note.content": "mine"})
+    backend.setup_backend(experiment="foreign")
+    tags = client.get_experiment(other).tags
+    assert tags["mlflow.note.content"] == "mine"
+    assert "mlflow.sharedViewState.skillnet" in tags
+
+
+def test_pretraining_sweeps_and_studies_have_their_own_experiments() -> None:
+    kinds = (PretrainConfig(), SweepConfig(), StudyConfig(runs=["a"]))
+    found = [each.tracking.experiment for each in kinds]
+    assert found == ["skillnet-pretraining", "skillnet-sweeps", "skillnet-studies"]
+
+
+@pytest.mark.integration
+def test_a_moved_run_root_keeps_its_artifacts(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking.start_run("moved", None, where()) as tracker:
+        tracker.text("kept", "note.txt")
+    moved = run_root.with_name("a moved ü root")
+    run_root.rename(moved)
+    monkeypatch.setenv("SKILLNET_HOME", str(moved))
+    client = backend.create_client(backend.resolve_uri())
+    found = Path(client.download_artifacts(tracker.run_id, "note.txt"))
+    assert found.read_text() == "kept"
+    stored = client.get_run(tracker.run_id).info.artifact_uri
+    assert stored.startswith(moved.as_uri())
+    with tracking.start_run("later", None, where()) as later:
+        later.text("new", "note.txt")
+    assert not run_root.exists(), "the old location is not made again"
+    # A copy uses its own artifacts, and the original keeps its own.
+    copy = shutil.copytree(moved, moved.with_name("copy"))
+    assert relocate_artifacts(copy / "mlflow.db", copy / "mlartifacts")
+    assert not relocate_artifacts(moved / "mlflow.db", moved / "mlartifacts")
