@@ -30,6 +30,8 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
 OUTCOMES_FILE = "outcomes.parquet"
+#: The same columns with a line per unit; see :func:`sum_outcomes`.
+UNIT_SUMS_FILE = "unit_sums.parquet"
 
 #: A query counts as successful up to this rank of its best correct candidate.
 RECALL_RANK = 10
@@ -249,6 +251,22 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
             raise UserError(f"{path}: {task} {split}: a unit has no number of a row")
         outcomes.add(task, split, numerator[lines], denominator[lines], rank[lines], unit)
     return outcomes
+
+
+def sum_outcomes(rows: RowOutcomes) -> RowOutcomes:
+    """Return a line per unit with the sums of its rows: all that intervals and tests need.
+
+    Sums of sums are the same sums, so outcomes and their sums give equal results.
+
+    Args:
+        rows: outcomes of a split.
+    """
+    return RowOutcomes(
+        np.bincount(rows.unit, rows.numerator),
+        np.bincount(rows.unit, rows.denominator),
+        np.full(int(rows.unit.max(initial=-1)) + 1, np.nan),
+        np.arange(int(rows.unit.max(initial=-1)) + 1),
+    )
 
 
 def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterval:

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation.tables import SCORED_METRICS, sort_rows
+from pipelines.evaluation.outcomes import sum_outcomes
+from pipelines.evaluation.tables import SCORED_METRICS, score_metric, sort_rows
 from skillnet.unit_statistics import ScoreScale
 from skillnet_platform.errors import UserError, check_known_names
 from sweeps.analysis import statistics
@@ -310,7 +311,15 @@ def _build_samples(
                 having = [run for run in runs if (task, split) in run.outcomes]
                 if not having:
                     continue
-                parts = {run.seed: run.outcomes[task, split] for run in having}
+                parts = {run.replicate: sum_outcomes(run.outcomes[task, split]) for run in having}
+                if having[0].fold.count:
+                    scores = {
+                        replicate: score_metric(metrics[task], part.value)
+                        for replicate, part in parts.items()
+                    }
+                    ratio = having[0].fold.test_to_train
+                    samples[label, task, split] = statistics.build_fold_sample(scores, ratio)
+                    continue
                 weight = next(iter(parts.values())).denominator
                 more_is_better = SCORED_METRICS[metrics[task]]
                 # Scores count what is right, so errors are subtracted from the weights.

@@ -15,8 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.config.folds import FoldConfig
 from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
-from pipelines.evaluation.outcomes import OutcomeTable, RowOutcomes, has_equal_rows, read_outcomes
+from pipelines.evaluation.outcomes import (
+    UNIT_SUMS_FILE,
+    OutcomeTable,
+    RowOutcomes,
+    has_equal_rows,
+    read_outcomes,
+    sum_outcomes,
+)
 from pipelines.runs.layout import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
@@ -25,6 +33,9 @@ from skillnet_platform.storage import read_record, run_root
 
 #: Keys of a run's configuration that do not describe the training: names, paths and the seed.
 UNCOMPARED_KEYS = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
+
+#: Above every seed.
+REPLICATE_BASE = 2**32
 
 #: Suffix of the label of a system whose runs start from a pretraining.
 PRETRAINED = "-pretrained"
@@ -42,7 +53,7 @@ class FinishedRun:
         seed: seed of the training.
         settings: resolved configuration as plain values.
         rows: rows of ``evaluation.csv``, with numbers parsed.
-        outcomes: result of each test row.
+        outcomes: result of each test row, or of each unit of a kept run.
         trained: content of ``trained.json``.
         total_params: parameters of the complete model; 0 if unknown.
         run_id: MLflow run id, or None.
@@ -69,6 +80,16 @@ class FinishedRun:
         return str(self.settings.get("system", "skillnet"))
 
     @property
+    def fold(self) -> FoldConfig:
+        """Fold of the corpora that the run read."""
+        return configuration.build_config(FoldConfig, self.settings.get("fold") or {})
+
+    @property
+    def replicate(self) -> int:
+        """Number of the replicate: the seed, and the number of the fold in the higher digits."""
+        return self.fold.number * REPLICATE_BASE + self.seed
+
+    @property
     def seconds(self) -> float:
         """Seconds in the training loop."""
         return total_training_seconds(self.trained)
@@ -78,7 +99,7 @@ class FinishedRun:
         """Seconds in the training loop of the pretraining, or None if unknown."""
         if not self.settings.get("init_from"):
             return None
-        start = Path(str(self.settings["init_from"]))
+        start = self.folder / str(self.settings["init_from"])
         # ``init_from`` names a run directory or the model directory below it.
         for path in (start / TRAINED, start.parent / TRAINED):
             if path.is_file():
@@ -145,8 +166,11 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
         UserError: the run is not finished or was not evaluated, or a file is damaged.
     """
     settings = configuration.load_yaml(folder / "config.yaml")
-    for name in (TRAINED, "evaluation.csv", OUTCOMES):
+    # A kept run has sums in place of the outcome of each row.
+    answers = OUTCOMES if (folder / OUTCOMES).is_file() else UNIT_SUMS_FILE
+    for name in (TRAINED, "evaluation.csv", answers):
         if not (folder / name).is_file():
+            name = OUTCOMES if name == answers else name
             raise UserError(
                 f"{folder} has no {name}: the run is not finished or was not evaluated; finish "
                 "it with evaluate: true"
@@ -171,12 +195,12 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
         seed,
         settings,
         read_evaluation_rows(folder / "evaluation.csv"),
-        read_outcomes(folder / OUTCOMES),
+        read_outcomes(folder / answers),
         read_trained(folder / TRAINED),
         result.get("total_params") or count_parameters(folder / "model"),
         result.get("run_id"),
         digests,
-        read_pretraining_settings(settings),
+        read_pretraining_settings(settings, folder),
     )
 
 
@@ -214,13 +238,18 @@ def make_label(settings: Mapping[str, Any]) -> str:
     return system + (PRETRAINED if settings.get("init_from") else "")
 
 
-def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of the run that a run started from; {} if there is none."""
+def read_pretraining_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the configuration of the run that a run started from; {} if there is none.
+
+    Args:
+        settings: configuration of the run.
+        folder: its directory; a kept run names its pretraining relative to it.
+    """
     if not settings.get("init_from"):
         return {}
     from pipelines.runs.layout import SETTINGS
 
-    start = Path(str(settings["init_from"]))
+    start = folder / str(settings["init_from"])
     # Copied weights have the file beside them; a run has it above its model or checkpoints.
     if (start / SETTINGS).is_file():
         return read_record(start / SETTINGS, {}, REMEDY)
@@ -280,16 +309,17 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
     for index, members in enumerate(groups.values()):
         label = names[index] if names else _make_unique(members[0].label, labels)
         labels.append(label)
-        seeds = [run.seed for run in members]
-        for seed in seeds:
+        replicates = [run.replicate for run in members]
+        for run in members:
             # A run that counts twice would make the seeds look more alike than they are.
-            if seeds.count(seed) > 1:
-                equal = [str(run.folder) for run in members if run.seed == seed]
+            if replicates.count(run.replicate) > 1:
+                equal = [str(each.folder) for each in members if each.replicate == run.replicate]
+                fold = f" of fold {run.fold.number}" if run.fold.count else ""
                 raise UserError(
-                    f"{label}: seed {seed} occurs twice ({' and '.join(equal[:2])}); "
+                    f"{label}: seed {run.seed}{fold} occurs twice ({' and '.join(equal[:2])}); "
                     "leave one run out"
                 )
-        named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.seed)]
+        named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.replicate)]
         if not names and label != members[0].label:
             console.print_note(
                 f"{label}: {members[0].label} with other settings; set another name with --names"
@@ -299,8 +329,15 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Raise UserError unless all runs were evaluated on the same rows of the same corpora."""
+    plan = replace(runs[0].fold, number=0) if runs else FoldConfig()
+    for run in runs:
+        if replace(run.fold, number=0) != plan:
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} were evaluated on different folds: the keys of "
+                "fold differ. Compare runs of one study"
+            )
     corpora: dict[str, tuple[str, FinishedRun]] = {}
-    rows: dict[tuple[str, str], tuple[RowOutcomes, FinishedRun]] = {}
+    rows: dict[tuple[int, str, str], tuple[RowOutcomes, FinishedRun]] = {}
     for run in runs:
         for name, digest in run.digests.items():
             # The first run with a corpus defines the version that the others must have.
@@ -311,14 +348,15 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                     f"({digest[:12]} and {known[:12]}); compare runs of one version"
                 )
         for key in run.outcomes:
-            own = run.outcomes[key]
-            known_rows, first = rows.setdefault(key, (own, run))
+            own = sum_outcomes(run.outcomes[key])
+            # Each fold has test rows of its own.
+            known_rows, first = rows.setdefault((run.fold.number, *key), (own, run))
             # Each row contributes its number of symbols or queries, and its unit.
             if not has_equal_rows(own, known_rows):
                 raise UserError(
                     f"{run.folder} and {first.folder} were evaluated on different rows of "
-                    f"{key[0]} {key[1]} ({len(own)} and {len(known_rows)}); compare runs of one "
-                    "version"
+                    f"{key[0]} {key[1]} ({len(own)} and {len(known_rows)} units); compare runs of "
+                    "one version"
                 )
 
 
@@ -343,6 +381,7 @@ def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     flat: dict[str, dict[str, str]] = {}
     for label, settings in trees.items():
         tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
+        tree = _without_fold_number(tree)
         flat[label] = {
             key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
             for key, value in configuration.flatten_tree(tree).items()
@@ -383,8 +422,15 @@ def _configuration_digest(settings: Mapping[str, Any], **more: Any) -> str:
     from pipelines.runs.identity import NON_IDENTITY_KEYS
 
     tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
+    tree = _without_fold_number(tree)
     training = {k: v for k, v in (tree.get("training") or {}).items() if k not in NON_IDENTITY_KEYS}
     return configuration.digest_config({"settings": tree | {"training": training}, **more})
+
+
+def _without_fold_number(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which replicates of one study do not differ."""
+    fold = {k: v for k, v in (tree.get("fold") or {}).items() if k != "number"}
+    return {**tree, "fold": fold} if fold else dict(tree)
 
 
 def _make_unique(label: str, taken: Sequence[str]) -> str:

@@ -11,11 +11,15 @@ y[s, k] = mean + seed[s] + unit[k] + residual[s, k], on jackknife pseudovalues o
 with Satterthwaite's degrees of freedom. Rows of a unit are summed first: they resemble each other,
 and as independent rows they gave intervals that were three times too short (decision 51).
 
-Two to four seeds carry little information about the seed variance: they may agree by chance, and
-a test would be overconfident. Systems with so few seeds take the variance that is pooled over the
-systems of a study (:class:`SeedVariance`), or their own if it is larger. From ``MIN_OWN_SEEDS``
-seeds on each system has its own variance, because systems differ in it (source: Welch 1947).
+Few seeds carry little information about the seed variance: they may agree by chance, and a test
+would be overconfident. Systems with so few seeds take the variance that is pooled over the systems
+of a study (:class:`SeedVariance`), or their own if it is larger, each with its own degrees of
+freedom. From ``MIN_OWN_SEEDS`` seeds on each system has its own variance, because systems differ in
+it (source: Welch 1947).
 ``docs/comparison.md`` lists the measured coverage and false alarms.
+
+With rotating folds each run has test rows of its own, and the corrected variance of Nadeau and
+Bengio takes the place of this model: see :func:`_correct_error`.
 
 A :class:`RunSample` is a number per run with the effect of each unit. Means over tasks and
 logarithms are samples too. A :class:`SampleDifference` is paired by unit. It is not paired by seed:
@@ -26,7 +30,7 @@ Shapes: S seeds, N test rows of one split, K units.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +46,7 @@ from skillnet.unit_statistics import (
 )
 
 #: Runs of a system from which on its own variance over seeds is used.
-MIN_OWN_SEEDS = 5
+MIN_OWN_SEEDS = 10
 
 
 class ScoreEstimate(NamedTuple):
@@ -84,17 +88,20 @@ class RunSample:
     """A score of every run of one system, with the effect of each held-out unit.
 
     Args:
-        seeds: seeds of the runs, ascending.
+        seeds: seeds of the runs, ascending; with folds, numbers of the replicates.
         values: (S,) score of each run.
         effects: split -> (S, K) jackknife effects of its units, see
             :func:`skillnet.unit_statistics.jackknife_units`. Splits are independent of each other.
         dofs: split -> degrees of freedom of the variance over its units.
+        test_to_train: test rows per training row, if each run tests a fold of its own. Such a
+            sample has no effects of units, because its runs have no unit in common.
     """
 
     seeds: tuple[int, ...]
     values: NDArray[np.float64]
     effects: Mapping[Hashable, NDArray[np.float64]]
     dofs: Mapping[Hashable, float]
+    test_to_train: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -108,15 +115,15 @@ class RunSample:
 
     @property
     def units(self) -> int:
-        """The smallest number of units of its splits."""
-        return min(part.shape[1] for part in self.effects.values())
+        """The smallest number of units of its splits, or its replicates."""
+        return min((part.shape[1] for part in self.effects.values()), default=len(self.seeds))
 
     def select(self, indices: Sequence[int]) -> "RunSample":
         """Return the runs at the given indices."""
         chosen = list(indices)
         effects = {key: part[chosen] for key, part in self.effects.items()}
         seeds = tuple(self.seeds[i] for i in chosen)
-        return RunSample(seeds, self.values[chosen], effects, self.dofs)
+        return RunSample(seeds, self.values[chosen], effects, self.dofs, self.test_to_train)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class SampleDifference:
     @property
     def value(self) -> float:
         """Difference of the means over seeds."""
-        return float(self.left.values.mean() - self.right.values.mean())
+        return sum(sign * float(each.values.mean()) for each, sign in _list_terms(self))
 
 
 def build_sample(
@@ -169,11 +176,23 @@ def build_sample(
     return RunSample(seeds, found.values_S, {key: found.effects_SK}, {key: found.dof})
 
 
+def build_fold_sample(scores: Mapping[int, float], test_to_train: float) -> RunSample:
+    """Return the score of each replicate, a run of one fold and seed.
+
+    Args:
+        scores: number of the replicate -> score on the test rows of its fold.
+        test_to_train: test rows per training row.
+    """
+    replicates = tuple(sorted(scores))
+    values = np.array([scores[each] for each in replicates], np.float64)
+    return RunSample(replicates, values, {}, {}, test_to_train)
+
+
 def clip_sample(sample: RunSample) -> RunSample:
     """Return a sample whose negative scores are 0: a token error above 1 is worth nothing."""
     kept = sample.values > 0
     effects = {key: part * kept[:, None] for key, part in sample.effects.items()}
-    return RunSample(sample.seeds, sample.values * kept, effects, sample.dofs)
+    return replace(sample, values=sample.values * kept, effects=effects)
 
 
 # -- arithmetic of samples -----------------------------------------------------------------
@@ -186,7 +205,7 @@ def average_samples(parts: Sequence[RunSample]) -> RunSample:
     # Each split occurs once, because tasks are tested on rows of their own.
     effects = {key: x / len(parts) for part in parts for key, x in part.effects.items()}
     dofs = {key: dof for part in parts for key, dof in part.dofs.items()}
-    return RunSample(parts[0].seeds, values, effects, dofs)
+    return RunSample(parts[0].seeds, values, effects, dofs, parts[0].test_to_train)
 
 
 def take_logarithm(sample: RunSample) -> RunSample:
@@ -203,7 +222,7 @@ def take_logarithm(sample: RunSample) -> RunSample:
     mean = mean if mean > 0 else float("nan")
     values = np.log(mean) + (sample.values - mean) / mean
     effects = {key: part / mean for key, part in sample.effects.items()}
-    return RunSample(sample.seeds, values, effects, sample.dofs)
+    return replace(sample, values=values, effects=effects)
 
 
 def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
@@ -290,7 +309,11 @@ def estimate_unit_variance(sample: RunSample | SampleDifference) -> tuple[float,
 def _list_terms(sample: RunSample | SampleDifference) -> list[tuple[RunSample, float]]:
     if isinstance(sample, RunSample):
         return [(sample, 1.0)]
-    return [(sample.left, 1.0), (sample.right, -1.0)]
+    left, right = sample.left, sample.right
+    if left.test_to_train is not None:
+        # Both answer the rows of the same fold, and folds differ more than systems.
+        left, right = _on_common_seeds([left, right])
+    return [(left, 1.0), (right, -1.0)]
 
 
 def _variance(values_S: NDArray[np.float64]) -> float:
@@ -306,6 +329,8 @@ def _mean_and_error(
 ) -> tuple[float, float, float]:
     """Return the mean of a sum of systems' scores, its standard error and degrees of freedom."""
     value = sum(sign * float(sample.values.mean()) for sample, sign in terms)
+    if terms[0][0].test_to_train is not None:
+        return value, *_correct_error(terms, terms[0][0].test_to_train)
     if min(sample.units for sample, _ in terms) < 2:
         return value, float("nan"), float("nan")
     parts = [term for sample, _ in terms if (term := _seed_variance(sample, spread)) is not None]
@@ -314,6 +339,24 @@ def _mean_and_error(
     if total == 0:
         return value, *_least_error_and_dof(terms[0][0])
     return value, float(np.sqrt(total)), _combine_dofs(parts)
+
+
+def _correct_error(
+    terms: Sequence[tuple[RunSample, float]], test_to_train: float
+) -> tuple[float, float]:
+    """Return the standard error of a mean over replicates, and its degrees of freedom.
+
+    Replicates share training rows, so their scores are not independent: the variance of their mean
+    is (1/J + test/train) times the variance of one (source: Nadeau & Bengio 2003; for repeated
+    folds Bouckaert & Frank 2004). It does not fall to 0 with more seeds per fold.
+    """
+    count = len(terms[0][0].seeds)
+    if count < 2:
+        return float("nan"), float("nan")
+    variance = _variance(np.sum([sign * sample.values for sample, sign in terms], axis=0))
+    if variance == 0:
+        return compute_least_error(count, count - 1), float(count - 1)
+    return float(np.sqrt((1 / count + test_to_train) * variance)), float(count - 1)
 
 
 def _combine_dofs(parts: Sequence[tuple[float, float]]) -> float:
@@ -326,9 +369,10 @@ def _combine_dofs(parts: Sequence[tuple[float, float]]) -> float:
 def _seed_variance(sample: RunSample, spread: SeedVariance | None) -> tuple[float, float] | None:
     """Return the variance of a system's mean over seeds, and its dof; None if unknown."""
     count, own = len(sample.seeds), _variance(sample.values)
-    if count < MIN_OWN_SEEDS and spread is not None:
-        # The larger of own and pooled variance, so that an unstable system is not understated.
-        return max(own, spread.variance) / count, spread.dof
+    # The larger of own and pooled variance with its degrees of freedom: an unstable system is not
+    # understated, and a variance that is small by chance does not count.
+    if count < MIN_OWN_SEEDS and spread is not None and own <= spread.variance:
+        return spread.variance / count, spread.dof
     return (own / count, count - 1) if count > 1 else None
 
 

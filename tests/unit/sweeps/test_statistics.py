@@ -105,7 +105,7 @@ def test_pooling_the_seed_variance_limits_false_alarms():
     assert false_alarms(0.05) <= 0.06
 
 
-def test_few_seeds_take_the_pooled_variance_and_five_their_own():
+def test_few_seeds_take_the_pooled_variance_and_ten_their_own():
     def sample(values: list[float]) -> st.RunSample:
         seeds, effects_SK = tuple(range(len(values))), np.zeros((len(values), 4))
         return st.RunSample(seeds, np.array(values), {"t": effects_SK}, {"t": 3.0})
@@ -119,15 +119,19 @@ def test_few_seeds_take_the_pooled_variance_and_five_their_own():
     assert st.estimate_mean(two, spread).std_error == pytest.approx(np.sqrt(0.02 / 3 / 2))
     assert st.estimate_mean(alone, spread).std_error == pytest.approx(np.sqrt(0.02 / 3))
     assert st.estimate_mean(two, spread).dof == pytest.approx(3)
+    # A larger variance of its own has only its own degrees of freedom.
+    assert st.estimate_mean(one, spread).dof == pytest.approx(2)
     five = sample([0.4, 0.41, 0.42, 0.43, 0.44])
-    own = st.estimate_mean(five, spread)
-    assert own.std_error == pytest.approx(np.std([0.4, 0.41, 0.42, 0.43, 0.44], ddof=1) / 5**0.5)
-    assert own.dof == pytest.approx(4)
+    assert st.estimate_mean(five, spread).std_error == pytest.approx(np.sqrt(0.02 / 3 / 5))
+    ten = sample([0.4 + 0.01 * n for n in range(10)])
+    own = st.estimate_mean(ten, spread)
+    assert own.std_error == pytest.approx(np.std(ten.values, ddof=1) / 10**0.5)
+    assert own.dof == pytest.approx(9)
     # Welch: the variances of both systems add, with their own degrees of freedom.
-    both = st.estimate_mean(st.SampleDifference(five, one), spread)
+    both = st.estimate_mean(st.SampleDifference(ten, one), spread)
     parts = (own.std_error**2, 0.01 / 3)
     assert both.std_error == pytest.approx(np.sqrt(sum(parts)))
-    assert both.dof == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 3))
+    assert both.dof == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 9 + parts[1] ** 2 / 2))
 
 
 def test_systems_that_vary_unequally_are_tested_at_their_level():
