@@ -53,21 +53,21 @@ SYSTEM_TAG, TASKS_TAG, SCORE_METRIC = "system", "tasks", "score"
 
 #: Name of the shared view of an experiment. MLflow's pages keep a shared view in a tag.
 RUN_LIST_KEY = "skillnet"
-#: Columns of the list of runs. MLflow's own columns are the source, models and datasets.
+#: Columns of the list of runs. MLflow puts its own columns first, and the source and datasets would
+#: fill the page.
 RUN_LIST_VIEW = {
     "selectedColumns": [
         f"tags.`{SYSTEM_TAG}`",
         f"tags.`{TASKS_TAG}`",
         f"metrics.`{SCORE_METRIC}`",
-        "attributes.`Source`",
         "attributes.`Models`",
-        "attributes.`Dataset`",
     ]
 }
+RUN_LIST_TAG = f"mlflow.sharedViewState.{RUN_LIST_KEY}"
 
 #: Tags by which MLflow's pages show training runs first, with a description.
 EXPERIMENT_TAGS = {
-    f"mlflow.sharedViewState.{RUN_LIST_KEY}": json.dumps(RUN_LIST_VIEW),
+    RUN_LIST_TAG: json.dumps(RUN_LIST_VIEW),
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
         "Runs of SkillNet Platform. Metrics are grouped by task (`text_to_image/loss`); a run's "
@@ -233,8 +233,8 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
             "another name with --tracking.experiment"
         )
     for tag, value in EXPERIMENT_TAGS.items():
-        # An experiment that another program created; a description of the user stays.
-        if tag not in found.tags:
+        # An experiment that another program or version created; a description of the user stays.
+        if tag not in found.tags or (tag == RUN_LIST_TAG and found.tags[tag] != value):
             mlflow_client.set_experiment_tag(found.experiment_id, tag, value)
     return TrackingBackend(chosen, found.experiment_id)
 
