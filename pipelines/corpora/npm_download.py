@@ -8,21 +8,16 @@ value of any environment variable to its registry.
 import base64
 import os
 import re
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from skillnet_platform.errors import UserError, first_line
+from pipelines.corpora.http_download import download_file
+from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import redact_secrets
 
 PUBLIC_REGISTRY = "https://registry.npmjs.org/"
-#: Seconds without data after which a download fails.
-TIMEOUT_S = 60
 _GLOBAL_FILES = ("/usr/local/etc/npmrc", "/usr/etc/npmrc", "/etc/npmrc")
-_CHUNK = 2**20
 
 
 def read_npm_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -75,32 +70,12 @@ def download_package(requirement: str, target: Path, max_bytes: int) -> str:
     package, _, version = requirement.rpartition("@")
     settings = read_npm_settings()
     registry = registry_url(package, settings)
-    file = f"{package.rpartition('/')[2]}-{version}.tgz"
-    url = f"{registry}{package}/-/{file}"
-    parts = urlsplit(url)
-    # Userinfo belongs into the header: urllib takes it for a part of the host's name.
-    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    request = urllib.request.Request(plain)  # noqa: S310 - http or https, checked above
-    header = _authorization(registry, settings)
-    if header:
-        # A redirect leads to another host, which must not see the token.
-        request.add_unredirected_header("Authorization", header)
-    cafile = settings.get("cafile")
-    context = ssl.create_default_context()
-    if cafile:
-        context.load_verify_locations(cafile)
-    try:
-        with (
-            urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer,  # noqa: S310
-            (target / file).open("wb") as stream,
-        ):
-            left = max_bytes + 1
-            while left and (part := answer.read(min(left, _CHUNK))):
-                stream.write(part)
-                left -= len(part)
-    except (OSError, ValueError) as error:
-        return f"{redact_secrets(url)}: {first_line(error)}"
-    return ""
+    # npm names the file of @scope/name scope-name.
+    file = f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    url = f"{registry}{package}/-/{package.rpartition('/')[2]}-{version}.tgz"
+    return download_file(
+        url, target / file, max_bytes, _authorization(registry, settings), settings.get("cafile")
+    )
 
 
 def _authorization(registry: str, settings: Mapping[str, str]) -> str:

@@ -129,29 +129,44 @@ def iter_tar_members(
         UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
     """
     with path.open("rb") as file:
-        budget = open_with_budget(path, file, limits)
-        with tarfile.open(fileobj=budget, mode="r|") as archive:
-            # tarfile reads headers into memory; the budget bounds how much it ever gets.
-            for count, entry in enumerate(iter(archive.next, None), start=1):
-                # tarfile would keep all members in memory.
-                archive.members = []  # type: ignore[attr-defined]
-                if count > limits.max_members:
-                    raise UnsafeArchiveError(path, f"more than {limits.max_members} members")
-                check_member_name(path, entry.name)
-                if not (entry.isreg() or entry.isdir()):
-                    raise UnsafeArchiveError(path, f"{entry.name!r} is {_describe_kind(entry)}")
-                if entry.size > limits.max_total_bytes:
-                    raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")
-                budget.allow(entry.size + limits.max_header_bytes)
-                if entry.isreg() and wanted(entry.name):
-                    if entry.size > limits.max_member_bytes:
-                        size = f"{entry.size} bytes in {entry.name!r}"
-                        raise UnsafeArchiveError(
-                            path, f"{size}, more than {limits.max_member_bytes}"
-                        )
-                    stream = archive.extractfile(entry)
-                    assert stream is not None, "a regular file has content"
-                    yield entry.name, stream.read()
+        yield from iter_tar_stream(path, open_with_budget(path, file, limits), wanted, limits)
+
+
+def iter_tar_stream(
+    path: Path, budget: "ByteBudget", wanted: MemberFilter, limits: ArchiveLimits
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of the wanted members of an uncompressed tar.
+
+    Args:
+        path: archive, for messages.
+        budget: the tar, read once from front to back.
+        wanted: returns whether the member of a name is read.
+        limits: limits of the content.
+
+    Raises:
+        UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
+    """
+    budget.allow(limits.max_header_bytes)
+    with tarfile.open(fileobj=budget, mode="r|") as archive:
+        # tarfile reads headers into memory; the budget bounds how much it ever gets.
+        for count, entry in enumerate(iter(archive.next, None), start=1):
+            # tarfile would keep all members in memory.
+            archive.members = []  # type: ignore[attr-defined]
+            if count > limits.max_members:
+                raise UnsafeArchiveError(path, f"more than {limits.max_members} members")
+            check_member_name(path, entry.name)
+            if not (entry.isreg() or entry.isdir()):
+                raise UnsafeArchiveError(path, f"{entry.name!r} is {_describe_kind(entry)}")
+            if entry.size > limits.max_total_bytes:
+                raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")
+            budget.allow(entry.size + limits.max_header_bytes)
+            if entry.isreg() and wanted(entry.name):
+                if entry.size > limits.max_member_bytes:
+                    size = f"{entry.size} bytes in {entry.name!r}"
+                    raise UnsafeArchiveError(path, f"{size}, more than {limits.max_member_bytes}")
+                stream = archive.extractfile(entry)
+                assert stream is not None, "a regular file has content"
+                yield entry.name, stream.read()
 
 
 def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: ArchiveLimits) -> None:
@@ -226,7 +241,10 @@ class ByteBudget(io.RawIOBase):
     """
 
     def __init__(
-        self, path: Path | str, inner: IO[bytes] | gzip.GzipFile | bz2.BZ2File, max_bytes: int
+        self,
+        path: Path | str,
+        inner: IO[bytes] | gzip.GzipFile | bz2.BZ2File | io.RawIOBase,
+        max_bytes: int,
     ) -> None:
         self._path, self._inner, self._max_bytes = path, inner, max_bytes
         # ``read1`` returns the last bytes of a truncated compressed file before it raises.

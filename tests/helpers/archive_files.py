@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
 
@@ -18,10 +19,24 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 def tarred(files: dict[str, bytes]) -> bytes:
     """A compressed tar archive of those files."""
+    return gzip.compress(_tar(files), mtime=0)
+
+
+def packaged(files: dict[str, bytes]) -> bytes:
+    """A Debian package of those files, without its control files."""
+    members = {"debian-binary": b"2.0\n", "data.tar.xz": lzma.compress(_tar(files))}
+    parts = [b"!<arch>\n"]
+    for name, data in members.items():
+        head = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n"
+        parts += [head.encode(), data, b"\n" * (len(data) % 2)]
+    return b"".join(parts)
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w") as out:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             out.addfile(entry, io.BytesIO(data))
-    return gzip.compress(target.getvalue(), mtime=0)
+    return target.getvalue()

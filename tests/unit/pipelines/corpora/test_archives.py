@@ -9,7 +9,7 @@ from pipelines.corpora import find_corpus
 from pipelines.corpora.archives import Archive, check_archive, iter_members, read_member
 from pipelines.corpora.base import SourceArchives
 from skillnet_platform.errors import UserError
-from tests.helpers.archive_files import tarred, zipped
+from tests.helpers.archive_files import packaged, tarred, zipped
 
 CONTENT = tarred({"package/a.json": b"{}", "package/b/c.mp3": b"sound"})
 PIN = Archive("a-1.tgz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "npm", "a@1", "MIT")
@@ -41,7 +41,7 @@ def test_other_files_are_rejected_with_a_remedy(
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("pack", [zipped, tarred, packaged])
 def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "x"
     path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2"}))
@@ -59,7 +59,7 @@ def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignor
 def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "broken"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"broken: cannot be read as a zip or tar"):
+    with pytest.raises(UserError, match=r"broken: cannot be read as a zip, tar or Debian"):
         list(iter_members(path, lambda name: True))
 
 
@@ -76,3 +76,29 @@ def test_an_unknown_corpus_name_suggests_the_nearest() -> None:
         find_corpus("pathlib:Path")
     with pytest.raises(UserError, match="cannot be loaded"):
         find_corpus("nowhere.at_all:Corpus")
+
+
+def test_a_debian_package_with_a_link_or_without_files_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "x.deb"
+    whole = packaged({"./usr/a": b"1" * 5_000})
+    for data, message in (
+        (whole[:-50], "ends after"),
+        (whole.replace(b"data.tar.xz", b"data.tar.gz"), "it has no data.tar.xz"),
+        (whole.replace(b"\xfd7zXZ", b"\xfd7zXY"), "not xz"),
+        (packaged({"../a": b"1"}), "leads outside of the archive"),
+        (packaged({"./a": bytes(3 * 2**20)}), "expands to more than"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            dict(iter_members(path, lambda name: True))
+
+
+def test_the_pin_of_a_compiled_wheel_is_downloaded_on_any_machine() -> None:
+    name = "a-1-cp310-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
+    command = Archive(name, 1, "0", "pypi", "a==1", "MIT").download_command()
+    assert command == (
+        "pip download --no-deps --only-binary :all: --implementation cp --python-version 310 "
+        "--abi abi3 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 a==1"
+    )
+    plain = Archive("a-1-py2.py3-none-any.whl", 1, "0", "pypi", "a==1", "MIT")
+    assert plain.download_command() == "pip download --no-deps --only-binary :all: a==1"

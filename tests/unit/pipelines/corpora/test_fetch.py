@@ -24,8 +24,11 @@ WHEEL = zipped({"tiny/__init__.py": b"", "tiny-1.0.dist-info/WHEEL": b"Wheel-Ver
 
 
 def pin(registry: str = "pypi", data: bytes = WHEEL) -> Archive:
-    name = "tiny-1.0-py3-none-any.whl" if registry == "pypi" else "tiny-1.0.tgz"
-    wanted = "tiny==1.0" if registry == "pypi" else "tiny@1.0"
+    name, wanted = {
+        "pypi": ("tiny-1.0-py3-none-any.whl", "tiny==1.0"),
+        "npm": ("tiny-1.0.tgz", "tiny@1.0"),
+        "debian": ("tiny_1.0-1_all.deb", "tiny=1.0-1"),
+    }[registry]
     return Archive(name, len(data), hashlib.sha256(data).hexdigest(), registry, wanted, "MIT")
 
 
@@ -140,7 +143,7 @@ class Registry(BaseHTTPRequestHandler):
             self.send_header("Location", "/elsewhere/tiny-1.0.tgz")
             self.end_headers()
             return
-        found = self.path.endswith("/tiny-1.0.tgz")
+        found = self.path.endswith(("/tiny-1.0.tgz", "/pool/main/t/tiny/tiny_1.0-1_all.deb"))
         self.send_response(200 if found else 404)
         self.end_headers()
         if found:
@@ -217,6 +220,39 @@ def test_a_redirect_does_not_take_the_token_along(
         ("/npm/@made/tiny/-/tiny-1.0.tgz", "Basic bWU6eA=="),
         ("/elsewhere/tiny-1.0.tgz", None),
     ]
+    # npm pack gives the file of a scoped package this name, and pins have it.
+    assert (tmp_path / "made-tiny-1.0.tgz").read_bytes() == WHEEL
+
+
+def test_without_apt_a_debian_package_comes_from_the_mirror(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry)
+    corpus(pin("debian"))
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == [("/npm/pool/main/t/tiny/tiny_1.0-1_all.deb", None)]
+    (tmp_path / "archives" / pin("debian").file).unlink()
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry + "other/")
+    Registry.data = b"another file"
+    with pytest.raises(UserError, match=r"tiny_1\.0-1_all\.deb .*: apt-get download tiny=1\.0-1"):
+        fetching.fetch(["x"], tmp_path / "archives")
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", "file:///srv")
+    with pytest.raises(UserError, match="is no web address"):
+        fetching.fetch(["x"], tmp_path / "archives")
+
+
+def test_apt_downloads_into_the_folder_of_the_archive(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text(f"#!/bin/sh\n/bin/cp {tmp_path}/given {pin('debian').file}\n")
+    apt.chmod(0o755)
+    (tmp_path / "given").write_bytes(WHEEL)
+    corpus(pin("debian"))
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == []
 
 
 def test_a_registry_cannot_send_another_or_a_larger_file(
