@@ -92,7 +92,7 @@ def open_fold(
             target = _place_row(fold, corpus.name, split.name, unit, split_of[unit], unit in pooled)
             if target is not None and (with_reserve or target != RESERVE_SPLIT):
                 chosen.setdefault(target, {}).setdefault(number, []).append(row)
-    splits = {}
+    splits: dict[str, CorpusSplit] = {}
     for name, rows in chosen.items():
         if not rows:
             raise UserError(
@@ -115,7 +115,8 @@ def _place_row(
         # Only a name can reserve it: a part of the pool is reserved, not of all units.
         if not fold.is_reserved_by_name(corpus, unit):
             return split
-        return RESERVE_SPLIT if is_test else None
+        # A corpus may have a reserve of its own, such as a voice that no other split contains.
+        return RESERVE_SPLIT if is_test or split == RESERVE_SPLIT else None
     if assigned == RESERVE_SPLIT:
         return RESERVE_SPLIT if is_test else None
     return split if assigned == ("test" if is_test else "train") else None

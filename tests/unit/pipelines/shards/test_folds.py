@@ -14,7 +14,7 @@ from pipelines.evaluation.outcomes import OutcomeTable
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs.identity import find_identity_differences
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.shards.folds import open_fold
+from pipelines.shards.folds import _place_row, open_fold
 from pipelines.training.setup import open_corpora
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -75,6 +75,13 @@ def test_a_reserve_is_in_no_split_of_any_fold(data: Path) -> None:
         tested.update(read_keys(fold, "test"))
     assert len(tested) == 100
     assert set(tested.values()) == {1}
+
+
+def test_the_own_reserve_of_a_corpus_stays_in_the_reserve() -> None:
+    for units in ({}, {"voices": ["five"]}):
+        fold = FoldConfig(FOLDS, reserve_units=units)
+        assigned = fold.find_split("voices", "five")
+        assert _place_row(fold, "voices", "reserve", "five", assigned, False) == "reserve"
 
 
 def test_the_split_of_a_unit_follows_from_names_and_numbers_alone() -> None:
