@@ -303,9 +303,10 @@ def _check_source(entry: dict[str, str], archives: Path, extra: dict[str, str]) 
 
 def _find_extra_sources(names: list[str]) -> dict[str, str]:
     """Return name -> hash of sources that are not downloads, such as the standard library."""
-    from pipelines.corpora import BUILT_IN, find_corpus
+    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
 
-    listed = [find_corpus(name).extra_sources() for name in names if name in BUILT_IN]
+    known = BUILT_IN | EXTRA_BUILT_IN
+    listed = [find_corpus(name).extra_sources() for name in names if name in known]
     return {entry["file"]: entry["sha256"] for entries in listed for entry in entries}
 
 

@@ -90,7 +90,7 @@ class DrawingsCorpus(Corpus):
     modality = "image"
     task = "text_to_image"
     version = 3
-    archives = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
+    archives: ClassVar[tuple[Archive, ...]] = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
     raw_schema = pa.schema(
         [("image", pa.binary()), ("captions", pa.list_(pa.string())), ("source", pa.string())]
     )
@@ -216,7 +216,8 @@ def _code(name: str) -> str:
     return "-".join(point for point in name.lower().split("-") if point != "fe0f")
 
 
-def _code_of(characters: str) -> str:
+def code_of_characters(characters: str) -> str:
+    """Return the code of an emoji: its code points in hexadecimal digits, joined by "-"."""
     return "-".join(f"{ord(c):x}" for c in characters if c != "\ufe0f")
 
 
@@ -224,10 +225,10 @@ def _captions(sources: SourceArchives) -> dict[str, list[str]]:
     """Return code -> captions: the name, then keywords."""
     names = json.loads(sources.read("emoji-", "emoji/unicode_codes/emoji_zh.json"))
     listed = json.loads(sources.read("cldr", "package/annotations/zh/annotations.json"))
-    keywords = {_code_of(c): v for c, v in listed["annotations"]["annotations"].items()}
+    keywords = {code_of_characters(c): v for c, v in listed["annotations"]["annotations"].items()}
     out: dict[str, list[str]] = {}
     for characters, name in names.items():
-        code = _code_of(characters)
+        code = code_of_characters(characters)
         entry = keywords.get(code, {})
         found = [
             name.strip(":").replace("_", " "),

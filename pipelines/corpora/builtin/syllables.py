@@ -8,13 +8,13 @@ syllable and tone does.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora.archives import CNCHAR_DATA
+from pipelines.corpora.archives import CNCHAR_DATA, Archive
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.transforms import sound
 from pipelines.transforms.decode_guard import decode_each
@@ -44,7 +44,7 @@ class SyllablesCorpus(Corpus):
     name = "syllables"
     modality = "sound"
     task = "speech_recognition"
-    archives = (CNCHAR_DATA,)
+    archives: ClassVar[tuple[Archive, ...]] = (CNCHAR_DATA,)
     raw_schema = pa.schema([("text", pa.string()), ("audio", pa.binary())])
     columns = pa.schema(
         [
@@ -139,6 +139,29 @@ def split_pinyin(pinyin: str) -> list[str]:
     if final not in FINALS:
         raise ValueError(f"{pinyin!r} has no final of standard Mandarin")
     return [*([initial] if initial else []), final, tone]
+
+
+def join_pinyin(symbols: Sequence[str]) -> str:
+    """Return the pinyin of initial (if any), final and tone; the inverse of :func:`split_pinyin`.
+
+    Args:
+        symbols: two or three of ``SYMBOLS``, such as ("zh", "uang", "1").
+    """
+    *initial, final, tone = symbols
+    if initial:
+        letters = {full: short for short, full in _SHORT.items()}.get(final, final)
+        if initial[0] in ("j", "q", "x"):
+            letters = letters.replace("ü", "u")
+    elif final in ("i", "in", "ing"):
+        letters = "y" + final
+    elif final == "u":
+        letters = "wu"
+    elif final.startswith("ü"):
+        letters = "yu" + final[1:]
+    else:
+        # A vowel i or u before another vowel is written as a consonant.
+        letters = {"i": "y", "u": "w"}.get(final[0], final[0]) + final[1:]
+    return "".join(initial) + letters + tone
 
 
 def encode_symbols(pinyin: str) -> list[int]:

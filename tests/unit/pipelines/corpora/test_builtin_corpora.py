@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import BUILT_IN, find_corpus
-from pipelines.corpora.base import RejectedRow, SourceArchives, stable_hash
+from pipelines.corpora.base import stable_hash
 from pipelines.corpora.builtin import drawings, functions, headings, strokes
 from pipelines.corpora.builtin.syllables import (
     SYMBOLS,
@@ -17,25 +17,9 @@ from pipelines.corpora.builtin.syllables import (
     split_pinyin,
 )
 from tests.helpers.archive_files import tarred, zipped
+from tests.helpers.archive_rows import made_classification, read_rows, write_archive
 
 NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'
-
-
-def read(corpus, directory: Path) -> tuple[dict[str, dict], dict[str, str]]:  # type: ignore[no-untyped-def,type-arg]
-    """Return rows and reasons of rejected rows, by key."""
-    rows, rejected = {}, {}
-    for row in corpus.rows(SourceArchives(directory, corpus.archives)):
-        if isinstance(row, RejectedRow):
-            rejected[row.key] = row.reason
-        else:
-            rows[row["key"]] = row
-    return rows, rejected
-
-
-def put(directory: Path, start: str, data: bytes, corpus) -> None:  # type: ignore[no-untyped-def]
-    """Write an archive under the name that the corpus expects."""
-    (name,) = [a.file for a in corpus.archives if a.file.startswith(start)]
-    (directory / name).write_bytes(data)
 
 
 def test_pins_are_complete_and_agree() -> None:
@@ -56,37 +40,22 @@ def test_stable_hash_never_changes() -> None:
 # --- headings
 
 
-def tree() -> dict[str, dict]:  # type: ignore[type-arg]
-    entries: dict[str, dict] = {}  # type: ignore[type-arg]
-
-    def add(code: str, name: str, level: int, up: str | None) -> None:
-        entries[code] = {"name": name, "level": level, "up_level": up}
-
-    for letter in "BDFGHJKOPQRSTUVZ":
-        add(letter, f"{letter}类名称", 1, None)
-        add(letter + "1", f"{letter}大类名称", 2, letter)
-        for sub in range(24):
-            root = f"{letter}1{sub:02d}"
-            add(root, f"{letter}子树{sub}号", 3, letter + "1")
-            for leaf in range(3):
-                add(f"{root}.{leaf}", f"{letter}{sub}叶子{leaf}", 4, root)
-    entries["B100.0"]["name"] = "短"
-    entries["B100.1"]["name"] = entries["D100.1"]["name"] = "两处都有"
-    entries["F100.1"]["name"] = entries["F100.2"]["name"] = "同类重复"
-    return entries
-
-
 def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
     corpus = headings.HeadingsCorpus()
-    put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
+    write_archive(
+        tmp_path,
+        "chinese",
+        zipped({headings.TREE: json.dumps(made_classification()).encode()}),
+        corpus.archives,
+    )
     words = {"一定": "1.必然，如一定要去。", "二": " "}
-    put(
+    write_archive(
         tmp_path,
         "cnchar",
         tarred({"package/explanation/一.json": json.dumps(words).encode()}),
-        corpus,
+        corpus.archives,
     )
-    rows, rejected = read(corpus, tmp_path)
+    rows, rejected = read_rows(corpus, tmp_path)
     assert rejected["heading/B100.0"] == "heading shorter than 3 characters"
     assert rejected["heading/B100.1"] == rejected["heading/D100.1"]
     assert "several classes" in rejected["heading/D100.1"]
@@ -97,7 +66,7 @@ def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
     assert rows["definition/一/一定"]["text"] == "必然，如～要去。"
     assert rows["definition/一/一定"]["captions"] == ["一定"]
     assert rows["definition/一/一定"].get("unit") is None
-    assert len(rows) + len(rejected) == len(tree()) + 2
+    assert len(rows) + len(rejected) == len(made_classification()) + 2
     homes = defaultdict(set)
     labels = defaultdict(set)
     for key, row in rows.items():
@@ -118,9 +87,16 @@ def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
 def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(headings, "LARGEST_CLASS", 20)
     corpus = headings.HeadingsCorpus()
-    put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
-    put(tmp_path, "cnchar", tarred({"package/explanation/一.json": b"{}"}), corpus)
-    rows, _ = read(corpus, tmp_path)
+    write_archive(
+        tmp_path,
+        "chinese",
+        zipped({headings.TREE: json.dumps(made_classification()).encode()}),
+        corpus.archives,
+    )
+    write_archive(
+        tmp_path, "cnchar", tarred({"package/explanation/一.json": b"{}"}), corpus.archives
+    )
+    rows, _ = read_rows(corpus, tmp_path)
     assert set(Counter(row["label"] for row in rows.values()).values()) == {20}
 
 
@@ -153,8 +129,8 @@ def test_error_pages_are_rejected_and_one_tone_is_held_out(tmp_path: Path) -> No
     files["package/voice/ao4.mp3"] = NOT_FOUND
     files["package/voice/an3.mp3"] = NOT_FOUND
     files["package/voice/quxu1.mp3"] = b"\xff\xfb8?"
-    put(tmp_path, "cnchar", tarred(files), SyllablesCorpus())
-    rows, rejected = read(SyllablesCorpus(), tmp_path)
+    write_archive(tmp_path, "cnchar", tarred(files), SyllablesCorpus.archives)
+    rows, rejected = read_rows(SyllablesCorpus(), tmp_path)
     assert rejected["ao4.mp3"] == rejected["an3.mp3"] == WEB_PAGE
     assert "copy" in rejected["lv2.mp3"]
     assert "squeezed" in rejected["ma5.mp3"]
@@ -224,7 +200,12 @@ def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Pa
         json.dumps(t, ensure_ascii=False)
         for t in ({"十": "jf", "一": "j", "丨": "j", "乙": "w", "二": "jj"}, names)
     )
-    put(tmp_path, "cnchar-order", tarred({"package/cnchar.order.min.js": script.encode()}), corpus)
+    write_archive(
+        tmp_path,
+        "cnchar-order",
+        tarred({"package/cnchar.order.min.js": script.encode()}),
+        corpus.archives,
+    )
     path = [[100, 400], [900, 400]]
     drawn = {"十": 2, "一": 1, "丨": 1, "乙": 1, "二": 1, "无": 0, "龘": 3}
     files = {
@@ -232,8 +213,8 @@ def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Pa
         for char, count in drawn.items()
     }
     files["package/draw/package.json"] = b"{}"
-    put(tmp_path, "cnchar-data", tarred(files), corpus)
-    rows, rejected = read(corpus, tmp_path)
+    write_archive(tmp_path, "cnchar-data", tarred(files), corpus.archives)
+    rows, rejected = read_rows(corpus, tmp_path)
     assert rejected == {"无": "no pen path"}
     assert rows["十"]["captions"] == ["横、竖"]
     assert rows["乙"]["captions"] == ["甲"]
@@ -277,7 +258,7 @@ def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, mo
     monkeypatch.setattr(functions, "VALIDATION", 4)
     corpus = functions.FunctionsCorpus()
     for archive in corpus.archives:
-        put(tmp_path, archive.file, zipped({}), corpus)
+        write_archive(tmp_path, archive.file, zipped({}), corpus.archives)
     files = {
         f"p/m{n}.py": module(
             ("one", f"计算第{n}种结果", body(f"x{n}") + f" * {n}\n    # {'abc ' * n}"),
@@ -290,14 +271,14 @@ def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, mo
     }
     files["p/tests/test_a.py"] = b"def test(): pass"
     files["p/broken.py"] = b"def f(:"
-    put(tmp_path, "akshare", zipped(files), corpus)
-    put(
+    write_archive(tmp_path, "akshare", zipped(files), corpus.archives)
+    write_archive(
         tmp_path,
         "nonebot2",
         zipped({"n/a.py": module(("g", "未见过的包里的函数", body("q")))}),
-        corpus,
+        corpus.archives,
     )
-    rows, rejected = read(corpus, tmp_path)
+    rows, rejected = read_rows(corpus, tmp_path)
     assert rejected["akshare/p.tests.test_a"] == "test module"
     assert rejected["akshare/p.broken"].startswith("module is not Python")
     reasons = Counter(rejected.values())
@@ -319,9 +300,9 @@ def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, mo
 
 
 def test_near_twins_of_training_functions_are_found() -> None:
-    def item(module: str, name: str, code: str, summary: str) -> functions._FoundFunction:
+    def item(module: str, name: str, code: str, summary: str) -> functions.FoundFunction:
         function = functions.source_code.SourceFunction(name, 1, code, code, summary)
-        return functions._FoundFunction("p", module, function)
+        return functions.FoundFunction("p", module, function)
 
     base = "def f(a): total = sum(a); mean = total / len(a); return mean, total, max(a), min(a)"
     train = item("m1", "f", base, "求平均值")

@@ -1,0 +1,10 @@
+"""Names of splits of the corpora that add rows to a task: further test rows, and the reserve.
+
+An evaluation reads by default the splits whose names start with "test". The reserve has another
+name, so that it is read only on request: ``skillnet evaluate --splits reserve``.
+"""
+
+#: Added to the name of a split: further rows of the units that this split holds out.
+MORE = "_more"
+#: Rows of a voice, an artist or a package that no other split contains.
+RESERVE = "reserve"
