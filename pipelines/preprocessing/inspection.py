@@ -64,16 +64,17 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         options: reader -> its options.
 
     Returns:
-        Plain values by name: path, reader, evidence (why this reader was chosen), modality, task,
-        rows, complete (all rows were read), splits, named_splits (splits that the corpus names;
-        others are made by a hash), joined (rows whose captions the first row of their media file
-        holds), rejected (other rows that give no item), errors (rejected rows that count towards
-        max_error_rate), duplicates (rows that equal an earlier row except for their key), columns
-        (after preparation), source (fields of one record in the file), captions, texts, labels,
-        numeric_labels (a sentence if labels are numbers), media, example, examples, files, bytes,
-        counted (all files were counted), unread (annotation files that the reader does not read),
-        archives (packed files that it does not read) and command (which prepares the corpus; ""
-        if no row could be used).
+        Plain values by name: path, name (of the prepared corpus), reader, evidence (why this reader
+        was chosen), modality, task, rows, complete (all rows were read), splits, named_splits
+        (splits that the corpus names; others are made by a hash), joined (rows whose captions the
+        first row of their media file holds), rejected (other rows that give no item), errors
+        (rejected rows that count towards max_error_rate), duplicates (rows that equal an earlier
+        row except for their key), columns (after preparation), preprocessing (as in the manifest),
+        source (fields of one record in the file), captions, texts, labels, numeric_labels (a
+        sentence if labels are numbers), values (range and mean of a regression), media, example,
+        examples, files, bytes, counted (all files were counted), unread (annotation files that the
+        reader does not read), archives (packed files that it does not read) and command (which
+        prepares the corpus; "" if no row could be used).
 
     Raises:
         UserError: the path is missing or of an unknown format, or the options are those of
@@ -94,7 +95,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     rows, num_read = sample.rows, sample.splits.total() + sample.rejections.total()
     # Joined rows are not lost: their captions are in the row of their media file.
     joined = sample.rejections.pop(JOINED_ROW, 0)
-    labels = count_labels(row["label"] for row in rows if row.get("label"))
+    labels = count_labels(label for row in rows for label in _list_labels(row))
     media = describe_media(corpus, rows) if "media" in corpus.raw_schema.names else {}
     undecodable = media and 0 < media["decoded"] == sum(media["rejected"].values())
     # A slow listing can end the sample before its first row.
@@ -102,6 +103,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     is_usable = is_unknown or bool(rows and not undecodable)
     return {
         "path": corpus.source.uri,
+        "name": _suggest_name(reader, corpus),
         "reader": reader,
         "evidence": evidence,
         "modality": corpus.modality,
@@ -115,11 +117,13 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "errors": sample.errors,
         "duplicates": sample.duplicates,
         "columns": {field.name: str(field.type) for field in corpus.columns},
+        "preprocessing": corpus.preprocessing(),
         "source": sample.record,
         "captions": _describe_captions(rows),
         "texts": _describe_texts(rows),
         "labels": dict(labels.most_common(20)),
         "numeric_labels": None if corpus.labels else describe_numeric_labels(labels),
+        "values": _describe_values(rows),
         "media": media,
         "example": _make_example(rows[0]) if rows else {},
         "examples": [_make_example(row) for row in _choose_examples(rows)],
@@ -182,6 +186,8 @@ def show_inspection(report: dict[str, Any]) -> None:
     lines += [[key, value] for key, value in report["texts"].items()]
     if report["labels"]:
         lines.append(["labels", ", ".join(f"{k} ({v})" for k, v in report["labels"].items())])
+    if report["values"]:
+        lines.append(["values", report["values"]])
     media = report["media"]
     measured = ("file size", "seconds", "width", "height", "frames")
     lines += [[f"{key} (of {media['decoded']})", media[key]] for key in measured if key in media]
@@ -289,9 +295,22 @@ def _read_sample(corpus: ExternalCorpus) -> _Sample:
     return sample
 
 
+def _list_labels(row: Row) -> list[str]:
+    """Return the class of a row, or its classes."""
+    return row.get("label_set") or ([row["label"]] if row.get("label") else [])
+
+
+def _describe_values(rows: list[Row]) -> str:
+    """Return range and mean of the numbers that a regression predicts, or "" without any."""
+    values = [row["value"] for row in rows if row.get("value") is not None]
+    if not values:
+        return ""
+    return f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):g}"
+
+
 def _format_content(row: Row) -> str:
     """Return a text that rows of equal content have in common."""
-    names = ("text", "code", "label", "captions", "media")
+    names = ("text", "code", "label", "label_set", "value", "captions", "media")
     return repr([row.get(name) for name in names])
 
 

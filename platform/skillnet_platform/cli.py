@@ -24,6 +24,7 @@ SUMMARIES = {
     "quickstart": "fetch, prepare, train, evaluate and register a small model",
     "fetch": "download the corpora, or list what to download by hand",
     "inspect": "report the content of a directory or URI before it is prepared",
+    "init-task": "write the configuration that trains a corpus' task",
     "prepare": "convert downloads or your own data into Arrow shards",
     "pretrain": "train the skills on unlabelled data",
     "finetune": "train the tasks jointly",
