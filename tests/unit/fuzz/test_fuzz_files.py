@@ -24,7 +24,7 @@ from pipelines.training.optimizer import build_optimizer
 from skillnet import systems
 from skillnet.serialization import write_manifest
 from skillnet_platform import config
-from tests.helpers.archive_files import tarred, zipped
+from tests.helpers.archive_files import packaged, tarred, zipped
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.helpers.small_models import small_model
 
@@ -68,7 +68,7 @@ def test_any_word_for_any_key(key: str, word: str) -> None:
 # -- archives ----------------------------------
 
 FILES = {f"folder/{n}.json": bytes(range(n, 250)) for n in range(5)}
-ARCHIVES = [zipped(FILES), tarred(FILES)]
+ARCHIVES = [zipped(FILES), tarred(FILES), packaged(FILES)]
 
 
 @given(st.sampled_from(ARCHIVES), WOUNDS)

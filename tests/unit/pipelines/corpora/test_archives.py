@@ -78,7 +78,7 @@ def test_an_unknown_corpus_name_suggests_the_nearest() -> None:
         find_corpus("nowhere.at_all:Corpus")
 
 
-def test_a_debian_package_with_a_link_or_without_files_is_rejected(tmp_path: Path) -> None:
+def test_an_unsafe_or_damaged_debian_package_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "x.deb"
     whole = packaged({"./usr/a": b"1" * 5_000})
     for data, message in (
