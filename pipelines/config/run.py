@@ -23,6 +23,7 @@ from skillnet_platform.config.bounds import (
 )
 from skillnet_platform.storage.objects import is_uri, require_no_secret
 from skillnet_platform.tracking import TrackingConfig
+from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
 
 #: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
 ESSENTIAL_TRAINING_OPTIONS = (
@@ -412,7 +413,9 @@ class PretrainConfig(FinetuneConfig):
 
     model: SkillNetConfig = field(default_factory=lambda: SkillNetConfig(tasks=pretraining_tasks()))
     tasks: dict[str, TaskTraining] = choices_field(default_masked_training, "corpus")
-    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(register=False))
+    tracking: TrackingConfig = field(
+        default_factory=lambda: TrackingConfig(experiment=PRETRAINING_EXPERIMENT, register=False)
+    )
     contrastive: bool = False
     views: bool = False
 

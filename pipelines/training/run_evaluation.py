@@ -130,7 +130,7 @@ def complete_result(
         "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total},
-        "metrics": tables.flat_metrics(rows),
+        "metrics": tables.flat_metrics(rows) | _find_score(rows, splits, brief),
         "note": tables.run_description(rows, [], model.config, total, facts),
     }
     # Another machine may have evaluated the run before, and logged the same numbers.
@@ -139,6 +139,17 @@ def complete_result(
     record["time_ms"] = before["time_ms"] if is_equal else int(time.time() * 1000)
     write_json(run / EVALUATED, record)
     return _log_evaluation(run, tracker, record)
+
+
+def _find_score(
+    rows: list[dict[str, Any]], splits: Sequence[str] | None, brief: bool
+) -> dict[str, float]:
+    """Return the metric by which lists of runs are sorted; the driver of a sweep logs its own."""
+    from pipelines.evaluation.overall_score import compute_overall_score
+    from skillnet_platform.tracking.backend import SCORE_METRIC
+
+    score, _ = compute_overall_score(rows, splits[0] if splits else "test")
+    return {} if brief or score is None else {SCORE_METRIC: score}
 
 
 def resume_evaluation(
@@ -188,7 +199,7 @@ def _log_evaluation(run: Path, tracker: "Tracker", record: dict[str, Any]) -> di
     from pipelines.evaluation.outcomes import OUTCOMES_FILE
 
     result: dict[str, Any] = record["result"]
-    tracker.metrics(record["costs"], time_ms=record["time_ms"])
+    tracker.constants(record["costs"])
     if result["evaluation"]:
         tracker.metrics(record["metrics"], result["step"], record["time_ms"])
         for file in (EVALUATION_CSV, OUTCOMES_FILE):

@@ -59,8 +59,11 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
     for task in config.tasks:
-        assert f"{task}/activated_params" in metrics
+        assert f"{task}/activated_params" in recorded.data.params
     assert "text_to_image/test_recall_at_10" in metrics
+    assert 0 <= metrics["score"] <= 1
+    assert recorded.data.tags["tasks"] == ", ".join(config.trained)
+    assert recorded.data.tags["system"] == "skillnet"
     assert "text_to_image/validation_recall_at_10" in metrics
     assert "training/learning_rate" in metrics
     assert {entry.dataset.name for entry in recorded.inputs.dataset_inputs} == {

@@ -94,8 +94,8 @@ def test_a_run_that_is_killed_while_it_finishes_is_recorded_once(run_root: Path)
     assert version.tags["gate"] == "the first version"
     [logged] = client.search_logged_models([place.experiment_id])
     assert version.source == f"models:/{logged.model_id}"
-    evaluated = [name for name in run.data.metrics if "/test_" in name or "activated" in name]
-    assert len(evaluated) > 10
+    evaluated = [name for name in run.data.metrics if "/test_" in name or name == "score"]
+    assert len(evaluated) > 1
     for name in evaluated:
         assert len(client.get_metric_history(run.info.run_id, name)) == 1, name
     result = json.loads((run_root / "run" / "result.json").read_text(encoding="utf-8"))
