@@ -114,7 +114,7 @@ def _grow_in_folder(
         result: dict[str, Any] = dict(finished)
         trained = _train_references(references, tracker)
         report = verification.build_growth_report(
-            source, before, settings, run, result, trained, (config.skill.name, config.task.name)
+            source, before, settings, run, result, trained, (_name_skill(config), config.task.name)
         )
         record_growth_report(report, run, tracker, "growth", {"is_unchanged": report.is_unchanged})
     # The report is written first, so that it shows what changed if the check fails.
@@ -132,6 +132,10 @@ def _grow_in_folder(
     return result
 
 
+def _name_skill(config: GrowConfig) -> str:
+    return config.skill.name if config.skill is not None else ""
+
+
 def _resolve_references(
     config: GrowConfig, settings: "FinetuneConfig", source: "ModelSource", run: Path
 ) -> "dict[str, ResolvedRun]":
@@ -145,7 +149,8 @@ def _resolve_references(
         other = runs.build_reference_config(name, config, settings, source, run)
         # Without another skill there is no frozen model to put the head on.
         if other is None:
-            console.print_note(f"{name}: the task has no other skill; this reference is skipped")
+            reason = "has no other skill" if config.skill is not None else "adds no skill"
+            console.print_note(f"{name}: the task {reason}; this reference is skipped")
             continue
         assert other.name is not None
         resolved[name] = ResolvedRun(other, run / "references" / other.name)
@@ -184,6 +189,7 @@ def _open_tracker(
 ) -> "Iterator[Tracker]":
     """Open the MLflow run of a folder: the recorded one if the run resumes, or a new one."""
     from pipelines.runs.layout import RUN
+    from pipelines.runs.run_tags import describe_run
     from skillnet_platform import tracking
 
     assert settings.name is not None
@@ -191,7 +197,7 @@ def _open_tracker(
         settings.name,
         settings,
         settings.tracking,
-        tags={"run_dir": str(run), "stage": "grow", **tags},
+        tags={"run_dir": str(run), "stage": "grow", **describe_run(settings), **tags},
         record=run / RUN,
         parent=parent,
     ) as tracker:

@@ -3,6 +3,9 @@
 <run root>/<name>/          a run with the files that other commands read, and
   merge.yaml                configuration of the merge
   merge.json, merge.md      report: origin of each file, outputs of each task before and after
+
+With ``tune``, a growth without a new skill follows: the run ``<name>-<task>`` trains a head over
+skills of the parents, and shows that all other tasks are unchanged.
 """
 
 import time
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config.merging import MergeConfig
 from pipelines.config.resources import request_model
+from pipelines.grow import grow_model, show_growth
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -35,7 +39,7 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
 
     Returns:
         ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
-        ``merge``: the report.
+        ``merge``: the report. With ``tune`` also ``tuned``, the result of the growth.
 
     Raises:
         UserError: a model or corpus is missing, the models have no common base, or the name is in
@@ -62,7 +66,9 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
         settings = build_merged_config(config, sources, plan)
         folder = Path(str(config.run_dir)) / str(settings.name)
         with layout.lock_run_folder(folder):
-            return _merge_in_folder(config, sources, plan, settings, folder)
+            result = _merge_in_folder(config, sources, plan, settings, folder)
+    growth = config.growth_of(result["name"])
+    return result if growth is None else result | {"tuned": grow_model(growth)}
 
 
 def _merge_in_folder(
@@ -75,6 +81,7 @@ def _merge_in_folder(
     from pipelines.growth.merging import build_merge_report
     from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
+    from pipelines.runs.run_tags import describe_run
     from pipelines.serving.registration import (
         check_given_name,
         check_trained_tasks,
@@ -105,7 +112,7 @@ def _merge_in_folder(
             str(settings.name),
             settings,
             settings.tracking,
-            tags={"run_dir": str(folder), "stage": "merge", **tags},
+            tags={"run_dir": str(folder), "stage": "merge", **describe_run(settings), **tags},
             record=folder / layout.RUN,
         ) as tracker,
         console.show_progress("comparing outputs", None, "rows") as bar,
@@ -164,6 +171,8 @@ def show_merge(result: dict[str, Any]) -> None:
     console.print_note(f"the model is in {result['model']}")
     if result.get("registered"):
         console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+    if "tuned" in result:
+        show_growth(result["tuned"])
 
 
 def request_merge(config: MergeConfig) -> ResourceRequest:
@@ -179,7 +188,8 @@ def request_merge(config: MergeConfig) -> ResourceRequest:
     "all skills, stems and heads are copied. Every task of every model is evaluated before and "
     "after, and the outputs must be identical to the bit.",
     example="skillnet merge counting radicals --name both\n"
-    "skillnet merge counting other --rename counting=counting_too",
+    "skillnet merge counting other --rename counting=counting_too\n"
+    "skillnet merge counting radicals --name both --config tune.yaml",
     show=show_merge,
     resources=request_merge,
 )

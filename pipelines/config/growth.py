@@ -52,8 +52,8 @@ class GrowConfig:
     Args:
         source: the model to grow: a registry address, a run's name, id or folder, a
             checkpoint, or a saved model.
-        skill: the new skill.
         task: the new task, which activates the new skill.
+        skill: the new skill; null adds only the task, whose head uses the skills of the model.
         name: name of the run and of its directory; the name of an unfinished run resumes it.
         run_dir: directory of runs; null takes the run root.
         seed: seed of new weights, order, augmentation and dropout.
@@ -66,8 +66,8 @@ class GrowConfig:
         tracking: MLflow server, experiment and registration.
     """
 
-    skill: NewSkill
     task: NewTask
+    skill: NewSkill | None = None
     source: str = positional_field("models:/skillnet@champion", **{ALIAS: "from"})
     name: str | None = None
     run_dir: str | None = None
@@ -83,9 +83,10 @@ class GrowConfig:
             raise ValueError("training.trainable is set by grow to the new files; leave it out")
         if self.training.precision == "fp64":
             raise ValueError("training.precision fp64 would change every file; use fp32 or auto")
-        if not any(self.skill.name in plan.skills for plan in self.task.towers.values()):
+        new = self.skill.name if self.skill is not None else None
+        if new is not None and not any(new in plan.skills for plan in self.task.towers.values()):
             raise ValueError(
-                f"no tower of task.towers activates the new skill {self.skill.name!r}; add it to "
+                f"no tower of task.towers activates the new skill {new!r}; add it to "
                 "the skills of one of them"
             )
         if self.task.training.eval_only or self.task.training.auxiliary:

@@ -2,7 +2,10 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from pipelines.config.growth import GrowConfig, NewTask
+from pipelines.config.run import TrainingConfig
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
@@ -26,6 +29,9 @@ class MergeConfig:
         run_dir: directory of runs; null takes the run root.
         data: directory of prepared corpora; null takes ``corpora`` in the run root.
         corpora: task -> corpus, if it differs from that of the training run; with the new names.
+        tune: a task that the merged model gets, over skills of several models; only its head is
+            trained, in a run of its own.
+        training: optimizer, workers and intervals of that run.
         tracking: MLflow server, experiment and registration.
     """
 
@@ -37,9 +43,13 @@ class MergeConfig:
     run_dir: str | None = None
     data: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
+    tune: NewTask | None = None
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=600))
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        # A task that no growth may have is found before the merge, which takes minutes.
+        self.growth_of("merged")
         if len(self.models) < 2:
             raise UserError("give at least two models to merge: skillnet merge MODEL MODEL")
         for entry in self.rename:
@@ -51,6 +61,26 @@ class MergeConfig:
                 raise UserError(
                     f"rename {entry!r}: there are {len(self.models)} models, numbered from 1"
                 )
+
+    def growth_of(self, name: str) -> GrowConfig | None:
+        """Return the growth that trains the task of ``tune``; None without one.
+
+        Args:
+            name: of the run of the merged model.
+        """
+        if self.tune is None:
+            return None
+        return GrowConfig(
+            self.tune,
+            source=str(Path(str(self.run_dir)) / name),
+            name=f"{name}-{self.tune.name}",
+            run_dir=self.run_dir,
+            data=self.data,
+            corpora=self.corpora,
+            training=self.training,
+            references=[],
+            tracking=self.tracking,
+        )
 
     def renames_of(self, position: int) -> dict[str, tuple[str, bool]]:
         """Return the renames of a model.

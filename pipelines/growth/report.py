@@ -104,7 +104,7 @@ class GrowthReport:
     Args:
         source: name of the source model.
         source_digest: of its weights.
-        skill: name of the new skill.
+        skill: name of the new skill; "" if only a task was added.
         task: name of the new task.
         corpus: of the new task.
         objective: of the new task.
@@ -194,7 +194,7 @@ class GrowthReport:
         old_tasks = [task for task in self.tasks if task.metric in primary]
         tables = [
             (
-                f"{self.task}: benefit of the new skill",
+                f"{self.task}: benefit of the new {'skill' if self.skill else 'head'}",
                 ["trained", "split", "metric", "grown minus this", "parameters", "training"],
                 [_transfer_cells(result) for result in self.transfer_results],
             ),

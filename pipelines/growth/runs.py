@@ -60,7 +60,8 @@ def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> Skill
     # The source model stays as it is, because the report measures it after the training.
     grown = copy.deepcopy(before)
     torch.manual_seed(config.seed)
-    add_skill(grown, config.skill.name, config.skill.init_from)
+    if config.skill is not None:
+        add_skill(grown, config.skill.name, config.skill.init_from)
     return add_task(grown, config.task.name, task)
 
 
@@ -100,7 +101,7 @@ def build_growth_config(
         UserError: a name is in use, or a corpus is missing or unknown.
     """
     task, skill = config.task, config.skill
-    if skill.name in before.config.skills:
+    if skill is not None and skill.name in before.config.skills:
         raise UserError(
             f"skill.name: {source.name} already has a skill {skill.name!r}; choose another name"
         )
@@ -111,7 +112,7 @@ def build_growth_config(
     name = config.name or time.strftime("grow-%Y%m%d-%H%M%S")
     shape = replace(
         before.config,
-        skills=(*before.config.skills, skill.name),
+        skills=(*before.config.skills, *([skill.name] if skill is not None else [])),
         tasks=before.config.tasks | {task.name: resolve_new_task(config)},
     )
     # Old tasks take no steps; they are evaluated to show that they did not change.
@@ -179,7 +180,8 @@ def build_reference_config(
         run: folder of the growth.
 
     Returns:
-        None for ``without_skill`` if a tower of the new task has no other skill.
+        None for ``without_skill`` if a tower of the new task has no other skill, or without a new
+        skill.
     """
     task = config.task.name
     spec = settings.model.tasks[task]
@@ -196,8 +198,11 @@ def build_reference_config(
             model=replace(settings.model, tasks={task: spec}),
             training=replace(settings.training, trainable=[]),
         )
+    if config.skill is None:
+        return None
+    new = config.skill.name
     remaining = {
-        tower: tuple(skill for skill in plan.skills if skill != config.skill.name)
+        tower: tuple(skill for skill in plan.skills if skill != new)
         for tower, plan in spec.towers.items()
     }
     if not all(remaining.values()):
@@ -207,9 +212,7 @@ def build_reference_config(
     torch.manual_seed(config.seed)
     model = add_task(load_growable_model(source), task, replace(spec, towers=towers))
     # The model of this reference has no file of the new skill.
-    trainable = [
-        file for file in settings.training.trainable if file != f"skill-{config.skill.name}"
-    ]
+    trainable = [file for file in settings.training.trainable if file != f"skill-{new}"]
     return replace(
         base,
         init_from=save_start_model(model, str(settings.run_dir)),
