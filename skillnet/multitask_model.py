@@ -20,7 +20,9 @@ from skillnet.build_budget import count_saved_weights, limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.heads import TaskHead, build_head
+from skillnet.hub import find_model_folder
 from skillnet.layers import require_unused_name
+from skillnet.raw_inputs import RawInputModel
 from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
 from skillnet.serialization import (
     describe_error,
@@ -43,7 +45,7 @@ class NoOptions:
     """The options of a system that has none."""
 
 
-class TaskModel(nn.Module):
+class TaskModel(RawInputModel, nn.Module):
     """Model of several tasks with one head per task.
 
     A subclass defines how the input of a tower becomes tokens (:meth:`tower_tokens`), which file
@@ -328,15 +330,16 @@ class TaskModel(nn.Module):
         """Read a saved model of this system, in evaluation mode.
 
         Args:
-            path: directory of the saved model.
-            task: read only the files that this task uses.
+            path: directory of the saved model, or ``owner/name`` of a repository of the Hugging
+                Face Hub.
+            task: read, and download, only the files that this task uses.
 
         Raises:
             ValueError: missing, altered or invalid files; an unknown task; a model of another
                 system; weights that do not fit the configuration. The shapes are compared
                 before memory for the weights is allocated.
         """
-        folder = Path(path)
+        folder = find_model_folder(path, task)
         manifest = read_manifest(folder)
         config, system, options = read_config(folder, manifest)
         vocabulary = read_vocabulary(folder, manifest)

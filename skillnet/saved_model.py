@@ -40,8 +40,28 @@ def save_model(
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(path) as staging:
-        write_manifest(staging, write_parts(model, staging, read_weight))
+        write_model(model, staging, read_weight)
         replace_folder(staging, path)
+
+
+def write_model(
+    model: SavableModel, folder: Path, read_weight: Callable[[str], Tensor] | None = None
+) -> None:
+    """Write the files of a model and their manifest into a directory that nobody reads yet.
+
+    The manifest lists the weight files of each task, so that one task can be downloaded alone.
+
+    Args:
+        model: any system.
+        folder: existing directory.
+        read_weight: see :func:`skillnet.serialization.write_parts`.
+    """
+    written = write_parts(model, folder, read_weight)
+    tasks = {
+        task: sorted(f"{file}.safetensors" for file in model.files_of(task))
+        for task in model.config.tasks
+    }
+    write_manifest(folder, written, tasks=tasks)
 
 
 def require_output_names(folder: Path, config: SkillNetConfig, vocabulary: ModelVocabulary) -> None:

@@ -110,8 +110,8 @@ class SavableModel(Protocol):
     def named_parameters(self) -> Any:
         """Iterate over (name, parameter)."""
 
-    def files_of(self) -> dict[str, list[str]]:
-        """Return file -> names of its parameters."""
+    def files_of(self, task: str | None = None) -> dict[str, list[str]]:
+        """Return file -> names of its parameters, of all tasks or of one."""
 
 
 def config_to_dict(config: SkillNetConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipelines.loading.task_columns import INPUT_COLUMNS
 from pipelines.shards.columns import NestedRaggedColumn, RaggedColumn, open_column
 from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from skillnet.config import SkillNetConfig
-from skillnet.heads import head_class
+from skillnet.heads import head_class, mean_pool
 from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision, find_device
@@ -260,6 +260,23 @@ class InferenceRunner:
             return (self.model.embed(task, tower, batch).float(),)
 
         for rows, (vectors,) in self._infer(inputs, embed_batch):
+            out[rows] = vectors.numpy()
+        return self.ranks.merge(out)
+
+    def pool(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
+        """Return the means of the encoded real tokens of a tower, (N, D) float32.
+
+        Args:
+            task: name of the task.
+            tower: of the task.
+            inputs: of the tower, N rows.
+        """
+        out = np.zeros((len(inputs), self.model.config.dim), dtype=np.float32)
+
+        def pool_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),)
+
+        for rows, (vectors,) in self._infer(inputs, pool_batch):
             out[rows] = vectors.numpy()
         return self.ranks.merge(out)
 

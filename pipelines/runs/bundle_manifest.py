@@ -16,7 +16,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json
 
 BUNDLE_MANIFEST = "serving.json"
-BUNDLE_FORMAT = 2
+BUNDLE_FORMAT = 3
 #: Largest accepted limit of tokens or frames, and number of seconds.
 MAX_LIMIT = 10**6
 REMEDY = "register the model again"
@@ -48,6 +48,21 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(_is_text(name) for name in value)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_figures(value: Any) -> bool:
+    texts, numbers = ("task", "split", "metric"), ("value", "low", "high")
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and row.keys() == {*texts, *numbers}
+        and all(_is_text(row[key]) for key in texts)
+        and all(row[key] is None or _is_number(row[key]) for key in numbers)
+        for row in value
+    )
+
+
 def _or_none(check: ValueCheck) -> ValueCheck:
     return lambda value: value is None or check(value)
 
@@ -64,6 +79,7 @@ MANIFEST_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "run_id": (_or_none(_is_text), "a text or null"),
     "steps": (_or_none(_is_count), "a number of steps or null"),
     "settings": (_is_tree, "keys and values"),
+    "evaluation": (_is_figures, "evaluation rows"),
     "tasks": (_is_tree, "an entry per task"),
     "files": (_is_tree, "a hash per file"),
     "digest": (_is_text, "a text"),
@@ -71,6 +87,7 @@ MANIFEST_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
 TASK_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "corpus": (_is_text, "a text"),
     "corpus_digest": (_is_text, "a text"),
+    "licences": (_is_names, "a list of texts"),
     "names": (_is_names, "a list of texts"),
     "limit": (_or_none(_is_limit), f"a number from 1 to {MAX_LIMIT} or null"),
     "preprocessing": (_is_tree, "keys and values"),

@@ -246,7 +246,7 @@ def _bundle(folder: Path, address: str) -> ModelSource:
     about = read_bundle_manifest(folder / BUNDLE_MANIFEST)
     return ModelSource(
         name=address,
-        weights=folder / "model",
+        weights=folder,
         bundle=folder,
         run_id=about["run_id"],
         settings=_check_settings(about["settings"], folder / BUNDLE_MANIFEST),

@@ -209,7 +209,7 @@ def find_tokenizer_file(tokenizer: str, origin: Path | None) -> Path | None:
     """
     if origin is None:
         return None
-    candidates = [origin.parent / TOKENIZER_FILE]
+    candidates = [origin / TOKENIZER_FILE]
     # The model is loaded already; only its settings may be missing or damaged.
     with contextlib.suppress(ValueError, OSError):
         data = read_training_settings(resolve_model(str(origin))).get("data")

@@ -1,6 +1,7 @@
 """Bundle of a model: one directory with everything that predictions need, and its hashes.
 
-    model/                     weights, as save_pretrained writes them
+    config.json, manifest.json, *.safetensors
+                               weights, as save_pretrained writes them
     tokenizer.json             of the corpora that the model was trained on
     captions-TASK.safetensors  embeddings of known captions, one row each
     captions-TASK.json         the captions
@@ -14,11 +15,10 @@ The registry stores bundles. A bundle opens without the corpora and without a ne
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from pipelines.evaluation.evaluator import locate_task_corpus
@@ -36,6 +36,8 @@ from pipelines.runs.vocabulary_match import (
     check_corpus_vocabulary,
     read_corpus_names,
 )
+from pipelines.serving.bundle_facts import list_licences, read_run_figures, select_figures
+from pipelines.serving.known_captions import embed_captions, read_known_captions
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
@@ -46,6 +48,7 @@ from skillnet import systems
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
+from skillnet.saved_model import write_model
 from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config
@@ -66,20 +69,21 @@ from skillnet_platform.storage.location import (
 
 #: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
 VECTORS_VERSION = 2
-#: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in
-#: the memory of a predictor.
-MAX_CAPTIONS = 100_000
-#: Captions that are read or embedded in one batch.
-BATCH_CAPTIONS = 8192
 
 
-def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
+def build_bundle(
+    source: ModelSource,
+    data: str | Path,
+    target: Path,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+) -> Path:
     """Write a model's bundle atomically.
 
     Args:
         source: the trained model.
         data: directory of prepared corpora.
         target: directory to create.
+        rows: evaluation rows of the model; None takes those of its run, if it has any.
 
     Returns:
         ``target``.
@@ -99,7 +103,7 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
     tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
     names = {task: read_output_names(model, task, corpus) for task, corpus in corpora.items()}
     with staging_directory(target) as folder:
-        model.save_pretrained(folder / "model")
+        write_model(model, folder)
         # A copy, because the tokenizer beside the corpora may be replaced later (decision 24).
         (folder / TOKENIZER_FILE).write_bytes(tokenizer)
         preprocessing = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
@@ -128,10 +132,12 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
             "run_id": source.run_id,
             "steps": source.steps,
             "settings": source.settings,
+            "evaluation": select_figures(read_run_figures(source.run) if rows is None else rows),
             "tasks": {
                 task: {
                     "corpus": corpus.name,
                     "corpus_digest": corpus.digest,
+                    "licences": list_licences(corpus.name),
                     "names": names[task],
                     "limit": source.limits.get(task),
                     "preprocessing": preprocessing[task],
@@ -160,7 +166,33 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
 
 
 def _load_checked_bundle(folder: Path, manifest: dict[str, Any], precision: str) -> TaskPredictor:
-    model = systems.load_model(folder / "model").to(best_device())
+    model = systems.load_model(folder).to(best_device())
+    return _make_predictor(folder, manifest, model, precision)
+
+
+def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
+    """Return the predictor of a model that was loaded from a bundle, for all or some tasks.
+
+    Only the hashes of the files that the predictor reads are checked: those of the weights were
+    checked when the model was loaded.
+
+    Args:
+        folder: of the bundle.
+        model: from this folder.
+
+    Raises:
+        UserError: a file is missing or was altered.
+    """
+    manifest = read_bundle_manifest(folder / BUNDLE_MANIFEST)
+    tasks = {name: each for name, each in manifest["tasks"].items() if name in model.config.tasks}
+    banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
+    _check_hashes(folder, manifest, {TOKENIZER_FILE, *banks} & manifest["files"].keys())
+    return _make_predictor(folder, manifest | {"tasks": tasks}, model, "auto")
+
+
+def _make_predictor(
+    folder: Path, manifest: dict[str, Any], model: TaskModel, precision: str
+) -> TaskPredictor:
     check_tasks(folder / BUNDLE_MANIFEST, manifest, model.config)
     banks = {}
     for task, spec in model.config.tasks.items():
@@ -193,10 +225,16 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
     manifest = read_bundle_manifest(path)
     files = manifest["files"]
     # A manifest without files would otherwise pass, because it has nothing to compare.
-    required = {TOKENIZER_FILE, "model/manifest.json"}
+    required = {TOKENIZER_FILE, "manifest.json"}
     if required - set(files):
         raise UserError(f"{path} does not list {', '.join(sorted(required - set(files)))}")
-    for name, expected in files.items():
+    _check_hashes(folder, manifest, files)
+    return manifest
+
+
+def _check_hashes(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    path = folder / BUNDLE_MANIFEST
+    for name in sorted(names):
         # A bundle may come from elsewhere; a name like ../x must not reach other files.
         check_inside(path, name, deep=True)
         # The target of a link may change after its hash was checked.
@@ -204,9 +242,8 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{folder / name} is a link; a bundle must contain the file itself")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; register the model again")
-        if sha256_file(folder / name) != expected:
+        if sha256_file(folder / name) != manifest["files"][name]:
             raise UserError(f"{folder / name} was altered after the model was registered")
-    return manifest
 
 
 def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig) -> None:
@@ -297,8 +334,21 @@ def open_predictor(
     Raises:
         UserError: as for :func:`build_bundle` and :func:`open_bundle`.
     """
+    return _load_checked_bundle(*find_bundle(source, data), precision)
+
+
+def find_bundle(source: ModelSource, data: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    """Return the checked bundle of any model and its manifest; see :func:`open_predictor`.
+
+    Args:
+        source: the model.
+        data: directory of prepared corpora; required for a checkpoint.
+
+    Raises:
+        UserError: as for :func:`build_bundle` and :func:`open_bundle`.
+    """
     if source.bundle is not None:
-        return open_bundle(source.bundle, precision)
+        return source.bundle, check_bundle(source.bundle)
     if data is None:
         raise UserError(f"{source.name} is a checkpoint; give --data with the prepared corpora")
     tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
@@ -321,8 +371,9 @@ def open_predictor(
             console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
             shutil.rmtree(target)
         else:
-            return _load_checked_bundle(target, manifest, precision)
-    return open_bundle(build_bundle(source, data, target), precision)
+            return target, manifest
+    build_bundle(source, data, target)
+    return target, check_bundle(target)
 
 
 def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> list[str]:
@@ -339,52 +390,6 @@ def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> li
     names = model.vocabulary.outputs.get(task) or read_corpus_names(corpus, spec)
     # A corpus may have numbers only. Each output needs a name.
     return list(names or map(str, range(spec.outputs)))
-
-
-def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS) -> list[str]:
-    """Return the distinct first captions of all splits except ``pretrain``, in order.
-
-    Shards are read one at a time, and none after the last returned caption.
-
-    Args:
-        corpus: of a retrieval task.
-        max_captions: maximum number of captions.
-    """
-    # A dictionary removes duplicates and keeps the order, on which the digest of a bundle depends.
-    captions: dict[str, None] = {}
-    for name, split in corpus.splits.items():
-        for shard in split.shards if name != "pretrain" else ():
-            # The handle keeps the shard in the cache while it is read.
-            opened = split.open_shard(shard)
-            if "captions" not in opened.table.column_names:
-                break  # rows without captions, for prediction only
-            column = opened.table["captions"]
-            for start in range(0, len(column), BATCH_CAPTIONS):
-                rows = column.slice(start, BATCH_CAPTIONS).to_pylist()
-                captions |= dict.fromkeys(row[0] for row in rows if row)
-                if len(captions) > max_captions:
-                    console.print_note(
-                        f"{corpus.name} has more than {max_captions:,} captions; predictions "
-                        "choose among the first ones only"
-                    )
-                    return list(captions)[:max_captions]
-    return list(captions)
-
-
-def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> np.ndarray:
-    """Return the embeddings of captions, (N, E), computed in batches.
-
-    Args:
-        predictor: with the model and its tokenizer.
-        task: a retrieval task.
-        captions: N texts.
-    """
-    # Batches bound the memory of the tokenized texts.
-    parts = [
-        predictor.embed_texts(task, captions[start : start + BATCH_CAPTIONS])
-        for start in range(0, len(captions), BATCH_CAPTIONS)
-    ]
-    return np.concatenate(parts) if parts else predictor.embed_texts(task, [])
 
 
 def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> bytes:

@@ -55,6 +55,7 @@ class PredictionItem:
         may_be_empty: whether an empty text is accepted.
         content: decoded media instead of bytes: a Pillow image, (samples, rate) of audio, or
             frames (N, H, W, C).
+        modality: of the input; None guesses it by the name and the first bytes.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PredictionItem:
     where: str = ""
     may_be_empty: bool = False
     content: Any = None
+    modality: str | None = None
 
 
 def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem:

@@ -187,7 +187,9 @@ class TaskPredictor:
     def _select_task(self, item: PredictionItem) -> tuple[str, str]:
         """Return task and tower for an item."""
         tasks = self.model.config.tasks
-        modality = "text" if item.data is None else guess_modality(item.name, item.data)
+        modality = item.modality
+        if modality is None:
+            modality = "text" if item.data is None else guess_modality(item.name, item.data)
         if item.task is not None:
             spec = find_task(item.task, tasks)
             for tower in ("input", "candidate", "query"):
@@ -269,7 +271,7 @@ class TaskPredictor:
             return image.convert_image(item.content, *options)
         if modality == "sound":
             return sound.compute_log_mel(sound.resample_audio(*item.content), *options)
-        return video.sample_frames(item.content, *options)
+        return video.convert_frames(item.content, *options)
 
     # -- inference -------------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ def _register_bundle(
         _open_run(source, uri, key) as run_id,
         scratch_directory(_bundle_place()) as scratch,
     ):
-        folder = bundle.build_bundle(source, data, scratch / BUNDLE)
+        folder = bundle.build_bundle(source, data, scratch / BUNDLE, rows)
         # The bundle is read back, so that a damaged one is never registered.
         manifest = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}

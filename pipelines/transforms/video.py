@@ -120,6 +120,32 @@ def sample_frames(
     return np.stack([_crop_square(frames[i], size, channels) for i in chosen])
 
 
+def convert_frames(
+    frames: Any, count: int = FRAMES, size: int = SIZE, channels: int = GREY
+) -> NDArray[np.uint8]:
+    """Convert frames in memory as :func:`load_video_frames` does, uint8 (count, size, size, C).
+
+    Args:
+        frames: uint8 (N, H, W, 1) or (N, H, W, 3).
+        count: number of sampled frames.
+        size: side of a frame in pixels.
+        channels: 1 for grey, 3 for colour.
+
+    Raises:
+        ValueError: another type or shape, or too many or too large frames.
+    """
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise ValueError(
+            f"frames are {array.dtype} {array.shape}, expected uint8 (N, H, W, 1) or (N, H, W, 3)"
+        )
+    if not array.size:
+        raise ValueError("a video without frames")
+    if len(array) > MAX_FRAMES_READ:
+        raise ValueError(TOO_LONG)
+    return sample_frames(array, count, size, channels)
+
+
 def load_video_frames(
     data: bytes, count: int = FRAMES, size: int = SIZE, channels: int = GREY
 ) -> NDArray[np.uint8]:

@@ -241,7 +241,7 @@ def test_verify_finds_an_altered_byte_of_the_data(place: Place, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "file", ["model/skill-text.safetensors", "tokenizer.json", "captions-text_to_code.safetensors"]
+    "file", ["skill-text.safetensors", "tokenizer.json", "captions-text_to_code.safetensors"]
 )
 def test_an_altered_bundle_is_found_and_refused(place: Place, capsys, file):
     bundle = registry.resolve_registered(CHAMPION).path / "artifacts" / model_source.BUNDLE

@@ -96,6 +96,7 @@ def manifest() -> dict[str, Any]:
     entry = {
         "corpus": "headings",
         "corpus_digest": "0" * 64,
+        "licences": [],
         "names": ["红", "绿"],
         "limit": 48,
         "preprocessing": {"max_tokens": 48, "fit": "pad", "trim": True, "max_seconds": 3.5},
@@ -109,6 +110,7 @@ def manifest() -> dict[str, Any]:
         "settings": {"seed": 0, "tasks": {"text_classification": {"corpus": "headings"}}},
         "tasks": {name: dict(entry) for name in config().tasks},
         "files": {"tokenizer.json": "0" * 64},
+        "evaluation": [],
     }
     return made | {"digest": compute_bundle_digest(made)}
 

@@ -153,6 +153,7 @@ SERVING = {
     "run_id": "a",
     "settings": SETTINGS,
     "steps": 4,
+    "evaluation": [],
     "tasks": {},
     "files": {},
 }

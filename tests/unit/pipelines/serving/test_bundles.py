@@ -99,9 +99,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "steps": (lambda m: m.update(steps="many"), "steps is 'many'"),
     "run_id": (lambda m: m.update(run_id=3), "run_id is 3, expected a text or null"),
     "settings": (lambda m: m.update(settings=[1]), r"settings is \[1\], expected keys"),
-    "files": (lambda m: m["files"].update({"model/manifest.json": 3}), "is no hash"),
+    "files": (lambda m: m["files"].update({"manifest.json": 3}), "is no hash"),
     "extra key": (lambda m: m.update(code="import os"), "code is no known key"),
-    "format": (lambda m: m.update(format=99), "format 99, this program reads 2"),
+    "format": (lambda m: m.update(format=99), "format 99, this program reads 3"),
 }
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.serving import bundle, retrieval_index
+from pipelines.serving import known_captions, retrieval_index
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.shards.files import LocalShardStore
 from skillnet.skills import default_tasks, find_task
@@ -27,8 +27,8 @@ def firsts(corpus: PreparedCorpus) -> list[str]:
 def test_all_captions_are_known_below_the_limit(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
-    assert bundle.read_known_captions(corpus) == firsts(corpus)
+    monkeypatch.setattr(known_captions, "BATCH_CAPTIONS", 3)
+    assert known_captions.read_known_captions(corpus) == firsts(corpus)
 
 
 def test_no_shard_is_opened_after_the_last_returned_caption(
@@ -43,13 +43,13 @@ def test_no_shard_is_opened_after_the_last_returned_caption(
         return before(self, shard)
 
     monkeypatch.setattr(LocalShardStore, "open", recording_open)
-    assert bundle.read_known_captions(corpus, 2) == expected[:2]
+    assert known_captions.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "choose among the first ones only" in capsys.readouterr().err
 
 
 def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
+    monkeypatch.setattr(known_captions, "BATCH_CAPTIONS", 4)
     sizes: list[int] = []
 
     def embed_texts(task: str, texts: list[str]) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> No
         return np.array([[float(text)] for text in texts])
 
     predictor = SimpleNamespace(embed_texts=embed_texts)
-    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    vectors = known_captions.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
     assert vectors[:, 0].tolist() == list(range(10))
     assert sizes == [4, 4, 2]
 

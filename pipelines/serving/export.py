@@ -1,0 +1,240 @@
+"""Export of a trained model: folders for the Hub, a dense model, torch.export and ONNX.
+
+    hf      weights per skill, tokenizer, manifest and model card; all tasks or one
+    dense   the same of one task, with the skills of each tower merged into one set of weights
+    pt2     a torch.export program per tower of one task, of the merged weights
+    onnx    the same as ONNX
+
+:func:`export_bundle` is the entry point of ``skillnet export``. Every export is compared with the
+outputs of its source.
+"""
+
+import contextlib
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, compute_bundle_digest
+from pipelines.runs.model_source import ModelSource
+from pipelines.runs.vocabulary_match import TOKENIZER_FILE
+from pipelines.serving.model_card import CARD_FILE, render_card
+from skillnet import systems
+from skillnet.dense_export import merge_task_skills
+from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
+from skillnet.saved_model import write_model
+from skillnet.skills import find_task
+from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import sha256_file, staging_directory, write_json
+
+FORMATS = ("hf", "dense", "pt2", "onnx")
+#: Largest difference of an output in float32, relative to the largest output or 1.
+TOLERANCE = 1e-5
+#: Version of the ONNX operators: attention and normalization exist since 18.
+OPSET = 18
+GRAPH_MANIFEST = "graph.json"
+
+Towers = Callable[[str, str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of an export.
+
+    Args:
+        folder: that was written.
+        format: one of ``FORMATS``.
+        tasks: of the exported model.
+        parameters: number of its weights.
+        difference: largest difference of its outputs to those of the source.
+    """
+
+    folder: str
+    format: str
+    tasks: list[str]
+    parameters: int
+    difference: float
+
+
+def export_bundle(
+    bundle: Path, manifest: Mapping[str, Any], target: Path, to: str, task: str | None = None
+) -> ExportReport:
+    """Write a model in another form, atomically, and compare its outputs with those of the source.
+
+    Args:
+        bundle: checked bundle of the model.
+        manifest: content of its ``serving.json``.
+        target: directory to create.
+        to: one of ``FORMATS``.
+        task: to export; None exports all tasks, which only ``hf`` can.
+
+    Raises:
+        UserError: the target exists, a task is missing or unknown, or a package is not installed.
+        ValueError: the outputs differ.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists. Give --output another folder")
+    tasks = list(manifest["tasks"])
+    if task is None and to != "hf":
+        raise UserError(f"--to {to} exports one task. Give one of {', '.join(tasks)}")
+    if task is not None:
+        find_task(task, dict.fromkeys(tasks))  # type: ignore[arg-type]
+    if to == "onnx":
+        _require_onnx()
+    source = systems.load_model(bundle, task)
+    # A tower of several skills becomes one of a single skill, so a graph has no averages.
+    exported = source
+    if to != "hf":
+        if not isinstance(source, SkillNet):
+            raise UserError(f"--to {to}: the system {source.system} has no skills to merge")
+        exported = merge_task_skills(source, str(task))
+    with staging_directory(target) as folder:
+        if to in ("hf", "dense"):
+            write_exported_folder(bundle, manifest, exported, folder, target.name)
+            difference = _compare(source, manifest, _run_model(systems.load_model(folder)))
+        else:
+            run = _write_graphs(bundle, manifest, exported, str(task), folder, to)
+            difference = _compare(source, manifest, run)
+        # Before the folder gets its name, so that a wrong export never exists.
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{target}: outputs differ from the source by {difference:.2g}")
+    parameters = sum(parameter.numel() for parameter in exported.parameters())
+    return ExportReport(str(target), to, list(exported.config.tasks), parameters, difference)
+
+
+def write_exported_folder(
+    bundle: Path, manifest: Mapping[str, Any], model: TaskModel, folder: Path, title: str
+) -> None:
+    """Write a model, a card, and the tokenizer and captions of the bundle that it comes from.
+
+    Args:
+        bundle: of the source.
+        manifest: content of its ``serving.json``.
+        model: its tasks are those of the source or some of them.
+        folder: existing directory.
+        title: of the card.
+    """
+    write_model(model, folder)
+    tasks = {task: manifest["tasks"][task] for task in model.config.tasks}
+    banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
+    for name in (TOKENIZER_FILE, *banks):
+        if name in manifest["files"]:
+            shutil.copyfile(bundle / name, folder / name)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    content = {key: value for key, value in manifest.items() if key != "digest"} | {
+        "tasks": tasks,
+        "weights_digest": ModelSource(str(folder), folder).digest,
+        "evaluation": [row for row in manifest["evaluation"] if row["task"] in tasks],
+        "files": {path.name: sha256_file(path) for path in files},
+    }
+    content["digest"] = compute_bundle_digest(content)
+    write_json(folder / BUNDLE_MANIFEST, content)
+    # Not listed in the manifest: people edit the card.
+    (folder / CARD_FILE).write_text(render_card(content, model, title), encoding="utf-8")
+
+
+def _write_graphs(
+    bundle: Path, manifest: Mapping[str, Any], model: TaskModel, task: str, folder: Path, to: str
+) -> Towers:
+    """Write a graph per tower, and return a function that runs them."""
+    towers: dict[str, Any] = {}
+    runs: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+    for tower, plan in model.config.tasks[task].towers.items():
+        graph = TowerGraph(model, task, tower).eval()
+        channels = manifest["tasks"][task]["preprocessing"].get("video_channels", 1)
+        batch = make_example_batch(plan, model.config, channels=channels)
+        program = export_tower(graph, batch)
+        path = folder / f"{tower}.{to}"
+        if to == "pt2":
+            torch.export.save(program, path)
+            runs[tower] = program.module()
+        else:
+            _write_onnx(program, graph, path)
+            runs[tower] = _run_onnx(path, graph)
+        towers[tower] = {
+            "file": path.name,
+            "inputs": {
+                name: {
+                    # Rows, and tokens of a text, are free.
+                    "shape": [None, *([None] if name == "tokens" else batch[name].shape[1:])],
+                    "dtype": str(batch[name].dtype).removeprefix("torch."),
+                }
+                for name in graph.input_names
+            },
+            "outputs": list(graph.output_names),
+        }
+    shutil.copyfile(bundle / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    entry = manifest["tasks"][task]
+    about = {key: entry[key] for key in ("names", "limit", "preprocessing")}
+    about = {"task": task, "package": manifest["package"], "towers": towers} | about
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    (folder / GRAPH_MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return lambda _, tower, tensors: runs[tower](*tensors)
+
+
+def _require_onnx() -> None:
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--to onnx: the package {error.name} is missing. Install it: "
+            "pip install 'skillnet-platform[export]'"
+        ) from None
+
+
+def _write_onnx(program: torch.export.ExportedProgram, graph: TowerGraph, path: Path) -> None:
+    # The exporter reports its steps on standard output, where --json has one document.
+    with contextlib.redirect_stdout(sys.stderr):
+        torch.onnx.export(
+            program,
+            f=path,
+            input_names=list(graph.input_names),
+            output_names=list(graph.output_names),
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _run_onnx(path: Path, graph: TowerGraph) -> Callable[..., tuple[Tensor, ...]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        feed = {name: x.numpy() for name, x in zip(graph.input_names, tensors, strict=True)}
+        return tuple(torch.from_numpy(x) for x in session.run(None, feed))
+
+    return run
+
+
+def _run_model(model: TaskModel) -> Towers:
+    return lambda task, tower, tensors: TowerGraph(model, task, tower).eval()(*tensors)
+
+
+@torch.no_grad()
+def _compare(source: TaskModel, manifest: Mapping[str, Any], run: Towers) -> float:
+    """Return the largest difference of the outputs of all towers, for one row and for several."""
+    largest = 0.0
+    expected = _run_model(source)
+    for task, spec in source.config.tasks.items():
+        channels = manifest["tasks"][task]["preprocessing"].get("video_channels", 1)
+        for tower, plan in spec.towers.items():
+            for rows in (1, 4):
+                batch = make_example_batch(plan, source.config, rows, rows, channels)
+                tensors = tuple(batch[name] for name in TowerGraph(source, task, tower).input_names)
+                pairs = zip(expected(task, tower, tensors), run(task, tower, tensors), strict=True)
+                for wanted, found in pairs:
+                    scale = max(float(wanted.abs().max()), 1.0)
+                    largest = max(largest, float((wanted - found).abs().max()) / scale)
+    return largest

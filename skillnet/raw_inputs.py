@@ -1,0 +1,171 @@
+"""Methods of models for raw inputs: texts, images, audio, videos and code.
+
+:class:`RawInputModel` is the base of all models. This package knows no files of corpora, so a model
+asks its processor to read the inputs; it is loaded at the first use.
+
+    model = SkillNet.from_pretrained("my-model")
+    texts, images = model.encode_text(["红色方块"]), model.encode_image([picture])
+    model.similarity(texts, images)
+
+Shapes: N and M inputs, E width of the vectors.
+"""
+
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+#: ``module:function`` that returns the :class:`InputProcessor` of a model. A name, so that this
+#: package imports no higher one.
+PROCESSOR = "pipelines.serving.model_processor:open_processor"
+
+
+class TaskVectors(Tensor):
+    """Vectors (N, E) of one task. Vectors of different tasks cannot be compared."""
+
+    task: str = ""
+
+
+class InputProcessor(Protocol):
+    """Preprocessing of a model's training, and the names of its outputs."""
+
+    def __call__(
+        self, inputs: Sequence[Any], task: str, tower: str = "input"
+    ) -> dict[str, Tensor]: ...
+
+    def encode(self, modality: str, inputs: Sequence[Any], task: str | None) -> TaskVectors: ...
+
+    def classify(self, inputs: Sequence[Any], task: str | None, top: int) -> list[Any]: ...
+
+    def transcribe(self, recordings: Sequence[Any], task: str | None) -> list[str]: ...
+
+    def push_to_hub(self, repository: str, **options: Any) -> str: ...
+
+
+class RawInputModel:
+    """Base of models that encode, classify and transcribe raw inputs.
+
+    Media are given in memory, as a path, or as the bytes of a file. ``task`` selects the space of
+    the vectors. By default it is the first retrieval task that reads the modality, and else the
+    first task. Vectors of a retrieval task have length 1; others are means of the real tokens.
+    """
+
+    #: Folder of the saved model; None for a new model.
+    origin: Path | None
+    _processor: InputProcessor | None = None
+
+    @property
+    def processor(self) -> InputProcessor:
+        """Preprocessing of the model's training; ``processor(inputs, task)`` returns a batch.
+
+        Raises:
+            ValueError: the model was not read from a folder with a tokenizer and output names.
+        """
+        if self._processor is None:
+            self._processor = pkgutil.resolve_name(PROCESSOR)(self)
+        return self._processor
+
+    def encode_text(self, texts: Sequence[str], task: str | None = None) -> TaskVectors:
+        """Return the vectors (N, E) of texts.
+
+        Args:
+            texts: N texts.
+            task: see the class; in a retrieval task the texts are queries.
+        """
+        return self.processor.encode("text", texts, task)
+
+    def encode_image(self, images: Sequence[Any], task: str | None = None) -> TaskVectors:
+        """Return the vectors (N, E) of images.
+
+        Args:
+            images: Pillow images, uint8 pixels (H, W, 3), paths, or bytes of files.
+            task: see the class.
+        """
+        return self.processor.encode("image", images, task)
+
+    def encode_audio(self, recordings: Sequence[Any], task: str | None = None) -> TaskVectors:
+        """Return the vectors (N, E) of recordings.
+
+        Args:
+            recordings: (samples, rate in Hz), paths, or bytes of files. Samples are int16, or
+                floats in [-1, 1]; mono (samples,) or stereo (samples, 2).
+            task: see the class.
+        """
+        return self.processor.encode("sound", recordings, task)
+
+    def encode_video(self, videos: Sequence[Any], task: str | None = None) -> TaskVectors:
+        """Return the vectors (N, E) of videos.
+
+        Args:
+            videos: uint8 frames (N, H, W, 1 or 3), paths, or bytes of files.
+            task: see the class.
+        """
+        return self.processor.encode("video", videos, task)
+
+    def encode_code(self, functions: Sequence[str], task: str | None = None) -> TaskVectors:
+        """Return the vectors (N, E) of functions in Python.
+
+        Args:
+            functions: source of one function each; its docstring is not read.
+            task: see the class.
+        """
+        return self.processor.encode("code", functions, task)
+
+    def classify(self, inputs: Sequence[Any], task: str | None = None, top: int = 5) -> list[Any]:
+        """Return the best class of each input, with its probability and the next ones.
+
+        Args:
+            inputs: texts, or media as in ``encode_image`` and the like; all of one modality.
+            task: a classification task; None takes the first that reads the modality.
+            top: number of classes that are listed.
+
+        Returns:
+            A :class:`pipelines.serving.predictor.TaskPrediction` per input.
+        """
+        return self.processor.classify(inputs, task, top)
+
+    def transcribe(self, recordings: Sequence[Any], task: str | None = None) -> list[str]:
+        """Return the transcripts of recordings.
+
+        Args:
+            recordings: see :meth:`encode_audio`.
+            task: a CTC task; None takes the first.
+        """
+        return self.processor.transcribe(recordings, task)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the model with its tokenizer and a model card to the Hugging Face Hub.
+
+        Args:
+            repository: ``owner/name``; created if it does not exist.
+            **options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as ``private``.
+
+        Returns:
+            URL of the commit.
+        """
+        return self.processor.push_to_hub(repository, **options)
+
+    @staticmethod
+    def similarity(first: Tensor, second: Tensor) -> Tensor:
+        """Return the cosine of each pair of vectors, (N, M).
+
+        Args:
+            first: vectors (N, E).
+            second: vectors (M, E) of the same task.
+
+        Raises:
+            ValueError: the vectors belong to different tasks.
+        """
+        tasks = [getattr(vectors, "task", "") for vectors in (first, second)]
+        if all(tasks) and tasks[0] != tasks[1]:
+            raise ValueError(
+                f"vectors of {tasks[0]} and of {tasks[1]} cannot be compared. Encode both with one "
+                f"task, for example task={tasks[1]!r}"
+            )
+        a, b = (torch.as_tensor(vectors).as_subclass(Tensor) for vectors in (first, second))
+        normalized = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (a, b))
+        first_NE, second_ME = normalized
+        return first_NE @ second_ME.T

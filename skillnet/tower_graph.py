@@ -1,0 +1,114 @@
+"""Graph of one tower of a task, for runtimes without this package: torch.export and ONNX.
+
+:class:`TowerGraph` takes the tensors of a batch and returns the outputs of the head.
+:func:`export_tower` traces it for any number of rows, and for texts of any length up to the model's
+limit. Sound is padded to the longest length; its frames say how many are real.
+
+Shapes: B batch, T tokens, N frames, M mel bins.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from skillnet.config import SkillNetConfig
+from skillnet.multitask_model import Batch, TaskModel
+from skillnet.skills import SkillPlan, find_task
+
+#: Modality -> names of its tensors, in the order of the graph's inputs.
+TENSORS: dict[str, tuple[str, ...]] = {
+    "text": ("tokens",),
+    "code": ("tokens",),
+    "image": ("pixels",),
+    "sound": ("log_mel", "frames"),
+    "video": ("frames",),
+}
+
+
+#: Shortest text of a graph. Tensors of length 1 broadcast, so torch would trace another graph.
+MIN_TOKENS = 3
+
+
+class TowerGraph(nn.Module):
+    """One tower of a task with tensors as inputs and outputs.
+
+    Args:
+        model: with the task.
+        task: name of the task.
+        tower: of the task.
+    """
+
+    def __init__(self, model: TaskModel, task: str, tower: str) -> None:
+        super().__init__()
+        self.model, self.task, self.tower = model, task, tower
+        self.spec = find_task(task, model.config.tasks)
+        self.input_names = TENSORS[self.spec.towers[tower].modality]
+        self.output_names: tuple[str, ...] = ()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the unit vectors of a retrieval tower, or the outputs of the head."""
+        batch = dict(zip(self.input_names, tensors, strict=True))
+        if self.spec.objective == "retrieval":
+            outputs = {"vectors": self.model.embed(self.task, self.tower, batch)}
+        else:
+            outputs = self.model(self.task, {self.tower: batch})
+        self.output_names = tuple(outputs)
+        return tuple(outputs.values())
+
+
+def make_example_batch(
+    plan: SkillPlan, config: SkillNetConfig, rows: int = 3, seed: int = 0, channels: int = 1
+) -> Batch:
+    """Return random inputs of a tower, the first row as long as the model reads.
+
+    Args:
+        plan: of the tower.
+        config: sizes of the inputs.
+        rows: B.
+        seed: of the values and lengths.
+        channels: of video frames.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def lengths(longest: int) -> Tensor:
+        shorter = torch.randint(1, longest + 1, (rows - 1,), generator=draw)
+        return torch.cat([torch.tensor([longest]), shorter])
+
+    if plan.stem == "token":
+        longest = config.max_tokens
+        tokens_BT = torch.randint(1, config.vocab_size, (rows, longest), generator=draw)
+        return {"tokens": tokens_BT * (torch.arange(longest) < lengths(longest)[:, None])}
+    if plan.modality == "sound":
+        longest = config.max_frames
+        shape = (rows, longest, config.n_mels)
+        return {"log_mel": torch.randn(shape, generator=draw), "frames": lengths(longest)}
+    if plan.modality == "image":
+        sides = (config.image_size, config.image_size)
+        return {
+            "pixels": torch.randint(0, 256, (rows, *sides, 3), generator=draw, dtype=torch.uint8)
+        }
+    size = (config.video_frames, config.video_size, config.video_size, channels)
+    return {"frames": torch.randint(0, 256, (rows, *size), generator=draw, dtype=torch.uint8)}
+
+
+def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:
+    """Trace a tower for any number of rows, and texts of any length up to that of the batch.
+
+    Args:
+        graph: of the tower, its model in evaluation mode.
+        batch: inputs of the longest length, at least two rows.
+    """
+    shapes: list[dict[int, Any]] = []
+    for name in graph.input_names:
+        axes: dict[int, Any] = {0: Dim.DYNAMIC}
+        longest = batch[name].shape[1] if name == "tokens" else 0
+        # torch cannot prove that the convolutions of sound give as many tokens as their mask has.
+        if longest > MIN_TOKENS:
+            axes[1] = Dim("tokens_length", min=MIN_TOKENS, max=longest)
+        shapes.append(axes)
+    tensors = tuple(batch[name] for name in graph.input_names)
+    with torch.no_grad():
+        graph(*tensors)  # sets the names of the outputs
+        return torch.export.export(graph, tensors, dynamic_shapes=(tuple(shapes),))

@@ -1,0 +1,120 @@
+"""Server with the HTTP interface of the Hugging Face Hub for models: create, commit, download."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer(ThreadingHTTPServer):
+    """Hub in memory.
+
+    Its ``repositories`` are name -> file -> content, and ``requests`` the lines of all requests.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+    COMMIT = "c" * 40
+
+    def do_POST(self) -> None:
+        path = self._path()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/repos/create":
+            values = json.loads(body)
+            owner = values.get("organization") or "owner"
+            name = f"{owner}/{values['name'].rpartition('/')[2]}"
+            self.server.repositories.setdefault(name, {})
+            self._answer({"url": f"{self.server.url}/{name}"})
+        elif path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = [
+                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]
+            self._answer({"files": files})
+        else:
+            name = path.removeprefix("/api/models/").partition("/commit/")[0]
+            for line in filter(None, body.split(b"\n")):
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.server.repositories[name][entry["value"]["path"]] = content
+            url = f"{self.server.url}/{name}/commit/{self.COMMIT}"
+            self._answer({"commitUrl": url, "commitOid": self.COMMIT})
+
+    def do_GET(self) -> None:
+        path = self._path()
+        if path.startswith("/api/models/"):
+            name = "/".join(path.split("/")[3:5])
+            files = self.server.repositories.get(name)
+            if files is None:
+                self._answer({"error": "Repository not found"}, 404, "RepoNotFound")
+            elif "/tree/" in path:
+                self._answer(
+                    [
+                        {"type": "file", "path": file, "size": len(data), "oid": _digest(data)}
+                        for file, data in files.items()
+                    ]
+                )
+            else:
+                siblings = [{"rfilename": file} for file in files]
+                self._answer({"id": name, "sha": self.COMMIT, "siblings": siblings})
+            return
+        name, _, rest = path.removeprefix("/").partition("/resolve/")
+        data = self.server.repositories[name][rest.partition("/")[2]]
+        self._send(data, 200, {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": self.COMMIT})
+
+    do_HEAD = do_GET
+
+    def _path(self) -> str:
+        self.server.requests.append(f"{self.command} {self.path}")
+        return unquote(urlsplit(self.path).path)
+
+    def _answer(self, value: Any, status: int = 200, code: str = "") -> None:
+        headers = {"Content-Type": "application/json", "X-Error-Code": code}
+        self._send(json.dumps(value).encode(), status, headers)
+
+    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:40]
+
+
+@contextmanager
+def serve_hub() -> Iterator[HubServer]:
+    """Serve an empty Hub on loopback."""
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,147 @@
+"""Exports have the outputs of their source, and travel through the Hub."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.runs import model_source
+from pipelines.serving import bundle
+from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
+from skillnet import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.hub_server import serve_hub
+from tests.helpers.readable_corpora import config, write_corpora
+
+FIGURE = {"task": "text_to_image", "split": "test", "metric": "recall_at_10", "value": 0.5}
+#: Pushes a model, downloads one task of it, and then all tasks.
+TRAVEL = """
+import sys
+from pathlib import Path
+from skillnet import SkillNet
+
+source = SkillNet.from_pretrained(Path(sys.argv[1]))
+print(source.push_to_hub("owner/pictures", private=True))
+one = SkillNet.from_pretrained("owner/pictures", "text_to_image")
+print(sorted(path.name for path in one.origin.iterdir() if path.is_file()))
+expected = source.encode_text(["红色方块"], task="text_to_image")
+assert (one.encode_text(["红色方块"]) == expected).all()
+every = SkillNet.from_pretrained("owner/pictures")
+assert list(every.config.tasks) == list(source.config.tasks)
+try:
+    SkillNet.from_pretrained("owner/absent")
+except ValueError as error:
+    print(error)
+"""
+
+
+class ExportPlace:
+    """A bundle with an evaluation row, and its manifest."""
+
+    def __init__(self, root: Path) -> None:
+        torch.manual_seed(0)
+        SkillNet(config()).save_pretrained(root / "saved")
+        source = model_source.resolve_model(str(root / "saved"))
+        rows = [FIGURE | {"low": 0.4, "high": 0.6}]
+        data = write_corpora(root / "corpora")
+        self.bundle = bundle.build_bundle(source, data, root / "bundle", rows)
+        self.manifest = bundle.check_bundle(self.bundle)
+
+    def export(self, target: Path, to: str, task: str | None = None) -> Any:
+        return export_bundle(self.bundle, self.manifest, target, to, task)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportPlace]:
+    root = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root))
+        yield ExportPlace(root)
+
+
+def test_folder_for_the_hub_loads_again_and_has_a_card(place: ExportPlace, tmp_path: Path) -> None:
+    report = place.export(tmp_path / "hf", "hf")
+    assert report.difference == 0
+    model, source = (SkillNet.from_pretrained(folder) for folder in (tmp_path / "hf", place.bundle))
+    pixels = np.arange(30 * 30 * 3, dtype=np.uint8).reshape(30, 30, 3)
+    assert torch.equal(model.encode_image([pixels]), source.encode_image([pixels]))
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert card.startswith("---\nlibrary_name: skillnet-platform\n")
+    for words in ("R@10 50.0", "40.0–60.0", "openmoji", "activated parameters", "| text_to_code |"):
+        assert words in card, words
+    bundle.open_bundle(tmp_path / "hf")
+    with pytest.raises(UserError, match="hf: exists"):
+        place.export(tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "speech_recognition"])
+def test_dense_model_reads_raw_inputs(place: ExportPlace, tmp_path: Path, task: str) -> None:
+    report = place.export(tmp_path / "dense", "dense", task)
+    assert report.difference <= 1e-6
+    model = SkillNet.from_pretrained(tmp_path / "dense")
+    assert list(model.config.tasks) == [task]
+    assert model.processor.tokenizer.get_vocab_size()
+
+
+def test_torch_program_is_compared_with_its_source(place: ExportPlace, tmp_path: Path) -> None:
+    report = place.export(tmp_path / "graph", "pt2", "speech_recognition")
+    assert report.difference <= 1e-5
+    about = json.loads((tmp_path / "graph" / GRAPH_MANIFEST).read_text(encoding="utf-8"))
+    assert about["towers"]["input"]["outputs"] == ["log_probs", "lengths"]
+    assert about["names"]
+    assert (tmp_path / "graph" / "input.pt2").is_file()
+
+
+def test_onnx_runs_in_onnxruntime(place: ExportPlace, tmp_path: Path) -> None:
+    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
+    if missing:
+        with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
+            place.export(tmp_path / "graph", "onnx", "speech_recognition")
+        pytest.skip(f"the extra [export] is not installed: {', '.join(missing)}")
+    report = place.export(tmp_path / "graph", "onnx", "text_to_image")
+    assert report.difference <= 1e-5
+
+
+def test_one_task_of_a_pushed_model_is_downloaded_alone(place: ExportPlace, tmp_path: Path) -> None:
+    with serve_hub() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", TRAVEL, str(place.bundle)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        pushed = hub.repositories["owner/pictures"]
+    assert {"README.md", "manifest.json", "skill-code.safetensors"} <= pushed.keys()
+    url, files, message = done.stdout.splitlines()
+    assert url.endswith("/owner/pictures/commit/" + "c" * 40)
+    assert "skill-image.safetensors" in files
+    assert "captions-text_to_image.json" in files
+    assert "skill-code" not in files
+    assert "captions-text_to_code" not in files
+    assert message.startswith("owner/absent: no folder of this name")
+
+
+def test_formats_of_one_task_need_its_name(place: ExportPlace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"exports one task\. Give one of .*text_to_code"):
+        place.export(tmp_path / "x", "onnx")
+    with pytest.raises(ValueError, match="did you mean 'text_to_code'"):
+        place.export(tmp_path / "x", "pt2", "text_to_cod")
