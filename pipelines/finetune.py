@@ -13,7 +13,8 @@
   result.json      the result of the command; written last
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import write_json
 
@@ -35,13 +37,18 @@ if TYPE_CHECKING:
     from pipelines.training.resolved_run import ResolvedRun
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(
+    config: FinetuneConfig | str, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Train the tasks of a configuration jointly, evaluate and register the model.
 
     The name of an unfinished run resumes it. The name of a finished run returns its result.
 
+        finetune("tiny", {"name": "first", "training.steps": 200})
+
     Args:
-        config: of the run.
+        config: of the run, or the name of a preset or a YAML file as after ``--config``.
+        overrides: dotted key -> value, on top of a preset.
 
     Returns:
         Name, folder, steps, seconds, throughput, model and checkpoint paths, MLflow run id, and
@@ -50,6 +57,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         UserError: the name belongs to another run, a corpus is missing or does not fit, …
     """
+    if isinstance(config, str):
+        words = ["--config", config]
+        for key, value in (overrides or {}).items():
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        config = main.parse_arguments(words)
+    elif overrides:
+        raise UserError("overrides: they apply to a preset. Change the configuration itself")
     return run_end_to_end(config, "finetune")
 
 
