@@ -14,7 +14,6 @@ import torch
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from skillnet_platform import config as configuration
-from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
@@ -77,32 +76,19 @@ def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: 
             process.kill()
     assert process.returncode == 143, said
     assert "ended by SIGTERM while too few nodes were available to train" in "\n".join(said)
+    assert "Traceback" not in "\n".join(said)
     assert not (tmp_path / "waiting" / "model").exists()
 
 
-def test_a_driver_killed_and_one_asked_to_leave(
-    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
-) -> None:
+def test_a_driver_killed(data: Path, tmp_path: Path, two: dict[str, torch.Tensor]) -> None:
     config = config_for(data, tmp_path, "driver", workers=2)
     run = tmp_path / "driver"
     fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}
     code, said = command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault))
     assert code == -signal.SIGKILL, said
     assert not (run / "model").exists()
-    fault |= {"kind": "term", "step": 6}
-    code, said = command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault))
-    assert code == 143, said
-    assert "ended by SIGTERM after step 7 of 12" in said
-    assert f"--name {config.name}" in said
-    # Two of Ray's own actors report what it calls safe to ignore as a traceback: its controller a
-    # request that a busy machine answers late, its cleaner the end of another Ray on this machine.
-    rays = ("(PlacementGroupCleaner", "(TrainController")
-    ours = [line for line in said.splitlines() if not any(actor in line for actor in rays)]
-    assert "Traceback" not in "\n".join(ours)
-    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    assert backend.create_client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
     result = finetune(config)
-    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 7)
+    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 2)
     assert same(weights(run), two)
 
 

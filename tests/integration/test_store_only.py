@@ -1,5 +1,6 @@
 """Runs on Ray whose workers share a store with the driver, and no disk."""
 
+import json
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ from pipelines.training.ray_train import fit
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
+from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.small_corpora import write_corpora
@@ -57,9 +59,13 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     config = replace(config, evaluate=True, tracking=replace(config.tracking, register=False))
     apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
     order = {"step": 5, "kind": "term", "victim": "driver"}
-    with pytest.raises(TerminatedError, match="the same command"):
+    said = rf"ended by SIGTERM after step 6 of 12, .* the same command with --name {config.name}"
+    with pytest.raises(TerminatedError, match=said):
         finetune_with_faults(config, order)
     assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
+    run_id = json.loads((run_root / "a" / "run.json").read_text(encoding="utf-8"))["run_id"]
+    client = backend.create_client(backend.resolve_uri(None))
+    assert client.get_run(run_id).info.status == "KILLED"
     # Another machine, and another one for the worker.
     for place in (run_root / "a", tmp_path / "worker"):
         shutil.rmtree(place)
