@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip
+INSTALL = tools/setup/install.sh $(BIN)/python
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SEED ?= 0
@@ -96,15 +96,18 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable .
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[dev,docs,tracker]'
-	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
-	    echo "Azurite is missing, so the tests of Azure's store will be skipped: npm is missing or failed"
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-azurite | $(BIN)/python
+	$(INSTALL) '.[dev,docs,tracker]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
+$(VENV)/.installed-azurite: | $(BIN)/python
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
+	    echo "Azurite is missing, so the tests of Azure's store will be skipped: npm is missing or failed"
+	touch $@
+
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	touch $@
