@@ -55,6 +55,8 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
     if config.power:
         return plan_study_power(config), 0
     with terminate_as_interrupt(), lock_run_folder(config.folder):
+        if config.read_reserve != "never":
+            return _compare_on_reserve(config), 0
         return _compare_study(config)
 
 
@@ -78,6 +80,7 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from sweeps.analysis.finished_runs import read_run
     from sweeps.report.writer import REPORT_FILES
+    from sweeps.study.kept_results import restore_results
     from sweeps.study.study import START_FILES, check_study, run_study, warn_about_failures
     from sweeps.trials import remote_ledger
     from sweeps.trials.remote_ledger import RUN
@@ -86,6 +89,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     if mirror is not None:
         # The ledger must be local before the check, which compares with earlier runs.
         remote_ledger.restore_ledger(mirror, START_FILES, ("tuning", "runs"))
+    restore_results(config)
     check_study(config)
     with tracking.start_run(
         str(config.name),
@@ -118,6 +122,23 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     return report, len(study.failed_runs)
 
 
+def _compare_on_reserve(config: StudyConfig) -> "ComparisonReport":
+    """Read the reserve of a finished study, and report the final runs on it."""
+    from sweeps.study.reserve import list_final_runs, read_reserve
+
+    runs = read_reserve(config, list_final_runs(config))
+    name, folder = f"{config.name}, reserve", config.folder / "reserve"
+    with tracking.start_run(
+        name,
+        None,
+        replace(config.tracking, system_metrics=False),
+        tags={"run_dir": str(folder), "stage": "compare"},
+    ) as tracker:
+        report = _build_report(replace(config, name=name, interpret=False), runs, {}, folder)
+        _write_and_record(report, folder, tracker)
+    return report
+
+
 def plan_study_power(config: StudyConfig) -> "PowerPlan":
     """Return what a study could decide, given the variances of an earlier one.
 
@@ -129,14 +150,19 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
     """
     from sweeps.analysis.comparison import compare_systems
     from sweeps.analysis.finished_runs import label_runs
-    from sweeps.analysis.power import PowerPlan, plan_power
+    from sweeps.analysis.power import PowerPlan, estimate_time, plan_power
+    from sweeps.study.system_runs import build_base_run
 
     runs, _ = _read_named_runs(config.power, config.tracking.uri)
     earlier = compare_systems(label_runs(runs))
     seeds = {label: config.seeds_of(label) for label in config.systems}
-    tests = plan_power(earlier, config.claims, seeds)
+    folds = config.run.fold
+    tests = plan_power(earlier, config.claims, seeds, folds)
+    counts = {label: len(own) * max(folds.count, 1) for label, own in seeds.items()}
+    steps = {label: build_base_run(config, label, 0).training.steps for label in seeds}
+    time_needed = estimate_time(earlier, counts, steps)
     named = ", ".join(config.power) if len(config.power) < 4 else f"{len(config.power)} runs"
-    return PowerPlan(str(config.name), named, tests)
+    return PowerPlan(str(config.name), named, tests, time_needed)
 
 
 def _read_named_runs(
@@ -333,6 +359,7 @@ def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
     if isinstance(report, PowerPlan):
         title = f"{report.study}: what it could decide, with the variances of {report.earlier}"
         console.print_table(title, *tabulate_power(report.tests))
+        console.print_note(report.time.describe())
         return
 
     show_report(report)
@@ -381,6 +408,8 @@ def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
         "resources.gpus",
         "resources.max_concurrent_trials",
         "run.data",
+        "keep",
+        "read_reserve",
         "run.training.steps",
         "run.training.workers",
         "run.training.use_gpu",

@@ -11,7 +11,7 @@ is read only if its unit is trained, and a row of another test split only if its
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +61,7 @@ class FoldSplit(CorpusSplit):
 def open_fold(
     corpus: PreparedCorpus, fold: FoldConfig, with_reserve: bool = False
 ) -> PreparedCorpus:
-    """Return a corpus with the splits of a fold; without folds, the corpus itself.
+    """Return a corpus with the splits of a fold; without folds, with its own but the reserve.
 
     The columns of keys and units of all shards are read, also those in an object store.
 
@@ -73,8 +73,12 @@ def open_fold(
     Raises:
         UserError: the corpus has no units, a reserved unit is unknown, or a split has no rows.
     """
-    if not fold.count or any(isinstance(split, FoldSplit) for split in corpus.splits.values()):
+    if any(isinstance(split, FoldSplit) for split in corpus.splits.values()):
         return corpus
+    if not fold.count:
+        # A corpus may have a reserve of its own, which is not for a run without folds either.
+        kept = {n: s for n, s in corpus.splits.items() if with_reserve or n != RESERVE_SPLIT}
+        return replace(corpus, splits=kept)
     shards = [(split, shard) for split in corpus.splits.values() for shard in split.shards]
     tables = [split.open_shard(shard).table for split, shard in shards]
     units = [_read_units(table, corpus.name) for table in tables]

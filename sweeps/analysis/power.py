@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from pipelines.config.folds import FoldConfig
 from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison, find_variant
@@ -57,15 +58,43 @@ class PowerPlan:
         study: name of the planned study.
         earlier: the runs whose variances are expected again.
         tests: planned tests.
+        time: expected time of the final runs.
     """
 
     study: str
     earlier: str
     tests: Sequence[PlannedTest]
+    time: "StudyTime"
+
+
+@dataclass(frozen=True)
+class StudyTime:
+    """Expected time of the final runs of a study, one after the other, with their pretrainings.
+
+    Args:
+        runs: number of final runs.
+        hours: at the step rates of the earlier study, on its machine.
+        unknown: systems that the earlier study lacks; they count with the mean of the others.
+    """
+
+    runs: int
+    hours: float
+    unknown: Sequence[str]
+
+    def describe(self) -> str:
+        """Return the time in a sentence."""
+        text = (
+            f"{self.runs} final runs take {self.hours:.1f} hours one after the other, without "
+            "tuning, at the step rates of the earlier study"
+        )
+        return text + (f"; assumed for {', '.join(self.unknown)}" if self.unknown else "")
 
 
 def plan_power(
-    earlier: SystemComparison, claims: ClaimsConfig, seeds: Mapping[str, Sequence[int]]
+    earlier: SystemComparison,
+    claims: ClaimsConfig,
+    seeds: Mapping[str, Sequence[int]],
+    fold: FoldConfig | None = None,
 ) -> list[PlannedTest]:
     """Return what each part of each claim could decide, per task.
 
@@ -73,18 +102,22 @@ def plan_power(
         earlier: comparison whose variances are expected again.
         claims: claims of the planned study.
         seeds: label -> seeds of the planned study.
+        fold: folds of the planned study; each is run with every seed. The test set of a fold is
+            expected to vary as that of the earlier study.
 
     Raises:
         UserError: the earlier comparison has one seed per system, or lacks a task.
     """
-    planned = []
+    planned, folds = [], fold or FoldConfig()
     stated = claims.stated or _state_differences(earlier, list(seeds))
     for name, claim in stated.items():
         for part in claim.parts:
-            counts = (len(seeds[part.system]), len(seeds[part.against]))
+            counts = tuple(
+                len(seeds[label]) * max(folds.count, 1) for label in (part.system, part.against)
+            )
             for task in part.tasks or earlier.common_tasks:
                 margin = claims.find_margin(task) if part.test == "not_lower" else 0.0
-                error, dof = _expect_error(earlier, part, task, counts)
+                error, dof = _expect_error(earlier, part, task, counts, folds)
                 quantile = float(stats.t.ppf(1 - claims.alpha / 2, dof))
                 planned.append(
                     PlannedTest(
@@ -100,6 +133,28 @@ def plan_power(
                     )
                 )
     return planned
+
+
+def estimate_time(
+    earlier: SystemComparison, replicates: Mapping[str, int], steps: Mapping[str, int]
+) -> StudyTime:
+    """Return the time of the final runs of a planned study.
+
+    Args:
+        earlier: comparison whose runs state their time.
+        replicates: label -> planned runs.
+        steps: label -> planned steps of a run.
+    """
+    known = {}
+    for label, runs in earlier.systems.items():
+        if label in replicates:
+            rate = float(np.mean([run.seconds / int(run.trained["step"]) for run in runs]))
+            before = [run.pretraining_seconds or 0.0 for run in runs]
+            known[label] = rate * steps[label] + float(np.mean(before))
+    mean = float(np.mean(list(known.values()))) if known else float("nan")
+    seconds = sum(known.get(label, mean) * count for label, count in replicates.items())
+    unknown = [label for label in replicates if label not in known]
+    return StudyTime(sum(replicates.values()), seconds / 3600, unknown)
 
 
 def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list[str]]]:
@@ -142,7 +197,11 @@ def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict
 
 
 def _expect_error(
-    earlier: SystemComparison, part: ClaimPart, task: str, counts: tuple[int, int]
+    earlier: SystemComparison,
+    part: ClaimPart,
+    task: str,
+    counts: Sequence[int],
+    fold: FoldConfig,
 ) -> tuple[float, float]:
     """Return the expected standard error of a difference, and its degrees of freedom."""
     if (task, SPLIT) not in earlier.spreads:
@@ -160,12 +219,22 @@ def _expect_error(
         pairs = [(a, b) for i, a in enumerate(labels) for b in labels[:i]]
     if not pairs:
         raise UserError(f"--power: the earlier study has one system with the task {task}")
+    if earlier.runs[0].fold.count:
+        raise UserError(
+            "--power: the earlier study has folds, so the variances of seeds and units are not "
+            "known apart. Name a study without folds"
+        )
     by_unit, dofs = [], []
     for own, other in pairs:
         change, _ = earlier.subtract_scores(own, other, task)
         variance, dof = statistics.estimate_unit_variance(change)
         by_unit.append(variance)
         dofs.append(dof)
+    if fold.count:
+        # A replicate varies by both systems' seeds and by the units of its fold.
+        count = min(counts)
+        once = 2 * spread.variance + float(np.mean(by_unit))
+        return float(np.sqrt((1 / count + fold.test_to_train) * once)), float(count - 1)
     # Each system has its own variance over seeds, as in the planned analysis.
     terms = [(spread.variance / count, float(max(count - 1, 1))) for count in counts]
     terms.append((float(np.mean(by_unit)), min(dofs)))

@@ -35,7 +35,9 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         if not stored.is_file():
             continue
         before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
-        difference = _compare_runs(before, trial.config) or _compare_pretraining(before, trial)
+        difference = _compare_runs(before, trial.config) or _compare_pretraining(
+            before, trial, folder
+        )
         if not difference:
             continue
         study = config.folder / STUDY_FILE
@@ -51,13 +53,34 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         )
 
 
-def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
+def find_study_difference(stored: Path, config: StudyConfig) -> str:
+    """Return the first difference of a stored study that changes its runs; "" for none.
+
+    Args:
+        stored: its ``study.yaml``; paths and addresses may differ.
+        config: the study of this call.
+    """
+    known = _decisive_keys(configuration.load_yaml(stored))
+    now = _decisive_keys(configuration.to_dict(config))
+    places = ("data", "run_dir", "name", "tracking", "storage", "corpora", "init_from")
+    keys = {
+        key
+        for key in known.keys() & now.keys()
+        # Systems may be added; their keys are in only one of the two.
+        if not (key.split(".")[0] in ("run", "pretraining") and key.split(".")[1] in places)
+    }
+    return _first_difference({k: known[k] for k in keys}, {k: now[k] for k in keys})
+
+
+def _compare_pretraining(before: FinetuneConfig, trial: Trial, folder: Path) -> str:
     """Return the first difference of the pretrainings as text; "" for none or if unknown."""
     if (trial.pretrain is None) != (not before.init_from):
         return "another value of pretrain"
     if trial.pretrain is None or not before.init_from:
         return ""
-    stored = Path(before.init_from).parent / CONFIG
+    # A kept run has its pretraining in its own directory.
+    place = folder / trial.name / before.init_from
+    stored = (place if (place / CONFIG).is_file() else place.parent) / CONFIG
     if not stored.is_file():
         return ""
     start = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))

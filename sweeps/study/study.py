@@ -13,7 +13,7 @@ repeated. With ``--run_dir s3://bucket/runs`` the object store holds the same fi
 sweeps/trials/remote_ledger.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig
 from sweeps.config.trials import ScoreConfig
 from sweeps.study.identity import STUDY_FILE, check_unchanged
+from sweeps.study.kept_results import is_kept_run, keep_results
 from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
 from sweeps.study.tuning import (
     STAGES,
@@ -33,6 +34,7 @@ from sweeps.study.tuning import (
     choose_settings,
     start_tuning,
 )
+from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.remote_ledger import RUN, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
@@ -104,13 +106,15 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             "a study needs systems: give a file such as --config studies/headline, or name "
             "finished runs to compare"
         )
+    _check_folds(config)
     folder, mirror = config.folder, config.mirror
     with atomic_write(folder / STUDY_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
     if mirror is not None:
         mirror.upload_files(*START_FILES)
-    tuning = start_tuning(config)
-    for stage in STAGES:
+    known = _read_kept_tuning(config)
+    tuning = known or start_tuning(config)
+    for stage in () if known else STAGES:
         trials = build_stage_trials(config, stage, tuning)
         if not trials:
             continue
@@ -132,17 +136,51 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     finals = build_final_trials(config, tuning)
     # Checked again, because only now the chosen settings are known.
     check_unchanged(config, finals, folder / "runs")
-    outcomes = run_trials(
-        finals,
-        folder=folder / "runs",
-        parent=tracker,
-        resources=config.resources,
-        label="final runs",
-        store=mirror.uri_of("runs") if mirror is not None else None,
-    )
-    study = StudyResult(config, tuning, outcomes)
-    write_study_ledger(study, folder)
+    kept = {t.name: t for t in finals if is_kept_run(folder / "runs" / t.name)}
+    entries = [LedgerEntry(trial, folder / "runs" / name) for name, trial in kept.items()]
+    study = StudyResult(config, tuning, [entry.build_outcome("finished") for entry in entries])
+    for trials in group_replicates(finals) if config.keep else [finals]:
+        study.outcomes += run_trials(
+            [trial for trial in trials if trial.name not in kept],
+            folder=folder / "runs",
+            parent=tracker,
+            resources=config.resources,
+            label="final runs",
+            store=mirror.uri_of("runs") if mirror is not None else None,
+        )
+        write_study_ledger(study, folder)
+        if config.keep:
+            keep_results(config, study.outcomes)
     return study
+
+
+def _check_folds(config: StudyConfig) -> None:
+    """Raise UserError if a corpus cannot be divided: a late fold would fail after hours."""
+    from pipelines.training.setup import open_corpora
+
+    for number in range(config.run.fold.count):
+        open_corpora(replace(config.run, fold=replace(config.run.fold, number=number)))
+
+
+def _read_kept_tuning(config: StudyConfig) -> dict[str, TuningResult]:
+    """Return label -> tuning result of another machine; {} if this machine has to tune."""
+    folder = config.folder
+    if not config.keep or (folder / "tuning").is_dir() or not (folder / STUDY_LEDGER).is_file():
+        return {}
+    known, _ = read_study_ledger(folder)
+    return known if set(config.systems) <= set(known) else {}
+
+
+def group_replicates(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Return final runs in groups of one fold and seed, in order.
+
+    Args:
+        trials: final runs.
+    """
+    groups: dict[tuple[int, int], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.config.fold.number, trial.config.seed), []).append(trial)
+    return list(groups.values())
 
 
 def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) -> list[Trial]:
@@ -156,29 +194,31 @@ def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) 
     """
     seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
     return [
-        build_final_trial(config, label, tuning[label].settings, seed)
+        build_final_trial(config, label, tuning[label].settings, seed, fold)
         # Seeds are the outer loop, so that an interrupted study can already be compared.
         for seed in seeds
+        for fold in range(max(config.run.fold.count, 1))
         for label in config.systems
         if seed in config.seeds_of(label)
     ]
 
 
 def build_final_trial(
-    config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int
+    config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int, fold: int = 0
 ) -> Trial:
-    """Return the final run of a system and a seed, which is evaluated on the test splits.
+    """Return the final run of a system and a replicate, which is evaluated on the test splits.
 
     Args:
         config: the study.
         label: label of the system.
         settings: flat key -> tuned value.
         seed: seed of the run.
+        fold: number of the fold that it tests, of a study with folds.
     """
     run = apply_settings(build_base_run(config, label, seed), settings, f"systems.{label}")
-    run = replace(run, evaluate=True)
+    run = replace(run, evaluate=True, fold=replace(run.fold, number=fold))
     return Trial(
-        f"{label}-seed{seed}",
+        f"{label}-fold{fold}-seed{seed}" if run.fold.count else f"{label}-seed{seed}",
         run,
         pretrain=build_pretraining(config, label, run, settings),
         group=label,

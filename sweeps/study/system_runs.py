@@ -82,6 +82,7 @@ def build_pretraining(
         plan,
         seed=run.seed,
         data=run.data,
+        fold=run.fold,
         system=run.system,
         options=dict(run.options),
         # Sizes of the run, which follow its tasks in a baseline, but tasks of the pretraining.

@@ -1,11 +1,14 @@
 """A study end to end: tuned, run, reported and resumed."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.config.folds import FoldConfig
 from pipelines.config.run import PretrainConfig, TaskTraining
 from pipelines.evaluation.outcomes import read_outcomes
 from skillnet_platform import config as configuration
@@ -20,13 +23,15 @@ pytestmark = pytest.mark.integration
 
 def study(root: Path) -> StudyConfig:
     run = small_config(write_corpora(root / "corpora"), steps=4, precision="fp32", log_every=2)
+    run = replace(run, fold=FoldConfig(2, validation_share=0.3, reserve_part=True))
     pretraining = PretrainConfig(
         tasks={"masked_text": TaskTraining("headings", batch_size=4, split="train", max_length=16)},
         training=run.training,
     )
     return StudyConfig(
         name="study",
-        seeds=[0, 1],
+        seeds=[0],
+        keep=str(root / "kept"),
         run=run,
         pretraining=pretraining,
         systems={
@@ -35,7 +40,7 @@ def study(root: Path) -> StudyConfig:
                 "skillnet", pretrain=True, reuse_tuning_of="skillnet"
             ),
         },
-        tuning=TuningConfig(2, {"training.lr": SearchDimension(choice=[0.01])}, seed=9),
+        tuning=TuningConfig(1, {"training.lr": SearchDimension(choice=[0.01])}, seeds=[9]),
         interpret=False,
     )
 
@@ -47,15 +52,15 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     assert command.main(["--config", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     labels = list(config.systems)
-    assert {(run["system"], run["seed"]) for run in report["runs"]} == {
-        (label, seed) for label in labels for seed in (0, 1)
-    }
+    assert [(run["system"], run["seed"]) for run in report["runs"]] == [
+        (label, 0) for label in labels for _ in range(2)
+    ]
     folder = run_root / "study"
     ledger = json.loads((folder / "study.json").read_text())
-    assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [2, 0]
+    assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [1, 0]
     chosen = ledger["tuning"]["skillnet"]["settings"]
     for label in labels:
-        run = folder / "runs" / f"{label}-seed1"
+        run = folder / "runs" / f"{label}-fold1-seed0"
         settings = configuration.load_yaml(run / "config.yaml")
         assert settings["training"]["lr"] == chosen.get("training.lr", config.run.training.lr)
         assert {split for _, split in read_outcomes(run / "outcomes.parquet")} == {"test"}
@@ -65,9 +70,9 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
         assert not (trial / "model").exists()
     starts = {
         configuration.load_yaml(
-            folder / "runs" / f"skillnet-pretrained-seed{seed}" / "config.yaml"
+            folder / "runs" / f"skillnet-pretrained-fold{fold}-seed0" / "config.yaml"
         )["init_from"]
-        for seed in (0, 1)
+        for fold in (0, 1)
     }
     assert len(starts) == 2
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -81,7 +86,7 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     assert {run.info.status for run in runs} == {"FINISHED"}
     parent = next(run for run in runs if run.info.run_name == "study")
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == len(runs) - 1 == 2 + 2 + 4
+    assert len(children) == len(runs) - 1 == 1 + 2 + 4
     files = {entry.path for entry in client.list_artifacts(parent.info.run_id, "comparison")}
     assert {"comparison/report.html", "comparison/results.csv"} <= files
 
@@ -92,3 +97,27 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/*/result.json")} == before
     assert again["summary"] == report["summary"]
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+
+    # The reserve is read once, by all final models.
+    assert command.main(["--config", str(path), "--read_reserve", "once", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 4
+    assert (folder / "reserve/report.html").is_file()
+    assert command.main(["--config", str(path), "--read_reserve", "once"]) == 1
+    assert "the reserve was read on" in capsys.readouterr().err
+
+    # Another machine has the kept results of one replicate only, and trains the other.
+    shutil.rmtree(folder)
+    kept = tmp_path / "kept/study/runs"
+    for run in kept.glob("*-fold1-*"):
+        shutil.rmtree(run)
+    assert command.main(["--config", str(path), "--json"]) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert resumed["summary"] == report["summary"]
+    assert not (folder / "tuning").exists()
+    trained = {run.parent.name for run in folder.glob("runs/*/model")}
+    assert {name for name in trained if "fold" in name} == {
+        f"{label}-fold1-seed0" for label in labels
+    }
+    assert len(list(kept.iterdir())) == 4
+    assert command.main([str(kept.parent), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"] == report["summary"]

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.config.folds import FoldConfig
 from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
-from sweeps.analysis.power import plan_power, tabulate_power
+from sweeps.analysis.power import estimate_time, plan_power, tabulate_power
 from sweeps.analysis.statistics import RunSample, SampleDifference, compute_p_value, estimate_mean
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 from tests.helpers.synthetic_runs import TASKS, write_study
@@ -98,3 +99,21 @@ def test_one_seed_has_no_known_variance(tmp_path: Path) -> None:
     single = compare_systems(label_runs([read_run(path) for path in paths]))
     with pytest.raises(UserError, match="one seed per system, so the variance over seeds is unkn"):
         plan_power(single, ClaimsConfig(), {"skillnet": range(3), "dense": range(3)})
+
+
+def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
+    seeds = {"skillnet": range(2), "specialist": range(2)}
+    plans = [
+        plan_power(earlier, claims("not_lower", 0.02), seeds, FoldConfig(count))[0]
+        for count in (5, 10)
+    ]
+    # More folds train on more rows, and the training sets of two folds differ less.
+    assert plans[0].error > plans[1].error
+    assert plans[1].seeds == 20
+    steps = dict.fromkeys(("skillnet", "dense", "moe"), 24)
+    time = estimate_time(earlier, {"skillnet": 20, "dense": 10, "moe": 10}, steps)
+    # Twelve steps take 3.5 s and one second more with each seed, 6 s on average.
+    assert time.runs == 40
+    assert time.hours == pytest.approx(40 * 12 / 3600)
+    assert "40 final runs take 0.1 hours" in time.describe()
+    assert time.describe().endswith("assumed for moe")

@@ -84,6 +84,13 @@ def test_the_own_reserve_of_a_corpus_stays_in_the_reserve() -> None:
         assert _place_row(fold, "voices", "reserve", "five", assigned, False) == "reserve"
 
 
+def test_without_folds_the_own_reserve_of_a_corpus_is_not_read(data: Path) -> None:
+    corpus = open_corpus(data / "drawings")
+    own = replace(corpus, splits={**corpus.splits, "reserve": corpus.splits["test"]})
+    assert open_fold(own, FoldConfig()).splits == corpus.splits
+    assert open_fold(own, FoldConfig(), with_reserve=True).splits == own.splits
+
+
 def test_the_split_of_a_unit_follows_from_names_and_numbers_alone() -> None:
     parts = {
         unit: [FoldConfig(4, number).find_split("headings", unit) for number in range(4)]

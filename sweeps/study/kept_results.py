@@ -1,0 +1,175 @@
+"""Results of a study that outlive its machine: a study's directory without weights and rows.
+
+<keep>/<study>/
+  study.yaml, study.json     configuration and tuning, without paths of the machine
+  runs/<run>/                a finished run
+    config.yaml, trained.json, result.json, evaluation.csv
+    unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
+    pretraining/             configuration and training time of its pretraining
+
+A few kilobytes per run, to be committed as runs finish. :func:`keep_results` writes them after each
+replicate. :func:`restore_results` gives them to a study on another machine, which then runs only
+the replicates that are missing. ``skillnet compare <keep>/<study>`` reads them as a study.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.evaluation.outcomes import (
+    OUTCOMES_FILE,
+    UNIT_SUMS_FILE,
+    OutcomeTable,
+    read_outcomes,
+    sum_outcomes,
+    write_outcomes,
+)
+from pipelines.runs.layout import CONFIG, RESULT, TRAINED, read_result
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, write_json
+from sweeps.config.study import StudyConfig
+from sweeps.study.identity import STUDY_FILE, find_study_difference
+from sweeps.trials.remote_ledger import STUDY_LEDGER
+from sweeps.trials.trial import TrialOutcome
+
+EVALUATION = "evaluation.csv"
+#: Directory of a kept run, and the place of its initial weights.
+PRETRAINING = "pretraining"
+#: Entries of a result that mean something on another machine.
+RESULT_KEYS = (
+    "name", "step", "seconds", "resumed", "world", "rows_per_second", "evaluation", "total_params",
+    "corpora",
+)  # fmt: skip
+
+
+def keep_results(config: StudyConfig, outcomes: Sequence[TrialOutcome]) -> None:
+    """Copy the ledger and the finished runs that are not kept yet.
+
+    Args:
+        config: the study, with ``keep``.
+        outcomes: outcomes of final runs.
+    """
+    kept = find_kept_folder(config)
+    for outcome in outcomes:
+        target = kept / "runs" / outcome.name
+        if outcome.status == "finished" and not target.is_dir():
+            keep_run(outcome.folder, target)
+    portable = replace(config, run_dir=None, keep=None, output=None)
+    portable.run = _remove_places(config.run)
+    portable.pretraining = _remove_places(config.pretraining)
+    portable.tracking = replace(config.tracking, uri=None)
+    with atomic_write(kept / STUDY_FILE, "w") as stream:
+        stream.write(configuration.to_yaml(portable))
+    shutil.copyfile(config.folder / STUDY_LEDGER, kept / STUDY_LEDGER)
+
+
+def keep_run(run: Path, target: Path) -> None:
+    """Copy a finished run without weights, rows and paths of this machine.
+
+    Args:
+        run: run directory.
+        target: new directory.
+    """
+    # Renamed at the end: a directory with the final name is complete.
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    config = configuration.build_config(FinetuneConfig, configuration.load_yaml(run / CONFIG))
+    if config.init_from:
+        start = Path(config.init_from)
+        _keep_pretraining(start if (start / CONFIG).is_file() else start.parent, part / PRETRAINING)
+    init_from = PRETRAINING if config.init_from else None
+    _write_config(replace(_remove_places(config), init_from=init_from), part / CONFIG)
+    for name in (TRAINED, EVALUATION):
+        shutil.copyfile(run / name, part / name)
+    result = read_result(run / RESULT)
+    known = {key: result[key] for key in RESULT_KEYS if key in result}
+    write_json(part / RESULT, known | {"model": "not kept"})
+    if (run / UNIT_SUMS_FILE).is_file():
+        shutil.copyfile(run / UNIT_SUMS_FILE, part / UNIT_SUMS_FILE)
+    else:
+        write_outcomes(sum_table(read_outcomes(run / OUTCOMES_FILE)), part / UNIT_SUMS_FILE)
+    part.rename(target)
+
+
+def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
+    """Return the sums of each unit, for each task and split.
+
+    Args:
+        outcomes: of each row.
+    """
+    sums = OutcomeTable()
+    for task, split in outcomes:
+        part = sum_outcomes(outcomes[task, split])
+        sums.add(task, split, part.numerator, part.denominator, part.rank, part.unit)
+    return sums
+
+
+def restore_results(config: StudyConfig) -> set[str]:
+    """Copy kept results into the study's directory, where they count as finished runs.
+
+    Args:
+        config: the study.
+
+    Returns:
+        Names of the kept runs.
+
+    Raises:
+        UserError: the kept results are of a study with other settings.
+    """
+    kept = find_kept_folder(config) if config.keep else None
+    if kept is None or not (kept / STUDY_LEDGER).is_file():
+        return set()
+    difference = find_study_difference(kept / STUDY_FILE, config)
+    if difference:
+        raise UserError(
+            f"keep: {kept} has the results of a study with {difference}. Give another --name, or "
+            "another directory"
+        )
+    if not (config.folder / STUDY_LEDGER).is_file():
+        config.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept / STUDY_LEDGER, config.folder / STUDY_LEDGER)
+    names = {path.parent.name for path in kept.glob(f"runs/*/{RESULT}")}
+    for name in names:
+        run = config.folder / "runs" / name
+        if not (run / RESULT).is_file():
+            # A part of the run that was lost would not fit the kept files.
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(kept / "runs" / name, run)
+    return names
+
+
+def is_kept_run(run: Path) -> bool:
+    """Return whether a run directory was restored from kept results."""
+    return (run / UNIT_SUMS_FILE).is_file()
+
+
+def find_kept_folder(config: StudyConfig) -> Path:
+    """Return the directory of a study's kept results."""
+    return Path(str(config.keep)).expanduser() / str(config.name)
+
+
+def _keep_pretraining(start: Path, target: Path) -> None:
+    if not (start / CONFIG).is_file():
+        return
+    target.mkdir()
+    before = configuration.build_config(FinetuneConfig, configuration.load_yaml(start / CONFIG))
+    _write_config(replace(_remove_places(before), init_from=None), target / CONFIG)
+    if (start / TRAINED).is_file():
+        shutil.copyfile(start / TRAINED, target / TRAINED)
+
+
+def _remove_places(config: Any) -> Any:
+    """Return a run's configuration without paths and addresses."""
+    tracking = replace(config.tracking, uri=None)
+    storage = replace(config.storage, mirror=None)
+    return replace(config, data=None, run_dir=None, tracking=tracking, storage=storage)
+
+
+def _write_config(config: FinetuneConfig, path: Path) -> None:
+    with atomic_write(path, "w") as stream:
+        stream.write(configuration.to_yaml(config))

@@ -1,0 +1,205 @@
+"""The reserve of a study: units that no run reads, evaluated once with all final models.
+
+:func:`read_reserve` is called by ``skillnet compare --read_reserve once``. It records each read in
+``reserve.json`` before it evaluates, so that a second look cannot go unnoticed. All replicates
+answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of them that differ in
+the seed only, and the comparison treats replicates and held-out units as crossed.
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.folds import RESERVE_SPLIT
+from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes, write_outcomes
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_record, write_json
+from sweeps.analysis.comparison import SPLIT
+from sweeps.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
+from sweeps.config.study import StudyConfig
+from sweeps.study.kept_results import find_kept_folder, sum_table
+from sweeps.study.study import build_final_trials, read_study_ledger
+from sweeps.study.tuning import TuningResult
+from sweeps.trials.remote_ledger import STUDY_LEDGER
+
+#: Reads of the reserve, in the directory of a study and of its kept results.
+RESERVE_RECORD = "reserve.json"
+#: Results of one final run, in its directory.
+RESERVE_SUMS, RESERVE_ROWS = "reserve_sums.parquet", "reserve.csv"
+GIT_TIMEOUT_S = 10.0
+
+
+def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
+    """Evaluate the models of all final runs on the reserve; return the runs with these results.
+
+    Args:
+        config: the study.
+        runs: label and directory of each finished final run.
+
+    Raises:
+        UserError: the study has no reserve, was read before, or a model is missing.
+    """
+    fold = config.run.fold
+    if not fold.reserve_part and not fold.reserve_units:
+        raise UserError(
+            "read_reserve: the study has no reserve. Set run.fold.reserve_part or "
+            "run.fold.reserve_units before it starts"
+        )
+    path = config.folder / RESERVE_RECORD
+    reads = read_reserve_record(config)
+    is_open = bool(reads) and reads[-1]["finished"] is None
+    if reads and config.read_reserve == "once" and not is_open:
+        raise UserError(
+            f"{path}: the reserve was read on {reads[-1]['started']} at commit "
+            f"{reads[-1]['commit']}, and its rows are no longer unseen. Use that result, or give "
+            "--read_reserve again, which is recorded"
+        )
+    absent = [str(folder) for _, folder in runs if not _has_model(folder)]
+    if absent or not runs:
+        raise UserError(
+            f"read_reserve: {len(absent)} of {len(runs)} final runs have no model"
+            f"{f', such as {absent[0]}' if absent else ''}. The reserve is read once, with all of "
+            "them: train the missing runs again"
+        )
+    if not is_open:
+        reads.append(
+            {
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                "finished": None,
+                "commit": _find_commit(),
+                "is_repeated": bool(reads),
+                "claims": configuration.digest_config(config.claims)[:12],
+                "runs": sorted(folder.name for _, folder in runs),
+            }
+        )
+        for _, folder in runs:
+            (folder / RESERVE_SUMS).unlink(missing_ok=True)
+    # Before the first row is read: a killed evaluation has read, too.
+    _write_record(config, reads)
+    for _, folder in runs:
+        # Written last, so a file is a complete result.
+        if not (folder / RESERVE_SUMS).is_file():
+            _evaluate_run(folder)
+    reads[-1]["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    _write_record(config, reads)
+    return collect_reserve_runs(runs)
+
+
+def list_final_runs(config: StudyConfig) -> list[tuple[str, Path]]:
+    """Return label and directory of each final run of a finished study.
+
+    Args:
+        config: the study.
+
+    Raises:
+        UserError: a final run is missing: the reserve is not read before the last one.
+    """
+    known: dict[str, TuningResult] = {}
+    finished: list[tuple[str, Path]] = []
+    if (config.folder / STUDY_LEDGER).is_file():
+        known, finished = read_study_ledger(config.folder)
+    if not set(config.systems) <= set(known):
+        raise UserError("read_reserve: the study has no results yet. Run it without this option")
+    wanted = {trial.name for trial in build_final_trials(config, known)}
+    absent = sorted(wanted - {folder.name for _, folder in finished})
+    if absent:
+        raise UserError(
+            f"read_reserve: {len(absent)} of {len(wanted)} final runs are not finished, such as "
+            f"{absent[0]}. Run the study without this option first"
+        )
+    return finished
+
+
+def read_reserve_record(config: StudyConfig) -> list[dict[str, Any]]:
+    """Return the reads of a study's reserve, oldest first, also those on another machine.
+
+    Args:
+        config: the study.
+    """
+    folders = [config.folder, *([find_kept_folder(config)] if config.keep else [])]
+    found = [folder / RESERVE_RECORD for folder in folders if (folder / RESERVE_RECORD).is_file()]
+    remedy = "restore it from a backup: it says whether the reserve was read"
+    reads = [list(read_record(path, {"reads": list}, remedy)["reads"]) for path in found]
+    return max(reads, key=len, default=[])
+
+
+def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
+    """Return final runs with their answers on the reserve in place of those on the test split.
+
+    Args:
+        runs: label and directory of each final run.
+    """
+    found = []
+    for label, folder in runs:
+        run, sums = read_run(folder, label), read_outcomes(folder / RESERVE_SUMS)
+        outcomes = OutcomeTable()
+        for task, split in sums:
+            part = sums[task, split]
+            outcomes.add(task, SPLIT, part.numerator, part.denominator, part.rank, part.unit)
+        rows = [{**row, "split": SPLIT} for row in read_evaluation_rows(folder / RESERVE_ROWS)]
+        # All replicates answer the same rows, so nothing is left of their folds but the number.
+        # Without the location of the corpora no reference is measured on their test split.
+        settings = {k: v for k, v in run.settings.items() if k not in ("fold", "data")}
+        found.append(
+            replace(run, seed=run.replicate, settings=settings, rows=rows, outcomes=outcomes)
+        )
+    return found
+
+
+def _evaluate_run(folder: Path) -> None:
+    from pipelines.evaluation.evaluator import evaluate_model
+    from pipelines.evaluation.tables import write_evaluation_csv
+    from pipelines.runs import model_source
+
+    source = model_source.resolve_model(str(folder))
+    model, outcomes = model_source.load_trained_tasks(source), OutcomeTable()
+    console.print_note(f"{folder.name}: evaluating on the reserve")
+    rows = evaluate_model(
+        model,
+        str(source.settings["data"]),
+        splits=[RESERVE_SPLIT],
+        seed=source.seed,
+        corpora=source.corpora,
+        limits=source.limits,
+        steps=source.steps,
+        bootstrap_samples=0,
+        outcomes=outcomes,
+        fold=source.fold,
+        with_reserve=True,
+    )
+    write_evaluation_csv(rows, folder / RESERVE_ROWS)
+    write_outcomes(sum_table(outcomes), folder / RESERVE_SUMS)
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "model" / "manifest.json").is_file()
+
+
+def _find_commit() -> str:
+    """Return the commit of the code, with a mark if files differ from it; "unknown" without git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _write_record(config: StudyConfig, reads: Sequence[Mapping[str, Any]]) -> None:
+    write_json(config.folder / RESERVE_RECORD, {"reads": list(reads)})
+    if config.keep and find_kept_folder(config).is_dir():
+        shutil.copyfile(config.folder / RESERVE_RECORD, find_kept_folder(config) / RESERVE_RECORD)

@@ -1,0 +1,156 @@
+"""Kept results of a study, and a reserve that is read once."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.config.folds import FoldConfig
+from pipelines.evaluation.outcomes import OUTCOMES_FILE, UNIT_SUMS_FILE, read_outcomes
+from pipelines.runs.layout import CONFIG
+from pipelines.shards.dataset import open_corpus
+from pipelines.shards.folds import open_fold
+from skillnet.model import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from sweeps.analysis.comparison import compare_systems
+from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.config.study import StudyConfig, SystemConfig
+from sweeps.study.kept_results import keep_results, keep_run, restore_results
+from sweeps.study.reserve import RESERVE_RECORD, read_reserve, read_reserve_record
+from sweeps.study.study import (
+    StudyResult,
+    build_final_trials,
+    group_replicates,
+    read_study_ledger,
+    write_study_ledger,
+)
+from sweeps.study.tuning import TuningResult
+from sweeps.trials.ledger import LedgerEntry
+from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.synthetic_runs import TASKS, write_pretraining, write_run, write_study
+
+
+def study(folder: Path, keep: Path | None, **values: Any) -> StudyConfig:
+    common: dict[str, Any] = {
+        "name": "s",
+        "run_dir": str(folder),
+        "keep": str(keep) if keep else None,
+        "run": replace(small_config(folder / "corpora"), fold=FoldConfig(2)),
+        "seeds": [0, 1],
+        "systems": {"skillnet": SystemConfig("skillnet")},
+    }
+    return StudyConfig(**(common | values))
+
+
+def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
+    start = write_pretraining(tmp_path / "pretraining-1")
+    systems = {"skillnet": 0.3, "specialist": 0.0, "dense": -0.2}
+    folders = write_study(tmp_path / "runs", systems, (0, 1, 2))
+    folders.append(write_run(tmp_path / "runs/more", "moe", pretrained=True, start=start))
+    for folder in folders:
+        group_rows(folder)
+        complete_result(folder)
+        keep_run(folder, tmp_path / "kept" / folder.name)
+    full, kept = (
+        compare_systems(label_runs([read_run(tmp_path / place / f.name) for f in folders]))
+        for place in ("runs", "kept")
+    )
+    assert full.tests == kept.tests
+    assert full.scores == kept.scores
+    assert full.relative.keys() == kept.relative.keys()
+    assert kept.systems["moe-pretrained"][0].pretraining["training"]["lr"] == 3e-3
+    assert kept.systems["moe-pretrained"][0].pretraining_seconds == 4.0
+    # Kept files are committed, so they have no path of the machine.
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
+    assert not list((tmp_path / "kept").rglob(OUTCOMES_FILE))
+    assert len(read_outcomes(tmp_path / "kept/more" / UNIT_SUMS_FILE)[TASKS[0], "test"]) == 50
+
+
+def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
+    config = study(tmp_path / "first", tmp_path / "keep")
+    tuning = {"skillnet": TuningResult("skillnet", {"training.lr": 0.01})}
+    trials = build_final_trials(config, tuning)
+    assert [trial.name for trial in trials] == [
+        f"skillnet-fold{fold}-seed{seed}" for seed in (0, 1) for fold in (0, 1)
+    ]
+    assert [trial.config.fold.number for trial in trials] == [0, 1, 0, 1]
+    assert len(group_replicates(trials)) == 4
+    outcomes = []
+    for trial in trials[:2]:
+        folder = write_run(config.folder / "runs" / trial.name, seed=trial.config.seed)
+        (folder / CONFIG).write_text(configuration.to_yaml(trial.config), encoding="utf-8")
+        complete_result(folder)
+        outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
+    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    keep_results(config, outcomes)
+    # Another machine has other paths and an empty directory.
+    other = study(tmp_path / "second", tmp_path / "keep", systems={**config.systems})
+    assert restore_results(other) == {trial.name for trial in trials[:2]}
+    known, runs = read_study_ledger(other.folder)
+    assert known["skillnet"].settings == {"training.lr": 0.01}
+    assert [read_run(folder).fold.number for _, folder in runs] == [0, 1]
+    changed = replace(other, run=replace(other.run, fold=FoldConfig(3)))
+    with pytest.raises(UserError, match=r"keep: .* a study with run\.fold\.count 2, not 3"):
+        restore_results(changed)
+
+
+def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
+    write_corpora(tmp_path / "runs/corpora", rows=60, test_rows=20)
+    fold = FoldConfig(2, validation_share=0.3, reserve_part=True)
+    run = replace(small_config(tmp_path / "runs/corpora"), fold=fold)
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    config = study(tmp_path, None, run=run, name="runs", read_reserve="once")
+    runs = []
+    for number, seed in ((0, 0), (1, 0)):
+        folder = write_run(config.folder / f"skillnet-fold{number}", seed=seed)
+        own = replace(run, seed=seed, fold=replace(fold, number=number), name=folder.name)
+        (folder / CONFIG).write_text(configuration.to_yaml(own), encoding="utf-8")
+        runs.append(("skillnet", folder))
+    with pytest.raises(UserError, match="2 of 2 final runs have no model"):
+        read_reserve(config, runs)
+    assert not (config.folder / RESERVE_RECORD).exists()
+    for _, folder in runs:
+        shutil.rmtree(folder / "model")
+        SkillNet(run.model).save_pretrained(folder / "model")
+    found = read_reserve(config, runs)
+    kept = open_fold(open_corpus(tmp_path / "runs/corpora/drawings"), fold, with_reserve=True)
+    weights = {int(each.outcomes["text_to_image", "test"].denominator.sum()) for each in found}
+    assert len(weights) == 1
+    assert weights.pop() >= kept.splits["reserve"].rows
+    # Replicates answer the same rows, so they count as runs of one test set.
+    assert [each.seed for each in found] == [0, 2**32]
+    assert compare_systems(label_runs(found)).seeds == 2
+    (read,) = read_reserve_record(config)
+    assert read["finished"]
+    assert read["commit"]
+    assert read["runs"] == ["skillnet-fold0", "skillnet-fold1"]
+    with pytest.raises(UserError, match=r"the reserve was read on .* at commit"):
+        read_reserve(config, runs)
+    read_reserve(replace(config, read_reserve="again"), runs)
+    assert [each["is_repeated"] for each in read_reserve_record(config)] == [False, True]
+    with pytest.raises(UserError, match="has no reserve"):
+        read_reserve(replace(config, run=small_config(tmp_path)), runs)
+
+
+def group_rows(folder: Path) -> None:
+    """Let four rows of each split be a unit."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / OUTCOMES_FILE)
+    unit = pa.array((table["row"].to_numpy() // 4).astype(np.int32))
+    table = table.set_column(table.schema.get_field_index("unit"), "unit", unit)
+    pq.write_table(table, folder / OUTCOMES_FILE)
+
+
+def complete_result(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    whole = {"name": folder.name, "model": str(folder / "model"), "step": 12, "seconds": 3.5}
+    more = whole | {"evaluation": [], "total_params": 7}
+    (folder / "result.json").write_text(json.dumps(result | more), encoding="utf-8")
