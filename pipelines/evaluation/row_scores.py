@@ -19,6 +19,7 @@ from pipelines.evaluation.task_metrics import (
 )
 from pipelines.loading.task_columns import make_indicators
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
+from pipelines.shards.id_columns import IdRange, check_ids
 from skillnet.heads import head_class
 from skillnet.objectives import find_objective
 from skillnet.skills import Task
@@ -54,6 +55,9 @@ def read_targets(table: pa.Table, spec: Task, where: str) -> dict[str, np.ndarra
         UserError: a column is missing, or holds another kind of values.
     """
     rows, targets = np.arange(len(table)), {}
+    outputs = IdRange(f"the model has {spec.outputs} outputs", spec.outputs)
+    # A corpus without a list of classes is not checked when it is opened.
+    check_ids(table, {"label_set": outputs}, where, "Give the model as many outputs.")
     for name, column in find_objective(spec.objective).columns:
         opened = open_column(table, column, where)
         if isinstance(opened, RaggedColumn):

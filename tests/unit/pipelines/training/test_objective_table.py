@@ -146,7 +146,7 @@ def test_the_page_shows_exactly_these_cells() -> None:
     found = set()
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 1 + len(MODALITIES) and re.fullmatch(r"[a-z_` ]+", cells[0]):
+        if len(cells) == 1 + len(MODALITIES) and re.fullmatch(r"`[a-z_ ]+`", cells[0]):
             row = cells[0].strip("`")
             found |= {
                 (row, m) for m, cell in zip(MODALITIES, cells[1:], strict=True) if cell != "–"
