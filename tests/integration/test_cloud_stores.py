@@ -115,17 +115,26 @@ def test_a_bucket_that_is_not_there(store: CloudStore, tmp_path: Path) -> None:
             action()
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A user's corpus on this disk, and the manifest of its shards."""
+    root = tmp_path_factory.mktemp("prepared")
+    mine = webdataset(root / "mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root))
+        prepare("--corpus", f"mine=webdataset:{mine}", "--data", str(root / "here"))
+    return mine, open_corpus(root / "here" / "mine").manifest
+
+
 def test_a_users_corpus_goes_from_the_store_into_the_store(
-    store: CloudStore, run_root: Path, tmp_path: Path
+    store: CloudStore, run_root: Path, prepared: tuple[Path, dict[str, Any]]
 ) -> None:
-    mine = webdataset(tmp_path / "mine")
+    mine, here = prepared
     for path in mine.rglob("*"):
         if path.is_file():
             directories.put_file(path, f"{store.uri}/mine/{path.relative_to(mine)}")
     prepare("--corpus", f"mine=webdataset:{store.uri}/mine", "--data", f"{store.uri}/corpora")
-    prepare("--corpus", f"mine=webdataset:{mine}", "--data", str(tmp_path / "here"))
     there = open_corpus(f"{store.uri}/corpora/mine", verify=True).manifest
-    here = open_corpus(tmp_path / "here" / "mine").manifest
     assert there["rows_out"] == here["rows_out"] > 0
     assert there["splits"] == here["splits"]
 
