@@ -6,7 +6,7 @@
   trials/<trial>/  run directory of each trial; see sweeps/trials/trial.py
   trials.csv       one row per trial
   best.yaml        best configuration: `skillnet finetune --config …/best.yaml`
-  score.png        score against activated FLOPs and parameters
+  score.png        score against activated FLOPs and parameters, with the settings
   result.json      result of the command
 
 The entry point is :func:`sweep`. With ``--run_dir s3://bucket/runs`` the object store holds the
@@ -54,7 +54,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 
     Returns:
         Name, folder, MLflow run id, ``best`` (name, score, settings, file), ``configurations``
-        (best first), ``trials`` with their status, files, seconds.
+        (best first), ``effects`` of settings, ``trials`` with their status, files, seconds.
 
     Raises:
         UserError: the space, a value or a corpus is invalid (nothing is started), or no trial has
@@ -213,6 +213,7 @@ def _rank_and_record(
 ) -> dict[str, Any]:
     """Rank the configurations, write the files, and record them in the parent run."""
     from sweeps.search import ranking
+    from sweeps.search.effects import build_effects_table, estimate_effects
     from sweeps.trials.ledger import outcome_to_dict
 
     configurations = ranking.rank_configurations(outcomes)
@@ -239,7 +240,12 @@ def _rank_and_record(
     columns, cells = ranking.build_ranking_table(configurations)
     texts = [[_format_cell(value) for value in row] for row in cells]
     heading = f"Sweep **{folder.name}**, best first, on the validation split."
-    parent.note(f"{heading}\n\n{markdown_table(columns, texts)}")
+    effects = estimate_effects(ranking.list_scored_trials(outcomes), list(config.space))
+    effect_columns, effect_cells, caption = build_effects_table(effects)
+    parent.note(
+        f"{heading}\n\n{markdown_table(columns, texts)}\n\n#### Effect of each setting\n\n"
+        f"{markdown_table(effect_columns, effect_cells)}\n\n{caption}"
+    )
     return {
         "name": folder.name,
         "folder": str(folder),
@@ -252,6 +258,7 @@ def _rank_and_record(
         },
         "counts": counts,
         "configurations": configurations,
+        "effects": effects,
         "trials": [outcome_to_dict(outcome) for outcome in outcomes],
         "files": {"trials": str(folder / "trials.csv"), "best": str(path)},
     }
@@ -284,10 +291,13 @@ def _format_cell(value: Any) -> str:
 
 
 def show_sweep(result: dict[str, Any]) -> None:
-    """Print the ranking and the command that trains the best configuration."""
+    """Print the ranking, the effects and the command that trains the best configuration."""
     from sweeps.search import ranking
+    from sweeps.search.effects import build_effects_table
 
     console.print_table(result["name"], *ranking.build_ranking_table(result["configurations"]))
+    if result["effects"]:
+        console.print_table("Effect of each setting", *build_effects_table(result["effects"]))
     best = result["best"]
     console.print_note(
         f"best: {best['name']} with {best['score']:.4f}; train it with\n"

@@ -5,6 +5,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from skillnet_platform.storage import atomic_write
 from sweeps.config.space import format_setting
+from sweeps.search.effects import ScoredTrial
 from sweeps.trials.ledger import compute_mean_scores, outcome_to_dict
 from sweeps.trials.trial import TrialOutcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Configurations whose settings the figure names.
+NAMED = 12
 #: Statuses that are counted; an interrupted trial has no outcome yet.
 STATUSES = ("finished", "stopped", "failed")
 
@@ -72,6 +76,19 @@ def rank_configurations(outcomes: Sequence[TrialOutcome]) -> list[RankedConfigur
     return [_summarize_group(rank, name, groups[name]) for rank, name in enumerate(order, 1)]
 
 
+def list_scored_trials(outcomes: Sequence[TrialOutcome]) -> list[ScoredTrial]:
+    """Return the finished trials with a score. Stopped ones have a score of fewer steps.
+
+    Args:
+        outcomes: outcomes of all trials.
+    """
+    return [
+        ScoredTrial(each.group, each.seed, each.settings, float(each.score))
+        for each in outcomes
+        if each.status == "finished" and each.score is not None
+    ]
+
+
 def _summarize_group(rank: int, name: str, members: list[TrialOutcome]) -> RankedConfiguration:
     scored = [each for each in members if each.score is not None]
     values = [float(each.score) for each in scored if each.score is not None]
@@ -106,7 +123,7 @@ def build_ranking_table(
     """Return the columns and cells of the ranking: settings, scores, costs, status."""
     keys = list(dict.fromkeys(key for each in configurations for key in each.settings))
     tasks = list(dict.fromkeys(task for each in configurations for task in each.scores))
-    short = _short_names(keys)
+    short = shorten_keys(keys)
     columns = ["", "name", *(short[key] for key in keys), "score", *tasks]
     columns += ["activated M", "MFLOP", "steps", "trials"]
     cells = []
@@ -136,7 +153,7 @@ def _in_millions(value: float | None) -> float | None:
     return None if value is None else value / 1e6
 
 
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """Return the shortest distinct suffix of each dotted key."""
     names = {}
     for key in keys:
@@ -177,43 +194,82 @@ def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
 
 
 def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figure | None":
-    """Draw the score against activated FLOPs and parameters; None for fewer than two points."""
-    from matplotlib.figure import Figure
+    """Draw the score against activated FLOPs and parameters; None for fewer than two points.
 
-    from pipelines.evaluation.figures import COLORS, style_axes
+    Points have the rank of their configuration. A list beside the panels names its settings.
+    """
+    from matplotlib.figure import Figure
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
     # One point shows no trade-off between score and cost.
     if len(points) < 2:
         return None
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained", facecolor="white")
-    axes: Any = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(12.0, 4.2), layout="constrained", facecolor="white")
+    axes: Any = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    # Listed panels share the scores; the third one holds the names only.
+    axes[1].sharey(axes[0])
     panels = (
         ("flops_per_example", "activated MFLOP per example"),
         ("activated_params", "activated parameters, millions"),
     )
-    for panel, (key, label) in zip(axes, panels, strict=True):
-        costs = [getattr(each, key) / 1e6 for each in points]
-        for each, cost in zip(points, costs, strict=True):
-            # Scores after fewer steps must not look equal to final ones.
-            is_complete = each.status_counts["stopped"] == 0
-            panel.errorbar(
-                cost,
-                each.score,
-                yerr=each.score_std or 0.0,
-                fmt="o" if is_complete else "x",
-                color=COLORS[0] if is_complete else "#999999",
-                markersize=6,
-                elinewidth=1,
-            )
-            position = (cost, each.score)
-            panel.annotate(each.name, position, (4, 4), textcoords="offset points", fontsize=8)
+    for panel, (key, label) in zip(axes, panels, strict=False):
+        _draw_cost_points(panel, points, key)
         panel.set_xlabel(label, fontsize=9)
-        # Equal costs up to rounding must not fill the whole axis.
-        if max(costs) < 1.05 * min(costs):
-            panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
-        style_axes(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
+    _list_settings(axes[2], points)
     if any(each.status_counts["stopped"] for each in points):
         figure.suptitle("× was stopped early, so its score is from fewer steps", fontsize=8)
     return figure
+
+
+def describe_settings(configuration: RankedConfiguration, short: dict[str, str]) -> str:
+    """Return the settings of a configuration in one line: ``lr 0.001, skill_every 2``.
+
+    Args:
+        configuration: one of a sweep.
+        short: key -> short name.
+    """
+    parts = [
+        f"{short[key]} {format_setting(value)}" for key, value in configuration.settings.items()
+    ]
+    return ", ".join(parts) or configuration.name
+
+
+def _draw_cost_points(panel: Any, points: Sequence[RankedConfiguration], key: str) -> None:
+    from pipelines.evaluation.figures import COLORS, style_axes
+
+    costs = [getattr(each, key) / 1e6 for each in points]
+    for each, cost in zip(points, costs, strict=True):
+        # Scores after fewer steps must not look equal to final ones.
+        is_complete = each.status_counts["stopped"] == 0
+        panel.errorbar(
+            cost,
+            each.score,
+            yerr=each.score_std or 0.0,
+            fmt="o" if is_complete else "x",
+            color=COLORS[0] if is_complete else "#777777",
+            markersize=6,
+            elinewidth=1,
+        )
+        position = (cost, each.score)
+        panel.annotate(str(each.rank), position, (5, 4), textcoords="offset points", fontsize=9)
+    # Equal costs up to rounding must not fill the whole axis.
+    if max(costs) < 1.05 * min(costs):
+        panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
+    style_axes(panel)
+
+
+def _list_settings(panel: Any, points: Sequence[RankedConfiguration]) -> None:
+    """Write rank and settings of the best configurations into an empty panel."""
+    panel.set_axis_off()
+    short = shorten_keys(list(dict.fromkeys(key for each in points for key in each.settings)))
+    lines = []
+    for each in points[:NAMED]:
+        words = textwrap.wrap(describe_settings(each, short), 46) or [""]
+        lines += [f"{each.rank:>3}  {words[0]}", *(f"     {word}" for word in words[1:])]
+    if len(points) > NAMED:
+        lines.append(f"     and {len(points) - NAMED} more: see trials.csv")
+    panel.text(
+        *(0.0, 1.0, "\n".join(lines)), transform=panel.transAxes, va="top", fontsize=8.5,
+        family="monospace", parse_math=False,
+    )  # fmt: skip

@@ -8,7 +8,6 @@ the newest of each name. What the tables say is computed from the kept ``trials.
 
 import argparse
 import csv
-import itertools
 import math
 import sys
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks.measure import RESULTS
+from sweeps.search.effects import ScoredTrial, build_effects_table, estimate_effects
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 from tools.docs.quickstart_tables import seed_interval
@@ -93,42 +93,17 @@ def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(rows: Rows, keys: Sequence[str]) -> dict[tuple[str, str, str], list[float]]:
-    """(setting, one value, another) -> for each seed, score of the one less that of the other.
-
-    Compared are trials that are alike in all else, and a seed's figure is the mean over them: with
-    a crossed space every configuration speaks for each setting.
-    """
-    finished = [row for row in rows if row["status"] == "finished"]
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for key in keys:
-        values = list(dict.fromkeys(row[key] for row in finished))
-        scores = {
-            (row["seed"], tuple(row[k] for k in keys if k != key), row[key]): float(row["score"])
-            for row in finished
-        }
-        for one, other in itertools.combinations(values, 2):
-            by_seed: dict[str, list[float]] = defaultdict(list)
-            for (seed, rest, value), score in scores.items():
-                if value == one and (seed, rest, other) in scores:
-                    by_seed[seed].append(100 * (score - scores[seed, rest, other]))
-            if by_seed:
-                found[key, one, other] = [fmean(each) for each in by_seed.values()]
-    return found
-
-
 def effects(rows: Rows, keys: Sequence[str]) -> str:
-    """Markdown: a line a pair of values of a setting, with what the interval tells."""
-    lines = [
-        "| setting | difference | points (95 % interval) | significant |",
-        "|---|---|---:|---|",
+    """Markdown: a line for each value of a setting, as ``skillnet sweep`` prints it."""
+    trials = [
+        ScoredTrial(row["group"], int(row["seed"]), row, float(row["score"]))
+        for row in rows
+        if row["status"] == "finished"
     ]
-    for (key, one, other), values in differences(rows, keys).items():
-        low, high = seed_interval(values)
-        apart = "yes" if len(values) > 1 and low * high > 0 else "no"
-        shown = _with_interval(values, signed=True)
-        lines.append(f"| {_short(key)} | {one} − {other} | {shown} | {apart} |")
-    return "\n".join(lines)
+    columns, cells, _ = build_effects_table(estimate_effects(trials, keys))
+    cells = [[_short(line[0]), *line[1:]] for line in cells]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in cells)])
 
 
 def page_text(results: Path = RESULTS) -> str:
@@ -154,8 +129,8 @@ def text_of(folder: Path) -> str:
         f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['num_layers']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
         f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
-        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEach setting "
-        "alone, over all configurations that are equal otherwise:\n\n"
+        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEffect of each "
+        "setting, fitted over all finished trials:\n\n"
         f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
     )
 
@@ -168,13 +143,10 @@ def _mean(rows: Rows, key: str) -> float:
     return fmean(float(row[key]) for row in rows)
 
 
-def _with_interval(values: list[float], signed: bool = False) -> str:
+def _with_interval(values: list[float]) -> str:
     low, high = seed_interval(values)
-    sign = "+" if signed else ""
-    reported = f"{fmean(values):{sign}.1f}"
-    return (
-        reported if math.isclose(low, high) else f"{reported} ({low:{sign}.1f} to {high:{sign}.1f})"
-    )
+    reported = f"{fmean(values):.1f}"
+    return reported if math.isclose(low, high) else f"{reported} ({low:.1f} to {high:.1f})"
 
 
 def _short(key: str) -> str:
