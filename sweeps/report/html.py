@@ -9,21 +9,12 @@ from sweeps.report.plots import encode_png_uri, encode_svg_uri
 if TYPE_CHECKING:
     from sweeps.report.report import ComparisonReport
 
-#: Anchor -> heading of each section, in the order of the page.
-SECTIONS = {
-    "claims": "Claims",
-    "results": "Results",
-    "plots": "Plots",
-    "skills": "Effect of each skill",
-    "details": "Details",
-    "provenance": "Provenance",
-}
-
 
 def render_report(report: "ComparisonReport") -> str:
     """Return the report as the text of an HTML page, with its plots as data URIs."""
     values: dict[str, Any] = {"report": report}
     for key, figures, encode in (
+        ("evidence", report.evidence, encode_svg_uri),
         ("figures", report.figures, encode_svg_uri),
         # These figures hold thousands of numbers: as SVG outlines they make the page too large.
         ("skills", report.skills, encode_png_uri),
@@ -32,9 +23,7 @@ def render_report(report: "ComparisonReport") -> str:
             {"name": name, "uri": encode(figure), "caption": report.captions.get(name, name)}
             for name, figure in figures.items()
         ]
-    shown = {"skills": report.skills, "claims": report.claims}
-    sections = {id: name for id, name in SECTIONS.items() if shown.get(id, True)}
-    return render_template("report.html", values | {"sections": sections})
+    return render_template("report.html", values)
 
 
 def render_template(template: str, values: Mapping[str, Any]) -> str:

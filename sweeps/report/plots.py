@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.evaluation.figures import COLORS, style_axes
-from pipelines.evaluation.tables import metric_label
+from pipelines.evaluation.tables import score_metric
 from sweeps.analysis.comparison import MEAN, SystemComparison
 from sweeps.analysis.finished_runs import PRETRAINED
+from sweeps.report.cells import name_score
+from sweeps.report.evidence_plots import MARKERS, encode_svg, mark_cost_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 def draw_plots(comparison: SystemComparison) -> "dict[str, Figure]":
@@ -95,10 +95,10 @@ def draw_score_cost_figure(comparison: SystemComparison) -> "Figure":
         panel.set_title(_title(comparison, task), fontsize=9)
         panel.set_ylim(*_widen_limits(panel.get_ylim()))
         panel.set_xscale("log")
-        _log_ticks(panel)
+        mark_cost_axis(panel)
         style_axes(panel)
     for panel in axes[-3:]:
-        panel.set_xlabel("FLOPs per example, executed", fontsize=8)
+        panel.set_xlabel("FLOPs per example, executed (log axis)", fontsize=8)
     for panel in axes[::3]:
         panel.set_ylabel("score, percent", fontsize=8)
     _legend(figure, axes[0], labels)
@@ -159,17 +159,15 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
             style = _style(label, labels)
             panel.plot(
                 steps,
-                100 * values if is_validated else smooth_series(values),
+                100 * _score_values(comparison.metrics[task], values)
+                if is_validated
+                else smooth_series(values),
                 color=style["color"],
                 linestyle="-" if label.endswith(PRETRAINED) else "--",
                 linewidth=1.2,
             )
             has_curve = True
-        metric = (
-            f"{metric_label(comparison.metrics[task])}, percent"
-            if is_validated
-            else "training loss"
-        )
+        metric = f"{name_score(comparison, task)}, percent" if is_validated else "training loss"
         panel.set_title(task.replace("_", " "), fontsize=9)
         panel.set_ylabel(metric, fontsize=8)
         if is_validated:
@@ -185,15 +183,7 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
 
 def encode_svg_uri(figure: "Figure") -> str:
     """Return a figure as SVG in a data URI; text is drawn as outlines, without external fonts."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Dates and versions would make equal figures differ.
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "skillnet"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=metadata)
-    text = buffer.getvalue()
-    body = text[text.index("<svg") :].encode()
+    body = encode_svg(figure).encode()
     return "data:image/svg+xml;base64," + base64.b64encode(body).decode()
 
 
@@ -287,9 +277,11 @@ def _make_figure(width: float, height: float) -> "Figure":
 def _title(comparison: SystemComparison, task: str) -> str:
     if task == MEAN:
         return "mean over tasks"
-    metric = comparison.metrics[task]
-    name = "1 − token error" if metric == "token_error_rate" else metric_label(metric)
-    return f"{task.replace('_', ' ')}, {name}"
+    return f"{task.replace('_', ' ')}, {name_score(comparison, task)}"
+
+
+def _score_values(metric: str, values_N: np.ndarray) -> np.ndarray:
+    return np.array([score_metric(metric, float(value)) for value in values_N])
 
 
 def _mean_curve(
@@ -303,22 +295,6 @@ def _mean_curve(
     if not steps:
         return None
     return np.array(steps), np.array([np.mean([each[s] for each in points]) for s in steps])
-
-
-def _log_ticks(panel: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-
-    from sweeps.analysis.format import format_count
-
-    low, high = panel.get_xlim()
-    if high / low < 20:
-        # On so short an axis powers of ten would give at most one tick.
-        panel.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-        panel.xaxis.set_minor_locator(NullLocator())
-    else:
-        panel.xaxis.set_major_locator(LogLocator(base=10))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _widen_limits(limits: tuple[float, float], span: float = 2.0) -> tuple[float, float]:

@@ -11,22 +11,34 @@
 :func:`build_report` is called by ``skillnet compare``.
 """
 
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
-from sweeps.analysis.claims import EvaluatedClaim, answer_in_a_sentence, evaluate_claims
+from sweeps.analysis.claims import ClaimCondition, EvaluatedClaim, evaluate_claims
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
+from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.claims import ClaimsConfig
+from sweeps.report.cells import ReportTable
+from sweeps.report.evidence import collect_points, group_claims, group_tests
+from sweeps.report.evidence_plots import draw_evidence
+from sweeps.report.findings import (
+    MAX_ROWS,
+    answer_comparison,
+    build_claim_table,
+    sort_systems,
+)
 from sweeps.report.plots import draw_plots
-from sweeps.report.tables import ReportTable, build_tables
+from sweeps.report.provenance import MAIN_FACTS, collect_facts
+from sweeps.report.references import (
+    ReferenceScores,
+    average_references,
+    build_reference_rows,
+    find_reference_scores,
+)
+from sweeps.report.tables import build_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,18 +52,20 @@ TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
     "p", "p_corrected", "significant",
 )  # fmt: skip
-#: Packages whose versions are listed.
-PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
-
 #: Name of a figure -> caption.
 CAPTIONS = {
+    "differences": "Paired differences of scores with their 95 % intervals over seeds and held-out "
+    "units. Blue: shown; grey, hollow: open; red cross: refuted; band: margin. Diamond: mean over "
+    "tasks.",
+    "mean score against operations": "Mean score with its 95 % interval against the FLOPs of a "
+    "forward pass of one test example, on a logarithmic axis.",
     "scores": "Score of each system on the test rows: mean over seeds with the 95 % interval over "
     "seeds and rows. Filled: pretrained; hollow: not pretrained.",
     "score against FLOPs": "Score against the FLOPs of the forward pass of one test example. Sizes "
     "of one system are joined.",
     "gain from pretraining": "Score with pretraining minus score without, with the paired 95 % "
     "interval.",
-    "learning": "Metric on the validation rows if it was logged, else the training loss; mean over "
+    "learning": "Score on the validation rows if it was logged, else the training loss; mean over "
     "seeds. Solid: pretrained; dashed: not pretrained.",
 }
 
@@ -64,11 +78,13 @@ class ComparisonReport:
         title: title of the page.
         comparison: computed results.
         claims: claims with verdicts.
-        tables: tables, in order.
-        figures: name -> figure, in order.
+        tables: tables, in order; the first is the table that the page shows unfolded.
+        evidence: name -> figure beside the answer: differences, and scores against operations.
+        figures: name -> further figure, in order.
         captions: name of a figure -> caption.
         skills: name -> figure about the skills of the reference.
         skills_note: text that names the model of these figures.
+        references: scores of the simple references, by task and split.
         facts: name -> value of the provenance.
         texts: name -> longer text of the provenance.
         folder: directory of the report, once written.
@@ -78,18 +94,20 @@ class ComparisonReport:
     comparison: SystemComparison
     claims: Sequence[EvaluatedClaim]
     tables: list[ReportTable]
+    evidence: "dict[str, Figure]"
     figures: "dict[str, Figure]"
     captions: dict[str, str] = field(default_factory=lambda: dict(CAPTIONS))
     skills: "dict[str, Figure]" = field(default_factory=dict)
     skills_note: str = ""
+    references: ReferenceScores = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
     @property
     def answer(self) -> str:
-        """The answer of a comparison of two systems, in a sentence; "" for more systems."""
-        return answer_in_a_sentence(self.comparison)
+        """The answer in one sentence, with its number; "" for a single system."""
+        return answer_comparison(self.comparison, self.claims)
 
     @property
     def lead(self) -> str:
@@ -105,89 +123,85 @@ class ComparisonReport:
         ]
         return ", ".join(counts)
 
+    @property
+    def origin(self) -> str:
+        """One line with the commit, the dates and the machine."""
+        return " · ".join(f"{name} {self.facts[name]}" for name in MAIN_FACTS if name in self.facts)
+
 
 def build_report(
     comparison: SystemComparison,
     title: str,
     rules: ClaimsConfig | None = None,
     facts: Mapping[str, str] | None = None,
+    references: ReferenceScores | None = None,
 ) -> ComparisonReport:
     """Return the report of a comparison.
 
     Args:
-        comparison: computed results.
+        comparison: computed results. The report lists the systems by score.
         title: title of the page.
         rules: claims; None states none.
         facts: additional provenance, listed first.
+        references: scores of the simple references, by task and split; None finds them.
     """
+    order = sort_systems(comparison)
+    comparison = replace(comparison, systems={label: comparison.systems[label] for label in order})
+    known = find_reference_scores(comparison) if references is None else references
+    claims = evaluate_claims(comparison, rules)
+    tables = build_tables(comparison, known)
+    if claims:
+        tables.insert(0, build_claim_table(claims, comparison, known))
+    elif len(tables[0].rows) > MAX_ROWS:
+        tables.insert(0, _shorten_table(tables[0]))
     return ComparisonReport(
         title,
         comparison,
-        evaluate_claims(comparison, rules),
-        build_tables(comparison),
+        claims,
+        tables,
+        _draw_evidence(comparison, claims, known),
         draw_plots(comparison),
+        references=known,
         facts=dict(facts or {}) | collect_facts(comparison),
     )
 
 
-def collect_facts(comparison: SystemComparison) -> dict[str, str]:
-    """Return name -> value of the provenance of the runs and the report."""
-    corpora: dict[str, str] = {}
-    for run in comparison.runs:
-        corpora |= run.digests
-    rows = [row for run in comparison.runs for row in run.rows]
-    dates = sorted({str(row["date"]) for row in rows})
-    versions = []
-    for name in PACKAGES:
-        # Not every installation has all optional packages.
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
-        "seeds": "; ".join(
-            f"{label}: {', '.join(str(run.seed) for run in runs)}"
-            for label, runs in comparison.systems.items()
-        ),
-        "test rows": ", ".join(
-            f"{task} {len(comparison.runs[0].outcomes[task, SPLIT])}"
-            for task in comparison.tasks
-            if (task, SPLIT) in comparison.runs[0].outcomes
-        ),
-        "corpora (digests)": ", ".join(f"{name} {digest}" for name, digest in corpora.items()),
-        "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
-        "software": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
-    }
+def _shorten_table(table: ReportTable) -> ReportTable:
+    """Return the first rows of a table; the last one, the references, stays."""
+    rows = [*table.rows[: MAX_ROWS - 1], table.rows[-1]]
+    title = f"{table.title}: {len(rows)} of {len(table.rows)} rows"
+    return replace(table, title=title, rows=rows)
+
+
+def _draw_evidence(
+    comparison: SystemComparison, claims: Sequence[EvaluatedClaim], references: ReferenceScores
+) -> "dict[str, Figure]":
+    groups = group_claims(build_claim_rows(claims)) or group_tests(build_test_rows(comparison))
+    mean = average_references(references, comparison.common_tasks)
+    points = collect_points(build_summary_rows(comparison))
+    return draw_evidence(groups, points, None if mean is None else 100 * mean)
 
 
 # -- output --------------------------------------------------------------------------------
 
 
 def show_report(report: ComparisonReport) -> None:
-    """Print the claims and the main tables."""
+    """Print the answer, the first table and the main tables."""
     if report.answer:
         console.print_note(report.answer)
-    if report.claims:
-        cells = [[claim.verdict, claim.text, claim.undecided_reason] for claim in report.claims]
-        console.print_table(report.title, ["verdict", "claim", ""], cells)
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_lines() for cell in row] for row in table.rows]
-            console.print_table(table.title, list(table.columns), lines, table.caption)
+            title = f"{report.title}: {table.title}" if table is report.tables[0] else table.title
+            console.print_table(title, list(table.columns), lines, table.caption)
+    console.print_note(report.origin)
 
 
 def report_to_markdown(report: ComparisonReport) -> str:
     """Return the claims and main tables as Markdown, for the description of the MLflow run."""
     from pipelines.evaluation.tables import markdown_table
 
-    parts = [report.lead + ".", report.answer]
-    if report.claims:
-        cells = [[claim.text, claim.verdict] for claim in report.claims]
-        parts.append(markdown_table(["claim", "verdict"], cells))
+    parts = [report.answer, report.lead + ".", report.origin]
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_line() for cell in row] for row in table.rows]
@@ -207,7 +221,7 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
         "folder": report.folder,
         "answer": report.answer,
         "claims": build_claim_rows(report.claims),
-        "summary": build_summary_rows(comparison),
+        "summary": build_summary_rows(comparison, report.references),
         "tests": build_test_rows(comparison),
         "relative": {
             label: {
@@ -217,6 +231,8 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
             }
             for label, relative in comparison.relative.items()
         },
+        "references": build_reference_rows(report.references, comparison.common_tasks),
+        "budgets": {label: asdict(own) for label, own in estimate_budgets(comparison).items()},
         "runs": [
             {"system": r.label, "seed": r.seed, "folder": r.folder, "run_id": r.run_id}
             for r in comparison.runs
@@ -225,9 +241,16 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
     }
 
 
-def build_summary_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
-    """Return one row per system, task and test set, plus the mean and relative scores."""
-    rows = []
+def build_summary_rows(
+    comparison: SystemComparison, references: ReferenceScores | None = None
+) -> list[dict[str, Any]]:
+    """Return one row per system, task and test set, plus the mean and relative scores.
+
+    Args:
+        comparison: computed results.
+        references: scores of the simple references, by task and split; rows without intervals.
+    """
+    rows = build_reference_rows(references or {}, comparison.common_tasks)
     for (label, task, split), score in comparison.scores.items():
         value, low, high = score[:3]
         metric = comparison.metrics.get(task, "score")
@@ -295,10 +318,20 @@ def build_claim_rows(claims: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
             "rule": claim.rule,
             "verdict": claim.verdict,
             "undecided_reason": claim.undecided_reason,
-            "conditions": [{"text": each.text, "shown": each.shown} for each in claim.conditions],
+            "conditions": [_build_condition_row(each) for each in claim.conditions],
         }
         for claim in claims
     ]
+
+
+def _build_condition_row(condition: ClaimCondition) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": condition.text, "shown": condition.shown}
+    tested = condition.tested
+    if tested is not None:
+        row |= {"system": tested.system, "against": tested.against, "task": tested.task}
+        row |= {"margin": tested.margin, "difference": tested.change.value}
+        row |= {"low": tested.change.low, "high": tested.change.high}
+    return row
 
 
 def _format_plural(number: int, noun: str) -> str:

@@ -3,86 +3,55 @@
 :func:`build_tables` is called by ``sweeps.report.report``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from pipelines.evaluation.tables import metric_label
+from pipelines.evaluation.tables import score_metric
 from sweeps.analysis.comparison import MEAN, SPLIT, PairedTest, SystemComparison, find_variant
-from sweeps.analysis.finished_runs import FinishedRun, find_differing_settings
+from sweeps.analysis.finished_runs import find_differing_settings
 from sweeps.analysis.format import (
-    format_count,
     format_duration,
     format_interval,
     format_p_value,
     format_signed_points,
 )
 from sweeps.analysis.run_figures import estimate_run_figures
-from sweeps.analysis.statistics import ScoreEstimate
+from sweeps.analysis.statistics import MIN_OWN_SEEDS, ScoreEstimate
+from sweeps.report.cells import ReportTable, TableCell, name_score
+from sweeps.report.cost_tables import (
+    build_activated_table,
+    build_budget_table,
+    build_cost_table,
+    build_flops_table,
+)
+from sweeps.report.references import (
+    REFERENCE_LABEL,
+    REFERENCE_NOTE,
+    ReferenceScores,
+    average_references,
+)
 
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
 
 
-@dataclass(frozen=True)
-class TableCell:
-    """One cell of a table.
+def build_tables(
+    comparison: SystemComparison, references: ReferenceScores | None = None
+) -> list[ReportTable]:
+    """Return all tables that need only the runs; empty tables are left out.
 
     Args:
-        text: the value.
-        small: its interval, shown below the value.
-        mark: mark of a significant difference.
-        is_best: whether the value is the best of its column.
+        comparison: computed results; the tables list its systems in their order.
+        references: scores of the simple references, by task and split.
     """
-
-    text: str
-    small: str = ""
-    mark: str = ""
-    is_best: bool = False
-
-    def to_lines(self) -> str:
-        """Return the cell with the interval on a second line, which keeps columns narrow."""
-        return f"{self.text}{self.mark}" + (f"\n{self.small}" if self.small else "")
-
-    def to_line(self) -> str:
-        """Return the cell as one line of plain text."""
-        interval = f" ({self.small})" if self.small else ""
-        return f"{self.text}{self.mark}{interval}"
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """A table of the report.
-
-    Args:
-        title: title of the table.
-        columns: column names; the first column names the row.
-        rows: cells of each row.
-        caption: text below the table.
-        collapsed: collapse the table on the page and omit it on the terminal.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[TableCell]]
-    caption: str = ""
-    collapsed: bool = field(default=False, kw_only=True)
-
-
-def build_tables(comparison: SystemComparison) -> list[ReportTable]:
-    """Return all tables that need only the runs; empty tables are left out."""
+    known = references or {}
     built = [
-        build_score_table(comparison),
+        build_score_table(comparison, known),
         build_pretraining_table(comparison),
         build_cost_table(comparison),
-    ]
-    built += [
-        build_other_splits_table(comparison),
+        build_budget_table(comparison),
+        build_other_splits_table(comparison, known),
         build_activated_table(comparison),
         build_flops_table(comparison),
-    ]
-    built += [
         build_robust_table(comparison),
         build_test_table(comparison),
         build_seed_table(comparison),
@@ -91,13 +60,17 @@ def build_tables(comparison: SystemComparison) -> list[ReportTable]:
     return [table for table in built if table.rows]
 
 
-def build_score_table(comparison: SystemComparison) -> ReportTable:
-    """Return the metric of each task per system, the mean score and the relative score."""
-    columns = ["system", "seeds"]
-    columns += [
-        f"{task.replace('_', ' ')}, {_metric(comparison, task)}" for task in comparison.tasks
-    ]
-    columns += ["mean score ↑", "relative to specialists ↑"]
+def build_score_table(
+    comparison: SystemComparison, references: ReferenceScores | None = None
+) -> ReportTable:
+    """Return the score of each task per system, the mean score and the relative score.
+
+    Args:
+        comparison: computed results.
+        references: scores of the simple references, by task and split; a row of the table.
+    """
+    columns = ["system", "seeds", *(_heading(comparison, task) for task in comparison.tasks)]
+    columns += ["mean score", "relative to specialists"]
     best = {task: _best_labels(comparison, task) for task in [*comparison.tasks, MEAN]}
     rows = []
     for label, runs in comparison.systems.items():
@@ -116,6 +89,11 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
             value = relative.value
             row.append(TableCell(f"{value.value:.3f}", _format_range(value.low, value.high, 3)))
         rows.append(row)
+    if references:
+        cells = [_reference_cell(references, task, SPLIT) for task in comparison.tasks]
+        mean = average_references(references, comparison.common_tasks)
+        cells.append(TableCell("–" if mean is None else f"{100 * mean:.1f}"))
+        rows.append([TableCell(REFERENCE_LABEL), TableCell("–"), *cells, TableCell("–")])
     names = (
         ", ".join(comparison.common_tasks)
         if len(comparison.common_tasks) < len(comparison.tasks)
@@ -125,14 +103,16 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
         "Results on held-out rows",
         columns,
         rows,
-        "Mean over seeds with the 95 % interval over seeds and held-out units, in percent; the "
-        f"variance over seeds is pooled over systems. {BETTER} and "
+        "Scores in percent: higher is better in every column, speech is 1 − token error. Mean over "
+        "seeds with the 95 % interval over seeds and held-out units; with fewer than "
+        f"{MIN_OWN_SEEDS} seeds the variance over seeds is pooled over systems. {BETTER} and "
         f"{WORSE}: significantly better or worse than {comparison.reference} with the same "
         f"pretraining (paired by unit and seed, Holm's correction over "
-        f"{len(comparison.tests)} tests, 5 %). Bold: best of its column. Score: "
-        f"accuracy, 1 − token error rate (at least 0), recall at 10; the mean is over {names}. "
+        f"{len(comparison.tests)} tests, 5 %). Bold: best of its column. The mean is over {names}. "
         "Relative: geometric mean over tasks of the mean score divided by the mean score of "
-        f"{comparison.specialist} with the same pretraining." + _seeds_warning(comparison),
+        f"{comparison.specialist} with the same pretraining."
+        + (REFERENCE_NOTE if references else "")
+        + _seeds_warning(comparison),
     )
 
 
@@ -155,79 +135,19 @@ def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
         rows,
         "Score with pretraining minus score without, in points; 95 % interval, paired by unit "
         f"and seed. {BETTER} {WORSE}: significant after correction.",
+        collapsed=True,
     )
 
 
-def build_cost_table(comparison: SystemComparison) -> ReportTable:
-    """Return parameters, FLOPs and training time of each system."""
-    rows = []
-    pretrained = any(run.pretraining_seconds for run in comparison.runs)
-    for label, runs in comparison.systems.items():
-        cost = comparison.costs[label, MEAN]
-        seconds = np.array([run.seconds for run in runs])
-        # The range over runs, since training times depend on the load of the machine.
-        ends = (format_duration(float(seconds.min())), format_duration(float(seconds.max())))
-        spread = f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ""
-        rows.append(
-            [
-                TableCell(label),
-                TableCell(format_count(runs[0].total_params) if runs[0].total_params else "–"),
-                TableCell(format_count(cost.activated)),
-                TableCell(format_count(cost.flops)),
-                TableCell(format_duration(float(seconds.mean())), spread),
-                *([TableCell(_pretraining_time(runs))] if pretrained else []),
-                TableCell(
-                    f"{np.mean([float(r.trained.get('rows_per_second', 0)) for r in runs]):.0f}"
-                ),
-                TableCell(f"{int(runs[0].trained['step'])}"),
-            ]
-        )
-    return ReportTable(
-        "Cost",
-        [
-            "system",
-            "parameters, total",
-            "activated, mean over tasks",
-            "FLOPs per example, mean over tasks",
-            "training",
-            *(["pretraining"] if pretrained else []),
-            "rows per second",
-            "steps",
-        ],
-        rows,
-        "Activated: parameters that one example reads. FLOPs: executed in a forward pass of one "
-        "test example, counted alike for every system; one multiply-add counts as two. Training: "
-        "time in the loop per run, without evaluation; for resumed runs and pretrainings the total "
-        "time, estimated at the rate of the last part.",
-    )
+def build_other_splits_table(
+    comparison: SystemComparison, references: ReferenceScores | None = None
+) -> ReportTable:
+    """Return the scores on test splits other than ``test``.
 
-
-def build_activated_table(comparison: SystemComparison) -> ReportTable:
-    """Return the activated parameters by task."""
-    return _build_cost_by_task_table(comparison, "Activated parameters by task", "activated")
-
-
-def build_flops_table(comparison: SystemComparison) -> ReportTable:
-    """Return the executed FLOPs by task."""
-    return _build_cost_by_task_table(comparison, "FLOPs per example by task", "flops")
-
-
-def _build_cost_by_task_table(comparison: SystemComparison, title: str, cost: str) -> ReportTable:
-    rows = []
-    for label in comparison.systems:
-        costs = [comparison.costs.get((label, task)) for task in comparison.tasks]
-        rows.append(
-            [
-                TableCell(label),
-                *(TableCell(format_count(getattr(c, cost)) if c else "–") for c in costs),
-            ]
-        )
-    columns = ["system", *(task.replace("_", " ") for task in comparison.tasks)]
-    return ReportTable(title, columns, rows, collapsed=True)
-
-
-def build_other_splits_table(comparison: SystemComparison) -> ReportTable:
-    """Return the metrics on test splits other than ``test``."""
+    Args:
+        comparison: computed results.
+        references: scores of the simple references, by task and split.
+    """
     keys = [
         (task, split)
         for task in comparison.tasks
@@ -240,24 +160,27 @@ def build_other_splits_table(comparison: SystemComparison) -> ReportTable:
             [
                 TableCell(label),
                 *(
-                    _metric_cell(comparison, task, comparison.find_score(label, task, s))
-                    for task, s in keys
+                    _estimate_cell(comparison.find_score(label, task, split))
+                    for task, split in keys
                 ),
             ]
         )
+    if keys and references and any(key in references for key in keys):
+        cells = [_reference_cell(references, task, split) for task, split in keys]
+        rows.append([TableCell(REFERENCE_LABEL), *cells])
     return ReportTable(
         "Further test sets",
         [
             "system",
             *(
                 f"{task.replace('_', ' ')}, {split.removeprefix('test_').replace('_', ' ')}, "
-                f"{_metric(comparison, task)}"
+                f"{name_score(comparison, task)}"
                 for task, split in keys
             ),
         ],
         rows,
-        "Percent, with 95 % intervals over seeds and held-out units; no significance tests. A set "
-        "of one unit has no interval.",
+        "Scores in percent, higher is better, with 95 % intervals over seeds and held-out units; "
+        "no significance tests. A set of one unit has no interval.",
         collapsed=True,
     )
 
@@ -325,15 +248,16 @@ def build_seed_table(comparison: SystemComparison) -> ReportTable:
             row = [TableCell(label), TableCell(str(run.seed))]
             for task in comparison.tasks:
                 known = (task, SPLIT) in run.outcomes
-                row.append(
-                    TableCell(f"{100 * run.outcomes[task, SPLIT].value:.1f}" if known else "–")
+                score = (
+                    score_metric(comparison.metrics[task], run.outcomes[task, SPLIT].value)
+                    if known
+                    else np.nan
                 )
+                row.append(TableCell(f"{100 * score:.1f}" if known else "–"))
             rows.append([*row, TableCell(format_duration(run.seconds)), TableCell(run.folder.name)])
-    columns = ["system", "seed"]
-    columns += [
-        f"{task.replace('_', ' ')}, {_metric(comparison, task)}" for task in comparison.tasks
-    ]
-    return ReportTable("Every run", [*columns, "training", "run"], rows, "Percent.", collapsed=True)
+    columns = ["system", "seed", *(_heading(comparison, task) for task in comparison.tasks)]
+    caption = "Scores in percent, higher is better."
+    return ReportTable("Every run", [*columns, "training", "run"], rows, caption, collapsed=True)
 
 
 def build_settings_table(comparison: SystemComparison) -> ReportTable:
@@ -374,9 +298,13 @@ def _pretraining_note(comparison: SystemComparison) -> str:
 # -- cells and notes -----------------------------------------------------------------------
 
 
-def _metric(comparison: SystemComparison, task: str) -> str:
-    metric = comparison.metrics[task]
-    return f"{metric_label(metric)} {'↓' if metric == 'token_error_rate' else '↑'}"
+def _heading(comparison: SystemComparison, task: str) -> str:
+    return f"{task.replace('_', ' ')}, {name_score(comparison, task)}"
+
+
+def _reference_cell(references: ReferenceScores, task: str, split: str) -> TableCell:
+    score = references.get((task, split))
+    return TableCell("–" if score is None else f"{100 * score:.1f}")
 
 
 def _best_labels(comparison: SystemComparison, task: str) -> set[str]:
@@ -393,7 +321,7 @@ def _best_labels(comparison: SystemComparison, task: str) -> set[str]:
 
 def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool) -> TableCell:
     # Only tests against the reference are marked, not gains from pretraining.
-    plain = _metric_cell(comparison, task, comparison.find_score(label, task))
+    plain = _estimate_cell(comparison.find_score(label, task))
     against = find_variant(comparison.reference, label, list(comparison.systems))
     test = comparison.find_test(label, against, task) if against else None
     mark = ""
@@ -402,14 +330,12 @@ def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool)
     return TableCell(plain.text, plain.small, mark, best)
 
 
-def _metric_cell(comparison: SystemComparison, task: str, score: ScoreEstimate | None) -> TableCell:
+def _estimate_cell(score: ScoreEstimate | None) -> TableCell:
     if score is None:
         return TableCell("–")
-    value, low, high = score[:3]
-    if comparison.metrics.get(task) == "token_error_rate":
-        # Error rates are shown as such; inverting swaps the bounds.
-        value, low, high = 1 - value, 1 - high, 1 - low
-    return TableCell(f"{100 * value:.1f}", _format_range(100 * low, 100 * high, 1))
+    return TableCell(
+        f"{100 * score.value:.1f}", _format_range(100 * score.low, 100 * score.high, 1)
+    )
 
 
 def _change_cell(test: PairedTest | None) -> TableCell:
@@ -427,11 +353,6 @@ def _change_cell(test: PairedTest | None) -> TableCell:
 def _format_range(low: float, high: float, digits: int) -> str:
     # One held-out unit, or one run, gives a value without an interval.
     return "" if np.isnan(low) else f"{low:.{digits}f}–{high:.{digits}f}"
-
-
-def _pretraining_time(runs: Sequence[FinishedRun]) -> str:
-    seconds = [run.pretraining_seconds for run in runs if run.pretraining_seconds]
-    return format_duration(float(np.mean(seconds))) if seconds else "–"
 
 
 def _seeds_warning(comparison: SystemComparison) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from sweeps.analysis.format import format_duration
-from sweeps.report.tables import ReportTable, TableCell
+from sweeps.report.cells import ReportTable, TableCell
 from sweeps.study.tuning import TuningResult, format_settings
 
 

@@ -48,7 +48,8 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     comparison = report.comparison
     rows = [dict(row) | {"system": run.label} for run in comparison.runs for row in run.rows]
     write_evaluation_csv(rows, folder / "results.csv")
-    _write_rows(build_summary_rows(comparison), SUMMARY_COLUMNS, folder / "summary.csv")
+    summary = build_summary_rows(comparison, report.references)
+    _write_rows(summary, SUMMARY_COLUMNS, folder / "summary.csv")
     _write_rows(build_test_rows(comparison), TEST_COLUMNS, folder / "tests.csv")
     write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
     parts = []
@@ -77,7 +78,7 @@ def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
     for name in REPORT_FILES:
         if (report.folder / name).is_file():
             tracker.artifact(report.folder / name, "comparison")
-    for name, figure in (report.figures | report.skills).items():
+    for name, figure in (report.evidence | report.figures | report.skills).items():
         tracker.figure(figure, f"plots/{name.removesuffix('.png').replace(' ', '_')}.png")
     comparison = report.comparison
     values = {}

@@ -146,3 +146,17 @@ def paper_claims() -> ClaimsConfig:
     tree = configuration.load_yaml(presets.find_config("claims/paper"))["claims"]
     built: ClaimsConfig = configuration.build_config(ClaimsConfig, tree)
     return built
+
+
+def write_curve(folder: Path, scores: Mapping[int, float], tasks: Sequence[str] = TASKS) -> None:
+    """Append validation scores of a run, equal for all tasks: step -> score."""
+    metrics = {"text_classification": "accuracy", "speech_recognition": "token_error_rate"}
+    with (folder / "progress.jsonl").open("a") as stream:
+        for step, score in scores.items():
+            named = {
+                f"{task}/validation_{metrics.get(task, 'recall_at_10')}": (
+                    1 - score if task == "speech_recognition" else score
+                )
+                for task in tasks
+            }
+            stream.write(json.dumps({"time": step, "step": step, "metrics": named}) + "\n")

@@ -37,7 +37,7 @@ def comparison_page() -> str:
         conditions=[condition],
         rule=NASTY,
     )
-    cell = SimpleNamespace(text=NASTY, is_best=True, mark=NASTY, small=NASTY)
+    cell = SimpleNamespace(text=NASTY, is_best=True, is_prose=True, mark=NASTY, small=NASTY)
     tables = [
         SimpleNamespace(
             columns=[NASTY], rows=[[cell, cell]], caption=NASTY, title=NASTY, collapsed=collapsed
@@ -47,6 +47,7 @@ def comparison_page() -> str:
     report = SimpleNamespace(
         title=NASTY,
         lead=NASTY,
+        origin=NASTY,
         answer=NASTY,
         claims=[claim],
         tables=tables,
@@ -55,8 +56,7 @@ def comparison_page() -> str:
         texts={NASTY: NASTY},
     )
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
-    sections = {"claims": NASTY}
-    values = {"report": report, "figures": pictures, "skills": pictures, "sections": sections}
+    values = {"report": report} | dict.fromkeys(("evidence", "figures", "skills"), pictures)
     return render_template("report.html", values)
 
 

@@ -81,7 +81,7 @@ def test_the_page_is_self_contained(written: ComparisonReport):
     assert "script" not in found.tags
     assert "link" not in found.tags
     inside = [target for target in found.targets if target.startswith("data:image/svg+xml;base64,")]
-    assert len(inside) == len(written.figures) == 4
+    assert len(inside) == len(written.evidence) + len(written.figures) == 6
     assert all(t.startswith("#") for t in found.targets if t not in inside)
     assert "url(" not in page
     assert "@import" not in page
@@ -167,7 +167,7 @@ def test_the_table_marks_significant_and_best_values(written: ComparisonReport):
 
 def test_provenance_is_listed(written: ComparisonReport):
     facts = written.facts
-    assert facts["seeds"].startswith("skillnet: 0, 1, 2")
+    assert facts["seeds"].startswith("skillnet-pretrained: 0, 1, 2")
     assert "headings " + "a" * 64 in facts["corpora (digests)"]
     assert "torch " in facts["software"]
     assert facts["test rows"].startswith("text_classification 200")

@@ -1,0 +1,66 @@
+"""Facts of a report: when, where, with which software and which commit it was made.
+
+:func:`collect_facts` is called by ``sweeps.report.report``.
+"""
+
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from skillnet_platform.tracking.source_commit import COMMIT_TAG, MODIFIED_TAG, commit_tags
+from sweeps.analysis.comparison import SPLIT, SystemComparison
+
+#: Packages whose versions are listed.
+PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
+#: Facts that the page and the terminal show beside the answer.
+MAIN_FACTS = ("commit", "runs evaluated", "machine")
+
+
+def collect_facts(comparison: SystemComparison) -> dict[str, str]:
+    """Return name -> value of the provenance of the runs and the report."""
+    corpora: dict[str, str] = {}
+    for run in comparison.runs:
+        corpora |= run.digests
+    rows = [row for run in comparison.runs for row in run.rows]
+    dates = sorted({str(row["date"]) for row in rows})
+    versions = []
+    for name in PACKAGES:
+        # Not every installation has all optional packages.
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "commit": find_source_commit(),
+        "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "seeds": "; ".join(
+            f"{label}: {', '.join(str(run.seed) for run in runs)}"
+            for label, runs in comparison.systems.items()
+        ),
+        "test rows": ", ".join(
+            f"{task} {len(comparison.runs[0].outcomes[task, SPLIT])}"
+            for task in comparison.tasks
+            if (task, SPLIT) in comparison.runs[0].outcomes
+        ),
+        "corpora (digests)": ", ".join(f"{name} {digest}" for name, digest in corpora.items()),
+        "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
+        "software": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
+    }
+
+
+def find_source_commit() -> str:
+    """Return the commit of this code, with a mark if files differ; its version without git."""
+    tags = commit_tags()
+    if tags:
+        changed = tags[MODIFIED_TAG] == "true"
+        return tags[COMMIT_TAG][:12] + (", with changes" if changed else "")
+    try:
+        return f"version {version('skillnet-platform')}"
+    except PackageNotFoundError:
+        return "unknown"
