@@ -14,6 +14,15 @@ from skillnet_platform.errors import UserError
 RESERVE_SPLIT = "reserve"
 
 
+def is_reserve(split: str) -> bool:
+    """Return whether a split belongs to the reserve: ``reserve``, or a part such as ``reserve_x``.
+
+    Args:
+        split: name of the split.
+    """
+    return split == RESERVE_SPLIT or split.startswith(f"{RESERVE_SPLIT}_")
+
+
 @dataclass
 class FoldConfig:
     """Rotating folds: held-out units are assigned to splits when a corpus is read.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.config.data import MaskConfig
-from pipelines.config.folds import RESERVE_SPLIT, FoldConfig
+from pipelines.config.folds import FoldConfig, is_reserve
 from pipelines.config.run import default_masked_training, default_tasks_training
 from pipelines.evaluation.held_out_units import read_unit_numbers
 from pipelines.evaluation.inference import (
@@ -116,7 +116,7 @@ def evaluate_model(
         align_outputs(model, name, corpus)
         masked = spec.objective == "masked"
         for split_name in choose_splits(
-            corpus, ["validation"] if masked and not splits else splits
+            corpus, ["validation"] if masked and not splits else splits, with_reserve
         ):
             split = corpus.splits[split_name]
             evaluated.add(split_name)
@@ -369,21 +369,25 @@ def open_task_corpus(
     return open_fold(corpus, fold or FoldConfig(), with_reserve)
 
 
-def choose_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[str]:
+def choose_splits(
+    corpus: PreparedCorpus, splits: Sequence[str] | None, with_reserve: bool = False
+) -> list[str]:
     """Return those of the named splits that a corpus has.
 
     Args:
         corpus: to search.
         splits: names; None selects all test splits.
+        with_reserve: allow splits of the reserve.
 
     Raises:
         UserError: the reserve of a study is named.
     """
     if splits is None:
         return [name for name in corpus.splits if name.startswith("test")]
-    if RESERVE_SPLIT in splits and RESERVE_SPLIT not in corpus.splits:
+    reserved = [name for name in splits if is_reserve(name)]
+    if reserved and not with_reserve:
         raise UserError(
-            f"{corpus.name}: the split {RESERVE_SPLIT} is read by the final evaluation of a study "
+            f"{corpus.name}: the split {reserved[0]} is read by the final evaluation of a study "
             "only. Name another split"
         )
     # Corpora have different splits; the caller reports names that no corpus has.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipelines.config.folds import RESERVE_SPLIT, FoldConfig
+from pipelines.config.folds import RESERVE_SPLIT, FoldConfig, is_reserve
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus
 from pipelines.shards.files import OpenShard
 from pipelines.shards.id_columns import IdRange
@@ -77,7 +77,7 @@ def open_fold(
         return corpus
     if not fold.count:
         # A corpus may have a reserve of its own, which is not for a run without folds either.
-        kept = {n: s for n, s in corpus.splits.items() if with_reserve or n != RESERVE_SPLIT}
+        kept = {n: s for n, s in corpus.splits.items() if with_reserve or not is_reserve(n)}
         return replace(corpus, splits=kept)
     shards = [(split, shard) for split in corpus.splits.values() for shard in split.shards]
     tables = [split.open_shard(shard).table for split, shard in shards]
@@ -94,7 +94,7 @@ def open_fold(
     for number, ((split, _), names) in enumerate(zip(shards, units, strict=True)):
         for row, unit in enumerate(names):
             target = _place_row(fold, corpus.name, split.name, unit, split_of[unit], unit in pooled)
-            if target is not None and (with_reserve or target != RESERVE_SPLIT):
+            if target is not None and (with_reserve or not is_reserve(target)):
                 chosen.setdefault(target, {}).setdefault(number, []).append(row)
     splits: dict[str, CorpusSplit] = {}
     for name, rows in chosen.items():
@@ -120,7 +120,9 @@ def _place_row(
         if not fold.is_reserved_by_name(corpus, unit):
             return split
         # A corpus may have a reserve of its own, such as a voice that no other split contains.
-        return RESERVE_SPLIT if is_test or split == RESERVE_SPLIT else None
+        if is_reserve(split):
+            return split
+        return RESERVE_SPLIT if is_test else None
     if assigned == RESERVE_SPLIT:
         return RESERVE_SPLIT if is_test else None
     return split if assigned == ("test" if is_test else "train") else None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.folds import RESERVE_SPLIT
+from pipelines.config.folds import RESERVE_SPLIT, is_reserve
 from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes, write_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform import console
@@ -141,8 +141,12 @@ def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
         outcomes = OutcomeTable()
         for task, split in sums:
             part = sums[task, split]
-            outcomes.add(task, SPLIT, part.numerator, part.denominator, part.rank, part.unit)
-        rows = [{**row, "split": SPLIT} for row in read_evaluation_rows(folder / RESERVE_ROWS)]
+            name = _rename_split(split)
+            outcomes.add(task, name, part.numerator, part.denominator, part.rank, part.unit)
+        rows = [
+            {**row, "split": _rename_split(row["split"])}
+            for row in read_evaluation_rows(folder / RESERVE_ROWS)
+        ]
         # All replicates answer the same rows, so nothing is left of their folds but the number.
         # Without the location of the corpora no reference is measured on their test split.
         settings = {k: v for k, v in run.settings.items() if k not in ("fold", "data")}
@@ -152,18 +156,30 @@ def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
     return found
 
 
+def _rename_split(split: str) -> str:
+    """Return the split that a comparison tests for the reserve; its parts keep their names."""
+    return SPLIT if split == RESERVE_SPLIT else split
+
+
 def _evaluate_run(folder: Path) -> None:
-    from pipelines.evaluation.evaluator import evaluate_model
+    from pipelines.evaluation.evaluator import evaluate_model, open_task_corpus
     from pipelines.evaluation.tables import write_evaluation_csv
     from pipelines.runs import model_source
 
     source = model_source.resolve_model(str(folder))
+    data = str(source.settings["data"])
     model, outcomes = model_source.load_trained_tasks(source), OutcomeTable()
     console.print_note(f"{folder.name}: evaluating on the reserve")
+    splits = {
+        split
+        for task in model.config.tasks
+        for split in open_task_corpus(data, task, source.corpora, source.fold, True).splits
+        if is_reserve(split)
+    }
     rows = evaluate_model(
         model,
-        str(source.settings["data"]),
-        splits=[RESERVE_SPLIT],
+        data,
+        splits=sorted(splits),
         seed=source.seed,
         corpora=source.corpora,
         limits=source.limits,

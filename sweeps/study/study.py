@@ -106,7 +106,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             "a study needs systems: give a file such as --config studies/headline, or name "
             "finished runs to compare"
         )
-    _check_folds(config)
+    check_folds(config)
     folder, mirror = config.folder, config.mirror
     with atomic_write(folder / STUDY_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
@@ -154,10 +154,28 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     return study
 
 
-def _check_folds(config: StudyConfig) -> None:
-    """Raise UserError if a corpus cannot be divided: a late fold would fail after hours."""
+def check_folds(config: StudyConfig) -> None:
+    """Raise UserError if a fold cannot be made, or if a pretraining would read its test rows.
+
+    Checked before the first run, because a late fold would fail after hours.
+
+    Args:
+        config: the study.
+    """
     from pipelines.training.setup import open_corpora
 
+    run, before = (
+        {task.corpus for task in each.joint().tasks.values() if task is not None}
+        for each in (config.run, config.pretraining)
+    )
+    # A unit has another fold in another corpus, so its test rows would be pretrained on.
+    if config.run.fold.count and any(each.pretrain for each in config.systems.values()):
+        foreign = sorted(before - run)
+        if foreign:
+            raise UserError(
+                f"pretraining.tasks: {', '.join(foreign)} is no corpus of run.tasks, so its folds "
+                f"hold out other units. Pretrain on {', '.join(sorted(run))}"
+            )
     for number in range(config.run.fold.count):
         open_corpora(replace(config.run, fold=replace(config.run.fold, number=number)))
 

@@ -1,7 +1,7 @@
 """Names of splits of the corpora that add rows to a task: further test rows, and the reserve.
 
-An evaluation reads by default the splits whose names start with "test". The reserve has another
-name, so that it is read only on request: ``skillnet evaluate --splits reserve``.
+An evaluation reads by default the splits whose names start with "test". The reserve is read by the
+final evaluation of a study only: ``skillnet compare --read_reserve once``.
 """
 
 #: Added to the name of a split: further rows of the units that this split holds out.

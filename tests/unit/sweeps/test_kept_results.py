@@ -25,6 +25,7 @@ from sweeps.study.reserve import RESERVE_RECORD, read_reserve, read_reserve_reco
 from sweeps.study.study import (
     StudyResult,
     build_final_trials,
+    check_folds,
     group_replicates,
     read_study_ledger,
     write_study_ledger,
@@ -98,6 +99,18 @@ def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
     changed = replace(other, run=replace(other.run, fold=FoldConfig(3)))
     with pytest.raises(UserError, match=r"keep: .* a study with run\.fold\.count 2, not 3"):
         restore_results(changed)
+
+
+def test_a_pretraining_reads_corpora_that_the_folds_divide(tmp_path: Path):
+    run = small_config(write_corpora(tmp_path / "corpora", rows=60, test_rows=20))
+    run = replace(run, fold=FoldConfig(2, validation_share=0.3))
+    systems = {"skillnet": SystemConfig("skillnet", pretrain=True)}
+    check_folds(study(tmp_path, None, run=run, systems=systems))
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    with pytest.raises(UserError, match=r"functions, .* no corpus of run\.tasks"):
+        check_folds(study(tmp_path, None, run=run, systems=systems))
+    with pytest.raises(UserError, match=r"fold\.count: fold .* no rows"):
+        check_folds(study(tmp_path, None, run=replace(run, fold=FoldConfig(100))))
 
 
 def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):

@@ -86,9 +86,12 @@ def test_the_own_reserve_of_a_corpus_stays_in_the_reserve() -> None:
 
 def test_without_folds_the_own_reserve_of_a_corpus_is_not_read(data: Path) -> None:
     corpus = open_corpus(data / "drawings")
-    own = replace(corpus, splits={**corpus.splits, "reserve": corpus.splits["test"]})
+    more = dict.fromkeys(("reserve", "reserve_unseen_concept"), corpus.splits["test"])
+    own = replace(corpus, splits={**corpus.splits, **more})
     assert open_fold(own, FoldConfig()).splits == corpus.splits
     assert open_fold(own, FoldConfig(), with_reserve=True).splits == own.splits
+    fold = FoldConfig(2, validation_share=0.3, reserve_part=True)
+    assert not [name for name in open_fold(own, fold).splits if name.startswith("reserve")]
 
 
 def test_the_split_of_a_unit_follows_from_names_and_numbers_alone() -> None:
