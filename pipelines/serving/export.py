@@ -34,6 +34,7 @@ from skillnet.saved_model import write_model
 from skillnet.skills import find_task
 from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
 from skillnet_platform.errors import UserError
+from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.storage import sha256_file, staging_directory, write_json
 
 FORMATS = ("hf", "dense", "pt2", "onnx")
@@ -186,10 +187,7 @@ def _require_onnx() -> None:
         for name in ("onnx", "onnxscript", "onnxruntime"):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--to onnx: the package {error.name} is missing. Install it: "
-            "pip install 'skillnet-platform[export]'"
-        ) from None
+        raise UserError(f"--to onnx: {describe_missing_extra(error) or error}") from None
 
 
 def _write_onnx(program: torch.export.ExportedProgram, graph: TowerGraph, path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from skillnet_platform import __version__, console
 from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
+from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri
 
 GROUP = "skillnet.commands"
@@ -31,8 +32,10 @@ SUMMARIES = {
     "plan": "check whether a run fits GPUs, and bound its time, without a GPU",
     "evaluate": "measure a model on every test row, with intervals",
     "register": "register a trained model; promote it if it is better",
+    "export": "write a model for the Hub, as dense weights, or as a graph",
     "predict": "predict from a file or a text with a registered model",
     "search": "rank images, videos or functions for a text",
+    "serve": "answer predictions and searches over HTTP",
     "grow": "add a skill to a trained model",
     "merge": "join models that grew from one base, with equal outputs",
     "verify": "check every hash from the downloads to the weights",
@@ -324,6 +327,8 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         # A subclass such as UnicodeDecodeError is never raised as a message to the user.
         if type(inner) is ValueError and _raised_in(inner) in ours:
             return str(inner)
+        if (message := describe_missing_extra(inner)) is not None:
+            return message
     return None
 
 
@@ -378,6 +383,9 @@ def _load_and_run(entry: EntryPoint, arguments: list[str]) -> int:
     except ModuleNotFoundError as missing:
         # A command of another package may lack its own dependencies.
         _traceback_if_wanted()
+        if (message := describe_missing_extra(missing)) is not None:
+            console.print_error(message)
+            return 2
         console.print_error(
             f"the command {entry.name!r} ({entry.value}) cannot be loaded: {missing}"
         )

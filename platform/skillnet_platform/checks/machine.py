@@ -60,7 +60,7 @@ def check_packages() -> list[Finding]:
         try:
             found.append(Finding(name, "ok", version(name)))
         except PackageNotFoundError:
-            found.append(Finding(name, "error", "not installed", "pip install -e ."))
+            found.append(Finding(name, "error", "not installed", "pip install -e '.[train]'"))
     return found
 
 

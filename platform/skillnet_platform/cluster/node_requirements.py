@@ -22,7 +22,7 @@ EXTRAS = ("cluster", "s3", "gs", "azure", "tracker")
 
 
 def read_dependencies(project: Path = PROJECT) -> list[str]:
-    """Return the requirements of ``pyproject.toml``, with those of ``EXTRAS`` installed here.
+    """Return the requirements of training, with those of ``EXTRAS`` that are installed here.
 
     Raises:
         UserError: the file is missing: this is an installation, not a checkout.
@@ -30,6 +30,7 @@ def read_dependencies(project: Path = PROJECT) -> list[str]:
     import tomllib
 
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     try:
         content = tomllib.loads(project.read_text(encoding="utf-8"))
@@ -39,9 +40,17 @@ def read_dependencies(project: Path = PROJECT) -> list[str]:
         ) from None
     extras = content["project"].get("optional-dependencies", {})
     optional = [line for name in EXTRAS for line in extras.get(name, [])]
+    # An extra may include another one of this project, whose code nodes get from the checkout.
+    own = canonicalize_name(content["project"].get("name", ""))
     return [
         *map(str, content["project"]["dependencies"]),
-        *(str(line) for line in optional if _is_installed(Requirement(line).name)),
+        *map(str, extras.get("train", [])),
+        *(
+            str(line)
+            for line in optional
+            if canonicalize_name(Requirement(line).name) != own
+            and _is_installed(Requirement(line).name)
+        ),
     ]
 
 
@@ -67,7 +76,9 @@ def pin_packages(requirements: list[str]) -> dict[str, str]:
             installed = distribution(name)
         except PackageNotFoundError:
             if direct:
-                raise UserError(f"{wanted} is not installed here; pip install -e .") from None
+                raise UserError(
+                    f"{wanted} is not installed here; pip install -e '.[train]'"
+                ) from None
             continue  # a requirement of another platform, or an optional one
         if direct and not wanted.specifier.contains(installed.version, prereleases=True):
             raise UserError(f"{wanted} is needed, {installed.version} is installed here")

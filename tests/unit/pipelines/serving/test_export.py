@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import export as command
 from pipelines.runs import model_source
 from pipelines.serving import bundle
 from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
@@ -83,9 +84,14 @@ def test_folder_for_the_hub_loads_again_and_has_a_card(place: ExportPlace, tmp_p
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "speech_recognition"])
-def test_dense_model_reads_raw_inputs(place: ExportPlace, tmp_path: Path, task: str) -> None:
-    report = place.export(tmp_path / "dense", "dense", task)
-    assert report.difference <= 1e-6
+def test_dense_model_reads_raw_inputs(
+    place: ExportPlace, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [task, "--to", "dense", "--output", str(tmp_path / "dense")]
+    assert command.main([*words, "--model", str(place.bundle), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tasks"] == [task]
+    assert report["difference"] <= 1e-6
     model = SkillNet.from_pretrained(tmp_path / "dense")
     assert list(model.config.tasks) == [task]
     assert model.processor.tokenizer.get_vocab_size()

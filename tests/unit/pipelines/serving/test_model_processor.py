@@ -22,10 +22,11 @@ CODE = "def send(message):\n    return client.post(message)\n"
 COMPARED = """
 import sys
 from pathlib import Path
+from skillnet_platform.package_extras import EXTRA_OF_PACKAGE
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "mlflow", "pandas", "sklearn", "optuna"):
+        if name.partition(".")[0] in EXTRA_OF_PACKAGE:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
@@ -46,6 +47,8 @@ samples = np.load(media / "a.npy")
 assert model.transcribe([(samples, 8000)]) == [sound.answer]
 assert model.classify(["红色方块"]) == [text.__class__(**{**vars(text), "input": "红色方块"})]
 assert model.encode_audio([(samples, 8000)]).shape == (1, model.config.dim)
+from skillnet_platform.cli import main
+assert main(["predict", "--text", "x", "--model", "models:/skillnet@champion"]) == 2
 """.replace("[CODE]", f"[{CODE!r}]")
 
 
@@ -73,6 +76,7 @@ def test_methods_equal_predictions_without_ray_and_mlflow(folder: Path, tmp_path
     command = [sys.executable, "-c", COMPARED, str(folder), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Install the extra train: pip install 'skillnet-platform[train]'" in done.stderr
 
 
 def test_processor_returns_the_batch_of_a_tower(folder: Path) -> None:

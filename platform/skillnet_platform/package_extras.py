@@ -1,0 +1,40 @@
+"""Extras of this project that install the packages of commands.
+
+A model is loaded and run without them. The command line names the extra of a missing package.
+"""
+
+#: Package -> extra that installs it.
+EXTRA_OF_PACKAGE = {
+    "ray": "train",
+    "mlflow": "train",
+    "sqlalchemy": "train",
+    "psutil": "train",
+    "pandas": "train",
+    "transformers": "train",
+    "timm": "train",
+    "optuna": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "jinja2": "train",
+    "boto3": "cluster",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+}
+
+
+def describe_missing_extra(error: BaseException) -> str | None:
+    """Return which extra to install, if an error is the absence of a package of one.
+
+    Args:
+        error: the exception.
+    """
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = (name or "").partition(".")[0]
+    extra = EXTRA_OF_PACKAGE.get(package)
+    if extra is None:
+        return None
+    return (
+        f"the package {package} is not installed. Install the extra {extra}: "
+        f"pip install 'skillnet-platform[{extra}]'"
+    )
