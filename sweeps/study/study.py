@@ -25,7 +25,6 @@ from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig
 from sweeps.config.trials import ScoreConfig
 from sweeps.study.identity import STUDY_FILE, check_unchanged
-from sweeps.study.kept_results import is_kept_run, keep_results
 from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
 from sweeps.study.tuning import (
     STAGES,
@@ -34,7 +33,6 @@ from sweeps.study.tuning import (
     choose_settings,
     start_tuning,
 )
-from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.remote_ledger import RUN, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
@@ -99,7 +97,10 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             finished.
         KeyboardInterrupt: after a graceful stop.
     """
+    # These load torch, which --help must not do.
+    from sweeps.study.kept_results import is_kept_run, keep_results
     from sweeps.trials.engine import run_trials
+    from sweeps.trials.ledger import LedgerEntry
 
     if not config.systems:
         raise UserError(
