@@ -7,7 +7,6 @@ the version that the model's requirements name.
       curl -s -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +15,8 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.serving.bundle import open_bundle
-from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.predictor import TaskPrediction
-from skillnet_platform.errors import UserError
-
-DEFAULT_TOP = 5
+from pipelines.serving.request_rows import DEFAULT_TOP, read_request_row
 
 
 class SkillNetModel(PythonModel):
@@ -54,7 +50,7 @@ class SkillNetModel(PythonModel):
             model_input: rows, see the class.
             params: ``top``, the number of alternatives.
         """
-        items = [_item(row, number) for number, row in enumerate(_records(model_input))]
+        items = [read_request_row(row, number) for number, row in enumerate(_records(model_input))]
         top = int((params or {}).get("top", DEFAULT_TOP))
         return prediction_frame(self.predictor.predict(items, top))
 
@@ -83,22 +79,6 @@ def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
     # pandas marks absent cells by NaN, a float; the checks below expect None.
     frame = model_input.astype(object).where(model_input.notna(), None)
     return frame.to_dict("records")
-
-
-def _item(row: Mapping[str, Any], number: int) -> PredictionItem:
-    text, data = row.get("text"), row.get("file")
-    # With both, the answer would depend on an arbitrary choice.
-    if (text is None) == (data is None):
-        raise UserError(f"row {number}: give either text or file")
-    name = str(row.get("name") or (text if text is not None else f"row {number}"))
-    if data is None:
-        return PredictionItem(name, text, None, row.get("task") or None)
-    try:
-        # Without validation, foreign characters are skipped and the result is garbage.
-        content = base64.b64decode(data, validate=True)
-    except ValueError:
-        raise UserError(f"row {number}: file is not base64") from None
-    return PredictionItem(name, None, content, row.get("task") or None)
 
 
 # MLflow runs this file and takes the object that is set here, so a version needs no pickle file.

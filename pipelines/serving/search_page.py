@@ -44,6 +44,9 @@ def render_search_page(
     cards: Sequence[ResultCard],
     facts: Sequence[tuple[str, str]] = (),
     credit: str = "",
+    tasks: Sequence[str] = (),
+    task: str = "",
+    problem: str = "",
 ) -> str:
     """Return the page as HTML text.
 
@@ -52,6 +55,9 @@ def render_search_page(
         cards: results, best first.
         facts: (name, value) pairs about the search.
         credit: authors and licences of the shown data.
+        tasks: that a server can search; with them the page has an input box.
+        task: the selected one.
+        problem: reason why no results are shown.
     """
     # A search without results still writes its page.
     top = max((card.score for card in cards), default=1.0)
@@ -61,6 +67,9 @@ def render_search_page(
         "cards": [(card, _bar_percent(card.score, low, top), _media_uri(card)) for card in cards],
         "facts": list(facts),
         "credit": credit,
+        "tasks": list(tasks),
+        "task": task,
+        "problem": problem,
         "wide": any(card.code is not None for card in cards),
     }
     return render_page("search.html", values, package="pipelines.serving")

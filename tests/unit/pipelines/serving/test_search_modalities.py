@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from pipelines.corpora.base import tensor_field
-from pipelines.search import SearchConfig, _choose_task, search_corpus
+from pipelines.search import SearchConfig, search_corpus
+from pipelines.serving.corpus_search import choose_search_task
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
 from pipelines.tokenizer.training import load_tokenizer
@@ -190,7 +191,7 @@ def test_corpora_that_cannot_be_searched_are_named(
 def test_the_task_of_a_search_without_a_name(names: list[str], chosen: str) -> None:
     tasks = {name: known_tasks()[name] for name in names}
     if chosen in names:
-        assert _choose_task(None, tasks) == chosen
+        assert choose_search_task(None, tasks) == chosen
     else:
         with pytest.raises(UserError, match=re.escape(chosen)):
-            _choose_task(None, tasks)
+            choose_search_task(None, tasks)

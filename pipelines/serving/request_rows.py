@@ -1,0 +1,171 @@
+"""Rows of a request as inputs of predictions, for servers: texts, and files in base64.
+
+The MLflow model and ``skillnet serve`` call :func:`read_request_row`; the latter reads complete
+requests with :func:`read_prediction_request`.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.serving.input_items import PredictionItem
+from pipelines.transforms.text import check_unicode
+from skillnet_platform.errors import UserError
+
+DEFAULT_TOP = 5
+#: Alternatives that a request may ask for.
+MAX_TOP = 100
+#: Characters of a text that a search ranks for; an encoder reads fewer tokens.
+MAX_QUERY_LENGTH = 1000
+ROW_KEYS = ("text", "file", "name", "task", "keywords")
+
+
+@dataclass(frozen=True)
+class PredictionRequest:
+    """Request of ``POST /v1/predict``.
+
+    Args:
+        items: inputs, in the order of the rows.
+        top: number of alternatives.
+    """
+
+    items: list[PredictionItem]
+    top: int = DEFAULT_TOP
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """Request of ``POST /v1/search``, or of the search page.
+
+    Args:
+        query: text to rank rows for.
+        task: retrieval task; None takes the first one.
+        top: number of results.
+    """
+
+    query: str
+    task: str | None = None
+    top: int = 12
+
+
+def read_request_row(row: Mapping[str, Any], number: int) -> PredictionItem:
+    """Return a row of a request as an item.
+
+    Args:
+        row: with ``text``, or with ``file`` (base64) and its ``name``; optionally ``task`` and
+            ``keywords``. None means absent.
+        number: of the row, for messages.
+
+    Raises:
+        UserError: the row has neither or both, or a value of a wrong type.
+    """
+    text, data = row.get("text"), row.get("file")
+    # With both, the answer would depend on an arbitrary choice.
+    if (text is None) == (data is None):
+        raise UserError(f"row {number}: give either text or file")
+    for key in ROW_KEYS:
+        if not isinstance(row.get(key), str | None):
+            raise UserError(f"row {number}: {key} must be a string")
+    name = row.get("name") or (text if text is not None else f"row {number}")
+    task, where = row.get("task") or None, f"row {number}"
+    if text is not None:
+        return PredictionItem(name, text, None, task, row.get("keywords"), where)
+    try:
+        # Without validation, foreign characters are skipped and the result is garbage.
+        content = base64.b64decode(str(data), validate=True)
+    except ValueError:
+        raise UserError(f"row {number}: file is not base64") from None
+    if not content:
+        raise UserError(f"row {number}: the file is empty")
+    return PredictionItem(name, None, content, task, None, where)
+
+
+def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
+    """Return the request of a JSON body: ``{"rows": [{"text": …}], "top": 5}``.
+
+    Args:
+        body: of the request.
+        max_rows: more rows are rejected.
+
+    Raises:
+        UserError: the body is not such a request.
+    """
+    document = _read_object(body, {"rows", "top"})
+    rows = document.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise UserError('rows: expected a list such as [{"text": "…"}]')
+    if len(rows) > max_rows:
+        raise UserError(
+            f"rows: {len(rows)} rows, at most {max_rows} are allowed; send them in parts"
+        )
+    items = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {number}: expected an object with text or file")
+        if unknown := sorted(row.keys() - set(ROW_KEYS)):
+            raise UserError(f"row {number}: unknown key {unknown[0]!r}; use {', '.join(ROW_KEYS)}")
+        items.append(read_request_row(row, number))
+    return PredictionRequest(items, _read_top(document, DEFAULT_TOP))
+
+
+def read_search_request(body: bytes) -> SearchRequest:
+    """Return the request of a JSON body: ``{"query": "…", "task": "text_to_image", "top": 12}``.
+
+    Args:
+        body: of the request.
+
+    Raises:
+        UserError: the body is not such a request.
+    """
+    document = _read_object(body, {"query", "task", "top"})
+    query, task = document.get("query"), document.get("task")
+    if not isinstance(query, str) or not isinstance(task, str | None):
+        raise UserError("query and task must be strings")
+    return build_search_request(query, task, _read_top(document, SearchRequest.top))
+
+
+def build_search_request(
+    query: str, task: str | None, top: int = SearchRequest.top
+) -> SearchRequest:
+    """Return a checked request.
+
+    Args:
+        query: text of the user.
+        task: retrieval task, or None.
+        top: number of results.
+
+    Raises:
+        UserError: the text is empty or too long.
+    """
+    query = query.strip()
+    if not query:
+        raise UserError("query: the text is empty")
+    if len(query) > MAX_QUERY_LENGTH:
+        raise UserError(f"query: {len(query)} characters, at most {MAX_QUERY_LENGTH} are allowed")
+    return SearchRequest(query, task or None, top)
+
+
+def _read_object(body: bytes, keys: set[str]) -> dict[str, Any]:
+    try:
+        document = json.loads(body.decode("utf-8"))
+        # JSON can escape half a character, which no answer could contain.
+        check_unicode(json.dumps(document, ensure_ascii=False))
+    except UnicodeDecodeError:
+        raise UserError("the request is not UTF-8") from None
+    # json raises RecursionError for deeply nested input.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the request is not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError("the request is no JSON object")
+    if unknown := sorted(document.keys() - keys):
+        raise UserError(f"unknown key {unknown[0]!r}; use {', '.join(sorted(keys))}")
+    return document
+
+
+def _read_top(document: Mapping[str, Any], default: int) -> int:
+    top = document.get("top", default)
+    if not isinstance(top, int) or isinstance(top, bool) or not 1 <= top <= MAX_TOP:
+        raise UserError(f"top: expected a number from 1 to {MAX_TOP}")
+    return top
