@@ -1,7 +1,7 @@
 """``skillnet predict``: predictions of a trained model for texts and files."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +12,11 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, open_output
+from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
+    from pipelines.serving.batch_prediction import BatchSummary
     from pipelines.serving.inputs import InputRow
     from pipelines.serving.predictor import TaskPrediction
 
@@ -31,7 +33,9 @@ class PredictConfig:
         file: more files; the same as positional arguments.
         input: file of rows as JSON lines, with any name. Rows of TNEWS, {"id": …, "sentence": …},
             are read as well, with "keywords" if the model was trained with them. Unusable rows are
-            reported and skipped; it is an error if no row is usable.
+            reported and skipped; it is an error if no row is usable. A folder or a URI of .jsonl
+            or media files is predicted in blocks with Ray Data; the output is then a folder or a
+            URI, and the same command continues an interrupted prediction.
         format: of the output: ``jsonl`` has all fields of each prediction, ``clue`` the lines that
             CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}, including
             lines with an empty sentence.
@@ -43,6 +47,7 @@ class PredictConfig:
         output: file for the predictions, one line each. A prediction of a row repeats the row's
             "id", if it has one, and its file and line. Rejected rows are listed with their
             reasons in a file of the same name that ends in .rejected.jsonl.
+        block_rows: rows of a block, of an input in blocks.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -57,6 +62,7 @@ class PredictConfig:
     data: str | None = None
     top: PositiveCount = 5
     output: str | None = None
+    block_rows: PositiveCount = 1000
     precision: str = "auto"
     tracking_uri: str | None = None
 
@@ -70,6 +76,19 @@ class PredictConfig:
             raise UserError(
                 "no input; give --text TEXT, or files (audio, images, video, .py, .txt, .jsonl)"
             )
+        if self.is_batch:
+            if not self.input or self.files or self.file or self.text or self.format == "clue":
+                raise UserError(
+                    "a prediction in blocks takes one --input folder or URI and nothing else"
+                )
+            if not self.output:
+                raise UserError(f"--input {self.input}: give --output FOLDER, or a URI")
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the input is predicted in blocks: a folder, or a URI on either side."""
+        given = [text for text in (self.input, self.output) if text]
+        return any(map(is_uri, given)) or bool(self.input and Path(self.input).is_dir())
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,29 @@ def predict_rows(config: PredictConfig) -> PredictionRun:
         [(inputs[usable[index]], prediction) for index, prediction in predictions],
         [row for row in inputs if row.reason],
     )
+
+
+def predict_in_blocks(config: PredictConfig) -> "BatchSummary":
+    """Predict for a folder or URI with Ray Data.
+
+    Args:
+        config: of the command.
+
+    Raises:
+        UserError: as :func:`pipelines.serving.batch_prediction.predict_blocks`.
+    """
+    from pipelines.serving.batch_prediction import BatchRequest, predict_blocks
+
+    request = BatchRequest(
+        config.model,
+        str(parse_location(config.data, data_root())),
+        str(parse_location(config.output, Path())),
+        config.task,
+        config.top,
+        config.precision,
+        config.tracking_uri,
+    )
+    return predict_blocks(request, parse_location(config.input, Path()), config.block_rows)
 
 
 def choose_rejected_path(output: str) -> Path | None:
@@ -216,6 +258,23 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
             )
 
 
+def show_result(
+    result: "tuple[PredictionRun, list[dict[str, Any]], PredictConfig] | BatchSummary",
+) -> None:
+    """Print predictions, or the counts of a prediction in blocks.
+
+    Args:
+        result: of the command.
+    """
+    if isinstance(result, tuple):
+        show_predictions(*result)
+        return
+    console.print_note(
+        f"{result.predictions:,} predictions and {result.rejected:,} rejected rows in "
+        f"{result.blocks} blocks ({result.resumed} done before): {result.output}"
+    )
+
+
 def show_predictions(
     run: PredictionRun, lines: list[dict[str, Any]], config: PredictConfig
 ) -> None:
@@ -248,7 +307,7 @@ def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: s
         lines: of the output file.
         output: file of the predictions.
     """
-    from pipelines.preprocessing.blocks import format_json_line
+    from pipelines.io.json_lines import format_json_line
 
     # A killed command must not leave half a file that looks complete.
     with open_output(output, "w") as stream:
@@ -264,17 +323,6 @@ def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: s
         listed.unlink(missing_ok=True)
 
 
-def _to_json(row: "InputRow", prediction: "TaskPrediction") -> dict[str, Any]:
-    values = row.locate() | asdict(prediction)
-    values["alternatives"] = [
-        {"answer": name, "score": score} for name, score in prediction.alternatives
-    ]
-    if not prediction.answer:
-        # The score of an embedding is NaN, which JSON does not have.
-        values["score"] = None
-    return values
-
-
 def _short(text: str, max_length: int = 48) -> str:
     text = " ".join(text.split())
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
@@ -288,20 +336,25 @@ def _short(text: str, max_length: int = 48) -> str:
     "skillnet predict heart.png speech.mp3 module.py --top 3\n"
     "skillnet predict rows.jsonl --output predictions.jsonl --json\n"
     "skillnet predict --task text_classification --input test.json "
-    "--output tnews_predict.json --format clue",
-    show=lambda result: show_predictions(*result),
-    to_json=lambda result: result[1],
+    "--output tnews_predict.json --format clue\n"
+    "skillnet predict --input s3://bucket/rows --output s3://bucket/predictions",
+    show=lambda result: show_result(result),
+    to_json=lambda result: result[1] if isinstance(result, tuple) else result,
     resources=lambda config: request_model(config.model, config.data),
 )
 def main(
     config: PredictConfig,
-) -> tuple[PredictionRun, list[dict[str, Any]], PredictConfig]:
+) -> "tuple[PredictionRun, list[dict[str, Any]], PredictConfig] | BatchSummary":
     """Run ``skillnet predict``."""
+    if config.is_batch:
+        return predict_in_blocks(config)
+    from pipelines.serving.predictor import to_document
+
     run = predict_rows(config)
     if config.format == "clue":
         lines = clue_lines(run.answered)
     else:
-        lines = [_to_json(row, prediction) for row, prediction in run.answered]
+        lines = [row.locate() | to_document(prediction) for row, prediction in run.answered]
     if config.output:
         write_predictions(run, lines, config.output)
     return run, lines, config

@@ -6,7 +6,6 @@ yielded, and rejected rows go to a file, so memory does not grow with the corpus
 """
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pipelines.corpora.base import (
     find_long_text,
 )
 from pipelines.io.directory import to_printable
+from pipelines.io.json_lines import format_json_line
 from pipelines.io.key_set import KeySet
 
 #: Characters of all rows of one block, approximately: a block lies in memory.
@@ -164,12 +164,6 @@ def quarantine_record(row: RejectedRow) -> dict[str, Any]:
     located = {"file": row.file and to_printable(row.file), "row": row.row}
     line = {"key": row.key, **{k: v for k, v in located.items() if v is not None}}
     return line | {"reason": row.reason}
-
-
-def format_json_line(line: dict[str, Any]) -> str:
-    """Return a line of a quarantine file. Characters that UTF-8 cannot encode are escaped."""
-    text = json.dumps(line, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def rows_to_table(corpus: Corpus, rows: list[Row]) -> tuple[pa.Table, list[RejectedRow]]:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipelines.preprocessing.blocks import format_json_line
+from pipelines.io.json_lines import format_json_line
 from pipelines.shards.format import MANIFEST, QUARANTINE, write_shard
 from skillnet_platform import storage
 from skillnet_platform.config import digest_config

@@ -6,7 +6,7 @@ the empty text, or from its keywords. ``skillnet predict`` calls :func:`read_inp
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from skillnet_platform.errors import UserError
 
 #: Maximum number of rows that are reported individually.
 MAX_REPORTED = 20
+#: Reader of a file that a row names: its name and its task -> the item.
+FileReader = Callable[[str, str | None], PredictionItem]
 EXPECTED_ROW = 'expected {"text": …} or {"file": …}'
 
 
@@ -32,7 +34,7 @@ class InputRow:
 
     Args:
         source: file of the row; "" for an input of the command line.
-        line: number of the row's line in the file, from 1.
+        line: number of the row's line in the file, from 1; 0 if the file itself is the row.
         row: the JSON object; {} if the line is not an object.
         item: to predict for; None if the row is rejected.
         reason: of the rejection; "" if the row is usable.
@@ -47,12 +49,13 @@ class InputRow:
     @property
     def where(self) -> str:
         """File and line for messages; "" for an input of the command line."""
-        return f"{self.source}, line {self.line}" if self.source else ""
+        return f"{self.source}, line {self.line}" if self.line else self.source
 
     def locate(self) -> dict[str, Any]:
         """Return the fields that join an output with its input: id if given, file and line."""
         identity = {"id": self.row["id"]} if "id" in self.row else {}
-        return {**identity, "source": self.source, "line": self.line} if self.source else {}
+        line = {"line": self.line} if self.line else {}
+        return {**identity, "source": self.source, **line} if self.source else {}
 
 
 def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
@@ -74,8 +77,12 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
         raise UserError(
             f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
+
+    def read_file(name: str, own: str | None) -> PredictionItem:
+        return read_input_item(path.parent / name, own)
+
     rows = [
-        _parse_row(path, number, line, task, clue)
+        parse_input_line(str(path), number, line, read_file, task, clue)
         # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.strip()
@@ -120,17 +127,36 @@ def report_rejected(rows: Sequence[InputRow], remedy: str) -> None:
         console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with problems; {remedy}")
 
 
-def _parse_row(path: Path, number: int, line: bytes, task: str | None, clue: bool) -> InputRow:
-    source, where = str(path), f"{path}, line {number}"
+def parse_input_line(
+    source: str,
+    number: int,
+    line: bytes,
+    read_file: FileReader,
+    task: str | None,
+    clue: bool = False,
+) -> InputRow:
+    """Return a line of a file as a row; an unusable row has its reason.
+
+    Args:
+        source: path or URI of the file.
+        number: of the line, from 1.
+        line: content.
+        read_file: called with the name of a file that the row names, and its task.
+        task: for rows that do not name one.
+        clue: require an id in each row, and accept empty sentences.
+    """
+    where = f"{source}, line {number}"
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
         # JSON can escape half a character. An id or a task with it could not be written.
         check_unicode(json.dumps(row, ensure_ascii=False))
-        return InputRow(source, number, row, _parse_item(where, row, path.parent, task, clue))
+        return InputRow(source, number, row, _parse_item(where, row, read_file, task, clue))
     # These errors are ValueErrors, so the order of the handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
+    except OSError as error:
+        reason = f"{row['file']}: cannot be read ({error.strerror or 'no such file'})"
     # json raises RecursionError for deeply nested input.
     except (json.JSONDecodeError, RecursionError) as error:
         reason = f"not JSON ({error})"
@@ -139,7 +165,9 @@ def _parse_row(path: Path, number: int, line: bytes, task: str | None, clue: boo
     return InputRow(source, number, row if isinstance(row, dict) else {}, None, reason)
 
 
-def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:
+def _parse_item(
+    where: str, row: Any, read_file: FileReader, task: str | None, clue: bool
+) -> PredictionItem:
     if not isinstance(row, dict):
         raise UserError(EXPECTED_ROW)
     texts = [row[key] for key in ("text", "sentence") if key in row]
@@ -154,7 +182,7 @@ def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool
         # Opening such a path raises ValueError, not OSError, and would be reported as broken JSON.
         if "\0" in row["file"]:
             raise UserError("the file name contains a null character")
-        return replace(read_input_item(folder / row["file"], task), where=where)
+        return replace(read_file(row["file"], task), where=where)
     if not texts[0].strip() and not clue:
         raise UserError("the text is empty")
     value = row.get("keywords")

@@ -1,0 +1,371 @@
+"""Predictions of large inputs with Ray Data: blocks flow through workers that hold the model.
+
+    plan: blocks ──> workers: read, predict, write a part ──> driver: counts
+
+    <output>/plan.json                    what the parts belong to; written first
+    <output>/part-000000.jsonl            predictions of a block, one per line
+    <output>/part-000000.rejected.jsonl   its unusable rows with their reasons
+    <output>/done/part-000000.json        counts and hash; written last, commits the block
+    <output>/summary.json                 counts of all blocks; written when all are done
+
+Input and output are folders or URIs. Only the rows of a few blocks are in memory. A prediction that
+was interrupted continues with the blocks that have no file in ``done``.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.io.directory import iter_lines
+from pipelines.io.json_lines import format_json_line
+from pipelines.io.source_file import open_stream
+from pipelines.serving.batch_plan import BlockPlan, PredictionBlock, plan_blocks
+from pipelines.serving.input_items import MAX_FILE_BYTES, PredictionItem
+from pipelines.serving.inputs import InputRow, parse_input_line
+from pipelines.serving.predictor import TaskPredictor, to_document
+from skillnet_platform import cluster, console
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, directories
+from skillnet_platform.storage.location import (
+    Location,
+    join_location,
+    parse_location,
+    read_if_exists,
+)
+from skillnet_platform.storage.retry import StoreUnavailableError
+
+PLAN, SUMMARY, DONE = "plan.json", "summary.json", "done"
+#: Rows, and bytes of media, that are in memory of a worker at the same time.
+CHUNK_ROWS = 64
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What the workers of a batch prediction need; plain values.
+
+    Args:
+        model: address of the model.
+        data: prepared corpora, for a checkpoint.
+        output: folder or URI of the parts.
+        task: task to run; None selects one by modality.
+        top: number of alternatives.
+        precision: auto, bf16, fp32 or fp64.
+        tracking_uri: of the tracker.
+        digest: of the model that the workers must load; "" accepts any.
+    """
+
+    model: str
+    data: str
+    output: str
+    task: str | None = None
+    top: int = 5
+    precision: str = "auto"
+    tracking_uri: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """Result of a batch prediction.
+
+    Args:
+        output: folder or URI of the parts.
+        blocks: number of blocks.
+        resumed: blocks that were done before.
+        predictions: number of predictions.
+        rejected: number of unusable rows.
+    """
+
+    output: str
+    blocks: int
+    resumed: int
+    predictions: int
+    rejected: int
+
+
+class BlockPredictor:
+    """Worker of Ray Data: predicts blocks and commits each as a part of the output.
+
+    Args:
+        request: of the prediction.
+        predictor: with the model; None loads it.
+    """
+
+    def __init__(self, request: BatchRequest, predictor: TaskPredictor | None = None) -> None:
+        self._request, self._output = request, parse_location(request.output, Path())
+        if predictor is None:
+            predictor, digest = open_request_predictor(request)
+            # An alias of the registry can move between two workers.
+            if request.digest not in ("", digest):
+                raise UserError(f"{request.model}: is another model now. Name a version")
+        self._predictor = predictor
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Predict the blocks of a batch of Ray Data; return their counts as JSON."""
+        blocks = [_parse_block(text) for text in batch["block"]]
+        return {"counts": [json.dumps(self.commit_block(block)) for block in blocks]}
+
+    def commit_block(self, block: PredictionBlock) -> dict[str, Any]:
+        """Predict a block, write its part, and return its counts.
+
+        Args:
+            block: to predict.
+        """
+        lines: list[bytes] = []
+        rejected: list[bytes] = []
+        for rows in _read_chunks(block, self._request.task):
+            self._predict_chunk(rows, lines, rejected)
+        name, data = f"part-{block.index:06d}", b"".join(lines)
+        write_location(join_location(self._output, f"{name}.jsonl"), data)
+        if rejected:
+            other = join_location(self._output, f"{name}.rejected.jsonl")
+            write_location(other, b"".join(rejected))
+        counts = {
+            "part": name,
+            "rows": block.rows,
+            "predictions": len(lines),
+            "rejected": len(rejected),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        # Last: it commits the part.
+        done = join_location(self._output, DONE, f"{name}.json")
+        write_location(done, json.dumps(counts).encode())
+        return counts
+
+    def _predict_chunk(
+        self, rows: list[InputRow], lines: list[bytes], rejected: list[bytes]
+    ) -> None:
+        reasons = {n: row.reason for n, row in enumerate(rows) if row.reason}
+        usable = [n for n, row in enumerate(rows) if row.item is not None]
+
+        def reject(index: int, message: str) -> None:
+            row = rows[usable[index]]
+            reasons[usable[index]] = message.removeprefix(f"{row.where}: ")
+
+        items = [item for row in rows if (item := row.item) is not None]
+        for index, prediction in self._predictor.predict_items(items, self._request.top, reject):
+            document = rows[usable[index]].locate() | to_document(prediction)
+            lines.append(format_json_line(document).encode())
+        for number in sorted(reasons):
+            document = rows[number].locate() | {"reason": reasons[number]}
+            rejected.append(format_json_line(document).encode())
+
+
+def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> BatchSummary:
+    """Predict a large input in blocks; a call with the same arguments continues an earlier one.
+
+    Args:
+        request: of the prediction.
+        where: input, see :func:`pipelines.serving.batch_plan.plan_blocks`.
+        block_rows: rows of a block at most.
+
+    Raises:
+        UserError: the model or the input is missing, or the output holds other predictions.
+        StoreUnavailableError: the store does not respond; the same command continues.
+    """
+    output = parse_location(request.output, Path())
+    plan = plan_blocks(where, block_rows)
+    # A wrong model fails before Ray starts, and the workers find its bundle in the cache.
+    predictor, digest = open_request_predictor(request)
+    request = replace(request, digest=digest)
+    _claim_output(output, request, plan, digest, block_rows)
+    counts = _read_done(output, plan)
+    missing = [block for block in plan.blocks if block.index not in counts]
+    resumed = len(counts)
+    if resumed:
+        console.print_note(f"{resumed} of {len(plan.blocks)} blocks are done; the others follow")
+    rows = sum(block.rows for block in plan.blocks)
+    done = sum(each["rows"] for each in counts.values())
+    with console.show_progress("predicting", rows, "rows", done) as bar:
+        # A single block is faster without Ray, which takes seconds to start.
+        run = _run_here(request, predictor, missing) if len(missing) < 2 else _run(request, missing)
+        for each in run:
+            counts[int(each["part"].rpartition("-")[2])] = each
+            bar.advance(each["rows"])
+    total = {key: sum(each[key] for each in counts.values()) for key in ("predictions", "rejected")}
+    parts = [counts[index] for index in sorted(counts)]
+    document = {**total, "parts": parts}
+    write_location(join_location(output, SUMMARY), json.dumps(document, indent=2).encode())
+    return BatchSummary(str(request.output), len(plan.blocks), resumed, **total)
+
+
+def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
+    """Return the predictor of a request, and the digest of its model.
+
+    Args:
+        request: of the prediction.
+
+    Raises:
+        UserError: the model is missing or damaged.
+    """
+    from pipelines.runs.model_source import resolve_model
+    from pipelines.serving.bundle import open_predictor
+
+    source = resolve_model(request.model, request.tracking_uri)
+    return open_predictor(source, request.data, request.precision), source.digest
+
+
+def write_location(where: Location, data: bytes) -> None:
+    """Write a file of a folder or store; readers see all of it or nothing.
+
+    Args:
+        where: path or URI of the file.
+        data: content.
+    """
+    if isinstance(where, Path):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(where) as stream:
+            stream.write(data)
+    else:
+        directories.write_bytes(where, data)
+
+
+def _run_here(
+    request: BatchRequest, predictor: TaskPredictor, blocks: list[PredictionBlock]
+) -> Iterator[dict[str, Any]]:
+    worker = BlockPredictor(request, predictor)
+    for block in blocks:
+        yield worker.commit_block(block)
+
+
+def _run(request: BatchRequest, blocks: list[PredictionBlock]) -> Iterator[dict[str, Any]]:
+    """Predict blocks with Ray Data, and yield the counts of each block when it is committed."""
+    with cluster.ray_session() as ray:
+        import ray.data
+        from ray.exceptions import RayTaskError
+
+        workers = max(1, min(int(ray.available_resources().get("CPU", 1)), len(blocks)))
+        texts = [{"block": json.dumps(asdict(block))} for block in blocks]
+        predicted = ray.data.from_items(texts, override_num_blocks=len(texts)).map_batches(
+            BlockPredictor,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+            fn_constructor_args=(request,),
+            num_cpus=1,
+        )
+        try:
+            for row in predicted.iter_rows():
+                yield json.loads(row["counts"])
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError | StoreUnavailableError):
+                raise error.cause from None
+            raise
+
+
+def _parse_block(text: str) -> PredictionBlock:
+    values = json.loads(text)
+    return PredictionBlock(**(values | {"files": tuple(values["files"])}))
+
+
+def _read_chunks(block: PredictionBlock, task: str | None) -> Iterator[list[InputRow]]:
+    """Yield the rows of a block in parts that fit into memory."""
+    rows: list[InputRow] = []
+    size = 0
+    for row in _read_rows(block, task):
+        rows.append(row)
+        size += len(row.item.data or b"") if row.item is not None else 0
+        if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _read_rows(block: PredictionBlock, task: str | None) -> Iterator[InputRow]:
+    for name in block.files:
+        try:
+            yield InputRow(name, 0, {}, _read_item(name, name, task))
+        except (ValueError, OSError) as error:
+            yield InputRow(name, 0, {}, None, _reason(error, name))
+    if not block.source:
+        return
+    folder: Location = (
+        block.source.rpartition("/")[0] if "://" in block.source else Path(block.source).parent
+    )
+
+    def read_file(name: str, own: str | None) -> PredictionItem:
+        return _read_item(str(join_location(folder, name)), name, own)
+
+    with open_stream(block.source) as stream:
+        stream.seek(block.start)
+        left = block.rows
+        for number, line in iter_lines(stream):
+            yield parse_input_line(block.source, block.line - 1 + number, line, read_file, task)
+            left -= 1
+            if not left:
+                return
+
+
+def _read_item(where: str, name: str, task: str | None) -> PredictionItem:
+    """Return a media file of a disk or store as an item."""
+    with open_stream(where) as stream:
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(f"{name}: larger than {MAX_FILE_BYTES} bytes; give a smaller file")
+    if not data:
+        raise UserError(f"{name}: the file is empty")
+    return PredictionItem(name, None, data, task)
+
+
+def _reason(error: Exception, name: str) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error).removeprefix(f"{name}: ")
+
+
+def _claim_output(
+    output: Location, request: BatchRequest, plan: BlockPlan, digest: str, block_rows: int
+) -> None:
+    """Write the plan into an output, or check that an earlier call had the same plan."""
+    mine = {
+        "model": digest,
+        "task": request.task,
+        "top": request.top,
+        "precision": request.precision,
+        "block_rows": block_rows,
+        "blocks": len(plan.blocks),
+        "input": plan.digest,
+    }
+    where = join_location(output, PLAN)
+    found = read_if_exists(where)
+    if found is None:
+        if _read_done(output, plan):
+            raise UserError(f"{output}: holds parts without {PLAN}. Choose another --output")
+        write_location(where, json.dumps(mine, indent=2).encode())
+        return
+    try:
+        earlier = json.loads(found)
+        changed = [key for key, value in mine.items() if earlier.get(key) != value]
+    except (ValueError, AttributeError):
+        raise UserError(f"{where}: is damaged. Choose another --output") from None
+    if changed:
+        raise UserError(
+            f"{output}: holds predictions of another call ({', '.join(changed)} differs). Choose "
+            "another --output"
+        )
+
+
+def _read_done(output: Location, plan: BlockPlan) -> dict[int, dict[str, Any]]:
+    """Return index -> counts of the committed blocks of an output."""
+    folder = join_location(output, DONE)
+    if isinstance(folder, Path):
+        names = [path.name for path in folder.glob("part-*.json")]
+    else:
+        names = [entry.name for entry in directories.list_files(folder)]
+    counts = {}
+    for name in names:
+        data = read_if_exists(join_location(folder, name))
+        try:
+            found = json.loads(data or b"")
+            index = int(found["part"].rpartition("-")[2])
+            usable = {key: int(found[key]) for key in ("rows", "predictions", "rejected")}
+        # A disk that was full may leave a damaged record; its block is predicted again.
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if 0 <= index < len(plan.blocks) and usable["rows"] == plan.blocks[index].rows:
+            counts[index] = found
+    return counts

@@ -1,0 +1,183 @@
+"""Predictions in blocks: whole parts or none, resumed where they were interrupted."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import predict
+from pipelines.serving import batch_prediction
+from pipelines.serving.batch_plan import plan_blocks
+from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, predict_blocks
+from skillnet.model import SkillNet
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from tests.helpers.readable_corpora import SUBJECTS, config, write_corpora
+
+TEXTS = [f"{subject}研究" for subject in SUBJECTS]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    place = tmp_path_factory.mktemp("batch")
+    write_corpora(place / "corpora")
+    SkillNet(config()).save_pretrained(place / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(place / "runs"))
+        yield {"model": str(place / "model"), "data": str(place / "corpora")}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """15 texts, of which one is unusable, in two files with empty lines."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "id": n}) for n, text in enumerate(TEXTS)]
+    lines[3] = "{broken"
+    (folder / "a.jsonl").write_text("\n\n".join(lines[:8]) + "\n")
+    (folder / "b.jsonl").write_text("\ufeff" + "\n".join(lines[8:]))
+    (folder / ".hidden").write_text("no row")
+    return folder
+
+
+def read_parts(folder: Path) -> list[dict[str, Any]]:
+    parts = [each for each in sorted(folder.glob("part-*.jsonl")) if "rejected" not in each.name]
+    return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+
+
+def test_blocks_cover_every_line_once(rows: Path) -> None:
+    plan = plan_blocks(rows, 3)
+    assert [block.rows for block in plan.blocks] == [3, 3, 2, 3, 3, 1]
+    assert [block.line for block in plan.blocks[:3]] == [1, 6, 12]
+    assert plan_blocks(rows, 3) == plan
+    (rows / "b.jsonl").write_text("{}")
+    assert plan_blocks(rows, 3).digest != plan.digest
+    with pytest.raises(UserError, match="no such file or folder"):
+        plan_blocks(rows / "none", 3)
+
+
+def test_parts_equal_a_prediction_at_once_and_name_every_row(
+    served: dict[str, str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = BatchRequest(**served, output=str(tmp_path / "out"))
+
+    done: list[int] = []
+    allowed = 2
+
+    def run(request: BatchRequest, blocks: list[Any]) -> Iterator[Any]:
+        worker = BlockPredictor(request)
+        for block in blocks:
+            if len(done) == allowed:
+                raise KeyboardInterrupt
+            done.append(block.index)
+            yield worker.commit_block(block)
+
+    monkeypatch.setattr(batch_prediction, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        predict_blocks(request, rows, 3)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    # A part without its record was not committed.
+    (tmp_path / "out" / "part-000002.jsonl").write_text("half of a li")
+    done, allowed = [], 99
+    summary = predict_blocks(request, rows, 3)
+    assert done == [2, 3, 4, 5], "finished blocks are not repeated"
+    assert (summary.resumed, summary.predictions, summary.rejected) == (2, 14, 1)
+
+    found = read_parts(tmp_path / "out")
+    assert [each["id"] for each in found] == [n for n in range(15) if n != 3]
+    assert [each["line"] for each in found if each["source"].endswith("a.jsonl")] == [
+        2 * n + 1 for n in range(8) if n != 3
+    ]
+    (rejected,) = (tmp_path / "out").glob("*.rejected.jsonl")
+    (line,) = map(json.loads, rejected.read_text().splitlines())
+    assert (line["line"], line["reason"][:8]) == (7, "not JSON")
+    at_once = predict.predict_rows(
+        predict.PredictConfig(
+            input=str(rows / "a.jsonl"), model=served["model"], data=served["data"]
+        )
+    )
+    assert [p.answer for _, p in at_once.answered] == [each["answer"] for each in found[:7]]
+    document = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for part in document["parts"]:
+        data = (tmp_path / "out" / f"{part['part']}.jsonl").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == part["sha256"]
+
+
+def test_an_output_of_another_call_is_kept(
+    served: dict[str, str], rows: Path, tmp_path: Path
+) -> None:
+    request = BatchRequest(**served, output=str(tmp_path / "out"))
+    assert predict_blocks(request, rows / "a.jsonl", 100).predictions == 7
+    again = predict_blocks(request, rows / "a.jsonl", 100)
+    assert (again.resumed, again.predictions) == (1, 7)
+    before = read_parts(tmp_path / "out")
+    with pytest.raises(UserError, match=r"input differs\). Choose another"):
+        predict_blocks(request, rows / "b.jsonl", 100)
+    assert read_parts(tmp_path / "out") == before
+
+
+def test_media_files_are_rows_and_bad_ones_are_set_aside(
+    served: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    code = 'def read_file(file):\n    """读取文件"""\n    return client.read(file)\n'
+    (folder / "a.py").write_text(code)
+    (folder / "b.png").write_bytes(b"\x89PNG broken")
+    (folder / "c.txt").touch()
+    (folder / "rows.jsonl").write_text('{"file": "a.py"}\n{"file": "none.py"}\n')
+    request = BatchRequest(**served, output=str(tmp_path / "out"))
+    words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--json"]
+    words += ["--model", served["model"], "--data", served["data"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            batch_prediction,
+            "_run",
+            lambda request, blocks: map(BlockPredictor(request).commit_block, blocks),
+        )
+        assert predict.main(words) == 0
+    assert request.output == str(tmp_path / "out")
+    found = read_parts(tmp_path / "out")
+    assert [each["task"] for each in found] == ["text_to_code"] * 2
+    assert len(found[0]["embedding"]) == 8
+    rejected = [
+        json.loads(line)
+        for part in sorted((tmp_path / "out").glob("*.rejected.jsonl"))
+        for line in part.read_text().splitlines()
+    ]
+    assert [Path(each["source"]).name for each in rejected] == ["rows.jsonl", "b.png", "c.txt"]
+
+
+def test_a_prediction_in_blocks_needs_one_input_and_an_output(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give --output"):
+        predict.PredictConfig(input=str(tmp_path))
+    with pytest.raises(UserError, match="one --input"):
+        predict.PredictConfig(["a.png"], input=str(tmp_path), output="out")
+
+
+@pytest.mark.integration
+def test_input_and_output_may_be_in_a_store(
+    served: dict[str, str], rows: Path, object_store: Any
+) -> None:
+    for path in rows.glob("*.jsonl"):
+        directories.put_file(path, f"{object_store.uri}/rows/{path.name}")
+    output = f"{object_store.uri}/predictions"
+    request = BatchRequest(**served, output=output)
+    summary = predict_blocks(request, f"{object_store.uri}/rows/a.jsonl", 100)
+    assert (summary.predictions, summary.rejected) == (7, 1)
+    names = {entry.name for entry in directories.list_files(output)}
+    assert {"plan.json", "part-000000.jsonl", "done/part-000000.json", "summary.json"} <= names
+    assert predict_blocks(request, f"{object_store.uri}/rows/a.jsonl", 100).resumed == 1
+
+
+@pytest.mark.integration
+def test_ray_data_predicts_the_blocks(
+    served: dict[str, str], rows: Path, tmp_path: Path, ray_session: Any
+) -> None:
+    request = BatchRequest(**served, output=str(tmp_path / "out"))
+    summary = predict_blocks(request, rows, 4)
+    assert (summary.blocks, summary.predictions, summary.rejected) == (4, 14, 1)
+    assert [each["id"] for each in read_parts(tmp_path / "out")] == [n for n in range(15) if n != 3]
