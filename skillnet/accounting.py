@@ -3,7 +3,8 @@
 The counts of SkillNet are closed formulas over the shapes of the model. Tests compare them with
 ``torch.utils.flop_counter`` and with the parameters that a backward pass uses. One multiply-add
 is two operations. Element-wise work (norms, activations, merging of skill weights) is excluded,
-as in torch's counter.
+as in torch's counter. The products of low-rank skills are counted for each example, although a
+batch computes them once.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,8 @@ def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Acco
     check_plan(plan, model.config.skills)
     flops, tokens = plan_flops(model, plan, length)
     # A plan reads complete files, except the vectors of other modalities in the token stem.
-    wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in plan.skills)}
+    skills = (*plan.skills, *model.config.base_skills)
+    wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in skills)}
     activated = sum(
         p.numel()
         for name, p in model.named_parameters()

@@ -8,6 +8,9 @@ from annotated_types import Interval
 from skillnet.bounds import MAX_LAYERS, DropProbability, LayerSize, OptionalSize, check_bounds
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
 
+#: Skill to which low-rank skills are differences.
+BASE_SKILL = "general"
+
 
 @dataclass
 class SkillNetConfig:
@@ -22,6 +25,8 @@ class SkillNetConfig:
         skill_modules: modules with skills: attention projections (source: SkillNet-X), the
             feed-forward layer (source: the SkillNet-NLG code), or both.
         skill_every: every n-th layer has skill modules; the other layers are shared.
+        skill_rank: rank of the difference of a skill to the skill ``general``, for all skills but
+            ``general`` (source: LoRA); 0 gives each skill whole matrices.
         bias: add a bias to every projection of the layers; per skill, like its weight.
         skill_norms: give the norms of skill modules a scale and a shift per skill.
         norm_position: ``pre`` normalizes the input of each branch of a layer, and the output of the
@@ -66,6 +71,7 @@ class SkillNetConfig:
     ffn_dim: LayerSize = 384
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
     skill_every: LayerSize = 1
+    skill_rank: OptionalSize = 0
     bias: bool = False
     skill_norms: bool = False
     norm_position: Literal["pre", "post"] = "pre"
@@ -111,6 +117,16 @@ class SkillNetConfig:
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
             )
+        if self.skill_rank and BASE_SKILL not in self.skills:
+            raise ValueError(
+                "model.skill_rank: skills are differences to the skill general, and model.skills "
+                "has none; add it, or set skill_rank to 0"
+            )
+        if self.skill_rank >= min(self.dim, self.ffn_dim) and self.skill_rank:
+            raise ValueError(
+                f"model.skill_rank {self.skill_rank} is no low rank; it is less than model.dim "
+                f"{self.dim} and model.ffn_dim {self.ffn_dim}"
+            )
         if self.norm_position not in ("pre", "post"):
             raise ValueError(f"model.norm_position is pre or post, not {self.norm_position!r}")
         if self.dim % self.num_heads:
@@ -136,6 +152,11 @@ class SkillNetConfig:
                         f"model.class_token: {name} predicts the patches of an image, and the "
                         "class token is none; set it to false"
                     )
+
+    @property
+    def base_skills(self) -> tuple[str, ...]:
+        """Skills whose weights every task reads, also one that does not activate them."""
+        return (BASE_SKILL,) if self.skill_rank else ()
 
     @property
     def image_tokens(self) -> int:

@@ -55,6 +55,7 @@ class EncoderLayer(nn.Module):
             std=std,
             out_std=std * out_std,
             has_bias=config.bias,
+            rank=config.skill_rank,
         )
         self.feedforward_norm = build_norm(config, self.feedforward_skills)
         self.feedforward = SkillFeedForward(
@@ -64,6 +65,7 @@ class EncoderLayer(nn.Module):
             std=std,
             out_std=config.init_scale * config.ffn_dim**-0.5 * out_std,
             has_bias=config.bias,
+            rank=config.skill_rank,
         )
         self.drop_path = config.drop_path
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
@@ -160,7 +162,7 @@ def build_norm(config: SkillNetConfig, has_skills: bool) -> nn.Module:
         has_skills: whether the branch has skills.
     """
     if has_skills and config.skill_norms:
-        return SkillNorm(config.skills, config.dim, eps=config.norm_eps)
+        return SkillNorm(config.skills, config.dim, eps=config.norm_eps, rank=config.skill_rank)
     return nn.LayerNorm(config.dim, config.norm_eps)
 
 

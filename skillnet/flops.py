@@ -14,6 +14,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.heads import head_class
 from skillnet.precision import find_device
+from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, find_task
 from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
 
@@ -148,6 +149,8 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
         flops += layer.feedforward.flops(
             tokens, len(plan.skills) if layer.feedforward_skills else 1
         )
+        weights = (part for part in layer.modules() if isinstance(part, SkillWeights))
+        flops += sum(part.merge_flops(plan.skills) for part in weights)
     return flops
 
 

@@ -32,7 +32,7 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> Skill
         raise ValueError(f"init_from: unknown skill {init_from!r}{nearest_hint(init_from, known)}")
     for module in model.modules():
         # Shared layers have one weight, named "shared", and get no new skill.
-        if isinstance(module, SkillWeights) and set(known) <= set(module.weights):
+        if isinstance(module, SkillWeights) and set(known) <= set(module.names):
             module.add(name, init_from)
     model.config = dataclasses.replace(model.config, skills=(*known, name))
     return model
@@ -87,7 +87,7 @@ def remove_skill(model: SkillNet, name: str) -> SkillNet:
     kept = tuple(skill for skill in model.config.skills if skill != name)
     model.config = dataclasses.replace(model.config, skills=kept)
     for module in model.modules():
-        if isinstance(module, SkillWeights) and name in module.weights:
+        if isinstance(module, SkillWeights) and name in module.names:
             module.remove(name)
     return model
 

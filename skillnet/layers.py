@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.attention import multihead_attention
+from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.rounded_weights import Skills
 from skillnet.skill_weights import SkillWeights
 from skillnet.skill_weights import require_unused_name as require_unused_name
@@ -45,11 +46,12 @@ class SkillLinear(nn.Module):
         *,
         std: float,
         has_bias: bool = False,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
-        self.weight = SkillWeights(skills, outputs, inputs, std=std)
-        self.bias = SkillWeights(skills, outputs) if has_bias else None
+        self.weight = SkillWeights(skills, outputs, inputs, std=std, rank=rank)
+        self.bias = SkillWeights(skills, outputs, rank=rank) if has_bias else None
 
     def forward(self, x_BTI: Tensor, skills: Skills) -> Tensor:
         dtype = compute_dtype(x_BTI)
@@ -59,12 +61,12 @@ class SkillLinear(nn.Module):
 class SkillNorm(nn.Module):
     """Layer norm whose scale and shift are averaged over the active skills. (…, D) -> (…, D)."""
 
-    def __init__(self, skills: Iterable[str], dim: int, *, eps: float) -> None:
+    def __init__(self, skills: Iterable[str], dim: int, *, eps: float, rank: int = 0) -> None:
         super().__init__()
         skills = tuple(skills)
         self.eps = eps
-        self.weight = SkillWeights(skills, dim, mean=1.0)
-        self.bias = SkillWeights(skills, dim)
+        self.weight = SkillWeights(skills, dim, mean=1.0, rank=rank)
+        self.bias = SkillWeights(skills, dim, rank=rank)
 
     def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
         # A norm keeps the type of its weights, also under autocast, as torch's does.
@@ -89,20 +91,39 @@ class SkillFeedForward(nn.Module):
         std: float,
         out_std: float,
         has_bias: bool = False,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
         # Rows of `up` and columns of `down` of all active skills lie side by side (see the module).
-        self.up = SkillWeights(skills, hidden, dim, std=std, axis=0)
-        self.down = SkillWeights(skills, dim, hidden, std=out_std, axis=1, scale_by_count=True)
-        self.up_bias = SkillWeights(skills, hidden, axis=0) if has_bias else None
-        self.down_bias = SkillWeights(skills, dim) if has_bias else None
+        self.up = SkillWeights(skills, hidden, dim, std=std, axis=0, rank=rank)
+        self.down = SkillWeights(
+            skills, dim, hidden, std=out_std, axis=1, scale_by_count=True, rank=rank
+        )
+        self.up_bias = SkillWeights(skills, hidden, axis=0, rank=rank) if has_bias else None
+        self.down_bias = SkillWeights(skills, dim, rank=rank) if has_bias else None
 
     def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
         dtype = compute_dtype(x_BTD)
+        if self._has_copies(x_BTD, skills):
+            skills = skills[:1]
         up_bias, down_bias = (_merge(b, skills, dtype) for b in (self.up_bias, self.down_bias))
         h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype), up_bias))
         return F.linear(h_BTKF, self.down.merged(skills, dtype), down_bias)
+
+    def _has_copies(self, x_BTD: Tensor, skills: Skills) -> bool:
+        """Return whether the active skills are copies, in inference: one computes all outputs.
+
+        The wide product would add the same terms in another order, so an upcycled model would
+        differ from its source in the last bits.
+        """
+        if len(skills) == 1 or self.training or torch.is_grad_enabled():
+            return False
+        # The host would wait for the comparison on a GPU, and a graph cannot branch on it.
+        if uses_gpu_kernels(x_BTD) or torch.compiler.is_compiling():
+            return False
+        parts = (self.up, self.up_bias, self.down, self.down_bias)
+        return all(part is None or part.has_copies(skills) for part in parts)
 
     def flops(self, tokens: int, active: int) -> int:
         """Return the floating-point operations of a number of tokens and of active skills."""
@@ -122,13 +143,14 @@ class SkillAttention(nn.Module):
         std: float,
         out_std: float,
         has_bias: bool = False,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
         self.heads = heads
         # One product for queries, keys and values: a third of the kernel launches.
-        self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias)
-        self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias)
+        self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias, rank=rank)
+        self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias, rank=rank)
 
     def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None = None) -> Tensor:
         """Attend over all tokens; ``bias_B11T`` is added to the scores (see ``padding_bias``)."""

@@ -17,6 +17,7 @@ from skillnet.flops import task_flops
 from skillnet.heads import mean_pool
 from skillnet.layers import Skills
 from skillnet.multitask_model import Batch, TaskModel, Tokens
+from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem
 
@@ -118,8 +119,9 @@ class SkillNet(TaskModel):
             return f"stem-{parts[1]}"
         if parts[0] == "heads":
             return f"head-{parts[1]}"
-        if parts[-2] == "weights" and parts[-1] in self.config.skills:
-            return f"skill-{parts[-1]}"
+        skill = find_weight_skill(name)
+        if skill in self.config.skills:
+            return f"skill-{skill}"
         return "shared"
 
     def required_files(self, task: str) -> set[str]:
@@ -128,7 +130,7 @@ class SkillNet(TaskModel):
         return {
             "shared",
             f"head-{task}",
-            *(f"skill-{name}" for name in spec.skills),
+            *(f"skill-{name}" for name in (*spec.skills, *self.config.base_skills)),
             *(f"stem-{name}" for name in spec.stems),
         }
 
@@ -148,7 +150,8 @@ class SkillNet(TaskModel):
         """Return the configuration with one task and only the skills that it activates."""
         spec = find_task(task, config.tasks)
         # The order of the configuration decides the order of initialization.
-        kept = tuple(name for name in config.skills if name in spec.skills)
+        wanted = {*spec.skills, *config.base_skills}
+        kept = tuple(name for name in config.skills if name in wanted)
         return dataclasses.replace(config, skills=kept, tasks={task: spec})
 
 

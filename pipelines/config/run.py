@@ -292,8 +292,12 @@ class FinetuneConfig:
         run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
         seed: seed of weights, order, augmentation and dropout.
         data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
-        init_from: trained model of the same system to start from: the name or folder of a run,
-            a checkpoint, a saved model or a registered version; null starts from random weights.
+        init_from: trained model to start from: the name or folder of a run, a checkpoint, a saved
+            model or a registered version of the same system, or of the dense one, or a checkpoint
+            of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
+            last two, every skill is a copy. Null starts from random weights.
+        init_noise: noise on copies that training would keep equal, because their skills are always
+            active together: its deviation, relative to that of the weights. 0 keeps them equal.
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model.
@@ -313,6 +317,7 @@ class FinetuneConfig:
     seed: RandomSeed = 0
     data: str | None = None
     init_from: str | None = aliased_field(None, "from")
+    init_noise: UnitFraction = 0.01
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
@@ -391,8 +396,12 @@ class PretrainConfig(FinetuneConfig):
         run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
         seed: seed of weights, order, augmentation, masks and dropout.
         data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
-        init_from: trained model of the same system to start from: the name or folder of a run,
-            a checkpoint, a saved model or a registered version; null starts from random weights.
+        init_from: trained model to start from: the name or folder of a run, a checkpoint, a saved
+            model or a registered version of the same system, or of the dense one, or a checkpoint
+            of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
+            last two, every skill is a copy. Null starts from random weights.
+        init_noise: noise on copies that training would keep equal, because their skills are always
+            active together: its deviation, relative to that of the weights. 0 keeps them equal.
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model; of its tasks, only those in ``tasks`` are used.

@@ -53,6 +53,7 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "init_from": digest_weights(config.init_from),
+        "init_noise": config.init_noise if config.init_from else None,
         "system": config.system,
         "options": config.options,
         "model": configuration.to_dict(config.model),

@@ -72,6 +72,29 @@ def convert_tokenizer(path: str | Path) -> str:
     return text
 
 
+def map_token_ids(path: str | Path) -> tuple[str, list[int | None]]:
+    """Return the JSON of a converted tokenizer, and for each of its ids the id before.
+
+    Args:
+        path: see :func:`convert_tokenizer`.
+
+    Returns:
+        The JSON; ids in the order of the converted ones, None for a token that is new.
+
+    Raises:
+        UserError: see :func:`convert_tokenizer`.
+    """
+    text = convert_tokenizer(path)
+    own = _read_vocabulary(_read_tree(Path(path)))
+    before = {
+        SPECIAL[index]: alias
+        for index, aliases in enumerate(ALIASES)
+        if (alias := next((a for a in aliases if a in own), None)) is not None
+    }
+    converted = _read_vocabulary(json.loads(text))
+    return text, [own.get(before.get(token, token)) for token in converted]
+
+
 def _read_tree(path: Path) -> dict[str, Any]:
     """Return the JSON of a tokenizer file or directory, after its checks.
 

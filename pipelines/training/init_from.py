@@ -1,8 +1,10 @@
-"""Initial weights of a run: random ones, or those of a trained model of the same system.
+"""Initial weights of a run: random ones, those of a trained model, or copies of a dense encoder.
 
-A trained model provides the weights that both models have by name: stems, shared weights, skills
-and heads of tasks that both know. The rest stays random and is reported. A head whose classes or
-symbols are not those of the corpus starts from random weights.
+A trained model of the same system provides the weights that both models have by name: stems,
+shared weights, skills and heads of tasks that both know. The rest stays random and is reported. A
+head whose classes or symbols are not those of the corpus starts from random weights. From a dense
+model, or a checkpoint of a library, every skill of a SkillNet gets a copy
+(:mod:`pipelines.training.upcycling`).
 """
 
 import contextlib
@@ -31,11 +33,19 @@ from pipelines.runs.vocabulary_match import (
 )
 from pipelines.shards.dataset import PreparedCorpus
 from pipelines.shards.value_scale import read_value_scale
+from pipelines.training.upcycling import (
+    add_noise,
+    check_dense_source,
+    find_library_checkpoint,
+    import_checkpoint,
+    starts_skills,
+)
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
 from skillnet.skills import Task, find_task
+from skillnet.upcycling.skill_copies import copy_to_skills, is_difference
 from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
@@ -43,7 +53,19 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage.objects import is_uri
 
 #: Keys that change the model's computation although all tensors may fit.
-_MUST_EQUAL = ("num_layers", "num_heads", "skill_modules", "skill_every")
+_MUST_EQUAL = (
+    "num_layers",
+    "num_heads",
+    "skill_modules",
+    "skill_every",
+    "skill_rank",
+    "bias",
+    "skill_norms",
+    "norm_position",
+    "norm_eps",
+    "stem_norm",
+    "class_token",
+)
 _NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", "init_scale")
 
 
@@ -60,6 +82,7 @@ class InitReport:
         new_heads: task -> why its head starts from random weights although the source has one.
         trained_tasks: tasks all of whose weights came from a source that is trained for them.
         resized: position weight -> change of its grid, for inputs of another size.
+        noise: a line for each skill that was copied with noise.
     """
 
     source: str
@@ -70,6 +93,7 @@ class InitReport:
     new_heads: dict[str, str] = field(default_factory=dict)
     trained_tasks: list[str] = field(default_factory=list)
     resized: dict[str, str] = field(default_factory=dict)
+    noise: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Return lines for the console: the origin, new heads, and positions of other sizes."""
@@ -79,6 +103,7 @@ class InitReport:
             origin,
             *(f"{task}: {reason}" for task, reason in self.new_heads.items()),
             *(f"{name}: interpolated from {change}" for name, change in self.resized.items()),
+            *self.noise,
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,17 +115,20 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     """Return the folder of the weights that ``--from`` names.
 
     A registered version and a model in an object store are copied below ``run_dir``: a download
-    may be gone when the run resumes.
+    may be gone when the run resumes. A checkpoint of a library is converted to a model there.
 
     Args:
-        address: a path, a run or a registered version.
+        address: a path, a run, a registered version, or a checkpoint of transformers or timm.
         uri: of the tracking server.
         run_dir: directory of runs.
 
     Raises:
         UserError: there is no such model.
     """
-    # This is the only place that contacts the registry or a store for initial weights.
+    # This is the only place that contacts the registry, a store or the hub for initial weights.
+    checkpoint = find_library_checkpoint(address)
+    if checkpoint is not None:
+        return str(import_checkpoint(checkpoint, run_dir))
     source = resolve_model(address, uri)
     is_registered = source.version is not None or address.startswith(("models:/", "runs:/"))
     if not is_registered and not is_uri(address):
@@ -164,7 +192,7 @@ def load_init_weights(
         if reads_tokens(find_task(task, config.model.tasks)):
             check_corpus_tokenizer(vocabulary, corpus, source.weights)
     # Differences are collected first, to explain a tensor that does not fit.
-    differing = _find_differences(config, source.weights, location)
+    differing, is_dense = _find_differences(config, source.weights, location)
     start = load_source_model(source)
     new_heads = _match_heads(config, start, corpora)
     try:
@@ -174,13 +202,18 @@ def load_init_weights(
             if not any(name.startswith(f"heads.{task}.") for task in new_heads)
         }
         weights, resized = resize_positions(found, start.config, model.config)
+        if is_dense:
+            weights = copy_to_skills(weights, model)
         # Names of parameters that the source does not provide.
         fresh = set(model.load_partial(weights))
+        if is_dense:  # a difference of zero is a copy too
+            fresh = {name for name in fresh if not is_difference(name)}
     except ValueError as error:
         keys = ", ".join(
             f"model.{key} {theirs} there and {ours} here" for key, theirs, ours in differing
         )
         raise UserError(f"{location}: {error}" + (f" ({keys})" if keys else "")) from None
+    noise = add_noise(config, model) if is_dense else []
     files = model.files_of()
     partial = sorted(file for file, names in files.items() if fresh & set(names))
     taken = sorted(set(files) - set(partial))
@@ -214,6 +247,7 @@ def load_init_weights(
         new_heads=new_heads,
         trained_tasks=trained_tasks,
         resized=resized,
+        noise=noise,
     )
 
 
@@ -293,15 +327,20 @@ def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
 
 def _find_differences(
     config: FinetuneConfig, weights: Path, location: str
-) -> list[tuple[str, Any, Any]]:
-    """(key of the model section, value there, value here) of differences that may not fit.
+) -> tuple[list[tuple[str, Any, Any]], bool]:
+    """Return differences that may not fit, and whether skills become copies of a dense model.
+
+    A difference is (key of the model section, value there, value here).
 
     Raises:
         UserError: another system, or a difference after which weights fit but mean another thing.
     """
     about = read_about(weights, read_manifest(weights))
     system = about.get("system", "skillnet")
-    if system != config.system:
+    is_dense = starts_skills(system, config)
+    if is_dense:
+        check_dense_source(config, read_config(weights, read_manifest(weights))[0], location)
+    elif system != config.system:
         raise UserError(
             f"{location} holds a model of the system {system!r}, this run trains "
             f"{config.system!r}; give --system {system}, or start from a model of the same system"
@@ -313,7 +352,7 @@ def _find_differences(
         if f.name in about and f.name not in _NOT_SHAPE and about[f.name] != here[f.name]
     ]
     for key, theirs, ours in differing:
-        if key in _MUST_EQUAL:
+        if key in _MUST_EQUAL and not is_dense:
             raise UserError(
                 f"{location} has model.{key} {theirs}, this run {ours}; give both the same"
             )
@@ -322,4 +361,4 @@ def _find_differences(
                 f"{location} has model.vocab_size {theirs}, this run {ours}, so token ids would "
                 "not mean the same; prepare all corpora with one tokenizer and give both its size"
             )
-    return differing
+    return differing, is_dense

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.config.run import TrainingConfig
 from pipelines.training.row_updates import RowSparseAdamW, clip_sparse_gradients
+from skillnet.skill_weights import find_weight_skill
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -33,8 +34,9 @@ _OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
 def has_weight_decay(name: str, parameter: Tensor) -> bool:
     """Return whether weight decay applies: only to weight matrices, not to embeddings."""
     # Names such as ``layers.0.attention.qkv.weight.weights.text``.
-    parts = name.split(".")
-    kept = parts[:-1] if "weights" in parts[-2:-1] else parts  # a skill may be called anything
+    kept = name.split(".")
+    if find_weight_skill(name) is not None:
+        kept = kept[:-1]  # a skill may be called anything
     if "patch_embeddings" in kept:  # transformers' name for the projection of patches
         kept = kept[kept.index("patch_embeddings") + 1 :]
     skip = ("embedding", "bigram", "norm", "bias", "position", "modality", *_OF_LIBRARIES)

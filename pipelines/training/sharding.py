@@ -332,6 +332,11 @@ def count_ranks_per_node(nodes: Sequence[str]) -> int:
 
 def require_sharding(model: TaskModel) -> None:
     """Raise UserError unless the weights of a model can be grouped by skill, stem and head."""
+    if model.config.skill_rank:
+        raise UserError(
+            "training.sharding: low-rank skills read the weights of general as well, so a skill is "
+            "no group of its own; set sharding to none, or model.skill_rank to 0"
+        )
     is_grouped = isinstance(model, SkillNet) and all(
         isinstance(layer, EncoderLayer) and isinstance(layer.feedforward, SkillFeedForward)
         for layer in model.encoder.layers

@@ -376,7 +376,7 @@ class ViT(LibraryArchitecture):
     ) -> library_encoders.EncoderAdapter:
         import timm
 
-        _check_architecture(shape.get("architecture"), shape.get("arguments"))
+        check_architecture(shape.get("architecture"), shape.get("arguments"))
         extra: dict[str, Any] = {}
         if weights is not None:
             file = str(next(iter(sorted(weights.glob("*.safetensors")))))
@@ -405,7 +405,7 @@ class ViT(LibraryArchitecture):
 _LOADS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def _check_architecture(name: Any, arguments: Any) -> None:
+def check_architecture(name: Any, arguments: Any) -> None:
     """Raise ValueError unless timm has this Vision Transformer and the arguments are only sizes.
 
     Both can come from a checkpoint of unknown origin.

@@ -14,6 +14,7 @@ import torch
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task
 
 #: Largest relative change of a width that makes it a multiple of a power of two (faster products).
@@ -49,7 +50,8 @@ def mean_activated_params(config: SkillNetConfig) -> float:
     """Return the mean number of parameters of SkillNet's layers that a task activates."""
     encoder = _encoder(config)
     tasks = reference_tasks(config)
-    return sum(_count(encoder, task.skills) for task in tasks.values()) / len(tasks)
+    counts = [_count(encoder, (*task.skills, *config.base_skills)) for task in tasks.values()]
+    return sum(counts) / len(counts)
 
 
 def total_params(config: SkillNetConfig) -> int:
@@ -112,6 +114,7 @@ def one_skill(
         num_layers=layers or config.num_layers,
         skill_modules="both",
         skill_every=1,
+        skill_rank=0,
     )
 
 
@@ -134,6 +137,7 @@ def modality_skills(
         num_layers=layers,
         skill_modules="feedforward",
         skill_every=1,
+        skill_rank=0,
     )
 
 
@@ -257,9 +261,7 @@ def _encoder(config: SkillNetConfig) -> Encoder:
 
 def _count(encoder: Encoder, skills: Iterable[str]) -> int:
     """Count the parameters of an encoder that a set of active skills reads."""
-    names = {*skills, "shared"}
+    names = {*skills, "shared", None}
     return sum(
-        p.numel()
-        for name, p in encoder.named_parameters()
-        if ".weights." not in name or name.rpartition(".")[2] in names
+        p.numel() for name, p in encoder.named_parameters() if find_weight_skill(name) in names
     )

@@ -201,7 +201,7 @@ def _flat_weights(module: nn.Module, skill: str) -> Tensor:
         parts: list[SkillWeights] = [module.qkv.weight, module.out.weight]
     else:
         parts = [module.up, module.down]  # type: ignore[list-item]
-    return torch.cat([part.weights[skill].detach().flatten() for part in parts])
+    return torch.cat([part.get(skill).detach().flatten() for part in parts])
 
 
 def _cosines(vectors: Mapping[str, Tensor]) -> Pairs:

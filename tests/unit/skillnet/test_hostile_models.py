@@ -310,7 +310,7 @@ def test_a_configuration_that_is_none(saved: Path, model: TaskModel, text: str) 
 
 def bundled(model: TaskModel, folder: Path) -> Path:
     """As far as it is looked at before the tokenizer."""
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
     reported = {str(path.relative_to(folder)): hash_file(path) for path in files}
@@ -321,6 +321,7 @@ def bundled(model: TaskModel, folder: Path) -> Path:
         "run_id": None,
         "steps": None,
         "settings": {},
+        "evaluation": [],
         "tasks": {},
         "files": reported,
     }
@@ -346,13 +347,13 @@ def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     files = about["files"]
     refused("names '../x'", files=files | {"../x": "0"})
     refused("names '/etc/passwd'", files=files | {"/etc/passwd": "0"})
-    refused("does not list model/manifest.json", files={"tokenizer.json": files["tokenizer.json"]})
+    refused("does not list manifest.json", files={"tokenizer.json": files["tokenizer.json"]})
     refused(r"files is \[1\], expected a hash per file", files=[1])
     refused("tasks.x is no entry of a task", tasks={"x": 1})
     refused("format None", format=None)
     refused("tasks are ; the model has")
-    (folder / "model" / WEIGHTS).rename(tmp_path / "elsewhere")
-    (folder / "model" / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    (folder / WEIGHTS).rename(tmp_path / "elsewhere")
+    (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     refused("is a link")
     (folder / "serving.json").write_text("[]")
     with pytest.raises(ValueError, match="format None"):
@@ -387,13 +388,13 @@ def test_pickles_of_other_libraries_are_not_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_names_nothing_else_to_load() -> None:
     name = "vit_base_patch16_224"
-    library_models._check_architecture(name, {"embed_dim": 32})
+    library_models.check_architecture(name, {"embed_dim": 32})
     for key in ("checkpoint_path", "pretrained", "pretrained_cfg"):
         with pytest.raises(ValueError, match="name other things to load"):
-            library_models._check_architecture(name, {key: "x.pth"})
+            library_models.check_architecture(name, {key: "x.pth"})
     for other in ("hf-hub:someone/model", "vit_of_nobody", "resnet50", None, 7):
         with pytest.raises(ValueError, match="is no Vision Transformer"):
-            library_models._check_architecture(other, {})
+            library_models.check_architecture(other, {})
 
 
 def test_checkpoints_that_are_no_numbers(tmp_path: Path) -> None:

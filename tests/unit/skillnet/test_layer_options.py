@@ -15,6 +15,7 @@ from skillnet.layers import SkillNorm
 from skillnet.model import SkillNet
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
+from skillnet.stems import PatchStem
 from skillnet.systems import build_system, load_model
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
@@ -171,11 +172,14 @@ def test_baselines_have_the_options_and_still_match_in_size(system: str) -> None
 def test_class_token_comes_first_and_has_no_position() -> None:
     model = small_model(class_token=True, stem_norm=False)
     batch = batch_of("image", model.config)
-    tokens, mask = model.stems["patch"](batch, "image")
+    stem = model.stems["patch"]
+    assert isinstance(stem, PatchStem)
+    assert stem.class_token is not None
+    tokens, mask = stem(batch, "image")
     assert mask is None
     assert tokens.shape[1] == model.config.image_tokens == 5
-    assert model.stems["patch"].norm(tokens) is tokens
-    assert torch.equal(tokens[:, 0], model.stems["patch"].class_token.expand(3, 8))
+    assert stem.norm(tokens) is tokens
+    assert torch.equal(tokens[:, 0], stem.class_token.expand(3, 8))
     assert model.flops("text_to_image") == super(SkillNet, model).flops("text_to_image")
 
 
