@@ -1,0 +1,226 @@
+"""``skillnet serve``: a trained model over HTTP, on Ray Serve.
+
+    POST /v1/predict   {"rows": [{"text": …} or {"file": base64, "name": "heart.png"}], "top": 5}
+    POST /v1/search    {"query": "红色的心", "task": "text_to_image", "top": 12}
+    GET  /search       the same as a page with an input box
+    GET  /v1/tasks     the tasks of the model
+    GET  /health       without a token
+    GET  /metrics      for Prometheus
+
+The process of the command answers HTTP (:mod:`pipelines.serving.http_server`); replicas of Ray
+Serve hold the model (:mod:`pipelines.serving.served_model`).
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Interval
+
+from pipelines.config.resources import request_model
+from pipelines.serving.access_token import read_token
+from skillnet_platform import console, signals, ui
+from skillnet_platform.cli import command
+from skillnet_platform.config.bounds import (
+    NonNegativeAmount,
+    PortNumber,
+    PositiveAmount,
+    PositiveCount,
+    require_bounds,
+)
+from skillnet_platform.errors import TerminatedError
+from skillnet_platform.storage import data_root
+from skillnet_platform.storage.location import parse_location
+
+if TYPE_CHECKING:
+    from pipelines.serving.served_model import ServedModelConfig
+
+DEPLOYMENT = "skillnet"
+#: Ray Serve would report every start and every request.
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+#: Seconds between health checks of a replica; a dead one is replaced after it.
+HEALTH_CHECK_S = 2.0
+
+
+@dataclass
+class ServeConfig:
+    """Serve a trained model over HTTP.
+
+    Args:
+        model: registry address, name, id or folder of a run, checkpoint, or saved model.
+        data: prepared corpora, for searches; by default corpora below the run root.
+        host: interface to listen on; any but loopback needs a token.
+        port: port to listen on; 0 takes a free port.
+        token_file: file with the bearer token, which only its owner may read; without it the
+            environment variable SKILLNET_SERVE_TOKEN counts.
+        search: whether corpora can be searched; false needs no corpora.
+        replicas: copies of the model, each in a process of its own.
+        cpus: CPUs of a replica.
+        max_batch_size: requests that a replica answers together.
+        batch_wait_s: seconds that a request waits for others.
+        max_requests: requests that are in progress at the same time; the server answers 503 beyond.
+        max_bytes: bytes of a request; files travel as base64, which adds a third.
+        max_rows: rows of a request.
+        timeout_s: seconds until a request without an answer gets 503.
+        precision: auto, bf16, fp32 or fp64.
+        tracking_uri: MLflow tracking URI; by default as in training.
+    """
+
+    model: str = "models:/skillnet@champion"
+    data: str | None = None
+    host: str = "127.0.0.1"
+    port: PortNumber = 8080
+    token_file: str | None = None
+    search: bool = True
+    replicas: PositiveCount = 1
+    cpus: PositiveAmount = 1.0
+    max_batch_size: PositiveCount = 16
+    batch_wait_s: Annotated[NonNegativeAmount, Interval(le=10)] = 0.005
+    max_requests: PositiveCount = 256
+    max_bytes: PositiveCount = 32 * 2**20
+    max_rows: PositiveCount = 64
+    timeout_s: PositiveAmount = 60.0
+    precision: str = "auto"
+    tracking_uri: str | None = None
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+
+
+def pin_version(model: str, tracking_uri: str | None) -> str:
+    """Return the address of a model with its version: an alias may move while a server runs.
+
+    Args:
+        model: address of the model.
+        tracking_uri: of the tracker.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from pipelines.runs.model_source import resolve_model
+
+    if "@" not in model or not model.startswith("models:/"):
+        return model
+    return f"{model.rpartition('@')[0]}/{resolve_model(model, tracking_uri).version}"
+
+
+@contextlib.contextmanager
+def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[Any]:
+    """Run the replicas of a model during a block, and return their handle.
+
+    Args:
+        config: of the server.
+        served: the model.
+    """
+    from skillnet_platform.cluster import connect
+
+    connect.prepare_ray_environment()
+    import ray
+
+    is_shared = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    slots = max(len(os.sched_getaffinity(0)), -int(-config.replicas * config.cpus // 1))
+    # Ray installs its own handler of SIGTERM, which would abort this process.
+    with connect.ray_session(slots), signals.terminate_as_interrupt():
+        from ray import serve
+
+        from pipelines.serving.model_replica import ModelReplica
+
+        # Without Ray Serve's own HTTP server, which reads bodies of any size.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(proxy_location="Disabled", logging_config=LOGGING)
+        deployment: Any = serve.deployment(
+            ModelReplica,
+            name=DEPLOYMENT,
+            num_replicas=config.replicas,
+            max_ongoing_requests=2 * config.max_batch_size,
+            max_queued_requests=config.max_requests,
+            health_check_period_s=HEALTH_CHECK_S,
+            logging_config=LOGGING,
+            ray_actor_options={"num_cpus": config.cpus},
+        )
+        try:
+            yield serve.run(deployment.bind(served), name=DEPLOYMENT, route_prefix=None)
+        finally:
+            # An embedded Ray ends with this block, without the half minute that this may take.
+            if is_shared:
+                serve.shutdown()
+
+
+def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token: str | None) -> Any:
+    """Return the HTTP server of uvicorn for replicas.
+
+    Args:
+        config: of the server.
+        handle: of the replicas.
+        about: description of the model.
+        token: that requests must have, or None.
+    """
+    import uvicorn
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
+
+    limits = ServerLimits(config.max_bytes, config.max_rows, config.max_requests, config.timeout_s)
+    lost = (RayActorError, DeploymentUnavailableError)
+    gateway = ModelGateway(handle, about, limits, lost, (BackPressureError,))
+    return uvicorn.Server(
+        uvicorn.Config(
+            build_application(gateway, token, config.host, limits),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+        )
+    )
+
+
+@command(
+    ServeConfig,
+    description="Answer predictions and searches of a trained model over HTTP, in batches, on "
+    "replicas of Ray Serve. Listens on loopback; other interfaces need a token.",
+    example="skillnet serve --model my-run\n"
+    "curl -s -H 'Content-Type: application/json' -d "
+    '\'{"rows": [{"text": "宋代陶瓷工艺史"}]}\' http://127.0.0.1:8080/v1/predict\n'
+    "skillnet serve --host 0.0.0.0 --token_file token.txt --replicas 4",
+    resources=lambda config: request_model(config.model, config.data),
+    essential=("model", "data", "host", "port", "token_file", "replicas", "max_requests"),
+)
+def main(config: ServeConfig) -> int:
+    """Serve until interrupted."""
+    token = read_token(config.token_file, config.host)
+    port = config.port or ui.find_free_port(config.host)
+    ui.require_free_port(config.host, port)
+    from pipelines.serving.served_model import ServedModel, ServedModelConfig
+
+    data = parse_location(config.data, data_root())
+    served = ServedModelConfig(
+        pin_version(config.model, config.tracking_uri),
+        str(data),
+        config.precision,
+        config.tracking_uri,
+        config.search,
+        config.max_batch_size,
+        config.batch_wait_s,
+    )
+    # Before Ray starts: a wrong model fails at once, and the replicas find the indexes in the
+    # cache.
+    about = ServedModel(served).describe()
+    try:
+        with run_replicas(config, served) as handle:
+            server = build_server(replace(config, port=port), handle, about, token)
+            console.print_note(f"{about['model']}: {', '.join(about['tasks'])}; Ctrl-C stops")
+            console.print_output(f"http://{config.host}:{port}")
+            server.run()
+    except (KeyboardInterrupt, TerminatedError):
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,328 @@
+"""The HTTP server of ``skillnet serve``, with a real model in this process."""
+
+import asyncio
+import base64
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+
+from pipelines.serving.access_token import is_authorized, read_token
+from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
+from pipelines.serving.served_model import ServedModel, ServedModelConfig
+from skillnet.model import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.ports import free_port
+from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.video_files import encode_video
+
+TOKEN = "correct-horse-battery"  # noqa: S105
+MOVIE = np.zeros((8, 16, 16, 1), np.uint8)
+LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=5.0)
+
+
+class DeadReplicaError(Exception):
+    """Death of a replica, as Ray reports it."""
+
+
+@dataclass
+class LocalReplica:
+    """Handle of a replica in this process, which can die and be slow."""
+
+    model: ServedModel
+    deaths: int = 0
+    pause_s: float = 0.0
+    asked: list[Any] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        answer: Callable[[Any], Any] = {
+            "predict": lambda request: self.model.predict([request])[0],
+            "search": self.model.search,
+            "render_search": self.model.render_search,
+        }[name]
+        return _Method(self, answer)
+
+
+@dataclass
+class _Method:
+    replica: LocalReplica
+    answer: Callable[[Any], Any]
+
+    async def remote(self, request: Any) -> Any:
+        self.replica.asked.append(request)
+        if self.replica.deaths:
+            self.replica.deaths -= 1
+            raise DeadReplicaError
+        await asyncio.sleep(self.replica.pause_s)
+        return await asyncio.to_thread(self.answer, request)
+
+
+@dataclass
+class Service:
+    """A running server.
+
+    Args:
+        url: of the server.
+        replica: behind it.
+    """
+
+    url: str
+    replica: LocalReplica
+
+    def ask(
+        self, path: str, document: Any = None, data: bytes | None = None, **headers: str
+    ) -> tuple[int, str, dict[str, str]]:
+        """Send a request; return status, body and headers."""
+        body = data if document is None else json.dumps(document).encode()
+        given = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}", **headers}
+        request = urllib.request.Request(f"{self.url}{path}", body, given)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read().decode(), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(), dict(error.headers)
+
+    def error(self, path: str, *given: Any, **more: Any) -> tuple[int, str]:
+        """Return status and message of a rejected request."""
+        status, body, _ = self.ask(path, *given, **more)
+        return status, json.loads(body)["error"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    place = tmp_path_factory.mktemp("served")
+    data = write_corpora(place / "corpora")
+    SkillNet(config()).save_pretrained(place / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(place / "runs"))
+        yield ServedModel(ServedModelConfig(str(place / "model"), str(data)))
+
+
+@pytest.fixture(scope="module")
+def service(model: ServedModel) -> Iterator[Service]:
+    replica, port = LocalReplica(model), free_port()
+    gateway = ModelGateway(replica, model.describe(), LIMITS, (DeadReplicaError,))
+    application = build_application(gateway, TOKEN, "127.0.0.1", LIMITS)
+    options = uvicorn.Config(application, port=port, log_level="critical")
+    server = uvicorn.Server(options)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield Service(f"http://127.0.0.1:{port}", replica)
+    server.should_exit = True
+    thread.join(timeout=10)
+
+
+def test_it_answers_for_texts_files_and_unusable_rows(service: Service) -> None:
+    movie = base64.b64encode(encode_video(MOVIE)).decode()
+    rows = [
+        {"text": "中国文学研究"},
+        {"file": movie, "name": "a.mp4"},
+        {"file": base64.b64encode(b"\x89PNG broken").decode(), "name": "b.png"},
+    ]
+    status, body, headers = service.ask("/v1/predict", {"rows": rows, "top": 2})
+    answer = json.loads(body)
+    assert status == 200
+    assert [(each["row"], each["task"]) for each in answer["predictions"]] == [
+        (0, "text_classification"),
+        (1, "text_to_video"),
+    ]
+    assert len(answer["predictions"][0]["alternatives"]) == 2
+    assert [each["row"] for each in answer["rejected"]] == [2]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_requests_that_run_together_get_their_own_answers(model: ServedModel) -> None:
+    from pipelines.serving.input_items import PredictionItem
+    from pipelines.serving.request_rows import PredictionRequest
+
+    texts = [["文学研究"], ["历史概论", "  "], ["医药手册"]]
+    requests = [
+        PredictionRequest([PredictionItem(t, t, where=f"row {n}") for n, t in enumerate(each)], top)
+        for top, each in enumerate(texts, 1)
+    ]
+    together = model.predict(requests)
+    assert [each["rejected"] for each in together] == [
+        [],
+        [{"row": 1, "reason": "the text is empty"}],
+        [],
+    ]
+    for request, answer in zip(requests, together, strict=True):
+        (alone,) = model.predict([request])
+        assert [p["answer"] for p in alone["predictions"]] == [
+            p["answer"] for p in answer["predictions"]
+        ]
+        assert all(len(p["alternatives"]) == request.top for p in answer["predictions"])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 422, "the request is not JSON"),
+        (b"[" * 100_000, 422, "the request is not JSON"),
+        (b"\xff", 422, "not UTF-8"),
+        (b"[]", 422, "no JSON object"),
+        (b'{"rows": []}', 422, "rows: expected a list"),
+        (b'{"row": [{"text": "a"}]}', 422, "unknown key 'row'"),
+        (b'{"rows": [{"text": "a"}], "top": 0}', 422, "top: expected a number"),
+        (b'{"rows": [{"text": "a", "file": "aa"}]}', 422, "row 0: give either text or file"),
+        (b'{"rows": [{"text": 3}]}', 422, "row 0: text must be a string"),
+        (b'{"rows": [{"file": "not base64!"}]}', 422, "row 0: file is not base64"),
+        (b'{"rows": [{"text": "a", "tusk": "b"}]}', 422, "row 0: unknown key 'tusk'"),
+        (b'{"rows": [{"text": "a", "task": "none"}]}', 422, "row 0: "),
+        (b'{"rows": [{"text": "\\ud800"}]}', 422, "the request is not JSON"),
+        (b'{"rows": [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d"}]}', 422, "4 rows"),
+        (b'{"rows": [{"text": "' + b"a" * 200_000 + b'"}]}', 413, "larger than 200000 bytes"),
+    ],
+)
+def test_a_bad_request_gets_one_clear_message(
+    service: Service, body: bytes, status: int, message: str
+) -> None:
+    found, text = service.error("/v1/predict", data=body)
+    assert found == status
+    assert message in text
+
+
+def test_other_content_types_and_paths_are_rejected(service: Service) -> None:
+    body = b'{"rows": [{"text": "a"}]}'
+    found = service.error("/v1/predict", data=body, **{"Content-Type": "text/plain"})
+    assert found[0] == 415
+    assert service.error("/v1/none")[0] == 404
+    assert service.error("/v1/predict")[0] == 405
+
+
+def test_a_token_is_required_everywhere_but_for_health(service: Service) -> None:
+    assert service.ask("/health", Authorization="")[0] == 200
+    for path in ("/metrics", "/search", "/v1/tasks", "/none"):
+        status, body, headers = service.ask(path, Authorization="Bearer wrong-horse-battery")
+        assert (status, "token" in body) == (401, True)
+        assert "Basic" in headers["www-authenticate"]
+    basic = base64.b64encode(f"any:{TOKEN}".encode()).decode()
+    assert service.ask("/search", Authorization=f"Basic {basic}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "accepted"),
+    [
+        (f"Bearer {TOKEN}", True),
+        (f"bearer  {TOKEN} ", True),
+        (TOKEN, False),
+        ("Bearer ", False),
+        (f"Bearer {TOKEN}x", False),
+        ("Basic !!", False),
+        ("Basic 5Lit", False),
+        (None, False),
+    ],
+)
+def test_only_the_exact_token_is_accepted(header: str | None, accepted: bool) -> None:
+    assert is_authorized(TOKEN, header) is accepted
+
+
+def test_other_interfaces_need_a_private_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SKILLNET_SERVE_TOKEN", raising=False)
+    assert read_token(None, "127.0.0.1") is None
+    for host in ("0.0.0.0", "::", "10.0.0.5", "model.example"):
+        with pytest.raises(UserError, match="Give --token_file"):
+            read_token(None, host)
+    path = tmp_path / "token"
+    path.write_text(f"{TOKEN}\n")
+    path.chmod(0o644)
+    with pytest.raises(UserError, match="chmod 600"):
+        read_token(str(path), "0.0.0.0")
+    path.chmod(0o600)
+    assert read_token(str(path), "0.0.0.0") == TOKEN
+    monkeypatch.setenv("SKILLNET_SERVE_TOKEN", "short")
+    with pytest.raises(UserError, match="16 to 4096 ASCII characters"):
+        read_token(None, "127.0.0.1")
+
+
+def test_a_page_of_another_site_cannot_use_a_server_without_a_token(model: ServedModel) -> None:
+    gateway = ModelGateway(LocalReplica(model), model.describe(), LIMITS, ())
+    application = build_application(gateway, None, "127.0.0.1", LIMITS)
+
+    def status_of(host: str) -> int:
+        sent: list[Any] = []
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/health",
+            "query_string": b"",
+            "headers": [(b"host", host.encode())],
+        }
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(application(scope, receive, send))
+        return int(sent[0]["status"])
+
+    assert [status_of(each) for each in ("localhost:8080", "127.0.0.1", "[::1]:8080")] == [200] * 3
+    assert [status_of(each) for each in ("evil.example:8080", "", "10.0.0.5")] == [403] * 3
+
+
+def test_the_search_page_has_an_input_box_and_escapes_everything(service: Service) -> None:
+    status, page, _ = service.ask("/search")
+    assert status == 200
+    assert '<input name="query"' in page
+    hostile = urllib.request.quote("<script>alert(1)</script>\"'红色")
+    status, page, _ = service.ask(f"/search?query={hostile}&task=text_to_image")
+    assert status == 200
+    assert "<script" not in page
+    assert page.count("<li>") == 12
+    assert "data:image/png;base64," in page
+    assert "<option selected>text_to_image" in page
+    status, page, _ = service.ask("/search?query=a&task=%3Cb%3E")
+    assert status == 422
+    assert "&lt;b&gt;" in page
+
+
+def test_search_answers_as_json(service: Service) -> None:
+    status, body, _ = service.ask("/v1/search", {"query": "红色的方块", "top": 3})
+    answer = json.loads(body)
+    assert (status, len(answer["hits"]), answer["task"]) == (200, 3, "text_to_image")
+    assert service.error("/v1/search", {"query": "a", "task": "text_to_imag"})[1].endswith(
+        "did you mean 'text_to_image'?"
+    )
+    assert "1001 characters" in service.error("/v1/search", {"query": "a" * 1001})[1]
+
+
+def test_a_request_survives_the_death_of_replicas(service: Service) -> None:
+    service.replica.deaths, before = 2, len(service.replica.asked)
+    assert service.ask("/v1/predict", {"rows": [{"text": "文学"}]})[0] == 200
+    assert len(service.replica.asked) - before == 3
+    service.replica.deaths = 100
+    status, _, headers = service.ask("/v1/predict", {"rows": [{"text": "文学"}]})
+    service.replica.deaths = 0
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "skillnet_retries_total 7.0" in service.ask("/metrics")[1]
+
+
+def test_an_overloaded_server_tells_clients_to_come_back(service: Service) -> None:
+    service.replica.pause_s = 1.0
+    with ThreadPoolExecutor(12) as pool:
+        asked = [
+            pool.submit(service.ask, "/v1/predict", {"rows": [{"text": "文学"}]}) for _ in range(12)
+        ]
+        found = [each.result() for each in asked]
+    service.replica.pause_s = 0.0
+    assert {status for status, _, _ in found} == {200, 503}
+    assert all(headers["retry-after"] == "1" for status, _, headers in found if status == 503)
+    metrics = service.ask("/metrics")[1]
+    assert 'skillnet_requests_total{path="/v1/predict",status="503"}' in metrics
+    assert "skillnet_active_requests 1.0" in metrics
