@@ -30,6 +30,8 @@ COLUMNS = (
     "high",
     "activated_params",
     "flops_per_example",
+    # Relative difference of a baseline to the size that it aims at; empty for other systems.
+    "size_mismatch",
     "steps",
     "date",
     "machine",

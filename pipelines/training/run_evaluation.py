@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.baseline_size import measure_baseline_size
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, write_json
@@ -55,7 +56,7 @@ def evaluate_run(
     from pipelines.evaluation.evaluator import evaluate_model
 
     measured = {name: config.measured[name] for name in tasks or config.measured}
-    return evaluate_model(
+    rows = evaluate_model(
         model,
         str(config.data),
         list(measured),
@@ -72,6 +73,9 @@ def evaluate_run(
         ranks=ranks,
         fold=config.fold,
     )
+    # Only the run knows the size that its baseline aims at: a saved model has its own alone.
+    size = measure_baseline_size(config) if rows else None
+    return rows if size is None else [row | {"size_mismatch": size.deviation} for row in rows]
 
 
 def complete_result(

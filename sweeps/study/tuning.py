@@ -89,9 +89,10 @@ def build_stage_trials(
             continue
         for index, point in enumerate(points):
             settings = {**tuning[label].settings, **point}
+            group = f"{label}-{PREFIXES[stage]}{index}"
             trials += [
-                _build_trial(config, label, f"{label}-{PREFIXES[stage]}{index}", settings, seed)
-                for seed in config.tuning.seeds
+                _build_trial(config, label, group, settings, place)
+                for place in range(len(config.tuning.seeds))
             ]
     return trials
 
@@ -115,13 +116,17 @@ def _build_points(config: StudyConfig, stage: Stage) -> list[dict[str, Any]]:
 
 
 def _build_trial(
-    config: StudyConfig, label: str, group: str, settings: Mapping[str, Any], seed: int
+    config: StudyConfig, label: str, group: str, settings: Mapping[str, Any], place: int
 ) -> Trial:
+    """Return a trial with the seed at a place in ``tuning.seeds``."""
+    seed = config.tuning.seeds[place]
     run = apply_settings(build_base_run(config, label, seed), settings, "tuning.space")
     fraction = config.tuning.step_fraction
     training = replace(run.training, steps=math.ceil(fraction * run.training.steps))
+    # Each seed has the validation rows of another fold, so the scores of a setting have more rows.
+    fold = replace(run.fold, number=place % run.fold.count) if run.fold.count else run.fold
     # Trials must not read the test splits.
-    run = replace(run, evaluate=False, training=training)
+    run = replace(run, evaluate=False, training=training, fold=fold)
     return Trial(
         f"{group}-seed{seed}",
         run,

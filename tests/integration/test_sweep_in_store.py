@@ -200,7 +200,7 @@ def study_file(path: Path, data: str) -> Path:
                 "extra_seeds": [1],
             },
         },
-        "tuning": {"trials": 2, "seed": 9, "space": {"training.lr": {"choice": [0.01]}}},
+        "tuning": {"trials": 2, "seeds": [9], "space": {"training.lr": {"choice": [0.01]}}},
         "tracking": {"system_metrics": False},
         "resources": {"max_concurrent_trials": 1},
     }  # fmt: skip

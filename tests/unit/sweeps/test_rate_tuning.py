@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.config.folds import FoldConfig
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from sweeps.search.rate_fit import fit_best_rate
@@ -131,6 +132,13 @@ def test_each_system_tunes_the_rates_of_pretraining_and_run() -> None:
     rates = (final.pretrain.training.lr, final.config.training.lr)
     assert rates == (pytest.approx(7e-4), pytest.approx(5e-4))
     assert build_final_trial(config, "long", {}, 1).config.training.steps == 36
+
+
+def test_each_seed_of_a_trial_has_the_validation_rows_of_another_fold() -> None:
+    config = study(skillnet=SystemConfig("skillnet"))
+    folds = replace(config, run=replace(config.run, fold=FoldConfig(count=5, number=3)))
+    trials = tn.build_stage_trials(folds, "rates", tn.start_tuning(folds))
+    assert [trial.config.fold.number for trial in trials] == [0, 1] * len(RATES)
 
 
 def test_tasks_that_share_no_weights_have_each_their_rate() -> None:

@@ -11,8 +11,9 @@ from pipelines.plan import main
 from pipelines.runs.baseline_size import find_size_mismatch
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import validate_run
+from pipelines.training.run_evaluation import evaluate_run
 from skillnet.skills import default_tasks
-from skillnet.systems import build_system
+from skillnet.systems import build_system, find_system
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 
 
@@ -73,3 +74,18 @@ def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(
     assert "of dense miss" in json.loads(capsys.readouterr().out)["size_mismatch"]
     assert main([*said, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["size_mismatch"] == ""
+
+
+def test_the_rows_of_an_evaluation_have_the_mismatch(tmp_path: Path) -> None:
+    one = {"text_classification": small_config(Path()).tasks["text_classification"]}
+    config = replace(small_config(write_corpora(tmp_path / "data")), tasks=one)
+    for system, options in (("dense", {"ffn_dim": 200}), ("skillnet", {})):
+        run = replace(config, system=system, options=options).joint()
+        model = build_system(system, run.model, options)
+        rows = evaluate_run(run, model, ["test"])
+        mismatches = {row["size_mismatch"] for row in rows}
+        if system == "skillnet":
+            assert mismatches == {None}
+        else:
+            assert mismatches == {find_system("dense").measure_size(run.model, options).deviation}
+            assert min(mismatches) > 0.05
