@@ -1,18 +1,20 @@
 """Low-rank skills: whole matrices after merging, less to store, activated with ``general``."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pipelines.training.sharding import require_sharding
+from pipelines.training.worker import remove_untrained_parts
 from skillnet.accounting import account, account_task
 from skillnet.growth import add_skill, remove_skill
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
 from skillnet.skill_weights import SkillWeights
-from skillnet.skills import SkillPlan
+from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model
 from skillnet.upcycling.skill_copies import copy_to_skills, is_difference
 from skillnet_platform.errors import UserError
@@ -121,6 +123,14 @@ def test_growth_copies_a_difference_or_starts_from_general() -> None:
     assert not [name for name, _ in model.named_parameters() if name.endswith(".touch")]
     with pytest.raises(ValueError, match="differences to the skill general"):
         remove_skill(model, "general")
+
+
+def test_a_finished_run_keeps_general_for_the_differences_to_it() -> None:
+    task = Task("classification", {"input": SkillPlan(("text",), "text")}, outputs=3)
+    model = small_model(skill_rank=RANK, tasks={"headlines": task})
+    run: Any = SimpleNamespace(config=SimpleNamespace(tasks={}, measured={}), init_report=None)
+    remove_untrained_parts(run, model)
+    assert model.config.skills == ("general", "text")
 
 
 @pytest.mark.parametrize("system", ["dense", "moe"])
