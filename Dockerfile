@@ -31,7 +31,7 @@ RUN case "${TORCH}" in \
         cuda) ;; \
         *) echo "TORCH: expected cpu or cuda, not ${TORCH}" >&2; exit 2 ;; \
     esac && \
-    pip install ".[${EXTRAS}]" && \
+    pip install ".[train,${EXTRAS}]" && \
     useradd --create-home --uid 1000 skillnet && \
     install -d -o skillnet -g skillnet /data
 

@@ -96,7 +96,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(INSTALL) .
+	$(INSTALL) '.[train]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-azurite | $(BIN)/python
@@ -109,5 +109,5 @@ $(VENV)/.installed-azurite: | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[docs]'
+	$(INSTALL) '.[train,docs]'
 	touch $@

@@ -23,6 +23,7 @@ NAMES = (
     "paper_sizes",
     "tracker_auth",
     "registration",
+    "loading",
     "serving",
 )
 
