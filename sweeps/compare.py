@@ -79,8 +79,9 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
 
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from sweeps.analysis.finished_runs import read_run
+    from sweeps.report.references import write_references
     from sweeps.report.writer import REPORT_FILES
-    from sweeps.study.kept_results import restore_results
+    from sweeps.study.kept_results import find_kept_folder, restore_results
     from sweeps.study.study import START_FILES, check_study, run_study, warn_about_failures
     from sweeps.trials import remote_ledger
     from sweeps.trials.remote_ledger import RUN
@@ -117,6 +118,9 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             errors = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
             report.facts["without a result"] = "; ".join(errors)
         _write_and_record(report, output, tracker)
+        if config.keep:
+            # Another machine may not have the corpora on which they were measured.
+            write_references(report.references, report.comparison, find_kept_folder(config))
         if mirror is not None:
             mirror.upload_files(*REPORT_FILES)
     return report, len(study.failed_runs)

@@ -241,11 +241,12 @@ def _rank_and_record(
     texts = [[_format_cell(value) for value in row] for row in cells]
     heading = f"Sweep **{folder.name}**, best first, on the validation split."
     effects = estimate_effects(ranking.list_scored_trials(outcomes), list(config.space))
-    effect_columns, effect_cells, caption = build_effects_table(effects)
-    parent.note(
-        f"{heading}\n\n{markdown_table(columns, texts)}\n\n#### Effect of each setting\n\n"
-        f"{markdown_table(effect_columns, effect_cells)}\n\n{caption}"
-    )
+    note = f"{heading}\n\n{markdown_table(columns, texts)}"
+    if effects:
+        effect_columns, effect_cells, caption = build_effects_table(effects)
+        table = markdown_table(effect_columns, effect_cells)
+        note += f"\n\n#### Effect of each setting\n\n{table}\n\n{caption}"
+    parent.note(note)
     return {
         "name": folder.name,
         "folder": str(folder),

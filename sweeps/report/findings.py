@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skillnet_platform.terminal_text import NO_BREAK_SPACE
 from sweeps.analysis.claims import (
     EvaluatedClaim,
     TestedDifference,
@@ -175,4 +176,6 @@ def _describe_result(claim: EvaluatedClaim) -> str:
 
 def _describe_difference(each: TestedDifference | None) -> str:
     assert each is not None
-    return f"{each.task.replace('_', ' ')} {format_interval(each.change)}"
+    # A line of the table ends beside a number and its interval, not within them.
+    number = format_interval(each.change).replace(" ", NO_BREAK_SPACE)
+    return f"{each.task.replace('_', ' ')} {number}"

@@ -6,6 +6,7 @@ by ``sweeps.report.report``.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 from pipelines.evaluation.tables import SCORED_METRICS, score_metric
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_record, write_json
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
 from sweeps.analysis.finished_runs import FinishedRun, read_corpus_digests
 
+#: File of a study with its references.
+REFERENCES_FILE = "references.json"
 #: Name of the system in evaluation rows, and its label in the report.
 REFERENCE_SYSTEM, REFERENCE_LABEL = "simple_baseline", "simple references"
 
@@ -73,30 +77,77 @@ def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str],
     """Return the scores of the simple references of a comparison; {} if they are unknown.
 
     The rows of the runs come first. Else the references are measured on the corpora, if they are
-    prepared on this machine in the version of the runs. The results are cached beside them.
+    prepared on this machine in the version of the runs, with a cache beside them. Each fold of a
+    study is measured, and a score is the mean over folds. Last comes the file of a kept study.
 
     Args:
         comparison: computed results.
     """
-    rows = [row for run in comparison.runs for row in run.rows]
-    found = collect_reference_scores(rows)
-    if found:
-        return found
-    for run in comparison.runs:
-        if _has_corpora(run):
-            try:
-                return collect_reference_scores(_measure_references(run, comparison.tasks))
-            except UserError as error:
-                console.print_warning(f"the report has no simple references: {error}")
-                return {}
+    found = collect_reference_scores([row for run in comparison.runs for row in run.rows])
+    return found or _measure_folds(comparison) or _read_references(comparison)
+
+
+def write_references(
+    references: ReferenceScores, comparison: SystemComparison, folder: Path
+) -> None:
+    """Write the scores of the simple references of a study; nothing without any.
+
+    Args:
+        references: scores by task and split.
+        comparison: names the corpora and their versions.
+        folder: directory of the study.
+    """
+    if references:
+        rows = build_reference_rows(references, comparison.common_tasks)
+        write_json(folder / REFERENCES_FILE, {**_identify_rows(comparison), "scores": rows})
+
+
+def _read_references(comparison: SystemComparison) -> dict[tuple[str, str], float]:
+    """Return the scores of the study of the runs, if they are of the same corpora."""
+    for folder in dict.fromkeys(run.folder.parent.parent for run in comparison.runs):
+        path = folder / REFERENCES_FILE
+        if not path.is_file():
+            continue
+        schema: dict[str, type | tuple[type, ...]] = {"corpora": dict, "fold": dict, "scores": list}
+        content = read_record(path, schema, "remove it, or compare with the corpora at hand")
+        if all(content[key] == own for key, own in _identify_rows(comparison).items()):
+            return {
+                (row["task"], row["split"]): float(row["score"])
+                for row in content["scores"]
+                if row["task"] != MEAN
+            }
     return {}
 
 
+def _identify_rows(comparison: SystemComparison) -> dict[str, Any]:
+    """Return what determines the test rows; a report on the reserve has no fold."""
+    digests = {name: digest for run in comparison.runs for name, digest in run.digests.items()}
+    return {"corpora": digests, "fold": asdict(replace(comparison.runs[0].fold, number=0))}
+
+
+def _measure_folds(comparison: SystemComparison) -> dict[tuple[str, str], float]:
+    """Return the mean scores over the folds of the runs; {} unless the corpora are here."""
+    # Of each fold the run with the most tasks, because systems may lack some.
+    ordered = sorted(comparison.runs, key=lambda run: len(run.outcomes))
+    folds = {run.fold.number: run for run in ordered if _has_corpora(run)}
+    if {run.fold.number for run in comparison.runs} != set(folds):
+        return {}
+    try:
+        parts = [
+            collect_reference_scores(_measure_references(run, comparison.tasks))
+            for run in folds.values()
+        ]
+    except (UserError, ValueError, KeyError) as error:
+        # Corpora without raw texts, or with rows that a classifier cannot fit, must not cost the
+        # report of finished runs.
+        console.print_warning(f"the report has no simple references: {error}")
+        return {}
+    common = [key for key in parts[0] if all(key in part for part in parts)]
+    return {key: fmean(part[key] for part in parts) for key in common}
+
+
 def _has_corpora(run: FinishedRun) -> bool:
-    """Return whether the corpora of a run are prepared here, in its version and without folds."""
-    # Each fold has test rows and references of its own, which only its runs can state.
-    if (run.settings.get("fold") or {}).get("count"):
-        return False
+    """Return whether the corpora of a run are prepared here, in its version."""
     return bool(run.digests) and read_corpus_digests(run.settings) == dict(run.digests)
 
 
@@ -107,7 +158,7 @@ def _measure_references(run: FinishedRun, tasks: Sequence[str]) -> list[dict[str
 
     config = configuration.build_config(FinetuneConfig, dict(run.settings))
     corpora = {name: task.corpus for name, task in config.tasks.items() if task is not None}
-    specs = {name: config.model.tasks[name] for name in tasks}
+    specs = {name: config.model.tasks[name] for name in tasks if name in corpora}
     with console.show_progress("simple references", len(specs), "tasks") as bar:
         return evaluate_simple_baselines(
             Path(str(config.data)),
@@ -116,4 +167,5 @@ def _measure_references(run: FinishedRun, tasks: Sequence[str]) -> list[dict[str
             # The report shows no intervals of references, so none are computed.
             bootstrap_samples=0,
             on_task=lambda name: bar.advance(1, name),
+            fold=run.fold,
         )

@@ -221,7 +221,7 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
         "folder": report.folder,
         "answer": report.answer,
         "claims": build_claim_rows(report.claims),
-        "summary": build_summary_rows(comparison, report.references),
+        "summary": build_summary_rows(comparison),
         "tests": build_test_rows(comparison),
         "relative": {
             label: {

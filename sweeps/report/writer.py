@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, write_json
 from sweeps.analysis.comparison import SPLIT
+from sweeps.report.references import REFERENCES_FILE, write_references
 from sweeps.report.report import (
     SUMMARY_COLUMNS,
     TEST_COLUMNS,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 #: Files of a report's directory; the last two belong to studies.
 REPORT_FILES = (
     "report.html", "results.csv", "summary.csv", "tests.csv", "claims.json", "outcomes.parquet",
+    REFERENCES_FILE,
     "study.yaml", "study.json",
 )  # fmt: skip
 
@@ -52,6 +54,7 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     _write_rows(summary, SUMMARY_COLUMNS, folder / "summary.csv")
     _write_rows(build_test_rows(comparison), TEST_COLUMNS, folder / "tests.csv")
     write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
+    write_references(report.references, comparison, folder)
     parts = []
     for run in comparison.runs:
         table = run.outcomes.to_table()

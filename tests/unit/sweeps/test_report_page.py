@@ -3,11 +3,13 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_platform import console
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
@@ -18,7 +20,13 @@ from sweeps.report.evidence_plots import draw_joint_evidence
 from sweeps.report.findings import MAX_ROWS, sort_systems
 from sweeps.report.html import render_report
 from sweeps.report.provenance import find_source_commit
+from sweeps.report.references import (
+    collect_reference_scores,
+    find_reference_scores,
+    write_references,
+)
 from sweeps.report.writer import write_report
+from tests.helpers import readable_corpora, small_corpora
 from tests.helpers.synthetic_runs import TASKS, paper_claims, write_curve, write_study
 from tools.docs import draw_study
 from tools.docs.kept_results import rows_of
@@ -59,7 +67,8 @@ class Folds(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.depth, self.text, self.tags, self.rows = 0, "", [], 0
+        self.depth, self.text, self.rows = 0, "", 0
+        self.tags: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -169,6 +178,8 @@ def test_numbers_stay_whole_at_100_columns(
     reporting.show_report(report)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
+    intervals = re.findall(r"[+−][\d.]+ \([+−][\d.]+ to [+−][\d.]+\)", shown)
+    assert len(intervals) >= 3, "each claim has its number in one line"
     table = next(each for each in report.tables if each.title == "Results on held-out rows")
     for row in table.rows:
         for cell in row:
@@ -193,6 +204,40 @@ def test_the_figure_of_the_documents_is_drawn_from_kept_files(
     (tmp_path / "tests.csv").write_text("kind\n")
     with pytest.raises(ValueError, match="at least two systems"):
         draw_study.draw_study_figure(tmp_path)
+
+
+def test_references_are_measured_on_the_corpora_of_the_runs(tmp_path: Path) -> None:
+    readable_corpora.write_corpora(tmp_path / "corpora")
+    (folder,) = write_study(tmp_path, {"skillnet": 0.5}, seeds=(0,))
+    # Synthetic runs name other corpora, whose references are unknown.
+    assert find_reference_scores(compare_systems([read_run(folder)])) == {}
+    (folder / "result.json").write_text("{}")
+    found = find_reference_scores(compare_systems([read_run(folder)]))
+    assert set(found) >= {(task, "test") for task in TASKS}
+    assert all(0 <= score <= 1 for score in found.values())
+    rows = evaluate_simple_baselines(tmp_path / "corpora", bootstrap_samples=0)
+    assert found == collect_reference_scores(rows)
+    # A kept study has a file with them and no corpora, and only for its own test rows.
+    run = read_run(folder)
+    (tmp_path / "study").mkdir()
+    kept = replace(run, folder=tmp_path / "study/runs/skillnet", settings={})
+    assert find_reference_scores(compare_systems([kept])) == {}
+    write_references(found, compare_systems([kept]), tmp_path / "study")
+    assert find_reference_scores(compare_systems([kept])) == pytest.approx(found)
+    other = replace(kept, settings={"fold": {"count": 2}})
+    assert find_reference_scores(compare_systems([other])) == {}
+    # Rows of an evaluation come first.
+    row = dict(run.rows[0]) | {"system": "simple_baseline", "value": 0.25}
+    measured = compare_systems([replace(run, rows=[*run.rows, row])])
+    assert find_reference_scores(measured) == {("text_classification", "test"): 0.25}
+
+
+def test_corpora_without_raw_texts_do_not_cost_the_report(tmp_path: Path, capsys) -> None:
+    small_corpora.write_corpora(tmp_path / "corpora")
+    (folder,) = write_study(tmp_path, {"skillnet": 0.5}, seeds=(0,))
+    (folder / "result.json").write_text("{}")
+    assert find_reference_scores(compare_systems([read_run(folder)])) == {}
+    assert "the report has no simple references" in capsys.readouterr().err
 
 
 def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonReport) -> None:

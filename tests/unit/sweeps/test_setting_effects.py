@@ -57,8 +57,8 @@ def test_drawn_values_are_adjusted_for_each_other() -> None:
     found = estimate_effects(trials, ["rate", "place"])
     assert len([each for each in found if each.setting == "rate"]) == 2
     assert found[0].value.count(" to ") == 1
-    place = next(each for each in found if each.setting == "place")
-    assert abs(place.effect) == pytest.approx(0.05, abs=0.01)
+    (other,) = (each for each in found if each.setting == "place")
+    assert abs(other.effect) == pytest.approx(0.05, abs=0.01)
 
 
 def test_settings_that_vary_together_have_no_effect_of_their_own() -> None:
