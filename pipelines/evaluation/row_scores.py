@@ -56,11 +56,11 @@ def read_targets(table: pa.Table, spec: Task, where: str) -> dict[str, np.ndarra
     """
     rows, targets = np.arange(len(table)), {}
     outputs = IdRange(f"the model has {spec.outputs} outputs", spec.outputs)
-    # A corpus without a list of classes is not checked when it is opened.
-    check_ids(table, {"label_set": outputs}, where, "Give the model as many outputs.")
     for name, column in find_objective(spec.objective).columns:
         opened = open_column(table, column, where)
         if isinstance(opened, RaggedColumn):
+            # A corpus without a list of classes is not checked when it is opened.
+            check_ids(table, {column: outputs}, where, "Give the model as many outputs.")
             targets[name] = make_indicators(*opened.take(rows), spec.outputs)
         elif isinstance(opened, FixedColumn):
             targets[name] = opened.take(rows)
@@ -87,8 +87,13 @@ def score_predictions(
     """
     numerator, denominator = head_class(spec).score_rows(predictions, targets)
     name = find_objective(spec.objective).metric
-    metrics = {name: ratio_with_interval(numerator, denominator, bootstrap_samples, units)}
-    if spec.objective == "multi_label":
+    is_share = spec.objective == "multi_label"
+    metrics = {
+        name: ratio_with_interval(
+            numerator, denominator, bootstrap_samples, units, "share" if is_share else "free"
+        )
+    }
+    if is_share:
         chosen_NC, truth_NC = predictions >= DECISION_THRESHOLD, targets["label_sets"] > 0
         hits_N = 2 * (chosen_NC & truth_NC).sum(1)
         named_N = chosen_NC.sum(1) + truth_NC.sum(1)
@@ -97,7 +102,8 @@ def score_predictions(
         )
     if spec.objective == "regression":
         errors_N = np.abs(predictions[:, 0] - targets["numbers"])
-        metrics["mean_absolute_error"] = mean_with_interval(
-            errors_N, bootstrap_samples, units, "free"
-        )
+        error = mean_with_interval(errors_N, bootstrap_samples, units, "free")
+        # Few rows give wide intervals; an error is never below 0, and R² never above 1.
+        metrics["mean_absolute_error"] = error._replace(low=max(error.low, 0.0))
+        metrics[name] = metrics[name]._replace(high=min(metrics[name].high, 1.0))
     return ScoredRows(metrics, numerator, denominator)

@@ -94,6 +94,9 @@ def test_a_cell_trains_and_is_evaluated(row: str, modality: Modality, data: Path
     metric, _ = primary_metric(task.objective)
     (found,) = [each for each in rows if each["metric"] == metric]
     assert np.isfinite(found["value"])
+    if row in ("multi_label", "regression"):
+        assert found["high"] <= 1
+        assert all(each["low"] >= 0 for each in rows if each["metric"] != "r_squared")
     if row != "masked":
         part = outcomes["cell", split]
         assert len(part) == open_corpus(data / corpus).splits[split].rows
