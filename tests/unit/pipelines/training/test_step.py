@@ -14,7 +14,7 @@ from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from pipelines.training.step import backward_step, split_batch
-from skillnet import layers
+from skillnet import skill_weights
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillWeights
 from skillnet.multitask_model import TaskModel
@@ -115,7 +115,7 @@ def test_all_passes_of_a_step_share_one_merge(data: Path, monkeypatch: pytest.Mo
         merges.append(arguments)
         return merge_rounded(*arguments)
 
-    monkeypatch.setattr(layers, "merge_rounded", count)
+    monkeypatch.setattr(skill_weights, "merge_rounded", count)
     torch.manual_seed(0)
     model = build_model(config).train()
     config.training.micro_batch_size = 3
