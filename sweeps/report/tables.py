@@ -23,12 +23,14 @@ from sweeps.report.cost_tables import (
     build_cost_table,
     build_flops_table,
 )
+from sweeps.report.gap_table import build_gap_table
 from sweeps.report.references import (
     REFERENCE_LABEL,
     REFERENCE_NOTE,
     ReferenceScores,
     average_references,
 )
+from sweeps.report.size_table import build_size_table
 
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
@@ -48,6 +50,8 @@ def build_tables(
         build_score_table(comparison, known),
         build_pretraining_table(comparison),
         build_cost_table(comparison),
+        build_size_table(comparison),
+        build_gap_table(comparison),
         build_budget_table(comparison),
         build_other_splits_table(comparison, known),
         build_activated_table(comparison),

@@ -1,0 +1,67 @@
+"""Table of differences after more steps: :func:`build_gap_table`.
+
+Equal steps measure the speed of learning where learning is not finished. An arm with a multiple of
+the steps shows whether a difference closes.
+"""
+
+import json
+from typing import Any
+
+from sweeps.analysis import statistics
+from sweeps.analysis.comparison import MEAN, SystemComparison
+from sweeps.analysis.finished_runs import FinishedRun
+from sweeps.analysis.format import format_signed_points
+from sweeps.report.cells import ReportTable, TableCell
+
+
+def build_gap_table(comparison: SystemComparison) -> ReportTable:
+    """Return differences from the reference at the usual steps and at more; no row without arms.
+
+    Args:
+        comparison: computed results. An arm has the settings of another system, but more steps.
+    """
+    arms = find_longer_arms(comparison)
+    rows = []
+    for label, longer in arms.items():
+        if label == comparison.reference or comparison.reference not in arms:
+            continue
+        pairs = [(comparison.reference, label), (arms[comparison.reference], longer)]
+        for task in [*comparison.common_tasks, MEAN]:
+            cells = [_format_gap(comparison, own, other, task) for own, other in pairs]
+            rows.append([TableCell(f"{comparison.reference} − {label}"), TableCell(task), *cells])
+    steps = sorted({int(run.trained["step"]) for run in comparison.runs})
+    return ReportTable(
+        "Differences after more steps",
+        ["systems", "task", f"{steps[0]} steps", f"{steps[-1]} steps"],
+        rows,
+        "Points with 95 % intervals, paired by unit. A difference that closes was one of the speed "
+        "of learning.",
+    )
+
+
+def find_longer_arms(comparison: SystemComparison) -> dict[str, str]:
+    """Return label -> label of the system with equal settings and more steps.
+
+    Args:
+        comparison: computed results.
+    """
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for label, runs in comparison.systems.items():
+        key = json.dumps(_settings_without_steps(runs[0]), sort_keys=True, default=str)
+        groups.setdefault(key, []).append((int(runs[0].trained["step"]), label))
+    ordered = [sorted(members) for members in groups.values()]
+    return {members[0][1]: members[-1][1] for members in ordered if members[0][0] < members[-1][0]}
+
+
+def _settings_without_steps(run: FinishedRun) -> list[Any]:
+    settings = run.settings
+    training = {k: v for k, v in (settings.get("training") or {}).items() if k != "steps"}
+    kept = [settings.get(key) for key in ("system", "options", "model", "tasks")]
+    return [*kept, training, bool(settings.get("init_from"))]
+
+
+def _format_gap(comparison: SystemComparison, own: str, other: str, task: str) -> TableCell:
+    change, spread = comparison.subtract_scores(own, other, task)
+    gap = statistics.estimate_mean(change, spread)
+    ends = f"{format_signed_points(gap.low)} to {format_signed_points(gap.high)}"
+    return TableCell(format_signed_points(gap.value), ends)
