@@ -11,12 +11,12 @@ order of rows. The CSV has the validation metrics of each, and the folder the co
 import argparse
 import csv
 import datetime
-import platform
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import machine
 from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.finetune import run_end_to_end
 from skillnet.config import SkillNetConfig
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "lr": options.lr,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, CPU",
+        "machine": machine(),
     }
     rows = []
     for seed in options.seeds:
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    (options.output / "config.yaml").write_text(to_yaml(base), encoding="utf-8")
+    text = to_yaml(replace(base, data=None))  # no place of this machine
+    (options.output / "config.yaml").write_text(text, encoding="utf-8")
     figures: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         key = (row["task"], row["metric"], row["arm"])
