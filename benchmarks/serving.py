@@ -155,6 +155,8 @@ def _write_model(data: Path, place: Path) -> Path:
     from skillnet_platform.config import parse_config
 
     words = ["--config", "quickstart", "--name", "load", "--data", str(data)]
+    # A trained model has no auxiliary tasks.
+    words += ["--tasks.text_to_definition", "null", "--model.tasks.text_to_definition", "null"]
     config = parse_config(FinetuneConfig, words, "skillnet finetune")
     SkillNet(resolve_config(config).model).save_pretrained(place / "model")
     return place / "model"
