@@ -48,6 +48,7 @@ def merge_task_skills(model: SkillNet, task: str) -> SkillNet:
     config = dataclasses.replace(
         model.config,
         skills=tuple(merged.values()),
+        skill_rank=0,
         ffn_dim=width,
         tasks={task: dataclasses.replace(spec, towers=towers)},
     )

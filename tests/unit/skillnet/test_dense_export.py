@@ -15,6 +15,7 @@ from tests.helpers.small_models import small_model, towers_of
         {},
         {"skill_every": 2},
         {"skill_modules": "attention"},
+        {"skill_rank": 2},
         {"bias": True, "skill_norms": True, "norm_position": "post"},
     ],
 )
