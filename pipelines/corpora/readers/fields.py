@@ -33,6 +33,7 @@ from pipelines.corpora.readers.row_builders import (
 )
 from pipelines.io.media import MediaRef
 from pipelines.transforms.code import first_paragraph
+from skillnet.skills import Modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, suggest_name
 
@@ -102,7 +103,7 @@ class RecordOptions(
         separator: between the classes of a row in a text, for "label_sets". A list needs none.
     """
 
-    modality: Literal["text", "sound", "image", "video", "code"] | None = None
+    modality: Modality | None = None
     text: str | None = None
     label: str | None = None
     split: str | None = None
