@@ -70,12 +70,16 @@ class CorpusSearch:
         task: str,
         splits: Sequence[str] | None = None,
     ) -> None:
+        from pipelines.config.folds import FoldConfig
         from pipelines.evaluation.evaluator import locate_task_corpus
         from pipelines.runs.vocabulary_match import check_corpus_vocabulary
         from pipelines.shards.dataset import open_corpus
+        from pipelines.shards.folds import open_fold
 
         self.predictor, self.task = predictor, task
-        self.corpus = open_corpus(locate_task_corpus(data, task, source.corpora))
+        corpus = open_corpus(locate_task_corpus(data, task, source.corpora))
+        # Rows of a reserve are for the final evaluation of a study.
+        self.corpus = open_fold(corpus, FoldConfig())
         check_corpus_vocabulary(predictor.model, task, self.corpus)
         self.splits = choose_search_splits(self.corpus, splits)
         self._vectors = build_retrieval_index(predictor, source, task, self.corpus, self.splits)
@@ -200,9 +204,9 @@ def credit_line(corpus: "PreparedCorpus") -> str:
     Args:
         corpus: that was searched.
     """
-    from pipelines.corpora import BUILT_IN, find_corpus
+    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
 
-    if corpus.name not in BUILT_IN:
+    if corpus.name not in BUILT_IN | EXTRA_BUILT_IN:
         return ""
     archives = find_corpus(corpus.name).archives
     return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."

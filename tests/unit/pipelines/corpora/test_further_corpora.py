@@ -28,6 +28,8 @@ from pipelines.corpora.builtin.syllables import (
 )
 from pipelines.corpora.builtin.syllables_voices import SyllableVoicesCorpus, parse_zhuyin
 from pipelines.preprocessing.blocks import rows_to_table
+from pipelines.serving.corpus_search import credit_line
+from pipelines.shards.dataset import PreparedCorpus
 from tests.helpers.archive_files import packaged, tarred, zipped
 from tests.helpers.archive_rows import (
     made_classification,
@@ -311,3 +313,12 @@ def test_the_real_voices_train_no_pair_that_is_held_out() -> None:
     assert {r["split"] for r in rows.values() if r["speaker"] == "gcin-5"} == {
         "reserve", "reserve_trained_pair"
     }  # fmt: skip
+
+
+def test_a_page_of_search_credits_further_artists_and_voices() -> None:
+    def credit(name: str) -> str:
+        return credit_line(PreparedCorpus(Path(), {"corpus": name}, {}))
+
+    assert "drawings CC BY-SA 4.0 (Emoji One)" in credit("drawings_artists")
+    assert "voice 5 CC-BY 3.0" in credit("syllables_voices")
+    assert credit("mine") == ""
