@@ -24,6 +24,7 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.tables import markdown_table
 from pipelines.runs.layout import lock_run_folder
 from pipelines.runs.mirror import RunMirror
+from pipelines.runs.run_tags import describe_run
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
@@ -83,7 +84,7 @@ def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None
         folder.name,
         config,
         config.tracking,
-        tags={"run_dir": str(folder), "stage": "sweep"},
+        tags={"run_dir": str(folder), "stage": "sweep", **describe_run(run)},
         record=folder / RUN,
     ) as parent:
         if mirror is not None:

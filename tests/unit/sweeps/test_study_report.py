@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.evaluation.tables import COLUMNS
-from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
@@ -231,7 +230,7 @@ def test_finished_runs_from_the_command_line(
     page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "Every system got 1 trial(s) of 6 steps" in page.text
     client = backend.create_client(uri)
-    experiment = client.get_experiment_by_name(tracking.TrackingConfig().experiment)
+    experiment = client.get_experiment_by_name(backend.STUDY_EXPERIMENT)
     runs = client.search_runs([experiment.experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("again", "FINISHED")]
     files = {entry.path for entry in client.list_artifacts(runs[0].info.run_id, "comparison")}
