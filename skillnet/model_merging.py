@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.saved_model import list_task_files
 from skillnet.serialization import (
     check_file,
     load_tensors,
@@ -285,7 +286,8 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
             written.append(path.name)
         write_manifest(staging, written, **record)
         # Names and shapes are checked before the model gets its name.
-        SkillNet.from_pretrained(staging)
+        model = SkillNet.from_pretrained(staging)
+        write_manifest(staging, written, tasks=list_task_files(model), **record)
         replace_folder(staging, target)
 
 
@@ -301,7 +303,7 @@ class _ModelDescription:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 
-    def files_of(self) -> dict[str, list[str]]:
+    def files_of(self, task: str | None = None) -> dict[str, list[str]]:
         return {}
 
 

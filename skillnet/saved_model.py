@@ -57,11 +57,19 @@ def write_model(
         read_weight: see :func:`skillnet.serialization.write_parts`.
     """
     written = write_parts(model, folder, read_weight)
-    tasks = {
+    write_manifest(folder, written, tasks=list_task_files(model))
+
+
+def list_task_files(model: SavableModel) -> dict[str, list[str]]:
+    """Return task -> names of the weight files that it reads.
+
+    Args:
+        model: any system.
+    """
+    return {
         task: sorted(f"{file}.safetensors" for file in model.files_of(task))
         for task in model.config.tasks
     }
-    write_manifest(folder, written, tasks=tasks)
 
 
 def require_output_names(folder: Path, config: SkillNetConfig, vocabulary: ModelVocabulary) -> None:

@@ -397,12 +397,10 @@ def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
     resources=request_planned_study,
     essential=(
         "runs",
-        "names",
         "name",
         "run_dir",
         "seeds",
         "reference",
-        "specialist",
         "power",
         "tuning.trials",
         "interpret",

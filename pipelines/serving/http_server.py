@@ -217,7 +217,8 @@ class ModelGateway:
         if declared.isdigit() and int(declared[:20]) > limit:
             await _discard_body(request)
             raise too_large
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(BODY_PATIENCE_S):
                 async for part in request.stream():

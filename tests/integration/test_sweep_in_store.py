@@ -200,7 +200,7 @@ def study_file(path: Path, data: str) -> Path:
                 "extra_seeds": [1],
             },
         },
-        "tuning": {"trials": 2, "seeds": [9], "space": {"training.lr": {"choice": [0.01]}}},
+        "tuning": {"trials": 1, "seeds": [9], "space": {"training.lr": {"choice": [0.01]}}},
         "tracking": {"system_metrics": False},
         "resources": {"max_concurrent_trials": 1},
     }  # fmt: skip
@@ -232,7 +232,7 @@ def test_a_study_resumes_and_is_compared_from_the_store(
         for entry in directories.list_files(kept)
         if entry.name.endswith("/result.json")
     }
-    assert len(finished) >= 5, "two trials, two pretrainings, and a final run"
+    assert len(finished) >= 4, "a trial, two pretrainings, and a final run"
     shutil.rmtree(tmp_path / "first")
 
     again = start(tmp_path / "second", "compare", words)
@@ -258,10 +258,16 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     assert start_of_it.is_relative_to(tmp_path / "second/driver")
     assert (start_of_it / "trained.json").is_file(), "the report states the cost of pretraining"
 
-    third = start(tmp_path / "third", "compare", [kept, "--name", "once-more", *tracked])
-    output, errors = third.communicate(timeout=200)
-    assert third.returncode == 0, errors
-    assert json.loads(output)["summary"] == result["summary"]
+    # A comparison of finished runs needs no Ray.
+    third = subprocess.run(
+        [sys.executable, "-m", "sweeps.compare", kept, "--name", "once-more", *tracked],
+        env={**os.environ, "SKILLNET_HOME": str(tmp_path / "third")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert third.returncode == 0, third.stderr
+    assert json.loads(third.stdout)["summary"] == result["summary"]
 
 
 def test_a_missing_run_is_named(object_store: ObjectStore, run_root: Path) -> None:

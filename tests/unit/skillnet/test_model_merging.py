@@ -9,6 +9,7 @@ import torch
 from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.model_merging import merge_models, plan_merge, read_parent
+from skillnet.serialization import read_manifest
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import load_model
 from skillnet.vocabulary import ModelVocabulary
@@ -55,6 +56,8 @@ def clips(model: SkillNet) -> dict[str, dict[str, torch.Tensor]]:
 def test_every_output_of_every_parent_is_equal_to_the_bit(folder: Path, tmp_path: Path) -> None:
     merged = join(folder, tmp_path / "both", "one", "two")
     assert {"ink", "tone"} <= set(merged.config.skills)
+    # One task can be downloaded alone.
+    assert read_manifest(tmp_path / "both")["tasks"].keys() == merged.config.tasks.keys()
     assert merged.vocabulary.tokenizer == "f" * 64
     for name, task in (("one", "counting"), ("two", "tones")):
         parent = load_model(folder / name)

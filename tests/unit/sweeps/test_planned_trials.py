@@ -57,7 +57,7 @@ def study_of() -> StudyConfig:
     systems = {
         "skillnet": SystemConfig("skillnet"),
         "skillnet-pretrained": SystemConfig("skillnet", pretrain=True),
-        "wide": SystemConfig("dense", set={"model.dim": 8192}),
+        "wide": SystemConfig("dense", set={"model.dim": 16384}),
     }
     return StudyConfig(
         run=replace(short_config(use_gpu=True), model=small),

@@ -148,7 +148,9 @@ def test_zip_with_a_wrong_declared_size_is_rejected(tmp_path: Path, reported: in
 
 
 def test_tar_member_longer_than_the_file_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"/x: (unsafe archive|cannot be read as a zip, tar or Debian)"):
+    with pytest.raises(
+        UserError, match=r"/x: (unsafe archive|cannot be read as a zip, tar or Debian)"
+    ):
         read(tmp_path, tarred({"member": bytes(3000)})[:-30])
     entry = tarfile.TarInfo("huge")
     entry.size = 2**40
