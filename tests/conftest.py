@@ -34,12 +34,13 @@ settings.load_profile("short")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests stay in one process where pytest-xdist runs several (``make test``).
 
-    Those that share the session's Ray, which then exists once, and those of one file, which share
-    what their fixtures make.
+    Those that share a session's Ray, and those of one file, which share what their fixtures make.
+    Two processes have a Ray each, for the two halves of the alphabet: one would be the last to end.
     """
     for item in items:
         shares_ray = "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.name))
+        half = "ray, files before p" if item.path.name < "test_p" else "ray, other files"
+        item.add_marker(pytest.mark.xdist_group(half if shares_ray else item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
