@@ -223,7 +223,8 @@ def test_a_run_that_cannot_be_evaluated_ends_before_its_training(
 
 def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:
     # Decay multiplies the weights by -99 in the steps with the highest rate.
-    config = config_for(data, steps=40, lr=10.0, max_grad_norm=0.0, weight_decay=10.0)
+    overflow = {"lr": 10.0, "max_grad_norm": 0.0, "weight_decay": 10.0, "precision": "fp32"}
+    config = config_for(data, steps=40, **overflow)
     with pytest.raises(FloatingPointError, match=r"lower training\.lr"):
         finetune(config)
     client = backend.create_client(backend.resolve_uri())
