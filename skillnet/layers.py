@@ -26,7 +26,6 @@ from skillnet.attention import multihead_attention
 from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.rounded_weights import Skills
 from skillnet.skill_weights import SkillWeights
-from skillnet.skill_weights import require_unused_name as require_unused_name
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -21,7 +21,6 @@ from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.heads import TaskHead, build_head
 from skillnet.hub import find_model_folder
-from skillnet.layers import require_unused_name
 from skillnet.raw_inputs import RawInputModel
 from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
 from skillnet.serialization import (
@@ -31,6 +30,7 @@ from skillnet.serialization import (
     read_manifest,
     read_vocabulary,
 )
+from skillnet.skill_weights import require_unused_name
 from skillnet.skills import find_task, nearest_hint, require_outputs
 from skillnet.skipped_init import SkippedInit
 from skillnet.vocabulary import ModelVocabulary, find_order

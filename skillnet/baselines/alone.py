@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.flops import task_flops
-from skillnet.layers import require_unused_name
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, TaskModel, Tokens
+from skillnet.skill_weights import require_unused_name
 from skillnet.skills import find_task
 from skillnet.systems import System
 

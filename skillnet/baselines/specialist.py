@@ -22,9 +22,9 @@ from skillnet.baselines.library_encoders import EncoderAdapter
 from skillnet.baselines.library_models import FAMILIES
 from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
-from skillnet.layers import require_unused_name
 from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.pretraining_tasks import pretraining_modality
+from skillnet.skill_weights import require_unused_name
 from skillnet.skills import MODALITIES, Modality, find_task, nearest_hint
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import SizeMatch, System

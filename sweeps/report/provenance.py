@@ -10,7 +10,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from skillnet_platform.tracking.source_commit import COMMIT_TAG, MODIFIED_TAG, commit_tags
+from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT, SystemComparison
 
 #: Packages whose versions are listed.
@@ -52,15 +52,3 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
         "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
     }
-
-
-def find_source_commit() -> str:
-    """Return the commit of this code, with a mark if files differ; its version without git."""
-    tags = commit_tags()
-    if tags:
-        changed = tags[MODIFIED_TAG] == "true"
-        return tags[COMMIT_TAG][:12] + (", with changes" if changed else "")
-    try:
-        return f"version {version('skillnet-platform')}"
-    except PackageNotFoundError:
-        return "unknown"

@@ -7,7 +7,6 @@ the seed only, and the comparison treats replicates and held-out units as crosse
 """
 
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT
 from sweeps.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from sweeps.config.study import StudyConfig
@@ -32,7 +32,6 @@ from sweeps.trials.remote_ledger import STUDY_LEDGER
 RESERVE_RECORD = "reserve.json"
 #: Results of one final run, in its directory.
 RESERVE_SUMS, RESERVE_ROWS = "reserve_sums.parquet", "reserve.csv"
-GIT_TIMEOUT_S = 10.0
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -72,7 +71,7 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
             {
                 "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
                 "finished": None,
-                "commit": _find_commit(),
+                "commit": find_source_commit(),
                 "is_repeated": bool(reads),
                 "claims": configuration.digest_config(config.claims)[:12],
                 "runs": sorted(folder.name for _, folder in runs),
@@ -195,24 +194,6 @@ def _evaluate_run(folder: Path) -> None:
 
 def _has_model(folder: Path) -> bool:
     return (folder / "model" / "manifest.json").is_file()
-
-
-def _find_commit() -> str:
-    """Return the commit of the code, with a mark if files differ from it; "unknown" without git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def _write_record(config: StudyConfig, reads: Sequence[Mapping[str, Any]]) -> None:

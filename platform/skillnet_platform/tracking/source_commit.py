@@ -3,6 +3,7 @@
 import functools
 import os
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 #: Tag that MLflow's pages show as the version of the source.
@@ -28,6 +29,18 @@ def commit_tags() -> dict[str, str]:
         return {}
     commit = found.removesuffix(MODIFIED_MARK)
     return {COMMIT_TAG: commit, MODIFIED_TAG: str(commit != found).lower()}
+
+
+def find_source_commit() -> str:
+    """Return the commit of this code, with a mark if files differ; its version without git."""
+    tags = commit_tags()
+    if tags:
+        changed = tags[MODIFIED_TAG] == "true"
+        return tags[COMMIT_TAG][:12] + (", with changes" if changed else "")
+    try:
+        return f"version {version('skillnet-platform')}"
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def commit_variable() -> dict[str, str]:

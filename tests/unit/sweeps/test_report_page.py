@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_platform import console
+from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
 from sweeps.analysis.target_budget import estimate_budgets, estimate_ratio, find_crossing
@@ -19,7 +20,6 @@ from sweeps.report.evidence import collect_points, group_claims, group_tests
 from sweeps.report.evidence_plots import draw_joint_evidence
 from sweeps.report.findings import MAX_ROWS, sort_systems
 from sweeps.report.html import render_report
-from sweeps.report.provenance import find_source_commit
 from sweeps.report.references import (
     collect_reference_scores,
     find_reference_scores,
