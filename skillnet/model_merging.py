@@ -8,10 +8,10 @@ task reads another set of skills, so the outputs of every task stay identical, b
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,10 +26,11 @@ from skillnet.serialization import (
     read_config,
     read_manifest,
     read_vocabulary,
+    write_config,
     write_manifest,
-    write_parts,
 )
 from skillnet.skills import SkillPlan, Task, nearest_hint
+from skillnet.skipped_init import SkippedInit
 from skillnet.staging import replace_folder, staging_folder
 from skillnet.vocabulary import ModelVocabulary
 
@@ -276,7 +277,10 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(target) as staging:
-        written = write_parts(_ModelDescription(plan.config, plan.vocabulary), staging)
+        with torch.device("meta"), SkippedInit():  # names and shapes, without weights
+            described = SkillNet(plan.config)
+        described.vocabulary = plan.vocabulary
+        written = [write_config(described, staging)]
         for file, owners in plan.origins.items():
             path = staging / f"{file}{SUFFIX}"
             if file in plan.averaged:
@@ -284,27 +288,10 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
             else:
                 _copy_file(owners[0], file, path)
             written.append(path.name)
-        write_manifest(staging, written, **record)
+        write_manifest(staging, written, tasks=list_task_files(described), **record)
         # Names and shapes are checked before the model gets its name.
-        model = SkillNet.from_pretrained(staging)
-        write_manifest(staging, written, tasks=list_task_files(model), **record)
+        SkillNet.from_pretrained(staging)
         replace_folder(staging, target)
-
-
-@dataclass
-class _ModelDescription:
-    """The part of a model that ``config.json`` stores, without weights."""
-
-    config: SkillNetConfig
-    vocabulary: ModelVocabulary
-    options: dict[str, Any] = field(default_factory=dict)
-    system: ClassVar[str] = SkillNet.system
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())
-
-    def files_of(self, task: str | None = None) -> dict[str, list[str]]:
-        return {}
 
 
 def _copy_file(parent: MergeParent, file: str, path: Path) -> None:
