@@ -118,8 +118,6 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
     from skillnet_platform.cluster import connect
 
     connect.prepare_ray_environment()
-    # At the end a thread of Ray Serve still calls Ray, which would start a second Ray and block.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     is_shared = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))

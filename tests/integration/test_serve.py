@@ -2,14 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.serving import kill_replica
@@ -17,6 +21,7 @@ from pipelines.serve import ServeConfig, build_server, run_replicas
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet.model import SkillNet
 from tests.helpers.ports import free_port
+from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -46,14 +51,9 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
     answered = threading.Semaphore(0)
 
     def send(client: int) -> list[int]:
-        body = json.dumps({"rows": [{"text": f"文学研究{client}"}]}).encode()
-        request = urllib.request.Request(
-            f"{url}/v1/predict", body, {"Content-Type": "application/json"}
-        )
         found = []
         for _ in range(REQUESTS):
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found.append(len(json.loads(answer.read())["predictions"]))
+            found.append(len(predict(url, f"文学研究{client}")))
             answered.release()
         return found
 
@@ -63,3 +63,44 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
             answered.acquire()
         kill_replica(os.getpid())
         assert [each.result() for each in sent] == [[1] * REQUESTS] * CLIENTS
+
+
+def test_sigterm_ends_the_server_and_its_ray(tmp_path: Path) -> None:
+    data = write_corpora(tmp_path / "corpora")
+    SkillNet(config()).save_pretrained(tmp_path / "model")
+    port = free_port()
+    words = ["--model", str(tmp_path / "model"), "--data", str(data), "--port", str(port)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.serve", *words, "--search", "false"],
+        env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
+    )
+    try:
+        while not is_healthy(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, "it ended before it answered"
+            time.sleep(0.1)
+        predict(f"http://127.0.0.1:{port}", "文学研究")
+        family = psutil.Process(server.pid).children(recursive=True)
+        server.terminate()
+        # A second Ray, which would start at the end, blocks the server without a limit.
+        server.wait(timeout=120)
+        assert not psutil.wait_procs(family, timeout=60)[1]
+    finally:
+        kill_family(server)
+
+
+def predict(url: str, text: str) -> list[Any]:
+    body = json.dumps({"rows": [{"text": text}]}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/predict", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found: list[Any] = json.loads(answer.read())["predictions"]
+    return found
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status == 200
+    except urllib.error.URLError:
+        return False

@@ -28,6 +28,8 @@ DEFAULTS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # Under `uv run` Ray would replace every worker's interpreter and upload the directory.
     UV_RUN_VARIABLE: "0",
+    # A call of Ray after ray.shutdown(), as by a thread of Ray Serve, would start a second Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 #: The same on a cluster. Ray Train waits one minute for workers to start, four times. A node that
 #: the autoscaler starts needs several minutes.
