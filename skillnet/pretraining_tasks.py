@@ -2,6 +2,9 @@
 
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 
+#: Pairs of a text and code that need no label, as a comment and the lines below it.
+CODE_PAIRS = "pairs_code"
+
 
 def pretraining_tasks() -> dict[str, Task]:
     """Return masked tasks, the paper's five, and pairs within a modality.
@@ -16,6 +19,21 @@ def pretraining_tasks() -> dict[str, Task]:
 def _pair_within(modality: Modality) -> Task:
     plan = SkillPlan(("general", modality, "alignment"), modality)
     return Task("retrieval", {"query": plan, "candidate": plan})
+
+
+def pretrained_modalities(name: str, task: Task) -> frozenset[Modality]:
+    """Return the modalities that a self-supervised task trains; none for other tasks.
+
+    Masked modelling, pairs within one modality and ``pairs_code`` are self-supervised.
+
+    Args:
+        name: of the task.
+        task: its objective and towers.
+    """
+    modalities = frozenset(plan.modality for plan in task.towers.values())
+    if name == CODE_PAIRS or (task.objective in ("masked", "retrieval") and len(modalities) == 1):
+        return modalities
+    return frozenset()
 
 
 def pretraining_modality(task: Task) -> Modality | None:
