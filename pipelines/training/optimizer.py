@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.config.run import TrainingConfig
+from pipelines.training.eager_adamw import EagerAdamW
 from pipelines.training.row_updates import RowSparseAdamW, clip_sparse_gradients
 from skillnet.skill_weights import find_weight_skill
 
@@ -93,7 +94,7 @@ def build_optimizer(
     betas = (config.beta1, config.beta2)
     if tables:
         return RowSparseAdamW(by_decay, tables, lr=config.lr, betas=betas, fused=True)
-    return torch.optim.AdamW(by_decay, lr=config.lr, betas=betas, fused=True)
+    return EagerAdamW(by_decay, lr=config.lr, betas=betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> float:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.training.eager_adamw import EagerAdamW
+
 
 def use_sparse_gradients(model: nn.Module) -> list[Tensor]:
     """Let the embedding tables of a model give sparse gradients; return their weights.
@@ -27,7 +29,7 @@ def use_sparse_gradients(model: nn.Module) -> list[Tensor]:
     return [table.weight for table in tables]
 
 
-class RowSparseAdamW(torch.optim.AdamW):
+class RowSparseAdamW(EagerAdamW):
     """AdamW with lazy updates of the rows of tables, as in ``torch.optim.SparseAdam``.
 
     A row whose gradient is zero keeps its weight and its averages: no weight decay and no step in
