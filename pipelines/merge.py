@@ -3,6 +3,7 @@
 <run root>/<name>/          a run with the files that other commands read, and
   merge.yaml                configuration of the merge
   merge.json, merge.md      report: origin of each file, outputs of each task before and after
+  evaluation.csv, outcomes.parquet   metrics of all tasks, and the outcome of every test row
 
 With ``tune``, a growth without a new skill follows: the run ``<name>-<task>`` trains a head over
 skills of the parents, and shows that all other tasks are unchanged.
@@ -78,6 +79,8 @@ def _merge_in_folder(
     settings: "FinetuneConfig",
     folder: Path,
 ) -> dict[str, Any]:
+    from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
+    from pipelines.evaluation.tables import write_evaluation_csv
     from pipelines.growth.merging import build_merge_report
     from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
@@ -87,6 +90,7 @@ def _merge_in_folder(
         check_trained_tasks,
         register_measured_run,
     )
+    from pipelines.training.run_evaluation import EVALUATION_CSV
     from skillnet.model_merging import merge_models
     from skillnet_platform import tracking
 
@@ -117,13 +121,19 @@ def _merge_in_folder(
         ) as tracker,
         console.show_progress("comparing outputs", None, "rows") as bar,
     ):
+        outcomes = OutcomeTable()
         report, rows = build_merge_report(
             sources,
             plan,
             settings,
             folder / "model",
             lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            outcomes,
         )
+        write_evaluation_csv(rows, folder / EVALUATION_CSV)
+        write_outcomes(outcomes, folder / OUTCOMES_FILE)
+        for file in (EVALUATION_CSV, OUTCOMES_FILE):
+            tracker.artifact(folder / file, "evaluation")
         record_growth_report(
             report, folder, tracker, "merge", {"is_identical": report.is_identical}
         )

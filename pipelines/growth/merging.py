@@ -1,6 +1,7 @@
 """Steps of ``skillnet merge``: read the models, name the corpora of all tasks, compare outputs."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pipelines.config.merging import MergeConfig
 from pipelines.config.run import FinetuneConfig, TaskTraining
 from pipelines.evaluation import tables
 from pipelines.evaluation.evaluator import choose_splits, evaluate_model, locate_task_corpus
+from pipelines.evaluation.outcomes import OutcomeTable
 from pipelines.growth.merge_report import MergedFile, MergeReport, TaskComparison
 from pipelines.growth.output_digests import digest_outputs
 from pipelines.runs import model_source
@@ -134,6 +136,7 @@ def build_merge_report(
     settings: FinetuneConfig,
     weights: Path,
     on_split: Callable[[str, str, int], None],
+    outcomes: OutcomeTable | None = None,
 ) -> tuple[MergeReport, list[dict[str, Any]]]:
     """Evaluate every task of every model before and after the merge, on every test row.
 
@@ -143,6 +146,7 @@ def build_merge_report(
         settings: of :func:`build_merged_config`.
         weights: folder of the merged model.
         on_split: called before each pass over a split with the task, the split and its rows.
+        outcomes: receives the outcome of every row of the merged model.
 
     Returns:
         The report, and the evaluation rows of the merged model.
@@ -151,14 +155,26 @@ def build_merge_report(
     corpora = {name: task.corpus for name, task in settings.tasks.items()}
     limits = {name: task.max_length for name, task in settings.tasks.items()}
     rows = evaluate_model(
-        merged, str(settings.data), corpora=corpora, limits=limits, on_split=on_split
+        merged,
+        str(settings.data),
+        corpora=corpora,
+        limits=limits,
+        on_split=on_split,
+        outcomes=outcomes,
     )
+
+    # Parents share the tasks of their base, whose outputs after the merge are computed once.
+    @functools.cache
+    def digest_merged(task: str, split: str) -> str:
+        corpus = open_corpus(locate_task_corpus(str(settings.data), task, corpora))
+        return digest_outputs(merged, task, corpus, split, limits[task])
+
     comparisons: list[TaskComparison] = []
     for source in sources:
         model = model_source.load_source_model(source.source)
         for old, new in source.tasks.items():
             comparisons += _compare_task(
-                source, model, merged, (old, new), settings, rows, on_split
+                source, model, digest_merged, (old, new), settings, rows, on_split
             )
     files = read_manifest(weights)["files"]
     report = MergeReport(
@@ -181,7 +197,7 @@ def build_merge_report(
 def _compare_task(
     source: MergeSource,
     model: TaskModel,
-    merged: TaskModel,
+    digest_merged: Callable[[str, str], str],
     names: tuple[str, str],
     settings: FinetuneConfig,
     rows: list[dict[str, Any]],
@@ -198,7 +214,7 @@ def _compare_task(
         count = corpus.splits[split].rows
         on_split(new, split, count)
         before = digest_outputs(model, old, corpus, split, task.max_length)
-        is_identical = before == digest_outputs(merged, new, corpus, split, task.max_length)
+        is_identical = before == digest_merged(new, split)
         row = tables.find_row(rows, new, metric, split=split)
         value = float("nan") if row is None else float(row["value"])
         before_value = value

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines import grow as growing
 from pipelines import merge as merging
 from pipelines.config.growth import NewSkill
+from pipelines.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.finetune import finetune
 from pipelines.grow import grow_model
 from pipelines.growth import verification
@@ -145,6 +147,10 @@ def test_two_growths_merge_with_equal_outputs(
     towers = {"input": SkillPlan(("general", "tone"), "video")}
     config.task = replace(config.task, name="tones", towers=towers)
     grow_model(config)
+    # The same growth of the grown model trains the same bits: all that it reads is frozen.
+    grow_model(replace(config, source="grown", name="third"))
+    for file in ("skill-tone", "head-tones"):
+        assert files(place / "third" / "model")[file] == files(place / "second" / "model")[file]
     words = ["grown", "second", "--name", "both", "--data", str(place / "corpora")]
     assert merging.main([*words, "--tracking.register", "false", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -158,6 +164,12 @@ def test_two_growths_merge_with_equal_outputs(
     }
     parents = {**files(place / "grown" / "model"), **files(place / "second" / "model")}
     assert files(place / "both" / "model") == parents
+    # The outcomes of each task are those of its parent, so that merged models can be compared.
+    outcomes = read_outcomes(place / "both" / OUTCOMES_FILE)
+    for parent, task in (("grown", "counting"), ("second", "tones")):
+        own = read_outcomes(place / parent / OUTCOMES_FILE)[task, "test"]
+        assert np.array_equal(outcomes[task, "test"].numerator, own.numerator)
+    assert (place / "both" / "evaluation.csv").is_file()
     merged = model_source.resolve_model("both")
     assert merged.corpora["tones"] == "counts"
     assert merged.limits["text_to_code"] == 9
