@@ -30,10 +30,11 @@ BUILT_IN = {
     "functions": "pipelines.corpora.builtin.functions:FunctionsCorpus",
 }
 
-#: Built-in corpora that are fetched and prepared by name only: a task that a trained model is
+#: Built-in corpora that are fetched and prepared by name only: tasks that a trained model is
 #: extended by, and further rows for the tasks above. The tokenizer is not trained on them.
 EXTRA_BUILT_IN = {
     "stroke_counts": "pipelines.corpora.builtin.stroke_counts:StrokeCountsCorpus",
+    "radicals": "pipelines.corpora.builtin.radicals:RadicalsCorpus",
     "headings_unused": "pipelines.corpora.builtin.headings_unused:UnusedHeadingsCorpus",
     "functions_packages": "pipelines.corpora.builtin.functions_packages:FunctionPackagesCorpus",
     "drawings_artists": "pipelines.corpora.builtin.drawings_artists:DrawingArtistsCorpus",
