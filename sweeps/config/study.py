@@ -26,6 +26,8 @@ from sweeps.config.trials import ResourceConfig
 
 #: Smallest fraction of the steps of a run after which its settings are judged.
 MIN_STEP_FRACTION = 0.6
+#: Distance between the seeds of two folds.
+FOLD_SEEDS = 10_000
 
 LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
@@ -109,6 +111,18 @@ class TuningConfig:
         return bool(self.trials or self.rates or self.pretraining_rates)
 
 
+def shift_seed(seed: int, fold: int) -> int:
+    """Return the seed of a final run: each fold has initial weights of its own.
+
+    Replicates with equal initial weights would not show the variance of these.
+
+    Args:
+        seed: one of the study's seeds.
+        fold: number of the run's fold; 0 keeps the seed.
+    """
+    return seed + FOLD_SEEDS * fold
+
+
 @dataclass
 class StudyConfig:
     """Compare systems: run a study, or read finished runs.
@@ -177,7 +191,8 @@ class StudyConfig:
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
             # Settings chosen with a seed of a final run would favour that run.
-            both = sorted(set(self.tuning.seeds) & set(seeds)) if self.tuning.is_enabled else []
+            final = {shift_seed(s, f) for s in seeds for f in range(max(self.run.fold.count, 1))}
+            both = sorted(final & set(self.tuning.seeds)) if self.tuning.is_enabled else []
             if both:
                 raise UserError(
                     f"tuning.seeds {both} are also {key}: settings must not be chosen and "

@@ -22,7 +22,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
-from sweeps.config.study import StudyConfig
+from sweeps.config.study import StudyConfig, shift_seed
 from sweeps.config.trials import ScoreConfig
 from sweeps.study.identity import STUDY_FILE, check_unchanged
 from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
@@ -231,9 +231,10 @@ def build_final_trial(
         config: the study.
         label: label of the system.
         settings: flat key -> tuned value.
-        seed: seed of the run.
+        seed: seed of the replicate, from the seeds of the study.
         fold: number of the fold that it tests, of a study with folds.
     """
+    seed = shift_seed(seed, fold)
     run = apply_settings(build_base_run(config, label, seed), settings, f"systems.{label}")
     run = replace(run, evaluate=True, fold=replace(run.fold, number=fold))
     return Trial(

@@ -20,10 +20,17 @@ from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 
+TASK = "text_classification"
+
 
 def study(root: Path) -> StudyConfig:
     run = small_config(write_corpora(root / "corpora"), steps=4, precision="fp32", log_every=2)
-    run = replace(run, fold=FoldConfig(2, validation_share=0.3, reserve_part=True))
+    run = replace(
+        run,
+        tasks={TASK: run.tasks[TASK]},
+        model=replace(run.model, tasks={TASK: run.model.tasks[TASK]}),
+        fold=FoldConfig(2, validation_share=0.3, reserve_part=True),
+    )
     pretraining = PretrainConfig(
         tasks={"masked_text": TaskTraining("headings", batch_size=4, split="train", max_length=16)},
         training=run.training,
@@ -60,7 +67,7 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [1, 0]
     chosen = ledger["tuning"]["skillnet"]["settings"]
     for label in labels:
-        run = folder / "runs" / f"{label}-fold1-seed0"
+        run = folder / "runs" / f"{label}-fold1-seed10000"
         settings = configuration.load_yaml(run / "config.yaml")
         assert settings["training"]["lr"] == chosen.get("training.lr", config.run.training.lr)
         assert {split for _, split in read_outcomes(run / "outcomes.parquet")} == {"test"}
@@ -70,7 +77,7 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
         assert not (trial / "model").exists()
     starts = {
         configuration.load_yaml(
-            folder / "runs" / f"skillnet-pretrained-fold{fold}-seed0" / "config.yaml"
+            folder / "runs" / f"skillnet-pretrained-fold{fold}-seed{10000 * fold}" / "config.yaml"
         )["init_from"]
         for fold in (0, 1)
     }

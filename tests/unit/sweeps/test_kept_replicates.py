@@ -78,8 +78,9 @@ def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
     tuning = {"skillnet": TuningResult("skillnet", {"training.lr": 0.01})}
     trials = build_final_trials(config, tuning)
     assert [trial.name for trial in trials] == [
-        f"skillnet-fold{fold}-seed{seed}" for seed in (0, 1) for fold in (0, 1)
+        f"skillnet-fold{fold}-seed{seed}" for fold, seed in ((0, 0), (1, 10000), (0, 1), (1, 10001))
     ]
+    assert len({trial.config.seed for trial in trials}) == 4, "none shares its initial weights"
     assert [trial.config.fold.number for trial in trials] == [0, 1, 0, 1]
     assert len(group_replicates(trials)) == 4
     outcomes = []
