@@ -12,6 +12,10 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
+#: A split of this name is for pretraining too, but only for tasks that name it: masked tasks do not
+#: read its rows, which repeat those of the other splits.
+PAIRS_PREFIX = "pretrain_"
+
 
 def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
     """Return the training run of a pretraining, after checks of its tasks and splits.
@@ -58,7 +62,7 @@ def check_pretraining_splits(
         corpus = corpora[settings.corpus]
         allowed = resolve_splits(corpus, PRETRAINING)
         for split in resolve_splits(corpus, settings.split):
-            if split not in allowed:
+            if split not in allowed and not split.startswith(PAIRS_PREFIX):
                 raise UserError(
                     f"tasks.{name}.split: the manifest of {corpus.name} allows "
                     f"{', '.join(allowed)} for pretraining, not {split}"

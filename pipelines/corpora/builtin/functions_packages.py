@@ -1,9 +1,13 @@
-"""Corpus ``functions_packages``: the task of ``functions``, with six further packages.
+"""Corpus ``functions_packages``: the task of ``functions``, with six further packages and pairs.
 
 All rows of ``functions`` keep their splits. Five packages add training rows, and one is the
 reserve. A new training function is rejected if it is a near twin of an evaluated function of
 ``functions`` or has its docstring. So is a function of the reserve that resembles a training
 function of any package.
+
+The split ``pretrain_pairs`` has texts and code of the functions of ``train`` and ``pretrain``
+(:mod:`pipelines.transforms.code_pairs`). No pair is of an evaluated module or of a near twin of an
+evaluated function, and no text is the docstring of a captioned function.
 """
 
 from collections.abc import Iterator
@@ -24,7 +28,14 @@ from pipelines.corpora.builtin.functions import (
     read_functions,
     squeeze_space,
 )
-from pipelines.corpora.builtin.further_splits import RESERVE
+from pipelines.corpora.builtin.further_splits import PAIRS, RESERVE
+from pipelines.transforms.code_pairs import (
+    FEWEST_CHINESE,
+    FEWEST_WORDS,
+    MOST_LINES,
+    SHORTEST_CODE,
+    derive_code_pairs,
+)
 
 #: Package of the split ``reserve``: its 76 modules are more than those of any other package.
 RESERVED_PACKAGE = "tqsdk"
@@ -79,7 +90,7 @@ class FunctionPackagesCorpus(FunctionsCorpus):
     """Functions of 14 packages: those of ``functions``, five for training and one reserve."""
 
     name = "functions_packages"
-    version = 1
+    version = 2
     archives = (*ARCHIVES, *FURTHER_ARCHIVES)
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
@@ -107,14 +118,53 @@ class FunctionPackagesCorpus(FunctionsCorpus):
                 continue
             group = ids(item.function.summary) if item.is_pair else -1
             if item.package == RESERVED_PACKAGE:
-                yield item.make_row(RESERVE, group) | {"unit": item.package}
+                used.append(item.make_row(RESERVE, group) | {"unit": item.package})
             else:
-                yield item.make_row("train" if item.is_pair else "pretrain", group)
+                used.append(item.make_row("train" if item.is_pair else "pretrain", group))
+            yield used[-1]
+        yield from _derive_pairs(used, ids)
 
     def preprocessing(self) -> dict[str, Any]:
-        """Return the numbers of ``functions``, its version, and the reserved package."""
-        more = {"functions_version": FunctionsCorpus.version, "reserved_package": RESERVED_PACKAGE}
-        return super().preprocessing() | more
+        """Return the numbers of ``functions``, its version, the reserved package, and limits."""
+        return super().preprocessing() | {
+            "functions_version": FunctionsCorpus.version,
+            "reserved_package": RESERVED_PACKAGE,
+            "pairs": {
+                "shortest_code": SHORTEST_CODE,
+                "most_lines": MOST_LINES,
+                "fewest_chinese": FEWEST_CHINESE,
+                "fewest_words": FEWEST_WORDS,
+            },
+        }
+
+
+def _derive_pairs(used: list[Row], ids: IdAllocator) -> Iterator[Row]:
+    """Yield the pairs of all rows that are not evaluated.
+
+    Args:
+        used: rows of the corpus.
+        ids: group of each caption; equal texts are joint positives.
+    """
+    sources = [row for row in used if row["split"] in ("train", "pretrain")]
+    evaluated = [row for row in used if row["split"] not in ("train", "pretrain")]
+    # Of training functions too: a fold may evaluate them.
+    docstrings = {caption for row in used for caption in row["captions"]}
+    overlaps = np.zeros(len(sources))
+    if sources and evaluated:
+        overlaps = compute_overlaps([r["code"] for r in sources], [r["code"] for r in evaluated])
+    seen: set[tuple[str, str]] = set()
+    for row, overlap in zip(sources, overlaps, strict=True):
+        for pair in derive_code_pairs(row["code"]) if overlap < TWIN else ():
+            content = pair.text, squeeze_space(pair.code)
+            if content not in seen and pair.text not in docstrings:
+                seen.add(content)
+                yield row | {
+                    "split": PAIRS,
+                    "key": f"{row['key']}:{pair.kind}:{pair.line}",
+                    "group": ids(pair.text),
+                    "code": pair.code,
+                    "captions": [pair.text],
+                }
 
 
 def _leaks_into_training(kept: list[FoundFunction], used: list[Row]) -> dict[str, str]:

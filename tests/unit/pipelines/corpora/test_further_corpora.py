@@ -17,7 +17,7 @@ from pipelines.corpora.builtin.drawings import DrawingsCorpus
 from pipelines.corpora.builtin.drawings_artists import DrawingArtistsCorpus
 from pipelines.corpora.builtin.functions import FunctionsCorpus
 from pipelines.corpora.builtin.functions_packages import FunctionPackagesCorpus
-from pipelines.corpora.builtin.further_splits import MORE, RESERVE
+from pipelines.corpora.builtin.further_splits import MORE, PAIRS, RESERVE
 from pipelines.corpora.builtin.headings import HeadingsCorpus
 from pipelines.corpora.builtin.headings_unused import UnusedHeadingsCorpus
 from pipelines.corpora.builtin.syllables import (
@@ -53,7 +53,8 @@ def require_disjoint_units(rows: Rows) -> None:
     homes = defaultdict(set)
     for row in rows.values():
         if row.get("unit") is not None:
-            split = row["split"].removesuffix(MORE).replace("pretrain", "train")
+            split = row["split"].removesuffix(MORE)
+            split = "train" if split.startswith("pretrain") else split
             homes[row["unit"]].add(RESERVE if split.startswith(RESERVE) else split)
     assert [unit for unit, found in homes.items() if len(found) > 1] == []
 
@@ -126,17 +127,24 @@ def body(word: str) -> str:
     return f"{word} = sorted(a + b)\n    return [{word}, len({word}), max({word}), '{word}']"
 
 
-def test_packages_train_no_function_that_resembles_an_evaluated_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(functions, "_standard_library", lambda: (tmp_path, []))
+def write_packages(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Write empty packages, and akshare with eight modules of a function; return these modules."""
+    monkeypatch.setattr(functions, "_standard_library", lambda: (directory, []))
     monkeypatch.setattr(functions, "TEST", 3)
     monkeypatch.setattr(functions, "VALIDATION", 1)
     archives = FunctionPackagesCorpus.archives
     for archive in archives:
-        write_archive(tmp_path, archive.file, zipped({}), archives)
+        write_archive(directory, archive.file, zipped({}), archives)
     old = {f"p/m{n}.py": source((f"f{n}", f"计算第{n}种结果", body(f"x{n}"))) for n in range(8)}
-    write_archive(tmp_path, "akshare", zipped(old), archives)
+    write_archive(directory, "akshare", zipped(old), archives)
+    return old
+
+
+def test_packages_train_no_function_that_resembles_an_evaluated_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packages(tmp_path, monkeypatch)
+    archives = FunctionPackagesCorpus.archives
     used, _ = read_rows(FunctionsCorpus(), tmp_path)
     tested = next(row for row in used.values() if row["split"] == "test")
     trained = next(row for row in used.values() if row["split"] == "train")
@@ -175,6 +183,45 @@ def test_packages_train_no_function_that_resembles_an_evaluated_one(
     }
 
 
+def test_pairs_are_of_functions_that_no_split_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = write_packages(tmp_path, monkeypatch)
+    archives = FunctionPackagesCorpus.archives
+    used, _ = read_rows(FunctionsCorpus(), tmp_path)
+    home = {row["captions"][0]: row["split"] for row in used.values()}
+    tested = next(row for row in used.values() if row["split"] == "test")
+    work = "return [each.strip() for each in a.read().split(b)]"
+    for path, content in list(modules.items()):
+        # One comment of each module; that of an evaluated module is no pair.
+        number = path[3:-3]
+        more = (
+            f"strip_all_rows_{number}",
+            "",
+            f"# 去掉每行的空格{number}\n    c = {number}\n    {work}",
+        )
+        modules[path] = content + b"\n" + source(more)
+    twin = "# 相似的代码也不是\n    " + tested["code"].split("\n", 1)[1].strip() + "  # 稍有不同"
+    known = f"# {tested['captions'][0]}\n    return json.loads(a.decode(b)).items()"
+    modules["p/other.py"] = source(("near_twin_of_test", "", twin), ("known", "", known))
+    write_archive(tmp_path, "akshare", zipped(modules), archives)
+    held = source(("read_reserved_rows", "保留的包里的函数", f"# 保留的包里的注释\n    {work}"))
+    write_archive(tmp_path, "tqsdk", zipped({"tqsdk/t.py": held}), archives)
+    rows, _ = read_rows(FunctionPackagesCorpus(), tmp_path)
+    require_disjoint_units(rows)
+    pairs = {key: row for key, row in rows.items() if row["split"] == PAIRS}
+    trained = [caption[3:-3] for caption, split in home.items() if split == "train"]
+    assert sorted(row["captions"][0] for row in pairs.values()) == sorted(
+        text for n in trained for text in (f"去掉每行的空格{n}", f"strip all rows {n} a b")
+    )
+    for key, row in pairs.items():
+        assert key.startswith(row["unit"] + ":strip_all_rows_")
+        assert row["captions"][0] not in row["code"]
+        assert row["group"] > max(each["group"] for each in used.values())
+    block, _ = rows_to_table(FunctionPackagesCorpus(), list(pairs.values())[:2])
+    assert block["captions"].to_pylist() == [row["captions"] for row in list(pairs.values())[:2]]
+
+
 def test_the_real_packages_have_disjoint_modules() -> None:
     archives = require_real_archives(FunctionPackagesCorpus())
     rows, _ = read_rows(FunctionPackagesCorpus(), archives)
@@ -182,6 +229,12 @@ def test_the_real_packages_have_disjoint_modules() -> None:
     sizes = Counter(row["split"] for row in rows.values())
     assert (sizes["test"], sizes["validation"], sizes["test_unseen_package"]) == (532, 209, 212)
     assert (sizes["train"], sizes[RESERVE]) == (4_403, 395)
+    evaluated = {
+        r["unit"] for r in rows.values() if r["split"].startswith(("test", "valid", RESERVE))
+    }
+    pairs = [row for row in rows.values() if row["split"] == PAIRS]
+    assert len(pairs) > 10_000
+    assert not evaluated & {row["unit"] for row in pairs}
     assert {r["package"] for r in rows.values() if r["split"] == RESERVE} == {"tqsdk"}
 
 

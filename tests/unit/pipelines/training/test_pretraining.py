@@ -1,5 +1,6 @@
 """Masked tasks: their targets, the weights that change, and the splits that are never read."""
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipelines.loading.pixel_changes import apply_changes
 from pipelines.loading.task_columns import resolve_splits
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import train_model
-from pipelines.training.pretraining import build_joint_run
+from pipelines.training.pretraining import build_joint_run, check_pretraining_splits
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, open_corpora
 from pipelines.training.step import task_loss
@@ -148,6 +149,18 @@ def test_evaluation_split_is_rejected(data: Path, split: str) -> None:
     config.tasks["masked_image"].split = split
     with pytest.raises(UserError, match=rf"drawings allows pretrain, train for .*not {split}"):
         build_joint_run(config)
+
+
+def test_pairs_are_read_by_the_task_that_names_their_split(data: Path) -> None:
+    joint = small_pretraining(data).joint()
+    joint.tasks["pairs_code"] = TaskTraining("functions", split="pretrain_pairs", auxiliary=True)
+    corpora = dict(open_corpora(small_pretraining(data).joint()))
+    functions = corpora["functions"]
+    splits = functions.splits | {"pretrain_pairs": functions.splits["train"]}
+    corpora["functions"] = replace(functions, splits=splits)
+    check_pretraining_splits(joint, corpora)
+    # Masked tasks would read the same code twice.
+    assert resolve_splits(corpora["functions"], "pretraining") == ("pretrain", "train")
 
 
 def test_corpus_without_pretraining_splits_is_rejected(data: Path) -> None:
