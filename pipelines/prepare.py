@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.config.corpus_options import rewrite_corpus_options
 from pipelines.corpora import BUILT_IN, open_external_corpus
 from pipelines.corpora.base import JOINED_ROW
-from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare
+from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
 from pipelines.preprocessing.remote_staging import stage_locally
 from pipelines.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
@@ -29,6 +29,9 @@ class PrepareConfig:
             format, or any name with the format before the path:
             ``--corpus mine=folder:/data/mine``. Formats: tnews, aishell1, aic_icc, vatex,
             pytorrent, codesearchnet, folder, webdataset, hf_dataset.
+        pair: NAME=FIRST+SECOND; repeatable. Joins two prepared corpora of different media to one
+            whose rows have both, for retrieval between them. Rows pair by equal labels of
+            ``task: pairs``, or by equal first captions.
         options: name of an external corpus -> options of its format, listed in
             docs/own-corpora.md.
         tokenizer: tokenizer.json, or directory of a saved transformers tokenizer, for external
@@ -45,6 +48,7 @@ class PrepareConfig:
 
     corpora: list[str] = positional_field([])
     corpus: dict[str, str] = field(default_factory=dict)
+    pair: dict[str, str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: str | None = None
     vocabulary: PositiveCount = tokenizers.VOCABULARY_SIZE
@@ -81,7 +85,8 @@ def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
     "with a manifest. Current corpora are reused.",
     example="skillnet prepare headings syllables\n"
     "skillnet prepare --corpus tnews=/data/tnews_public --corpus vatex=s3://bucket/vatex\n"
-    "skillnet prepare --corpus mine=folder:/data/mine --options.mine.max_seconds 12",
+    "skillnet prepare --corpus mine=folder:/data/mine --options.mine.max_seconds 12\n"
+    "skillnet prepare --pair seen_and_heard=drawings+sounds",
     show=show_corpora,
     rewrite_arguments=rewrite_corpus_options,
     resources=lambda config: ResourceRequest(locations=(config.data,) if config.data else ()),
@@ -97,10 +102,13 @@ def main(config: PrepareConfig) -> dict[str, Any]:
         for name, path in config.corpus.items()
     ]
     destination = parse_location(config.data, storage.data_root())
+    if config.pair and isinstance(destination, str):
+        raise UserError(f"--data {destination}: --pair writes to a directory only. Give one")
+    names = config.corpora or ([] if external or config.pair else list(BUILT_IN))
     # Shards are written to a local disk; an object store has no atomic rename.
     with stage_locally(destination) as data:
         done = prepare(
-            config.corpora or ([] if external else list(BUILT_IN)),
+            names,
             data,
             require_local_folder(config.archives, storage.archive_root(), "archives"),
             config.cpus,
@@ -110,6 +118,11 @@ def main(config: PrepareConfig) -> dict[str, Any]:
             config.vocabulary,
             store=destination if isinstance(destination, str) else None,
         )
+        for name, pair in config.pair.items():
+            # torch loads with it, which --help does not need.
+            from pipelines.preprocessing.paired_corpus import write_paired_corpus
+
+            done[name] = summarize_manifest(write_paired_corpus(name, pair, data), "paired")
     return {"seconds": round(time.monotonic() - start, 2), "corpora": done}
 
 

@@ -266,6 +266,10 @@ def _check_user_files(
     Their place is no part of a manifest, because a manifest travels with its corpus.
     """
     recorded = manifest["preprocessing"]
+    if paired := manifest.get("paired"):
+        detail = f"it was joined from {' and '.join(paired['corpora'])}; verify a run on each"
+        yield HashCheck(f"files of {name}", "absent", detail)
+        return
     if corpus is None:
         count = len(manifest["sources"])
         place = f"{name}={recorded['reader']}:PATH"

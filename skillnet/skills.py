@@ -125,6 +125,13 @@ class Task:
         return next((each for each in towers if self.towers[each].modality == "text"), None)
 
     @property
+    def paired_tower(self) -> str | None:
+        """Tower that reads the second medium of rows in two media; None for other tasks."""
+        media = {plan.modality for plan in self.towers.values()}
+        is_paired = self.objective == "retrieval" and len(media) == 2 and "text" not in media
+        return "query" if is_paired else None
+
+    @property
     def row_tower(self) -> str:
         """Tower that reads the rows of the corpus, in their own modality."""
         if self.objective != "retrieval":
@@ -207,13 +214,19 @@ def known_tasks() -> dict[str, Task]:
         for name in MODALITIES
     }
     pairs = {f"text_to_{name}": _retrieval(name) for name in MODALITIES if name != "text"}
-    within = {
-        f"{name}_to_{name}": Task("retrieval", {"query": plan, "candidate": plan})
+    plans = {
+        name: SkillPlan(("general", name, "alignment"), name)
         for name in MODALITIES
         if name != "text"
-        for plan in [SkillPlan(("general", name, "alignment"), name)]
     }
-    return labelled | pairs | within | masked_tasks() | default_tasks()
+    media = {
+        f"{query}_to_{candidate}": Task(
+            "retrieval", {"query": plans[query], "candidate": plans[candidate]}
+        )
+        for query in plans
+        for candidate in plans
+    }
+    return labelled | pairs | media | masked_tasks() | default_tasks()
 
 
 def check_names(names: Sequence[str], where: str) -> None:

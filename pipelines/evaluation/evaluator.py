@@ -40,6 +40,7 @@ from pipelines.evaluation.task_metrics import (
     rank_metrics,
     retrieval_metrics,
 )
+from pipelines.loading.task_columns import is_row_tower, tower_column
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
@@ -212,11 +213,11 @@ def measure_split(
             plan,
             config,
             where,
-            use_captions=tower == spec.caption_tower,
+            column=tower_column(spec, tower),
             # As candidates, the first captions rank; they are as many as the rows.
             all_captions=all_captions and tower == "query",
             # The limit is about the corpus' own modality.
-            limit=None if tower == spec.caption_tower else limit,
+            limit=limit if is_row_tower(spec, tower) else None,
         )
         for tower, plan in spec.towers.items()
     }
@@ -246,7 +247,7 @@ def measure_split(
         scored = score_predictions(spec, predictions, targets, bootstrap_samples, units)
         metrics = scored.metrics
         row_outcomes.add(task, split.name, scored.numerator, scored.denominator, unit=units)
-    elif spec.caption_tower is None:
+    elif spec.caption_tower is None and spec.paired_tower is None:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
         if not runner.ranks.is_first:

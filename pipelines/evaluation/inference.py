@@ -66,7 +66,7 @@ def split_inputs(
     config: SkillNetConfig,
     where: str,
     *,
-    use_captions: bool = False,
+    column: str | None = None,
     all_captions: bool = False,
     limit: int | None = None,
 ) -> InferenceInputs:
@@ -77,15 +77,16 @@ def split_inputs(
         plan: of the tower; its modality selects the column.
         config: shape of the model, for its limits.
         where: corpus and split, for error messages.
-        use_captions: read the first caption of each row instead of its own modality.
+        column: that the tower reads, see :func:`pipelines.loading.task_columns.tower_column`; of
+            captions the first one of each row. None takes the column of the modality.
         all_captions: read every caption of each row, in order.
         limit: maximum row length in tokens or frames; the model's own limit applies if it is lower.
 
     Raises:
         UserError: the column is missing, or a token is outside of the model's vocabulary.
     """
-    name = "caption_tokens" if use_captions else INPUT_COLUMNS[plan.modality]
-    column = open_column(table, name, where)
+    name = column or INPUT_COLUMNS[plan.modality]
+    opened = open_column(table, name, where)
     vocabulary = IdRange(
         f"the model's vocabulary has {config.vocab_size} tokens", config.vocab_size
     )
@@ -98,19 +99,19 @@ def split_inputs(
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     longest = longest if limit is None else min(limit, longest)
     owners: np.ndarray | None = None
-    if use_captions and isinstance(column, NestedRaggedColumn):
-        firsts = column.first(np.arange(len(table)))
+    if isinstance(opened, NestedRaggedColumn):
+        firsts = opened.first(np.arange(len(table)))
         if all_captions:
-            counts = column.counts(np.arange(len(table)))
+            counts = opened.counts(np.arange(len(table)))
             owners = np.repeat(np.arange(len(table)), counts)
             firsts = np.concatenate(
                 [np.arange(f, f + n) for f, n in zip(firsts, counts, strict=True)]
             )
-        column = column.inner
+        opened = opened.inner
     else:
         firsts = np.arange(len(table))
-    if isinstance(column, RaggedColumn):
-        ragged = column
+    if isinstance(opened, RaggedColumn):
+        ragged = opened
         # Rows are cut at the limit when they are read, so batches and costs use the cut lengths.
         row_lengths = np.minimum(ragged.lengths(firsts), longest)
 
@@ -121,7 +122,7 @@ def split_inputs(
 
         tokens = _encoder_lengths(plan, config, row_lengths)
         return InferenceInputs(tokens, load_batch, row_lengths, owners)
-    fixed = column
+    fixed = opened
     assert not isinstance(fixed, NestedRaggedColumn)
     return InferenceInputs(
         np.full(len(table), _tokens_per_row(plan, config)),

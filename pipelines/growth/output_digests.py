@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelines.evaluation.evaluator import uses_all_captions
 from pipelines.evaluation.inference import batches_by_length, send_batch, split_inputs
+from pipelines.loading.task_columns import is_row_tower, tower_column
 from pipelines.shards.dataset import PreparedCorpus
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives import find_objective
@@ -51,10 +52,10 @@ def _iterate_outputs(
             plan,
             model.config,
             f"{corpus.name}/{split}",
-            use_captions=tower == spec.caption_tower,
+            column=tower_column(spec, tower),
             all_captions=uses_all_captions(corpus),
             # The limit is about the corpus' own modality.
-            limit=None if tower == spec.caption_tower else limit,
+            limit=limit if is_row_tower(spec, tower) else None,
         )
         for rows in batches_by_length(inputs.lengths, 4096):
             batch = send_batch(inputs.load_batch(rows), device)

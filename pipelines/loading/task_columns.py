@@ -54,6 +54,33 @@ INPUT_COLUMNS = {
 }
 
 
+#: Prefix of the columns with the second medium of rows in two media.
+PAIRED_PREFIX = "paired_"
+
+
+def tower_column(task: Task, tower: str) -> str:
+    """Return the column that a tower reads.
+
+    Args:
+        task: of the tower.
+        tower: its name.
+    """
+    if tower == task.caption_tower:
+        return "caption_tokens"
+    column = INPUT_COLUMNS[task.towers[tower].modality]
+    return PAIRED_PREFIX + column if tower == task.paired_tower else column
+
+
+def is_row_tower(task: Task, tower: str) -> bool:
+    """Return whether a tower reads the rows in the corpus' own modality.
+
+    Args:
+        task: of the tower.
+        tower: its name.
+    """
+    return tower not in (task.caption_tower, task.paired_tower)
+
+
 def check_split_columns(
     name: str, task: Task, corpus: "PreparedCorpus", split: str, model: SkillNetConfig
 ) -> None:
@@ -75,7 +102,8 @@ def check_split_columns(
     table = ShardTable([corpus.splits[split]], location, model_id_ranges(name, task, model))
     if not table.is_remote:
         table.open()
-        for column in (INPUT_COLUMNS[corpus.modality], *list_target_columns(task)):
+        paired = [tower_column(task, task.paired_tower)] if task.paired_tower else []
+        for column in (INPUT_COLUMNS[corpus.modality], *paired, *list_target_columns(task)):
             table.column(column)
 
 

@@ -25,6 +25,7 @@ from pipelines.loading.task_columns import (
     make_indicators,
     model_id_ranges,
     resolve_splits,
+    tower_column,
 )
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
 from pipelines.shards.value_scale import read_value_scale
@@ -90,11 +91,10 @@ class TaskDataset:
                 f"task {name} reads {self.plan.modality}, but corpus {corpus.name} holds "
                 f"{corpus.modality}; set tasks.{name}.corpus to one of that modality"
             )
+        if task.paired_tower is not None:
+            self._require_paired_rows(corpus)
         # The model's own limit applies first; the task may lower it.
-        limit = {"text": model.max_tokens, "code": model.max_tokens, "sound": model.max_frames}
-        self.limit = min(
-            limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
-        )
+        self.limit = min(self._model_limit(self.plan.modality), max_length or 1 << 30)
         if task.objective == "ctc" and "max_seconds" in corpus.manifest["preprocessing"]:
             self._reject_cropping(corpus)
         #: Rows of a CTC task whose transcript has no alignment with the model's tokens.
@@ -113,7 +113,8 @@ class TaskDataset:
             )
         #: Rows of one group, for a retrieval task that reads no captions.
         self._pairs: GroupPairs | None = None
-        if task.objective == "retrieval" and not self.views and task.caption_tower is None:
+        is_row_pair = task.caption_tower is None and task.paired_tower is None
+        if task.objective == "retrieval" and not self.views and is_row_pair:
             self._pairs = self._find_pairs()
         masks = masks or MaskConfig()
         if self.views:
@@ -163,11 +164,14 @@ class TaskDataset:
             return self._masked(local, random, config)
         inputs, change = self._inputs(local, random, config)
         towers, changes = {self.own_tower: inputs}, {self.own_tower: change} if change else {}
-        if self._pairs is not None:
+        if self._pairs is not None or self.task.paired_tower is not None:
             groups = _to_int64(self._fixed("group").take(local))
-            others = self._pairs.draw(rows, random.uniform("pair") if random else None)
+            others = local
+            if self._pairs is not None:
+                drawn = self._pairs.draw(rows, random.uniform("pair") if random else None)
+                others = self._open_rows(drawn)
             branch = random.branch("query") if random else None
-            towers["query"], change = self._inputs(self._open_rows(others), branch, config)
+            towers["query"], change = self._inputs(others, branch, config, "query")
             changes |= {"query": change} if change else {}
             return towers, {"groups": groups}, changes
         if self.task.objective == "retrieval":
@@ -229,14 +233,25 @@ class TaskDataset:
         self.shard_table.ensure_open(rows)
         return self.shard_table.to_local(rows)
 
+    def _model_limit(self, modality: str) -> int:
+        """Return the longest row of a modality that the model reads."""
+        limits = {"text": self._model.max_tokens, "code": self._model.max_tokens}
+        return (limits | {"sound": self._model.max_frames}).get(modality, 1 << 30)
+
+    def _require_paired_rows(self, corpus: "PreparedCorpus") -> None:
+        """Raise UserError if the rows of a corpus lack the second medium that the task reads."""
+        wanted = self.task.towers["query"].modality
+        found = (corpus.manifest.get("paired") or {}).get("modality")
+        if found != wanted:
+            media = f"{corpus.modality} and {found}" if found else f"{corpus.modality} only"
+            raise UserError(
+                f"task {self.name}: its towers read {wanted} and {corpus.modality}, but the rows "
+                f"of {corpus.name} have {media}. Join two corpora with skillnet prepare --pair, "
+                "or give one tower the modality text"
+            )
+
     def _find_pairs(self) -> GroupPairs:
         """Read the groups of all rows, whose shards are opened."""
-        modalities = {plan.modality for plan in self.task.towers.values()}
-        if len(modalities) > 1:
-            raise UserError(
-                f"task {self.name}: its towers read {' and '.join(sorted(modalities))}, but a "
-                "corpus has rows of one modality, and captions. Give one tower the modality text"
-            )
         local = self._open_rows(np.arange(self.num_rows))
         return GroupPairs(self._fixed("group").take(local), self.location)
 
@@ -284,13 +299,19 @@ class TaskDataset:
         return find_sound_units(corpus, splits, self._model.mel_stack, count)
 
     def _inputs(
-        self, local: np.ndarray, random: BatchRandom | None, config: AugmentConfig | None
+        self,
+        local: np.ndarray,
+        random: BatchRandom | None,
+        config: AugmentConfig | None,
+        tower: str | None = None,
     ) -> tuple[Tensors, PixelChange | None]:
-        """Inputs of the tower of the corpus' own modality, and a change of their pixels."""
-        modality = self.plan.modality
+        """Inputs of a tower, by default that of the rows, and a change of their pixels."""
+        modality = self.task.towers[tower or self.own_tower].modality
+        column = tower_column(self.task, tower) if tower else INPUT_COLUMNS[modality]
+        limit = self.limit if modality == self.plan.modality else self._model_limit(modality)
         if modality in ("image", "video"):
-            name = "pixels" if modality == "image" else "frames"
-            x = self._fixed(name).take(local)
+            name = INPUT_COLUMNS[modality]
+            x = self._fixed(column).take(local)
             require_pixel_sizes(modality, x.shape[1:], self._model, self.location)
             stored = {name: torch.from_numpy(x)}
             if random is None or config is None:
@@ -299,16 +320,16 @@ class TaskDataset:
             return stored | drawn, change
         crop = random.uniform("crop") if random is not None else None
         if modality == "sound":
-            mel, frames = self._ragged("log_mel").take(local, self.limit, crop)
+            mel, frames = self._ragged(column).take(local, limit, crop)
             if random is not None and config is not None:
                 mel, frames = augment.augment_audio(
                     mel, frames, config, random, self._model.max_frames, self._deviation
                 )
             return {"log_mel": torch.from_numpy(mel), "frames": _to_int64(frames)}, None
-        tokens, lengths = self._ragged("tokens").take(local, self.limit, crop, PAD_TO)
+        tokens, lengths = self._ragged(column).take(local, limit, crop, PAD_TO)
         if random is not None and config is not None:
             share = config.token_dropout if modality == "text" else config.code_dropout
-            tokens = augment.drop_tokens(tokens, lengths, share, random, self.limit)
+            tokens = augment.drop_tokens(tokens, lengths, share, random, limit)
         return {"tokens": _to_int64(tokens)}, None
 
     def _masked(

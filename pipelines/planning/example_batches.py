@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch
+from pipelines.loading.task_columns import is_row_tower
 from skillnet.config import SkillNetConfig
 from skillnet.heads import head_class
 from skillnet.skills import SkillPlan, Task, find_task
@@ -28,7 +29,7 @@ def longest_lengths(config: FinetuneConfig, name: str) -> dict[str, int]:
     for tower, plan in task.towers.items():
         limit = _model_limit(config.model, plan)
         # The limit of a task applies to the rows of its corpus, not to captions.
-        if settings.max_length and (tower != task.caption_tower or settings.views):
+        if settings.max_length and (is_row_tower(task, tower) or settings.views):
             limit = min(limit, settings.max_length)
         lengths[tower] = limit
     return lengths

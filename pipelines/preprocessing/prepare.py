@@ -185,7 +185,7 @@ def _prepare(
             if corpus.name not in done
         ]
         for manifest in pipeline.write_corpora(jobs, max_error_rate, scheduling, store):
-            done[manifest["corpus"]] = _summarize_manifest(manifest, "prepared")
+            done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
             console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
@@ -316,7 +316,7 @@ def reuse_if_current(
         if not contains(corpus.facts()):
             corpus.scan_labels()
     if contains(corpus.facts()):
-        done[corpus.name] = _summarize_manifest(manifest, "cached")
+        done[corpus.name] = summarize_manifest(manifest, "cached")
         if store is not None:
             clear_staging(store, corpus.name)
         else:
@@ -331,7 +331,13 @@ def _describe_tokenizer(path: Path) -> dict[str, Any]:
     }
 
 
-def _summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
+def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
+    """Return the entry of a corpus in the command's result.
+
+    Args:
+        manifest: of the corpus.
+        state: ``prepared``, ``cached`` or ``paired``.
+    """
     shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
     truncated = manifest.get("truncated_files", {})
     for file, where in truncated.items():

@@ -74,6 +74,8 @@ def describe_task(path: str, name: str | None, file: str) -> TaskTemplate:
         corpus = open_corpus(prepared)
         manifest = corpus.manifest
         sizes = _input_sizes(corpus.modality, manifest["preprocessing"])
+        if paired := manifest.get("paired"):
+            sizes |= _input_sizes(paired["modality"], paired["preprocessing"])
         vocabulary = (manifest.get("tokenizer") or {}).get("vocab_size", 0)
         sizes |= {"vocab_size": vocabulary} if vocabulary > _default("vocab_size") else {}
         rows = {split: each.rows for split, each in corpus.splits.items()}

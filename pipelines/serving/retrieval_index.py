@@ -1,4 +1,4 @@
-"""Retrieval index of a prepared corpus: embeddings of its rows, cached on disk.
+"""Retrieval index of a prepared corpus: embeddings of its rows or captions, cached on disk.
 
 ``skillnet search`` calls :func:`build_retrieval_index`. A file holds the vectors, their hash and
 the key of what they were computed from. A file that fails a check is damaged and built again.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
 #: Increase it when the index changes, so that cached files are not reused.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 #: A search holds the embeddings of all searched rows in memory.
 MAX_INDEX_BYTES = 4 * 2**30
 
@@ -35,6 +35,7 @@ def build_retrieval_index(
     task: str,
     corpus: "PreparedCorpus",
     splits: Sequence[str],
+    tower: str | None = None,
 ) -> np.ndarray:
     """Return the embeddings of all rows of some splits; the file is cached by model and corpus.
 
@@ -44,6 +45,8 @@ def build_retrieval_index(
         task: a retrieval task.
         corpus: to embed.
         splits: names of its splits.
+        tower: that embeds the rows; the tower of captions embeds the first caption of each row.
+            None takes the tower of the rows.
 
     Returns:
         Unit vectors (N, E) float32, in the order of the splits and their rows.
@@ -53,21 +56,22 @@ def build_retrieval_index(
             exceed ``MAX_INDEX_BYTES``.
     """
     from pipelines.evaluation.inference import split_inputs
+    from pipelines.loading.task_columns import is_row_tower, tower_column
 
     # bf16 and float32 give different vectors, so an index belongs to one precision.
     precision = predictor.runner.precision.name
     limit = predictor.limits.get(task)
-    key = digest_config(
-        [INDEX_VERSION, source.digest, corpus.digest, task, list(splits), precision, limit]
-    )
+    spec = predictor.model.config.tasks[task]
+    tower = tower or spec.row_tower
+    about = [INDEX_VERSION, source.digest, corpus.digest, task, tower, list(splits), precision]
+    key = digest_config([*about, limit])
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     config = predictor.model.config
-    tower = config.tasks[task].row_tower
-    plan = config.tasks[task].towers[tower]
+    modality = spec.towers[spec.row_tower].modality
     # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
-    if corpus.modality != plan.modality:
+    if corpus.modality != modality:
         raise UserError(
-            f"{task}: the task ranks {plan.modality}, but the corpus {corpus.name} holds "
+            f"{task}: the task ranks {modality}, but the corpus {corpus.name} holds "
             f"{corpus.modality}. Use a model that was trained on this corpus"
         )
     rows = sum(corpus.splits[name].rows for name in splits)
@@ -97,10 +101,12 @@ def build_retrieval_index(
         for name in splits:
             inputs = split_inputs(
                 corpus.splits[name].table(),
-                plan,
+                spec.towers[tower],
                 config,
                 f"{corpus.name}/{name}",
-                limit=limit,
+                column=tower_column(spec, tower),
+                # The limit is about the corpus' own modality.
+                limit=limit if is_row_tower(spec, tower) else None,
             )
             parts.append(predictor.runner.embed(task, tower, inputs))
             bar.advance(len(inputs), name)

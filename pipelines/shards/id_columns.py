@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Location
 
-#: Columns with tokens of texts, of code and of captions.
-TOKEN_COLUMNS = ("tokens", "caption_tokens")
+#: Columns with tokens of texts, of code, of captions, and of code as a second medium.
+TOKEN_COLUMNS = ("tokens", "caption_tokens", "paired_tokens")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[
 def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
     from pipelines.evaluation.inference import mean_row_lengths, split_inputs
+    from pipelines.loading.task_columns import tower_column
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.location import join_location, parse_location
 
@@ -84,7 +85,7 @@ def _lengths(config: Any, task: str) -> dict[str, int]:
                 plan,
                 config.model,
                 corpus.name,
-                use_captions=tower == "query",
+                column=tower_column(spec, tower),
                 limit=None if tower == "query" else settings.max_length,
             )
             for tower, plan in spec.towers.items()

@@ -14,6 +14,8 @@ from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
 from pipelines.evaluation.tables import primary_metric
 from pipelines.loading.group_pairs import GroupPairs
 from pipelines.planning.example_batches import build_example_batch
+from pipelines.preprocessing.paired_corpus import match_groups, write_paired_corpus
+from pipelines.preprocessing.task_template import describe_task
 from pipelines.runs.model_tasks import resolve_model_tasks
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import train_model
@@ -38,6 +40,15 @@ def two_towers(query: Modality, candidate: Modality) -> Task:
     return Task("retrieval", plans)
 
 
+#: Modality of the rows -> their second medium in the tests.
+SECOND_MEDIUM: dict[Modality, Modality] = {
+    "image": "sound",
+    "sound": "video",
+    "video": "code",
+    "code": "image",
+}
+
+
 def build_cells() -> dict[tuple[str, str], Task]:
     """Return (row of the table, modality) -> task of every supported cell."""
     cells: dict[tuple[str, str], Task] = {("ctc", "sound"): one_tower("ctc", "sound")}
@@ -48,6 +59,7 @@ def build_cells() -> dict[tuple[str, str], Task]:
         if modality != "text":
             cells["retrieval of text", modality] = two_towers(modality, "text")
             cells["retrieval of rows", modality] = two_towers(modality, modality)
+            cells["retrieval of media", modality] = two_towers(SECOND_MEDIUM[modality], modality)
         cells["two views", modality] = two_towers(modality, modality)
     return cells
 
@@ -57,7 +69,10 @@ CELLS = build_cells()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_labelled_corpora(tmp_path_factory.mktemp("labelled") / "corpora")
+    data = write_labelled_corpora(tmp_path_factory.mktemp("labelled") / "corpora")
+    for first, second in SECOND_MEDIUM.items():
+        write_paired_corpus(f"{first}_rows", f"{CORPUS_OF[first]}+{CORPUS_OF[second]}", data)
+    return data
 
 
 def run_of(data: Path, task: Task, corpus: str, **settings: object) -> FinetuneConfig:
@@ -74,7 +89,8 @@ def run_of(data: Path, task: Task, corpus: str, **settings: object) -> FinetuneC
 
 @pytest.mark.parametrize(("row", "modality"), CELLS, ids=lambda value: value.replace(" ", "-"))
 def test_a_cell_trains_and_is_evaluated(row: str, modality: Modality, data: Path) -> None:
-    task, corpus = CELLS[row, modality], CORPUS_OF[modality]
+    task = CELLS[row, modality]
+    corpus = f"{modality}_rows" if row == "retrieval of media" else CORPUS_OF[modality]
     is_paired = row == "two views"
     run = run_of(data, task, corpus, views=is_paired, auxiliary=is_paired)
     shapes = build_example_batch(run, "cell", 6, 6).targets
@@ -138,10 +154,40 @@ def test_rows_that_search_each_other_are_no_answer_to_themselves() -> None:
     assert np.isnan(pair_ranks(vectors, vectors, np.array([5, 5, 1, 2]))[2:]).all()
 
 
-def test_towers_of_two_modalities_need_text(data: Path) -> None:
+def test_towers_of_two_media_need_rows_with_both(data: Path) -> None:
     run = run_of(data, two_towers("sound", "image"), "drawings")
-    with pytest.raises(UserError, match="towers read image and sound, but a corpus has rows"):
+    with pytest.raises(UserError, match="towers read sound and image, but the rows of drawings"):
         ResolvedRun(run).dataloader.batch(0)
+
+
+def test_rows_pair_by_group_in_turn() -> None:
+    partner = match_groups(np.array([7, 3, 7, -1, 7, 9]), np.array([7, -1, 7, 3]))
+    assert partner.tolist() == [0, 3, 2, -1, 0, -1]
+    assert match_groups(np.array([1, 2]), np.array([], np.int64)).tolist() == [-1, -1]
+
+
+def test_corpora_that_do_not_pair_are_named(data: Path) -> None:
+    for pair, message in (
+        ("drawings+headings", "drawings holds image, headings text. Give corpora of two media"),
+        ("drawings+drawings", "drawings holds image, drawings image"),
+        ("drawings", "'drawings' is no pair"),
+        ("drawings+nothing", "nothing: missing"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            write_paired_corpus("both", pair, data)
+    assert not (data / "both").exists()
+    rows = open_corpus(data / "image_rows").splits["train"].table()
+    sounds = open_corpus(data / "syllables").splits["train"].table()
+    number = sounds["key"].to_pylist().index(rows["paired_key"][2].as_py())
+    assert rows["paired_log_mel"][2] == sounds["log_mel"][number]
+    assert rows["group"][2] == sounds["group"][number]
+    with pytest.raises(UserError, match="drawings is another corpus"):
+        write_paired_corpus("drawings", "drawings+syllables", data)
+
+
+def test_init_task_writes_a_task_for_a_paired_corpus(data: Path) -> None:
+    template = describe_task(str(data / "sound_rows"), None, "both.yaml")
+    assert (template.name, template.objective) == ("video_to_sound", "retrieval")
 
 
 def test_the_page_shows_exactly_these_cells() -> None:
