@@ -1,4 +1,4 @@
-"""``skillnet search``: rank the rows of a corpus of any modality for a Chinese text."""
+"""``skillnet search``: rank the rows of a corpus for a text or a file of any modality."""
 
 import re
 import time
@@ -18,16 +18,20 @@ from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.serving.corpus_search import SearchHit
+    from pipelines.serving.input_items import PredictionItem
 
 
 @dataclass
 class SearchConfig:
-    """Search a prepared corpus with a text.
+    """Search a prepared corpus with a text or a file.
 
     Args:
         query: text in Chinese; several arguments are one query.
-        task: retrieval task of the model whose query is a text: text_to_image, text_to_video,
-            text_to_code, or a task of your own; by default the only one, or text_to_image.
+        file: image, audio, video, Python file or text (.txt) as the query, instead of a text.
+        task: retrieval task of the model that reads the modality of the query: text_to_image,
+            text_to_video, text_to_code, or a task of your own; by default the only one, or
+            text_to_image. One tower of the task reads the query; rows are ranked by the other one,
+            which reads them or their first captions.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
         splits: splits to search; by default all except pretrain. The embeddings of their rows may
@@ -39,7 +43,8 @@ class SearchConfig:
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    query: list[str] = positional_field()
+    query: list[str] = positional_field([])
+    file: str | None = None
     task: str | None = None
     model: str = "models:/skillnet@champion"
     data: str | None = None
@@ -52,8 +57,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if not " ".join(self.query).strip():
-            raise UserError("the query is empty; give a text")
+        text = " ".join(self.query).strip()
+        if self.file is not None and text:
+            raise UserError(f"--file {self.file}: the query is also a text. Give one of them")
+        if self.file is None and not text:
+            raise UserError("the query is empty; give a text, or --file")
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class SearchResult:
     """Result of :func:`search_corpus`.
 
     Args:
-        query: text of the user.
+        query: text of the user, or name of the file.
         task: the retrieval task.
         model: name of the model, with its version if it has one.
         searched: number of searched rows.
@@ -80,34 +88,54 @@ class SearchResult:
 
 
 def search_corpus(config: SearchConfig) -> SearchResult:
-    """Rank the rows of a task's corpus for a text, and write the page.
+    """Rank the rows of a task's corpus for a query, and write the page.
 
     Args:
         config: of the command.
 
     Raises:
-        UserError: the model, the corpus or a split is missing, the task does not rank rows for a
-            text, or the corpus is of another modality.
+        UserError: the model, the corpus, a split or the file is missing, the task does not rank
+            rows for the query, or the corpus is of another modality.
     """
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.corpus_search import CorpusSearch, choose_search_task
+    from pipelines.serving.input_items import find_item_modality, printable_name
 
+    item = read_query(config)
+    modality = find_item_modality(item)
+    query = item.text or printable_name(Path(item.name).name)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
-    task = choose_search_task(config.task, predictor.model.config.tasks)
-    search = CorpusSearch(predictor, source, data, task, config.splits)
+    task = choose_search_task(config.task, predictor.model.config.tasks, modality)
+    search = CorpusSearch(predictor, source, data, task, config.splits, modality)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
-    query = " ".join(config.query).strip()
-    hits = search.find_hits(query, config.top)
+    hits = search.find_hits(item, config.top)
     seconds = time.monotonic() - begin
     page = Path(config.html) if config.html else _default_page(query, task)
     with open_output(page, "w") as stream:
         stream.write(search.render_hits(query, hits))
     return SearchResult(query, task, search.model, search.num_rows, seconds, hits, page.absolute())
+
+
+def read_query(config: SearchConfig) -> "PredictionItem":
+    """Return the text or the file of a command line as an item.
+
+    Args:
+        config: of the command.
+
+    Raises:
+        UserError: the file is missing, unreadable or empty.
+    """
+    from pipelines.serving.input_items import PredictionItem, read_input_item
+
+    if config.file is not None:
+        return read_input_item(config.file)
+    text = " ".join(config.query).strip()
+    return PredictionItem(text, text=text)
 
 
 def show_search(result: SearchResult) -> None:
@@ -142,10 +170,11 @@ def _short(text: str, max_length: int = 60) -> str:
 @command(
     SearchConfig,
     description="Rank the images, videos, recordings, functions or texts of a prepared corpus for "
-    "a Chinese text; print a table, and write an HTML page with thumbnails.",
+    "a Chinese text or a file; print a table, and write an HTML page with thumbnails.",
     example='skillnet search "红色的心" --open\n'
     'skillnet search "横、竖、撇、捺" --task text_to_video\n'
-    'skillnet search "发送消息给用户" --task text_to_code --top 5',
+    'skillnet search "发送消息给用户" --task text_to_code --top 5\n'
+    "skillnet search --file heart.png",
     show=show_search,
     resources=lambda config: request_model(config.model, config.data),
 )

@@ -1,7 +1,13 @@
-"""Search in one prepared corpus: its rows ranked for a text, and the page of the results.
+"""Search in one prepared corpus: its rows ranked for a query, and the page of the results.
+
+    query ── tower of its modality ──> vector
+    rows  ── the other tower ────────> vectors, ranked by their cosine to that of the query
+
+The other tower reads the rows themselves, or their first captions. Training compares both towers
+in both directions, so either may read the query.
 
 :class:`CorpusSearch` is the main entry point. ``skillnet search`` opens one for a query;
-``skillnet serve`` keeps one for each task.
+``skillnet serve`` keeps one for each task and modality of queries.
 """
 
 import time
@@ -12,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.retrieval_index import build_retrieval_index
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
@@ -23,6 +30,10 @@ if TYPE_CHECKING:
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
+
+
+class MissingCaptionsError(UserError):
+    """Rows have no captions that a search could rank."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +60,19 @@ class SearchHit:
 
 
 class CorpusSearch:
-    """Ranking of the rows of a task's corpus for texts.
+    """Ranking of the rows of a task's corpus for queries of one modality.
 
     Args:
         predictor: with the model.
         source: of the model.
         data: directory or URI of prepared corpora.
-        task: a retrieval task whose query is a text.
+        task: a retrieval task.
         splits: to search; None takes all except pretrain.
+        modality: of the queries; a tower of the task reads it.
 
     Raises:
         UserError: the corpus or a split is missing, or the corpus is of another modality.
+        MissingCaptionsError: captions are ranked, and the rows have none.
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class CorpusSearch:
         data: str | Path,
         task: str,
         splits: Sequence[str] | None = None,
+        modality: str = "text",
     ) -> None:
         from pipelines.config.folds import FoldConfig
         from pipelines.evaluation.evaluator import locate_task_corpus
@@ -76,13 +90,21 @@ class CorpusSearch:
         from pipelines.shards.dataset import open_corpus
         from pipelines.shards.folds import open_fold
 
-        self.predictor, self.task = predictor, task
+        self.predictor, self.task, self.modality = predictor, task, modality
+        spec = predictor.model.config.tasks[task]
+        query_tower = find_query_tower(spec, modality)
+        assert query_tower is not None, f"{task} reads no {modality}"
+        self._query_tower = query_tower
+        ranked = "candidate" if self._query_tower == "query" else "query"
         corpus = open_corpus(locate_task_corpus(data, task, source.corpora))
         # Rows of a reserve are for the final evaluation of a study.
         self.corpus = open_fold(corpus, FoldConfig())
         check_corpus_vocabulary(predictor.model, task, self.corpus)
-        self.splits = choose_search_splits(self.corpus, splits)
-        self._vectors = build_retrieval_index(predictor, source, task, self.corpus, self.splits)
+        needs_captions = ranked == spec.caption_tower
+        self.splits = choose_search_splits(self.corpus, splits, needs_captions)
+        self._vectors = build_retrieval_index(
+            predictor, source, task, self.corpus, self.splits, ranked
+        )
         version = "" if source.version is None else f" (version {source.version})"
         self.model = f"{source.name}{version}"
 
@@ -91,21 +113,24 @@ class CorpusSearch:
         """Number of searched rows."""
         return len(self._vectors)
 
-    def find_hits(self, query: str, top: int) -> list[SearchHit]:
-        """Return the best rows for a text, best first.
+    def find_hits(self, query: PredictionItem, top: int) -> list[SearchHit]:
+        """Return the best rows for a query, best first.
 
         Args:
-            query: text of the user.
+            query: text or file of the modality of this search.
             top: number of results.
+
+        Raises:
+            UserError: the query is empty or damaged.
         """
-        scores = self._vectors @ self.predictor.embed_texts(self.task, [query])[0]
+        scores = self._vectors @ self.predictor.embed_item(query, self.task, self._query_tower)
         return _rank_hits(self.corpus, self.splits, scores, top)
 
     def render_hits(self, query: str, hits: Sequence[SearchHit], tasks: Sequence[str] = ()) -> str:
         """Return the results as one HTML page with embedded images.
 
         Args:
-            query: text of the user.
+            query: text of the user, or name of the file.
             hits: best first.
             tasks: that a server can search; the page gets an input box. None without a server.
         """
@@ -127,75 +152,109 @@ class CorpusSearch:
         return render_search_page(query, cards, facts, credit, tasks, self.task)
 
 
-def list_search_tasks(tasks: Mapping[str, Task]) -> list[str]:
-    """Return the names of the tasks that rank rows for a text.
+def find_query_tower(task: Task, modality: str) -> str | None:
+    """Return the tower of a retrieval task that reads queries of a modality; None if none does.
+
+    Args:
+        task: any task.
+        modality: of the query. If both towers read it, the query tower is the one.
+    """
+    towers = ("query", "candidate") if task.objective == "retrieval" else ()
+    return next((each for each in towers if task.towers[each].modality == modality), None)
+
+
+def list_search_tasks(tasks: Mapping[str, Task], modality: str) -> list[str]:
+    """Return the names of the tasks that rank rows for a modality, best choice first.
 
     Args:
         tasks: of the model.
+        modality: of the query. Tasks whose query tower reads it come first.
     """
-    return [
-        name
-        for name, task in tasks.items()
-        if task.objective == "retrieval" and task.towers["query"].modality == "text"
-    ]
+    towers = {name: find_query_tower(task, modality) for name, task in tasks.items()}
+    return [name for each in ("query", "candidate") for name in towers if towers[name] == each]
 
 
-def choose_search_task(given: str | None, tasks: Mapping[str, Task]) -> str:
-    """Return the task that ranks rows for a text.
+def choose_search_task(given: str | None, tasks: Mapping[str, Task], modality: str) -> str:
+    """Return the task that ranks rows for a query.
 
     Args:
         given: name of the task, or None.
         tasks: of the model.
+        modality: of the query.
 
     Raises:
-        UserError: it is no retrieval task, or its query is of another modality. Without a name:
-            the model has no such task, or several.
+        UserError: it is no retrieval task, or reads no such query. Without a name: the model has
+            no such task, or several.
     """
-
-    searchable = list_search_tasks(tasks)
+    searchable = list_search_tasks(tasks, modality)
     if given is None:
-        if len(searchable) == 1 or DEFAULT_TASK in searchable:
-            return searchable[0] if len(searchable) == 1 else DEFAULT_TASK
-        if searchable:
-            raise UserError(
-                f"--task: {', '.join(searchable)} rank rows for a text; give one of them"
-            )
+        # A task whose query tower reads the modality was made for such queries.
+        direct = [name for name in searchable if tasks[name].towers["query"].modality == modality]
+        choices = direct or searchable
+        if len(choices) == 1 or DEFAULT_TASK in choices:
+            return choices[0] if len(choices) == 1 else DEFAULT_TASK
+        if choices:
+            raise UserError(f"--task: {', '.join(choices)} rank rows for {modality}. Give one")
         raise UserError(
-            f"--model: none of its tasks ({', '.join(tasks)}) ranks rows for a text; give another "
-            "model, or use skillnet predict"
+            f"--model: none of its tasks ({', '.join(tasks)}) ranks rows for {modality}. Give "
+            "another model, or use skillnet predict"
         )
     spec = find_task(given, tasks)
     if given in searchable:
         return given
     reason = "is not a retrieval task"
     if spec.objective == "retrieval":
-        reason = f"has a query of the modality {spec.towers['query'].modality}, not text"
+        media = (spec.towers[tower].modality for tower in ("query", "candidate"))
+        read = " and ".join(dict.fromkeys(media))
+        reason = f"reads {read}, the query is {modality}"
     raise UserError(
-        f"{given}: the task {reason}. Use one that ranks rows for a text: "
+        f"{given}: the task {reason}. Use one that ranks rows for {modality}: "
         f"{', '.join(searchable) or 'this model has none'}"
     )
 
 
-def choose_search_splits(corpus: "PreparedCorpus", names: Sequence[str] | None) -> list[str]:
+def choose_search_splits(
+    corpus: "PreparedCorpus", names: Sequence[str] | None, needs_captions: bool = False
+) -> list[str]:
     """Return the splits to search: the named ones, or all except pretrain.
 
     Args:
         corpus: to search.
         names: of splits, or None.
+        needs_captions: whether captions are ranked; without names, splits without them are left
+            out.
 
     Raises:
         UserError: the corpus has no such split.
+        MissingCaptionsError: a named split, or each split, has rows without captions.
     """
-    if names is None:
-        # Pretraining rows would enlarge the index, whose size is limited. --splits includes them.
-        return [name for name in corpus.splits if name != "pretrain"]
-    for name in names:
+    for name in names or ():
         if name not in corpus.splits:
             raise UserError(
                 f"corpus {corpus.name} has no split {name!r}; it has {', '.join(corpus.splits)}"
             )
-    # A split that is named twice would list each of its rows twice.
-    return list(dict.fromkeys(names))
+    # Pretraining rows would enlarge the index, whose size is limited. --splits includes them.
+    chosen = [name for name in corpus.splits if name != "pretrain"] if names is None else names
+    found = list(dict.fromkeys(chosen))  # a split named twice would list its rows twice
+    if not needs_captions:
+        return found
+    captioned = [name for name in found if _has_captions(corpus.splits[name].table())]
+    missing = [name for name in found if name not in captioned]
+    if not captioned or (missing and names is not None):
+        raise MissingCaptionsError(
+            f"{corpus.name}: rows of {', '.join(missing)} have no captions, which are ranked for "
+            "queries of another modality than text. Name splits with captions by --splits"
+        )
+    return captioned
+
+
+def _has_captions(table: Any) -> bool:
+    """Return whether every row has a caption."""
+    import pyarrow.compute as pc
+
+    if "caption_tokens" not in table.column_names:
+        return False
+    return pc.min(pc.list_value_length(table["caption_tokens"])).as_py() != 0
 
 
 def credit_line(corpus: "PreparedCorpus") -> str:

@@ -168,7 +168,7 @@ class ModelGateway:
     async def show_search(self, request: Request) -> Response:
         """Answer ``GET /search`` with a page: an input box, and the results of a query."""
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
-        searchable: Sequence[str] = self._about["search"]
+        searchable: Sequence[str] = self._about["search"].get("text", ())
         status, problem = 200, "" if searchable else "This model has no task for a search."
         if query and searchable:
             try:

@@ -142,6 +142,20 @@ def guess_modality(name: str, data: bytes) -> str:
     raise UserError(f"{name}: unknown file type; use a name with one of {known}")
 
 
+def find_item_modality(item: PredictionItem) -> str:
+    """Return the modality of an input: the given one, text, or that of the file.
+
+    Args:
+        item: the input.
+
+    Raises:
+        UserError: it is a file of an unknown type.
+    """
+    if item.modality is not None:
+        return item.modality
+    return "text" if item.data is None else guess_modality(item.name, item.data)
+
+
 def decode_text(data: bytes) -> str:
     """Return the text of a file in UTF-8, without a byte order mark and outer white space.
 

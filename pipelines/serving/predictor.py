@@ -16,7 +16,7 @@ from pipelines.evaluation.tables import sort_rows
 from pipelines.serving.input_items import (
     PredictionItem,
     decode_text,
-    guess_modality,
+    find_item_modality,
     printable_name,
 )
 from pipelines.transforms import image, sound, text, video
@@ -168,6 +168,28 @@ class TaskPredictor:
         inputs = memory_inputs(rows, spec.towers[tower], self.model.config)
         return self.runner.embed(task, tower, inputs)
 
+    def embed_item(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
+        """Return the unit vector (E,) of one input in a retrieval task's space.
+
+        Args:
+            item: of the modality that the tower reads.
+            task: a retrieval task.
+            tower: of the task.
+
+        Raises:
+            UserError: the input is damaged, or a file with several functions.
+        """
+        arrays = self.preprocess(item, task, tower)
+        if len(arrays) != 1:
+            raise UserError(
+                f"{item.where or item.name}: {len(arrays)} functions, expected one. Give a file "
+                "with one function"
+            )
+        plan = self.model.config.tasks[task].towers[tower]
+        inputs = memory_inputs([array for _, array in arrays], plan, self.model.config)
+        vector: np.ndarray = self.runner.embed(task, tower, inputs)[0]
+        return vector
+
     def _max_tokens(self, task: str, kind: str) -> int:
         """Return the maximum tokens of a text, of code or of a query, as in training."""
         settings = self.preprocessing.get(task, {})
@@ -187,9 +209,7 @@ class TaskPredictor:
     def _select_task(self, item: PredictionItem) -> tuple[str, str]:
         """Return task and tower for an item."""
         tasks = self.model.config.tasks
-        modality = item.modality
-        if modality is None:
-            modality = "text" if item.data is None else guess_modality(item.name, item.data)
+        modality = find_item_modality(item)
         if item.task is not None:
             spec = find_task(item.task, tasks)
             for tower in ("input", "candidate", "query"):

@@ -1,4 +1,4 @@
-"""Rows of a request as inputs of predictions, for servers: texts, and files in base64.
+"""Rows and queries of a request as inputs, for servers: texts, and files in base64.
 
 The MLflow model and ``skillnet serve`` call :func:`read_request_row`; the latter reads complete
 requests with :func:`read_prediction_request`.
@@ -40,12 +40,12 @@ class SearchRequest:
     """Request of ``POST /v1/search``, or of the search page.
 
     Args:
-        query: text to rank rows for.
-        task: retrieval task; None takes the first one.
+        query: text or file to rank rows for.
+        task: retrieval task; None takes the first one that reads the query.
         top: number of results.
     """
 
-    query: str
+    query: PredictionItem
     task: str | None = None
     top: int = 12
 
@@ -72,14 +72,7 @@ def read_request_row(row: Mapping[str, Any], number: int) -> PredictionItem:
     task, where = row.get("task") or None, f"row {number}"
     if text is not None:
         return PredictionItem(name, text, None, task, row.get("keywords"), where)
-    try:
-        # Without validation, foreign characters are skipped and the result is garbage.
-        content = base64.b64decode(str(data), validate=True)
-    except ValueError:
-        raise UserError(f"row {number}: file is not base64") from None
-    if not content:
-        raise UserError(f"row {number}: the file is empty")
-    return PredictionItem(name, None, content, task, None, where)
+    return PredictionItem(name, None, _decode_file(str(data), where), task, None, where)
 
 
 def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
@@ -113,17 +106,27 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
 def read_search_request(body: bytes) -> SearchRequest:
     """Return the request of a JSON body: ``{"query": "…", "task": "text_to_image", "top": 12}``.
 
+    Instead of the text ``query``, a request may have a ``file`` in base64 and its ``name``.
+
     Args:
         body: of the request.
 
     Raises:
         UserError: the body is not such a request.
     """
-    document = _read_object(body, {"query", "task", "top"})
-    query, task = document.get("query"), document.get("task")
-    if not isinstance(query, str) or not isinstance(task, str | None):
-        raise UserError("query and task must be strings")
-    return build_search_request(query, task, _read_top(document, SearchRequest.top))
+    keys = ("query", "file", "name", "task")
+    document = _read_object(body, {*keys, "top"})
+    query, file, name, task = (document.get(key) for key in keys)
+    for key in keys:
+        if not isinstance(document.get(key), str | None):
+            raise UserError(f"{key} must be a string")
+    if (query is None) == (file is None):
+        raise UserError("give either query or file, as a string")
+    top = _read_top(document, SearchRequest.top)
+    if query is not None:
+        return build_search_request(query, task, top)
+    item = PredictionItem(name or "file", data=_decode_file(str(file), "file"), where="file")
+    return SearchRequest(item, task or None, top)
 
 
 def build_search_request(
@@ -144,7 +147,18 @@ def build_search_request(
         raise UserError("query: the text is empty")
     if len(query) > MAX_QUERY_LENGTH:
         raise UserError(f"query: {len(query)} characters, at most {MAX_QUERY_LENGTH} are allowed")
-    return SearchRequest(query, task or None, top)
+    return SearchRequest(PredictionItem(query, text=query, where="query"), task or None, top)
+
+
+def _decode_file(text: str, where: str) -> bytes:
+    try:
+        # Without validation, foreign characters are skipped and the result is garbage.
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError(f"{where}: file is not base64") from None
+    if not content:
+        raise UserError(f"{where}: the file is empty")
+    return content
 
 
 def _read_object(body: bytes, keys: set[str]) -> dict[str, Any]:

@@ -4,13 +4,19 @@ Each replica of ``skillnet serve`` has a :class:`ServedModel`, see
 :mod:`pipelines.serving.model_replica`.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipelines.serving.input_items import find_item_modality
 from pipelines.serving.predictor import to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
+from skillnet.skills import MODALITIES
 from skillnet_platform.errors import UserError, suggest_name
+
+if TYPE_CHECKING:
+    from pipelines.serving.corpus_search import CorpusSearch
 
 #: An answer: the document of the response, or ``{"error": …}``.
 ServedAnswer = dict[str, Any]
@@ -53,19 +59,32 @@ class ServedModel:
         from pipelines.evaluation.tables import sort_rows
         from pipelines.runs.model_source import resolve_model
         from pipelines.serving.bundle import open_predictor
-        from pipelines.serving.corpus_search import CorpusSearch, list_search_tasks
+        from pipelines.serving.corpus_search import (
+            CorpusSearch,
+            MissingCaptionsError,
+            list_search_tasks,
+        )
 
         source = resolve_model(config.model, config.tracking_uri)
         self.predictor = open_predictor(source, config.data, config.precision)
         self.name = source.name
-        found = list_search_tasks(self.predictor.model.config.tasks) if config.search else []
-        self.searches = {
-            task: CorpusSearch(self.predictor, source, config.data, task)
-            for task in sort_rows(found)
-        }
+        tasks = self.predictor.model.config.tasks
+        ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
+        #: Modality of queries -> task -> its search; tasks made for such queries come first.
+        self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in MODALITIES}
+        for modality, searches in self.searches.items():
+            for task in list_search_tasks(ordered, modality):
+                # Without captions, only the rows themselves can be ranked.
+                with contextlib.suppress(MissingCaptionsError):
+                    searches[task] = CorpusSearch(
+                        self.predictor, source, config.data, task, modality=modality
+                    )
 
     def describe(self) -> ServedAnswer:
-        """Return the model's name, its tasks with what they read, and its searchable tasks."""
+        """Return the model's name, its tasks with what they read, and its searchable tasks.
+
+        ``search`` maps a modality of queries to the tasks that rank rows for it.
+        """
         tasks = {
             name: {
                 "objective": task.objective,
@@ -73,7 +92,8 @@ class ServedModel:
             }
             for name, task in self.predictor.model.config.tasks.items()
         }
-        return {"model": self.name, "tasks": tasks, "search": list(self.searches)}
+        search = {modality: list(found) for modality, found in self.searches.items() if found}
+        return {"model": self.name, "tasks": tasks, "search": search}
 
     def predict(self, requests: Sequence[PredictionRequest]) -> list[ServedAnswer]:
         """Answer several requests with common passes of the model.
@@ -107,11 +127,12 @@ class ServedModel:
             request: of a client.
         """
         try:
-            search = self._find_search(request.task)
+            search = self._find_search(request)
+            hits = search.find_hits(request.query, request.top)
         except UserError as error:
             return {"error": str(error)}
-        hits = [asdict(hit) for hit in search.find_hits(request.query, request.top)]
-        return {"task": search.task, "searched": search.num_rows, "hits": hits}
+        found = [asdict(hit) for hit in hits]
+        return {"task": search.task, "searched": search.num_rows, "hits": found}
 
     def render_search(self, request: SearchRequest) -> ServedAnswer:
         """Answer a search with its page in ``html``.
@@ -120,18 +141,21 @@ class ServedModel:
             request: of a browser.
         """
         try:
-            search = self._find_search(request.task)
+            search = self._find_search(request)
+            hits = search.find_hits(request.query, request.top)
         except UserError as error:
             return {"error": str(error)}
-        hits = search.find_hits(request.query, request.top)
-        return {"html": search.render_hits(request.query, hits, list(self.searches))}
+        tasks = list(self.searches[search.modality])
+        return {"html": search.render_hits(request.query.name, hits, tasks)}
 
-    def _find_search(self, task: str | None) -> Any:
-        if not self.searches:
-            raise UserError("this server has no task that ranks rows for a text")
-        chosen = task or next(iter(self.searches))
-        if chosen not in self.searches:
+    def _find_search(self, request: SearchRequest) -> "CorpusSearch":
+        modality = find_item_modality(request.query)
+        searches = self.searches[modality]
+        if not searches:
+            raise UserError(f"this server has no task that ranks rows for {modality}")
+        chosen = request.task or next(iter(searches))
+        if chosen not in searches:
             raise UserError(
-                f"task: {chosen!r} ranks no rows for a text{suggest_name(chosen, self.searches)}"
+                f"task: {chosen!r} ranks no rows for {modality}{suggest_name(chosen, searches)}"
             )
-        return self.searches[chosen]
+        return searches[chosen]

@@ -1,12 +1,10 @@
 """``skillnet predict`` and ``skillnet search`` from a registered model, without its corpora."""
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -21,22 +19,10 @@ from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import STROKES, SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
+from tests.helpers.sound_files import encode_tone
 from tests.helpers.video_files import encode_video
 
 pytestmark = pytest.mark.integration
-
-
-def tone() -> bytes:
-    """Half a second of a 440 Hz tone as MP3."""
-    wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)).astype(np.float32)
-    target = io.BytesIO()
-    with av.open(target, mode="w", format="mp3") as container:
-        stream = container.add_stream("libmp3lame", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        frame.rate = 16000
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    return target.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(picture).save(folder / "square.png")
     clip = video.draw_pen_paths([STROKES["横"], STROKES["竖"]])
     (folder / "clip.mp4").write_bytes(encode_video(clip))
-    (folder / "tone.mp3").write_bytes(tone())
+    (folder / "tone.mp3").write_bytes(encode_tone())
     (folder / "module.py").write_text(
         'def read_file(file):\n    """读取文件"""\n    return client.read(file)\n\n\n'
         "class Sender:\n    def send(self, message):\n        return self.post(message)\n",
@@ -278,7 +264,7 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([], "query is missing"),
+            ([], "the query is empty"),
             ([" "], "the query is empty"),
             (["心", "--task", "text_classification"], "is not a retrieval task"),
             (["心", "--splits", "tset"], "has no split 'tset'"),

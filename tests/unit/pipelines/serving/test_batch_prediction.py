@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import predict
 from pipelines.serving import batch_prediction
@@ -149,6 +152,29 @@ def test_media_files_are_rows_and_bad_ones_are_set_aside(
         for line in part.read_text().splitlines()
     ]
     assert [Path(each["source"]).name for each in rejected] == ["rows.jsonl", "b.png", "c.txt"]
+
+
+def test_memory_does_not_grow_with_the_input(
+    served: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of many files holds the bytes of a few at a time, and nothing after its end."""
+    monkeypatch.setattr(batch_prediction, "CHUNK_BYTES", 2**20)
+    draw = np.random.default_rng(0)
+    for count in (12, 36):
+        (tmp_path / f"{count}").mkdir()
+        for number in range(count):
+            pixels = draw.integers(0, 256, (256, 256, 3), np.uint8)  # 200 KB as PNG
+            Image.fromarray(pixels).save(tmp_path / f"{count}" / f"{number}.png")
+    request = BatchRequest(**served, output=str(tmp_path / "out"))
+    worker = BlockPredictor(request)
+    peaks = []
+    for count in (12, 12, 36):  # the first one warms up
+        (block,) = plan_blocks(tmp_path / f"{count}", 100).blocks
+        tracemalloc.start()
+        assert worker.commit_block(block)["predictions"] == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 2**20 < peaks[2] < 1.25 * peaks[1]
 
 
 def test_a_prediction_in_blocks_needs_one_input_and_an_output(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
@@ -299,6 +301,22 @@ def test_search_answers_as_json(service: Service) -> None:
     assert service.error("/v1/search", {"query": "a", "task": "text_to_imag"})[1].endswith(
         "did you mean 'text_to_image'?"
     )
+    picture = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
+    file = base64.b64encode(picture.getvalue()).decode()
+    # The candidate tower reads the picture, so captions are ranked.
+    asked = {"file": file, "name": "a.png", "top": 2}
+    status, body, _ = service.ask("/v1/search", asked)
+    answer = json.loads(body)
+    assert (status, len(answer["hits"]), answer["task"]) == (200, 2, "text_to_image")
+    assert service.error("/v1/search", {**asked, "task": "text_to_code"}) == (
+        422,
+        "task: 'text_to_code' ranks no rows for image; did you mean 'text_to_image'?",
+    )
+    assert service.error("/v1/search", {"query": "a", **asked})[1].startswith("give either query")
+    assert service.error("/v1/search", {"file": "?", "name": "a.png"})[1].endswith("not base64")
+    broken = base64.b64encode(b"\x89PNG broken").decode()
+    assert service.error("/v1/search", {"file": broken, "name": "b.png"})[0] == 422
     assert "1001 characters" in service.error("/v1/search", {"query": "a" * 1001})[1]
 
 

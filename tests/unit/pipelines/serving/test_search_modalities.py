@@ -11,21 +11,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.io.wavfile
 import torch
 import yaml
 from PIL import Image
 
 from pipelines.corpora.base import tensor_field
-from pipelines.search import SearchConfig, search_corpus
+from pipelines.evaluation.inference import InferenceRunner, split_inputs
+from pipelines.loading.task_columns import tower_column
+from pipelines.runs.model_source import resolve_model
+from pipelines.search import SearchConfig, read_query, search_corpus
+from pipelines.serving.bundle import open_predictor
 from pipelines.serving.corpus_search import choose_search_task
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
 from pipelines.tokenizer.training import load_tokenizer
 from pipelines.transforms.text import encode_captions
+from pipelines.transforms.video import draw_pen_paths
 from skillnet.model import SkillNet
 from skillnet.skills import Modality, SkillPlan, Task, default_tasks, known_tasks
 from skillnet_platform.errors import UserError
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.readable_corpora import STROKES, config, write_corpora
+from tests.helpers.video_files import encode_video
 
 #: Modality of the searched rows -> corpus.
 SEARCHED: dict[Modality, str] = {
@@ -97,7 +104,7 @@ def test_rows_of_every_modality_are_ranked_and_shown(
     run = save_run({"searched": retrieval(modality)}, {"searched": SEARCHED[modality]})
     page = tmp_path / "page.html"
     found = search_corpus(
-        SearchConfig(["红色"], "searched", run, str(data), ["test"], html=str(page), top=3)
+        SearchConfig(["红色"], None, "searched", run, str(data), ["test"], html=str(page), top=3)
     )
     rows = open_corpus(data / SEARCHED[modality]).splits["test"].table()
     assert found.searched == len(rows)
@@ -110,6 +117,104 @@ def test_rows_of_every_modality_are_ranked_and_shown(
     assert len(re.findall('<img src="data:image/png', html)) == 3 * shows_image
     if modality in ("text", "code"):
         assert rows[modality][found.hits[0].row].as_py().split("\n")[0] in html
+
+
+def ask(modality: str, folder: Path) -> dict[str, object]:
+    """Return the settings of a search with a text, or with a file of a modality."""
+    if modality == "text":
+        return {"query": ["红色"]}
+    file = folder / {"image": "a.png", "sound": "a.wav", "video": "a.mp4", "code": "a.py"}[modality]
+    if modality == "image":
+        Image.new("RGB", (60, 40), "red").save(file)
+    elif modality == "sound":
+        wave = 9000 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+        scipy.io.wavfile.write(file, 16000, wave.astype(np.int16))
+    elif modality == "video":
+        file.write_bytes(encode_video(draw_pen_paths([STROKES["横"], STROKES["竖"]])))
+    else:
+        file.write_text("def send(self, message):\n    return self.post(message)\n")
+    return {"query": [], "file": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("towers", "asked", "ranked"),
+    [
+        (("image", "image"), "image", "candidate"),
+        (("video", "video"), "video", "candidate"),
+        (("text", "text"), "text", "candidate"),
+        (("sound", "text"), "sound", "candidate"),
+        (("sound", "text"), "text", "query"),
+        (("text", "image"), "image", "query"),
+        (("text", "code"), "code", "query"),
+    ],
+    ids=str,
+)
+def test_the_other_tower_ranks_rows_or_captions_for_a_file(
+    towers: tuple[Modality, Modality],
+    asked: Modality,
+    ranked: str,
+    data: Path,
+    tmp_path: Path,
+    save_run: Callable[..., str],
+) -> None:
+    task = retrieval(towers[1], towers[0])
+    corpus = open_corpus(data / SEARCHED[task.towers[task.row_tower].modality])
+    run = save_run({"searched": task}, {"searched": corpus.name})
+    settings = {"model": run, "data": str(data), "splits": ["test"], "top": 3}
+    found = search_corpus(SearchConfig(**ask(asked, tmp_path), **settings))  # type: ignore[arg-type]
+    assert found.task == "searched"
+    assert found.query == {"text": "红色"}.get(asked) or found.query.startswith("a.")
+    # The scores are the cosines to the rows, or their first captions, that the other tower reads.
+    model = SkillNet.from_pretrained(tmp_path / "run" / "model")
+    inputs = split_inputs(
+        corpus.splits["test"].table(),
+        task.towers[ranked],
+        model.config,
+        "test",
+        column=tower_column(task, ranked),
+    )
+    vectors = InferenceRunner(model).embed("searched", ranked, inputs)
+    item = read_query(SearchConfig(**ask(asked, tmp_path)))  # type: ignore[arg-type]
+    predictor = open_predictor(resolve_model(run), data)
+    query = predictor.embed_item(item, "searched", {"query": "candidate"}.get(ranked, "query"))
+    best = np.sort(vectors @ query)[::-1][:3]
+    np.testing.assert_allclose([hit.score for hit in found.hits], best, atol=1e-5)
+
+
+def test_queries_that_no_task_reads_have_one_message(
+    data: Path, tmp_path: Path, save_run: Callable[..., str]
+) -> None:
+    tasks = {"seen": retrieval("image"), "coded": retrieval("code")}
+    run = save_run(tasks, {"seen": "drawings", "coded": "functions"})
+
+    def fails(message: str, **settings: object) -> None:
+        with pytest.raises(UserError, match=message):
+            search_corpus(SearchConfig(model=run, data=str(data), **settings))  # type: ignore[arg-type]
+
+    movie = ask("video", tmp_path)
+    fails(r"--model: none of its tasks \(coded, seen\) ranks rows for video", **movie)
+    fails("seen: the task reads text and image, the query is video", task="seen", **movie)
+    (tmp_path / "b.py").write_text("def f(x):\n    return x\n\n\ndef g(x):\n    return x\n")
+    fails("b.py: 2 functions, expected one", query=[], file=str(tmp_path / "b.py"))
+    fails("c.png: no such file", query=[], file=str(tmp_path / "c.png"))
+    (tmp_path / "d.dat").write_bytes(b"?")
+    fails("d.dat: unknown file type", query=[], file=str(tmp_path / "d.dat"))
+    with pytest.raises(UserError, match="the query is also a text"):
+        SearchConfig(["红"], "a.png")
+    with pytest.raises(UserError, match="the query is empty; give a text, or --file"):
+        SearchConfig()
+
+
+def test_rows_without_captions_cannot_be_ranked_by_them(
+    tmp_path: Path, save_run: Callable[..., str]
+) -> None:
+    folder = write_corpora(tmp_path / "corpora")
+    run = save_run({"seen": retrieval("image")}, {"seen": "drawings"})
+    names = ["caption_tokens", "captions"]
+    edit_corpus(folder, "drawings", lambda _, table: table.drop_columns(names))
+    query = ask("image", tmp_path)
+    with pytest.raises(UserError, match="drawings: rows of test have no captions"):
+        search_corpus(SearchConfig(model=run, data=str(folder), splits=["test"], **query))  # type: ignore[arg-type]
 
 
 def test_videos_are_shown_as_stored_unless_a_pen_drew_them(
@@ -125,7 +230,9 @@ def test_videos_are_shown_as_stored_unless_a_pen_drew_them(
         manifest = json.loads(path.read_text(encoding="utf-8")) | {"preprocessing": preprocessing}
         manifest["digest"] = manifest_digest(manifest)
         path.write_text(json.dumps(manifest), encoding="utf-8")
-        search_corpus(SearchConfig(["横"], "searched", run, str(folder), ["test"], html=str(page)))
+        search_corpus(
+            SearchConfig(["横"], None, "searched", run, str(folder), ["test"], html=str(page))
+        )
         (shown, *_) = re.findall('data:image/png;base64,([^"]+)', page.read_text(encoding="utf-8"))
         with Image.open(io.BytesIO(base64.b64decode(shown))) as image:
             colour = image.convert("RGB").getpixel((0, 0))
@@ -150,8 +257,8 @@ def test_rows_without_captions_are_named_by_transcript_or_key(
     edit_corpus(folder, "drawings", lambda _, table: table.drop_columns(["captions"]))
     tasks = {"heard": retrieval("sound"), "seen": retrieval("image")}
     run = save_run(tasks, {"heard": "syllables", "seen": "drawings"})
-    heard = search_corpus(SearchConfig(["一"], "heard", run, str(folder), ["test"])).hits[0]
-    seen = search_corpus(SearchConfig(["一"], "seen", run, str(folder), ["test"])).hits[0]
+    heard = search_corpus(SearchConfig(["一"], None, "heard", run, str(folder), ["test"])).hits[0]
+    seen = search_corpus(SearchConfig(["一"], None, "seen", run, str(folder), ["test"])).hits[0]
     assert re.fullmatch(r"s\d+", heard.caption)
     assert seen.caption == seen.key
 
@@ -170,9 +277,9 @@ def test_corpora_that_cannot_be_searched_are_named(
 
     def fails(task: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            search_corpus(SearchConfig(["一"], task, run, str(folder)))
+            search_corpus(SearchConfig(["一"], None, task, run, str(folder)))
 
-    fails("views", "views: the task has a query of the modality image.*: crossed, emptied")
+    fails("views", "views: the task reads image, the query is text.*: crossed, emptied")
     fails("crossed", "crossed: the task ranks video, but the corpus syllables holds sound")
     fails("emptied", "functions: no rows in train, validation, test")
     run = save_run(default_tasks(), {"text_classification": "headings"})
@@ -191,7 +298,7 @@ def test_corpora_that_cannot_be_searched_are_named(
 def test_the_task_of_a_search_without_a_name(names: list[str], chosen: str) -> None:
     tasks = {name: known_tasks()[name] for name in names}
     if chosen in names:
-        assert choose_search_task(None, tasks) == chosen
+        assert choose_search_task(None, tasks, "text") == chosen
     else:
         with pytest.raises(UserError, match=re.escape(chosen)):
-            choose_search_task(None, tasks)
+            choose_search_task(None, tasks, "text")
