@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from skillnet.systems import SizeMatch
 
 
+#: Sizes of this process' runs: models are built for them, which can take seconds. Checks, plans,
+#: each evaluation and reports ask for the same one.
+_measured: "dict[str, SizeMatch | None]" = {}
+
+
 def measure_baseline_size(config: FinetuneConfig) -> "SizeMatch | None":
     """Return the aimed size and the size of the run's system; None if it is not matched.
 
@@ -22,7 +27,11 @@ def measure_baseline_size(config: FinetuneConfig) -> "SizeMatch | None":
     """
     from skillnet.systems import find_system
 
-    return find_system(config.system).measure_size(config.model, config.options)
+    key = repr((config.system, config.model, config.options))
+    if key not in _measured:
+        system = find_system(config.system)
+        _measured[key] = system.measure_size(config.model, config.options)
+    return _measured[key]
 
 
 def find_size_mismatch(config: FinetuneConfig) -> str | None:

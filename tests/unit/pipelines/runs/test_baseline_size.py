@@ -4,10 +4,12 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.plan import main
+from pipelines.runs import baseline_size
 from pipelines.runs.baseline_size import find_size_mismatch
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import validate_run
@@ -74,6 +76,23 @@ def test_a_mismatch_is_a_warning_of_the_run_and_a_line_of_its_plan(
     assert "of dense miss" in json.loads(capsys.readouterr().out)["size_mismatch"]
     assert main([*said, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["size_mismatch"] == ""
+
+
+def test_a_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def find(name: str) -> Any:
+        asked.append(name)
+        return find_system(name)
+
+    monkeypatch.setattr("skillnet.systems.find_system", find)
+    monkeypatch.setattr(baseline_size, "_measured", {})
+    config = replace(small_config(Path("corpora")), system="dense").joint()
+    assert len({baseline_size.measure_baseline_size(replace(config, seed=s)) for s in (1, 2)}) == 1
+    assert asked == ["dense"]
+    wide = replace(config, options={"ffn_dim": 200})
+    assert baseline_size.measure_baseline_size(wide) != baseline_size.measure_baseline_size(config)
+    assert asked == ["dense", "dense"]
 
 
 def test_the_rows_of_an_evaluation_have_the_mismatch(tmp_path: Path) -> None:
