@@ -45,6 +45,7 @@ from skillnet.multitask_model import TaskModel
 from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
 from skillnet.skills import Task, find_task
+from skillnet.upcycling.library_checkpoint import is_unset_weight
 from skillnet.upcycling.skill_copies import copy_to_skills, is_difference
 from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform import config as configuration
@@ -200,6 +201,7 @@ def load_init_weights(
             name: parameter
             for name, parameter in start.named_parameters()
             if not any(name.startswith(f"heads.{task}.") for task in new_heads)
+            and not is_unset_weight(name, start.config)
         }
         weights, resized = resize_positions(found, start.config, model.config)
         if is_dense:
@@ -338,8 +340,9 @@ def _find_differences(
     about = read_about(weights, read_manifest(weights))
     system = about.get("system", "skillnet")
     is_dense = starts_skills(system, config)
+    source, _, _ = read_config(weights, read_manifest(weights))
     if is_dense:
-        check_dense_source(config, read_config(weights, read_manifest(weights))[0], location)
+        check_dense_source(config, source, location)
     elif system != config.system:
         raise UserError(
             f"{location} holds a model of the system {system!r}, this run trains "
@@ -356,7 +359,7 @@ def _find_differences(
             raise UserError(
                 f"{location} has model.{key} {theirs}, this run {ours}; give both the same"
             )
-        if key == "vocab_size":
+        if key == "vocab_size" and any("token" in task.stems for task in source.tasks.values()):
             raise UserError(
                 f"{location} has model.vocab_size {theirs}, this run {ours}, so token ids would "
                 "not mean the same; prepare all corpora with one tokenizer and give both its size"

@@ -17,7 +17,11 @@ from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.upcycling.encoder_families import DENSE_SKILL
-from skillnet.upcycling.library_checkpoint import convert_checkpoint, is_library_checkpoint
+from skillnet.upcycling.library_checkpoint import (
+    LAYERS_TASK,
+    convert_checkpoint,
+    is_library_checkpoint,
+)
 from skillnet.upcycling.skill_copies import find_inseparable_skills, separate_skills
 from skillnet.vocabulary import ModelVocabulary
 from skillnet_platform import config as configuration
@@ -132,7 +136,9 @@ def check_dense_source(config: FinetuneConfig, source: SkillNetConfig, location:
             f"{location} has a feed-forward network per modality; a skill can start from a dense "
             "model with options.feedforward shared"
         )
-    stems = {stem for task in source.tasks.values() for stem in task.stems}
+    stems = {
+        stem for name, task in source.tasks.items() if name != LAYERS_TASK for stem in task.stems
+    }
     ours = {stem for task in config.model.tasks.values() for stem in task.stems}
     keys = [*_LAYER_KEYS, *(key for stem in sorted(stems & ours) for key in _STEM_KEYS[stem])]
     theirs, mine = configuration.to_dict(source), configuration.to_dict(config.model)

@@ -6,6 +6,10 @@
 | RoBERTa (Liu et al. 2019) | transformers | post-norm | token |
 | ViT (Dosovitskiy et al. 2021) | transformers, timm | pre-norm | patch, with a class token |
 | Whisper's encoder (Radford et al. 2023) | transformers | pre-norm | log_mel |
+| wav2vec 2.0 (Baevski et al. 2020) | transformers | either | none |
+
+The stem of wav2vec 2.0 reads waveforms, which SkillNet does not. So only its layers are converted,
+and the norm of their input.
 
 Sizes are those of the weights. The library's configuration gives only what the weights do not show:
 heads, eps and the activation.
@@ -49,7 +53,9 @@ class EncoderFamily:
         num_heads: key of the number of heads.
         norm_eps: returns the eps of the norms from the library's configuration.
         activation: key of the activation.
-        is_post_norm: whether a norm follows the sum of a branch.
+        is_post_norm: returns whether a norm follows the sum of a branch from the library's
+            configuration.
+        has_stem: whether the weights of the stem are converted.
         unbiased: returns the parts of a layer without a bias from the library's configuration.
         convert_stem: takes the weights of the stem; returns ours and its settings.
     """
@@ -64,7 +70,8 @@ class EncoderFamily:
     num_heads: str = "num_attention_heads"
     norm_eps: Callable[[Mapping[str, Any]], float] = lambda config: float(config["layer_norm_eps"])
     activation: str = "hidden_act"
-    is_post_norm: bool = False
+    is_post_norm: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    has_stem: bool = True
     unbiased: Callable[[Mapping[str, Any]], Collection[str]] = _parts_without_bias
 
     def convert(
@@ -91,10 +98,11 @@ class EncoderFamily:
                 f"{weights.folder}/config.json: {self.activation} is {activation!r}; SkillNet's "
                 "layers compute gelu. Give a checkpoint with gelu"
             )
+        is_post_norm = self.is_post_norm(config)
         found, settings = self.convert_stem(weights, config)
         for index in range(layers):
             found |= self._convert_layer(weights, index, self.unbiased(config))
-        if not self.is_post_norm:
+        if not is_post_norm:
             for part in ("weight", "bias"):
                 names = (f"layernorm.{part}", f"layer_norm.{part}", f"norm.{part}")
                 found[f"encoder.norm.{part}"] = weights.take(*names)
@@ -106,7 +114,7 @@ class EncoderFamily:
             "num_heads": heads,
             "ffn_dim": up.shape[0],
             "bias": True,
-            "norm_position": "post" if self.is_post_norm else "pre",
+            "norm_position": "post" if is_post_norm else "pre",
             "norm_eps": eps,
         }
 
@@ -252,6 +260,23 @@ def _convert_log_mel_stem(
     }
 
 
+def _has_post_norm(config: Mapping[str, Any]) -> bool:
+    return not config.get("do_stable_layer_norm", False)
+
+
+def _convert_input_norm(
+    weights: CheckpointWeights, config: Mapping[str, Any]
+) -> tuple[Weights, Settings]:
+    """Return the norm of the layers' input; with pre-norm it is the norm after the last layer."""
+    if not _has_post_norm(config):
+        return {}, {"stem_norm": False}
+    found = {
+        f"stems.log_mel.norm.{part}": weights.take(f"layer_norm.{part}")
+        for part in ("weight", "bias")
+    }
+    return found, {"stem_norm": True}
+
+
 _BERT_LAYER = {
     "query": ("encoder.layer.{}.attention.self.query",),
     "key": ("encoder.layer.{}.attention.self.key",),
@@ -296,6 +321,18 @@ _WHISPER_LAYER = {
 }
 
 
+_WAV2VEC2_LAYER = {
+    "query": ("layers.{}.attention.q_proj",),
+    "key": ("layers.{}.attention.k_proj",),
+    "value": ("layers.{}.attention.v_proj",),
+    "out": ("layers.{}.attention.out_proj",),
+    "attention_norm": ("layers.{}.layer_norm",),
+    "up": ("layers.{}.feed_forward.intermediate_dense",),
+    "down": ("layers.{}.feed_forward.output_dense",),
+    "feedforward_norm": ("layers.{}.final_layer_norm",),
+}
+
+
 def _bert_family(name: str) -> EncoderFamily:
     return EncoderFamily(
         name,
@@ -304,7 +341,7 @@ def _bert_family(name: str) -> EncoderFamily:
         r"pooler\.|cls\.|lm_head\.|classifier\.|qa_outputs\.|.*position_ids$",
         _BERT_LAYER,
         _convert_token_stem,
-        is_post_norm=True,
+        is_post_norm=lambda config: True,
     )
 
 
@@ -333,5 +370,17 @@ FAMILIES: dict[str, EncoderFamily] = {
         norm_eps=lambda config: 1e-5,
         activation="activation_function",
         unbiased=lambda config: ("key",),
+    ),
+    "wav2vec2": EncoderFamily(
+        "wav2vec2",
+        "sound",
+        ("wav2vec2.encoder.", "encoder."),
+        r"(wav2vec2\.)?(feature_extractor\.|feature_projection\.|masked_spec_embed$)"
+        r"|pos_conv_embed\.|quantizer\.|project_(q|hid)\.|lm_head\.|projector\.|classifier\."
+        r"|layer_weights$",
+        _WAV2VEC2_LAYER,
+        _convert_input_norm,
+        is_post_norm=_has_post_norm,
+        has_stem=False,
     ),
 }

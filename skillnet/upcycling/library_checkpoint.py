@@ -23,6 +23,8 @@ from skillnet.upcycling.encoder_families import DENSE_SKILL, FAMILIES
 
 #: The only task of a converted model. It selects the stem; its head is zero.
 IMPORTED_TASK = "imported"
+#: The same of a model whose stem is zero too, because the checkpoint's reads another input.
+LAYERS_TASK = "imported_layers"
 
 #: Embedding of the token stem.
 EMBEDDING_WEIGHT = "stems.token.embedding.weight"
@@ -76,9 +78,10 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
         weights[EMBEDDING_WEIGHT] = _reorder_rows(weights[EMBEDDING_WEIGHT], token_rows)
         settings["vocab_size"] = len(token_rows)
     task = Task("classification", {"input": SkillPlan((DENSE_SKILL,), family.modality)}, outputs=1)
+    tasks = {IMPORTED_TASK if family.has_stem else LAYERS_TASK: task}
     try:
-        sizes = SkillNetConfig(skills=(DENSE_SKILL,), tasks={IMPORTED_TASK: task}, **settings)
-        with SkippedInit():  # every weight follows, but for the head, which stays zero
+        sizes = SkillNetConfig(skills=(DENSE_SKILL,), tasks=tasks, **settings)
+        with SkippedInit():  # every weight follows, but for those that stay zero
             model = DenseModel(sizes).to(next(iter(weights.values())).dtype)
         fresh = model.load_partial(weights)
     except ValueError as error:
@@ -86,6 +89,17 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
     for parameter in fresh:
         model.get_parameter(parameter).detach().zero_()
     return model.eval()
+
+
+def is_unset_weight(name: str, config: SkillNetConfig) -> bool:
+    """Return whether a weight of a stem is zero because the checkpoint's reads another input.
+
+    Args:
+        name: of the weight.
+        config: of the model that it belongs to; other models have no such weights.
+    """
+    is_stem = name.startswith("stems.") and not name.startswith("stems.log_mel.norm.")
+    return is_stem and set(config.tasks) == {LAYERS_TASK}
 
 
 def _read_timm_config(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:

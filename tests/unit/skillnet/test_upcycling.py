@@ -14,7 +14,11 @@ from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet.systems import build_system
 from skillnet.upcycling.encoder_families import DENSE_SKILL
-from skillnet.upcycling.library_checkpoint import convert_checkpoint, is_library_checkpoint
+from skillnet.upcycling.library_checkpoint import (
+    convert_checkpoint,
+    is_library_checkpoint,
+    is_unset_weight,
+)
 from skillnet.upcycling.skill_copies import (
     copy_to_skills,
     find_inseparable_skills,
@@ -68,6 +72,17 @@ def save_checkpoint(name: str, folder: Path) -> Any:
              "decoder_ffn_dim": 20, "num_mel_bins": 6, "max_source_positions": 10,
              "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
              "decoder_start_token_id": 1}  # fmt: skip
+    waves: dict[str, Any] = {
+        "conv_dim": (8, 8),
+        "conv_stride": (5, 2),
+        "conv_kernel": (10, 3),
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "vocab_size": 40,
+        "num_feat_extract_layers": 2,
+        "codevector_dim": 8,
+        "proj_codevector_dim": 8,
+    }
     config, cls = {
         "bert": (transformers.BertConfig(**SIZES, **text), "BertForMaskedLM"),
         "roberta": (
@@ -77,6 +92,11 @@ def save_checkpoint(name: str, folder: Path) -> Any:
         ),
         "vit": (transformers.ViTConfig(**SIZES, **image), "ViTForImageClassification"),
         "whisper": (transformers.WhisperConfig(**sound), "WhisperForConditionalGeneration"),
+        "wav2vec2": (transformers.Wav2Vec2Config(**SIZES, **waves), "Wav2Vec2ForCTC"),
+        "wav2vec2-stable": (
+            transformers.Wav2Vec2Config(**SIZES, **waves, do_stable_layer_norm=True),
+            "Wav2Vec2ForPreTraining",
+        ),
     }[name]  # fmt: skip
     model = randomize(getattr(transformers, cls)(config))
     model.save_pretrained(folder)
@@ -176,6 +196,45 @@ def test_copies_are_computed_once_in_inference_only(changed: str) -> None:
         parts[changed].weights["b"].copy_(parts[changed].weights["a"])
     layer(x, ("a", "b")).sum().backward()
     assert all(part.weights["b"].grad is not None for part in parts.values())
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-stable"])
+@torch.no_grad()
+def test_skills_copied_from_wav2vec2_compute_its_layers(name: str, tmp_path: Path) -> None:
+    """Its stem reads waveforms, so only the layers and the norm of their input are converted."""
+    theirs = save_checkpoint(name, tmp_path).wav2vec2.encoder
+    x_BTD = torch.randn(3, 7, 12, dtype=torch.float64)
+    expected = theirs.layer_norm(x_BTD) if name == "wav2vec2" else x_BTD
+    for layer in theirs.layers:
+        expected = layer(expected)
+    if name == "wav2vec2-stable":
+        expected = theirs.layer_norm(expected)
+    dense = convert_checkpoint(tmp_path)
+    changes = {key: getattr(dense.config, key) for key in LAYERS}
+    ours = small_model(**changes, skill_norms=True).eval()
+    weights = {
+        key: value
+        for key, value in dense.named_parameters()
+        if not key.startswith("heads.") and not is_unset_weight(key, dense.config)
+    }
+    assert {key.split(".")[0] for key in weights} == (
+        {"encoder", "stems"} if name == "wav2vec2" else {"encoder"}
+    )
+    ours.load_partial(copy_to_skills(weights, ours))
+    for skills in (("text",), ("code", "general"), ("alignment", "general", "sound")):
+        found = ours.encoder(ours.stems["log_mel"].norm(x_BTD), skills, None)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_wav2vec2_with_adapters_is_rejected(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_checkpoint("wav2vec2-stable", tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = {"wav2vec2.encoder.layers.0.adapter_layer.norm.weight": torch.ones(3)}
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no place for the weights layers\.0\.adapter_layer"):
+        convert_checkpoint(tmp_path)
 
 
 def test_weights_without_a_place_are_named_with_their_shapes(tmp_path: Path) -> None:

@@ -149,3 +149,25 @@ def test_pickled_weights_are_not_read(config: FinetuneConfig, tmp_path: Path) ->
     (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "bert" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no \*\.safetensors file"):
         start(config, tmp_path / "bert")
+
+
+def test_a_stem_for_another_input_stays_random(config: FinetuneConfig, tmp_path: Path) -> None:
+    """wav2vec 2.0 reads waveforms: its layers start the run, its stem does not."""
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    waves: dict[str, Any] = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,),
+             "num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4,
+             "num_conv_pos_embedding_groups": 2, "intermediate_size": 24}  # fmt: skip
+    transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **waves)).save_pretrained(
+        tmp_path / "waves"
+    )
+    everything = small_config(tmp_path / "data")
+    config = replace(config, tasks={"speech_recognition": everything.tasks["speech_recognition"]})
+    with pytest.raises(UserError, match=r"give --model\.bias true --model\.norm_pos\w+ post$"):
+        start(config, tmp_path / "waves")
+    model = replace(config.model, bias=True, norm_position="post")
+    built, report = start(replace(config, model=model), tmp_path / "waves")
+    assert report.fresh == ["head-speech_recognition", "stem-log_mel"]
+    assert {"skill-general", "skill-sound"} <= set(report.taken)
+    assert float(built.get_parameter("stems.log_mel.second.weight").std()) > 0
