@@ -8,6 +8,8 @@ from typing import Any
 PROCESS_TAG = "skillnet.process"
 #: Tag of a run that ended without success: the cause.
 FAILURE_TAG = "failure"
+#: MLflow writes an artifact under such a name first, and hides these files.
+_PARTIAL_UPLOADS = ".artifact.uploading.*"
 
 
 def this_process() -> str:
@@ -70,8 +72,24 @@ def reopen_run(client: Any, run_id: str) -> None:
     # The old tag names an ended process, so the next start would close this run.
     client.set_tag(run_id, PROCESS_TAG, this_process())
     # Otherwise a run that finishes after a kill would still show the kill as its failure.
-    if FAILURE_TAG in client.get_run(run_id).data.tags:
+    run = client.get_run(run_id)
+    if FAILURE_TAG in run.data.tags:
         client.delete_tag(run_id, FAILURE_TAG)
+    _remove_partial_uploads(run.info.artifact_uri)
+
+
+def _remove_partial_uploads(artifact_uri: str) -> None:
+    """Remove the files that a killed process began to store as artifacts of a run.
+
+    Only a folder of this machine has such files. The run belongs to this process, so no other
+    process is storing one.
+    """
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    if is_local_uri(artifact_uri):
+        for path in Path(local_file_uri_to_path(artifact_uri)).rglob(_PARTIAL_UPLOADS):
+            path.unlink(missing_ok=True)
 
 
 def _started(pid: int) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import create_engine
 
 from skillnet_platform import tracking
@@ -168,6 +170,19 @@ def test_a_resumed_run_goes_on_and_says_what_changed() -> None:
     assert run.data.params["steps"] == "10"
     assert run.data.tags["changed.steps"] == "20"
     assert history(first, "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_resumed_run_removes_what_a_killed_upload_left() -> None:
+    with tracking.start_run("first", None, where()) as first:
+        first.text("whole", "folder/kept.txt")
+    folder = Path(local_file_uri_to_path(run_of(first).info.artifact_uri)) / "folder"
+    # As a kill does it: MLflow has written its own file and not renamed it.
+    staging, partial, _ = LocalArtifactRepository(str(folder))._create_staging_artifact("lost.txt")
+    os.close(staging)
+    with tracking.start_run("again", None, where(), run_id=first.run_id):
+        pass
+    assert not Path(partial).exists()
+    assert [path.name for path in folder.iterdir()] == ["kept.txt"]
 
 
 def test_children_stand_below_their_parent() -> None:
