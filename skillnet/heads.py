@@ -37,6 +37,7 @@ class LossInputs:
         is_padding: whether this rank has no rows, and computes a row that must not count.
         gather: collects rows of all ranks; None with one rank.
         smoothing: label smoothing in [0, 1).
+        is_evenly_aligned: learn from symbols that are spread evenly over the tokens; for CTC.
     """
 
     targets: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class LossInputs:
     is_padding: bool = False
     gather: losses.RankGather | None = None
     smoothing: float = 0.0
+    is_evenly_aligned: bool = False
 
     @property
     def real(self) -> slice:
@@ -204,7 +206,8 @@ class CTCHead(TaskHead):
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
-        loss = losses.ctc_loss(
+        compute = losses.even_alignment_loss if inputs.is_evenly_aligned else losses.ctc_loss
+        loss = compute(
             outputs["log_probs"],
             outputs["lengths"],
             inputs.targets["symbols"],

@@ -75,16 +75,22 @@ class FoldConfig:
         if self.is_reserved_by_name(corpus, unit):
             return RESERVE_SPLIT
         # The part of a unit must not depend on the fold, or a unit would be tested twice or never.
-        part = int(_draw("fold", corpus, unit) * (self.count + self.reserve_part))
+        part = int(draw_unit("fold", corpus, unit) * (self.count + self.reserve_part))
         if part == self.count:
             return RESERVE_SPLIT
         if part == self.number:
             return "test"
-        drawn = _draw(f"validation of fold {self.number}", corpus, unit)
+        drawn = draw_unit(f"validation of fold {self.number}", corpus, unit)
         return "validation" if drawn < self.validation_share else "train"
 
 
-def _draw(purpose: str, corpus: str, unit: str) -> float:
-    """Return a number in [0, 1) that the names determine."""
+def draw_unit(purpose: str, corpus: str, unit: str) -> float:
+    """Return a number in [0, 1) that the names determine.
+
+    Args:
+        purpose: of the number; numbers of other purposes are independent.
+        corpus: name of the corpus.
+        unit: name of the held-out unit.
+    """
     digest = hashlib.sha256("\0".join((purpose, corpus, unit)).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

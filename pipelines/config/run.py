@@ -7,6 +7,7 @@ from annotated_types import Interval
 
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.folds import FoldConfig
+from pipelines.config.storage import StorageConfig
 from skillnet.config import SkillNetConfig
 from skillnet.pretraining_tasks import pretraining_modality, pretraining_tasks
 from skillnet.skills import known_tasks
@@ -21,7 +22,6 @@ from skillnet_platform.config.bounds import (
     UnitFraction,
     require_bounds,
 )
-from skillnet_platform.storage.objects import is_uri, require_no_secret
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
 
@@ -60,6 +60,12 @@ class TaskTraining:
         max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
             rows are cropped at a random position. Null takes the limit of the model.
         label_smoothing: label smoothing, for classification.
+        even_alignment_steps: first steps of the task that learn each symbol from an equal part of
+            the audio, before CTC finds the alignment. From random weights CTC first learns to
+            predict blanks alone. For CTC.
+        label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
+            fraction is a part of a larger one. Validation and test rows stay.
+        label_seed: seed of the choice of these units, apart from the seed of the run.
         first_caption_prob: probability of a row's first caption, which evaluation uses; else any
             of its captions is drawn. For retrieval.
         auxiliary: the task only supports the others: it is not evaluated, and the final model has
@@ -77,6 +83,9 @@ class TaskTraining:
     lr: Annotated[float, Interval(gt=0, le=10)] | None = None
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
+    even_alignment_steps: NonNegativeCount = 0
+    label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    label_seed: RandomSeed = 0
     first_caption_prob: UnitFraction = 0.0
     auxiliary: bool = False
     views: bool = False
@@ -253,33 +262,6 @@ def default_tasks_training() -> dict[str, TaskTraining]:
         "text_to_video": TaskTraining("strokes", weight=0.25, batch_size=96),
         "text_to_code": TaskTraining("functions", weight=0.15, batch_size=96, max_length=128),
     }
-
-
-@dataclass
-class StorageConfig:
-    """Settings of object stores: the mirror of a run, and the cache of corpora.
-
-    Args:
-        mirror: URI to which the run's folder is copied, and from which it is restored; null keeps
-            it on this machine. ``--run_dir s3://bucket/runs`` sets it.
-        patience: seconds that a run waits at its end for a store that does not answer, before it
-            lists the missing files and exits with 1.
-        cache_gb: size of the local cache of shards, in GB; null takes ``$SKILLNET_CACHE_GB``,
-            else 20.
-    """
-
-    mirror: str | None = None
-    patience: NonNegativeAmount = 600.0
-    cache_gb: PositiveAmount | None = None
-
-    def __post_init__(self) -> None:
-        if self.mirror is not None and not is_uri(self.mirror):
-            raise ValueError(
-                f"storage.mirror must be a URI such as s3://bucket/runs, got {self.mirror!r}"
-            )
-        if self.mirror is not None:
-            require_no_secret(self.mirror)
-        require_bounds(self, "storage.")
 
 
 @dataclass

@@ -20,10 +20,13 @@ from pipelines.loading.group_sampler import GroupedShuffleSampler
 from pipelines.loading.pixel_changes import PixelChanges, apply_changes
 from pipelines.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
 from pipelines.loading.shard_table import ShardTable
+from pipelines.loading.task_columns import resolve_splits
 from pipelines.loading.task_dataset import TaskDataset
 from pipelines.loading.window_sampler import WindowedShuffleSampler
+from pipelines.shards.label_fractions import select_label_fraction
 from skillnet.config import SkillNetConfig
-from skillnet.skills import find_task
+from skillnet.objectives import find_objective
+from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ class Batch:
             with a loss of zero weight, so that it takes part in all collective operations.
         masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
         changes: tower -> change of its pixels that is not applied yet.
+        batch_index: number of earlier batches of this task.
     """
 
     task: str
@@ -72,6 +76,7 @@ class Batch:
     is_padding: bool = False
     masked_counts: np.ndarray | None = None
     changes: PixelChanges = field(default_factory=dict)
+    batch_index: int = 0
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """Return the batch on a device, its pixels changed, its floats in ``dtype``.
@@ -138,7 +143,8 @@ class MultiTaskDataLoader:
         shard_groups: groups of shards from which each batch takes equal parts; None for none.
 
     Raises:
-        UserError: an unknown task, or a corpus that is missing or of another modality.
+        UserError: an unknown task, a corpus that is missing or of another modality, or a setting
+            that has no effect on its task.
     """
 
     def __init__(
@@ -160,6 +166,11 @@ class MultiTaskDataLoader:
         self._samplers: dict[str, RowSampler] = {}
         for name, settings in tasks.items():
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
+            _check_settings(name, task, settings)
+            splits = resolve_splits(corpus, settings.split)
+            corpus = select_label_fraction(
+                corpus, splits, settings.label_fraction, settings.label_seed
+            )
             dataset = TaskDataset(name, task, corpus, model, settings, masks)
             self.datasets[name] = dataset
             # The key has the task's name: adding a task does not change the order of the others.
@@ -227,7 +238,7 @@ class MultiTaskDataLoader:
         towers, targets, changes = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")
         counts = None if masked is None else masked.sum(1).numpy()
-        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes)
+        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes, batch_index)
         return batch if for_gpu else batch.apply_changes()
 
 
@@ -252,6 +263,21 @@ def prefetch_shards(
     elif table.is_remote:
         # Loading the batch opens its own shards.
         table.prefetch(sampler.remaining(batch_index))
+
+
+def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
+    """Raise UserError if a setting would have no effect on its task."""
+    has_labels = find_objective(task.objective).has_labels and not settings.views
+    if settings.label_fraction < 1 and not has_labels:
+        raise UserError(
+            f"tasks.{name}.label_fraction: this task learns without labels. Set it to 1, and the "
+            "fraction of a task with labels"
+        )
+    if settings.even_alignment_steps and task.objective != "ctc":
+        raise UserError(
+            f"tasks.{name}.even_alignment_steps: the objective {task.objective} aligns no symbols. "
+            "Set it to 0"
+        )
 
 
 def _build_sampler(

@@ -10,52 +10,16 @@ is read only if its unit is trained, and a row of another test split only if its
 """
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
-
-import numpy as np
-import pyarrow as pa
+from collections.abc import Collection
+from dataclasses import replace
 
 from pipelines.config.folds import RESERVE_SPLIT, FoldConfig, is_reserve
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus
-from pipelines.shards.files import OpenShard
-from pipelines.shards.id_columns import IdRange
+from pipelines.shards.selected_rows import SelectedSplit, list_row_units, select_rows
 from skillnet_platform.errors import UserError
 
 #: Splits whose rows a fold assigns again.
 POOL_SPLITS = ("train", "validation", "test")
-
-
-class SelectedShard(NamedTuple):
-    """Rows of a shard, copied out of its file."""
-
-    table: pa.Table
-
-
-@dataclass(frozen=True)
-class FoldSplit(CorpusSplit):
-    """Selected rows of the shards of a corpus.
-
-    Args:
-        selected: file of a shard -> (rows,) numbers of its selected rows, ascending.
-        whole: file of a shard -> its entry in the manifest.
-        columns: columns that all shards of the split have.
-    """
-
-    selected: Mapping[str, np.ndarray] = field(default_factory=dict)
-    whole: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    columns: Sequence[str] = ()
-
-    def open_shard(
-        self, shard: Mapping[str, Any], ranges: Mapping[str, IdRange] | None = None
-    ) -> OpenShard:
-        """Open a shard and return its selected rows; see :meth:`CorpusSplit.open_shard`."""
-        whole = self.whole[shard["file"]]
-        opened = super().open_shard(whole, ranges)
-        rows, table = self.selected[shard["file"]], opened.table.select(self.columns)
-        # A copy, because columns are read in long runs of rows.
-        return SelectedShard(table if len(rows) == whole["rows"] else table.take(rows))
 
 
 def open_fold(
@@ -73,7 +37,7 @@ def open_fold(
     Raises:
         UserError: the corpus has no units, a reserved unit is unknown, or a split has no rows.
     """
-    if any(isinstance(split, FoldSplit) for split in corpus.splits.values()):
+    if any(isinstance(split, SelectedSplit) for split in corpus.splits.values()):
         return corpus
     if not fold.count:
         # A corpus may have a reserve of its own, which is not for a run without folds either.
@@ -81,7 +45,7 @@ def open_fold(
         return replace(corpus, splits=kept)
     shards = [(split, shard) for split in corpus.splits.values() for shard in split.shards]
     tables = [split.open_shard(shard).table for split, shard in shards]
-    units = [_read_units(table, corpus.name) for table in tables]
+    units = [list_row_units(table, corpus.name) for table in tables]
     pooled = {
         unit
         for (split, _), names in zip(shards, units, strict=True)
@@ -104,7 +68,8 @@ def open_fold(
                 f"of {corpus.name}, whose splits hold {len(pooled)} units; use fewer folds, or a "
                 "larger validation_share"
             )
-        splits[name] = _select_rows(name, corpus, shards, tables, rows)
+        own = [(shards[number][1], tables[number], each) for number, each in rows.items()]
+        splits[name] = select_rows(name, shards[0][0], own)
     return PreparedCorpus(corpus.path, corpus.manifest, splits)
 
 
@@ -136,38 +101,3 @@ def _check_reserved(corpus: str, fold: FoldConfig, units: Collection[str]) -> No
                 f"fold.reserve_units.{corpus}: no unit is named {name!r}; it has "
                 f"{', '.join(sorted(units)[:5])}, …"
             )
-
-
-def _read_units(table: pa.Table, corpus: str) -> list[str]:
-    """Return the unit of each row; a row without one is a unit by itself."""
-    for name in ("unit", "key"):
-        if name not in table.column_names:
-            raise UserError(f"{corpus}: no column {name!r}. Prepare the corpus again.")
-    keys, names = table.column("key").to_pylist(), table.column("unit").to_pylist()
-    return [name or f"key {key}" for name, key in zip(names, keys, strict=True)]
-
-
-def _select_rows(
-    name: str,
-    corpus: PreparedCorpus,
-    shards: Sequence[tuple[CorpusSplit, dict[str, Any]]],
-    tables: Sequence[pa.Table],
-    rows: Mapping[int, Sequence[int]],
-) -> FoldSplit:
-    entries = [shards[number][1] for number in rows]
-    first = tables[next(iter(rows))].column_names
-    return FoldSplit(
-        name,
-        shards[0][0].files,
-        # The size of a file stays: a reader opens or downloads all of it.
-        tuple(
-            {**entry, "rows": len(own)} for entry, own in zip(entries, rows.values(), strict=True)
-        ),
-        shards[0][0].id_ranges,
-        {
-            entry["file"]: np.asarray(own, np.int64)
-            for entry, own in zip(entries, rows.values(), strict=True)
-        },
-        {entry["file"]: entry for entry in entries},
-        [c for c in first if all(c in tables[number].column_names for number in rows)],
-    )

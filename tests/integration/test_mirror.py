@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines import finetune
-from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.config.storage import StorageConfig
 from pipelines.runs import checkpoints, model_source, uploads
 from pipelines.runs.mirror import RunMirror
 from pipelines.runs.uploads import CheckpointUploads

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config.run import StorageConfig
+from pipelines.config.storage import StorageConfig
 from pipelines.io.directory import SourceDirectory
 from skillnet_platform import config, console, submit, tracker
 from skillnet_platform.errors import UserError, first_line

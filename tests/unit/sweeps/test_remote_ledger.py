@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.config.storage import StorageConfig
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json

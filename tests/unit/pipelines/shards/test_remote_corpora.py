@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.config.storage import StorageConfig
 from pipelines.loading.dataloader import Batch, MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest

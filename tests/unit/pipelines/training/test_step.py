@@ -1,5 +1,6 @@
 """Micro-batches: the gradients, loss and counts of the whole batch, with one part in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
-from pipelines.training.step import backward_step, split_batch
+from pipelines.training.step import backward_step, split_batch, step_loss
 from skillnet import skill_weights
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillWeights
+from skillnet.losses import ctc_loss, even_alignment_loss
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision, choose_precision
 from skillnet.rounded_weights import merge_rounded
 from skillnet.skills import default_tasks, masked_tasks
+from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 
 PRECISION = choose_precision("fp64", torch.device("cpu"))
@@ -149,3 +152,31 @@ def test_parts_have_all_rows_in_order(data: Path, task: str) -> None:
             tokens = [part.targets["masked"].numel() for part in parts]
             pieces = [piece + sum(tokens[:i]) for i, piece in enumerate(pieces)]
         assert torch.equal(torch.cat(pieces), expected)
+
+
+def test_the_first_steps_of_a_ctc_task_learn_evenly_spread_symbols(data: Path) -> None:
+    config = small_config(data)
+    config.tasks = {"speech_recognition": replace(config.tasks["speech_recognition"])}
+    config.tasks["speech_recognition"].even_alignment_steps = 2
+    stream = ResolvedRun(config).dataloader
+    model = build_model(config).double()
+    for step, compute in enumerate((even_alignment_loss, even_alignment_loss, ctc_loss)):
+        batch = stream.batch(step).to(PRECISION.device, torch.float64)
+        outputs = model("speech_recognition", batch.towers)
+        targets = (batch.targets["symbols"], batch.targets["symbol_lengths"])
+        expected = compute(outputs["log_probs"], outputs["lengths"], *targets, batch.global_rows)
+        task = config.model.tasks["speech_recognition"]
+        loss = step_loss(model, task, batch, PRECISION, config)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_settings_without_effect_on_their_task_are_rejected(data: Path) -> None:
+    for values, message in (
+        ({"even_alignment_steps": 5}, r"text_classification\.even_alignment_steps: the objective"),
+        ({"label_fraction": 0.1, "views": True}, r"text_classification\.label_fraction: this task"),
+    ):
+        config = small_config(data)
+        task = "text_classification"
+        config.tasks[task] = replace(config.tasks[task], **values)
+        with pytest.raises(UserError, match=message):
+            ResolvedRun(config).dataloader  # noqa: B018
