@@ -7,11 +7,10 @@ For each seed, the base grows by the task ``stroke_count`` and, apart from it, b
 with a skill of its own; ``skillnet merge`` joins both (``merged``). The other arms start from the
 same base, with the rows, steps per task, batch size and learning rate of ``configs/grow``:
 
-joint                both skills at once in one run; the old files are frozen
-sequential           ``radical`` is grown from the model with ``stroke_count``, and reads its skill
 apart, all trained   one model per task; nothing is frozen
 averaged             these two models, joined with ``--average-shared``
-joint, all trained   both skills at once in one run; nothing is frozen
+sequential           ``radical`` is grown from the model with ``stroke_count``, and reads its skill
+joint                both skills at once in one run; the old files are frozen
 
 Each run has a name below the run root, so the same command continues after a kill. After each arm,
 ``scores.csv`` has the primary metrics of all tasks with intervals over held-out units, and
@@ -150,7 +149,6 @@ class SeedDemonstration:
             )
         ]
         yield [self._merge(MERGED, folders)]
-        yield [self._train_jointly("joint", growths, is_frozen=True)]
         apart = [folder / "references" / f"{folder.name}-{ALL_TRAINED}" for folder in folders]
         yield [
             self._read_run("apart, all trained", folder, (growth.task.name,))
@@ -158,7 +156,7 @@ class SeedDemonstration:
         ]
         yield [self._merge("averaged", apart)]
         yield [self._train_sequentially("sequential", growths, folders[0])]
-        yield [self._train_jointly("joint, all trained", growths, is_frozen=False)]
+        yield [self._train_jointly("joint", growths)]
 
     def _build_run(
         self, arm: str, rows: Sequence[Mapping[str, Any]], outcomes: Path, **more: Any
@@ -205,21 +203,19 @@ class SeedDemonstration:
         )
         return self._read_run(arm, Path(grow_model(config)["run"]))
 
-    def _train_jointly(self, arm: str, growths: Sequence[GrowConfig], is_frozen: bool) -> ArmRun:
-        config = build_joint_config(growths, is_frozen)
-        name = self.name_run("joint-frozen" if is_frozen else "joint")
-        result = run_end_to_end(replace(config, name=name), "finetune")
+    def _train_jointly(self, arm: str, growths: Sequence[GrowConfig]) -> ArmRun:
+        config = replace(build_joint_config(growths), name=self.name_run("joint-frozen"))
+        result = run_end_to_end(config, "finetune")
         return self._read_run(arm, Path(result["run"]))
 
 
-def build_joint_config(growths: Sequence[GrowConfig], is_frozen: bool) -> FinetuneConfig:
+def build_joint_config(growths: Sequence[GrowConfig]) -> FinetuneConfig:
     """Return the run that trains the new skills and tasks of several growths at once.
 
-    Each task has the initial weights of its growth and as many steps.
+    Each task has the initial weights of its growth and as many steps. The old files are frozen.
 
     Args:
         growths: from one base, with equal seeds and steps.
-        is_frozen: train only the new files; otherwise all that the new tasks activate.
     """
     # torch loads here, so that --help is fast.
     from pipelines.growth import runs
@@ -237,7 +233,7 @@ def build_joint_config(growths: Sequence[GrowConfig], is_frozen: bool) -> Finetu
     training = replace(
         settings.training,
         steps=sum(growth.training.steps for growth in growths),
-        trainable=added_files(before, model) if is_frozen else [],
+        trainable=added_files(before, model),
     )
     start = runs.save_start_model(model, str(settings.run_dir))
     return replace(settings, model=model.config, tasks=tasks, training=training, init_from=start)

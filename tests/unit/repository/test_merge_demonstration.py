@@ -100,9 +100,8 @@ def test_a_command_that_is_stopped_keeps_the_finished_arms(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("is_frozen", [True, False])
 def test_a_joint_run_starts_as_the_growths_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_frozen: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     data = write_corpora(tmp_path / "corpora", rows=8, test_rows=4)
@@ -114,10 +113,10 @@ def test_a_joint_run_starts_as_the_growths_do(
     second = replace(
         first, skill=NewSkill("tone"), task=replace(first.task, name="tones", towers=towers)
     )
-    config = build_joint_config([first, second], is_frozen)
+    config = build_joint_config([first, second])
     assert config.training.steps == 2 * first.training.steps
     new = ["head-counting", "head-tones", "skill-ink", "skill-tone"]
-    assert config.training.trainable == (new if is_frozen else [])
+    assert config.training.trainable == new
     assert [config.tasks[name].weight for name in ("counting", "tones")] == [1.0, 1.0]
     assert set(config.trained) == {"counting", "tones"}
     start = SkillNet.from_pretrained(str(config.init_from)).state_dict()
