@@ -7,12 +7,14 @@ CODE_PAIRS = "pairs_code"
 
 
 def pretraining_tasks() -> dict[str, Task]:
-    """Return masked tasks, the paper's five, and pairs within a modality.
+    """Return masked tasks, the paper's five, pairs within a modality, and pairs of text and code.
 
-    Pairs are two views of an image, a video or a function, or a word and its definition.
+    Pairs within a modality are two views of an image, a video or a function, or a word and its
+    definition.
     """
     pairs = {f"views_{modality}": _pair_within(modality) for modality in MODALITIES}
     pairs["text_to_definition"] = _pair_within("text")
+    pairs[CODE_PAIRS] = default_tasks()["text_to_code"]
     return masked_tasks() | default_tasks() | pairs
 
 
@@ -34,17 +36,3 @@ def pretrained_modalities(name: str, task: Task) -> frozenset[Modality]:
     if name == CODE_PAIRS or (task.objective in ("masked", "retrieval") and len(modalities) == 1):
         return modalities
     return frozenset()
-
-
-def pretraining_modality(task: Task) -> Modality | None:
-    """Return the modality that a self-supervised task trains, None for other tasks.
-
-    Masked modelling and pairs within one modality are self-supervised.
-
-    Args:
-        task: any task.
-    """
-    modalities = {plan.modality for plan in task.towers.values()}
-    if task.objective in ("masked", "retrieval") and len(modalities) == 1:
-        return modalities.pop()
-    return None

@@ -9,7 +9,7 @@ from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.folds import FoldConfig
 from pipelines.config.storage import StorageConfig
 from skillnet.config import SkillNetConfig
-from skillnet.pretraining_tasks import pretraining_modality, pretraining_tasks
+from skillnet.pretraining_tasks import pretrained_modalities, pretraining_tasks
 from skillnet.skills import known_tasks
 from skillnet_platform.config import aliased_field, choices_field
 from skillnet_platform.config.bounds import (
@@ -422,7 +422,7 @@ class PretrainConfig(FinetuneConfig):
         if self.system != "skillnet" and not reference:
             # Fine-tuning builds the same size, although it trains other tasks.
             plans = self.model.tasks
-            reference = {n: plans[n] for n in plans if pretraining_modality(plans[n]) is None}
+            reference = {n: plans[n] for n in plans if not pretrained_modalities(n, plans[n])}
         model = replace(self.model, tasks=known, reference_tasks=reference)
         values = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}
         return FinetuneConfig(**(values | {"model": model, "tasks": tasks}))

@@ -23,7 +23,7 @@ from skillnet.baselines.library_models import FAMILIES
 from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import Batch, TaskModel, Tokens
-from skillnet.pretraining_tasks import pretraining_modality
+from skillnet.pretraining_tasks import pretrained_modalities
 from skillnet.skill_weights import require_unused_name
 from skillnet.skills import MODALITIES, Modality, find_task, nearest_hint
 from skillnet.skipped_init import SkippedInit
@@ -102,10 +102,10 @@ class SpecialistModel(TaskModel):
         self.towers = nn.ModuleDict()
         self.pretrained = nn.ModuleDict()
         for name, task in config.tasks.items():
-            modality = pretraining_modality(task)
-            if modality is not None:
-                if modality not in self.pretrained:
-                    self.pretrained[modality] = self._tower(modality, options)
+            shared = pretrained_modalities(name, task)
+            for modality in sorted(shared - set(self.pretrained)):
+                self.pretrained[modality] = self._tower(modality, options)
+            if shared:
                 continue
             require_unused_name(self.towers, name, "task")
             self.towers[name] = nn.ModuleDict(
@@ -141,9 +141,10 @@ class SpecialistModel(TaskModel):
 
     def tower(self, task: str, tower: str) -> EncoderAdapter:
         """Return the encoder of a task's tower."""
-        modality = pretraining_modality(find_task(task, self.config.tasks))
-        towers: Any = self.pretrained if modality else self.towers[task]
-        found: Any = towers[modality or tower]
+        own = find_task(task, self.config.tasks)
+        is_shared = bool(pretrained_modalities(task, own))
+        towers: Any = self.pretrained if is_shared else self.towers[task]
+        found: Any = towers[own.towers[tower].modality if is_shared else tower]
         return found
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
@@ -173,7 +174,7 @@ class SpecialistModel(TaskModel):
         """Return whether a parameter belongs to the task, or to the encoder that it pretrains."""
         kind, of = name.split(".")[:2]
         if kind == "pretrained":
-            return pretraining_modality(find_task(task, self.config.tasks)) == of
+            return of in pretrained_modalities(task, find_task(task, self.config.tasks))
         return of == task
 
     def drop_task(self, task: str) -> None:
@@ -182,7 +183,8 @@ class SpecialistModel(TaskModel):
         if task in self.towers:
             del self.towers[task]
         # Several tasks may pretrain one encoder. It goes with the last of them.
-        kept = {pretraining_modality(other) for other in self.config.tasks.values()}
+        left = self.config.tasks.items()
+        kept = {modality for each in left for modality in pretrained_modalities(*each)}
         for modality in set(self.pretrained) - kept:
             del self.pretrained[modality]
 

@@ -24,7 +24,7 @@ def test_a_preset_names_the_commands_that_take_it(name: str) -> None:
         (
             "pretrain --config tiny",
             "error: --config tiny: this is a preset of skillnet finetune; presets of skillnet "
-            "pretrain: pretrain, pretrain/base",
+            "pretrain: pretrain, pretrain/base, pretrain/code-pairs",
         ),
         (
             "compare --config tiny",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.config.run import PretrainConfig, TaskTraining
 from pipelines.training.loop import seed_dropout, train_model
 from pipelines.training.optimizer import (
     build_optimizer,
@@ -27,6 +28,7 @@ from skillnet.baselines.specialist import (
 )
 from skillnet.growth import remove_task
 from skillnet.precision import choose_precision
+from skillnet.pretraining_tasks import pretraining_tasks
 from skillnet.skills import SkillPlan, Task, masked_tasks
 from skillnet.systems import build_system, load_model
 from tests.helpers.small_corpora import small_config as small_run
@@ -165,6 +167,22 @@ def test_self_supervised_tasks_of_a_modality_train_one_encoder() -> None:
     assert "pretrained-image" in model.files_of()
     remove_task(model, "masked_image")
     assert "pretrained-image" not in model.files_of()
+
+
+def test_pairs_of_text_and_code_train_the_encoders_of_both() -> None:
+    tasks = masked_tasks() | {"pairs_code": pretraining_tasks()["pairs_code"]}
+    model = specialist(tasks=tasks)
+    for tower, modality in (("query", "text"), ("candidate", "code")):
+        assert model.tower("pairs_code", tower) is model.tower(f"masked_{modality}", "input")
+    loss_of(model, "pairs_code").backward()
+    touched = {model.file_of(n) for n, p in model.named_parameters() if p.grad is not None}
+    assert touched == {"pretrained-text", "pretrained-code", "head-pairs_code"}
+    assert touched == set(model.files_of("pairs_code"))
+    remove_task(model, "masked_text")
+    assert "pretrained-text" in model.files_of()
+    # Sizes of a baseline follow the tasks that fine-tuning trains, which pairs are not.
+    config = PretrainConfig(system="specialist", tasks={"pairs_code": TaskTraining("functions")})
+    assert "pairs_code" not in config.joint().model.reference_tasks
 
 
 @pytest.mark.parametrize("modality", ["text", "code", "image", "sound", "video"])
