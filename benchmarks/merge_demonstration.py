@@ -12,14 +12,14 @@ averaged             these two models, joined with ``--average-shared``
 sequential           ``radical`` is grown from the model with ``stroke_count``, and reads its skill
 joint                both skills at once in one run; the old files are frozen
 
-Each run has a name below the run root, so the same command continues after a kill. After each arm,
-``scores.csv`` has the primary metrics of all tasks with intervals over held-out units, and
-``summary.csv`` their means over seeds, with intervals over seeds and held-out units together.
+Each run has a name below the run root, so the same command continues after a kill. After each arm
+of each seed, ``scores.csv`` has the primary metrics of all tasks with intervals over held-out
+units, and ``summary.csv`` their means over seeds, with intervals over seeds and units together.
 """
 
 import argparse
+import collections
 import csv
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -344,17 +344,23 @@ def main(argv: list[str] | None = None) -> int:
 
     digest = resolve_model(options.base).digest
     runs: list[ArmRun] = []
-    demonstrations = [
-        SeedDemonstration(options.base, seed, options.steps, digest) for seed in options.seeds
-    ]
-    # Arm by arm, so that a command that is stopped leaves arms with all seeds.
-    for arms in zip(*(each.train_arms() for each in demonstrations), strict=True):
-        runs += itertools.chain.from_iterable(arms)
+    # Seeds take turns, so that a command that is stopped leaves arms with all seeds.
+    waiting = collections.deque(
+        SeedDemonstration(options.base, seed, options.steps, digest).train_arms()
+        for seed in options.seeds
+    )
+    while waiting:
+        arms = waiting.popleft()
+        found = next(arms, None)
+        if found is None:
+            continue
+        waiting.append(arms)
+        runs += found
         # The date of the first measurement, so that a resumed command writes to one folder.
         date = min(row["date"] for run in runs for row in run.evaluation)
         folder = options.output or RESULTS / f"{date[:10]}-merge"
         write_results(runs, folder)
-        console.print_note(f"{runs[-1].arm}: written to {folder}")
+        console.print_note(f"{found[0].arm}, seed {found[0].seed}: written to {folder}")
     return 0
 
 
