@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.measure import RESULTS
 from pipelines.config.growth import GrowConfig, Reference
 from pipelines.config.merging import MergeConfig
@@ -289,7 +291,8 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
             mean = statistics.estimate_mean(sample, spread)
             row = {"arm": arm, "task": task, "split": split, "metric": metric}
             row |= {"seeds": mean.seeds, "value": mean.value, "low": mean.low, "high": mean.high}
-            if MERGED in samples and arm != MERGED:
+            is_other = arm != MERGED and MERGED in arms
+            if is_other and _has_other_outcomes(arms[MERGED], arms[arm], (task, split)):
                 change = SampleDifference(samples[MERGED], sample)
                 found_change = statistics.estimate_mean(change, spread)
                 row |= {
@@ -299,6 +302,14 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
                 }
             rows.append(row)
     return rows
+
+
+def _has_other_outcomes(
+    one: Mapping[int, ArmRun], other: Mapping[int, ArmRun], key: SplitKey
+) -> bool:
+    """Return whether a row has another outcome; equal models have no difference to estimate."""
+    numerators = [run.outcomes[key].numerator for run in (*one.values(), *other.values())]
+    return any(not np.array_equal(numerators[0], each) for each in numerators[1:])
 
 
 def _sample_outcomes(by_seed: Mapping[int, ArmRun], key: SplitKey) -> RunSample:
@@ -325,7 +336,10 @@ def write_results(runs: Sequence[ArmRun], folder: Path) -> None:
 
 
 def _round(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    # A split of one unit has no interval.
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,11 +60,11 @@ def test_a_part_of_the_arms_is_written_and_told(tmp_path: Path) -> None:
     assert {row["metric"] for row in scores} == set(KEYS.values())
     assert {row["is_identical"] for row in scores if row["arm"] == "merged"} == {"True"}
     assert {row["is_identical"] for row in scores if row["arm"] == "joint"} == {""}
-    (joint,) = [
-        row
-        for row in rows_of(folder / demonstration.SUMMARY)
-        if (row["arm"], row["task"]) == ("joint", "stroke_count")
-    ]
+    summary = {(row["arm"], row["task"]): row for row in rows_of(folder / demonstration.SUMMARY)}
+    # Equal outcomes have no difference to estimate.
+    assert summary["joint", "text_to_code"]["difference"] == ""
+    assert float(summary["averaged", "text_to_code"]["difference"]) == 10 / ROWS
+    joint = summary["joint", "stroke_count"]
     assert float(joint["value"]) == 28 / ROWS
     assert float(joint["difference"]) == pytest.approx(2.5 / ROWS)
     assert float(joint["difference_low"]) < 2.5 / ROWS < float(joint["difference_high"])
