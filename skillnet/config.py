@@ -11,6 +11,9 @@ from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, defau
 #: Skill to which low-rank skills are differences.
 BASE_SKILL = "general"
 
+#: Settings of the initial weights alone. Models that differ in them have equal shapes.
+INITIAL_SETTINGS = ("init_scale", "ctc_blank_bias")
+
 
 @dataclass
 class SkillNetConfig:
@@ -38,6 +41,7 @@ class SkillNetConfig:
         dropout: dropout probability on the tokens of a stem.
         init_scale: factor of the standard deviation of the initial matrices of the layers; those of
             a library's specialist too.
+        ctc_blank_bias: added to the initial bias of the blank of CTC heads.
         vocab_size: tokens of the vocabulary of text and code, including padding (id 0).
         max_tokens: longest sequence of text or code.
         bigram_buckets: rows of the hashed table of token bigrams in the token stem (the idea of
@@ -81,6 +85,7 @@ class SkillNetConfig:
     drop_path: DropProbability = 0.1
     dropout: DropProbability = 0.0
     init_scale: Annotated[float, Interval(gt=0, le=100)] = 1.0
+    ctc_blank_bias: Annotated[float, Interval(ge=-100, le=100)] = 0.0
     vocab_size: LayerSize = 12000
     max_tokens: LayerSize = 192
     bigram_buckets: OptionalSize = 0

@@ -37,7 +37,6 @@ class LossInputs:
         is_padding: whether this rank has no rows, and computes a row that must not count.
         gather: collects rows of all ranks; None with one rank.
         smoothing: label smoothing in [0, 1).
-        is_evenly_aligned: learn from symbols that are spread evenly over the tokens; for CTC.
     """
 
     targets: Mapping[str, Tensor]
@@ -45,7 +44,6 @@ class LossInputs:
     is_padding: bool = False
     gather: losses.RankGather | None = None
     smoothing: float = 0.0
-    is_evenly_aligned: bool = False
 
     @property
     def real(self) -> slice:
@@ -187,6 +185,8 @@ class CTCHead(TaskHead):
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__(config, task)
         self.project = nn.Linear(config.dim, task.outputs + 1)
+        with torch.no_grad():
+            self.project.bias[0] += config.ctc_blank_bias
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         logits = self.project(x_BTD)
@@ -206,8 +206,7 @@ class CTCHead(TaskHead):
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
-        compute = losses.even_alignment_loss if inputs.is_evenly_aligned else losses.ctc_loss
-        loss = compute(
+        loss = losses.ctc_loss(
             outputs["log_probs"],
             outputs["lengths"],
             inputs.targets["symbols"],

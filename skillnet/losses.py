@@ -97,42 +97,6 @@ def ctc_loss(
     return (losses_B / target_lengths_B.clamp(min=1)).sum() / count
 
 
-def even_alignment_loss(
-    log_probs_BTS: Tensor,
-    lengths_B: Tensor,
-    targets_BL: Tensor,
-    target_lengths_B: Tensor,
-    count: int,
-) -> Tensor:
-    """Compute the cross entropy of symbols that are spread evenly over the tokens of a row.
-
-    Each symbol gets an equal part of the tokens, in order, and no token is a blank.
-
-    Args:
-        log_probs_BTS: log probabilities; symbol 0 is the blank.
-        lengths_B: tokens of each row.
-        targets_BL: symbols, padded.
-        target_lengths_B: symbols of each row.
-        count: rows of the global batch.
-
-    Returns:
-        Mean over the tokens of a row, sum over B divided by ``count``. Rows without symbols or
-        tokens contribute 0.
-    """
-    tokens = log_probs_BTS.shape[1]
-    places_T = torch.arange(tokens, device=log_probs_BTS.device)
-    lengths_B1, symbols_B1 = lengths_B[:, None], target_lengths_B[:, None]
-    index_BT = places_T * symbols_B1 // lengths_B1.clamp(min=1)
-    # The last column stands for tokens after the end of a row.
-    padded_BL = F.pad(targets_BL, (0, 1))
-    aligned_BT = padded_BL.gather(1, index_BT.clamp(max=targets_BL.shape[1]))
-    nll_BT = -log_probs_BTS.gather(2, aligned_BT[..., None]).squeeze(2)
-    counts_BT = (places_T < lengths_B1) & (symbols_B1 > 0)
-    # Not a product: a log probability may be infinite where the row has ended.
-    losses_B = nll_BT.masked_fill(~counts_BT, 0).sum(1) / lengths_B.clamp(min=1)
-    return losses_B.sum() / count
-
-
 def find_unalignable_rows(
     lengths_B: Tensor, targets_BL: Tensor, target_lengths_B: Tensor
 ) -> Tensor:

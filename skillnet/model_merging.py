@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skillnet.config import SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.saved_model import list_task_files
 from skillnet.serialization import (
@@ -232,7 +232,7 @@ def plan_merge(
 
 def _check_shapes(one: MergeParent, other: MergeParent) -> None:
     for field_ in dataclasses.fields(SkillNetConfig):
-        if field_.name in ("skills", "tasks", "reference_tasks", "init_scale"):
+        if field_.name in ("skills", "tasks", "reference_tasks", *INITIAL_SETTINGS):
             continue
         values = getattr(one.config, field_.name), getattr(other.config, field_.name)
         if values[0] != values[1]:

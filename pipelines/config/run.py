@@ -60,9 +60,6 @@ class TaskTraining:
         max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
             rows are cropped at a random position. Null takes the limit of the model.
         label_smoothing: label smoothing, for classification.
-        even_alignment_steps: first steps of the task that learn each symbol from an equal part of
-            the audio, before CTC finds the alignment. From random weights CTC first learns to
-            predict blanks alone. For CTC.
         label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
             fraction is a part of a larger one. Validation and test rows stay.
         label_seed: seed of the choice of these units, apart from the seed of the run.
@@ -83,7 +80,6 @@ class TaskTraining:
     lr: Annotated[float, Interval(gt=0, le=10)] | None = None
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
-    even_alignment_steps: NonNegativeCount = 0
     label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     label_seed: RandomSeed = 0
     first_caption_prob: UnitFraction = 0.0

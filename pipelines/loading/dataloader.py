@@ -65,7 +65,6 @@ class Batch:
             with a loss of zero weight, so that it takes part in all collective operations.
         masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
         changes: tower -> change of its pixels that is not applied yet.
-        batch_index: number of earlier batches of this task.
     """
 
     task: str
@@ -76,7 +75,6 @@ class Batch:
     is_padding: bool = False
     masked_counts: np.ndarray | None = None
     changes: PixelChanges = field(default_factory=dict)
-    batch_index: int = 0
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """Return the batch on a device, its pixels changed, its floats in ``dtype``.
@@ -238,7 +236,7 @@ class MultiTaskDataLoader:
         towers, targets, changes = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")
         counts = None if masked is None else masked.sum(1).numpy()
-        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes, batch_index)
+        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes)
         return batch if for_gpu else batch.apply_changes()
 
 
@@ -272,11 +270,6 @@ def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
         raise UserError(
             f"tasks.{name}.label_fraction: this task learns without labels. Set it to 1, and the "
             "fraction of a task with labels"
-        )
-    if settings.even_alignment_steps and task.objective != "ctc":
-        raise UserError(
-            f"tasks.{name}.even_alignment_steps: the objective {task.objective} aligns no symbols. "
-            "Set it to 0"
         )
 
 

@@ -40,7 +40,7 @@ from pipelines.training.upcycling import (
     import_checkpoint,
     starts_skills,
 )
-from skillnet.config import SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
@@ -67,7 +67,7 @@ _MUST_EQUAL = (
     "stem_norm",
     "class_token",
 )
-_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", "init_scale")
+_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", *INITIAL_SETTINGS)
 
 
 @dataclass(frozen=True)

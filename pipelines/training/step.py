@@ -211,9 +211,8 @@ def step_loss(
     if health is not None:
         health.add_outputs(task, outputs, batch)
     gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
-    settings = config.tasks[batch.task]
-    is_evenly_aligned = batch.batch_index < settings.even_alignment_steps
-    loss = task_loss(task, outputs, batch, gather, settings.label_smoothing, is_evenly_aligned)
+    smoothing = config.tasks[batch.task].label_smoothing
+    loss = task_loss(task, outputs, batch, gather, smoothing)
     return _add_auxiliary_losses(loss, model, batch)
 
 
@@ -231,7 +230,6 @@ def task_loss(
     batch: Batch,
     gather: RankGather | None = None,
     smoothing: float = 0.0,
-    is_evenly_aligned: bool = False,
 ) -> Tensor:
     """Return the loss of a rank's rows: a sum over rows, divided by the global number of rows.
 
@@ -241,9 +239,6 @@ def task_loss(
         batch: targets of this rank's rows.
         gather: collects rows of all ranks for contrastive losses; None with one rank.
         smoothing: label smoothing of classification.
-        is_evenly_aligned: learn from symbols that are spread evenly over the tokens; for CTC.
     """
-    inputs = LossInputs(
-        batch.targets, batch.global_rows, batch.is_padding, gather, smoothing, is_evenly_aligned
-    )
+    inputs = LossInputs(batch.targets, batch.global_rows, batch.is_padding, gather, smoothing)
     return head_class(task).compute_loss(outputs, inputs)

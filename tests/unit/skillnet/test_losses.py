@@ -7,14 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skillnet.losses import (
-    cross_entropy,
-    ctc_loss,
-    even_alignment_loss,
-    info_nce,
-    masked_loss,
-    masked_loss_per_row,
-)
+from skillnet.losses import cross_entropy, ctc_loss, info_nce, masked_loss, masked_loss_per_row
 
 
 def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:
@@ -83,34 +76,6 @@ def test_ctc_of_silence_is_finite() -> None:
     scores, lengths, targets, _ = ctc_inputs()
     loss = ctc_loss(scores.log_softmax(-1), lengths, targets, torch.zeros(4, dtype=torch.int64), 4)
     assert torch.isfinite(loss)
-
-
-def test_even_alignment_gives_each_symbol_an_equal_part_of_the_tokens() -> None:
-    scores, lengths, targets, sizes = ctc_inputs()
-    log_probs = scores.log_softmax(-1)
-    aligned = [[1, 1, 1, 2, 2, 2], [3, 3, 3, 3, 1], [1] * 6, [2, 2, 1]]
-    each = [
-        F.nll_loss(log_probs[i, : len(row)], torch.tensor(row)) for i, row in enumerate(aligned)
-    ]
-    whole = even_alignment_loss(log_probs, lengths, targets, sizes, 4)
-    torch.testing.assert_close(whole, torch.stack(each).mean())
-    parts = [
-        even_alignment_loss(
-            log_probs[i : i + 2], lengths[i : i + 2], targets[i : i + 2], sizes[i : i + 2], 4
-        )
-        for i in (0, 2)
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-    whole.backward()
-    assert torch.equal(scores.grad[3, 3:], torch.zeros_like(scores.grad[3, 3:]))
-
-
-def test_even_alignment_of_silence_is_zero() -> None:
-    scores, lengths, targets, _ = ctc_inputs()
-    none = torch.zeros(4, dtype=torch.int64)
-    log_probs = scores.log_softmax(-1)
-    assert even_alignment_loss(log_probs, lengths, targets, none, 4) == 0
-    assert even_alignment_loss(log_probs, lengths, targets[:, :0], none, 4) == 0
 
 
 # -- retrieval ------------------------------------------------------------------------------------

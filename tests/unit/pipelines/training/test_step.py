@@ -14,11 +14,10 @@ from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
-from pipelines.training.step import backward_step, split_batch, step_loss
+from pipelines.training.step import backward_step, split_batch
 from skillnet import skill_weights
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillWeights
-from skillnet.losses import ctc_loss, even_alignment_loss
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision, choose_precision
 from skillnet.rounded_weights import merge_rounded
@@ -154,29 +153,9 @@ def test_parts_have_all_rows_in_order(data: Path, task: str) -> None:
         assert torch.equal(torch.cat(pieces), expected)
 
 
-def test_the_first_steps_of_a_ctc_task_learn_evenly_spread_symbols(data: Path) -> None:
+def test_a_label_fraction_needs_labels(data: Path) -> None:
     config = small_config(data)
-    config.tasks = {"speech_recognition": replace(config.tasks["speech_recognition"])}
-    config.tasks["speech_recognition"].even_alignment_steps = 2
-    stream = ResolvedRun(config).dataloader
-    model = build_model(config).double()
-    for step, compute in enumerate((even_alignment_loss, even_alignment_loss, ctc_loss)):
-        batch = stream.batch(step).to(PRECISION.device, torch.float64)
-        outputs = model("speech_recognition", batch.towers)
-        targets = (batch.targets["symbols"], batch.targets["symbol_lengths"])
-        expected = compute(outputs["log_probs"], outputs["lengths"], *targets, batch.global_rows)
-        task = config.model.tasks["speech_recognition"]
-        loss = step_loss(model, task, batch, PRECISION, config)
-        torch.testing.assert_close(loss, expected)
-
-
-def test_settings_without_effect_on_their_task_are_rejected(data: Path) -> None:
-    for values, message in (
-        ({"even_alignment_steps": 5}, r"text_classification\.even_alignment_steps: the objective"),
-        ({"label_fraction": 0.1, "views": True}, r"text_classification\.label_fraction: this task"),
-    ):
-        config = small_config(data)
-        task = "text_classification"
-        config.tasks[task] = replace(config.tasks[task], **values)
-        with pytest.raises(UserError, match=message):
-            ResolvedRun(config).dataloader  # noqa: B018
+    task = "text_classification"
+    config.tasks[task] = replace(config.tasks[task], label_fraction=0.1, views=True)
+    with pytest.raises(UserError, match=r"text_classification\.label_fraction: this task learns"):
+        ResolvedRun(config).dataloader  # noqa: B018
