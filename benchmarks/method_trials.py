@@ -1,7 +1,7 @@
 """Changes of the method on one task of the headline study, with the same seeds, on validation rows.
 
     python -m benchmarks.method_trials speech_recognition --steps 600 --every 25 --below 0.5 \\
-        --arm aligned tasks.speech_recognition.even_alignment_steps=100 \\
+        --arm "blank bias 2" model.ctc_blank_bias=2 \\
         --average 0.9 0.99 --data runs/corpora --output benchmarks/results/DATE-method-speech.csv
 
 The arm ``configured`` is the study's run; each other arm sets some keys of it. All arms train the
