@@ -330,8 +330,8 @@ class RunPlanner:
 
 def can_shard(model: TaskModel) -> bool:
     """Return whether ``training.sharding`` takes a model."""
-    # Only a run that does not fit asks, and the library takes seconds to load.
-    from pipelines.training.sharding import require_sharding
+    # Only a run that does not fit asks.
+    from pipelines.training.shard_groups import require_sharding
 
     try:
         require_sharding(model)

@@ -228,7 +228,9 @@ def train_model(
             meter.add(batch, loss, norm, lr, is_finite)
             if step % settings.log_every == 0 or step == last or leaving:
                 health.reduce()
-                values = meter.collect_metrics() | model.statistics() | health.collect_metrics()
+                values = (
+                    meter.collect_metrics() | replica.runner.statistics() | health.collect_metrics()
+                )
                 reporter.metrics(values, step)
                 if rank == 0:
                     gauges.publish(values)

@@ -137,8 +137,9 @@ def _build_shards(
     reduce_dtype: torch.dtype | None,
 ) -> TrainingReplica:
     # Other runs start faster without these libraries.
+    from pipelines.training.shard_groups import require_sharding
     from pipelines.training.sharded_sync import ShardedSync
-    from pipelines.training.sharding import build_mesh, require_sharding, shard_model
+    from pipelines.training.sharding import build_mesh, shard_model
 
     config, settings = run.config, run.config.training
     structure, whole = (build_structure(config, run.corpora, dtype) for _ in range(2))

@@ -11,6 +11,8 @@ that a skill has in one layer form one group, and so does each stem and each hea
     norms                                           1 group
 
 A step therefore gathers only the skills, stems and heads that its task activates.
+:mod:`pipelines.training.shard_groups` has the groups of other layers. The weights of a file that
+are in no layer are one more group.
 :func:`shard_model` is called by the training loop.
 """
 
@@ -26,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pipelines.training.shard_groups import ALWAYS, find_layers, list_groups, require_sharding
 from skillnet.encoder import EncoderLayer, LayerCall
-from skillnet.layers import SkillFeedForward, Skills, SkillWeights
-from skillnet.model import SkillNet
+from skillnet.layers import Skills
 from skillnet.multitask_model import Batch, Outputs, TaskModel
 from skillnet_platform.errors import UserError
 
@@ -49,8 +51,8 @@ class WeightGroup(nn.Module):
         #: Whether a call of this step has passed its tensors through the hooks of FSDP.
         self.is_entered = False
 
-    def forward(self, call: Callable[..., Any], *inputs: Any) -> Any:
-        return call(*inputs)
+    def forward(self, call: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        return call(*inputs, **options)
 
 
 class ShardedModel(nn.Module):
@@ -58,8 +60,8 @@ class ShardedModel(nn.Module):
 
     Args:
         model: all its groups are sharded.
-        of_file: stem or head file -> its group.
-        of_layers: groups of the encoder's layers.
+        of_file: file of the model -> the group of its weights outside layers.
+        of_layers: groups of the layers.
     """
 
     def __init__(
@@ -71,20 +73,29 @@ class ShardedModel(nn.Module):
         super().__init__()
         self.model = model
         self.groups = nn.ModuleList([*of_layers, *of_file.values()])
-        self._of_file, self._of_layers = dict(of_file), of_layers
+        self._of_layers = of_layers
+        # Task -> the groups around its forward pass.
+        self._of_task = {
+            task: [of_file[file] for file in sorted(model.required_files(task) & of_file.keys())]
+            for task in model.config.tasks
+        }
 
     def forward(self, task: str, towers: dict[str, Batch]) -> Outputs:
         """Run a task on one batch per tower; see :meth:`TaskModel.forward`."""
         for group in self._of_layers:
             group.is_entered = False
         call: Callable[..., Outputs] = self.model
-        for file in sorted(self.model.required_files(task) & self._of_file.keys()):
-            call = partial(self._of_file[file], call)
+        for group in self._of_task[task]:
+            call = partial(group, call)
         return call(task, towers)
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the further losses of the model; see :meth:`TaskModel.auxiliary_losses`."""
         return self.model.auxiliary_losses()
+
+    def statistics(self) -> dict[str, float]:
+        """Return metrics of the last forward pass; see :meth:`TaskModel.statistics`."""
+        return self.model.statistics()
 
 
 class ModelShards:
@@ -240,8 +251,8 @@ def shard_model(
         UserError: the system has weights that cannot be grouped.
     """
     require_sharding(structure)
-    assert isinstance(structure, SkillNet)
     device = torch.device(mesh.device_type)
+    _receive_buffers((structure, whole), source, device)
     values = dict(source.named_parameters()) if source is not None else {}
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     done: set[nn.Parameter] = set()
@@ -261,24 +272,24 @@ def shard_model(
         done.update(structure.get_parameter(name) for name in names)
 
     of_layers: list[WeightGroup] = []
-    for index, layer in enumerate(structure.encoder.layers):
-        assert isinstance(layer, EncoderLayer)
+    prefixes = {module: name for name, module in structure.named_modules()}
+    for layer in find_layers(structure):
         groups = {}
-        for name, members in _skill_members(layer).items():
-            groups[name] = WeightGroup([weights.weights for _, weights in members])
-            prefix = f"encoder.layers.{index}"
-            names = [f"{prefix}.{path}.weights.{name}" for path, _ in members]
-            shard(groups[name], names, frees_early)
+        for group, (owners, names) in list_groups(layer, prefixes[layer]).items():
+            groups[group] = WeightGroup(owners)
+            shard(groups[group], names, frees_early)
         of_layers += groups.values()
-        layer.gather_weights = partial(_gather_around, groups)
+        if isinstance(layer, EncoderLayer):
+            layer.gather_weights = partial(_gather_around, groups)
+        else:
+            layer.forward = _gather_around(groups, layer.forward, ())  # type: ignore[method-assign]
     files: dict[str, list[str]] = {}
     for name, parameter in structure.named_parameters():
         if parameter not in done:
             files.setdefault(structure.file_of(name), []).append(name)
     of_file = {}
     for file in sorted(files.keys() - {"shared"}):
-        owner = structure.get_submodule(".".join(files[file][0].split(".")[:2]))
-        of_file[file] = WeightGroup([owner])
+        of_file[file] = WeightGroup([structure])
         shard(of_file[file], files[file], False)
     runner = ShardedModel(structure, of_file, of_layers)
     shard(runner, files.get("shared", []), False)
@@ -330,49 +341,23 @@ def count_ranks_per_node(nodes: Sequence[str]) -> int:
     return size
 
 
-def require_sharding(model: TaskModel) -> None:
-    """Raise UserError unless the weights of a model can be grouped by skill, stem and head."""
-    if model.config.skill_rank:
-        raise UserError(
-            "training.sharding: low-rank skills read the weights of general as well, so a skill is "
-            "no group of its own; set sharding to none, or model.skill_rank to 0"
-        )
-    is_grouped = isinstance(model, SkillNet) and all(
-        isinstance(layer, EncoderLayer) and isinstance(layer.feedforward, SkillFeedForward)
-        for layer in model.encoder.layers
-    )
-    if not is_grouped:
-        raise UserError(
-            f"training.sharding: the system {model.system} cannot be sharded; set it to none"
-        )
-
-
-def _skill_members(layer: EncoderLayer) -> dict[str, list[tuple[str, SkillWeights]]]:
-    """Return skill -> (path, container) of its weights in a layer."""
-    members: dict[str, list[tuple[str, SkillWeights]]] = {}
-    for path, module in layer.named_modules():
-        if isinstance(module, SkillWeights):
-            for name in module.weights:
-                members.setdefault(name, []).append((path, module))
-    return members
-
-
 def _gather_around(groups: Mapping[str, WeightGroup], call: LayerCall, skills: Skills) -> LayerCall:
-    """Return a call of a layer around which the weights of its active skills are gathered."""
-    for name in skills:
-        call = _around_group(groups[name], call)
+    """Return a call of a layer around which the weights that it uses are gathered."""
+    for name in (*skills, ALWAYS):
+        if name in groups:
+            call = _around_group(groups[name], call)
     return call
 
 
 def _around_group(group: WeightGroup, call: LayerCall) -> LayerCall:
-    def run(x_BTD: Tensor, *rest: Any) -> Tensor:
+    def run(x_BTD: Tensor, *rest: Any, **options: Any) -> Any:
         # FSDP reduces the gradients of a group when that of its input is ready. A second tower
         # that reads the group comes first in the backward pass, so only the first tower's input
         # may trigger the reduction: once a step, when the gradients are complete.
         if group.is_entered:
-            return group(partial(call, x_BTD, *rest))
+            return group(partial(call, x_BTD, *rest, **options))
         group.is_entered = torch.is_grad_enabled()
-        return group(call, x_BTD, *rest)
+        return group(call, x_BTD, *rest, **options)
 
     return run
 
@@ -382,12 +367,29 @@ def _receive_weight(
 ) -> None:
     """Give a weight the value that the first rank has."""
     meta = model.get_parameter(name)
+    _replace_parameter(model, name, _receive_tensor(meta, value, device), meta.requires_grad)
+
+
+def _receive_buffers(
+    models: Sequence[TaskModel], source: TaskModel | None, device: torch.device
+) -> None:
+    """Give the buffers of equal models the values that the first rank has. None is divided."""
+    values = dict(source.named_buffers()) if source is not None else {}
+    for name, meta in list(models[0].named_buffers()):
+        value = _receive_tensor(meta, values.get(name), device)
+        path, _, attribute = name.rpartition(".")
+        for model in models:
+            setattr(model.get_submodule(path), attribute, value)
+
+
+def _receive_tensor(meta: Tensor, value: Tensor | None, device: torch.device) -> Tensor:
+    """Return the value that the first rank has, in the shape and type of a tensor."""
     if value is None:
         whole = torch.empty(meta.shape, dtype=meta.dtype, device=device)
     else:
         whole = value.detach().to(device, meta.dtype, copy=True)
     dist.broadcast(whole, src=0)
-    _replace_parameter(model, name, whole, meta.requires_grad)
+    return whole
 
 
 def _replace_parameter(

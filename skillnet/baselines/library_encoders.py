@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.stems import PAD, Batch, Tokens, scale_to_signed, token_lengths, with_motion
 
+#: Names of the lists of layers in models of transformers and timm.
+LAYER_LISTS = frozenset({"layer", "layers", "blocks"})
+
 
 class EncoderAdapter(nn.Module):
     """Encoder of a library, with a projection if its width differs from the study's.
@@ -48,6 +51,13 @@ class EncoderAdapter(nn.Module):
     def enable_activation_checkpointing(self) -> None:
         """Keep only the inputs of the layers for the backward pass (transformers' models)."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def list_layers(self) -> list[nn.Module]:
+        """Return the layers of the library's model."""
+        for name, module in self.model.named_modules():
+            if name.rpartition(".")[2] in LAYER_LISTS:
+                return list(module)
+        return []
 
     @property
     def dtype(self) -> torch.dtype:

@@ -135,7 +135,9 @@ class SpecialistModel(TaskModel):
         folder = find_checkpoint(options.checkpoints[modality], options.download)
         shape = family.read(folder, self.config)
         self.options["shapes"] = {**self.options["shapes"], modality: shape}
-        return family.build(shape, dim, folder)
+        # Without values, on the meta device, a model needs the sizes of the checkpoint only.
+        is_empty = torch.empty(0).is_meta
+        return family.build(shape, dim, None if is_empty else folder)
 
     # -- running ---------------------------------------------------------------------------
 

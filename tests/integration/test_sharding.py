@@ -102,7 +102,6 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 
 def weights_of(run: Path) -> dict[str, Tensor]:
     manifest = read_manifest(run / MODEL)
-    assert {"skill-text.safetensors", "stem-token.safetensors"} <= manifest["files"].keys()
     for name in manifest["files"]:
         check_file(run / MODEL, name, manifest)
     return dict(load_model(run / MODEL).named_parameters())
@@ -124,6 +123,44 @@ def test_two_then_four_ranks_equal_one_process(data: Path, tmp_path: Path) -> No
     run_ranks(4, finish_run, config, str(tmp_path / "run"))
     assert_equal_runs(tmp_path / "run", tmp_path / "alone")
     assert read_rows(tmp_path / "run") == read_rows(tmp_path / "alone")
+    files = read_manifest(tmp_path / "run" / MODEL)["files"].keys()
+    assert {"skill-text.safetensors", "stem-token.safetensors"} <= files
+
+
+#: Tokens, an encoder with buffers, and two towers.
+FEW_TASKS = ("text_classification", "speech_recognition", "text_to_image")
+
+#: System -> its options.
+SYSTEMS: dict[str, dict[str, Any]] = {
+    # The balancing loss is that of a worker's own tokens, so it depends on their number.
+    "moe": {"experts": 4, "balance": 0.0, "z": 0.0},
+    "alone": {},
+    "specialist": {"ffn_dim": 8},
+}
+
+
+def finish_systems(rank: int, world: int, config: FinetuneConfig, folder: str) -> None:
+    Path(folder).mkdir(exist_ok=True)
+    for system, options in SYSTEMS.items():
+        # Layers of experts and of libraries compute their forward pass again.
+        is_deep = world > 1 and system != "alone"
+        training = replace(config.training, activation_checkpointing=is_deep)
+        own = replace(config, system=system, options=options, training=training)
+        finish_run(rank, world, own, f"{folder}/{system}")
+
+
+def test_other_systems_equal_one_process(data: Path, tmp_path: Path) -> None:
+    """Experts, a model for each task, and encoders of libraries."""
+    config = small_config(data, steps=5)
+    config.tasks = {task: config.tasks[task] for task in FEW_TASKS}
+    config.model = replace(config.model, tasks={t: config.model.tasks[t] for t in FEW_TASKS})
+    config.evaluate = True
+    finish_systems(0, 1, config, str(tmp_path / "alone"))
+    config.training.sharding = "full"
+    run_ranks(2, finish_systems, config, str(tmp_path / "run"))
+    for system in SYSTEMS:
+        assert_equal_runs(tmp_path / "run" / system, tmp_path / "alone" / system)
+        assert read_rows(tmp_path / "run" / system) == read_rows(tmp_path / "alone" / system)
 
 
 def finish_on_nodes(rank: int, world: int, config: FinetuneConfig, run: str) -> None:

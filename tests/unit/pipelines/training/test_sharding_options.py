@@ -1,10 +1,15 @@
 """Sharded training: rejected options, systems and nodes."""
 
+from typing import Any
+
 import pytest
+import torch
 
 from pipelines.config.run import TrainingConfig
 from pipelines.training.replicas import count_sharing_workers
-from pipelines.training.sharding import count_ranks_per_node, require_sharding
+from pipelines.training.shard_groups import find_layers, require_sharding
+from pipelines.training.sharding import count_ranks_per_node
+from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
 from tests.helpers.small_models import small_config
@@ -16,14 +21,24 @@ def test_sharding_and_offloading_exclude_each_other() -> None:
         TrainingConfig(sharding="full", offload_inactive_weights=True)
 
 
-@pytest.mark.parametrize("system", ["skillnet", "dense"])
-def test_models_of_skills_can_be_sharded(system: str) -> None:
-    require_sharding(build_system(system, small_config()))
+@pytest.mark.parametrize("system", ["skillnet", "dense", "moe", "alone", "specialist"])
+def test_all_systems_can_be_sharded(system: str) -> None:
+    with torch.device("meta"), SkippedInit():
+        model = build_system(system, small_config(mel_stack=4))
+    require_sharding(model)
+    # Each layer is gathered by itself.
+    encoders = {"alone": 5, "specialist": 8}.get(system, 1)
+    assert len(find_layers(model)) == encoders * model.config.num_layers
 
 
-def test_other_systems_are_rejected() -> None:
-    with pytest.raises(UserError, match="the system moe cannot be sharded; set it to none"):
-        require_sharding(build_system("moe", small_config()))
+def test_random_layers_are_rejected() -> None:
+    """Workers would wait for each other's layers."""
+    with torch.device("meta"), SkippedInit():
+        model = build_system("specialist", small_config(mel_stack=4))
+    part: Any = next(part for part in model.modules() if hasattr(part, "layerdrop"))
+    part.layerdrop = 0.1
+    with pytest.raises(UserError, match="leaves out layers at random"):
+        require_sharding(model)
 
 
 def test_a_replica_lies_on_one_node() -> None:
