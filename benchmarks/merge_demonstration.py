@@ -307,9 +307,11 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
 def _has_other_outcomes(
     one: Mapping[int, ArmRun], other: Mapping[int, ArmRun], key: SplitKey
 ) -> bool:
-    """Return whether a row has another outcome; equal models have no difference to estimate."""
-    numerators = [run.outcomes[key].numerator for run in (*one.values(), *other.values())]
-    return any(not np.array_equal(numerators[0], each) for each in numerators[1:])
+    """Return whether a row of a seed has another outcome; equal models have no difference."""
+    return any(
+        not np.array_equal(one[seed].outcomes[key].numerator, other[seed].outcomes[key].numerator)
+        for seed in one.keys() & other.keys()
+    )
 
 
 def _sample_outcomes(by_seed: Mapping[int, ArmRun], key: SplitKey) -> RunSample:

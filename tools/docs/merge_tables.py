@@ -46,7 +46,8 @@ def merge_page_text(folder: Path) -> str:
             f"(digest {first['base']}); CPU, {first['machine']}, {first['date'][:10]}.",
             _describe_outputs(scores),
             "**The new tasks.** Mean over seeds (95 % interval over seeds and held-out units), and "
-            "`merged` minus the row, in points:",
+            "`merged` minus the row, in points; *equal* is the same outcome of every row in every "
+            "seed:",
             _tabulate_new(summary, old),
             "**The tasks of the base.** Mean over seeds; *equal* is the score of the base in every "
             "seed:",
@@ -121,7 +122,7 @@ def _format_mean(row: dict[str, str]) -> str:
 
 def _format_change(row: dict[str, str]) -> str:
     if not row.get("difference"):
-        return ""
+        return "" if row["arm"] == MERGED else "equal"
     names = ("difference", "difference_low", "difference_high")
     value, low, high = (100 * float(row[key]) for key in names)
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.measure import RESULTS
 from tests.chaos.result_rows import read
-from tools.docs import chaos_table, scale_table
+from tools.docs import chaos_table, merge_tables, scale_table
 from tools.docs import growth_tables as growth_result
 from tools.docs import headline_tables as headline
 from tools.docs import quickstart_tables as seeds
@@ -66,3 +66,9 @@ def test_the_page_of_growth_tells_the_growth_that_was_kept_last() -> None:
     if folder is None:
         pytest.skip("the page's figures are of a run that was not kept")
     assert between(growth_result.PAGE, "growth") == growth_result.text_of(folder)
+
+
+def test_the_page_of_merging_shows_the_newest_demonstration() -> None:
+    folder = merge_tables.newest_merge()
+    assert folder is not None
+    assert between(merge_tables.PAGE, "merge") == merge_tables.merge_page_text(folder)
