@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.layout import CONFIG
+from skillnet.skills import Task
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
@@ -92,10 +93,36 @@ def _compare_runs(before: FinetuneConfig, now: FinetuneConfig) -> str:
     """Return the first difference of two runs as text, without their initial weights."""
     from pipelines.runs.identity import find_identity_differences
 
-    differing = find_identity_differences(
-        replace(before.joint(), init_from=None), replace(now.joint(), init_from=None)
+    before = replace(before.joint(), init_from=None)
+    now = replace(_resolve_tasks(now.joint(), before), init_from=None)
+    return _format_difference(find_identity_differences(before, now))
+
+
+def _resolve_tasks(now: FinetuneConfig, before: FinetuneConfig) -> FinetuneConfig:
+    """Return a run whose model has the tasks that the start of the run would give it.
+
+    The start reads plans and numbers of outputs from the corpora. Here they are those of the run
+    that was started, because a run with other outputs than its corpus is rejected.
+    """
+    from pipelines.runs.model_tasks import resolve_model_tasks
+
+    tasks = dict(resolve_model_tasks(now, {}).model.tasks)
+    for name in before.model.tasks.keys() & now.tasks.keys():
+        tasks.setdefault(name, before.model.tasks[name])
+    model = replace(
+        now.model,
+        tasks=_with_outputs(tasks, before.model.tasks),
+        reference_tasks=_with_outputs(now.model.reference_tasks, before.model.reference_tasks),
     )
-    return _format_difference(differing)
+    return replace(now, model=model)
+
+
+def _with_outputs(tasks: Mapping[str, Task], others: Mapping[str, Task]) -> dict[str, Task]:
+    """Return tasks with the numbers of outputs of the tasks of the same names."""
+    return {
+        name: replace(task, outputs=others[name].outputs) if name in others else task
+        for name, task in tasks.items()
+    }
 
 
 def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:

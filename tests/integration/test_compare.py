@@ -60,7 +60,7 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     report = json.loads(capsys.readouterr().out)
     labels = list(config.systems)
     assert sorted((run["system"], run["seed"]) for run in report["runs"]) == [
-        (label, 0) for label in labels for _ in range(2)
+        (label, seed) for label in labels for seed in (0, 10000)
     ]
     folder = run_root / "study"
     ledger = json.loads((folder / "study.json").read_text())

@@ -254,6 +254,20 @@ def test_a_study_resumes_only_with_unchanged_settings(run_root: Path):
         st.check_unchanged(config, [chosen], config.folder / "runs")
 
 
+def test_a_started_run_has_the_tasks_and_outputs_of_its_corpora(run_root: Path):
+    config = study(systems={"dense": SystemConfig("dense")}, tuning=TuningConfig())
+    (trial,) = (st.build_final_trial(config, "dense", {}, seed) for seed in config.seeds[:1])
+    name, *absent = trial.config.tasks
+    model = trial.config.model
+    # As at the start: a task without rows is left out, and the corpus has other classes.
+    started = replace(model, tasks={name: replace(model.tasks[name], outputs=7)})
+    one, place = {name: trial.config.tasks[name]}, config.folder / "runs"
+    begun(config, replace(trial, config=replace(trial.config, model=started, tasks=one)), "runs")
+    st.check_unchanged(config, [replace(trial, config=replace(trial.config, tasks=one))], place)
+    with pytest.raises(UserError, match=rf"was trained with .*tasks\.{absent[0]}"):
+        st.check_unchanged(config, [trial], place)
+
+
 def test_a_system_can_have_extra_seeds():
     config = study(
         systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", extra_seeds=[4, 3])},
