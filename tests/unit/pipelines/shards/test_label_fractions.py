@@ -80,5 +80,7 @@ def test_a_label_fraction_is_a_part_of_the_identity_of_a_run(data: Path) -> None
 
     key = f"tasks.{TASK}.label_fraction"
     assert find_identity_differences(build(), build(f"--{key}", "0.1")) == {key: (1.0, 0.1)}
-    with pytest.raises(ValueError, match=r"label_fraction: expected a number above 0 and at most 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"label_fraction: expected a number above 0 and at most 1, got 0"
+    ):
         TaskTraining("syllables", label_fraction=0)
