@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,8 +77,8 @@ def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: 
             process.kill()
     assert process.returncode == 143, said
     assert "ended by SIGTERM while too few nodes were available to train" in "\n".join(said)
-    # Ray's controller reports a request that a busy machine answers late as a traceback.
-    ours = [line for line in said if "(TrainController" not in line]
+    # Ray's actors report a request that a busy machine answers late as a traceback.
+    ours = [line for line in said if not re.search(r"\(\w+ pid=\d+", line)]
     assert "Traceback" not in "\n".join(ours)
     assert not (tmp_path / "waiting" / "model").exists()
 

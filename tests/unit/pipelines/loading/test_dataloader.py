@@ -178,7 +178,6 @@ def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader)
 
 
 def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) -> None:
-    stream.datasets["text_to_video"].task.towers.clear()
     stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
     stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
     with prefetch_batches(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):

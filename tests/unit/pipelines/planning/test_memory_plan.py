@@ -216,9 +216,10 @@ def test_shards_are_an_option_that_makes_a_run_fit() -> None:
         == sharded
     )
     assert planner._list_placements()[1].describe(planner.given) == "--training.sharding full"
-    # Neither one worker nor the specialists divide their weights.
-    for other in (RunPlanner(config, LARGE, 1), RunPlanner(config_of("moe"), LARGE, 4)):
-        assert [each.sharding for each in other._list_placements()] == ["none", "none"]
+    # One worker divides nothing; several workers divide the experts of a baseline as well.
+    one, experts = RunPlanner(config, LARGE, 1), RunPlanner(config_of("moe"), LARGE, 4)
+    assert [each.sharding for each in one._list_placements()] == ["none", "none"]
+    assert [each.sharding for each in experts._list_placements()] == ["none", "full", "none"]
 
 
 MASKED = {name: TaskTraining("any", batch_size=4) for name in masked_tasks()}
