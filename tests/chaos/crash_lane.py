@@ -2,6 +2,7 @@
 
     python -m tests.chaos.crash_lane --command prepare
     python -m tests.chaos.crash_lane --command finetune --sample 20 --seed 1
+    python -m tests.chaos.crash_lane --command sweep --kinds
 
 Without ``--sample`` every event is a kill, except inside a transaction of SQLite: of each
 transaction one event is drawn by the seed. SQLite makes a transaction atomic itself, and a kill
@@ -13,20 +14,25 @@ import csv
 import datetime
 import itertools
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks.measure import RESULTS, machine
 from tests.chaos.crash_points import CommandEnd, CrashLab, FileEvent, crash_lab, missing_compiler
-from tests.chaos.crash_scenarios import SCENARIOS, CrashScenario
+from tests.chaos.crash_scenarios import SCENARIOS, VARYING, CrashScenario
 
 DATABASE = "mlflow.db"
 JOURNAL = f"{DATABASE}-journal"
+#: Random ends of the names of temporary files, of safetensors, pyarrow, MLflow and Python.
+TEMPORARY = re.compile(r"(?<=/\.tmp)\w{6}$|(?<=uploading\.)\w{8}$|(?<=/tmp)\w{8}(?=/|$)")
+NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -157,6 +163,26 @@ def choose_events(events: Sequence[FileEvent], seed: int, sample: int | None = N
     return [draw.choice(chosen[low:high]) for low, high in itertools.pairwise(bounds)]
 
 
+def choose_kinds(events: Sequence[FileEvent], chosen: Sequence[int], seed: int) -> list[int]:
+    """Return one of the chosen events of each kind and path, drawn by the seed, in order.
+
+    Numbers and identifiers in a path are placeholders, so the same file of two trials, steps or
+    versions is one path.
+
+    Args:
+        events: of the undisturbed command.
+        chosen: numbers of events, of :func:`choose_events`.
+        seed: of the draws.
+    """
+    draw, by_kind = random.Random(seed), defaultdict[tuple[str, str], list[int]](list)
+    paths = {event.number: event for event in events}
+    for number in chosen:
+        event = paths[number]
+        path = NUMBER.sub("N", VARYING.sub("ID", TEMPORARY.sub("TMP", event.path)))
+        by_kind[event.kind, path].append(number)
+    return sorted(draw.choice(numbers) for numbers in by_kind.values())
+
+
 def enumerate_kills(
     lab: CrashLab, scenario: CrashScenario, seed: int, sample: int | None = None
 ) -> Iterator[CrashRow]:
@@ -177,6 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--command", choices=names, action="append", help="by default all")
     parser.add_argument("--sample", type=int, help="events of each command (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kinds", action="store_true", help="one event of each kind and path, not all of them"
+    )
     parser.add_argument("--first", type=int, default=1, help="ignore events before this number")
     parser.add_argument("--minutes", type=float, help="start no kill after this time")
     parser.add_argument("--output", type=Path, help="the CSV")
@@ -193,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             runner = CrashRunner(lab, kind())
             numbers = choose_events(runner.events, options.seed, options.sample)
+            if options.kinds:
+                numbers = choose_kinds(runner.events, numbers, options.seed)
             numbers = [number for number in numbers if number >= options.first]
             print(f"{kind.name}: {len(runner.events)} events, {len(numbers)} kills", flush=True)
             for number in numbers:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.crash_lane import choose_events, describe_difference
+from tests.chaos.crash_lane import choose_events, choose_kinds, describe_difference
 from tests.chaos.crash_points import CrashLab, FileEvent, crash_lab, missing_compiler
 
 MODULES = ("numpy", "pyarrow", "safetensors.numpy", "sqlite3", "tests.unit.chaos.file_writers")
@@ -105,3 +105,16 @@ def test_a_difference_names_its_key() -> None:
     assert describe_difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b 2, not 3"
     assert re.match(r"\[1\], not \[\]", describe_difference([1], []))
     assert json.dumps(describe_difference("x" * 900, "y")).count("x") <= 500
+
+
+def test_one_event_is_chosen_of_each_kind_and_path() -> None:
+    trials = [f"swept/trials/00{number}-seed0" for number in range(2)]
+    paths = [
+        f"{trial}/model/.tmp{end}" for trial, end in zip(trials, ("jmV8A1", "pG2kQz"), strict=True)
+    ]
+    events = [FileEvent(n, "write", path) for n, path in enumerate(paths, 1)]
+    events += [FileEvent(3, "fsync", paths[0]), FileEvent(4, "write", "swept/result.json")]
+    first, *rest = choose_kinds(events, [1, 2, 3, 4], seed=0)
+    assert first in (1, 2)
+    assert rest == [3, 4]
+    assert choose_kinds(events, [2, 4], seed=0) == [2, 4]
