@@ -51,14 +51,26 @@ def parse_functions(source: str) -> Iterator[SourceFunction]:
     Raises:
         ValueError: the source is not Python.
     """
+    tree = parse_module(source)
+    lines = source.encode("utf-8").splitlines(keepends=True)
+    yield from _walk(tree, lines)
+
+
+def parse_module(source: str) -> ast.Module:
+    """Return the tree of a module, without the warnings of Python's parser.
+
+    Args:
+        source: text that may be Python.
+
+    Raises:
+        ValueError: the source is not Python.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(source)
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not Python of this version ({type(error).__name__})") from None
-    lines = source.encode("utf-8").splitlines(keepends=True)
-    yield from _walk(tree, lines)
 
 
 def remove_docstring(source: str) -> str:

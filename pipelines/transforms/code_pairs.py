@@ -9,12 +9,11 @@ import ast
 import io
 import re
 import tokenize
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.transforms.code import count_chinese_characters, first_paragraph
+from pipelines.transforms.code import count_chinese_characters, first_paragraph, parse_module
 
 #: Characters of the shortest code of a pair.
 SHORTEST_CODE = 30
@@ -73,10 +72,8 @@ def split_identifier(name: str) -> list[str]:
 
 def _parse(code: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            statements = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        statements = parse_module(code).body
+    except ValueError:
         return None
     first = statements[0] if statements else None
     return first if isinstance(first, ast.FunctionDef | ast.AsyncFunctionDef) else None
@@ -141,10 +138,8 @@ def _strip_marks(line: str) -> str:
 def _is_code(text: str) -> bool:
     """Return whether a comment is code that is switched off. A single word is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            statements = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        statements = parse_module(text).body
+    except ValueError:
         return False
     first = statements[0] if len(statements) == 1 else None
     return not (isinstance(first, ast.Expr) and isinstance(first.value, ast.Name))
