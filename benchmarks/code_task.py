@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import Result, clock_for, in_turns, machine, ratio, spread, write
-from benchmarks.method_trials import CONFIGURED, append_rows, read_rows, summarize_trials
+from benchmarks.method_trials import COLUMNS, CONFIGURED, summarize_trials
 from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining, TrainingConfig
 from pipelines.finetune import run_end_to_end
 from pipelines.training.loop import train_model
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     arms = COMPARISONS[options.comparison](options)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    done = {(row["arm"], row["seed"]) for row in read_rows(options.output)}
+    done = {(row["arm"], row["seed"]) for row in read_csv_rows(options.output)}
     for seed in options.seeds:
         for number, (label, arm) in enumerate(arms.items()):
             if (label, str(seed)) in done:
@@ -200,9 +201,9 @@ def main(argv: list[str] | None = None) -> int:
             made = train_arm(arm, f"code-{options.comparison}-{number}-{seed}", seed)
             row = {"task": TASK, "arm": label, "settings": arm.settings, "seed": seed}
             row |= {"average": 0.0, "metric": METRIC, "date": date, "machine": machine()}
-            append_rows(options.output, [row | made])
+            append_csv_rows(options.output, COLUMNS, [row | made])
     header = ["arm", "average", "each seed", "mean", "spread", "difference ± standard error"]
-    console.print_table(TASK, header, summarize_trials(read_rows(options.output)))
+    console.print_table(TASK, header, summarize_trials(read_csv_rows(options.output)))
     if options.rounds and options.comparison == "length":
         write("code-step-time", time_lengths(arms, options.rounds), 1, options.output.parent)
     return 0

@@ -11,7 +11,6 @@ CSV, and does not repeat a trial that the CSV has.
 """
 
 import argparse
-import csv
 import datetime
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import machine
 from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import train_model
@@ -40,8 +40,6 @@ COLUMNS = (
 )  # fmt: skip
 #: Arm without changes, with which the others are compared.
 CONFIGURED = "configured"
-
-TrialRow = dict[str, Any]
 
 
 class TrialReporter(LoopReporter):
@@ -159,25 +157,6 @@ def _error(differences: Sequence[float]) -> float:
     return _spread(differences) / len(differences) ** 0.5
 
 
-def read_rows(path: Path) -> list[TrialRow]:
-    """Return the rows of the CSV; none if it does not exist."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path: Path, rows: Sequence[TrialRow]) -> None:
-    """Append rows to the CSV, with a header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train all arms, append their rows to the CSV, and print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.method_trials")
@@ -199,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
     }
-    done = {(r["task"], r["arm"], r["seed"]) for r in read_rows(options.output)}
+    done = {(r["task"], r["arm"], r["seed"]) for r in read_csv_rows(options.output)}
     for seed in options.seeds:
         for name, *pairs in [[CONFIGURED], *options.arm]:
             if (options.task, name, str(seed)) in done:
@@ -210,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
             common = {"task": options.task, "arm": name, "settings": " ".join(pairs), "seed": seed}
             names = ("step", "average", "metric", "value")
             rows = [common | dict(zip(names, each, strict=True)) | about for each in found]
-            append_rows(options.output, rows)
+            append_csv_rows(options.output, COLUMNS, rows)
             console.print_note(f"{name}, seed {seed}: {rows[-1]['metric']} {rows[-1]['value']}")
-    rows = [row for row in read_rows(options.output) if row["task"] == options.task]
+    rows = [row for row in read_csv_rows(options.output) if row["task"] == options.task]
     header = ["arm", "average", "each seed", "mean", "spread", "difference ± standard error"]
     if options.below is not None:
         header.append(f"first step at {options.below}")

@@ -10,7 +10,6 @@ before its end leaves the state before it.
 """
 
 import argparse
-import csv
 import datetime
 import itertools
 import random
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.growing_csv import append_csv_rows
 from benchmarks.measure import RESULTS, machine
 from tests.chaos.crash_points import CommandEnd, CrashLab, FileEvent, crash_lab, missing_compiler
 from tests.chaos.crash_scenarios import SCENARIOS, VARYING, CrashScenario
@@ -60,6 +60,9 @@ class CrashRow:
     exits: str
     violations: str
     seconds: float
+
+
+COLUMNS = [each.name for each in fields(CrashRow)]
 
 
 class CrashRunner:
@@ -175,9 +178,9 @@ def choose_kinds(events: Sequence[FileEvent], chosen: Sequence[int], seed: int) 
         seed: of the draws.
     """
     draw, by_kind = random.Random(seed), defaultdict[tuple[str, str], list[int]](list)
-    paths = {event.number: event for event in events}
+    by_number = {event.number: event for event in events}
     for number in chosen:
-        event = paths[number]
+        event = by_number[number]
         path = NUMBER.sub("N", VARYING.sub("ID", TEMPORARY.sub("TMP", event.path)))
         by_kind[event.kind, path].append(number)
     return sorted(draw.choice(numbers) for numbers in by_kind.values())
@@ -230,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                 if time.monotonic() > end:
                     break
                 row = runner.kill(number)
-                _append(output, row)
+                append_csv_rows(output, COLUMNS, [asdict(row)])
                 bad += bool(row.violations)
                 print(
                     f"{row.command} {row.event} {row.kind} {row.path}: exits {row.exits}, "
@@ -238,17 +241,6 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
     return int(bad > 0)
-
-
-def _append(path: Path, row: CrashRow) -> None:
-    is_new = not path.is_file()
-    with path.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(
-            stream, [each.name for each in fields(CrashRow)], lineterminator="\n"
-        )
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

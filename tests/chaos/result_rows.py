@@ -1,9 +1,10 @@
 """Rows of the chaos lane: a run each, kept in a CSV to which runs are only added."""
 
-import csv
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 
 
 @dataclass
@@ -57,18 +58,9 @@ def is_sound(row: Mapping[str, str]) -> bool:
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV; none if there is none."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_csv_rows(path)
 
 
 def append(path: Path, row: Row) -> None:
     """Add a row to a CSV."""
-    fresh = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    append_csv_rows(path, [each.name for each in fields(Row)], [asdict(row)])

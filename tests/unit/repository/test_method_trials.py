@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.method_trials import append_rows, find_first_step, read_rows, summarize_trials
+from benchmarks.growing_csv import append_csv_rows, read_csv_rows
+from benchmarks.method_trials import COLUMNS, find_first_step, summarize_trials
 
 KEPT = sorted((Path(__file__).parents[3] / "benchmarks/results").glob("*-method-*.csv"))
 
@@ -17,12 +18,13 @@ def write_trials(path: Path) -> None:
     }
     for (arm, seed), pair in values.items():
         common = {"task": "t", "arm": arm, "seed": seed, "average": 0.0, "steps": 20}
-        append_rows(path, [common | {"step": 10 * (n + 1), "value": v} for n, v in enumerate(pair)])
+        rows = [common | {"step": 10 * (n + 1), "value": v} for n, v in enumerate(pair)]
+        append_csv_rows(path, COLUMNS, rows)
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     write_trials(tmp_path / "a.csv")
-    rows = read_rows(tmp_path / "a.csv")
+    rows = read_csv_rows(tmp_path / "a.csv")
     assert summarize_trials(rows, 0.4) == [
         ("configured", "0.0", "0.300, 0.500", "0.400", "0.141", "+0.000 ± 0.000", "20, inf"),
         ("aligned", "0.0", "0.200", "0.200", "0.000", "-0.300 ± 0.000", "10"),
@@ -32,6 +34,6 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_kept_trials_can_be_summarized(path: Path) -> None:
-    rows = read_rows(path)
+    rows = read_csv_rows(path)
     for task in {row["task"] for row in rows}:
         assert summarize_trials([row for row in rows if row["task"] == task])
