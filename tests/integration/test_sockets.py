@@ -49,20 +49,21 @@ def _together(settings: dict[str, Any]) -> None:
 
 def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_path: Path) -> None:
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipelines.training.ray_train import rendezvous
+    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
 
     with watched() as seen:
-        TorchTrainer(
+        PolicyTrainer(
             _together,
             scaling_config=ScalingConfig(num_workers=2),
-            torch_config=rendezvous.build_torch_config(use_gpu=False, timeout_s=60),
+            backend_config=rendezvous.build_process_group_config(False, timeout_s=60),
             run_config=RunConfig(storage_path=str(tmp_path)),
         ).fit()
     whole = " ".join(each.process for each in seen)
     for part in ("gcs_server", "raylet", "dashboard.py", "RayTrainWorker"):
         assert part in whole, f"{part} was not looked at"
+    assert "DatasetManager" not in whole, "Ray Data has no part in a fit"
     assert reachable(seen) == []
 
 

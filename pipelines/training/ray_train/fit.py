@@ -31,12 +31,13 @@ from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
 
 #: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Waiting compute threads must not spin: the thread that loads the batches needs the core.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
+#: Waiting compute threads spin for about 0.1 ms: libgomp's default, milliseconds, takes the core
+#: from the thread that loads the batches. Without spinning the threads sleep between operations.
+WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **KEEP_FREED_MEMORY}
 
 
 @dataclass
@@ -216,7 +217,7 @@ def _trainer(
     loop: dict[str, Any],
     resources: dict[str, float],
     nested: NestedFit | None,
-) -> "TorchTrainer":
+) -> "PolicyTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from pipelines.training.ray_train import rendezvous
@@ -242,11 +243,13 @@ def _trainer(
         resources_per_worker=resources,
         placement_strategy=training.placement_strategy.upper(),
     )
-    trainer: TorchTrainer = trainer_class(
+    trainer: PolicyTrainer = trainer_class(
         run_ray_worker,
         train_loop_config=loop,
         scaling_config=scaling,
-        torch_config=rendezvous.build_torch_config(training.use_gpu, training.collective_timeout_s),
+        backend_config=rendezvous.build_process_group_config(
+            training.use_gpu, training.collective_timeout_s
+        ),
         run_config=RunConfig(
             # A run resumes from its own checkpoints, so each fit is a new one for Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",

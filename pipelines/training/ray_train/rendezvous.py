@@ -6,6 +6,9 @@ loopback. On a cluster the workers use Ray's own rendezvous.
 
 Before they meet, the workers are compared: with different builds of torch, or without a GPU, the
 process group fails with an error of its own, or waits until its timeout.
+
+The controller of Ray Train imports this module and uses no tensor, so torch is imported inside the
+functions that the workers run.
 """
 
 import math
@@ -19,34 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-import torch.distributed as dist
 from ray.train.backend import Backend, BackendConfig
-from ray.train.torch import TorchConfig
 
-from pipelines.training.setup import pick_device
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
 from skillnet_platform.ray_internals.failure_policy import hide_user_errors
 
 
-def build_torch_config(use_gpu: bool, timeout_s: float) -> TorchConfig:
-    """Return the process group configuration for the Ray that this process is connected to.
+@dataclass
+class ProcessGroupConfig(BackendConfig):
+    """Process group of the workers.
 
     Args:
-        use_gpu: NCCL instead of gloo.
-        timeout_s: longest wait in a collective operation. A worker that is stopped, or whose
-            network is cut, is only noticed by this timeout.
+        backend: ``gloo`` or ``nccl``.
+        timeout_s: longest wait in a collective operation, in seconds.
     """
-    is_embedded = loopback.listens_on_loopback(ray)
-    config_class = SingleNodeTorchConfig if is_embedded else ClusterTorchConfig
-    backend = "nccl" if use_gpu else "gloo"
-    # Ray's setting is a whole number of seconds, and 0 would fail at once.
-    return config_class(backend=backend, timeout_s=math.ceil(timeout_s))
+
+    backend: str = "gloo"
+    timeout_s: int = 1800
 
 
 @dataclass
-class SingleNodeTorchConfig(TorchConfig):
+class SingleNodeConfig(ProcessGroupConfig):
     """Process group of workers on one node, which meet in a file."""
 
     @property
@@ -56,13 +53,28 @@ class SingleNodeTorchConfig(TorchConfig):
 
 
 @dataclass
-class ClusterTorchConfig(TorchConfig):
+class ClusterConfig(ProcessGroupConfig):
     """Process group of workers on several nodes, which meet at the address of the first."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         """Class that Ray Train instantiates."""
         return _AddressRendezvous
+
+
+def build_process_group_config(use_gpu: bool, timeout_s: float) -> ProcessGroupConfig:
+    """Return the process group configuration for the Ray that this process is connected to.
+
+    Args:
+        use_gpu: NCCL instead of gloo.
+        timeout_s: longest wait in a collective operation. A worker that is stopped, or whose
+            network is cut, is only noticed by this timeout.
+    """
+    is_embedded = loopback.listens_on_loopback(ray)
+    config_class = SingleNodeConfig if is_embedded else ClusterConfig
+    backend = "nccl" if use_gpu else "gloo"
+    # Ray's setting is a whole number of seconds, and 0 would fail at once.
+    return config_class(backend=backend, timeout_s=math.ceil(timeout_s))
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,10 @@ def describe_build(use_gpu: bool) -> WorkerBuild:
     Args:
         use_gpu: the worker needs a GPU.
     """
+    import torch
+
+    from pipelines.training.setup import pick_device
+
     try:
         pick_device(use_gpu)
     except UserError as error:
@@ -121,7 +137,7 @@ def check_builds(workers: Sequence[WorkerBuild], use_gpu: bool) -> None:
 
 
 def _compare_workers(worker_group: Any, backend_config: BackendConfig) -> None:
-    assert isinstance(backend_config, TorchConfig)
+    assert isinstance(backend_config, ProcessGroupConfig)
     use_gpu = backend_config.backend == "nccl"
     hide_user_errors()
     found = [
@@ -135,12 +151,18 @@ class _AddressRendezvous(Backend):
     share_cuda_visible_devices = True
 
     def __init__(self) -> None:
+        from ray.train.torch import TorchConfig
+
         self._ray_backend = TorchConfig().backend_cls()
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Compare and join the workers; the controller calls this after each start of them."""
+        from ray.train.torch import TorchConfig
+
+        assert isinstance(backend_config, ProcessGroupConfig)
         _compare_workers(worker_group, backend_config)
-        self._ray_backend.on_start(worker_group, backend_config)
+        ray_config = TorchConfig(backend=backend_config.backend, timeout_s=backend_config.timeout_s)
+        self._ray_backend.on_start(worker_group, ray_config)
 
     def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Set the variables of torch."""
@@ -159,7 +181,7 @@ class _FileRendezvous(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Join the workers; the controller calls this after each start of the workers."""
-        assert isinstance(backend_config, SingleNodeTorchConfig)
+        assert isinstance(backend_config, SingleNodeConfig)
         self._clean()
         _compare_workers(worker_group, backend_config)
         # Only this user can open the folder. It stays, because NCCL reads the file later too.
@@ -194,11 +216,15 @@ LEAVE_TIMEOUT_S = 30.0
 
 
 def _join(backend: str, url: str, rank: int, world: int, timeout_s: int) -> None:
+    import torch.distributed as dist
+
     dist.init_process_group(
         backend, init_method=url, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
     )
 
 
 def _leave() -> None:
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()

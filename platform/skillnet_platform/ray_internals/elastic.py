@@ -319,10 +319,10 @@ class ElasticTrainer(PolicyTrainer):
     """Trainer of an elastic run.
 
     Args:
-        arguments: positional arguments of ``TorchTrainer``.
+        arguments: positional arguments of ``DataParallelTrainer``.
         stop_requested: see :class:`SkillNetScalingPolicy`.
         request_resize: see :class:`SkillNetScalingPolicy`.
-        options: keyword arguments of ``TorchTrainer``.
+        options: keyword arguments of ``DataParallelTrainer``.
     """
 
     def __init__(

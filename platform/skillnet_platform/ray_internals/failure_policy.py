@@ -3,14 +3,15 @@
 import logging
 from typing import Any
 
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
     FailurePolicy,
 )
 from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from skillnet_platform.errors import UserError
 
@@ -49,8 +50,20 @@ class FailFastOnUserError(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-class PolicyTrainer(TorchTrainer):
-    """``TorchTrainer`` whose controller gets the policies of :meth:`create_policies`."""
+class PolicyTrainer(DataParallelTrainer):
+    """Trainer whose controller gets the policies of :meth:`create_policies`.
+
+    It is no ``TorchTrainer``, because the controller would import torch, which costs two seconds
+    and 500 MB.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Without a dataset of Ray Data this callback only starts an actor, for two seconds.
+        return [
+            each
+            for each in super()._create_default_callbacks()
+            if self.datasets or not isinstance(each, DatasetsCallback)
+        ]
 
     def create_policies(self, failures: FailureConfig) -> dict[str, Any]:
         """Return keyword arguments that replace the policies of Ray's controller.

@@ -3,6 +3,8 @@
 import ast
 import logging
 import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ PRIVATE_NAMES = {
     "ray.experimental.internal_kv._internal_kv_del",
     "ray.experimental.internal_kv._internal_kv_exists",
     "ray.experimental.internal_kv._internal_kv_put",
+    "ray.train.v2._internal.callbacks.datasets.DatasetsCallback",
     "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError",
     "ray.train.v2._internal.execution.callback.WorkerCallback",
     "ray.train.v2._internal.execution.controller.controller",  # name of a logger
@@ -46,16 +49,17 @@ PRIVATE_NAMES = {
     "ray.train.v2._internal.util",  # name of a logger
     "ray.train.v2.api.config.FailureConfig",
     "ray.train.v2.api.config.ScalingConfig",
+    "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer",
     "ray.train.v2.api.exceptions.ControllerError",
     "ray.train.v2.api.exceptions.TrainingFailedError",
     "ray.train.v2.api.exceptions.WorkerGroupError",
-    "ray.train.v2.torch.torch_trainer.TorchTrainer",
 }
 
 #: Private methods and attributes of Ray's classes that our subclasses override or read.
 PRIVATE_MEMBERS = {
     "_autoscaling_coordinator",
     "_count_possible_workers",
+    "_create_default_callbacks",
     "_do_request",
     "_get_reserved_resources",
     "_initialize_and_run_controller",
@@ -151,6 +155,17 @@ def test_no_other_module_uses_private_names_of_ray(folder: str) -> None:
     paths = [path for path in (ROOT / folder).rglob("*.py") if PACKAGE not in path.parents]
     found = {str(path.relative_to(ROOT)): used_in([path]) for path in paths}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_controller_of_a_training_does_not_import_torch() -> None:
+    """Its process would start two seconds later and need 500 MB more."""
+    modules = "elastic", "failure_policy", "worker_callback"
+    names = [f"skillnet_platform.ray_internals.{name}" for name in modules]
+    imports = ", ".join(["sys", *names, "pipelines.training.ray_train.rendezvous"])
+    script = (
+        f"import {imports}; assert 'ray.train' in sys.modules; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=300, check=False).returncode == 0
 
 
 def test_ray_is_bounded_to_one_minor_version() -> None:

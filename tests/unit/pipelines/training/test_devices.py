@@ -216,7 +216,7 @@ def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:
 
 def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skillnet_platform.cluster.loopback.listens_on_loopback", lambda ray: True)
-    config = rendezvous.build_torch_config(use_gpu=False, timeout_s=12.5)
+    config = rendezvous.build_process_group_config(use_gpu=False, timeout_s=12.5)
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: asked.update(options)
