@@ -15,9 +15,9 @@ The registry stores bundles. A bundle opens without the corpora and without a ne
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.numpy import save_file
 
@@ -25,7 +25,6 @@ from pipelines.evaluation.evaluator import locate_task_corpus
 from pipelines.runs.bundle_manifest import (
     BUNDLE_FORMAT,
     BUNDLE_MANIFEST,
-    REMEDY,
     compute_bundle_digest,
     read_bundle_manifest,
 )
@@ -36,16 +35,20 @@ from pipelines.runs.vocabulary_match import (
     check_corpus_vocabulary,
     read_corpus_names,
 )
+from pipelines.serving.bundle_checks import (
+    MODEL_MANIFEST,
+    check_bundle_vocabulary,
+    check_recorded_hashes,
+    check_tasks,
+)
 from pipelines.serving.bundle_facts import list_licences, read_run_figures, select_figures
 from pipelines.serving.known_captions import embed_captions, read_known_captions
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
-from pipelines.tokenizer.guarded_loader import largest_token_id
 from pipelines.transforms.text import is_unicode
 from skillnet import systems
-from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
 from skillnet.saved_model import write_model
@@ -69,6 +72,8 @@ from skillnet_platform.storage.location import (
 
 #: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
 VECTORS_VERSION = 2
+
+Content = TypeVar("Content")
 
 
 def build_bundle(
@@ -160,14 +165,23 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
 
     Raises:
         UserError: a file is missing or was altered.
+        ValueError: the same, for a file of the model.
     """
-    # Hashes come first: no file is parsed before it is known to be unchanged.
-    return _load_checked_bundle(Path(folder), check_bundle(folder), precision)
+    return _make_predictor(Path(folder), *_load_checked_bundle(Path(folder)), precision)
 
 
-def _load_checked_bundle(folder: Path, manifest: dict[str, Any], precision: str) -> TaskPredictor:
-    model = systems.load_model(folder).to(best_device())
-    return _make_predictor(folder, manifest, model, precision)
+def _load_checked_bundle(folder: Path) -> tuple[dict[str, Any], TaskModel]:
+    """Return the manifest and the model of a bundle; each file is hashed once, before its use."""
+    manifest = _read_required_manifest(folder)
+    files = manifest["files"].keys()
+    _check_hashes(folder, manifest, [MODEL_MANIFEST])
+    weights = check_recorded_hashes(folder, manifest)
+    _check_hashes(folder, manifest, files - weights - {MODEL_MANIFEST})
+    # Loading hashes the files that it reads: reading the weights twice would double the start.
+    model = systems.load_model(folder)
+    read = {"config.json", *(f"{file}.safetensors" for file in model.files_of())}
+    _check_hashes(folder, manifest, weights - read)
+    return manifest, model.to(best_device())
 
 
 def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
@@ -181,12 +195,14 @@ def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
         model: from this folder.
 
     Raises:
-        UserError: a file is missing or was altered.
+        UserError: a file is missing or was altered, or the manifests record other hashes.
     """
-    manifest = read_bundle_manifest(folder / BUNDLE_MANIFEST)
+    manifest = _read_required_manifest(folder)
     tasks = {name: each for name, each in manifest["tasks"].items() if name in model.config.tasks}
     banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    _check_hashes(folder, manifest, {TOKENIZER_FILE, *banks} & manifest["files"].keys())
+    wanted = {TOKENIZER_FILE, MODEL_MANIFEST, *banks}
+    _check_hashes(folder, manifest, wanted & manifest["files"].keys())
+    check_recorded_hashes(folder, manifest)
     return _make_predictor(folder, manifest | {"tasks": tasks}, model, "auto")
 
 
@@ -221,14 +237,19 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
         UserError: a file is missing or was altered, or the bundle has another format.
     """
     folder = Path(folder)
+    manifest = _read_required_manifest(folder)
+    _check_hashes(folder, manifest, manifest["files"])
+    check_recorded_hashes(folder, manifest)
+    return manifest
+
+
+def _read_required_manifest(folder: Path) -> dict[str, Any]:
     path = folder / BUNDLE_MANIFEST
     manifest = read_bundle_manifest(path)
-    files = manifest["files"]
     # A manifest without files would otherwise pass, because it has nothing to compare.
-    required = {TOKENIZER_FILE, "manifest.json"}
-    if required - set(files):
-        raise UserError(f"{path} does not list {', '.join(sorted(required - set(files)))}")
-    _check_hashes(folder, manifest, files)
+    missing = {TOKENIZER_FILE, MODEL_MANIFEST} - manifest["files"].keys()
+    if missing:
+        raise UserError(f"{path} does not list {', '.join(sorted(missing))}")
     return manifest
 
 
@@ -244,65 +265,6 @@ def _check_hashes(folder: Path, manifest: Mapping[str, Any], names: Iterable[str
             raise UserError(f"{folder / name} is missing; register the model again")
         if sha256_file(folder / name) != manifest["files"][name]:
             raise UserError(f"{folder / name} was altered after the model was registered")
-
-
-def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig) -> None:
-    """Check that a bundle describes the tasks and outputs of its model.
-
-    Args:
-        path: of the manifest.
-        manifest: content of ``serving.json``.
-        config: of the model.
-
-    Raises:
-        UserError: a task is missing, or has another number of names than outputs.
-    """
-    if manifest["tasks"].keys() != config.tasks.keys():
-        raise UserError(
-            f"{path}: tasks are {', '.join(manifest['tasks'])}; the model has "
-            f"{', '.join(config.tasks)}; {REMEDY}"
-        )
-    for task, spec in config.tasks.items():
-        names = manifest["tasks"][task]["names"]
-        if outputs_key(spec) and len(names) != spec.outputs:
-            raise UserError(
-                f"{path}: tasks.{task}.names has {len(names)} names; the model has {spec.outputs} "
-                f"outputs; {REMEDY}"
-            )
-
-
-def check_bundle_vocabulary(
-    folder: Path, manifest: Mapping[str, Any], tokenizer: Any, model: TaskModel
-) -> None:
-    """Check that the tokenizer and the names of a bundle are those of its model.
-
-    Args:
-        folder: of the bundle.
-        manifest: content of ``serving.json``.
-        tokenizer: of the bundle.
-        model: of the bundle.
-
-    Raises:
-        UserError: another tokenizer, a token beyond the vocabulary of the model, or other names.
-    """
-    path, size = folder / TOKENIZER_FILE, model.config.vocab_size
-    largest = largest_token_id(tokenizer)
-    if largest >= size:
-        raise UserError(
-            f"{path}: it has the token id {largest}; the model has {size} tokens; use "
-            "the tokenizer of its training"
-        )
-    expected, found = model.vocabulary.tokenizer, manifest["files"][TOKENIZER_FILE]
-    if expected is not None and found != expected:
-        raise UserError(
-            f"{path}: sha256 {found}; the model was trained with the tokenizer {expected}; {REMEDY}"
-        )
-    for task, names in model.vocabulary.outputs.items():
-        if list(names) != manifest["tasks"][task]["names"]:
-            raise UserError(
-                f"{folder / BUNDLE_MANIFEST}: tasks.{task}.names are not those of the model; "
-                f"{REMEDY}"
-            )
 
 
 def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
@@ -334,7 +296,8 @@ def open_predictor(
     Raises:
         UserError: as for :func:`build_bundle` and :func:`open_bundle`.
     """
-    return _load_checked_bundle(*find_bundle(source, data), precision)
+    folder, (manifest, model) = _find_bundle(source, data, _load_checked_bundle)
+    return _make_predictor(folder, manifest, model, precision)
 
 
 def find_bundle(source: ModelSource, data: str | Path | None) -> tuple[Path, dict[str, Any]]:
@@ -347,8 +310,15 @@ def find_bundle(source: ModelSource, data: str | Path | None) -> tuple[Path, dic
     Raises:
         UserError: as for :func:`build_bundle` and :func:`open_bundle`.
     """
+    return _find_bundle(source, data, check_bundle)
+
+
+def _find_bundle(
+    source: ModelSource, data: str | Path | None, read: Callable[[Path], Content]
+) -> tuple[Path, Content]:
+    """Return the bundle of any model, and what ``read`` returns for it."""
     if source.bundle is not None:
-        return source.bundle, check_bundle(source.bundle)
+        return source.bundle, read(source.bundle)
     if data is None:
         raise UserError(f"{source.name} is a checkpoint; give --data with the prepared corpora")
     tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
@@ -365,15 +335,15 @@ def find_bundle(source: ModelSource, data: str | Path | None) -> tuple[Path, dic
     # build_bundle publishes a complete directory or none, so this file proves completeness.
     if (target / BUNDLE_MANIFEST).is_file():
         try:
-            manifest = check_bundle(target)
+            content = read(target)
         # A cache holds nothing of its own, so a damaged entry is built again.
         except (ValueError, OSError) as error:
             console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
             shutil.rmtree(target)
         else:
-            return target, manifest
+            return target, content
     build_bundle(source, data, target)
-    return target, check_bundle(target)
+    return target, read(target)
 
 
 def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> list[str]:

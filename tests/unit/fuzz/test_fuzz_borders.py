@@ -15,7 +15,7 @@ from pipelines.runs.bundle_manifest import (
     compute_bundle_digest,
     read_bundle_manifest,
 )
-from pipelines.serving.bundle import check_tasks
+from pipelines.serving.bundle_checks import check_tasks
 from pipelines.serving.retrieval_index import read_index, write_index
 from pipelines.tokenizer.conversion import convert_tokenizer
 from pipelines.tokenizer.guarded_loader import (

@@ -1,9 +1,11 @@
 """Bundles: wrong values have a message, damaged caches are built again, requests are parallel."""
 
+import hashlib
 import io
 import json
 import shutil
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +137,35 @@ def test_change_of_the_manifest_that_fits_its_schema_is_noticed(
             read(path)
 
 
+def test_hash_that_differs_from_that_of_the_saved_model_is_named(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = copy_bundle(place, tmp_path)
+    manifest = json.loads((folder / "serving.json").read_text(encoding="utf-8"))
+    manifest["files"]["shared.safetensors"] = "0" * 64
+    manifest["digest"] = compute_bundle_digest(manifest)
+    (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
+    model = SkillNet.from_pretrained(folder)
+    for read in (lambda: model.processor, lambda: bundle.open_bundle(folder)):
+        with pytest.raises(UserError, match=r"files\.shared\.safetensors is not the hash"):
+            read()
+
+
+def test_weights_are_hashed_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: Counter[str] = Counter()
+    digest = hashlib.file_digest
+
+    def count(file: Any, kind: Any) -> Any:
+        hashed[Path(file.name).name] += 1
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    bundle.open_predictor(model_source.resolve_model(str(place.bundle)), None)
+    listed = {path.name for path in place.bundle.iterdir()} - {"serving.json"}
+    assert hashed.keys() == listed
+    assert {count for name, count in hashed.items() if name.endswith(".safetensors")} == {1}
+
+
 def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
     place: Place, tmp_path: Path
 ) -> None:
@@ -167,7 +198,8 @@ def test_damaged_cache_of_a_checkpoint_is_built_again(
     item = PredictionItem("x", "数学教程")
     expected = bundle.open_predictor(place.source, place.data).predict([item])
     (cached,) = (tmp_path / "cache" / "bundles").iterdir()
-    for name in ("serving.json", "tokenizer.json", "captions-text_to_image.safetensors"):
+    banks = "captions-text_to_image.safetensors"
+    for name in ("serving.json", "tokenizer.json", banks, "shared.safetensors"):
         data = (cached / name).read_bytes()
         (cached / name).write_bytes(data[:-9] + b"000000000")
         capsys.readouterr()
