@@ -113,11 +113,12 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     search = CorpusSearch(predictor, source, data, task, config.splits, modality)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
-    hits = search.find_hits(item, config.top)
+    row = search.read_query(item)
+    hits = search.rank_rows(row, config.top)
     seconds = time.monotonic() - begin
     page = Path(config.html) if config.html else _default_page(query, task)
     with open_output(page, "w") as stream:
-        stream.write(search.render_hits(query, hits))
+        stream.write(search.render_hits(query, hits, preview=search.preview_query(item, row)))
     return SearchResult(query, task, search.model, search.num_rows, seconds, hits, page.absolute())
 
 

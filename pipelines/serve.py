@@ -2,7 +2,8 @@
 
     POST /v1/predict   {"rows": [{"text": …} or {"file": base64, "name": "heart.png"}], "top": 5}
     POST /v1/search    {"query": "红色的心", "task": "text_to_image", "top": 12}, or "file", "name"
-    GET  /search       the same as a page with an input box
+    GET  /search       the same as a page with an input box and a file input
+    POST /search       its form with a file
     GET  /v1/tasks     the tasks of the model
     GET  /health       without a token
     GET  /metrics      for Prometheus

@@ -26,6 +26,7 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
     from pipelines.serving.predictor import TaskPredictor
+    from pipelines.serving.search_page import QueryPreview
     from pipelines.shards.dataset import PreparedCorpus
 
 #: Task of a search if the model has several.
@@ -123,16 +124,63 @@ class CorpusSearch:
         Raises:
             UserError: the query is empty or damaged.
         """
-        scores = self._vectors @ self.predictor.embed_item(query, self.task, self._query_tower)
+        return self.rank_rows(self.read_query(query), top)
+
+    def read_query(self, query: PredictionItem) -> np.ndarray:
+        """Return the model input of a query.
+
+        Args:
+            query: text or file of the modality of this search.
+
+        Raises:
+            UserError: the query is empty or damaged.
+        """
+        return self.predictor.read_row(query, self.task, self._query_tower)
+
+    def rank_rows(self, query_row: np.ndarray, top: int) -> list[SearchHit]:
+        """Return the best rows for the model input of a query, best first.
+
+        Args:
+            query_row: of :meth:`read_query`.
+            top: number of results.
+        """
+        scores = self._vectors @ self.predictor.embed_row(query_row, self.task, self._query_tower)
         return _rank_hits(self.corpus, self.splits, scores, top)
 
-    def render_hits(self, query: str, hits: Sequence[SearchHit], tasks: Sequence[str] = ()) -> str:
+    def preview_query(self, query: PredictionItem, query_row: np.ndarray) -> "QueryPreview | None":
+        """Return what a page shows of a file as the query; None for a text.
+
+        Args:
+            query: of the user.
+            query_row: of :meth:`read_query`. Pages show media as the model reads them: decoded in
+                the guard, and small.
+        """
+        from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview, draw_log_mel
+
+        if query.data is None:
+            return None
+        if self.modality in ("text", "code"):
+            text = query.data[:MAX_PREVIEW_BYTES].decode("utf-8-sig", "ignore")
+            return QueryPreview(self.modality, code=text)
+        if self.modality == "sound":
+            return QueryPreview(self.modality, draw_log_mel(query_row), recording=query.data)
+        return QueryPreview(self.modality, query_row)
+
+    def render_hits(
+        self,
+        query: str,
+        hits: Sequence[SearchHit],
+        tasks: Mapping[str, Sequence[str]] | None = None,
+        preview: "QueryPreview | None" = None,
+    ) -> str:
         """Return the results as one HTML page with embedded images.
 
         Args:
             query: text of the user, or name of the file.
             hits: best first.
-            tasks: that a server can search; the page gets an input box. None without a server.
+            tasks: modality of queries -> tasks that a server can search; the page gets inputs.
+                None without a server.
+            preview: of a file as the query.
         """
         from pipelines.serving.search_page import ResultCard, render_search_page
 
@@ -149,7 +197,9 @@ class CorpusSearch:
             media, code = _load_content(self.corpus, hit)
             cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
         credit = credit_line(self.corpus)
-        return render_search_page(query, cards, facts, credit, tasks, self.task)
+        return render_search_page(
+            query, cards, facts, credit, tasks or {}, self.task, preview=preview
+        )
 
 
 def find_query_tower(task: Task, modality: str) -> str | None:

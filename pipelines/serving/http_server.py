@@ -10,7 +10,7 @@ nothing, so it may run twice.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -31,14 +31,17 @@ from starlette.routing import Route
 
 from pipelines.serving.access_token import is_authorized
 from pipelines.serving.request_rows import (
+    SearchRequest,
     build_search_request,
     read_prediction_request,
+    read_search_form,
     read_search_request,
 )
 from pipelines.serving.search_page import render_search_page
 from skillnet_platform import console
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import human_bytes
 
 #: Tries of one request; each follows the death of a replica.
 MAX_TRIES = 5
@@ -50,11 +53,13 @@ RETRY_AFTER_S = 1
 BODY_PATIENCE_S = 60.0
 #: Seconds and bytes of a rejected body that are read and dropped.
 DISCARD_PATIENCE_S, MAX_DISCARDED_BYTES = 2.0, 64 * 2**20
-#: Headers of every answer. A page of another site can neither frame it nor read its query.
+RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
+#: Headers of every answer. A page of another site can neither frame it nor read its query. With
+#: no-referrer, browsers would hide the origin of the page's own forms.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 
@@ -166,20 +171,47 @@ class ModelGateway:
         return JSONResponse(await self._ask(self._handle.search, asked))
 
     async def show_search(self, request: Request) -> Response:
-        """Answer ``GET /search`` with a page: an input box, and the results of a query."""
+        """Answer ``/search`` with a page: inputs, and the results of a query.
+
+        ``GET`` has a text, ``POST`` a form with a file.
+        """
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
-        searchable: Sequence[str] = self._about["search"].get("text", ())
-        status, problem = 200, "" if searchable else "This model has no task for a search."
-        if query and searchable:
-            try:
+        tasks: Mapping[str, Sequence[str]] = self._about["search"]
+        status, problem, headers = 200, "", {}
+        asked = None
+        try:
+            if not tasks:
+                problem = "This model has no task for a search."
+            elif request.method == "POST":
+                asked = await self._read_form(request)
+            elif query:
                 asked = build_search_request(query, task)
+            if asked is not None:
                 return HTMLResponse((await self._ask(self._handle.render_search, asked))["html"])
-            except UserError as error:
-                status, problem = 422, str(error)
-        page = render_search_page(
-            query[:100], [], tasks=searchable, task=task or "", problem=problem
-        )
-        return HTMLResponse(page, status)
+        except UserError as error:
+            status, problem = 422, str(error)
+        except HTTPException as error:
+            status, problem = error.status_code, str(error.detail)
+        except OverloadError as error:
+            status, problem, headers = 503, f"{error}; {RETRY_REMEDY}", RETRY_HEADERS
+        page = render_search_page(query[:100], [], tasks=tasks, task=task or "", problem=problem)
+        return HTMLResponse(page, status, headers)
+
+    async def _read_form(self, request: Request) -> SearchRequest:
+        # Pages of other sites can send forms without a question to this server.
+        if not _is_own_form(request):
+            raise HTTPException(403, "Origin: send the form from the page of this server")
+        try:
+            body = await self._read_body(request, "multipart/form-data")
+        except HTTPException as error:
+            if error.status_code == 413:
+                limit = human_bytes(self._limits.max_bytes)
+                error.detail = (
+                    f"file: larger than {limit}. Choose a smaller one, or start the server with a "
+                    "larger --max_bytes"
+                )
+            raise
+        return await asyncio.to_thread(read_search_form, request.headers["content-type"], body)
 
     async def go_to_search(self, request: Request) -> Response:
         """Answer ``GET /``."""
@@ -206,11 +238,11 @@ class ModelGateway:
             raise UserError(answer["error"])
         return answer
 
-    async def _read_body(self, request: Request) -> bytes:
+    async def _read_body(self, request: Request, expected: str = "application/json") -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Pages of other sites can send other types without a question to this server.
-        if kind != "application/json":
-            raise HTTPException(415, "Content-Type: send application/json")
+        # Pages of other sites can send other types than JSON without a question to this server.
+        if kind != expected:
+            raise HTTPException(415, f"Content-Type: send {expected}")
         limit = self._limits.max_bytes
         too_large = HTTPException(413, f"the request is larger than {limit} bytes; send parts")
         declared = request.headers.get("content-length", "")
@@ -371,7 +403,7 @@ def build_routes(gateway: ModelGateway) -> list[Route]:
     """
     return [
         Route("/", gateway.go_to_search),
-        Route("/search", gateway.show_search),
+        Route("/search", gateway.show_search, methods=["GET", "POST"]),
         Route("/health", gateway.health),
         Route("/metrics", gateway.show_metrics),
         Route("/v1/tasks", gateway.list_tasks),
@@ -397,8 +429,17 @@ def answer_overload(reason: str) -> Response:
     Args:
         reason: of the overload.
     """
-    message = f"{reason}; send the request again"
-    return build_error(503, message, {"Retry-After": str(RETRY_AFTER_S)})
+    return build_error(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)
+
+
+def _is_own_form(request: Request) -> bool:
+    """Return whether no browser, or a page of this server, sent a form."""
+    site = request.headers.get("sec-fetch-site")
+    # Browsers omit this header where a connection is neither encrypted nor local.
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is None or origin.partition("://")[2] == request.headers.get("host")
 
 
 def _is_local_name(host: str) -> bool:

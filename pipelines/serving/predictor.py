@@ -168,12 +168,12 @@ class TaskPredictor:
         inputs = memory_inputs(rows, spec.towers[tower], self.model.config)
         return self.runner.embed(task, tower, inputs)
 
-    def embed_item(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
-        """Return the unit vector (E,) of one input in a retrieval task's space.
+    def read_row(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
+        """Return the model input of an item; a file with several functions is rejected.
 
         Args:
             item: of the modality that the tower reads.
-            task: a retrieval task.
+            task: name of the task.
             tower: of the task.
 
         Raises:
@@ -185,8 +185,18 @@ class TaskPredictor:
                 f"{item.where or item.name}: {len(arrays)} functions, expected one. Give a file "
                 "with one function"
             )
+        return arrays[0][1]
+
+    def embed_row(self, row: np.ndarray, task: str, tower: str) -> np.ndarray:
+        """Return the unit vector (E,) of one model input in a retrieval task's space.
+
+        Args:
+            row: of :meth:`read_row`.
+            task: a retrieval task.
+            tower: of the task.
+        """
         plan = self.model.config.tasks[task].towers[tower]
-        inputs = memory_inputs([array for _, array in arrays], plan, self.model.config)
+        inputs = memory_inputs([row], plan, self.model.config)
         vector: np.ndarray = self.runner.embed(task, tower, inputs)[0]
         return vector
 

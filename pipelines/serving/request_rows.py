@@ -5,6 +5,7 @@ requests with :func:`read_prediction_request`.
 """
 
 import base64
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ DEFAULT_TOP = 5
 MAX_TOP = 100
 #: Characters of a text that a search ranks for; an encoder reads fewer tokens.
 MAX_QUERY_LENGTH = 1000
+#: Bytes of the headers and of the short fields of a form.
+MAX_FIELD_BYTES = 2**18
 ROW_KEYS = ("text", "file", "name", "task", "keywords")
 
 
@@ -127,6 +130,40 @@ def read_search_request(body: bytes) -> SearchRequest:
         return build_search_request(query, task, top)
     item = PredictionItem(name or "file", data=_decode_file(str(file), "file"), where="file")
     return SearchRequest(item, task or None, top)
+
+
+def read_search_form(content_type: str, body: bytes) -> SearchRequest:
+    """Return the request of the search page's form: a ``file``, and a ``task`` or an empty one.
+
+    Args:
+        content_type: ``multipart/form-data`` with its boundary.
+        body: of the request.
+
+    Raises:
+        UserError: the body is not such a form, or has no file.
+    """
+    from werkzeug.exceptions import RequestEntityTooLarge
+    from werkzeug.formparser import FormDataParser
+    from werkzeug.http import parse_options_header
+
+    parser = FormDataParser(
+        # The body is in memory already; a temporary file would copy it to the disk.
+        stream_factory=lambda *_, **__: io.BytesIO(),
+        max_form_memory_size=MAX_FIELD_BYTES,
+        max_form_parts=len(("file", "task")),
+        silent=False,
+    )
+    kind, options = parse_options_header(content_type)
+    try:
+        _, fields, files = parser.parse(io.BytesIO(body), kind, len(body), options)
+    except (ValueError, RequestEntityTooLarge):
+        raise UserError("the form is damaged; send a file, and optionally a task") from None
+    sent = files.get("file")
+    content = b"" if sent is None else sent.read()
+    if sent is None or not content:
+        raise UserError("file: no file, or an empty one; choose another file")
+    item = PredictionItem(sent.filename or "file", data=content, where=sent.filename or "file")
+    return SearchRequest(item, fields.get("task") or None)
 
 
 def build_search_request(

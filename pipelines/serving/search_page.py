@@ -1,21 +1,38 @@
 """Search results as one self-contained HTML page: images are embedded, text is escaped.
 
-``skillnet search`` calls :func:`render_search_page`.
+``skillnet search`` and ``skillnet serve`` call :func:`render_search_page`. The page has no script:
+forms send text and files, and browsers accept a dropped file on a file input.
 """
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from pipelines.serving.input_items import MODALITY_SUFFIXES
 from skillnet_platform.html_page import render_page
 
 #: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.
 THUMBNAIL_PIXELS = 144
 #: Columns of a spectrogram at most; the frames of longer audio are sampled evenly.
 MAX_SPECTROGRAM_COLUMNS = 400
+#: Bytes of a text or code that the page shows as the query.
+MAX_PREVIEW_BYTES = 4000
+#: Largest recording that the page plays; a longer one is shown only.
+MAX_PLAYER_BYTES = 4 * 2**20
+#: Suffix of an audio file -> its MIME type below ``audio``; others are ``mpeg``.
+AUDIO_TYPES = {
+    ".wav": "wav",
+    ".flac": "flac",
+    ".ogg": "ogg",
+    ".opus": "ogg",
+    ".m4a": "mp4",
+    ".aac": "aac",
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +56,32 @@ class ResultCard:
     code: str | None = None
 
 
+@dataclass(frozen=True)
+class QueryPreview:
+    """A file as the query, as the page shows it.
+
+    Args:
+        modality: of the file.
+        media: image (H, W, C) or video (N, H, W, C) uint8; None for text and code.
+        code: text or source code, or None.
+        recording: bytes of an audio file for a player, or None.
+    """
+
+    modality: str
+    media: np.ndarray | None = None
+    code: str | None = None
+    recording: bytes | None = None
+
+
 def render_search_page(
     query: str,
     cards: Sequence[ResultCard],
     facts: Sequence[tuple[str, str]] = (),
     credit: str = "",
-    tasks: Sequence[str] = (),
+    tasks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     task: str = "",
     problem: str = "",
+    preview: QueryPreview | None = None,
 ) -> str:
     """Return the page as HTML text.
 
@@ -55,9 +90,11 @@ def render_search_page(
         cards: results, best first.
         facts: (name, value) pairs about the search.
         credit: authors and licences of the shown data.
-        tasks: that a server can search; with them the page has an input box.
+        tasks: modality of queries -> tasks that a server can search; with them the page has an
+            input box and a file input.
         task: the selected one.
         problem: reason why no results are shown.
+        preview: of a file as the query.
     """
     # A search without results still writes its page.
     top = max((card.score for card in cards), default=1.0)
@@ -67,10 +104,14 @@ def render_search_page(
         "cards": [(card, _bar_percent(card.score, low, top), _media_uri(card)) for card in cards],
         "facts": list(facts),
         "credit": credit,
-        "tasks": list(tasks),
+        "tasks": tasks,
+        "suffixes": [suffix for each in tasks for suffix in MODALITY_SUFFIXES[each]],
         "task": task,
         "problem": problem,
         "wide": any(card.code is not None for card in cards),
+        "preview": preview,
+        "preview_uri": "" if preview is None else _media_uri(preview),
+        "recording_uri": "" if preview is None else _recording_uri(preview, query),
     }
     return render_page("search.html", values, package="pipelines.serving")
 
@@ -130,5 +171,13 @@ def _bar_percent(score: float, low: float, top: float) -> int:
     return 100 if top <= low else round(15 + 85 * (score - low) / (top - low))
 
 
-def _media_uri(card: ResultCard) -> str:
-    return "" if card.media is None else media_data_uri(card.media)
+def _media_uri(shown: ResultCard | QueryPreview) -> str:
+    return "" if shown.media is None else media_data_uri(shown.media)
+
+
+def _recording_uri(preview: QueryPreview, name: str) -> str:
+    if preview.recording is None or len(preview.recording) > MAX_PLAYER_BYTES:
+        return ""
+    # Chromium looks at the bytes as well, but plays nothing of an unknown type.
+    kind = AUDIO_TYPES.get(Path(name).suffix.lower(), "mpeg")
+    return f"data:audio/{kind};base64,{base64.b64encode(preview.recording).decode()}"

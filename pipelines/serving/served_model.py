@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.serving.input_items import find_item_modality
+from pipelines.serving.input_items import find_item_modality, printable_name
 from pipelines.serving.predictor import to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from skillnet.skills import MODALITIES
@@ -92,8 +92,11 @@ class ServedModel:
             }
             for name, task in self.predictor.model.config.tasks.items()
         }
-        search = {modality: list(found) for modality, found in self.searches.items() if found}
-        return {"model": self.name, "tasks": tasks, "search": search}
+        return {"model": self.name, "tasks": tasks, "search": self._list_searches()}
+
+    def _list_searches(self) -> dict[str, list[str]]:
+        """Return the tasks that rank rows for each modality of queries."""
+        return {modality: list(found) for modality, found in self.searches.items() if found}
 
     def predict(self, requests: Sequence[PredictionRequest]) -> list[ServedAnswer]:
         """Answer several requests with common passes of the model.
@@ -142,11 +145,12 @@ class ServedModel:
         """
         try:
             search = self._find_search(request)
-            hits = search.find_hits(request.query, request.top)
+            row = search.read_query(request.query)
         except UserError as error:
             return {"error": str(error)}
-        tasks = list(self.searches[search.modality])
-        return {"html": search.render_hits(request.query.name, hits, tasks)}
+        hits, preview = search.rank_rows(row, request.top), search.preview_query(request.query, row)
+        name = printable_name(request.query.name)
+        return {"html": search.render_hits(name, hits, self._list_searches(), preview)}
 
     def _find_search(self, request: SearchRequest) -> "CorpusSearch":
         modality = find_item_modality(request.query)

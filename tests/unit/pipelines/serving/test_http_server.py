@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from urllib3.filepost import encode_multipart_formdata
 
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
@@ -294,6 +295,80 @@ def test_the_search_page_has_an_input_box_and_escapes_everything(service: Servic
     assert "&lt;b&gt;" in page
 
 
+def send_form(service: Service, content: bytes, name: str, **headers: str) -> tuple[int, str]:
+    """Send a file as the search page does; return status and page."""
+    body, kind = encode_multipart_formdata({"task": "", "file": (name, content)})
+    status, page, _ = service.ask("/search", data=body, **{"Content-Type": kind, **headers})
+    return status, page
+
+
+def draw_png() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
+    return picture.getvalue()
+
+
+def test_the_search_page_takes_a_file(service: Service) -> None:
+    assert '<input name="file" type="file" required accept=' in service.ask("/search")[1]
+    status, page = send_form(service, draw_png(), "a<script>.png")
+    assert (status, page.count("<li>")) == (200, 12)
+    assert "<script" not in page
+    assert "<dt>task</dt><dd>text_to_image</dd>" in page
+    assert 'alt="the image of a&lt;script&gt;.png as the model reads it"' in page
+    # The next file may have another type.
+    assert page.count("selected") == 1
+    status, page = send_form(service, b"def add(a, b):\n    return a + b\n", "a.py")
+    assert (status, "return a + b" in page.partition("<figcaption>")[0]) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "status", "message"),
+    [
+        (b"x", "a.bin", 422, "a.bin: unknown file type"),
+        (b"\x89PNG broken", "b.png", 422, "b.png: "),
+        (b"", "c.png", 422, "file: no file, or an empty one"),
+        (b"\x89PNG" * 60_000, "d.png", 413, "file: larger than "),
+    ],
+    ids=["type", "damaged", "empty", "large"],
+)
+def test_a_wrong_file_of_the_search_page_has_one_message(
+    service: Service, content: bytes, name: str, status: int, message: str
+) -> None:
+    found, page = send_form(service, content, name)
+    assert found == status
+    assert page.count('<p role="alert">') == 1
+    assert f'<p role="alert">{message}' in page
+    assert 'type="file"' in page
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("Sec-Fetch-Site", "cross-site", 403),
+        ("Sec-Fetch-Site", "same-site", 403),
+        ("Sec-Fetch-Site", "same-origin", 200),
+        ("Origin", "http://evil.example", 403),
+        ("Origin", "null", 403),
+        ("Origin", "", 200),
+    ],
+)
+def test_a_page_of_another_site_cannot_send_a_file(
+    service: Service, header: str, value: str, status: int
+) -> None:
+    assert send_form(service, draw_png(), "a.png", **{header: value or service.url})[0] == status
+
+
+def test_a_damaged_form_has_a_message(service: Service) -> None:
+    for kind, body in (
+        ("multipart/form-data", b"x"),
+        ("multipart/form-data; boundary=a", b"--a\r\nbroken"),
+        ("multipart/form-data; boundary=a", b"--a\r\n" + b"y" * 190_000),
+    ):
+        status, page, _ = service.ask("/search", data=body, **{"Content-Type": kind})
+        assert (status, page.count('<p role="alert">')) == (422, 1)
+    assert service.ask("/search", data=b"{}")[0] == 415
+
+
 def test_search_answers_as_json(service: Service) -> None:
     status, body, _ = service.ask("/v1/search", {"query": "红色的方块", "top": 3})
     answer = json.loads(body)
@@ -301,9 +376,7 @@ def test_search_answers_as_json(service: Service) -> None:
     assert service.error("/v1/search", {"query": "a", "task": "text_to_imag"})[1].endswith(
         "did you mean 'text_to_image'?"
     )
-    picture = io.BytesIO()
-    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
-    file = base64.b64encode(picture.getvalue()).decode()
+    file = base64.b64encode(draw_png()).decode()
     # The candidate tower reads the picture, so captions are ranked.
     asked = {"file": file, "name": "a.png", "top": 2}
     status, body, _ = service.ask("/v1/search", asked)

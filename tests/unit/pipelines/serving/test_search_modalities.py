@@ -176,7 +176,8 @@ def test_the_other_tower_ranks_rows_or_captions_for_a_file(
     vectors = InferenceRunner(model).embed("searched", ranked, inputs)
     item = read_query(SearchConfig(**ask(asked, tmp_path)))  # type: ignore[arg-type]
     predictor = open_predictor(resolve_model(run), data)
-    query = predictor.embed_item(item, "searched", {"query": "candidate"}.get(ranked, "query"))
+    tower = {"query": "candidate"}.get(ranked, "query")
+    query = predictor.embed_row(predictor.read_row(item, "searched", tower), "searched", tower)
     best = np.sort(vectors @ query)[::-1][:3]
     np.testing.assert_allclose([hit.score for hit in found.hits], best, atol=1e-5)
 

@@ -7,7 +7,13 @@ import re
 import numpy as np
 from PIL import Image
 
-from pipelines.serving.search_page import ResultCard, media_data_uri, render_search_page
+from pipelines.serving import search_page
+from pipelines.serving.search_page import (
+    QueryPreview,
+    ResultCard,
+    media_data_uri,
+    render_search_page,
+)
 
 HOSTILE = '<script>alert("1")</script> & "红色的心"\''
 
@@ -68,3 +74,23 @@ def test_no_results_and_equal_scores():
         )
         == 2
     )
+
+
+def test_a_recording_as_the_query_can_be_played(monkeypatch):
+    shown = QueryPreview("sound", np.zeros((8, 8, 1), np.uint8), recording=b"RIFF")
+    tasks = {"text": ["sound_to_text"], "sound": ["sound_to_text"]}
+    html = render_search_page("a.wav", [], tasks=tasks, task="sound_to_text", preview=shown)
+    assert '<audio controls src="data:audio/wav;base64,UklGRg=="' in html
+    assert "media-src data:" in html
+    assert 'value=""' in html
+    monkeypatch.setattr(search_page, "MAX_PLAYER_BYTES", 3)
+    html = render_search_page("a.wav", [], tasks=tasks, preview=shown)
+    assert ("<audio" in html, "<img" in html) == (False, True)
+
+
+def test_inputs_follow_the_tasks():
+    html = render_search_page("", [], tasks={"image": ["twins"]})
+    assert ('name="query"' in html, 'name="file"' in html) == (False, True)
+    assert ".png" in html
+    assert ".wav" not in html
+    assert "<form" not in render_search_page("x", [])
