@@ -236,7 +236,7 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
         answered: inputs with their predictions, in order.
     """
     for task in dict.fromkeys(prediction.task for _, prediction in answered):
-        rows, has_texts = [], False
+        rows, queries = [], set[str]()
         for row, p in answered:
             if p.task != task:
                 continue
@@ -244,7 +244,8 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
             others = "\n".join(f"{_short(n, 32)} {v:.3f}" for n, v in p.alternatives[1:])
             label = [str(row.row.get("id", "")), row.line or ""]
             rows.append([*label, _short(p.input), answer, score if p.answer else "–", others])
-            has_texts |= not p.answer and bool(p.embedding)
+            if not p.answer and p.embedding:
+                queries.add('"…"' if row.item and row.item.text is not None else "--file FILE")
         columns = ["id", "line", "input", "answer", "score", "alternatives"]
         # Inputs of the command line have neither id nor line; transcripts have no alternatives.
         always = ("input", "answer", "score")
@@ -252,9 +253,9 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
         console.print_table(
             task, [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
         )
-        if has_texts:
+        for query in sorted(queries):
             console.print_note(
-                f'to rank the rows of a corpus for a text: skillnet search "…" --task {task}'
+                f"to rank the rows of a corpus for it: skillnet search {query} --task {task}"
             )
 
 

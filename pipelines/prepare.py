@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.config.corpus_options import rewrite_corpus_options
-from pipelines.corpora import BUILT_IN, open_external_corpus
+from pipelines.config.corpus_options import check_pairs, rewrite_corpus_options
+from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, open_external_corpus
 from pipelines.corpora.base import JOINED_ROW
 from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
 from pipelines.preprocessing.remote_staging import stage_locally
@@ -31,7 +31,7 @@ class PrepareConfig:
             pytorrent, codesearchnet, folder, webdataset, hf_dataset.
         pair: NAME=FIRST+SECOND; repeatable. Joins two prepared corpora of different media to one
             whose rows have both, for retrieval between them. Rows pair by equal labels of
-            ``task: pairs``, or by equal first captions.
+            ``task: pairs``, or by equal first captions, within each split.
         options: name of an external corpus -> options of its format, listed in
             docs/own-corpora.md.
         tokenizer: tokenizer.json, or directory of a saved transformers tokenizer, for external
@@ -97,6 +97,8 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     # A mistyped name would otherwise prepare the corpus with default options.
     if unknown := sorted(set(config.options) - set(config.corpus)):
         raise UserError(f"options.{unknown[0]}: no such corpus is given with --corpus")
+    # Checked before the preparation, which may take hours.
+    check_pairs(config.pair, {*config.corpora, *config.corpus, *BUILT_IN, *EXTRA_BUILT_IN})
     external = [
         open_external_corpus(name, path, config.options.get(name))
         for name, path in config.corpus.items()

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from pipelines.config.corpus_options import CORPUS_NAME
 from pipelines.corpora.base import Corpus
 from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.io.directory import SourceDirectory
@@ -56,7 +57,6 @@ READERS = {
     "folder": "pipelines.corpora.readers.folder:FolderCorpus",
 }
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 #: ``reader:path``, but not ``s3://path``.
 _READER_PREFIX = re.compile(
     r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_.]+:[A-Za-z0-9_]+)?):(?!//)(.+)"
@@ -89,7 +89,7 @@ def open_external_corpus(
     Raises:
         UserError: the format or an option is unknown, or the path does not hold the format.
     """
-    if not _NAME.fullmatch(name):
+    if not CORPUS_NAME.fullmatch(name):
         raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
     if name in BUILT_IN or name in EXTRA_BUILT_IN:
         raise UserError(f"--corpus {name}: this is a built-in corpus; choose another name")

@@ -142,7 +142,7 @@ def build_bundle(
                 task: {
                     "corpus": corpus.name,
                     "corpus_digest": corpus.digest,
-                    "licences": list_licences(corpus.name),
+                    "licences": list_licences(corpus.source_names),
                     "names": names[task],
                     "limit": source.limits.get(task),
                     "preprocessing": preprocessing[task],

@@ -12,17 +12,18 @@ EVALUATION_CSV = "evaluation.csv"
 FIGURE_COLUMNS = ("task", "split", "metric", "value", "low", "high")
 
 
-def list_licences(corpus: str) -> list[str]:
-    """Return ``source: licence`` of the data of a built-in corpus; [] for other corpora.
+def list_licences(corpora: Iterable[str]) -> list[str]:
+    """Return ``source: licence`` of the data of built-in corpora; [] for other corpora.
 
     Args:
-        corpus: name of the corpus.
+        corpora: names of the corpora that rows come from.
     """
-    from pipelines.corpora import BUILT_IN, find_corpus
+    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
 
-    if corpus not in BUILT_IN:
-        return []
-    return [f"{each.requirement}: {each.licence}" for each in find_corpus(corpus).archives]
+    known = [name for name in corpora if name in BUILT_IN | EXTRA_BUILT_IN]
+    archives = [each for name in known for each in find_corpus(name).archives]
+    # Two corpora may come from one archive.
+    return list(dict.fromkeys(f"{each.requirement}: {each.licence}" for each in archives))
 
 
 def read_run_figures(run: Path | None) -> list[dict[str, Any]]:

@@ -120,6 +120,11 @@ class PreparedCorpus:
         return str(self.manifest["task"])
 
     @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the prepared corpora that its rows come from: its own, or two."""
+        return tuple((self.manifest.get("paired") or {}).get("corpora") or (self.name,))
+
+    @property
     def digest(self) -> str:
         """Digest of the manifest, which covers every byte of the shards."""
         return str(self.manifest["digest"])

@@ -36,7 +36,8 @@ def _add_targets(folder: Path, name: str) -> None:
             continue
         table = opened.table().combine_chunks()
         for column, values in _targets(folder, len(table)).items():
-            if column == "group":  # the given groups have too few rows per split
+            # The given groups have too few rows per split, and captions of no other corpus.
+            if column in ("group", "captions", "caption_tokens") and column in table.column_names:
                 table = table.set_column(table.column_names.index(column), column, values)
             elif column not in table.column_names:
                 table = table.append_column(column, values)
@@ -56,7 +57,7 @@ def _add_targets(folder: Path, name: str) -> None:
 def _targets(folder: Path, rows: int) -> dict[str, Any]:
     numbers = np.arange(rows)
     sets = [[kind for kind in range(3) if number % (kind + 2) == 0] for number in numbers]
-    captions = [[f"第{number}个的说明"] for number in numbers]
+    captions = [[f"第{number // 3}个的说明"] for number in numbers]
     tokens = encode_captions(load_tokenizer(folder / "tokenizer.json"), captions)
     return {
         "group": pa.array(numbers // 3, pa.int64()),
