@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.serving.bundle_facts import list_licences
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.retrieval_index import build_retrieval_index
 from skillnet.skills import Task, find_task
@@ -44,7 +45,7 @@ class SearchHit:
     Args:
         rank: from 1.
         score: cosine similarity to the query.
-        key: of the row.
+        key: of the row, or of its partner if the second medium of rows in two media is ranked.
         split: of the row.
         caption: first caption of the row; its text or transcript, or its key, if it has none.
         captions: all captions of the row.
@@ -87,6 +88,7 @@ class CorpusSearch:
     ) -> None:
         from pipelines.config.folds import FoldConfig
         from pipelines.evaluation.evaluator import locate_task_corpus
+        from pipelines.loading.task_columns import PAIRED_PREFIX, tower_column
         from pipelines.runs.vocabulary_match import check_corpus_vocabulary
         from pipelines.shards.dataset import open_corpus
         from pipelines.shards.folds import open_fold
@@ -97,6 +99,10 @@ class CorpusSearch:
         assert query_tower is not None, f"{task} reads no {modality}"
         self._query_tower = query_tower
         ranked = "candidate" if self._query_tower == "query" else "query"
+        #: Column and modality of the media that hits show: the ranked ones, or those of the rows.
+        shown = spec.row_tower if ranked == spec.caption_tower else ranked
+        self._column, self._shown = tower_column(spec, shown), spec.towers[shown].modality
+        self._prefix = PAIRED_PREFIX if shown == spec.paired_tower else ""
         corpus = open_corpus(locate_task_corpus(data, task, source.corpora))
         # Rows of a reserve are for the final evaluation of a study.
         self.corpus = open_fold(corpus, FoldConfig())
@@ -145,7 +151,7 @@ class CorpusSearch:
             top: number of results.
         """
         scores = self._vectors @ self.predictor.embed_row(query_row, self.task, self._query_tower)
-        return _rank_hits(self.corpus, self.splits, scores, top)
+        return _rank_hits(self.corpus, self.splits, scores, top, self._prefix)
 
     def preview_query(self, query: PredictionItem, query_row: np.ndarray) -> "QueryPreview | None":
         """Return what a page shows of a file as the query; None for a text.
@@ -194,12 +200,30 @@ class CorpusSearch:
         for hit in hits:
             others = [caption for caption in hit.captions if caption != hit.caption]
             details = ([" · ".join(others)] if others else []) + [f"{hit.key} · {hit.split}"]
-            media, code = _load_content(self.corpus, hit)
+            media, code = self._load_content(hit)
             cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
         credit = credit_line(self.corpus)
         return render_search_page(
             query, cards, facts, credit, tasks or {}, self.task, preview=preview
         )
+
+    def _load_content(self, hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
+        """Return the picture or the video of a hit, or its text or code."""
+        from pipelines.serving.search_page import draw_log_mel
+        from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
+
+        table = self.corpus.splits[hit.split].table()
+        if self._shown in ("text", "code"):
+            return None, _read_cell(table, self._prefix + self._shown, hit.row)
+        column = open_column(table, self._column, self.corpus.name)
+        rows = np.array([hit.row])
+        if isinstance(column, RaggedColumn):
+            return draw_log_mel(column.take(rows)[0][0]), None
+        assert isinstance(column, FixedColumn)
+        media = column.take(rows)[0]
+        # Pen paths are white on black for the model; the page shows them black on white.
+        about = self.corpus.manifest["paired"] if self._prefix else self.corpus.manifest
+        return (255 - media if "pen" in about.get("preprocessing", {}) else media), None
 
 
 def find_query_tower(task: Task, modality: str) -> str | None:
@@ -308,32 +332,35 @@ def _has_captions(table: Any) -> bool:
 
 
 def credit_line(corpus: "PreparedCorpus") -> str:
-    """Return authors and licences of the data of a built-in corpus; "" for other corpora.
+    """Return authors and licences of the data of built-in corpora; "" for other corpora.
 
     Args:
         corpus: that was searched.
     """
-    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
-
-    if corpus.name not in BUILT_IN | EXTRA_BUILT_IN:
-        return ""
-    archives = find_corpus(corpus.name).archives
-    return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."
+    licences = list_licences(corpus.source_names)
+    return f"From {'; '.join(licences)}." if licences else ""
 
 
 def _rank_hits(
-    corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int
+    corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int, prefix: str
 ) -> list[SearchHit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
     hits: list[SearchHit] = []
+    found: set[str] = set()
     # Equal scores keep the order of the rows, so that results are reproducible.
-    for rank in np.argsort(-scores, kind="stable")[:top]:
+    for rank in np.argsort(-scores, kind="stable"):
+        if len(hits) == top:
+            break
         # The end of a split is the first row of the next one, hence side="right".
         number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]
         row = int(rank) - int(ends[number]) + corpus.splits[name].rows
         table = corpus.splits[name].table()
-        key = _read_cell(table, "key", row)
+        key = _read_cell(table, prefix + "key", row)
+        # Several rows may have one partner.
+        if prefix and key in found:
+            continue
+        found.add(key)
         captions = _read_cell(table, "captions", row) or []
         # Audio may have a transcript only, and the rows of a split for prediction have neither.
         caption = captions[0] if captions else _read_cell(table, "text", row) or key
@@ -346,24 +373,3 @@ def _rank_hits(
 def _read_cell(table: Any, column: str, row: int) -> Any:
     """Return the value of a row, or None if the table has no such column."""
     return table.column(column)[row].as_py() if column in table.column_names else None
-
-
-def _load_content(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
-    """Return the picture or the video of a hit, or its text or code."""
-    from pipelines.loading.task_columns import INPUT_COLUMNS
-    from pipelines.serving.search_page import draw_log_mel
-    from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
-
-    table = corpus.splits[hit.split].table()
-    if corpus.modality in ("text", "code"):
-        return None, _read_cell(table, corpus.modality, hit.row)
-    # The modality selects the column: "frames" are pixels of a video, and lengths of audio.
-    column = open_column(table, INPUT_COLUMNS[corpus.modality], corpus.name)
-    rows = np.array([hit.row])
-    if isinstance(column, RaggedColumn):
-        return draw_log_mel(column.take(rows)[0][0]), None
-    assert isinstance(column, FixedColumn)
-    media = column.take(rows)[0]
-    # Pen paths are white on black for the model; the page shows them black on white.
-    is_drawn = "pen" in corpus.manifest.get("preprocessing", {})
-    return (255 - media if is_drawn else media), None

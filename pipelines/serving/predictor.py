@@ -200,13 +200,16 @@ class TaskPredictor:
         vector: np.ndarray = self.runner.embed(task, tower, inputs)[0]
         return vector
 
-    def _max_tokens(self, task: str, kind: str) -> int:
-        """Return the maximum tokens of a text, of code or of a query, as in training."""
+    def _max_tokens(self, task: str, kind: str, is_own: bool = True) -> int:
+        """Return the maximum tokens of a text, of code or of a query, as in training.
+
+        The limit of a task is about the corpus' own modality, not about a second medium.
+        """
         settings = self.preprocessing.get(task, {})
         limits = [settings[key] for key in TRUNCATION_KEYS[kind] if settings.get(key)]
         if kind == "query":
             limits = limits or [text.CAPTION_TOKENS]
-        elif limit := self.limits.get(task):
+        elif is_own and (limit := self.limits.get(task)):
             limits.append(limit)
         # Preparation, training and the model each have a limit; the tightest one held in training.
         return min([*limits, self.model.config.max_tokens])
@@ -229,9 +232,10 @@ class TaskPredictor:
             raise UserError(
                 f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
             )
-        for name in sort_rows(tasks):
-            # A text without a task is classified; the embedding of a query needs an explicit task.
-            tower = tasks[name].row_tower
+        # A text without a task is classified; the embedding of a query needs an explicit task.
+        towers = [(name, tasks[name].row_tower) for name in sort_rows(tasks)]
+        towers += [(name, each) for name in sort_rows(tasks) if (each := tasks[name].paired_tower)]
+        for name, tower in towers:
             if tasks[name].towers[tower].modality == modality:
                 return name, tower
         raise UserError(
@@ -256,7 +260,7 @@ class TaskPredictor:
             if modality == "text":
                 return [(item.name, self._read_text(item, task, tower))]
             if modality == "code":
-                return self._read_functions(item, task)
+                return self._read_functions(item, task, tower)
             return [(item.name, self._read_media(item, task, modality))]
         # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
@@ -272,12 +276,16 @@ class TaskPredictor:
         limit = self._max_tokens(task, "query" if is_caption else "text")
         return self.tokenize([content], limit)[0]
 
-    def _read_functions(self, item: PredictionItem, task: str) -> list[tuple[str, np.ndarray]]:
+    def _read_functions(
+        self, item: PredictionItem, task: str, tower: str
+    ) -> list[tuple[str, np.ndarray]]:
         # The model was trained on single functions, so a file is one input for each of them.
         functions = decode_media("code", item.data or b"")
         if not functions:
             raise ValueError("the file has no functions")
-        rows = self.tokenize([f["code"] for f in functions], self._max_tokens(task, "code"))
+        is_own = tower == find_task(task, self.model.config.tasks).row_tower
+        limit = self._max_tokens(task, "code", is_own)
+        rows = self.tokenize([f["code"] for f in functions], limit)
         names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
         return list(zip(names, rows, strict=True))
 

@@ -1,22 +1,34 @@
 """Corpora of two media from the command line to a searched and exported model."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.io.wavfile
+import torch
+import yaml
+from PIL import Image
 
-from pipelines import prepare
+from pipelines import export, prepare
 from pipelines.preprocessing.paired_corpus import take_rows, write_paired_corpus
+from pipelines.runs.model_source import resolve_model
+from pipelines.search import SearchConfig, search_corpus
+from pipelines.serving.bundle import open_predictor
 from pipelines.serving.bundle_facts import list_licences
+from pipelines.serving.input_items import read_input_item
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
+from skillnet import SkillNet
+from skillnet.skills import known_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.labelled_corpora import write_labelled_corpora
-from tests.helpers.readable_corpora import write_corpora
+from tests.helpers.readable_corpora import config, write_corpora
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +52,51 @@ def edit_corpus(
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def test_a_pair_is_prepared(data: Path) -> None:
-    assert prepare.main(["--pair", "both=drawings+syllables", "--data", str(data)]) == 0
-    assert open_corpus(data / "both").task == "sound_to_image"
+def test_a_pair_is_prepared_searched_and_exported(
+    data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One sound for the three drawings of a group.
+    edit_corpus(data / "syllables", lambda _, table: table.take(list(range(0, len(table), 3))))
+    given = ["--pair", "both=drawings+syllables", "--data", str(data)]
+    assert prepare.main(given) == 0
+    capsys.readouterr()
+    corpus = open_corpus(data / "both")
+    task = known_tasks()[corpus.task]
+    torch.manual_seed(0)
+    SkillNet(replace(config(), tasks={"heard": task})).save_pretrained(tmp_path / "run" / "model")
+    settings = {"training": {}, "tasks": {"heard": {"corpus": "both"}}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    wave = 9000 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+    scipy.io.wavfile.write(tmp_path / "a.wav", 16000, wave.astype(np.int16))
+    rows = corpus.splits["train"].table()
+    for file, column in (("a.wav", "key"), ("a.png", "paired_key")):
+        found = search_corpus(
+            SearchConfig(
+                file=str(tmp_path / file),
+                model=str(tmp_path / "run"),
+                data=str(data),
+                splits=["train"],
+                html=str(tmp_path / f"{file}.html"),
+                top=500,
+            )
+        )
+        # Each row of the ranked medium once, and named by its own key.
+        keys = rows[column].to_pylist()
+        assert len(keys) > len(set(keys)) or column == "key"
+        assert sorted(hit.key for hit in found.hits) == sorted(set(keys))
+        assert all(keys[hit.row] == hit.key for hit in found.hits)
+        page = (tmp_path / f"{file}.html").read_text(encoding="utf-8")
+        assert len(set(re.findall('<img src="data:image/png[^"]*"', page))) > 3
+    predictor = open_predictor(resolve_model(str(tmp_path / "run")), data)
+    items = [read_input_item(tmp_path / file) for file in ("a.png", "a.wav")]
+    assert [len(found.embedding) for found in predictor.predict(items)] == [8, 8]
+    target = ["--output", str(tmp_path / "hf"), "--model", str(tmp_path / "run")]
+    assert export.main(["heard", *target, "--data", str(data), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["difference"] == 0
+    model = SkillNet.from_pretrained(tmp_path / "hf")
+    assert model.encode_image([tmp_path / "a.png"]).shape == (1, 8)
+    assert "openmoji" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
