@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from skillnet.attention import padding_bias
-from skillnet.compilation import PlanCompiler
+from skillnet.compilation import PlanCompiler, pad_tokens
 from skillnet.config import SkillNetConfig
 from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import SkillAttention, SkillFeedForward, SkillNorm, Skills, compute_dtype
@@ -70,6 +70,8 @@ class EncoderLayer(nn.Module):
         self.drop_path = config.drop_path
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
         self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None
+        #: Compiles a call whose weights are gathered; other layers are compiled with the encoder.
+        self.compiler: PlanCompiler | None = None
 
     def forward(
         self,
@@ -93,7 +95,15 @@ class EncoderLayer(nn.Module):
         active = (SHARED if has_shared else ()) + (skills if has_own else ())
         # The weights exist only inside the call, so a step cannot share merged ones.
         with share_merges(()):
-            return self.gather_weights(self._run, active)(x_BTD, skills, bias_B11T, weights_2B11)
+            call = self.gather_weights(self._run_gathered, active)
+            return call(x_BTD, skills, bias_B11T, weights_2B11)
+
+    def _run_gathered(self, x_BTD: Tensor, skills: Skills, *rest: Tensor | None) -> Tensor:
+        run, compiled = type(self)._run, None
+        if self.compiler is not None:
+            kind = self.attention_skills, self.feedforward_skills
+            compiled = self.compiler.find_compiled(self, run, x_BTD, skills, *rest, kind=kind)
+        return (compiled or run)(self, x_BTD, skills, *rest)
 
     def _run(
         self,
@@ -254,7 +264,22 @@ class Encoder(nn.Module):
         """
         if self.compiler is None:
             return self._encode(x_BTD, skills, mask_BT)
-        return self.compiler.run(self, type(self)._encode, x_BTD, skills, mask_BT)
+        padded_BTD, padded_BT = pad_tokens(x_BTD, mask_BT)
+        encode: LayerCall | None = type(self)._encode
+        # Collectives between layers are no part of a graph.
+        if not self._gathers_weights():
+            encode = self.compiler.find_compiled(
+                self, type(self)._encode, padded_BTD, skills, padded_BT
+            )
+        if encode is None:
+            return self._encode(x_BTD, skills, mask_BT)
+        return encode(self, padded_BTD, skills, padded_BT)[:, : x_BTD.shape[1]]
+
+    def _gathers_weights(self) -> bool:
+        return any(
+            isinstance(layer, EncoderLayer) and layer.gather_weights is not None
+            for layer in self.layers
+        )
 
     def _encode(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None) -> Tensor:
         # The bias is built once for all layers.

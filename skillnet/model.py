@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import Encoder
+from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.flops import task_flops
 from skillnet.heads import mean_pool
 from skillnet.layers import Skills
@@ -92,7 +92,9 @@ class SkillNet(TaskModel):
         self.encoder.recompute_layers = True
 
     def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
-        """Compile the encoder once per plan; see :class:`skillnet.compilation.PlanCompiler`.
+        """Compile the encoder, or its layers if they gather their weights, once per plan.
+
+        See :class:`skillnet.compilation.PlanCompiler`.
 
         Args:
             report: receives a line for each plan that cannot be compiled.
@@ -109,6 +111,9 @@ class SkillNet(TaskModel):
             report(f"{plan} runs without compilation ({cause})")
 
         self.encoder.compiler = PlanCompiler(report_plan, backend)
+        for layer in self.encoder.layers:
+            if isinstance(layer, EncoderLayer):
+                layer.compiler = self.encoder.compiler
 
     # -- ownership -------------------------------------------------------------------------
 

@@ -139,8 +139,9 @@ class TrainingConfig:
             experts are those of the parts. Null computes all rows at once.
         activation_checkpointing: keep only the input of each encoder layer for the backward pass,
             which computes the layer again: a third more operations, far less memory.
-        compile: compile the encoder with ``torch.compile``, once per plan; for GPUs. A plan that
-            cannot be compiled is reported, and runs without. Results differ in rounding.
+        compile: compile the encoder with ``torch.compile``, once per plan, or with ``sharding``
+            each layer; for GPUs. A plan that cannot be compiled is reported, and runs without.
+            Results differ in rounding.
         offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
             average, unless the current or the next step uses them. The result is the same.
         sparse_embeddings: update only the rows of embedding tables that have a gradient in a step,
@@ -226,11 +227,6 @@ class TrainingConfig:
             raise ValueError(
                 "training.sharding and training.offload_inactive_weights are two ways to hold "
                 "weights that a step does not use; set sharding to none, or the other to false"
-            )
-        if self.sharding != "none" and self.compile:
-            raise ValueError(
-                "training.compile: with training.sharding, weights exist only around the call of a "
-                "layer, so a plan is not one graph; set sharding to none, or compile to false"
             )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(

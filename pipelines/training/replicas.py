@@ -54,23 +54,26 @@ class TrainingReplica:
         return None if self.shards is None else self.shards.group
 
 
-def compile_plans(model: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
-    """Compile the plans of a model; the first rank names those that cannot be compiled.
+def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
+    """Compile the plans of a run; the first rank names those that cannot be compiled.
 
     Args:
-        model: of the run.
+        *models: of the run: one, or with shards those of training and of evaluation.
         rank: of this process.
         backend: of ``torch.compile``.
     """
+    reported = set[str]()
 
     def report(line: str) -> None:
-        if rank == 0:
+        if rank == 0 and line not in reported:
+            reported.add(line)
             console.print_warning(f"training.compile: {line}")
 
-    if isinstance(model, SkillNet):
-        model.enable_compilation(report, backend)
-    else:
-        report(f"the system {model.system} runs without compilation")
+    for model in models:
+        if isinstance(model, SkillNet):
+            model.enable_compilation(report, backend)
+        else:
+            report(f"the system {model.system} runs without compilation")
 
 
 def build_replica(
@@ -103,7 +106,7 @@ def build_replica(
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     if settings.compile:
-        compile_plans(model, rank)
+        compile_plans(model, rank=rank)
     bucket_bytes = settings.bucket_mb * 2**20
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
@@ -146,6 +149,8 @@ def _build_shards(
     require_sharding(structure)
     if settings.activation_checkpointing:
         structure.enable_activation_checkpointing()
+    if settings.compile:
+        compile_plans(structure, whole, rank=rank)
     active = trainable_parameters(structure, config)
     # The first rank alone holds the whole model, on the host, until it has sent all parts.
     source = build_model(config, run.corpora) if rank == 0 else None

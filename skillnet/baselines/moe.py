@@ -137,6 +137,15 @@ class MoE(SkillNet):
             layer.stores_routings = False
         return outputs
 
+    def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
+        """Report that the system is not compiled: the rows of an expert depend on values.
+
+        Args:
+            report: receives the line.
+            backend: is not used.
+        """
+        report(f"the system {self.system} runs without compilation")
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the weighted balance and z losses: sums over layers of means over towers."""
         losses = {"balance": moe_layers.balance_loss, "z": moe_layers.z_loss}

@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.layout import TRAINED
+from pipelines.training import replicas
 from pipelines.training.final_evaluation import FinalEvaluation
 from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
@@ -161,6 +163,36 @@ def test_other_systems_equal_one_process(data: Path, tmp_path: Path) -> None:
     for system in SYSTEMS:
         assert_equal_runs(tmp_path / "run" / system, tmp_path / "alone" / system)
         assert read_rows(tmp_path / "run" / system) == read_rows(tmp_path / "alone" / system)
+
+
+def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
+    """Train without and with compilation: all layers of the plan share one graph."""
+    # The ranks of other tests start seconds earlier without the compiler.
+    from torch._dynamo.utils import counters
+
+    expected = train_model(ResolvedRun(config), rank=rank, world=world)
+    replicas.compile_plans = partial(replicas.compile_plans, backend="aot_eager")
+    config.training.compile = True
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = train_model(ResolvedRun(config), rank=rank, world=world)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=1e-9)
+    assert found.shards is not None
+    assert expected.shards is not None
+    torch.testing.assert_close(
+        found.shards.parameters, expected.shards.parameters, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_compiled_layers_equal_plain_ones(data: Path) -> None:
+    """Weights are freed after each layer and gathered again, which the graphs must not notice."""
+    config = small_config(data, steps=3, activation_checkpointing=True, sharding="full")
+    task = "text_classification"
+    # Each rank has several rows: one row needs a graph of its own.
+    config.tasks = {task: replace(config.tasks[task], batch_size=9)}
+    config.model = replace(config.model, tasks={task: config.model.tasks[task]})
+    run_ranks(2, compare_compiled, config)
 
 
 def finish_on_nodes(rank: int, world: int, config: FinetuneConfig, run: str) -> None:

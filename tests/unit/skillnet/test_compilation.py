@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipelines.config.run import TrainingConfig
 from pipelines.training.replicas import compile_plans
+from skillnet.baselines.moe import MoE, MoEOptions
 from skillnet.compilation import PlanCompiler
 from skillnet.model import SkillNet
 from skillnet.skills import masked_tasks
@@ -103,9 +103,13 @@ def test_a_plan_that_cannot_be_compiled_is_reported_once(
     assert "no compiler for this processor" in lines[0]
 
 
-def test_sharded_weights_are_not_compiled() -> None:
-    with pytest.raises(ValueError, match=r"training\.compile: with training\.sharding"):
-        TrainingConfig(sharding="full", compile=True)
+def test_experts_run_without_compilation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards are two models, of training and of evaluation, and give one line."""
+    models = [MoE(small_config(num_layers=1), MoEOptions(experts=3)) for _ in range(2)]
+    compile_plans(*models)
+    assert all(model.encoder.compiler is None for model in models)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert "training.compile: the system moe runs without compilation" in line
 
 
 def test_lack_of_memory_is_no_failure_of_the_compiler() -> None:
