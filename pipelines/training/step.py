@@ -11,6 +11,7 @@ its gradients come from GradCache (Gao et al. 2021):
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch
+from pipelines.loading.dataloader import Batch, rank_slice
 from pipelines.training.gradient_sync import DistributedGather, GradientSync
 from pipelines.training.task_health import TaskHealth
 from skillnet.heads import LossInputs, head_class
@@ -70,12 +71,13 @@ def backward_step(
 
     # All towers and parts of the step read the same weights.
     with share_merges(plan.skills for plan in task.towers.values()):
-        size = config.training.micro_batch_size
-        if size is None or len(batch.rows) <= size:
+        total_rows = batch.global_rows if world > 1 else len(batch.rows)
+        count = count_parts(total_rows, world, config.training.micro_batch_size)
+        if count == 1:
             loss = compute_loss(batch)
             loss.backward()
             return loss.detach()
-        parts = list(split_batch(batch, size))
+        parts = list(split_batch(batch, count))
         if task.objective == "retrieval":
             gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
             return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
@@ -88,16 +90,34 @@ def backward_step(
         return total
 
 
-def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
-    """Yield the rows of a batch in parts of at most ``size`` rows, each of the same global batch.
+def count_parts(rows: int, world: int, size: int | None) -> int:
+    """Return the number of parts of a batch, which is equal on all ranks.
+
+    Sharded ranks gather weights in each part together, so a rank with one row less must not have
+    one part less. Only with a size of 1, parts of some ranks have two rows then.
+
+    Args:
+        rows: of all ranks.
+        world: number of ranks.
+        size: largest number of rows of a part; None computes all rows at once.
+    """
+    if size is None:
+        return 1
+    fewest, most = max(rows // world, 1), math.ceil(rows / world)
+    return min(math.ceil(most / size), fewest)
+
+
+def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield the rows of a batch in parts of nearly equal size, each of the same global batch.
 
     Args:
         batch: of this rank.
-        size: rows of a part.
+        count: number of parts, at most one for each row.
     """
     counts_B = batch.masked_counts
-    for start in range(0, len(batch.rows), size):
-        rows = slice(start, start + size)
+    for number in range(count):
+        rows = rank_slice(len(batch.rows), number, count)
+        start = rows.start
 
         def cut(tensors: Mapping[str, Tensor], rows: slice = rows) -> dict[str, Tensor]:
             return {
