@@ -193,7 +193,7 @@ def vatex(folder: Path, merged: bool = False, train: int = 10, other: int = 8) -
         text = json.dumps(shown, ensure_ascii=False)
         (folder / f"vatex_{part}.json").write_text(text, encoding="utf-8")
     (folder / "more" / "nobody_000001_000011.mp4").write_bytes(mp4(1))
-    next((folder / "clips" / "a").iterdir()).unlink()
+    min((folder / "clips" / "a").iterdir()).unlink()
     return folder
 
 

@@ -194,7 +194,7 @@ def test_inspecting_a_wrong_path_exits_with_two(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--corpus", "tnews"], "expected NAME=PATH"),
+        (["--corpus", "tnews"], "expected NAME=VALUE"),
         (["--corpus", "tnews=/nowhere"], "/nowhere: no such file or folder"),
         (["--corpus", "tnesw=/"], "did you mean 'tnews'"),
         (["tnews"], "give --corpus tnews=PATH"),
