@@ -39,6 +39,8 @@ DEFAULTS = {
 #: the autoscaler starts needs several minutes.
 ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 OBJECT_STORE_BYTES = 512 * 2**20
+#: Part of Ray's message if its processes need more than 30 s to start, which is a fixed time.
+STARTUP_TIMEOUT = "timed out during startup"
 
 
 def prepare_ray_environment() -> None:
@@ -76,7 +78,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
 
     Raises:
         UserError: ``RAY_ADDRESS`` does not answer, or is the address of a job server; or the
-            directory of Ray's sessions is not private.
+            directory of Ray's sessions is not private; or the embedded Ray does not start.
     """
     prepare_ray_environment()
     import logging
@@ -105,7 +107,8 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     _share_import_path()
     sessions = prepare_session_directory()
     with loopback.loopback_environment({DIRECTORY_VARIABLE: str(sessions)}):
-        ray.init(
+        start_embedded_ray(
+            ray,
             # By default Ray joins any cluster whose address a file in its directory names.
             address="local",
             _temp_dir=str(sessions / "ray"),
@@ -121,6 +124,32 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     # The setting is private to Ray, and another version may ignore it.
     loopback.require_loopback(ray)
     return ray
+
+
+def start_embedded_ray(ray: Any, **options: Any) -> None:
+    """Start Ray on this machine, and once more if the machine was too slow.
+
+    Args:
+        ray: the module.
+        options: of ``ray.init``.
+
+    Raises:
+        UserError: it did not start in time.
+    """
+    for is_last in (False, True):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if STARTUP_TIMEOUT not in str(error):
+                raise
+            ray.shutdown()
+            if is_last:
+                raise UserError(
+                    "Ray did not start within 30 s, twice. Other programs use the processor or the "
+                    "disk of this machine: wait for them, or end them, and repeat the command"
+                ) from None
+            console.print_warning("Ray did not start within 30 s; starting it again")
 
 
 def _warn_about_shared_sessions(ray: Any) -> None:
