@@ -23,6 +23,9 @@ from pathlib import Path
 
 from tests.chaos.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
 
+#: Home of the user of the hosts, where ssh, bash and Ray look for their files.
+HOST_HOME = Path("~root").expanduser()
+
 #: Programs of this machine without which a host is none.
 NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "pgrep", "unshare", "nsenter")
 
@@ -63,7 +66,7 @@ class Host:
         )
 
     def _enter(self) -> list[str]:
-        where = ROOT if self.name == "client" else "/root"
+        where = ROOT if self.name == "client" else HOST_HOME
         return [*self.inside.enter(), "env", f"--chdir={where}"]
 
 
@@ -86,7 +89,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
             inside = Namespaces(_host_script(name, folder), bridge)
             opened.callback(inside.close)
             plug_in(bridge, inside, number, address)
-            home = {"HOME": "/root", "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
+            home = {"HOME": str(HOST_HOME), "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
             binaries = f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" else SEARCH
             hosts[name] = Host(name, address, inside, {**home, "PATH": binaries})
         _wait_for_ssh(hosts)
@@ -115,7 +118,7 @@ def _host_script(name: str, folder: Path) -> str:
     # As Debian has it: the name leads to loopback, where the other hosts never meet it.
     etc.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
     client = name == "client"
-    own = [Path("/tmp"), Path("/root"), Path("/run")]
+    own = [Path("/tmp"), HOST_HOME, Path("/run")]
     kept = {Path(sys.base_prefix), Path(sys.prefix), folder}
     if client:
         kept.add(ROOT)
@@ -133,14 +136,17 @@ def _host_script(name: str, folder: Path) -> str:
         lines += [f"mkdir -p {path}", f"mount --rbind /mnt/{number} {path}"]
         lines += [f"umount --lazy /mnt/{number}"]
     if client:
-        lines += ["mkdir -m 700 /root/.ssh", f"cp {folder}/client_key /root/.ssh/id_ed25519"]
-        lines += [f"cp {folder}/ssh_config /root/.ssh/config"]
+        lines += [
+            f"mkdir -m 700 {HOST_HOME}/.ssh",
+            f"cp {folder}/client_key {HOST_HOME}/.ssh/id_ed25519",
+        ]
+        lines += [f"cp {folder}/ssh_config {HOST_HOME}/.ssh/config"]
     else:
         lines += [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}"]
         lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
         lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
         # Ray lowers its priority below all other processes that share the cores.
-        lines += ["echo 'export RAY_worker_niceness=0' >/root/.bashrc"]
+        lines += [f"echo 'export RAY_worker_niceness=0' >{HOST_HOME}/.bashrc"]
         lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ import yaml
 from skillnet_platform import config as configuration
 from skillnet_platform.cluster import node_requirements
 from tests.chaos.namespaces import ROOT, missing
-from tests.cluster.lab import NEEDED, Host, lab
+from tests.cluster.lab import HOST_HOME, NEEDED, Host, lab
 from tests.helpers.object_store import KEYS
 from tests.helpers.small_corpora import small_config
 from tests.helpers.synthetic_corpora import SLOW, put_archive
@@ -32,7 +32,7 @@ LATE_S = 600.0
 DASHBOARD = "http://127.0.0.1:8265"
 SKILLNET = (sys.executable, "-m", "skillnet_platform.cli")
 #: Where runs are kept on each host: in its home, which no other host sees.
-HOME = "/root/runs"
+HOME = f"{HOST_HOME}/runs"
 TRACKS = f"sqlite:///{HOME}/mlflow.db"
 BUCKET = "skillnet"
 CORPORA, RUNS = f"s3://{BUCKET}/corpora", f"s3://{BUCKET}/runs"
@@ -89,8 +89,8 @@ def start_store(client: Host, folder: Path) -> None:
         f"[default]\naws_access_key_id = {KEYS['AWS_ACCESS_KEY_ID']}\n"
         f"aws_secret_access_key = {KEYS['AWS_SECRET_ACCESS_KEY']}\n"
     )
-    client.run("mkdir", "-m", "700", "/root/.aws")
-    client.run("cp", f"{folder}/config", f"{folder}/credentials", "/root/.aws")
+    client.run("mkdir", "-m", "700", f"{HOST_HOME}/.aws")
+    client.run("cp", f"{folder}/config", f"{folder}/credentials", f"{HOST_HOME}/.aws")
     until_it_answers(client, f"{store_of(client)}/moto-api/data.json")
     client.run(sys.executable, "-c", FILL)
 
@@ -184,7 +184,7 @@ def plain(client: Host, environment: dict[str, str], *words: str) -> str:
 
 def give(client: Host, cluster: str, name: str, content: Any) -> str:
     """A file of a run that both the client and the head have; its path."""
-    path = f"/root/{name}"
+    path = f"{HOST_HOME}/{name}"
     client.run("bash", "-c", f"cat >{path} <<'END'\n{yaml.safe_dump(content)}END")
     client.run("ray", "rsync-up", cluster, path, path)
     return path
@@ -213,7 +213,7 @@ def test_the_dashboard_answers_through_a_tunnel_only(hosts: dict[str, Host], clu
             break
         time.sleep(0.5)
     assert client.run(*ask, f"{DASHBOARD}/api/version").stdout in ("401", "403")
-    token = client.run("cat", "/root/.ray/auth_token").stdout.strip()
+    token = client.run("cat", f"{HOST_HOME}/.ray/auth_token").stdout.strip()
     header = ("-H", f"Authorization: Bearer {token}")
     assert client.run(*ask, *header, f"{DASHBOARD}/api/version").stdout == "200"
 
