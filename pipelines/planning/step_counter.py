@@ -22,7 +22,7 @@ from pipelines.loading.dataloader import Batch
 from pipelines.planning.fake_weights import replace_weights
 from pipelines.training.freezing import NamedParameters, trainable_parameters
 from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.step import backward_step, step_loss
+from pipelines.training.step import backward_step, count_parts, step_loss
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
@@ -222,7 +222,7 @@ def measure_step(
     config = replace(planned.config, training=training)
     compute = ComputePrecision(precision, torch.device("cpu"))
     task = find_task(batch.task, config.model.tasks)
-    is_split = micro_batch_size is not None and len(batch.rows) > micro_batch_size
+    is_split = count_parts(len(batch.rows), 1, micro_batch_size) > 1
     try:
         with planned.fake, assume_gpu():
             for parameter in model.parameters():
