@@ -43,6 +43,12 @@ def rewrite_corpus_options(arguments: Sequence[str]) -> list[str]:
     return out
 
 
+def check_corpus_name(option: str, name: str) -> None:
+    """Raise UserError if a corpus cannot have a name that an option gives it."""
+    if not CORPUS_NAME.fullmatch(name):
+        raise UserError(f"{option} {name}: a name has letters, digits, - and _, at most 64 of them")
+
+
 def check_pairs(pairs: Mapping[str, str], taken: Collection[str]) -> dict[str, tuple[str, str]]:
     """Return the two corpora of each pair.
 
@@ -56,10 +62,7 @@ def check_pairs(pairs: Mapping[str, str], taken: Collection[str]) -> dict[str, t
     found = {}
     for name, pair in pairs.items():
         parts = pair.split("+")
-        if not CORPUS_NAME.fullmatch(name):
-            raise UserError(
-                f"--pair {name}: a name has letters, digits, - and _, at most 64 of them"
-            )
+        check_corpus_name("--pair", name)
         if name in taken:
             raise UserError(f"--pair {name}: {name} is another corpus. Give another name")
         if len(parts) != 2 or not all(CORPUS_NAME.fullmatch(part) for part in parts):

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pipelines.config.corpus_options import CORPUS_NAME
+from pipelines.config.corpus_options import check_corpus_name
 from pipelines.corpora.base import Corpus
 from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.io.directory import SourceDirectory
@@ -89,8 +89,7 @@ def open_external_corpus(
     Raises:
         UserError: the format or an option is unknown, or the path does not hold the format.
     """
-    if not CORPUS_NAME.fullmatch(name):
-        raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
+    check_corpus_name("--corpus", name)
     if name in BUILT_IN or name in EXTRA_BUILT_IN:
         raise UserError(f"--corpus {name}: this is a built-in corpus; choose another name")
     prefixed = parse_reader_prefix(place)
