@@ -38,8 +38,8 @@ class ProcessGroupConfig(BackendConfig):
         timeout_s: longest wait in a collective operation, in seconds.
     """
 
-    backend: str = "gloo"
-    timeout_s: int = 1800
+    backend: str
+    timeout_s: int
 
 
 @dataclass
