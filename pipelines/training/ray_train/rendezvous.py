@@ -102,11 +102,13 @@ def describe_build(use_gpu: bool) -> WorkerBuild:
 
     from pipelines.training.setup import pick_device
 
+    # An object of torch's own type would make the controller import torch to read it.
+    build = str(torch.__version__)
     try:
         pick_device(use_gpu)
     except UserError as error:
-        return WorkerBuild(platform.node(), torch.__version__, str(error))
-    return WorkerBuild(platform.node(), torch.__version__)
+        return WorkerBuild(platform.node(), build, str(error))
+    return WorkerBuild(platform.node(), build)
 
 
 def check_builds(workers: Sequence[WorkerBuild], use_gpu: bool) -> None:

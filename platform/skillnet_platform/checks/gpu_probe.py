@@ -136,7 +136,7 @@ def list_devices() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "build": torch.__version__,
+        "build": str(torch.__version__),
         "cuda": torch.version.cuda or "",
         "driver": _driver_version(),
         "devices": [],

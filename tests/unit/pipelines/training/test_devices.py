@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import platform
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,10 @@ def test_workers_with_different_builds_of_torch_do_not_start() -> None:
     rendezvous.check_builds(mixed, use_gpu=False)
     with pytest.raises(UserError, match=r"torch 2.13.0 on a; torch 2.12.1 on b"):
         rendezvous.check_builds([mixed[0], WorkerBuild("b", "2.12.1+cu128")], use_gpu=False)
+
+
+def test_the_controller_reads_a_worker_without_torch() -> None:
+    assert b"torch" not in pickle.dumps(rendezvous.describe_build(use_gpu=False).build)
 
 
 def test_a_worker_without_a_gpu_is_named_before_the_process_group() -> None:
