@@ -10,16 +10,26 @@ is read only if its unit is trained, and a row of another test split only if its
 """
 
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
 
 from pipelines.config.folds import RESERVE_SPLIT, FoldConfig, is_reserve
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus
 from pipelines.shards.selected_rows import SelectedSplit, list_row_units, select_rows
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 
 #: Splits whose rows a fold assigns again.
 POOL_SPLITS = ("train", "validation", "test")
+#: Split -> number of a shard -> (rows,) its rows.
+Chosen = dict[str, dict[int, np.ndarray]]
+#: Folds whose rows are kept in memory: 5 corpora of 20 folds, about half a megabyte each.
+KNOWN_FOLDS = 100
+#: Digest, splits, fold and reserve -> rows. A study opens the same folds for hundreds of runs.
+_chosen: dict[tuple[str, ...], Chosen] = {}
 
 
 def open_fold(
@@ -45,32 +55,64 @@ def open_fold(
         return replace(corpus, splits=kept)
     shards = [(split, shard) for split in corpus.splits.values() for shard in split.shards]
     tables = [split.open_shard(shard).table for split, shard in shards]
-    units = [list_row_units(table, corpus.name) for table in tables]
+    names = [split.name for split, _ in shards]
+    key = (corpus.digest, *names, digest_config(fold), str(with_reserve))
+    if key not in _chosen:
+        while len(_chosen) >= KNOWN_FOLDS:
+            del _chosen[next(iter(_chosen))]
+        _chosen[key] = _choose_rows(corpus.name, fold, names, tables, with_reserve)
+    splits: dict[str, CorpusSplit] = {}
+    for name, rows in _chosen[key].items():
+        own = [(shards[number][1], tables[number], each) for number, each in rows.items()]
+        splits[name] = select_rows(name, shards[0][0], own)
+    return PreparedCorpus(corpus.path, corpus.manifest, splits)
+
+
+def _choose_rows(
+    corpus: str,
+    fold: FoldConfig,
+    names: Sequence[str],
+    tables: Sequence[pa.Table],
+    with_reserve: bool,
+) -> Chosen:
+    """Return the rows of each split of a fold.
+
+    Args:
+        corpus: name of the corpus.
+        fold: the fold.
+        names: split of each shard, as prepared.
+        tables: rows of each shard.
+        with_reserve: add the split ``reserve``.
+
+    Raises:
+        UserError: see :func:`open_fold`.
+    """
+    units = [list_row_units(table, corpus) for table in tables]
     pooled = {
         unit
-        for (split, _), names in zip(shards, units, strict=True)
-        if split.name in POOL_SPLITS
-        for unit in names
+        for name, of_rows in zip(names, units, strict=True)
+        if name in POOL_SPLITS
+        for unit in of_rows
     }
-    split_of = {unit: fold.find_split(corpus.name, unit) for names in units for unit in names}
-    _check_reserved(corpus.name, fold, split_of)
+    split_of = {unit: fold.find_split(corpus, unit) for unit in set().union(*units)}
+    _check_reserved(corpus, fold, split_of)
     chosen: dict[str, dict[int, list[int]]] = {name: {} for name in POOL_SPLITS}
-    for number, ((split, _), names) in enumerate(zip(shards, units, strict=True)):
-        for row, unit in enumerate(names):
-            target = _place_row(fold, corpus.name, split.name, unit, split_of[unit], unit in pooled)
+    for number, (name, of_rows) in enumerate(zip(names, units, strict=True)):
+        for row, unit in enumerate(of_rows):
+            target = _place_row(fold, corpus, name, unit, split_of[unit], unit in pooled)
             if target is not None and (with_reserve or not is_reserve(target)):
                 chosen.setdefault(target, {}).setdefault(number, []).append(row)
-    splits: dict[str, CorpusSplit] = {}
     for name, rows in chosen.items():
         if not rows:
             raise UserError(
                 f"fold.count: fold {fold.number} of {fold.count} has no rows in the split {name} "
-                f"of {corpus.name}, whose splits hold {len(pooled)} units; use fewer folds, or a "
+                f"of {corpus}, whose splits hold {len(pooled)} units; use fewer folds, or a "
                 "larger validation_share"
             )
-        own = [(shards[number][1], tables[number], each) for number, each in rows.items()]
-        splits[name] = select_rows(name, shards[0][0], own)
-    return PreparedCorpus(corpus.path, corpus.manifest, splits)
+    return {
+        name: {number: np.asarray(each, np.int64) for number, each in rows.items()}
+        for name, rows in chosen.items()
+    }
 
 
 def _place_row(

@@ -52,7 +52,9 @@ class SelectedSplit(CorpusSplit):
 
 
 def select_rows(
-    name: str, base: CorpusSplit, rows: Sequence[tuple[dict[str, Any], pa.Table, Sequence[int]]]
+    name: str,
+    base: CorpusSplit,
+    rows: Sequence[tuple[dict[str, Any], pa.Table, Sequence[int] | np.ndarray]],
 ) -> SelectedSplit:
     """Return a split with some rows of some shards.
 
