@@ -28,14 +28,16 @@ class Listening:
 def listening(root: int | None = None) -> set[Listening]:
     """What a process (this one) and all below it listen on now."""
     top = psutil.Process(root)
+    family = {process.pid: process for process in [top, *top.children(recursive=True)]}
     found = set()
-    for process in [top, *top.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            name = " ".join(process.cmdline())[:300] or process.name()
-            for each in process.net_connections("inet"):
-                open_to_all = each.type == socket.SOCK_DGRAM and not each.raddr
-                if each.status == psutil.CONN_LISTEN or open_to_all:
-                    found.add(Listening(name.strip(), each.laddr.ip, each.laddr.port))
+    # One look at all connections: one for each process takes ten times as long.
+    for each in psutil.net_connections("inet"):
+        process = family.get(each.pid or 0)
+        open_to_all = each.type == socket.SOCK_DGRAM and not each.raddr
+        if process and (each.status == psutil.CONN_LISTEN or open_to_all):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                name = " ".join(process.cmdline())[:300] or process.name()
+                found.add(Listening(name.strip(), each.laddr.ip, each.laddr.port))
     return found
 
 

@@ -16,6 +16,7 @@ from skillnet_platform.tracking import backend
 from sweeps import compare as command
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
+from sweeps.config.trials import ResourceConfig
 from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -49,6 +50,8 @@ def study(root: Path) -> StudyConfig:
         },
         tuning=TuningConfig(1, {"training.lr": SearchDimension(choice=[0.01])}, seeds=[9]),
         interpret=False,
+        # Each trial at a time would start a process of its own.
+        resources=ResourceConfig(max_concurrent_trials=1),
     )
 
 

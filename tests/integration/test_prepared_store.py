@@ -26,7 +26,7 @@ MADE = "tests.helpers.synthetic_corpora:Made"
 def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
     """A prepare with a Ray of its own, whose processes know the store."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "2"],
+        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "1"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -240,6 +240,7 @@ def test_trials_share_a_pretraining(
         ],
         folder=run_root / "pretrained",
         parent=parent,
+        resources=ResourceConfig(max_concurrent_trials=1),
     )
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3, outcomes
     pretrained = [name for name in runs_below(parent.run_id) if name.startswith("pretraining-")]
@@ -279,6 +280,7 @@ def test_optuna_with_seeds_from_the_command_line(
         samples=2,
         seeds=[0, 1],
         fixed_cost={"adjust": "ffn_dim", "tolerance": 0.05},
+        resources={"max_concurrent_trials": 2},
     )
     assert main(["--config", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
