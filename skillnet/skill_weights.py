@@ -15,6 +15,7 @@ from skillnet.config import BASE_SKILL
 from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
+from skillnet.skipped_init import draw_truncated_normal
 
 #: Containers of the weights of skills in :class:`SkillWeights`.
 _CONTAINERS = ("weights", "left", "right")
@@ -117,8 +118,7 @@ class SkillWeights(nn.Module):
             with torch.no_grad():
                 weight.copy_(self.get(init_from))
         elif self.std:
-            low, high = self.mean - 3 * self.std, self.mean + 3 * self.std
-            nn.init.trunc_normal_(weight, self.mean, self.std, a=low, b=high)
+            draw_truncated_normal(weight, self.std, self.mean)
         else:
             nn.init.constant_(weight, self.mean)
         self.weights[name] = nn.Parameter(weight)

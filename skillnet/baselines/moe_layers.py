@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import compute_dtype
+from skillnet.skipped_init import draw_truncated_normal
 
 #: Rows of an expert are padded to a multiple of this number in bf16 on CPUs.
 ROWS = 32
@@ -61,7 +62,7 @@ class TopKRouter(nn.Module):
         self.top_k, self.jitter = top_k, jitter
         # Small initial weights keep the first choices close to even (Switch Transformer).
         self.weight = nn.Parameter(torch.empty(experts, dim))
-        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.06, b=0.06)
+        draw_truncated_normal(self.weight, 0.02)
 
     def forward(self, x_ND: Tensor) -> RoutingResult:
         # In bf16, rounding would decide between nearly equal experts.
@@ -102,8 +103,8 @@ class ExpertFeedForward(nn.Module):
         self.router = TopKRouter(dim, experts, top_k, jitter)
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(experts, dim, hidden))
-        nn.init.trunc_normal_(self.up, std=std, a=-3 * std, b=3 * std)
-        nn.init.trunc_normal_(self.down, std=out_std, a=-3 * out_std, b=3 * out_std)
+        draw_truncated_normal(self.up, std)
+        draw_truncated_normal(self.down, out_std)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, RoutingResult]:
         """Route and compute tokens; ``mask_BT`` is True at real tokens, None if all are real."""
