@@ -77,9 +77,12 @@ class PredictConfig:
                 "no input; give --text TEXT, or files (audio, images, video, .py, .txt, .jsonl)"
             )
         if self.is_batch:
-            if not self.input or self.files or self.file or self.text or self.format == "clue":
+            given = [*self.files, self.file, self.text, self.format == "clue" and "--format clue"]
+            others = [str(each) for each in given if each]
+            if not self.input or others:
                 raise UserError(
-                    "a prediction in blocks takes one --input folder or URI and nothing else"
+                    "a prediction in blocks takes one --input folder or URI"
+                    + (f"; leave out {', '.join(others)}" if others else "")
                 )
             if not self.output:
                 raise UserError(f"--input {self.input}: give --output FOLDER, or a URI")

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,10 +202,34 @@ def test_input_and_output_may_be_in_a_store(
 
 
 @pytest.mark.integration
-def test_ray_data_predicts_the_blocks(
-    served: dict[str, str], rows: Path, tmp_path: Path, ray_session: Any
+def test_ray_data_predicts_from_a_store_into_a_store(
+    served: dict[str, str], rows: Path, object_store: Any
 ) -> None:
-    request = BatchRequest(**served, output=str(tmp_path / "out"))
-    summary = predict_blocks(request, rows, 4)
-    assert (summary.blocks, summary.predictions, summary.rejected) == (4, 14, 1)
-    assert [each["id"] for each in read_parts(tmp_path / "out")] == [n for n in range(15) if n != 3]
+    for path in rows.glob("*.jsonl"):
+        directories.put_file(path, f"{object_store.uri}/rows/{path.name}")
+    output = f"{object_store.uri}/predictions"
+    words = ["--input", f"{object_store.uri}/rows", "--output", output, "--block_rows", "4"]
+    command = [sys.executable, "-m", "pipelines.predict", "--model", served["model"], *words]
+
+    def predict_all() -> dict[str, Any]:
+        # A Ray of its own: its workers find the store by the environment.
+        done = subprocess.run(
+            [*command, "--data", served["data"], "--json"],
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        summary: dict[str, Any] = json.loads(done.stdout)
+        return summary
+
+    first = predict_all()
+    assert (first["blocks"], first["predictions"], first["rejected"]) == (4, 14, 1)
+    parts = [directories.read_bytes(f"{output}/part-{n:06d}.jsonl") for n in range(4)]
+    found = [json.loads(line)["id"] for part in parts for line in part.decode().splitlines()]
+    assert found == [n for n in range(15) if n != 3]
+    # A block loses its commit, as if the first command had been killed before it.
+    directories.remove_file(f"{output}/done/part-000001.json")
+    assert predict_all() == first | {"resumed": 3}
+    again = [directories.read_bytes(f"{output}/part-{n:06d}.jsonl") for n in range(4)]
+    assert again == parts
