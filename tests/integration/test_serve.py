@@ -1,5 +1,6 @@
 """``skillnet serve`` on Ray Serve: requests survive the death of a replica."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
+from urllib3.filepost import encode_multipart_formdata
 
 from benchmarks.serving import kill_replica
 from pipelines.serve import ServeConfig, build_server, run_replicas
@@ -65,13 +68,13 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
         assert [each.result() for each in sent] == [[1] * REQUESTS] * CLIENTS
 
 
-def test_sigterm_ends_the_server_and_its_ray(tmp_path: Path) -> None:
+def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> None:
     data = write_corpora(tmp_path / "corpora")
     SkillNet(config()).save_pretrained(tmp_path / "model")
     port = free_port()
     words = ["--model", str(tmp_path / "model"), "--data", str(data), "--port", str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.serve", *words, "--search", "false"],
+        [sys.executable, "-m", "pipelines.serve", *words],
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
     )
     try:
@@ -79,6 +82,9 @@ def test_sigterm_ends_the_server_and_its_ray(tmp_path: Path) -> None:
             assert server.poll() is None, "it ended before it answered"
             time.sleep(0.1)
         predict(f"http://127.0.0.1:{port}", "文学研究")
+        page = search_by_file(f"http://127.0.0.1:{port}", draw_png(), "circle.png")
+        assert "<dt>task</dt><dd>text_to_image</dd>" in page
+        assert page.count("<li>") == 12
         family = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
         # A second Ray, which would start at the end, blocks the server without a limit.
@@ -96,6 +102,19 @@ def predict(url: str, text: str) -> list[Any]:
     with urllib.request.urlopen(request, timeout=60) as answer:
         found: list[Any] = json.loads(answer.read())["predictions"]
     return found
+
+
+def draw_png() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
+    return picture.getvalue()
+
+
+def search_by_file(url: str, content: bytes, name: str) -> str:
+    body, kind = encode_multipart_formdata({"task": "", "file": (name, content)})
+    request = urllib.request.Request(f"{url}/search", body, {"Content-Type": kind})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(answer.read().decode())
 
 
 def is_healthy(url: str) -> bool:
