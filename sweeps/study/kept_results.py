@@ -2,16 +2,19 @@
 
 <keep>/<study>/
   study.yaml, study.json     configuration and tuning, without paths of the machine
+  tuning.jsonl               scores of finished tuning trials, one per line
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
     unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
     pretraining/             configuration and training time of its pretraining
 
-A few kilobytes per run, to be committed as runs finish. :func:`keep_results` writes them after each
-replicate. :func:`restore_results` gives them to a study on another machine, which then runs only
-the replicates that are missing. ``skillnet compare <keep>/<study>`` reads them as a study.
+A few kilobytes per run, to be committed as runs finish. :class:`KeptTuning` writes a line after
+each tuning trial, :func:`keep_results` the others after each replicate. A study on another machine
+takes both over and runs only what is missing. ``skillnet compare <keep>/<study>`` reads them as a
+study.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,9 +37,12 @@ from skillnet_platform.storage import atomic_write, write_json
 from sweeps.config.study import StudyConfig
 from sweeps.study.identity import STUDY_FILE, find_study_difference
 from sweeps.trials.remote_ledger import STUDY_LEDGER
-from sweeps.trials.trial import TrialOutcome
+from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"
+TUNING = "tuning.jsonl"
+#: Entries of a line of it.
+TUNING_KEYS = ("name", "settings", "score", "scores", "step", "seconds")
 #: Directory of a kept run, and the place of its initial weights.
 PRETRAINING = "pretraining"
 #: Entries of a result that mean something on another machine.
@@ -58,13 +64,80 @@ def keep_results(config: StudyConfig, outcomes: Sequence[TrialOutcome]) -> None:
         target = kept / "runs" / outcome.name
         if outcome.status == "finished" and not target.is_dir():
             keep_run(outcome.folder, target)
-    portable = replace(config, run_dir=None, keep=None, output=None)
-    portable.run = _remove_places(config.run)
-    portable.pretraining = _remove_places(config.pretraining)
-    portable.tracking = replace(config.tracking, uri=None)
-    with atomic_write(kept / STUDY_FILE, "w") as stream:
-        stream.write(configuration.to_yaml(portable))
+    _keep_config(config)
     shutil.copyfile(config.folder / STUDY_LEDGER, kept / STUDY_LEDGER)
+
+
+class KeptTuning:
+    """Scores of the tuning trials of a study with ``keep``; without it nothing is kept or found.
+
+    Args:
+        config: the study.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self._config = config
+        self._path = find_kept_folder(config) / TUNING if config.keep else None
+        self._lines: dict[str, dict[str, Any]] = {}
+        if self._path is None or not self._path.is_file():
+            return
+        for number, text in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                self._lines[line["name"]] = {key: line[key] for key in TUNING_KEYS}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._path}, line {number}: not the record of a trial. Remove the line; "
+                    "the trial then runs again"
+                ) from error
+
+    def find_outcome(self, trial: Trial) -> TrialOutcome | None:
+        """Return the outcome of a trial with these settings; None if it must run.
+
+        Args:
+            trial: of the tuning.
+        """
+        folder = self._config.folder / "tuning" / trial.name
+        line = self._lines.get(trial.name)
+        # The run on this machine has all files, also those that are not kept.
+        if line is None or line["settings"] != dict(trial.settings) or folder.is_dir():
+            return None
+        return TrialOutcome(
+            name=trial.name,
+            group=trial.group or trial.name,
+            folder=folder,
+            status="finished",
+            result={"step": line["step"], "seconds": line["seconds"]},
+            reports=[{"step": line["step"], "score": line["score"], "scores": line["scores"]}],
+            settings=dict(trial.settings),
+            seed=trial.config.seed,
+        )
+
+    def keep_outcome(self, outcome: TrialOutcome) -> None:
+        """Write the scores of a finished trial; a trial that is kept already stays as it is.
+
+        Args:
+            outcome: of a tuning trial.
+        """
+        if self._path is None or outcome.status != "finished" or not outcome.reports:
+            return
+        known = self._lines.get(outcome.name)
+        if known is not None and known["settings"] == outcome.settings:
+            return
+        self._lines[outcome.name] = {
+            "name": outcome.name,
+            "settings": outcome.settings,
+            "score": outcome.score,
+            "scores": outcome.reports[-1]["scores"],
+            "step": outcome.step,
+            "seconds": outcome.seconds,
+        }
+        _keep_config(self._config)
+        with atomic_write(self._path, "w") as stream:
+            stream.writelines(f"{json.dumps(line)}\n" for line in self._lines.values())
 
 
 def keep_run(run: Path, target: Path) -> None:
@@ -122,7 +195,7 @@ def restore_results(config: StudyConfig) -> set[str]:
         UserError: the kept results are of a study with other settings.
     """
     kept = find_kept_folder(config) if config.keep else None
-    if kept is None or not (kept / STUDY_LEDGER).is_file():
+    if kept is None or not (kept / STUDY_FILE).is_file():
         return set()
     difference = find_study_difference(kept / STUDY_FILE, config)
     if difference:
@@ -130,6 +203,8 @@ def restore_results(config: StudyConfig) -> set[str]:
             f"keep: {kept} has the results of a study with {difference}. Give another --name, or "
             "another directory"
         )
+    if not (kept / STUDY_LEDGER).is_file():
+        return set()
     if not (config.folder / STUDY_LEDGER).is_file():
         config.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept / STUDY_LEDGER, config.folder / STUDY_LEDGER)
@@ -151,6 +226,15 @@ def is_kept_run(run: Path) -> bool:
 def find_kept_folder(config: StudyConfig) -> Path:
     """Return the directory of a study's kept results."""
     return Path(str(config.keep)).expanduser() / str(config.name)
+
+
+def _keep_config(config: StudyConfig) -> None:
+    portable = replace(config, run_dir=None, keep=None, output=None)
+    portable.run = _remove_places(config.run)
+    portable.pretraining = _remove_places(config.pretraining)
+    portable.tracking = replace(config.tracking, uri=None)
+    with atomic_write(find_kept_folder(config) / STUDY_FILE, "w") as stream:
+        stream.write(configuration.to_yaml(portable))
 
 
 def _keep_pretraining(start: Path, target: Path) -> None:

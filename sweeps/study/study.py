@@ -98,7 +98,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         KeyboardInterrupt: after a graceful stop.
     """
     # These load torch, which --help must not do.
-    from sweeps.study.kept_results import is_kept_run, keep_results
+    from sweeps.study.kept_results import KeptTuning, is_kept_run, keep_results
     from sweeps.trials.engine import run_trials
     from sweeps.trials.ledger import LedgerEntry
 
@@ -120,8 +120,11 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         if not trials:
             continue
         check_unchanged(config, trials, folder / "tuning")
-        tuned = run_trials(
-            trials,
+        kept_trials = KeptTuning(config)
+        tuned = [each for each in map(kept_trials.find_outcome, trials) if each is not None]
+        done = {each.name for each in tuned}
+        tuned += run_trials(
+            [trial for trial in trials if trial.name not in done],
             folder=folder / "tuning",
             parent=tracker,
             score=ScoreConfig(),
@@ -130,6 +133,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             keep=0,
             label=f"tuning, {stage.replace('_', ' ')}",
             store=mirror.uri_of("tuning") if mirror is not None else None,
+            on_outcome=kept_trials.keep_outcome,
         )
         tuning = choose_settings(config, stage, tuning, trials, tuned)
     # Written before the final runs, so that a killed study resumes with the same settings.

@@ -6,7 +6,7 @@ again, and an unfinished trial is resumed from its latest valid checkpoint. The 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def run_trials(
     max_failures: int = 1,
     label: str = "trials",
     store: str | None = None,
+    on_outcome: Callable[[TrialOutcome], None] | None = None,
 ) -> list[TrialOutcome]:
     """Run trials through Ray Tune and return their outcomes.
 
@@ -51,6 +52,7 @@ def run_trials(
         label: label of the progress bar.
         store: URI of the directory of all trials in an object store; None if all nodes share the
             disk of ``folder``. With a store ``folder`` is below the run root.
+        on_outcome: called with the outcome of each listed trial when it has ended.
 
     Returns:
         Outcomes in the order of the trials.
@@ -77,7 +79,7 @@ def run_trials(
             _check_names(listed)
             for trial in listed:
                 check_trial(trial, folder, score, asha, resources)
-            source: TrialSource = ListedTrials(listed)
+            source: TrialSource = ListedTrials(listed, on_outcome)
         else:
             # A source creates trials later, so one example stands for all of them.
             source, listed = trials, [trials.example]

@@ -3,7 +3,7 @@
 A source supplies trials one by one to :class:`sweeps.trials.driver.TrialDriver`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -54,11 +54,20 @@ class TrialSource(Protocol):
 
 
 class ListedTrials:
-    """A source of trials that are known from the start."""
+    """A source of trials that are known from the start.
 
-    def __init__(self, trials: Sequence[Trial]) -> None:
+    Args:
+        trials: all of them.
+        on_outcome: called with the outcome of each trial that ended.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        on_outcome: Callable[[TrialOutcome], None] | None = None,
+    ) -> None:
         self.total, self.example = len(trials), trials[0]
-        self._waiting = list(trials)
+        self._waiting, self._on_outcome = list(trials), on_outcome
 
     def next_trial(self) -> Trial | None:
         """Return the next trial of the list."""
@@ -69,7 +78,9 @@ class ListedTrials:
         return not self._waiting
 
     def record_outcome(self, outcome: TrialOutcome) -> None:
-        """Do nothing: later trials do not depend on outcomes."""
+        """Pass the outcome on; later trials do not depend on it."""
+        if self._on_outcome is not None:
+            self._on_outcome(outcome)
 
 
 def find_first_rung(asha: AshaConfig, trial: Trial) -> int:

@@ -68,6 +68,8 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     folder = run_root / "study"
     ledger = json.loads((folder / "study.json").read_text())
     assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [1, 0]
+    kept = (tmp_path / "kept/study/tuning.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["score"] for line in kept] == [ledger["tuning"]["skillnet"]["score"]]
     chosen = ledger["tuning"]["skillnet"]["settings"]
     for label in labels:
         run = folder / "runs" / f"{label}-fold1-seed10000"

@@ -2,9 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
-from sweeps.config.study import StudyConfig, SystemConfig
-from sweeps.study.kept_results import keep_results, keep_run, restore_results
+from sweeps.config.space import SearchDimension
+from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
+from sweeps.study.kept_results import KeptTuning, keep_results, keep_run, restore_results
 from sweeps.study.reserve import RESERVE_RECORD, read_reserve, read_reserve_record
 from sweeps.study.study import (
     StudyResult,
@@ -28,12 +30,17 @@ from sweeps.study.study import (
     check_folds,
     group_replicates,
     read_study_ledger,
+    run_study,
     write_study_ledger,
 )
-from sweeps.study.tuning import TuningResult
+from sweeps.study.tuning import TuningResult, build_stage_trials, start_tuning
 from sweeps.trials.ledger import LedgerEntry
+from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.helpers.synthetic_runs import TASKS, write_pretraining, write_run, write_study
+
+if TYPE_CHECKING:
+    from skillnet_platform.tracking import Tracker
 
 
 def study(folder: Path, keep: Path | None, **values: Any) -> StudyConfig:
@@ -100,6 +107,65 @@ def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
     changed = replace(other, run=replace(other.run, fold=FoldConfig(3)))
     with pytest.raises(UserError, match=r"keep: .* a study with run\.fold\.count 2, not 3"):
         restore_results(changed)
+
+
+def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[str] = []
+
+    def train(trials: Sequence[Trial], **options: Any) -> list[TrialOutcome]:
+        """Train four trials of the tuning, and lose the machine."""
+        outcomes: list[TrialOutcome] = []
+        if "on_outcome" not in options:
+            return outcomes
+        for trial in trials:
+            if len(ran) == 4:
+                raise ConnectionError("the machine is gone")
+            ran.append(trial.name)
+            scores = {"text_classification": 0.1 * len(ran)}
+            report = {"step": 7, "score": 0.1 * len(ran), "scores": scores}
+            outcome = TrialOutcome(
+                **{"name": trial.name, "group": str(trial.group), "folder": tmp_path / trial.name},
+                **{"status": "finished", "settings": dict(trial.settings)},
+                result={"step": 7, "seconds": 1.5},
+                reports=[report],
+            )
+            options["on_outcome"](outcome)
+            outcomes.append(outcome)
+        return outcomes
+
+    monkeypatch.setattr("sweeps.trials.engine.run_trials", train)
+    rates = {"training.lr": SearchDimension(choice=[0.01, 0.02, 0.04])}
+    tuning = TuningConfig(3, rates, seeds=[9, 10])
+    corpora = write_corpora(tmp_path / "corpora", rows=60, test_rows=20)
+    values: dict[str, Any] = {"tuning": tuning, "seeds": [0]}
+    values["run"] = replace(small_config(corpora), fold=FoldConfig(2, validation_share=0.3))
+    first = study(tmp_path / "first", tmp_path / "keep", **values)
+    with pytest.raises(ConnectionError):
+        run_study(first, cast("Tracker", None))
+    assert len(ran) == 4
+
+    other = study(tmp_path / "second", tmp_path / "keep", **values)
+    assert restore_results(other) == set()
+    kept, ran = ran, []
+    result = run_study(other, cast("Tracker", None))
+    assert len({*kept, *ran}) == len(kept) + len(ran) == 6
+    assert sorted(row["score"] for row in result.tuning["skillnet"].trials) == pytest.approx(
+        [0.1, 0.1, 0.2, 0.2, 0.3, 0.4]
+    )
+    assert result.tuning["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
+    changed = replace(other, tuning=replace(tuning, seeds=[9, 11]))
+    with pytest.raises(UserError, match=r"keep: .* a study with tuning\.seeds"):
+        restore_results(changed)
+
+    trial = build_stage_trials(other, "space", start_tuning(other))[0]
+    assert KeptTuning(other).find_outcome(trial) is not None
+    assert KeptTuning(other).find_outcome(replace(trial, settings={"training.lr": 9.0})) is None
+    with (tmp_path / "keep/s/tuning.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"name": "x"}\n')
+    with pytest.raises(UserError, match=r"tuning\.jsonl, line 7: not the record of a trial"):
+        KeptTuning(other)
 
 
 def test_a_pretraining_reads_corpora_that_the_folds_divide(tmp_path: Path):
