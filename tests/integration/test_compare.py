@@ -50,7 +50,7 @@ def study(root: Path) -> StudyConfig:
         },
         tuning=TuningConfig(1, {"training.lr": SearchDimension(choice=[0.01])}, seeds=[9]),
         interpret=False,
-        # Each trial at a time would start a process of its own.
+        # Trials side by side would each start a process.
         resources=ResourceConfig(max_concurrent_trials=1),
     )
 

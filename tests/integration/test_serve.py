@@ -1,6 +1,5 @@
 """``skillnet serve`` on Ray Serve: requests survive the death of a replica."""
 
-import io
 import json
 import os
 import subprocess
@@ -16,13 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
-from PIL import Image
-from urllib3.filepost import encode_multipart_formdata
 
 from benchmarks.serving import kill_replica
 from pipelines.serve import ServeConfig, build_server, run_replicas
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet.model import SkillNet
+from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
@@ -104,14 +102,8 @@ def predict(url: str, text: str) -> list[Any]:
     return found
 
 
-def draw_png() -> bytes:
-    picture = io.BytesIO()
-    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
-    return picture.getvalue()
-
-
 def search_by_file(url: str, content: bytes, name: str) -> str:
-    body, kind = encode_multipart_formdata({"task": "", "file": (name, content)})
+    body, kind = encode_form(content, name)
     request = urllib.request.Request(f"{url}/search", body, {"Content-Type": kind})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())

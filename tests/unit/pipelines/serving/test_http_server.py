@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import threading
 import time
@@ -17,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
-from PIL import Image
-from urllib3.filepost import encode_multipart_formdata
 
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.ports import free_port
 from tests.helpers.readable_corpora import config, write_corpora
 from tests.helpers.video_files import encode_video
@@ -297,15 +295,9 @@ def test_the_search_page_has_an_input_box_and_escapes_everything(service: Servic
 
 def send_form(service: Service, content: bytes, name: str, **headers: str) -> tuple[int, str]:
     """Send a file as the search page does; return status and page."""
-    body, kind = encode_multipart_formdata({"task": "", "file": (name, content)})
+    body, kind = encode_form(content, name)
     status, page, _ = service.ask("/search", data=body, **{"Content-Type": kind, **headers})
     return status, page
-
-
-def draw_png() -> bytes:
-    picture = io.BytesIO()
-    Image.new("RGB", (60, 40), "red").save(picture, "PNG")
-    return picture.getvalue()
 
 
 def test_the_search_page_takes_a_file(service: Service) -> None:
