@@ -91,12 +91,6 @@ class SvgCanvas:
             f'C{middle:g} {start[1]:g} {middle:g} {end[1]:g} {end[0]:g} {end[1]:g}"/>'
         )
 
-    def draw_dot(self, x: float, y: float, radius: float, fill: str, hollow: bool = False) -> None:
-        """Draw a disc, or a ring on the page's colour if ``hollow``."""
-        kind = f"page line-{fill}" if hollow else fill
-        extra = ' stroke-width="2.5"' if hollow else ""
-        self.shapes.append(f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{radius:g}"{extra}/>')
-
     def draw_arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Draw a horizontal or vertical arrow."""
         (x0, y0), (x1, y1) = start, end

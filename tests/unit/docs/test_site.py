@@ -8,7 +8,6 @@ pytest.importorskip("mkdocs", reason="needs the extra docs")
 
 from skillnet_platform import cli
 from tools.docs import site_hooks
-from tools.docs.draw_headline import FIGURE, STUDY, draw_headline, read_means
 from tools.docs.draw_overview import ASSETS, draw_overview, draw_pipeline
 
 
@@ -34,7 +33,6 @@ def test_the_committed_diagrams_are_those_of_the_scripts() -> None:
     drawn = {
         ASSETS / "overview.svg": draw_overview(),
         ASSETS / "pipeline.svg": draw_pipeline(),
-        FIGURE: draw_headline(read_means(STUDY)),
     }
     for path, canvas in drawn.items():
         assert Path(path).read_text(encoding="utf-8") == canvas.to_svg()

@@ -8,7 +8,6 @@ from benchmarks.measure import RESULTS
 from tests.chaos.result_rows import read
 from tools.docs import chaos_table, merge_tables, scale_table
 from tools.docs import growth_tables as growth_result
-from tools.docs import headline_tables as headline
 from tools.docs import quickstart_tables as seeds
 from tools.docs import sweep_tables as sweep_result
 from tools.docs.page_marks import between, put
@@ -25,27 +24,11 @@ def test_text_is_put_between_the_marks_and_nowhere_else(tmp_path: Path) -> None:
         put(page, "b", "new")
 
 
-def test_the_headline_page_shows_the_newest_study() -> None:
-    folder = max(RESULTS.glob("*-headline*"))
-    assert between(headline.PAGE, "headline") == headline.page_text(folder)
-
-
 def test_the_quickstart_pages_show_the_newest_results() -> None:
     path = max(RESULTS.glob("*-quickstart.csv"))
     rows = seeds.read_rows(path)
     assert between(seeds.README, "results") == seeds.readme_text(rows)
     assert between(seeds.PAGE, "results") == seeds.page_text(rows, path.name)
-
-
-def test_the_detectable_difference_is_the_median_of_a_tasks_tests() -> None:
-    row = {"task": "mean", "std_error": "0.01", "dof": "1e9"}
-    text = headline.detectable_difference(
-        [row, row | {"std_error": "0.02"}, row | {"std_error": "0.09"}]
-    )
-    # The normal quantile at 0.05 / 6 is 2.394.
-    assert text.endswith(
-        "after Holm correction for 3 tests (median of a task's tests, points): mean score 4.8."
-    )
 
 
 def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
