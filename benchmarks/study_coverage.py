@@ -14,7 +14,7 @@ CSV file.
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,14 +117,23 @@ class SimulatedTask:
             spread: of the effect.
             count: independent draws.
         """
+        by_unit, by_row = self.split_variance(spread)
+        unit_K = random.normal(0, by_unit**0.5, (count, int(self.unit_N.max()) + 1))
+        return unit_K[:, self.unit_N] + random.normal(0, by_row**0.5, (count, len(self.unit_N)))
+
+    def split_variance(self, spread: EffectSpread) -> tuple[float, float]:
+        """Return the variance of an effect that rows of a unit share, and of the rest of a row.
+
+        Args:
+            spread: of the effect.
+        """
         rows, sizes_K = len(self.unit_N), np.bincount(self.unit_N)
         # Rows of the unit of an average row.
         mates = (sizes_K**2).sum() / rows
         total = (spread.rows / 100) ** 2 * rows
         excess = ((spread.units / 100) ** 2 - (spread.rows / 100) ** 2) * rows
         by_unit = min(excess / (mates - 1), total) if mates > 1 else 0.0
-        unit_K = random.normal(0, by_unit**0.5, (count, len(sizes_K)))
-        return unit_K[:, self.unit_N] + random.normal(0, (total - by_unit) ** 0.5, (count, rows))
+        return by_unit, total - by_unit
 
 
 def read_tasks(path: Path = UNITS) -> dict[str, SimulatedTask]:
@@ -207,25 +216,42 @@ def measure_design(
         start: seed of the generator.
     """
     random = np.random.default_rng(start)
+    drawn = (draw_study(tasks, design, random) for _ in range(studies))
+    return measure_studies(drawn, tasks, PAIRS, design.name)
+
+
+def measure_studies(
+    drawn: Iterable[Mapping[tuple[int, str], RunSample]],
+    tasks: Mapping[str, SimulatedTask],
+    pairs: Sequence[tuple[int, int]],
+    design: str,
+) -> list[dict[str, Any]]:
+    """Return a row per task and the mean score, with shares in per cent.
+
+    Args:
+        drawn: studies of equal systems, as (system, task) -> scores.
+        tasks: name -> the true score of all systems.
+        pairs: (system, against) of the tests.
+        design: name of the design.
+    """
     names = [*tasks, MEAN]
     truths = {task: own.components.score for task, own in tasks.items()}
     truths[MEAN] = float(np.mean(list(truths.values())))
     covered, alarms, passed = Counter[str](), Counter[str](), Counter[str]()
-    families = 0
-    for _ in range(studies):
-        samples = draw_study(tasks, design, random)
+    families = studies = systems = 0
+    for samples in drawn:
+        studies += 1
+        systems = len({system for system, _ in samples})
         p_values = []
         for name in names:
-            spread = statistics.pool_seed_variance(
-                [samples[system, name] for system in range(len(design.seeds))]
-            )
+            spread = statistics.pool_seed_variance([samples[i, name] for i in range(systems)])
             assert spread is not None
-            for system in range(len(design.seeds)):
+            for system in range(systems):
                 found = statistics.estimate_mean(
                     samples[system, name], spread, least=0, most=1, scale=_find_scale(name)
                 )
                 covered[name] += found.low <= truths[name] <= found.high
-            for system, against in PAIRS:
+            for system, against in pairs:
                 change = SampleDifference(samples[system, name], samples[against, name])
                 found = statistics.estimate_mean(change, spread)
                 p_values.append(statistics.compute_p_value(change, spread))
@@ -233,15 +259,15 @@ def measure_design(
                 # Moved down by a margin, the system passes if its interval stays above the margin.
                 passed[name] += found.low >= 0
         families += min(statistics.correct_p_values(p_values)) <= LEVEL
-    scores, pairs = studies * len(design.seeds), studies * len(PAIRS)
     return [
         {
-            "design": design.name,
+            "design": design,
             "studies": studies,
+            "tests": len(p_values),
             "task": name,
-            "coverage": 100 * covered[name] / scores,
-            "false_alarms": 100 * alarms[name] / pairs,
-            "non_inferiority": 100 * passed[name] / pairs,
+            "coverage": 100 * covered[name] / (studies * systems),
+            "false_alarms": 100 * alarms[name] / (studies * len(pairs)),
+            "non_inferiority": 100 * passed[name] / (studies * len(pairs)),
             "family_wise_error": 100 * families / studies,
         }
         for name in names
@@ -256,7 +282,8 @@ def _find_scale(name: str) -> ScoreScale:
 def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the results as a table with a line per design and measure."""
     names = list(dict.fromkeys(row["task"] for row in rows))
-    columns = ["design", "measure", *(name.replace("_", " ") for name in names), "all 66 tests"]
+    last = f"all {rows[0]['tests']} tests"
+    columns = ["design", "measure", *(name.replace("_", " ") for name in names), last]
     lines = [" | ".join(columns), " | ".join(["---"] * 2 + ["---:"] * (len(names) + 1))]
     for design in dict.fromkeys(row["design"] for row in rows):
         own = [row for row in rows if row["design"] == design]
@@ -291,14 +318,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"measured: {design.name}", flush=True)
     print(format_markdown(rows))
     if options.output is not None:
-        with options.output.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(
-                {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
-                for row in rows
-            )
+        write_table(options.output, rows)
     return 0
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a CSV file, numbers with two decimals.
+
+    Args:
+        path: file to write.
+        rows: column -> cell, with equal columns.
+    """
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 if __name__ == "__main__":
