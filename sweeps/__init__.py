@@ -2,3 +2,6 @@
 
 ``skillnet sweep``, ``skillnet compare`` and ``skillnet interpret`` are the modules at the top.
 """
+
+# Before torch: it sets the threshold of the garbage collector.
+import skillnet_platform  # noqa: F401
