@@ -1,5 +1,6 @@
 """What every test may need: a run root of its own, and one Ray for the whole session."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# The libraries that collection imports stay. Searching them for garbage took half of its time.
+gc.disable()
 # Before torch is imported: small tests on few cores lose time with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
@@ -41,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shares_ray = "ray_session" in getattr(item, "fixturenames", ())
         half = "ray, files before p" if item.path.name < "test_p" else "ray, other files"
         item.add_marker(pytest.mark.xdist_group(half if shares_ray else item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but never look at the imported libraries."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Free the libraries at the end: one of them reports objects that nobody frees."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
