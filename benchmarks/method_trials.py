@@ -1,11 +1,13 @@
-"""Changes of the method on one task of the headline study, with the same seeds, on validation rows.
+"""Changes of the method on one task of the study or the demo, with the same seeds, on validation
+rows.
 
     python -m benchmarks.method_trials speech_recognition --steps 600 --every 25 --below 0.5 \\
         --arm "blank bias 2" model.ctc_blank_bias=2 \\
         --average 0.9 0.99 --data runs/corpora --output benchmarks/results/DATE-method-speech.csv
 
-The arm ``configured`` is the study's run; each other arm sets some keys of it. All arms train the
-task alone. ``--average`` evaluates averages of the weights beside the last weights, as
+The arm ``configured`` is the run of the headline study, or with ``--preset quickstart`` that of the
+demo; each other arm sets some keys of it. All arms train the task alone, with the auxiliary tasks
+that an arm adds. ``--average`` evaluates averages of the weights beside the last weights, as
 ``training.ema`` computes them: they do not change the training. The command appends rows to the
 CSV, and does not repeat a trial that the CSV has.
 """
@@ -40,6 +42,8 @@ COLUMNS = (
 )  # fmt: skip
 #: Arm without changes, with which the others are compared.
 CONFIGURED = "configured"
+#: The preset of the study.
+STUDY = "studies/headline"
 
 
 class TrialReporter(LoopReporter):
@@ -73,23 +77,27 @@ class TrialReporter(LoopReporter):
             average.swap(model)
 
     def _add(self, model: TaskModel, step: int, decay: float) -> None:
-        (task,) = self._config.tasks
+        (task,) = self._config.measured
         metric = find_objective(self._config.model.tasks[task].objective).metric
         rows = evaluate_validation(self._config, model, None)
         value = next(row["value"] for row in rows if row["metric"] == metric)
         self.values.append((step, decay, metric, round(float(value), 5)))
 
 
-def build_trial(task: str, steps: int, data: Path | None) -> FinetuneConfig:
-    """Return the run of the headline study with one task.
+def build_trial(task: str, steps: int, data: Path | None, preset: str = STUDY) -> FinetuneConfig:
+    """Return the run of a preset with one task.
 
     Args:
         task: its name.
         steps: of the run.
         data: prepared corpora; None takes those of the run root.
+        preset: a study, whose run is taken, or a run.
     """
-    arguments = ["--config", "studies/headline"]
-    run = configuration.parse_config(StudyConfig, arguments, "skillnet compare").run
+    arguments = ["--config", preset]
+    if preset == STUDY:
+        run = configuration.parse_config(StudyConfig, arguments, "skillnet compare").run
+    else:
+        run = configuration.parse_config(FinetuneConfig, arguments, "skillnet finetune")
     training = replace(run.training, steps=steps, workers=0)
     tasks = {task: run.tasks[task]}
     return replace(run, data=str(data) if data else None, tasks=tasks, training=training)
@@ -160,7 +168,8 @@ def _error(differences: Sequence[float]) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Train all arms, append their rows to the CSV, and print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.method_trials")
-    parser.add_argument("task", help="task of the headline study")
+    parser.add_argument("task", help="task of the preset")
+    parser.add_argument("--preset", choices=[STUDY, "quickstart"], default=STUDY)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
@@ -172,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--below", type=float, help="report the first step with such a value")
     parser.add_argument("--output", type=Path, required=True, help="CSV of the results")
     options = parser.parse_args(argv)
-    base = build_trial(options.task, options.steps, options.data)
+    base = build_trial(options.task, options.steps, options.data, options.preset)
     about = {
         "steps": options.steps,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
