@@ -14,7 +14,7 @@ import argparse
 import csv
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,9 @@ from benchmarks.study_coverage import (
     read_tasks,
     write_table,
 )
-from pipelines.config.folds import RESERVE_SPLIT, FoldConfig
+from pipelines.config.folds import FoldConfig
 from pipelines.shards.dataset import open_corpus
-from pipelines.shards.folds import POOL_SPLITS
+from pipelines.shards.folds import open_fold
 from pipelines.shards.selected_rows import list_row_units
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN
@@ -148,28 +148,15 @@ def count_units(data: Path) -> list[dict[str, str | int]]:
     rows: list[dict[str, str | int]] = []
     for task, name in CORPORA.items():
         corpus = open_corpus(data / name)
-        sizes: Counter[str] = Counter()
-        for split in (corpus.splits[each] for each in POOL_SPLITS):
-            for shard in split.shards:
-                sizes.update(list_row_units(split.open_shard(shard).table, name))
-        parts: Counter[tuple[int, int]] = Counter()
-        for unit, size in sizes.items():
-            if FOLDS.find_split(name, unit) != RESERVE_SPLIT:
-                parts[_find_fold(name, unit), size] += 1
-        rows += [
-            {"task": task, "fold": fold, "rows": size, "units": count}
-            for (fold, size), count in sorted(parts.items())
-        ]
+        for fold in range(FOLDS.count):
+            split = open_fold(corpus, replace(FOLDS, number=fold)).splits["test"]
+            tables = (split.open_shard(shard).table for shard in split.shards)
+            sizes = Counter(unit for table in tables for unit in list_row_units(table, name))
+            rows += [
+                {"task": task, "fold": fold, "rows": size, "units": count}
+                for size, count in sorted(Counter(sizes.values()).items())
+            ]
     return rows
-
-
-def _find_fold(corpus: str, unit: str) -> int:
-    tested = (
-        number
-        for number in range(FOLDS.count)
-        if FoldConfig(FOLDS.count, number, reserve_part=True).find_split(corpus, unit) == "test"
-    )
-    return next(tested)
 
 
 def draw_folded_study(
@@ -193,9 +180,7 @@ def draw_folded_study(
         )
         answers = own.expect_variance(of.system) + own.expect_variance(of.rest)
         for system, index in enumerate(SYSTEMS.values()):
-            seeds = (of.seeds / 100) ** 2
-            if design.is_spread_seen:
-                seeds = max(of.each[index] ** 2 - of.rest.units**2, 0.0) / 100**2
+            seeds = (of.choose_seed_spread(index if design.is_spread_seen else None) / 100) ** 2
             shared = effect * (seeds + answers)
             score_F = of.score + common_F + random.normal(0, shared**0.5)
             score_F = score_F + random.normal(0, seeds**0.5, len(common_F))

@@ -63,6 +63,16 @@ class TaskComponents:
     rest: EffectSpread
     each: tuple[float, ...]
 
+    def choose_seed_spread(self, system: int | None) -> float:
+        """Return the standard deviation over seeds without that of answers, in points.
+
+        Args:
+            system: index of the system whose own deviation counts; None takes the pooled one.
+        """
+        if system is None:
+            return self.seeds
+        return max(self.each[system] ** 2 - self.rest.units**2, 0.0) ** 0.5
+
 
 COMPONENTS = {
     "text_classification": TaskComponents(
@@ -190,9 +200,7 @@ def draw_study(
         of, weight_N = own.components, np.ones(len(own.unit_N))
         common_N = own.draw_rows(random, of.common, 1)
         for system, count in enumerate(design.seeds):
-            spread = of.seeds
-            if design.is_spread_seen:
-                spread = max(of.each[system] ** 2 - of.rest.units**2, 0.0) ** 0.5
+            spread = of.choose_seed_spread(system if design.is_spread_seen else None)
             rows_SN = of.score + random.normal(0, spread / 100, (count, 1)) + common_N
             rows_SN = rows_SN + own.draw_rows(random, of.system, 1)
             rows_SN += own.draw_rows(random, of.rest, count)
