@@ -98,9 +98,7 @@ def task_flops(
     for tower, plan in spec.towers.items():
         tower_flops, tower_tokens = plan_flops(model, plan, (lengths or {}).get(tower))
         flops, tokens = flops + tower_flops, tokens + tower_tokens
-        outputs = head_class(spec).count_outputs(config, spec, tower_tokens)
-        # Every head is one linear layer over the tokens or the pooled vector.
-        flops += 2 * config.dim * outputs
+        flops += head_class(spec).count_flops(config, spec, tower, tower_tokens)
     return flops, tokens
 
 

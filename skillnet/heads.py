@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skillnet import losses
 from skillnet.config import SkillNetConfig
+from skillnet.linear_path import LinearPath, count_linear_flops, to_wide_float
 from skillnet.objectives import find_objective
 from skillnet.skills import Task
 from skillnet.stems import masked_outputs
@@ -25,6 +26,8 @@ from skillnet.stems import masked_outputs
 TowerInputs = Mapping[str, Tensor]
 #: Maps the name of a tower to its tokens (B, T, D) and their mask (B, T), None if all are real.
 EncodeTower = Callable[[str], tuple[Tensor, Tensor | None]]
+#: Maps the name of a tower to the embedding (V, D) of its tokens.
+EmbeddingOf = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,27 @@ class TaskHead(nn.Module):
         super().__init__()
 
     def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
         """Run the task on one batch per tower. By default: ``logits`` of the pooled ``input``.
 
         Args:
             towers: tower -> input tensors.
             encode: encodes the input of a tower.
-            embedding: returns the token embedding (V, D) of the tower ``input``.
+            embedding: returns the token embedding (V, D) of a tower.
         """
         return {"logits": self(mean_pool(*encode("input")))}
 
-    def embed(self, tokens: tuple[Tensor, Tensor | None], tower: str) -> Tensor:
-        """Return the unit vectors (B, E) of the tokens of a tower.
+    def embed(
+        self, tower: str, inputs: TowerInputs, encode: EncodeTower, embedding: EmbeddingOf
+    ) -> Tensor:
+        """Return the unit vectors (B, E) of a tower.
 
         Args:
-            tokens: tokens (B, T, D) and their mask (B, T).
             tower: ``query`` or ``candidate``.
+            inputs: input tensors of the tower.
+            encode: see :meth:`run`.
+            embedding: see :meth:`run`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no retrieval space")
 
@@ -106,6 +113,18 @@ class TaskHead(nn.Module):
             tokens: of the row.
         """
         return task.outputs
+
+    @classmethod
+    def count_flops(cls, config: SkillNetConfig, task: Task, tower: str, tokens: int) -> int:
+        """Return the operations of the head for one row of a tower.
+
+        Args:
+            config: sizes of the model.
+            task: of the head.
+            tower: name of the tower.
+            tokens: of the row.
+        """
+        return 2 * config.dim * cls.count_outputs(config, task, tokens)
 
     @classmethod
     def example_targets(cls, task: Task, rows: int) -> dict[str, Tensor]:
@@ -194,7 +213,7 @@ class CTCHead(TaskHead):
         return F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
 
     def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
         x_BTD, mask_BT = encode("input")
         # CTC needs the number of real tokens per row.
@@ -224,7 +243,8 @@ class CTCHead(TaskHead):
 class RetrievalHead(TaskHead):
     """Projection of a pooled tower to unit vectors, (B, D) -> (B, E), with a learned temperature.
 
-    The scale starts at 1/0.07 and is clamped to 100 (source: CLIP).
+    The scale starts at 1/0.07 and is clamped to 100 (source: CLIP). With ``linear_path``, the
+    vector is the normalized sum of the projection and of :class:`skillnet.linear_path.LinearPath`.
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
@@ -234,25 +254,32 @@ class RetrievalHead(TaskHead):
         # Learned as a logarithm, so that every value gives a positive scale. Sharded training
         # divides weights along their first axis, so it has one.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+        self.linear_path = LinearPath(config, task) if task.linear_path else None
+        if self.linear_path is not None and len(task.stems) == 1:
+            # Equal inputs then have equal vectors before training, in both parts of the sum.
+            with torch.no_grad():
+                self.candidate.weight.copy_(self.query.weight)
 
     def forward(self, pooled_BD: Tensor, tower: str) -> Tensor:
         project = self.query if tower == "query" else self.candidate
-        y_BE = project(pooled_BD)
-        # Unit vectors in bf16 would lose the small angles that ranks depend on.
-        return F.normalize(y_BE.float() if y_BE.dtype != torch.float64 else y_BE, dim=-1)
+        return F.normalize(to_wide_float(project(pooled_BD)), dim=-1)
 
     def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        return {
-            "query": self.embed(encode("query"), "query"),
-            "candidate": self.embed(encode("candidate"), "candidate"),
-            "scale": self.scale,
+        vectors = {
+            tower: self.embed(tower, towers[tower], encode, embedding)
+            for tower in ("query", "candidate")
         }
+        return {**vectors, "scale": self.scale}
 
-    def embed(self, tokens: tuple[Tensor, Tensor | None], tower: str) -> Tensor:
-        embedded: Tensor = self(mean_pool(*tokens), tower)
-        return embedded
+    def embed(
+        self, tower: str, inputs: TowerInputs, encode: EncodeTower, embedding: EmbeddingOf
+    ) -> Tensor:
+        y_BE: Tensor = self(mean_pool(*encode(tower)), tower)
+        if self.linear_path is None:
+            return y_BE
+        return F.normalize(y_BE + self.linear_path(inputs, lambda: embedding(tower)), dim=-1)
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
@@ -269,6 +296,13 @@ class RetrievalHead(TaskHead):
     @classmethod
     def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
         return config.embedding_dim
+
+    @classmethod
+    def count_flops(cls, config: SkillNetConfig, task: Task, tower: str, tokens: int) -> int:
+        flops = super().count_flops(config, task, tower, tokens)
+        if task.linear_path:
+            flops += count_linear_flops(config, task.towers[tower].modality)
+        return flops
 
     @classmethod
     def example_targets(cls, task: Task, rows: int) -> dict[str, Tensor]:
@@ -314,7 +348,7 @@ class MaskedHead(TaskHead):
         return F.linear(h_MD, embedding_VD, BIAS_SCALE * self.bias)
 
     def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
         x_BTD, mask_BT = encode("input")
         places_M = towers["input"].get("places")
@@ -324,7 +358,7 @@ class MaskedHead(TaskHead):
         elif mask_BT is not None:
             x_MD = x_BTD[mask_BT]
         # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
-        return {"predicted": self(x_MD, embedding() if self.tied else None)}
+        return {"predicted": self(x_MD, embedding("input") if self.tied else None)}
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:

@@ -144,7 +144,7 @@ class TaskModel(RawInputModel, nn.Module):
         return self._head(task).run(
             towers,
             lambda tower: self.tower_tokens(task, tower, towers[tower]),
-            lambda: self.token_embedding(task, "input"),
+            lambda tower: self.token_embedding(task, tower),
         )
 
     def embed(self, task: str, tower: str, batch: Batch) -> Tensor:
@@ -163,7 +163,12 @@ class TaskModel(RawInputModel, nn.Module):
             raise ValueError(f"{task} is a {spec.objective} task: it has no retrieval space")
         if tower not in spec.towers:
             raise ValueError(f"{task} has the towers query and candidate, not {tower!r}")
-        return self._head(task).embed(self.tower_tokens(task, tower, batch), tower)
+        return self._head(task).embed(
+            tower,
+            batch,
+            lambda name: self.tower_tokens(task, name, batch),
+            lambda name: self.token_embedding(task, name),
+        )
 
     def _head(self, task: str) -> TaskHead:
         head = self.heads[task]

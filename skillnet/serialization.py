@@ -96,7 +96,7 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-FORMAT = 2
+FORMAT = 3
 
 
 class SavableModel(Protocol):
@@ -143,6 +143,7 @@ def _parse_tasks(values: dict[str, Any]) -> dict[str, Task]:
                 for tower, plan in task["towers"].items()
             },
             outputs=task["outputs"],
+            linear_path=task["linear_path"],
         )
         for name, task in values.items()
     }

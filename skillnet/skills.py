@@ -25,6 +25,9 @@ STEM_OF: dict[str, str] = {
     "video": "tubelet",
 }
 
+#: Stems whose inputs have a linear path to the retrieval space.
+LINEAR_STEMS = ("token", "patch")
+
 DEFAULT_SKILLS: tuple[str, ...] = (
     "general",
     "text",
@@ -87,14 +90,17 @@ class Task:
         outputs: number of classes (classification) or of symbols without the blank (CTC); 0 takes
             the number in the manifest of the task's corpus. Retrieval and masked modelling ignore
             it.
+        linear_path: add a linear map from the input of each tower to the retrieval space
+            (:mod:`skillnet.linear_path`); for retrieval between text, code and images.
 
     Raises:
-        ValueError: an unknown objective, or towers that do not fit it.
+        ValueError: an unknown objective, or towers or a linear path that do not fit it.
     """
 
     objective: str
     towers: dict[str, SkillPlan] = field(default_factory=dict)
     outputs: OptionalSize = 0
+    linear_path: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in BUILT_IN_OBJECTIVES:
@@ -108,7 +114,23 @@ class Task:
                 f"a {self.objective} task has the towers {sorted(expected)}, "
                 f"not {sorted(self.towers)}"
             )
+        if not isinstance(self.linear_path, bool):
+            raise ValueError(f"linear_path is true or false, not {self.linear_path!r}")
+        if self.linear_path:
+            self._check_linear_path()
         check_bounds(self, "")
+
+    def _check_linear_path(self) -> None:
+        if self.objective != "retrieval":
+            raise ValueError(
+                f"linear_path is for retrieval; set it to false for a {self.objective} task"
+            )
+        for name, plan in self.towers.items():
+            if plan.stem not in LINEAR_STEMS:
+                raise ValueError(
+                    f"linear_path reads text, code and images, and the tower {name} reads "
+                    f"{plan.modality}; set linear_path to false"
+                )
 
     @property
     def skills(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Shapes: B batch, N rows, D model width, C classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from skillnet import losses
 from skillnet.config import SkillNetConfig
 from skillnet.heads import (
     ClassificationHead,
+    EmbeddingOf,
     EncodeTower,
     LossInputs,
     TaskHead,
@@ -70,7 +71,7 @@ class RegressionHead(TaskHead):
         return self.project(pooled_BD)
 
     def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: Callable[[], Any]
+        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
         return {"number": self(mean_pool(*encode("input")))}
 

@@ -158,7 +158,7 @@ def test_a_damaged_manifest_is_refused_by_name(saved: Path, text: str) -> None:
 def test_a_manifest_of_another_version_is_refused(saved: Path) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="format 99, expected 2"):
+    with pytest.raises(ValueError, match="format 99, expected 3"):
         SkillNet.from_pretrained(saved)
 
 
