@@ -100,7 +100,8 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
             f"{100 * systems[name][0]:.1f}" if systems.get(name) else "–" for name in BASELINES
         ]
         values = systems["skillnet"]
-        low, high = seed_interval(values)
+        # All metrics of the table are shares; Student's t does not know their bounds.
+        low, high = np.clip(seed_interval(values), 0, 1)
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
         arrow = "↓" if metric == "token_error_rate" else "↑"
         lines.append(
@@ -115,7 +116,7 @@ def readme_text(rows: Rows) -> str:
     seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
     return (
         f"{result_table(rows, README_ROWS)}\n\nPer cent on held-out data. SkillNet: mean of "
-        f"{len(seeds)} seeds with the 95 % interval over seeds (Student's t)."
+        f"{len(seeds)} seeds with the 95 % interval over seeds (Student's t, cut at 0 and 100)."
     )
 
 
@@ -130,7 +131,7 @@ def page_text(rows: Rows, csv_name: str) -> str:
     seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
     return (
         f"{result_table(rows, FULL_ROWS)}\n\nPer cent on held-out data: mean of seeds "
-        f"{', '.join(seeds)} with the 95 % interval over seeds (Student's t).\n"
+        f"{', '.join(seeds)} with the 95 % interval over seeds (Student's t, cut at 0 and 100).\n"
         f"{first['steps']} steps of `configs/quickstart.yaml` on {first['machine']}, "
         f"{first['date'][:10]}.\n"
         f"All figures, with their intervals over test rows: `benchmarks/results/{csv_name}`."
