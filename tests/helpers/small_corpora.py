@@ -92,6 +92,14 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
     )
 
 
+def add_linear_paths(config: FinetuneConfig) -> FinetuneConfig:
+    """The run with linear paths for images and code."""
+    tasks = dict(config.model.tasks)
+    for task in ("text_to_image", "text_to_code"):
+        tasks[task] = replace(tasks[task], linear_path=True)
+    return replace(config, model=replace(config.model, tasks=tasks))
+
+
 def write_scaled_sound(source: Path, folder: Path, deviation: float) -> None:
     """Write a corpus of recordings again, its log-mel values divided by ``deviation``."""
     folder.mkdir(parents=True)

@@ -23,7 +23,12 @@ from pipelines.training.setup import build_model
 from pipelines.training.worker import MODEL, run_worker
 from skillnet.serialization import check_file, read_manifest
 from skillnet.systems import load_model
-from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
+from tests.helpers.small_corpora import (
+    add_linear_paths,
+    small_config,
+    small_pretraining,
+    write_corpora,
+)
 from tests.integration.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -117,7 +122,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 
 def test_two_then_four_ranks_equal_one_process(data: Path, tmp_path: Path) -> None:
-    config = small_config(data, steps=10, ema=0.9, max_grad_norm=0.5)
+    config = add_linear_paths(small_config(data, steps=10, ema=0.9, max_grad_norm=0.5))
     config.evaluate = True
     finish_run(0, 1, config, str(tmp_path / "alone"))
     config.training.sharding = "full"
