@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from skillnet import losses
 from skillnet.config import SkillNetConfig
-from skillnet.linear_path import LinearPath, count_linear_flops, to_wide_float
+from skillnet.linear_path import LinearPath, count_linear_flops
 from skillnet.objectives import find_objective
+from skillnet.precision import to_wide_float
 from skillnet.skills import Task
 from skillnet.stems import masked_outputs
 
@@ -208,9 +209,8 @@ class CTCHead(TaskHead):
             self.project.bias[0] += config.ctc_blank_bias
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        logits = self.project(x_BTD)
         # In bf16 the log of small probabilities loses the digits that CTC sums.
-        return F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+        return F.log_softmax(to_wide_float(self.project(x_BTD)), -1)
 
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf

@@ -10,13 +10,13 @@ vocabulary, S cells per side of a grid.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
+from skillnet.precision import to_wide_float
 from skillnet.skills import Task
 from skillnet.stems import PAD, scale_to_signed
 
@@ -100,12 +100,3 @@ def count_linear_flops(config: SkillNetConfig, modality: str) -> int:
     """
     inputs = 3 * find_grid_side(config.image_size) ** 2 if modality == "image" else config.dim
     return 2 * inputs * config.embedding_dim
-
-
-def to_wide_float(x: Tensor) -> Any:
-    """Return float32 for 16-bit types: unit vectors in bf16 lose the angles that ranks need.
-
-    Args:
-        x: any type of floating point.
-    """
-    return x if x.dtype == torch.float64 else x.float()

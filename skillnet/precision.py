@@ -72,3 +72,12 @@ def find_device(weights: Iterable[Tensor]) -> torch.device:
 def best_device() -> torch.device:
     """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_wide_float(x: Tensor) -> Tensor:
+    """Return float32 for 16-bit types, which lose the digits that sums and ranks depend on.
+
+    Args:
+        x: any type of floating point.
+    """
+    return x if x.dtype == torch.float64 else x.float()
