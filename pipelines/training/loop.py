@@ -57,6 +57,7 @@ class TrainResult:
         bytes_reduced: gradient bytes that this rank sent.
         tasks: steps and rows per task, and those that made no update.
         losses: last running mean of the loss per task.
+        precision: number format of the products: ``bf16``, ``fp32`` or ``fp64``.
         checkpoint: the last checkpoint on rank 0, if the run has a folder.
         shards: this rank's part of the weights; None if the model holds them whole.
         preempted: a stop was requested (:mod:`pipelines.training.preemption`); a checkpoint exists.
@@ -72,6 +73,7 @@ class TrainResult:
     bytes_reduced: int
     tasks: dict[str, dict[str, Any]]
     losses: dict[str, float] = field(default_factory=dict)
+    precision: str = "fp32"
     checkpoint: Path | None = None
     shards: "ModelShards | None" = None
     preempted: bool = False
@@ -281,6 +283,7 @@ def train_model(
         bytes_reduced=sync.bytes_reduced,
         tasks=health.to_dict(),
         losses=dict(meter.losses),
+        precision=precision.name,
         checkpoint=path,
         shards=shards,
         preempted=leaving and step < settings.steps,

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
         ),
         "corpora (digests)": ", ".join(f"{name} {digest}" for name, digest in corpora.items()),
         "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
+        "runs by precision": _count_precisions(comparison),
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
         "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
     }
+
+
+def _count_precisions(comparison: SystemComparison) -> str:
+    """Return "bf16 6, fp32 3": ``precision: auto`` takes what the machine of a run supports."""
+    counts = Counter(str(run.trained.get("precision", "unknown")) for run in comparison.runs)
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

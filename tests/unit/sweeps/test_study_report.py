@@ -170,6 +170,8 @@ def test_provenance_is_listed(written: ComparisonReport):
     assert "headings " + "a" * 64 in facts["corpora (digests)"]
     assert "torch " in facts["software"]
     assert facts["test rows"].startswith("text_classification 200")
+    runs = len(written.comparison.runs)
+    assert facts["runs by precision"] == f"bf16 {runs // 3}, fp32 {2 * runs // 3}"
 
 
 def test_plots_name_their_axes(written: ComparisonReport):

@@ -34,7 +34,8 @@ def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(
     run = resolve_run(config)
     assert find_finished_result(run) is None
     validate_run(run)
-    assert train_model(run).step == 2
+    result = train_model(run)
+    assert (result.step, result.to_dict()["precision"]) == (2, "fp64")
     assert sorted(opened) == sorted({task.corpus for task in config.tasks.values()})
 
 
