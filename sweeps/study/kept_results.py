@@ -6,6 +6,8 @@
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
     unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
+    reserve_sums.parquet, reserve.csv
+                             the same on the reserve, which ``--read_reserve once`` opens
     pretraining/             configuration and training time of its pretraining
 
 A few kilobytes per run, to be committed as runs finish. :class:`KeptTuning` writes a line after
@@ -40,6 +42,8 @@ from sweeps.trials.remote_ledger import STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"
+#: Results on the reserve, in the directory of a final run. Only sweeps.study.reserve reads them.
+RESERVE_SUMS, RESERVE_ROWS = "reserve_sums.parquet", "reserve.csv"
 TUNING = "tuning.jsonl"
 #: Entries of a line of it.
 TUNING_KEYS = ("name", "settings", "score", "scores", "step", "seconds")
@@ -157,7 +161,8 @@ def keep_run(run: Path, target: Path) -> None:
         _keep_pretraining(start if (start / CONFIG).is_file() else start.parent, part / PRETRAINING)
     init_from = PRETRAINING if config.init_from else None
     _write_config(replace(_remove_places(config), init_from=init_from), part / CONFIG)
-    for name in (TRAINED, EVALUATION):
+    sealed = [name for name in (RESERVE_ROWS, RESERVE_SUMS) if (run / name).is_file()]
+    for name in (TRAINED, EVALUATION, *sealed):
         shutil.copyfile(run / name, part / name)
     result = read_result(run / RESULT)
     known = {key: result[key] for key in RESULT_KEYS if key in result}

@@ -4,6 +4,10 @@
 ``reserve.json`` before it evaluates, so that a second look cannot go unnoticed. All replicates
 answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of them that differ in
 the seed only, and the comparison treats replicates and held-out units as crossed.
+
+A study with ``keep`` does not keep weights, and its replicates may finish on several machines.
+:func:`seal_reserve` therefore evaluates the models of a replicate as soon as it is complete. The
+results stay unread beside the run until :func:`read_reserve` opens them.
 """
 
 import shutil
@@ -23,15 +27,25 @@ from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT
 from sweeps.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from sweeps.config.study import StudyConfig
-from sweeps.study.kept_results import find_kept_folder, sum_table
+from sweeps.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder, sum_table
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.study.tuning import TuningResult
 from sweeps.trials.remote_ledger import STUDY_LEDGER
 
 #: Reads of the reserve, in the directory of a study and of its kept results.
 RESERVE_RECORD = "reserve.json"
-#: Results of one final run, in its directory.
-RESERVE_SUMS, RESERVE_ROWS = "reserve_sums.parquet", "reserve.csv"
+
+
+def seal_reserve(config: StudyConfig, folders: Sequence[Path]) -> None:
+    """Evaluate the models of final runs on the reserve, and show no result.
+
+    Args:
+        config: the study; without a reserve nothing is done.
+        folders: directories of finished final runs; one that is evaluated, or has no model here,
+            stays as it is.
+    """
+    if _has_reserve(config):
+        _evaluate_runs([folder for folder in folders if _has_model(folder)])
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -42,10 +56,10 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
         runs: label and directory of each finished final run.
 
     Raises:
-        UserError: the study has no reserve, was read before, or a model is missing.
+        UserError: the study has no reserve, was read before, or a run has neither a model nor a
+            sealed result.
     """
-    fold = config.run.fold
-    if not fold.reserve_part and not fold.reserve_units:
+    if not _has_reserve(config):
         raise UserError(
             "read_reserve: the study has no reserve. Set run.fold.reserve_part or "
             "run.fold.reserve_units before it starts"
@@ -59,7 +73,8 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
             f"{reads[-1]['commit']}, and its rows are no longer unseen. Use that result, or give "
             "--read_reserve again, which is recorded"
         )
-    absent = [str(folder) for _, folder in runs if not _has_model(folder)]
+    folders = [folder for _, folder in runs]
+    absent = [str(f) for f in folders if not _has_model(f) and not _is_evaluated(f)]
     if absent or not runs:
         raise UserError(
             f"read_reserve: {len(absent)} of {len(runs)} final runs have no model"
@@ -74,17 +89,16 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
                 "commit": find_source_commit(),
                 "is_repeated": bool(reads),
                 "claims": configuration.digest_config(config.claims)[:12],
-                "runs": sorted(folder.name for _, folder in runs),
+                "runs": sorted(folder.name for folder in folders),
             }
         )
-        for _, folder in runs:
-            (folder / RESERVE_SUMS).unlink(missing_ok=True)
+        # A sealed result is the answer of the same model; only "again" asks the model once more.
+        for folder in folders:
+            if config.read_reserve == "again" and _has_model(folder):
+                (folder / RESERVE_SUMS).unlink(missing_ok=True)
     # Before the first row is read: a killed evaluation has read, too.
     _write_record(config, reads)
-    for _, folder in runs:
-        # Written last, so a file is a complete result.
-        if not (folder / RESERVE_SUMS).is_file():
-            _evaluate_run(folder)
+    _evaluate_runs(folders)
     reads[-1]["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     _write_record(config, reads)
     return collect_reserve_runs(runs)
@@ -160,6 +174,12 @@ def _rename_split(split: str) -> str:
     return SPLIT if split == RESERVE_SPLIT else split
 
 
+def _evaluate_runs(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not _is_evaluated(folder):
+            _evaluate_run(folder)
+
+
 def _evaluate_run(folder: Path) -> None:
     from pipelines.evaluation.evaluator import evaluate_model, open_task_corpus
     from pipelines.evaluation.tables import write_evaluation_csv
@@ -190,6 +210,16 @@ def _evaluate_run(folder: Path) -> None:
     )
     write_evaluation_csv(rows, folder / RESERVE_ROWS)
     write_outcomes(sum_table(outcomes), folder / RESERVE_SUMS)
+
+
+def _has_reserve(config: StudyConfig) -> bool:
+    fold = config.run.fold
+    return bool(fold.reserve_part or fold.reserve_units)
+
+
+def _is_evaluated(folder: Path) -> bool:
+    # Written last, so a file is a complete result.
+    return (folder / RESERVE_SUMS).is_file()
 
 
 def _has_model(folder: Path) -> bool:

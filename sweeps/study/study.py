@@ -99,6 +99,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     """
     # These load torch, which --help must not do.
     from sweeps.study.kept_results import KeptTuning, is_kept_run, keep_results
+    from sweeps.study.reserve import seal_reserve
     from sweeps.trials.engine import run_trials
     from sweeps.trials.ledger import LedgerEntry
 
@@ -155,6 +156,8 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         )
         write_study_ledger(study, folder)
         if config.keep:
+            # The kept results have no weights, so the reserve is evaluated before.
+            seal_reserve(config, [o.folder for o in study.outcomes if o.status == "finished"])
             keep_results(config, study.outcomes)
     return study
 

@@ -22,8 +22,20 @@ from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
-from sweeps.study.kept_results import KeptTuning, keep_results, keep_run, restore_results
-from sweeps.study.reserve import RESERVE_RECORD, read_reserve, read_reserve_record
+from sweeps.study.kept_results import (
+    RESERVE_SUMS,
+    KeptTuning,
+    keep_results,
+    keep_run,
+    restore_results,
+)
+from sweeps.study.reserve import (
+    RESERVE_RECORD,
+    list_final_runs,
+    read_reserve,
+    read_reserve_record,
+    seal_reserve,
+)
 from sweeps.study.study import (
     StudyResult,
     build_final_trials,
@@ -216,6 +228,45 @@ def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
     assert [each["is_repeated"] for each in read_reserve_record(config)] == [False, True]
     with pytest.raises(UserError, match="has no reserve"):
         read_reserve(replace(config, run=small_config(tmp_path)), runs)
+
+
+def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
+    corpora = write_corpora(tmp_path / "corpora", rows=60, test_rows=20)
+    run = replace(small_config(corpora), fold=FoldConfig(2, 0, 0.3, reserve_part=True))
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    config = study(tmp_path / "first", tmp_path / "keep", run=run, seeds=[0])
+    tuning = {"skillnet": TuningResult("skillnet", {"training.lr": 0.01})}
+    outcomes = []
+    for trial in build_final_trials(config, tuning):
+        folder = write_run(config.folder / "runs" / trial.name, seed=trial.config.seed)
+        (folder / CONFIG).write_text(configuration.to_yaml(trial.config), encoding="utf-8")
+        complete_result(folder)
+        shutil.rmtree(folder / "model")
+        SkillNet(run.model).save_pretrained(folder / "model")
+        outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
+    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    folders = [outcome.folder for outcome in outcomes]
+    seal_reserve(config, folders)
+    sealed = [(folder / RESERVE_SUMS).stat() for folder in folders]
+    seal_reserve(config, folders)
+    assert [(folder / RESERVE_SUMS).stat() for folder in folders] == sealed, "evaluated once"
+    keep_results(config, outcomes)
+    assert not read_reserve_record(config), "evaluating is no reading"
+    direct = read_reserve(replace(config, read_reserve="once"), list_final_runs(config))
+    (tmp_path / "keep/s" / RESERVE_RECORD).unlink()
+
+    other = study(tmp_path / "second", tmp_path / "keep", run=run, seeds=[0], read_reserve="once")
+    restore_results(other)
+    assert not list(other.folder.rglob("*.safetensors"))
+    found = read_reserve(other, list_final_runs(other))
+    assert compare_systems(label_runs(found)).scores == compare_systems(label_runs(direct)).scores
+    assert read_reserve_record(other)[0]["finished"]
+    with pytest.raises(UserError, match="the reserve was read on"):
+        read_reserve(other, list_final_runs(other))
+    read_reserve(replace(other, read_reserve="again"), list_final_runs(other))
+    (folder := other.folder / "runs" / outcomes[1].name).joinpath(RESERVE_SUMS).unlink()
+    with pytest.raises(UserError, match=f"1 of 2 final runs have no model.*{folder.name}"):
+        read_reserve(replace(other, read_reserve="again"), list_final_runs(other))
 
 
 def group_rows(folder: Path) -> None:
