@@ -140,9 +140,10 @@ class StudyConfig:
             pretrained systems.
         tuning: search for training settings of each system.
         keep: directory for the results of each finished replicate, without weights; the study
-            resumes from them on another machine.
-        read_reserve: evaluate the models of all final runs on the reserve of ``run.fold`` and
-            report that: once, or again, which is recorded.
+            resumes from them on another machine. The models of a complete replicate are evaluated
+            on the reserve first.
+        read_reserve: report all final runs on the reserve of ``run.fold``: once, or again, which
+            is recorded.
         resources: resources of one run.
         reference: label of the system that the others are tested against; by default skillnet.
         specialist: label of the system whose scores count as 1; by default specialist.
