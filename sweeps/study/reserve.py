@@ -4,10 +4,6 @@
 ``reserve.json`` before it evaluates, so that a second look cannot go unnoticed. All replicates
 answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of them that differ in
 the seed only, and the comparison treats replicates and held-out units as crossed.
-
-A study with ``keep`` does not keep weights, and its replicates may finish on several machines.
-:func:`seal_reserve` therefore evaluates the models of a replicate as soon as it is complete. The
-results stay unread beside the run until :func:`read_reserve` opens them.
 """
 
 import shutil
@@ -17,35 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.folds import RESERVE_SPLIT, is_reserve
-from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes, write_outcomes
+from pipelines.config.folds import RESERVE_SPLIT
+from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes
 from skillnet_platform import config as configuration
-from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT
 from sweeps.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from sweeps.config.study import StudyConfig
-from sweeps.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder, sum_table
+from sweeps.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder
+from sweeps.study.sealed_reserve import evaluate_runs, has_model, has_reserve, is_evaluated
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.study.tuning import TuningResult
 from sweeps.trials.remote_ledger import STUDY_LEDGER
 
 #: Reads of the reserve, in the directory of a study and of its kept results.
 RESERVE_RECORD = "reserve.json"
-
-
-def seal_reserve(config: StudyConfig, folders: Sequence[Path]) -> None:
-    """Evaluate the models of final runs on the reserve, and show no result.
-
-    Args:
-        config: the study; without a reserve nothing is done.
-        folders: directories of finished final runs; one that is evaluated, or has no model here,
-            stays as it is.
-    """
-    if _has_reserve(config):
-        _evaluate_runs([folder for folder in folders if _has_model(folder)])
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -59,7 +43,7 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
         UserError: the study has no reserve, was read before, or a run has neither a model nor a
             sealed result.
     """
-    if not _has_reserve(config):
+    if not has_reserve(config):
         raise UserError(
             "read_reserve: the study has no reserve. Set run.fold.reserve_part or "
             "run.fold.reserve_units before it starts"
@@ -74,7 +58,7 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
             "--read_reserve again, which is recorded"
         )
     folders = [folder for _, folder in runs]
-    absent = [str(f) for f in folders if not _has_model(f) and not _is_evaluated(f)]
+    absent = [str(f) for f in folders if not has_model(f) and not is_evaluated(f)]
     if absent or not runs:
         raise UserError(
             f"read_reserve: {len(absent)} of {len(runs)} final runs have no model"
@@ -94,11 +78,11 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
         )
         # A sealed result is the answer of the same model; only "again" asks the model once more.
         for folder in folders:
-            if config.read_reserve == "again" and _has_model(folder):
+            if config.read_reserve == "again" and has_model(folder):
                 (folder / RESERVE_SUMS).unlink(missing_ok=True)
     # Before the first row is read: a killed evaluation has read, too.
     _write_record(config, reads)
-    _evaluate_runs(folders)
+    evaluate_runs(folders)
     reads[-1]["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     _write_record(config, reads)
     return collect_reserve_runs(runs)
@@ -172,58 +156,6 @@ def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
 def _rename_split(split: str) -> str:
     """Return the split that a comparison tests for the reserve; its parts keep their names."""
     return SPLIT if split == RESERVE_SPLIT else split
-
-
-def _evaluate_runs(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        if not _is_evaluated(folder):
-            _evaluate_run(folder)
-
-
-def _evaluate_run(folder: Path) -> None:
-    from pipelines.evaluation.evaluator import evaluate_model, open_task_corpus
-    from pipelines.evaluation.tables import write_evaluation_csv
-    from pipelines.runs import model_source
-
-    source = model_source.resolve_model(str(folder))
-    data = str(source.settings["data"])
-    model, outcomes = model_source.load_trained_tasks(source), OutcomeTable()
-    console.print_note(f"{folder.name}: evaluating on the reserve")
-    splits = {
-        split
-        for task in model.config.tasks
-        for split in open_task_corpus(data, task, source.corpora, source.fold, True).splits
-        if is_reserve(split)
-    }
-    rows = evaluate_model(
-        model,
-        data,
-        splits=sorted(splits),
-        seed=source.seed,
-        corpora=source.corpora,
-        limits=source.limits,
-        steps=source.steps,
-        bootstrap_samples=0,
-        outcomes=outcomes,
-        fold=source.fold,
-        with_reserve=True,
-    )
-    write_evaluation_csv(rows, folder / RESERVE_ROWS)
-    write_outcomes(sum_table(outcomes), folder / RESERVE_SUMS)
-
-
-def _has_reserve(config: StudyConfig) -> bool:
-    fold = config.run.fold
-    return bool(fold.reserve_part or fold.reserve_units)
-
-
-def _is_evaluated(folder: Path) -> bool:
-    # Written last, so a file is a complete result.
-    return (folder / RESERVE_SUMS).is_file()
-
-
-def _has_model(folder: Path) -> bool:
-    return (folder / "model" / "manifest.json").is_file()
 
 
 def _write_record(config: StudyConfig, reads: Sequence[Mapping[str, Any]]) -> None:

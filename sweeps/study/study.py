@@ -99,7 +99,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     """
     # These load torch, which --help must not do.
     from sweeps.study.kept_results import KeptTuning, is_kept_run, keep_results
-    from sweeps.study.reserve import seal_reserve
+    from sweeps.study.sealed_reserve import seal_reserve
     from sweeps.trials.engine import run_trials
     from sweeps.trials.ledger import LedgerEntry
 

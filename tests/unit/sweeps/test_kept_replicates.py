@@ -34,8 +34,8 @@ from sweeps.study.reserve import (
     list_final_runs,
     read_reserve,
     read_reserve_record,
-    seal_reserve,
 )
+from sweeps.study.sealed_reserve import seal_reserve
 from sweeps.study.study import (
     StudyResult,
     build_final_trials,
