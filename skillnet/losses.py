@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skillnet.precision import to_wide_float
+
 
 class RankGather(Protocol):
     """All-gather of rows over ranks, in rank order, with gradients back to the owning rank."""
@@ -35,7 +37,7 @@ def cross_entropy(
         count: rows of the global batch.
         smoothing: label smoothing in [0, 1).
     """
-    logits = _full(logits_BC)
+    logits = to_wide_float(logits_BC)
     return F.cross_entropy(logits, labels_B, reduction="sum", label_smoothing=smoothing) / count
 
 
@@ -47,7 +49,7 @@ def binary_cross_entropy(logits_BC: Tensor, truth_BC: Tensor, count: int) -> Ten
         truth_BC: 1 for the classes of a row, else 0.
         count: rows of the global batch.
     """
-    logits = _full(logits_BC)
+    logits = to_wide_float(logits_BC)
     truth = truth_BC.to(logits.dtype)
     losses_BC = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return losses_BC.mean(1).sum() / count
@@ -61,7 +63,7 @@ def squared_error(predicted_B: Tensor, right_B: Tensor, count: int) -> Tensor:
         right_B: correct values.
         count: rows of the global batch.
     """
-    predicted = _full(predicted_B)
+    predicted = to_wide_float(predicted_B)
     return (predicted - right_B.to(predicted.dtype)).square().sum() / count
 
 
@@ -182,7 +184,7 @@ def masked_loss_per_row(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor
             pixels of a patch or frames of a stack (M, P), by squared error (MAE, He et al. 2022).
         masked_BT: True at masked tokens, at least one per row.
     """
-    predicted_M = _full(predicted_M)
+    predicted_M = to_wide_float(predicted_M)
     if values_M.is_floating_point():
         losses_M = (predicted_M - values_M).square().mean(1)
     else:
@@ -192,8 +194,3 @@ def masked_loss_per_row(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor
     numbers_M = torch.arange(len(losses_M), device=counts_B.device)
     rows_M = torch.searchsorted(counts_B.cumsum(0), numbers_M, right=True)
     return losses_M.new_zeros(len(counts_B)).index_add(0, rows_M, losses_M) / counts_B.clamp(min=1)
-
-
-def _full(x: Tensor) -> Tensor:
-    """Convert bf16 and half to float32; keep float32 and float64."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -56,8 +56,8 @@ class TrainResult:
         waiting: fraction of that time spent waiting for data.
         bytes_reduced: gradient bytes that this rank sent.
         tasks: steps and rows per task, and those that made no update.
-        losses: last running mean of the loss per task.
         precision: number format of the products: ``bf16``, ``fp32`` or ``fp64``.
+        losses: last running mean of the loss per task.
         checkpoint: the last checkpoint on rank 0, if the run has a folder.
         shards: this rank's part of the weights; None if the model holds them whole.
         preempted: a stop was requested (:mod:`pipelines.training.preemption`); a checkpoint exists.
@@ -72,8 +72,8 @@ class TrainResult:
     waiting: float
     bytes_reduced: int
     tasks: dict[str, dict[str, Any]]
+    precision: str
     losses: dict[str, float] = field(default_factory=dict)
-    precision: str = "fp32"
     checkpoint: Path | None = None
     shards: "ModelShards | None" = None
     preempted: bool = False
