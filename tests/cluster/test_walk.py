@@ -5,6 +5,7 @@ host has a GPU; dependencies are there already; the store is moto's and keeps ob
 The tests stand in the order of the walk and share one cluster.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -351,28 +352,51 @@ def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> 
     return give(hosts["client"], cluster, f"{name}.yaml", sweep)
 
 
+@contextlib.contextmanager
+def occupied_head(client: Host) -> Iterator[None]:
+    """A job that takes all cores of the head, so that a trial runs on the worker.
+
+    Without it, Tune runs both trials on the head if the first ends before the worker's process is
+    up.
+    """
+    client.run(
+        *("ray", "job", "submit", "--no-wait", "--submission-id", "occupied-head"),
+        *("--entrypoint-num-cpus", str(len(os.sched_getaffinity(0)))),
+        *("--entrypoint-resources", json.dumps({"node:__internal_head__": 0.001})),
+        *("--", "sleep", "infinity"),
+    )
+    deadline = time.monotonic() + LATE_S
+    while "running" not in client.run("ray", "job", "status", "occupied-head").stdout.lower():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    yield
+    client.run("ray", "job", "stop", "occupied-head")
+
+
 def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     path = small_sweep(hosts, cluster, "sweep", steps=4)
     words = (*tracked(hosts), "sweep", "--config", path)
-    follower = client.start(
-        *SKILLNET, "submit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert follower.stdout is not None
-    for line in follower.stdout:
-        if line.startswith("job sweep-"):
-            break
-    follower.kill()
-    follower.wait(10)
-    follower.stdout.close()
-    done = submit(client, "--attach", seconds=LATE_S)
+    with occupied_head(client):
+        follower = client.start(
+            *SKILLNET, "submit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert follower.stdout is not None
+        for line in follower.stdout:
+            if line.startswith("job sweep-"):
+                break
+        follower.kill()
+        follower.wait(10)
+        follower.stdout.close()
+        done = submit(client, "--attach", seconds=LATE_S)
     assert done["job_id"] in line
     assert (done["status"], done["exit_code"]) == ("SUCCEEDED", 0), done["log"]
     result = json.loads(stored(client, "runs/sweep/result.json"))
     assert result["counts"]["finished"] == 2
     ran = hosts["worker"].run("ls", f"{HOME}/sweep/trials").stdout.split()
-    assert len(ran) == 1, "one of the two trials ran on the host that is not the driver's"
-    assert stored(client, f"runs/sweep/trials/{ran[0]}/reports.jsonl")
+    assert len(ran) == 2, "the trials ran on the host that is not the driver's"
+    for each in ran:
+        assert stored(client, f"runs/sweep/trials/{each}/reports.jsonl")
 
 
 def test_a_sweep_by_plain_job_submission(hosts: dict[str, Host], cluster: str) -> None:
