@@ -68,7 +68,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     while len(in_the_making(uri)) < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late, "no shard came"
-        time.sleep(0.05)
+        time.sleep(0.25)
     kill_family(process)
     assert not directories.is_committed(f"{uri}/made")
     before = len(in_the_making(uri))
@@ -79,7 +79,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     while len(in_the_making(uri)) <= before:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late, "no further shard came"
-        time.sleep(0.05)
+        time.sleep(0.25)
     object_store.door.shut()
     said = end(process, 1)
     object_store.door.unshut()
@@ -108,7 +108,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     process = start(["tests.helpers.synthetic_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
     while not in_the_making(uri):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.25)
     assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
     end(process, 0)
     assert open_corpus(f"{uri}/made", verify=True).manifest["digest"] != local.manifest["digest"]

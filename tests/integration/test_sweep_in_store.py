@@ -108,7 +108,7 @@ def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
         while not (there("000-seed0/outcome.json") and there(checkpoint)):
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < end, "no checkpoint of the second trial came"
-            time.sleep(0.05)
+            time.sleep(0.25)
     finally:
         kill_family(driver)
     assert not there("001-seed0/result.json")
@@ -224,7 +224,7 @@ def test_a_study_resumes_and_is_compared_from_the_store(
         while not directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < end, "no final run came"
-            time.sleep(0.05)
+            time.sleep(0.25)
     finally:
         kill_family(driver)
     finished = {
