@@ -5,7 +5,6 @@ host has a GPU; dependencies are there already; the store is moto's and keeps ob
 The tests stand in the order of the walk and share one cluster.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.cluster import node_requirements
 from tests.chaos.namespaces import ROOT, missing
 from tests.cluster.lab import HOST_HOME, NEEDED, Host, lab
+from tests.cluster.occupied_head import occupied_head
 from tests.helpers.object_store import KEYS
 from tests.helpers.small_corpora import small_config
 from tests.helpers.synthetic_corpora import SLOW, put_archive
@@ -338,7 +338,7 @@ def test_training_on_two_hosts_by_plain_job_submission(
 
 
 def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
-    """The file of a sweep whose two trials run on two hosts."""
+    """The file of a sweep of two trials, each of which takes all cores of a host."""
     config = small_config(Path(), steps=steps, workers=1)
     config.data, config.tracking.register = CORPORA, False
     sweep = {
@@ -346,38 +346,16 @@ def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> 
         "run_dir": RUNS,
         "run": configuration.to_dict(config) | {"name": None},
         "space": {"training.lr": {"choice": [0.001, 0.003]}},
-        # A trial takes all that a host has: two of them run on two hosts.
         "resources": {"cpus": len(os.sched_getaffinity(0))},
     }
     return give(hosts["client"], cluster, f"{name}.yaml", sweep)
-
-
-@contextlib.contextmanager
-def occupied_head(client: Host) -> Iterator[None]:
-    """A job that takes all cores of the head, so that a trial runs on the worker.
-
-    Without it, Tune runs both trials on the head if the first ends before the worker's process is
-    up.
-    """
-    client.run(
-        *("ray", "job", "submit", "--no-wait", "--submission-id", "occupied-head"),
-        *("--entrypoint-num-cpus", str(len(os.sched_getaffinity(0)))),
-        *("--entrypoint-resources", json.dumps({"node:__internal_head__": 0.001})),
-        *("--", "sleep", "infinity"),
-    )
-    deadline = time.monotonic() + LATE_S
-    while "running" not in client.run("ray", "job", "status", "occupied-head").stdout.lower():
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    yield
-    client.run("ray", "job", "stop", "occupied-head")
 
 
 def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     path = small_sweep(hosts, cluster, "sweep", steps=4)
     words = (*tracked(hosts), "sweep", "--config", path)
-    with occupied_head(client):
+    with occupied_head(client, LATE_S):
         follower = client.start(
             *SKILLNET, "submit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
