@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.namespaces import ROOT
-from tests.chaos.ray_nodes import RayHosts, wait_for
+from tests.chaos.ray_nodes import RayHosts
 from tests.chaos.result_rows import Row
+from tests.helpers.waiting import wait_until
 
 #: The first leaves the run to itself; the others end it.
 FAULTS = ("host killed", "head's host killed", "spot notice")
@@ -70,7 +71,7 @@ class Hosts:
             process = stack.enter_context(hosts.started(HEAD, *words, **environment))
             if row is not None:
                 markers = [run / "faults" / f"{rank}-hold-{row.step}" for rank in (0, 1)]
-                wait_for(lambda: all(map(Path.exists, markers)), process, PATIENCE_S)
+                wait_until(lambda: all(map(Path.exists, markers)), PATIENCE_S, process=process)
                 self._disturb(hosts, run, row, markers, stack)
             said, _ = process.communicate(timeout=PATIENCE_S)
         sys.stderr.write(said)

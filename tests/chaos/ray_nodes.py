@@ -8,8 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -137,17 +136,3 @@ def ray_hosts(folder: Path, *names: str, **environment: str) -> Iterator[RayHost
         yield hosts
     finally:
         hosts.close()
-
-
-def wait_for(there: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float) -> None:
-    """Wait until something is there, while a command runs.
-
-    Raises:
-        AssertionError: the command ended before, or it took too long; shows what it said.
-    """
-    end = time.monotonic() + seconds
-    while not there():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(f"it did not come to that:\n{process.communicate()[0]}")
-        time.sleep(0.1)

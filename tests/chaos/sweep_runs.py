@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks.measure import RESULTS, machine
 from tests.chaos.namespaces import ROOT
 from tests.chaos.result_rows import Row, append, is_sound, read
 from tests.helpers.processes import kill_family
+from tests.helpers.waiting import wait_until
 
 LAUNCHER = "sweep"
 TASKS = ("text_classification", "text_to_image")
@@ -78,7 +79,7 @@ class SweepRuns:
         began = 0.0
         try:
             checkpoint = f"{trial}/checkpoints/step-*/manifest.json"
-            wait_until(lambda: any(trials.glob(checkpoint)), process)
+            wait_until(lambda: any(trials.glob(checkpoint)), PATIENCE_S, process=process)
             row.victim = f"{VICTIMS[row.fault]} in trial {trial}"
             began = time.monotonic()
             find_child(process.pid, VICTIMS[row.fault]).kill()
@@ -154,15 +155,6 @@ def find_child(pid: int, name: str) -> psutil.Process:
             if child.name() == name:
                 return child
     raise LookupError(f"process {pid} has no {name}")
-
-
-def wait_until(is_there: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    """Wait while a process runs."""
-    end = time.monotonic() + PATIENCE_S
-    while not is_there():
-        assert process.poll() is None, f"the sweep ended with {process.returncode}"
-        assert time.monotonic() < end, "the trial wrote no checkpoint"
-        time.sleep(0.05)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

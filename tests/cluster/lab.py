@@ -16,12 +16,12 @@ import contextlib
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
+from tests.helpers.waiting import wait_until
 
 #: Home of the user of the hosts, where ssh, bash and Ray look for their files.
 HOST_HOME = Path("~root").expanduser()
@@ -158,12 +158,13 @@ def _own_package(pattern: str) -> list[Path]:
 
 
 def _wait_for_ssh(hosts: dict[str, Host]) -> None:
+    def run_ssh(host: Host) -> "subprocess.CompletedProcess[str]":
+        return hosts["client"].run("ssh", host.address, "true", check=False)
+
     for host in hosts.values():
-        if host.name == "client":
-            continue
-        for _ in range(100):
-            if hosts["client"].run("ssh", host.address, "true", check=False).returncode == 0:
-                break
-            time.sleep(0.1)
-        else:
-            raise RuntimeError(f"{host.name}: no ssh server answers at {host.address}")
+        if host.name != "client":
+            wait_until(
+                lambda host=host: run_ssh(host).returncode == 0,
+                60,
+                lambda host=host: f"{host.name}: {run_ssh(host).stderr}",
+            )

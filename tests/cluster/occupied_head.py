@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterator
 
 from tests.cluster.lab import Host
+from tests.helpers.waiting import wait_until
 
 JOB = "occupied-head"
 
@@ -27,10 +27,11 @@ def occupied_head(client: Host, seconds: float) -> Iterator[None]:
         *("--entrypoint-resources", json.dumps({"node:__internal_head__": 0.001})),
         *("--", "sleep", "infinity"),
     )
-    deadline = time.monotonic() + seconds
-    while "running" not in (said := client.run("ray", "job", "status", JOB).stdout.lower()):
-        assert time.monotonic() < deadline, said
-        time.sleep(1)
+
+    def read_status() -> str:
+        return client.run("ray", "job", "status", JOB).stdout
+
+    wait_until(lambda: "running" in read_status().lower(), seconds, read_status, pause=1)
     try:
         yield
     finally:

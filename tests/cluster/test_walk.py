@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.cluster.occupied_head import occupied_head
 from tests.helpers.object_store import KEYS
 from tests.helpers.small_corpora import small_config
 from tests.helpers.synthetic_corpora import SLOW, put_archive
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 #: A step that takes longer hangs. Ten times what it takes on an idle machine of two cores.
@@ -108,13 +108,11 @@ def stored(client: Host, name: str) -> str:
 
 def until_it_answers(client: Host, url: str, *words: str) -> str:
     """What a server that was just started says."""
-    deadline = time.monotonic() + LATE_S
-    while True:
-        done = client.run("curl", "-sSf", "-m", "5", *words, url, check=False)
-        if done.returncode == 0:
-            return done.stdout
-        assert time.monotonic() < deadline, f"{url}: {done.stderr}"
-        time.sleep(0.5)
+    again = ("--retry", "10000", "--retry-all-errors", "--retry-delay", "1")
+    late = ("--retry-max-time", str(round(LATE_S)))
+    return client.run(
+        "curl", "-sSf", "-m", "5", *again, *late, *words, url, seconds=LATE_S + 30
+    ).stdout
 
 
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
@@ -194,13 +192,12 @@ def give(client: Host, cluster: str, name: str, content: Any) -> str:
 def test_ray_up_and_status(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     client.run("ray", "up", "-y", "--no-config-cache", cluster, seconds=LATE_S)
-    deadline = time.monotonic() + LATE_S
-    while True:
-        said = client.run("ray", "exec", cluster, "ray status").stdout
-        if "2 local.cluster.node" in said:  # of two hosts: the head and its worker
-            break
-        assert time.monotonic() < deadline, said
-        time.sleep(2)
+
+    def read_status() -> str:
+        return client.run("ray", "exec", cluster, "ray status").stdout
+
+    # Of two hosts: the head and its worker.
+    wait_until(lambda: "2 local.cluster.node" in read_status(), LATE_S, read_status, pause=2)
 
 
 def test_the_dashboard_answers_through_a_tunnel_only(hosts: dict[str, Host], cluster: str) -> None:
@@ -209,10 +206,7 @@ def test_the_dashboard_answers_through_a_tunnel_only(hosts: dict[str, Host], clu
     assert direct.returncode == 7, "the dashboard listens on loopback"
     client.start("ray", "dashboard", cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ask = ("curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}")
-    for _ in range(200):
-        if client.run(*ask, DASHBOARD, check=False).stdout == "200":
-            break
-        time.sleep(0.5)
+    wait_until(lambda: client.run(*ask, DASHBOARD, check=False).stdout == "200", 120, pause=0.5)
     assert client.run(*ask, f"{DASHBOARD}/api/version").stdout in ("401", "403")
     token = client.run("cat", f"{HOST_HOME}/.ray/auth_token").stdout.strip()
     header = ("-H", f"Authorization: Bearer {token}")
@@ -423,8 +417,10 @@ def test_a_users_mistake_is_told_by_the_job(hosts: dict[str, Host]) -> None:
 
 def test_ray_down_leaves_nothing_running(hosts: dict[str, Host], cluster: str) -> None:
     hosts["client"].run("ray", "down", "-y", cluster, seconds=LATE_S)
-    deadline = time.monotonic() + LATE_S
     for name in ("head", "worker"):
-        while hosts[name].run("pgrep", "-x", "raylet", check=False).returncode == 0:
-            assert time.monotonic() < deadline, f"{name} still runs a raylet"
-            time.sleep(1)
+        wait_until(
+            lambda host=hosts[name]: host.run("pgrep", "-x", "raylet", check=False).returncode != 0,
+            LATE_S,
+            lambda name=name: f"{name} still runs a raylet",
+            pause=1,
+        )

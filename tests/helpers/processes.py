@@ -6,8 +6,8 @@ import subprocess
 import psutil
 
 
-def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> None:
-    """Kill a process with all that it started, if it still runs.
+def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> str:
+    """Kill a process with all that it started, if it still runs; return its unread output.
 
     A worker left alone may reach its end before Ray ends it.
     """
@@ -17,4 +17,5 @@ def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> N
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    process.communicate()
+    parts = [part for part in process.communicate() if part is not None]
+    return "\n".join(part if isinstance(part, str) else part.decode() for part in parts)

@@ -14,8 +14,9 @@ from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.namespaces import missing
-from tests.chaos.ray_nodes import ray_hosts, wait_for
+from tests.chaos.ray_nodes import ray_hosts
 from tests.helpers.small_corpora import write_corpora
+from tests.helpers.waiting import wait_until
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
 
@@ -71,9 +72,9 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
         words = command(tmp_path, config)
         environment = {"RAY_ADDRESS": hosts.address, VARIABLE: json.dumps(order)}
         with hosts.started("head", *words, **environment) as process:
-            wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
+            wait_until((run / "faults" / "0-hold-5").exists, PATIENCE_S, process=process)
             hosts.kill("other")
-            wait_for((run / "faults" / "1-hold-8").exists, process, PATIENCE_S)
+            wait_until((run / "faults" / "1-hold-8").exists, PATIENCE_S, process=process)
             hosts.start("again")
             said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
@@ -106,7 +107,7 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
     with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
         environment = {"RAY_ADDRESS": hosts.address, VARIABLE: json.dumps(order)}
         with hosts.started("head", *command(tmp_path, config), **environment) as process:
-            wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
+            wait_until((run / "faults" / "0-hold-5").exists, PATIENCE_S, process=process)
             hosts.kill("other")
             hosts.start("again")
             said, _ = process.communicate(timeout=PATIENCE_S)

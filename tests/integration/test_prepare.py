@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pipelines.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
 from tests.helpers.synthetic_corpora import SLOW, Made, put_archive
+from tests.helpers.waiting import wait_until
 from tests.unit.pipelines.transforms.test_transforms import mp3, tone
 
 pytestmark = pytest.mark.integration
@@ -167,6 +167,13 @@ def test_a_full_disk_is_named_and_leaves_no_corpus(
         subprocess.run(["umount", str(small)], check=True)
 
 
+def wait_for_shards(data: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    def has_shards() -> bool:
+        return len(list(data.glob(".made.partial-*/*-?????.json"))) >= count
+
+    wait_until(has_shards, 300, process=process)
+
+
 def test_a_killed_prepare_goes_on_with_its_finished_shards(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -174,12 +181,8 @@ def test_a_killed_prepare_goes_on_with_its_finished_shards(
     of the shards was altered meanwhile: it is made again."""
     data, archives = tmp_path / "data", made[1]
     first = command(data, archives, "--cpus", "1", **{SLOW: "700"})
-    deadline = time.monotonic() + 300
     try:
-        while len(list(data.glob(".made.partial-*/*-?????.json"))) < 4:
-            assert first.poll() is None, first.stderr.read() if first.stderr else ""
-            assert time.monotonic() < deadline, "no shard was written"
-            time.sleep(0.05)
+        wait_for_shards(data, 4, first)
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -207,12 +210,8 @@ def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
 ) -> None:
     data = tmp_path / "data"
     first = command(data, made[1], "--cpus", "1", **{SLOW: "700"})
-    deadline = time.monotonic() + 300
     try:
-        while not list(data.glob(".made.partial-*/*-?????.json")):
-            assert first.poll() is None, first.stderr.read() if first.stderr else ""
-            assert time.monotonic() < deadline, "no shard was written"
-            time.sleep(0.05)
+        wait_for_shards(data, 1, first)
         first.send_signal(signal.SIGTERM)
         _, err = first.communicate(timeout=60)
     finally:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from skillnet_platform.storage import directories
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import kill_family
 from tests.helpers.synthetic_corpora import SLOW, put_archive
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -64,11 +64,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
 
     # Killed with all its processes, and the disk is lost.
     process = start(words, **{SLOW: "400"})
-    late = time.monotonic() + 240
-    while len(in_the_making(uri)) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < late, "no shard came"
-        time.sleep(0.25)
+    wait_until(lambda: len(in_the_making(uri)) >= 3, 240, process=process, pause=0.25)
     kill_family(process)
     assert not directories.is_committed(f"{uri}/made")
     before = len(in_the_making(uri))
@@ -76,10 +72,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
 
     # The store goes away: what has arrived stays.
     process = start(words, **{SLOW: "400", "SKILLNET_STORE_PATIENCE": "1"})
-    while len(in_the_making(uri)) <= before:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < late, "no further shard came"
-        time.sleep(0.25)
+    wait_until(lambda: len(in_the_making(uri)) > before, 240, process=process, pause=0.25)
     object_store.door.shut()
     said = end(process, 1)
     object_store.door.unshut()
@@ -106,9 +99,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
 
     # Another state of it takes its place; until then the old one is whole.
     process = start(["tests.helpers.synthetic_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
-    while not in_the_making(uri):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.25)
+    wait_until(lambda: in_the_making(uri), 240, process=process, pause=0.25)
     assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
     end(process, 0)
     assert open_corpus(f"{uri}/made", verify=True).manifest["digest"] != local.manifest["digest"]

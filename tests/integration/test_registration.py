@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipelines.serving import bundle
 from skillnet.model import SkillNet
 from skillnet_platform.tracking import backend, champion, registry
 from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -207,9 +207,7 @@ def test_sigterm_ends_a_registration_which_the_same_command_completes_once(root:
     SkillNet(config()).save_pretrained(root / "ended")
     before = len(versions())
     process = start(root, "ended", "never")
-    while not (root / "ended.ready").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until((root / "ended.ready").exists, 300, process=process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != -signal.SIGTERM, "the process had no handler"

@@ -24,6 +24,7 @@ from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -76,9 +77,7 @@ def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> 
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
     )
     try:
-        while not is_healthy(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None, "it ended before it answered"
-            time.sleep(0.1)
+        wait_until(lambda: is_healthy(f"http://127.0.0.1:{port}/health"), 300, process=server)
         predict(f"http://127.0.0.1:{port}", "文学研究")
         page = search_by_file(f"http://127.0.0.1:{port}", draw_png(), "circle.png")
         assert "<dt>task</dt><dd>text_to_image</dd>" in page

@@ -4,13 +4,13 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.spot_metadata import Metadata
+from tests.helpers.waiting import wait_until
 
 pytestmark = [
     pytest.mark.integration,
@@ -68,23 +68,18 @@ def test_training_workers_get_sigterm_once_and_nobody_else(
     def lines() -> list[str]:
         return log.read_text().splitlines() if log.is_file() else []
 
+    def wait_for(find: Callable[[], bool]) -> None:
+        wait_until(find, 120, said.read_text, process=process)
+
     try:
-        wait_until(lambda: lines() == ["up"] * 3 and metadata.asked > 0, process, said)
+        wait_for(lambda: lines() == ["up"] * 3 and metadata.asked > 0)
         metadata.decided = True
-        wait_until(lambda: "first" in lines(), process, said)
+        wait_for(lambda: "first" in lines())
         (tmp_path / "log.more").touch()
         # One that starts after the notice; by then the watcher has gone round again.
-        wait_until(lambda: "later" in lines(), process, said)
+        wait_for(lambda: "later" in lines())
     finally:
         process.kill()
         process.wait()
     assert lines() == ["up"] * 3 + ["first", "second watcher 0", "up", "later"]
     assert '"action": "terminate"' in said.read_text()
-
-
-def wait_until(there: Callable[[], bool], process: "subprocess.Popen[bytes]", said: Path) -> None:
-    end = time.monotonic() + 120
-    while not there():
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < end, said.read_text()
-        time.sleep(0.05)

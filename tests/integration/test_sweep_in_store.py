@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sweeps.trials import remote_ledger
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import kill_family
 from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -101,14 +101,13 @@ def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
     def there(name: str) -> bool:
         return directories.object_exists(f"{kept}/trials/{name}")
 
+    def has_second_checkpoint() -> bool:
+        checkpoint = "001-seed0/checkpoints/step-00000010/manifest.json"
+        return there("000-seed0/outcome.json") and there(checkpoint)
+
     driver = start(tmp_path / "first", "sweep", words)
     try:
-        end = time.monotonic() + 240
-        checkpoint = "001-seed0/checkpoints/step-00000010/manifest.json"
-        while not (there("000-seed0/outcome.json") and there(checkpoint)):
-            assert driver.poll() is None, driver.communicate()
-            assert time.monotonic() < end, "no checkpoint of the second trial came"
-            time.sleep(0.25)
+        wait_until(has_second_checkpoint, 240, process=driver, pause=0.25)
     finally:
         kill_family(driver)
     assert not there("001-seed0/result.json")
@@ -220,11 +219,12 @@ def test_a_study_resumes_and_is_compared_from_the_store(
 
     driver = start(tmp_path / "first", "compare", words)
     try:
-        end = time.monotonic() + 300
-        while not directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
-            assert driver.poll() is None, driver.communicate()
-            assert time.monotonic() < end, "no final run came"
-            time.sleep(0.25)
+        wait_until(
+            lambda: directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"),
+            300,
+            process=driver,
+            pause=0.25,
+        )
     finally:
         kill_family(driver)
     finished = {

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from sweeps.trials.engine import run_trials
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.processes import kill_family
 from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -350,14 +350,9 @@ def test_a_killed_driver_and_an_interrupted_one(
     )
     trials = run_root / "killed" / "trials"
 
-    def until(found: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + 240
-        while not found():
-            assert time.monotonic() < end, f"no {what}"
-            time.sleep(0.05)
-
-    def checkpoint_of(name: str) -> bool:
-        return any((trials / name / "checkpoints").glob("step-*/manifest.json"))
+    def wait_for_checkpoint(name: str) -> None:
+        folder = trials / name / "checkpoints"
+        wait_until(lambda: any(folder.glob("step-*/manifest.json")), 240)
 
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, "--config", str(path)],
@@ -365,8 +360,8 @@ def test_a_killed_driver_and_an_interrupted_one(
         start_new_session=True,
     )
     try:
-        until(lambda: (trials / "000-seed0" / "outcome.json").is_file(), "first trial")
-        until(lambda: checkpoint_of("001-seed0"), "checkpoint of the second")
+        wait_until((trials / "000-seed0" / "outcome.json").is_file, 240)
+        wait_for_checkpoint("001-seed0")
     finally:
         kill_family(driver)
     assert not (trials / "001-seed0" / "result.json").is_file()
@@ -376,7 +371,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     assert client.get_run(identity).info.status == "RUNNING"
 
     def interrupt() -> None:
-        until(lambda: checkpoint_of("002-seed0"), "checkpoint of the third")
+        wait_for_checkpoint("002-seed0")
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()

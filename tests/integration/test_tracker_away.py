@@ -16,9 +16,9 @@ from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import VARIABLE
-from tests.chaos.ray_nodes import wait_for
 from tests.chaos.tracking_server import Server
 from tests.helpers.small_corpora import write_corpora
+from tests.helpers.waiting import wait_until
 from tests.integration.test_faults import ROOT, STEPS, config_for
 
 pytestmark = pytest.mark.integration
@@ -77,10 +77,10 @@ def test_away_for_a_while(data: Path, tmp_path: Path, run_root: Path, server: Se
     run = tmp_path / "a-while"
     process = start(config, tmp_path, run_root, 3, 8)
     gone, back = (run / "faults" / name for name in ("0-hold-3", "1-hold-8"))
-    wait_for(gone.exists, process, PATIENCE_S)
+    wait_until(gone.exists, PATIENCE_S, process=process)
     server.stop()
     gone.unlink()
-    wait_for(back.exists, process, PATIENCE_S)
+    wait_until(back.exists, PATIENCE_S, process=process)
     assert len(list((run_root / "spool").glob("*.jsonl"))) == 1, "records wait on the disk"
     time.sleep(OUTAGE_S)
     server.start()
@@ -99,7 +99,7 @@ def test_away_at_the_end(data: Path, tmp_path: Path, run_root: Path, server: Ser
     run = tmp_path / "the-end"
     process = start(config, tmp_path, run_root, 3)
     gone = run / "faults" / "0-hold-3"
-    wait_for(gone.exists, process, PATIENCE_S)
+    wait_until(gone.exists, PATIENCE_S, process=process)
     server.stop()
     gone.unlink()
     said, _ = process.communicate(timeout=PATIENCE_S)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from tests.helpers import postgres, tracked_trials
 from tests.helpers.object_store import ObjectStore, in_environment
 from tests.helpers.ports import free_port
 from tests.helpers.tracked_trials import PATIENCE_S, STEPS
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -132,14 +133,14 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
                 halfway.wait(PATIENCE_S)
                 database.stop()
                 away.wait(PATIENCE_S)
-                until(lambda: len(spools(run_root)) == TRIALS, "records wait on the disk")
+                wait_until(lambda: len(spools(run_root)) == TRIALS, PATIENCE_S)  # the records wait
                 database.start()
                 for process in processes:
                     process.join(PATIENCE_S)
                 assert [process.exitcode for process in processes] == [0] * TRIALS
                 for trial in trials:
                     trial.end()
-                until(lambda: all(trial.flush() for trial in trials), "ends were sent")
+                wait_until(lambda: all(trial.flush() for trial in trials), PATIENCE_S, pause=0.2)
             assert list((run_root / "spool").iterdir()) == [], "nothing waits or was refused"
             client = backend.create_client(uri)
             below = client.search_runs([parent.experiment_id], max_results=100)
@@ -181,13 +182,6 @@ def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
 
 def spools(run_root: Path) -> list[Path]:
     return list((run_root / "spool").glob("*.jsonl"))
-
-
-def until(done: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < end, f"not in time: {what}"
-        time.sleep(0.2)
 
 
 def test_a_call_without_credentials_is_rejected(

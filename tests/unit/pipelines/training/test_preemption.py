@@ -2,13 +2,12 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipelines.training import preemption
+from tests.helpers.waiting import wait_until
 
 
 def test_sigterm_requests_a_stop_and_a_second_one_interrupts(tmp_path: Path) -> None:
@@ -19,7 +18,7 @@ def test_sigterm_requests_a_stop_and_a_second_one_interrupts(tmp_path: Path) -> 
         assert not file.exists()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.stop_requested()
-        wait_until(file.exists)
+        wait_until(file.exists, 30)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert not preemption.stop_requested()
@@ -34,14 +33,7 @@ def test_file_of_the_driver_requests_a_stop(tmp_path: Path) -> None:
     ):
         assert not preemption.stop_requested()
         file.touch()
-        wait_until(preemption.stop_requested)
-
-
-def wait_until(is_done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not is_done():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        wait_until(preemption.stop_requested, 30)
 
 
 class Unreachable:
