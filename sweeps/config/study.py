@@ -134,6 +134,7 @@ class StudyConfig:
         run_dir: parent of the study's directory, by default the run root; a URI
             ("s3://bucket/runs") for nodes without a shared disk.
         seeds: seeds of the final runs of every system; with ``run.fold``, of each fold.
+        folds: number of the folds of ``run.fold`` that are run, from the first; 0 runs all.
         run: settings that all systems share: data, model, tasks, training.
         pretraining: pretraining of the systems with pretrain; model sizes are those of run.
         systems: label -> system. A label that ends in -pretrained is compared with the other
@@ -142,6 +143,8 @@ class StudyConfig:
         keep: directory for the results of each finished replicate, without weights; the study
             resumes from them on another machine. The models of a complete replicate are evaluated
             on the reserve first.
+        seal_reserve: evaluate these models on the reserve. Set it to false in a study beside
+            another, whose reserve it must not read.
         read_reserve: report all final runs on the reserve of ``run.fold``: once, or again, which
             is recorded.
         resources: resources of one run.
@@ -162,11 +165,13 @@ class StudyConfig:
     name: str | None = None
     run_dir: str | None = None
     seeds: list[RandomSeed] = field(default_factory=lambda: [0, 1, 2])
+    folds: NonNegativeCount = 0
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     systems: dict[str, SystemConfig] = field(default_factory=dict)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     keep: str | None = None
+    seal_reserve: bool = True
     read_reserve: Literal["never", "once", "again"] = "never"
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     reference: str | None = None
@@ -186,13 +191,22 @@ class StudyConfig:
             return
         if not self.seeds:
             raise UserError("seeds must not be empty")
+        if self.folds > self.run.fold.count:
+            raise UserError(
+                f"folds: {self.folds} folds are more than the {self.run.fold.count} of "
+                "run.fold.count"
+            )
+        if self.read_reserve != "never" and not self.seal_reserve:
+            raise UserError(
+                "read_reserve: the study does not read its reserve (seal_reserve: false)"
+            )
         for label in [None, *self.systems]:
             seeds = self.seeds if label is None else self.seeds_of(label)
             key = "seeds" if label is None else f"seeds and systems.{label}.extra_seeds"
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
             # Settings chosen with a seed of a final run would favour that run.
-            final = {shift_seed(s, f) for s in seeds for f in range(max(self.run.fold.count, 1))}
+            final = {shift_seed(seed, fold) for seed in seeds for fold in self.fold_numbers}
             both = sorted(final & set(self.tuning.seeds)) if self.tuning.is_enabled else []
             if both:
                 raise UserError(
@@ -218,6 +232,11 @@ class StudyConfig:
     def seeds_of(self, label: str) -> list[int]:
         """Return the seeds of a system's final runs."""
         return [*self.seeds, *self.systems[label].extra_seeds]
+
+    @property
+    def fold_numbers(self) -> range:
+        """Numbers of the folds of the final runs; only 0 without folds."""
+        return range(self.folds or max(self.run.fold.count, 1))
 
     @property
     def folder(self) -> Path:

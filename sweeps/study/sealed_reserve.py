@@ -19,11 +19,11 @@ def seal_reserve(config: StudyConfig, folders: Sequence[Path]) -> None:
     """Evaluate the models of final runs on the reserve, and show no result.
 
     Args:
-        config: the study; without a reserve nothing is done.
+        config: the study; without a reserve, or with ``seal_reserve: false``, nothing is done.
         folders: directories of finished final runs; one that is evaluated, or has no model here,
             stays as it is.
     """
-    if has_reserve(config):
+    if has_reserve(config) and config.seal_reserve:
         evaluate_runs([folder for folder in folders if has_model(folder)])
 
 

@@ -223,7 +223,7 @@ def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) 
         build_final_trial(config, label, tuning[label].settings, seed, fold)
         # Seeds are the outer loop, so that an interrupted study can already be compared.
         for seed in seeds
-        for fold in range(max(config.run.fold.count, 1))
+        for fold in config.fold_numbers
         for label in config.systems
         if seed in config.seeds_of(label)
     ]

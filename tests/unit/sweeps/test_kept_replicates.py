@@ -230,6 +230,21 @@ def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
         read_reserve(replace(config, run=small_config(tmp_path)), runs)
 
 
+def test_a_study_beside_another_runs_some_folds_and_seals_no_reserve(tmp_path: Path):
+    run = replace(small_config(tmp_path), fold=FoldConfig(4, reserve_part=True))
+    config = study(tmp_path, None, run=run, folds=2, seal_reserve=False)
+    trials = build_final_trials(config, {"skillnet": TuningResult("skillnet")})
+    assert [trial.config.fold.number for trial in trials] == [0, 1, 0, 1]
+    folder = write_run(config.folder / "runs" / trials[0].name)
+    (folder / CONFIG).write_text(configuration.to_yaml(trials[0].config), encoding="utf-8")
+    seal_reserve(config, [folder])
+    assert not (folder / RESERVE_SUMS).exists()
+    with pytest.raises(UserError, match=r"does not read its reserve \(seal_reserve: false\)"):
+        replace(config, read_reserve="once")
+    with pytest.raises(UserError, match=r"folds: 5 folds are more than the 4 of run\.fold\.count"):
+        replace(config, folds=5)
+
+
 def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
     corpora = write_corpora(tmp_path / "corpora", rows=60, test_rows=20)
     run = replace(small_config(corpora), fold=FoldConfig(2, 0, 0.3, reserve_part=True))
