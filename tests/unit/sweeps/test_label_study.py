@@ -2,27 +2,36 @@
 
 from skillnet_platform import config as configuration
 from sweeps.config.study import StudyConfig
-from sweeps.study.system_runs import build_base_run, build_pretraining
+from sweeps.study.study import build_final_trials
+from sweeps.study.tuning import start_tuning
+
+
+def parse_study(name: str) -> StudyConfig:
+    return configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet")
 
 
 def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> None:
-    config = configuration.parse_config(
-        StudyConfig, ["--config", "studies/labels"], "skillnet compare"
-    )
+    config = parse_study("labels")
     config.claims.check_names(config.systems, config.run.tasks)
     assert set(config.claims.stated) == {"tenth of the labels", "third of the labels"}
     found = {}
-    for label in config.systems:
-        run = build_base_run(config, label, 0)
-        before = build_pretraining(config, label, run, {})
+    for trial in build_final_trials(config, start_tuning(config)):
+        before = trial.pretrain
         assert before is None or {task.label_fraction for task in before.tasks.values()} == {1.0}
-        fractions = {task.label_fraction for task in run.tasks.values()}
-        found[label] = (*fractions, before is not None)
-    assert found == {
-        "skillnet": (1.0, False),
-        "skillnet-pretrained": (1.0, True),
+        fractions = {task.label_fraction for task in trial.config.tasks.values()}
+        found[trial.name.removesuffix("-fold0-seed0")] = (*fractions, before is not None)
+    assert len(found) == 4 * 5, "five folds"
+    assert {name: each for name, each in found.items() if "-fold" not in name} == {
         "skillnet-30": (0.3, False),
         "skillnet-30-pretrained": (0.3, True),
         "skillnet-10": (0.1, False),
         "skillnet-10-pretrained": (0.1, True),
     }
+
+
+def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve() -> None:
+    final, labels = parse_study("final"), parse_study("labels")
+    assert labels.run.fold == final.run.fold
+    assert labels.run.training.steps == final.run.training.steps
+    assert not labels.seal_reserve
+    assert not labels.tuning.is_enabled
