@@ -1,9 +1,15 @@
 """The preset of a study with few labels: systems differ in their labels and their pretraining."""
 
+from pathlib import Path
+
+import pytest
+
 from skillnet_platform import config as configuration
 from sweeps.config.study import StudyConfig
-from sweeps.study.study import build_final_trials
+from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.study.tuning import start_tuning
+
+FINAL = Path(__file__).parents[3] / "benchmarks/results/final"
 
 
 def parse_study(name: str) -> StudyConfig:
@@ -35,3 +41,19 @@ def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve() -> No
     assert labels.run.training.steps == final.run.training.steps
     assert not labels.seal_reserve
     assert not labels.tuning.is_enabled
+
+
+def test_settings_are_those_that_the_final_study_chose() -> None:
+    config = parse_study("labels")
+    chosen, _ = read_study_ledger(FINAL)
+    for trial in build_final_trials(config, start_tuning(config)):
+        flat = configuration.flatten_tree(configuration.to_dict(trial.config))
+        if trial.pretrain is not None:
+            flat["pretraining.training.lr"] = trial.pretrain.training.lr
+        suffix = "-pretrained" if trial.pretrain is not None else ""
+        settings = chosen[f"skillnet{suffix}"].settings
+        assert len(settings) >= 4
+        for key, value in settings.items():
+            assert flat[key] == (
+                value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
+            )
