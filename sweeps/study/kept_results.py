@@ -35,7 +35,7 @@ from pipelines.evaluation.outcomes import (
 from pipelines.runs.layout import CONFIG, RESULT, TRAINED, read_result
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, write_json
+from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig
 from sweeps.study.identity import STUDY_FILE, find_study_difference
 from sweeps.trials.remote_ledger import STUDY_LEDGER
@@ -162,7 +162,8 @@ def keep_run(run: Path, target: Path) -> None:
     init_from = PRETRAINING if config.init_from else None
     _write_config(replace(_remove_places(config), init_from=init_from), part / CONFIG)
     sealed = [name for name in (RESERVE_ROWS, RESERVE_SUMS) if (run / name).is_file()]
-    for name in (TRAINED, EVALUATION, *sealed):
+    _keep_trained(run, part)
+    for name in (EVALUATION, *sealed):
         shutil.copyfile(run / name, part / name)
     result = read_result(run / RESULT)
     known = {key: result[key] for key in RESULT_KEYS if key in result}
@@ -249,7 +250,12 @@ def _keep_pretraining(start: Path, target: Path) -> None:
     before = configuration.build_config(FinetuneConfig, configuration.load_yaml(start / CONFIG))
     _write_config(replace(_remove_places(before), init_from=None), target / CONFIG)
     if (start / TRAINED).is_file():
-        shutil.copyfile(start / TRAINED, target / TRAINED)
+        _keep_trained(start, target)
+
+
+def _keep_trained(run: Path, target: Path) -> None:
+    # The checkpoints are not kept, and their path is one of this machine.
+    write_json(target / TRAINED, read_json(run / TRAINED) | {"checkpoint": None})
 
 
 def _remove_places(config: Any) -> Any:

@@ -91,7 +91,8 @@ def write_run(
     trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
     # Seed 0 ran on a machine with products in bf16.
     trained["precision"] = "fp32" if seed else "bf16"
-    (folder / "trained.json").write_text(json.dumps(trained | {"world": 1, "seed": seed}))
+    more = {"world": 1, "seed": seed, "checkpoint": str(folder / "checkpoints/step-00000012")}
+    (folder / "trained.json").write_text(json.dumps(trained | more))
     (folder / "model").mkdir()
     save_file(
         {"weight": np.zeros((activated, 2), np.float32)}, folder / "model" / "shared.safetensors"
