@@ -108,11 +108,12 @@ def stored(client: Host, name: str) -> str:
 
 def until_it_answers(client: Host, url: str, *words: str) -> str:
     """What a server that was just started says."""
-    again = ("--retry", "10000", "--retry-all-errors", "--retry-delay", "1")
-    late = ("--retry-max-time", str(round(LATE_S)))
-    return client.run(
-        "curl", "-sSf", "-m", "5", *again, *late, *words, url, seconds=LATE_S + 30
-    ).stdout
+
+    def ask() -> "subprocess.CompletedProcess[str]":
+        return client.run("curl", "-sSf", "-m", "5", *words, url, check=False)
+
+    wait_until(lambda: ask().returncode == 0, LATE_S, lambda: f"{url}: {ask().stderr}", pause=0.5)
+    return ask().stdout
 
 
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
