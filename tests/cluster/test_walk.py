@@ -109,11 +109,18 @@ def stored(client: Host, name: str) -> str:
 def until_it_answers(client: Host, url: str, *words: str) -> str:
     """What a server that was just started says."""
 
-    def ask() -> "subprocess.CompletedProcess[str]":
-        return client.run("curl", "-sSf", "-m", "5", *words, url, check=False)
+    ask = ("curl", "-sSf", "-m", "5", *words, url)
 
-    wait_until(lambda: ask().returncode == 0, LATE_S, lambda: f"{url}: {ask().stderr}", pause=0.5)
-    return ask().stdout
+    def find_answer() -> "subprocess.CompletedProcess[str] | None":
+        done = client.run(*ask, check=False)
+        return done if done.returncode == 0 else None
+
+    def read_error() -> str:
+        return f"{url}: {client.run(*ask, check=False).stderr}"
+
+    answer = wait_until(find_answer, LATE_S, read_error, pause=0.5)
+    assert answer is not None
+    return answer.stdout
 
 
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:

@@ -17,5 +17,8 @@ def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> s
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
+    # After a failed wait, a test may call this again; a pipe is read once.
+    if any(pipe is not None and pipe.closed for pipe in (process.stdout, process.stderr)):
+        return ""
     parts = [part for part in process.communicate() if part is not None]
     return "\n".join(part if isinstance(part, str) else part.decode() for part in parts)

@@ -3,35 +3,42 @@
 import subprocess
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from tests.helpers.processes import kill_family
 
+Result = TypeVar("Result")
+
 
 def wait_until(
-    is_done: Callable[[], object],
+    find: Callable[[], Result],
     seconds: float,
     explain: Callable[[], object] = str,
     *,
     process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None,
     pause: float = 0.05,
-) -> None:
+) -> Result:
     """Call a function until it returns a true value.
 
     Args:
-        is_done: the function.
+        find: the function.
         seconds: the longest time.
         explain: returns what a failure shows.
         process: must run until then. A failure kills it and shows its output.
         pause: seconds between two calls.
 
+    Returns:
+        The true value.
+
     Raises:
         AssertionError: the time was over, or the process ended.
     """
     end = time.monotonic() + seconds
-    while not is_done():
+    while not (result := find()):
         code = process.poll() if process is not None else None
         if code is not None or time.monotonic() > end:
             reason = f"not within {seconds:g} s" if code is None else f"ended with {code}"
             output = kill_family(process) if process is not None else ""
             raise AssertionError(f"{reason}: {explain()}\n{output}")
         time.sleep(pause)
+    return result

@@ -24,6 +24,7 @@ from benchmarks.training_step import Sizes, skillnet_step
 from pipelines.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
 from tests.helpers.small_models import small_config
+from tests.helpers.waiting import wait_until
 
 PLAN = ("general", "image", "text")
 
@@ -181,10 +182,7 @@ for step in range(100):
 
 def await_stop(process: psutil.Process) -> None:
     """A signal takes a moment to arrive."""
-    end = time.monotonic() + 30
-    while process.status() != psutil.STATUS_STOPPED:
-        assert time.monotonic() < end, f"{process} was not stopped"
-        time.sleep(0.01)
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, 30, lambda: process)
 
 
 def test_a_side_trains_in_its_turns_only_and_ends_with_all_its_processes(tmp_path: Path) -> None:

@@ -20,18 +20,19 @@ def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> 
     config = parse_study("labels")
     config.claims.check_names(config.systems, config.run.tasks)
     assert set(config.claims.stated) == {"tenth of the labels", "third of the labels"}
-    found = {}
-    for trial in build_final_trials(config, start_tuning(config)):
+    trials = build_final_trials(config, start_tuning(config))
+    assert len(trials) == 4 * 5, "five folds"
+    found = set()
+    for trial in trials:
         before = trial.pretrain
         assert before is None or {task.label_fraction for task in before.tasks.values()} == {1.0}
         fractions = {task.label_fraction for task in trial.config.tasks.values()}
-        found[trial.name.removesuffix("-fold0-seed0")] = (*fractions, before is not None)
-    assert len(found) == 4 * 5, "five folds"
-    assert {name: each for name, each in found.items() if "-fold" not in name} == {
-        "skillnet-30": (0.3, False),
-        "skillnet-30-pretrained": (0.3, True),
-        "skillnet-10": (0.1, False),
-        "skillnet-10-pretrained": (0.1, True),
+        found.add((trial.group, *fractions, before is not None))
+    assert found == {
+        ("skillnet-30", 0.3, False),
+        ("skillnet-30-pretrained", 0.3, True),
+        ("skillnet-10", 0.1, False),
+        ("skillnet-10-pretrained", 0.1, True),
     }
 
 
