@@ -159,11 +159,11 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
 
     runs, _ = _read_named_runs(config.power, config.tracking.uri)
     earlier = compare_systems(label_runs(runs))
-    seeds = {label: config.seeds_of(label) for label in config.systems}
-    folds = config.run.fold
-    tests = plan_power(earlier, config.claims, seeds, folds)
-    counts = {label: len(own) * max(folds.count, 1) for label, own in seeds.items()}
-    steps = {label: build_base_run(config, label, 0).training.steps for label in seeds}
+    counts = {
+        label: len(config.seeds_of(label)) * len(config.fold_numbers) for label in config.systems
+    }
+    tests = plan_power(earlier, config.claims, counts, config.run.fold)
+    steps = {label: build_base_run(config, label, 0).training.steps for label in counts}
     time_needed = estimate_time(earlier, counts, steps)
     named = ", ".join(config.power) if len(config.power) < 4 else f"{len(config.power)} runs"
     return PowerPlan(str(config.name), named, tests, time_needed)

@@ -93,7 +93,7 @@ class StudyTime:
 def plan_power(
     earlier: SystemComparison,
     claims: ClaimsConfig,
-    seeds: Mapping[str, Sequence[int]],
+    replicates: Mapping[str, int],
     fold: FoldConfig | None = None,
 ) -> list[PlannedTest]:
     """Return what each part of each claim could decide, per task.
@@ -101,20 +101,18 @@ def plan_power(
     Args:
         earlier: comparison whose variances are expected again.
         claims: claims of the planned study.
-        seeds: label -> seeds of the planned study.
-        fold: folds of the planned study; each is run with every seed. The test set of a fold is
-            expected to vary as that of the earlier study.
+        replicates: label -> planned runs: one for each seed, or for each fold and seed.
+        fold: folds of the planned study. The test set of a fold is expected to vary as that of the
+            earlier study.
 
     Raises:
         UserError: the earlier comparison has one seed per system, or lacks a task.
     """
     planned, folds = [], fold or FoldConfig()
-    stated = claims.stated or _state_differences(earlier, list(seeds))
+    stated = claims.stated or _state_differences(earlier, list(replicates))
     for name, claim in stated.items():
         for part in claim.parts:
-            counts = tuple(
-                len(seeds[label]) * max(folds.count, 1) for label in (part.system, part.against)
-            )
+            counts = (replicates[part.system], replicates[part.against])
             for task in part.tasks or earlier.common_tasks:
                 margin = claims.find_margin(task) if part.test == "not_lower" else 0.0
                 error, dof = _expect_error(earlier, part, task, counts, folds)

@@ -32,9 +32,7 @@ def claims(test: str, margin: float = 0.05) -> ClaimsConfig:
 def test_more_seeds_find_smaller_differences(earlier: SystemComparison) -> None:
     """The planned specialist was not run; the variances of the pair that was run are taken."""
     found = {
-        count: plan_power(
-            earlier, claims("higher"), {"skillnet": range(count), "specialist": range(count)}
-        )[0]
+        count: plan_power(earlier, claims("higher"), {"skillnet": count, "specialist": count})[0]
         for count in (3, 6, 24)
     }
     assert found[3].detectable > found[6].detectable > found[24].detectable > 0
@@ -44,15 +42,13 @@ def test_more_seeds_find_smaller_differences(earlier: SystemComparison) -> None:
     assert found[24].error > (2 * by_seed.variance / 24) ** 0.5
     # "Higher" is shown by chance alone if both are equal.
     assert found[6].shown_if_equal == pytest.approx(0.025)
-    wide = plan_power(
-        earlier, claims("not_lower", 0.5), {"skillnet": range(6), "specialist": range(6)}
-    )[0]
+    wide = plan_power(earlier, claims("not_lower", 0.5), {"skillnet": 6, "specialist": 6})[0]
     assert wide.shown_if_equal > 0.99
 
 
 def test_the_power_is_that_of_simulated_studies(earlier: SystemComparison) -> None:
-    seeds = {"skillnet": range(8), "specialist": range(8)}
-    (plan,) = plan_power(earlier, claims("not_lower", 0.02), seeds)
+    replicates = {"skillnet": 8, "specialist": 8}
+    (plan,) = plan_power(earlier, claims("not_lower", 0.02), replicates)
     spread = earlier.spreads[MEAN, "test"]
     assert spread is not None
     over_units = plan.error**2 - 2 * spread.variance / 8
@@ -78,9 +74,7 @@ def test_the_power_is_that_of_simulated_studies(earlier: SystemComparison) -> No
 
 
 def test_a_study_without_claims_plans_its_differences(earlier: SystemComparison) -> None:
-    planned = plan_power(
-        earlier, ClaimsConfig(), {"skillnet": range(3), "dense": range(3), "moe": range(3)}
-    )
+    planned = plan_power(earlier, ClaimsConfig(), {"skillnet": 3, "dense": 3, "moe": 3})
     assert [(each.system, each.task) for each in planned] == [
         (label, task) for label in ("dense", "moe") for task in (*TASKS, MEAN)
     ]
@@ -90,7 +84,7 @@ def test_a_study_without_claims_plans_its_differences(earlier: SystemComparison)
         plan_power(
             earlier,
             ClaimsConfig({"it": StatedClaim("x", [ClaimPart("a", "b", tasks=["reading"])])}),
-            {"a": range(3), "b": range(3)},
+            {"a": 3, "b": 3},
         )
 
 
@@ -98,13 +92,17 @@ def test_one_seed_has_no_known_variance(tmp_path: Path) -> None:
     paths = write_study(tmp_path, {"skillnet": 0.0, "dense": 0.0}, seeds=(0,))
     single = compare_systems(label_runs([read_run(path) for path in paths]))
     with pytest.raises(UserError, match="one seed per system, so the variance over seeds is unkn"):
-        plan_power(single, ClaimsConfig(), {"skillnet": range(3), "dense": range(3)})
+        plan_power(single, ClaimsConfig(), {"skillnet": 3, "dense": 3})
 
 
 def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
-    seeds = {"skillnet": range(2), "specialist": range(2)}
     plans = [
-        plan_power(earlier, claims("not_lower", 0.02), seeds, FoldConfig(count))[0]
+        plan_power(
+            earlier,
+            claims("not_lower", 0.02),
+            {"skillnet": 2 * count, "specialist": 2 * count},
+            FoldConfig(count),
+        )[0]
         for count in (5, 10)
     ]
     # More folds train on more rows, and the training sets of two folds differ less.

@@ -255,6 +255,10 @@ def test_a_planned_study_states_what_it_could_decide(folders: list[Path], capsys
     assert all(each["detectable"] > each["error"] > 0 for each in printed["tests"])
     assert command.main(arguments) == 0
     assert "with the variances of 15 runs" in capsys.readouterr().out
+    folds = ["--run.fold.count", "4", "--folds", "2", "--json"]
+    assert command.main([*arguments, *folds]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {each["seeds"] for each in printed["tests"]} == {6}, "three seeds of each fold that runs"
 
 
 def test_tuning_is_reported_by_the_labels_of_the_report(tmp_path: Path):
