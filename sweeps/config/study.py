@@ -205,6 +205,11 @@ class StudyConfig:
             key = "seeds" if label is None else f"seeds and systems.{label}.extra_seeds"
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
+            if self.run.fold.count and max(seeds) >= FOLD_SEEDS:
+                raise UserError(
+                    f"{key}: {max(seeds)} may be the seed of another fold; choose seeds below "
+                    f"{FOLD_SEEDS:,}"
+                )
             # Settings chosen with a seed of a final run would favour that run.
             final = {shift_seed(seed, fold) for seed in seeds for fold in self.fold_numbers}
             both = sorted(final & set(self.tuning.seeds)) if self.tuning.is_enabled else []

@@ -144,12 +144,10 @@ def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
             {**row, "split": _rename_split(row["split"])}
             for row in read_evaluation_rows(folder / RESERVE_ROWS)
         ]
-        # All replicates answer the same rows, so nothing is left of their folds but the number.
+        # All replicates answer the same rows, so only their seeds distinguish them.
         # Without the location of the corpora no reference is measured on their test split.
         settings = {k: v for k, v in run.settings.items() if k not in ("fold", "data")}
-        found.append(
-            replace(run, seed=run.replicate, settings=settings, rows=rows, outcomes=outcomes)
-        )
+        found.append(replace(run, settings=settings, rows=rows, outcomes=outcomes))
     return found
 
 

@@ -21,7 +21,7 @@ from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
 from sweeps.config.space import SearchDimension
-from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
+from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
 from sweeps.study.kept_results import (
     RESERVE_SUMS,
     KeptTuning,
@@ -199,7 +199,7 @@ def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
     run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
     config = study(tmp_path, None, run=run, name="runs", read_reserve="once")
     runs = []
-    for number, seed in ((0, 0), (1, 0)):
+    for number, seed in ((0, 0), (1, shift_seed(0, 1))):
         folder = write_run(config.folder / f"skillnet-fold{number}", seed=seed)
         own = replace(run, seed=seed, fold=replace(fold, number=number), name=folder.name)
         (folder / CONFIG).write_text(configuration.to_yaml(own), encoding="utf-8")
@@ -216,7 +216,7 @@ def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
     assert len(weights) == 1
     assert weights.pop() >= kept.splits["reserve"].rows
     # Replicates answer the same rows, so they count as runs of one test set.
-    assert [each.seed for each in found] == [0, 2**32]
+    assert [each.seed for each in found] == [0, 10_000]
     assert compare_systems(label_runs(found)).seeds == 2
     (read,) = read_reserve_record(config)
     assert read["finished"]
@@ -241,6 +241,8 @@ def test_a_study_beside_another_runs_some_folds_and_seals_no_reserve(tmp_path: P
     assert not (folder / RESERVE_SUMS).exists()
     with pytest.raises(UserError, match=r"does not read its reserve \(seal_reserve: false\)"):
         replace(config, read_reserve="once")
+    with pytest.raises(UserError, match=r"seeds: 20000 may be the seed of another fold"):
+        replace(config, seeds=[20_000])
     with pytest.raises(UserError, match=r"folds: 5 folds are more than the 4 of run\.fold\.count"):
         replace(config, folds=5)
 
