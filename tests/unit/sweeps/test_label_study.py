@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform import config as configuration
+from sweeps.compare import check_roles
 from sweeps.config.study import StudyConfig
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.study.tuning import start_tuning
@@ -16,9 +17,13 @@ def parse_study(name: str) -> StudyConfig:
     return configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet")
 
 
-def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> None:
+def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     config = parse_study("labels")
     config.claims.check_names(config.systems, config.run.tasks)
+    check_roles(config, list(config.systems))
+    assert "nothing is tested" not in capsys.readouterr().err
     assert set(config.claims.stated) == {"tenth of the labels", "third of the labels"}
     trials = build_final_trials(config, start_tuning(config))
     assert len(trials) == 4 * 5, "five folds"
