@@ -4,8 +4,9 @@ The validation curves that runs log give the step at which the mean score over t
 the mean score of a dense run at its end. Steps, operations and time up to there are ratios of what
 the dense run spends in total (Liang et al. 2024, Mixture-of-Transformers: 0.56 of the operations).
 
-Each run is paired with one dense run, in the order of seeds, so that the pairs are independent and
-an interval covers the seeds of both systems. The dense runs themselves are paired with the next
+Each run is paired with one dense run, in the order of seeds or replicates, so that the pairs are
+independent and an interval covers the runs of both systems. Replicates share training rows, and the
+variance is corrected for it as that of scores. The dense runs themselves are paired with the next
 dense run: their ratio is below 1 as far as curves are noisy or flat at the end.
 :func:`estimate_budgets` is called by ``sweeps.report.cost_tables``.
 """
@@ -32,7 +33,7 @@ class BudgetRatio:
     Args:
         value: the ratio. If runs do not reach the target, they count with all that they spent, so
             the ratio is a lower bound.
-        low: lower bound of the 95 % interval over seeds; NaN with one run or unreached targets.
+        low: lower bound of the 95 % interval over runs; NaN with one run or unreached targets.
         high: upper bound.
     """
 
@@ -136,12 +137,15 @@ def find_crossing(curve: Sequence[tuple[int, float]], target: float) -> float | 
     return None
 
 
-def estimate_ratio(ratios: Sequence[float], is_bound: bool = False) -> BudgetRatio:
-    """Return the geometric mean of ratios with its interval over seeds (Student's t).
+def estimate_ratio(
+    ratios: Sequence[float], is_bound: bool = False, test_to_train: float = 0.0
+) -> BudgetRatio:
+    """Return the geometric mean of ratios with its interval over runs (Student's t).
 
     Args:
         ratios: one per run.
         is_bound: whether some are lower bounds, so that no interval is known.
+        test_to_train: test rows per training row of runs that test folds; 0 without folds.
     """
     from scipy import stats
 
@@ -149,7 +153,7 @@ def estimate_ratio(ratios: Sequence[float], is_bound: bool = False) -> BudgetRat
     mean, nan = float(logs.mean()), float("nan")
     if is_bound or len(logs) < 2:
         return BudgetRatio(float(np.exp(mean)), nan, nan)
-    error = float(logs.std(ddof=1)) / np.sqrt(len(logs))
+    error = float(logs.std(ddof=1) * np.sqrt(1 / len(logs) + test_to_train))
     half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(logs) - 1)) * error
     return BudgetRatio(*(float(np.exp(x)) for x in (mean, mean - half, mean + half)))
 
@@ -168,11 +172,12 @@ def _estimate_budget(
         steps.append(spent / dense_total)
         seconds.append(run.seconds * spent / total / dense.seconds)
     is_bound = reached < len(pairs)
+    overlap = pairs[0][0][0].fold.test_to_train
     return TargetBudget(
         against,
         reached,
         len(pairs),
-        estimate_ratio(steps, is_bound),
-        estimate_ratio([flops * ratio for ratio in steps], is_bound),
-        estimate_ratio(seconds, is_bound),
+        estimate_ratio(steps, is_bound, overlap),
+        estimate_ratio([flops * ratio for ratio in steps], is_bound, overlap),
+        estimate_ratio(seconds, is_bound, overlap),
     )
