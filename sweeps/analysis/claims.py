@@ -21,7 +21,7 @@ import numpy as np
 
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN, SystemComparison
-from sweeps.analysis.format import format_interval
+from sweeps.analysis.format import format_interval, format_plural
 from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 
@@ -102,7 +102,7 @@ class EvaluatedClaim:
 def evaluate_claims(
     comparison: SystemComparison, config: ClaimsConfig | None = None
 ) -> list[EvaluatedClaim]:
-    """Return all claims in the order of the configuration.
+    """Return all claims: those with an order first, as they are tested, then the others.
 
     Args:
         comparison: the comparison.
@@ -113,12 +113,12 @@ def evaluate_claims(
     """
     rules = config or ClaimsConfig()
     found = {
-        name: _evaluate_claim(comparison, rules, name, claim)
-        for name, claim in rules.stated.items()
+        name: _evaluate_claim(comparison, rules, name, rules.stated[name])
+        for name in dict.fromkeys([*rules.order, *rules.stated])
     }
     if comparison.seeds < MIN_SEEDS:
         # The numbers stay in the report, but they carry no verdict.
-        have = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+        have = format_plural(comparison.seeds, comparison.repeat_noun)
         why = f"{have} per system; a verdict requires at least {MIN_SEEDS}"
         return [
             claim if claim.undecided_reason else replace(claim, undecided_reason=why)
@@ -146,7 +146,8 @@ def answer_in_a_sentence(comparison: SystemComparison) -> str:
     tasks = f"{count} tasks" if count > 1 else comparison.common_tasks[0].replace("_", " ")
     points = _format_points(change)
     if comparison.seeds < MIN_SEEDS or np.isnan(change.low):
-        return f"Not decided: {own} − {other} is {points} on {tasks}; more seeds are needed."
+        needed = f"more {comparison.repeat_noun}s are needed"
+        return f"Not decided: {own} − {other} is {points} on {tasks}; {needed}."
     if change.low > 0:
         return f"{own} scores higher than {other} on {tasks}: {points}."
     if change.high < 0:

@@ -147,8 +147,18 @@ class SystemComparison:
         return [run for runs in self.systems.values() for run in runs]
 
     @property
+    def has_folds(self) -> bool:
+        """Whether each run tests a fold of its own."""
+        return any(run.fold.count for run in self.runs)
+
+    @property
+    def repeat_noun(self) -> str:
+        """What the runs of one system are: seeds, or replicates of a fold and a seed."""
+        return "replicate" if self.has_folds else "seed"
+
+    @property
     def seeds(self) -> int:
-        """The smallest number of seeds among the systems."""
+        """The smallest number of seeds, or of replicates, among the systems."""
         return min(len(runs) for runs in self.systems.values())
 
     def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:

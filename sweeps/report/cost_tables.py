@@ -105,7 +105,7 @@ def build_budget_table(comparison: SystemComparison) -> ReportTable:
         ["system", "target", "runs that reach it", "steps", "operations", "time"],
         rows,
         "Ratios of what a dense run spends in total: geometric mean over runs, with 95 % intervals "
-        "over seeds (Student's t on logarithms; each run is paired with one dense run). The target "
+        "over runs (Student's t on logarithms; each run is paired with one dense run). The target "
         "is the mean score on validation rows at the end of the dense run; the curve is "
         "interpolated between evaluations. ≥: some runs do not reach the target and count with all "
         "that they spent, so the ratio is a lower bound without an interval. Operations: steps "

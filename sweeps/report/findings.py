@@ -51,7 +51,7 @@ def answer_comparison(comparison: SystemComparison, claims: Sequence[EvaluatedCl
 
     Args:
         comparison: computed results.
-        claims: evaluated claims, in the order of the study.
+        claims: evaluated claims, in the order of their tests.
     """
     tested = [claim for claim in claims if claim.conditions]
     if tested:

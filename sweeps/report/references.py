@@ -23,11 +23,6 @@ REFERENCES_FILE = "references.json"
 #: Name of the system in evaluation rows, and its label in the report.
 REFERENCE_SYSTEM, REFERENCE_LABEL = "simple_baseline", "simple references"
 
-REFERENCE_NOTE = (
-    " Simple references: TF-IDF with logistic regression, nearest neighbours; trained on the same "
-    "rows, without intervals or tests."
-)
-
 #: (task, split) -> score as a fraction, where higher is better.
 ReferenceScores = Mapping[tuple[str, str], float]
 
@@ -71,6 +66,22 @@ def build_reference_rows(references: ReferenceScores, tasks: Sequence[str]) -> l
         | {"value": score, "score": score}
         for (task, split), score in scores.items()
     ]
+
+
+def describe_references(comparison: SystemComparison) -> str:
+    """Return the sentence about the simple references in the caption of a table."""
+    # They are measured on the corpora, which know nothing of the fractions of single runs.
+    has_few_labels = any(
+        task.get("label_fraction", 1.0) < 1
+        for run in comparison.runs
+        for task in (run.settings.get("tasks") or {}).values()
+        if task
+    )
+    rows = "all labelled rows of the corpora" if has_few_labels else "the same rows"
+    return (
+        " Simple references: TF-IDF with logistic regression, nearest neighbours; trained on "
+        f"{rows}, without intervals or tests."
+    )
 
 
 def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str], float]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from skillnet_platform import console
 from sweeps.analysis.claims import ClaimCondition, EvaluatedClaim, evaluate_claims
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
+from sweeps.analysis.format import format_plural
 from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.claims import ClaimsConfig
 from sweeps.report.cells import ReportTable
@@ -39,6 +40,7 @@ from sweeps.report.references import (
     find_reference_scores,
 )
 from sweeps.report.tables import build_tables
+from sweeps.report.variance_notes import name_sources
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,21 +54,20 @@ TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
     "p", "p_corrected", "significant",
 )  # fmt: skip
-#: Name of a figure -> caption.
+#: Name of a figure -> caption, with places for the sources of variance and the noun of a run.
 CAPTIONS = {
-    "differences": "Paired differences of scores with their 95 % intervals over seeds and held-out "
-    "units. Blue: shown; grey, hollow: open; red cross: refuted; band: margin. Diamond: mean over "
-    "tasks.",
+    "differences": "Paired differences of scores with their 95 % intervals over {sources}. Blue: "
+    "shown; grey, hollow: open; red cross: refuted; band: margin. Diamond: mean over tasks.",
     "mean score against operations": "Mean score with its 95 % interval against the FLOPs of a "
     "forward pass of one test example, on a logarithmic axis.",
-    "scores": "Score of each system on the test rows: mean over seeds with the 95 % interval over "
-    "seeds and rows. Filled: pretrained; hollow: not pretrained.",
+    "scores": "Score of each system on the test rows: mean over {noun}s with the 95 % interval "
+    "over {sources}. Filled: pretrained; hollow: not pretrained.",
     "score against FLOPs": "Score against the FLOPs of the forward pass of one test example. Sizes "
     "of one system are joined.",
     "gain from pretraining": "Score with pretraining minus score without, with the paired 95 % "
     "interval.",
     "learning": "Score on the validation rows if it was logged, else the training loss; mean over "
-    "seeds. Solid: pretrained; dashed: not pretrained.",
+    "{noun}s. Solid: pretrained; dashed: not pretrained.",
 }
 
 
@@ -96,7 +97,7 @@ class ComparisonReport:
     tables: list[ReportTable]
     evidence: "dict[str, Figure]"
     figures: "dict[str, Figure]"
-    captions: dict[str, str] = field(default_factory=lambda: dict(CAPTIONS))
+    captions: dict[str, str] = field(default_factory=dict)
     skills: "dict[str, Figure]" = field(default_factory=dict)
     skills_note: str = ""
     references: ReferenceScores = field(default_factory=dict)
@@ -114,12 +115,12 @@ class ComparisonReport:
         """One line that states the size of the comparison."""
         comparison = self.comparison
         seeds = sorted({len(runs) for runs in comparison.systems.values()})
-        per_system = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        least = f"{seeds[0]} to " if len(seeds) > 1 else ""
         counts = [
-            _format_plural(len(comparison.systems), "system"),
-            f"{per_system} {'seed' if seeds == [1] else 'seeds'} each",
-            _format_plural(len(comparison.tasks), "task"),
-            _format_plural(len(comparison.runs), "run"),
+            format_plural(len(comparison.systems), "system"),
+            f"{least}{format_plural(seeds[-1], comparison.repeat_noun)} each",
+            format_plural(len(comparison.tasks), "task"),
+            format_plural(len(comparison.runs), "run"),
         ]
         return ", ".join(counts)
 
@@ -161,9 +162,15 @@ def build_report(
         tables,
         _draw_evidence(comparison, claims, known),
         draw_plots(comparison),
+        captions=_build_captions(comparison),
         references=known,
         facts=dict(facts or {}) | collect_facts(comparison),
     )
+
+
+def _build_captions(comparison: SystemComparison) -> dict[str, str]:
+    words = {"sources": name_sources(comparison), "noun": comparison.repeat_noun}
+    return {name: caption.format(**words) for name, caption in CAPTIONS.items()}
 
 
 def _shorten_table(table: ReportTable) -> ReportTable:
@@ -332,7 +339,3 @@ def _build_condition_row(condition: ClaimCondition) -> dict[str, Any]:
         row |= {"margin": tested.margin, "difference": tested.change.value}
         row |= {"low": tested.change.low, "high": tested.change.high}
     return row
-
-
-def _format_plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

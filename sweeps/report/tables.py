@@ -15,7 +15,7 @@ from sweeps.analysis.format import (
     format_signed_points,
 )
 from sweeps.analysis.run_figures import estimate_run_figures
-from sweeps.analysis.statistics import MIN_OWN_SEEDS, ScoreEstimate
+from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.report.cells import ReportTable, TableCell, name_score
 from sweeps.report.cost_tables import (
     build_activated_table,
@@ -26,11 +26,18 @@ from sweeps.report.cost_tables import (
 from sweeps.report.gap_table import build_gap_table
 from sweeps.report.references import (
     REFERENCE_LABEL,
-    REFERENCE_NOTE,
     ReferenceScores,
     average_references,
+    describe_references,
 )
 from sweeps.report.size_table import build_size_table
+from sweeps.report.variance_notes import (
+    describe_means,
+    describe_pairing,
+    describe_tests,
+    name_sources,
+    warn_about_few,
+)
 
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
@@ -73,8 +80,11 @@ def build_score_table(
         comparison: computed results.
         references: scores of the simple references, by task and split; a row of the table.
     """
-    columns = ["system", "seeds", *(_heading(comparison, task) for task in comparison.tasks)]
-    columns += ["mean score", "relative to specialists"]
+    columns = ["system", f"{comparison.repeat_noun}s"]
+    columns += [*(_heading(comparison, task) for task in comparison.tasks), "mean score"]
+    # A study without specialists has no such scores.
+    has_relative = any(not np.isnan(each.value.value) for each in comparison.relative.values())
+    columns += ["relative to specialists"] if has_relative else []
     best = {task: _best_labels(comparison, task) for task in [*comparison.tasks, MEAN]}
     rows = []
     for label, runs in comparison.systems.items():
@@ -83,21 +93,13 @@ def build_score_table(
             _score_cell(comparison, label, task, label in best[task])
             for task in [*comparison.tasks, MEAN]
         ]
-        relative = comparison.relative.get(label)
-        if relative is None or np.isnan(relative.value.value):
-            row.append(TableCell("–"))
-        # Specialists relative to themselves: 1 without an interval.
-        elif relative.against == label:
-            row.append(TableCell("1"))
-        else:
-            value = relative.value
-            row.append(TableCell(f"{value.value:.3f}", _format_range(value.low, value.high, 3)))
-        rows.append(row)
+        rows.append([*row, _relative_cell(comparison, label)] if has_relative else row)
     if references:
         cells = [_reference_cell(references, task, SPLIT) for task in comparison.tasks]
         mean = average_references(references, comparison.common_tasks)
         cells.append(TableCell("–" if mean is None else f"{100 * mean:.1f}"))
-        rows.append([TableCell(REFERENCE_LABEL), TableCell("–"), *cells, TableCell("–")])
+        row = [TableCell(REFERENCE_LABEL), TableCell("–"), *cells]
+        rows.append([*row, TableCell("–")] if has_relative else row)
     names = (
         ", ".join(comparison.common_tasks)
         if len(comparison.common_tasks) < len(comparison.tasks)
@@ -107,16 +109,19 @@ def build_score_table(
         "Results on held-out rows",
         columns,
         rows,
-        "Scores in percent: higher is better in every column, speech is 1 − token error. Mean over "
-        "seeds with the 95 % interval over seeds and held-out units; with fewer than "
-        f"{MIN_OWN_SEEDS} seeds the variance over seeds is pooled over systems. {BETTER} and "
-        f"{WORSE}: significantly better or worse than {comparison.reference} with the same "
-        f"pretraining (paired by unit and seed, Holm's correction over "
-        f"{len(comparison.tests)} tests, 5 %). Bold: best of its column. The mean is over {names}. "
-        "Relative: geometric mean over tasks of the mean score divided by the mean score of "
-        f"{comparison.specialist} with the same pretraining."
-        + (REFERENCE_NOTE if references else "")
-        + _seeds_warning(comparison),
+        "Scores in percent: higher is better in every column, speech is 1 − token error. "
+        f"{describe_means(comparison)} {BETTER} and {WORSE}: significantly better or worse than "
+        f"{comparison.reference} with the same pretraining ({describe_pairing(comparison)}, Holm's "
+        f"correction over {len(comparison.tests)} tests, 5 %). Bold: best of its column. The mean "
+        f"is over {names}."
+        + (
+            " Relative: geometric mean over tasks of the mean score divided by the mean score of "
+            f"{comparison.specialist} with the same pretraining."
+            if has_relative
+            else ""
+        )
+        + (describe_references(comparison) if references else "")
+        + warn_about_few(comparison),
     )
 
 
@@ -137,8 +142,8 @@ def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
         "Gain from pretraining",
         ["system", *(task.replace("_", " ") for task in tasks)],
         rows,
-        "Score with pretraining minus score without, in points; 95 % interval, paired by unit "
-        f"and seed. {BETTER} {WORSE}: significant after correction.",
+        "Score with pretraining minus score without, in points; 95 % interval, "
+        f"{describe_pairing(comparison)}. {BETTER} {WORSE}: significant after correction.",
         collapsed=True,
     )
 
@@ -183,8 +188,8 @@ def build_other_splits_table(
             ),
         ],
         rows,
-        "Scores in percent, higher is better, with 95 % intervals over seeds and held-out units; "
-        "no significance tests. A set of one unit has no interval.",
+        "Scores in percent, higher is better, with 95 % intervals over "
+        f"{name_sources(comparison)}; no significance tests. A set of one unit has no interval.",
         collapsed=True,
     )
 
@@ -214,7 +219,8 @@ def build_robust_table(comparison: SystemComparison) -> ReportTable:
         "Without one task: the range of the relative score if any task is left out. Chance: that "
         "the score of a run is above that of a run of the specialists, mean over tasks "
         "(Bouthillier et al. 2021). Interquartile mean: of relative scores over tasks and runs "
-        "(Agarwal et al. 2021). Their intervals resample runs and hold for these test rows only.",
+        "(Agarwal et al. 2021). Their intervals resample runs and hold for these test rows only"
+        f"{'; they ignore that replicates share training rows' if comparison.has_folds else ''}.",
         collapsed=True,
     )
 
@@ -237,9 +243,8 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
         "All tests",
         ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
         rows,
-        "Difference of scores, paired by unit and seed; Student's t with the variance over "
-        "seeds pooled over systems and Satterthwaite's degrees of freedom; Holm's correction over "
-        f"these {len(comparison.tests)} tests.",
+        f"{describe_tests(comparison)}; Holm's correction over these "
+        f"{len(comparison.tests)} tests.",
         collapsed=True,
     )
 
@@ -249,7 +254,8 @@ def build_seed_table(comparison: SystemComparison) -> ReportTable:
     rows = []
     for label, runs in comparison.systems.items():
         for run in runs:
-            row = [TableCell(label), TableCell(str(run.seed))]
+            fold = [TableCell(str(run.fold.number))] if comparison.has_folds else []
+            row = [TableCell(label), *fold, TableCell(str(run.seed))]
             for task in comparison.tasks:
                 known = (task, SPLIT) in run.outcomes
                 score = (
@@ -259,7 +265,8 @@ def build_seed_table(comparison: SystemComparison) -> ReportTable:
                 )
                 row.append(TableCell(f"{100 * score:.1f}" if known else "–"))
             rows.append([*row, TableCell(format_duration(run.seconds)), TableCell(run.folder.name)])
-    columns = ["system", "seed", *(_heading(comparison, task) for task in comparison.tasks)]
+    columns = ["system", "fold", "seed"] if comparison.has_folds else ["system", "seed"]
+    columns += [_heading(comparison, task) for task in comparison.tasks]
     caption = "Scores in percent, higher is better."
     return ReportTable("Every run", [*columns, "training", "run"], rows, caption, collapsed=True)
 
@@ -334,6 +341,17 @@ def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool)
     return TableCell(plain.text, plain.small, mark, best)
 
 
+def _relative_cell(comparison: SystemComparison, label: str) -> TableCell:
+    relative = comparison.relative.get(label)
+    if relative is None or np.isnan(relative.value.value):
+        return TableCell("–")
+    # Specialists relative to themselves: 1 without an interval.
+    if relative.against == label:
+        return TableCell("1")
+    value = relative.value
+    return TableCell(f"{value.value:.3f}", _format_range(value.low, value.high, 3))
+
+
 def _estimate_cell(score: ScoreEstimate | None) -> TableCell:
     if score is None:
         return TableCell("–")
@@ -357,11 +375,3 @@ def _change_cell(test: PairedTest | None) -> TableCell:
 def _format_range(low: float, high: float, digits: int) -> str:
     # One held-out unit, or one run, gives a value without an interval.
     return "" if np.isnan(low) else f"{low:.{digits}f}–{high:.{digits}f}"
-
-
-def _seeds_warning(comparison: SystemComparison) -> str:
-    if all(len(runs) == 1 for runs in comparison.systems.values()):
-        return " One seed: intervals cover units only and do not generalize to other seeds."
-    if comparison.seeds < 3:
-        return " With fewer than three seeds no claim is decided: the seed variance is uncertain."
-    return ""

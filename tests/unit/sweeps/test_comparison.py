@@ -134,9 +134,11 @@ def test_a_clear_loss_refutes_and_closes_the_gate(tmp_path: Path):
         "dense": [ClaimPart("dense", "skillnet", tasks=[MEAN])],
         "moe": [ClaimPart("moe", "skillnet", tasks=[MEAN])],
     }
-    stated = {name: StatedClaim(f"{name}.", part) for name, part in parts.items()}
+    # The study states them in another order than it tests them.
+    stated = {name: StatedClaim(f"{name}.", parts[name]) for name in reversed(parts)}
     rules = ClaimsConfig(stated, order=["specialists", "dense"])
     claims = {claim.name: claim for claim in cl.evaluate_claims(found, rules)}
+    assert list(claims) == ["specialists", "dense", "moe"]
     assert claims["specialists"].verdict == "does not hold"
     image = claims["specialists"].conditions[TASKS.index("text_to_image")]
     assert image.shown is False

@@ -1,5 +1,6 @@
 """Replicates: runs of a fold and a seed, with the corrected variance of their mean."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics as st
 from sweeps.analysis.comparison import MEAN, compare_systems
 from sweeps.analysis.finished_runs import FinishedRun, label_runs, read_run
+from sweeps.report.report import build_report
 from tests.helpers.synthetic_runs import write_run
 
 FOLDS = 4
@@ -79,6 +81,14 @@ def test_folds_of_one_system_are_compared_replicate_by_replicate(tmp_path: Path)
     assert test is not None
     assert test.difference.dof == 7
     assert test.difference.high < 0
+    report = build_report(found, "x")
+    assert "8 replicates each" in report.lead
+    text = "\n".join([*(table.caption for table in report.tables), *report.captions.values()])
+    assert "the variance is corrected for it (Nadeau & Bengio 2003)" in text
+    # These are words of the other model, which crosses seeds and units.
+    assert not re.search("paired by unit|over seeds|pooled|Satterthwaite", text)
+    every = next(table for table in report.tables if table.title == "Every run")
+    assert [cell.text for cell in every.rows[-1][:3]] == ["specialist", "3", "1"]
     with pytest.raises(UserError, match="seed 1 of fold 3 occurs twice"):
         label_runs([*runs, replace(runs[7], folder=tmp_path / "copy")])
     plain = read_run(write_run(tmp_path / "plain", "dense"), "dense")

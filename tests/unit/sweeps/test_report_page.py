@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
@@ -264,6 +265,21 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     assert left.get_yticklabels()[0].get_text() == "text classification"
 
 
+def test_a_study_of_few_labels_without_specialists(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, {"skillnet": 0.5, "dense": 0.0}, seeds=(0, 1, 2))
+    runs = [read_run(path) for path in paths]
+    few = {"tasks": {TASKS[0]: {"label_fraction": 0.1}, TASKS[1]: None}}
+    comparison = compare_systems(
+        label_runs([replace(run, settings={**run.settings, **few}) for run in runs])
+    )
+    scores = {(task, "test"): 0.5 for task in TASKS}
+    table = reporting.build_report(comparison, "x", references=scores).tables[0]
+    assert table.columns[-1] == "mean score"
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert "divided by the mean score of" not in table.caption
+    assert "trained on all labelled rows of the corpora" in table.caption
+
+
 # -- budgets until dense's score -----------------------------------------------------------
 
 
@@ -279,6 +295,9 @@ def test_a_ratio_is_a_geometric_mean_with_an_interval() -> None:
     assert found.value == pytest.approx(1.0)
     assert found.low * found.high == pytest.approx(1.0)
     assert estimate_ratio([0.5, 2.0], is_bound=True).low != estimate_ratio([0.5, 2.0]).low
+    # Two runs whose training rows overlap say as much as one: (1/2 + 1/2) of the variance.
+    overlapping = estimate_ratio([0.5, 2.0], test_to_train=0.5)
+    assert np.log(overlapping.high) == pytest.approx(2**0.5 * np.log(found.high))
 
 
 def test_systems_are_timed_until_the_score_of_dense(tmp_path: Path) -> None:
