@@ -1,4 +1,4 @@
-"""The preset of a study with few labels: systems differ in their labels and their pretraining."""
+"""The presets of studies beside the final one: of few labels, and of the budget until a score."""
 
 from pathlib import Path
 
@@ -17,13 +17,9 @@ def parse_study(name: str) -> StudyConfig:
     return configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet")
 
 
-def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> None:
     config = parse_study("labels")
     config.claims.check_names(config.systems, config.run.tasks)
-    check_roles(config, list(config.systems))
-    assert "nothing is tested" not in capsys.readouterr().err
     assert set(config.claims.stated) == {"tenth of the labels", "third of the labels"}
     trials = build_final_trials(config, start_tuning(config))
     assert len(trials) == 4 * 5, "five folds"
@@ -41,23 +37,38 @@ def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows(
     }
 
 
-def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve() -> None:
-    final, labels = parse_study("final"), parse_study("labels")
-    assert labels.run.fold == final.run.fold
-    assert labels.run.training.steps == final.run.training.steps
-    assert not labels.seal_reserve
-    assert not labels.tuning.is_enabled
+def test_the_budget_is_measured_by_curves_of_three_systems() -> None:
+    config = parse_study("budget")
+    trials = build_final_trials(config, start_tuning(config))
+    assert {trial.group for trial in trials} == {"skillnet", "moe", "dense"}
+    assert len(trials) == 3 * 5, "five folds"
+    assert all(0 < 10 * trial.config.training.evaluate_every < 2150 for trial in trials)
 
 
-def test_settings_are_those_that_the_final_study_chose() -> None:
-    config = parse_study("labels")
+@pytest.mark.parametrize("name", ["labels", "budget"])
+def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final, beside = parse_study("final"), parse_study(name)
+    check_roles(beside, list(beside.systems))
+    assert "nothing is tested" not in capsys.readouterr().err
+    assert beside.run.fold == final.run.fold
+    assert beside.run.training.steps == final.run.training.steps
+    assert not beside.seal_reserve
+    assert not beside.tuning.is_enabled
+
+
+@pytest.mark.parametrize("name", ["labels", "budget"])
+def test_settings_are_those_that_the_final_study_chose(name: str) -> None:
+    config = parse_study(name)
     chosen, _ = read_study_ledger(FINAL)
+    labels = {"skillnet": "skillnet", "moe": "moe", "dense": "dense-executed"}
     for trial in build_final_trials(config, start_tuning(config)):
         flat = configuration.flatten_tree(configuration.to_dict(trial.config))
         if trial.pretrain is not None:
             flat["pretraining.training.lr"] = trial.pretrain.training.lr
         suffix = "-pretrained" if trial.pretrain is not None else ""
-        settings = chosen[f"skillnet{suffix}"].settings
+        settings = chosen[labels[trial.config.system] + suffix].settings
         assert len(settings) >= 4
         for key, value in settings.items():
             assert flat[key] == (
