@@ -31,6 +31,7 @@ from skillnet.saved_model import save_model
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
+from skillnet_platform.tracking.source_commit import find_source_commit
 
 MODEL = "model"
 
@@ -102,6 +103,8 @@ def run_worker(
                 uploads.close(config.storage.patience)
             _end_for_resize(world, node_id)
         summary = {"world": world, "seed": config.seed, "evaluation": rows}
+        # A report states it, also where the tracker of the run is gone.
+        summary["commit"] = find_source_commit()
         write_json(folder / TRAINED, result.to_dict() | summary)
     finally:
         reporter.close()

@@ -17,7 +17,7 @@ from sweeps.analysis.comparison import SPLIT, SystemComparison
 #: Packages whose versions are listed.
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
 #: Facts that the page and the terminal show beside the answer.
-MAIN_FACTS = ("commit", "runs evaluated", "machine")
+MAIN_FACTS = ("runs at commit", "report at commit", "runs evaluated", "machine")
 
 
 def collect_facts(comparison: SystemComparison) -> dict[str, str]:
@@ -37,7 +37,10 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "commit": find_source_commit(),
+        "runs at commit": ", ".join(
+            dict.fromkeys(str(run.trained.get("commit", "unknown")) for run in comparison.runs)
+        ),
+        "report at commit": find_source_commit(),
         "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "seeds": "; ".join(
             f"{label}: {', '.join(str(run.seed) for run in runs)}"

@@ -20,6 +20,7 @@ from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
+from skillnet_platform.tracking.source_commit import find_source_commit
 from tests.helpers import readable_corpora
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -107,6 +108,7 @@ def test_two_ray_workers_reach_the_same_weights(
         driver.setattr(InferenceRunner, "__init__", None)
         two = finetune(config)
     assert two["world"] == 2
+    assert two["commit"] == find_source_commit()
     whole = evaluate_run(
         config, SkillNet.from_pretrained(two["model"]), None, step=6, bootstrap_samples=1000
     )

@@ -96,9 +96,8 @@ def test_the_answer_the_figures_and_one_short_table_come_first(
     assert shown.tags.count("img") == 2
     assert shown.tags.count("table") == 1
     assert shown.rows <= 1 + MAX_ROWS
-    assert "commit " in shown.text
     assert "machine " in shown.text
-    assert find_source_commit() in shown.text
+    assert f"runs at commit 0123456789ab · report at commit {find_source_commit()}" in shown.text
     assert "Simple references (TF-IDF, nearest neighbours): text classification 40.0" in shown.text
     for title in ("Results on held-out rows", "Rule:", "Plot: learning", "torch "):
         assert title not in shown.text
