@@ -1,14 +1,11 @@
 """An MLflow server that is started, killed and started again."""
 
-import contextlib
 import socket
 import subprocess
-import time
 from pathlib import Path
 
-from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend
 from skillnet_platform.tracking import server as tracking_server
+from tests.helpers.waiting import wait_for_answer
 
 WAIT_S = 600.0
 
@@ -52,13 +49,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        end = time.monotonic() + WAIT_S
-        while time.monotonic() < end:
-            with contextlib.suppress(UserError):
-                backend.require_answer(self.uri)
-                return
-            time.sleep(0.2)
-        raise RuntimeError(f"no MLflow server at {self.uri} within {WAIT_S:.0f} s")
+        wait_for_answer(f"{self.uri}/health", WAIT_S, process=self._process)
 
     def stop(self) -> None:
         """Kill it and all its workers."""

@@ -10,15 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ports import free_port
+from tests.helpers.waiting import wait_for_answer
 
 PLACE = "skillnet-test"
 #: The account of every Azurite, from its documentation, and a key that this one alone takes.
@@ -97,17 +95,8 @@ def _started(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).close()
-        except urllib.error.HTTPError:
-            return process  # an answer is an answer
-        except OSError:
-            assert process.poll() is None, f"{words[0]} ended at once"
-            time.sleep(0.1)
-        else:
-            return process
-    raise AssertionError(f"{words[0]} does not answer")
+    wait_for_answer(f"http://127.0.0.1:{port}/", 600, lambda: words[0], process=process)
+    return process
 
 
 @contextlib.contextmanager

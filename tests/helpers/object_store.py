@@ -11,14 +11,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ports import free_port
+from tests.helpers.waiting import wait_for_answer
 
 BUCKET = "skillnet-test"
 KEYS = {
@@ -126,13 +125,7 @@ class ObjectStore:
             stderr=subprocess.DEVNULL,
         )
         address = f"http://127.0.0.1:{self._port}"
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/moto-api/data.json", timeout=10).close()
-                break
-            except OSError:
-                assert self._process.poll() is None, "moto_server ended at once"
-                time.sleep(0.1)
+        wait_for_answer(f"{address}/moto-api/data.json", 600, process=self._process)
         self.create(BUCKET)
 
     def kill(self) -> None:

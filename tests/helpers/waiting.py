@@ -2,6 +2,8 @@
 
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -42,3 +44,34 @@ def wait_until(
             raise AssertionError(f"{reason}: {explain()}\n{output}")
         time.sleep(pause)
     return result
+
+
+def wait_for_answer(
+    address: str,
+    seconds: float,
+    explain: Callable[[], object] = str,
+    *,
+    process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None,
+) -> None:
+    """Wait until a server answers a request, be it with a refusal.
+
+    Args:
+        address: HTTP address.
+        seconds: the longest time.
+        explain: returns what a failure shows.
+        process: the server. It must run until it answers.
+
+    Raises:
+        AssertionError: the time was over, or the server ended.
+    """
+
+    def has_answer() -> bool:
+        try:
+            urllib.request.urlopen(address, timeout=10).close()
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    wait_until(has_answer, seconds, explain, process=process, pause=0.1)

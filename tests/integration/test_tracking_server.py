@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tests.helpers import postgres, tracked_trials
 from tests.helpers.object_store import ObjectStore, in_environment
 from tests.helpers.ports import free_port
 from tests.helpers.tracked_trials import PATIENCE_S, STEPS
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -62,14 +61,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
     )
     uri = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 600
-        while True:
-            assert process.poll() is None, (home / "tracker.log").read_text()
-            with contextlib.suppress(UserError):
-                backend.require_answer(uri)
-                break
-            assert time.monotonic() < end, (home / "tracker.log").read_text()
-            time.sleep(0.2)
+        wait_for_answer(f"{uri}/health", 600, (home / "tracker.log").read_text, process=process)
         yield uri
     finally:
         process.send_signal(signal.SIGTERM)

@@ -27,6 +27,7 @@ from skillnet_platform.tracking import (
 )
 from tests.helpers.ports import free_port
 from tests.helpers.tracked_runs import history, run_of, where
+from tests.helpers.waiting import wait_for_answer
 
 
 @contextlib.contextmanager
@@ -41,11 +42,7 @@ def server(database: Path, port: int) -> Iterator[str]:
     )
     uri = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
-            with contextlib.suppress(UserError):
-                backend.require_answer(uri)
-                break
-            time.sleep(0.2)
+        wait_for_answer(f"{uri}/health", 600, process=process)
         yield uri
     finally:
         tracking_server.stop_server(process, patience=0)
