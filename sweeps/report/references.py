@@ -77,7 +77,7 @@ def describe_references(comparison: SystemComparison) -> str:
         for task in (run.settings.get("tasks") or {}).values()
         if task
     )
-    rows = "all labelled rows of the corpora" if has_few_labels else "the same rows"
+    rows = "all labelled training rows" if has_few_labels else "the same rows"
     return (
         " Simple references: TF-IDF with logistic regression, nearest neighbours; trained on "
         f"{rows}, without intervals or tests."

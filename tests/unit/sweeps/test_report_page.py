@@ -276,7 +276,7 @@ def test_a_study_of_few_labels_without_specialists(tmp_path: Path) -> None:
     assert table.columns[-1] == "mean score"
     assert {len(row) for row in table.rows} == {len(table.columns)}
     assert "divided by the mean score of" not in table.caption
-    assert "trained on all labelled rows of the corpora" in table.caption
+    assert "trained on all labelled training rows" in table.caption
 
 
 # -- budgets until dense's score -----------------------------------------------------------
