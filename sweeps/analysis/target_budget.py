@@ -172,7 +172,8 @@ def _estimate_budget(
         steps.append(spent / dense_total)
         seconds.append(run.seconds * spent / total / dense.seconds)
     is_bound = reached < len(pairs)
-    overlap = pairs[0][0][0].fold.test_to_train
+    (first, _), _ = pairs[0]
+    overlap = first.fold.test_to_train
     return TargetBudget(
         against,
         reached,
