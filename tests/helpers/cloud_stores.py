@@ -95,7 +95,8 @@ def _started(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for_answer(f"http://127.0.0.1:{port}/", 600, lambda: words[0], process=process)
+    address = f"http://127.0.0.1:{port}/"
+    wait_for_answer(address, 600, lambda: words[0], process=process, accepts_refusal=True)
     return process
 
 

@@ -52,14 +52,16 @@ def wait_for_answer(
     explain: Callable[[], object] = str,
     *,
     process: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None,
+    accepts_refusal: bool = False,
 ) -> None:
-    """Wait until a server answers a request, be it with a refusal.
+    """Wait until a server answers a request.
 
     Args:
         address: HTTP address.
         seconds: the longest time.
         explain: returns what a failure shows.
         process: the server. It must run until it answers.
+        accepts_refusal: whether an error status is an answer, too.
 
     Raises:
         AssertionError: the time was over, or the server ended.
@@ -68,10 +70,8 @@ def wait_for_answer(
     def has_answer() -> bool:
         try:
             urllib.request.urlopen(address, timeout=10).close()
-        except urllib.error.HTTPError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return accepts_refusal and isinstance(error, urllib.error.HTTPError)
         return True
 
     wait_until(has_answer, seconds, explain, process=process, pause=0.1)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import wait_for_answer
 
 pytestmark = pytest.mark.integration
 
@@ -77,7 +76,7 @@ def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> 
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
     )
     try:
-        wait_until(lambda: is_healthy(f"http://127.0.0.1:{port}/health"), 300, process=server)
+        wait_for_answer(f"http://127.0.0.1:{port}/health", 300, process=server)
         predict(f"http://127.0.0.1:{port}", "文学研究")
         page = search_by_file(f"http://127.0.0.1:{port}", draw_png(), "circle.png")
         assert "<dt>task</dt><dd>text_to_image</dd>" in page
@@ -106,11 +105,3 @@ def search_by_file(url: str, content: bytes, name: str) -> str:
     request = urllib.request.Request(f"{url}/search", body, {"Content-Type": kind})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status == 200
-    except urllib.error.URLError:
-        return False
