@@ -4,6 +4,7 @@
 the one that made their intervals.
 """
 
+from sweeps.analysis.claims import MIN_SEEDS
 from sweeps.analysis.comparison import SystemComparison
 from sweeps.analysis.statistics import MIN_OWN_SEEDS
 
@@ -52,9 +53,9 @@ def warn_about_few(comparison: SystemComparison) -> str:
         if comparison.has_folds:
             return " One replicate: there are no intervals."
         return " One seed: intervals cover units only and do not generalize to other seeds."
-    if comparison.seeds < 3:
+    if comparison.seeds < MIN_SEEDS:
         return (
-            f" With fewer than three {comparison.repeat_noun}s no claim is decided: their variance "
-            "is uncertain."
+            f" With fewer than {MIN_SEEDS} {comparison.repeat_noun}s no claim is decided: their "
+            "variance is uncertain."
         )
     return ""

@@ -89,8 +89,8 @@ def write_run(
     write_evaluation_csv(table, folder / "evaluation.csv")
     write_outcomes(outcomes, folder / OUTCOMES_FILE)
     trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
-    # Seed 0 ran on a machine with products in bf16.
     trained["commit"] = "0123456789ab"
+    # Seed 0 ran on a machine with products in bf16.
     trained["precision"] = "fp32" if seed else "bf16"
     more = {"world": 1, "seed": seed, "checkpoint": str(folder / "checkpoints/step-00000012")}
     (folder / "trained.json").write_text(json.dumps(trained | more))
