@@ -8,9 +8,9 @@ import shlex
 import sys
 import time
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from skillnet_platform.package_version import find_version
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT, SystemComparison
 
@@ -27,13 +27,8 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
         corpora |= run.digests
     rows = [row for run in comparison.runs for row in run.rows]
     dates = sorted({str(row["date"]) for row in rows})
-    versions = []
-    for name in PACKAGES:
-        # Not every installation has all optional packages.
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    # Not every installation has all optional packages.
+    versions = [f"{name} {found}" for name in PACKAGES if (found := find_version(name))]
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "report created": time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -8,7 +8,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from skillnet_platform import cluster, storage
@@ -21,6 +20,7 @@ from skillnet_platform.cluster.resource_request import (
 )
 from skillnet_platform.cluster.versions import PACKAGES
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.package_version import find_version
 from skillnet_platform.tracking import backend
 
 FREE_MEMORY_BYTES = 4 * GIB
@@ -57,9 +57,10 @@ def check_packages() -> list[Finding]:
     advice = "" if good else "use Python 3.11, 3.12 or 3.13"
     found = [Finding("python", "ok" if good else "error", platform.python_version(), advice)]
     for name in PACKAGES:
-        try:
-            found.append(Finding(name, "ok", version(name)))
-        except PackageNotFoundError:
+        version = find_version(name)
+        if version:
+            found.append(Finding(name, "ok", version))
+        else:
             found.append(Finding(name, "error", "not installed", "pip install -e '.[train]'"))
     return found
 

@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+
+from skillnet_platform.package_version import find_version
 
 PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
 #: Environment variable with the versions of the job's sender, for the checks inside the job.
@@ -17,10 +18,7 @@ def installed_versions() -> dict[str, str]:
     """
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found[name] = ""
+        found[name] = find_version(name).partition("+")[0]
     return found
 
 

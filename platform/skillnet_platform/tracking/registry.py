@@ -13,11 +13,11 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.package_version import find_version
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking import (
     backend,
@@ -324,12 +324,9 @@ def load_registered(model: str, uri: str | None = None) -> Any:
 
 def installed_requirements(names: Sequence[str]) -> list[str]:
     """Return ``name==version`` of installed packages, for a model's requirements."""
-    found = []
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            # A local part such as +cpu depends on the machine that trained.
-            found.append(f"{name}=={version(name).partition('+')[0]}")
-    return found
+    versions = {name: find_version(name) for name in names}
+    # A local part such as +cpu depends on the machine that trained.
+    return [f"{name}=={found.partition('+')[0]}" for name, found in versions.items() if found]
 
 
 def _ensure_model(client: Any, name: str) -> None:

@@ -3,8 +3,9 @@
 import functools
 import os
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from skillnet_platform.package_version import find_version
 
 #: Tag that MLflow's pages show as the version of the source.
 COMMIT_TAG = "mlflow.source.git.commit"
@@ -37,10 +38,8 @@ def find_source_commit() -> str:
     if tags:
         changed = tags[MODIFIED_TAG] == "true"
         return tags[COMMIT_TAG][:12] + (", with changes" if changed else "")
-    try:
-        return f"version {version('skillnet-platform')}"
-    except PackageNotFoundError:
-        return "unknown"
+    version = find_version("skillnet-platform")
+    return f"version {version}" if version else "unknown"
 
 
 def commit_variable() -> dict[str, str]:
