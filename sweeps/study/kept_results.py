@@ -6,6 +6,7 @@
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
     unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
+    progress.jsonl           validation scores, of a run that computes them while it trains
     reserve_sums.parquet, reserve.csv
                              the same on the reserve, which ``--read_reserve once`` opens
     pretraining/             configuration and training time of its pretraining
@@ -33,6 +34,7 @@ from pipelines.evaluation.outcomes import (
     write_outcomes,
 )
 from pipelines.runs.layout import CONFIG, RESULT, TRAINED, read_result
+from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
@@ -163,6 +165,7 @@ def keep_run(run: Path, target: Path) -> None:
     _write_config(replace(_remove_places(config), init_from=init_from), part / CONFIG)
     sealed = [name for name in (RESERVE_ROWS, RESERVE_SUMS) if (run / name).is_file()]
     _keep_trained(run, part)
+    _keep_curves(run / PROGRESS, part / PROGRESS)
     for name in (EVALUATION, *sealed):
         shutil.copyfile(run / name, part / name)
     result = read_result(run / RESULT)
@@ -256,6 +259,19 @@ def _keep_pretraining(start: Path, target: Path) -> None:
 def _keep_trained(run: Path, target: Path) -> None:
     # The checkpoints are not kept, and their path is one of this machine.
     write_json(target / TRAINED, read_json(run / TRAINED) | {"checkpoint": None})
+
+
+def _keep_curves(progress: Path, target: Path) -> None:
+    """Write the validation scores of a run, from which its report computes budgets."""
+    steps: dict[int, dict[str, float]] = {}
+    for name, points in read_metric_history(progress).items():
+        if "/validation_" in name:
+            for step, value in points:
+                steps.setdefault(step, {})[name] = value
+    if steps:
+        with atomic_write(target, "w") as stream:
+            for step, metrics in sorted(steps.items()):
+                stream.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
 
 
 def _remove_places(config: Any) -> Any:

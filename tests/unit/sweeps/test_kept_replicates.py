@@ -20,6 +20,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
 from sweeps.study.kept_results import (
@@ -49,7 +50,13 @@ from sweeps.study.tuning import TuningResult, build_stage_trials, start_tuning
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config, write_corpora
-from tests.helpers.synthetic_runs import TASKS, write_pretraining, write_run, write_study
+from tests.helpers.synthetic_runs import (
+    TASKS,
+    write_curve,
+    write_pretraining,
+    write_run,
+    write_study,
+)
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
@@ -90,6 +97,26 @@ def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
     assert not list((tmp_path / "kept").rglob(OUTCOMES_FILE))
     assert len(read_outcomes(tmp_path / "kept/more" / UNIT_SUMS_FILE)[TASKS[0], "test"]) == 50
+
+
+def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
+    folders = write_study(tmp_path / "runs", {"skillnet": 0.0, "dense": 0.0}, (0, 1, 2))
+    for number, folder in enumerate(folders):
+        gain = 0.2 if "skillnet" in folder.name else 0.0
+        write_curve(folder, {4: 0.3, 8: 0.5 + gain, 12: 0.6 + gain + number / 100})
+        group_rows(folder)
+        complete_result(folder)
+        keep_run(folder, tmp_path / "kept" / folder.name)
+    runs, kept = (
+        compare_systems(label_runs([read_run(tmp_path / place / f.name) for f in folders]))
+        for place in ("runs", "kept")
+    )
+    assert estimate_budgets(kept)["skillnet"].reached == 3
+    assert estimate_budgets(kept)["skillnet"] == estimate_budgets(runs)["skillnet"]
+    # The losses of every few steps are not committed.
+    lines = (tmp_path / "kept/skillnet-seed0/progress.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+    assert "/loss" not in "".join(lines)
 
 
 def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
