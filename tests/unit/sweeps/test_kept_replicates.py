@@ -18,7 +18,7 @@ from pipelines.shards.folds import open_fold
 from skillnet.model import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.analysis.comparison import compare_systems
+from sweeps.analysis.comparison import SystemComparison, compare_systems
 from sweeps.analysis.finished_runs import label_runs, read_run
 from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.space import SearchDimension
@@ -79,14 +79,7 @@ def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
     systems = {"skillnet": 0.3, "specialist": 0.0, "dense": -0.2}
     folders = write_study(tmp_path / "runs", systems, (0, 1, 2))
     folders.append(write_run(tmp_path / "runs/more", "moe", pretrained=True, start=start))
-    for folder in folders:
-        group_rows(folder)
-        complete_result(folder)
-        keep_run(folder, tmp_path / "kept" / folder.name)
-    full, kept = (
-        compare_systems(label_runs([read_run(tmp_path / place / f.name) for f in folders]))
-        for place in ("runs", "kept")
-    )
+    full, kept = compare_kept(folders, tmp_path / "kept")
     assert full.tests == kept.tests
     assert full.scores == kept.scores
     assert full.relative.keys() == kept.relative.keys()
@@ -104,15 +97,9 @@ def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
     for number, folder in enumerate(folders):
         gain = 0.2 if "skillnet" in folder.name else 0.0
         write_curve(folder, {4: 0.3, 8: 0.5 + gain, 12: 0.6 + gain + number / 100})
-        group_rows(folder)
-        complete_result(folder)
-        keep_run(folder, tmp_path / "kept" / folder.name)
-    runs, kept = (
-        compare_systems(label_runs([read_run(tmp_path / place / f.name) for f in folders]))
-        for place in ("runs", "kept")
-    )
+    full, kept = compare_kept(folders, tmp_path / "kept")
     assert estimate_budgets(kept)["skillnet"].reached == 3
-    assert estimate_budgets(kept)["skillnet"] == estimate_budgets(runs)["skillnet"]
+    assert estimate_budgets(kept)["skillnet"] == estimate_budgets(full)["skillnet"]
     # The losses of every few steps are not committed.
     lines = (tmp_path / "kept/skillnet-seed0/progress.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
@@ -311,6 +298,18 @@ def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
     (folder := other.folder / "runs" / outcomes[1].name).joinpath(RESERVE_SUMS).unlink()
     with pytest.raises(UserError, match=f"1 of 2 final runs have no model.*{folder.name}"):
         read_reserve(replace(other, read_reserve="again"), list_final_runs(other))
+
+
+def compare_kept(folders: Sequence[Path], target: Path) -> list[SystemComparison]:
+    """Keep runs; the comparisons of the runs themselves and of what was kept."""
+    for folder in folders:
+        group_rows(folder)
+        complete_result(folder)
+        keep_run(folder, target / folder.name)
+    return [
+        compare_systems(label_runs([read_run(folder) for folder in place]))
+        for place in (folders, [target / folder.name for folder in folders])
+    ]
 
 
 def group_rows(folder: Path) -> None:
