@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from pipelines.preprocessing.blocks import ReadSummary
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet_platform.errors import UserError
+from skillnet_platform.package_version import find_version
 from skillnet_platform.storage import atomic_write, write_json
 
 #: Packages whose versions the manifest records.
@@ -190,7 +190,7 @@ class CorpusProgress:
                 if self.summary.truncated_files
                 else {}
             ),
-            "made_with": {name: version(name) for name in MADE_WITH},
+            "made_with": {name: find_version(name) for name in MADE_WITH},
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(job.staging_dir / MANIFEST, manifest)

@@ -63,4 +63,8 @@ def _check_scripts(others: Mapping[str, Distribution]) -> list[Finding]:
 
 
 def _normalized(distribution: Distribution) -> str:
-    return str(distribution.metadata["Name"] or "").lower().replace("_", "-")
+    try:
+        name = distribution.metadata["Name"]
+    except FileNotFoundError:  # of the backport, see package_version
+        name = None
+    return str(name or "").lower().replace("_", "-")

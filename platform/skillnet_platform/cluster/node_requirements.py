@@ -8,10 +8,11 @@ is not pinned: each job uploads it.
 
 import sys
 from collections import deque
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 from skillnet_platform.errors import UserError
+from skillnet_platform.package_version import find_version
 
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 REQUIREMENTS = Path("platform/deploy/requirements.txt")
@@ -49,7 +50,7 @@ def read_dependencies(project: Path = PROJECT) -> list[str]:
             str(line)
             for line in optional
             if canonicalize_name(Requirement(line).name) != own
-            and _is_installed(Requirement(line).name)
+            and find_version(Requirement(line).name)
         ),
     ]
 
@@ -72,21 +73,18 @@ def pin_packages(requirements: list[str]) -> dict[str, str]:
     while waiting:
         wanted, direct = waiting.popleft()
         name = canonicalize_name(wanted.name)
-        try:
-            installed = distribution(name)
-        except PackageNotFoundError:
+        version = find_version(name)
+        if not version:
             if direct:
-                raise UserError(
-                    f"{wanted} is not installed here; pip install -e '.[train]'"
-                ) from None
+                raise UserError(f"{wanted} is not installed here; pip install -e '.[train]'")
             continue  # a requirement of another platform, or an optional one
-        if direct and not wanted.specifier.contains(installed.version, prereleases=True):
-            raise UserError(f"{wanted} is needed, {installed.version} is installed here")
-        found[name] = installed.version.partition("+")[0]  # +cpu, +cu128: depends on the node
+        if direct and not wanted.specifier.contains(version, prereleases=True):
+            raise UserError(f"{wanted} is needed, {version} is installed here")
+        found[name] = version.partition("+")[0]  # +cpu, +cu128: depends on the node
         for extra in ["", *sorted(wanted.extras)]:
             if (name, extra) not in done:
                 done.add((name, extra))
-                waiting.extend((need, False) for need in _needs(installed, extra))
+                waiting.extend((need, False) for need in _needs(distribution(name), extra))
     return dict(sorted(found.items()))
 
 
@@ -111,11 +109,3 @@ def _needs(installed: Distribution, extra: str) -> list["Requirement"]:  # type:
     if not extra:
         return [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
     return [need for need in needs if need.marker and need.marker.evaluate({"extra": extra})]
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True

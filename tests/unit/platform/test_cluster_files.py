@@ -244,7 +244,13 @@ def test_requirements_are_this_environment(tmp_path: Path) -> None:
     assert not {"skillnet-platform", "pytest", "ruff"} & set(pins), "no code of ours, no tools"
 
 
-def test_requirements_name_what_is_not_there(tmp_path: Path) -> None:
+def test_requirements_name_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_installed-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="half-installed>=1 is not installed here"):
+        node_requirements.pin_packages(["half-installed>=1"])
     with pytest.raises(UserError, match="no-such-package>=1 is not installed here"):
         node_requirements.pin_packages(["no-such-package>=1"])
     with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):

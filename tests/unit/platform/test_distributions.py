@@ -34,6 +34,17 @@ def test_another_distribution_with_our_script_is_named(
     assert "skillnet-platform" in finding.advice
 
 
+def test_an_interrupted_installation_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("importlib_metadata")  # replaces Python's finder
+    install(tmp_path, "skillnet-ai", "skillnet")
+    (tmp_path / "half_installed-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = distributions.check_distributions()
+    assert "skillnet-ai also installs a script" in finding.seen
+
+
 @pytest.mark.parametrize("name", distributions.PACKAGES)
 def test_a_package_of_another_distribution_is_an_error(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
