@@ -263,11 +263,16 @@ def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
     """
     primary = {metric for metric, _ in OBJECTIVE_METRICS.values()}
     return {
-        f"{row['task']}/{row['split']}_{row['metric']}": float(row["value"])
+        name_metric(row["task"], row["split"], row["metric"]): float(row["value"])
         for row in rows
         if not row["split"].startswith("test")
         or (row["split"] == "test" and row["metric"] in primary)
     }
+
+
+def name_metric(task: str, split: str, metric: str) -> str:
+    """Return the name under which runs log a metric: ``text_to_image/test_recall_at_10``."""
+    return f"{task}/{split}_{metric}"
 
 
 def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

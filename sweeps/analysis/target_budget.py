@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.evaluation.tables import score_metric
+from pipelines.evaluation.tables import name_metric, score_metric
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet.unit_statistics import CONFIDENCE_LEVEL
 from sweeps.analysis.comparison import MEAN, SystemComparison, find_variant
@@ -110,7 +110,7 @@ def read_score_curve(run: FinishedRun, comparison: SystemComparison) -> list[tup
     scores: list[Mapping[int, float]] = []
     for task in comparison.common_tasks:
         metric = comparison.metrics[task]
-        points = history.get(f"{task}/validation_{metric}", [])
+        points = history.get(name_metric(task, "validation", metric), [])
         scores.append({step: score_metric(metric, value) for step, value in points})
     steps = sorted(set.intersection(*(set(each) for each in scores)))
     return [(step, float(np.mean([each[step] for each in scores]))) for step in steps]

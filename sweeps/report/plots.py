@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.evaluation.figures import COLORS, style_axes
-from pipelines.evaluation.tables import score_metric
+from pipelines.evaluation.tables import name_metric, score_metric
 from sweeps.analysis.comparison import MEAN, SystemComparison
 from sweeps.analysis.finished_runs import PRETRAINED
 from sweeps.report.cells import name_score
@@ -148,7 +148,7 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
     figure, axes = _make_panels(comparison.tasks, 2.2)
     has_curve = False
     for task, panel in zip(comparison.tasks, axes, strict=True):
-        validation = f"{task}/validation_{comparison.metrics[task]}"
+        validation = name_metric(task, "validation", comparison.metrics[task])
         is_validated = any(validation in each for runs in histories.values() for each in runs)
         name = validation if is_validated else f"{task}/loss"
         for label, runs in histories.items():

@@ -33,6 +33,7 @@ from pipelines.evaluation.outcomes import (
     sum_outcomes,
     write_outcomes,
 )
+from pipelines.evaluation.tables import name_metric
 from pipelines.runs.layout import CONFIG, RESULT, TRAINED, read_result
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform import config as configuration
@@ -263,9 +264,10 @@ def _keep_trained(run: Path, target: Path) -> None:
 
 def _keep_curves(progress: Path, target: Path) -> None:
     """Write the validation scores of a run, from which its report computes budgets."""
+    validation = name_metric("", "validation", "")  # what the names of all tasks contain
     steps: dict[int, dict[str, float]] = {}
     for name, points in read_metric_history(progress).items():
-        if "/validation_" in name:
+        if validation in name:
             for step, value in points:
                 steps.setdefault(step, {})[name] = value
     if steps:
