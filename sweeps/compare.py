@@ -153,8 +153,8 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
         UserError: a run does not exist or cannot be compared, or its variances are unknown.
     """
     from sweeps.analysis.comparison import compare_systems
-    from sweeps.analysis.finished_runs import label_runs
     from sweeps.analysis.power import PowerPlan, estimate_time, plan_power
+    from sweeps.analysis.run_groups import label_runs
     from sweeps.study.system_runs import build_base_run
 
     runs, _ = _read_named_runs(config.power, config.tracking.uri)
@@ -194,7 +194,7 @@ def _read_named_runs(
 
 
 def _compare_runs(config: StudyConfig) -> "ComparisonReport":
-    from sweeps.analysis.finished_runs import label_runs
+    from sweeps.analysis.run_groups import label_runs
 
     runs, studies = _read_named_runs(config.runs, config.tracking.uri)
     # label_runs may rename systems; tuning results must follow their runs.

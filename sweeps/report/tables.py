@@ -7,7 +7,6 @@ import numpy as np
 
 from pipelines.evaluation.tables import score_metric
 from sweeps.analysis.comparison import MEAN, SPLIT, PairedTest, SystemComparison, find_variant
-from sweeps.analysis.finished_runs import find_differing_settings
 from sweeps.analysis.format import (
     format_duration,
     format_interval,
@@ -15,6 +14,7 @@ from sweeps.analysis.format import (
     format_signed_points,
 )
 from sweeps.analysis.run_figures import estimate_run_figures
+from sweeps.analysis.run_groups import find_differing_settings
 from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.report.cells import ReportTable, TableCell, name_score
 from sweeps.report.cost_tables import (

@@ -9,9 +9,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from scipy import stats
 
+from pipelines.config.folds import FoldConfig
 from pipelines.evaluation.evaluator import tidy_rows
 from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
 from pipelines.evaluation.tables import write_evaluation_csv
+from pipelines.runs.layout import CONFIG
 from skillnet.metrics import ConfidenceInterval
 from skillnet_platform import config as configuration
 from skillnet_platform.config import presets
@@ -105,6 +107,14 @@ def write_run(
         for step in (4, 8, 12)
     ]
     (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def set_fold(folder: Path, fold: FoldConfig) -> Path:
+    """Give a synthetic run a fold."""
+    settings = configuration.load_yaml(folder / CONFIG)
+    settings["fold"] = configuration.to_dict(fold)
+    (folder / CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
     return folder
 
 

@@ -6,6 +6,7 @@
 from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.fields import (
     ALIAS,
+    add_defaults,
     aliased_field,
     choices_field,
     default_values,
@@ -27,6 +28,7 @@ from skillnet_platform.config.schema import check_keys
 
 __all__ = [
     "ALIAS",
+    "add_defaults",
     "aliased_field",
     "build_config",
     "check_keys",

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
+from skillnet_platform.config.schema import child_types, without_none
+
 T = TypeVar("T")
 POSITIONAL = "skillnet_positional"
 ALIAS = "skillnet_alias"
@@ -55,6 +57,22 @@ def default_values(cls: type) -> dict[str, Any]:
         elif f.default_factory is not dataclasses.MISSING:
             tree[f.name] = _tree(f.default_factory())
     return tree
+
+
+def add_defaults(hint: Any, tree: Any) -> Any:
+    """Return a stored configuration with the defaults of the keys that it lacks.
+
+    A version that stored it may not have known these keys. No value is checked.
+
+    Args:
+        hint: the dataclass, or the type of a part.
+        tree: the stored configuration, or the part.
+    """
+    types = child_types(hint)
+    if types is None or not isinstance(tree, Mapping):
+        return tree
+    own = {name: add_defaults(types.get(name, types.get("*")), tree[name]) for name in tree}
+    return own if "*" in types else {**default_values(without_none(hint)), **own}
 
 
 def to_dict(obj: Any) -> dict[str, Any]:

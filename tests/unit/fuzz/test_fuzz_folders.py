@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import model_source
 from pipelines.runs.bundle_manifest import BUNDLE_FORMAT, compute_bundle_digest
-from sweeps.analysis.finished_runs import check_comparable, label_runs, read_run
+from sweeps.analysis.finished_runs import check_comparable, read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome

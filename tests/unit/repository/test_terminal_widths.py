@@ -20,7 +20,8 @@ from skillnet_platform import console
 from skillnet_platform.checks.finding import Finding
 from skillnet_platform.doctor import DoctorReport, show_findings
 from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.report.report import build_report, show_report
 from sweeps.search.ranking import RankedConfiguration, build_ranking_table
 from tests.helpers import user_corpora

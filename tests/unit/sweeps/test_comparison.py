@@ -11,12 +11,14 @@ import pytest
 
 from pipelines.evaluation.outcomes import OUTCOMES_FILE, read_outcomes, write_outcomes
 from pipelines.evaluation.tables import score_metric
+from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.analysis import claims as cl
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
-from sweeps.analysis.finished_runs import find_differing_settings, find_run, label_runs, read_run
+from sweeps.analysis.finished_runs import find_run, read_run
 from sweeps.analysis.format import format_signed_points
 from sweeps.analysis.run_figures import compute_chance, estimate_run_figures
+from sweeps.analysis.run_groups import find_differing_settings, label_runs
 from sweeps.analysis.statistics import compute_p_value
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 from sweeps.report import report as reporting
@@ -295,6 +297,20 @@ def test_one_seed_and_one_system_give_a_table(tmp_path: Path):
 
 
 # -- reading runs --------------------------------------------------------------------------
+
+
+def test_a_key_that_a_run_lacks_has_its_default(tmp_path: Path):
+    """An earlier version had no such key; its runs and new ones are one system."""
+    for seed in (0, 1):
+        path = write_run(tmp_path / str(seed), seed=seed) / "config.yaml"
+        tree = configuration.load_yaml(path)
+        if seed:
+            for task in tree["model"]["tasks"].values():
+                del task["linear_path"]
+            path.write_text(configuration.to_yaml(tree))
+    runs = [read_run(tmp_path / str(seed)) for seed in (0, 1)]
+    assert {run.label for run in label_runs(runs)} == {"skillnet"}
+    assert not find_differing_settings([runs[0], replace(runs[1], label="earlier")])
 
 
 def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):

@@ -19,7 +19,8 @@ from skillnet.model import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import SystemComparison, compare_systems
-from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed

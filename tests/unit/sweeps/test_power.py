@@ -8,8 +8,9 @@ import pytest
 from pipelines.config.folds import FoldConfig
 from skillnet_platform.errors import UserError
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
-from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.finished_runs import read_run
 from sweeps.analysis.power import estimate_time, plan_power, tabulate_power
+from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.statistics import RunSample, SampleDifference, compute_p_value, estimate_mean
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 from tests.helpers.synthetic_runs import TASKS, write_study

@@ -8,23 +8,15 @@ import numpy as np
 import pytest
 
 from pipelines.config.folds import FoldConfig
-from pipelines.runs.layout import CONFIG
-from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics as st
 from sweeps.analysis.comparison import MEAN, compare_systems
-from sweeps.analysis.finished_runs import FinishedRun, label_runs, read_run
+from sweeps.analysis.finished_runs import FinishedRun, read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.report.report import build_report
-from tests.helpers.synthetic_runs import write_run
+from tests.helpers.synthetic_runs import set_fold, write_run
 
 FOLDS = 4
-
-
-def set_fold(folder: Path, fold: FoldConfig) -> Path:
-    settings = configuration.load_yaml(folder / CONFIG)
-    settings["fold"] = configuration.to_dict(fold)
-    (folder / CONFIG).write_text(configuration.to_yaml(settings), encoding="utf-8")
-    return folder
 
 
 def write_folds(root: Path, system: str, skill: float, folds: int = FOLDS) -> list[FinishedRun]:
@@ -94,3 +86,6 @@ def test_folds_of_one_system_are_compared_replicate_by_replicate(tmp_path: Path)
     plain = read_run(write_run(tmp_path / "plain", "dense"), "dense")
     with pytest.raises(UserError, match="different folds"):
         compare_systems([*runs, plain])
+    apart = [run for run in runs if (run.fold.number > 1) == (run.label == "skillnet")]
+    with pytest.raises(UserError, match="skillnet and specialist have no fold and seed in common"):
+        compare_systems(apart)

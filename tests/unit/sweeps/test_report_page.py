@@ -14,7 +14,8 @@ from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_platform import console
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
-from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.target_budget import estimate_budgets, estimate_ratio, find_crossing
 from sweeps.report import report as reporting
 from sweeps.report.evidence import collect_points, group_claims, group_tests

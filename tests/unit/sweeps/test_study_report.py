@@ -15,8 +15,9 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
 from sweeps.analysis.comparison import MEAN, compare_systems
-from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.finished_runs import read_run
 from sweeps.analysis.format import format_count, format_duration, format_p_value
+from sweeps.analysis.run_groups import label_runs
 from sweeps.config.study import StudyConfig
 from sweeps.interpret import InterpretConfig
 from sweeps.report import report as report_report
