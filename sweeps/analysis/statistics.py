@@ -150,6 +150,23 @@ class SampleDifference:
         return sum(sign * float(each.values.mean()) for each, sign in _list_terms(self))
 
 
+@dataclass(frozen=True)
+class DifferenceChange:
+    """One difference between systems minus another, such as after more steps minus before.
+
+    Args:
+        after: difference from which the other is subtracted.
+        before: difference between other systems, on the same units.
+    """
+
+    after: SampleDifference
+    before: SampleDifference
+
+
+#: What has a mean, a standard error and an interval.
+Estimable = RunSample | SampleDifference | DifferenceChange
+
+
 def build_sample(
     amounts: Mapping[int, ArrayLike],
     weight: ArrayLike,
@@ -200,7 +217,7 @@ def clip_sample(sample: RunSample) -> RunSample:
 
 def average_samples(parts: Sequence[RunSample]) -> RunSample:
     """Return the mean of several samples, seed by seed."""
-    parts = _on_common_seeds(parts)
+    parts = select_common_seeds(parts)
     values = np.mean([part.values for part in parts], axis=0)
     # Each split occurs once, because tasks are tested on rows of their own.
     effects = {key: x / len(parts) for part in parts for key, x in part.effects.items()}
@@ -225,7 +242,8 @@ def take_logarithm(sample: RunSample) -> RunSample:
     return replace(sample, values=values, effects=effects)
 
 
-def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
+def select_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
+    """Return each sample with the seeds, or replicates, that all samples have."""
     if not parts:
         raise ValueError("a mean requires at least one sample")
     common = sorted(set.intersection(*(set(part.seeds) for part in parts)))
@@ -246,7 +264,7 @@ def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
 
 
 def estimate_mean(
-    sample: RunSample | SampleDifference,
+    sample: Estimable,
     spread: SeedVariance | None = None,
     level: float = CONFIDENCE_LEVEL,
     least: float = -np.inf,
@@ -256,7 +274,7 @@ def estimate_mean(
     """Return the mean over seeds with its interval, clipped to ``least`` and ``most``.
 
     Args:
-        sample: score of each run, or a difference.
+        sample: score of each run, a difference, or the change of one.
         spread: variance over seeds of one system, pooled over systems; None takes the sample's own.
         level: confidence level.
         least: lower end of the score's range.
@@ -306,14 +324,22 @@ def estimate_unit_variance(sample: RunSample | SampleDifference) -> tuple[float,
     return sum(variance for variance, _ in parts), _combine_dofs(parts)
 
 
-def _list_terms(sample: RunSample | SampleDifference) -> list[tuple[RunSample, float]]:
+def _list_terms(sample: Estimable) -> list[tuple[RunSample, float]]:
+    terms = _list_signed_samples(sample)
+    if len(terms) > 1 and terms[0][0].test_to_train is not None:
+        # All answer the rows of the same fold, and folds differ more than systems.
+        common = select_common_seeds([each for each, _ in terms])
+        return [(each, sign) for each, (_, sign) in zip(common, terms, strict=True)]
+    return terms
+
+
+def _list_signed_samples(sample: Estimable) -> list[tuple[RunSample, float]]:
     if isinstance(sample, RunSample):
         return [(sample, 1.0)]
-    left, right = sample.left, sample.right
-    if left.test_to_train is not None:
-        # Both answer the rows of the same fold, and folds differ more than systems.
-        left, right = _on_common_seeds([left, right])
-    return [(left, 1.0), (right, -1.0)]
+    if isinstance(sample, SampleDifference):
+        return [(sample.left, 1.0), (sample.right, -1.0)]
+    before = _list_signed_samples(sample.before)
+    return [*_list_signed_samples(sample.after), *((each, -sign) for each, sign in before)]
 
 
 def _variance(values_S: NDArray[np.float64]) -> float:

@@ -5,12 +5,14 @@ the steps shows whether a difference closes.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN, SystemComparison
+from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
 from sweeps.analysis.finished_runs import FinishedRun
 from sweeps.analysis.format import format_signed_points
+from sweeps.analysis.statistics import DifferenceChange, SampleDifference
 from sweeps.report.cells import ReportTable, TableCell
 
 
@@ -25,17 +27,21 @@ def build_gap_table(comparison: SystemComparison) -> ReportTable:
     for label, longer in arms.items():
         if label == comparison.reference or comparison.reference not in arms:
             continue
-        pairs = [(comparison.reference, label), (arms[comparison.reference], longer)]
+        systems = (comparison.reference, label, arms[comparison.reference], longer)
+        if comparison.has_folds and not _find_common_replicates(comparison, systems):
+            continue
         for task in [*comparison.common_tasks, MEAN]:
-            cells = [_format_gap(comparison, own, other, task) for own, other in pairs]
-            rows.append([TableCell(f"{comparison.reference} − {label}"), TableCell(task), *cells])
+            cells = [TableCell(f"{comparison.reference} − {label}"), TableCell(task)]
+            rows.append(cells + _build_gap_cells(comparison, systems, task))
     steps = sorted({int(run.trained["step"]) for run in comparison.runs})
+    # With folds, a difference on other folds would be no change of this one.
+    pairs = "on the replicates that all four have" if comparison.has_folds else "paired by unit"
     return ReportTable(
         "Differences after more steps",
-        ["systems", "task", f"{steps[0]} steps", f"{steps[-1]} steps"],
+        ["systems", "task", f"{steps[0]} steps", f"{steps[-1]} steps", "change"],
         rows,
-        "Points with 95 % intervals, paired by unit. A difference that closes was one of the speed "
-        "of learning.",
+        f"Points with 95 % intervals, {pairs}. A difference that closes was one of the speed of "
+        "learning.",
     )
 
 
@@ -60,8 +66,24 @@ def _settings_without_steps(run: FinishedRun) -> list[Any]:
     return [*kept, training, bool(settings.get("init_from"))]
 
 
-def _format_gap(comparison: SystemComparison, own: str, other: str, task: str) -> TableCell:
-    change, spread = comparison.subtract_scores(own, other, task)
-    gap = statistics.estimate_mean(change, spread)
-    ends = f"{format_signed_points(gap.low)} to {format_signed_points(gap.high)}"
-    return TableCell(format_signed_points(gap.value), ends)
+def _find_common_replicates(comparison: SystemComparison, systems: Sequence[str]) -> set[int]:
+    return set.intersection(
+        *({run.replicate for run in comparison.systems[label]} for label in systems)
+    )
+
+
+def _build_gap_cells(
+    comparison: SystemComparison, systems: Sequence[str], task: str
+) -> list[TableCell]:
+    """Return the difference of two systems, that of their longer arms, and the change."""
+    samples = [comparison.samples[label, task, SPLIT] for label in systems]
+    if comparison.has_folds:
+        samples = statistics.select_common_seeds(samples)
+    before, after = SampleDifference(*samples[:2]), SampleDifference(*samples[2:])
+    spread = comparison.spreads[task, SPLIT]
+    cells = []
+    for each in (before, after, DifferenceChange(after, before)):
+        gap = statistics.estimate_mean(each, spread)
+        ends = f"{format_signed_points(gap.low)} to {format_signed_points(gap.high)}"
+        cells.append(TableCell(format_signed_points(gap.value), ends))
+    return cells

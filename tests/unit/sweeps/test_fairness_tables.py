@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 import yaml
 
+from pipelines.config.folds import FoldConfig
 from skillnet_platform import config as configuration
-from sweeps.analysis.comparison import compare_systems
+from sweeps.analysis.comparison import MEAN, SPLIT, compare_systems
 from sweeps.analysis.finished_runs import read_run
+from sweeps.report.cells import TableCell
 from sweeps.report.gap_table import build_gap_table, find_longer_arms
 from sweeps.report.size_table import build_size_table
-from tests.helpers.synthetic_runs import write_run
+from tests.helpers.synthetic_runs import set_fold, write_run
 
 
 def test_a_mismatch_of_sizes_is_listed_with_both_sizes(tmp_path: Path) -> None:
@@ -42,6 +46,10 @@ def lengthen(run: Path, steps: int) -> None:
     (run / "trained.json").write_text(json.dumps(trained | {"step": steps}))
 
 
+def read_points(cell: TableCell) -> float:
+    return float(cell.text.replace("−", "-"))
+
+
 def test_gaps_are_shown_at_both_numbers_of_steps(tmp_path: Path) -> None:
     runs = []
     for label, skill in (("skillnet", 0.4), ("dense", 0.0)):
@@ -54,11 +62,45 @@ def test_gaps_are_shown_at_both_numbers_of_steps(tmp_path: Path) -> None:
     comparison = compare_systems(runs)
     assert find_longer_arms(comparison) == {"skillnet": "skillnet-long", "dense": "dense-long"}
     table = build_gap_table(comparison)
-    assert table.columns[2:] == ["12 steps", "36 steps"]
+    assert table.columns[2:] == ["12 steps", "36 steps", "change"]
     assert {row[0].text for row in table.rows} == {"skillnet − dense"}
     mean = table.rows[-1]
     assert mean[1].text == "mean"
-    short, long = (float(cell.text.replace("−", "-")) for cell in mean[2:])
+    short, long, change = (read_points(cell) for cell in mean[2:])
     assert short > long + 3
+    assert change == pytest.approx(long - short, abs=0.11)
+    low, high = (float(end) for end in mean[4].small.replace("−", "-").split(" to "))
+    assert low < change < high < 0, "the gap closes"
     short_only = [run for run in runs if not run.label.endswith("-long")]
     assert not build_gap_table(compare_systems(short_only)).rows
+
+
+def test_the_change_of_a_gap_is_measured_on_the_folds_that_all_arms_have(tmp_path: Path) -> None:
+    runs = []
+    for label, skill, folds in (
+        ("skillnet", 0.4, 5),
+        ("dense", 0.0, 5),
+        ("skillnet-long", 0.5, 3),
+        ("dense-long", 0.5, 3),
+    ):
+        for number in range(folds):
+            run = write_run(tmp_path / f"{label}{number}", label.removesuffix("-long"), 0, skill)
+            set_fold(run, FoldConfig(5, number))
+            if label.endswith("-long"):
+                lengthen(run, 36)
+            runs.append(read_run(run, label))
+    comparison = compare_systems(runs)
+    table = build_gap_table(comparison)
+    assert "on the replicates that all four have" in table.caption
+    means = {
+        label: np.mean([comparison.samples[label, MEAN, SPLIT].values[i] for i in range(3)])
+        for label in comparison.systems
+    }
+    short, long, change = (read_points(cell) for cell in table.rows[-1][2:])
+    assert short == pytest.approx(100 * (means["skillnet"] - means["dense"]), abs=0.06)
+    assert long == pytest.approx(100 * (means["skillnet-long"] - means["dense-long"]), abs=0.06)
+    assert change == pytest.approx(long - short, abs=0.11)
+    # Each pair of systems has a fold in common, and the four have none.
+    kept = {"skillnet": (0, 1), "dense": (1, 2), "skillnet-long": (0, 2)}
+    rest = [run for run in runs if run.fold.number in kept.get(run.label, range(3))]
+    assert not build_gap_table(compare_systems(rest)).rows
