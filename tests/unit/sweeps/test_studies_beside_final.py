@@ -1,4 +1,4 @@
-"""The presets of studies beside the final one: of few labels, and of the budget until a score."""
+"""The presets of studies beside the final one: labels, budget, more steps, other dense models."""
 
 from pathlib import Path
 
@@ -45,7 +45,31 @@ def test_the_budget_is_measured_by_curves_of_three_systems() -> None:
     assert all(0 < 10 * trial.config.training.evaluate_every < 2150 for trial in trials)
 
 
-@pytest.mark.parametrize("name", ["labels", "budget"])
+def test_longer_arms_differ_from_the_final_runs_only_in_their_steps() -> None:
+    config = parse_study("longer")
+    trials = build_final_trials(config, start_tuning(config))
+    assert {trial.group for trial in trials} == {"skillnet-long", "specialist-long"}
+    assert len(trials) == 2 * 5, "five folds"
+    for trial in trials:
+        kept = FINAL / "runs" / trial.name.replace("-long", "") / "config.yaml"
+        own = configuration.flatten_tree(configuration.to_dict(trial.config))
+        other = configuration.flatten_tree(configuration.load_yaml(kept))
+        # A finished run has further keys, such as the digests of its corpora.
+        different = {key for key in own.keys() & other.keys() if own[key] != other[key]}
+        assert different == {"name", "training.steps"}
+        assert own["training.steps"] == 3 * other["training.steps"]
+
+
+def test_other_dense_models_are_tuned_as_the_systems_of_the_final_study() -> None:
+    config = parse_study("dense")
+    assert config.tuning == parse_study("final").tuning
+    assert {entry.options["size"] for entry in config.systems.values()} == {"executed"}
+    trials = build_final_trials(config, start_tuning(config))
+    assert {trial.group for trial in trials} == {"dense-deep", "dense-modality"}
+    assert len(trials) == 2 * 5, "five folds"
+
+
+@pytest.mark.parametrize("name", ["labels", "budget", "longer", "dense"])
 def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,20 +79,21 @@ def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     assert beside.run.fold == final.run.fold
     assert beside.run.training.steps == final.run.training.steps
     assert not beside.seal_reserve
-    assert not beside.tuning.is_enabled
+    assert beside.tuning.is_enabled == (name == "dense")
 
 
-@pytest.mark.parametrize("name", ["labels", "budget"])
+@pytest.mark.parametrize("name", ["labels", "budget", "longer"])
 def test_settings_are_those_that_the_final_study_chose(name: str) -> None:
     config = parse_study(name)
     chosen, _ = read_study_ledger(FINAL)
-    labels = {"skillnet": "skillnet", "moe": "moe", "dense": "dense-executed"}
+    labels = {"dense": "dense-executed"}
     for trial in build_final_trials(config, start_tuning(config)):
         flat = configuration.flatten_tree(configuration.to_dict(trial.config))
         if trial.pretrain is not None:
             flat["pretraining.training.lr"] = trial.pretrain.training.lr
         suffix = "-pretrained" if trial.pretrain is not None else ""
-        settings = chosen[labels[trial.config.system] + suffix].settings
+        system = trial.config.system
+        settings = chosen[labels.get(system, system) + suffix].settings
         assert len(settings) >= 4
         for key, value in settings.items():
             assert flat[key] == (
