@@ -3,6 +3,8 @@
 :func:`build_tables` is called by ``sweeps.report.report``.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pipelines.evaluation.tables import score_metric
@@ -55,6 +57,7 @@ def build_tables(
     known = references or {}
     built = [
         build_score_table(comparison, known),
+        build_difference_table(comparison),
         build_pretraining_table(comparison),
         build_cost_table(comparison),
         build_size_table(comparison),
@@ -125,26 +128,52 @@ def build_score_table(
     )
 
 
+def build_difference_table(comparison: SystemComparison) -> ReportTable:
+    """Return the difference of each system from the reference, per task."""
+    return ReportTable(
+        "Differences from the reference",
+        ["systems", *_name_tested_tasks(comparison)],
+        [
+            [TableCell(f"{system} − {against}"), *cells]
+            for system, against, cells in _collect_changes(comparison, "system")
+        ],
+        _describe_changes(comparison, "Score of the first system minus score of the second"),
+        collapsed=True,
+    )
+
+
 def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
     """Return the gain from pretraining per task and system."""
-    pairs = dict.fromkeys(
-        (t.system, t.against) for t in comparison.tests if t.kind == "pretraining"
-    )
-    tasks = [*comparison.tasks, MEAN]
-    rows = [
-        [
-            TableCell(against),
-            *(_change_cell(comparison.find_test(system, against, task)) for task in tasks),
-        ]
-        for system, against in pairs
-    ]
     return ReportTable(
         "Gain from pretraining",
-        ["system", *(task.replace("_", " ") for task in tasks)],
-        rows,
-        "Score with pretraining minus score without, in points; 95 % interval, "
-        f"{describe_pairing(comparison)}. {BETTER} {WORSE}: significant after correction.",
+        ["system", *_name_tested_tasks(comparison)],
+        [
+            [TableCell(against), *cells]
+            for _, against, cells in _collect_changes(comparison, "pretraining")
+        ],
+        _describe_changes(comparison, "Score with pretraining minus score without"),
         collapsed=True,
+    )
+
+
+def _name_tested_tasks(comparison: SystemComparison) -> list[str]:
+    return [task.replace("_", " ") for task in [*comparison.tasks, MEAN]]
+
+
+def _collect_changes(
+    comparison: SystemComparison, kind: str
+) -> Iterator[tuple[str, str, list[TableCell]]]:
+    """Yield two systems that were tested, and the cell of each task."""
+    pairs = dict.fromkeys((t.system, t.against) for t in comparison.tests if t.kind == kind)
+    for system, against in pairs:
+        tests = [comparison.find_test(system, against, task) for task in [*comparison.tasks, MEAN]]
+        yield system, against, [_change_cell(test) for test in tests]
+
+
+def _describe_changes(comparison: SystemComparison, change: str) -> str:
+    return (
+        f"{change}, in points; 95 % interval, {describe_pairing(comparison)}. {BETTER} {WORSE}: "
+        "significant after correction."
     )
 
 

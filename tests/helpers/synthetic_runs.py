@@ -118,6 +118,14 @@ def set_fold(folder: Path, fold: FoldConfig) -> Path:
     return folder
 
 
+def complete_result(folder: Path) -> None:
+    """Give the result of a synthetic run what one of a trial has."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    whole = {"name": folder.name, "model": str(folder / "model"), "step": 12, "seconds": 3.5}
+    more = whole | {"evaluation": [], "total_params": 7}
+    (folder / "result.json").write_text(json.dumps(result | more), encoding="utf-8")
+
+
 def write_pretraining(folder: Path, seed: int = 0, **training: object) -> Path:
     """What is left of a pretraining; the folder of its model."""
     (folder / "model").mkdir(parents=True)

@@ -53,6 +53,7 @@ from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.helpers.synthetic_runs import (
     TASKS,
+    complete_result,
     write_curve,
     write_pretraining,
     write_run,
@@ -322,10 +323,3 @@ def group_rows(folder: Path) -> None:
     unit = pa.array((table["row"].to_numpy() // 4).astype(np.int32))
     table = table.set_column(table.schema.get_field_index("unit"), "unit", unit)
     pq.write_table(table, folder / OUTCOMES_FILE)
-
-
-def complete_result(folder: Path) -> None:
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    whole = {"name": folder.name, "model": str(folder / "model"), "step": 12, "seconds": 3.5}
-    more = whole | {"evaluation": [], "total_params": 7}
-    (folder / "result.json").write_text(json.dumps(result | more), encoding="utf-8")

@@ -1,0 +1,183 @@
+"""Tables of kept studies for docs/results/final.md: ``python -m tools.docs.study_tables``.
+
+Each block of the page belongs to one question and one or two studies below ``benchmarks/results``.
+The report is computed again from the sums of units, and its answer and some of its tables are
+written between the marks of the page. A block whose studies are not complete says so: the
+preregistration allows no look at a part of the final study.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.evaluation.tables import markdown_table
+from skillnet_platform import config as configuration
+from skillnet_platform.storage import read_json
+from sweeps.analysis.comparison import compare_systems
+from sweeps.analysis.finished_runs import FinishedRun, read_run
+from sweeps.analysis.run_groups import label_runs
+from sweeps.config.study import StudyConfig
+from sweeps.report.cells import ReportTable
+from sweeps.report.references import ReferenceScores
+from sweeps.report.report import ComparisonReport, build_report
+from sweeps.study.identity import STUDY_FILE
+from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs
+from sweeps.study.study import build_final_trials, read_study_ledger
+from tools.docs.page_marks import put
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results" / "final.md"
+
+#: Facts that are the same on each day.
+FACTS = ("runs at commit", "runs evaluated", "machine", "runs by precision")
+NOT_COMPLETE = "*Not complete yet.*"
+CLAIMS, SCORES, DIFFERENCES = "Claims", "Results on held-out rows", "Differences from the reference"
+
+
+@dataclass(frozen=True)
+class StudyBlock:
+    """One block of the page.
+
+    Args:
+        studies: kept studies. Runs of several are compared on the folds and seeds that they share.
+        tables: titles of the tables.
+        systems: labels of the systems; all by default.
+        reference: label of the system that the others are tested against.
+        is_reserve: whether the block shows the reserve of the study.
+    """
+
+    studies: tuple[str, ...]
+    tables: tuple[str, ...]
+    systems: tuple[str, ...] = ()
+    reference: str | None = None
+    is_reserve: bool = False
+
+
+#: Name of the marks -> block.
+BLOCKS = {
+    "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, "Gain from pretraining", "Cost")),
+    "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True),
+    "labels": StudyBlock(("labels",), (CLAIMS, SCORES)),
+    "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
+    "longer": StudyBlock(
+        ("final", "longer"),
+        ("Differences after more steps",),
+        ("skillnet", "specialist", "skillnet-long", "specialist-long"),
+    ),
+    "dense": StudyBlock(
+        ("final", "dense"),
+        (SCORES, DIFFERENCES, "Sizes of baselines"),
+        ("skillnet", "dense-executed", "dense-deep", "dense-modality"),
+    ),
+}
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a kept study has all of its final runs.
+
+    Args:
+        folder: the kept study.
+    """
+    if not (folder / STUDY_FILE).is_file():
+        return False
+    config = read_study_config(folder)
+    tuning, runs = read_study_ledger(folder)
+    wanted = {trial.name for trial in build_final_trials(config, tuning)}
+    return wanted <= {path.name for _, path in runs if path.is_dir()}
+
+
+def read_study_config(folder: Path) -> StudyConfig:
+    """Return the configuration of a kept study."""
+    tree = configuration.load_yaml(folder / STUDY_FILE)
+    return configuration.build_config(StudyConfig, configuration.add_defaults(StudyConfig, tree))
+
+
+def build_block_report(block: StudyBlock, results: Path = RESULTS) -> ComparisonReport | None:
+    """Return the report of a block; None if a study is not complete or its reserve is closed.
+
+    Args:
+        block: of the page.
+        results: directory of the kept studies.
+    """
+    folders = [results / name for name in block.studies]
+    if not all(is_complete(folder) for folder in folders):
+        return None
+    members = [each for folder in folders for each in read_study_ledger(folder)[1]]
+    if block.is_reserve:
+        if not is_reserve_open(folders[0]):
+            return None
+        runs = collect_reserve_runs(members)
+    else:
+        runs = [read_run(folder, label) for label, folder in members]
+    if block.systems:
+        runs = select_runs(runs, block.systems)
+    config = read_study_config(folders[0])
+    has_claims = CLAIMS in block.tables
+    comparison = compare_systems(label_runs(runs), block.reference or config.reference)
+    # The kept references are of all folds of one study.
+    references: ReferenceScores | None = None if len(folders) == 1 else {}
+    rules = config.claims if has_claims else None
+    return build_report(comparison, str(config.name), rules, references=references)
+
+
+def is_reserve_open(folder: Path) -> bool:
+    """Return whether the reserve of a kept study was read completely."""
+    path = folder / RESERVE_RECORD
+    return path.is_file() and any(read["finished"] for read in read_json(path)["reads"])
+
+
+def select_runs(runs: Sequence[FinishedRun], systems: Sequence[str]) -> list[FinishedRun]:
+    """Return the runs of some systems on the folds and seeds that all of them have.
+
+    Args:
+        runs: of several studies.
+        systems: labels.
+    """
+    chosen = [run for run in runs if run.label in systems]
+    common = set.intersection(
+        *({run.replicate for run in chosen if run.label == label} for label in systems)
+    )
+    return [run for run in chosen if run.replicate in common]
+
+
+def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
+    """Return the text between the marks of a block.
+
+    Args:
+        block: of the page.
+        results: directory of the kept studies.
+    """
+    report = build_block_report(block, results)
+    if report is None:
+        return NOT_COMPLETE
+    known = {table.title: table for table in report.tables}
+    # A report without claims answers another question than that of its block.
+    parts = [report.answer] if CLAIMS in known else []
+    facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
+    parts.append(f"{report.lead}. {facts}.")
+    parts += [render_table(known[title]) for title in block.tables if title in known]
+    return "\n\n".join(parts)
+
+
+def render_table(table: ReportTable) -> str:
+    """Return a table of a report with its title and caption."""
+    lines = [[cell.to_line() for cell in row] for row in table.rows]
+    parts = [f"**{table.title}**", markdown_table(list(table.columns), lines), table.caption]
+    return "\n\n".join(part for part in parts if part)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the blocks of the page."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
+    parser.add_argument("--block", choices=BLOCKS, help="all by default")
+    options = parser.parse_args(argv)
+    for name in [options.block] if options.block else BLOCKS:
+        put(PAGE, name, render_block(BLOCKS[name]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
