@@ -1,4 +1,4 @@
-"""Text that is safe to show: control characters of data are escaped.
+"""Text that is shown: control characters of data are escaped, and a number has its noun.
 
 Titles, file names and error messages can contain data of others. An escape sequence in them could
 write to the clipboard (OSC 52), recolour a terminal or hide text. ``console`` and the log of a job
@@ -17,6 +17,11 @@ _UNSAFE = re.compile(f"[{_CONTROLS}]")
 _UNSAFE_IN_LINE = re.compile(f"[\t\n{_CONTROLS}]")
 #: Escape sequences that set colours, which do no harm.
 _COLOURS = re.compile(r"(\x1b\[[0-9;]{0,32}m)")
+
+
+def format_plural(number: int, noun: str) -> str:
+    """Return a number with its noun: ``2, "seed" -> "2 seeds"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def escape_controls(text: str) -> str:

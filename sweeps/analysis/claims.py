@@ -19,9 +19,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from skillnet_platform.terminal_text import format_plural
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN, SystemComparison
-from sweeps.analysis.format import format_interval, format_plural
+from sweeps.analysis.format import format_interval
 from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 

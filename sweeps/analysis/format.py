@@ -15,11 +15,6 @@ def format_count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def format_plural(number: int, noun: str) -> str:
-    """Return a number with its noun: ``2, "seed" -> "2 seeds"``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def format_duration(seconds: float) -> str:
     """Return a time with its unit: ``95 -> "1.6 min"``."""
     if seconds < 60:

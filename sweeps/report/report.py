@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
+from skillnet_platform.terminal_text import format_plural
 from sweeps.analysis.claims import ClaimCondition, EvaluatedClaim, evaluate_claims
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
-from sweeps.analysis.format import format_plural
 from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.claims import ClaimsConfig
 from sweeps.report.cells import ReportTable

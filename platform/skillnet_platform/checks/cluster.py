@@ -31,6 +31,7 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
+from skillnet_platform.terminal_text import format_plural
 from skillnet_platform.tracking import backend
 
 ENTRY = (
@@ -108,7 +109,7 @@ def check_resources(
     """
     now = [dict(node.get("Resources", {})) for node in nodes]
     cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
-    on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    on = format_plural(len(nodes), "node")
     have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; requested: {request.format()}"
     later = check_resources(nodes, request.next_stage, growth) if request.next_stage else []
     return [_resources(now, [*now, *growth], request, have), *later]

@@ -10,6 +10,7 @@ from skillnet_platform.cluster.gpu_types import describe_device
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.terminal_text import format_plural
 
 
 def gpu_nodes(nodes: Sequence[Mapping[str, Any]], seen: Sequence[NodeProbe]) -> list[NodeProbe]:
@@ -49,7 +50,7 @@ def check_gpus(having: Sequence[NodeProbe], request: ResourceRequest) -> list[Fi
             found += _check_device(f"{each.node}, GPU {number}", device, request)
     if having and not any(each.level == "error" for each in found):
         kinds = sorted({_describe(each) for each in having})
-        on = "1 node" if len(having) == 1 else f"{len(having)} nodes"
+        on = format_plural(len(having), "node")
         found.append(Finding("GPU", "ok", f"{'; '.join(kinds)} on {on}"))
     return found
 

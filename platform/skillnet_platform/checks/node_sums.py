@@ -14,6 +14,7 @@ from skillnet_platform.checks.gpu import gpu_nodes
 from skillnet_platform.checks.gpu_probe import run_sum
 from skillnet_platform.checks.node_probe import NodeProbe, run_on_nodes
 from skillnet_platform.cluster.resource_request import ResourceRequest
+from skillnet_platform.terminal_text import format_plural
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def check_sums(
                 advice = "open all ports between the nodes, or set SKILLNET_INTERFACE on them"
                 found.append(Finding("all-reduce", "error", what, advice))
     if done and not found:
-        on = "1 node" if len(done) == 1 else f"{len(done)} nodes"
+        on = format_plural(len(done), "node")
         found.append(Finding("all-reduce", "ok", f"{backend}: pairs of ranks add up on {on}"))
     return found
 

@@ -13,6 +13,7 @@ from skillnet_platform import cli, storage
 from skillnet_platform.cluster.gpu_types import GpuType
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.objects import is_uri
+from skillnet_platform.terminal_text import format_plural
 
 #: Options of ``doctor`` and ``submit`` that take no value.
 VALUELESS_OPTIONS = ("json", "help", "detach")
@@ -59,7 +60,7 @@ class ResourceRequest:
     def format(self) -> str:
         """Return the request in words: ``2 workers with a GPU each on 2 nodes``."""
         single = self.workers == 1
-        parts = ["1 worker" if single else f"{self.workers} workers"]
+        parts = [format_plural(self.workers, "worker")]
         if self.min_workers:
             parts[0] = f"{self.min_workers} to {parts[0]}"
         each = "" if single else " each"
