@@ -4,10 +4,10 @@ The validation curves that runs log give the step at which the mean score over t
 the mean score of a dense run at its end. Steps, operations and time up to there are ratios of what
 the dense run spends in total (Liang et al. 2024, Mixture-of-Transformers: 0.56 of the operations).
 
-Each run is paired with one dense run, in the order of seeds or replicates, so that the pairs are
-independent and an interval covers the runs of both systems. Replicates share training rows, and the
-variance is corrected for it as that of scores. The dense runs themselves are paired with the next
-dense run: their ratio is below 1 as far as curves are noisy or flat at the end.
+Each run is paired with one dense run, of the same fold and seed or in the order of seeds, so that
+the pairs are independent and an interval covers the runs of both systems. Replicates share training
+rows, and the variance is corrected for it as that of scores. The dense runs themselves are paired
+with the next dense run: their ratio is below 1 as far as curves are noisy or flat at the end.
 :func:`estimate_budgets` is called by ``sweeps.report.cost_tables``.
 """
 
@@ -24,6 +24,9 @@ from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun
 
 #: Label of the system whose final score is the target.
 DENSE = "dense"
+
+#: A run and its (step, mean validation score), by step.
+RunCurve = tuple[FinishedRun, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,24 @@ def estimate_budgets(comparison: SystemComparison, dense: str = DENSE) -> dict[s
         # Another pretraining would make the target another one.
         if against is None or against.endswith(PRETRAINED) != label.endswith(PRETRAINED):
             continue
-        own, other = curves[label], curves[against]
-        if label == against:
-            # A run reaches its own final score by definition; the next run's is a target.
-            other = [*other[1:], *other[:1]] if len(other) > 1 else []
-        if pairs := list(zip(own, other, strict=False)):
+        if pairs := _pair_runs(curves[label], curves[against], label == against):
             flops = comparison.costs[label, MEAN].flops / comparison.costs[against, MEAN].flops
             found[label] = _estimate_budget(against, pairs, flops)
     return found
+
+
+def _pair_runs(
+    own: Sequence[RunCurve], other: Sequence[RunCurve], is_same: bool
+) -> list[tuple[RunCurve, RunCurve]]:
+    """Return pairs of a run and a dense run."""
+    if is_same:
+        # A run reaches its own final score by definition; the next run's is a target.
+        other = [*other[1:], *other[:1]] if len(other) > 1 else []
+    elif own and own[0][0].fold.count:
+        # Folds have validation rows of their own, so a target of another fold is another one.
+        known = {run.replicate: (run, curve) for run, curve in other}
+        return [(each, known[each[0].replicate]) for each in own if each[0].replicate in known]
+    return list(zip(own, other, strict=False))
 
 
 def read_score_curve(run: FinishedRun, comparison: SystemComparison) -> list[tuple[int, float]]:
@@ -103,10 +116,7 @@ def read_score_curve(run: FinishedRun, comparison: SystemComparison) -> list[tup
         run: a finished run.
         comparison: names the common tasks and their metrics.
     """
-    path = run.folder / PROGRESS
-    if not path.is_file():
-        return []
-    history = read_metric_history(path)
+    history = read_metric_history(run.folder / PROGRESS)
     scores: list[Mapping[int, float]] = []
     for task in comparison.common_tasks:
         metric = comparison.metrics[task]
@@ -159,9 +169,7 @@ def estimate_ratio(
 
 
 def _estimate_budget(
-    against: str,
-    pairs: Sequence[tuple[tuple[FinishedRun, list[tuple[int, float]]], tuple[FinishedRun, list]]],
-    flops: float,
+    against: str, pairs: Sequence[tuple[RunCurve, RunCurve]], flops: float
 ) -> TargetBudget:
     steps, seconds, reached = [], [], 0
     for (run, curve), (dense, target) in pairs:

@@ -137,11 +137,7 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
     from pipelines.runs.progress_log import PROGRESS, read_metric_history
 
     histories = {
-        label: [
-            read_metric_history(run.folder / PROGRESS)
-            for run in runs
-            if (run.folder / PROGRESS).is_file()
-        ]
+        label: [read_metric_history(run.folder / PROGRESS) for run in runs]
         for label, runs in comparison.systems.items()
     }
     labels = list(comparison.systems)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.config.folds import FoldConfig
 from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_platform import console
 from skillnet_platform.tracking.source_commit import find_source_commit
@@ -29,7 +30,14 @@ from sweeps.report.references import (
 )
 from sweeps.report.writer import write_report
 from tests.helpers import readable_corpora, small_corpora
-from tests.helpers.synthetic_runs import TASKS, paper_claims, write_curve, write_study
+from tests.helpers.synthetic_runs import (
+    TASKS,
+    paper_claims,
+    set_fold,
+    write_curve,
+    write_run,
+    write_study,
+)
 from tools.docs import draw_study
 from tools.docs.kept_results import rows_of
 
@@ -329,3 +337,17 @@ def test_systems_are_timed_until_the_score_of_dense(tmp_path: Path) -> None:
     )
     cells = {row[0].text: [cell.text for cell in row[2:]] for row in table.rows}
     assert cells["moe"][:2] == ["0 of 3", "≥ 1.00"]
+
+
+def test_budgets_of_folds_are_paired_within_a_fold(tmp_path: Path) -> None:
+    runs = []
+    for system, folds in (("skillnet", (1, 2, 3)), ("dense", (0, 1, 2, 3))):
+        for number in folds:
+            folder = write_run(tmp_path / f"{system}{number}", system)
+            set_fold(folder, FoldConfig(4, number))
+            # The folds differ by more than the systems.
+            write_curve(folder, {0: 0.0, 12: 0.2 * (1 + number)})
+            runs.append(read_run(folder, system))
+    own = estimate_budgets(compare_systems(runs))["skillnet"]
+    assert (own.reached, own.runs) == (3, 3)
+    assert own.steps.value == pytest.approx(1.0)
