@@ -112,7 +112,7 @@ class ComparisonReport:
 
     @property
     def lead(self) -> str:
-        """One line that states the size of the comparison."""
+        """One line that states how many claims hold, and the size of the comparison."""
         comparison = self.comparison
         seeds = sorted({len(runs) for runs in comparison.systems.values()})
         least = f"{seeds[0]} to " if len(seeds) > 1 else ""
@@ -122,6 +122,9 @@ class ComparisonReport:
             format_plural(len(comparison.tasks), "task"),
             format_plural(len(comparison.runs), "run"),
         ]
+        if len(self.claims) > 1:
+            holding = sum(claim.verdict == "holds" for claim in self.claims)
+            counts.insert(0, f"{holding} of {len(self.claims)} claims hold")
         return ", ".join(counts)
 
     @property

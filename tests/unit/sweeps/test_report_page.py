@@ -101,6 +101,8 @@ def test_the_answer_the_figures_and_one_short_table_come_first(
     assert report.answer.startswith("Shown: One pretrained SkillNet scores as high as five")
     assert re.search(r"least favourable of 5 scores: [a-z ]+ [+−][\d.]+ points \(", report.answer)
     assert shown.text.index(report.answer) < shown.text.index("Claims")
+    holding = sum(claim.verdict == "holds" for claim in report.claims)
+    assert report.lead.startswith(f"{holding} of 4 claims hold, 6 systems, ")
     # Two figures stand side by side, and one table: a head and at most six rows.
     assert shown.tags.count("img") == 2
     assert shown.tags.count("table") == 1
