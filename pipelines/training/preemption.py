@@ -93,9 +93,18 @@ def stop_requested_by_driver() -> bool:
     return _REQUESTED_BY_DRIVER.is_set()
 
 
-def request_resize() -> None:
-    """Request a stop of this worker so that more workers can start; the controller calls this."""
+def request_stop() -> None:
+    """Request a stop of this process after the current step, with a checkpoint.
+
+    The controller of an elastic run calls it so that more workers can start, and a sweep calls it
+    in the process of a trial.
+    """
     _STOP_REQUESTED.set()
+
+
+def clear_request() -> None:
+    """Forget a stop request, so that the next run of this process starts."""
+    _STOP_REQUESTED.clear()
 
 
 @contextlib.contextmanager

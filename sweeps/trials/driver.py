@@ -85,7 +85,10 @@ class TrialDriver:
             if self._asha is not None:
                 # ASHA must know earlier scores before it judges new ones (decision 13).
                 self._asha.replay_reports(entry.trial.name, read_reports(entry.folder))
-            entry.steps_before = entry.steps_done() if settled is None else math.inf
+            if settled is None:
+                entry.begin()
+            else:
+                entry.steps_before = math.inf
             self.entries[entry.trial.name] = entry
             try:
                 if settled is not None:

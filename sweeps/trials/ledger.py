@@ -48,7 +48,8 @@ class LedgerEntry:
         tracker: its open MLflow run, or None.
         outcome: its outcome, once known.
         reported_step: step of the newest evaluation that Ray reported.
-        steps_before: steps done before this part of the sweep; infinity if already settled.
+        steps_before: steps from which this part of the sweep trains; infinity if already settled.
+        log_start: bytes of the progress log that earlier parts of the sweep wrote.
     """
 
     trial: Trial
@@ -58,6 +59,7 @@ class LedgerEntry:
     outcome: TrialOutcome | None = None
     reported_step: int = 0
     steps_before: float = 0
+    log_start: int = 0
 
     def add_report(self, line: dict[str, Any]) -> None:
         """Store an evaluation that was reported by its process, possibly on another node.
@@ -142,22 +144,33 @@ class LedgerEntry:
             for name in WEIGHT_FOLDERS:
                 self.mirror.remove_if_reachable(name)
 
-    def steps_done(self) -> int:
+    def begin(self) -> None:
+        """Note the step from which this part of the sweep trains: that of the newest checkpoint."""
+        from pipelines.runs.checkpoints import list_checkpoint_folders, step_of
+
+        folders = list_checkpoint_folders(self.folder / "checkpoints")
+        self.steps_before = step_of(folders[0].name) if folders else 0
+        # Steps after the checkpoint are in the log, and are trained again.
+        path = self.folder / PROGRESS
+        self.log_start = path.stat().st_size if path.is_file() else 0
+
+    def steps_done(self) -> float:
         """Return the training steps so far, from the last line of the local progress log."""
+        known = max(self.reported_step, self.steps_before)
         path = self.folder / PROGRESS
         if not path.is_file():
-            return self.reported_step
+            return known
         with path.open("rb") as stream:
             # The last lines are enough, and the file grows with every step.
-            stream.seek(max(path.stat().st_size - 4096, 0))
+            stream.seek(max(path.stat().st_size - 4096, self.log_start))
             lines = stream.read().splitlines()
         for line in reversed(lines):
             try:
-                return max(int(json.loads(line)["step"]), self.reported_step)
+                return max(int(json.loads(line)["step"]), known)
             # The last line may be incomplete while the trial writes it.
             except (ValueError, KeyError, TypeError):
                 continue
-        return self.reported_step
+        return known
 
 
 def last_line(text: str) -> str:

@@ -12,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -21,14 +22,19 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from pipelines.training import preemption
 from skillnet.malloc import give_back_freed_memory
 from skillnet_platform import console
 from skillnet_platform.cluster.own_node import OwnNodeCheck
+from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories, run_root
 from sweeps.trials.ledger import prune_trial
 from sweeps.trials.trial import ERROR, LOG, STOP, read_reports, read_trial, run_trial
 
 METRIC, STEP, REPORT, FAILED = "score", "step", "report", "failed"
+
+#: Seconds after a stop request in which a trial may write a checkpoint. Tune waits ten.
+STOP_PATIENCE_S = 8.0
 
 #: Environment variables while Tune runs; values set by the user take precedence.
 ENVIRONMENT = {
@@ -66,7 +72,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
-        _watch_stop_file(folder / STOP),
+        _watch_stop_file(folder / STOP) as watch,
     ):
         try:
             if mirror is not None:
@@ -76,6 +82,8 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
             nested = None
             if training.workers > 1:
                 nested = _nested_workers(arguments)
+                # The request stays in this process, and its workers would train on.
+                watch.patience_s = 0.0
             elif not training.threads_per_worker:
                 torch.set_num_threads(max(1, int(arguments["cpus"])))
             result = run_trial(
@@ -98,7 +106,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
             # (decision 13).
             tune.report({STEP: 0, FAILED: f"{type(error).__name__}: {error}"})
             return
-        except _TrialStopped:
+        except (_TrialStopped, TerminatedError):
             return
         finally:
             give_back_freed_memory()
@@ -112,30 +120,47 @@ class _TrialStopped(BaseException):
     """Raised in a trial's process when the driver requests its end."""
 
 
-@contextlib.contextmanager
-def _watch_stop_file(path: Path) -> Iterator[None]:
-    """Raise ``_TrialStopped`` in this thread once the driver creates the file ``path``.
+@dataclass
+class _StopWatch:
+    """Settings of the watch over the stop file of a trial.
 
-    Tune stops a trial only when it reports, and kills its process ten seconds later. The exception
-    ends the trial at once and cleanly: a checkpoint is either complete or absent at any time.
+    Args:
+        patience_s: seconds in which the training may write a checkpoint and end.
     """
-    over, target = threading.Event(), threading.get_ident()
+
+    patience_s: float = STOP_PATIENCE_S
+
+
+@contextlib.contextmanager
+def _watch_stop_file(path: Path) -> Iterator[_StopWatch]:
+    """End the trial in this thread once the driver creates the file ``path``.
+
+    Tune stops a trial only when it reports, and kills its process ten seconds later. The training
+    is asked to write a checkpoint after its step. If it does not end in time, ``_TrialStopped`` is
+    raised in this thread: a checkpoint is either complete or absent at any time.
+    """
+    over, target, watched = threading.Event(), threading.get_ident(), _StopWatch()
 
     def watch() -> None:
         # Polling also sees a file that another node creates on a shared disk.
         while not over.wait(0.2):
             if path.exists():
-                raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-                raise_in(ctypes.c_ulong(target), ctypes.py_object(_TrialStopped))
+                preemption.request_stop()
+                if not over.wait(watched.patience_s):
+                    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                    raise_in(ctypes.c_ulong(target), ctypes.py_object(_TrialStopped))
                 return
 
+    # The process of an earlier trial may run this one.
+    preemption.clear_request()
     thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield watched
     finally:
         over.set()
         thread.join()
+        preemption.clear_request()
 
 
 def _report(line: dict[str, Any]) -> None:

@@ -381,12 +381,16 @@ def test_a_killed_driver_and_an_interrupted_one(
     assert (trials / "000-seed0" / "result.json").stat().st_mtime == finished, "not run again"
     states = {name: run.info.status for name, run in runs_below(identity).items()}
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}
+    stopped = json.loads((trials / "002-seed0" / "trained.json").read_text(encoding="utf-8"))
+    assert stopped["preempted"], "the trial that ran wrote a checkpoint before it ended"
     assert client.get_run(identity).info.status == "KILLED"
     assert placement_groups.find_placement_groups(ray_session) == []
 
     assert main(["--config", str(path)]) == 0
     result = json.loads((run_root / "killed" / "result.json").read_text(encoding="utf-8"))
     assert result["counts"] == {"finished": 3, "stopped": 0, "failed": 0}
+    last = json.loads((trials / "002-seed0" / "result.json").read_text(encoding="utf-8"))
+    assert last["resumed"] == stopped["step"] > 10
     assert [run.info.status for run in runs_below(identity).values()] == ["FINISHED"] * 3
     assert client.get_run(identity).info.status == "FINISHED"
 

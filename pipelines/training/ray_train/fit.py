@@ -234,7 +234,7 @@ def _trainer(
         trainer_class = functools.partial(
             ElasticTrainer,
             stop_requested=loop["leave"].is_set,
-            request_resize=preemption.request_resize,
+            request_resize=preemption.request_stop,
         )
     scaling = ScalingConfig(  # type: ignore[call-arg]
         num_workers=workers,

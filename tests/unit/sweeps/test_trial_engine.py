@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from pipelines.runs.progress_log import PROGRESS
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
@@ -94,6 +95,24 @@ def test_only_the_best_keep_models_and_checkpoints(tmp_path: Path) -> None:
     assert all((each.folder / "evaluation.csv").is_file() for each in entries)
     prune_entries(entries, keep=0)
     assert not (tmp_path / "best" / "model").exists()
+
+
+@pytest.mark.parametrize("checkpoint", [None, 3])
+def test_a_resumed_trial_counts_the_steps_of_its_checkpoint(
+    tmp_path: Path, checkpoint: int | None
+) -> None:
+    resumed = LedgerEntry(Trial("a", small_config(tmp_path)), tmp_path / "a")
+    if checkpoint is not None:
+        (resumed.folder / f"checkpoints/step-{checkpoint:08d}").mkdir(parents=True)
+    resumed.folder.mkdir(exist_ok=True)
+    log = resumed.folder / PROGRESS
+    log.write_text('{"step": 4}\n{"step": 8}\n', encoding="utf-8")
+    resumed.begin()
+    # The steps after the checkpoint are trained again.
+    assert resumed.steps_before == resumed.steps_done() == (checkpoint or 0)
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 5}\n{"st')
+    assert resumed.steps_done() == 5
 
 
 @pytest.fixture

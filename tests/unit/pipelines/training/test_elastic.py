@@ -66,7 +66,7 @@ def test_resize_request_needs_no_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         preemption.listen_in_worker()
-        preemption.request_resize()
+        preemption.request_stop()
         assert preemption.stop_requested()
         assert not preemption.stop_requested_by_signal()
         assert not preemption.stop_requested_by_driver()
