@@ -195,8 +195,10 @@ def _read_named_runs(
 
 def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     from sweeps.analysis.run_groups import label_runs
+    from sweeps.study.stored_config import adopt_study_settings
 
     runs, studies = _read_named_runs(config.runs, config.tracking.uri)
+    config = adopt_study_settings(config, [folder for folder, _ in studies])
     # label_runs may rename systems; tuning results must follow their runs.
     old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)

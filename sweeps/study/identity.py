@@ -14,9 +14,8 @@ from skillnet.skills import Task
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
+from sweeps.trials.remote_ledger import STUDY_FILE
 from sweeps.trials.trial import Trial
-
-STUDY_FILE = "study.yaml"
 
 
 def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> None:

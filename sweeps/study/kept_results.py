@@ -40,8 +40,8 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig
-from sweeps.study.identity import STUDY_FILE, find_study_difference
-from sweeps.trials.remote_ledger import STUDY_LEDGER
+from sweeps.study.identity import find_study_difference
+from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"

@@ -24,7 +24,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig, shift_seed
 from sweeps.config.trials import ScoreConfig
-from sweeps.study.identity import STUDY_FILE, check_unchanged
+from sweeps.study.identity import check_unchanged
 from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
 from sweeps.study.tuning import (
     STAGES,
@@ -33,7 +33,7 @@ from sweeps.study.tuning import (
     choose_settings,
     start_tuning,
 )
-from sweeps.trials.remote_ledger import RUN, STUDY_LEDGER
+from sweeps.trials.remote_ledger import RUN, STUDY_FILE, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 if TYPE_CHECKING:

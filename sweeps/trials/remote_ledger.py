@@ -31,8 +31,8 @@ RUN = "run.json"
 PROCESS_FILES = (LOG, ERROR)
 #: Files of a trial that the driver writes.
 DRIVER_FILES = (REPORTS, OUTCOME)
-#: Tuning results and run status of a study.
-STUDY_LEDGER = "study.json"
+#: Configuration of a study, and its tuning results and run status.
+STUDY_FILE, STUDY_LEDGER = "study.yaml", "study.json"
 #: Results of a sweep; ``result.json`` is uploaded last.
 RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 
@@ -123,7 +123,9 @@ def fetch_finished_runs(uri: str) -> Path:
     if not directories.object_exists(ledger.uri_of(STUDY_LEDGER)):
         _fetch_run(ledger)
         return ledger.run
-    directories.get_file(ledger.uri_of(STUDY_LEDGER), ledger.run / STUDY_LEDGER)
+    for name in (STUDY_LEDGER, STUDY_FILE):
+        if directories.object_exists(ledger.uri_of(name)):
+            directories.get_file(ledger.uri_of(name), ledger.run / name)
     for entry in read_json(ledger.run / STUDY_LEDGER)["runs"]:
         # The name comes from the store: it must not lead out of the directory.
         names = PurePosixPath(str(entry["folder"])).parts

@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.evaluation.tables import markdown_table
-from skillnet_platform import config as configuration
 from skillnet_platform.storage import read_json
 from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import FinishedRun, read_run
 from sweeps.analysis.run_groups import label_runs
-from sweeps.config.study import StudyConfig
 from sweeps.report.cells import ReportTable
 from sweeps.report.references import ReferenceScores
 from sweeps.report.report import ComparisonReport, build_report
-from sweeps.study.identity import STUDY_FILE
 from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs
+from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
+from sweeps.trials.remote_ledger import STUDY_FILE
 from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,14 +44,12 @@ class StudyBlock:
         studies: kept studies. Runs of several are compared on the folds and seeds that they share.
         tables: titles of the tables.
         systems: labels of the systems; all by default.
-        reference: label of the system that the others are tested against.
         is_reserve: whether the block shows the reserve of the study.
     """
 
     studies: tuple[str, ...]
     tables: tuple[str, ...]
     systems: tuple[str, ...] = ()
-    reference: str | None = None
     is_reserve: bool = False
 
 
@@ -89,12 +86,6 @@ def is_complete(folder: Path) -> bool:
     return wanted <= {path.name for _, path in runs if path.is_dir()}
 
 
-def read_study_config(folder: Path) -> StudyConfig:
-    """Return the configuration of a kept study."""
-    tree = configuration.load_yaml(folder / STUDY_FILE)
-    return configuration.build_config(StudyConfig, configuration.add_defaults(StudyConfig, tree))
-
-
 def build_block_report(block: StudyBlock, results: Path = RESULTS) -> ComparisonReport | None:
     """Return the report of a block; None if a study is not complete or its reserve is closed.
 
@@ -116,7 +107,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
         runs = select_runs(runs, block.systems)
     config = read_study_config(folders[0])
     has_claims = CLAIMS in block.tables
-    comparison = compare_systems(label_runs(runs), block.reference or config.reference)
+    comparison = compare_systems(label_runs(runs), config.reference)
     # The kept references are of all folds of one study.
     references: ReferenceScores | None = None if len(folders) == 1 else {}
     rules = config.claims if has_claims else None

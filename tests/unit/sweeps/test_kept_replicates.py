@@ -22,8 +22,11 @@ from sweeps.analysis.comparison import SystemComparison, compare_systems
 from sweeps.analysis.finished_runs import read_run
 from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.target_budget import estimate_budgets
+from sweeps.compare import compare
+from sweeps.config.claims import ClaimsConfig
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
+from sweeps.report.report import ComparisonReport
 from sweeps.study.kept_results import (
     RESERVE_SUMS,
     KeptTuning,
@@ -50,6 +53,7 @@ from sweeps.study.study import (
 from sweeps.study.tuning import TuningResult, build_stage_trials, start_tuning
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome
+from tests.helpers.kept_studies import CLAIM, keep_study
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.helpers.synthetic_runs import (
     TASKS,
@@ -323,3 +327,24 @@ def group_rows(folder: Path) -> None:
     unit = pa.array((table["row"].to_numpy() // 4).astype(np.int32))
     table = table.set_column(table.schema.get_field_index("unit"), "unit", unit)
     pq.write_table(table, folder / OUTCOMES_FILE)
+
+
+def test_the_report_of_a_kept_study_has_its_claims_and_roles(
+    tmp_path: Path, run_root: Path
+) -> None:
+    stated = {"skills": CLAIM}
+    kept = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0}, stated=stated)
+    report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False))
+    assert isinstance(report, ComparisonReport)
+    assert [claim.name for claim in report.claims] == ["skills"]
+    # The call's own claims win, and runs of two studies have no common claims.
+    other = ClaimsConfig(stated={"other": CLAIM})
+    report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False, claims=other))
+    assert [claim.name for claim in report.claims] == ["other"]
+    roles = {"reference": "skillnet-long", "specialist": "specialist-long"}
+    long = keep_study(tmp_path, "long", {"skillnet-long": 0.5, "specialist-long": 0.0}, **roles)
+    report, _ = compare(StudyConfig(runs=[str(long)], interpret=False))
+    assert (report.comparison.reference, report.comparison.specialist) == tuple(roles.values())
+    report, _ = compare(StudyConfig(runs=[str(kept), str(long)], interpret=False))
+    assert not report.claims
+    assert report.comparison.reference == "skillnet"
