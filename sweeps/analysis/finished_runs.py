@@ -289,20 +289,31 @@ def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
     return digests
 
 
+def find_common_replicates(runs: Sequence[FinishedRun], labels: Sequence[str]) -> set[int]:
+    """Return the replicates that all of some systems have.
+
+    Args:
+        runs: of these and other systems.
+        labels: of the systems.
+    """
+    return set.intersection(
+        *({run.replicate for run in runs if run.label == label} for label in labels)
+    )
+
+
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """Raise UserError unless all runs were evaluated on the same rows of the same corpora."""
     plan = replace(runs[0].fold, number=0) if runs else FoldConfig()
-    replicates: dict[str, set[int]] = {}
     for run in runs:
         if replace(run.fold, number=0) != plan:
             raise UserError(
                 f"{run.folder} and {runs[0].folder} were evaluated on different folds: the keys of "
                 "fold differ. Compare runs of one study"
             )
-        replicates.setdefault(run.label, set()).add(run.replicate)
     # Runs of folds are paired by replicate.
-    for label, further in combinations(replicates, 2) if plan.count else ():
-        if not replicates[label] & replicates[further]:
+    labels = dict.fromkeys(run.label for run in runs)
+    for label, further in combinations(labels, 2) if plan.count else ():
+        if not find_common_replicates(runs, (label, further)):
             raise UserError(
                 f"{label} and {further} have no fold and seed in common, so no row was answered by "
                 "both; run one of them on folds and seeds of the other"

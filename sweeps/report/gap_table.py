@@ -10,7 +10,7 @@ from typing import Any
 
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
-from sweeps.analysis.finished_runs import FinishedRun
+from sweeps.analysis.finished_runs import FinishedRun, find_common_replicates
 from sweeps.analysis.format import format_signed_points
 from sweeps.analysis.statistics import DifferenceChange, SampleDifference
 from sweeps.report.cells import ReportTable, TableCell
@@ -28,7 +28,7 @@ def build_gap_table(comparison: SystemComparison) -> ReportTable:
         if label == comparison.reference or comparison.reference not in arms:
             continue
         systems = (comparison.reference, label, arms[comparison.reference], longer)
-        if comparison.has_folds and not _find_common_replicates(comparison, systems):
+        if comparison.has_folds and not find_common_replicates(comparison.runs, systems):
             continue
         for task in [*comparison.common_tasks, MEAN]:
             cells = [TableCell(f"{comparison.reference} − {label}"), TableCell(task)]
@@ -64,12 +64,6 @@ def _settings_without_steps(run: FinishedRun) -> list[Any]:
     training = {k: v for k, v in (settings.get("training") or {}).items() if k != "steps"}
     kept = [settings.get(key) for key in ("system", "options", "model", "tasks")]
     return [*kept, training, bool(settings.get("init_from"))]
-
-
-def _find_common_replicates(comparison: SystemComparison, systems: Sequence[str]) -> set[int]:
-    return set.intersection(
-        *({run.replicate for run in comparison.systems[label]} for label in systems)
-    )
 
 
 def _build_gap_cells(

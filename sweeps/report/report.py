@@ -209,17 +209,17 @@ def show_report(report: ComparisonReport) -> None:
 
 def report_to_markdown(report: ComparisonReport) -> str:
     """Return the claims and main tables as Markdown, for the description of the MLflow run."""
+    parts = [report.answer, report.lead + ".", report.origin]
+    parts += [table_to_markdown(table) for table in report.tables if not table.collapsed]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table_to_markdown(table: ReportTable) -> str:
+    """Return a table with its title and caption as Markdown."""
     from pipelines.evaluation.tables import markdown_table
 
-    parts = [report.answer, report.lead + ".", report.origin]
-    for table in report.tables:
-        if not table.collapsed:
-            lines = [[cell.to_line() for cell in row] for row in table.rows]
-            parts += [
-                f"#### {table.title}",
-                markdown_table(list(table.columns), lines),
-                table.caption,
-            ]
+    lines = [[cell.to_line() for cell in row] for row in table.rows]
+    parts = [f"#### {table.title}", markdown_table(list(table.columns), lines), table.caption]
     return "\n\n".join(part for part in parts if part)
 
 

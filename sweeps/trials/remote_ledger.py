@@ -123,9 +123,9 @@ def fetch_finished_runs(uri: str) -> Path:
     if not directories.object_exists(ledger.uri_of(STUDY_LEDGER)):
         _fetch_run(ledger)
         return ledger.run
-    for name in (STUDY_LEDGER, STUDY_FILE):
-        if directories.object_exists(ledger.uri_of(name)):
-            directories.get_file(ledger.uri_of(name), ledger.run / name)
+    directories.get_file(ledger.uri_of(STUDY_LEDGER), ledger.run / STUDY_LEDGER)
+    if directories.object_exists(ledger.uri_of(STUDY_FILE)):
+        directories.get_file(ledger.uri_of(STUDY_FILE), ledger.run / STUDY_FILE)
     for entry in read_json(ledger.run / STUDY_LEDGER)["runs"]:
         # The name comes from the store: it must not lead out of the directory.
         names = PurePosixPath(str(entry["folder"])).parts

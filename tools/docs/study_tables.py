@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.evaluation.tables import markdown_table
 from skillnet_platform.storage import read_json
 from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.finished_runs import FinishedRun, read_run
+from sweeps.analysis.finished_runs import FinishedRun, find_common_replicates, read_run
 from sweeps.analysis.run_groups import label_runs
-from sweeps.report.cells import ReportTable
 from sweeps.report.references import ReferenceScores
-from sweeps.report.report import ComparisonReport, build_report
+from sweeps.report.report import ComparisonReport, build_report, table_to_markdown
 from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
@@ -127,11 +125,8 @@ def select_runs(runs: Sequence[FinishedRun], systems: Sequence[str]) -> list[Fin
         runs: of several studies.
         systems: labels.
     """
-    chosen = [run for run in runs if run.label in systems]
-    common = set.intersection(
-        *({run.replicate for run in chosen if run.label == label} for label in systems)
-    )
-    return [run for run in chosen if run.replicate in common]
+    common = find_common_replicates(runs, systems)
+    return [run for run in runs if run.label in systems and run.replicate in common]
 
 
 def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
@@ -149,15 +144,8 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     parts = [report.answer] if CLAIMS in known else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
-    parts += [render_table(known[title]) for title in block.tables if title in known]
+    parts += [table_to_markdown(known[title]) for title in block.tables if title in known]
     return "\n\n".join(parts)
-
-
-def render_table(table: ReportTable) -> str:
-    """Return a table of a report with its title and caption."""
-    lines = [[cell.to_line() for cell in row] for row in table.rows]
-    parts = [f"**{table.title}**", markdown_table(list(table.columns), lines), table.caption]
-    return "\n\n".join(part for part in parts if part)
 
 
 def main(argv: list[str] | None = None) -> int:

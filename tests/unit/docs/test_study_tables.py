@@ -24,7 +24,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     text = render_block(FINAL, tmp_path / "results")
     assert "Skills help" in text.splitlines()[0]
     assert "3 systems, 3 replicates each, 5 tasks, 9 runs. runs at commit 0123456789ab" in text
-    titles = [line.strip("*") for line in text.splitlines() if line.startswith("**")]
+    titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
     assert titles == ["Claims", study_tables.SCORES, study_tables.DIFFERENCES, "Cost"]
     assert "| moe − skillnet |" in text
     # The text depends on the kept files alone.
