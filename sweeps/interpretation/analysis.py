@@ -33,9 +33,9 @@ PAGE = "interpretation.html"
 #: Prefix of a figure's file name -> caption.
 CAPTIONS = {
     "ablation": "The same weights with one skill added to or removed from the task's plan. "
-    "Positive values are a score drop. Bold: the interval over test rows, paired by row, excludes "
-    "0. The figure shows the skills that this model uses, not the score of a model that was "
-    "trained without a skill.",
+    "Positive values are a score drop. Bold: the interval over held-out units, paired by row, "
+    "excludes 0. The figure shows the skills that this model uses, not the score of a model that "
+    "was trained without a skill.",
     "swaps": "An active skill of the task is replaced by another skill, with the same weights. "
     "Empty: the other skill is active already.",
     "gradient_share": "Squared gradient of training batches, without dropout and augmentation. "
