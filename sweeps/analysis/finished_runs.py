@@ -30,6 +30,7 @@ from pipelines.runs.layout import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
+from sweeps.analysis.equal_versions import read_equal_versions
 
 #: Above every seed.
 REPLICATE_BASE = 2**32
@@ -54,7 +55,8 @@ class FinishedRun:
         trained: content of ``trained.json``.
         total_params: parameters of the complete model; 0 if unknown.
         run_id: MLflow run id, or None.
-        digests: corpus -> digest of the corpus that the run used, as far as known.
+        digests: corpus -> digest of the corpus that the run used, as far as known; of versions
+            that its study records as equal the first.
         pretraining: resolved configuration of the run that this run started from; {} without one
             or if it is unknown.
     """
@@ -190,19 +192,31 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
     result = read_record(path, schema, REMEDY) if path.is_file() else {}
     # The stored digests are those at training time; the corpora may have changed since.
     digests = result.get("corpora") or read_corpus_digests(settings)
+    equal = read_equal_versions(folder.parent.parent)
+    pretraining = read_pretraining_settings(settings, folder)
     return FinishedRun(
         label or make_label(settings),
         folder,
         seed,
-        settings,
+        _name_first_versions(settings, equal),
         read_evaluation_rows(folder / "evaluation.csv"),
         read_outcomes(folder / answers),
         read_trained(folder / TRAINED),
         result.get("total_params") or count_parameters(folder / "model"),
         result.get("run_id"),
-        digests,
-        read_pretraining_settings(settings, folder),
+        {name: equal.get(digest, digest) for name, digest in digests.items()},
+        _name_first_versions(pretraining, equal),
     )
+
+
+def _name_first_versions(
+    settings: Mapping[str, Any], equal: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """Return settings with the first of equal versions of each corpus, if they name versions."""
+    versions = settings.get("corpora")
+    if not equal or not isinstance(versions, Mapping):
+        return settings
+    return {**settings, "corpora": {k: equal.get(v, v) for k, v in versions.items()}}
 
 
 def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 <keep>/<study>/
   study.yaml, study.json     configuration and tuning, without paths of the machine
   tuning.jsonl               scores of finished tuning trials, one per line
+  equal_versions.json        versions of a corpus that differ by rounding errors alone
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
     unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
@@ -39,6 +40,7 @@ from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
+from sweeps.analysis.equal_versions import EQUAL_VERSIONS
 from sweeps.config.study import StudyConfig
 from sweeps.study.identity import find_study_difference
 from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
@@ -218,6 +220,8 @@ def restore_results(config: StudyConfig) -> set[str]:
     if not (config.folder / STUDY_LEDGER).is_file():
         config.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept / STUDY_LEDGER, config.folder / STUDY_LEDGER)
+    if (kept / EQUAL_VERSIONS).is_file():
+        shutil.copyfile(kept / EQUAL_VERSIONS, config.folder / EQUAL_VERSIONS)
     names = {path.parent.name for path in kept.glob(f"runs/*/{RESULT}")}
     for name in names:
         run = config.folder / "runs" / name
