@@ -31,8 +31,12 @@ INK, SOFT, BAND = "#1C1D21", "#4A4E57", "#DCE9F2"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 #: Points of the text, inches of a row, and characters of a line of a title and of a note.
 FONT_PT, ROW_IN, TITLE_CHARS, NOTE_CHARS = 8.5, 0.235, 62, 78
-#: Places of a label beside its marker, in points: right, left, then further away.
-OFFSETS = ((7, 4), (7, -10), (-7, 4), (-7, -10), (7, 14), (7, -20), (-7, 14), (-7, -20), (7, 26))
+#: Places of a label beside its marker, in points: right, left, then further away. A line leads to
+#: those further away than ``NEAR_PT``.
+OFFSETS = tuple(
+    (side * x, y) for x in (7, 18, 32, 48) for y in (4, -10, 14, -20, 26, -32) for side in (1, -1)
+)
+NEAR_PT = 16
 
 
 def draw_evidence(
@@ -318,6 +322,8 @@ def _wrap_lines(text: str, width: int = TITLE_CHARS) -> list[str]:
 
 def _label_points(panel: Any, points: Sequence[SystemPoint]) -> None:
     """Write each label at the first place beside its marker that is free."""
+    from matplotlib.textpath import TextPath
+
     figure = panel.figure
     # Positions in pixels are known only after the layout.
     figure.draw_without_rendering()
@@ -332,22 +338,23 @@ def _label_points(panel: Any, points: Sequence[SystemPoint]) -> None:
         taken.append((x - 2 * scale, bottom, x + 2 * scale, top))
     for each in sorted(points, key=lambda point: -point.score[0]):
         x, y = markers[each.label]
-        width, height = 0.56 * FONT_PT * len(each.label) * scale, 1.2 * FONT_PT * scale
+        width = TextPath((0, 0), each.label, size=FONT_PT).get_extents().width * scale
+        height = 1.2 * FONT_PT * scale
         boxes = []
         for dx, dy in OFFSETS:
             left = x + dx * scale - (0 if dx > 0 else width)
             bottom = y + (dy - 2) * scale
             boxes.append((left, bottom, left + width, bottom + height))
-        free = [
-            i
-            for i, box in enumerate(boxes)
-            if box[0] >= inside[0]
-            and box[2] <= inside[2]
-            and not any(_overlap(box, other) for other in taken)
+        # The first of the places with the fewest collisions; an edge of the panel is one, too.
+        collisions = [
+            sum(_overlap(box, other) for other in taken)
+            + (box[0] < inside[0] or box[2] > inside[2])
+            for box in boxes
         ]
-        index = free[0] if free else 0
+        index = collisions.index(min(collisions))
         taken.append(boxes[index])
         dx, dy = OFFSETS[index]
+        is_far = math.hypot(dx, dy + 0.4 * FONT_PT) > NEAR_PT
         panel.annotate(
             each.label,
             (each.flops, each.score[0]),
@@ -356,6 +363,7 @@ def _label_points(panel: Any, points: Sequence[SystemPoint]) -> None:
             ha="left" if dx > 0 else "right",
             fontsize=FONT_PT,
             color=INK,
+            arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.6} if is_far else None,
         )
 
 
