@@ -1,4 +1,4 @@
-"""Rates above those that a study tried: would its tuning have chosen one of them?
+"""Other rates than those that a study tried: would its tuning have chosen one of them?
 
     python -m benchmarks.higher_rates benchmarks/results/final specialist --rates 4e-3 8e-3 \\
         --data runs/corpora --output benchmarks/results/DATE-higher-rates.csv
