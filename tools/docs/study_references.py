@@ -1,0 +1,41 @@
+"""Measure the simple references of a kept study: ``python -m tools.docs.study_references STUDY``.
+
+A kept study does not know where the corpora of this machine are, so its report cannot measure them.
+``--data`` names the prepared corpora, in the versions of the study. The scores are written to
+``references.json`` of the study, which its reports read.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from skillnet_platform.storage import data_root
+from sweeps.analysis.comparison import compare_systems
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
+from sweeps.report.references import find_reference_scores, write_references
+from sweeps.study.stored_config import read_study_config
+from sweeps.study.study import read_study_ledger
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the references on each fold of the study, and write their means."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.study_references")
+    parser.add_argument("study", type=Path, help="directory of the kept study")
+    parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
+    options = parser.parse_args(argv)
+    # Absolute, because the settings of a run name an absolute path.
+    data = {"data": str((options.data or data_root()).absolute())}
+    runs = [read_run(folder, label) for label, folder in read_study_ledger(options.study)[1]]
+    runs = [replace(run, settings={**run.settings, **data}) for run in runs]
+    comparison = compare_systems(label_runs(runs), read_study_config(options.study).reference)
+    scores = find_reference_scores(comparison)
+    if not scores:
+        parser.error(f"{data['data']} lacks corpora of the study, or has other versions of them")
+    write_references(scores, comparison, options.study)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
