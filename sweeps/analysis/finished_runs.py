@@ -192,6 +192,8 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
     result = read_record(path, schema, REMEDY) if path.is_file() else {}
     # The stored digests are those at training time; the corpora may have changed since.
     digests = result.get("corpora") or read_corpus_digests(settings)
+    if not all(isinstance(digest, str) for digest in digests.values()):
+        raise UserError(f"{path} is damaged: corpora has a digest that is no text; {REMEDY}")
     equal = read_equal_versions(folder.parent.parent)
     pretraining = read_pretraining_settings(settings, folder)
     return FinishedRun(
@@ -216,7 +218,8 @@ def _name_first_versions(
     versions = settings.get("corpora")
     if not equal or not isinstance(versions, Mapping):
         return settings
-    return {**settings, "corpora": {k: equal.get(v, v) for k, v in versions.items()}}
+    named = {k: equal.get(v, v) if isinstance(v, str) else v for k, v in versions.items()}
+    return {**settings, "corpora": named}
 
 
 def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:

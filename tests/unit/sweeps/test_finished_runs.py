@@ -151,3 +151,10 @@ def test_a_damaged_table_is_rejected_with_its_line(tmp_path: Path):
     path.write_text(text.replace("metric,", "measure,", 1))
     with pytest.raises(UserError, match="line 2 has no metric"):
         read_run(tmp_path / "a")
+
+
+def test_a_digest_that_is_no_text_is_rejected(tmp_path: Path):
+    path = write_run(tmp_path / "a") / "result.json"
+    path.write_text(json.dumps({"run_id": None, "corpora": {"headings": []}}))
+    with pytest.raises(UserError, match=r"result\.json is damaged: corpora has a digest"):
+        read_run(tmp_path / "a")
