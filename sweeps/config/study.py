@@ -40,7 +40,8 @@ class SystemConfig:
         system: model to train: skillnet, a baseline, or a third-party system.
         options: options of the system.
         pretrain: start each run from its own pretraining, with the seed of the run.
-        set: flat key -> value that overrides the study's run for this system.
+        set: flat key -> value that overrides the study's run for this system. A key that starts
+            with ``pretraining.`` overrides the study's pretraining.
         reuse_tuning_of: system whose tuned settings are used instead of own tuning trials. A
             pretrained system that names one without pretraining tunes its own rates.
         extra_seeds: seeds beyond the study's, for close results.
@@ -68,7 +69,8 @@ class TuningConfig:
 
     The settings of the space come first: one trial is the run as configured, the others are spread
     over the space by Latin hypercube sampling. Then every system tries the same learning rates
-    with its settings, and takes the top of a parabola over the logarithm of the rate.
+    with its settings, and takes the top of a parabola over the logarithm of the rate, near the
+    best one.
 
     Args:
         trials: trials per system over the space; 0 keeps the settings as configured.

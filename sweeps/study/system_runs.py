@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.config.schema import check_keys, nest_value
 from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
+
+Run = TypeVar("Run", FinetuneConfig, PretrainConfig)
 
 #: Start of the keys of settings of a pretraining.
 PRETRAINING = "pretraining."
@@ -39,7 +41,10 @@ def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig
             f"systems.{label}.rate_per_task: the tasks of {entry.system} share weights, so the "
             "rate of one changes the scores of the others. Set it to false"
         )
-    run = override_run(config.run, entry.set, f"systems.{label}.set")
+    where = f"systems.{label}.set"
+    if not entry.pretrain and (keys := _select_pretraining(entry.set)):
+        raise UserError(f"{where}: {PRETRAINING}{min(keys)} needs pretrain: true")
+    run = apply_settings(config.run, entry.set, where)
     steps = round(entry.steps_factor * run.training.steps)
     run = replace(run, training=replace(run.training, steps=max(steps, 1)))
     # Runs of a study are not registered, and the study's own run logs system metrics.
@@ -61,6 +66,15 @@ def apply_settings(run: FinetuneConfig, settings: Mapping[str, Any], where: str)
     return override_run(run, own, where)
 
 
+def _select_pretraining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the pretraining, without the start of their keys."""
+    return {
+        key.removeprefix(PRETRAINING): value
+        for key, value in settings.items()
+        if key.startswith(PRETRAINING)
+    }
+
+
 def build_pretraining(
     config: StudyConfig, label: str, run: FinetuneConfig, settings: Mapping[str, Any]
 ) -> PretrainConfig | None:
@@ -72,12 +86,13 @@ def build_pretraining(
         run: the run that starts from the pretraining.
         settings: flat key -> tuned value; those of the pretraining start with ``pretraining.``.
     """
-    if not config.systems[label].pretrain:
+    entry = config.systems[label]
+    if not entry.pretrain:
         return None
-    plan = config.pretraining
-    rate = settings.get(f"{PRETRAINING}training.lr")
-    if rate is not None:
-        plan = replace(plan, training=replace(plan.training, lr=rate))
+    plan = override_run(
+        config.pretraining, _select_pretraining(entry.set), f"systems.{label}.set: pretraining"
+    )
+    plan = override_run(plan, _select_pretraining(settings), "tuning: pretraining")
     return replace(
         plan,
         seed=run.seed,
@@ -91,11 +106,11 @@ def build_pretraining(
     )
 
 
-def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> FinetuneConfig:
-    """Return a run with some flat keys set to other values.
+def override_run(run: Run, keys: Mapping[str, Any], where: str) -> Run:
+    """Return a run or a pretraining with some flat keys set to other values.
 
     Args:
-        run: the base run.
+        run: the base run or pretraining.
         keys: flat key -> value.
         where: source of the values, for error messages.
 
@@ -106,5 +121,5 @@ def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> Fi
         return run
     tree = configuration.to_dict(run)
     for key, value in keys.items():
-        configuration.merge_trees(tree, check_keys(FinetuneConfig, nest_value(key, value), where))
-    return configuration.build_config(FinetuneConfig, tree, dict.fromkeys(keys, where))
+        configuration.merge_trees(tree, check_keys(type(run), nest_value(key, value), where))
+    return configuration.build_config(type(run), tree, dict.fromkeys(keys, where))

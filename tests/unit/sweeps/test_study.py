@@ -105,6 +105,25 @@ def test_final_runs_differ_only_in_the_settings_of_their_system():
     assert chosen.config.training.lr == 0.007
 
 
+def test_a_system_sets_keys_of_its_pretraining():
+    own = SystemConfig("skillnet", pretrain=True, set={"pretraining.training.lr": 0.007})
+    config = replace(study(pretraining=PretrainConfig()), systems={"own": own})
+    trial = st.build_final_trial(config, "own", {}, 0)
+    assert trial.pretrain is not None
+    assert trial.pretrain.training.lr == 0.007
+    assert trial.config.training.lr == config.run.training.lr
+    # A tuned rate goes before a given one.
+    tuned = st.build_final_trial(config, "own", {"pretraining.training.lr": 0.001}, 0).pretrain
+    assert tuned is not None
+    assert tuned.training.lr == 0.001
+    wrong = replace(own, set={"pretraining.training.rate": 0.1})
+    with pytest.raises(UserError, match=r"systems\.own\.set: pretraining.*rate"):
+        st.build_final_trial(replace(config, systems={"own": wrong}), "own", {}, 0)
+    without = replace(own, pretrain=False)
+    with pytest.raises(UserError, match=r"pretraining\.training\.lr needs pretrain: true"):
+        st.build_final_trial(replace(config, systems={"own": without}), "own", {}, 0)
+
+
 def test_pretraining_has_the_seed_and_sizes_of_its_run():
     config = study(pretraining=PretrainConfig(seed=5))
     made = st.build_final_trial(config, "skillnet-pretrained", {}, 1)
