@@ -73,8 +73,8 @@ def _build_rates_table(tuning: Mapping[str, TuningResult]) -> ReportTable:
         ["system", "rate", "chosen"],
         rows,
         "The top of a parabola of the validation score over the logarithm of the rate, with its "
-        "range of one standard error. Where the scores have no top between the tried rates, the "
-        "best trial.",
+        "range of one standard error. Where the parabola has no top between its rates, the best "
+        "trial.",
         collapsed=True,
     )
 

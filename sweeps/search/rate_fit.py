@@ -1,8 +1,9 @@
 """The best learning rate of trials: the top of a parabola over the logarithm of the rate.
 
-The trial with the best score is often best by chance. The top of a parabola through the scores of
-all trials moves less, and has a standard error. :func:`fit_best_rate` is called by the tuning of a
-study.
+The trial with the best score is often best by chance. The top of a parabola moves less, and has a
+standard error. The parabola runs through the trials of the best rate and of its neighbours: a rate
+at which training fails would bend a parabola through all rates, and move its top to a lower rate.
+:func:`fit_best_rate` is called by the tuning of a study.
 """
 
 import math
@@ -42,9 +43,11 @@ class RateFit:
 def fit_best_rate(rates: Sequence[float], scores: Sequence[float]) -> RateFit:
     """Return the rate at the top of a parabola of the score over log(rate).
 
-    The error is the delta method on the covariance of the least-squares fit, whose residuals give
-    the variance of a trial. The best trial is taken if fewer than three rates have a score, if the
-    parabola has no top, or if the top lies outside of the tried rates.
+    The parabola is fitted to the trials of three adjacent rates, with the best mean score in their
+    middle, or at an end if it is the lowest or highest rate (ours). The error is the delta method
+    on the covariance of the least-squares fit, whose residuals give the variance of a trial. The
+    best trial is taken if fewer than three rates have a score, if the parabola has no top, or if
+    the top lies outside of the three rates.
 
     Args:
         rates: learning rate of each trial; several trials may have one rate.
@@ -61,6 +64,10 @@ def fit_best_rate(rates: Sequence[float], scores: Sequence[float]) -> RateFit:
 
     if len(means) < 3:
         return take_best("fewer than three rates have a score")
+    tried = sorted(means)
+    first = min(max(tried.index(log_best) - 1, 0), len(tried) - 3)
+    is_near_N = np.isin(x_N, tried[first : first + 3])
+    x_N, y_N = x_N[is_near_N], y_N[is_near_N]
     # Centred and scaled, because polyfit squares the logarithms.
     center, scale = float(x_N.mean()), float(x_N.std())
     t_N = (x_N - center) / scale

@@ -192,7 +192,7 @@ def choose_settings(
         if finished and stage == "space":
             result = _choose_point(result, finished)
         elif finished:
-            result = _choose_rates(result, finished, RATE_KEYS[stage], entry.rate_per_task)
+            result = choose_rates(result, finished, RATE_KEYS[stage], entry.rate_per_task)
         chosen[label] = result
     for label, entry in config.systems.items():
         if entry.reuse_tuning_of is not None and not _has_trials(config, entry, stage):
@@ -228,10 +228,17 @@ def _choose_point(result: TuningResult, rows: Sequence[Mapping[str, Any]]) -> Tu
     return replace(result, settings=points[best], score=means[best])
 
 
-def _choose_rates(
+def choose_rates(
     result: TuningResult, rows: Sequence[Mapping[str, Any]], key: str, is_per_task: bool
 ) -> TuningResult:
-    """Choose a rate by a parabola; one for each task if the tasks of the system share nothing."""
+    """Return the result with a rate that a parabola chooses.
+
+    Args:
+        result: of the stages before.
+        rows: finished trials of the stage, as in :attr:`TuningResult.trials`.
+        key: setting of the rate.
+        is_per_task: whether each task has a rate of its own, because the tasks share no weights.
+    """
     rates = [row["settings"][key] for row in rows]
     fit = fit_best_rate(rates, [row["score"] for row in rows])
     fits, score = {key: fit}, fit.score

@@ -26,7 +26,8 @@ def parabola(rates: list[float], top: float, width: float = 1.0) -> list[float]:
 
 
 def test_the_top_of_a_parabola_is_found_between_the_rates() -> None:
-    fit = fit_best_rate(RATES, parabola(RATES, 1.1e-3))
+    rates = RATES * 2
+    fit = fit_best_rate(rates, parabola(rates, 1.1e-3))
     assert fit.rate == pytest.approx(1.1e-3)
     assert fit.score == pytest.approx(0.5)
     assert fit.low == pytest.approx(fit.high) == pytest.approx(1.1e-3)
@@ -46,6 +47,19 @@ def test_the_error_is_the_spread_of_the_top_over_repeated_trials() -> None:
         errors.append(math.log(fit.high / fit.low) / 2)
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(tops), rel=0.15)
     assert np.mean(tops) == pytest.approx(math.log(1e-3), abs=0.02)
+
+
+def test_a_rate_at_which_training_fails_does_not_move_the_top() -> None:
+    scores = parabola(RATES, 1.1e-3)
+    fit = fit_best_rate(RATES, [*scores[:4], 0.0])
+    assert fit.rate == pytest.approx(1.1e-3)
+    assert fit.score == pytest.approx(0.5)
+
+
+def test_neighbours_of_the_lowest_rate_are_the_next_two() -> None:
+    fit = fit_best_rate(RATES, parabola(RATES, 2.2e-4))
+    assert fit.rate == pytest.approx(2.2e-4)
+    assert not fit.note
 
 
 @pytest.mark.parametrize(
