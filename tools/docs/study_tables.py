@@ -23,6 +23,7 @@ from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_FILE
 from tools.docs.page_marks import put
+from tools.docs.study_rates import build_rates_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,19 +52,23 @@ class StudyBlock:
     is_reserve: bool = False
 
 
+#: Marks of the table of learning rates, which the trials of the final study choose.
+CHOSEN_RATES = "chosen-rates"
+
 #: Name of the marks -> block.
 BLOCKS = {
     "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, "Gain from pretraining", "Cost")),
     "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True),
     "labels": StudyBlock(("labels",), (CLAIMS, SCORES)),
+    "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, "Gain from pretraining")),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
     "longer": StudyBlock(
-        ("final", "longer"),
+        ("rates", "longer"),
         ("Differences after more steps",),
         ("skillnet", "specialist", "skillnet-long", "specialist-long"),
     ),
     "dense": StudyBlock(
-        ("final", "dense"),
+        ("rates", "dense"),
         (SCORES, DIFFERENCES, "Sizes of baselines"),
         ("skillnet", "dense-executed", "dense-deep", "dense-modality"),
     ),
@@ -151,10 +156,13 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Write the blocks of the page."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
-    parser.add_argument("--block", choices=BLOCKS, help="all by default")
+    parser.add_argument("--block", choices=[*BLOCKS, CHOSEN_RATES], help="all by default")
     options = parser.parse_args(argv)
-    for name in [options.block] if options.block else BLOCKS:
-        put(PAGE, name, render_block(BLOCKS[name]))
+    if options.block in (None, CHOSEN_RATES):
+        put(PAGE, CHOSEN_RATES, table_to_markdown(build_rates_table(RESULTS / "final")))
+    for name, block in BLOCKS.items():
+        if options.block in (None, name):
+            put(PAGE, name, render_block(block))
     return 0
 
 

@@ -7,12 +7,22 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform.storage import write_json
+from sweeps.report.report import table_to_markdown
 from sweeps.study.reserve import RESERVE_RECORD
 from sweeps.trials.remote_ledger import STUDY_LEDGER
 from tests.helpers.kept_studies import CLAIM, keep_study
 from tools.docs import study_tables
 from tools.docs.page_marks import between
-from tools.docs.study_tables import BLOCKS, NOT_COMPLETE, PAGE, StudyBlock, render_block
+from tools.docs.study_rates import build_rates_table
+from tools.docs.study_tables import (
+    BLOCKS,
+    CHOSEN_RATES,
+    NOT_COMPLETE,
+    PAGE,
+    RESULTS,
+    StudyBlock,
+    render_block,
+)
 
 FINAL = StudyBlock(("final",), BLOCKS["final"].tables)
 LONGER = replace(BLOCKS["longer"], tables=(*BLOCKS["longer"].tables, study_tables.SCORES))
@@ -41,7 +51,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
 
 
 def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path: Path) -> None:
-    keep_study(tmp_path, "final", {"skillnet": 0.5, "specialist": 0.0, "moe": 0.4})
+    keep_study(tmp_path, "rates", {"skillnet": 0.5, "specialist": 0.0, "moe": 0.4})
     results = tmp_path / "results"
     assert render_block(LONGER, results) == NOT_COMPLETE, "the other study is missing"
     keep_study(tmp_path, "longer", {"skillnet-long": 0.5, "specialist-long": 0.5}, folds=2)
@@ -54,3 +64,8 @@ def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_page_shows_what_the_kept_studies_give(name: str) -> None:
     assert between(PAGE, name) == render_block(BLOCKS[name])
+
+
+def test_the_page_has_the_rates_that_the_present_rule_chooses() -> None:
+    table = build_rates_table(RESULTS / "final")
+    assert between(PAGE, CHOSEN_RATES) == table_to_markdown(table)

@@ -1,6 +1,7 @@
-"""The presets of studies beside the final one: labels, budget, more steps, other dense models."""
+"""The presets of studies beside the final one: labels, rates, budget, more steps, other models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,13 +9,31 @@ from skillnet_platform import config as configuration
 from sweeps.compare import check_roles
 from sweeps.config.study import StudyConfig
 from sweeps.study.study import build_final_trials, read_study_ledger
-from sweeps.study.tuning import start_tuning
+from sweeps.study.tuning import TuningResult, start_tuning
+from sweeps.trials.trial import Trial
+from tools.docs.study_rates import choose_rates_again
 
 FINAL = Path(__file__).parents[3] / "benchmarks/results/final"
 
 
 def parse_study(name: str) -> StudyConfig:
     return configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet")
+
+
+def flatten_trial(trial: Trial) -> dict[str, Any]:
+    """Return the flat settings of a trial; those of its pretraining start with ``pretraining.``."""
+    flat = configuration.flatten_tree(configuration.to_dict(trial.config))
+    before = {} if trial.pretrain is None else configuration.to_dict(trial.pretrain)
+    flat_before = configuration.flatten_tree(before)
+    return flat | {f"pretraining.{key}": value for key, value in flat_before.items()}
+
+
+def check_settings(trial: Trial, tuning: TuningResult, rel: float) -> None:
+    """Assert that a trial has tuned settings, whose numbers a preset rounds."""
+    own = flatten_trial(trial)
+    assert len(tuning.settings) >= 4
+    for key, value in tuning.settings.items():
+        assert own[key] == (value if isinstance(value, str) else pytest.approx(value, rel=rel))
 
 
 def test_each_system_has_its_label_fraction_and_pretraining_reads_all_rows() -> None:
@@ -45,18 +64,16 @@ def test_the_budget_is_measured_by_curves_of_three_systems() -> None:
     assert all(0 < 10 * trial.config.training.evaluate_every < 2150 for trial in trials)
 
 
-def test_longer_arms_differ_from_the_final_runs_only_in_their_steps() -> None:
-    config = parse_study("longer")
+def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps() -> None:
+    config, usual = parse_study("longer"), parse_study("rates")
     trials = build_final_trials(config, start_tuning(config))
     assert {trial.group for trial in trials} == {"skillnet-long", "specialist-long"}
     assert len(trials) == 2 * 5, "five folds"
+    others = {trial.name: trial for trial in build_final_trials(usual, start_tuning(usual))}
     for trial in trials:
-        kept = FINAL / "runs" / trial.name.replace("-long", "") / "config.yaml"
-        own = configuration.flatten_tree(configuration.to_dict(trial.config))
-        other = configuration.flatten_tree(configuration.load_yaml(kept))
-        # A finished run has further keys, such as the digests of its corpora.
-        different = {key for key in own.keys() & other.keys() if own[key] != other[key]}
-        assert different == {"name", "training.steps"}
+        own, other = flatten_trial(trial), flatten_trial(others[trial.name.replace("-long", "")])
+        different = {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+        assert different == {"training.steps"}
         assert own["training.steps"] == 3 * other["training.steps"]
 
 
@@ -69,7 +86,22 @@ def test_other_dense_models_are_tuned_as_the_systems_of_the_final_study() -> Non
     assert len(trials) == 2 * 5, "five folds"
 
 
-@pytest.mark.parametrize("name", ["labels", "budget", "longer", "dense"])
+def test_the_final_systems_train_again_at_the_rates_of_the_present_rule() -> None:
+    config = parse_study("rates")
+    chosen = choose_rates_again(FINAL)
+    assert list(config.systems) == list(parse_study("final").systems)
+    trials = build_final_trials(config, start_tuning(config))
+    assert len(trials) == len(config.systems) * 5, "five folds"
+    for trial in trials:
+        own = flatten_trial(trial)
+        # A kept run names the model of the pretraining that it started from.
+        kept = configuration.load_yaml(FINAL / "runs" / trial.name / "config.yaml")
+        other = configuration.flatten_tree(kept)
+        different = {key for key in own.keys() & other.keys() if own[key] != other[key]}
+        assert different <= {"name", "init_from", *chosen[str(trial.group)].settings}
+
+
+@pytest.mark.parametrize("name", ["labels", "budget", "longer", "dense", "rates"])
 def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,20 +114,19 @@ def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     assert beside.tuning.is_enabled == (name == "dense")
 
 
-@pytest.mark.parametrize("name", ["labels", "budget", "longer"])
-def test_settings_are_those_that_the_final_study_chose(name: str) -> None:
-    config = parse_study(name)
+def test_few_labels_have_the_settings_that_the_final_study_chose() -> None:
+    config = parse_study("labels")
     chosen, _ = read_study_ledger(FINAL)
+    for trial in build_final_trials(config, start_tuning(config)):
+        label = trial.config.system + ("-pretrained" if trial.pretrain is not None else "")
+        check_settings(trial, chosen[label], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["budget", "longer", "rates"])
+def test_settings_are_those_that_the_present_rule_chooses(name: str) -> None:
+    config = parse_study(name)
+    chosen = choose_rates_again(FINAL)
     labels = {"dense": "dense-executed"}
     for trial in build_final_trials(config, start_tuning(config)):
-        flat = configuration.flatten_tree(configuration.to_dict(trial.config))
-        if trial.pretrain is not None:
-            flat["pretraining.training.lr"] = trial.pretrain.training.lr
-        suffix = "-pretrained" if trial.pretrain is not None else ""
-        system = trial.config.system
-        settings = chosen[labels.get(system, system) + suffix].settings
-        assert len(settings) >= 4
-        for key, value in settings.items():
-            assert flat[key] == (
-                value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
-            )
+        label = str(trial.group).removesuffix("-long")
+        check_settings(trial, chosen[labels.get(label, label)], rel=1e-4)

@@ -1,0 +1,103 @@
+"""Learning rates that the present rule chooses from the tuning trials of a kept study.
+
+``python -m tools.docs.study_rates STUDY`` prints them beside the rates of the study. The preset
+``studies/rates`` has these rates, so it trains no tuning trial. :func:`build_rates_table` is also
+called by :mod:`tools.docs.study_tables`.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+from sweeps.config.space import format_setting
+from sweeps.report.cells import ReportTable, TableCell
+from sweeps.study.stored_config import read_study_config
+from sweeps.study.study import read_study_ledger
+from sweeps.study.tuning import RATE, RATE_KEYS, Stage, TuningResult, choose_rates
+
+
+def choose_rates_again(folder: Path) -> dict[str, TuningResult]:
+    """Return label -> tuning of a system, with the rates that the present rule chooses.
+
+    Args:
+        folder: directory of a study or of its kept results.
+    """
+    systems = read_study_config(folder).systems
+    tuning, _ = read_study_ledger(folder)
+    chosen = {}
+    for label, own in tuning.items():
+        result = replace(own, rates={})
+        for stage, key in RATE_KEYS.items():
+            if rows := _select_trials(own, stage):
+                result = choose_rates(result, rows, key, systems[label].rate_per_task)
+        chosen[label] = result
+    return chosen
+
+
+def build_rates_table(folder: Path) -> ReportTable:
+    """Return the rates of a study, those of the present rule, and the score at each tried rate.
+
+    Args:
+        folder: directory of a study or of its kept results.
+    """
+    before, _ = read_study_ledger(folder)
+    lines = [
+        (label, name, before[label].settings[key], own.settings[key], scores)
+        for label, own in choose_rates_again(folder).items()
+        for name, key, scores in _list_scores(own)
+    ]
+    tried = sorted({rate for *_, scores in lines for rate in scores})
+    rows = [
+        [label, name, f"{first:.2e}", f"{again:.2e}"]
+        + [f"{100 * fmean(scores[rate]):.1f}" if rate in scores else "" for rate in tried]
+        for label, name, first, again, scores in lines
+    ]
+    return ReportTable(
+        "Rates of the study and of the present rule",
+        ["system", "score", "study", "present rule", *map(format_setting, tried)],
+        [[TableCell(word) for word in row] for row in rows],
+        "Below each tried rate: mean score of its trials on validation rows, in percent.",
+    )
+
+
+def _select_trials(own: TuningResult, stage: Stage) -> list[dict[str, Any]]:
+    return [row for row in own.trials if row["stage"] == stage and row["score"] is not None]
+
+
+def _list_scores(own: TuningResult) -> Iterator[tuple[str, str, Mapping[float, Sequence[float]]]]:
+    """Yield the name of a score, the key of the rate that it chooses, and rate -> scores."""
+    for stage, key in RATE_KEYS.items():
+        trials = _select_trials(own, stage)
+        own_rates = [name for name in own.rates if name.startswith("tasks.") and key == RATE]
+        for name in own_rates or [key] * bool(trials):
+            task = name.split(".")[1] if own_rates else ""
+            scores: dict[float, list[float]] = {}
+            for row in trials:
+                score = row["scores"][task] if task else row["score"]
+                scores.setdefault(row["settings"][key], []).append(score)
+            words = task.replace("_", " ") or "mean"
+            yield ("pretraining, mean" if key != RATE else words), name, scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.study_rates", description=__doc__)
+    parser.add_argument("study", type=Path, help="directory of a study or of its kept results")
+    options = parser.parse_args(argv)
+    try:
+        table = build_rates_table(options.study)
+    except UserError as error:
+        parser.error(str(error))
+    rows = [[cell.to_line() for cell in row] for row in table.rows]
+    console.print_table(table.title, table.columns, rows, table.caption)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
