@@ -95,7 +95,7 @@ def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str],
         comparison: computed results.
     """
     found = collect_reference_scores([row for run in comparison.runs for row in run.rows])
-    return found or _measure_folds(comparison) or _read_references(comparison)
+    return found or measure_references(comparison) or _read_references(comparison)
 
 
 def write_references(
@@ -136,8 +136,12 @@ def _identify_rows(comparison: SystemComparison) -> dict[str, Any]:
     return {"corpora": digests, "fold": asdict(replace(comparison.runs[0].fold, number=0))}
 
 
-def _measure_folds(comparison: SystemComparison) -> dict[tuple[str, str], float]:
-    """Return the mean scores over the folds of the runs; {} unless the corpora are here."""
+def measure_references(comparison: SystemComparison) -> dict[tuple[str, str], float]:
+    """Return the mean scores over the folds of the runs; {} unless the corpora are here.
+
+    Args:
+        comparison: computed results; the settings of its runs name the prepared corpora.
+    """
     # Of each fold the run with the most tasks, because systems may lack some.
     ordered = sorted(comparison.runs, key=lambda run: len(run.outcomes))
     folds = {run.fold.number: run for run in ordered if _has_corpora(run)}
@@ -145,8 +149,7 @@ def _measure_folds(comparison: SystemComparison) -> dict[tuple[str, str], float]
         return {}
     try:
         parts = [
-            collect_reference_scores(_measure_references(run, comparison.tasks))
-            for run in folds.values()
+            collect_reference_scores(_measure_run(run, comparison.tasks)) for run in folds.values()
         ]
     except (UserError, ValueError, KeyError) as error:
         # Corpora without raw texts, or with rows that a classifier cannot fit, must not cost the
@@ -162,7 +165,7 @@ def _has_corpora(run: FinishedRun) -> bool:
     return bool(run.digests) and read_corpus_digests(run.settings) == dict(run.digests)
 
 
-def _measure_references(run: FinishedRun, tasks: Sequence[str]) -> list[dict[str, Any]]:
+def _measure_run(run: FinishedRun, tasks: Sequence[str]) -> list[dict[str, Any]]:
     from pipelines.config.run import FinetuneConfig
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from skillnet_platform import config as configuration

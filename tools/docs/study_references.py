@@ -14,7 +14,7 @@ from skillnet_platform.storage import data_root
 from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import read_run
 from sweeps.analysis.run_groups import label_runs
-from sweeps.report.references import find_reference_scores, write_references
+from sweeps.report.references import measure_references, write_references
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import read_study_ledger
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [read_run(folder, label) for label, folder in read_study_ledger(options.study)[1]]
     runs = [replace(run, settings={**run.settings, **data}) for run in runs]
     comparison = compare_systems(label_runs(runs), read_study_config(options.study).reference)
-    scores = find_reference_scores(comparison)
+    scores = measure_references(comparison)
     if not scores:
         parser.error(f"{data['data']} lacks corpora of the study, or has other versions of them")
     write_references(scores, comparison, options.study)

@@ -1,0 +1,67 @@
+"""The command that measures the simple references of a kept study."""
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from pipelines.config.folds import FoldConfig
+from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
+from skillnet_platform.storage import read_json, write_json
+from sweeps.analysis.comparison import MEAN
+from sweeps.analysis.finished_runs import read_corpus_digests
+from sweeps.report.references import REFERENCES_FILE, collect_reference_scores
+from tests.helpers import readable_corpora
+from tests.helpers.kept_studies import keep_study
+from tests.helpers.small_corpora import MODALITY
+from tools.docs.study_references import main
+
+
+def write_kept_study(root: Path) -> Path:
+    """Write corpora with texts, and a kept study whose runs have their digests."""
+    data = readable_corpora.write_corpora(root / "corpora")
+    study = keep_study(root, "final", {"skillnet": 0.5})
+    tasks = {task: {"corpus": corpus} for corpus, (_, task) in MODALITY.items()}
+    digests = read_corpus_digests({"data": str(data), "tasks": tasks})
+    assert len(digests) == 5
+    for path in study.glob("runs/*/result.json"):
+        write_json(path, read_json(path) | {"corpora": digests})
+    return study
+
+
+def test_references_are_the_means_over_the_folds(tmp_path: Path) -> None:
+    study = write_kept_study(tmp_path)
+    (study / REFERENCES_FILE).unlink(missing_ok=True)
+    assert main([str(study), "--data", str(tmp_path / "corpora")]) == 0
+    content = read_json(study / REFERENCES_FILE)
+    scores = {row["task"]: row["score"] for row in content["scores"] if row["split"] == "test"}
+    assert {task for _, task in MODALITY.values()} < set(scores)
+    by_fold = [
+        collect_reference_scores(
+            evaluate_simple_baselines(
+                tmp_path / "corpora", bootstrap_samples=0, fold=FoldConfig(3, number)
+            )
+        )
+        for number in range(3)
+    ]
+    for task, score in scores.items():
+        if task != MEAN:
+            assert score == pytest.approx(fmean(fold[task, "test"] for fold in by_fold))
+    assert len({fold["text_classification", "test"] for fold in by_fold}) > 1
+
+
+def test_without_the_corpora_of_the_study_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_kept_study(tmp_path)
+    before = {"corpora": {}, "fold": {}, "scores": []}
+    write_json(study / REFERENCES_FILE, before)
+    with pytest.raises(SystemExit):
+        main([str(study), "--data", str(tmp_path / "nowhere")])
+    assert "lacks corpora of the study" in capsys.readouterr().err
+    # One corpus has another version than the study.
+    manifest = tmp_path / "corpora" / "headings" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"digest": "f" * 64})
+    with pytest.raises(SystemExit):
+        main([str(study), "--data", str(tmp_path / "corpora")])
+    assert read_json(study / REFERENCES_FILE) == before
