@@ -1,7 +1,7 @@
 """Other rates than those that a study tried: would its tuning have chosen one of them?
 
-    python -m benchmarks.higher_rates benchmarks/results/final specialist --rates 4e-3 8e-3 \\
-        --data runs/corpora --output benchmarks/results/DATE-higher-rates.csv
+    python -m benchmarks.rate_trials benchmarks/results/final specialist --rates 4e-3 8e-3 \\
+        --data runs/corpora --output benchmarks/results/DATE-rate-trials.csv
 
 The best rate of a task can be the largest that the study tried. This command repeats the study's
 trials of one system with other rates: the same settings, steps, seeds, folds and validation rows.
@@ -156,7 +156,7 @@ def _choose_rate(rows: Sequence[Mapping[str, Any]], task: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the trials that the CSV lacks, append their scores, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.higher_rates")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rate_trials")
     parser.add_argument("study", type=Path, help="directory of a study or of its kept results")
     parser.add_argument("system", help="label of a system without pretraining")
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="learning rates")

@@ -1,11 +1,11 @@
-"""The trials of benchmarks.higher_rates are those of the study, but for the rate."""
+"""The trials of benchmarks.rate_trials are those of the study, but for the rate."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.higher_rates import (
+from benchmarks.rate_trials import (
     COLUMNS,
     build_rate_trials,
     list_study_scores,
