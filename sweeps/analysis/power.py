@@ -1,13 +1,15 @@
 """What a study could decide, given the variances of an earlier one.
 
 An earlier comparison of the same tasks gives, for each task, the variance over seeds and that over
-held-out units of a difference. :func:`plan_power` computes from them, for each part of each claim,
+held-out units of a difference; one of folds gives the variance over replicates, for a study of
+folds. :func:`plan_power` computes from them, for each part of each claim,
 the difference that the planned seeds find in 80 of 100 studies, and how often equal systems would
 be shown to be no worse. Called by ``skillnet compare --power``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from scipy import stats
@@ -155,27 +157,61 @@ def estimate_time(
     return StudyTime(sum(replicates.values()), seconds / 3600, unknown)
 
 
+def _expect_fold_error(
+    earlier: SystemComparison,
+    pairs: Sequence[tuple[str, str]],
+    task: str,
+    count: int,
+    fold: FoldConfig,
+) -> tuple[float, float]:
+    """Return the error of a study of folds, from the variance of the replicates of another one."""
+    if not fold.count:
+        raise UserError(
+            "--power: the earlier study has folds, so the variances of seeds and units are not "
+            "known apart. Name a study without folds, or plan one with folds"
+        )
+    once, test_to_train = [], earlier.runs[0].fold.test_to_train
+    for own, other in pairs:
+        found = statistics.estimate_mean(*earlier.subtract_scores(own, other, task))
+        once.append(found.std_error**2 / (1 / found.seeds + test_to_train))
+    if np.isnan(once).any():
+        raise UserError("--power: the earlier study has one replicate; name one with more")
+    error = np.sqrt((1 / count + fold.test_to_train) * float(np.mean(once)))
+    return float(error), float(max(count - 1, 1))
+
+
 def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list[str]]]:
     """Return columns and cells of a table with a line per planned test, in points.
+
+    A claim of several tests has a line more: the probability that all of them are shown. The tests
+    depend on each other in an unknown way, so it lies between two bounds (Fréchet).
 
     Args:
         planned: of :func:`plan_power`.
     """
     columns = ["claim", "difference", "task", "seeds", "std error", "margin"]
     columns += [f"found at {100 * POWER:.0f} %", "shown if equal"]
-    cells = [
-        [
-            each.claim,
-            f"{each.system} − {each.against}",
-            each.task,
-            str(each.seeds),
-            f"{100 * each.error:.1f}",
-            f"{100 * each.margin:g}",
-            f"{100 * (each.detectable - each.margin):+.1f}".replace("-", "−"),
-            f"{100 * each.shown_if_equal:.0f} %",
+    cells = []
+    for claim, members in groupby(planned, lambda each: each.claim):
+        tests = list(members)
+        cells += [
+            [
+                claim,
+                f"{each.system} − {each.against}",
+                each.task,
+                str(each.seeds),
+                f"{100 * each.error:.1f}",
+                f"{100 * each.margin:g}",
+                f"{100 * (each.detectable - each.margin):+.1f}".replace("-", "−"),
+                f"{100 * each.shown_if_equal:.0f} %",
+            ]
+            for each in tests
         ]
-        for each in planned
-    ]
+        if len(tests) > 1:
+            shown = [each.shown_if_equal for each in tests]
+            least = max(1 - sum(1 - each for each in shown), 0.0)
+            bounds = f"{100 * least:.0f} to {100 * min(shown):.0f} %"
+            cells.append([claim, f"all {len(tests)} tests", *[""] * 5, bounds])
     return columns, cells
 
 
@@ -205,7 +241,8 @@ def _expect_error(
     if (task, SPLIT) not in earlier.spreads:
         raise UserError(f"--power: the earlier study has no task {task}; name one that has")
     spread = earlier.spreads[task, SPLIT]
-    if spread is None:
+    has_folds = bool(earlier.runs[0].fold.count)
+    if spread is None and not has_folds:
         raise UserError(
             "--power: the earlier study has one seed per system, so the variance over seeds is "
             "unknown; name one with more seeds"
@@ -217,11 +254,9 @@ def _expect_error(
         pairs = [(a, b) for i, a in enumerate(labels) for b in labels[:i]]
     if not pairs:
         raise UserError(f"--power: the earlier study has one system with the task {task}")
-    if earlier.runs[0].fold.count:
-        raise UserError(
-            "--power: the earlier study has folds, so the variances of seeds and units are not "
-            "known apart. Name a study without folds"
-        )
+    if has_folds:
+        return _expect_fold_error(earlier, pairs, task, min(counts), fold)
+    assert spread is not None
     by_unit, dofs = [], []
     for own, other in pairs:
         change, _ = earlier.subtract_scores(own, other, task)

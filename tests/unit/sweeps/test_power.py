@@ -13,7 +13,7 @@ from sweeps.analysis.power import estimate_time, plan_power, tabulate_power
 from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.statistics import RunSample, SampleDifference, compute_p_value, estimate_mean
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
-from tests.helpers.synthetic_runs import TASKS, write_study
+from tests.helpers.synthetic_runs import TASKS, set_fold, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +116,37 @@ def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
     assert time.hours == pytest.approx(40 * 12 / 3600)
     assert "40 final runs take 0.1 hours" in time.describe()
     assert time.describe().endswith("assumed for moe")
+
+
+def test_a_study_of_folds_is_planned_from_another_one(tmp_path: Path) -> None:
+    labels = ("skillnet", "specialist")
+    paths = []
+    for number in range(5):
+        for label in labels:
+            run = write_run(tmp_path / f"{label}-{number}", label, seed=number)
+            paths.append(set_fold(run, FoldConfig(5, number)))
+    earlier = compare_systems(label_runs([read_run(path) for path in paths]))
+    counts = dict.fromkeys(labels, 5)
+    (same,) = plan_power(earlier, claims("not_lower", 0.02), counts, FoldConfig(5))
+    # The same plan expects the error that the earlier study has.
+    change = estimate_mean(*earlier.subtract_scores("skillnet", "specialist", MEAN))
+    assert same.error == pytest.approx(change.std_error)
+    twice = dict.fromkeys(labels, 10)
+    (more,) = plan_power(earlier, claims("not_lower", 0.02), twice, FoldConfig(5))
+    assert more.error < same.error
+    # Runs that share training rows do not become independent by their number.
+    assert more.error > same.error / 2**0.5
+    with pytest.raises(UserError, match="or plan one with folds"):
+        plan_power(earlier, claims("not_lower", 0.02), counts)
+
+
+def test_a_conjunction_has_bounds_for_all_of_its_tests(earlier: SystemComparison) -> None:
+    part = ClaimPart("skillnet", "dense", "not_lower", [])
+    config = ClaimsConfig({"it": StatedClaim("x", [part])}, margin=0.05)
+    planned = plan_power(earlier, config, {"skillnet": 6, "dense": 6})
+    _, cells = tabulate_power(planned)
+    assert len(cells) == len(planned) + 1 == len(TASKS) + 1
+    shown = [each.shown_if_equal for each in planned]
+    least = max(1 - sum(1 - p for p in shown), 0.0)
+    assert cells[-1][1] == "all 5 tests"
+    assert cells[-1][-1] == f"{100 * least:.0f} to {100 * min(shown):.0f} %"
