@@ -148,12 +148,14 @@ def answer_in_a_sentence(comparison: SystemComparison) -> str:
     points = _format_points(change)
     if comparison.seeds < MIN_SEEDS or np.isnan(change.low):
         needed = f"more {comparison.repeat_noun}s are needed"
+        if not np.isnan(change.low):
+            needed = f"{list_exclusions(change)}; {needed}"
         return f"Not decided: {own} − {other} is {points} on {tasks}; {needed}."
     if change.low > 0:
         return f"{own} scores higher than {other} on {tasks}: {points}."
     if change.high < 0:
         return f"{own} scores lower than {other} on {tasks}: {points}."
-    bounds = _list_exclusions(change)
+    bounds = list_exclusions(change)
     return f"{own} and {other} show no difference on {tasks}: {points}; {bounds}."
 
 
@@ -249,7 +251,7 @@ def _test_part(
         shown = False
     text = f"{task}, {part.system} − {part.against}: {_format_points(found)}"
     if not np.isnan(found.low):
-        text += f"; {_list_exclusions(found)}"
+        text += f"; {list_exclusions(found)}"
     tested = TestedDifference(part.system, part.against, task, margin, found)
     return ClaimCondition(text, shown, p, tested)
 
@@ -260,8 +262,12 @@ def _check_flops(comparison: SystemComparison, part: ClaimPart, most: float) -> 
     return ClaimCondition(text, own / other <= most)
 
 
-def _list_exclusions(change: ScoreEstimate) -> str:
-    """Return what an interval excludes: "no loss above 2.1 points"."""
+def list_exclusions(change: ScoreEstimate) -> str:
+    """Return what an interval excludes: "no loss above 2.1 points".
+
+    Args:
+        change: a difference of scores with an interval.
+    """
     low, high = (round(100 * x, 1) for x in (change.low, change.high))
     if low > 0:
         return f"a gain of at least {low:.1f} points"

@@ -13,6 +13,7 @@ from sweeps.analysis.claims import (
     TestedDifference,
     answer_in_a_sentence,
     estimate_difference,
+    list_exclusions,
 )
 from sweeps.analysis.comparison import MEAN, SystemComparison
 from sweeps.analysis.format import format_interval
@@ -115,10 +116,14 @@ def build_claim_table(
 def find_closest(claim: EvaluatedClaim) -> TestedDifference | None:
     """Return the tested difference that decides a claim: its lower bound is the worst.
 
+    Of a refuted claim these are the refuted differences; None if costs alone refute it.
+
     Args:
         claim: an evaluated claim.
     """
-    tested = [each.tested for each in claim.conditions if each.tested is not None]
+    is_refuted = claim.verdict == "does not hold"
+    decisive = [each for each in claim.conditions if not is_refuted or each.shown is False]
+    tested = [each.tested for each in decisive if each.tested is not None]
     return min(tested, key=_slack, default=None)
 
 
@@ -131,15 +136,18 @@ def _slack(each: TestedDifference) -> float:
 def _answer_claim(claim: EvaluatedClaim) -> str:
     opening = f"{OPENINGS[claim.verdict]}: {claim.text.rstrip('.')}"
     closest = find_closest(claim)
+    failed = [each.text for each in claim.conditions if each.shown is False and not each.tested]
+    costs = "".join(f"; {text}" for text in failed)
     if closest is None:
-        return f"{opening}."
+        return f"{opening}{costs}."
     count = sum(each.tested is not None for each in claim.conditions)
     name = closest.task.replace("_", " ")
     worst = f"least favourable of {count} scores: {name} " if count > 1 else ""
     number = format_interval(closest.change).replace(" (", " points (", 1)
     margin = f", margin {100 * closest.margin:g}" if closest.margin else ""
+    excluded = _describe_exclusions(closest) if claim.verdict == "not decided" else ""
     why = f"; {claim.undecided_reason}" if claim.undecided_reason else ""
-    return f"{opening}; {worst}{number}{margin}{why}."
+    return f"{opening}; {worst}{number}{margin}{excluded}{costs}{why}."
 
 
 def _describe_question(claim: EvaluatedClaim) -> str:
@@ -166,11 +174,14 @@ def _describe_result(claim: EvaluatedClaim) -> str:
     for words, state in (("refuted", False), ("open", None)):
         for each in tested:
             if each.shown is state and len(tested) > 1:
-                parts.append(f"{words}: {_describe_difference(each.tested)}")
+                excluded = "" if state is False else _describe_exclusions(each.tested)
+                parts.append(f"{words}: {_describe_difference(each.tested)}{excluded}")
     closest = find_closest(claim)
     if closest is not None and (len(tested) == 1 or all(each.shown for each in tested)):
         words = "" if len(tested) == 1 else "closest: "
-        parts.append(words + _describe_difference(closest))
+        is_open = any(each.shown is None for each in tested)
+        excluded = _describe_exclusions(closest) if is_open else ""
+        parts.append(words + _describe_difference(closest) + excluded)
     return "; ".join([*parts, *others])
 
 
@@ -179,3 +190,9 @@ def _describe_difference(each: TestedDifference | None) -> str:
     # A line of the table ends beside a number and its interval, not within them.
     number = format_interval(each.change).replace(" ", NO_BREAK_SPACE)
     return f"{each.task.replace('_', ' ')} {number}"
+
+
+def _describe_exclusions(each: TestedDifference | None) -> str:
+    """Return ": no loss above 0.8 points, no gain above 2.0"; "" without an interval."""
+    assert each is not None
+    return "" if np.isnan(each.change.low) else f": {list_exclusions(each.change)}"

@@ -17,6 +17,7 @@ from sweeps.analysis.run_figures import compute_chance, estimate_run_figures
 from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.statistics import compute_p_value
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
+from sweeps.report import findings
 from sweeps.report import report as reporting
 from sweeps.report.html import render_report
 from sweeps.report.tables import build_score_table, build_tables
@@ -147,6 +148,12 @@ def test_a_clear_loss_refutes_and_closes_the_gate(tmp_path: Path):
     )
     assert all(condition.shown for condition in claims["dense"].conditions)
     assert claims["moe"].verdict == "holds"
+    # The answer has the score that refutes, and not the one whose interval is widest.
+    refuted = [each for each in claims["specialists"].conditions if each.shown is False]
+    closest = findings.find_closest(claims["specialists"])
+    assert closest in [each.tested for each in refuted]
+    answer = findings.answer_comparison(found, list(claims.values()))
+    assert answer.startswith("Refuted: specialists; least favourable of 5 scores: text to image")
 
 
 def test_equal_systems_can_be_shown_to_be_no_worse(tmp_path: Path):
@@ -169,6 +176,10 @@ def test_equal_systems_can_be_shown_to_be_no_worse(tmp_path: Path):
         open_one.text,
     )
     assert "(text_to_code −0.01)" in claim.rule
+    # The answer and the table say what is excluded, too.
+    pattern = r"no loss above \d\.\d points, no gain above \d\.\d"
+    assert re.search(rf"{pattern}\.$", findings.answer_comparison(found, [claim]))
+    assert re.search(pattern, findings.build_claim_table([claim], found).rows[0][-1].text)
 
 
 def test_a_small_loss_within_the_margin_does_not_refute(tmp_path: Path):
@@ -229,6 +240,10 @@ def test_a_claim_about_operations_needs_no_test(clear: SystemComparison):
     (claim,) = cl.evaluate_claims(clear, one_claim(flops_at_most=0.5))
     assert claim.verdict == "does not hold"
     assert claim.conditions[-1].text == "1.00 of the FLOPs of specialist, at most 0.5"
+    # Costs alone refute it, so no score stands in the answer.
+    answer = findings.answer_comparison(clear, [claim])
+    assert answer.endswith("; 1.00 of the FLOPs of specialist, at most 0.5.")
+    assert "least favourable" not in answer
 
 
 def test_names_in_claims_are_checked_before_a_study_starts() -> None:
