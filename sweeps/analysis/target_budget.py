@@ -36,7 +36,8 @@ class BudgetRatio:
     Args:
         value: the ratio. If runs do not reach the target, they count with all that they spent, so
             the ratio is a lower bound.
-        low: lower bound of the 95 % interval over runs; NaN with one run or unreached targets.
+        low: lower bound of the 95 % interval over runs; NaN with one run, with equal ratios of all
+            runs, or with unreached targets.
         high: upper bound.
     """
 
@@ -161,7 +162,8 @@ def estimate_ratio(
 
     logs = np.log(np.asarray(ratios, np.float64))
     mean, nan = float(logs.mean()), float("nan")
-    if is_bound or len(logs) < 2:
+    # Equal ratios do not show a spread, for instance if all curves begin above the target.
+    if is_bound or np.ptp(logs) < 1e-12:
         return BudgetRatio(float(np.exp(mean)), nan, nan)
     error = float(logs.std(ddof=1) * np.sqrt(1 / len(logs) + test_to_train))
     half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(logs) - 1)) * error

@@ -69,10 +69,10 @@ def seed_interval(values: list[float]) -> tuple[float, float]:
     """Return the 95 % interval of the mean over seeds, by Student's t.
 
     Args:
-        values: one figure per seed. A single value is its own interval.
+        values: one figure per seed. Without any spread the interval is unknown, and its bounds NaN.
     """
-    if len(values) < 2:
-        return values[0], values[0]
+    if np.ptp(values) == 0:
+        return float("nan"), float("nan")
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
@@ -102,11 +102,12 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
         values = systems["skillnet"]
         # All metrics of the table are shares; Student's t does not know their bounds.
         low, high = np.clip(seed_interval(values), 0, 1)
+        interval = "" if np.isnan(low) else f" ({100 * low:.1f}–{100 * high:.1f})"
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
         arrow = "↓" if metric == "token_error_rate" else "↑"
         lines.append(
             f"| {task.replace('_', ' ')}, {metric_label(metric)}{where} {arrow} | {beside[0]} | "
-            f"{beside[1]} | **{100 * np.mean(values):.1f}** ({100 * low:.1f}–{100 * high:.1f}) |"
+            f"{beside[1]} | **{100 * np.mean(values):.1f}**{interval} |"
         )
     return "\n".join(lines)
 

@@ -146,7 +146,7 @@ def _mean(rows: Rows, key: str) -> float:
 def _with_interval(values: list[float]) -> str:
     low, high = seed_interval(values)
     reported = f"{fmean(values):.1f}"
-    return reported if math.isclose(low, high) else f"{reported} ({low:.1f} to {high:.1f})"
+    return reported if math.isnan(low) else f"{reported} ({low:.1f} to {high:.1f})"
 
 
 def _short(key: str) -> str:

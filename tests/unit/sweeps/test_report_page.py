@@ -305,6 +305,8 @@ def test_a_ratio_is_a_geometric_mean_with_an_interval() -> None:
     assert found.value == pytest.approx(1.0)
     assert found.low * found.high == pytest.approx(1.0)
     assert estimate_ratio([0.5, 2.0], is_bound=True).low != estimate_ratio([0.5, 2.0]).low
+    # Equal ratios say nothing about their spread: no interval has zero width.
+    assert np.isnan(estimate_ratio([0.07, 0.07, 0.07]).low)
     # Two runs whose training rows overlap say as much as one: (1/2 + 1/2) of the variance.
     overlapping = estimate_ratio([0.5, 2.0], test_to_train=0.5)
     assert np.log(overlapping.high) == pytest.approx(2**0.5 * np.log(found.high))
