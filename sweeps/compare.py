@@ -254,7 +254,8 @@ def _build_report(
     from sweeps.report.report import build_report
     from sweeps.report.tuning_tables import build_tuning_tables
 
-    comparison = compare_systems(runs, config.reference, config.specialist)
+    is_reserve = config.read_reserve != "never"
+    comparison = compare_systems(runs, config.reference, config.specialist, not is_reserve)
     report = build_report(comparison, str(config.name), config.claims)
     pretrained = [
         label
@@ -386,9 +387,9 @@ def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
 
 @command(
     StudyConfig,
-    description="Compare systems with intervals over seeds and test rows, corrected paired tests, "
-    "and claims with a verdict. Runs a study (an unfinished one is resumed) or reads finished "
-    "runs.",
+    description="Compare systems with intervals over seeds and held-out units, corrected paired "
+    "tests, and claims with a verdict. Runs a study (an unfinished one is resumed) or reads "
+    "finished runs.",
     example="skillnet compare --config studies/headline\n"
     "skillnet compare --runs skillnet-0 skillnet-1 dense-0 dense-1 --open\n"
     "skillnet compare headline --json",

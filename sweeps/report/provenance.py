@@ -13,6 +13,7 @@ from pathlib import Path
 from skillnet_platform.package_version import find_version
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT, SystemComparison
+from sweeps.analysis.equal_versions import read_equal_versions
 
 #: Packages whose versions are listed.
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
@@ -25,6 +26,10 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
     corpora: dict[str, str] = {}
     for run in comparison.runs:
         corpora |= run.digests
+    equal: dict[str, list[str]] = {}
+    for study in dict.fromkeys(run.folder.parent.parent for run in comparison.runs):
+        for second, first in read_equal_versions(study).items():
+            equal.setdefault(first, []).append(second)
     rows = [row for run in comparison.runs for row in run.rows]
     dates = sorted({str(row["date"]) for row in rows})
     # Not every installation has all optional packages.
@@ -41,17 +46,33 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
             f"{label}: {', '.join(str(run.seed) for run in runs)}"
             for label, runs in comparison.systems.items()
         ),
-        "test rows": ", ".join(
-            f"{task} {len(comparison.runs[0].outcomes[task, SPLIT])}"
-            for task in comparison.tasks
-            if (task, SPLIT) in comparison.runs[0].outcomes
+        "test rows, queries or symbols": _count_test_rows(comparison),
+        "corpora (digests)": ", ".join(
+            " = ".join([f"{name} {digest}", *equal.get(digest, ())])
+            for name, digest in corpora.items()
         ),
-        "corpora (digests)": ", ".join(f"{name} {digest}" for name, digest in corpora.items()),
         "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
         "runs by precision": _count_precisions(comparison),
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
         "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
     }
+
+
+def _count_test_rows(comparison: SystemComparison) -> str:
+    """Return "text classification 900, ...": the test rows of all folds, each counted once.
+
+    A row of speech counts with its symbols, and one of retrieval with its queries.
+    """
+    counts: dict[str, dict[int, int]] = {task: {} for task in comparison.tasks}
+    for run in comparison.runs:
+        for task, folds in counts.items():
+            if (task, SPLIT) in run.outcomes:
+                folds[run.fold.number] = round(run.outcomes[task, SPLIT].denominator.sum())
+    return ", ".join(
+        f"{task.replace('_', ' ')} {sum(folds.values()):,}"
+        for task, folds in counts.items()
+        if folds
+    )
 
 
 def _count_precisions(comparison: SystemComparison) -> str:

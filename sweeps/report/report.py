@@ -150,7 +150,7 @@ def build_report(
         references: scores of the simple references, by task and split; None finds them.
     """
     order = sort_systems(comparison)
-    comparison = replace(comparison, systems={label: comparison.systems[label] for label in order})
+    comparison = _sort_results(comparison, order)
     known = find_reference_scores(comparison) if references is None else references
     claims = evaluate_claims(comparison, rules)
     tables = build_tables(comparison, known)
@@ -168,6 +168,19 @@ def build_report(
         captions=_build_captions(comparison),
         references=known,
         facts=dict(facts or {}) | collect_facts(comparison),
+    )
+
+
+def _sort_results(comparison: SystemComparison, order: Sequence[str]) -> SystemComparison:
+    """Return a comparison whose systems, relative scores and tests have one order of labels."""
+    kinds = list(dict.fromkeys(test.kind for test in comparison.tests))
+    return replace(
+        comparison,
+        systems={label: comparison.systems[label] for label in order},
+        relative={each: comparison.relative[each] for each in order if each in comparison.relative},
+        tests=sorted(
+            comparison.tests, key=lambda test: (kinds.index(test.kind), order.index(test.system))
+        ),
     )
 
 

@@ -113,10 +113,8 @@ def build_score_table(
         columns,
         rows,
         "Scores in percent: higher is better in every column, speech is 1 − token error. "
-        f"{describe_means(comparison)} {BETTER} and {WORSE}: significantly better or worse than "
-        f"{comparison.reference} with the same pretraining ({describe_pairing(comparison)}, Holm's "
-        f"correction over {len(comparison.tests)} tests, 5 %). Bold: best of its column. The mean "
-        f"is over {names}."
+        f"{describe_means(comparison)} {_describe_marks(comparison)}Bold: best of its column. The "
+        f"mean is over {names}."
         + (
             " Relative: geometric mean over tasks of the mean score divided by the mean score of "
             f"{comparison.specialist} with the same pretraining."
@@ -153,6 +151,16 @@ def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
         ],
         _describe_changes(comparison, "Score with pretraining minus score without"),
         collapsed=True,
+    )
+
+
+def _describe_marks(comparison: SystemComparison) -> str:
+    if not comparison.tests:
+        return "No score is tested. "
+    return (
+        f"{BETTER} and {WORSE}: significantly better or worse than {comparison.reference} with the "
+        f"same pretraining ({describe_pairing(comparison)}, Holm's correction over "
+        f"{len(comparison.tests)} tests, 5 %). "
     )
 
 

@@ -1,6 +1,7 @@
 """Tables about the tuning of each system in a study."""
 
 from collections.abc import Collection, Mapping
+from statistics import fmean
 
 from sweeps.analysis.format import format_duration
 from sweeps.report.cells import ReportTable, TableCell
@@ -29,9 +30,6 @@ def _build_chosen_table(
     for label, own in tuning.items():
         # Failed trials have no time.
         seconds = sum(trial["seconds"] or 0.0 for trial in own.trials)
-        # The first trial over the space is always the run as configured.
-        is_configured = bool(own.trials) and own.trials[0]["stage"] == "space"
-        first = own.trials[0]["score"] if is_configured else None
         rows.append(
             [
                 TableCell(label),
@@ -42,7 +40,7 @@ def _build_chosen_table(
                         [f"as {own.reuse_tuning_of}", *([str(len(own.trials))] * bool(own.trials))]
                     )
                 ),
-                TableCell(_format_score(first)),
+                TableCell(_format_score(_average_configured(own))),
                 TableCell(_format_score(own.score)),
                 TableCell(format_duration(seconds) if own.trials else "–"),
                 TableCell(format_settings(own.settings)),
@@ -56,8 +54,9 @@ def _build_chosen_table(
         ["system", "trials", "as configured", "chosen", "training", "settings chosen"],
         rows,
         f"Every system got {trials} trial(s) of {' or '.join(map(str, steps))} steps, at the same "
-        "points of one space, with a seed that no final run has. Chosen by the mean score on the "
-        "validation splits, in percent; only the final runs read the test splits."
+        "points of one space, with a seed that no final run has. Mean scores on the "
+        "validation splits, in percent; only the final runs read the test splits. Chosen: top of "
+        "the parabola over the tuned rates, else mean of the best trials."
         + _limits_note(tuning, pretrained),
     )
 
@@ -125,6 +124,17 @@ def _build_trials_table(tuning: Mapping[str, TuningResult]) -> ReportTable:
     ]
     columns = ["system", "trial", "status", "validation score", "training", "settings"]
     return ReportTable("Tuning trials", columns, rows, collapsed=True)
+
+
+def _average_configured(own: TuningResult) -> float | None:
+    """Return the mean score of the run as configured, over the seeds; None without such trials."""
+    # The first trial over the space is always the run as configured.
+    if not own.trials or own.trials[0]["stage"] != "space":
+        return None
+    first = own.trials[0]["settings"]
+    trials = [t for t in own.trials if t["stage"] == "space" and t["settings"] == first]
+    scores = [trial["score"] for trial in trials if trial["score"] is not None]
+    return fmean(scores) if scores else None
 
 
 def _format_score(value: float | None) -> str:

@@ -110,7 +110,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
         runs = select_runs(runs, block.systems)
     config = read_study_config(folders[0])
     has_claims = CLAIMS in block.tables
-    comparison = compare_systems(label_runs(runs), config.reference)
+    comparison = compare_systems(label_runs(runs), config.reference, is_tested=not block.is_reserve)
     # The kept references are of all folds of one study.
     references: ReferenceScores | None = None if len(folders) == 1 else {}
     rules = config.claims if has_claims else None

@@ -170,7 +170,9 @@ def test_provenance_is_listed(written: ComparisonReport):
     assert facts["seeds"].startswith("skillnet-pretrained: 0, 1, 2")
     assert "headings " + "a" * 64 in facts["corpora (digests)"]
     assert "torch " in facts["software"]
-    assert facts["test rows"].startswith("text_classification 200")
+    # Three runs per system have the same rows, which count once; speech counts its symbols.
+    rows = facts["test rows, queries or symbols"]
+    assert rows.startswith("text classification 200, speech recognition 399,")
     runs = len(written.comparison.runs)
     assert facts["runs by precision"] == f"bf16 {runs // 3}, fp32 {2 * runs // 3}"
 
