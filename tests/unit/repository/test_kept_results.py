@@ -64,6 +64,8 @@ def made_sweep(home: Path) -> Path:
                         "error": "",
                         "seconds": 30.0,
                         "activated_params": 1.5e6,
+                        "flops_per_example": 3e6,
+                        "step": 50,
                     }
                 )
             index += 1
@@ -103,6 +105,11 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     assert ranked[0][3] == "32.0 (31.0 to 33.0)"
     assert sweep_result.page_text(tmp_path / "results") == f"### depths\n\n{text}"
     assert sweep_result.page_text(tmp_path / "nothing") == "No result is kept yet."
+    # The plot is drawn from the kept trials alone.
+    before = (kept / "score.png").read_bytes()
+    sweep_result.draw(kept)
+    assert (kept / "score.png").read_bytes().startswith(b"\x89PNG")
+    assert (kept / "score.png").read_bytes() != before
 
 
 def test_the_page_has_the_newest_of_each_sweep(tmp_path: Path) -> None:
