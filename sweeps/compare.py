@@ -253,9 +253,11 @@ def _build_report(
     from sweeps.analysis.comparison import compare_systems
     from sweeps.report.report import build_report
     from sweeps.report.tuning_tables import build_tuning_tables
+    from sweeps.study.reserve import drop_tests
 
-    is_reserve = config.read_reserve != "never"
-    comparison = compare_systems(runs, config.reference, config.specialist, not is_reserve)
+    comparison = compare_systems(runs, config.reference, config.specialist)
+    if config.read_reserve != "never":
+        comparison = drop_tests(comparison)
     report = build_report(comparison, str(config.name), config.claims)
     pretrained = [
         label

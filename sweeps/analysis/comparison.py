@@ -216,10 +216,7 @@ def choose_roles(
 
 
 def compare_systems(
-    runs: Sequence[FinishedRun],
-    reference: str | None = None,
-    specialist: str | None = None,
-    is_tested: bool = True,
+    runs: Sequence[FinishedRun], reference: str | None = None, specialist: str | None = None
 ) -> SystemComparison:
     """Compare the systems of finished runs.
 
@@ -228,8 +225,6 @@ def compare_systems(
         reference: label of the system that the others are tested against. A system whose label
             ends in ``-pretrained`` is tested against the pretrained variant of the reference.
         specialist: label of the system whose scores count as 1; same rule for variants.
-        is_tested: whether systems are tested. A reserve is not: one unit can have most of its rows,
-            and its degrees of freedom are then too few for a test.
 
     Raises:
         UserError: no runs, runs evaluated on different rows, no common task, or an unknown label.
@@ -291,9 +286,7 @@ def compare_systems(
         samples,
         scores,
         _estimate_relative_scores(samples, list(systems), common, roles.specialist),
-        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], roles.reference)
-        if is_tested
-        else [],
+        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], roles.reference),
         _collect_costs(systems, tasks, common),
         spreads,
     )

@@ -19,7 +19,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
-from sweeps.analysis.comparison import SPLIT
+from sweeps.analysis.comparison import SPLIT, SystemComparison
 from sweeps.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from sweeps.config.study import StudyConfig
 from sweeps.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder
@@ -149,6 +149,18 @@ def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
         settings = {k: v for k, v in run.settings.items() if k not in ("fold", "data")}
         found.append(replace(run, settings=settings, rows=rows, outcomes=outcomes))
     return found
+
+
+def drop_tests(comparison: SystemComparison) -> SystemComparison:
+    """Return the comparison on a reserve without tests of its scores.
+
+    One voice, artist or package can have most rows of a reserve. Two or three degrees of freedom
+    are too few for a test.
+
+    Args:
+        comparison: of runs of :func:`collect_reserve_runs`.
+    """
+    return replace(comparison, tests=[])
 
 
 def _rename_split(split: str) -> str:

@@ -18,7 +18,7 @@ from sweeps.analysis.finished_runs import FinishedRun, find_common_replicates, r
 from sweeps.analysis.run_groups import label_runs
 from sweeps.report.references import ReferenceScores
 from sweeps.report.report import ComparisonReport, build_report, table_to_markdown
-from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs
+from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_FILE
@@ -110,7 +110,9 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
         runs = select_runs(runs, block.systems)
     config = read_study_config(folders[0])
     has_claims = CLAIMS in block.tables
-    comparison = compare_systems(label_runs(runs), config.reference, is_tested=not block.is_reserve)
+    comparison = compare_systems(label_runs(runs), config.reference)
+    if block.is_reserve:
+        comparison = drop_tests(comparison)
     # The kept references are of all folds of one study.
     references: ReferenceScores | None = None if len(folders) == 1 else {}
     rules = config.claims if has_claims else None
