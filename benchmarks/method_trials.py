@@ -145,8 +145,8 @@ def summarize_trials(
             average,
             ", ".join(f"{value:.3f}" for value in values.values()),
             f"{statistics.mean(values.values()):.3f}",
-            f"{_spread(list(values.values())):.3f}",
-            f"{statistics.mean(differences):+.3f} ± {_error(differences):.3f}",
+            f"{statistics.stdev(values.values()):.3f}" if len(values) > 1 else "–",
+            "–" if values is base else _describe_differences(differences),
         ]
         if below is not None:
             trials = [row for row in rows if (row["arm"], row["average"]) == (arm, average)]
@@ -156,13 +156,12 @@ def summarize_trials(
     return table
 
 
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _error(differences: Sequence[float]) -> float:
-    """Standard error of the mean of paired differences."""
-    return _spread(differences) / len(differences) ** 0.5
+def _describe_differences(differences: Sequence[float]) -> str:
+    """Return the mean of paired differences with its standard error, which one seed lacks."""
+    mean = f"{statistics.mean(differences):+.3f}"
+    if len(differences) < 2:
+        return f"{mean} (one seed)"
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.3f}"
 
 
 def main(argv: list[str] | None = None) -> int:

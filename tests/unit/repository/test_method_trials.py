@@ -26,8 +26,8 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     write_trials(tmp_path / "a.csv")
     rows = read_csv_rows(tmp_path / "a.csv")
     assert summarize_trials(rows, 0.4) == [
-        ("configured", "0.0", "0.300, 0.500", "0.400", "0.141", "+0.000 ± 0.000", "20, inf"),
-        ("aligned", "0.0", "0.200", "0.200", "0.000", "-0.300 ± 0.000", "10"),
+        ("configured", "0.0", "0.300, 0.500", "0.400", "0.141", "–", "20, inf"),
+        ("aligned", "0.0", "0.200", "0.200", "–", "-0.300 (one seed)", "10"),
     ]
     assert find_first_step(rows[:1], 0.5) == float("inf")
 

@@ -1,15 +1,18 @@
-"""Text to code alone, on validation rows: more tokens of a function, and pretraining on pairs.
+"""One task alone, on validation rows: tokens of a function, and rows of its pretraining.
 
-    python -m benchmarks.code_task length --data runs/corpora --output benchmarks/results/NAME.csv
-    python -m benchmarks.code_task pairs --data runs/corpora --output benchmarks/results/NAME.csv
+    python -m benchmarks.task_arms length --data runs/corpora --output benchmarks/results/NAME.csv
+    python -m benchmarks.task_arms pairs --data runs/corpora --output benchmarks/results/NAME.csv
+    python -m benchmarks.task_arms headings --data runs/corpora --output benchmarks/results/NAME.csv
 
-All arms of a comparison train one SkillNet of the headline study's size on ``functions``, at one
-learning rate. The arm ``configured`` is the study's setting.
+All arms of a comparison train one SkillNet of the headline study's size on ``functions`` or
+``headings``, at one learning rate. The arm ``configured`` is the study's setting.
 
 - ``length`` compares its 96 tokens of a function with 192, at equal steps, and with more steps of
   96 tokens (``--longer``). ``--rounds`` also times both in turns, in CPU seconds of one thread.
 - ``pairs`` compares pretrainings of equal steps: masked code, two views of a function and words
   with definitions, against the same with half of the steps for pairs of ``functions_packages``.
+- ``headings`` compares pretrainings of equal steps for text classification: masked headings of
+  ``headings``, against those of ``headings_unused``, which has 16,950 headings more.
 
 The command appends to the CSV, in the form of :mod:`benchmarks.method_trials`, and does not repeat
 a trial that the CSV has.
@@ -36,12 +39,13 @@ from skillnet_platform import console
 from skillnet_platform.storage import data_root
 from skillnet_platform.tracking import TrackingConfig
 
-TASK, METRIC = "text_to_code", "recall_at_10"
+#: Task of a comparison -> its metric.
+METRICS = {"text_to_code": "recall_at_10", "text_classification": "accuracy"}
 LONG_ARM = "192 tokens"
 
 
 @dataclass(frozen=True)
-class CodeArm:
+class TaskArm:
     """One contender of a comparison.
 
     Args:
@@ -53,6 +57,12 @@ class CodeArm:
     settings: str
     finetuning: FinetuneConfig
     pretraining: PretrainConfig | None = None
+
+    @property
+    def task(self) -> str:
+        """The only task of the run that is evaluated."""
+        (task,) = self.finetuning.tasks
+        return task
 
 
 def build_finetuning(options: argparse.Namespace, max_length: int, steps: int) -> FinetuneConfig:
@@ -66,18 +76,21 @@ def build_finetuning(options: argparse.Namespace, max_length: int, steps: int) -
     return FinetuneConfig(
         data=str(options.data or data_root()),
         model=SkillNetConfig(dim=128, num_layers=2, num_heads=4, ffn_dim=256, embedding_dim=128),
-        tasks={TASK: TaskTraining("functions", max_length=max_length)},
+        tasks={"text_to_code": TaskTraining("functions", max_length=max_length)},
         training=TrainingConfig(steps=steps, lr=options.lr, workers=0, checkpoint_every=0),
         tracking=TrackingConfig(register=False, system_metrics=False),
     )
 
 
-def build_pretraining(options: argparse.Namespace, shares: Mapping[str, float]) -> PretrainConfig:
+def build_pretraining(
+    options: argparse.Namespace, shares: Mapping[str, float], headings: str = "headings"
+) -> PretrainConfig:
     """Return a pretraining for text and code.
 
     Args:
         options: of the command.
         shares: task -> share of the steps.
+        headings: corpus of the masked headings.
     """
     run = build_finetuning(options, options.max_length, options.pretraining_steps)
     helper: dict[str, Any] = {"auxiliary": True, "max_length": options.max_length}
@@ -88,6 +101,7 @@ def build_pretraining(options: argparse.Namespace, shares: Mapping[str, float]) 
         "text_to_definition": TaskTraining(
             "headings", split="pretrain", batch_size=128, max_length=24, auxiliary=True
         ),
+        "masked_text": TaskTraining(headings, split="pretraining", batch_size=128, max_length=32),
         "pairs_code": TaskTraining("functions_packages", split="pretrain_pairs", **helper),
     }
     return PretrainConfig(
@@ -100,27 +114,25 @@ def build_pretraining(options: argparse.Namespace, shares: Mapping[str, float]) 
     )
 
 
-def list_length_arms(options: argparse.Namespace) -> dict[str, CodeArm]:
+def list_length_arms(options: argparse.Namespace) -> dict[str, TaskArm]:
     """Return 96 and 192 tokens at equal steps, and more steps of 96 tokens."""
     longer = round(options.steps * options.longer)
     return {
-        CONFIGURED: CodeArm("max_length=96", build_finetuning(options, 96, options.steps)),
-        LONG_ARM: CodeArm("max_length=192", build_finetuning(options, 192, options.steps)),
-        "96 tokens, longer": CodeArm("max_length=96", build_finetuning(options, 96, longer)),
+        CONFIGURED: TaskArm("max_length=96", build_finetuning(options, 96, options.steps)),
+        LONG_ARM: TaskArm("max_length=192", build_finetuning(options, 192, options.steps)),
+        "96 tokens, longer": TaskArm("max_length=96", build_finetuning(options, 96, longer)),
     }
 
 
-def list_pair_arms(options: argparse.Namespace) -> dict[str, CodeArm]:
+def list_pair_arms(options: argparse.Namespace) -> dict[str, TaskArm]:
     """Return pretrainings without and with pairs.
 
     Without pretraining, the run is that of 192 tokens in the other comparison.
     """
     run = build_finetuning(options, options.max_length, options.steps)
 
-    def start(**shares: float) -> CodeArm:
-        stated = f"pretraining of {options.pretraining_steps} steps: "
-        stated += " ".join(f"{name}={share:g}" for name, share in shares.items())
-        return CodeArm(stated, run, build_pretraining(options, shares))
+    def start(**shares: float) -> TaskArm:
+        return TaskArm(_describe(options, shares), run, build_pretraining(options, shares))
 
     return {
         CONFIGURED: start(masked_code=1, views_code=5, text_to_definition=6),
@@ -128,13 +140,35 @@ def list_pair_arms(options: argparse.Namespace) -> dict[str, CodeArm]:
     }
 
 
-COMPARISONS: dict[str, Callable[[argparse.Namespace], dict[str, CodeArm]]] = {
+def list_heading_arms(options: argparse.Namespace) -> dict[str, TaskArm]:
+    """Return text classification without pretraining, and with that of two sets of headings."""
+    code = build_finetuning(options, options.max_length, options.steps)
+    task = TaskTraining("headings", batch_size=128, label_smoothing=0.2)
+    run = replace(code, tasks={"text_classification": task})
+    shares = {"masked_text": 1.0, "text_to_definition": 1.0}
+    stated = _describe(options, shares)
+    return {
+        "no pretraining": TaskArm("none", run),
+        CONFIGURED: TaskArm(f"{stated}, headings", run, build_pretraining(options, shares)),
+        "with unused headings": TaskArm(
+            f"{stated}, headings_unused", run, build_pretraining(options, shares, "headings_unused")
+        ),
+    }
+
+
+def _describe(options: argparse.Namespace, shares: Mapping[str, float]) -> str:
+    stated = " ".join(f"{name}={share:g}" for name, share in shares.items())
+    return f"pretraining of {options.pretraining_steps} steps: {stated}"
+
+
+COMPARISONS: dict[str, Callable[[argparse.Namespace], dict[str, TaskArm]]] = {
     "length": list_length_arms,
     "pairs": list_pair_arms,
+    "headings": list_heading_arms,
 }
 
 
-def train_arm(arm: CodeArm, name: str, seed: int) -> dict[str, object]:
+def train_arm(arm: TaskArm, name: str, seed: int) -> dict[str, object]:
     """Train an arm with one seed; return its steps and metric on validation rows.
 
     Args:
@@ -148,11 +182,11 @@ def train_arm(arm: CodeArm, name: str, seed: int) -> dict[str, object]:
         source = run_end_to_end(build_joint_run(given), "pretrain")["model"]
     config = replace(arm.finetuning, name=name, seed=seed, init_from=source)
     result = run_end_to_end(config, "finetune", ["validation"])
-    (value,) = [row["value"] for row in result["evaluation"] if row["metric"] == METRIC]
+    (value,) = [row["value"] for row in result["evaluation"] if row["metric"] == METRICS[arm.task]]
     return {"step": result["step"], "steps": result["step"], "value": round(float(value), 5)}
 
 
-def time_lengths(arms: Mapping[str, CodeArm], rounds: int, steps: int = 20) -> list[Result]:
+def time_lengths(arms: Mapping[str, TaskArm], rounds: int, steps: int = 20) -> list[Result]:
     """Return the time of a training step with 192 tokens, over that with 96.
 
     Args:
@@ -179,13 +213,13 @@ def time_lengths(arms: Mapping[str, CodeArm], rounds: int, steps: int = 20) -> l
 
 def main(argv: list[str] | None = None) -> int:
     """Train all arms, append their rows to the CSV, and print the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.code_task", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.task_arms", description=__doc__)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
     parser.add_argument("--longer", type=float, default=2.0, help="factor of the longer arm")
     parser.add_argument("--pretraining_steps", type=int, default=300)
-    parser.add_argument("--max_length", type=int, default=192, help="tokens of pairs' runs")
+    parser.add_argument("--max_length", type=int, default=192, help="tokens of a function in pairs")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=0, help="of the times of a step; 0: none")
@@ -198,12 +232,13 @@ def main(argv: list[str] | None = None) -> int:
         for number, (label, arm) in enumerate(arms.items()):
             if (label, str(seed)) in done:
                 continue
-            made = train_arm(arm, f"code-{options.comparison}-{number}-{seed}", seed)
-            row = {"task": TASK, "arm": label, "settings": arm.settings, "seed": seed}
-            row |= {"average": 0.0, "metric": METRIC, "date": date, "machine": machine()}
+            made = train_arm(arm, f"arms-{options.comparison}-{number}-{seed}", seed)
+            row = {"task": arm.task, "arm": label, "settings": arm.settings, "seed": seed}
+            row |= {"average": 0.0, "metric": METRICS[arm.task]}
+            row |= {"date": date, "machine": machine()}
             append_csv_rows(options.output, COLUMNS, [row | made])
     header = ["arm", "average", "each seed", "mean", "spread", "difference ± standard error"]
-    console.print_table(TASK, header, summarize_trials(read_csv_rows(options.output)))
+    console.print_table(options.comparison, header, summarize_trials(read_csv_rows(options.output)))
     if options.rounds and options.comparison == "length":
         write("code-step-time", time_lengths(arms, options.rounds), 1, options.output.parent)
     return 0
