@@ -8,6 +8,8 @@ trials of one system with other rates: the same settings, steps, seeds, folds an
 No trial reads a test row, and no setting of the study changes. A rate of the study shows what the
 repetition itself changes, for instance the precision of another machine.
 
+``--pretraining`` repeats the trials of the rates of pretraining in the same way.
+
 The command appends a row per rate, seed and task to the CSV, and does not repeat a trial that the
 CSV has. Two processes with different ``--seeds`` can write to one CSV.
 """
@@ -23,7 +25,9 @@ from typing import Any
 from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import machine
 from pipelines.config.run import FinetuneConfig, TrainingConfig
+from pipelines.finetune import run_end_to_end
 from pipelines.training.loop import train_model
+from pipelines.training.pretraining import build_joint_run
 from pipelines.training.reporter import LoopReporter, evaluate_validation
 from pipelines.training.resolved_run import ResolvedRun, resolve_run
 from skillnet.multitask_model import TaskModel
@@ -33,7 +37,7 @@ from sweeps.config.trials import ScoreConfig
 from sweeps.search.rate_fit import fit_best_rate
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import read_study_ledger
-from sweeps.study.tuning import RATE, TuningResult, build_stage_trials
+from sweeps.study.tuning import RATE_KEYS, Stage, TuningResult, build_stage_trials
 from sweeps.trials.trial import Trial
 
 COLUMNS = ("system", "task", "rate", "seed", "source", "score", "steps", "date", "machine")
@@ -62,7 +66,11 @@ class ScoreReporter(LoopReporter):
 
 
 def build_rate_trials(
-    study: Path, label: str, rates: Sequence[float], data: Path | None = None
+    study: Path,
+    label: str,
+    rates: Sequence[float],
+    data: Path | None = None,
+    stage: Stage = "rates",
 ) -> list[Trial]:
     """Return the trials that the study would have had with these rates.
 
@@ -71,54 +79,75 @@ def build_rate_trials(
         label: of the system.
         rates: learning rates.
         data: prepared corpora; None takes those of the run root.
+        stage: whose rates; ``pretraining_rates`` for those of the pretraining.
 
     Raises:
-        UserError: the study has no such system, or the system has a pretraining.
+        UserError: the study has no such system, or the system has a pretraining and the stage has
+            not, or the reverse.
     """
     config = read_study_config(study)
     entry = config.systems.get(label)
     if entry is None:
         raise UserError(f"{study}: no system {label!r}; there are {', '.join(config.systems)}")
-    if entry.pretrain:
-        raise UserError(f"{label} starts from a pretraining; name a system without one")
+    if entry.pretrain != (stage == "pretraining_rates"):
+        other = "name a system without one" if entry.pretrain else "leave --pretraining out"
+        state = "starts from a pretraining" if entry.pretrain else "has no pretraining"
+        raise UserError(f"{label} {state}; {other}")
+    key = RATE_KEYS[stage]
     known, _ = read_study_ledger(study)
     # The rates of single tasks would win over the rate of the trial.
     settings = {
-        key: value
-        for key, value in known[label].settings.items()
-        if key != RATE and not (key.startswith("tasks.") and key.endswith(".lr"))
+        name: value
+        for name, value in known[label].settings.items()
+        if name not in RATE_KEYS.values() and not is_task_rate(name)
     }
+    # A study tries three or more rates.
+    grid: dict[str, Any] = {stage: sorted({*getattr(config.tuning, stage), *rates})}
     config = replace(
         config,
         systems={label: replace(entry, reuse_tuning_of=None)},
-        # A study tries three or more rates.
-        tuning=replace(config.tuning, rates=sorted({*config.tuning.rates, *rates})),
+        tuning=replace(config.tuning, **grid),
         run=replace(config.run, data=str(data) if data else None),
     )
-    trials = build_stage_trials(config, "rates", {label: TuningResult(label, settings)})
-    return [trial for trial in trials if trial.settings[RATE] in rates]
+    trials = build_stage_trials(config, stage, {label: TuningResult(label, settings)})
+    return [trial for trial in trials if trial.settings[key] in rates]
 
 
-def list_study_scores(study: Path, label: str) -> list[dict[str, Any]]:
+def is_task_rate(key: str) -> bool:
+    """Return whether a setting is the rate of a single task."""
+    return key.startswith("tasks.") and key.endswith(".lr")
+
+
+def list_study_scores(study: Path, label: str, stage: Stage = "rates") -> list[dict[str, Any]]:
     """Return the rows of the study's own rate trials.
 
     Args:
         study: directory of the study.
         label: of the system.
+        stage: whose rates.
     """
     known, _ = read_study_ledger(study)
+    key = RATE_KEYS[stage]
     return [
-        {"task": task, "rate": trial["settings"][RATE], "seed": trial["seed"], "score": score}
+        {"task": task, "rate": trial["settings"][key], "seed": trial["seed"], "score": score}
         | {"system": label, "source": STUDY, "steps": trial["steps"]}
         for trial in known[label].trials
-        if trial["stage"] == "rates"
+        if trial["stage"] == stage
         for task, score in trial["scores"].items()
     ]
 
 
 def run_trial(trial: Trial) -> dict[str, float]:
-    """Train a trial in this process without a folder; return task -> score."""
-    resolved = resolve_run(trial.config)
+    """Train a trial in this process without a folder; return task -> score.
+
+    Its pretraining, if it has one, is a run of its own below the run root.
+    """
+    config = trial.config
+    if trial.pretrain is not None:
+        start = replace(trial.pretrain, name=f"pretraining-{trial.name}")
+        model = run_end_to_end(build_joint_run(start), "pretrain")["model"]
+        config = replace(config, init_from=model)
+    resolved = resolve_run(config)
     reporter = ScoreReporter(resolved.config)
     train_model(ResolvedRun(resolved.config, None, resolved.corpora), reporter=reporter)
     return reporter.scores
@@ -133,6 +162,9 @@ def tabulate_scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
         rows: of one system.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    if len(tasks) > 1:
+        rows = [*rows, *_average_tasks(rows)]
+        tasks.append("mean")
     groups: dict[tuple[float, str], dict[str, list[float]]] = {}
     for row in rows:
         group = groups.setdefault((float(row["rate"]), row["source"]), {})
@@ -148,6 +180,18 @@ def tabulate_scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     return ["rate", "trials", *tasks], table
 
 
+def _average_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per trial with its mean score over tasks."""
+    trials: dict[tuple[float, str, int], list[float]] = {}
+    for row in rows:
+        key = (float(row["rate"]), row["source"], int(row["seed"]))
+        trials.setdefault(key, []).append(float(row["score"]))
+    return [
+        {"task": "mean", "rate": rate, "source": source, "seed": seed, "score": fmean(scores)}
+        for (rate, source, seed), scores in trials.items()
+    ]
+
+
 def _choose_rate(rows: Sequence[Mapping[str, Any]], task: str) -> str:
     own = [row for row in rows if row["task"] == task]
     fit = fit_best_rate([float(r["rate"]) for r in own], [float(r["score"]) for r in own])
@@ -158,20 +202,22 @@ def main(argv: list[str] | None = None) -> int:
     """Train the trials that the CSV lacks, append their scores, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rate_trials")
     parser.add_argument("study", type=Path, help="directory of a study or of its kept results")
-    parser.add_argument("system", help="label of a system without pretraining")
+    parser.add_argument("system", help="label of a system")
+    parser.add_argument("--pretraining", action="store_true", help="rates of the pretraining")
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", help="tuning seeds (default: all)")
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--output", type=Path, required=True, help="CSV of the scores")
     options = parser.parse_args(argv)
     label = options.system
+    stage: Stage = "pretraining_rates" if options.pretraining else "rates"
     try:
-        trials = build_rate_trials(options.study, label, options.rates, options.data)
+        trials = build_rate_trials(options.study, label, options.rates, options.data, stage)
     except UserError as error:
         parser.error(str(error))
     done = {(r["system"], float(r["rate"]), int(r["seed"])) for r in read_csv_rows(options.output)}
     for trial in trials:
-        rate, seed = trial.settings[RATE], trial.config.seed
+        rate, seed = trial.settings[RATE_KEYS[stage]], trial.config.seed
         if (label, rate, seed) in done or (options.seeds and seed not in options.seeds):
             continue
         scores = run_trial(trial)
@@ -188,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         append_csv_rows(options.output, COLUMNS, rows)
         console.print_note(f"{label}, rate {rate:g}, seed {seed}: done")
     repeated = [row for row in read_csv_rows(options.output) if row["system"] == label]
-    rows = [*list_study_scores(options.study, label), *repeated]
+    rows = [*list_study_scores(options.study, label, stage), *repeated]
     console.print_table(f"{label}: mean score on validation rows, %", *tabulate_scores(rows))
     return 0
 

@@ -39,6 +39,25 @@ def test_a_rate_of_the_study_has_the_trial_of_the_study() -> None:
     assert higher.splits == ("validation",)
 
 
+def test_rates_of_the_pretraining_have_its_trials() -> None:
+    trials = build_rate_trials(
+        FINAL, "skillnet-pretrained", [2e-3, 4e-3], stage="pretraining_rates"
+    )
+    assert [(t.config.seed, t.config.fold.number) for t in trials] == 2 * [(1000, 0), (1001, 1)]
+    same, higher = trials[0], trials[2]
+    lines = map(json.loads, (FINAL / "tuning.jsonl").read_text("utf-8").splitlines())
+    kept = {line["name"]: line["settings"] for line in lines}
+    assert same.settings == kept["skillnet-pretrained-p2-seed1000"]
+    assert higher.settings == same.settings | {"pretraining.training.lr": 4e-3}
+    assert higher.pretrain is not None
+    assert higher.pretrain.training.lr == 4e-3
+    assert higher.config.training.lr == same.config.training.lr
+    scores = list_study_scores(FINAL, "skillnet-pretrained", "pretraining_rates")
+    assert {row["rate"] for row in scores} == {5e-4, 1e-3, 2e-3}
+    with pytest.raises(UserError, match="skillnet has no pretraining; leave --pretraining out"):
+        build_rate_trials(FINAL, "skillnet", [4e-3], stage="pretraining_rates")
+
+
 def test_a_wrong_system_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no system 'dense'; there are skillnet, "):
         build_rate_trials(FINAL, "dense", [8e-3])
