@@ -15,6 +15,11 @@ from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from sweeps.analysis.claims import estimate_difference
+from sweeps.analysis.comparison import MEAN, compare_systems
+from sweeps.analysis.finished_runs import FinishedRun, read_run
+from sweeps.analysis.format import format_interval
+from sweeps.analysis.run_groups import label_runs
 from sweeps.config.space import format_setting
 from sweeps.report.cells import ReportTable, TableCell
 from sweeps.study.stored_config import read_study_config
@@ -64,6 +69,39 @@ def build_rates_table(folder: Path) -> ReportTable:
         [[TableCell(word) for word in row] for row in rows],
         "Below each tried rate: mean score of its trials on validation rows, in percent.",
     )
+
+
+def build_change_table(first: Path, again: Path) -> ReportTable:
+    """Return the differences from the reference in two studies, on the replicates that both have.
+
+    Args:
+        first: kept study.
+        again: kept study of the same systems at other rates.
+    """
+    studies = [read_kept_runs(folder) for folder in (first, again)]
+    shared = set.intersection(*({run.replicate for run in runs} for runs in studies))
+    reference = read_study_config(first).reference
+    compared = [
+        compare_systems([run for run in runs if run.replicate in shared], reference)
+        for runs in studies
+    ]
+    tests = [test for test in compared[1].tests if test.task == MEAN and test.kind != "pretraining"]
+    rows = []
+    for test in tests:
+        pair = (test.system, test.against)
+        changes = [estimate_difference(each, *pair, MEAN) for each in compared]
+        rows.append([" − ".join(pair), *map(format_interval, changes)])
+    return ReportTable(
+        "Differences of the mean score at the rates of both studies",
+        ["systems", *(f"studies/{folder.name}" for folder in (first, again))],
+        [[TableCell(word) for word in row] for row in rows],
+        f"In points, with 95 % intervals, on {len(shared)} replicates that both studies have.",
+    )
+
+
+def read_kept_runs(folder: Path) -> list[FinishedRun]:
+    """Return the labelled final runs of a kept study."""
+    return label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
 
 
 def _select_trials(own: TuningResult, stage: Stage) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_FILE
 from tools.docs.page_marks import put
-from tools.docs.study_rates import build_rates_table
+from tools.docs.study_rates import build_change_table, build_rates_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +54,8 @@ class StudyBlock:
 
 #: Marks of the table of learning rates, which the trials of the final study choose.
 CHOSEN_RATES = "chosen-rates"
+#: Marks of the table of differences at the rates of both studies.
+RATE_CHANGES = "rate-changes"
 
 #: Name of the marks -> block.
 BLOCKS = {
@@ -158,10 +160,14 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Write the blocks of the page."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
-    parser.add_argument("--block", choices=[*BLOCKS, CHOSEN_RATES], help="all by default")
+    names = [*BLOCKS, CHOSEN_RATES, RATE_CHANGES]
+    parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
     if options.block in (None, CHOSEN_RATES):
         put(PAGE, CHOSEN_RATES, table_to_markdown(build_rates_table(RESULTS / "final")))
+    if options.block in (None, RATE_CHANGES):
+        changes = build_change_table(RESULTS / "final", RESULTS / "rates")
+        put(PAGE, RATE_CHANGES, table_to_markdown(changes))
     for name, block in BLOCKS.items():
         if options.block in (None, name):
             put(PAGE, name, render_block(block))
