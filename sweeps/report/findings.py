@@ -9,6 +9,7 @@ import numpy as np
 
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
 from sweeps.analysis.claims import (
+    ClaimCondition,
     EvaluatedClaim,
     TestedDifference,
     answer_in_a_sentence,
@@ -127,8 +128,9 @@ def find_closest(claim: EvaluatedClaim) -> TestedDifference | None:
     return min(tested, key=_slack, default=None)
 
 
-def _slack(each: TestedDifference) -> float:
+def _slack(each: TestedDifference | None) -> float:
     """Return the distance from the lower bound to the margin; without an interval, −∞."""
+    assert each is not None
     low = each.change.low
     return -np.inf if np.isnan(low) else low + each.margin
 
@@ -174,25 +176,25 @@ def _describe_result(claim: EvaluatedClaim) -> str:
     for words, state in (("refuted", False), ("open", None)):
         for each in tested:
             if each.shown is state and len(tested) > 1:
-                excluded = "" if state is False else _describe_exclusions(each.tested)
-                parts.append(f"{words}: {_describe_difference(each.tested)}{excluded}")
-    closest = find_closest(claim)
-    if closest is not None and (len(tested) == 1 or all(each.shown for each in tested)):
-        words = "" if len(tested) == 1 else "closest: "
-        is_open = any(each.shown is None for each in tested)
-        excluded = _describe_exclusions(closest) if is_open else ""
-        parts.append(words + _describe_difference(closest) + excluded)
+                parts.append(f"{words}: {_describe_condition(each)}")
+    if len(tested) == 1:
+        parts.append(_describe_condition(tested[0]))
+    elif tested and all(each.shown for each in tested):
+        closest = min(tested, key=lambda each: _slack(each.tested))
+        parts.append(f"closest: {_describe_condition(closest)}")
     return "; ".join([*parts, *others])
 
 
-def _describe_difference(each: TestedDifference | None) -> str:
-    assert each is not None
+def _describe_condition(condition: ClaimCondition) -> str:
+    """Return the task and the difference; of an open one also what is excluded."""
+    tested = condition.tested
+    assert tested is not None
     # A line of the table ends beside a number and its interval, not within them.
-    number = format_interval(each.change).replace(" ", NO_BREAK_SPACE)
-    return f"{each.task.replace('_', ' ')} {number}"
+    number = format_interval(tested.change).replace(" ", NO_BREAK_SPACE)
+    excluded = _describe_exclusions(tested) if condition.shown is None else ""
+    return f"{tested.task.replace('_', ' ')} {number}{excluded}"
 
 
-def _describe_exclusions(each: TestedDifference | None) -> str:
+def _describe_exclusions(each: TestedDifference) -> str:
     """Return ": no loss above 0.8 points, no gain above 2.0"; "" without an interval."""
-    assert each is not None
     return "" if np.isnan(each.change.low) else f": {list_exclusions(each.change)}"

@@ -244,6 +244,10 @@ def test_a_claim_about_operations_needs_no_test(clear: SystemComparison):
     answer = findings.answer_comparison(clear, [claim])
     assert answer.endswith("; 1.00 of the FLOPs of specialist, at most 0.5.")
     assert "least favourable" not in answer
+    # The table keeps the score of a claim with one.
+    (claim,) = cl.evaluate_claims(clear, one_claim(tasks=[MEAN], flops_at_most=0.5))
+    result = findings.build_claim_table([claim], clear).rows[0][-1].text
+    assert re.match(r"mean \+\d+\.\d.*; 1\.00 of the FLOPs of specialist", result)
 
 
 def test_names_in_claims_are_checked_before_a_study_starts() -> None:
