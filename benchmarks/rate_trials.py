@@ -37,7 +37,13 @@ from sweeps.config.trials import ScoreConfig
 from sweeps.search.rate_fit import fit_best_rate
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import read_study_ledger
-from sweeps.study.tuning import RATE_KEYS, Stage, TuningResult, build_stage_trials
+from sweeps.study.tuning import (
+    RATE_KEYS,
+    Stage,
+    TuningResult,
+    build_stage_trials,
+    name_task_rate,
+)
 from sweeps.trials.trial import Trial
 
 COLUMNS = ("system", "task", "rate", "seed", "source", "score", "steps", "date", "machine")
@@ -99,7 +105,7 @@ def build_rate_trials(
     settings = {
         name: value
         for name, value in known[label].settings.items()
-        if name not in RATE_KEYS.values() and not is_task_rate(name)
+        if name not in {*RATE_KEYS.values(), *map(name_task_rate, config.run.tasks)}
     }
     # A study tries three or more rates.
     grid: dict[str, Any] = {stage: sorted({*getattr(config.tuning, stage), *rates})}
@@ -111,11 +117,6 @@ def build_rate_trials(
     )
     trials = build_stage_trials(config, stage, {label: TuningResult(label, settings)})
     return [trial for trial in trials if trial.settings[key] in rates]
-
-
-def is_task_rate(key: str) -> bool:
-    """Return whether a setting is the rate of a single task."""
-    return key.startswith("tasks.") and key.endswith(".lr")
 
 
 def list_study_scores(study: Path, label: str, stage: Stage = "rates") -> list[dict[str, Any]]:

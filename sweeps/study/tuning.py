@@ -228,6 +228,11 @@ def _choose_point(result: TuningResult, rows: Sequence[Mapping[str, Any]]) -> Tu
     return replace(result, settings=points[best], score=means[best])
 
 
+def name_task_rate(task: str) -> str:
+    """Return the setting that is the learning rate of one task."""
+    return f"tasks.{task}.lr"
+
+
 def choose_rates(
     result: TuningResult, rows: Sequence[Mapping[str, Any]], key: str, is_per_task: bool
 ) -> TuningResult:
@@ -244,7 +249,7 @@ def choose_rates(
     fits, score = {key: fit}, fit.score
     if key == RATE and is_per_task:
         for task in rows[0]["scores"]:
-            fits[f"tasks.{task}.lr"] = fit_best_rate(rates, [row["scores"][task] for row in rows])
+            fits[name_task_rate(task)] = fit_best_rate(rates, [row["scores"][task] for row in rows])
         score = fmean(each.score for name, each in fits.items() if name != key)
     chosen = {name: each.rate for name, each in fits.items()}
     words = {name: each.describe() for name, each in fits.items()}

@@ -24,7 +24,7 @@ from sweeps.config.space import format_setting
 from sweeps.report.cells import ReportTable, TableCell
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import read_study_ledger
-from sweeps.study.tuning import RATE, RATE_KEYS, Stage, TuningResult, choose_rates
+from sweeps.study.tuning import RATE, RATE_KEYS, Stage, TuningResult, choose_rates, name_task_rate
 
 
 def choose_rates_again(folder: Path) -> dict[str, TuningResult]:
@@ -112,15 +112,23 @@ def _list_scores(own: TuningResult) -> Iterator[tuple[str, str, Mapping[float, S
     """Yield the name of a score, the key of the rate that it chooses, and rate -> scores."""
     for stage, key in RATE_KEYS.items():
         trials = _select_trials(own, stage)
-        own_rates = [name for name in own.rates if name.startswith("tasks.") and key == RATE]
-        for name in own_rates or [key] * bool(trials):
-            task = name.split(".")[1] if own_rates else ""
-            scores: dict[float, list[float]] = {}
-            for row in trials:
-                score = row["scores"][task] if task else row["score"]
-                scores.setdefault(row["settings"][key], []).append(score)
-            words = task.replace("_", " ") or "mean"
-            yield ("pretraining, mean" if key != RATE else words), name, scores
+        if not trials:
+            continue
+        tasks = [t for t in trials[0]["scores"] if key == RATE and name_task_rate(t) in own.rates]
+        for task in tasks:
+            pairs = [(row["settings"][key], row["scores"][task]) for row in trials]
+            yield task.replace("_", " "), name_task_rate(task), _group_scores(pairs)
+        if not tasks:
+            pairs = [(row["settings"][key], row["score"]) for row in trials]
+            yield "mean" if key == RATE else "pretraining, mean", key, _group_scores(pairs)
+
+
+def _group_scores(pairs: Sequence[tuple[float, float]]) -> dict[float, list[float]]:
+    """Return rate -> scores of its trials."""
+    scores: dict[float, list[float]] = {}
+    for rate, score in pairs:
+        scores.setdefault(rate, []).append(score)
+    return scores
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from skillnet_platform.storage import data_root
 from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.finished_runs import read_run
-from sweeps.analysis.run_groups import label_runs
 from sweeps.report.references import measure_references, write_references
 from sweeps.study.stored_config import read_study_config
-from sweeps.study.study import read_study_ledger
+from tools.docs.study_rates import read_kept_runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     # Absolute, because the settings of a run name an absolute path.
     data = {"data": str((options.data or data_root()).absolute())}
-    runs = [read_run(folder, label) for label, folder in read_study_ledger(options.study)[1]]
+    runs = read_kept_runs(options.study)
     runs = [replace(run, settings={**run.settings, **data}) for run in runs]
-    comparison = compare_systems(label_runs(runs), read_study_config(options.study).reference)
+    comparison = compare_systems(runs, read_study_config(options.study).reference)
     scores = measure_references(comparison)
     if not scores:
         parser.error(f"{data['data']} lacks corpora of the study, or has other versions of them")

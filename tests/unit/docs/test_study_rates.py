@@ -23,7 +23,7 @@ def test_rates_lie_beside_the_best_trials_of_the_final_study() -> None:
     for _, again, *scores in lines.values():
         means = {rate: float(score) for rate, score in zip(tried, scores, strict=True) if score}
         best = max(means, key=lambda rate: means[rate])
-        # The top of a parabola is at most half of a step from the middle of three rates.
+        # The top of a parabola lies within its three rates.
         assert best / 2 <= float(again) <= best * 2
 
 
