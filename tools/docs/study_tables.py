@@ -1,9 +1,10 @@
-"""Tables of kept studies for docs/results/final.md: ``python -m tools.docs.study_tables``.
+"""Tables of kept studies for docs/results: ``python -m tools.docs.study_tables``.
 
-Each block of the page belongs to one question and one or two studies below ``benchmarks/results``.
-The report is computed again from the sums of units, and its answer and some of its tables are
-written between the marks of the page. A block whose studies are not complete says so: the
-preregistration allows no look at a part of the final study.
+The final study has a page, and the studies beside it share another one. Each block belongs to one
+question and one or two studies below ``benchmarks/results``. The report is computed again from the
+sums of units, and its answer and some of its tables are written between the marks of its page. A
+block whose studies are not complete says so: the preregistration allows no look at a part of the
+final study.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from tools.docs.study_rates import build_change_table, build_rates_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results" / "final.md"
+PAGES = ROOT / "docs" / "results"
+FINAL_PAGE, BESIDE_PAGE = PAGES / "final.md", PAGES / "beside.md"
 
 #: Facts that are the same on each day.
 FACTS = ("runs at commit", "runs evaluated", "machine", "runs by precision")
@@ -37,19 +39,21 @@ CLAIMS, SCORES, DIFFERENCES = "Claims", "Results on held-out rows", "Differences
 
 @dataclass(frozen=True)
 class StudyBlock:
-    """One block of the page.
+    """One block of a page.
 
     Args:
         studies: kept studies. Runs of several are compared on the folds and seeds that they share.
         tables: titles of the tables.
         systems: labels of the systems; all by default.
         is_reserve: whether the block shows the reserve of the study.
+        page: that has the block.
     """
 
     studies: tuple[str, ...]
     tables: tuple[str, ...]
     systems: tuple[str, ...] = ()
     is_reserve: bool = False
+    page: Path = BESIDE_PAGE
 
 
 #: Marks of the table of learning rates, which the trials of the final study choose.
@@ -59,8 +63,12 @@ RATE_CHANGES = "rate-changes"
 
 #: Name of the marks -> block.
 BLOCKS = {
-    "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, "Gain from pretraining", "Cost")),
-    "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True),
+    "final": StudyBlock(
+        ("final",),
+        (CLAIMS, SCORES, DIFFERENCES, "Gain from pretraining", "Cost"),
+        page=FINAL_PAGE,
+    ),
+    "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True, page=FINAL_PAGE),
     "labels": StudyBlock(("labels",), (CLAIMS, SCORES)),
     "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, "Gain from pretraining")),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
@@ -95,7 +103,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
     """Return the report of a block; None if a study is not complete or its reserve is closed.
 
     Args:
-        block: of the page.
+        block: of a page.
         results: directory of the kept studies.
     """
     folders = [results / name for name in block.studies]
@@ -142,7 +150,7 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     """Return the text between the marks of a block.
 
     Args:
-        block: of the page.
+        block: of a page.
         results: directory of the kept studies.
     """
     report = build_block_report(block, results)
@@ -158,19 +166,19 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the blocks of the page."""
+    """Write the blocks of both pages."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.study_tables", description=__doc__)
     names = [*BLOCKS, CHOSEN_RATES, RATE_CHANGES]
     parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
     if options.block in (None, CHOSEN_RATES):
-        put(PAGE, CHOSEN_RATES, table_to_markdown(build_rates_table(RESULTS / "final")))
+        put(BESIDE_PAGE, CHOSEN_RATES, table_to_markdown(build_rates_table(RESULTS / "final")))
     if options.block in (None, RATE_CHANGES):
         changes = build_change_table(RESULTS / "final", RESULTS / "rates")
-        put(PAGE, RATE_CHANGES, table_to_markdown(changes))
+        put(BESIDE_PAGE, RATE_CHANGES, table_to_markdown(changes))
     for name, block in BLOCKS.items():
         if options.block in (None, name):
-            put(PAGE, name, render_block(block))
+            put(block.page, name, render_block(block))
     return 0
 
 

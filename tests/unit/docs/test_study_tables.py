@@ -15,10 +15,10 @@ from tools.docs import study_tables
 from tools.docs.page_marks import between
 from tools.docs.study_rates import build_change_table, build_rates_table
 from tools.docs.study_tables import (
+    BESIDE_PAGE,
     BLOCKS,
     CHOSEN_RATES,
     NOT_COMPLETE,
-    PAGE,
     RATE_CHANGES,
     RESULTS,
     StudyBlock,
@@ -64,17 +64,17 @@ def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_page_shows_what_the_kept_studies_give(name: str) -> None:
-    assert between(PAGE, name) == render_block(BLOCKS[name])
+    assert between(BLOCKS[name].page, name) == render_block(BLOCKS[name])
 
 
 def test_the_page_has_the_rates_that_the_present_rule_chooses() -> None:
     table = build_rates_table(RESULTS / "final")
-    assert between(PAGE, CHOSEN_RATES) == table_to_markdown(table)
+    assert between(BESIDE_PAGE, CHOSEN_RATES) == table_to_markdown(table)
 
 
 def test_the_page_compares_the_differences_at_the_rates_of_both_studies() -> None:
     table = build_change_table(RESULTS / "final", RESULTS / "rates")
-    assert between(PAGE, RATE_CHANGES) == table_to_markdown(table)
+    assert between(BESIDE_PAGE, RATE_CHANGES) == table_to_markdown(table)
     assert "on 5 replicates that both studies have" in table.caption
     pairs = [row[0].text for row in table.rows]
     assert "skillnet-alone − skillnet" in pairs
