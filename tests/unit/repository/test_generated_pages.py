@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.measure import RESULTS
 from tests.chaos.result_rows import read
-from tools.docs import chaos_table, merge_tables, scale_table
+from tools.docs import chaos_table, coverage_tables, merge_tables, scale_table
 from tools.docs import growth_tables as growth_result
 from tools.docs import quickstart_tables as seeds
 from tools.docs import sweep_tables as sweep_result
@@ -55,3 +55,9 @@ def test_the_page_of_merging_shows_the_newest_demonstration() -> None:
     folder = merge_tables.newest_merge()
     assert folder is not None
     assert between(merge_tables.PAGE, "merge") == merge_tables.merge_page_text(folder)
+
+
+@pytest.mark.parametrize("name", coverage_tables.TABLES)
+def test_the_page_of_comparisons_shows_the_newest_simulations(name: str) -> None:
+    path = coverage_tables.find_newest(name)
+    assert between(coverage_tables.PAGE, name) == coverage_tables.render_table(path)
