@@ -69,7 +69,7 @@ BLOCKS = {
         page=FINAL_PAGE,
     ),
     "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True, page=FINAL_PAGE),
-    "labels": StudyBlock(("labels",), (CLAIMS, SCORES)),
+    "labels": StudyBlock(("labels",), (CLAIMS, SCORES, "Gain from pretraining")),
     "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, "Gain from pretraining")),
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
     "longer": StudyBlock(
