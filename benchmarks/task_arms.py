@@ -11,8 +11,9 @@ All arms of a comparison train one SkillNet of the headline study's size on ``fu
   96 tokens (``--longer``). ``--rounds`` also times both in turns, in CPU seconds of one thread.
 - ``pairs`` compares pretrainings of equal steps: masked code, two views of a function and words
   with definitions, against the same with half of the steps for pairs of ``functions_packages``.
-- ``headings`` compares pretrainings of equal steps for text classification: masked headings of
-  ``headings``, against those of ``headings_unused``, which has 16,950 headings more.
+- ``headings`` compares pretrainings of equal steps for text classification: masked headings and
+  definitions of ``headings``, against masked headings of ``headings_unused``, which has no
+  definitions and 14,901 headings more for pretraining.
 
 The command appends to the CSV, in the form of :mod:`benchmarks.method_trials`, and does not repeat
 a trial that the CSV has.
