@@ -74,7 +74,7 @@ BLOCKS = {
     "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
     "longer": StudyBlock(
         ("rates", "longer"),
-        ("Differences after more steps",),
+        ("Differences after more steps", SCORES),
         ("skillnet", "specialist", "skillnet-long", "specialist-long"),
     ),
     "dense": StudyBlock(

@@ -26,7 +26,6 @@ from tools.docs.study_tables import (
 )
 
 FINAL = StudyBlock(("final",), BLOCKS["final"].tables)
-LONGER = replace(BLOCKS["longer"], tables=(*BLOCKS["longer"].tables, study_tables.SCORES))
 
 
 def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
@@ -54,9 +53,9 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
 def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path: Path) -> None:
     keep_study(tmp_path, "rates", {"skillnet": 0.5, "specialist": 0.0, "moe": 0.4})
     results = tmp_path / "results"
-    assert render_block(LONGER, results) == NOT_COMPLETE, "the other study is missing"
+    assert render_block(BLOCKS["longer"], results) == NOT_COMPLETE, "the other study is missing"
     keep_study(tmp_path, "longer", {"skillnet-long": 0.5, "specialist-long": 0.5}, folds=2)
-    text = render_block(LONGER, results)
+    text = render_block(BLOCKS["longer"], results)
     assert "4 systems, 2 replicates each, 5 tasks, 8 runs" in text
     assert "| systems | task | 12 steps | 36 steps | change |" in text
     assert "moe" not in text
