@@ -22,7 +22,7 @@ from sweeps.report.report import ComparisonReport, build_report, table_to_markdo
 from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
-from sweeps.trials.remote_ledger import STUDY_FILE
+from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
 from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table
 
@@ -91,7 +91,8 @@ def is_complete(folder: Path) -> bool:
     Args:
         folder: the kept study.
     """
-    if not (folder / STUDY_FILE).is_file():
+    # A study that is still being tuned has no ledger of final runs.
+    if not all((folder / name).is_file() for name in (STUDY_FILE, STUDY_LEDGER)):
         return False
     config = read_study_config(folder)
     tuning, runs = read_study_ledger(folder)

@@ -48,6 +48,8 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     ledger = json.loads((folder / STUDY_LEDGER).read_text())
     write_json(folder / STUDY_LEDGER, ledger | {"runs": ledger["runs"][:-1]})
     assert render_block(FINAL, tmp_path / "results") == NOT_COMPLETE
+    (folder / STUDY_LEDGER).unlink()
+    assert render_block(FINAL, tmp_path / "results") == NOT_COMPLETE, "it is still being tuned"
 
 
 def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path: Path) -> None:
