@@ -29,6 +29,21 @@ from sweeps.analysis.statistics import RunSample, SampleDifference
 
 UNITS = Path(__file__).with_name("study_units.csv")
 LEVEL = 0.05
+#: Task, or the mean -> its column in the table.
+SHORT_NAMES = {
+    "text_classification": "text",
+    "speech_recognition": "speech",
+    "text_to_image": "image",
+    "text_to_video": "video",
+    "text_to_code": "code",
+    MEAN: "mean",
+}
+#: Column of the CSV -> words for it in the table.
+MEASURES = {
+    "coverage": "covers",
+    "false_alarms": "false alarms",
+    "non_inferiority": "passes at the margin",
+}
 
 
 class EffectSpread(NamedTuple):
@@ -288,20 +303,25 @@ def _find_scale(name: str) -> ScoreScale:
 
 
 def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results as a table with a line per design and measure."""
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    last = f"all {rows[0]['tests']} tests"
-    columns = ["design", "measure", *(name.replace("_", " ") for name in names), last]
-    lines = [" | ".join(columns), " | ".join(["---"] * 2 + ["---:"] * (len(names) + 1))]
+    """Return the results as a table with three lines per design.
+
+    Args:
+        rows: of :func:`measure_studies`, or of the CSV that has them.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    last = f"all {rows[0]['tests']}"
+    columns = ["design", "measure", *(SHORT_NAMES[task] for task in tasks), last]
+    lines = [" | ".join(columns), " | ".join(["---"] * 2 + ["---:"] * (len(columns) - 2))]
     for design in dict.fromkeys(row["design"] for row in rows):
-        own = [row for row in rows if row["design"] == design]
-        for measure, last in (
-            ("coverage", ""),
-            ("false_alarms", f"{own[0]['family_wise_error']:.1f}"),
-            ("non_inferiority", ""),
-        ):
-            cells = [design, measure.replace("_", " "), *(f"{row[measure]:.1f}" for row in own)]
-            lines.append(" | ".join([*cells, last]))
+        of = {row["task"]: row for row in rows if row["design"] == design}
+        error = f"{float(of[MEAN]['family_wise_error']):.1f}"
+        name = design
+        for measure, words in MEASURES.items():
+            cells = [f"{float(of[task][measure]):.1f}" for task in tasks]
+            lines.append(
+                " | ".join([name, words, *cells, error if measure == "false_alarms" else ""])
+            )
+            name = ""
     return "\n".join(f"| {line} |" for line in lines)
 
 
