@@ -49,11 +49,14 @@ def _build_chosen_table(
     counts = sorted({len(own.trials) for own in tuning.values() if own.reuse_tuning_of is None})
     steps = sorted({trial["steps"] for own in tuning.values() for trial in own.trials})
     trials = " or ".join(map(str, counts))
+    whose = "Every system"
+    if any(own.reuse_tuning_of is not None for own in tuning.values()):
+        whose += " that takes no settings from another one"
     return ReportTable(
         "Tuning",
         ["system", "trials", "as configured", "chosen", "training", "settings chosen"],
         rows,
-        f"Every system got {trials} trial(s) of {' or '.join(map(str, steps))} steps, at the same "
+        f"{whose} got {trials} trial(s) of {' or '.join(map(str, steps))} steps, at the same "
         "points of one space, with a seed that no final run has. Mean scores on the "
         "validation splits, in percent; only the final runs read the test splits. Chosen: top of "
         "the parabola over the tuned rates, else mean of the best trials."

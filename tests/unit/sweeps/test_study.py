@@ -172,12 +172,14 @@ def test_the_report_lists_limits_of_equal_tuning():
         "skillnet-pretrained": tn.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
     }
     caption = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
+    assert caption.startswith("Every system that takes no settings from another one got 1 trial(s)")
     assert "Tuned: training.lr. All other settings are equal for all systems" in caption
     assert "Settings tuned for another system: skillnet-pretrained uses skillnet." in caption
     assert "tuned without the pretraining" in caption
     assert "The pretraining of skillnet-pretrained, and its learning rate, has no tuning" in caption
     own = {label: tn.TuningResult(label, {}, 0.5, [trial]) for label in tuned}
     caption = build_tuning_tables(own, ["skillnet-pretrained"])[0].caption
+    assert caption.startswith("Every system got 1 trial(s)")
     assert "tuned for another system" not in caption
     assert "tuned without the pretraining" not in caption
     assert "pretraining" not in build_tuning_tables(own)[0].caption
