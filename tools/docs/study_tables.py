@@ -77,6 +77,11 @@ BLOCKS = {
         ("Differences after more steps", SCORES),
         ("skillnet", "specialist", "skillnet-long", "specialist-long"),
     ),
+    "longer-pretrained": StudyBlock(
+        ("rates", "longer", "longer-pretrained"),
+        ("Differences after more steps", SCORES),
+        ("skillnet", "skillnet-pretrained", "skillnet-long", "skillnet-long-pretrained"),
+    ),
     "dense": StudyBlock(
         ("rates", "dense"),
         (SCORES, DIFFERENCES, "Sizes of baselines"),

@@ -64,11 +64,20 @@ def test_the_budget_is_measured_by_curves_of_three_systems() -> None:
     assert all(0 < 10 * trial.config.training.evaluate_every < 2150 for trial in trials)
 
 
-def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps() -> None:
-    config, usual = parse_study("longer"), parse_study("rates")
+@pytest.mark.parametrize(
+    ("name", "systems"),
+    [
+        ("longer", {"skillnet-long", "specialist-long"}),
+        ("longer-pretrained", {"skillnet-long-pretrained"}),
+    ],
+)
+def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps(
+    name: str, systems: set[str]
+) -> None:
+    config, usual = parse_study(name), parse_study("rates")
     trials = build_final_trials(config, start_tuning(config))
-    assert {trial.group for trial in trials} == {"skillnet-long", "specialist-long"}
-    assert len(trials) == 2 * 5, "five folds"
+    assert {trial.group for trial in trials} == systems
+    assert len(trials) == len(systems) * 5, "five folds"
     others = {trial.name: trial for trial in build_final_trials(usual, start_tuning(usual))}
     for trial in trials:
         own, other = flatten_trial(trial), flatten_trial(others[trial.name.replace("-long", "")])
@@ -101,7 +110,9 @@ def test_the_final_systems_train_again_at_the_rates_of_the_present_rule() -> Non
         assert different <= {"name", "init_from", *chosen[str(trial.group)].settings}
 
 
-@pytest.mark.parametrize("name", ["labels", "budget", "longer", "dense", "rates"])
+@pytest.mark.parametrize(
+    "name", ["labels", "budget", "longer", "longer-pretrained", "dense", "rates"]
+)
 def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
