@@ -3,6 +3,7 @@
 - One page per command, with the output of ``skillnet COMMAND --help all``.
 - The decisions join the navigation in the order of their numbers.
 - Sphinx roles of docstrings (``:meth:``) are left out, since mkdocstrings prints them.
+- No line breaks within an interval, such as ``(49.9–64.4)``.
 - The build fails if a page loads a script, style, font or image from another host.
 - A link to a file of the repository outside ``docs/`` becomes the file's path as code, since the
   site contains only ``docs/``.
@@ -26,6 +27,10 @@ COMMANDS = "reference/commands"
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+#: The ends of an interval between brackets, and what is between them.
+INTERVAL = re.compile(r"(?<=\()([+−]?\d[\d.]*)(–| to )([+−]?\d[\d.]*)(?=\))")
+#: Between the ends -> the same without a place for a line break.
+UNBROKEN = {"–": "–&NoBreak;", " to ": "&nbsp;to&nbsp;"}
 #: A resource that a browser loads from another host when it shows the page.
 REMOTE = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//[^>]*>"""
@@ -112,8 +117,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out Sphinx roles before code."""
-    return ROLE.sub("", html)
+    """Leave out Sphinx roles before code, and line breaks within intervals."""
+    return INTERVAL.sub(lambda m: f"{m[1]}{UNBROKEN[m[2]]}{m[3]}", ROLE.sub("", html))
 
 
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:

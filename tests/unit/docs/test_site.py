@@ -60,3 +60,10 @@ def test_links_to_other_hosts_are_no_resources() -> None:
 
 def test_roles_of_docstrings_are_left_out() -> None:
     assert site_hooks.on_page_content(":meth:<code>x</code>") == "<code>x</code>"
+
+
+def test_no_line_breaks_within_an_interval() -> None:
+    text = "58.0 (50.4–65.3) and −2.0 (−3.5 to +0.1), from 2 to 4 (10–12 of 14)"
+    assert site_hooks.on_page_content(text) == (
+        "58.0 (50.4–&NoBreak;65.3) and −2.0 (−3.5&nbsp;to&nbsp;+0.1), from 2 to 4 (10–12 of 14)"
+    )
