@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sweeps.analysis.comparison import SystemComparison
 from sweeps.analysis.finished_runs import FinishedRun
-from sweeps.analysis.format import format_count
+from sweeps.analysis.format import format_count, format_signed_points
 from sweeps.report.cells import ReportTable, TableCell
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ def build_size_table(comparison: SystemComparison) -> ReportTable:
                 TableCell(size.quantity),
                 TableCell(format_count(size.aimed)),
                 TableCell(format_count(size.reached)),
-                TableCell(f"{100 * size.deviation:+.1f} %", "mismatch" if size.is_mismatch else ""),
+                TableCell(
+                    f"{format_signed_points(size.deviation)} %",
+                    "mismatch" if size.is_mismatch else "",
+                ),
             ]
         )
     names = ", ".join(mismatches)
@@ -39,8 +42,8 @@ def build_size_table(comparison: SystemComparison) -> ReportTable:
         ["system", "matched", "SkillNet", "system's layers", "difference"],
         rows,
         "Transformer layers, on average over the tasks that the runs train and evaluate. "
-        "Operations are those of a token. "
-        + (f"Not the size of SkillNet, by more than 5 %: {names}." if names else ""),
+        "Operations are those of a token."
+        + (f" Not the size of SkillNet, by more than 5 %: {names}." if names else ""),
         collapsed=not mismatches,
     )
 
