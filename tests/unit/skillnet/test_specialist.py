@@ -267,7 +267,7 @@ def test_the_scale_of_initial_weights_is_a_setting_of_every_system(system: str) 
         config = small_config(mel_stack=4, n_mels=8, init_scale=scale)
         models.append(dict(build_system(system, config).named_parameters()))
     ratios = {
-        name: float(weight.norm() / plain.norm())
+        name: float(weight.detach().norm() / plain.detach().norm())
         for (name, plain), weight in zip(models[0].items(), models[1].values(), strict=True)
         if is_layer_weight(name) and plain.ndim >= 2 and "router" not in name
     }
