@@ -71,7 +71,9 @@ def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
     missing = [archive for archive in archives if not _is_verified(archive, directory)]
     if missing:
         # A full disk is reported before the download, not after minutes of it.
-        storage.require_space(directory, sum(archive.bytes for archive in missing))
+        total = sum(archive.bytes for archive in missing)
+        storage.require_space(directory, total)
+        console.print_note(f"downloading {storage.human_bytes(total)} to {directory}")
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         with (

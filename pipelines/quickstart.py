@@ -91,7 +91,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     stages = StageTimer(5 - len(set(config.skip)))
     # Each stage is imported when it starts, so that the first line appears at once.
     if "fetch" not in config.skip:
-        with stages.stage("fetch", f"fetching {', '.join(names)} (112 MB the first time)"):
+        with stages.stage("fetch", f"fetching {', '.join(names)}"):
             from pipelines.fetch import fetch
 
             fetch(names, archives)

