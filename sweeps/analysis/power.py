@@ -19,6 +19,7 @@ from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison, find_variant
 from sweeps.analysis.finished_runs import PRETRAINED
+from sweeps.analysis.format import format_signed_points
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 
 #: Share of studies in which a detectable difference is found.
@@ -202,7 +203,7 @@ def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list
                 str(each.seeds),
                 f"{100 * each.error:.1f}",
                 f"{100 * each.margin:g}",
-                f"{100 * (each.detectable - each.margin):+.1f}".replace("-", "−"),
+                format_signed_points(each.detectable - each.margin),
                 f"{100 * each.shown_if_equal:.0f} %",
             ]
             for each in tests

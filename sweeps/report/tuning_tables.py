@@ -46,11 +46,12 @@ def _build_chosen_table(
                 TableCell(format_settings(own.settings)),
             ]
         )
-    counts = sorted({len(own.trials) for own in tuning.values() if own.reuse_tuning_of is None})
+    tuned = [own for own in tuning.values() if own.reuse_tuning_of is None]
+    counts = sorted({len(own.trials) for own in tuned})
     steps = sorted({trial["steps"] for own in tuning.values() for trial in own.trials})
     trials = " or ".join(map(str, counts))
     whose = "Every system"
-    if any(own.reuse_tuning_of is not None for own in tuning.values()):
+    if len(tuned) < len(tuning):
         whose += " that takes no settings from another one"
     return ReportTable(
         "Tuning",
