@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = ("skillnet", "pipelines", "platform/skillnet_platform", "sweeps")
 COMMANDS = PROJECT["project"]["entry-points"]["skillnet.commands"]
 PRESETS = sorted((ROOT / "configs").rglob("*.yaml"))
-LONGEST_FILE = 450
+LONGEST_FILE = 700
 
 
 def sources(*folders: str) -> list[Path]:
