@@ -56,7 +56,7 @@ class PlanCompiler:
         method: TokenMethod,
         x_BTD: Tensor,
         skills: Skills,
-        *rest: Tensor | None,
+        *rest: Any,
         kind: Hashable = None,
     ) -> TokenMethod | None:
         """Return the compiled function of a plan; the first batch of the plan compiles it.
@@ -66,7 +66,7 @@ class PlanCompiler:
             method: function of its class.
             x_BTD: tokens; see :func:`pad_tokens`.
             skills: active skills, sorted.
-            *rest: further inputs.
+            *rest: further inputs, tensors or None.
             kind: of the module. Modules of one kind differ in values only, and share their graphs.
 
         Returns:
@@ -93,7 +93,7 @@ class PlanCompiler:
         method: TokenMethod,
         x_BTD: Tensor,
         skills: Skills,
-        rest: tuple[Tensor | None, ...],
+        rest: tuple[Any, ...],
     ) -> TokenMethod | None:
         # With the compiler of torch, whose import takes seconds.
         from torch.fx.experimental import _config as shape_config

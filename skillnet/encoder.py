@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from skillnet.attention import padding_bias
 from skillnet.compilation import PlanCompiler, pad_tokens
 from skillnet.config import SkillNetConfig
-from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import SkillAttention, SkillFeedForward, SkillNorm, Skills, compute_dtype
 from skillnet.rounded_weights import share_merges
+from skillnet.stochastic_depth import KeptRows, LayerDraw, draw_kept_rows
 
 #: Name of the only "skill" of a layer without skill modules. All tasks use its weights.
 SHARED: Skills = ("shared",)
@@ -24,10 +24,6 @@ SHARED: Skills = ("shared",)
 
 #: A layer or a residual branch: tokens, active skills, bias, and for a layer also row weights.
 LayerCall = Callable[..., Tensor]
-
-#: Largest ``model.drop_path`` at which GPUs compute dropped rows too and give them the weight 0: up
-#: to here, leaving rows out costs more in copies than it saves (the limit of DINOv2).
-MASKED_DROP_PATH = 0.1
 
 
 class EncoderLayer(nn.Module):
@@ -67,7 +63,6 @@ class EncoderLayer(nn.Module):
             has_bias=config.bias,
             rank=config.skill_rank,
         )
-        self.drop_path = config.drop_path
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
         self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None
         #: Compiles a call whose weights are gathered; other layers are compiled with the encoder.
@@ -78,7 +73,7 @@ class EncoderLayer(nn.Module):
         x_BTD: Tensor,
         skills: Skills,
         bias_B11T: Tensor | None,
-        weights_2B11: Tensor | None = None,
+        draw: LayerDraw | None = None,
     ) -> Tensor:
         """Add both residual branches, and normalize each sum in a post-norm layer.
 
@@ -86,19 +81,19 @@ class EncoderLayer(nn.Module):
             x_BTD: tokens.
             skills: active skills, sorted.
             bias_B11T: of the attention scores; None if all tokens are real.
-            weights_2B11: weights of the rows in both branches, see :func:`draw_row_weights`.
+            draw: rows that compute the branches, see :func:`draw_kept_rows`; None means all.
         """
         if self.gather_weights is None:
-            return self._run(x_BTD, skills, bias_B11T, weights_2B11)
+            return self._run(x_BTD, skills, bias_B11T, draw)
         has_shared = not (self.attention_skills and self.feedforward_skills)
         has_own = self.attention_skills or self.feedforward_skills
         active = (SHARED if has_shared else ()) + (skills if has_own else ())
         # The weights exist only inside the call, so a step cannot share merged ones.
         with share_merges(()):
             call = self.gather_weights(self._run_gathered, active)
-            return call(x_BTD, skills, bias_B11T, weights_2B11)
+            return call(x_BTD, skills, bias_B11T, draw)
 
-    def _run_gathered(self, x_BTD: Tensor, skills: Skills, *rest: Tensor | None) -> Tensor:
+    def _run_gathered(self, x_BTD: Tensor, skills: Skills, *rest: Any) -> Tensor:
         run, compiled = type(self)._run, None
         if self.compiler is not None:
             kind = self.attention_skills, self.feedforward_skills
@@ -110,18 +105,20 @@ class EncoderLayer(nn.Module):
         x_BTD: Tensor,
         skills: Skills,
         bias_B11T: Tensor | None,
-        weights_2B11: Tensor | None,
+        draw: LayerDraw | None,
     ) -> Tensor:
         branches = ((self._attend, self.attention_norm), (self._feed, self.feedforward_norm))
         for index, (branch, norm) in enumerate(branches):
-            if weights_2B11 is None:
-                x_BTD = self._add(branch, x_BTD, skills, bias_B11T)
+            if isinstance(draw, tuple):
+                x_BTD = self._add(branch, x_BTD, skills, bias_B11T, draw[index])
             else:
                 y_BTD = branch(x_BTD, skills, bias_B11T)
-                if torch.compiler.is_compiling():
-                    x_BTD = x_BTD + y_BTD * weights_2B11[index]
+                if draw is None:
+                    x_BTD = x_BTD + y_BTD
+                elif torch.compiler.is_compiling():
+                    x_BTD = x_BTD + y_BTD * draw[index]
                 else:
-                    x_BTD = _WeightedSum.apply(x_BTD, y_BTD, weights_2B11[index])
+                    x_BTD = _WeightedSum.apply(x_BTD, y_BTD, draw[index])
             if self.is_post_norm:
                 x_BTD = _normalize(norm, x_BTD, skills)
         return x_BTD
@@ -146,22 +143,18 @@ class EncoderLayer(nn.Module):
         return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD, skills), active)
 
     def _add(
-        self, branch: LayerCall, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
+        self,
+        branch: LayerCall,
+        x_BTD: Tensor,
+        skills: Skills,
+        bias_B11T: Tensor | None,
+        kept: KeptRows,
     ) -> Tensor:
-        """Add a residual branch. In training, only a random subset of the rows gets the branch.
-
-        This is stochastic depth (Huang et al. 2016) in the form of DINOv2. Dropped rows are drawn
-        first, so their branch costs nothing. Kept rows are weighted by B / kept.
-        """
-        B = x_BTD.shape[0]
-        kept = count_kept_rows(B, self.drop_path) if self.training else B
-        if kept == B:
-            return x_BTD + branch(x_BTD, skills, bias_B11T)
-        rows = torch.randperm(B, device=x_BTD.device)[:kept]
+        """Add a residual branch to the rows that keep it. The other rows cost nothing."""
         if bias_B11T is not None:
-            bias_B11T = bias_B11T.index_select(0, rows)
-        y_BTD = branch(x_BTD.index_select(0, rows), skills, bias_B11T)
-        return x_BTD.index_add(0, rows, y_BTD.to(x_BTD.dtype), alpha=B / kept)
+            bias_B11T = bias_B11T.index_select(0, kept.rows)
+        y_BTD = branch(x_BTD.index_select(0, kept.rows), skills, bias_B11T)
+        return x_BTD.index_add(0, kept.rows, y_BTD.to(x_BTD.dtype), alpha=kept.scale)
 
 
 def build_norm(config: SkillNetConfig, has_skills: bool) -> nn.Module:
@@ -200,41 +193,6 @@ class _WeightedSum(torch.autograd.Function):
         return grads[0], torch.mul(grads[0], weights_B11, out=of_branch), None
 
 
-def draw_row_weights(x_BTD: Tensor, layers: int, drop_path: float) -> Tensor | None:
-    """Draw the weights (layers, 2, B, 1, 1) of the rows of residual branches: B / kept, or 0.
-
-    This is stochastic depth as in :meth:`EncoderLayer._add`, for GPUs: one draw for all branches,
-    and no copies of rows.
-
-    Args:
-        x_BTD: tokens.
-        layers: number of layers.
-        drop_path: probability of dropping a branch of a row.
-
-    Returns:
-        None if rows are not dropped, or are left out by the layers.
-    """
-    if drop_path > MASKED_DROP_PATH or not uses_gpu_kernels(x_BTD):
-        return None
-    B = x_BTD.shape[0]
-    kept = count_kept_rows(B, drop_path)
-    if kept == B:
-        return None
-    # The order of random numbers is a random order, so exactly `kept` rows stay.
-    ranks_L2B = torch.rand(layers, 2, B, device=x_BTD.device).argsort(-1)
-    return ((ranks_L2B < kept).to(x_BTD.dtype) * (B / kept))[..., None, None]
-
-
-def count_kept_rows(rows: int, drop_path: float) -> int:
-    """Return the number of rows that keep a branch: at least one, so that its weights learn.
-
-    Args:
-        rows: of the batch.
-        drop_path: probability of dropping a branch of a row.
-    """
-    return max(round(rows * (1 - drop_path)), 1)
-
-
 class Encoder(nn.Module):
     """Stack of encoder layers, and after pre-norm layers a final norm. (B, T, D) -> (B, T, D)."""
 
@@ -247,7 +205,7 @@ class Encoder(nn.Module):
         is_post_norm = config.norm_position == "post"
         self.norm = nn.Identity() if is_post_norm else nn.LayerNorm(config.dim, config.norm_eps)
         self.drop_path = config.drop_path
-        #: Whether GPUs may compute rows whose branch is dropped.
+        #: Whether rows whose branch is dropped may be computed.
         self.can_mask_rows = True
         #: Keep only the input of each layer for the backward pass, which computes the rest again.
         self.recompute_layers = False
@@ -263,17 +221,26 @@ class Encoder(nn.Module):
             mask_BT: True at real tokens; None if all are real.
         """
         if self.compiler is None:
-            return self._encode(x_BTD, skills, mask_BT)
+            return self._encode(x_BTD, skills, mask_BT, *self._draw_rows(x_BTD, None))
         padded_BTD, padded_BT = pad_tokens(x_BTD, mask_BT)
+        # A graph has no numbers of rows that differ between steps.
+        draws = self._draw_rows(x_BTD, True)
         encode: LayerCall | None = type(self)._encode
         # Collectives between layers are no part of a graph.
         if not self._gathers_weights():
             encode = self.compiler.find_compiled(
-                self, type(self)._encode, padded_BTD, skills, padded_BT
+                self, type(self)._encode, padded_BTD, skills, padded_BT, *draws
             )
         if encode is None:
-            return self._encode(x_BTD, skills, mask_BT)
-        return encode(self, padded_BTD, skills, padded_BT)[:, : x_BTD.shape[1]]
+            return self._encode(x_BTD, skills, mask_BT, *draws)
+        return encode(self, padded_BTD, skills, padded_BT, *draws)[:, : x_BTD.shape[1]]
+
+    def _draw_rows(self, x_BTD: Tensor, is_masked: bool | None) -> list[LayerDraw]:
+        """Return the rows that each layer computes; nothing if no row is dropped."""
+        if not self.training:
+            return []
+        is_masked = is_masked if self.can_mask_rows else False
+        return draw_kept_rows(x_BTD, len(self.layers), self.drop_path, is_masked) or []
 
     def _gathers_weights(self) -> bool:
         return any(
@@ -281,19 +248,15 @@ class Encoder(nn.Module):
             for layer in self.layers
         )
 
-    def _encode(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None) -> Tensor:
+    def _encode(
+        self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None, *draws: LayerDraw
+    ) -> Tensor:
         # The bias is built once for all layers.
         bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
-        weights_L2B11 = None
-        if self.training and self.can_mask_rows:
-            weights_L2B11 = draw_row_weights(x_BTD, len(self.layers), self.drop_path)
         for index, layer in enumerate(self.layers):
-            weights_2B11 = None if weights_L2B11 is None else weights_L2B11[index]
+            draw = draws[index] if draws else None
             if self.recompute_layers and torch.is_grad_enabled():
-                # The random rows of stochastic depth are drawn again from the same state.
-                x_BTD = checkpoint(
-                    layer, x_BTD, skills, bias_B11T, weights_2B11, use_reentrant=False
-                )
+                x_BTD = checkpoint(layer, x_BTD, skills, bias_B11T, draw, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, skills, bias_B11T, weights_2B11)
+                x_BTD = layer(x_BTD, skills, bias_B11T, draw)
         return self.norm(x_BTD)

@@ -18,6 +18,7 @@ from pipelines.config.run import TaskTraining
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.group_sampler import GroupedShuffleSampler
 from pipelines.loading.pixel_changes import PixelChanges, apply_changes
+from pipelines.loading.rng import keyed_rng
 from pipelines.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
 from pipelines.loading.shard_table import ShardTable
 from pipelines.loading.task_columns import resolve_splits
@@ -65,6 +66,8 @@ class Batch:
             with a loss of zero weight, so that it takes part in all collective operations.
         masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
         changes: tower -> change of its pixels that is not applied yet.
+        first_row: position of the first row in the global batch.
+        seed: of the random draws for the global batch, equal on all ranks.
     """
 
     task: str
@@ -75,6 +78,8 @@ class Batch:
     is_padding: bool = False
     masked_counts: np.ndarray | None = None
     changes: PixelChanges = field(default_factory=dict)
+    first_row: int = 0
+    seed: int = 0
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """Return the batch on a device, its pixels changed, its floats in ``dtype``.
@@ -236,7 +241,10 @@ class MultiTaskDataLoader:
         towers, targets, changes = dataset.load(rows, random, self._augmentation)
         masked = targets.get("masked")
         counts = None if masked is None else masked.sum(1).numpy()
-        batch = Batch(task, towers, targets, rows, count, is_padding, counts, changes)
+        seed = int(keyed_rng(self.seed, "depth", step).integers(2**62))
+        batch = Batch(
+            task, towers, targets, rows, count, is_padding, counts, changes, part.start, seed
+        )
         return batch if for_gpu else batch.apply_changes()
 
 

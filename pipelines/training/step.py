@@ -27,6 +27,7 @@ from skillnet.losses import RankGather
 from skillnet.precision import ComputePrecision
 from skillnet.rounded_weights import share_merges
 from skillnet.skills import Task
+from skillnet.stochastic_depth import place_rows
 
 if TYPE_CHECKING:
     from pipelines.training.sharded_sync import ShardedSync
@@ -126,7 +127,13 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
 
         targets = cut(batch.targets)
         towers = {name: cut(tensors) for name, tensors in batch.towers.items()}
-        part = dataclasses.replace(batch, towers=towers, targets=targets, rows=batch.rows[rows])
+        part = dataclasses.replace(
+            batch,
+            towers=towers,
+            targets=targets,
+            rows=batch.rows[rows],
+            first_row=batch.first_row + start,
+        )
         if counts_B is not None:
             # Masked tokens are listed one after the other, for all rows. The host knows where a
             # row begins, so it does not wait for the device.
@@ -153,7 +160,7 @@ def _backward_contrastive(
     with torch.no_grad(), precision.autocast():
         for part in parts:
             states.append(_read_random_state(device))
-            embedded.append(model(batch.task, part.towers))
+            embedded.append(_run_model(model, part))
     leaves = {
         name: torch.cat([outputs[name] for outputs in embedded]).requires_grad_()
         for name in ("query", "candidate")
@@ -170,7 +177,7 @@ def _backward_contrastive(
         rows = slice(start, start + len(part.rows))
         with sync.paused(part is not parts[-1]):
             with precision.autocast():
-                outputs = model(batch.task, part.towers)
+                outputs = _run_model(model, part)
             # The gradient of these sums for an embedding is the one that the loss gave it.
             sums = [
                 (outputs[name] * _gradient(leaves[name])[rows]).sum()
@@ -227,13 +234,18 @@ def step_loss(
         health: counts the rows that cannot be aligned.
     """
     with precision.autocast():
-        outputs = model(batch.task, batch.towers)
+        outputs = _run_model(model, batch)
     if health is not None:
         health.add_outputs(task, outputs, batch)
     gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
     smoothing = config.tasks[batch.task].label_smoothing
     loss = task_loss(task, outputs, batch, gather, smoothing)
     return _add_auxiliary_losses(loss, model, batch)
+
+
+def _run_model(model: StepModel, batch: Batch) -> dict[str, Tensor]:
+    with place_rows(batch.seed, batch.global_rows, batch.first_row):
+        return model(batch.task, batch.towers)
 
 
 def _add_auxiliary_losses(loss: Tensor, model: StepModel, batch: Batch) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from skillnet.attention import PLAIN_TOKENS, multihead_attention, padding_bias
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import SHARED, Encoder, EncoderLayer, draw_row_weights
+from skillnet.encoder import SHARED, Encoder, EncoderLayer
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillAttention, SkillFeedForward, SkillLinear, Skills, SkillWeights
+from skillnet.stochastic_depth import draw_kept_rows, place_rows
 from tests.helpers.small_models import small_config
 
 SKILLS = ("general", "text", "image", "sound", "video", "code", "alignment")
@@ -301,27 +302,60 @@ def test_names_that_torch_needs_are_refused(name: str) -> None:
 def test_drop_path_leaves_out_a_share_of_the_rows_and_scales_the_rest() -> None:
     torch.manual_seed(0)
     layer = EncoderLayer(small_config(drop_path=0.25), 0).double()
-    layer.feedforward = torch.nn.Module()  # type: ignore[assignment]
     x = torch.randn(8, 3, 8, dtype=torch.float64, requires_grad=True)
     branch = layer._attend(x, ("text",), None)
-    y = layer._add(layer._attend, x, ("text",), None)
+    drawn = draw_kept_rows(x, 1, 0.25)
+    assert drawn is not None
+    y = layer._add(layer._attend, x, ("text",), None, drawn[0][0])
     moved = (y - x).abs().amax((1, 2)) > 0
     assert moved.sum() == 6
     torch.testing.assert_close(y[moved], (x + branch * 8 / 6)[moved])
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient[~moved], torch.ones_like(gradient[~moved]))
-    layer.eval()
-    torch.testing.assert_close(layer._add(layer._attend, x, ("text",), None), x + branch)
+    encoder = encoder_of(small_config(drop_path=0.25)).eval()
+    assert torch.equal(encoder(x, ("text",)), encoder(x, ("text",)))
 
 
 def test_drop_path_keeps_the_mean() -> None:
     torch.manual_seed(0)
     layer = EncoderLayer(small_config(drop_path=0.4), 0)
     x = torch.randn(5, 3, 8)
-    draws = torch.stack([layer._add(layer._feed, x, ("text",), None) for _ in range(400)])
+    draws = []
+    for _ in range(400):
+        drawn = draw_kept_rows(x, 1, 0.4)
+        assert drawn is not None
+        draws.append(layer._add(layer._feed, x, ("text",), None, drawn[0][1]))
     torch.testing.assert_close(
-        draws.mean(0), x + layer._feed(x, ("text",), None), atol=0.02, rtol=0.1
+        torch.stack(draws).mean(0), x + layer._feed(x, ("text",), None), atol=0.02, rtol=0.1
     )
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_the_position_of_a_row_decides_whether_it_is_dropped(is_masked: bool) -> None:
+    """And not the number of rows that are computed with it; each tower has a draw of its own."""
+    x = torch.zeros(12, 1, 1)
+
+    def draw(first: int, rows: int, seed: int = 3) -> Tensor:
+        with place_rows(seed, 12, first):
+            towers = [draw_kept_rows(x[:rows], 2, 0.3, is_masked) for _ in range(2)]
+        found = torch.zeros(2, 2, 2, rows)
+        for tower, layers in enumerate(towers):
+            for layer, drawn in enumerate(layers or ()):
+                for branch, kept in enumerate(drawn):
+                    if isinstance(kept, Tensor):
+                        found[tower, layer, branch] = kept.flatten()
+                    else:
+                        found[tower, layer, branch, kept.rows] = kept.scale
+        return found
+
+    whole = draw(0, 12)
+    assert ((whole > 0).sum(-1) == 8).all()
+    for parts in ((5, 7), (1, 1, 10), (4, 4, 4), (1,) * 12):
+        starts = [sum(parts[:number]) for number in range(len(parts))]
+        split = [draw(first, rows) for first, rows in zip(starts, parts, strict=True)]
+        assert torch.equal(torch.cat(split, -1), whole)
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(draw(0, 12, seed=4), whole)
 
 
 def test_the_skill_of_every_nth_layer() -> None:
@@ -342,27 +376,25 @@ def test_layers_without_skills_are_shared_by_all_plans() -> None:
 
 
 def test_gpus_give_dropped_rows_the_weight_zero() -> None:
-    """The kernels of GPUs run on the CPU here; only the random numbers differ."""
+    """The kernels of GPUs run on the CPU here, with the same draw."""
     torch.manual_seed(0)
     encoder = encoder_of(small_config(drop_path=0.1, num_layers=3)).train()
     x = torch.randn(16, 3, 8, dtype=torch.float64)
-    assert draw_row_weights(x, 3, 0.1) is None  # a CPU leaves rows out
-    with assume_gpu():
-        weights = draw_row_weights(x, 3, 0.1)
-        assert weights is not None
-        assert draw_row_weights(x, 3, 0.0) is None
-        assert draw_row_weights(x, 3, 0.2) is None
-    assert weights.shape == (3, 2, 16, 1, 1)
-    assert ((weights == 0).sum(2) == 2).all()
-    torch.testing.assert_close(weights.sum(2), torch.full_like(weights.sum(2), 16))
-    rows = [weights[0, branch, :, 0, 0].nonzero()[:, 0] for branch in range(2)]
-    layer = encoder.layers[0]
-    assert isinstance(layer, EncoderLayer)
-    masked = layer(x, ("general", "text"), None, weights[0])
-    plain = x
-    for branch, kept in zip((layer._attend, layer._feed), rows, strict=True):
-        y = branch(plain[kept], ("general", "text"), None)
-        plain = plain.index_add(0, kept, y, alpha=16 / 14)
-    assert_same(masked, plain, dict(layer.named_parameters()))
+    with place_rows(5, 16, 0):
+        left_out = draw_kept_rows(x, 3, 0.1)
+    with assume_gpu(), place_rows(5, 16, 0):
+        masked = draw_kept_rows(x, 3, 0.1)
+        assert draw_kept_rows(x, 3, 0.0) is None
+        assert isinstance(draw_kept_rows(x, 3, 0.2)[0], tuple)  # type: ignore[index]
+    assert left_out is not None
+    assert masked is not None
+    for layer, rows, weights in zip(encoder.layers, left_out, masked, strict=True):
+        assert isinstance(weights, Tensor)
+        assert weights.shape == (2, 16, 1, 1)
+        assert ((weights == 0).sum(1) == 2).all()
+        torch.testing.assert_close(weights.sum(1), torch.full_like(weights.sum(1), 16))
+        plan = ("general", "text")
+        one, other = layer(x, plan, None, weights), layer(x, plan, None, rows)
+        assert_same(one, other, dict(layer.named_parameters()))
     with assume_gpu():
         assert encoder(x, ("general", "text")).isfinite().all()
