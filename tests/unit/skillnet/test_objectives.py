@@ -1,5 +1,6 @@
 """Objectives: one of a third party trains and is evaluated, and outputs come from the manifest."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,45 +29,15 @@ from tests.helpers.small_corpora import small_config, write_corpora
 
 TEXT = {"input": SkillPlan(("general", "text"), "text")}
 
-#: A classifier with a margin, as another package would add it.
-MARGIN = """
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from skillnet.heads import TaskHead
-from skillnet.objectives import TaskObjective
-
-
-class MarginHead(TaskHead):
-    def __init__(self, config, task):
-        super().__init__(config, task)
-        self.project = nn.Linear(config.dim, task.outputs)
-
-    def forward(self, pooled_BD):
-        return self.project(pooled_BD)
-
-    @classmethod
-    def compute_loss(cls, outputs, inputs):
-        logits, labels = outputs["logits"][inputs.real], inputs.targets["labels"][inputs.real]
-        return F.multi_margin_loss(logits, labels, reduction="sum") / inputs.count
-
-    @classmethod
-    def predict(cls, outputs):
-        return outputs["logits"].float()
-
-    @classmethod
-    def score_rows(cls, predictions, targets):
-        hits = predictions.argmax(1) == targets["labels"]
-        return hits.astype(float), np.ones(len(hits))
-
-
-MARGIN = TaskObjective(
-    "margin", "margin_objective:MarginHead", "margin_hits", columns=(("labels", "label"),),
-    output="logits", listed="labels",
+ROOT = Path(__file__).parents[3]
+#: Complete files of the page of plug-ins: title -> source.
+PLUGINS = dict(
+    re.findall(
+        r'^```python title="([^"]+)"\n(.*?)^```$',
+        (ROOT / "docs" / "reference" / "plugins.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
 )
-"""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def margin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed package with an entry point, as pip leaves it."""
-    (tmp_path / "margin_objective.py").write_text(MARGIN, encoding="utf-8")
+    source = PLUGINS["margin_objective.py"]
+    (tmp_path / "margin_objective.py").write_text(source, encoding="utf-8")
     about = tmp_path / "margin-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: margin\nVersion: 1.0\n")
@@ -116,6 +88,13 @@ def test_an_objective_of_another_package_trains_and_is_evaluated(data: Path) -> 
     )
     assert (row["metric"], row["low"] <= row["value"] <= row["high"]) == ("margin_hits", True)
     assert outcomes["subject", "test"].value == row["value"]
+
+
+def test_the_page_of_plug_ins_shows_the_packages_that_tests_install() -> None:
+    files = [*ROOT.glob("tests/*_package/*.py")]
+    assert files
+    for path in files:
+        assert PLUGINS[path.name] == path.read_text(encoding="utf-8"), path.name
 
 
 @pytest.mark.usefixtures("margin_package")
