@@ -2,6 +2,7 @@
 
 - One page per command, with the output of ``skillnet COMMAND --help all``.
 - The decisions join the navigation in the order of their numbers.
+- Decisions, results and studies come after guides in a search.
 - Sphinx roles of docstrings (``:meth:``) are left out, since mkdocstrings prints them.
 - No line breaks within an interval, such as ``(49.9–64.4)``.
 - The build fails if a page loads a script, style, font or image from another host.
@@ -27,6 +28,8 @@ COMMANDS = "reference/commands"
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+#: Folder of pages -> weight of a match in a search; other pages have 1.
+SEARCH_BOOSTS = {"decisions/": 0.2, "results/": 0.4, "study/": 0.4, "reference/commands/": 0.6}
 #: The ends of an interval between brackets, and what is between them.
 INTERVAL = re.compile(r"(?<=\()([+−]?\d[\d.]*)(–| to )([+−]?\d[\d.]*)(?=\))")
 #: Between the ends -> the same without a place for a line break.
@@ -112,7 +115,10 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace links that lead out of the site."""
+    """Replace links that lead out of the site, and weight the page in a search."""
+    for folder, boost in SEARCH_BOOSTS.items():
+        if page.file.src_uri.startswith(folder):
+            page.meta.setdefault("search", {"boost": boost})
     return replace_outside_links(markdown, page.file.src_uri)
 
 

@@ -1,6 +1,7 @@
 """The hooks of the documentation site."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,38 @@ def test_a_link_out_of_the_docs_becomes_a_path() -> None:
     text = "see [the preset](../configs/quickstart.yaml) and [skills](skills.md#x)"
     replaced = site_hooks.replace_outside_links(text, "page.md")
     assert replaced == "see the preset (`configs/quickstart.yaml`) and [skills](skills.md#x)"
+
+
+#: Words that people type -> a page that answers.
+ANSWERS = {
+    "GPU": "cluster.md",
+    "learning rate": "sweeps.md",
+    "audio": "own-corpora.md",
+    "LoRA": "upcycling.md",
+    "wandb": "tracking.md",
+    "TensorBoard": "tracking.md",
+    "BERT": "upcycling.md",
+    "regression": "own-corpora.md",
+    "CSV": "own-corpora.md",
+}
+
+
+@pytest.mark.parametrize(("word", "page"), ANSWERS.items())
+def test_the_first_page_leads_from_a_common_word_to_its_guide(word: str, page: str) -> None:
+    """The site's search finds the row, or the guide itself."""
+    home = (site_hooks.ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = [line for line in home.splitlines() if line.startswith("|") and word in line]
+    guide = (site_hooks.ROOT / "docs" / page).read_text(encoding="utf-8").split("\n## ")[0]
+    assert any(f"({page}" in row for row in rows) or word in guide
+
+
+def test_guides_come_before_decisions_in_a_search() -> None:
+    found = {}
+    for name in ("skills.md", "decisions/0001-build-configurations-from-types.md"):
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=name), meta={})
+        site_hooks.on_page_markdown("text", page)
+        found[name] = page.meta.get("search", {"boost": 1})["boost"]
+    assert found["skills.md"] > min(found.values())
 
 
 def test_a_link_to_a_missing_file_is_an_error() -> None:
