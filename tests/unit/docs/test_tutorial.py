@@ -38,21 +38,37 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
-    output = {}
+    printed = ""
     for language, title, code in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if title:
             (tmp_path / title).write_text(code, encoding="utf-8")
         elif language in ("python", "bash"):
-            output[code.split("\n")[0]] = run_block(language, code, tmp_path, environment)
-    described = next(text for code, text in output.items() if "inspect" in code)
-    assert "image_classification" in described
-    assert "test 185, train 1520, validation 92" in " ".join(described.split())
-    trained = next(text for code, text in output.items() if "--name digits-skillnet" in code)
-    accuracy = re.search(r"accuracy ([\d.]+) %", trained)
-    assert accuracy
-    assert float(accuracy[1]) > 80
+            printed = run_block(language, code, tmp_path, environment)
+        elif language == "text":
+            lines = [split_line(line) for line in printed.splitlines()]
+            for line in code.splitlines():
+                assert any(is_alike(split_line(line), other) for other in lines), (line, printed)
+    assert "dense" in printed
     reports = list((tmp_path / "runs" / "comparisons").rglob("report.html"))
     assert len(reports) == 1
-    text = reports[0].read_text(encoding="utf-8")
-    assert "dense" in text
-    assert "read digit" in text
+    assert "read digit" in reports[0].read_text(encoding="utf-8")
+
+
+def split_line(line: str) -> list[str | float]:
+    """Return the words and numbers of a line; digests and times are left out."""
+    words = re.findall(r"[0-9a-f]{16}|\d+ s\b|[−+-]?\d[\d,]*\.?\d*|[^\s\d]+", line)
+    kept = [word for word in words if not re.fullmatch(r"[0-9a-f]{16}|\d+ s", word)]
+    return [
+        float(word.replace(",", "").replace("−", "-")) if word[-1].isdigit() else word
+        for word in kept
+    ]
+
+
+def is_alike(expected: list[str | float], found: list[str | float]) -> bool:
+    """Whether a line of the page is the program's, up to the rounding of another processor."""
+    return len(expected) == len(found) and all(
+        abs(one - other) <= max(6.0, 0.001 * abs(one))
+        if isinstance(one, float) and isinstance(other, float)
+        else one == other
+        for one, other in zip(expected, found, strict=True)
+    )
