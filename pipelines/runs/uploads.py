@@ -1,6 +1,5 @@
 """Upload of a run to its object store in a thread, so that training never waits for the store."""
 
-import fcntl
 import shutil
 import threading
 import time
@@ -14,6 +13,7 @@ from pipelines.runs.mirror import CHECKPOINTS, RunMirror, link_checkpoint, mirro
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.locks import hold_lock
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
@@ -132,9 +132,12 @@ def restore_latest(mirror: RunMirror) -> None:
     """
     folder = mirror.run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".restore.lock").open("a") as lock:
-        # One worker per node downloads; the others wait and then find the checkpoint.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def describe(holder: str) -> str:
+        return f"{folder}: waiting for {holder}, which downloads the newest checkpoint"
+
+    # One worker per node downloads; the others wait and then find the checkpoint.
+    with hold_lock(folder / ".restore.lock", describe, wait=True):
         local = checkpoints.find_newest(folder)
         try:
             mirror.download_newest(local.step if local else -1)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,9 +74,23 @@ def test_a_second_process_gets_a_message_that_names_the_first(
     arguments = ["--config", "quickstart", "--name", "run"]
     if command is sweep.main:
         arguments = ["--config", "sweeps/width", "--name", "run"]
-    with lock_run_folder(run_root / "run"):
-        assert command(arguments) == 2  # type: ignore[operator]
-        said = capsys.readouterr().err
+    # A thread may take its own lock again, so another one holds it.
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_run_folder(run_root / "run"):
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        holder = pool.submit(hold)
+        assert held.wait(60)
+        try:
+            assert command(arguments) == 2  # type: ignore[operator]
+        finally:
+            done.set()
+        holder.result()
+    said = capsys.readouterr().err
     assert f"{run_root / 'run'}: process {os.getpid()} on " in said.replace("\n", " ")
     assert "works in this folder now" in said.replace("\n", " ")
     assert not (run_root / "run").exists(), "nothing was written"

@@ -17,7 +17,7 @@ import fcntl
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage import local as local_storage
+from skillnet_platform.storage.locks import hold_lock
 
 FOLDER_VARIABLE = "SKILLNET_CACHE"
 LIMIT_VARIABLE = "SKILLNET_CACHE_GB"
@@ -147,7 +148,7 @@ class FileCache:
     def used(self) -> int:
         """Return the bytes of all files and running downloads."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / ".room"):
+        with hold_lock(self.folder / ".room", self._describe_room, wait=True):
             marks = self._reserved()
             return self._taken(marks, self._files())
 
@@ -176,7 +177,11 @@ class FileCache:
         """Download a missing file; without ``needed`` only if the limit allows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / wanted.sha256
-        with _locked(self.folder / f"{wanted.sha256}.lock"):
+
+        def describe(holder: str) -> str:
+            return f"{wanted.uri}: waiting for {holder}, which downloads this file"
+
+        with hold_lock(self.folder / f"{wanted.sha256}.lock", describe, wait=True):
             # Another process may have downloaded it while this one waited for the lock.
             if path.exists():
                 return
@@ -203,7 +208,7 @@ class FileCache:
             Mark of the reservation. ``None`` if nothing fits and the file is not needed now.
         """
         # Two processes must not reserve the same free space.
-        with _locked(self.folder / ".room"):
+        with hold_lock(self.folder / ".room", self._describe_room, wait=True):
             self._sweep()
             marks = self._reserved()
             files = sorted(self._files(), key=lambda file: file[2])
@@ -222,6 +227,9 @@ class FileCache:
             mark = self.folder / f"{wanted.sha256}.{wanted.bytes}.taken"
             mark.touch()
             return mark
+
+    def _describe_room(self, holder: str) -> str:
+        return f"{self.folder}: waiting for {holder}, which makes room in the cache"
 
     def _files(self) -> list[tuple[Path, int, float]]:
         """Return (path, bytes, time of last use) of the complete files."""
@@ -281,13 +289,6 @@ def _remove_unused(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,8 @@
 """Locks between processes: kernel locks on files, which end with the process that holds them.
 
 A dead holder needs no clean-up: the kernel frees its lock, on a local disk and on NFS. The file
-names the holder for messages only.
+names the holder for messages only. A thread may take a lock again that it holds, also by another
+path of the same file; other threads wait like other processes.
 """
 
 import contextlib
@@ -10,8 +11,11 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from skillnet_platform import console
@@ -19,11 +23,27 @@ from skillnet_platform.errors import UserError
 
 #: Errors of a file system that has no locks, such as some mounts of object stores.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_HELD: set[int] = set()
+#: Seconds that a process waits for a lock before it names the holder.
+QUIET_S = 5.0
+_POLL_S = 0.01
 
 
 class LockHeldError(UserError):
-    """Another process holds a lock; the message names its process and host."""
+    """Another process holds a lock; the message names its process, host and command."""
+
+
+@dataclass
+class _HeldLock:
+    """Lock of a thread of this process; ``depth`` counts how often the thread has taken it."""
+
+    descriptor: int
+    file: tuple[int, int]
+    thread: int
+    depth: int = 1
+
+
+#: Device and inode of a lock file -> its lock. Several paths may lead to one file.
+_HELD: dict[tuple[int, int], _HeldLock] = {}
 
 
 @contextlib.contextmanager
@@ -37,59 +57,48 @@ def hold_lock(
 
     Args:
         path: of the lock file. It is created with its folder if it is missing, and kept.
-        describe: returns the message about another holder, such as ``process 7 on node-1``.
-        wait: wait for the other holder and print the message, instead of an error.
+        describe: returns the message about another holder, such as
+            ``process 7 on node-1 (skillnet finetune, since 10:30:00)``.
+        wait: wait for the other holder instead of an error, and print the message after
+            :data:`QUIET_S`.
 
     Raises:
         LockHeldError: another process holds the lock.
     """
-    descriptor = _acquire(Path(path), describe, wait)
-    if descriptor is None:
-        yield
-        return
-    _HELD.add(descriptor)
+    held = _acquire(Path(path), describe, wait)
     try:
         yield
     finally:
-        _HELD.discard(descriptor)
-        # A child that was forked a moment ago may still have a copy of the descriptor.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        if held is not None:
+            _release(held)
 
 
 def read_lock_holder(path: str | os.PathLike[str]) -> str:
-    """Return the holder in a lock file: ``process 7 on node-1 (since 10:30:00)``."""
+    """Return the holder in a lock file, with its host, command and start."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         holder = json.loads(Path(path).read_text(encoding="utf-8"))
-        return f"process {holder['pid']:d} on {holder['host']} (since {holder['since']})"
+        place = f"process {holder['pid']:d} on {holder['host']}"
+        return f"{place} ({holder['command']}, since {holder['since']})"
     return "another process"
 
 
-def _acquire(path: Path, describe: Callable[[str], str], wait: bool) -> int | None:
-    has_waited = False
+def _acquire(path: Path, describe: Callable[[str], str], wait: bool) -> _HeldLock | None:
     while True:
         descriptor = _open_lock_file(path)
         if descriptor is None:
             return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = describe(read_lock_holder(path))
-            if not wait:
-                os.close(descriptor)
-                raise LockHeldError(message) from None
-            if not has_waited:
-                console.print_note(message)
-            has_waited = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        except OSError as error:
+        about = os.fstat(descriptor)
+        file, thread = (about.st_dev, about.st_ino), threading.get_ident()
+        held = _HELD.get(file)
+        if held is not None and held.thread == thread:
             os.close(descriptor)
-            if error.errno not in WITHOUT_LOCKS:
+            held.depth += 1
+            return held
+        try:
+            _lock(descriptor, lambda: describe(read_lock_holder(path)), wait)
+        except BaseException as error:
+            os.close(descriptor)
+            if not isinstance(error, OSError) or error.errno not in WITHOUT_LOCKS:
                 raise
             console.print_warning(
                 f"{path}: this file system has no locks ({error.strerror}). Start no second "
@@ -99,8 +108,38 @@ def _acquire(path: Path, describe: Callable[[str], str], wait: bool) -> int | No
         # The holder before may have removed the file: then its lock protects nothing.
         if _is_same_file(descriptor, path):
             _write_holder(descriptor)
-            return descriptor
+            _HELD[file] = _HeldLock(descriptor, file, thread)
+            return _HELD[file]
         os.close(descriptor)
+
+
+def _lock(descriptor: int, describe: Callable[[], str], wait: bool) -> None:
+    """Lock an open file, and wait for another holder if ``wait``."""
+    silent_until = time.monotonic() + QUIET_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not wait:
+                raise LockHeldError(describe()) from None
+        if time.monotonic() >= silent_until:
+            console.print_note(describe())
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            return
+        time.sleep(_POLL_S)
+
+
+def _release(held: _HeldLock) -> None:
+    held.depth -= 1
+    # A forked child has closed the locks of its parent.
+    if held.depth or _HELD.get(held.file) is not held:
+        return
+    del _HELD[held.file]
+    # A child that was forked a moment ago may still have a copy of the descriptor.
+    with contextlib.suppress(OSError):
+        fcntl.flock(held.descriptor, fcntl.LOCK_UN)
+    os.close(held.descriptor)
 
 
 def _open_lock_file(path: Path) -> int | None:
@@ -132,7 +171,9 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 def _write_holder(descriptor: int) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    # The first words of the command line are no secret.
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
     # A full disk or a file of another user must not stop the work: the text is for messages.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -141,9 +182,9 @@ def _write_holder(descriptor: int) -> None:
 
 def _close_in_child() -> None:
     """Close the locks of the parent in a forked child, which may outlive the parent."""
-    for descriptor in list(_HELD):
+    for held in _HELD.values():
         with contextlib.suppress(OSError):
-            os.close(descriptor)
+            os.close(held.descriptor)
     _HELD.clear()
 
 

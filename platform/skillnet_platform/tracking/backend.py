@@ -5,7 +5,6 @@ worker is a private database. One process sets up an empty backend, since severa
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.storage.locks import hold_lock
 from skillnet_platform.storage.user_environment import prepare_user_environment
 from skillnet_platform.tracking.database_file import require_database
 from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
@@ -302,8 +302,10 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
         return
     path = sqlite_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        # Processes that migrate one empty database at the same time crash.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def describe(holder: str) -> str:
+        return f"{path}: waiting for {holder}, which sets up this database"
+
+    # Processes that migrate one empty database at the same time crash.
+    with hold_lock(path.with_suffix(".lock"), describe, wait=True):
         yield

@@ -10,6 +10,8 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from skillnet_platform.errors import UserError
+
 #: Table -> columns with locations of artifacts.
 LOCATION_COLUMNS = {
     "experiments": ("artifact_location",),
@@ -28,8 +30,8 @@ def relocate_artifacts(
 ) -> list[str]:
     """Let a database of MLflow find its artifacts beside it, after its run root was moved.
 
-    A location is replaced if its folder does not exist, or if ``artifacts`` has its runs: the run
-    root was copied.
+    A location is replaced if its folder cannot be reached, or if ``artifacts`` has its runs: the
+    run root was copied. Another path to the same folder, such as a symbolic link, stays.
 
     Args:
         database: sqlite file in the run root.
@@ -38,17 +40,27 @@ def relocate_artifacts(
 
     Returns:
         Replaced locations.
+
+    Raises:
+        UserError: the database must be changed, but is read-only or on a full disk.
     """
     if not database.is_file():
         return []
     with contextlib.closing(sqlite3.connect(database, timeout=LOCK_PATIENCE_S)) as connection:
         if not _find_moved(connection, artifacts):
             return []
-        with turn(), connection:
-            moved = _find_moved(connection, artifacts)
-            for old in moved:
-                _replace_location(connection, old, artifacts.as_uri())
-            return moved
+        try:
+            with turn(), connection:
+                moved = _find_moved(connection, artifacts)
+                for old in moved:
+                    _replace_location(connection, old, artifacts.as_uri())
+                return moved
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"{database}: its run root was reached by another path before, and the new "
+                f"location of its artifacts cannot be written ({error}). Make the database "
+                "writable, or use the earlier path"
+            ) from error
 
 
 def _find_moved(connection: sqlite3.Connection, artifacts: Path) -> list[str]:
@@ -71,7 +83,13 @@ def _find_moved(connection: sqlite3.Connection, artifacts: Path) -> list[str]:
 def _is_moved(connection: sqlite3.Connection, location: str, artifacts: Path) -> bool:
     from urllib.request import url2pathname
 
-    if not Path(url2pathname(location.removeprefix("file://"))).is_dir():
+    before = Path(url2pathname(location.removeprefix("file://")))
+    try:
+        if not before.is_dir():
+            return True
+        if artifacts.is_dir() and artifacts.samefile(before):
+            return False
+    except PermissionError:
         return True
     query = (
         "SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id) "

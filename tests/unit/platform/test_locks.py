@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import locks
 from skillnet_platform.storage.locks import LockHeldError, hold_lock
 from skillnet_platform.storage.temporary import remove_leftovers, temporary_directory
 
@@ -22,6 +25,15 @@ from skillnet_platform.storage.locks import hold_lock
 with hold_lock(sys.argv[1], str):
     print("ready", flush=True)
     time.sleep(600)
+"""
+TRY = """
+import sys
+from skillnet_platform.storage.locks import LockHeldError, hold_lock
+try:
+    with hold_lock(sys.argv[1], lambda holder: holder):
+        print("free")
+except LockHeldError as error:
+    print("held by", " ".join(str(error).split()[:2]))
 """
 WRITE = """
 import sys, time
@@ -34,6 +46,11 @@ with storage.atomic_write(sys.argv[1] + "/a.json", "w") as stream:
         print("ready", flush=True)
         time.sleep(600)
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "QUIET_S", 0.0)
 
 
 def start(program: str, path: Path) -> subprocess.Popen[str]:
@@ -49,7 +66,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / ".lock"
     with start(HOLD, path) as process:
         with (
-            pytest.raises(LockHeldError, match=rf"^process {process.pid} on .+ \(since 20"),
+            pytest.raises(LockHeldError, match=rf"^process {process.pid} on .+ \(-c .+, since 20"),
             hold_lock(path, lambda holder: holder),
         ):
             pass
@@ -87,12 +104,72 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_holder(tmp_path: Path
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_thread_takes_its_lock_again_by_any_path_and_another_process_waits(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    with hold_lock(tmp_path / "root" / ".lock", str):
+        with hold_lock(tmp_path / "link" / "." / ".lock", str, wait=True):
+            pass
+        # The inner block has not released the lock of the outer one.
+        held = subprocess.run(
+            [sys.executable, "-c", TRY, str(tmp_path / "root" / ".lock")],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert held.stdout == f"held by process {os.getpid()}\n"
+        with ThreadPoolExecutor(1) as pool, pytest.raises(LockHeldError):
+            pool.submit(try_lock, tmp_path / "root" / ".lock").result()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(try_lock, tmp_path / "root" / ".lock").result()
+
+
+def try_lock(path: Path) -> None:
+    with hold_lock(path, str):
+        pass
+
+
+def test_a_lock_file_that_its_holder_replaced_protects_nothing(tmp_path: Path) -> None:
+    # A run's folder is removed by the process that held its lock and rejected the configuration.
+    path = tmp_path / "run" / ".lock"
+    with start(HOLD, path) as process, ThreadPoolExecutor(1) as pool:
+        inode, waiting = path.stat().st_ino, threading.Event()
+
+        def describe(holder: str) -> str:
+            waiting.set()
+            return holder
+
+        def take_after_the_holder() -> int:
+            with hold_lock(path, describe, wait=True):
+                taken.set()
+                assert done.wait(60)
+                return path.stat().st_ino
+
+        taken, done = threading.Event(), threading.Event()
+        later = pool.submit(take_after_the_holder)
+        assert waiting.wait(60)
+        path.rename(tmp_path / "old")  # keeps the inode, which the new file must not get
+        path.touch()
+        process.kill()
+        assert taken.wait(60)
+        with pytest.raises(LockHeldError), hold_lock(path, str):
+            raise AssertionError("two holders")
+        done.set()
+        assert later.result() == path.stat().st_ino != inode
+
+
 def test_a_waiting_process_gets_the_lock_after_the_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with start(HOLD, tmp_path / ".lock") as process:
-        subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
-        with hold_lock(tmp_path / ".lock", lambda holder: f"waiting for {holder}", wait=True):
+
+        def kill_holder(holder: str) -> str:
+            process.kill()
+            return f"waiting for {holder}"
+
+        with hold_lock(tmp_path / ".lock", kill_holder, wait=True):
             assert f"waiting for process {process.pid}" in capsys.readouterr().err
 
 

@@ -1,8 +1,10 @@
 """The list of runs shows what tells runs apart, and a moved run root keeps its artifacts."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,61 @@ def test_a_moved_run_root_keeps_its_artifacts(
     copy = shutil.copytree(moved, moved.with_name("copy"))
     assert relocate_artifacts(copy / "mlflow.db", copy / "mlartifacts")
     assert not relocate_artifacts(moved / "mlflow.db", moved / "mlartifacts")
+
+
+#: Opens a run first: the same calls as every command that trains, merges or registers.
+RECORD = """
+import sys
+from skillnet_platform import tracking
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking.registration_order import registration_turn
+where = tracking.TrackingConfig(system_metrics=False)
+with tracking.start_run("there", None, where, run_id=sys.argv[1]) as tracker:
+    tracker.text("new", "new.txt")
+    with registration_turn(tracker.uri, "model"), registration_turn(tracker.uri, "model"):
+        client = backend.create_client(tracker.uri)
+        client.download_artifacts(tracker.run_id, "note.txt", ".")
+print(client.get_run(tracker.run_id).info.artifact_uri)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["copied", "moved", "linked", "mounted"])
+def test_a_command_runs_in_a_run_root_of_another_path(
+    kind: str, run_root: Path, tmp_path: Path
+) -> None:
+    with tracking.start_run("here", None, where()) as tracker:
+        tracker.text("kept", "note.txt")
+    there, words = tmp_path / "there", [sys.executable, "-c", RECORD, tracker.run_id]
+    expected = there  # location in the database afterwards
+    if kind == "copied":
+        shutil.copytree(run_root, there)
+    elif kind == "moved":
+        run_root.rename(there)
+    elif kind == "linked":
+        there.symlink_to(run_root)
+        expected = run_root  # the same folder: its location need not change
+    else:
+        # As in a container: the folder at its new path only.
+        there.mkdir()
+        hide = f"mount --bind {run_root} {there} && mount -t tmpfs none {run_root}"
+        words = ["unshare", "-rm", "sh", "-c", f'{hide} && exec "$@"', "sh", *words]
+        if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+            pytest.skip("this machine lets no user make namespaces")
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "SKILLNET_HOME": str(there)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.strip() == f"{(expected / 'mlartifacts').as_uri()}/{tracker.run_id}/artifacts"
+    )
+    assert (tmp_path / "note.txt").read_text() == "kept"
+    kept_in = run_root if kind == "mounted" else there
+    stored = kept_in / "mlartifacts" / tracker.run_id / "artifacts" / "new.txt"
+    assert stored.read_text() == "new"
