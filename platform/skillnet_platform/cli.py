@@ -320,6 +320,9 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         error: the exception.
         ours: packages whose plain ValueErrors are user errors.
     """
+    # Imported here because `skillnet --help` is to be quick.
+    from skillnet_platform.storage.local import explain_disk_error
+
     for inner in _unwrap(error):
         # Ray's wrapper also inherits from the class of the cause, but its text has a traceback.
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):
@@ -328,6 +331,9 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         if type(inner) is ValueError and _raised_in(inner) in ours:
             return str(inner)
         if (message := describe_missing_extra(inner)) is not None:
+            return message
+        # The text of Ray's wrapper has the message of the cause, without its path.
+        if not hasattr(inner, "cause") and (message := explain_disk_error(inner)) is not None:
             return message
     return None
 

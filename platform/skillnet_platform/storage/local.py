@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,19 @@ from skillnet_platform.storage.temporary import (
 )
 
 HOME_VARIABLE = "SKILLNET_HOME"
+
+#: Errors of a disk that takes no more, and of one that takes nothing.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+#: Texts of libraries that keep no error number, such as sqlite. Rust writes "(os error 28)".
+_TEXTS = {
+    "No space left on device": errno.ENOSPC,
+    "database or disk is full": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "Read-only file system": errno.EROFS,
+    "attempt to write a readonly database": errno.EROFS,
+}
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def run_root() -> Path:
@@ -233,7 +247,7 @@ def _making(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_guard(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
-    """Turn "no space left" of any library into one message.
+    """Turn "no space left" of any library into one message about a path.
 
     Args:
         path: that is being written.
@@ -245,11 +259,39 @@ def disk_guard(path: str | os.PathLike[str], needed: int | None = None) -> Itera
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Some libraries replace the OSError by their own exception and keep only its text.
-        if not full and "No space left on device" not in str(error):
+        number = _find_number(error)
+        if number not in FULL:
             raise
-        raise UserError(_full_message(Path(path), needed)) from error
+        raise UserError(_full_message(Path(path), needed, number)) from error
+
+
+def explain_disk_error(error: BaseException) -> str | None:
+    """Return the message about a disk that is full or cannot be written; None for another error.
+
+    Args:
+        error: of the system, or of a library that keeps the number or the text.
+    """
+    number = _find_number(error)
+    named = error.filename if isinstance(error, OSError) else None
+    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else None
+    if number in FULL:
+        return _full_message(path or run_root(), None, number)
+    # Without a path it is about a socket or a process.
+    if number not in CLOSED or (path is None and number != errno.EROFS):
+        return None
+    return (
+        f"{path or run_root()}: cannot be used ({os.strerror(number)}). Change its permissions, or "
+        f"give another folder; {HOME_VARIABLE} is the folder of all runs."
+    )
+
+
+def _find_number(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    text = str(error)
+    if found := _RUST_NUMBER.search(text):
+        return int(found[1])
+    return next((number for known, number in _TEXTS.items() if known in text), None)
 
 
 def require_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -275,11 +317,13 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _full_message(path: Path, needed: int | None) -> str:
-    free = human_bytes(free_bytes(path))
+def _full_message(path: Path, needed: int | None, number: int | None = errno.ENOSPC) -> str:
+    free = f"{human_bytes(free_bytes(path))} free"
+    if number not in (None, errno.ENOSPC):
+        free = f"{os.strerror(number)}; {free}"  # a limit of the user
     takes = f"; it takes {human_bytes(needed)} ({needed} bytes)" if needed is not None else ""
     return (
-        f"{path}: the disk is full ({free} free){takes}. Free some space, or set "
+        f"{path}: the disk is full ({free}){takes}. Free some space, or set "
         f"{HOME_VARIABLE} to a directory on a larger disk, and run the same command again."
     )
 

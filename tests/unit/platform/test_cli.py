@@ -106,6 +106,62 @@ def test_exit_codes(
     assert ("SKILLNET_DEBUG=1" in shown) == (code == 1)
 
 
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: the disk is full ("),
+        (OSError(errno.ENOSPC, "No space left on device"), "{root}: the disk is full ("),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", b"/d/x"), "/d/x: the disk is full (Disk quo"),
+        (OSError(errno.EFBIG, "File too large", "/d/x"), "/d/x: the disk is full (File too large"),
+        (OSError(errno.EROFS, "Read-only file system", "/d/x"), "/d/x: cannot be used (Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "/d"), "/d: cannot be used (Permiss"),
+        (PermissionError(errno.EPERM, "not permitted", "/d/x"), "/d/x: cannot be used (Operation"),
+        # safetensors, sqlite below MLflow, and the tokenizers library.
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "{root}: the disk is",
+        ),
+        (
+            RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+            "{root}: the disk is",
+        ),
+        (
+            sqlite3.OperationalError("attempt to write a readonly database"),
+            "{root}: cannot be used",
+        ),
+        (Exception("Read-only file system (os error 30)"), "{root}: cannot be used (Read-only"),
+        (Exception("Disk quota exceeded (os error 122)"), "{root}: the disk is full (Disk quota"),
+    ],
+)
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_a_disk_that_takes_nothing_is_a_user_error_of_every_command(
+    problem: Exception,
+    message: str,
+    is_inner: bool,
+    run_root: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(argv: list[str] | None = None) -> int:
+        if is_inner:
+            raise RuntimeError("a library failed") from problem
+        raise problem
+
+    assert cli.run_command(main, []) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message.format(root=run_root)}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "problem", [PermissionError(errno.EACCES, "Permission denied"), FileNotFoundError(2, "no", "x")]
+)
+def test_an_error_of_the_system_that_is_none_of_the_disk_stays_a_defect(problem: OSError) -> None:
+    def main(argv: list[str] | None = None) -> int:
+        raise problem
+
+    assert cli.run_command(main, []) == 1
+
+
 def test_a_value_error_of_a_library_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str] | None = None) -> int:
         import fractions
