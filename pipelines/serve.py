@@ -32,7 +32,6 @@ from skillnet_platform.config.bounds import (
     PositiveCount,
     require_bounds,
 )
-from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
 
@@ -123,7 +122,6 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
 
     is_shared = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     slots = max(len(os.sched_getaffinity(0)), -int(-config.replicas * config.cpus // 1))
-    # Ray installs its own handler of SIGTERM, which would abort this process.
     with connect.ray_session(slots), signals.terminate_as_interrupt():
         from ray import serve
 
@@ -218,7 +216,7 @@ def main(config: ServeConfig) -> int:
             console.print_note(f"{about['model']}: {', '.join(about['tasks'])}; Ctrl-C stops")
             console.print_output(f"http://{config.host}:{port}")
             server.run()
-    except (KeyboardInterrupt, TerminatedError):
+    except KeyboardInterrupt:
         return 0
     return 0
 

@@ -15,7 +15,9 @@ import contextlib
 import functools
 import json
 import logging
+import queue
 import secrets
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +142,7 @@ def write_corpora(
     max_error_rate: float,
     scheduling: SchedulingOptions,
     store: str | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Prepare corpora at the same time; yield the manifest of each one when it is published.
 
     Args:
@@ -163,7 +165,9 @@ def write_corpora(
         running = [state.job for state in states]
         with (
             console.show_progress("preparing", unit="rows") as bar,
-            contextlib.closing(_run_tasks(running, session, scheduling)) as results,
+            contextlib.closing(
+                _iterate_in_thread(_run_tasks(running, session, scheduling))
+            ) as results,
         ):
             for result in results:
                 if "user_error" in result:
@@ -228,6 +232,48 @@ def _run_tasks(
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, block["result"].to_pylist())
+
+
+def _iterate_in_thread(
+    items: Generator[dict[str, Any], None, None],
+) -> Generator[dict[str, Any], None, None]:
+    """Yield the items of an iterator that runs in a thread of its own.
+
+    A signal interrupts the main thread at any place. Inside Ray Data it would leave a submission
+    half done, and Ray's teardown of that state aborts the process.
+    """
+    # One item at a time: Ray Data slows its readers down if its results are not taken.
+    ready: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue(maxsize=1)
+    is_closed = threading.Event()
+
+    def put(item: dict[str, Any] | BaseException | None) -> None:
+        while not is_closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def iterate() -> None:
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    put(item)
+                    if is_closed.is_set():
+                        return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=iterate, name="prepare", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        is_closed.set()
+        if not cluster.halt_if_asked():
+            thread.join()
 
 
 def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:

@@ -148,8 +148,13 @@ def _prepare(
     from pipelines.preprocessing import pipeline
 
     scheduling = pipeline.choose_scheduling(corpora, store)
-    # After Ray's start: Ray's own handler of SIGTERM would print a C++ stack.
-    with signals.terminate_as_interrupt(), storage.scratch_directory(data / "reading") as spool_dir:
+    with (
+        signals.terminate_as_interrupt(),
+        storage.scratch_directory(data / "reading") as spool_dir,
+        contextlib.ExitStack() as stack,
+    ):
+        # The workers end before the directory is removed that they write to.
+        stack.callback(cluster.halt_if_asked)
         spools: dict[str, Path] = {}
         if not is_trained:
             spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
@@ -184,7 +189,8 @@ def _prepare(
             for corpus in corpora
             if corpus.name not in done
         ]
-        for manifest in pipeline.write_corpora(jobs, max_error_rate, scheduling, store):
+        manifests = pipeline.write_corpora(jobs, max_error_rate, scheduling, store)
+        for manifest in stack.enter_context(contextlib.closing(manifests)):
             done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
             console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}

@@ -243,7 +243,7 @@ def train_model(
                     stopped = f"reached training.max_minutes {limit} at step {step}"
             # All ranks read the same flag from the last bucket, so all stop after this step.
             if leaving and step < last:
-                stopped = f"preempted (SIGTERM) at step {step}"
+                stopped = f"preempted at step {step}"
                 break
             if reporter.needs_evaluation(step, last, settings):
                 with averaged_weights(replica, average, residency), meter.paused():

@@ -1,4 +1,4 @@
-"""Graceful preemption: on SIGTERM all ranks stop after the current step, with a checkpoint.
+"""Graceful preemption: on a stop signal all ranks stop after the current step, with a checkpoint.
 
 The driver or a worker may receive the signal; the same command resumes the run. A worker's flag
 travels in the last gradient bucket of the step
@@ -26,6 +26,7 @@ from typing import Protocol
 
 from skillnet_platform import console
 from skillnet_platform.errors import first_line
+from skillnet_platform.signals import handle_signals
 
 FILE = "leave"
 
@@ -37,6 +38,7 @@ ANSWER_TIMEOUT_S = 10.0
 _STOP_REQUESTED = threading.Event()
 #: Origin of the request: a signal to this process, or the driver.
 _REQUESTED_BY_SIGNAL, _REQUESTED_BY_DRIVER = threading.Event(), threading.Event()
+_RECEIVED_BY_DRIVER: list[signal.Signals] = []
 
 
 class StopSignal(Protocol):
@@ -93,6 +95,11 @@ def stop_requested_by_driver() -> bool:
     return _REQUESTED_BY_DRIVER.is_set()
 
 
+def received_signal() -> signal.Signals:
+    """Return the signal that stopped the last run of this driver: SIGTERM if a worker got it."""
+    return _RECEIVED_BY_DRIVER[0] if _RECEIVED_BY_DRIVER else signal.SIGTERM
+
+
 def request_stop() -> None:
     """Request a stop of this process after the current step, with a checkpoint.
 
@@ -109,7 +116,7 @@ def clear_request() -> None:
 
 @contextlib.contextmanager
 def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
-    """Treat SIGTERM as a stop request inside a block; a second one raises KeyboardInterrupt.
+    """Treat SIGTERM and SIGHUP as a stop request in a block; a second one raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
 
@@ -125,9 +132,11 @@ def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if _STOP_REQUESTED.is_set():
             raise KeyboardInterrupt
+        _RECEIVED_BY_DRIVER.append(signal.Signals(number))
         _STOP_REQUESTED.set()
         done.set()
-        console.print_warning("SIGTERM: stopping after this step, with a checkpoint")
+        name = received_signal().name
+        console.print_warning(f"{name}: stopping after this step, with a checkpoint")
 
     def forward(signal_to_set: StopSignal) -> None:
         done.wait()
@@ -142,19 +151,19 @@ def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
 
     # A request of an earlier run in this process must not stop this one.
     _STOP_REQUESTED.clear()
+    _RECEIVED_BY_DRIVER.clear()
     # The handler must not set the signal: the main thread may be inside the client that it needs.
     forwarder = threading.Thread(target=forward, args=(stop_signal,), name="stop", daemon=True)
     if stop_signal is not None:
         stop_signal.clear()
         forwarder.start()
-    before = signal.signal(signal.SIGTERM, handle)
     # Ray Train replaces the handler of Ctrl-C and does not restore it: after the fit that handler
     # would start another Ray to abort a finished fit.
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        with handle_signals(handle):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)
         done.set()
         if stop_signal is not None:

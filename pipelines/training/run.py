@@ -248,8 +248,10 @@ def _train(
         console.print_warning(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})
     if trained["preempted"]:
+        received = preemption.received_signal()
         raise TerminatedError(
-            f"ended by SIGTERM after step {trained['step']} of {config.training.steps}, with the "
-            f"checkpoint {trained['checkpoint']}; run the same command with --name {config.name} "
-            "to resume"
+            f"ended by {received.name} after step {trained['step']} of {config.training.steps}, "
+            f"with the checkpoint {trained['checkpoint']}; run the same command with --name "
+            f"{config.name} to resume",
+            received,
         )

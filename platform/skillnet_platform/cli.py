@@ -2,7 +2,8 @@
 
 Commands are entry points of the group ``skillnet.commands``. Most are made by :func:`command`; a
 plain ``main(argv)`` also works. A command is imported only when it is called.
-Exit codes: 0 success, 2 user error, 130 interrupted, 143 ended by SIGTERM, 1 any other error.
+Exit codes: 0 success, 2 user error, 130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM, 1 any
+other error.
 """
 
 import functools
@@ -13,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from skillnet_platform import __version__, console
+from skillnet_platform import __version__, console, signals
 from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
 from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri
@@ -60,6 +61,11 @@ LONGEST_CAUSE = 1000
 
 PlainMain = Callable[[list[str] | None], int | None]
 ConfigT = TypeVar("ConfigT")
+
+
+def run_program() -> int:
+    """Run ``skillnet`` as the program of this process, for the script and ``python -m``."""
+    return _run_as_program(main)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +127,8 @@ class CliCommand(Generic[ConfigT]):
         Args:
             argv: arguments after the command's name. ``None`` means ``sys.argv[1:]``.
         """
-        return run_command(self._run, argv, self.__module__)
+        run = functools.partial(run_command, self._run, argv, self.__module__)
+        return _run_as_program(run) if self.__module__ == "__main__" else run()
 
     def parse_arguments(self, argv: Sequence[str]) -> ConfigT:
         """Build the configuration of the command from its arguments.
@@ -267,7 +274,8 @@ def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, .
             from skillnet_platform.storage.user_environment import prepare_user_environment
 
             prepare_user_environment()
-        return function(arguments) or 0
+        with signals.terminate_as_interrupt("run the same command again"):
+            return function(arguments) or 0
     except SystemExit as exit_request:
         wanted = exit_request.code
         # SystemExit may hold None (success) or a message (failure) instead of a number.
@@ -275,7 +283,7 @@ def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, .
     except TerminatedError as notice:
         # Handled before KeyboardInterrupt, its base class, because the exit codes differ.
         console.print_error(str(notice))
-        return 143
+        return notice.exit_code
     except KeyboardInterrupt:
         console.print_error("interrupted")
         return 130
@@ -292,6 +300,16 @@ def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, .
         if not _debug():
             console.print_note("rerun with SKILLNET_DEBUG=1 for the traceback")
         return 1
+
+
+def _run_as_program(run: Callable[[], int]) -> int:
+    signals.own_process()
+    code = run()
+    # Imported by commands that use Ray.
+    connect: Any = sys.modules.get("skillnet_platform.cluster.connect")
+    if connect is not None:
+        connect.leave_process(code)
+    return code
 
 
 def _report_output_error(error: console.OutputError, code: int) -> int:
@@ -437,4 +455,4 @@ def _traceback_if_wanted() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program())

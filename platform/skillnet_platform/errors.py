@@ -1,6 +1,7 @@
 """Exceptions whose message is complete for the user."""
 
 import re
+import signal
 from collections.abc import Iterable
 
 from skillnet_platform.secret_uri import redact_secrets
@@ -19,10 +20,18 @@ class UserError(ValueError):
 
 
 class TerminatedError(KeyboardInterrupt):
-    """End of a run after SIGTERM. The message states what was saved and how to resume.
+    """End of a run after a signal. The message states what was saved and how to resume.
 
-    The command line prints the message and exits with 143 (128 + SIGTERM).
+    The command line prints the message and exits with 128 + the signal's number, 143 for SIGTERM.
+
+    Args:
+        message: complete for the user.
+        number: of the signal.
     """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:

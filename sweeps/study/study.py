@@ -95,7 +95,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     Raises:
         UserError: a trial is invalid (nothing is trained), or no tuning trial of a system
             finished.
-        KeyboardInterrupt: after a graceful stop.
+        KeyboardInterrupt: after a graceful stop, see ``run_trials``.
     """
     # These load torch, which --help must not do.
     from sweeps.study.kept_results import KeptTuning, is_kept_run, keep_results

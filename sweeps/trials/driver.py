@@ -283,7 +283,7 @@ class TrialDriver:
         """Run all trials and return their outcomes; every MLflow run is ended.
 
         Raises:
-            KeyboardInterrupt: after a graceful stop.
+            KeyboardInterrupt: after a graceful stop, see ``run_trials``.
         """
         from sweeps.trials import ray_tune
 
@@ -303,8 +303,7 @@ class TrialDriver:
                     # The sweep itself failed: the trial is resumed next time.
                     self._settle(entry, "interrupted")
             shutil.rmtree(self.options.folder / "tune", ignore_errors=True)
-        if self._stopper.stop_requested:
-            raise KeyboardInterrupt
+        self._stopper.raise_if_stopped()
         prune_entries(list(self.entries.values()), self.options.keep)
         return [entry.outcome for entry in self.entries.values() if entry.outcome is not None]
 

@@ -60,7 +60,8 @@ def run_trials(
     Raises:
         UserError: a trial does not fit its corpora, the cluster, or an existing run of its name;
             nothing is started.
-        KeyboardInterrupt: after a graceful stop by the first Ctrl-C or SIGTERM.
+        KeyboardInterrupt: after a graceful stop by the first Ctrl-C.
+        TerminatedError: after a graceful stop by the first SIGTERM or SIGHUP.
     """
     from skillnet_platform import cluster
     from sweeps.trials.driver import TrialDriver

@@ -24,7 +24,7 @@ from ray.tune.stopper import Stopper
 
 from pipelines.training import preemption
 from skillnet.malloc import give_back_freed_memory
-from skillnet_platform import console
+from skillnet_platform import console, signals
 from skillnet_platform.cluster.own_node import OwnNodeCheck
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories, run_root
@@ -289,7 +289,7 @@ class TrialListener(tune.Callback):
 
 
 class GracefulStopper(Stopper):
-    """Stops a sweep gracefully on the first Ctrl-C or SIGTERM; the second ends it at once.
+    """Stops a sweep gracefully on the first Ctrl-C or stop signal; the second ends it at once.
 
     Args:
         on_request: called on the first signal, in the signal handler.
@@ -297,6 +297,7 @@ class GracefulStopper(Stopper):
 
     def __init__(self, on_request: Callable[[], None]) -> None:
         self.stop_requested = False
+        self._received = signal.SIGINT
         self._on_request = on_request
 
     def __getstate__(self) -> dict[str, Any]:
@@ -311,25 +312,30 @@ class GracefulStopper(Stopper):
 
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Handle both signals while a block runs; only in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Handle the signals while a block runs; only in the main thread."""
 
         def request_stop(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_requested, self._received = True, signal.Signals(number)
             console.print_note("stopping the trials; the same command resumes them")
             self._on_request()
 
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {each: signal.signal(each, request_stop) for each in signals}
-        try:
+        with signals.handle_signals(request_stop, (signal.SIGINT, *signals.STOP_SIGNALS)):
             yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+
+    def raise_if_stopped(self) -> None:
+        """Raise the interrupt of the first signal, after a graceful stop.
+
+        Raises:
+            KeyboardInterrupt: it was Ctrl-C.
+            TerminatedError: it was another signal.
+        """
+        if not self.stop_requested:
+            return
+        if self._received is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise TerminatedError(f"ended by {self._received.name}; {signals.RESUMES}", self._received)
 
 
 class ResumableASHA:

@@ -173,9 +173,11 @@ def fit_on_ray(
                     raise UserError(str(error.controller_failure)) from None
                 if not isinstance(error.controller_failure, InsufficientWorkersError):
                     raise
+                received = preemption.received_signal()
                 raise TerminatedError(
-                    "ended by SIGTERM while too few nodes were available to train; run the same "
-                    f"command with --name {config.name} to resume"
+                    f"ended by {received.name} while too few nodes were available to train; run "
+                    f"the same command with --name {config.name} to resume",
+                    received,
                 ) from None
             except SystemExit:
                 # Ray Train turns Ctrl-C into SystemExit, which would look like a normal end.

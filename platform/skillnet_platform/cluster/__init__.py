@@ -6,6 +6,7 @@
 from skillnet_platform.cluster.connect import (
     OBJECT_STORE_BYTES,
     ensure_ray,
+    halt_if_asked,
     pin_to_this_node,
     prepare_ray_environment,
     ray_session,
@@ -14,6 +15,7 @@ from skillnet_platform.cluster.connect import (
 __all__ = [
     "OBJECT_STORE_BYTES",
     "ensure_ray",
+    "halt_if_asked",
     "pin_to_this_node",
     "prepare_ray_environment",
     "ray_session",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from skillnet_platform import console
+from skillnet_platform import console, signals
 from skillnet_platform.cluster import loopback
 from skillnet_platform.cluster.session_directory import (
     DIRECTORY_VARIABLE,
@@ -98,7 +98,8 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
                 "command with `skillnet submit`, or unset RAY_ADDRESS to use this machine alone"
             )
         try:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+            with signals.keep_handlers():
+                ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"RAY_ADDRESS={address}: no Ray answers there ({error}). Start the cluster, "
@@ -140,7 +141,9 @@ def start_embedded_ray(ray: Any, **options: Any) -> None:
     """
     for is_last in (False, True):
         try:
-            ray.init(**options)
+            # Ray's own handlers would print a C++ stack and end the process.
+            with signals.keep_handlers():
+                ray.init(**options)
             return
         except Exception as error:
             if STARTUP_TIMEOUT not in str(error):
@@ -178,7 +181,10 @@ def pin_to_this_node(ray: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def ray_session(cpus: int | None = None) -> Iterator[Any]:
-    """Provide Ray for a block; shut it down afterwards only if this block started it."""
+    """Provide Ray for a block; shut it down afterwards only if this block started it.
+
+    A program that a signal or Ctrl-C asked to end halts Ray instead, see :func:`halt_if_asked`.
+    """
     prepare_ray_environment()
     import ray
 
@@ -187,5 +193,38 @@ def ray_session(cpus: int | None = None) -> Iterator[Any]:
     try:
         yield ray
     finally:
-        if not already:
+        if not already and not halt_if_asked():
             ray.shutdown()
+
+
+def halt_if_asked() -> bool:
+    """Halt Ray if this process is a program that was asked to end; return whether it was.
+
+    Ray's client has threads that may submit tasks at this moment. Its teardown would abort the
+    process with a stack trace, so Ray is not used again: :func:`leave_process` ends the program.
+    Workers of this machine end now, so that files can be removed that they would write.
+    """
+    if not signals.must_leave():
+        return False
+    from skillnet_platform.ray_internals.single_node import halt_own_node
+
+    halt_own_node()
+    return True
+
+
+def leave_process(code: int) -> None:
+    """End a program that failed or was asked to end, if it is still connected to Ray.
+
+    The kernel ends Ray's processes of this machine together with this one. A cluster notices that
+    its driver has left.
+
+    Args:
+        code: exit code of the process.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or not (code or signals.must_leave()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

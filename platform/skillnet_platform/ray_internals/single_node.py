@@ -1,7 +1,12 @@
-"""Start of a Ray that stays on one node and listens on loopback only."""
+"""Start of a Ray that stays on one node and listens on loopback only, and its abrupt end."""
 
 import contextlib
+import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 #: Read by the processes that ``ray.init`` starts.
 CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -22,3 +27,37 @@ def disable_clusters() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def halt_own_node() -> None:
+    """Stop the raylet that this process started, and end its workers; no other node has one.
+
+    The raylet is stopped, not ended: this process would end inside Ray's client, with an exit code
+    of Ray, once the raylet's sockets are closed. The kernel ends the raylet with this process.
+    """
+    import psutil
+    from ray._private import worker
+    from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+
+    node = worker._global_node
+    started = node.all_processes.get(PROCESS_TYPE_RAYLET, []) if node is not None else []
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            raylet = psutil.Process(each.process.pid)
+            raylet.suspend()
+            while _kill_living(raylet.children(recursive=True)):
+                time.sleep(0.01)
+
+
+def _kill_living(processes: "list[psutil.Process]") -> bool:
+    """Kill processes; return whether one of them may still live."""
+    import psutil
+
+    has_living = False
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # A stopped raylet does not reap its children.
+            if each.status() != psutil.STATUS_ZOMBIE:
+                each.kill()
+                has_living = True
+    return has_living

@@ -240,8 +240,8 @@ def start_run(
     """Open an MLflow run for a block, on the driver.
 
     The run ends as FINISHED, as FAILED with the cause in the tag ``failure`` after an exception, or
-    as KILLED after an interrupt or SIGTERM. The next call closes a run that a killed process left
-    RUNNING, and sends the records in its spool.
+    as KILLED after an interrupt or a stop signal. The next call closes a run that a killed process
+    left RUNNING, and sends the records in its spool.
 
     Args:
         name: of the run.

@@ -1,13 +1,16 @@
 """The shell: quick help, entry points, nearest names, exit codes."""
 
+import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from skillnet_platform import cli, console
 from skillnet_platform.errors import UserError
@@ -256,6 +259,73 @@ def test_interrupt_from_outside_exits_with_130() -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
     process.stdout.close()
+
+
+#: A program whose Ray is connected, and aborts the process in its teardown.
+PROGRAM = """
+import atexit, os, sys, time, types
+from skillnet_platform import cli
+from skillnet_platform.cluster import connect
+from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals import single_node
+
+def abort():
+    print("Check failed: submitted_task_ref_count > 0", file=sys.stderr, flush=True)
+    os._exit(1)
+
+class Ray(types.ModuleType):
+    shutdown = staticmethod(abort)
+    is_initialized = staticmethod(lambda: True)
+
+def main(argv=None):
+    sys.modules["ray"] = Ray("ray")
+    single_node.halt_own_node = lambda: None
+    atexit.register(abort)
+    connect.ensure_ray = lambda cpus: None
+    Ray.is_initialized = staticmethod(lambda: False)  # the session starts it
+    with connect.ray_session():
+        Ray.is_initialized = staticmethod(lambda: True)
+        print("ready", flush=True)
+        if sys.argv[1] == "fail":
+            Ray.shutdown = staticmethod(lambda: None)
+            raise UserError("a.csv: too many bad rows")
+        time.sleep(60)
+
+raise SystemExit(cli._run_as_program(lambda: cli.run_command(main, [])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGTERM, 143, "ended by SIGTERM; run the same command again"),
+        (signal.SIGHUP, 129, "ended by SIGHUP; run the same command again"),
+        (signal.SIGINT, 130, "interrupted"),
+        (0, 2, "a.csv: too many bad rows"),
+    ],
+)
+def test_no_teardown_of_ray_decides_the_end_of_a_program(
+    number: int, code: int, message: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    handlers = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", handlers + PROGRAM, "wait" if number else "fail"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    if number:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (code, f"error: {message}\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -63,5 +63,7 @@ def test_both_scripts_start_the_same_program() -> None:
 
     root = Path(__file__).parents[3]
     scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["skillnet"] == scripts["skillnet-platform"] == "skillnet_platform.cli:main"
+    assert (
+        scripts["skillnet"] == scripts["skillnet-platform"] == "skillnet_platform.cli:run_program"
+    )
     assert cli.main(["--version"]) == 0

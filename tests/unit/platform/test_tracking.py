@@ -135,7 +135,7 @@ def child(run_root: Path) -> "subprocess.Popen[str]":
 def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
     place = backend.setup_backend()
     ids = {}
-    for name in (signal.SIGTERM, signal.SIGKILL):
+    for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
         process = child(run_root)
         assert process.stdout is not None
         ids[name] = process.stdout.readline().strip()
@@ -144,6 +144,7 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
         process.stdout.close()
     client = backend.create_client(place.uri)
     assert client.get_run(ids[signal.SIGTERM]).info.status == "KILLED"
+    assert client.get_run(ids[signal.SIGHUP]).info.status == "KILLED"
     assert client.get_run(ids[signal.SIGKILL]).info.status == "RUNNING"
     with tracking.start_run("next", None, TrackingConfig(system_metrics=False)) as tracker:
         closed = client.get_run(ids[signal.SIGKILL])

@@ -1,17 +1,65 @@
-"""When a corpus is stopped because of its error rate."""
+"""When a corpus is stopped because of its error rate, or by a signal."""
 
+import contextlib
 import json
+import os
+import signal
+import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.corpora.base import SourceArchives
+from pipelines.preprocessing import pipeline
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.preprocessing.progress import MIN_ROWS_TO_STOP, CorpusProgress
 from pipelines.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS
-from skillnet_platform.errors import UserError
+from skillnet_platform import signals
+from skillnet_platform.errors import TerminatedError, UserError
 from tests.helpers.synthetic_corpora import Made
+
+
+def test_a_signal_does_not_reach_into_the_iterator_that_submits_tasks() -> None:
+    is_inside, goes_on, closed_by = threading.Event(), threading.Event(), list[str]()
+
+    def submit() -> Generator[dict[str, int], None, None]:
+        try:
+            yield {"rows": 1}
+            is_inside.set()
+            assert goes_on.wait(60)
+            yield {"rows": 2}
+        finally:
+            closed_by.append(threading.current_thread().name)
+
+    def interrupt() -> None:
+        assert is_inside.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        goes_on.set()
+
+    threading.Thread(target=interrupt).start()
+    with (
+        pytest.raises(TerminatedError),
+        signals.terminate_as_interrupt(),
+        contextlib.closing(pipeline._iterate_in_thread(submit())) as items,
+    ):
+        assert list(items) == "interrupted"
+    # It was closed between two items, in its own thread, before its caller went on.
+    assert closed_by == ["prepare"]
+
+
+def test_items_and_errors_of_the_thread_arrive_in_order() -> None:
+    def fail() -> Generator[dict[str, int], None, None]:
+        yield {"rows": 1}
+        raise UserError("a.csv: is damaged")
+
+    items = pipeline._iterate_in_thread(fail())
+    assert next(items) == {"rows": 1}
+    with pytest.raises(UserError, match=r"a\.csv: is damaged"):
+        next(items)
+    many = pipeline._iterate_in_thread({"rows": number} for number in range(50))
+    assert [item["rows"] for item in many] == list(range(50))
 
 
 def start_progress(folder: Path) -> CorpusProgress:

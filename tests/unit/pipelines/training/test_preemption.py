@@ -7,22 +7,38 @@ from pathlib import Path
 import pytest
 
 from pipelines.training import preemption
+from skillnet_platform import signals
 from tests.helpers.waiting import wait_until
 
 
-def test_sigterm_requests_a_stop_and_a_second_one_interrupts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_requests_a_stop_and_a_second_one_interrupts(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     file = tmp_path / preemption.FILE
     file.touch()  # left by an earlier run
     with preemption.listen_in_driver(preemption.FileStopSignal(file)):
         assert not preemption.stop_requested()
         assert not file.exists()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert preemption.stop_requested()
         wait_until(file.exists, 30)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+    assert preemption.received_signal() is number
     assert not preemption.stop_requested()
     assert not file.exists()
+
+
+def test_nohup_keeps_a_run_through_the_end_of_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemption.listen_in_driver(), signals.terminate_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not preemption.stop_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_file_of_the_driver_requests_a_stop(tmp_path: Path) -> None:
