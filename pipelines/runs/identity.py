@@ -13,7 +13,8 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Location
 
-#: Keys of ``training`` that change where, how fast and how often, but not the result.
+#: Keys of ``training`` that change where, how fast and how often. They change the result at most
+#: as another number of workers does, by rounding.
 NON_IDENTITY_KEYS = (
     "max_minutes",
     "workers",
@@ -25,6 +26,7 @@ NON_IDENTITY_KEYS = (
     "use_gpu",
     "placement_strategy",
     "precision",
+    "micro_batch_size",
     "checkpoint_every",
     "keep_checkpoints",
     "evaluate_every",

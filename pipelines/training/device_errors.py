@@ -73,11 +73,19 @@ class DeviceWatch:
 
     def _memory_remedy(self) -> str:
         training = self._config.training
-        size = training.micro_batch_size
-        remedies = [f"--training.micro_batch_size {max((size or 64) // 2, 1)}"]
+        workers = max(training.workers, 1)
+        largest = max(task.batch_size for task in self._config.tasks.values())
+        rows = min(-(-largest // workers), training.micro_batch_size or largest)
+        # Options that a resumed run may change: none of them belongs to its identity.
+        remedies = [f"--training.micro_batch_size {rows // 2}"] if rows > 1 else []
         if not training.activation_checkpointing:
             remedies.append("--training.activation_checkpointing true")
-        return f"{self._saved()}. Use {' or '.join(remedies)}; see `skillnet plan`"
+        if not remedies:
+            return f"{self._saved()}. It needs a larger GPU, or more of them; see `skillnet plan`"
+        return (
+            f"{self._saved()}. Use {' or '.join(remedies)} with --name {self._config.name}; see "
+            "`skillnet plan`"
+        )
 
     def _saved(self) -> str:
         steps = [step_of(path.name) for path in (self._folder / "checkpoints").glob("step-*")]
