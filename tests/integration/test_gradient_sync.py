@@ -62,6 +62,38 @@ def test_sums_are_those_of_one_process(bucket_bytes: float) -> None:
     run_ranks(3, sums_of_gradients, bucket_bytes)
 
 
+class LateSum:
+    """Handle of a sum over two equal ranks that is not made before somebody waits for it."""
+
+    def __init__(self, values: torch.Tensor, async_op: bool) -> None:
+        assert async_op
+        self._values = values
+
+    def wait(self) -> None:
+        self._values.mul_(2)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 1e9])
+def test_no_step_ends_before_its_sums(
+    dtype: torch.dtype | None, bucket_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", LateSum)
+    model, alone = Two(), Two()
+    active = {"left": list(model.left.named_parameters())}
+    sync = GradientSync(active, 2, bucket_bytes, dtype)
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+    sync.begin("left", flag=True)
+    model.left(x).square().sum().backward()
+    assert sync.finish(), "the flag is a sum as well"
+    alone.left(x).square().sum().backward()
+    for part, whole in zip(model.left.parameters(), alone.left.parameters(), strict=True):
+        assert part.grad is not None
+        assert whole.grad is not None
+        tolerance = 0.0 if dtype is None else 0.01
+        torch.testing.assert_close(part.grad, 2 * whole.grad, rtol=tolerance, atol=tolerance)
+
+
 def outside_the_plan(rank: int, world: int) -> None:
     model = Two()
     active = {name: list(getattr(model, name).named_parameters()) for name in ("left", "right")}

@@ -310,25 +310,28 @@ def test_files_that_are_not_the_registered_ones_are_rejected(
         registry.resolve_registered(made.uri, run.uri)
 
 
+@pytest.mark.parametrize("write", ["set_model_version_tag", "set_registered_model_alias"])
 def test_a_champion_that_another_machine_sets_meanwhile_is_compared(
-    run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
+    write: str, run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It sets the alias after the decision, before or after the alias is written here."""
     from mlflow import MlflowClient
 
-    put(run, files, "race", 0.5)
-    put(run, files, "race", 0.7)
+    name = f"race-{write}"
+    put(run, files, name, 0.5)
+    put(run, files, name, 0.7)
     other = backend.create_client(run.uri)
-    other.set_registered_model_alias("race", "champion", "1")
-    set_tag = MlflowClient.set_model_version_tag
+    other.set_registered_model_alias(name, "champion", "1")
+    written, set_alias = getattr(MlflowClient, write), MlflowClient.set_registered_model_alias
 
     def meanwhile(self: Any, *args: Any, **options: Any) -> None:
-        set_tag(self, *args, **options)
-        if args[1] == "3":
-            other.set_registered_model_alias("race", "champion", "2")
+        written(self, *args, **options)
+        if "3" in args:
+            set_alias(other, name, "champion", "2")
 
-    monkeypatch.setattr(MlflowClient, "set_model_version_tag", meanwhile)
-    assert put(run, files, "race", 0.6).alias == "challenger"
-    assert aliases(run, "race") == {"champion": 2, "challenger": 3}
+    monkeypatch.setattr(MlflowClient, write, meanwhile)
+    assert put(run, files, name, 0.6).alias == "challenger"
+    assert aliases(run, name) == {"champion": 2, "challenger": 3}
 
 
 def test_a_version_waits_for_an_earlier_one_of_another_machine(

@@ -9,6 +9,7 @@ import torch
 
 from pipelines.config.run import TrainingConfig
 from pipelines.evaluation.tables import flat_metrics
+from pipelines.training import residency
 from pipelines.training.loop import TrainResult, train_model
 from pipelines.training.optimizer import WeightAverage, build_optimizer
 from pipelines.training.reporter import LoopReporter, evaluate_validation
@@ -93,23 +94,77 @@ def test_the_device_has_the_tensors_of_two_tasks(data: Path) -> None:
     optimizer.step()
     optimizer.zero_grad()
     average.update(everything)
-    host = {name: parameter.data_ptr() for name, parameter in everything}
-    residency = WeightResidency(model, optimizer, average, torch.device("cpu"))
+
+    def locate() -> dict[str, dict[str, int]]:
+        """Field -> name -> place in memory, of weights, optimizer state and averages."""
+        fields = dict[str, dict[str, int]]()
+        for name, parameter in everything:
+            values = {"weight": parameter.data, "average": average.values[name]}
+            for field, value in (values | optimizer.state[parameter]).items():
+                fields.setdefault(field, {})[name] = value.data_ptr()
+        return fields
+
+    host = locate()
+    assert host.keys() == {"weight", "average", "step", "exp_avg", "exp_avg_sq"}
+    resident = WeightResidency(model, optimizer, average, torch.device("cpu"))
     used = {task: {name for name, _ in model.active_parameters(task)} for task in config.tasks}
 
-    def moved() -> set[str]:
-        return {name for name, parameter in everything if parameter.data_ptr() != host[name]}
+    def moved() -> dict[str, set[str]]:
+        """Field -> names of the weights whose field lies on the device."""
+        return {
+            field: {name for name, place in places.items() if place != host[field][name]}
+            for field, places in locate().items()
+        }
 
-    assert moved() == set()
-    residency.begin_step("text_to_image", "text_to_video")
-    assert moved() == used["text_to_image"] | used["text_to_video"]
-    residency.begin_step("text_to_video", None)
-    assert moved() == used["text_to_video"]
-    for name in moved():
-        assert optimizer.state[model.get_parameter(name)]["exp_avg"] is not None
+    assert not any(moved().values())
+    resident.begin_step("text_to_image", "text_to_video")
+    assert moved() == dict.fromkeys(host, used["text_to_image"] | used["text_to_video"])
+    resident.begin_step("text_to_video", None)
+    assert moved() == dict.fromkeys(host, used["text_to_video"])
     assert model.weight_loader is not None
     model.weight_loader("text_classification")
-    assert moved() == used["text_classification"]
+    # An evaluation needs no state.
+    assert moved() == {field: set() for field in host} | {"weight": used["text_classification"]}
+
+
+class LateStream:
+    """Stream of a device that makes no copy until somebody waits for it.
+
+    Args:
+        device: ignored.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def pin(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        self._asked += zip(targets, sources, strict=True)
+
+    def wait(self) -> None:
+        for target, source in self._asked:
+            target.copy_(source)
+        self._asked.clear()
+
+    synchronize = wait
+
+
+@pytest.mark.parametrize("every", [3, 0])
+def test_checkpoints_evaluations_and_averages_wait_for_the_copies(
+    every: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An evaluation waits before the checkpoint of its step; without one the checkpoint waits.
+    monkeypatch.setattr(Evaluations, "evaluates_last", bool(every))
+    plain, metrics = train(tmp_path / "plain", data, ema=0.9, evaluate_every=every)
+    monkeypatch.setattr(residency, "CopyStream", LateStream)
+    late, others = train(
+        tmp_path / "late", data, ema=0.9, evaluate_every=every, offload_inactive_weights=True
+    )
+    assert late.losses == plain.losses
+    assert others == metrics
+    assert digest_files(tmp_path / "plain") == digest_files(tmp_path / "late")
 
 
 def test_shards_are_no_second_way_beside_it() -> None:

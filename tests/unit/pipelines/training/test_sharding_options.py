@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard
 
 from pipelines.config.run import TrainingConfig
 from pipelines.training.replicas import count_sharing_workers
 from pipelines.training.shard_groups import find_layers, require_sharding
-from pipelines.training.sharding import count_ranks_per_node
+from pipelines.training.sharding import ModelShards, count_ranks_per_node
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
@@ -46,6 +48,25 @@ def test_a_replica_lies_on_one_node() -> None:
     for nodes in (["a", "a", "b"], ["a", "b", "a", "b"], ["a", "b", "b", "b"]):
         with pytest.raises(UserError, match="hybrid needs equally many workers on each node"):
             count_ranks_per_node(nodes)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 5])
+def test_the_rows_of_all_ranks_are_the_weight_also_if_some_have_none(
+    rows: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ModelShards.__new__(ModelShards)
+    shards.group = None  # type: ignore[assignment]
+    whole = torch.arange(rows * 3.0).view(rows, 3)
+    parts = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        parts.append(shards.cut("weight", whole))
+        # FSDP divides a weight in this way.
+        count, start = Shard.local_shard_size_and_offset(rows, ranks, rank)
+        torch.testing.assert_close(parts[-1], whole[start : start + count], rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
 
 
 def test_workers_that_share_a_replica() -> None:
