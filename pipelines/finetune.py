@@ -156,7 +156,8 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
         console.print_note(
             f"registered as {made['uri']}, now models:/{made['name']}@{made['alias']}"
         )
-    console.print_note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
+    duration = console.format_minutes(result["seconds"])
+    console.print_note(f"{result['step']} steps in {duration}; {next_step}")
 
 
 def register_run(

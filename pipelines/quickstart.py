@@ -66,8 +66,8 @@ class StageTimer:
         self.seconds[name] = time.monotonic() - start
         total = time.monotonic() - self.begin
         console.print_note(
-            f"[{number}/{self.total}] {name}: {format_minutes(self.seconds[name])}, "
-            f"{format_minutes(total)} since the start"
+            f"[{number}/{self.total}] {name}: {console.format_minutes(self.seconds[name])}, "
+            f"{console.format_minutes(total)} since the start"
         )
 
 
@@ -130,12 +130,6 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "evaluation": rows,
         "simple_baselines": baselines,
     }
-
-
-def format_minutes(seconds: float) -> str:
-    """Format a duration: ``75 -> "1 min 15 s"``."""
-    rounded = round(seconds)
-    return f"{rounded // 60} min {rounded % 60} s" if rounded >= 60 else f"{seconds:.1f} s"
 
 
 def _build_training_config(config: QuickstartConfig, data: Path) -> FinetuneConfig:
@@ -232,7 +226,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     name = f"{done['model'].rpartition('/')[0]}@{done['alias']}"
     console.print_note(
         f"The model is {name} ({done['model']}); all stages took "
-        f"{format_minutes(done['seconds'])}. Next commands:\n"
+        f"{console.format_minutes(done['seconds'])}. Next commands:\n"
         f'  skillnet search "红色的心" --model {name} --open\n'
         f'  skillnet search "横、竖、撇、捺" --task text_to_video --model {name}\n'
         f'  skillnet predict --text "宋代陶瓷工艺史" --model {name}\n'

@@ -214,6 +214,7 @@ class ProgressCounter:
         self.start = time.monotonic()
         self._bar: Any = None
         self._said = self.start
+        self._printed: tuple[int, str] | None = None
 
     def advance(self, count: int = 1, words: str | None = None) -> None:
         """Add ``count`` units, and show a text such as a loss or a file name."""
@@ -244,6 +245,7 @@ class ProgressCounter:
 
     def _print_lines(self) -> None:
         """Print the line, with the words below the numbers if ``$COLUMNS`` leaves no room."""
+        self._printed = (self.done, self.words)
         width, line = _given_columns(), escape_line(self.line())
         if width:
             from skillnet_platform.table_layout import wrap_words
@@ -284,7 +286,7 @@ def show_progress(
     state = ProgressCounter(label, total, unit, done)
     if not _is_terminal(sys.stderr):
         yield state
-        if state.done > state.first:
+        if state.done > state.first and state._printed != (state.done, state.words):
             state._print_lines()
         return
     from skillnet_platform.progress_bar import TerminalBar
@@ -292,6 +294,12 @@ def show_progress(
     with TerminalBar(escape_line(label), total, done) as bar:
         state._bar = bar
         yield state
+
+
+def format_minutes(seconds: float) -> str:
+    """Format a duration: ``75 -> "1 min 15 s"``, and with tenths below a minute."""
+    rounded = round(seconds)
+    return f"{rounded // 60} min {rounded % 60} s" if rounded >= 60 else f"{seconds:.1f} s"
 
 
 def _print_line(text: str, prefix: str = "") -> None:

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+#: End of the reason of a task that was not compared. A tag of the version keeps the reasons.
+THAN_THE_CHAMPION = "than the champion, so not compared"
+
 
 @dataclass(frozen=True)
 class MetricEstimate:
@@ -49,6 +52,11 @@ class PromotionDecision:
     def __str__(self) -> str:
         return "; ".join(self.reasons)
 
+    @property
+    def is_incomparable(self) -> bool:
+        """Whether a task stops the promotion because the two were measured differently."""
+        return any(THAN_THE_CHAMPION in reason for reason in self.reasons)
+
 
 def decide_promotion(
     challenger: Mapping[str, MetricEstimate], champion: Mapping[str, MetricEstimate]
@@ -76,8 +84,8 @@ def decide_promotion(
         elif (new.metric, new.data) != (old.metric, old.data):
             # Other metrics or data allow no comparison, so the champion stays.
             worse = True
-            what = "metric" if new.metric != old.metric else "data"
-            reasons.append(f"{task}: measured with another {what} and not comparable")
+            how = "by another metric" if new.metric != old.metric else "on other data"
+            reasons.append(f"{task}: measured {how} {THAN_THE_CHAMPION}")
         else:
             low, high = _difference(new, old)
             worse |= high < 0

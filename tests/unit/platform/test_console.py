@@ -81,6 +81,27 @@ def test_progress_without_a_terminal_is_plain_lines(
     assert "left" not in lines[-1]
 
 
+@pytest.mark.parametrize("pause", [0.0, 1e9])
+def test_the_last_line_of_progress_is_printed_once(
+    pause: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", pause)
+    with console.show_progress("training", total=3) as bar:
+        for loss in ("loss 3", "loss 2", "loss 2"):
+            bar.advance(1, loss)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "3/3" in line] == ["training: 3/3 steps, loss 2"]
+    assert len(lines) == (3 if pause == 0.0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (1.26, "1.3 s"), (59.4, "59.4 s"), (59.7, "1 min 0 s"), (75, "1 min 15 s")],
+)
+def test_a_short_time_is_not_zero_minutes(seconds: float, text: str) -> None:
+    assert console.format_minutes(seconds) == text
+
+
 def test_progress_of_a_resumed_run_counts_only_its_own_steps() -> None:
     with console.show_progress("training", total=100, done=90) as bar:
         bar.start -= 10.0
@@ -135,6 +156,7 @@ def test_data_in_progress_lines_is_one_line_of_text(
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     with console.show_progress(HOSTILE, total=2, unit=HOSTILE) as bar:
         bar.advance(1, f"file\nerror: {HOSTILE}")
+        bar.advance(1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith(SHOWN) for line in lines)

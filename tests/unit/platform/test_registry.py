@@ -1,11 +1,13 @@
 """Versions, aliases and the gate between them; and models found again, or a message why not."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.serving import registration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import (
@@ -54,8 +56,8 @@ def error(value: float, half: float = 0.02) -> MetricEstimate:
         ({"a": accuracy(0.6), "b": error(0.3)}, False, "b: worse"),
         ({"a": accuracy(0.9)}, False, "b: missing"),
         ({"a": accuracy(0.5), "b": error(0.2), "c": accuracy(0.1)}, True, "c: new"),
-        ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, False, "another data"),
-        ({"a": error(0.1), "b": error(0.2)}, False, "another metric"),
+        ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, False, "measured on other data than"),
+        ({"a": error(0.1), "b": error(0.2)}, False, "measured by another metric than"),
         ({"a": accuracy(0.525), "b": error(0.2)}, False, "a: no difference"),
         # A test of one held-out unit has no interval.
         ({"a": accuracy(0.9, float("nan")), "b": error(0.2)}, False, "against 0.5, no interval"),
@@ -66,6 +68,28 @@ def test_the_gate(challenger: dict[str, MetricEstimate], passes: bool, says: str
     verdict = promotion.decide_promotion(challenger, champion)
     assert verdict.passed is passes
     assert says in str(verdict)
+
+
+def test_a_champion_on_other_data_is_named_with_the_way_to_replace_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {"a": accuracy(0.8), "b": error(0.2)}
+    for figures, is_said in (
+        ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, True),
+        ({"a": accuracy(0.8), "b": error(0.2)}, False),
+    ):
+        verdict = promotion.decide_promotion(figures, before)
+        # A call after a kill has the reasons from the version's tag.
+        stored = promotion.PromotionDecision(False, tuple(str(verdict).split("; ")))
+        for known in (verdict, stored):
+            made = registry.RegisteredVersion("s", 2, "models:/s/2", "run", "challenger", known)
+            registration._warn_if_incomparable(made, "my-run")
+            said = capsys.readouterr().err
+            assert ("models:/s/2: not promoted. a: measured on other data" in said) == is_said
+            assert ("skillnet register my-run --force true" in said) == is_said
+    made = dataclasses.replace(made, alias="champion", verdict=stored)
+    registration._warn_if_incomparable(made, "my-run")
+    assert not capsys.readouterr().err
 
 
 def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
