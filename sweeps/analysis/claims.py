@@ -8,9 +8,10 @@ keeps the level of its tests without a correction (source: Berger 1982, intersec
 "not decided"    otherwise; the conditions say what the study excludes
 
 Claims in ``order`` are tested one after the other, each at the full level, until one is not shown.
-The other claims are corrected together by Holm's method. With fewer than ``MIN_SEEDS`` seeds
-nothing is decided. :func:`evaluate_claims` and :func:`answer_in_a_sentence` are called by
-``sweeps.report.report``.
+The other claims are corrected together by Holm's method. With fewer than ``MIN_SEEDS`` seeds of
+one of its systems a claim is not decided, as a paired test is not. :func:`evaluate_claims` and
+:func:`answer_in_a_sentence` are called by ``sweeps.report.report``, and the sentence states the
+verdict of the paired test.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ import numpy as np
 
 from skillnet_platform.terminal_text import format_plural
 from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN, SystemComparison
+from sweeps.analysis.comparison import MEAN, MIN_SEEDS, PairedTest, SystemComparison
 from sweeps.analysis.format import format_interval
 from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
-#: Seeds per system below which no claim is decided.
-MIN_SEEDS = 3
+#: Result of a condition, as the table, the figure and the files show it.
+ConditionResult = Literal["shown", "refuted", "open"]
 
 
 class TestedDifference(NamedTuple):
@@ -56,7 +57,7 @@ class ClaimCondition:
 
     Args:
         text: the condition with its numbers, and what they exclude.
-        shown: True if shown, False if refuted, None otherwise.
+        shown: whether its interval alone shows it: True, False if it refutes it, None otherwise.
         p: one-sided p-value; 0 for a condition without a test.
         tested: the difference that was tested; None for a condition on costs.
     """
@@ -94,6 +95,16 @@ class EvaluatedClaim:
             return "does not hold"
         return "holds" if all(each.shown for each in self.conditions) else "not decided"
 
+    def find_result(self, condition: ClaimCondition) -> ConditionResult:
+        """Return the result of one of the conditions; those of an untested claim are open.
+
+        Args:
+            condition: one of ``conditions``.
+        """
+        if self.undecided_reason or condition.shown is None:
+            return "open"
+        return "shown" if condition.shown else "refuted"
+
     @property
     def p(self) -> float:
         """One-sided p-value of the conjunction; NaN if a condition has none."""
@@ -117,14 +128,13 @@ def evaluate_claims(
         name: _evaluate_claim(comparison, rules, name, rules.stated[name])
         for name in dict.fromkeys([*rules.order, *rules.stated])
     }
-    if comparison.seeds < MIN_SEEDS:
+    for name, claim in found.items():
+        seeds = min(
+            (each.tested.change.seeds for each in claim.conditions if each.tested), default=0
+        )
         # The numbers stay in the report, but they carry no verdict.
-        have = format_plural(comparison.seeds, comparison.repeat_noun)
-        why = f"{have} per system; a verdict requires at least {MIN_SEEDS}"
-        return [
-            claim if claim.undecided_reason else replace(claim, undecided_reason=why)
-            for claim in found.values()
-        ]
+        if seeds < MIN_SEEDS and not claim.undecided_reason:
+            found[name] = replace(claim, undecided_reason=_describe_few(comparison, seeds))
     _keep_order(found, rules)
     _correct_others(found, rules)
     return list(found.values())
@@ -142,21 +152,14 @@ def answer_in_a_sentence(comparison: SystemComparison) -> str:
     # The reference is the subject of the sentence.
     labels.sort(key=lambda label: label != comparison.reference)
     own, other = labels
-    change = estimate_difference(comparison, own, other, MEAN)
+    test = comparison.find_test(own, other, MEAN)
+    change = test.difference if test else estimate_difference(comparison, own, other, MEAN)
     count = len(comparison.common_tasks)
     tasks = f"{count} tasks" if count > 1 else comparison.common_tasks[0].replace("_", " ")
     points = _format_points(change)
-    if comparison.seeds < MIN_SEEDS or np.isnan(change.low):
-        needed = f"more {comparison.repeat_noun}s are needed"
-        if not np.isnan(change.low):
-            needed = f"{list_exclusions(change)}; {needed}"
-        return f"Not decided: {own} − {other} is {points} on {tasks}; {needed}."
-    if change.low > 0:
-        return f"{own} scores higher than {other} on {tasks}: {points}."
-    if change.high < 0:
-        return f"{own} scores lower than {other} on {tasks}: {points}."
-    bounds = list_exclusions(change)
-    return f"{own} and {other} show no difference on {tasks}: {points}; {bounds}."
+    if test is not None and test.verdict != "not decided":
+        return f"{own} scores {test.verdict} than {other} on {tasks}: {points}."
+    return f"Not decided: {own} − {other} is {points} on {tasks}; {_explain(comparison, test)}."
 
 
 def estimate_difference(
@@ -176,6 +179,25 @@ def estimate_difference(
 
 
 # -- claims --------------------------------------------------------------------------------
+
+
+def _describe_few(comparison: SystemComparison, seeds: int) -> str:
+    have = format_plural(seeds, comparison.repeat_noun)
+    return f"{have} per system; a verdict requires at least {MIN_SEEDS}"
+
+
+def _explain(comparison: SystemComparison, test: PairedTest | None) -> str:
+    """Return why a test of two systems, or none, has no verdict."""
+    if test is None:
+        return "these systems are not tested against each other"
+    if test.difference.seeds < MIN_SEEDS:
+        return _describe_few(comparison, test.difference.seeds)
+    if np.isnan(test.p):
+        return "one held-out unit gives no interval"
+    if test.difference.low > 0 or test.difference.high < 0:
+        count = len(comparison.tests)
+        return f"not significant among {count} tests (corrected p {test.p_corrected:.3f})"
+    return list_exclusions(test.difference)
 
 
 def _evaluate_claim(

@@ -6,8 +6,8 @@ Only the split ``test`` is tested; other test splits get intervals. :func:`compa
 called by ``skillnet compare``.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +35,12 @@ MEAN = MEAN_TASK
 
 #: Significance level after correction.
 ALPHA = 0.05
+
+#: Seeds per system below which nothing is decided.
+MIN_SEEDS = 3
+
+#: Verdict of a paired test: the first system scores higher, lower, or neither is shown.
+TestVerdict = Literal["higher", "lower", "not decided"]
 
 #: Labels of the roles that the user did not name.
 DEFAULT_REFERENCE, DEFAULT_SPECIALIST = "skillnet", "specialist"
@@ -87,9 +93,20 @@ class PairedTest:
     p_corrected: float
 
     @property
-    def is_significant(self) -> bool:
-        """Whether the difference is significant at 5 % after correction."""
-        return self.p_corrected <= ALPHA
+    def verdict(self) -> TestVerdict:
+        """What the test shows at 5 % after correction, with at least ``MIN_SEEDS`` seeds.
+
+        Sentences, marks, figures and files of a report all state this verdict.
+        """
+        if self.difference.seeds < MIN_SEEDS or not self.p_corrected <= ALPHA:
+            return "not decided"
+        return "higher" if self.difference.value > 0 else "lower"
+
+    def reverse(self) -> "PairedTest":
+        """Return the same test from the view of the other system."""
+        value, low, high, *rest = self.difference
+        turned = ScoreEstimate(-value, -high, -low, *rest)
+        return replace(self, system=self.against, against=self.system, difference=turned)
 
 
 @dataclass(frozen=True)
@@ -161,6 +178,11 @@ class SystemComparison:
         """The smallest number of seeds, or of replicates, among the systems."""
         return min(len(runs) for runs in self.systems.values())
 
+    @property
+    def tested_tasks(self) -> list[str]:
+        """Tasks with tests, and the mean; one common task is its own mean and is tested once."""
+        return list_tested_tasks(self.tasks, self.common_tasks)
+
     def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:
         """Return the estimate of a score, or None if the system lacks the task."""
         return self.scores.get((label, task, split))
@@ -183,10 +205,18 @@ class SystemComparison:
         return SampleDifference(left, right), self.spreads[task, SPLIT]
 
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
-        """Return the test of two systems on a task, or None if there is none."""
+        """Return the test of two systems on a task, in either order; None if there is none.
+
+        Args:
+            system: label of the system whose score is the minuend.
+            against: label of the other system.
+            task: task name, or ``mean``.
+        """
+        if task == MEAN and MEAN not in self.tested_tasks:
+            (task,) = self.common_tasks
         for test in self.tests:
-            if (test.system, test.against, test.task) == (system, against, task):
-                return test
+            if test.task == task and {test.system, test.against} == {system, against}:
+                return test if test.system == system else test.reverse()
         return None
 
 
@@ -286,10 +316,21 @@ def compare_systems(
         samples,
         scores,
         _estimate_relative_scores(samples, list(systems), common, roles.specialist),
-        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], roles.reference),
+        _run_tests(samples, spreads, systems, list_tested_tasks(tasks, common), roles.reference),
         _collect_costs(systems, tasks, common),
         spreads,
     )
+
+
+def list_tested_tasks(tasks: Sequence[str], common: Sequence[str]) -> list[str]:
+    """Return the tasks that are tested, with ``mean`` if it is not the score of one of them.
+
+    Args:
+        tasks: all tasks.
+        common: tasks of all systems, over which the mean is.
+    """
+    # A second test of the same numbers would double their corrected p-value.
+    return [*tasks, MEAN] if len(common) > 1 else list(tasks)
 
 
 def find_variant(base: str, label: str, labels: Sequence[str]) -> str | None:
@@ -397,18 +438,21 @@ def _build_relative_score(
 def _run_tests(
     samples: Mapping[tuple[str, str, str], RunSample],
     spreads: Mapping[tuple[str, str], SeedVariance | None],
-    labels: Sequence[str],
+    systems: Iterable[str],
     tasks: Sequence[str],
     reference: str,
 ) -> list[PairedTest]:
+    labels = list(systems)
     pairs: list[tuple[Literal["system", "pretraining"], str, str]] = []
     for label in labels:
         against = find_variant(reference, label, labels)
-        if against is not None and label.removesuffix(PRETRAINED) != reference:
-            pairs.append(("system", label, against))
+        if against not in (None, label) and label.removesuffix(PRETRAINED) != reference:
+            pairs.append(("system", label, str(against)))
     for label in labels:
-        if label.endswith(PRETRAINED) and label.removesuffix(PRETRAINED) in labels:
-            pairs.append(("pretraining", label, label.removesuffix(PRETRAINED)))
+        plain = label.removesuffix(PRETRAINED)
+        # A reference that is a variant is tested against the other variant already.
+        if plain != label and plain in labels and ("system", plain, label) not in pairs:
+            pairs.append(("pretraining", label, plain))
     tests = []
     for kind, label, against in pairs:
         for task in tasks:

@@ -17,7 +17,12 @@ from scipy import stats
 from pipelines.config.folds import FoldConfig
 from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison, find_variant
+from sweeps.analysis.comparison import (
+    SPLIT,
+    SystemComparison,
+    find_variant,
+    list_tested_tasks,
+)
 from sweeps.analysis.finished_runs import PRETRAINED
 from sweeps.analysis.format import format_signed_points
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
@@ -218,7 +223,7 @@ def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list
 
 def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict[str, StatedClaim]:
     """Return claims about each system and the reference, for a study that states none."""
-    tasks = [*earlier.common_tasks, MEAN]
+    tasks = list_tested_tasks(earlier.common_tasks, earlier.common_tasks)
     claims = {}
     for label in labels:
         against = find_variant(earlier.reference, label, labels) or labels[0]

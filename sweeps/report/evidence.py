@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from sweeps.analysis.comparison import MEAN, SPLIT
+from sweeps.analysis.claims import ConditionResult
+from sweeps.analysis.comparison import MEAN, SPLIT, TestVerdict
 
 #: One row of a file of the report.
 ReportRow = Mapping[str, Any]
+
+#: Result of a row: of a condition of a claim, or the verdict of a test.
+RowResult = ConditionResult | TestVerdict
 
 #: Most pairs of systems whose tasks are drawn one by one.
 MAX_PAIRS = 4
@@ -31,7 +35,7 @@ class ForestRow(NamedTuple):
 
     label: str
     change: tuple[float, float, float]
-    result: Literal["shown", "open", "refuted"]
+    result: RowResult
     margin: float = 0.0
     is_mean: bool = False
 
@@ -43,13 +47,13 @@ class ForestGroup:
     Args:
         title: text of the claim, or the two systems.
         note: verdict and what is subtracted.
-        result: key of ``sweeps.report.evidence_plots.RESULTS``, for the colour of the note.
+        result: of the claim, for the colour of the note; "open" without one.
         rows: the differences.
     """
 
     title: str
     note: str
-    result: Literal["shown", "open", "refuted"]
+    result: ConditionResult
     rows: Sequence[ForestRow]
 
 
@@ -87,9 +91,8 @@ def group_claims(claims: Sequence[ReportRow]) -> list[ForestGroup]:
             # Several pairs in one claim: the task alone does not identify the row.
             label = name if len(pairs) == 1 else f"{name}, {each['system']} − {each['against']}"
             change = tuple(_number(each[key]) for key in ("difference", "low", "high"))
-            shown = each["shown"]
-            result = "open" if shown is None else "shown" if shown else "refuted"
-            rows.append(ForestRow(label, change, result, each["margin"], each["task"] == MEAN))  # type: ignore[arg-type]
+            is_mean = each["task"] == MEAN
+            rows.append(ForestRow(label, change, each["result"], each["margin"], is_mean))  # type: ignore[arg-type]
         subtracted = ", ".join(f"{system} − {against}" for system, against in pairs)
         reason = f" ({claim['undecided_reason']})" if claim["undecided_reason"] else ""
         note = f"{claim['verdict']}: {subtracted}{reason}"
@@ -108,15 +111,13 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
     pairs: dict[tuple[str, str, str], list[ForestRow]] = {}
     for row in tests:
         change = tuple(_number(row[key]) for key in ("difference", "low", "high"))
-        system, against = row["system"], row["against"]
+        system, against, verdict = row["system"], row["against"], row["verdict"]
         if row["kind"] == "system":
             # The reference is the subject, as in the answer.
             change, system, against = (-change[0], -change[2], -change[1]), against, system
-        result: Literal["shown", "open", "refuted"] = "open"
-        if str(row["significant"]) == "True":
-            result = "shown" if change[0] > 0 else "refuted"
+            verdict = {"higher": "lower", "lower": "higher"}.get(verdict, verdict)
         name = row["task"].replace("_", " ")
-        entry = ForestRow(name, change, result, is_mean=row["task"] == MEAN)  # type: ignore[arg-type]
+        entry = ForestRow(name, change, verdict, is_mean=row["task"] == MEAN)  # type: ignore[arg-type]
         pairs.setdefault((row["kind"], system, against), []).append(entry)
     note = "95 % intervals; marks are corrected for all tests of the report"
     if len(pairs) <= MAX_PAIRS:
@@ -124,11 +125,12 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
             ForestGroup(f"{system} − {against}", note, "open", rows)
             for (_, system, against), rows in pairs.items()
         ]
+    # One task that all systems have is its own mean.
     means = [
         row._replace(label=f"{system} − {against}")
         for (_, system, against), rows in pairs.items()
         for row in rows
-        if row.is_mean
+        if row.is_mean or len(rows) == 1
     ]
     return [ForestGroup("Mean score over tasks", note, "open", means)]
 

@@ -25,6 +25,10 @@ RESULTS: dict[str, tuple[str, str, bool]] = {
     "shown": ("#0072B2", "o", True),
     "open": ("#5F646E", "o", False),
     "refuted": ("#B3450B", "X", True),
+    # Without a claim nothing is shown or refuted: the figure states the verdict of the test.
+    "higher": ("#0072B2", "o", True),
+    "not decided": ("#5F646E", "o", False),
+    "lower": ("#B3450B", "v", True),
 }
 INK, SOFT, BAND = "#1C1D21", "#4A4E57", "#DCE9F2"
 #: One marker per family of systems, for prints in grey.

@@ -68,10 +68,12 @@ def answer_comparison(comparison: SystemComparison, claims: Sequence[EvaluatedCl
     score = comparison.scores[best, MEAN, "test"]
     change = estimate_difference(comparison, best, others[0], MEAN)
     interval = "" if np.isnan(score.low) else f" ({100 * score.low:.1f} to {100 * score.high:.1f})"
+    test = comparison.find_test(best, others[0], MEAN)
+    verdict = f"verdict: {test.verdict}" if test else "not tested"
     return (
         f"{best} has the highest mean score of {len(comparison.systems)} systems, "
         f"{100 * score.value:.1f}{interval}; {format_interval(change)} points against the next, "
-        f"{others[0]}."
+        f"{others[0]} ({verdict})."
     )
 
 
@@ -123,7 +125,9 @@ def find_closest(claim: EvaluatedClaim) -> TestedDifference | None:
         claim: an evaluated claim.
     """
     is_refuted = claim.verdict == "does not hold"
-    decisive = [each for each in claim.conditions if not is_refuted or each.shown is False]
+    decisive = [
+        each for each in claim.conditions if not is_refuted or claim.find_result(each) == "refuted"
+    ]
     tested = [each.tested for each in decisive if each.tested is not None]
     return min(tested, key=_slack, default=None)
 
@@ -171,9 +175,13 @@ def _describe_result(claim: EvaluatedClaim) -> str:
     tested = [each for each in claim.conditions if each.tested is not None]
     others = [each.text for each in claim.conditions if each.tested is None]
     parts = [claim.undecided_reason] if claim.undecided_reason else []
+    # Without a verdict the intervals are stated by their place, which decides nothing.
+    above, below = ("shown", "refuted")
+    if claim.undecided_reason:
+        above, below = ("intervals above the limit", "below the limit")
     if len(tested) > 1:
-        parts.append(f"{sum(bool(each.shown) for each in tested)} of {len(tested)} shown")
-    for words, state in (("refuted", False), ("open", None)):
+        parts.append(f"{sum(bool(each.shown) for each in tested)} of {len(tested)} {above}")
+    for words, state in ((below, False), ("open", None)):
         for each in tested:
             if each.shown is state and len(tested) > 1:
                 parts.append(f"{words}: {_describe_condition(each)}")

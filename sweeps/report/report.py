@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
 from skillnet_platform.terminal_text import format_plural
-from sweeps.analysis.claims import ClaimCondition, EvaluatedClaim, evaluate_claims
+from sweeps.analysis.claims import (
+    ClaimCondition,
+    ConditionResult,
+    EvaluatedClaim,
+    evaluate_claims,
+)
 from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
 from sweeps.analysis.target_budget import estimate_budgets
 from sweeps.config.claims import ClaimsConfig
@@ -52,12 +57,12 @@ SUMMARY_COLUMNS = (
 )  # fmt: skip
 TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
-    "p", "p_corrected", "significant",
+    "p", "p_corrected", "verdict",
 )  # fmt: skip
 #: Name of a figure -> caption, with places for the sources of variance and the noun of a run.
 CAPTIONS = {
-    "differences": "Paired differences of scores with their 95 % intervals over {sources}. Blue: "
-    "shown; grey, hollow: open; red cross: refuted; band: margin. Diamond: mean over tasks.",
+    "differences": "Paired differences of scores with their 95 % intervals over {sources}. Grey, "
+    "hollow: nothing is decided or tested; band: margin of a claim. Diamond: mean over tasks.",
     "mean score against operations": "Mean score with its 95 % interval against the FLOPs of a "
     "forward pass of one test example, on a logarithmic axis.",
     "scores": "Score of each system on the test rows: mean over {noun}s with the 95 % interval "
@@ -326,7 +331,7 @@ def build_test_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
             **{k: v for k, v in test.difference._asdict().items() if k != "value"},
             "p": test.p,
             "p_corrected": test.p_corrected,
-            "significant": test.is_significant,
+            "verdict": test.verdict,
         }
         for test in comparison.tests
     ]
@@ -341,14 +346,16 @@ def build_claim_rows(claims: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
             "rule": claim.rule,
             "verdict": claim.verdict,
             "undecided_reason": claim.undecided_reason,
-            "conditions": [_build_condition_row(each) for each in claim.conditions],
+            "conditions": [
+                _build_condition_row(each, claim.find_result(each)) for each in claim.conditions
+            ],
         }
         for claim in claims
     ]
 
 
-def _build_condition_row(condition: ClaimCondition) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": condition.text, "shown": condition.shown}
+def _build_condition_row(condition: ClaimCondition, result: ConditionResult) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": condition.text, "result": result}
     tested = condition.tested
     if tested is not None:
         row |= {"system": tested.system, "against": tested.against, "task": tested.task}

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipelines.evaluation.tables import score_metric
-from sweeps.analysis.comparison import MEAN, SPLIT, PairedTest, SystemComparison, find_variant
+from sweeps.analysis.comparison import (
+    MEAN,
+    SPLIT,
+    PairedTest,
+    SystemComparison,
+    TestVerdict,
+    find_variant,
+)
 from sweeps.analysis.format import (
     format_duration,
     format_interval,
@@ -43,6 +50,8 @@ from sweeps.report.variance_notes import (
 
 #: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
+#: Verdict of a paired test -> its mark.
+MARKS: dict[TestVerdict, str] = {"higher": BETTER, "lower": WORSE, "not decided": ""}
 
 
 def build_tables(
@@ -272,13 +281,13 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
             TableCell(format_interval(test.difference)),
             TableCell(format_p_value(test.p)),
             TableCell(format_p_value(test.p_corrected)),
-            TableCell("yes" if test.is_significant else "no"),
+            TableCell(test.verdict),
         ]
         for test in comparison.tests
     ]
     return ReportTable(
         "All tests",
-        ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
+        ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "verdict"],
         rows,
         f"{describe_tests(comparison)}; Holm's correction over these "
         f"{len(comparison.tests)} tests.",
@@ -372,9 +381,7 @@ def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool)
     plain = _estimate_cell(comparison.find_score(label, task))
     against = find_variant(comparison.reference, label, list(comparison.systems))
     test = comparison.find_test(label, against, task) if against else None
-    mark = ""
-    if test is not None and test.kind == "system" and test.is_significant:
-        mark = BETTER if test.difference.value > 0 else WORSE
+    mark = MARKS[test.verdict] if test is not None and test.kind == "system" else ""
     return TableCell(plain.text, plain.small, mark, best)
 
 
@@ -401,11 +408,10 @@ def _change_cell(test: PairedTest | None) -> TableCell:
     if test is None:
         return TableCell("–")
     value, low, high = test.difference[:3]
-    mark = (BETTER if value > 0 else WORSE) if test.is_significant else ""
     return TableCell(
         format_signed_points(value),
         "" if np.isnan(low) else f"{format_signed_points(low)} to {format_signed_points(high)}",
-        mark,
+        MARKS[test.verdict],
     )
 
 

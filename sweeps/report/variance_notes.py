@@ -4,8 +4,7 @@
 the one that made their intervals.
 """
 
-from sweeps.analysis.claims import MIN_SEEDS
-from sweeps.analysis.comparison import SystemComparison
+from sweeps.analysis.comparison import MIN_SEEDS, SystemComparison
 from sweeps.analysis.statistics import MIN_OWN_SEEDS
 
 
@@ -51,11 +50,14 @@ def warn_about_few(comparison: SystemComparison) -> str:
     """Return what few seeds or replicates do not show; "" for enough."""
     if all(len(runs) == 1 for runs in comparison.systems.values()):
         if comparison.has_folds:
-            return " One replicate: there are no intervals."
-        return " One seed: intervals cover units only and do not generalize to other seeds."
+            return " One replicate: there are no intervals, and nothing is decided."
+        return (
+            " One seed: intervals cover units only and do not generalize to other seeds. Nothing "
+            "is decided."
+        )
     if comparison.seeds < MIN_SEEDS:
         return (
-            f" With fewer than {MIN_SEEDS} {comparison.repeat_noun}s no claim is decided: their "
-            "variance is uncertain."
+            f" Nothing is decided about a system with fewer than {MIN_SEEDS} "
+            f"{comparison.repeat_noun}s: their variance is uncertain."
         )
     return ""

@@ -62,6 +62,40 @@ def write_run(
         evaluate=True,
     )
     (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    outcomes, table = draw_answers(name, system, seed, skill, tasks, activated, rows, by_seed)
+    write_evaluation_csv(table, folder / "evaluation.csv")
+    write_outcomes(outcomes, folder / OUTCOMES_FILE)
+    trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
+    trained["commit"] = "0123456789ab"
+    # Seed 0 ran on a machine with products in bf16.
+    trained["precision"] = "fp32" if seed else "bf16"
+    more = {"world": 1, "seed": seed, "checkpoint": str(folder / "checkpoints/step-00000012")}
+    (folder / "trained.json").write_text(json.dumps(trained | more))
+    (folder / "model").mkdir()
+    save_file(
+        {"weight": np.zeros((activated, 2), np.float32)}, folder / "model" / "shared.safetensors"
+    )
+    result = {"run_id": None, "corpora": {"headings": "a" * 64, "drawings": "b" * 64}}
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        {"time": step, "step": step, "metrics": {f"{task}/loss": 3.0 / step for task in tasks}}
+        for step in (4, 8, 12)
+    ]
+    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def draw_answers(
+    name: str,
+    system: str,
+    seed: int,
+    skill: float | Mapping[str, float],
+    tasks: Sequence[str] = TASKS,
+    activated: int = 1000,
+    rows: int = ROWS,
+    by_seed: float = 0.05,
+) -> tuple[OutcomeTable, list[dict[str, object]]]:
+    """Made-up answers of a run, and the rows of its evaluation; ``name`` seeds its randomness."""
     outcomes, table = OutcomeTable(), []
     for place, task in enumerate(tasks):
         shift = skill if isinstance(skill, float | int) else skill.get(task, 0.0)
@@ -88,26 +122,7 @@ def write_run(
             flops_per_example=100 * activated * (1 + place),
             steps=12,
         )
-    write_evaluation_csv(table, folder / "evaluation.csv")
-    write_outcomes(outcomes, folder / OUTCOMES_FILE)
-    trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
-    trained["commit"] = "0123456789ab"
-    # Seed 0 ran on a machine with products in bf16.
-    trained["precision"] = "fp32" if seed else "bf16"
-    more = {"world": 1, "seed": seed, "checkpoint": str(folder / "checkpoints/step-00000012")}
-    (folder / "trained.json").write_text(json.dumps(trained | more))
-    (folder / "model").mkdir()
-    save_file(
-        {"weight": np.zeros((activated, 2), np.float32)}, folder / "model" / "shared.safetensors"
-    )
-    result = {"run_id": None, "corpora": {"headings": "a" * 64, "drawings": "b" * 64}}
-    (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        {"time": step, "step": step, "metrics": {f"{task}/loss": 3.0 / step for task in tasks}}
-        for step in (4, 8, 12)
-    ]
-    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return outcomes, table
 
 
 def set_fold(folder: Path, fold: FoldConfig) -> Path:

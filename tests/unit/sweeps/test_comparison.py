@@ -1,6 +1,7 @@
 """Comparison of finished runs, and the verdicts of claims."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipelines.evaluation.tables import score_metric
 from skillnet_platform.errors import UserError
 from sweeps.analysis import claims as cl
 from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
-from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.finished_runs import FinishedRun, read_run
 from sweeps.analysis.format import format_signed_points
 from sweeps.analysis.run_figures import compute_chance, estimate_run_figures
 from sweeps.analysis.run_groups import label_runs
@@ -19,10 +20,12 @@ from sweeps.analysis.statistics import compute_p_value
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 from sweeps.report import findings
 from sweeps.report import report as reporting
+from sweeps.report.evidence import group_claims, group_tests
 from sweeps.report.html import render_report
 from sweeps.report.tables import build_score_table, build_tables
 from tests.helpers.synthetic_runs import (
     TASKS,
+    draw_answers,
     paper_claims,
     write_run,
     write_study,
@@ -105,7 +108,7 @@ def test_tests_cover_each_system_once_and_are_corrected_together(clear: SystemCo
     assert smallest.p_corrected == pytest.approx(min(1, len(clear.tests) * smallest.p))
     dense = clear.find_test("dense", "skillnet", MEAN)
     assert dense is not None
-    assert dense.is_significant
+    assert dense.verdict == "lower"
     assert dense.difference.high < 0
 
 
@@ -215,7 +218,9 @@ def test_two_seeds_decide_nothing(tmp_path: Path):
     assert claim.verdict == "not decided"
     assert claim.undecided_reason.startswith("2 seeds per system")
     assert len(claim.conditions) == len(TASKS)
-    assert cl.answer_in_a_sentence(two).endswith("more seeds are needed.")
+    assert cl.answer_in_a_sentence(two).endswith(
+        "on 5 tasks; 2 seeds per system; a verdict requires at least 3."
+    )
 
 
 def test_a_comparison_of_two_systems_answers_in_a_sentence(tmp_path: Path):
@@ -226,7 +231,7 @@ def test_a_comparison_of_two_systems_answers_in_a_sentence(tmp_path: Path):
     )
     level = compared(tmp_path / "level", {"skillnet": 0.0, "dense": 0.0})
     text = cl.answer_in_a_sentence(level)
-    assert text.startswith("skillnet and dense show no difference on 5 tasks: ")
+    assert re.match(r"Not decided: skillnet − dense is .* points \(.*\) on 5 tasks; no loss", text)
     assert "no loss above" in text
     made = reporting.build_report(level, "alike")
     assert text in reporting.report_to_markdown(made)
@@ -337,3 +342,124 @@ def test_runs_are_compared_by_chance_and_interquartile_mean(clear: SystemCompari
     behind = figures["dense"]
     assert behind.chance.value < 0.2
     assert compute_chance(np.ones((1, 2, 3)), np.ones((1, 2, 4))).tolist() == [0.5]
+
+
+# -- one verdict in every place ------------------------------------------------------------
+
+
+def draw_comparison(template: FinishedRun, place: int) -> SystemComparison:
+    """Compare a random study: 1 to 5 seeds and tasks, 2 to 4 systems, some far apart."""
+    random = np.random.default_rng([7, place])
+    labels = ["skillnet", *random.choice(["dense", "moe", "specialist"], 3, replace=False)]
+    tasks, most = TASKS[: random.integers(1, 6)], int(random.integers(1, 6))
+    runs = []
+    for label in map(str, labels[: random.integers(2, 5)]):
+        skill = {task: float(random.normal(0, random.choice([0.02, 0.2]))) for task in tasks}
+        # The systems of a report may differ in their number of seeds.
+        for seed in range(max(1, most - int(random.integers(0, 2)))):
+            outcomes, rows = draw_answers(label, label, seed, skill, tasks, rows=80)
+            drawn = {"label": label, "seed": seed, "outcomes": outcomes, "rows": rows}
+            runs.append(replace(template, **drawn))
+    return compare_systems(runs)
+
+
+def draw_claims(of: SystemComparison, place: int) -> ClaimsConfig:
+    """Return one to three claims about systems of a comparison, some with an order."""
+    random = np.random.default_rng([8, place])
+    stated = {}
+    for number in range(random.integers(1, 4)):
+        own, other = map(str, random.choice(list(of.systems), 2, replace=False))
+        tasks = [[], [MEAN], [of.common_tasks[0]]][random.integers(0, 3)]
+        part = ClaimPart(own, other, random.choice(["higher", "not_lower"]), tasks)
+        stated[f"claim {number}"] = StatedClaim(f"Claim {number}.", [part])
+    return ClaimsConfig(stated, list(stated)[: random.integers(0, len(stated) + 1)])
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[SystemComparison]:
+    template = read_run(write_run(tmp_path_factory.mktemp("template") / "run"))
+    return [draw_comparison(template, place) for place in range(40)]
+
+
+def test_sentence_mark_figure_and_json_state_one_verdict(drawn: list[SystemComparison]):
+    """One seed was "Not decided", ▼ and "refuted" in one report."""
+    turned = {"higher": "lower", "lower": "higher", "not decided": "not decided"}
+    marks = {"higher": "▲", "lower": "▼", "not decided": ""}
+    seen = set()
+    for of in drawn:
+        table = {row[0].text: row[2:] for row in build_score_table(of).rows}
+        rows = reporting.build_test_rows(of)
+        groups = {group.title: group.rows for group in group_tests(rows)}
+        answer = findings.answer_comparison(of, [])
+        assert not any(cell.mark for cell in table["skillnet"])
+        for label in [label for label in of.systems if label != "skillnet"]:
+            own = {row["task"]: row for row in rows if row["system"] == label}
+            # A mean over one task is the score of that task, and no second test.
+            assert set(own) == {*of.tasks, *([MEAN] if len(of.tasks) > 1 else [])}
+            own.setdefault(MEAN, own[of.tasks[0]])
+            is_few = min(len(of.systems[each]) for each in (label, "skillnet")) < 3
+            for task, cell in zip([*of.tasks, MEAN], table[label], strict=False):
+                row = own[task]
+                wanted = "higher" if row["difference"] > 0 else "lower"
+                wanted = wanted if row["p_corrected"] <= 0.05 and not is_few else "not decided"
+                assert row["verdict"] == wanted
+                assert cell.mark == marks[wanted]
+                seen.add(wanted)
+            results = [each.result for each in groups[f"skillnet − {label}"]]
+            assert results == [turned[row["verdict"]] for row in rows if row["system"] == label]
+            verdict = turned[own[MEAN]["verdict"]]
+            if len(of.systems) == 2:
+                opening = f"skillnet scores {verdict} than {label} on "
+                assert answer.startswith("Not decided: " if verdict == "not decided" else opening)
+            elif answer.startswith("skillnet has the highest") and f" {label} (" in answer:
+                assert answer.endswith(f"{label} (verdict: {verdict}).")
+    assert seen == set(turned)
+
+
+def test_a_claim_has_one_verdict_in_every_place(drawn: list[SystemComparison]):
+    openings = {"holds": "Shown", "does not hold": "Refuted", "not decided": "Not decided"}
+    seen = set()
+    for place, of in enumerate(drawn):
+        claims = cl.evaluate_claims(of, draw_claims(of, place))
+        rows = reporting.build_claim_rows(claims)
+        table = findings.build_claim_table(claims, of).rows
+        assert [cells[0].text for cells in table] == [row["verdict"] for row in rows]
+        answer = findings.answer_comparison(of, claims)
+        assert answer.startswith(openings[rows[0]["verdict"]] + ": ")
+        for row, group, cells in zip(rows, group_claims(rows), table, strict=True):
+            results = [each["result"] for each in row["conditions"]]
+            assert [each.result for each in group.rows] == results
+            assert group.note.startswith(row["verdict"])
+            systems = [row["conditions"][0][key] for key in ("system", "against")]
+            if min(len(of.systems[label]) for label in systems) < 3:
+                assert row["undecided_reason"].endswith("a verdict requires at least 3")
+            wanted = "does not hold" if "refuted" in results else "not decided"
+            assert row["verdict"] == ("holds" if set(results) == {"shown"} else wanted)
+            if row["undecided_reason"]:
+                # Points of a claim that is not tested are hollow, and no table calls them shown.
+                text = cells[-1].text.replace(row["undecided_reason"], "")
+                assert set(results) == {"open"}
+                assert "shown" not in text
+                assert "refuted" not in text
+            seen |= {row["verdict"], row["undecided_reason"].partition(" ")[0]}
+    assert seen >= {*openings, "1", "2", "it", "shown", ""}
+
+
+def test_a_mean_over_one_task_is_not_a_second_test(tmp_path: Path):
+    systems = {"skillnet": 0.0, "dense": -0.2}
+    of = compared(tmp_path, systems, tasks=TASKS[:1])
+    (test,) = of.tests
+    assert test.p_corrected == test.p
+    assert of.find_test("dense", "skillnet", MEAN) == test
+    turned = of.find_test("skillnet", "dense", MEAN)
+    assert turned is not None
+    assert turned.difference.value == -test.difference.value
+    assert turned.difference.low == -test.difference.high
+
+
+def test_a_variant_as_reference_is_not_tested_against_itself(tmp_path: Path):
+    systems = {"skillnet": 0.0, "skillnet-pretrained": 0.4, "dense": 0.1}
+    runs = label_runs([read_run(path) for path in write_study(tmp_path, systems)])
+    of = compare_systems(runs, "skillnet-pretrained")
+    pairs = [(each.system, each.against) for each in of.tests if each.task == MEAN]
+    assert pairs == [("skillnet", "skillnet-pretrained"), ("dense", "skillnet-pretrained")]

@@ -263,7 +263,7 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     assert len(means.rows) == 6
     assert "skillnet-pretrained − specialist-pretrained" in {row.label for row in means.rows}
     dense = next(row for row in means.rows if row.label == "skillnet − dense")
-    assert dense.result == "shown"
+    assert dense.result == "higher"
     assert dense.change[1] < dense.change[0] < dense.change[2]
     points = collect_points(reporting.build_summary_rows(report.comparison))
     assert {point.label for point in points} == set(SYSTEMS)
