@@ -14,6 +14,7 @@ same files: see sweeps/trials/remote_ledger.py. The test splits are never read: 
 for the chosen configuration.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -171,7 +172,7 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
     """Return the list or source of the trials, and their base run."""
     from pipelines.training.resolved_run import resolve_config
     from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
-    from sweeps.search.space import SearchSpace
+    from sweeps.search.space import SearchSpace, warn_about_small_space
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
@@ -180,7 +181,7 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
     if not config.space:
         raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     space = SearchSpace(config.space, run)
-    if f"model.{config.fixed_cost.adjust}" in config.space:
+    if space.has_key(f"model.{config.fixed_cost.adjust}"):
         raise UserError(
             f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}; remove it from the space"
         )
@@ -195,13 +196,18 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
         source = OptunaSource(
             space, config.samples, config.seeds, config.search_seed, finish, folder / "trials"
         )
+        warn_about_small_space("space", source.num_configurations, config.samples)
         return source, run
-    points = (
-        space.grid_points()
-        if config.search == "grid"
-        else space.random_points(config.samples, config.search_seed)
+    wanted = math.prod(
+        len(each.values) for each in config.space.values() if each.grid or config.search == "grid"
     )
+    if config.search == "grid":
+        points = space.grid_points()
+    else:
+        points = space.random_points(config.samples, config.search_seed)
+        wanted *= config.samples
     candidates = configurations_from_points(space, points, finish)
+    warn_about_small_space("space", len(candidates), wanted)
     return [trial for each in candidates for trial in each.make_trials(config.seeds)], run
 
 

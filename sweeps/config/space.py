@@ -1,6 +1,7 @@
 """Configuration of one search dimension: values or a range of one key."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
@@ -53,6 +54,14 @@ class SearchDimension:
     def values(self) -> list[Any]:
         """Values of a list, or names of the options."""
         return list(self.options) if self.options else list(self.grid or self.choice)
+
+    @property
+    def countable(self) -> Sequence[Any] | None:
+        """All values of a list or of a range of whole numbers; None for other ranges."""
+        if self.range is None:
+            return self.values
+        low, high = self.range
+        return range(low, high + 1) if self.kind.endswith("integer") else None
 
     def value_at(self, fraction: float) -> Any:
         """Return the quantile of the sampling distribution at a fraction in [0, 1)."""

@@ -18,11 +18,12 @@ A dimension with ``options`` has a name that is not a key; each option sets seve
 import itertools
 import json
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Container, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
+from skillnet_platform import console
 from skillnet_platform.config.schema import (
     check_keys,
     child_types,
@@ -32,6 +33,12 @@ from skillnet_platform.config.schema import (
 )
 from skillnet_platform.errors import UserError, check_known_names, suggest_name
 from sweeps.config.space import SearchDimension, format_setting
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Random draws before the points of a space are listed.
+NUM_DRAWS = 200
 
 #: Value per dimension; for a dimension with options the name of the option.
 SearchPoint = dict[str, Any]
@@ -65,6 +72,7 @@ class SearchSpace:
         self._tree = configuration.to_dict(base)
         self._owners: dict[str, str] = {}
         self._applied: dict[str, FinetuneConfig] = {}
+        self._identities: dict[str, str] = {}
         for name, dimension in self.dimensions.items():
             dimension.check(f"space.{name}")
             self._check(name, dimension)
@@ -87,28 +95,97 @@ class SearchSpace:
         """Yield distinct random points, each with every value of the grids.
 
         Args:
-            count: number of points without grids; a small space yields fewer.
+            count: number of points without grids; a small space yields all that it has.
             seed: seed of the draws.
         """
         import numpy as np
 
         grids = {n: d.values for n, d in self.dimensions.items() if d.grid}
-        rest = {n: d for n, d in self.dimensions.items() if not d.grid}
         random = np.random.default_rng(seed)
         seen: set[str] = set()
         for _ in range(max(count, 1)):
-            # A small discrete space may be exhausted: give up after many duplicates.
-            for _ in range(200):
-                point = {name: each.value_at(float(random.random())) for name, each in rest.items()}
-                key = json.dumps(point, sort_keys=True)
-                if key not in seen:
-                    break
-            else:
+            point = self.draw_unseen(random, seen)
+            if point is None:
                 return
-            seen.add(key)
+            seen.add(self.identify_point(point))
             for values in itertools.product(*grids.values()):
                 complete = point | dict(zip(grids, values, strict=True))
                 yield {name: complete[name] for name in self.dimensions}
+
+    def draw_unseen(
+        self, random: "np.random.Generator", seen: Container[str]
+    ) -> SearchPoint | None:
+        """Return a random point, without grids, whose run is new; None if none is left.
+
+        Args:
+            random: source of the draws.
+            seen: identities of earlier points, see :meth:`identify_point`.
+        """
+        rest = {name: each for name, each in self.dimensions.items() if not each.grid}
+        for _ in range(NUM_DRAWS):
+            point = {name: each.value_at(float(random.random())) for name, each in rest.items()}
+            if self.identify_point(point) not in seen:
+                return point
+        # Draws seldom meet the last points of a small space, so they are listed.
+        left = [
+            point for point in self._list_points(rest) if self.identify_point(point) not in seen
+        ]
+        return left[int(random.integers(len(left)))] if left else None
+
+    def count_distinct(self, most: int) -> int:
+        """Return how many distinct runs the space has, at most ``most``.
+
+        Args:
+            most: number at which counting ends.
+        """
+        if any(each.countable is None for each in self.dimensions.values()):
+            return most
+        seen: set[str] = set()
+        for point in self._list_points(self.dimensions):
+            seen.add(self.identify_point(point))
+            if len(seen) >= most:
+                break
+        return len(seen)
+
+    def identify_point(self, point: SearchPoint) -> str:
+        """Return a text that points of equal runs share, such as skills in another order.
+
+        Args:
+            point: value per dimension; a dimension that is absent has the value of the base run.
+        """
+        key = json.dumps(point, sort_keys=True)
+        if key not in self._identities:
+            try:
+                tree = configuration.to_dict(self.apply_point(point))
+                self._identities[key] = json.dumps(tree, sort_keys=True)
+            except UserError:
+                # Such a point is reported when its run is built.
+                self._identities[key] = key
+        return self._identities[key]
+
+    def spread_points(self, count: int, seed: int, seen: Collection[str] = ()) -> list[SearchPoint]:
+        """Return distinct points that cover every dimension; a small space has fewer.
+
+        Repeated points of the Latin hypercube, which lists of few values have, are drawn again.
+
+        Args:
+            count: number of points.
+            seed: seed of the design.
+            seen: identities of points that are tried already.
+        """
+        import numpy as np
+
+        random, found = np.random.default_rng(seed), dict.fromkeys(seen)
+        points: list[SearchPoint] = []
+        for planned in self.latin_hypercube_points(count, seed):
+            point: SearchPoint | None = planned
+            if self.identify_point(planned) in found:
+                point = self.draw_unseen(random, found)
+            if point is None:
+                break
+            found[self.identify_point(point)] = None
+            points.append(point)
+        return points
 
     def latin_hypercube_points(self, count: int, seed: int) -> list[SearchPoint]:
         """Return points that cover every dimension (Latin hypercube, McKay et al. 1979).
@@ -159,6 +236,21 @@ class SearchSpace:
         except ValueError as error:
             raise UserError(f"{error} (with {describe_point(point)})") from None
         return run
+
+    def has_key(self, key: str) -> bool:
+        """Return whether a dimension, or one of its options, sets a key."""
+        return key in self._owners
+
+    def _list_points(self, dimensions: Mapping[str, SearchDimension]) -> Iterator[SearchPoint]:
+        """Yield the points of some dimensions; none if one of them is not countable."""
+        if not dimensions:
+            yield {}
+            return
+        # Ranges of whole numbers may be huge: itertools.product would list them first.
+        (name, first), *rest = dimensions.items()
+        for value in first.countable or ():
+            for point in self._list_points(dict(rest)):
+                yield {name: value} | point
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -224,6 +316,21 @@ class SearchSpace:
             from skillnet.systems import system_names
 
             check_known_names([assignments["system"]], system_names(), where, "system")
+
+
+def warn_about_small_space(key: str, found: int, wanted: int) -> None:
+    """Warn that a space has fewer distinct configurations than are asked for.
+
+    Args:
+        key: of the space.
+        found: configurations that are trained.
+        wanted: configurations that are asked for.
+    """
+    if found < wanted:
+        console.print_warning(
+            f"{key}: it has {found} distinct configurations, fewer than the {wanted} that are "
+            "asked for. Each is trained once per seed; give more values for more."
+        )
 
 
 def describe_point(point: SearchPoint) -> str:

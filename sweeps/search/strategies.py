@@ -33,6 +33,9 @@ from sweeps.trials.trial import Trial, TrialOutcome
 #: Points that are built as a check before Optuna starts, at least.
 NUM_PROBES = 8
 
+#: Proposals of Optuna for one configuration, before a new point is drawn at random.
+NUM_ASKS = 16
+
 #: Proposals at random, before Optuna uses the scores.
 NUM_RANDOM_PROPOSALS = 8
 
@@ -103,7 +106,7 @@ def build_candidate(
 def configurations_from_points(
     space: SearchSpace, points: Iterable[SearchPoint], finish: ConfigFinisher
 ) -> list[CandidateConfiguration]:
-    """Return the configurations of points that are known from the start.
+    """Return the configurations of points that are known from the start, equal runs once.
 
     Args:
         space: the search space.
@@ -113,9 +116,13 @@ def configurations_from_points(
     Raises:
         UserError: a configuration cannot be built; nothing has started yet.
     """
-    candidates = [
-        build_candidate(space, index, point, finish) for index, point in enumerate(points)
-    ]
+    candidates: list[CandidateConfiguration] = []
+    seen: set[str] = set()
+    for point in points:
+        identity = space.identify_point(point)
+        if identity not in seen:
+            seen.add(identity)
+            candidates.append(build_candidate(space, len(candidates), point, finish))
     if not candidates:
         raise UserError("the space is empty: give it at least one key with a value")
     return candidates
@@ -125,11 +132,12 @@ class OptunaSource:
     """A source of trials that Optuna proposes (Akiba et al. 2019), through ask and tell.
 
     A proposal depends on the seed, its number and the earlier outcomes, and on nothing else. So a
-    resumed sweep proposes the points that an uninterrupted one would have proposed.
+    resumed sweep proposes the points that an uninterrupted one would have proposed. A point that
+    was proposed before is not trained again: Optuna proposes another one, or it is drawn.
 
     Args:
         space: the search space.
-        count: number of configurations.
+        count: number of configurations; a small space has fewer.
         seeds: seeds of each configuration.
         seed: seed of the sampler.
         finish: sets the final width of a run.
@@ -146,7 +154,7 @@ class OptunaSource:
         folder: Path,
     ) -> None:
         self._space, self._seeds, self._finish = space, list(seeds), finish
-        self._num_configurations = count
+        self.num_configurations = space.count_distinct(count)
         self._proposals_path = folder / PROPOSALS
         self._study, self._distributions, self._categories = _build_study(space)
         self._seed = seed
@@ -154,18 +162,20 @@ class OptunaSource:
         self._stored_points = _read_proposals(self._proposals_path)
         self._queue: list[Trial] = []
         self._scores: dict[str, list[float | None]] = {}
-        self.total = count * len(self._seeds)
+        self._seen: set[str] = set()
+        self._numbers: dict[str, int] = {}
+        self.total = self.num_configurations * len(self._seeds)
         self.example = self._probe()
 
     def next_trial(self) -> Trial | None:
         """Return the next trial: first of stored proposals, then of new ones."""
-        if not self._queue and len(self._candidates) < self._num_configurations:
+        if not self._queue and len(self._candidates) < self.num_configurations:
             self._queue = self._propose().make_trials(self._seeds)
         return self._queue.pop(0) if self._queue else None
 
     def is_exhausted(self) -> bool:
         """Return whether all configurations have been proposed."""
-        return not self._queue and len(self._candidates) >= self._num_configurations
+        return not self._queue and len(self._candidates) >= self.num_configurations
 
     def record_outcome(self, outcome: TrialOutcome) -> None:
         """Report the mean score to Optuna when the last seed of a configuration has ended."""
@@ -176,8 +186,7 @@ class OptunaSource:
         if len(scores) < len(self._seeds):
             return
         good = [score for score in scores if score is not None and math.isfinite(score)]
-        # Optuna numbers its trials from 0 in the order of the proposals.
-        number = int(outcome.group)
+        number = self._numbers[str(outcome.group)]
         if good:
             self._study.tell(number, fmean(good))
         else:
@@ -189,16 +198,36 @@ class OptunaSource:
         if index < len(self._stored_points):
             point = self._stored_points[index]
             # Asked for again, so that this study has the same trials as the one before the kill.
-            self._study.enqueue_trial(self._encode_point(point))
-            self._study.ask(self._distributions)
+            self._numbers[name] = self._ask_for(point)
         else:
             self._study.sampler = _seed_sampler(self._seed, index)
-            point = self._decode_point(self._study.ask(self._distributions).params)
+            self._numbers[name], point = self._ask_new(index)
             # Stored before any trial starts, so that a killed sweep repeats the same points.
             with self._proposals_path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(point, ensure_ascii=False) + "\n")
+        self._seen.add(self._space.identify_point(point))
         self._candidates[name] = build_candidate(self._space, index, point, self._finish)
         return self._candidates[name]
+
+    def _ask_for(self, point: SearchPoint) -> int:
+        """Return the number of a trial of Optuna's study with a given point."""
+        self._study.enqueue_trial(self._encode_point(point))
+        return self._study.ask(self._distributions).number
+
+    def _ask_new(self, index: int) -> tuple[int, SearchPoint]:
+        """Return the number of a trial of Optuna's study, and its point, which is new."""
+        for _ in range(NUM_ASKS):
+            trial = self._study.ask(self._distributions)
+            point = self._decode_point(trial.params)
+            if self._space.identify_point(point) not in self._seen:
+                return trial.number, point
+            # Optuna ignores a failed trial; the score of this point counts once.
+            self._study.tell(trial, state=TrialState.FAIL)
+        random = np.random.default_rng([self._seed, index])
+        drawn = self._space.draw_unseen(random, self._seen)
+        # The space has at least as many distinct points as configurations.
+        assert drawn is not None
+        return self._ask_for(drawn), drawn
 
     def _probe(self) -> Trial:
         """Build some points before anything starts, because Optuna may propose any point."""

@@ -24,12 +24,14 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.study import StudyConfig, shift_seed
 from sweeps.config.trials import ScoreConfig
+from sweeps.search.space import warn_about_small_space
 from sweeps.study.identity import check_unchanged
 from sweeps.study.system_runs import apply_settings, build_base_run, build_pretraining
 from sweeps.study.tuning import (
     STAGES,
     TuningResult,
     build_stage_trials,
+    build_tuning_points,
     choose_settings,
     start_tuning,
 )
@@ -73,6 +75,9 @@ def check_study(config: StudyConfig) -> None:
     # All stages are built, because a wrong rate must fail before the first trial trains. Only the
     # first is compared with existing runs: the others depend on what it selects.
     stages = [build_stage_trials(config, stage, start) for stage in STAGES]
+    if config.tuning.trials:
+        wanted = config.tuning.trials + len(config.tuning.points)
+        warn_about_small_space("tuning.space", len(build_tuning_points(config)), wanted)
     check_unchanged(config, stages[0], config.folder / "tuning")
     known: dict[str, TuningResult] = {}
     if (config.folder / STUDY_LEDGER).is_file():

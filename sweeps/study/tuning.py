@@ -141,23 +141,37 @@ def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     """Return the settings of the trials of the space, which are the same for every system.
 
     The first are the settings as configured, then points spread over the space, then the points
-    of ``tuning.points``.
+    of ``tuning.points``. Equal points are tried once.
 
     Args:
         config: the study.
     """
-    space = SearchSpace(config.tuning.space, config.run)
-    spread = space.latin_hypercube_points(config.tuning.trials - 1, config.tuning.seeds[0])
+    # A grid is a list here: every system has the same number of trials.
+    dimensions = {
+        name: replace(each, grid=[], choice=each.values) if each.grid else each
+        for name, each in config.tuning.space.items()
+    }
+    space = SearchSpace(dimensions, config.run)
     # The settings as configured are always tried, so tuning cannot end below them by bad luck.
-    points = [{}, *(space.resolve_assignments(point) for point in spread)]
+    points: list[dict[str, Any]] = [{}]
+    seen = {space.identify_point({})}
+    count = config.tuning.trials - 1
+    spread = space.spread_points(count, config.tuning.seeds[0], seen)
+    for drawn in spread[: max(count, 0)]:
+        seen.add(space.identify_point(drawn))
+        points.append(space.resolve_assignments(drawn))
     for point in config.tuning.points:
         try:
-            SearchSpace(
+            listed = SearchSpace(
                 {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
             )
         except UserError as error:
             raise UserError(f"tuning.points: {error}") from None
-    return [*points[: config.tuning.trials], *config.tuning.points]
+        identity = listed.identify_point(point)
+        if identity not in seen:
+            seen.add(identity)
+            points.append(point)
+    return points
 
 
 def choose_settings(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sweeps.config.trials import FixedCostConfig, ScoreConfig
 from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
 from sweeps.search.space import SearchSpace
 from sweeps.search.strategies import OptunaSource, configurations_from_points
+from sweeps.sweep import _build_source
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import Trial, TrialOutcome
 
@@ -291,3 +293,124 @@ def test_plain_and_relative_scores() -> None:
         ScoreConfig(tasks=["text_to_imag"]).check(["text_to_image"])
     with pytest.raises(UserError, match="must not choose settings on a test split"):
         ScoreConfig(split="test")
+
+
+# -- each configuration once ---------------------------------------------------------------
+
+SMALL_SPACES: dict[str, tuple[dict[str, Any], int]] = {
+    "lists": ({"model.skill_every": {"choice": [1, 2]}, "model.num_layers": {"choice": [2, 3]}}, 4),
+    "whole numbers": ({"model.num_layers": {"integer": [1, 5]}}, 5),
+    "uneven numbers": ({"model.ffn_dim": {"log_integer": [1, 12]}}, 12),
+    "options": (
+        {"pace": {"options": {"slow": {"training.lr": 1e-4}, "fast": {"training.lr": 1e-2}}}},
+        2,
+    ),
+    # Skills have no order, and 1 is 1.0.
+    "synonyms": (
+        {
+            VIDEO: {"choice": [["general", "video"], ["video", "general"]]},
+            "training.weight_decay": {"choice": [0, 0.0, 0.1]},
+        },
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_SPACES)
+@pytest.mark.parametrize("search", ["random", "optuna", "grid", "tuning"])
+@pytest.mark.parametrize("more", [-1, 0, 5])
+def test_a_small_space_is_tried_completely_and_once(
+    name: str, search: str, more: int, tmp_path: Path
+) -> None:
+    """Optuna trained 4 distinct of 8 configurations under Ray; random stopped without a word."""
+    dimensions, size = SMALL_SPACES[name]
+    if search == "grid" and "numbers" in name:
+        pytest.skip("a grid has lists")
+    made, count = space(dimensions), size + more
+    if search == "optuna":
+        source = OptunaSource(made, count, [0, 1], 0, lambda config: config, tmp_path)
+        live: list[Trial] = []
+        candidates = []
+        # Several trials run at once, as under Ray, and Optuna knows their scores later.
+        while (trial := source.next_trial()) is not None:
+            candidates.append(trial.config)
+            live.append(trial)
+            if len(live) > 5:
+                end_trial(source, live.pop(0))
+        assert source.is_exhausted()
+        assert source.total == len(candidates)
+        candidates = candidates[::2]
+    elif search == "tuning":
+        # The run as configured is tried first.
+        first = made.apply_point({})
+        seen = {made.identify_point({})}
+        spread = made.spread_points(count - 1, 0, seen)
+        candidates = [first, *map(made.apply_point, spread)]
+        listed = {made.identify_point(each) for each in made.random_points(99, 0)}
+        size = len(listed | seen)
+    else:
+        points = made.grid_points() if search == "grid" else made.random_points(count, 0)
+        candidates = [
+            each.config for each in configurations_from_points(made, points, lambda config: config)
+        ]
+    texts = {json.dumps(configuration.to_dict(each), sort_keys=True) for each in candidates}
+    assert len(texts) == len(candidates), "a run is trained twice"
+    assert len(texts) == (size if search == "grid" else min(count, size))
+    assert made.count_distinct(1000) == SMALL_SPACES[name][1]
+
+
+def end_trial(source: OptunaSource, trial: Trial) -> None:
+    score = 1 / (1 + trial.config.model.num_layers)
+    assert trial.group is not None
+    report = {"step": 1, "score": score, "scores": {}}
+    source.record_outcome(
+        TrialOutcome(trial.name, trial.group, Path(), "finished", {"step": 1}, [report])
+    )
+
+
+def test_a_resumed_sweep_of_a_small_space_draws_the_same_points(tmp_path: Path) -> None:
+    def propose(folder: Path, most: int) -> list[dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        made = space({"model.num_layers": {"integer": [1, 12]}})
+        source = OptunaSource(made, 11, [0], 0, lambda config: config, folder)
+        points = []
+        while len(points) < most and (trial := source.next_trial()) is not None:
+            points.append(dict(trial.settings))
+            end_trial(source, trial)
+        return points
+
+    wanted = propose(tmp_path / "whole", 99)
+    assert len({each["model.num_layers"] for each in wanted}) == 11
+    for killed_after in (3, 9, 10):
+        folder = tmp_path / str(killed_after)
+        assert propose(folder, killed_after) == wanted[:killed_after]
+        assert propose(folder, 99) == wanted
+
+
+def test_a_huge_space_is_not_listed() -> None:
+    huge = space({"model.ffn_dim": {"log_integer": [1, 2**24]}, "seeded": {"options": {
+        "a": {"training.lr": 1e-4}, "b": {"training.lr": 1e-3}}}})  # fmt: skip
+    assert huge.count_distinct(50) == 50
+    assert len(list(huge.random_points(50, 0))) == 50
+
+
+@pytest.mark.parametrize(("search", "samples"), [("random", 8), ("optuna", 8), ("grid", 8)])
+def test_a_sweep_says_that_its_space_is_small(
+    search: str, samples: int, tmp_path: Path, capsys
+) -> None:
+    values = {"model.skill_every": [1, 2], "training.weight_decay": [0, 0.0, 0.1]}
+    config = SweepConfig(
+        name="small",
+        space={key: SearchDimension(choice=each) for key, each in values.items()},
+        search=search,  # type: ignore[arg-type]
+        samples=samples,
+    )
+    (tmp_path / "small" / "trials").mkdir(parents=True)
+    source, _ = _build_source(config, tmp_path / "small")
+    total = len(source) if isinstance(source, list) else source.total
+    assert total == 4
+    wanted = 6 if search == "grid" else samples
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"space: it has 4 distinct configurations, fewer than the {wanted} that" in shown
+    _build_source(replace(config, samples=4, search="random"), tmp_path / "small")
+    assert capsys.readouterr().err == ""
