@@ -4,6 +4,9 @@
 ``skillnet quickstart --seed N --name seed-N`` left, writes their figures as one dated CSV, and
 writes both tables between the results marks of the two pages. ``--csv FILE`` writes the pages again
 from a committed CSV.
+
+Each figure of a run has its interval over held-out units in the CSV. :func:`combine_intervals`
+joins them with the variation over seeds.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import sys
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -50,6 +54,9 @@ README_ROWS = tuple(
         ("text_to_code", "recall_at_10"),
     )
 )
+#: What the intervals cover, and what bold figures say.
+SOURCES = "over seeds and held-out units"
+BOLD = "Bold: the references lie outside of the interval."
 #: Systems that are shown beside SkillNet, by their name in the CSV.
 BASELINES = ("chance", "simple_baseline")
 
@@ -77,6 +84,30 @@ def seed_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def combine_intervals(rows: Rows) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over seeds and held-out units.
+
+    The distances of both intervals to their means are added in squares (source: Zou & Donner 2008).
+    The interval over units of one run contains noise that the mean over runs has less of, so the
+    result is cautious. Bounds are NaN if a run has no interval over its units, or with one seed.
+
+    Args:
+        rows: of the CSV, one figure per seed with its interval over units. All are shares.
+    """
+    values, lows, highs = (
+        np.array([float(row[key] or "nan") for row in rows]) for key in ("value", "low", "high")
+    )
+    if len(rows) < 2:
+        return float("nan"), float("nan")
+    own = seed_interval(list(values))
+    # Equal figures have no variance over seeds.
+    half = 0.0 if np.isnan(own[0]) else (own[1] - own[0]) / 2
+    mean = values.mean()
+    low = mean - np.hypot((values - lows).mean(), half)
+    high = mean + np.hypot((highs - values).mean(), half)
+    return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
+
+
 def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
     """Return a Markdown table with chance, the simple baseline and SkillNet, in per cent.
 
@@ -84,10 +115,10 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
         rows: of the CSV.
         keys: (task, split, metric) of the lines; a line without a SkillNet figure is left out.
     """
-    found: dict[RowKey, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[RowKey, dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         key = (row["task"], row["split"], row["metric"])
-        found[key][row["system"]].append(float(row["value"]))
+        found[key][row["system"]].append(row)
     lines = [
         "| task and metric | chance | simple baseline | SkillNet |",
         "|---|---:|---:|---:|",
@@ -96,18 +127,23 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
         systems = found[task, split, metric]
         if not systems.get("skillnet"):
             continue
+        others = [float(own[0]["value"]) for name in BASELINES if (own := systems.get(name))]
         beside = [
-            f"{100 * systems[name][0]:.1f}" if systems.get(name) else "–" for name in BASELINES
+            f"{100 * float(systems[name][0]['value']):.1f}" if systems.get(name) else "–"
+            for name in BASELINES
         ]
-        values = systems["skillnet"]
-        # All metrics of the table are shares; Student's t does not know their bounds.
-        low, high = np.clip(seed_interval(values), 0, 1)
+        mean = fmean(float(row["value"]) for row in systems["skillnet"])
+        low, high = combine_intervals(systems["skillnet"])
         interval = "" if np.isnan(low) else f" ({100 * low:.1f}–{100 * high:.1f})"
+        # Less is better of an error. Without an interval no lead is shown.
+        is_error = metric == "token_error_rate"
+        is_ahead = all(high < other if is_error else low > other for other in others)
+        figure = f"**{100 * mean:.1f}**" if others and is_ahead else f"{100 * mean:.1f}"
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
-        arrow = "↓" if metric == "token_error_rate" else "↑"
+        arrow = "↓" if is_error else "↑"
         lines.append(
             f"| {task.replace('_', ' ')}, {metric_label(metric)}{where} {arrow} | {beside[0]} | "
-            f"{beside[1]} | **{100 * np.mean(values):.1f}**{interval} |"
+            f"{beside[1]} | {figure}{interval} |"
         )
     return "\n".join(lines)
 
@@ -117,7 +153,7 @@ def readme_text(rows: Rows) -> str:
     seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
     return (
         f"{result_table(rows, README_ROWS)}\n\nPer cent on held-out data. SkillNet: mean of "
-        f"{len(seeds)} seeds with the 95 % interval over seeds (Student's t, cut at 0 and 100)."
+        f"{len(seeds)} seeds with the 95 % interval {SOURCES}. {BOLD}"
     )
 
 
@@ -132,10 +168,11 @@ def page_text(rows: Rows, csv_name: str) -> str:
     seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
     return (
         f"{result_table(rows, FULL_ROWS)}\n\nPer cent on held-out data: mean of seeds "
-        f"{', '.join(seeds)} with the 95 % interval over seeds (Student's t, cut at 0 and 100).\n"
+        f"{', '.join(seeds)} with the 95 % interval {SOURCES}. {BOLD}\n"
         f"{first['steps']} steps of `configs/quickstart.yaml` on {first['machine']}, "
         f"{first['date'][:10]}.\n"
-        f"All figures, with their intervals over test rows: `benchmarks/results/{csv_name}`."
+        "All figures, each run with its intervals over held-out units: "
+        f"`benchmarks/results/{csv_name}`."
     )
 
 

@@ -129,8 +129,8 @@ def text_of(folder: Path) -> str:
         f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['num_layers']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
         f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
-        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEffect of each "
-        "setting, fitted over all finished trials:\n\n"
+        f"splits; intervals are Student's t over seeds alone, on these rows.\n\n{ranked}\n\n"
+        "Effect of each setting, fitted over all finished trials:\n\n"
         f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
     )
 

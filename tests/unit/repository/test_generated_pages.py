@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.measure import RESULTS
@@ -29,6 +30,61 @@ def test_the_quickstart_pages_show_the_newest_results() -> None:
     rows = seeds.read_rows(path)
     assert between(seeds.README, "results") == seeds.readme_text(rows)
     assert between(seeds.PAGE, "results") == seeds.page_text(rows, path.name)
+
+
+def test_an_interval_over_seeds_and_units_covers_the_mean() -> None:
+    """The table had 60.2 (59.7 to 60.7) in bold beside 59.5: its interval ignored the rows."""
+    random = np.random.default_rng(0)
+    covered = []
+    for _ in range(200):
+        # 3 seeds answer 40 units; both vary, and so does each answer.
+        unit_K, seed_S = random.normal(0, 0.1, 40), random.normal(0, 0.01, 3)
+        scores_SK = 0.6 + seed_S[:, None] + unit_K + random.normal(0, 0.05, (3, 40))
+        rows = [demo_row("skillnet", *mean_of_units(own_K)) for own_K in scores_SK]
+        low, high = seeds.combine_intervals(rows)
+        alone = seeds.seed_interval([float(row["value"]) for row in rows])
+        assert high - low >= alone[1] - alone[0]
+        covered.append(low < 0.6 < high)
+    assert 0.93 < np.mean(covered)
+
+
+def mean_of_units(own_K: np.ndarray) -> tuple[float, float, float]:
+    half = 2.02 * own_K.std(ddof=1) / len(own_K) ** 0.5
+    return own_K.mean(), own_K.mean() - half, own_K.mean() + half
+
+
+def demo_row(system: str, value: float, low: float, high: float) -> dict[str, str]:
+    metric = {"task": "text_classification", "split": "test", "metric": "accuracy"}
+    return {"system": system, "seed": "0", **metric} | {
+        key: f"{each}" for key, each in (("value", value), ("low", low), ("high", high))
+    }
+
+
+@pytest.mark.parametrize(
+    ("reference", "half", "cell"),
+    [
+        (0.595, 0.05, "60.2 (55.2–65.2)"),
+        (0.54, 0.05, "**60.2** (55.2–65.2)"),
+        (0.70, 0.05, "60.2 (55.2–65.2)"),
+        # A split of one unit has no interval, so no lead.
+        (0.54, None, "60.2"),
+    ],
+)
+def test_a_figure_is_bold_if_the_reference_lies_outside(
+    reference: float, half: float | None, cell: str
+) -> None:
+    bounds = (np.nan, np.nan) if half is None else (0.602 - half, 0.602 + half)
+    rows = [demo_row("skillnet", 0.602, *bounds) for _ in range(3)]
+    rows += [demo_row("chance", 0.1, 0.1, 0.1), demo_row("simple_baseline", reference, 0, 1)]
+    keys = (("text_classification", "test", "accuracy"),)
+    assert seeds.result_table(rows, keys).endswith(f"| {100 * reference:.1f} | {cell} |")
+    # Less is better of an error: chance and the baseline must lie above.
+    for row in rows:
+        row |= {"metric": "token_error_rate"} | (
+            {"value": "0.9"} if row["system"] == "chance" else {}
+        )
+    text = seeds.result_table(rows, (("text_classification", "test", "token_error_rate"),))
+    assert ("**60.2**" in text) == (reference == 0.70)
 
 
 def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
