@@ -82,6 +82,11 @@ BLOCKS = {
         ("Differences after more steps", SCORES),
         ("skillnet", "skillnet-pretrained", "skillnet-long", "skillnet-long-pretrained"),
     ),
+    "equal-steps": StudyBlock(
+        ("equal-steps", "rates"),
+        (SCORES, DIFFERENCES),
+        ("skillnet-equal", "skillnet", "skillnet-pretrained"),
+    ),
     "dense": StudyBlock(
         ("rates", "dense"),
         (SCORES, DIFFERENCES, "Sizes of baselines"),

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform.storage import write_json
+from sweeps.analysis.claims import estimate_difference
+from sweeps.analysis.comparison import MEAN, compare_systems
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.report.report import table_to_markdown
 from sweeps.study.reserve import RESERVE_RECORD
+from sweeps.study.study import read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_LEDGER
 from tests.helpers.kept_studies import CLAIM, keep_study
 from tools.docs import study_tables
@@ -23,6 +28,7 @@ from tools.docs.study_tables import (
     RESULTS,
     StudyBlock,
     render_block,
+    select_runs,
 )
 
 FINAL = StudyBlock(("final",), BLOCKS["final"].tables)
@@ -66,6 +72,25 @@ def test_runs_of_two_studies_are_compared_on_the_folds_that_they_share(tmp_path:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_page_shows_what_the_kept_studies_give(name: str) -> None:
     assert between(BLOCKS[name].page, name) == render_block(BLOCKS[name])
+
+
+def test_a_gain_from_pretraining_stands_beside_its_further_training() -> None:
+    """The pages gave +3.5 by pretraining, and none said that it is at twice the training."""
+    members = [
+        each for name in ("rates", "longer") for each in read_study_ledger(RESULTS / name)[1]
+    ]
+    runs = label_runs([read_run(folder, label) for label, folder in members])
+    systems = ("skillnet-long", "skillnet-pretrained")
+    compared = compare_systems(select_runs(runs, systems), "skillnet-long")
+    more = estimate_difference(compared, *systems, MEAN)
+    number = f"{100 * more.value:.1f}"
+    bounds = [f"{sign}{100 * more.low:.1f} to {sign}{100 * more.high:.1f}" for sign in ("+", "")]
+    for page in ("README.md", "docs/pretraining.md", "docs/results/final.md", BESIDE_PAGE):
+        text = " ".join((RESULTS.parents[1] / page).read_text(encoding="utf-8").split())
+        stated = [f"{number}{word} ({each})" for word in ("", " points") for each in bounds]
+        assert any(each in text for each in stated), page
+        assert "equal-steps" in text
+        assert "twice the training" in text
 
 
 def test_the_page_has_the_rates_that_the_present_rule_chooses() -> None:

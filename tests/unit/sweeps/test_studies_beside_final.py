@@ -86,6 +86,23 @@ def test_longer_arms_differ_from_the_runs_of_rates_only_in_their_steps(
         assert own["training.steps"] == 3 * other["training.steps"]
 
 
+def test_the_control_has_as_many_steps_as_pretraining_and_the_usual_run() -> None:
+    config, usual = parse_study("equal-steps"), parse_study("rates")
+    trials = build_final_trials(config, start_tuning(config))
+    others = {trial.name: trial for trial in build_final_trials(usual, start_tuning(usual))}
+    assert len(trials) == 5, "five folds"
+    for trial in trials:
+        own, other = flatten_trial(trial), flatten_trial(others[trial.name.replace("-equal", "")])
+        different = {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+        assert different == {"training.steps"}
+        with_pretraining = others[trial.name.replace("-equal", "-pretrained")]
+        assert with_pretraining.pretrain is not None
+        before, after = (
+            each.training.steps for each in (with_pretraining.pretrain, with_pretraining.config)
+        )
+        assert own["training.steps"] == before + after == 4350
+
+
 def test_other_dense_models_are_tuned_as_the_systems_of_the_final_study() -> None:
     config = parse_study("dense")
     assert config.tuning == parse_study("final").tuning
@@ -111,7 +128,7 @@ def test_the_final_systems_train_again_at_the_rates_of_the_present_rule() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["labels", "budget", "longer", "longer-pretrained", "dense", "rates"]
+    "name", ["labels", "budget", "longer", "longer-pretrained", "equal-steps", "dense", "rates"]
 )
 def test_rows_and_steps_are_those_of_the_final_study_without_its_reserve(
     name: str, capsys: pytest.CaptureFixture[str]
