@@ -2,7 +2,7 @@
 
 <keep>/<study>/
   study.yaml, study.json     configuration and tuning, without paths of the machine
-  tuning.jsonl               scores of finished tuning trials, one per line
+  tuning.jsonl               scores and commits of finished tuning trials, one per line
   equal_versions.json        versions of a corpus that differ by rounding errors alone
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
@@ -96,7 +96,9 @@ class KeptTuning:
         for number, text in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 line = json.loads(text)
-                self._lines[line["name"]] = {key: line[key] for key in TUNING_KEYS}
+                # The lines of the final study and of studies/dense name no commit.
+                known = {"commit": line.get("commit")}
+                self._lines[line["name"]] = {key: line[key] for key in TUNING_KEYS} | known
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self._path}, line {number}: not the record of a trial. Remove the line; "
@@ -119,7 +121,7 @@ class KeptTuning:
             group=trial.group or trial.name,
             folder=folder,
             status="finished",
-            result={"step": line["step"], "seconds": line["seconds"]},
+            result={key: line[key] for key in ("step", "seconds", "commit")},
             reports=[{"step": line["step"], "score": line["score"], "scores": line["scores"]}],
             settings=dict(trial.settings),
             seed=trial.config.seed,
@@ -143,6 +145,7 @@ class KeptTuning:
             "scores": outcome.reports[-1]["scores"],
             "step": outcome.step,
             "seconds": outcome.seconds,
+            "commit": outcome.commit,
         }
         _keep_config(self._config)
         with atomic_write(self._path, "w") as stream:

@@ -50,7 +50,7 @@ class TuningResult:
         label: label of the system.
         settings: flat key -> chosen value; empty for the run as configured.
         score: mean validation score of the chosen settings; None without trials.
-        trials: stage, settings, seed, status, scores, steps and seconds of each trial.
+        trials: stage, settings, seed, status, scores, steps, seconds and commit of each trial.
         reuse_tuning_of: system whose settings were used, or None for own trials.
         rates: key of a tuned rate -> the chosen rate in words, with its standard error or the
             reason why the best trial was taken.
@@ -228,6 +228,7 @@ def _describe_trial(stage: Stage, trial: Trial, outcome: TrialOutcome | None) ->
         "scores": last.get("scores", {}),
         "steps": trial.config.training.steps,
         "seconds": outcome.seconds if outcome else None,
+        "commit": outcome.commit if outcome else None,
     }
 
 

@@ -111,6 +111,11 @@ class TrialOutcome:
         return int(self.reports[-1]["step"]) if self.reports else 0
 
     @property
+    def commit(self) -> str | None:
+        """Commit of the code that trained it; None unless finished, or if it is not recorded."""
+        return self.result.get("commit") if self.result is not None else None
+
+    @property
     def seconds(self) -> float | None:
         """Seconds in the training loop, or None unless finished."""
         return float(self.result["seconds"]) if self.result is not None else None

@@ -160,7 +160,7 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
             outcome = TrialOutcome(
                 **{"name": trial.name, "group": str(trial.group), "folder": tmp_path / trial.name},
                 **{"status": "finished", "settings": dict(trial.settings)},
-                result={"step": 7, "seconds": 1.5},
+                result={"step": 7, "seconds": 1.5, "commit": f"c{len(ran)}"},
                 reports=[report],
             )
             options["on_outcome"](outcome)
@@ -187,6 +187,11 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
         [0.1, 0.1, 0.2, 0.2, 0.3, 0.4]
     )
     assert result.tuning["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
+    # Each trial names the commit that trained it, also after a machine with another one.
+    lines = [json.loads(line) for line in (tmp_path / "keep/s/tuning.jsonl").open()]
+    assert sorted(line["commit"] for line in lines) == ["c1", "c1", "c2", "c2", "c3", "c4"]
+    commits = {row["commit"] for row in result.tuning["skillnet"].trials}
+    assert commits == {"c1", "c2", "c3", "c4"}
     changed = replace(other, tuning=replace(tuning, seeds=[9, 11]))
     with pytest.raises(UserError, match=r"keep: .* a study with tuning\.seeds"):
         restore_results(changed)
