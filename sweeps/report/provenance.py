@@ -14,6 +14,7 @@ from skillnet_platform.package_version import find_version
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT, SystemComparison
 from sweeps.analysis.equal_versions import read_equal_versions
+from sweeps.trials.remote_ledger import NOTICE
 
 #: Packages whose versions are listed.
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
@@ -56,6 +57,18 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
         "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
     }
+
+
+def read_notices(comparison: SystemComparison) -> list[str]:
+    """Return the lines of ``notice.txt`` of the studies of all runs: limits that were found later.
+
+    Args:
+        comparison: computed results.
+    """
+    studies = dict.fromkeys(run.folder.parent.parent for run in comparison.runs)
+    paths = [study / NOTICE for study in studies if (study / NOTICE).is_file()]
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line.strip() for line in dict.fromkeys(lines) if line.strip()]
 
 
 def _count_test_rows(comparison: SystemComparison) -> str:

@@ -37,7 +37,7 @@ from sweeps.report.findings import (
     sort_systems,
 )
 from sweeps.report.plots import draw_plots
-from sweeps.report.provenance import MAIN_FACTS, collect_facts
+from sweeps.report.provenance import MAIN_FACTS, collect_facts, read_notices
 from sweeps.report.references import (
     ReferenceScores,
     average_references,
@@ -93,6 +93,7 @@ class ComparisonReport:
         references: scores of the simple references, by task and split.
         facts: name -> value of the provenance.
         texts: name -> longer text of the provenance.
+        notices: limits of the studies, which stand beside the answer.
         folder: directory of the report, once written.
     """
 
@@ -108,6 +109,7 @@ class ComparisonReport:
     references: ReferenceScores = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
     folder: Path | None = None
 
     @property
@@ -173,6 +175,7 @@ def build_report(
         captions=_build_captions(comparison),
         references=known,
         facts=dict(facts or {}) | collect_facts(comparison),
+        notices=read_notices(comparison),
     )
 
 
@@ -217,6 +220,8 @@ def show_report(report: ComparisonReport) -> None:
     """Print the answer, the first table and the main tables."""
     if report.answer:
         console.print_note(report.answer)
+    for notice in report.notices:
+        console.print_note(f"Notice: {notice}")
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_lines() for cell in row] for row in table.rows]
@@ -227,9 +232,14 @@ def show_report(report: ComparisonReport) -> None:
 
 def report_to_markdown(report: ComparisonReport) -> str:
     """Return the claims and main tables as Markdown, for the description of the MLflow run."""
-    parts = [report.answer, report.lead + ".", report.origin]
+    parts = [report.answer, *list_notices(report), report.lead + ".", report.origin]
     parts += [table_to_markdown(table) for table in report.tables if not table.collapsed]
     return "\n\n".join(part for part in parts if part)
+
+
+def list_notices(report: ComparisonReport) -> list[str]:
+    """Return the notices of a report as paragraphs of Markdown."""
+    return [f"**Notice:** {notice}" for notice in report.notices]
 
 
 def table_to_markdown(table: ReportTable) -> str:
@@ -248,6 +258,7 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
         "title": report.title,
         "folder": report.folder,
         "answer": report.answer,
+        "notices": report.notices,
         "claims": build_claim_rows(report.claims),
         "summary": build_summary_rows(comparison),
         "tests": build_test_rows(comparison),

@@ -41,6 +41,7 @@ from sweeps.report.references import (
 )
 from sweeps.report.size_table import build_size_table
 from sweeps.report.variance_notes import (
+    describe_false_marks,
     describe_means,
     describe_pairing,
     describe_tests,
@@ -169,7 +170,7 @@ def _describe_marks(comparison: SystemComparison) -> str:
     return (
         f"{BETTER} and {WORSE}: significantly better or worse than {comparison.reference} with the "
         f"same pretraining ({describe_pairing(comparison)}, Holm's correction over "
-        f"{len(comparison.tests)} tests, 5 %). "
+        f"{len(comparison.tests)} tests, 5 %).{describe_false_marks(comparison)} "
     )
 
 
@@ -190,7 +191,7 @@ def _collect_changes(
 def _describe_changes(comparison: SystemComparison, change: str) -> str:
     return (
         f"{change}, in points; 95 % interval, {describe_pairing(comparison)}. {BETTER} {WORSE}: "
-        "significant after correction."
+        f"significant after correction.{describe_false_marks(comparison)}"
     )
 
 
@@ -290,7 +291,7 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
         ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "verdict"],
         rows,
         f"{describe_tests(comparison)}; Holm's correction over these "
-        f"{len(comparison.tests)} tests.",
+        f"{len(comparison.tests)} tests.{describe_false_marks(comparison)}",
         collapsed=True,
     )
 

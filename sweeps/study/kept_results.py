@@ -3,6 +3,7 @@
 <keep>/<study>/
   study.yaml, study.json     configuration and tuning, without paths of the machine
   tuning.jsonl               scores and commits of finished tuning trials, one per line
+  notice.txt                 limits that were found later, written by hand; reports show them
   equal_versions.json        versions of a corpus that differ by rounding errors alone
   runs/<run>/                a finished run
     config.yaml, trained.json, result.json, evaluation.csv
@@ -43,7 +44,7 @@ from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.analysis.equal_versions import EQUAL_VERSIONS
 from sweeps.config.study import StudyConfig
 from sweeps.study.identity import find_study_difference
-from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
+from sweeps.trials.remote_ledger import NOTICE, STUDY_FILE, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"
@@ -223,8 +224,9 @@ def restore_results(config: StudyConfig) -> set[str]:
     if not (config.folder / STUDY_LEDGER).is_file():
         config.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept / STUDY_LEDGER, config.folder / STUDY_LEDGER)
-    if (kept / EQUAL_VERSIONS).is_file():
-        shutil.copyfile(kept / EQUAL_VERSIONS, config.folder / EQUAL_VERSIONS)
+    for name in (EQUAL_VERSIONS, NOTICE):
+        if (kept / name).is_file():
+            shutil.copyfile(kept / name, config.folder / name)
     names = {path.parent.name for path in kept.glob(f"runs/*/{RESULT}")}
     for name in names:
         run = config.folder / "runs" / name

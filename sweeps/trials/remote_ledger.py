@@ -33,6 +33,8 @@ PROCESS_FILES = (LOG, ERROR)
 DRIVER_FILES = (REPORTS, OUTCOME)
 #: Configuration of a study, and its tuning results and run status.
 STUDY_FILE, STUDY_LEDGER = "study.yaml", "study.json"
+#: Limits of a study that were found after it, in its directory; one per line.
+NOTICE = "notice.txt"
 #: Results of a sweep; ``result.json`` is uploaded last.
 RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 

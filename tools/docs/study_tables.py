@@ -18,7 +18,12 @@ from sweeps.analysis.comparison import compare_systems
 from sweeps.analysis.finished_runs import FinishedRun, find_common_replicates, read_run
 from sweeps.analysis.run_groups import label_runs
 from sweeps.report.references import ReferenceScores
-from sweeps.report.report import ComparisonReport, build_report, table_to_markdown
+from sweeps.report.report import (
+    ComparisonReport,
+    build_report,
+    list_notices,
+    table_to_markdown,
+)
 from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
 from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import build_final_trials, read_study_ledger
@@ -170,6 +175,8 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     known = {table.title: table for table in report.tables}
     # A report without claims answers another question than that of its block.
     parts = [report.answer] if CLAIMS in known else []
+    # A block of several studies has some of their systems.
+    parts += list_notices(report) if len(block.studies) == 1 else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
     parts += [table_to_markdown(known[title]) for title in block.tables if title in known]

@@ -14,7 +14,7 @@ from sweeps.analysis.run_groups import label_runs
 from sweeps.report.report import table_to_markdown
 from sweeps.study.reserve import RESERVE_RECORD
 from sweeps.study.study import read_study_ledger
-from sweeps.trials.remote_ledger import STUDY_LEDGER
+from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
 from tests.helpers.kept_studies import CLAIM, keep_study
 from tools.docs import study_tables
 from tools.docs.page_marks import between
@@ -46,6 +46,10 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     # The text depends on the kept files alone.
     assert render_block(FINAL, tmp_path / "results") == text
     assert "report at commit" not in text
+    # Limits that were found after the study stand beside the answer.
+    (folder / NOTICE).write_text("Rates of baselines were low.\n", encoding="utf-8")
+    lines = render_block(FINAL, tmp_path / "results").splitlines()
+    assert lines[:3] == [text.splitlines()[0], "", "**Notice:** Rates of baselines were low."]
     # Nobody looks at a part of a study, or at a reserve that was not opened.
     reserve = replace(FINAL, is_reserve=True)
     assert render_block(reserve, tmp_path / "results") == NOT_COMPLETE

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pipelines.evaluation.outcomes import OUTCOMES_FILE, read_outcomes, write_outcomes
 from pipelines.evaluation.tables import score_metric
@@ -463,3 +464,69 @@ def test_a_variant_as_reference_is_not_tested_against_itself(tmp_path: Path):
     of = compare_systems(runs, "skillnet-pretrained")
     pairs = [(each.system, each.against) for each in of.tests if each.task == MEAN]
     assert pairs == [("skillnet", "skillnet-pretrained"), ("dense", "skillnet-pretrained")]
+
+
+# -- p-values of claims --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
+    """Build a comparison of two systems that are close to each other."""
+    return compared(tmp_path_factory.mktemp("near"), {"skillnet": 0.1, "dense": 0.0})
+
+
+@pytest.mark.parametrize("test", ["higher", "not_lower"])
+@pytest.mark.parametrize("margin", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("systems", [("skillnet", "dense"), ("dense", "skillnet")])
+def test_the_p_of_a_claim_is_one_sided_and_counts_its_margin(
+    test: str, margin: float, systems: tuple[str, str], near: SystemComparison
+):
+    of = near
+    part = ClaimPart(*systems, test=test, tasks=[MEAN])  # type: ignore[arg-type]
+    rules = ClaimsConfig({"it": StatedClaim("It is so.", [part])}, margin=margin)
+    (claim,) = cl.evaluate_claims(of, rules)
+    change = cl.estimate_difference(of, *systems, MEAN)
+    limit = margin if test == "not_lower" else 0.0
+    wanted = stats.t.sf((change.value + limit) / change.std_error, change.dof)
+    assert claim.p == pytest.approx(wanted)
+    # The interval and the p-value agree: both test a side at half of the level.
+    assert (claim.p < 0.025) == (claim.conditions[0].shown is True)
+    assert (claim.p > 0.975) == (claim.conditions[0].shown is False)
+
+
+def test_a_refuted_claim_does_not_weaken_the_correction_of_the_others(tmp_path: Path):
+    """With the p of a wrong sign halved, it came first and Holm's factor fell from 2 to 1."""
+    of = compared(tmp_path, {"skillnet": 0.3, "dense": 0.0, "moe": -0.5})
+    lead = cl.estimate_difference(of, "skillnet", "dense", MEAN)
+    claims = {
+        "lead": [ClaimPart("skillnet", "dense", "not_lower", [MEAN])],
+        "wrong": [ClaimPart("moe", "skillnet", tasks=[MEAN])],
+    }
+    stated = {name: StatedClaim(f"{name}.", parts) for name, parts in claims.items()}
+    p = stats.t.sf(lead.value / lead.std_error, lead.dof)
+    # Shown alone, and not among two: the level lies between p and 2 p.
+    for alpha, wanted in ((2 * 1.5 * p, "not decided"), (2 * 2.5 * p, "holds")):
+        found = cl.evaluate_claims(of, ClaimsConfig(stated, alpha=alpha, margin=0.0))
+        assert [claim.verdict for claim in found] == [wanted, "does not hold"]
+        assert found[1].p > 0.99
+
+
+def test_the_p_of_a_conjunction_is_its_largest(near: SystemComparison):
+    of = near
+    parts = [ClaimPart("skillnet", "dense", tasks=[task]) for task in TASKS]
+    single = [
+        cl.evaluate_claims(of, ClaimsConfig({"x": StatedClaim("x", [part])}))[0].p for part in parts
+    ]
+    (claim,) = cl.evaluate_claims(of, ClaimsConfig({"x": StatedClaim("x", parts)}))
+    assert claim.p == max(single) > min(single)
+
+
+def test_a_clear_loss_of_about_the_margin_is_open(near: SystemComparison):
+    change = cl.estimate_difference(near, "dense", "skillnet", MEAN)
+    assert change.high < 0
+    part = ClaimPart("dense", "skillnet", "not_lower", [MEAN])
+    rules = ClaimsConfig({"it": StatedClaim("It is so.", [part])}, margin=-change.value)
+    (claim,) = cl.evaluate_claims(near, rules)
+    assert claim.verdict == "not decided"
+    assert claim.conditions[0].shown is None
+    assert claim.p == pytest.approx(0.5)

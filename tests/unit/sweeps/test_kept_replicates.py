@@ -26,7 +26,14 @@ from sweeps.compare import compare
 from sweeps.config.claims import ClaimsConfig
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
-from sweeps.report.report import ComparisonReport
+from sweeps.report.html import render_report
+from sweeps.report.report import (
+    ComparisonReport,
+    build_report,
+    report_to_dict,
+    report_to_markdown,
+    show_report,
+)
 from sweeps.study.kept_results import (
     RESERVE_SUMS,
     KeptTuning,
@@ -41,6 +48,7 @@ from sweeps.study.reserve import (
     read_reserve_record,
 )
 from sweeps.study.sealed_reserve import seal_reserve
+from sweeps.study.stored_config import read_study_config
 from sweeps.study.study import (
     StudyResult,
     build_final_trials,
@@ -52,6 +60,7 @@ from sweeps.study.study import (
 )
 from sweeps.study.tuning import TuningResult, build_stage_trials, start_tuning
 from sweeps.trials.ledger import LedgerEntry
+from sweeps.trials.remote_ledger import NOTICE
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.kept_studies import CLAIM, keep_study
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -203,6 +212,27 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
         stream.write('{"name": "x"}\n')
     with pytest.raises(UserError, match=r"tuning\.jsonl, line 7: not the record of a trial"):
         KeptTuning(other)
+
+
+def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
+    folder = keep_study(tmp_path, "old", {"skillnet": 0.5, "specialist": 0.0})
+    (folder / NOTICE).write_text("Rates <were> low.\n\nA baseline is broken.\n", encoding="utf-8")
+    runs = [read_run(path, label) for label, path in read_study_ledger(folder)[1]]
+    made = build_report(compare_systems(label_runs(runs)), "old")
+    assert report_to_dict(made)["notices"] == ["Rates <were> low.", "A baseline is broken."]
+    page = render_report(made)
+    assert page.index("A baseline is broken.") < page.index('id="results"')
+    assert "Rates &lt;were&gt; low." in page
+    assert "**Notice:** A baseline is broken." in report_to_markdown(made)
+    show_report(made)
+    assert "Notice: A baseline is broken." in capsys.readouterr().err
+    # A report of folds says how often simulated ones have a false mark.
+    assert "6 to 9 % of the reports of equal systems have a mark" in made.tables[0].caption
+    # The study goes on elsewhere with its notices.
+    config = replace(read_study_config(folder), keep=str(tmp_path / "results"))
+    config = replace(config, run_dir=str(tmp_path / "second"))
+    restore_results(config)
+    assert (config.folder / NOTICE).read_text(encoding="utf-8").startswith("Rates")
 
 
 def test_a_pretraining_reads_corpora_that_the_folds_divide(tmp_path: Path):
