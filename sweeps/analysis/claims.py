@@ -22,7 +22,13 @@ import numpy as np
 
 from skillnet_platform.terminal_text import format_plural
 from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN, MIN_SEEDS, PairedTest, SystemComparison
+from sweeps.analysis.comparison import (
+    MEAN,
+    MIN_SEEDS,
+    PairedTest,
+    SystemComparison,
+    find_variant,
+)
 from sweeps.analysis.format import format_interval
 from sweeps.analysis.statistics import ScoreEstimate
 from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
@@ -188,6 +194,9 @@ def _describe_few(comparison: SystemComparison, seeds: int) -> str:
 
 def _explain(comparison: SystemComparison, test: PairedTest | None) -> str:
     """Return why a test of two systems, or none, has no verdict."""
+    labels = list(comparison.systems)
+    if test is None and find_variant(comparison.reference, labels[0], labels) is None:
+        return f"no system is named {comparison.reference}, so nothing is tested; give --reference"
     if test is None:
         return "these systems are not tested against each other"
     if test.difference.seeds < MIN_SEEDS:

@@ -35,6 +35,28 @@ def test_effects_of_a_fold_have_the_expected_variance() -> None:
     assert drawn.var(0).mean() == pytest.approx(own.expect_variance(spread), rel=0.1)
 
 
+def test_residuals_are_those_of_the_folds_of_the_final_study() -> None:
+    residuals = fold_coverage.read_residuals()
+    tasks = read_folds()
+    assert set(residuals) == {(name, task) for name in fold_coverage.SYSTEMS for task in tasks}
+    for rest_F in residuals.values():
+        assert rest_F.shape == (fold_coverage.FOLDS.count,)
+        assert abs(rest_F.mean()) < 1e-12
+        assert 0.003 < rest_F.std() < 0.1
+    # An unknown effect of training rows is needed for false alarms.
+    found = {}
+    for effect in (0.0, 4.0):
+        random = np.random.default_rng(0)
+        design = FoldDesign(effect, has_residuals=True)
+        drawn = (draw_folded_study(tasks, design, random, residuals) for _ in range(40))
+        truths = {task: own.task for task, own in tasks.items()}
+        rows = measure_studies(drawn, truths, fold_coverage.FOLD_PAIRS, design.name)
+        assert "residuals of the study" in str(rows[0]["design"])
+        found[effect] = [row["false_alarms"] for row in rows]
+    assert max(found[0.0]) < 4
+    assert min(found[4.0]) > 6
+
+
 def test_shared_training_rows_beyond_the_assumed_effect_cause_false_alarms() -> None:
     name = "text_to_code"
     tasks = {name: read_folds()[name]}

@@ -446,6 +446,19 @@ def test_a_claim_has_one_verdict_in_every_place(drawn: list[SystemComparison]):
     assert seen >= {*openings, "1", "2", "it", "shown", ""}
 
 
+def test_two_systems_without_a_reference_have_no_verdict(tmp_path: Path):
+    """The sentence said "scores higher" where nothing was tested."""
+    of = compared(tmp_path, {"dense": 0.8, "moe": 0.0})
+    answer = cl.answer_in_a_sentence(of)
+    assert answer.startswith("Not decided: dense − moe is +")
+    assert answer.endswith("; no system is named skillnet, so nothing is tested; give --reference.")
+    named = cl.answer_in_a_sentence(compare_systems(of.runs, "moe"))
+    assert named.startswith("moe scores lower than dense on 5 tasks: −")
+    # The reserve is not tested, whatever its systems are named.
+    untested = cl.answer_in_a_sentence(replace(compare_systems(of.runs, "moe"), tests=[]))
+    assert untested.endswith("; these systems are not tested against each other.")
+
+
 def test_a_mean_over_one_task_is_not_a_second_test(tmp_path: Path):
     systems = {"skillnet": 0.0, "dense": -0.2}
     of = compared(tmp_path, systems, tasks=TASKS[:1])
