@@ -6,8 +6,7 @@ Other packages add corpora through the entry point group ``skillnet.corpora``.
 
 import re
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pipelines.config.corpus_options import check_corpus_name
@@ -57,14 +56,14 @@ READERS = {
     "folder": "pipelines.corpora.readers.folder:FolderCorpus",
 }
 
+_OWN_NAMES = {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}
+
 #: ``reader:path``, but not ``s3://path``.
-_READER_PREFIX = re.compile(
-    r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_.]+:[A-Za-z0-9_]+)?):(?!//)(.+)"
-)
+_READER_PREFIX = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*):(?!//)(.+)")
 
 
 def find_corpus(name: str) -> Corpus:
-    """Return the built-in corpus of a name, or one of the class "package.module:Class".
+    """Return the corpus of a name: a built-in one, or the entry point of an installed package.
 
     Raises:
         UserError: the name is unknown (the message suggests the nearest one), or the corpus needs
@@ -129,8 +128,7 @@ def detect_reader(source: SourceDirectory) -> tuple[str, str] | None:
     Raises:
         UserError, StoreUnavailableError: the disk or the store fails, so the format is unknown.
     """
-    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    for name in {**READERS, **others}:
+    for name in {**READERS, **_other_entries()}:
         try:
             found = _find_class(name)
             evidence = found.detect(source) if issubclass(found, ExternalCorpus) else None
@@ -145,23 +143,34 @@ def detect_reader(source: SourceDirectory) -> tuple[str, str] | None:
     return None
 
 
+def _other_entries() -> dict[str, EntryPoint]:
+    """Return name -> entry point of other packages. They replace no name of this package."""
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    return {entry.name: entry for entry in found if entry.name not in _OWN_NAMES}
+
+
 def _find_class(name: str, candidates: Mapping[str, str] | None = None) -> type[Corpus]:
-    """Return the class of a corpus or format; ``candidates`` are suggested for a wrong name."""
-    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    # Names of this package cannot be replaced by other packages.
-    known = others | EXTRA_BUILT_IN | READERS | BUILT_IN
-    location = known.get(name) or (name if ":" in name else None)
-    if location is None:
-        listed = [*(candidates or {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}), *others]
-        raise UserError(f"unknown corpus {name!r}{suggest_name(name, listed)}")
-    module, _, attribute = location.partition(":")
+    """Return the class of a corpus or format; ``candidates`` are suggested for a wrong name.
+
+    A name comes from a configuration, so it only selects: it is never imported.
+    """
+    others = _other_entries()
+    if name in _OWN_NAMES:
+        entry = EntryPoint(name, _OWN_NAMES[name], ENTRY_POINT_GROUP)
+    elif name in others:
+        entry = others[name]
+    else:
+        is_class = ":" in name
+        hint = f": a class is named by its entry point, in the group {ENTRY_POINT_GROUP}"
+        listed = suggest_name(name, [*(candidates or _OWN_NAMES), *others])
+        raise UserError(f"unknown corpus {name!r}{hint if is_class else ''}{listed}")
     try:
-        found = getattr(import_module(module), attribute)
+        found = entry.load()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"corpus {name!r}: {location} cannot be loaded: {error}") from error
+        raise UserError(f"corpus {name!r}: {entry.value} cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Corpus)):
         raise UserError(
-            f"corpus {name!r}: {location} is not a subclass of pipelines.corpora.Corpus"
+            f"corpus {name!r}: {entry.value} is not a subclass of pipelines.corpora.Corpus"
         )
     return found
 

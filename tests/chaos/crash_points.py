@@ -117,7 +117,8 @@ class CrashLab:
         control.write_bytes(bytes(CONTROL_BYTES))
         with control.open("r+b") as stream:
             self._control = mmap.mmap(stream.fileno(), CONTROL_BYTES)
-        paths = [str(ROOT), str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
+        ours = [ROOT, ROOT / "platform", ROOT / "tests" / "made_corpora"]
+        paths = [*map(str, ours), os.environ.get("PYTHONPATH", "")]
         variables = {
             **os.environ,
             "LD_PRELOAD": str(library),

@@ -25,7 +25,6 @@ from tests.chaos.crash_points import CrashLab, FileEvent
 from tests.helpers import readable_corpora, user_corpora
 from tests.helpers.synthetic_corpora import put_archive
 
-MADE = "tests.helpers.synthetic_corpora"
 TASKS = {"text_classification": {"batch_size": 4}, "text_to_image": {"batch_size": 3}}
 ABSENT_TASKS = ("speech_recognition", "text_to_video", "text_to_code")
 #: A model of some ten thousand weights, trained for a second in float64.
@@ -100,7 +99,7 @@ class PrepareScenario:
         """Prepare the older corpus, and write the sources of the new one."""
         put_archive(lab.root / "archives")
         user_corpora.tnews(lab.root / "tnews", train=15, other=5)
-        command = ["tests.chaos.prepare_without_ray", f"{MADE}:OtherSettings"]
+        command = ["tests.chaos.prepare_without_ray", "made_settings"]
         end = lab.run(command)
         assert end.code == 0, end.output
         self._old = _digest_of(lab.root / "corpora" / "made")
@@ -109,7 +108,7 @@ class PrepareScenario:
         """Return the command."""
         return [
             "tests.chaos.prepare_without_ray",
-            f"{MADE}:Few",
+            "made_few",
             "--corpus",
             f"tnews={root / 'tnews'}",
         ]

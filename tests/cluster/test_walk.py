@@ -291,13 +291,16 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     client = hosts["client"]
     put_archive(folder / "archives")
     client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
-    words = ("prepare", "tests.helpers.synthetic_corpora:Made", "--data", f"s3://{BUCKET}/made")
-    plain(client, {SLOW: "500"}, *words)  # blocks take a moment each, so that both hosts get some
+    words = ("prepare", "made", "--data", f"s3://{BUCKET}/made")
+    path = "platform:tests/made_corpora"  # its entry points name the corpus
+    plain(
+        client, {SLOW: "500", "PYTHONPATH": path}, *words
+    )  # blocks take a moment each, so that both hosts get some
     manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100
     made = hosts["worker"].run("ls", "-A", f"{HOME}/staging/visiting").stdout
     assert made.startswith(".made.partial-"), "the other host has transformed blocks, too"
-    again = submit(client, *words)
+    again = submit(client, "--env.PYTHONPATH", path, *words)
     assert (again["status"], again["exit_code"]) == ("SUCCEEDED", 0)
     assert "cached" in again["log"]
     assert 0 < again["upload_bytes"] < 20 * 2**20

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from skillnet_platform import cli
+from tests.helpers.module_names import NAMES
 
 
 def budget(short: int, long: int = 200) -> Callable[[Any], Any]:
@@ -56,14 +57,14 @@ def damaged(data: bytes, wounds: list[tuple[str, float, int]]) -> bytes:
 
 WOUNDS = st.lists(DAMAGE, min_size=1, max_size=3)
 
-#: Values that a hostile JSON or YAML may hold anywhere.
+#: Values that a hostile JSON or YAML may hold anywhere; the import of a named module ends the test.
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["../x", "/etc/passwd", "", ".", 2**63, -1, "NaN"]),
+    | st.sampled_from(["../x", "/etc/passwd", "", ".", 2**63, -1, "NaN", *NAMES]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=5,
 )

@@ -1,4 +1,7 @@
-"""Corpora made up for tests of preparation; workers import them by name."""
+"""Corpora made up for tests of preparation, and their names as entry points.
+
+A process knows the names if :data:`ENTRY_POINTS` is on its path.
+"""
 
 import hashlib
 import os
@@ -13,6 +16,8 @@ from pipelines.corpora.archives import Archive
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from tests.helpers.archive_files import zipped
 
+#: Directory of the package whose entry points name the corpora here.
+ENTRY_POINTS = str(Path(__file__).parents[1] / "made_corpora")
 #: Milliseconds that a block takes, for tests that interrupt the work.
 SLOW = "SKILLNET_TEST_SLOW"
 LINES = "\n".join(f"line {n}" for n in range(100))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,21 @@ from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
-from tests.helpers.synthetic_corpora import SLOW, Made, put_archive
+from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, Made, put_archive
 from tests.helpers.waiting import wait_until
 from tests.unit.pipelines.transforms.test_transforms import mp3, tone
 
 pytestmark = pytest.mark.integration
-MADE = "tests.helpers.synthetic_corpora:Made"
+MADE = "made"
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    """The made-up corpora have names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ENTRY_POINTS)
+        yield
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -40,7 +49,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def command(data: Path, archives: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """Start ``python -m pipelines.prepare`` on the made-up corpus with a Ray of its own."""
     words = [sys.executable, "-m", "pipelines.prepare", MADE, "--data", str(data)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "platform"), ENTRY_POINTS])
     return subprocess.Popen(
         [*words, "--archives", str(archives), "--json", *more],
         cwd=ROOT,
@@ -102,15 +111,13 @@ def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) ->
     assert shard.read_bytes() == whole
 
 
-@pytest.mark.parametrize("kind", ["OtherSettings", "OtherCode", "OtherLabels"])
+@pytest.mark.parametrize("kind", ["made_settings", "made_code", "made_labels"])
 def test_what_would_come_out_otherwise_is_prepared_again(
     tmp_path: Path, ray_session: Any, kind: str
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     first = prepare([MADE], tmp_path / "data", archives)["made"]
-    second = prepare([f"tests.helpers.synthetic_corpora:{kind}"], tmp_path / "data", archives)[
-        "made"
-    ]
+    second = prepare([kind], tmp_path / "data", archives)["made"]
     assert second["state"] == "prepared"
     assert second["digest"] != first["digest"]
 
@@ -234,7 +241,7 @@ def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
     (left,) = tmp_path.iterdir()
     assert len(list(left.glob("*.arrow"))) == 12
     monkeypatch.undo()
-    prepare(["tests.helpers.synthetic_corpora:OtherSettings"], tmp_path, archives)
+    prepare(["made_settings"], tmp_path, archives)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert open_corpus(tmp_path / "made").manifest["preprocessing"]["every"] == 11
 

@@ -15,19 +15,29 @@ from pipelines.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import kill_family
-from tests.helpers.synthetic_corpora import SLOW, put_archive
+from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, put_archive
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
-MADE = "tests.helpers.synthetic_corpora:Made"
+MADE = "made"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up corpora have names."""
+    monkeypatch.syspath_prepend(ENTRY_POINTS)
 
 
 def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
     """A prepare with a Ray of its own, whose processes know the store."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "1"],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}:{ENTRY_POINTS}",
+            **environment,
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -98,7 +108,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert not in_the_making(uri)
 
     # Another state of it takes its place; until then the old one is whole.
-    process = start(["tests.helpers.synthetic_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
+    process = start(["made_settings", *words[1:]], **{SLOW: "200"})
     wait_until(lambda: in_the_making(uri), 240, process=process, pause=0.25)
     assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
     end(process, 0)

@@ -17,6 +17,7 @@ from pipelines.shards.dataset import open_corpus
 from pipelines.transforms.decode_guard import CRASHES_WORKER
 from tests.helpers import hostile_corpora as hostile
 from tests.helpers import user_corpora
+from tests.helpers.synthetic_corpora import ENTRY_POINTS
 
 pytestmark = pytest.mark.integration
 KINDS = ("pictures", "sounds", "clips", "texts")
@@ -117,15 +118,12 @@ def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session
     assert open_corpus(data / "webdataset").rows == 18
 
 
-def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(tmp_path: Path, ray_session: Any) -> None:
+def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(
+    tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twice it takes its worker along; then it is known. The rows beside it arrive."""
-    given = [
-        "tests.helpers.hostile_corpora:Deadly",
-        "--data",
-        str(tmp_path / "data"),
-        "--max_error_rate",
-        "1.0",
-    ]
+    monkeypatch.syspath_prepend(ENTRY_POINTS)
+    given = ["deadly", "--data", str(tmp_path / "data"), "--max_error_rate", "1.0"]
     assert prepare.main(given) == 0
     corpus = open_corpus(tmp_path / "data" / "deadly")
     assert {row: reported["reason"] for (_, row), reported in quarantine(corpus.path).items()} == {

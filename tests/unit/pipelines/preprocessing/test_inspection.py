@@ -21,11 +21,12 @@ from tests.helpers import video_files as clips
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.transforms.test_transforms import held
 
-POEMS = "tests.corpora_package.poem_files:Poems"
+POEMS = EntryPoint("poems", "tests.corpora_package.poem_files:Poems", corpora.ENTRY_POINT_GROUP)
 
 
 @pytest.fixture
-def poems(tmp_path: Path) -> Path:
+def poems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(corpora, "entry_points", lambda group: [POEMS])
     for number in range(12):
         text = f"{'唐宋'[number % 2]}\n白日依山尽{number}\n黄河入海流\n"
         (tmp_path / f"{number:02d}.poem").write_text(text, encoding="utf-8")
@@ -115,7 +116,7 @@ def test_time_limit_is_checked_at_every_row(
         return lines(self, relative)
 
     monkeypatch.setattr(SourceDirectory, "lines", slow)
-    found = inspection.inspect_corpus(f"{POEMS}:{poems}")
+    found = inspection.inspect_corpus(f"poems:{poems}")
     assert (found["rows"], found["complete"]) == (5, False)
 
 
@@ -125,15 +126,12 @@ def test_reader_error_is_raised(poems: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(SourceDirectory, "lines", broken)
     with pytest.raises(UserError, match="no such file"):
-        inspection.inspect_corpus(f"{POEMS}:{poems}")
+        inspection.inspect_corpus(f"poems:{poems}")
 
 
 def test_third_party_reader_is_found_by_name(
-    poems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    poems: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspection.inspect_corpus(f"{POEMS}:{poems}")["rows"] == 12
-    point = EntryPoint("poems", POEMS, corpora.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(corpora, "entry_points", lambda group: [point])
     found = inspection.inspect_corpus(f"poems:{poems}", {"poems": {"verses": 1}})
     assert (found["reader"], found["evidence"], found["rows"]) == ("poems", "named", 12)
     assert found["example"]["text"] == "白日依山尽0"
