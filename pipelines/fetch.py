@@ -174,7 +174,8 @@ def _download_one(archive: Archive, npm: str | None, target: Path) -> str:
     return _run_command(command)
 
 
-_PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
+#: -P: the working directory may hold a file named pip.py.
+_PIP = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
 
 
 #: One quick retry: without a network, the error must appear soon.

@@ -118,6 +118,12 @@ def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session
     assert open_corpus(data / "webdataset").rows == 18
 
 
+def test_workers_import_nothing_from_the_working_directory(ray_session: Any) -> None:
+    """A corpus that is prepared in its own directory may hold a file named as a library."""
+    worker = ray_session._private.worker.global_worker.core_worker
+    assert list(worker.get_job_config().py_driver_sys_path) == []
+
+
 def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(
     tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,8 @@ def _run_process(words: Sequence[str]) -> str:
     """
     # Ray hides the GPUs from a task that reserves none, and the probe must not wait for a free one.
     environment = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    command = [sys.executable, "-m", "skillnet_platform.checks.gpu_probe", *words]
+    # -P: the working directory may hold a file with the name of a library.
+    command = [sys.executable, "-P", "-m", "skillnet_platform.checks.gpu_probe", *words]
     paths = [each for each in sys.path if each]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     try:

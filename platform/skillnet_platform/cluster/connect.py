@@ -13,6 +13,7 @@ from skillnet_platform.cluster.session_directory import (
     prepare_session_directory,
 )
 from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.single_node import make_job_config
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 from skillnet_platform.storage.private import is_private
 from skillnet_platform.storage.user_environment import prepare_user_environment
@@ -114,6 +115,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             ray,
             # By default Ray joins any cluster whose address a file in its directory names.
             address="local",
+            job_config=make_job_config(),
             _temp_dir=str(sessions / "ray"),
             num_cpus=cpus or len(os.sched_getaffinity(0)),
             # Tune and Train clean up through the State API of the dashboard; without it sweeps

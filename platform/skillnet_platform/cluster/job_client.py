@@ -104,6 +104,8 @@ def find_token_source() -> str:
 
 def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
     """Return the shell command of a job, with a check of the cluster before it."""
+    # Without -P: the working directory of a job is the uploaded checkout, whose code is to run. Ray
+    # puts it on the import path in any case, and no other copy of the code is on the nodes.
     run = shlex.join(["python", "-m", "skillnet_platform.cli", *words])
     if not check:
         return run

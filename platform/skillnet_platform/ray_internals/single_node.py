@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import psutil
@@ -61,3 +61,21 @@ def _kill_living(processes: "list[psutil.Process]") -> bool:
                 each.kill()
                 has_living = True
     return has_living
+
+
+def make_job_config() -> Any:
+    """Return a job whose workers do not import from the driver's working directory.
+
+    Ray puts that directory first on the import path of every worker. A downloaded corpus in it may
+    hold a file with the name of a library. What the driver itself imports from is in PYTHONPATH.
+    """
+    from ray.job_config import JobConfig
+
+    class InstalledCodeJobConfig(JobConfig):  # type: ignore[misc]
+        """Job whose workers import as the driver does."""
+
+        def _serialize(self) -> Any:
+            self._py_driver_sys_path.clear()
+            return super()._serialize()
+
+    return InstalledCodeJobConfig()

@@ -1,29 +1,45 @@
 """A value that names a module imports nothing, for any key of any command and in stored files.
 
-``test_instantiation_keys.py`` tries keys. Values of keys in other files than configurations are in
-``test_fuzz_files.py`` and ``test_fuzz_borders.py``, whose values contain such names.
+``test_instantiation_keys.py`` tries keys. The other tests of this lane try such names at random
+places of stored files.
 """
 
+import json
 import os
 import sys
 import tempfile
 import typing
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.bundle_manifest import read_bundle_manifest
+from pipelines.serving.bundle_checks import check_tasks
+from pipelines.shards.format import FORMAT_VERSION, write_shard
+from pipelines.tokenizer.guarded_loader import parse_tokenizer, read_tokenizer_tree
+from pipelines.training.resolved_run import resolve_run
+from pipelines.training.run import find_finished_result
+from skillnet import systems
+from skillnet.serialization import write_manifest, write_parts
 from skillnet_platform import config
 from skillnet_platform.cli import CliCommand, find_commands
 from skillnet_platform.config.schema import child_types
+from sweeps.trials.trial import TRIAL, read_trial
+from tests.helpers import readable_corpora
 from tests.helpers.limited_child import run_limited
 from tests.helpers.module_names import NAMES, VALUES
 from tests.helpers.random_damage import budget, named
+from tests.helpers.small_models import small_model
+from tests.unit.fuzz import test_fuzz_borders, test_fuzz_files
 
 pytestmark = pytest.mark.fuzz
 
@@ -131,3 +147,96 @@ def test_a_value_of_any_text_key_imports_nothing_when_it_is_used(
 @budget(3)
 def test_a_word_of_the_command_line_imports_nothing(name: str, word: str) -> None:
     run_limited(lambda: run_without_leaving(name, {}, [word]))
+
+
+# -- stored files ----------------------------------
+
+
+def _trees_with_names(tree: Any) -> Iterator[Any]:
+    """Yield a copy of a tree for each of its texts, which is replaced by a name of the module."""
+    if isinstance(tree, str):
+        yield from (NAMES[0], NAMES[1])
+    if isinstance(tree, (dict, list)):
+        for key in tree if isinstance(tree, dict) else range(len(tree)):
+            for below in _trees_with_names(tree[key]):
+                copy: Any = tree.copy()
+                copy[key] = below
+                yield copy
+
+
+def _run(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    own = FinetuneConfig(name="mine", run_dir=str(folder), init_from=None)
+    stored = folder / "mine" / "config.yaml"
+    stored.parent.mkdir()
+
+    def read(tree: Any) -> None:
+        stored.write_text(yaml.safe_dump(tree))
+        find_finished_result(resolve_run(own))
+
+    return config.to_dict(own), read
+
+
+def _trial(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    tree = {"name": "x", "config": config.to_dict(FinetuneConfig()), "splits": "test"}
+    tree |= {"group": "x", "settings": {"a": "b"}, "brief": "x", "score": {"tasks": ["x"]}}
+
+    def read(tree: Any) -> None:
+        (folder / TRIAL).write_text(json.dumps(tree))
+        read_trial(folder)
+
+    return tree, read
+
+
+def _model(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    files = write_parts(small_model(), folder)
+
+    def read(tree: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(tree))
+        write_manifest(folder, files)
+        systems.load_model(folder)
+
+    return json.loads((folder / "config.json").read_text()), read
+
+
+def _bundle(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    def read(tree: Any) -> None:
+        (folder / "serving.json").write_text(json.dumps(tree))
+        found = read_bundle_manifest(folder / "serving.json")
+        named(lambda: check_tasks(folder, found, readable_corpora.config()))
+
+    return test_fuzz_borders.manifest(), read
+
+
+def _corpus(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    entry = write_shard(pa.table({"key": ["a"], "text": ["b"]}), folder / "train-00000.arrow")
+    tree = {"format_version": FORMAT_VERSION, "corpus": "made", "modality": "text"}
+    tree |= {"task": "text_classification", "labels": ["a"], "preprocessing": {"reader": "folder"}}
+    tree |= {"splits": {"train": {"rows": 1, "shards": [entry]}}, "source": {"uri": "x"}}
+
+    def read(tree: Any) -> None:
+        test_fuzz_files.reseal(folder, tree)
+        test_fuzz_files.read_all(folder)
+
+    return tree, read
+
+
+def _tokenizer(folder: Path) -> tuple[Any, Callable[[Any], object]]:
+    def read(tree: Any) -> None:
+        (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+        parse_tokenizer(read_tokenizer_tree(folder / "tokenizer.json"))
+
+    tree = json.loads(test_fuzz_borders.tokenizer_text())
+    return tree | {"model": tree["model"] | {"vocab": {"a": 0}, "merges": []}}, read
+
+
+@pytest.mark.parametrize("stored", [_run, _trial, _model, _bundle, _corpus, _tokenizer])
+def test_a_stored_file_imports_nothing(
+    stored: Callable[[Path], tuple[Any, Callable[[Any], object]]], tmp_path: Path
+) -> None:
+    """Each text of a file that a command wrote earlier becomes a name of the module."""
+    tree, read = stored(tmp_path)
+    read(tree)
+    altered = list(_trees_with_names(tree))
+    assert altered
+    for each in altered:
+        named(partial(read, each))

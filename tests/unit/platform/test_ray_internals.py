@@ -63,8 +63,10 @@ PRIVATE_MEMBERS = {
     "_do_request",
     "_get_reserved_resources",
     "_initialize_and_run_controller",
+    "_py_driver_sys_path",
     "_requester_id",
     "_resources_per_worker_not_none",
+    "_serialize",
 }
 
 #: Private members of the subpackage's own classes, and its private functions.
