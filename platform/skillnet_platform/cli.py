@@ -144,8 +144,9 @@ class CliCommand(Generic[ConfigT]):
         for word in words:
             if SecretUri(word).has_secret:
                 console.print_warning(
-                    f"{SecretUri(word)}: other users of this machine can read command lines. Give "
-                    "a URI with a password in the environment, or in a file of --config"
+                    f"{SecretUri(word)}: other users of this machine can read command lines, where "
+                    "the hidden part may be a password. Give such a URI in the environment, or in "
+                    "a file of --config"
                 )
         return parse_config(
             self.config_class,

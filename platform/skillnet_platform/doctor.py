@@ -15,6 +15,7 @@ from skillnet_platform.cluster.resource_request import (
 )
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _cluster(request: Any) -> list[Finding]:
 def main(config: DoctorConfig) -> DoctorReport:
     """Run ``skillnet doctor``: 0 if no finding is an error, else 1."""
     request = request_resources(config.entry)
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = SecretUri(os.environ.get("RAY_ADDRESS", ""))
     if address.startswith(("http://", "https://")) and config.ray:
         # This machine reaches one port of the head, but only a job can see every node.
         title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)

@@ -95,7 +95,8 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
     for word in options.entry:
         if SecretUri(word).has_secret:
             raise UserError(
-                f"{SecretUri(word)}: Ray's list of jobs would show this password. Set the complete "
+                f"{SecretUri(word)}: Ray's list of jobs would show the hidden part, which may be a "
+                "password. Set the complete "
                 f"URI as {URI_VARIABLE} and add --env_from {URI_VARIABLE}"
             )
     here = Path.cwd()
@@ -191,7 +192,7 @@ def main(config: SubmitConfig) -> dict[str, Any]:
         )
     start = time.monotonic()
     client = connect_job_server(config.address)
-    result: dict[str, Any] = {"address": client.get_address()}
+    result: dict[str, Any] = {"address": SecretUri(client.get_address())}
     if config.attach:
         job = find_job(client, config.attach)
     else:

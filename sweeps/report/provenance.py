@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from skillnet_platform.package_version import find_version
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking.source_commit import find_source_commit
 from sweeps.analysis.comparison import SPLIT, SystemComparison
 from sweeps.analysis.equal_versions import read_equal_versions
@@ -20,6 +21,11 @@ from sweeps.trials.remote_ledger import NOTICE
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
 #: Facts that the page and the terminal show beside the answer.
 MAIN_FACTS = ("runs at commit", "report at commit", "runs evaluated", "machine")
+
+
+def describe_command() -> str:
+    """Return the command line of this process without the secrets of URIs in it."""
+    return shlex.join([Path(sys.argv[0]).name, *map(SecretUri, sys.argv[1:])])
 
 
 def collect_facts(comparison: SystemComparison) -> dict[str, str]:
@@ -36,7 +42,7 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
     # Not every installation has all optional packages.
     versions = [f"{name} {found}" for name in PACKAGES if (found := find_version(name))]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": describe_command(),
         "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
         "runs at commit": ", ".join(
             dict.fromkeys(str(run.trained.get("commit", "unknown")) for run in comparison.runs)

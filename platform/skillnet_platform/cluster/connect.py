@@ -12,9 +12,10 @@ from skillnet_platform.cluster.session_directory import (
     DIRECTORY_VARIABLE,
     prepare_session_directory,
 )
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.ray_internals.single_node import make_job_config
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.private import is_private
 from skillnet_platform.storage.user_environment import prepare_user_environment
 
@@ -91,7 +92,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     if ray.is_initialized():
         return ray
     apply_uv_run_setting()
-    address = os.environ.get("RAY_ADDRESS")
+    address = SecretUri(os.environ.get("RAY_ADDRESS", ""))
     if address:
         if address.startswith(("http://", "https://")):
             raise UserError(
@@ -100,11 +101,11 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             )
         try:
             with signals.keep_handlers():
-                ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+                ray.init(address=address.reveal(), log_to_driver=True, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: no Ray answers there ({error}). Start the cluster, "
-                "or unset RAY_ADDRESS to use this machine alone."
+                f"RAY_ADDRESS={address}: no Ray answers there ({first_line(error)}). "
+                "Start the cluster, or unset RAY_ADDRESS to use this machine alone."
             ) from error
         _warn_about_shared_sessions(ray)
         return ray

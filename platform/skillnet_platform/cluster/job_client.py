@@ -13,6 +13,7 @@ from typing import Any
 from skillnet_platform import cluster
 from skillnet_platform.cluster.versions import version_variable
 from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.secret_uri import SecretUri
 
 NEWEST = "newest"
 MARK = "skillnet"
@@ -25,13 +26,14 @@ OPEN_A_TUNNEL = (
 SERVICES = ("doctor", "serve", "tracker", "ui")
 
 
-def resolve_job_server_url(address: str | None = None) -> str:
+def resolve_job_server_url(address: str | None = None) -> SecretUri:
     """Return the URL of the job server: ``address``, or that of the environment.
 
     Raises:
         UserError: there is no address, or it is not a URL.
     """
-    found = address or next((os.environ[name] for name in ADDRESSES if os.environ.get(name)), "")
+    given = (os.environ[name] for name in ADDRESSES if os.environ.get(name))
+    found = SecretUri(address or next(given, ""))
     if not found:
         raise UserError(f"RAY_ADDRESS is not set: no cluster to send the job to; {OPEN_A_TUNNEL}")
     if not found.startswith(("http://", "https://")):
@@ -39,7 +41,7 @@ def resolve_job_server_url(address: str | None = None) -> str:
             f"RAY_ADDRESS={found}: a job is sent to the http:// address of the dashboard; "
             f"{OPEN_A_TUNNEL}"
         )
-    return found.rstrip("/")
+    return SecretUri(found.reveal().rstrip("/"))
 
 
 def connect_job_server(address: str | None = None) -> Any:
@@ -68,7 +70,7 @@ def connect_job_server(address: str | None = None) -> Any:
     logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
     try:
         # The first request of the constructor is the version of the cluster's Ray.
-        return JobServerClient(url)
+        return JobServerClient(url.reveal())
     except AuthenticationError:
         raise UserError(
             f"{url}: the cluster refuses the token ({place}); take the cluster's own, which "

@@ -53,7 +53,7 @@ def is_uri(place: str | os.PathLike[str] | None) -> bool:
 
 
 def require_no_secret(uri: str) -> None:
-    """Check that a location holds no password, key or token: manifests and logs show locations.
+    """Check that a location can hold no password, key or token: manifests and logs show it.
 
     Raises:
         UserError: it holds one.
@@ -61,9 +61,9 @@ def require_no_secret(uri: str) -> None:
     shown = SecretUri(uri)
     if shown.has_secret or shown.is_redacted:
         raise UserError(
-            f"{shown}: holds a password, a key or a token, which manifests and logs would show. "
-            "Remove it, and give it to the store's client in the environment, such as "
-            "AWS_SECRET_ACCESS_KEY or FSSPEC_SFTP_PASSWORD"
+            f"{shown}: the hidden part may be a password, a key or a token, which manifests and "
+            "logs would show. Remove it, and give it to the store's client in the environment, "
+            "such as AWS_SECRET_ACCESS_KEY or FSSPEC_SFTP_PASSWORD"
         )
 
 

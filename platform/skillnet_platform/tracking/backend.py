@@ -23,6 +23,7 @@ from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqli
 from skillnet_platform.tracking.moved_root import relocate_artifacts
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+USER_VARIABLE = "MLFLOW_TRACKING_USERNAME"
 PASSWORD_VARIABLE = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - a variable's name
 
 #: Environment of MLflow unless the user has set it. MLflow retries a dead server for minutes.
@@ -106,7 +107,8 @@ def resolve_uri(uri: str | None = None) -> SecretUri:
     A URI that was written without its password gets it from the environment.
 
     Raises:
-        UserError: a file store, which MLflow no longer supports, or a password that is missing.
+        UserError: a file store, which MLflow no longer supports, a password that is missing, or an
+            address of a server with a query.
     """
     given = uri or os.environ.get(URI_VARIABLE) or sqlite_uri(storage.run_root() / "mlflow.db")
     chosen = _restore_secret(SecretUri(given))
@@ -117,6 +119,12 @@ def resolve_uri(uri: str | None = None) -> SecretUri:
         raise UserError(
             f"tracking.uri {chosen!r}: MLflow no longer keeps runs in plain files; use "
             "sqlite:///PATH/mlflow.db or the http:// address of an MLflow server"
+        )
+    if chosen.startswith("http") and {"?", "#"} & set(chosen):
+        # MLflow would append the path of a request to it, and show it in its errors.
+        raise UserError(
+            f"tracking.uri {chosen}: the address of a server has no part after ? or #. Remove it, "
+            "and set MLFLOW_TRACKING_TOKEN to a token"
         )
     return SecretUri(chosen.reveal().rstrip("/"))
 
@@ -132,13 +140,13 @@ def _restore_secret(uri: SecretUri) -> SecretUri:
     known = SecretUri(os.environ.get(URI_VARIABLE, ""))
     if known.has_secret and known.rstrip("/") == uri.rstrip("/"):
         return known
-    password = os.environ.get(PASSWORD_VARIABLE)
-    if password:
-        return uri.with_secret(password)
+    user, password = (os.environ.get(name, "") for name in (USER_VARIABLE, PASSWORD_VARIABLE))
+    if password and (user or not uri.lacks_user):
+        return uri.with_secret(password, user)
+    names = f"{USER_VARIABLE} and {PASSWORD_VARIABLE}" if uri.lacks_user else PASSWORD_VARIABLE
     raise UserError(
         f"tracking.uri {uri}: files keep no password, and this process has none for it. Set "
-        f"{URI_VARIABLE} to the complete URI or {PASSWORD_VARIABLE} to the password, or give "
-        "--tracking.uri again"
+        f"{URI_VARIABLE} to the complete URI, or {names}, or give --tracking.uri again"
     )
 
 

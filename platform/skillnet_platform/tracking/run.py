@@ -391,7 +391,7 @@ def _find_run(client: Any, experiment_id: str, key: str | None) -> str | None:
 def _first_tags(parent: str | None, key: str | None = None) -> dict[str, str]:
     tags = {
         "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+        "mlflow.source.name": redact_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])),
         "mlflow.source.type": "LOCAL",
         orphans.PROCESS_TAG: orphans.this_process(),
         **source_commit.commit_tags(),

@@ -13,11 +13,15 @@ import yaml
 
 from pipelines.config.storage import StorageConfig
 from pipelines.io.directory import SourceDirectory
-from skillnet_platform import config, console, submit, tracker
+from skillnet_platform import config, console, doctor, submit, tracker
+from skillnet_platform.checks.finding import Finding
+from skillnet_platform.cluster import connect, job_client
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.storage import directories, location
 from skillnet_platform.tracking import TrackingConfig, backend
+from skillnet_platform.tracking import run as tracking_run
+from sweeps.report import provenance
 
 SECRET = "Hu7-s3cret"  # noqa: S105 - made up
 
@@ -25,10 +29,21 @@ SECRET = "Hu7-s3cret"  # noqa: S105 - made up
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("http://me:{}@host:5000", "http://me:***@host:5000"),
-        ("https://me:{}@host/mlflow/", "https://me:***@host/mlflow/"),
-        ("http://me:a@{}@host", "http://me:***@host"),
-        ("http://:{}@host", "http://:***@host"),
+        ("http://me:{}@host:5000", "http://***@host:5000"),
+        ("https://me:{}@host/mlflow/", "https://***@host/mlflow/"),
+        ("http://{}@host", "http://***@host"),
+        ("http://{}:@host:5000/a", "http://***@host:5000/a"),
+        ("https://{}:x-oauth-basic@host", "https://***@host"),
+        ("http://me:a@{}@host", "http://***@host"),
+        ("http://:{}@host", "http://***@host"),
+        ("http://me:a/{}@host", "http://***@host"),
+        ("http://me:a#{}@host", "http://***@host"),
+        ("http://me:12?{}@host", "http://***@host"),
+        ("http://me:{}", "http://***"),
+        ("HTTP://{}@host", "HTTP://***@host"),
+        ("ray://{}@head:10001", "ray://***@head:10001"),
+        ("redis://{}@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://:{}@host:6379/0", "redis://***@host:6379/0"),
         ("postgresql://me:{}@host/runs", "postgresql://me:***@host/runs"),
         ("postgresql://me:a/{}@host/runs", "postgresql://me:***@host/runs"),
         ("postgresql+psycopg://me:a@{}@host/runs", "postgresql+psycopg://me:***@host/runs"),
@@ -36,11 +51,38 @@ SECRET = "Hu7-s3cret"  # noqa: S105 - made up
             "postgresql://host/runs?user=me&password={}",
             "postgresql://host/runs?user=me&password=***",
         ),
-        ("s3://AKIA:{}@bucket/runs", "s3://AKIA:***@bucket/runs"),
+        (
+            "postgresql://host/runs?host=/run&passfile={}",
+            "postgresql://host/runs?host=/run&passfile=***",
+        ),
+        ("mssql+pyodbc:///?odbc_connect=PWD%3D{}", "mssql+pyodbc:///?odbc_connect=***"),
+        ("mssql://host;password={}/x", "mssql://***"),
+        ("s3://AKIA:{}@bucket/runs", "s3://***@bucket/runs"),
+        ("s3://bucket/runs?{}", "s3://bucket/runs?***"),
+        ("sftp://me:{}@host/runs", "sftp://me:***@host/runs"),
         ("https://a.b/x.tar?sv=1&sig={}&se=2", "https://a.b/x.tar?sv=1&sig=***&se=2"),
         ("https://b/x?X-Amz-Signature={}", "https://b/x?X-Amz-Signature=***"),
-        ("https://b/x?AWSAccessKeyId={}&v=1", "https://b/x?AWSAccessKeyId=***&v=1"),
-        ("https://b/x?access_token={}", "https://b/x?access_token=***"),
+        ("https://b/x?AWSAccessKeyId={}&v=1", "https://b/x?AWSAccessKeyId=***&v=***"),
+        *(
+            (f"https://b/x?{name}={{}}", f"https://b/x?{name}=***")
+            for name in (
+                "access_token",
+                "auth",
+                "jwt",
+                "pass",
+                "sas",
+                "code",
+                "p",
+                "SeCrEt",
+                "x_y.z",
+            )
+        ),
+        ("https://b/x?{}", "https://b/x?***"),
+        ("https://b/x?{}=1", "https://b/x?***"),
+        ("https://b/x#access_token={}", "https://b/x#***"),
+        ("https://b/x#{}", "https://b/x#***"),
+        ("https://b/#/runs/1?token={}", "https://b/#/runs/1?token=***"),
+        ("https://b/x?host=me:{}@c", "https://***@c"),
     ],
 )
 def test_every_text_of_a_uri_lacks_its_secret(uri: str, shown: str) -> None:
@@ -66,7 +108,14 @@ def test_every_text_of_a_uri_lacks_its_secret(uri: str, shown: str) -> None:
         "sqlite:////tmp/a@b:c@d/x.db",
         "models:/skillnet@champion",
         "file:///a:b@c",
-        "s3://bucket/a?keyword=1",
+        "s3://bucket/a@2x.png",
+        "hdfs://me@node:9000/runs",
+        "sftp://me@host/runs",
+        "https://registry.example/@scope/pkg",
+        "http://[::1]:5000/x",
+        "http://HOST:PORT/x",
+        "postgresql://a:5432,b:5432/runs?sslmode=require&target_session_attrs=any",
+        "https://huggingface.co/a/b/resolve/main/c.bin?download=true",
     ],
 )
 def test_a_uri_without_a_secret_is_unchanged(uri: str) -> None:
@@ -79,7 +128,9 @@ def test_a_uri_without_a_secret_is_unchanged(uri: str) -> None:
 def test_a_written_uri_is_known_to_lack_its_secret() -> None:
     written = SecretUri(str(SecretUri(f"http://me:{SECRET}@host")))
     assert written.is_redacted
-    assert written.with_secret("p@ss/word").reveal() == "http://me:p%40ss%2Fword@host"
+    assert written.with_secret("p@ss/word", "me").reveal() == "http://me:p%40ss%2Fword@host"
+    stored = SecretUri(str(SecretUri(f"mysql://me:{SECRET}@host")))
+    assert stored.with_secret("p@ss/word").reveal() == "mysql://me:p%40ss%2Fword@host"
     assert SecretUri(f"http://me:{SECRET}@host:1/x").address == "http://host:1/x"
 
 
@@ -98,7 +149,7 @@ def test_a_configuration_is_written_without_the_secret(capsys: pytest.CaptureFix
     console.emit_json(settings)
     shown = [written, repr(settings), config.digest_config(settings), capsys.readouterr().out]
     assert all(SECRET not in text for text in shown)
-    assert yaml.safe_load(written)["uri"] == "http://me:***@host"
+    assert yaml.safe_load(written)["uri"] == "http://***@host"
 
 
 def test_messages_lack_the_secrets_of_uris_in_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +158,7 @@ def test_messages_lack_the_secrets_of_uris_in_them(capsys: pytest.CaptureFixture
         show(text)
     shown = capsys.readouterr().err + first_line(OSError(text))
     assert SECRET not in shown
-    assert shown.count("http://me:***@host") == 4
+    assert shown.count("http://***@host") == 4
 
 
 def test_a_written_uri_gets_its_secret_from_the_environment(
@@ -117,10 +168,13 @@ def test_a_written_uri_gets_its_secret_from_the_environment(
     written = str(complete)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:other@elsewhere")
-    with pytest.raises(UserError, match="files keep no password") as caught:
-        backend.resolve_uri(written)
-    assert "MLFLOW_TRACKING_PASSWORD" in str(caught.value)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    for password in ("", SECRET):
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        with pytest.raises(UserError, match="files keep no password") as caught:
+            backend.resolve_uri(written)
+        assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     assert backend.resolve_uri(written).reveal() == complete.reveal()
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
     with backend.share_secret(complete):
@@ -139,7 +193,7 @@ def test_a_written_uri_gets_its_secret_from_the_environment(
 )
 @pytest.mark.parametrize("uri", ["s3://AKIA:{}@bucket/x", "abfs://c@a.b/x?sv=1&sig={}"])
 def test_a_location_with_a_secret_is_refused(use: Callable[[str], Any], uri: str) -> None:
-    with pytest.raises(UserError, match="manifests and logs would show") as caught:
+    with pytest.raises(UserError, match="manifests and logs") as caught:
         use(uri.format(SECRET))
     assert SECRET not in str(caught.value)
 
@@ -151,8 +205,53 @@ def test_command_lines_with_secrets_are_warned_of_or_refused(
     assert tracker.main(["--store", uri, "--port", "0"]) == 2
     shown = capsys.readouterr().err
     assert "other users of this machine can read command lines" in shown
-    assert "--store http://me:***@host: give a database" in shown
+    assert "--store http://***@host: give a database" in shown
     options = submit.SubmitConfig(["finetune", "--tracking.uri", uri])
     with pytest.raises(UserError, match="--env_from MLFLOW_TRACKING_URI") as caught:
         submit.submit_job(None, options)
     assert SECRET not in shown + str(caught.value)
+
+
+def test_addresses_without_a_host_in_errors_lack_their_secrets() -> None:
+    text = f"Max retries exceeded with url: /api?jwt={SECRET}&v=1 (Caused by x)"
+    assert redact_secrets(text) == "Max retries exceeded with url: /api?jwt=***&v=*** (Caused by x)"
+
+
+@pytest.mark.parametrize("uri", ["http://host?jwt={}", "http://host/?{}", "https://host/#{}"])
+def test_an_address_of_a_tracker_has_no_query(uri: str) -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_TOKEN") as caught:
+        backend.resolve_uri(uri.format(SECRET))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["ray://{}@127.0.0.1:1", "http://me:{}@127.0.0.1:1"])
+def test_addresses_of_a_cluster_lack_their_secrets(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address.format(SECRET))
+    found = [Finding("x", "error", "y", "z")]
+    monkeypatch.setattr(doctor, "list_machine_checks", lambda *given: [lambda: found])
+    assert doctor.main(["--ray", "false"]) == 1
+    shown = str(capsys.readouterr())
+    assert f"The cluster of {address.partition('//')[0]}//***@127.0.0.1:1" in shown
+    if address.startswith("ray"):
+        with pytest.raises(UserError, match="sent to the http:// address") as caught:
+            job_client.resolve_job_server_url()
+        shown += str(caught.value)
+    else:
+        url = job_client.resolve_job_server_url()
+        assert SECRET in url.reveal()
+        shown += url
+        with pytest.raises(UserError, match="address of a cluster's job server") as caught:
+            connect.ensure_ray()
+        shown += str(caught.value)
+    assert SECRET not in shown
+
+
+def test_records_of_the_command_line_lack_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", f"--tracking.uri=http://{SECRET}@host"])
+    tag = tracking_run._first_tags(None)["mlflow.source.name"]
+    command = provenance.describe_command()
+    for text in (tag, command):
+        assert SECRET not in text
+        assert "http://***@host" in text

@@ -206,7 +206,7 @@ def test_the_environment_names_the_registry_before_the_files(
     assert npm_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
     assert (tmp_path / "tiny-1.0.tgz").read_bytes() == WHEEL
     error = npm_download.download_package("other@1.0", tmp_path, 10**6)
-    assert "me:***@127.0.0.1" in error
+    assert "://***@127.0.0.1" in error
     assert "404" in error
     assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
 
