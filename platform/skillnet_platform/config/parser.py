@@ -108,8 +108,9 @@ def _merge_layers(
     for given in files:
         path = find_config(given)
         # Each layer is checked alone: after the merge the file of a wrong key is unknown.
-        layer = check_keys(cls, load_layer(path), str(path))
-        layers.append((str(path), copy.deepcopy(layer)))
+        parts = _load_parts(path)
+        layer = check_keys(cls, _join_parts(parts), str(path))
+        layers += parts
         origins |= dict.fromkeys(flatten_tree(layer), str(path))
         merge_trees(tree, layer)
     for key, value in overrides:
@@ -164,25 +165,44 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
     Raises:
         UserError: as :func:`load_yaml`, or a file that includes itself.
     """
-    chain = [*inside, Path(path).resolve()]
+    return _join_parts(_load_parts(path, inside))
 
-    def resolve_includes(value: Any) -> Any:
+
+def _join_parts(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    for _, part in parts:
+        _over(layer, copy.deepcopy(part))
+    return layer
+
+
+def _load_parts(
+    path: str | PurePath, inside: Sequence[Path] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return (file, its own values) of all files that a file includes, and of the file, the last.
+
+    What an included file chooses is not a choice of the file that includes it.
+    """
+    chain = [*inside, Path(path).resolve()]
+    parts: list[tuple[str, dict[str, Any]]] = []
+
+    def take_includes(value: Any, place: tuple[str, ...] = ()) -> Any:
         if not isinstance(value, dict):
             return value
-        own = {key: resolve_includes(below) for key, below in value.items() if key != INCLUDE}
         # A configuration may have a key of that name with another kind of value.
         if not isinstance(value.get(INCLUDE), str):
-            return own if INCLUDE not in value else own | {INCLUDE: value[INCLUDE]}
+            return {key: take_includes(below, (*place, key)) for key, below in value.items()}
         beside = Path(path).parent / value[INCLUDE]
         has_file = names_file(value[INCLUDE]) and beside.is_file()
         other = beside if has_file else find_config(value[INCLUDE])
         # Files that include each other would be read without an end.
         if other.resolve() in chain:
             raise UserError(f"{path}: {INCLUDE}: {value[INCLUDE]} includes itself")
-        return _over(load_layer(other, chain), own)
+        parts.extend((name, nest_value(place, part)) for name, part in _load_parts(other, chain))
+        rest = {key: below for key, below in value.items() if key != INCLUDE}
+        return {key: take_includes(below, (*place, key)) for key, below in rest.items()}
 
-    layer: dict[str, Any] = resolve_includes(load_yaml(path))
-    return layer
+    own: dict[str, Any] = take_includes(load_yaml(path))
+    return [*parts, (str(path), own)]
 
 
 def to_yaml(obj: Any) -> str:

@@ -11,6 +11,8 @@ from skillnet.config import SkillNetConfig
 from skillnet_platform import config, console
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
+from sweeps.config.study import StudyConfig
+from sweeps.config.sweep import SweepConfig
 
 
 @dataclass
@@ -143,6 +145,49 @@ def test_defaults_apply_together_or_as_far_as_they_are_chosen(tmp_path: Path) ->
     words = ("--config", str(chosen), "--inner.parts.b.corpus", "mine")
     assert choose(*words) == {"a": "one", "b": "mine"}
     assert choose(*words, "--inner.parts.a", "null") == {"b": "mine"}
+
+
+@pytest.mark.parametrize(
+    "including",
+    [
+        "{inner: {include: parts.yaml, parts: {b: {corpus: mine}}}}",
+        "{inner: {parts: {include: named.yaml, b: {corpus: mine}}}}",
+        "{include: outer.yaml, inner: {parts: {b: {corpus: mine}}}}",
+        "{include: twice.yaml, inner: {parts: {b: {corpus: mine}}}}",
+    ],
+)
+def test_settings_of_an_included_file_are_no_choice(tmp_path: Path, including: str) -> None:
+    """As those of an earlier ``--config``; the file cannot remove a line of a preset."""
+    for name, text in {
+        "parts": "parts: {a: {batch: 4}, b: {batch: 5}}",
+        "named": "{a: {batch: 4}, b: {batch: 5}}",
+        "outer": "inner: {parts: {a: {batch: 4}, b: {batch: 5}}}",
+        "twice": "{include: outer.yaml, inner: {parts: {a: {weight: 2}}}}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    file = tmp_path / "run.yaml"
+    file.write_text(including)
+    assert choose("--config", str(file)) == {"b": "mine"}
+    # Corpora of an included file are a choice, as those of an earlier --config.
+    (tmp_path / "outer.yaml").write_text("inner: {parts: {a: {corpus: one}}}")
+    file.write_text("{include: outer.yaml, inner: {parts: {b: {corpus: mine}}}}")
+    assert choose("--config", str(file)) == {"a": "one", "b": "mine"}
+    # Its own settings for another entry stay an error.
+    file.write_text("{include: outer.yaml, inner: {parts: {b: {weight: 2}, c: {corpus: mine}}}}")
+    with pytest.raises(UserError, match=r"run\.yaml: inner\.parts\.b has no corpus"):
+        choose("--config", str(file))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+def test_sweeps_and_studies_of_tasks_of_your_own_start_from_a_preset(
+    tmp_path: Path, preset: str
+) -> None:
+    run = f"run: {{include: {preset}, tasks: {{mood: {{corpus: reviews}}}}}}\n"
+    (tmp_path / "sweep.yaml").write_text(f"{run}space: {{training.lr: {{choice: [0.1, 0.2]}}}}")
+    (tmp_path / "study.yaml").write_text(f"{run}systems: {{a: {{system: dense}}}}")
+    for cls, name in ((SweepConfig, "sweep"), (StudyConfig, "study")):
+        made = config.parse_config(cls, ["--config", str(tmp_path / f"{name}.yaml")], prog="x")
+        assert {task: each.corpus for task, each in made.run.tasks.items()} == {"mood": "reviews"}
 
 
 def test_settings_of_an_entry_that_is_not_chosen_are_rejected(tmp_path: Path) -> None:
