@@ -6,7 +6,7 @@ Other files hold media as ``struct<bytes, path>`` or as bytes; their content sho
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.corpora.formats.class_names import FileClasses, find_class_names
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.file_signature import find_signature
@@ -46,7 +47,7 @@ class ParquetDescription:
 
     Attributes:
         media: column -> modality of the media in it, "" for media of an unknown format.
-        class_names: column of class numbers -> names of the classes.
+        class_names: column of class numbers, or of lists of them -> names of the classes.
     """
 
     media: Mapping[str, str] = field(default_factory=dict)
@@ -104,22 +105,41 @@ def describe_features(features: Any) -> ParquetDescription:
         kind = feature.get("_type") if isinstance(feature, dict) else None
         if isinstance(kind, str) and kind in MEDIA_FEATURES:
             media[name] = MEDIA_FEATURES[kind]
-        elif kind == "ClassLabel":
-            names = feature.get("names")
-            if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
-                class_names[name] = tuple(names)
+        elif names := find_class_names(feature):
+            class_names[name] = names
     return ParquetDescription(media, class_names)
 
 
-def name_class(class_names: Sequence[str], value: Any) -> Any:
-    """Return the name of a class number; any other value is returned as it is.
+def describe_classes(schema: pa.Schema, file: str) -> FileClasses:
+    """Return the columns of classes, and of whole numbers without names, of a file.
 
     Args:
-        class_names: names of the classes in the order of their numbers.
-        value: value of a column of classes.
+        schema: schema of the file.
+        file: path or URI of the file, for messages.
+
+    Raises:
+        UnicodeDecodeError: the name of a column is damaged.
     """
-    is_number = isinstance(value, int) and 0 <= value < len(class_names)
-    return class_names[value] if is_number else value
+    names = parse_features(schema.metadata).class_names
+    unnamed = (column.name for column in schema if _can_number_classes(column.type))
+    return FileClasses(file, names, frozenset(unnamed) - names.keys())
+
+
+def read_parquet_classes(source: SourceDirectory, file: str) -> FileClasses:
+    """Return the columns of classes of a Parquet file; none if it is damaged.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
+    import pyarrow.parquet as pq
+
+    with source.open(file) as stream:
+        try:
+            return describe_classes(pq.ParquetFile(stream).schema_arrow, source.path(file))
+        # A failing disk or store raises none of these.
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return FileClasses(source.path(file))
 
 
 def read_embedded_rows(
@@ -153,6 +173,12 @@ def read_embedded_rows(
 def digest_media(data: bytes | memoryview) -> str:
     """Return a digest of the bytes of a media, "" for none; see :class:`EmbeddedMedia`."""
     return blake2b(data, digest_size=16).hexdigest() if len(data) else ""
+
+
+def _can_number_classes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _can_number_classes(kind.value_type)
+    return bool(pa.types.is_integer(kind))
 
 
 def _can_hold_media(kind: pa.DataType) -> bool:

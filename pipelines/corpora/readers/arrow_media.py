@@ -55,14 +55,28 @@ def iter_mapped_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]
             yield batch, BatchBody(body.address, body.size, 0, memoryview(body))
 
 
+def read_stream_schema(path: str) -> pa.Schema:
+    """Return the schema of an Arrow file, from its first bytes.
+
+    Raises:
+        ArrowException, OSError: the file is damaged, or there is none.
+    """
+    with open_stream(path) as stream:
+        return _read_schema(iter(pa.ipc.MessageReader.open_stream(stream)))
+
+
+def _read_schema(messages: Iterator[pa.Message]) -> pa.Schema:
+    first = next(messages, None)
+    if first is None:
+        raise pa.ArrowInvalid("an empty file")
+    return pa.ipc.read_schema(first)
+
+
 def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
     """Yield the batches of an Arrow file in a store, one in memory at a time."""
     with open_stream(path) as stream:
         messages = iter(pa.ipc.MessageReader.open_stream(stream))
-        first = next(messages, None)
-        if first is None:
-            raise pa.ArrowInvalid("an empty file")
-        schema = pa.ipc.read_schema(first)
+        schema = _read_schema(messages)
         for message in messages:
             if message.type != "record batch":
                 raise UserError(

@@ -208,7 +208,7 @@ class RecordCorpus(ExternalCorpus):
                 f"field holds them, name it: --{prefix}.text FIELD, or --{prefix}.label FIELD"
             )
         self.annotations_present = tuple(annotations)
-        if "labels" in annotations:
+        if {"labels", "label_sets"} & set(annotations):
             self.labels = self.class_names.get(self.label_field or "", ())
         self.split_field = options.split
 

@@ -81,7 +81,8 @@ class FolderCorpus(RecordCorpus):
     # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
     # the file name decides a split that is made, so that rows of one file stay in one split.
     # Version 4: captions of one media file are one item, and media in Parquet files are read.
-    version = 4
+    # Version 5: the numbers of classes mean the names of their own file.
+    version = 5
     tables: list[MetadataTable]
     file_field: str | None = None
     media_column: str | None = None
@@ -107,13 +108,12 @@ class FolderCorpus(RecordCorpus):
         beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
         tables = find_tables(self.source, self.media_source)
-        self.tables = describe_tables(self.source, tables, self.options.modality)
+        self.tables, self.class_names = describe_tables(self.source, tables, self.options.modality)
         if not self.tables:
             self._discover_classes()
             return
         described = next((each for each in self.tables if isinstance(each, ParquetTable)), None)
         self.media_column = described.media_column if described else None
-        self.class_names = described.described.class_names if described else {}
         sample, named = SchemaSample(), dict[MetadataTable, list[Row]]()
         counts = Counter[str | None]()
         for table in sorted(self.tables, key=lambda each: each.split != "train"):

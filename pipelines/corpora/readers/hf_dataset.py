@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
 from pipelines.corpora.formats.packed_archives import missing_format_error
-from pipelines.corpora.formats.parquet_media import describe_features, name_class
+from pipelines.corpora.formats.parquet_media import describe_classes, describe_features
 from pipelines.corpora.formats.record_reader import MAX_ENTRY_CHARS, BadRecord
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.corpora.readers.arrow_media import (
@@ -26,6 +27,7 @@ from pipelines.corpora.readers.arrow_media import (
     iter_media_rows,
     iter_streamed_batches,
     media_column_error,
+    read_stream_schema,
 )
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
@@ -47,11 +49,14 @@ class HfDatasetCorpus(RecordCorpus):
 
     Attributes:
         folders: (split, folder with a slash at its end, or "").
+        file_classes: Arrow file -> column -> names of its classes, as the file numbers them.
         media_field: column of the media, if there is one.
     """
 
     name = "hf_dataset"
-    version = 4  # rows of one media file are one item, and stay in one split
+    # Version 4: rows of one media file are one item, and stay in one split.
+    # Version 5: the numbers of classes mean the names of their own file.
+    version = 5
 
     @classmethod
     def detect(cls, source: SourceDirectory) -> str | None:
@@ -78,7 +83,11 @@ class HfDatasetCorpus(RecordCorpus):
             self.named_splits = ALL_SPLITS
         features = _read_features(self.source, self.folders[0][1])
         described = describe_features(features)
-        self.class_names = described.class_names
+        classes = self._read_classes()
+        self.class_names = unify_class_names(classes.values())
+        self.file_classes = {
+            file: {**self.class_names, **each.names} for file, each in classes.items()
+        }
         self.media_field = next(iter(described.media), None)
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
@@ -86,6 +95,32 @@ class HfDatasetCorpus(RecordCorpus):
         self.infer_schema(fields, "" if self.media_field is not None else None)
         if "test" in self.named_splits and self.options.split is None:
             self.resolve_test_split(self._sample_test())
+
+    def _read_classes(self) -> dict[str, FileClasses]:
+        """Return the classes of each Arrow file: of its own schema, else of its split."""
+        found = dict[str, FileClasses]()
+        for _, folder in sorted(self.folders, key=lambda each: each[0] != "train"):
+            info = self.source.path(f"{folder}dataset_info.json")
+            stated = describe_features(_read_features(self.source, folder)).class_names
+            found[info] = FileClasses(info, stated)
+            for file in _list_files(self.source, folder):
+                own = self._read_schema_classes(file)
+                found[file] = FileClasses(
+                    own.file, {**stated, **own.names}, own.unnamed - stated.keys()
+                )
+        return found
+
+    def _read_schema_classes(self, file: str) -> FileClasses:
+        path = self.source.path(file)
+        try:
+            return describe_classes(read_stream_schema(path), path)
+        except OSError as error:
+            if error.errno is not None and not isinstance(error, FileNotFoundError):
+                raise make_read_error(path, error) from None
+        except (pa.ArrowException, UnicodeDecodeError):
+            pass
+        # Its rows say why it cannot be read.
+        return FileClasses(path)
 
     def _sample_test(self) -> SchemaSample:
         """Return a sample of the test, whose labels can all be -1 for "no label".
@@ -121,8 +156,8 @@ class HfDatasetCorpus(RecordCorpus):
                         media = record.pop(self.media_field) if self.media_field else None
                         item = (media.item if media else "") or key
                         reference = media.reference if media else None
-                        fields = self._name_class(record)
-                        row = self.build_row(key, fields, reference, split, item)
+                        name_classes(self.file_classes[file], record)
+                        row = self.build_row(key, record, reference, split, item)
                     except ValueError as error:
                         yield rejected_row(key, error, file, number)
                         continue
@@ -147,12 +182,6 @@ class HfDatasetCorpus(RecordCorpus):
             yield DAMAGED_ARROW
         except (pa.ArrowException, UnicodeDecodeError):  # column names can be invalid UTF-8
             yield DAMAGED_ARROW
-
-    def _name_class(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Replace the number of a class by its name."""
-        if self.label_field in record and "labels" in self.annotations_present:
-            record[self.label_field] = name_class(self.labels, record[self.label_field])
-        return record
 
 
 def _list_splits(source: SourceDirectory) -> list[tuple[str | None, str]]:

@@ -13,12 +13,13 @@ readers of folders and tars call them.
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from pipelines.corpora.base import Row
+from pipelines.corpora.formats.class_names import NO_CLASSES, FileClasses, name_classes
 from pipelines.corpora.formats.csv_reader import read_csv_rows
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
 from pipelines.corpora.formats.record_reader import read_json_arrays, read_records
@@ -66,11 +67,14 @@ class MetadataTable:
         split: split of all its rows, None if the file does not decide it.
         file: its path in the directory of the corpus, "" for the corpus itself.
         folder: folder of the media that its rows name, in the directory of the media.
+        classes: names of its classes, as it numbers them, and the file that states them.
     """
 
     split: str | None
     file: str
     folder: str = ""
+    # Not compared, because tables are keys, and the split and the file identify them.
+    classes: FileClasses = field(default=NO_CLASSES, compare=False, kw_only=True)
 
     #: Folders that can hold the media, in addition to those beside the file.
     media_folders = ("",)
@@ -81,12 +85,19 @@ class MetadataTable:
         return (self.file,)
 
     def read(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
-        """Yield its records with their numbers; see ``read_records``.
+        """Yield its records with their numbers and with names of classes; see ``read_records``.
 
         Args:
             source: the directory of the corpus.
         """
-        yield from read_records(source, self.file)
+        yield from self.name_rows(read_records(source, self.file))
+
+    def name_rows(self, rows: Iterator[NumberedRecord]) -> Iterator[NumberedRecord]:
+        """Yield records with names in place of the numbers of classes."""
+        for number, record in rows:
+            if isinstance(record, dict):
+                name_classes(self.classes.names, record)
+            yield number, record
 
     def records(self, source: SourceDirectory, limit: int | None = None) -> Iterator[Row]:
         """Yield its first ``limit`` readable records, or all.

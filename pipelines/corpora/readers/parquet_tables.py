@@ -5,16 +5,18 @@ such columns.
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
 from pipelines.corpora.base import Row
 from pipelines.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.corpora.formats.class_names import FileClasses, unify_class_names
 from pipelines.corpora.formats.encoding import NumberedRecord
 from pipelines.corpora.formats.parquet_media import (
     ParquetDescription,
-    name_class,
     read_embedded_rows,
+    read_parquet_classes,
     read_parquet_description,
 )
 from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS
@@ -23,6 +25,9 @@ from pipelines.io.directory import SourceDirectory
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
+#: Files whose schemas are read at the same time.
+MAX_READERS = 16
+
 
 @dataclass(frozen=True)
 class ParquetTable(MetadataTable):
@@ -30,7 +35,7 @@ class ParquetTable(MetadataTable):
 
     Args:
         media_column: column of the media that are read, if there are any.
-        described: all columns of media and of classes.
+        described: all columns of media, and those of classes in the first file.
     """
 
     media_column: str | None = None
@@ -42,7 +47,7 @@ class ParquetTable(MetadataTable):
         if self.media_column is None:
             return self._read_fields(source)
         others = self.described.media.keys() - {self.media_column}
-        return self._name_classes(read_embedded_rows(source, self.file, self.media_column, others))
+        return self.name_rows(read_embedded_rows(source, self.file, self.media_column, others))
 
     def records(self, source: SourceDirectory, limit: int | None = None) -> Iterator[Row]:
         """Yield its first ``limit`` readable records, or all, without embedded media."""
@@ -51,22 +56,16 @@ class ParquetTable(MetadataTable):
 
     def _read_fields(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
         unread = self.described.media.keys()
-        return self._name_classes(read_parquet_rows(source, self.file, unread=unread))
-
-    def _name_classes(self, rows: Iterator[NumberedRecord]) -> Iterator[NumberedRecord]:
-        for number, record in rows:
-            for column, names in self.described.class_names.items():
-                if isinstance(record, dict) and column in record:
-                    record[column] = name_class(names, record[column])
-            yield number, record
+        return self.name_rows(read_parquet_rows(source, self.file, unread=unread))
 
 
 def describe_tables(
     source: SourceDirectory, tables: list[MetadataTable], modality: str | None
-) -> list[MetadataTable]:
-    """Return tables, with the columns of media and classes that their Parquet files describe.
+) -> tuple[list[MetadataTable], dict[str, tuple[str, ...]]]:
+    """Return (tables with the media and classes that their Parquet files describe, class names).
 
-    The first file of training rows decides: the files of a corpus have the same columns.
+    The first file of training rows decides the media: the files of a corpus have the same columns.
+    The numbers of classes mean the names of their own file.
 
     Args:
         source: the directory of the corpus.
@@ -74,12 +73,12 @@ def describe_tables(
         modality: modality of the corpus, None to take that of the first column of media.
 
     Raises:
-        UserError: the format of embedded media is unknown.
+        UserError: the format of embedded media is unknown, or files name different classes.
     """
-    names = ((table, (table.file or source.name).lower()) for table in tables)
-    parquet = [table for table, name in names if name.endswith(".parquet")]
+    named = ((table, (table.file or source.name).lower()) for table in tables)
+    parquet = [table for table, name in named if name.endswith(".parquet")]
     if not parquet:
-        return tables
+        return tables, unify_class_names(table.classes for table in tables)
     first = min(parquet, key=lambda table: table.split != "train")
     path, described = source.path(first.file), read_parquet_description(source, first.file)
     column = choose_media_column(described.media, modality)
@@ -93,12 +92,38 @@ def describe_tables(
             f"{path}: the media in the column {column} are read, and not those in "
             f"{', '.join(others)}"
         )
-    return [
-        ParquetTable(table.split, table.file, table.folder, column, described)
-        if table in parquet
+    classes = _read_classes(source, sorted(parquet, key=lambda table: table.split != "train"))
+    stated = {table.classes.file: table.classes for table in tables}
+    names = unify_class_names([*classes.values(), *stated.values()])
+    built = [
+        ParquetTable(
+            table.split,
+            table.file,
+            table.folder,
+            column,
+            described,
+            classes=FileClasses(classes[table].file, {**names, **classes[table].names}),
+        )
+        if table in classes
         else table
         for table in tables
     ]
+    return built, names
+
+
+def _read_classes(
+    source: SourceDirectory, tables: list[MetadataTable]
+) -> dict[MetadataTable, FileClasses]:
+    """Return the classes of each Parquet file: of its own schema, else of its repository."""
+
+    def read(table: MetadataTable) -> FileClasses:
+        own, stated = read_parquet_classes(source, table.file), table.classes.names
+        kept = {column: names for column, names in stated.items() if column in own.unnamed}
+        return FileClasses(own.file, {**kept, **own.names}, own.unnamed - kept.keys())
+
+    # A corpus in a store can have thousands of files, each of which takes a few round trips.
+    with ThreadPoolExecutor(MAX_READERS) as pool:
+        return dict(zip(tables, pool.map(read, tables), strict=True))
 
 
 def choose_media_column(media: Mapping[str, str], modality: str | None) -> str | None:
