@@ -98,10 +98,11 @@ def find_class_names(feature: Any) -> tuple[str, ...]:
         feature = feature.get("feature")
     if isinstance(feature, list) and len(feature) == 1:
         return find_class_names(feature[0])
-    names = feature.get("names") if isinstance(feature, dict) else None
-    is_class = isinstance(names, list) and feature.get("_type") == "ClassLabel"
-    are_texts = is_class and names and all(isinstance(name, str) for name in names)
-    return tuple(names) if are_texts else ()
+    if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+        return ()
+    names = feature.get("names")
+    are_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and are_texts else ()
 
 
 def name_classes(class_names: Mapping[str, Sequence[str]], record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ can be in capitals.
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
@@ -32,9 +32,11 @@ from pipelines.corpora.readers.fields import (
     MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
+    RecordOptions,
     file_extension,
     parse_split_name,
 )
+from pipelines.corpora.readers.hub_repository import SeveralConfigurationsError
 from pipelines.corpora.readers.joined_captions import ITEM_FIELD
 from pipelines.corpora.readers.metadata_tables import (
     FILE_FIELDS,
@@ -49,11 +51,13 @@ from pipelines.corpora.readers.metadata_tables import (
     locate_media,
 )
 from pipelines.corpora.readers.parquet_tables import ParquetTable, describe_tables
+from pipelines.corpora.readers.repository_card import CARD
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.corpora.readers.unread_files import is_annotation_name
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 #: Folders in which metadata are searched that class folders would ignore.
@@ -64,6 +68,17 @@ NAMED_FILES = 8
 SPLIT_FIELD = "split"
 #: Tables of a split, which can be thousands of shards, whose rows are sampled.
 SAMPLED_TABLES = 8
+
+
+@dataclass
+class FolderOptions(RecordOptions):
+    """A directory of media or texts, or a repository of the Hugging Face Hub.
+
+    Args:
+        configuration: the configuration of a repository that is read, if it has several.
+    """
+
+    configuration: str | None = None
 
 
 class FolderCorpus(RecordCorpus):
@@ -78,6 +93,7 @@ class FolderCorpus(RecordCorpus):
     """
 
     name = "folder"
+    Options = FolderOptions
     # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
     # the file name decides a split that is made, so that rows of one file stay in one split.
     # Version 4: captions of one media file are one item, and media in Parquet files are read.
@@ -95,7 +111,10 @@ class FolderCorpus(RecordCorpus):
         if source.is_file:
             is_table = source.name.lower().endswith(ROW_SUFFIXES) or is_caption_file(source.name)
             return "a file of rows" if is_table else None
-        found = find_tables(source)
+        try:
+            found = find_tables(source)
+        except UserError:  # an incomplete repository, or one of several configurations
+            return f"{CARD} or its files describe a repository of the Hub"
         if found:
             return f"{found[0].file} names files or holds rows"
         if media := find_first_media(source):
@@ -107,7 +126,7 @@ class FolderCorpus(RecordCorpus):
         uri = self.source.uri
         beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
-        tables = find_tables(self.source, self.media_source)
+        tables = self._find_tables()
         self.tables, self.class_names = describe_tables(self.source, tables, self.options.modality)
         if not self.tables:
             self._discover_classes()
@@ -148,6 +167,14 @@ class FolderCorpus(RecordCorpus):
         self.resolve_test_split(sample)
         if self.named_splits - ALL_SPLITS:
             self.allow_unlabelled_rows()
+
+    def _find_tables(self) -> list[MetadataTable]:
+        try:
+            chosen, warn = self.options.configuration, console.print_warning
+            return find_tables(self.source, self.media_source, chosen, warn)
+        except SeveralConfigurationsError as error:
+            option = f"--options.{self.name}.configuration"
+            raise UserError(f"{error}. Give one of them: {option} {error.names[0]}") from None
 
     def _locate_media(self, named: dict[MetadataTable, list[Row]]) -> None:
         """Find the folder of each table's media.

@@ -114,8 +114,12 @@ class HfDatasetCorpus(RecordCorpus):
         path = self.source.path(file)
         try:
             return describe_classes(read_stream_schema(path), path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path}: state.json lists it, and it is missing. Copy the whole dataset again"
+            ) from None
         except OSError as error:
-            if error.errno is not None and not isinstance(error, FileNotFoundError):
+            if error.errno is not None:
                 raise make_read_error(path, error) from None
         except (pa.ArrowException, UnicodeDecodeError):
             pass

@@ -12,7 +12,7 @@ readers of folders and tars call them.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -32,7 +32,14 @@ from pipelines.corpora.readers.fields import (
     file_extension,
     parse_split_name,
 )
-from pipelines.corpora.readers.hub_repository import list_repository_files
+from pipelines.corpora.readers.hub_repository import (
+    check_shards,
+    choose_classes,
+    find_stated_files,
+    list_missing_splits,
+    list_repository_files,
+)
+from pipelines.corpora.readers.repository_card import CARD, read_card
 from pipelines.io.directory import DAMAGE_ERRORS, SourceDirectory
 from skillnet_platform.errors import UserError
 
@@ -204,7 +211,10 @@ class CocoTable(MetadataTable):
 
 
 def find_tables(
-    source: SourceDirectory, media: SourceDirectory | None = None
+    source: SourceDirectory,
+    media: SourceDirectory | None = None,
+    configuration: str | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[MetadataTable]:
     """Return the metadata tables of a directory: of the directory itself, or one per split.
 
@@ -213,23 +223,43 @@ def find_tables(
     Args:
         source: the directory of the corpus, or a single file of rows.
         media: directory of the media; by default ``source``.
+        configuration: name of a configuration of a repository of the Hub.
+        warn: prints a warning. By default nothing is printed, because several readers look.
 
     Raises:
-        UserError: the directory is a repository of the Hub with several configurations.
+        SeveralConfigurationsError: the directory is a repository with several configurations.
+        UserError: README.md of a repository, or its files, are incomplete.
     """
     media = media or source
     if source.is_file:
         return [_open_table(source, media, None, "")]
+    card = read_card(source)
+    name, stated = find_stated_files(source, card, ROW_SUFFIXES, configuration, warn)
+    found = [MetadataTable(s, file, file.rpartition("/")[0]) for s, file in stated]
+    if not found and configuration is None:
+        found = _find_named_tables(source, media)
+    if not found:
+        name, shards = list_repository_files(source, ROW_SUFFIXES, configuration)
+        found = [MetadataTable(s, file, file.rpartition("/")[0]) for s, file in shards]
+    check_shards(source, [table.file for table in found])
+    # Beside media in folders, such a file can be anything; without them it is all that there is.
+    if not found and find_first_media(source) is None and len(rows := list_row_files(source)) == 1:
+        found = [_open_table(source, media, None, rows[0])]
+    if missing := list_missing_splits(card, name, [table.split for table in found]):
+        warn(
+            f"{source.path(CARD)}: names the split {', '.join(missing)}, and no file holds it. "
+            "Download it, unless it is left out on purpose"
+        )
+    classes = choose_classes(card, name)
+    return [replace(table, classes=classes) for table in found]
+
+
+def _find_named_tables(source: SourceDirectory, media: SourceDirectory) -> list[MetadataTable]:
+    """Return the tables whose names show what they are, outside of shards."""
     for name in METADATA_NAMES:
         if source.exists(name):
             return [_open_table(source, media, None, name)]
-    found = _find_split_tables(source, media) or _find_caption_tables(source, media)
-    shards = [] if found else list_repository_files(source, ROW_SUFFIXES)
-    found = found or [MetadataTable(s, file, file.rpartition("/")[0]) for s, file in shards]
-    # Beside media in folders, such a file can be anything; without them it is all that there is.
-    if not found and find_first_media(source) is None and len(rows := list_row_files(source)) == 1:
-        return [_open_table(source, media, None, rows[0])]
-    return found
+    return _find_split_tables(source, media) or _find_caption_tables(source, media)
 
 
 def list_row_files(source: SourceDirectory) -> list[str]:

@@ -30,6 +30,7 @@ from pipelines.corpora.readers.fields import (
     RecordCorpus,
     parse_split_prefix,
 )
+from pipelines.corpora.readers.hub_repository import check_shards
 from pipelines.corpora.readers.metadata_tables import has_metadata_rows
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.archive import detect_compression
@@ -104,6 +105,7 @@ class WebDatasetCorpus(RecordCorpus):
         self.tars = _list_tars(self.source)
         if not self.tars:
             raise missing_format_error(self.source, "no .tar in it or up to three folders below")
+        check_shards(self.source, self.tars)
         self.named_splits = frozenset(split for tar in self.tars if (split := _split_of_tar(tar)))
         if self.options.split is not None:
             self.named_splits = ALL_SPLITS

@@ -128,10 +128,15 @@ def test_several_configurations_are_named(tmp_path: Path) -> None:
         rows = [{"text": f"{config}{n}", "label": n % 2} for n in range(6)]
         columns = {"text": TEXT, "label": ["no", "yes"]}
         write_repository(tmp_path, columns, {"train": rows}, config=config)
-    with pytest.raises(UserError, match=f"configurations: cola, sst2. Give .*: {tmp_path}/cola$"):
-        inspect_corpus(f"folder:{tmp_path}")
-    rows_of_one, _ = read(open_external_corpus("mine", f"folder:{tmp_path}/sst2"))
-    assert sum(map(len, rows_of_one.values())) == 6
+    remedy = r"--options\.folder\.configuration cola"
+    with pytest.raises(UserError, match=f"configurations: cola, sst2. Give .*: {remedy}$"):
+        inspect_corpus(str(tmp_path))
+    report = inspect_corpus(str(tmp_path), {"folder": {"configuration": "cola"}})
+    assert report["rows"] == 6
+    for place, options in ((tmp_path / "sst2", {}), (tmp_path, {"configuration": "sst2"})):
+        rows_of_one, _ = read(open_external_corpus("mine", f"folder:{place}", options))
+        texts = [row["text"] for each in rows_of_one.values() for row in each]
+        assert sorted(texts) == [f"sst2{n}" for n in range(6)]
 
 
 def test_a_configuration_in_the_data_folder(tmp_path: Path) -> None:

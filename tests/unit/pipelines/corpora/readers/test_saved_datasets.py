@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.io.directory import SourceDirectory
+from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from tests.helpers import user_corpora
 from tests.helpers.object_store import ObjectStore
@@ -62,6 +63,19 @@ def test_a_truncated_file_loses_only_its_end(tmp_path: Path, in_store: bool) -> 
     found, reasons = read(open_external_corpus("mine", f"hf_dataset:{place}"))
     assert sum(map(len, found.values())) in (1000, 2000)
     assert reasons == {"an Arrow file that is cut short or damaged": 1}
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_a_missing_file_is_named(tmp_path: Path, in_store: bool) -> None:
+    rows = {"text": [f"第{n}条" for n in range(40)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"), num_shards=20)
+    (tmp_path / "saved" / "data-00007-of-00020.arrow").unlink()
+    place = str(tmp_path / "saved")
+    if in_store:
+        fsspec.filesystem("memory").put(place, "/bucket/missing", recursive=True)
+        place = "memory://bucket/missing"
+    with pytest.raises(UserError, match=r"data-00007-of-00020\.arrow: state\.json lists it"):
+        open_external_corpus("mine", f"hf_dataset:{place}")
 
 
 def test_class_names_of_a_single_split(tmp_path: Path) -> None:

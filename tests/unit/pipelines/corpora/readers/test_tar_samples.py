@@ -15,6 +15,7 @@ from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.corpora.readers.webdataset import DUPLICATE_MEMBER, NO_MEDIA_MEMBER, SPARSE_MEMBER
 from pipelines.io.directory import SourceDirectory
+from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
 from tests.unit.pipelines.corpora.readers.test_readers import Rows, media, read, sizes
 
@@ -50,6 +51,13 @@ def test_a_sample_name_ends_at_its_first_dot(tmp_path: Path) -> None:
         False: 19,
     }  # so that preparation stops
     assert found[0].file == "x.tar"
+
+
+def test_a_missing_tar_of_a_set_is_named(tmp_path: Path) -> None:
+    tar(tmp_path, captioned(3), "all-00000-of-00001.tar").rows(SourceArchives.none())
+    (tmp_path / "all-00000-of-00001.tar").rename(tmp_path / "train-00001-of-00002.tar")
+    with pytest.raises(UserError, match=r"1 of 2 shards missing: train-00000-of-00002\.tar\."):
+        open_external_corpus("webdataset", str(tmp_path))
 
 
 def test_a_mask_beside_an_image_is_omitted_by_choice(tmp_path: Path) -> None:
