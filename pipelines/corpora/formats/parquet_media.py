@@ -20,6 +20,8 @@ from pipelines.io.directory import SourceDirectory
 from pipelines.io.file_signature import find_signature
 from pipelines.io.media import MediaRef
 from pipelines.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
 
 #: Features of the Hub that hold media -> modality.
 MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
@@ -48,10 +50,12 @@ class ParquetDescription:
     Attributes:
         media: column -> modality of the media in it, "" for media of an unknown format.
         class_names: column of class numbers, or of lists of them -> names of the classes.
+        nested: columns with lists of media, or with media in parts of their values.
     """
 
     media: Mapping[str, str] = field(default_factory=dict)
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    nested: frozenset[str] = frozenset()
 
 
 def read_parquet_description(source: SourceDirectory, file: str) -> ParquetDescription:
@@ -69,17 +73,23 @@ def read_parquet_description(source: SourceDirectory, file: str) -> ParquetDescr
             schema = parquet.schema_arrow
             features = parse_features(schema.metadata)
             media = {name: kind for name in schema.names if (kind := features.media.get(name))}
+            nested = set(features.nested)
             for column in schema:
-                if column.name not in media and _can_hold_media(column.type):
-                    batches = parquet.iter_batches(CELLS_PER_BATCH, columns=[column.name])
-                    modality = _search_modality(batches)
-                    # Bytes alone can be anything; a struct has the form of media.
-                    if modality or pa.types.is_struct(column.type):
-                        media[column.name] = modality
+                is_single = _can_hold_media(column.type)
+                is_known = column.name in media or column.name in nested
+                if is_known or not (is_single or _can_nest_media(column.type)):
+                    continue
+                batches = parquet.iter_batches(CELLS_PER_BATCH, columns=[column.name])
+                modality = _search_modality(batches)
+                # Bytes alone can be anything; a struct has the form of media.
+                if is_single and (modality or pa.types.is_struct(column.type)):
+                    media[column.name] = modality
+                elif modality:
+                    nested.add(column.name)
         # A failing disk or store raises none of these.
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return ParquetDescription()
-    return ParquetDescription(media, features.class_names)
+    return ParquetDescription(media, features.class_names, frozenset(nested))
 
 
 def parse_features(metadata: Mapping[bytes, bytes] | None) -> ParquetDescription:
@@ -100,14 +110,25 @@ def describe_features(features: Any) -> ParquetDescription:
     Args:
         features: column -> its description by the library ``datasets``.
     """
-    media, class_names = {}, {}
+    media, class_names, nested = {}, {}, set()
     for name, feature in features.items() if isinstance(features, dict) else ():
         kind = feature.get("_type") if isinstance(feature, dict) else None
         if isinstance(kind, str) and kind in MEDIA_FEATURES:
             media[name] = MEDIA_FEATURES[kind]
         elif names := find_class_names(feature):
             class_names[name] = names
-    return ParquetDescription(media, class_names)
+        elif _nests_media(feature):
+            nested.add(name)
+    return ParquetDescription(media, class_names, frozenset(nested))
+
+
+def _nests_media(feature: Any) -> bool:
+    """Return whether the description of a column contains that of media, at any depth."""
+    if isinstance(feature, dict):
+        kind = feature.get("_type")
+        is_media = isinstance(kind, str) and kind in MEDIA_FEATURES
+        return is_media or any(map(_nests_media, feature.values()))
+    return isinstance(feature, list) and any(map(_nests_media, feature))
 
 
 def describe_classes(schema: pa.Schema, file: str) -> FileClasses:
@@ -188,18 +209,62 @@ def _can_hold_media(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _can_nest_media(kind: pa.DataType) -> bool:
+    """Return whether lists or parts of a type are bytes."""
+    parts = [kind.field(index).type for index in range(kind.num_fields)]
+    is_bytes = (pa.types.is_binary(part) or pa.types.is_large_binary(part) for part in parts)
+    return any(is_bytes) or any(map(_can_nest_media, parts))
+
+
+def _find_bytes(cell: Any) -> bytes:
+    """Return the first bytes in a value, at any depth, or no bytes."""
+    if isinstance(cell, bytes):
+        return cell
+    parts = cell.values() if isinstance(cell, dict) else cell
+    found = map(_find_bytes, parts if isinstance(cell, dict | list | tuple) else ())
+    return next(filter(None, found), b"")
+
+
 def _search_modality(batches: Iterator[pa.RecordBatch]) -> str:
     """Return the modality of the first value of a column, "" if it is not known."""
     searched = 0
     for batch in batches:
         batch.validate(full=True)
         for cell in batch.column(0).to_pylist():
-            data = cell.get(BYTES_PART) if isinstance(cell, dict) else cell
-            if data:
+            if data := _find_bytes(cell):
                 return detect_modality(data)
         if (searched := searched + batch.num_rows) >= SEARCHED_ROWS:
             break
     return ""
+
+
+def check_unread_media(
+    path: str, described: ParquetDescription, column: str | None, modality: str | None
+) -> None:
+    """Warn of media that are not read, and refuse to read rows with media as texts.
+
+    Args:
+        path: path or URI of the rows.
+        described: columns of media.
+        column: the column that is read, if there is one.
+        modality: the modality that the user chose, if any.
+
+    Raises:
+        UserError: only columns with several media in a row hold media, and nobody chose texts.
+    """
+    if described.nested and column is None and modality not in ("text", "code"):
+        name = min(described.nested)
+        raise UserError(
+            f"{path}: the column {name} holds lists of media, or media in parts of its values, and "
+            "a row can have one media file. Write one row per media file, or give the option "
+            "modality text to read the texts without them"
+        )
+    others = [name for name in (*described.media, *sorted(described.nested)) if name != column]
+    if others:
+        read = f"; those in the column {column} are" if column is not None else ""
+        console.print_warning(
+            f"{path}: the media in the column {', '.join(others)} are not read{read}"
+        )
 
 
 def detect_modality(data: bytes) -> str:

@@ -38,6 +38,7 @@ from pipelines.corpora.readers.fields import (
 )
 from pipelines.corpora.readers.hub_repository import SeveralConfigurationsError
 from pipelines.corpora.readers.joined_captions import ITEM_FIELD
+from pipelines.corpora.readers.media_names import MediaNames, ask_for_media
 from pipelines.corpora.readers.metadata_tables import (
     FILE_FIELDS,
     METADATA_NAMES,
@@ -58,12 +59,14 @@ from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
 from skillnet_platform import console
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, suggest_name
 
 #: Folders in which metadata are searched that class folders would ignore.
 NEARBY_FOLDERS = 3
 #: Files of rows that a message names.
 NAMED_FILES = 8
+#: Rows of a table in which names of media are searched.
+FIRST_ROWS = 10
 #: Default name of the field with the split of each row.
 SPLIT_FIELD = "split"
 #: Tables of a split, which can be thousands of shards, whose rows are sampled.
@@ -75,9 +78,12 @@ class FolderOptions(RecordOptions):
     """A directory of media or texts, or a repository of the Hugging Face Hub.
 
     Args:
+        file: field of the name of the media file, with or without its ending; a common name by
+            default.
         configuration: the configuration of a repository that is read, if it has several.
     """
 
+    file: str | None = None
     configuration: str | None = None
 
 
@@ -87,6 +93,7 @@ class FolderCorpus(RecordCorpus):
     Attributes:
         tables: the metadata, none for class folders.
         file_field: field with the media, or with the name of the media file, if there is one.
+        media_names: all media files, if rows name them without their ending or folder.
         media_column: the same field, if the media are embedded in the rows.
         splits_by_folder: whether the folders of the media name the splits of one metadata file.
         root: without metadata, the folder that holds the split folders.
@@ -101,6 +108,7 @@ class FolderCorpus(RecordCorpus):
     version = 5
     tables: list[MetadataTable]
     file_field: str | None = None
+    media_names: MediaNames | None = None
     media_column: str | None = None
     splits_by_folder: bool = False
     root: str = ""
@@ -134,6 +142,7 @@ class FolderCorpus(RecordCorpus):
         described = next((each for each in self.tables if isinstance(each, ParquetTable)), None)
         self.media_column = described.media_column if described else None
         sample, named = SchemaSample(), dict[MetadataTable, list[Row]]()
+        first_rows = list[Row]()
         counts = Counter[str | None]()
         for table in sorted(self.tables, key=lambda each: each.split != "train"):
             named[table] = []
@@ -141,24 +150,39 @@ class FolderCorpus(RecordCorpus):
             rows = SAMPLE_ROWS if counts[table.split] <= SAMPLED_TABLES else 0
             for record in table.records(self.source, rows):
                 sample.add(table.split, record)
-                named[table].append(_file_and_split_names(record))
+                named[table].append(self._file_and_split_names(record))
+                first_rows += [record] if len(named[table]) <= FIRST_ROWS else []
         names = [row for rows in named.values() for row in rows]
         if not sample.names and self.media_column is None:
             first = self.tables[0]
             cause = describe_first_error(first.read(self.source))
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
-        self.file_field, extension = find_file_field(names)
+        if self.options.file is not None and self.options.file not in sample.names:
+            hint = suggest_name(self.options.file, sample.names)
+            raise UserError(f"options.{self.name}.file: no field {self.options.file!r}{hint}")
+        self.file_field, extension = find_file_field(names, self.options.file)
         if described is not None and self.media_column is not None:
             self.file_field = self.media_column
             modality = described.described.media[self.media_column] or self.options.modality
             extension = MEDIA_EXTENSIONS[modality or ""][0]
+        if self.file_field is None:
+            option = f"--options.{self.name}"
+            ask_for_media(
+                self.source,
+                self.media_source,
+                first_rows,
+                len(names),
+                option,
+                self.options.modality,
+            )
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
             raise UserError(
-                f"{uri}: no field of file names among {', '.join(sample.names)}; expected file_name"
+                f"{uri}: no field of file names among {', '.join(sample.names)}; expected "
+                f"file_name. If another field names the files, give --options.{self.name}.file"
             )
         if self.file_field is not None and self.media_column is None:
-            self._locate_media(named)
+            extension = self._locate_media(named, extension)
         self.named_splits = frozenset(table.split for table in self.tables if table.split)
         filled = [name for name in sample.filled_fields if name != self.file_field]
         self.infer_schema(sample.names, extension, filled)
@@ -168,6 +192,14 @@ class FolderCorpus(RecordCorpus):
         if self.named_splits - ALL_SPLITS:
             self.allow_unlabelled_rows()
 
+    def _file_and_split_names(self, record: Row) -> Row:
+        """Return the fields that can name a media file or a split, without embedded media."""
+        chosen = [self.options.file] if self.options.file else []
+        found = {n: record[n] for n in (*FILE_FIELDS, SPLIT_FIELD, *chosen) if n in record}
+        # Only the field that the user names can hold numbers.
+        kinds = {name: (str, int) if name in chosen else (str,) for name in found}
+        return {n: value if isinstance(value, kinds[n]) else None for n, value in found.items()}
+
     def _find_tables(self) -> list[MetadataTable]:
         try:
             chosen, warn = self.options.configuration, console.print_warning
@@ -176,8 +208,10 @@ class FolderCorpus(RecordCorpus):
             option = f"--options.{self.name}.configuration"
             raise UserError(f"{error}. Give one of them: {option} {error.names[0]}") from None
 
-    def _locate_media(self, named: dict[MetadataTable, list[Row]]) -> None:
-        """Find the folder of each table's media.
+    def _locate_media(
+        self, named: dict[MetadataTable, list[Row]], extension: str | None
+    ) -> str | None:
+        """Find the folder of each table's media, and return the ending of a media file.
 
         Often only one of COCO's image folders was downloaded. Then the others are not read.
         """
@@ -196,6 +230,19 @@ class FolderCorpus(RecordCorpus):
         is_partial = len(missing) < len(located)
         skipped = [t for t in missing if is_partial and isinstance(t, CocoTable)]
         self.tables = [table for table in located if table not in skipped]
+        has_ending = extension in MODALITY_OF_EXTENSION
+        if has_ending and (is_partial or self.options.file is None):
+            return extension
+        values = [
+            (table.split, row.get(self.file_field or "")) for table in named for row in named[table]
+        ]
+        media_names = MediaNames(self.media_source)
+        files = (media_names.find(value, split) for split, value in values)
+        first_file = next((each[0] for each in files if each), None)
+        if first_file is None:
+            return extension
+        self.media_names = media_names
+        return file_extension(first_file)
 
     def _try_relative_name(self, name: object) -> str | None:
         try:
@@ -233,7 +280,12 @@ class FolderCorpus(RecordCorpus):
 
     def _split_by_folder(self, record: Row) -> str | None:
         """Return the split that the first folder of a row's media file names, or None."""
-        name = self._try_relative_name(record.get(self.file_field or ""))
+        value = record.get(self.file_field or "")
+        if self.media_names is not None:
+            files = self.media_names.find(value)
+            name = files[0] if len(files) == 1 else None
+        else:
+            name = self._try_relative_name(value)
         first, inside, _ = (name or "").partition("/")
         return parse_split_name(first) if inside else None
 
@@ -369,8 +421,10 @@ class FolderCorpus(RecordCorpus):
             return row | {ITEM_FIELD: item}
         if value is None and self.media_column is not None:
             raise ValueError("no media file")
-        name = self._relative_name(value)
-        inside = join_path(table.folder, name)
+        if self.media_names is not None:
+            inside = self.media_names.choose(value, table.split)
+        else:
+            inside = join_path(table.folder, self._relative_name(value))
         path = self.media_source.path(inside)
         referenced.add(path)
         split = table.split or (self._split_by_folder(record) if self.splits_by_folder else None)
@@ -398,7 +452,8 @@ class FolderCorpus(RecordCorpus):
     def _unreferenced_media(self, referenced: KeySet) -> Iterator[RejectedRow]:
         """Yield media files that no row refers to."""
         for entry in self.media_source.walk():
-            if self._is_media(entry.name) and self.media_source.path(entry.name) not in referenced:
+            is_media = file_extension(entry.name) in MODALITY_OF_EXTENSION
+            if is_media and self.media_source.path(entry.name) not in referenced:
                 reason = "a media file that no row refers to"
                 yield RejectedRow(make_key(entry.name), reason, entry.name)
 
@@ -417,12 +472,6 @@ class FolderCorpus(RecordCorpus):
                 yield self.build_row(key, {"label": label}, reference, split)
             except ValueError as error:  # a name that is not UTF-8
                 yield rejected_row(key, error, entry.name, None)
-
-
-def _file_and_split_names(record: Row) -> Row:
-    """Return the fields that can name a media file or a split; embedded media are not names."""
-    found = {name: record[name] for name in (*FILE_FIELDS, SPLIT_FIELD) if name in record}
-    return {name: value if isinstance(value, str) else None for name, value in found.items()}
 
 
 def _are_split_names(found: list[str | None]) -> bool:

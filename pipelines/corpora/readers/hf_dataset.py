@@ -19,7 +19,11 @@ import pyarrow as pa
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
 from pipelines.corpora.formats.packed_archives import missing_format_error
-from pipelines.corpora.formats.parquet_media import describe_classes, describe_features
+from pipelines.corpora.formats.parquet_media import (
+    check_unread_media,
+    describe_classes,
+    describe_features,
+)
 from pipelines.corpora.formats.record_reader import MAX_ENTRY_CHARS, BadRecord
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.corpora.readers.arrow_media import (
@@ -89,6 +93,8 @@ class HfDatasetCorpus(RecordCorpus):
             file: {**self.class_names, **each.names} for file, each in classes.items()
         }
         self.media_field = next(iter(described.media), None)
+        chosen = None if self.options.modality in ("text", "code") else self.media_field
+        check_unread_media(self.source.uri, described, chosen, self.options.modality)
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
             self.options.modality = described.media[self.media_field]

@@ -6,7 +6,7 @@ default/train/0000.parquet                        as the Hub converts other form
 
 README.md can list the files of each configuration, and name classes; see :mod:`repository_card`.
 :func:`find_stated_files` and :func:`list_repository_files` return the files of one configuration.
-:func:`check_shards` finds the shards that are missing.
+:func:`require_all_shards` finds the shards that are missing.
 """
 
 import re
@@ -209,7 +209,7 @@ def list_repository_files(
     return DEFAULT if is_unnamed else last, _name_splits(configurations.get(name, []))
 
 
-def check_shards(source: SourceDirectory, files: Iterable[str]) -> None:
+def require_all_shards(source: SourceDirectory, files: Iterable[str]) -> None:
     """Refuse an incomplete set of ``train-00000-of-00003.parquet``.
 
     Args:

@@ -33,7 +33,7 @@ from pipelines.corpora.readers.fields import (
     parse_split_name,
 )
 from pipelines.corpora.readers.hub_repository import (
-    check_shards,
+    require_all_shards,
     choose_classes,
     find_stated_files,
     list_missing_splits,
@@ -241,7 +241,7 @@ def find_tables(
     if not found:
         name, shards = list_repository_files(source, ROW_SUFFIXES, configuration)
         found = [MetadataTable(s, file, file.rpartition("/")[0]) for s, file in shards]
-    check_shards(source, [table.file for table in found])
+    require_all_shards(source, [table.file for table in found])
     # Beside media in folders, such a file can be anything; without them it is all that there is.
     if not found and find_first_media(source) is None and len(rows := list_row_files(source)) == 1:
         found = [_open_table(source, media, None, rows[0])]
@@ -413,8 +413,18 @@ def _coco_split(file: str) -> str | None:
     return parse_split_name(found[1]) if found else None
 
 
-def find_file_field(rows: list[Row]) -> tuple[str | None, str | None]:
-    """Return (field of media file names, ending of a file) of some rows; known endings first."""
+def find_file_field(rows: list[Row], chosen: str | None = None) -> tuple[str | None, str | None]:
+    """Return (field of media file names, ending of a file) of some rows; known endings first.
+
+    Args:
+        rows: some rows.
+        chosen: the field, if the user names it.
+    """
+    if chosen is not None:
+        names = (row[chosen] for row in rows if isinstance(row.get(chosen), str | int))
+        endings = [file_extension(str(name)) for name in names]
+        known_ending = (each for each in endings if each in MODALITY_OF_EXTENSION)
+        return chosen, next(known_ending, next(iter(endings), None))
     found = ((n, r) for r in rows for n in FILE_FIELDS if _names_media(n, r))
     named = [(name, file_extension(str(row[name]))) for name, row in found]
     known = next((each for each in named if each[1] in MODALITY_OF_EXTENSION), None)

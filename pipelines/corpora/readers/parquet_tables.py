@@ -15,6 +15,7 @@ from pipelines.corpora.formats.class_names import FileClasses, unify_class_names
 from pipelines.corpora.formats.encoding import NumberedRecord
 from pipelines.corpora.formats.parquet_media import (
     ParquetDescription,
+    check_unread_media,
     read_embedded_rows,
     read_parquet_classes,
     read_parquet_description,
@@ -22,7 +23,6 @@ from pipelines.corpora.formats.parquet_media import (
 from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS
 from pipelines.corpora.readers.metadata_tables import MetadataTable
 from pipelines.io.directory import SourceDirectory
-from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 #: Files whose schemas are read at the same time.
@@ -46,7 +46,7 @@ class ParquetTable(MetadataTable):
         """Yield its records with their numbers; see ``read_embedded_rows``."""
         if self.media_column is None:
             return self._read_fields(source)
-        others = self.described.media.keys() - {self.media_column}
+        others = self._unread_columns() - {self.media_column}
         return self.name_rows(read_embedded_rows(source, self.file, self.media_column, others))
 
     def records(self, source: SourceDirectory, limit: int | None = None) -> Iterator[Row]:
@@ -55,8 +55,11 @@ class ParquetTable(MetadataTable):
         return islice(found, limit)
 
     def _read_fields(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
-        unread = self.described.media.keys()
-        return self.name_rows(read_parquet_rows(source, self.file, unread=unread))
+        rows = read_parquet_rows(source, self.file, unread=self._unread_columns())
+        return self.name_rows(rows)
+
+    def _unread_columns(self) -> set[str]:
+        return {*self.described.media, *self.described.nested}
 
 
 def describe_tables(
@@ -87,11 +90,7 @@ def describe_tables(
             f"{path}: the format of the media in the column {next(iter(described.media))} is "
             "unknown; give the option modality"
         )
-    if column is not None and (others := [name for name in described.media if name != column]):
-        console.print_warning(
-            f"{path}: the media in the column {column} are read, and not those in "
-            f"{', '.join(others)}"
-        )
+    check_unread_media(path, described, column, modality)
     classes = _read_classes(source, sorted(parquet, key=lambda table: table.split != "train"))
     stated = {table.classes.file: table.classes for table in tables}
     names = unify_class_names([*classes.values(), *stated.values()])

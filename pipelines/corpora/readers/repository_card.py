@@ -96,7 +96,7 @@ def _read_header(source: SourceDirectory) -> dict[str, Any]:
     if not source.exists(CARD):
         return {}
     with source.open(CARD) as stream:
-        # A character takes up to four bytes.
+        # A character has at most four bytes.
         text = stream.read(4 * MAX_CHARACTERS).decode("utf-8-sig", "replace")
     first, *lines = text.splitlines() or [""]
     if first.rstrip() != _FENCE:

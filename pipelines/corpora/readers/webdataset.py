@@ -30,7 +30,7 @@ from pipelines.corpora.readers.fields import (
     RecordCorpus,
     parse_split_prefix,
 )
-from pipelines.corpora.readers.hub_repository import check_shards
+from pipelines.corpora.readers.hub_repository import require_all_shards
 from pipelines.corpora.readers.metadata_tables import has_metadata_rows
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.archive import detect_compression
@@ -53,6 +53,9 @@ DUPLICATE_MEMBER = (
     "dots as _"
 )
 NO_MEDIA_MEMBER = "no media file in a sample; its members must be adjacent (tar --sort=name)"
+UNREAD_MEMBER = (
+    "a media file in a sample of texts; give the option modality: that of the media, or text"
+)
 SPARSE_MEMBER = "a sparse file; pack it without --sparse"
 #: A longer text rejects its sample.
 MAX_TEXT_BYTES = 16 * 2**20
@@ -105,7 +108,7 @@ class WebDatasetCorpus(RecordCorpus):
         self.tars = _list_tars(self.source)
         if not self.tars:
             raise missing_format_error(self.source, "no .tar in it or up to three folders below")
-        check_shards(self.source, self.tars)
+        require_all_shards(self.source, self.tars)
         self.named_splits = frozenset(split for tar in self.tars if (split := _split_of_tar(tar)))
         if self.options.split is not None:
             self.named_splits = ALL_SPLITS
@@ -152,6 +155,10 @@ class WebDatasetCorpus(RecordCorpus):
                     )
                 if sample.problem:
                     yield error_row(key, sample.problem, file, number, sample.truncates_file)
+                    continue
+                is_unread = sample.reference is not None and self.modality not in MEDIA_EXTENSIONS
+                if is_unread and self.options.modality is None:
+                    yield error_row(key, UNREAD_MEMBER, file, number)
                     continue
                 if sample.reference is None and self.modality in MEDIA_EXTENSIONS:
                     yield error_row(key, NO_MEDIA_MEMBER, file, number)
