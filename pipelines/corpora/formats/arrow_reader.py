@@ -7,7 +7,7 @@ the process, so every batch is validated before one of its values is read.
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
+from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord, find_repeated_column
 from pipelines.io.directory import SourceDirectory
 
 if TYPE_CHECKING:
@@ -71,7 +71,11 @@ def read_parquet_rows(
     with source.open(file) as stream:
         try:
             parquet = pq.ParquetFile(stream)
-            columns = [name for name in parquet.schema_arrow.names if name not in unread]
+            names = parquet.schema_arrow.names
+            if repeated := find_repeated_column(names):
+                yield number, repeated
+                return
+            columns = [name for name in names if name not in unread]
             for batch in parquet.iter_batches(batch_rows, columns=columns if unread else None):
                 for row in iter_batch_rows(batch):
                     yield number, row

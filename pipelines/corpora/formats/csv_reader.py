@@ -11,6 +11,7 @@ from pipelines.corpora.formats.encoding import (
     TRUNCATED_LINE,
     BadRecord,
     NumberedRecord,
+    find_repeated_column,
     peek_start,
 )
 from pipelines.io.directory import (
@@ -123,6 +124,9 @@ def _read_rows(
             continue
         if names is None:
             names = [value.strip() for value in values]
+            if repeated := find_repeated_column(names):
+                yield lines.number, repeated
+                return
         elif len(values) != len(names):
             if not lines.has_line_end:
                 yield lines.number, TRUNCATED_LINE

@@ -6,6 +6,7 @@ UTF-8, every row would be rejected for itself, and no message would say how to f
 
 import codecs
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -32,6 +33,25 @@ TRUNCATED_LINE = BadRecord("the file is cut short in the middle of a line", trun
 DAMAGED_COMPRESSION = BadRecord("the compressed file is cut short or damaged", truncates_file=True)
 #: Most parsers keep the last value of a repeated field. Nobody knows which value is meant.
 DUPLICATE_FIELD = BadRecord("a field occurs twice in the record")
+
+
+def find_repeated_column(names: Sequence[str]) -> BadRecord | None:
+    """Return the record of a table with two columns of one name, or None.
+
+    Args:
+        names: names of the columns in their order; columns without a name may repeat.
+    """
+    for position, name in enumerate(names):
+        if name.strip() and name in names[:position]:
+            first = names.index(name) + 1
+            return BadRecord(
+                f"the columns {first} and {position + 1} are both called {name}; rename one of "
+                "them",
+                truncates_file=True,
+            )
+    return None
+
+
 #: (Number of the line or record in its file, from 1; the record).
 NumberedRecord = tuple[int, "dict[str, Any] | BadRecord"]
 

@@ -18,6 +18,14 @@ from pipelines.corpora.readers.columns import (
     TextOptions,
     VideoOptions,
 )
+from pipelines.corpora.readers.field_names import (
+    choose_fields,
+    find_field,
+    fold_name,
+    list_further_texts,
+    match_field,
+    read_field,
+)
 from pipelines.corpora.readers.joined_captions import ITEM_FIELD, RowReader, join_captions
 from pipelines.corpora.readers.label_values import read_label_set, read_number
 from pipelines.corpora.readers.row_builders import (
@@ -35,7 +43,7 @@ from pipelines.io.media import MediaRef
 from pipelines.transforms.code import first_paragraph
 from skillnet.skills import Modality
 from skillnet_platform import console
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError
 
 #: Modality -> endings of its media files.
 MEDIA_EXTENSIONS = {
@@ -71,6 +79,8 @@ ALL_SPLITS = frozenset(SPLIT_NAMES.values())
 #: Some corpora append a year or number to the name of a split: ``train2017``, ``val_2``.
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_ ]?[0-9]+)?")
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(SPLIT_NAMES)})[0-9]*(?=[-_.]|$)")
+#: End of a message that names several fields of texts.
+JOINED_TEXTS = " to join them, or one of them"
 #: Split of test rows without labels, for prediction.
 UNLABELLED = "unlabelled"
 
@@ -90,7 +100,8 @@ class RecordOptions(
 
     Args:
         modality: text, sound, image, video or code; detected from the first rows by default.
-        text: field of the text, the transcript or the captions; a common name by default.
+        text: field of the text, the transcript or the captions; a common name by default. Several
+            fields of texts with commas between them are joined in this order.
         label: field of the class, the classes or the number; a common name by default.
         split: field with the split of each row; by default ``split``, if one metadata file holds
             all rows.
@@ -125,6 +136,7 @@ class RecordCorpus(ExternalCorpus):
     Attributes:
         named_splits: splits that the corpus itself defines.
         text_field: field of the text, transcript or captions, if there is one.
+        text_fields: fields of the text, more than one if they are joined.
         label_field: field of the class, if there is one.
         split_field: field with the split of each row, if there is one.
         class_names: field of class numbers -> names of the classes, as the corpus itself defines.
@@ -137,6 +149,7 @@ class RecordCorpus(ExternalCorpus):
     captions_equivalent = True
     named_splits: frozenset[str] = frozenset()
     text_field: str | None = None
+    text_fields: tuple[str, ...] = ()
     label_field: str | None = None
     split_field: str | None = None
     class_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -144,7 +157,11 @@ class RecordCorpus(ExternalCorpus):
     is_preview: bool = False
 
     def infer_schema(
-        self, fields: Iterable[str], extension: str | None, filled: Collection[str] | None = None
+        self,
+        fields: Iterable[str],
+        extension: str | None,
+        filled: Collection[str] | None = None,
+        sample: SchemaSample | None = None,
     ) -> None:
         """Choose modality and fields by the names of the fields and the ending of media files.
 
@@ -153,13 +170,14 @@ class RecordCorpus(ExternalCorpus):
             extension: ending of the media files, None without media.
             filled: fields that hold a value in a sampled row. Common names are only looked up
                 among them. By default all fields.
+            sample: sampled rows, to find texts that stay unread.
 
         Raises:
             UserError: the modality cannot be detected, or no field can be learned from.
         """
         names, options = list(fields), self.options
         filled = names if filled is None else filled
-        without_media = "code" if _first_of(filled, CODE_FIELDS) and extension is None else "text"
+        without_media = "code" if find_field(filled, CODE_FIELDS) and extension is None else "text"
         by_extension = MODALITY_OF_EXTENSION.get(extension, "") if extension else without_media
         self.modality = options.modality or by_extension
         if not self.modality:
@@ -170,14 +188,16 @@ class RecordCorpus(ExternalCorpus):
         prefix = f"options.{self.name}"
         common = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality)
         common = common or CAPTION_FIELDS
-        self.text_field = _choose_field(names, options.text, filled, common, f"{prefix}.text")
+        self._choose_texts(names, filled, common, sample)
         has_text = self.modality == "text" or self.text_field is None
         kind = options.task if options.task in LABELLED else "labels"
         usual = {"label_sets": LABEL_SET_FIELDS, "values": VALUE_FIELDS}.get(kind, ())
-        classes = (*usual, *LABEL_FIELDS, *(self.class_names if has_text else ()))
+        classes = (*usual, *LABEL_FIELDS, *(map(fold_name, self.class_names) if has_text else ()))
         self.label_field = _choose_field(names, options.label, filled, classes, f"{prefix}.label")
-        for key in ("split", "split_by"):
+        self.split_field, _ = (
             _choose_field(names, getattr(options, key), (), (), f"{prefix}.{key}")
+            for key in ("split", "split_by")
+        )
         paired = "transcripts" if self.modality == "sound" else "captions"
         annotations = [paired] * (self.modality != "text" and self.text_field is not None)
         annotations += [kind] * (self.label_field is not None)
@@ -192,14 +212,16 @@ class RecordCorpus(ExternalCorpus):
         if "pairs" in annotations and self.modality == "text":
             raise UserError(f"{prefix}.task: texts pair with captions; name their field as text")
         if self.modality == "text" and self.text_field is None:
-            if blank := _first_of(names, common):
+            further = self._list_further_texts(sample)
+            if blank := find_field(names, common):
                 raise UserError(
                     f"{self.source.uri}: the field {blank} is blank in the first rows. Fill it, or "
                     f"name the field of the text: --{prefix}.text"
                 )
             raise UserError(
                 f"{self.source.uri}: no text field among {', '.join(names) or 'none'}; give "
-                f"--{prefix}.text"
+                f"--{prefix}.text{' ' if further else ''}{','.join(further)}"
+                f"{JOINED_TEXTS if len(further) > 1 else ''}"
             )
         if not annotations and filled:
             console.print_warning(
@@ -210,7 +232,56 @@ class RecordCorpus(ExternalCorpus):
         self.annotations_present = tuple(annotations)
         if {"labels", "label_sets"} & set(annotations):
             self.labels = self.class_names.get(self.label_field or "", ())
-        self.split_field = options.split
+        self._report_further_texts(sample)
+
+    def _choose_texts(
+        self,
+        names: list[str],
+        filled: Collection[str],
+        common: Iterable[str],
+        sample: SchemaSample | None,
+    ) -> None:
+        """Choose the fields of the text, the transcript or the captions."""
+        option, wanted = f"options.{self.name}.text", self.options.text
+        if wanted is not None:
+            self.text_fields = choose_fields(names, wanted, option)
+            if len(self.text_fields) > 1 and self.modality != "text":
+                raise UserError(
+                    f"{option}: several fields are joined for texts only; give one of "
+                    f"{', '.join(self.text_fields)}"
+                )
+        else:
+            found = find_field(filled, common, option)
+            self.text_fields = (found,) if found else ()
+        self.text_field = next(iter(self.text_fields), None)
+
+    def _list_further_texts(self, sample: SchemaSample | None) -> list[str]:
+        """Return the fields of texts that are not read, in the order of the fields."""
+        if sample is None:
+            return []
+        options = self.options
+        used = [*self.text_fields, self.label_field, self.split_field, options.split_by]
+        used += [*SPEAKER_FIELDS, "split"]
+        known = [name for name in used if name]
+        return list_further_texts(sample.text_fields, sample.sentence_fields, known)
+
+    def _report_further_texts(self, sample: SchemaSample | None) -> None:
+        """Say which texts of the rows are not read, unless the user chose the field."""
+        further = self._list_further_texts(sample)
+        is_read = self.modality == "text" or {"captions", "transcripts"} & set(
+            self.annotations_present
+        )
+        if self.options.text is not None or self.modality == "code" or not further or not is_read:
+            return
+        option = f"--options.{self.name}.text"
+        joined = [n for n in sample.names if n in {*further, *self.text_fields}] if sample else []
+        remedy = f"To join them: {option} {','.join(joined)}"
+        if self.modality != "text":
+            remedy = f"To read another field: {option} FIELD"
+        console.print_warning(
+            f"{self.source.uri}: reads the field {self.text_field}, and not the texts of "
+            f"{', '.join(further)}. {remedy}. To keep it so: {option} {self.text_field}"
+        )
 
     def resolve_test_split(self, sample: SchemaSample) -> None:
         """Mark the test split as unlabelled if the sample has no annotations in it.
@@ -282,7 +353,9 @@ class RecordCorpus(ExternalCorpus):
         targets = {} if unlabelled else self._read_targets(fields)
         label = targets.pop("label", None)
         if "pairs" in self.annotations_present and split is None:
-            split_key = str(fields.get(self.label_field or ""))  # an item stays in one split
+            split_key = str(
+                read_field(fields, self.label_field) or ""
+            )  # an item stays in one split
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
         if self.modality in ("text", "code"):
             row = self._build_text_row(final, key, fields, label)
@@ -291,7 +364,7 @@ class RecordCorpus(ExternalCorpus):
             raise ValueError("no media file")
         captions: list[str] = []
         transcript = None
-        value = _unwrap_captions(fields.get(self.text_field or ""))
+        value = _unwrap_captions(read_field(fields, self.text_field))
         if "captions" in self.annotations_present:
             if unlabelled or _is_blank(value):
                 raise NoAnnotationError(f"{MEDIA_NOUNS[self.modality]} without captions")
@@ -313,7 +386,7 @@ class RecordCorpus(ExternalCorpus):
         """
         options, named = self.options, self.named_splits & ALL_SPLITS
         if options.split_by is not None:
-            value = fields.get(options.split_by)
+            value = read_field(fields, options.split_by)
             if value is None and (split is None or not named >= {"validation", "test"}):
                 raise ValueError(f"no field {options.split_by}, which splits are made by")
             # All rows with this value get the same split.
@@ -334,22 +407,22 @@ class RecordCorpus(ExternalCorpus):
         """Return whether a row has no label and is in a split of another name, as in IMDB."""
         if split is None or split in ALL_SPLITS or not self._has_labels_only():
             return False
-        value = fields.get(self.label_field or "")
+        value = read_field(fields, self.label_field)
         return is_empty_value(value) or is_minus_one(value)
 
     def _read_split(self, fields: Mapping[str, Any]) -> str | None:
         if self.split_field is None:
             return None
-        split = parse_split_name(fields.get(self.split_field))
+        split = parse_split_name(read_field(fields, self.split_field))
         if split is None:
             raise ValueError("a split that is not train, validation or test")
         return split
 
     def _read_unit(self, fields: Mapping[str, Any], item: str | None = None) -> str | None:
         """Return the name of the unit of a row: of ``split_by``, the speaker or the media file."""
-        name = self.options.split_by or _first_of(list(fields), SPEAKER_FIELDS)
+        name = self.options.split_by or find_field(fields, SPEAKER_FIELDS)
         name = self.label_field if "pairs" in self.annotations_present else name
-        value = fields.get(name or "")
+        value = read_field(fields, name)
         if is_empty_value(value) or isinstance(value, list | dict):
             # Captions of one media file become one row.
             value = None if "captions" in self.annotations_present else item
@@ -360,7 +433,7 @@ class RecordCorpus(ExternalCorpus):
 
     def _read_targets(self, fields: Mapping[str, Any]) -> Row:
         """Return the class, the classes or the number of a row, by raw column."""
-        value = fields.get(self.label_field or "")
+        value = read_field(fields, self.label_field)
         if "label_sets" in self.annotations_present:
             return {"label_set": read_label_set(value, self.options.separator)}
         if "values" in self.annotations_present:
@@ -370,7 +443,7 @@ class RecordCorpus(ExternalCorpus):
         return {"label": self._read_label(fields)} if "labels" in self.annotations_present else {}
 
     def _read_label(self, fields: Mapping[str, Any]) -> str:
-        value = fields.get(self.label_field or "")
+        value = read_field(fields, self.label_field)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         if isinstance(value, list) and value:
@@ -384,11 +457,10 @@ class RecordCorpus(ExternalCorpus):
     ) -> Row:
         row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
         if self.modality == "text":
-            return row | {"text": clean_text(fields.get(self.text_field or ""))}
-        name = _first_of(list(fields), CODE_FIELDS)
-        row["code"] = clean_text(fields.get(name or ""))
+            return row | {"text": self._join_texts(fields)}
+        row["code"] = clean_text(read_field(fields, find_field(fields, CODE_FIELDS)))
         if "captions" in self.annotations_present:
-            value = _unwrap_captions(fields.get(self.text_field or ""))
+            value = _unwrap_captions(read_field(fields, self.text_field))
             blank = _is_blank(value) or split == UNLABELLED
             captions = [] if blank else [first_paragraph(c) for c in clean_captions(value)]
             if _is_blank(captions):
@@ -396,6 +468,13 @@ class RecordCorpus(ExternalCorpus):
             row["captions"] = clean_captions(captions)
             row["group"] = hash_caption_group(row["captions"])
         return row
+
+    def _join_texts(self, fields: Mapping[str, Any]) -> str:
+        """Return the text of a row; of several fields, blank ones are left out."""
+        values = [read_field(fields, name) for name in self.text_fields]
+        if len(values) > 1:
+            values = [value for value in values if not is_empty_value(value)] or [""]
+        return "\n".join(clean_text(value) for value in values)
 
 
 def _unwrap_captions(value: Any) -> Any:
@@ -423,10 +502,6 @@ def parse_split_prefix(name: str) -> str | None:
     return SPLIT_NAMES[found[1]] if found else None
 
 
-def _first_of(names: Collection[str], common: Iterable[str]) -> str | None:
-    return next((name for name in common if name in names), None)
-
-
 def _choose_field(
     names: list[str],
     wanted: str | None,
@@ -435,11 +510,9 @@ def _choose_field(
     option: str,
 ) -> str | None:
     """Return the field that an option names, or the first common name among the filled ones."""
-    if wanted is not None and wanted not in names:
-        hint = suggest_name(wanted, names)
-        more = hint if "did you mean" in hint else f"; rows have {', '.join(names) or 'none'}"
-        raise UserError(f"{option}: no field {wanted!r}{more}")
-    return wanted or _first_of(filled, common)
+    if wanted is not None:
+        return match_field(names, wanted, option)
+    return find_field(filled, common, option)
 
 
 def file_extension(name: str) -> str:

@@ -27,6 +27,7 @@ from pipelines.corpora.readers.class_folders import (
     find_split_root,
     join_path,
 )
+from pipelines.corpora.readers.field_names import fold_name, match_field, read_field
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
     MEDIA_EXTENSIONS,
@@ -59,7 +60,7 @@ from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
 from skillnet_platform import console
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError
 
 #: Folders in which metadata are searched that class folders would ignore.
 NEARBY_FOLDERS = 3
@@ -158,10 +159,10 @@ class FolderCorpus(RecordCorpus):
             cause = describe_first_error(first.read(self.source))
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
-        if self.options.file is not None and self.options.file not in sample.names:
-            hint = suggest_name(self.options.file, sample.names)
-            raise UserError(f"options.{self.name}.file: no field {self.options.file!r}{hint}")
-        self.file_field, extension = find_file_field(names, self.options.file)
+        chosen = self.options.file
+        if chosen is not None:
+            chosen = match_field(sample.names, chosen, f"options.{self.name}.file")
+        self.file_field, extension = find_file_field(names, chosen)
         if described is not None and self.media_column is not None:
             self.file_field = self.media_column
             modality = described.described.media[self.media_column] or self.options.modality
@@ -185,7 +186,7 @@ class FolderCorpus(RecordCorpus):
             extension = self._locate_media(named, extension)
         self.named_splits = frozenset(table.split for table in self.tables if table.split)
         filled = [name for name in sample.filled_fields if name != self.file_field]
-        self.infer_schema(sample.names, extension, filled)
+        self.infer_schema(sample.names, extension, filled, sample)
         if any(table.split is None for table in self.tables):
             self._find_named_splits(names, sample)
         self.resolve_test_split(sample)
@@ -194,11 +195,15 @@ class FolderCorpus(RecordCorpus):
 
     def _file_and_split_names(self, record: Row) -> Row:
         """Return the fields that can name a media file or a split, without embedded media."""
-        chosen = [self.options.file] if self.options.file else []
-        found = {n: record[n] for n in (*FILE_FIELDS, SPLIT_FIELD, *chosen) if n in record}
-        # Only the field that the user names can hold numbers.
-        kinds = {name: (str, int) if name in chosen else (str,) for name in found}
-        return {n: value if isinstance(value, kinds[n]) else None for n, value in found.items()}
+        chosen = fold_name(self.options.file or "")
+        found = Row()
+        for name, value in record.items():
+            folded = fold_name(name)
+            if folded in (*FILE_FIELDS, SPLIT_FIELD, chosen):
+                # Only the field that the user names can hold numbers.
+                is_name = isinstance(value, str) or (folded == chosen and isinstance(value, int))
+                found[name] = value if is_name else None
+        return found
 
     def _find_tables(self) -> list[MetadataTable]:
         try:
@@ -220,7 +225,7 @@ class FolderCorpus(RecordCorpus):
         for table in self.tables:
             first = replace(table, folder="") if self.options.media else table
             tried = (
-                self._try_relative_name(row.get(self.file_field or "")) for row in named[table]
+                self._try_relative_name(read_field(row, self.file_field)) for row in named[table]
             )
             names = [name for name in tried if name]
             option = f"--options.{self.name}.media"
@@ -234,7 +239,9 @@ class FolderCorpus(RecordCorpus):
         if has_ending and (is_partial or self.options.file is None):
             return extension
         values = [
-            (table.split, row.get(self.file_field or "")) for table in named for row in named[table]
+            (table.split, read_field(row, self.file_field))
+            for table in named
+            for row in named[table]
         ]
         media_names = MediaNames(self.media_source)
         files = (media_names.find(value, split) for split, value in values)
@@ -255,7 +262,7 @@ class FolderCorpus(RecordCorpus):
 
         A split can occur in the last row only. All rows are read until nothing can be added.
         """
-        by_field = [parse_split_name(row.get(SPLIT_FIELD)) for row in names]
+        by_field = [parse_split_name(read_field(row, SPLIT_FIELD)) for row in names]
         if self.split_field is None and _are_split_names(by_field):
             self.split_field = SPLIT_FIELD
         if self.split_field is None:
@@ -268,7 +275,7 @@ class FolderCorpus(RecordCorpus):
                 if self.splits_by_folder:
                     split = self._split_by_folder(record)
                 else:
-                    split = parse_split_name(record.get(self.split_field or ""))
+                    split = parse_split_name(read_field(record, self.split_field))
                 if split is None:
                     continue
                 sample.add(split, record)
@@ -280,7 +287,7 @@ class FolderCorpus(RecordCorpus):
 
     def _split_by_folder(self, record: Row) -> str | None:
         """Return the split that the first folder of a row's media file names, or None."""
-        value = record.get(self.file_field or "")
+        value = read_field(record, self.file_field)
         if self.media_names is not None:
             files = self.media_names.find(value)
             name = files[0] if len(files) == 1 else None
@@ -413,7 +420,7 @@ class FolderCorpus(RecordCorpus):
     def _metadata_row(self, key: str, table: MetadataTable, record: Row, referenced: KeySet) -> Row:
         if self.file_field is None:
             return self.build_row(key, record, None, table.split)
-        value = record.get(self.file_field)
+        value = read_field(record, self.file_field)
         if isinstance(value, EmbeddedMedia):
             del record[self.file_field]
             item = value.item or key

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
+from pipelines.corpora.formats.encoding import find_repeated_column
 from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.parquet_media import (
     check_unread_media,
@@ -46,6 +47,9 @@ from pipelines.io.source_file import make_read_error
 from skillnet_platform.errors import UserError, first_line
 
 DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
+
+#: Rows in which texts are searched that stay unread.
+TEXT_ROWS = 100
 
 
 class HfDatasetCorpus(RecordCorpus):
@@ -98,7 +102,14 @@ class HfDatasetCorpus(RecordCorpus):
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
             self.options.modality = described.media[self.media_field]
-        self.infer_schema(fields, "" if self.media_field is not None else None)
+        first = SchemaSample()
+        for split, folder in self.folders[:1]:
+            for file in _list_files(self.source, folder)[:1]:
+                found = (row for row in self._records(file) if isinstance(row, dict))
+                for record in islice(found, TEXT_ROWS):
+                    record.pop(self.media_field, None)
+                    first.add(split, record)
+        self.infer_schema(fields, "" if self.media_field is not None else None, None, first)
         if "test" in self.named_splits and self.options.split is None:
             self.resolve_test_split(self._sample_test())
 
@@ -179,6 +190,9 @@ class HfDatasetCorpus(RecordCorpus):
         iter_batches = iter_streamed_batches if self.source.remote else iter_mapped_batches
         try:
             for batch, body in iter_batches(path):
+                if repeated := find_repeated_column(batch.schema.names):
+                    yield repeated
+                    return
                 if reason := media_column_error(batch.schema, self.media_field):
                     yield BadRecord(reason, truncates_file=True)
                     return

@@ -24,6 +24,7 @@ from pipelines.corpora.formats.csv_reader import read_csv_rows
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
 from pipelines.corpora.formats.record_reader import read_json_arrays, read_records
 from pipelines.corpora.readers.class_folders import find_first_media, join_path
+from pipelines.corpora.readers.field_names import fold_name, read_field
 from pipelines.corpora.readers.fields import (
     LABEL_FIELDS,
     MEDIA_EXTENSIONS,
@@ -33,11 +34,11 @@ from pipelines.corpora.readers.fields import (
     parse_split_name,
 )
 from pipelines.corpora.readers.hub_repository import (
-    require_all_shards,
     choose_classes,
     find_stated_files,
     list_missing_splits,
     list_repository_files,
+    require_all_shards,
 )
 from pipelines.corpora.readers.repository_card import CARD, read_card
 from pipelines.io.directory import DAMAGE_ERRORS, SourceDirectory
@@ -166,7 +167,7 @@ class FlickrTable(MetadataTable):
         read_rows = read_csv_rows if self.has_header else plain
         for number, record in read_rows(source, self.file):
             if isinstance(record, dict):
-                name = record.get("image") or record.get("image_name") or ""
+                name = read_field(record, "image") or read_field(record, "image_name") or ""
                 if not self.has_header:
                     record["image"] = name = _remove_number(name)
                 record |= {"split": splits.get(name)} if splits else {}
@@ -421,21 +422,26 @@ def find_file_field(rows: list[Row], chosen: str | None = None) -> tuple[str | N
         chosen: the field, if the user names it.
     """
     if chosen is not None:
-        names = (row[chosen] for row in rows if isinstance(row.get(chosen), str | int))
-        endings = [file_extension(str(name)) for name in names]
+        values = (read_field(row, chosen) for row in rows)
+        endings = [file_extension(str(each)) for each in values if isinstance(each, str | int)]
         known_ending = (each for each in endings if each in MODALITY_OF_EXTENSION)
         return chosen, next(known_ending, next(iter(endings), None))
-    found = ((n, r) for r in rows for n in FILE_FIELDS if _names_media(n, r))
-    named = [(name, file_extension(str(row[name]))) for name, row in found]
+    named = [found for row in rows for found in _list_file_fields(row)]
     known = next((each for each in named if each[1] in MODALITY_OF_EXTENSION), None)
     return known or next(iter(named), (None, None))
 
 
-def _names_media(field: str, row: Row) -> bool:
-    """Return whether a field holds the name of a media file; ``path`` can name a source file."""
-    value = row.get(field)
-    known = isinstance(value, str) and file_extension(value) in MODALITY_OF_EXTENSION
-    return known or (field == "file_name" and field in row)
+def _list_file_fields(row: Row) -> list[tuple[str, str]]:
+    """Return (field, ending) of the names of media files; ``path`` can name a source file."""
+    folded = {fold_name(name): name for name in reversed(row)}
+    found = [(each, folded[each]) for each in FILE_FIELDS if each in folded]
+    named = [(each, name, row[name]) for each, name in found]
+    return [
+        (name, file_extension(str(value)))
+        for each, name, value in named
+        if each == "file_name"
+        or (isinstance(value, str) and file_extension(value) in MODALITY_OF_EXTENSION)
+    ]
 
 
 def has_metadata_rows(source: SourceDirectory) -> bool:
@@ -449,7 +455,7 @@ def has_metadata_rows(source: SourceDirectory) -> bool:
         first = list(table.records(source, 100))
         if find_file_field(first)[0] is not None:
             return True
-        fields = {name for row in first for name in row}
+        fields = {fold_name(name) for row in first for name in row}
         if fields & set(TEXT_FIELDS) and fields & set(LABEL_FIELDS):
             return True
     return False

@@ -124,7 +124,7 @@ class WebDatasetCorpus(RecordCorpus):
                     extension = extension or sample.extension
         if not sampled:
             raise UserError(f"{self.source.uri}: no readable sample in its tars")
-        self.infer_schema(schema.names, extension, schema.filled_fields)
+        self.infer_schema(schema.names, extension, schema.filled_fields, schema)
         self.resolve_test_split(schema)
 
     def _tars_to_sample(self) -> list[tuple[str | None, str]]:
