@@ -45,6 +45,7 @@ from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from pipelines.shards.folds import open_fold
+from pipelines.shards.id_columns import IdRange
 from skillnet.accounting import account_task
 from skillnet.metrics import error_counts, retrieval_ranks, unique_group_ids
 from skillnet.multitask_model import TaskModel
@@ -227,7 +228,8 @@ def measure_split(
         probabilities = runner.classify(task, inputs["input"])
         if not runner.ranks.is_first:
             return {}, lengths
-        labels = read_fixed_column(table, "label", where)
+        classes = IdRange(f"the model has {spec.outputs} outputs", spec.outputs)
+        labels = read_fixed_column(table, "label", where, classes)
         predicted = probabilities.argmax(1)
         metrics = classification_metrics(predicted, labels, seed, bootstrap_samples, units)
         row_outcomes.add_hits(task, split.name, predicted == labels, units)
@@ -395,18 +397,19 @@ def choose_splits(
     return [name for name in splits if name in corpus.splits]
 
 
-def read_fixed_column(table: Any, name: str, where: str) -> np.ndarray:
+def read_fixed_column(table: Any, name: str, where: str, ids: IdRange | None = None) -> np.ndarray:
     """Return all values of a column with one number or array per row.
 
     Args:
         table: rows of a split.
         name: of the column.
         where: names the split in error messages.
+        ids: range of the values, if they are ids.
 
     Raises:
-        UserError: the column is missing or holds lists.
+        UserError: the column is missing or holds lists, or an id is outside of its range.
     """
-    column = open_column(table, name, where)
+    column = open_column(table, name, where, ids)
     if not isinstance(column, FixedColumn):
         raise UserError(f"{where}: column {name!r} holds lists, expected one number per row")
     return column.take(np.arange(len(table)))

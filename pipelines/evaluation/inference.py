@@ -86,13 +86,14 @@ def split_inputs(
         UserError: the column is missing, or a token is outside of the model's vocabulary.
     """
     name = column or INPUT_COLUMNS[plan.modality]
-    opened = open_column(table, name, where)
     vocabulary = IdRange(
         f"the model's vocabulary has {config.vocab_size} tokens", config.vocab_size
     )
+    ranges = {name: vocabulary} if name in TOKEN_COLUMNS else {}
+    opened = open_column(table, name, where, ranges.get(name))
     check_ids(
         table,
-        {name: vocabulary} if name in TOKEN_COLUMNS else {},
+        ranges,
         where,
         "Evaluate on a corpus that was prepared with the model's tokenizer.",
     )

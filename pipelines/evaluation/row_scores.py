@@ -61,7 +61,7 @@ def read_targets(table: pa.Table, spec: Task, where: str) -> dict[str, np.ndarra
         if isinstance(opened, RaggedColumn):
             # A corpus without a list of classes is not checked when it is opened.
             check_ids(table, {column: outputs}, where, "Give the model as many outputs.")
-            targets[name] = make_indicators(*opened.take(rows), spec.outputs)
+            targets[name] = make_indicators(*opened.take(rows), spec.outputs, where)
         elif isinstance(opened, FixedColumn):
             targets[name] = opened.take(rows)
         else:

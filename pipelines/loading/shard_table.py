@@ -26,7 +26,8 @@ class ShardTable:
     Args:
         splits: in order; the table has the columns that all of them have.
         location: name of the splits in messages.
-        id_ranges: column -> range of the ids that the model reads; checked when a shard opens.
+        id_ranges: column -> range of the ids that the model reads; checked when a shard opens, and
+            in each copy of rows.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class ShardTable:
             UserError: there is no such column, it has empty cells, or it does not hold numbers.
         """
         if name not in self._columns:
-            self._columns[name] = open_column(self.table(), name, self.location)
+            ids = self._id_ranges.get(name)
+            self._columns[name] = open_column(self.table(), name, self.location, ids)
         return self._columns[name]
 
     def column_type(self, name: str) -> pa.DataType:

@@ -135,14 +135,19 @@ def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, I
     return ranges
 
 
-def make_indicators(ids: np.ndarray, lengths: np.ndarray, outputs: int) -> np.ndarray:
+def make_indicators(ids: np.ndarray, lengths: np.ndarray, outputs: int, where: str) -> np.ndarray:
     """Return sets of classes as (B, C) float32: 1 for the classes of a row, else 0.
 
     Args:
-        ids: (B, L) class numbers, padded.
+        ids: (B, L) class numbers, padded with zeros.
         lengths: (B,) classes of each row.
         outputs: number of classes C.
+        where: corpus and split, for messages.
+
+    Raises:
+        UserError: a class number is outside of the outputs.
     """
+    IdRange(f"the model has {outputs} outputs", outputs).check_copy(ids, f"{where}: set of classes")
     indicators = np.zeros((len(lengths), outputs), np.float32)
     rows, places = np.nonzero(np.arange(ids.shape[1]) < lengths[:, None])
     indicators[rows, ids[rows, places]] = 1

@@ -190,7 +190,7 @@ class TaskDataset:
         for name, column in find_objective(self.task.objective).columns:
             opened = self.shard_table.column(column)
             if isinstance(opened, RaggedColumn):
-                values = make_indicators(*opened.take(local), self.task.outputs)
+                values = make_indicators(*opened.take(local), self.task.outputs, self.location)
             else:
                 values = self._fixed(column).take(local)
             if self._value_scale is not None:

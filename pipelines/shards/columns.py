@@ -1,16 +1,25 @@
 """Columns of Arrow shards as numpy views, and selected rows of them as padded arrays.
 
-Shards are memory-mapped: a column is a view of the file, and ``take`` copies only its rows.
+Shards are memory-mapped: a column is a view of the file, and ``take`` copies only its rows. Ids are
+checked in the copy, because another program can change the file at any time.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.shards.id_columns import IdRange
 from pipelines.shards.jpeg import ENCODING, JPEG, decode_jpegs
 from skillnet_platform.errors import UserError
+
+
+class IdCheck(NamedTuple):
+    """Range of the ids of a column, and the name of the column in messages."""
+
+    ids: IdRange
+    column: str
 
 
 class FixedColumn:
@@ -19,9 +28,13 @@ class FixedColumn:
     Args:
         column: Arrow column.
         shape: shape of a row, from the field's metadata; () for plain numbers.
+        check: of the copied values, if they are ids.
     """
 
-    def __init__(self, column: pa.ChunkedArray, shape: Sequence[int] = ()) -> None:
+    def __init__(
+        self, column: pa.ChunkedArray, shape: Sequence[int] = (), check: IdCheck | None = None
+    ) -> None:
+        self._check = check
         chunks = [chunk for chunk in column.chunks if len(chunk)]
         self._chunks = [_view_numbers(chunk).reshape(len(chunk), *shape) for chunk in chunks]
         self._starts = _chunk_starts(chunks)
@@ -31,6 +44,12 @@ class FixedColumn:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return copies of rows, (len(rows), *shape)."""
+        out = self._copy(rows)
+        if self._check is not None:
+            self._check.ids.check_copy(out, self._check.column)
+        return out
+
+    def _copy(self, rows: np.ndarray) -> np.ndarray:
         if len(self._chunks) == 1:  # the usual case needs no second copy
             return self._chunks[0][rows]
         first = self._chunks[0]
@@ -72,9 +91,11 @@ class RaggedColumn:
 
     Args:
         column: Arrow column.
+        check: of the copied values, if they are ids.
     """
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
+    def __init__(self, column: pa.ChunkedArray, check: IdCheck | None = None) -> None:
+        self._check = check
         chunks = [chunk for chunk in column.chunks if len(chunk)]
         self._values = [_view_items(chunk.values) for chunk in chunks]
         self._offsets = [_view_offsets(chunk) for chunk in chunks]
@@ -130,7 +151,10 @@ class RaggedColumn:
             is_real = real[selected]
             items = (begin[selected][:, None] + positions)[is_real]
             block = np.zeros((len(is_real), longest, *sample.shape[1:]), dtype=sample.dtype)
-            block[is_real] = self._values[index][items]
+            copied = self._values[index][items]
+            if self._check is not None:
+                self._check.ids.check_copy(copied, self._check.column)
+            block[is_real] = copied
             out[selected] = block
         return out, lengths
 
@@ -140,14 +164,15 @@ class NestedRaggedColumn:
 
     Args:
         column: Arrow column.
+        check: of the copied values, if they are ids.
     """
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
+    def __init__(self, column: pa.ChunkedArray, check: IdCheck | None = None) -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
         self._outer = [_view_offsets(chunk) for chunk in chunks]
         self._starts = _chunk_starts(chunks)
         inner = [chunk.values for chunk in chunks]
-        self.inner = RaggedColumn(pa.chunked_array(inner, type=column.type.value_type))
+        self.inner = RaggedColumn(pa.chunked_array(inner, type=column.type.value_type), check)
         self._inner_starts = np.concatenate([[0], np.cumsum([len(part) for part in inner])])
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
@@ -171,13 +196,14 @@ class NestedRaggedColumn:
 Column = FixedColumn | RaggedColumn | NestedRaggedColumn
 
 
-def open_column(table: pa.Table, name: str, where: str) -> Column:
+def open_column(table: pa.Table, name: str, where: str, ids: IdRange | None = None) -> Column:
     """Open a numeric column of a table.
 
     Args:
         table: memory-mapped rows of a split.
         name: name of the column.
         where: corpus and split, for messages.
+        ids: range of its values, if they are ids; checked in each copy of rows.
 
     Raises:
         UserError: there is no such column, it has empty cells, or it does not hold numbers.
@@ -191,14 +217,16 @@ def open_column(table: pa.Table, name: str, where: str) -> Column:
     if column.null_count:
         raise UserError(f"{where}: column {name!r} has {column.null_count} empty cells")
     kind = field.type
+    check = IdCheck(ids, f"{where}: column {name!r}") if ids else None
     if (field.metadata or {}).get(ENCODING) == JPEG:
         return JpegColumn(column, _read_shape(field), f"{where}: column {name!r}")
     if _is_list(kind):
-        return NestedRaggedColumn(column) if _is_list(kind.value_type) else RaggedColumn(column)
+        is_nested = _is_list(kind.value_type)
+        return NestedRaggedColumn(column, check) if is_nested else RaggedColumn(column, check)
     if pa.types.is_fixed_size_list(kind):
         return FixedColumn(column, _read_shape(field))
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return FixedColumn(column)
+        return FixedColumn(column, check=check)
     raise UserError(f"{where}: column {name!r} holds {kind}, expected numbers or lists of them")
 
 

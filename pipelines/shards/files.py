@@ -13,6 +13,12 @@ from skillnet_platform.storage.cache import CacheHandle, CacheKey, FileCache, sh
 from skillnet_platform.storage.location import Location
 from skillnet_platform.storage.retry import StoreUnavailableError
 
+_BYTES_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
 #: A shard's entry in the manifest: file, rows, bytes, sha256.
 ShardEntry = Mapping[str, Any]
 
@@ -192,7 +198,7 @@ def open_shard_store(location: Location, cache: FileCache | None = None) -> Shar
 def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str) -> pa.Table:
     try:
         # With a memory map, ``read_all`` reads only metadata; pages are loaded when rows are used.
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = _copy_table_offsets(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
         if table.num_rows != shard["rows"]:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
         # An attacker who writes a shard also writes its digest: offsets that lead outside of the
@@ -203,6 +209,44 @@ def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str)
         raise UserError(
             f"{named}: not a readable shard ({first_line(error)}). {repair_hint}"
         ) from None
+
+
+def _copy_table_offsets(table: pa.Table) -> pa.Table:
+    """Return a mapped table whose offsets are in memory, so that no later change moves them.
+
+    Arrow follows offsets without a check of each. Values stay mapped: wrong ones lead nowhere.
+
+    Raises:
+        ArrowInvalid: a column has a type that shards do not have.
+    """
+    columns = [
+        pa.chunked_array([_copy_offsets(chunk) for chunk in column.chunks], type=column.type)
+        for column in table.columns
+    ]
+    return pa.Table.from_arrays(columns, schema=table.schema)
+
+
+def _copy_offsets(array: pa.Array) -> pa.Array:
+    kind, buffers = array.type, array.buffers()
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list or any(test(kind) for test in _BYTES_TYPES):
+        offsets = pa.py_buffer(b"" if buffers[1] is None else buffers[1].to_pybytes())
+        return pa.Array.from_buffers(
+            kind,
+            len(array),
+            [buffers[0], offsets, *([] if is_list else buffers[2:])],
+            array.null_count,
+            array.offset,
+            [_copy_offsets(array.values)] if is_list else None,
+        )
+    if pa.types.is_fixed_size_list(kind):
+        inner = _copy_offsets(array.values)
+        return pa.Array.from_buffers(
+            kind, len(array), buffers[:1], array.null_count, array.offset, [inner]
+        )
+    if not pa.types.is_primitive(kind) and not pa.types.is_null(kind):
+        raise pa.ArrowInvalid(f"a column holds {kind}, which shards do not have")
+    return array
 
 
 def _compare_size(named: Location, size: int, shard: ShardEntry, repair_hint: str) -> None:

@@ -1,20 +1,37 @@
-"""Random ids in prepared corpora with right hashes: they are in range, or a named error."""
+"""Random ids in prepared corpora with right hashes, and files that change after their check.
+
+They are in range, or a named error says what is wrong.
+"""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pipelines.loading.pixel_changes import apply_changes
+from pipelines.loading.task_dataset import TaskDataset
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.training.resolved_run import ResolvedRun
+from skillnet.heads import LossInputs, head_class
+from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
-from tests.helpers.random_damage import budget
-from tests.helpers.small_corpora import VOCABULARY, write_corpora
+from tests.helpers.exchanged_files import find_buffers
+from tests.helpers.limited_child import run_limited
+from tests.helpers.random_damage import WOUNDS, budget, damaged, named
+from tests.helpers.small_corpora import (
+    VOCABULARY,
+    small_config,
+    small_pretraining,
+    write_corpora,
+)
 
 pytestmark = pytest.mark.fuzz
 
@@ -85,3 +102,49 @@ def _replace_ids(shard: bytes, column: str, ids: list[Any], kind: pa.DataType) -
 
 def _flatten(cells: list[Any]) -> list[Any]:
     return [x for cell in cells for x in (_flatten(cell) if isinstance(cell, list) else [cell])]
+
+
+#: Corpus and column whose offsets and values change.
+MAPPED = [*VALID, ("functions", "tokens"), ("drawings", "caption_tokens"), ("drawings", "group")]
+MAPPED += [("drawings", "pixels"), ("syllables", "log_mel"), ("headings", "key")]
+
+
+@given(st.sampled_from(MAPPED), WOUNDS)
+@example(("syllables", "symbols"), [("fill", 0.0, 48)])
+@example(("headings", "label"), [("flip", 0.5, 255)])
+@budget(8)
+def test_shards_that_change_after_each_check(
+    corpora: Path, place: tuple[str, str], wounds: Any
+) -> None:
+    shard = corpora / place[0] / "train-00000.arrow"
+    before = shard.read_bytes()
+    try:
+        run_limited(lambda: _train_on_changed(corpora, shard, place[1], wounds))
+    finally:
+        shard.write_bytes(before)
+
+
+def _train_on_changed(corpora: Path, shard: Path, column: str, wounds: Any) -> None:
+    """Open and check the corpora, change the file, and compute losses and gradients of all rows."""
+    torch.set_num_threads(1)
+    runs = [make(corpora) for make in (small_config, small_pretraining)]
+    loaders = [ResolvedRun(run).dataloader for run in runs]
+    for buffer in find_buffers(shard, column):
+        with shard.open("r+b") as stream:
+            stream.seek(buffer.start)
+            content = stream.read(buffer.count * buffer.kind.itemsize)
+            stream.seek(buffer.start)
+            # A shorter file would end the process by SIGBUS, which no check prevents.
+            stream.write(damaged(content, wounds)[: len(content)].ljust(len(content), b"\xff"))
+    for run, loader in zip(runs, loaders, strict=True):
+        model = SkillNet(run.model)
+        for name, dataset in loader.datasets.items():
+            if shard.parent.name in dataset.location:
+                named(lambda: _step(model, name, dataset))  # noqa: B023
+
+
+def _step(model: SkillNet, name: str, dataset: TaskDataset) -> None:
+    towers, targets = apply_changes(*dataset.load(np.arange(dataset.num_rows)))
+    outputs = model(name, towers)
+    loss = head_class(dataset.task).compute_loss(outputs, LossInputs(targets, dataset.num_rows))
+    loss.backward()

@@ -13,12 +13,20 @@ import pyarrow as pa
 import pytest
 
 from pipelines.evaluation.inference import split_inputs
+from pipelines.shards.columns import NestedRaggedColumn, open_column
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.shards.id_columns import IdRange
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
-from tests.helpers.small_corpora import VOCABULARY, small_config, write_corpora
+from tests.helpers.exchanged_files import overwrite_offsets, overwrite_values
+from tests.helpers.small_corpora import (
+    VOCABULARY,
+    small_config,
+    small_pretraining,
+    write_corpora,
+)
 
 #: Corpus, id column, and the first id after its range: 15 labels, 61 symbols after the blank.
 COLUMNS = [
@@ -182,3 +190,71 @@ def test_a_manifest_with_a_damaged_size_is_rejected(data: Path, key: str, value:
     reseal(data / "headings", lambda manifest: manifest.update({key: value}))
     with pytest.raises(UserError, match=rf"{key}.* is missing or damaged"):
         open_corpus(data / "headings")
+
+
+#: Column -> what one row of it holds.
+CELLS = {
+    "label": (3, pa.int32()),
+    "tokens": ([3, 4], pa.list_(pa.int32())),
+    "label_set": ([1], pa.list_(pa.int32())),
+    "symbols": ([5, 1], pa.list_(pa.int32())),
+    "paired_tokens": ([2], pa.list_(pa.int32())),
+    "caption_tokens": ([[1, 2], [3]], pa.list_(pa.list_(pa.int32()))),
+}
+
+
+@pytest.mark.parametrize("value", [0, -(2**31), 8, 2**31 - 1])
+@pytest.mark.parametrize("column", CELLS)
+def test_ids_that_change_in_the_mapped_file_are_rejected_in_the_copy(
+    tmp_path: Path, column: str, value: int
+) -> None:
+    cell, kind = CELLS[column]
+    path = tmp_path / "x.arrow"
+    write_shard(pa.table({column: pa.array([cell] * 5, kind)}), path)
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    opened = open_column(table, column, "x/train", IdRange("the model has 7", 8, first=1))
+    reader = opened.inner if isinstance(opened, NestedRaggedColumn) else opened
+    reader.take(np.arange(len(reader)))
+    overwrite_values(path, column, value)
+    with pytest.raises(UserError, match=rf"x/train: column '{column}': the id {value} is outside"):
+        reader.take(np.arange(len(reader)))
+
+
+@pytest.mark.parametrize("value", [-1, 2**31 - 1])
+@pytest.mark.parametrize(("name", "column", "stop"), COLUMNS)
+def test_a_shard_that_changes_after_its_check_reaches_no_kernel(
+    data: Path, name: str, column: str, stop: int, value: int
+) -> None:
+    loaders = [ResolvedRun(make(data)).dataloader for make in (small_config, small_pretraining)]
+    overwrite_values(data / name / "train-00001.arrow", column, value)
+    message = rf"{name}/.*train: column '{column}': the id {value} is outside"
+    for loader in loaders:
+        readers = [d for d in loader.datasets.values() if d.location.startswith(name)]
+        for dataset in readers if loader is loaders[0] or column == "tokens" else ():
+            with pytest.raises(UserError, match=message):
+                dataset.load(np.arange(dataset.num_rows))
+
+
+@pytest.mark.parametrize("value", [-1, 2**31 - 1, 2**20])
+@pytest.mark.parametrize("column", ["symbols", "caption_tokens", "key", "tokens"])
+def test_offsets_that_change_in_the_mapped_file_are_not_followed(
+    data: Path, column: str, value: int
+) -> None:
+    name = {"symbols": "syllables", "tokens": "headings"}.get(column, "drawings")
+    loader = ResolvedRun(small_config(data)).dataloader
+    split = open_corpus(data / name).splits["train"]
+    before = split.table().column(column).combine_chunks().to_pylist()
+    overwrite_offsets(data / name / "train-00001.arrow", column, value)
+    assert split.table().column(column).combine_chunks().to_pylist() == before
+    for dataset in loader.datasets.values():
+        dataset.load(np.arange(dataset.num_rows))
+
+
+def test_inference_rejects_ids_that_change_after_its_check(data: Path) -> None:
+    config = small_config(data).model
+    table = open_corpus(data / "headings").splits["test"].table()
+    plan = config.tasks["text_classification"].towers["input"]
+    inputs = split_inputs(table, plan, config, "headings/test")
+    overwrite_values(data / "headings" / "test-00000.arrow", "tokens", VOCABULARY)
+    with pytest.raises(UserError, match=r"headings/test: column 'tokens': the id 64 is outside"):
+        inputs.load_batch(np.arange(len(inputs)))
