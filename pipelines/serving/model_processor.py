@@ -37,7 +37,7 @@ class ModelProcessor:
 
     @property
     def tokenizer(self) -> Any:
-        """Tokenizer of text and code, of the library ``tokenizers``."""
+        """Tokenizer of text and code: of the library ``tokenizers``, if its patterns are known."""
         return self._predictor.tokenizer
 
     def __call__(self, inputs: Sequence[Any], task: str, tower: str = "input") -> Batch:

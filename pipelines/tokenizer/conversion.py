@@ -16,6 +16,7 @@ from pipelines.tokenizer.guarded_loader import (
     read_tokenizer_tree,
 )
 from pipelines.tokenizer.training import PAD, SPECIAL, UNKNOWN
+from pipelines.transforms.text import encode_texts
 from skillnet_platform.errors import UserError
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -162,5 +163,5 @@ def _check_converted(path: str | Path, tree: dict[str, Any]) -> None:
     for number, name in enumerate((*SPECIAL, *BYTE_TOKENS)):
         if converted.token_to_id(name) != number:
             raise UserError(f"{path}: {name} did not get the id {number}")
-    if converted.encode("一 a").ids and PAD in converted.encode("一 a").ids:
+    if PAD in encode_texts(converted, ["一 a"], 16).to_pylist()[0]:
         raise UserError(f"{path}: the tokenizer produces the padding token for ordinary text")

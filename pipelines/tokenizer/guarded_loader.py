@@ -2,7 +2,8 @@
 
 The library does what a file says. A file of a few bytes can pad each text to a billion tokens,
 double it in each of a hundred normalizers, or match it with a pattern of exponential cost. So
-:func:`parse_tokenizer` checks the JSON first: only known components, and bounds of their sizes.
+:func:`parse_tokenizer` checks the JSON first: only known components, and bounds of their sizes. A
+tokenizer with a pattern that is not known runs in a child process, with a limit of time.
 """
 
 import base64
@@ -10,10 +11,12 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.tokenizer.known_patterns import KNOWN_PATTERNS
+from pipelines.transforms.bounded_tokenizer import TEXT_PARTS, BoundedTokenizer
 from skillnet.rust_panics import panics_as_errors
 
 #: Bytes of a file. The largest known vocabularies (256,000 tokens) take 35 MB.
@@ -96,7 +99,8 @@ def parse_tokenizer(tree: Any) -> Any:
         tree: parsed JSON.
 
     Returns:
-        A ``tokenizers.Tokenizer`` without padding, truncation and post-processing.
+        A ``tokenizers.Tokenizer`` without padding, truncation and post-processing, or a
+        :class:`~pipelines.transforms.bounded_tokenizer.BoundedTokenizer` if a pattern is unknown.
 
     Raises:
         ValueError: a component is unknown or exceeds a bound, or the library rejects it.
@@ -110,6 +114,8 @@ def parse_tokenizer(tree: Any) -> Any:
     text = json.dumps(tree, ensure_ascii=False)
     try:
         with panics_as_errors("the library cannot build it"):
+            if set(_list_patterns([tree.get(part) for part in TEXT_PARTS])) - KNOWN_PATTERNS:
+                return BoundedTokenizer(tree)
             return Tokenizer.from_str(text)
     # The library raises a plain Exception for each of its errors.
     except Exception as error:
@@ -137,6 +143,15 @@ def check_tokenizer(tree: Any) -> None:
     checker.check("normalizer", tree.get("normalizer"), NORMALIZERS)
     checker.check("pre_tokenizer", tree.get("pre_tokenizer"), PRE_TOKENIZERS)
     checker.check("decoder", tree.get("decoder"), DECODERS)
+
+
+def _list_patterns(part: Any) -> Iterator[str]:
+    """Yield the regular expressions anywhere in a checked part of a tokenizer."""
+    if isinstance(part, dict) and isinstance(part.get("Regex"), str):
+        yield part["Regex"]
+    elif isinstance(part, (dict, list)):
+        for each in part.values() if isinstance(part, dict) else part:
+            yield from _list_patterns(each)
 
 
 def largest_token_id(tokenizer: Any) -> int:
@@ -215,7 +230,8 @@ def check_pattern(where: str, pattern: str) -> None:
     """Check that no group that can match one text in several ways is repeated.
 
     Such a pattern, as ``(a+)+b`` or ``(a|a)*b``, takes exponential time. The patterns of known
-    tokenizers repeat only classes of characters and groups of a fixed length.
+    tokenizers repeat only classes of characters and groups of a fixed length. This is an early and
+    clear answer, and no bound: comments hide groups, and ``a+a+a+b`` takes cubic time.
 
     Args:
         where: for the message.

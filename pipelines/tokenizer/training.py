@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipelines.tokenizer.known_patterns import CAMEL, CJK, WHITE_SPACE, WORDS
+
 #: Files of the tokenizer that the corpora of a directory share, and of its origin.
 TOKENIZER = "tokenizer.json"
 TOKENIZER_MANIFEST = "tokenizer.manifest.json"
@@ -26,11 +28,6 @@ VOCABULARY_SIZE = 12_000
 #: A Chinese character that occurs only in pretraining text needs this number of occurrences.
 MIN_OCCURRENCES = 10
 _ALWAYS = string.ascii_lowercase + string.digits + string.punctuation
-_CJK = (
-    r"\u2e80-\u2fdf\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_WORDS = rf"[{_CJK}]|[a-z]+|[0-9]{{1,3}}|_+|[^\s\w]+|[^\s{_CJK}a-z0-9_]+"
-_CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
 
 
 def train_tokenizer(
@@ -52,14 +49,14 @@ def train_tokenizer(
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN], byte_fallback=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = _make_normalizer(), _make_pre_tokenizer()
-    cjk = re.compile(f"[{_CJK}]")
+    cjk = re.compile(f"[{CJK}]")
     task, other, words = Counter[str](), Counter[str](), Counter[str]()
     for texts, characters in ((task_texts, task), (other_texts, other)):
         for chunk in _join_chunks(texts):
             normal = tokenizer.normalizer.normalize_str(chunk)
             characters.update(normal)
             # Chinese characters never merge, so pairs are trained on the rest alone.
-            words.update(re.findall(_WORDS, cjk.sub(" ", normal)))
+            words.update(re.findall(WORDS, cjk.sub(" ", normal)))
     room = size - len(set(terms))
     alphabet = _choose_alphabet(task, other, (room - len(SPECIAL) - 256) * 3 // 4)
     trainer = trainers.BpeTrainer(
@@ -97,7 +94,7 @@ def _make_normalizer() -> Any:
     from tokenizers import Regex, normalizers
 
     return normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(_CAMEL), " "), normalizers.Lowercase()]
+        [normalizers.NFKC(), normalizers.Replace(Regex(CAMEL), " "), normalizers.Lowercase()]
     )
 
 
@@ -106,8 +103,8 @@ def _make_pre_tokenizer() -> Any:
 
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\s+"), "removed"),
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(WHITE_SPACE), "removed"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
         ]
     )
 

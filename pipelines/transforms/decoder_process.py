@@ -59,13 +59,14 @@ def decode_media(
     """Decode a file in a child process.
 
     Args:
-        kind: ``image``, ``sound``, ``video`` or ``code``.
-        data: bytes of the file.
+        kind: ``image``, ``sound``, ``video`` or ``code``; ``tokens`` tokenizes a list of texts.
+        data: bytes of the file, or the texts as JSON.
         options: further arguments of the decoder, see :func:`find_decoder`.
         seconds: wall time for the file.
 
     Returns:
-        The result of the decoder; for ``code`` a dictionary per function.
+        The result of the decoder; for ``code`` a dictionary per function, for ``tokens`` a list of
+        ids per text.
 
     Raises:
         ValueError: the file is damaged, or takes too much time or memory; gives a short reason.
@@ -76,16 +77,21 @@ def decode_media(
 
 def find_decoder(kind: str) -> Callable[..., Decoded]:
     """Return the function that decodes a kind of file."""
-    from pipelines.transforms import code, image, sound, video
+    from pipelines.transforms import code, image, sound, text, video
 
     def parse(data: bytes) -> list[dict[str, Any]]:
         return [asdict(f) for f in code.parse_functions(code.decode_source(data))]
+
+    def tokenize(data: bytes, path: str, limit: int) -> list[list[int]]:
+        tokenizer = text.load_checked_tokenizer(path)
+        return text.list_ids(tokenizer, json.loads(data), limit)
 
     decoders: dict[str, Callable[..., Decoded]] = {
         "image": image.load_pixels,
         "sound": sound.load_log_mel,
         "video": video.load_video_frames,
         "code": parse,
+        "tokens": tokenize,
     }
     return decoders[kind]
 
@@ -98,7 +104,8 @@ def serve_requests(descriptor: int, memory: int) -> None:
         memory: bytes that decoders may take.
     """
     channel = socket.socket(fileno=descriptor)
-    decoders = {kind: find_decoder(kind) for kind in ("image", "sound", "video", "code")}
+    kinds = ("image", "sound", "video", "code", "tokens")
+    decoders = {kind: find_decoder(kind) for kind in kinds}
     _limit_memory(memory)
     _send(channel, {"ready": True})
     while True:
@@ -275,6 +282,8 @@ def _limit_memory(extra: int) -> None:
     except (ImportError, OSError):
         return
     limit = pages * resource.getpagesize() + extra
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

@@ -1,6 +1,7 @@
 """Transform of texts: token ids."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow as pa
 
 from skillnet.rust_panics import panics_as_errors
 
+#: Start of the messages about a text.
+UNTOKENIZED = "the text cannot be tokenized"
 TEXT_TOKENS = 64
 CAPTION_TOKENS = 48
 CODE_TOKENS = 192
@@ -22,7 +25,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     """Tokenize texts; encode unknown tokens as bytes if the tokenizer has byte tokens.
 
     Args:
-        tokenizer: tokenizer of the corpora.
+        tokenizer: of the library ``tokenizers``, or a
+            :class:`pipelines.transforms.bounded_tokenizer.BoundedTokenizer`.
         texts: B texts.
         limit: maximum number of tokens of a text.
 
@@ -37,6 +41,25 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     texts = [each[:longest] for each in texts]
     for each in texts:
         check_unicode(each)
+    # A tokenizer with patterns of its own does this in a child process.
+    list_own = getattr(tokenizer, "encode_ids", partial(list_ids, tokenizer))
+    ids = list_own(texts, limit)
+    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:
+    """Return the token ids of texts; see :func:`encode_texts`.
+
+    Args:
+        tokenizer: of the library ``tokenizers``.
+        texts: B texts, already cut.
+        limit: maximum number of tokens of a text.
+
+    Raises:
+        ValueError: the tokenizer fails.
+    """
     encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(texts))
     ids = [row.ids for row in encoded]
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
@@ -44,10 +67,27 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
         for index, row in enumerate(ids):
             if unknown in row:
                 ids[index] = _encode_unknown(tokenizer, texts[index], unknown, first)
-    ids = [row[:limit] for row in ids]
-    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+    return [row[:limit] for row in ids]
+
+
+@lru_cache(maxsize=2)
+def load_checked_tokenizer(path: str) -> Any:
+    """Build the tokenizer of a file of checked JSON, in a child process.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: the library cannot build it.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        with panics_as_errors("the library cannot build it"):
+            return Tokenizer.from_file(path)
+    # The library raises a plain Exception for each of its errors.
+    except Exception as error:
+        raise ValueError(str(error)[:200]) from None
 
 
 def is_unicode(text: str) -> bool:
@@ -109,13 +149,13 @@ def append_keywords(text: str, keywords: Any) -> str:
 def _run_tokenizer(action: Callable[[], Any]) -> Any:
     """Return the result of the tokenizer; raise ValueError if it fails."""
     try:
-        with panics_as_errors("the text cannot be tokenized"):
+        with panics_as_errors(UNTOKENIZED):
             return action()
     except ValueError:
         raise
     # The library raises a plain Exception for each of its errors.
     except Exception as error:
-        raise ValueError(f"the text cannot be tokenized ({str(error)[:120]})") from None
+        raise ValueError(f"{UNTOKENIZED} ({str(error)[:120]})") from None
 
 
 def _encode_unknown(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
