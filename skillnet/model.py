@@ -129,6 +129,16 @@ class SkillNet(TaskModel):
             return f"skill-{skill}"
         return "shared"
 
+    @classmethod
+    def possible_files(cls, config: SkillNetConfig) -> set[str]:
+        """Return ``shared``, and the files of all skills, stems and tasks."""
+        return {
+            "shared",
+            *(f"skill-{name}" for name in config.skills),
+            *(f"stem-{name}" for name in STEMS),
+            *(f"head-{task}" for task in config.tasks),
+        }
+
     def required_files(self, task: str) -> set[str]:
         """Return the files of all skills, stems and heads that a task activates."""
         spec = find_task(task, self.config.tasks)

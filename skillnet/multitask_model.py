@@ -201,6 +201,17 @@ class TaskModel(RawInputModel, nn.Module):
         """Return the file of a parameter, such as ``head-TASK``, without its suffix."""
         raise NotImplementedError
 
+    @classmethod
+    def possible_files(cls, config: SkillNetConfig) -> set[str] | None:
+        """Return the files that a model can have, without suffix; None if the system cannot say.
+
+        The weights of other files in its folder do not raise the limit of its size.
+
+        Args:
+            config: shape of the model.
+        """
+        return None
+
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether a task reads a parameter. Only then can training it change the value."""
         raise NotImplementedError
@@ -356,8 +367,11 @@ class TaskModel(RawInputModel, nn.Module):
         if task is not None:
             config = cls.config_for(config, task)
         # A few bytes of configuration can request any amount of memory. The files cannot.
-        files = (folder / name for name in manifest["files"] if name.endswith(".safetensors"))
-        budget = limit_weights(count_saved_weights(files))
+        files = {name for name in manifest["files"] if name.endswith(".safetensors")}
+        possible = cls.possible_files(config)
+        if possible is not None:
+            files &= {f"{name}.safetensors" for name in possible}
+        budget = limit_weights(count_saved_weights(folder / name for name in files))
         with torch.device("meta"), SkippedInit(), budget:
             require_saved_shapes(folder, cls._build(folder, config, options), manifest)
         require_output_names(folder, config, vocabulary)

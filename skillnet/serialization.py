@@ -32,8 +32,13 @@ from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: Longest accepted header, in bytes. Headers of models with thousands of tensors take 1 % of it.
-LONGEST_HEADER = 32 * 2**20
+#: Longest accepted header, in bytes. Headers of models with thousands of tensors take 4 % of it.
+LONGEST_HEADER = 8 * 2**20
+#: Bytes and files of a manifest. A model of a thousand skills and its optimizer take a tenth.
+MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_FILES = 20_000
+#: Bytes of a configuration, most of which are the names of outputs.
+MAX_CONFIG_BYTES = 64 * 2**20
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -71,16 +76,18 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read name -> shape of the tensors of a safetensors file, from its header.
 
     Raises:
-        ValueError: the file has no valid header.
+        ValueError: the file has no valid header, or other data than its header says.
     """
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             # The length is untrusted: reading it unchecked could allocate any amount of memory.
-            if length > min(LONGEST_HEADER, path.stat().st_size):
-                raise ValueError(f"a header of {length} bytes")
+            if length > min(LONGEST_HEADER, size):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        _check_extent(header, size - 8 - length)
         return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
     except (
         struct.error,
@@ -94,6 +101,21 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             f"{path} is no safetensors file ({problem}); no other format is read, since it could "
             "run code"
         ) from None
+
+
+def _check_extent(header: dict[str, Any], size: int) -> None:
+    """Require that the tensors of a header lie one after the other and fill the data of a file.
+
+    Raises:
+        ValueError: they do not, as in a file that was cut short.
+    """
+    end = 0
+    for begin, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if begin != end or stop < begin:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = stop
+    if end != size:
+        raise ValueError(f"cut short or too long: {size} bytes of data, expected {end}")
 
 
 FORMAT = 3
@@ -226,6 +248,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "does not exist" if not folder.exists() else "has no manifest.json"
         raise ValueError(f"{folder} is not a complete saved model: it {what}")
+    _require_size(path, MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -237,11 +260,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged; restore it or save the model again")
+    if len(files) > MAX_FILES:
+        raise ValueError(f"{path} names {len(files)} files; at most {MAX_FILES} are read")
     for name in files:
         check_inside(path, name)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}")
     return manifest
+
+
+def _require_size(path: Path, most: int) -> None:
+    """Raise ValueError if a file is larger than any program writes it."""
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes; at most {most} are read")
 
 
 def check_inside(manifest: Path | str, name: str, deep: bool = False) -> None:
@@ -295,6 +327,7 @@ def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         ValueError: the file does not match the manifest, or is no JSON object.
     """
     file = check_file(path, "config.json", manifest)
+    _require_size(file, MAX_CONFIG_BYTES)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:

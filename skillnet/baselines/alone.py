@@ -68,6 +68,11 @@ class SeparateSkillNets(TaskModel):
         kind, task = name.split(".")[:2]
         return f"head-{task}" if kind == "heads" else f"alone-{task}"
 
+    @classmethod
+    def possible_files(cls, config: SkillNetConfig) -> set[str]:
+        """Return the two files of each task."""
+        return {f"{kind}-{task}" for kind in ("alone", "head") for task in config.tasks}
+
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether a parameter belongs to the task's model and its plans read it."""
         kind, of, rest = name.split(".", 2)

@@ -172,6 +172,19 @@ class SpecialistModel(TaskModel):
             return f"specialist-{parts[1]}-{parts[2]}"
         return f"head-{parts[1]}" if parts[0] == "heads" else f"pretrained-{parts[1]}"
 
+    @classmethod
+    def possible_files(cls, config: SkillNetConfig) -> set[str]:
+        """Return the files of each tower, head and pretrained encoder."""
+        return {
+            *(f"head-{task}" for task in config.tasks),
+            *(
+                f"specialist-{task}-{each}"
+                for task in config.tasks
+                for each in config.tasks[task].towers
+            ),
+            *(f"pretrained-{modality}" for modality in MODALITIES),
+        }
+
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether a parameter belongs to the task, or to the encoder that it pretrains."""
         kind, of = name.split(".")[:2]

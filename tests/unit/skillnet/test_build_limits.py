@@ -1,6 +1,9 @@
 """Configurations of saved models that ask for more than their files hold are rejected at once."""
 
 import json
+import math
+import re
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from skillnet import systems
+from skillnet import serialization, systems
 from skillnet.baselines import specialist
 from skillnet.baselines.specialist import SpecialistOptions
 from skillnet.build_budget import FREE_REGISTRATIONS, limit_weights
-from skillnet.serialization import write_manifest
+from skillnet.serialization import (
+    MAX_FILES,
+    MAX_MANIFEST_BYTES,
+    read_tensor_shapes,
+    write_manifest,
+)
 from skillnet.skills import SkillPlan, check_names, check_plan
 from tests.helpers.small_models import small_config
 
@@ -132,3 +140,70 @@ def test_models_of_other_threads_are_built_while_one_is_limited() -> None:
             for _ in range(FREE_REGISTRATIONS):
                 torch.nn.Linear(2, 2)
     torch.nn.Linear(2, 2)
+
+
+def write_names(path: Path, names: int, *, shape: list[int], data: bool) -> None:
+    """Write a header of that many tensors, with or without the byte of each that it promises."""
+    size = math.prod(shape)
+    header = {
+        f"heads.text_classification.w{number}": {
+            "dtype": "U8",
+            "shape": shape,
+            "data_offsets": [number * size, (number + 1) * size],
+        }
+        for number in range(names)
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(names * size if data else 0))
+
+
+@pytest.mark.parametrize("system", ["skillnet", "alone", "dense", "moe", "specialist"])
+@pytest.mark.parametrize(
+    ("file", "shape", "data"),
+    [
+        ("other.safetensors", [1], True),
+        ("optimizer-shared.safetensors", [1], True),
+        ("head-text_classification.safetensors", [0], False),
+        ("head-text_classification.safetensors", [1], False),
+    ],
+    ids=["no file of the model", "optimizer", "empty tensors", "missing data"],
+)
+def test_names_without_weights_of_the_model_do_not_raise_its_limit(
+    tmp_path: Path, system: str, file: str, shape: list[int], data: bool
+) -> None:
+    saved = save_system(system, tmp_path / "model")
+    true = sum(len(read_tensor_shapes(path)) for path in saved.glob("*.safetensors"))
+    if (saved / file).is_file():
+        true -= len(read_tensor_shapes(saved / file))
+    write_names(saved / file, 50_000, shape=shape, data=data)
+    about = json.loads((saved / "config.json").read_text()) | {"num_layers": 1024}
+    expect_rejection_at_once(saved, about, f"more than the {true} weights of its files")
+
+
+@pytest.mark.parametrize("system", ["skillnet", "alone", "dense", "moe", "specialist"])
+def test_a_system_knows_all_files_that_it_can_have(tmp_path: Path, system: str) -> None:
+    saved = save_system(system, tmp_path / "model")
+    model = systems.load_model(saved)
+    assert set(model.files_of()) <= model.possible_files(model.config)
+    for task in model.config.tasks:
+        assert set(systems.load_model(saved, task).files_of()) <= set(model.files_of())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda files: {f"{n}": files["config.json"] for n in range(MAX_FILES + 1)}, "files; at"),
+        (lambda files: files | {"x" * MAX_MANIFEST_BYTES: files["config.json"]}, "bytes; at most"),
+    ],
+    ids=["files", "bytes"],
+)
+def test_a_manifest_of_many_names_is_rejected_before_its_files_are_looked_at(
+    tmp_path: Path, content: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = save_system("dense", tmp_path / "model")
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"files": content(manifest["files"])}))
+    monkeypatch.setattr(serialization, "check_inside", None)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*{message}"):
+        systems.load_model(saved)
