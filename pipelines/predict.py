@@ -40,7 +40,7 @@ class PredictConfig:
             CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}, including
             lines with an empty sentence.
         text: a text.
-        task: task to run; by default the first task that reads the modality.
+        task: task to run; may be left out where one task of the model reads the modality.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: prepared corpora; required only for a checkpoint.
         top: number of alternatives.

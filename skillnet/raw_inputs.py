@@ -48,9 +48,11 @@ class InputProcessor(Protocol):
 class RawInputModel:
     """Base of models that encode, classify and transcribe raw inputs.
 
-    Media are given in memory, as a path, or as the bytes of a file. ``task`` selects the space of
-    the vectors. By default it is the first retrieval task that reads the modality, and else the
-    first task. Vectors of a retrieval task have length 1; others are means of the real tokens.
+    Media are given in memory, as a path, or as the bytes of a file. A string is a text where a
+    method reads texts or code, and elsewhere a path. ``task`` may be left out where the model has
+    one task for the method: one of its objective, or one retrieval task that reads the modality,
+    or, without such a task, one of another kind. Vectors of a retrieval task have length 1; others
+    are means of the real tokens.
     """
 
     #: Folder of the saved model; None for a new model.
@@ -118,8 +120,9 @@ class RawInputModel:
         """Return the best class of each input, with its probability and the next ones.
 
         Args:
-            inputs: texts, or media as in ``encode_image`` and the like; all of one modality.
-            task: a classification task; None takes the first that reads the modality.
+            inputs: of the modality that the task reads: texts, or media as in ``encode_image`` and
+                the like. Without ``task``, a text that names a file is refused.
+            task: a classification task; None takes the only one.
             top: number of classes that are listed.
 
         Returns:
@@ -132,7 +135,7 @@ class RawInputModel:
 
         Args:
             recordings: see :meth:`encode_audio`.
-            task: a CTC task; None takes the first.
+            task: a CTC task; None takes the only one.
         """
         return self.processor.transcribe(recordings, task)
 

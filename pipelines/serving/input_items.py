@@ -49,7 +49,7 @@ class PredictionItem:
         name: name in the result: a path, or the text itself.
         text: the text, or None.
         data: the bytes, or None.
-        task: task to run; None selects the first task that reads the modality.
+        task: task to run; None selects the only task that reads the modality.
         keywords: keywords of the text, for corpora that were prepared with them.
         where: position of the input in error messages; "" uses the name.
         may_be_empty: whether an empty text is accepted.
@@ -112,6 +112,19 @@ def read_file_bytes(
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def find_suffix_modality(name: str) -> str | None:
+    """Return the modality of a file name by its suffix; None for an unknown suffix.
+
+    Args:
+        name: file name, or a text that may be one.
+    """
+    suffix = Path(name).suffix.lower()
+    for modality, suffixes in MODALITY_SUFFIXES.items():
+        if suffix in suffixes:
+            return modality
+    return None
+
+
 def guess_modality(name: str, data: bytes) -> str:
     """Return the modality of a file by its suffix, or else by its first bytes.
 
@@ -123,10 +136,8 @@ def guess_modality(name: str, data: bytes) -> str:
         UserError: the modality is unknown.
     """
     # The suffix decides first: texts and Python code have no magic bytes.
-    suffix = Path(name).suffix.lower()
-    for modality, suffixes in MODALITY_SUFFIXES.items():
-        if suffix in suffixes:
-            return modality
+    if (named := find_suffix_modality(name)) is not None:
+        return named
     # SVG is text and may start with white space.
     head = data[:64].lstrip()
     for magic, modality in MAGIC_BYTES:

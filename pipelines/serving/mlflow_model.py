@@ -23,8 +23,8 @@ class SkillNetModel(PythonModel):
     """MLflow model that predicts for rows of texts and files.
 
     Every input column is optional, but each row has one of ``text`` and ``file``. ``file`` is the
-    content of a media file in base64, and ``name`` its file name. ``task`` selects a task; by
-    default the first task that reads the modality runs. The output columns are the fields of
+    content of a media file in base64, and ``name`` its file name. ``task`` selects a task; it
+    may be left out where one task reads the modality. The output columns are the fields of
     :class:`pipelines.serving.predictor.TaskPrediction`. A Python file gives one row for each
     function.
     """

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.evaluation.tables import sort_rows
 from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from pipelines.serving.bundle import read_predictor
-from pipelines.serving.input_items import PredictionItem, guess_modality, read_file_bytes
+from pipelines.serving.input_items import (
+    PredictionItem,
+    find_suffix_modality,
+    read_file_bytes,
+)
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.raw_inputs import TaskVectors
@@ -63,11 +66,12 @@ class ModelProcessor:
         Args:
             modality: of the inputs.
             inputs: N inputs.
-            task: task of the vectors; None selects one.
+            task: task of the vectors; None takes the only one that reads the modality.
 
         Raises:
-            UserError: no task reads the modality, or an input is damaged.
+            UserError: none or several tasks read the modality, or an input is damaged.
         """
+        _require_list(inputs)
         task, tower = self._select(modality, task)
         spec = find_task(task, self.model.config.tasks)
         rows = self._read(inputs, task, tower)
@@ -85,11 +89,12 @@ class ModelProcessor:
 
         Args:
             inputs: texts or media.
-            task: a classification task; None takes the first that reads the modality.
+            task: a classification task; None takes the only one.
             top: number of listed classes.
 
         Raises:
-            UserError: no such task, or an input is damaged.
+            UserError: none or several such tasks, an input is damaged, or a text may be the name
+                of a file.
         """
         return self._predict(inputs, task, ("classification", "multi_label"), top)
 
@@ -98,10 +103,10 @@ class ModelProcessor:
 
         Args:
             recordings: (samples, rate), paths or bytes.
-            task: a CTC task; None takes the first.
+            task: a CTC task; None takes the only one.
 
         Raises:
-            UserError: no such task, or an input is damaged.
+            UserError: none or several such tasks, or an input is damaged.
         """
         return [found.answer for found in self._predict(recordings, task, ("ctc",), 1)]
 
@@ -130,41 +135,34 @@ class ModelProcessor:
     def _predict(
         self, inputs: Sequence[Any], task: str | None, objectives: tuple[str, ...], top: int
     ) -> list[TaskPrediction]:
-        tasks = self.model.config.tasks
-        if not len(inputs):
-            return []
-        wanted = " or ".join(objectives)
+        tasks, wanted = self.model.config.tasks, " or ".join(objectives)
+        _require_list(inputs)
         if task is not None and find_task(task, tasks).objective not in objectives:
             raise UserError(f"{task}: a {tasks[task].objective} task, expected {wanted}")
-        _require_list(inputs)
-        modality = guess_input_modality(inputs[0]) if task is None else None
-        names = [
-            name
-            for name in ([task] if task is not None else sort_rows(tasks))
-            if tasks[name].objective in objectives
-            and modality in (None, tasks[name].towers["input"].modality)
-        ]
-        if not names:
-            raise UserError(
-                f"no {wanted} task of this model reads {modality}; it has {', '.join(tasks)}"
-            )
-        plan = tasks[names[0]].towers["input"]
+        names = [name for name in tasks if tasks[name].objective in objectives]
+        name = self._choose(names, f"no {wanted} task in this model", task)
+        modality = tasks[name].towers["input"].modality
+        for number, value in enumerate(inputs):
+            if task is None and modality == "text":
+                _reject_file_name(value, f"input {number}", name)
         items = [
-            replace(make_item(value, plan.modality, f"input {number}"), task=names[0])
+            replace(make_item(value, modality, f"input {number}", name), task=name)
             for number, value in enumerate(inputs)
         ]
+        if not items:
+            return []
         # The model may have moved to another device since the last call.
         self._predictor.runner = InferenceRunner(self.model)
         return self._predictor.predict(items, top)
 
     def _read(self, inputs: Sequence[Any], task: str, tower: str) -> list[np.ndarray]:
+        _require_list(inputs)
         plan = find_task(task, self.model.config.tasks).towers.get(tower)
         if plan is None:
             raise UserError(f"{task} has no tower {tower!r}")
-        _require_list(inputs)
         rows = []
         for number, value in enumerate(inputs):
-            item = make_item(value, plan.modality, f"input {number}")
+            item = make_item(value, plan.modality, f"input {number}", task)
             arrays = self._predictor.preprocess(item, task, tower)
             if len(arrays) != 1:
                 raise UserError(f"input {number}: {len(arrays)} functions. Give one at a time")
@@ -174,63 +172,64 @@ class ModelProcessor:
     def _select(self, modality: str, task: str | None) -> tuple[str, str]:
         """Return the task and tower that encode a modality."""
         tasks = self.model.config.tasks
-        # Vectors of a retrieval task are comparable, so those come first.
-        names = sorted(sort_rows(tasks), key=lambda name: tasks[name].objective != "retrieval")
-        for name in names if task is None else [task]:
-            towers = find_task(name, tasks).towers
-            for tower in ("candidate", "query", "input"):
-                if tower in towers and towers[tower].modality == modality:
-                    return name, tower
-        subject = "no task of this model reads" if task is None else f"{task} does not read"
-        raise UserError(f"{subject} {modality}; the tasks are {', '.join(tasks)}")
+        found = {
+            name: tower
+            for name, spec in tasks.items()
+            for tower in ("input", "query", "candidate")
+            if tower in spec.towers and spec.towers[tower].modality == modality
+        }
+        if task is not None and find_task(task, tasks) and task not in found:
+            raise UserError(f"{task} does not read {modality}; the tasks are {', '.join(tasks)}")
+        # Only vectors of a retrieval task are trained to be compared.
+        names = [n for n in found if tasks[n].objective == "retrieval"] or list(found)
+        name = self._choose(names, f"no task of this model reads {modality}", task)
+        return name, found[name]
+
+    def _choose(self, names: Sequence[str], none: str, task: str | None) -> str:
+        """Return the given task, or else the only one of a method's tasks."""
+        if task is not None:
+            return task
+        if not names:
+            raise UserError(f"{none}; it has {', '.join(self.model.config.tasks)}")
+        if len(names) > 1:
+            raise UserError(
+                f"several tasks fit: {', '.join(names)}. Choose one, for example task={names[0]!r}"
+            )
+        return names[0]
 
 
-def make_item(value: Any, modality: Modality, name: str) -> PredictionItem:
-    """Return a raw input as an item.
+def make_item(value: Any, modality: Modality, name: str, task: str) -> PredictionItem:
+    """Return a raw input as an item. A string is a text or code where those are read, else a path.
 
     Args:
         value: a text, a path, bytes of a file, or media in memory.
         modality: of the tower that reads it.
         name: of the input in messages.
+        task: of the tower.
 
     Raises:
-        UserError: a file is missing or unreadable.
+        UserError: a file is missing, unreadable, or of another kind.
     """
-    if modality in ("text", "code") and isinstance(value, str):
+    is_token = modality in ("text", "code")
+    if is_token and isinstance(value, str):
         if modality == "text":
             return PredictionItem(value, text=value, where=name, modality=modality)
         data = value.encode("utf-8", "surrogatepass")
         return PredictionItem(name, data=data, modality=modality)
-    if modality in ("text", "code") and not isinstance(value, Path | bytes | bytearray):
+    if is_token and not isinstance(value, Path | bytes | bytearray):
         raise UserError(f"{name}: expected a text, not {type(value).__name__}")
     if isinstance(value, str | Path):
         data = read_file_bytes(Path(value))
+        # A drawing in SVG would pass as a text. Decoders of media check their files.
+        found = find_suffix_modality(str(value)) if is_token else None
+        if found not in (None, modality):
+            raise UserError(f"{value}: {task} reads {modality}, this is {found}")
         return PredictionItem(str(value), data=data, modality=modality)
     if isinstance(value, bytes | bytearray):
         return PredictionItem(name, data=bytes(value), modality=modality)
     if modality == "sound" and not (isinstance(value, tuple) and len(value) == 2):
         raise UserError(f"{name}: expected (samples, rate in Hz), a path or bytes")
     return PredictionItem(name, content=value, modality=modality)
-
-
-def guess_input_modality(value: Any) -> str:
-    """Return the modality of a raw input; a string is a text.
-
-    Args:
-        value: see :func:`make_item`.
-
-    Raises:
-        UserError: the modality is unknown.
-    """
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Path):
-        return guess_modality(value.name, read_file_bytes(value))
-    if isinstance(value, bytes | bytearray):
-        return guess_modality("input 0", bytes(value))
-    if isinstance(value, tuple):
-        return "sound"
-    return "video" if isinstance(value, np.ndarray) and value.ndim == 4 else "image"
 
 
 def open_processor(model: TaskModel) -> ModelProcessor:
@@ -253,6 +252,15 @@ def open_processor(model: TaskModel) -> ModelProcessor:
             "the folder of a registered or an exported model"
         )
     return ModelProcessor(read_predictor(model.origin, model))
+
+
+def _reject_file_name(value: Any, name: str, task: str) -> None:
+    """Raise UserError for a text that may be meant as a file; the file need not exist."""
+    if isinstance(value, str) and find_suffix_modality(value.strip()) is not None:
+        raise UserError(
+            f"{name}: {value!r} names a file, and {task} reads texts. Give task={task!r} to take "
+            f"it as a text, or Path({value!r}) for the text in the file"
+        )
 
 
 def _require_list(inputs: Any) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.row_scores import DECISION_THRESHOLD
-from pipelines.evaluation.tables import sort_rows
 from pipelines.serving.input_items import (
     PredictionItem,
     decode_text,
@@ -22,6 +21,7 @@ from pipelines.serving.input_items import (
 from pipelines.transforms import image, sound, text, video
 from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives import find_objective
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
@@ -225,6 +225,8 @@ class TaskPredictor:
         modality = find_item_modality(item)
         if item.task is not None:
             spec = find_task(item.task, tasks)
+            if not find_objective(spec.objective).has_labels:
+                raise UserError(f"{item.name}: {item.task} has no predictions per row")
             for tower in ("input", "candidate", "query"):
                 if tower in spec.towers and spec.towers[tower].modality == modality:
                     return item.task, tower
@@ -233,11 +235,22 @@ class TaskPredictor:
                 f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
             )
         # A text without a task is classified; the embedding of a query needs an explicit task.
-        towers = [(name, tasks[name].row_tower) for name in sort_rows(tasks)]
-        towers += [(name, each) for name in sort_rows(tasks) if (each := tasks[name].paired_tower)]
-        for name, tower in towers:
-            if tasks[name].towers[tower].modality == modality:
-                return name, tower
+        names = [name for name in tasks if find_objective(tasks[name].objective).has_labels]
+        for towers in (
+            {name: tasks[name].row_tower for name in names},
+            {name: each for name in names if (each := tasks[name].paired_tower)},
+        ):
+            found = [
+                n for n, tower in towers.items() if tasks[n].towers[tower].modality == modality
+            ]
+            # Each of them would answer, and the user wants one answer.
+            if len(found) > 1:
+                raise UserError(
+                    f"{item.name}: several tasks of this model read {modality}: "
+                    f"{', '.join(found)}. Choose one by its name as task"
+                )
+            if found:
+                return found[0], towers[found[0]]
         raise UserError(
             f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
         )
