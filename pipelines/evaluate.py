@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.config.resources import request_model
 from pipelines.evaluation.tables import write_evaluation_csv
@@ -12,9 +12,12 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import SampleCount, require_bounds
-from skillnet_platform.errors import UserError, check_known_names
+from skillnet_platform.errors import UserError, check_known_names, first_line
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location
+
+if TYPE_CHECKING:
+    from pipelines.runs.model_source import ModelSource
 
 
 @dataclass
@@ -35,7 +38,8 @@ class EvaluateConfig:
             intervals.
         precision: auto uses bf16 if the device supports it natively.
         output: CSV file; by default below evaluations in the run root.
-        log: also log the metrics to the model's MLflow run.
+        log: also log the metrics: to the model's MLflow run those of the corpora that the run was
+            trained on, and to a run below it those of other corpora.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
@@ -152,42 +156,77 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     # Written before the tracking server is asked: its outage must not cost the results.
     write_evaluation_csv([*rows, *baseline_rows], output)
     if config.log and source.run_id:
-        log_evaluation(rows, output, source.run_id, source.steps, config.tracking_uri)
+        log_evaluation(rows, output, source, config.tracking_uri)
     total = sum(p.numel() for p in model.parameters())
     return EvaluationResult(config.source, rows, baseline_rows, output, total, seconds)
 
 
 def log_evaluation(
-    rows: Sequence[dict[str, Any]], path: Path, run_id: str, step: int | None, uri: str | None
+    rows: Sequence[dict[str, Any]], path: Path, source: "ModelSource", uri: str | None
 ) -> None:
-    """Log metrics and the CSV file to an MLflow run.
+    """Log metrics and the CSV file to the MLflow run of a model, or to a run below it.
+
+    The run keeps the metrics of the corpora that it was trained on. Those of other corpora, or of
+    other rows under the same name, have a run of their own, because MLflow shows the last value of
+    a name.
 
     Args:
         rows: evaluation rows of the model.
         path: of the CSV file.
-        run_id: of the MLflow run.
-        step: training steps of the model.
+        source: the model, with its run.
         uri: MLflow tracking URI.
     """
+    from mlflow.exceptions import MlflowException
+
+    from pipelines.evaluation.overall_score import compute_overall_score
     from pipelines.evaluation.tables import flat_metrics
     from pipelines.runs.model_source import is_known_run
-    from skillnet_platform.tracking import Tracker, backend
+    from skillnet_platform.tracking import Tracker, backend, start_child_run
 
-    backend.setup_backend(uri)
+    place = backend.setup_backend(uri)
+    run_id = str(source.run_id)
     # The model may have been copied from a machine with another tracker.
     if not is_known_run(run_id, uri):
         console.print_note(f"run {run_id} is not in this tracker; the metrics are only in {path}")
         return
-    tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
+    trained = source.settings.get("corpora") or {}
+    digests = {task: trained.get(corpus) for task, corpus in source.corpora.items()}
+    is_own = [digests.get(row["task"]) == row["corpus_digest"] for row in rows]
+    own = [row for row, each in zip(rows, is_own, strict=True) if each]
+    others = [row for row, each in zip(rows, is_own, strict=True) if not each]
     # The baselines describe the corpora and not this run; the CSV file contains them.
-    tracker.metrics(flat_metrics(rows), step or 0)
-    # A device has no content to upload, and a pipe would wait for another writer.
-    if path.is_file():
-        tracker.artifact(path, "evaluation")
-    if not tracker.flush():
-        console.print_warning(
-            f"MLflow does not answer; the metrics of run {run_id} wait in the spool"
-        )
+    logged: list[tuple[Tracker, list[dict[str, Any]], dict[str, float]]]
+    logged = [(Tracker.by_id(run_id, place.uri), own, {})] if own else []
+    if others:
+        corpora = {row["corpus"]: row["corpus_digest"] for row in others}
+        name = f"evaluation on {', '.join(corpora)}"
+        try:
+            run = backend.create_client(place.uri).get_run(run_id)
+            parent = Tracker(run_id, place.uri, run.info.experiment_id)
+            tasks = ", ".join(dict.fromkeys(row["task"] for row in others))
+            tags = {backend.SYSTEM_TAG: others[0]["system"], backend.TASKS_TAG: tasks}
+            tags |= {f"corpus.{corpus}": digest for corpus, digest in corpora.items()}
+            child = start_child_run(parent, name, tags=tags)
+        except MlflowException as error:
+            console.print_warning(f"MLflow opens no run for {path}: {first_line(error)}")
+        else:
+            score, _ = compute_overall_score(others, "test")
+            logged.append((child, others, {} if score is None else {backend.SCORE_METRIC: score}))
+            console.print_note(
+                f"run {run_id} was trained on other rows; the metrics are in the run {name!r} "
+                "below it"
+            )
+    for tracker, measured, score_metrics in logged:
+        tracker.metrics(flat_metrics(measured) | score_metrics, source.steps or 0)
+        # A device has no content to upload, and a pipe would wait for another writer.
+        if path.is_file():
+            tracker.artifact(path, "evaluation")
+        if measured is others:
+            tracker.end()
+        if not tracker.flush():
+            console.print_warning(
+                f"MLflow does not answer; the metrics of run {tracker.run_id} wait in the spool"
+            )
 
 
 def show_evaluation(result: EvaluationResult) -> None:

@@ -160,6 +160,7 @@ def evaluate_model(
                 system=system or model.system,
                 task=name,
                 seed=seed,
+                **describe_rows(corpus, fold),
                 split=split_name,
                 activated_params=cost.activated,
                 flops_per_example=cost.flops_per_example,
@@ -290,6 +291,17 @@ def uses_all_captions(corpus: PreparedCorpus) -> bool:
         corpus: its manifest declares ``queries``.
     """
     return corpus.manifest.get("queries") == "all"
+
+
+def describe_rows(corpus: PreparedCorpus, fold: FoldConfig | None) -> dict[str, str]:
+    """Return the columns of evaluation rows that name the measured rows, beside their split.
+
+    Args:
+        corpus: that the rows are from.
+        fold: that divides it, or None.
+    """
+    name = f"{fold.number} of {fold.count}" if fold is not None and fold.count else ""
+    return {"corpus": corpus.name, "corpus_digest": corpus.digest, "fold": name}
 
 
 def tidy_rows(metrics: TaskMetrics, **common: Any) -> list[dict[str, Any]]:

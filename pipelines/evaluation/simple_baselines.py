@@ -33,6 +33,7 @@ import pyarrow as pa
 from pipelines.config.folds import FoldConfig
 from pipelines.evaluation.evaluator import (
     choose_splits,
+    describe_rows,
     open_task_corpus,
     read_fixed_column,
     read_ragged_column,
@@ -59,7 +60,7 @@ from skillnet_platform.storage import read_json, run_root, write_json
 from skillnet_platform.storage.location import parse_location
 
 #: Increase it when a method in this file changes, so that cached results are not reused.
-BASELINES_VERSION = 2
+BASELINES_VERSION = 3
 
 NEIGHBOURS = 5
 #: Maximum size of a TF-IDF vocabulary in retrieval.
@@ -125,7 +126,10 @@ def evaluate_simple_baselines(
         for split in names:
             systems = _measure_both(spec, corpus, split, seed, bootstrap_samples)
             for system, metrics in systems.items():
-                new += tidy_rows(metrics, system=system, task=name, seed=seed, split=split)
+                where_measured = describe_rows(corpus, fold)
+                new += tidy_rows(
+                    metrics, system=system, task=name, seed=seed, **where_measured, split=split
+                )
         if use_cache:
             write_json(path, new)
         rows += new

@@ -19,10 +19,14 @@ from skillnet.skills import Task, default_tasks
 from skillnet_platform.storage import open_output
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
 
+#: Columns that name the measured rows, beside their split: the corpus, the digest of its manifest,
+#: and ``2 of 5`` if the splits are those of a fold.
+ORIGIN_COLUMNS = ("corpus", "corpus_digest", "fold")
 COLUMNS = (
     "system",
     "task",
     "seed",
+    *ORIGIN_COLUMNS,
     "split",
     "metric",
     "value",

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ from pipelines.shards.dataset import open_corpus
 from skillnet.accounting import account_task
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
 from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.tracked_runs import run_of, where
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +291,75 @@ def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) 
     back = ("chance", "reverse_recall_at_10")
     missed = np.prod([(27 - k) / (30 - k) for k in range(10)])  # three right ones among thirty
     assert simple_every[back] == pytest.approx(1 - missed)
+
+
+@pytest.mark.integration
+def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(
+    data: Path, tmp_path: Path, run_root: Path
+) -> None:
+    from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
+    from pipelines.shards.format import manifest_digest
+    from skillnet_platform.tracking import start_run
+
+    torch.manual_seed(0)
+    run, task = run_root / "first", "text_classification"
+    SkillNet(config()).save_pretrained(run / "model")
+    corpora = shutil.copytree(data, tmp_path / "corpora")
+    own = open_corpus(data / "headings").digest
+    with start_run("first", tracking=where(), record=run / "run.json") as tracker:
+        tracker.metrics({f"{task}/test_accuracy": 0.9, "score": 0.9})
+
+    def evaluate(fold: str, **options: Any) -> list[dict[str, str]]:
+        digest = options.pop("trained", own)
+        (run / "config.yaml").write_text(
+            f"tasks:\n  {task}: {{corpus: headings}}\ncorpora: {{headings: {digest}}}\n{fold}",
+            encoding="utf-8",
+        )
+        options = {"model": "first", "tasks": [task], "bootstrap_samples": 0} | options
+        output = tmp_path / "rows.csv"
+        evaluate_trained_model(EvaluateConfig(**options, output=str(output)))
+        with output.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def metrics() -> list[dict[str, float]]:
+        client = backend.create_client(tracker.uri)
+        below = f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
+        found = client.search_runs([tracker.experiment_id], below, order_by=["start_time"])
+        return [run_of(tracker).data.metrics, *(each.data.metrics for each in found)]
+
+    # Another corpus, a corpus of the same name with other rows, and unknown training data.
+    before = metrics()
+    changed = json.loads((corpora / "headings" / "manifest.json").read_text(encoding="utf-8"))
+    changed["splits"]["test"] = changed["splits"]["validation"]
+    changed["digest"] = manifest_digest(changed)
+    (corpora / "headings" / "manifest.json").write_text(json.dumps(changed), encoding="utf-8")
+    shutil.copytree(corpora / "headings", corpora / "letters")
+    letters = changed | {"corpus": "letters"}
+    letters["digest"] = manifest_digest(letters)
+    (corpora / "letters" / "manifest.json").write_text(json.dumps(letters), encoding="utf-8")
+    for number, (options, corpus, digest) in enumerate(
+        (
+            (
+                {"data": str(corpora), "corpora": {task: "letters"}},
+                "letters",
+                letters["digest"],
+            ),
+            ({"data": str(corpora)}, "headings", changed["digest"]),
+            ({"data": str(data), "trained": "0" * 64}, "headings", own),
+            ({"data": str(data), "trained": "null"}, "headings", own),
+        ),
+        1,
+    ):
+        rows = evaluate("", **options)
+        assert {(row["corpus"], row["corpus_digest"]) for row in rows} == {(corpus, digest)}
+        assert metrics()[0] == before[0]
+        assert len(metrics()) == 1 + number
+        (accuracy,) = [r for r in rows if r["metric"] == "accuracy" and r["system"] == "skillnet"]
+        logged = metrics()[number]
+        assert logged[f"{task}/test_accuracy"] == pytest.approx(float(accuracy["value"]), rel=1e-5)
+    # The own data belong to the run, also as a fold, which the rows name.
+    for fold, name in (("", ""), ("fold: {count: 3, number: 1}\n", "1 of 3")):
+        rows = evaluate(fold, data=str(data))
+        assert {row["fold"] for row in rows} == {name}
+        assert len(metrics()) == 1 + 4
+        assert metrics()[0][f"{task}/test_accuracy"] != 0.9
