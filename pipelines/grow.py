@@ -24,6 +24,9 @@ from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.location import require_local_folder
 
+#: Resolved configuration of a growth, in the folder of its run.
+GROW_FILE = "grow.yaml"
+
 if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
     from pipelines.runs.model_source import ModelSource
@@ -86,6 +89,7 @@ def _grow_in_folder(
     finished = training_run.find_finished_result(resolved)
     # A result without a report was interrupted after its training, and resumes below.
     if finished is not None and "growth" in finished:
+        runs.check_same_references(config, run / GROW_FILE)
         console.print_note(
             f"{settings.name} is finished ({finished['step']} steps); give another --name for a "
             "new growth"
@@ -97,7 +101,7 @@ def _grow_in_folder(
     references = _resolve_references(config, settings, source, run)
     layout.create_run_folder(settings, run)
     # Written after validation, so that a rejected config does not reserve the name.
-    with atomic_write(run / "grow.yaml", "w") as stream:
+    with atomic_write(run / GROW_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
     with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:

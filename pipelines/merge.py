@@ -21,7 +21,6 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
-from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, data_root, run_root, write_json
 from skillnet_platform.storage.location import parse_location, require_local_folder
@@ -44,7 +43,7 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
 
     Raises:
         UserError: a model or corpus is missing, the models have no common base, or the name is in
-            use.
+            use by another run or by a merge of other models, options or corpora.
         RuntimeError: an exact merge changed an output; the report names the task.
     """
     # torch loads here, so that --help and usage errors stay fast.
@@ -81,7 +80,7 @@ def _merge_in_folder(
 ) -> dict[str, Any]:
     from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
     from pipelines.evaluation.tables import write_evaluation_csv
-    from pipelines.growth.merging import build_merge_report
+    from pipelines.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
     from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
     from pipelines.runs.run_tags import describe_run
@@ -96,18 +95,17 @@ def _merge_in_folder(
 
     began = time.monotonic()
     parents = [{"name": source.source.name, "digest": source.source.digest} for source in sources]
-    if (folder / layout.RESULT).is_file():
-        finished: dict[str, Any] = layout.read_result(folder / layout.RESULT)
-        if finished.get("parents") == parents:
+    if not layout.is_unused(folder):
+        check_same_merge(config, settings, folder, [str(each["digest"]) for each in parents])
+        if (folder / layout.RESULT).is_file():
             console.print_note(f"{settings.name} is finished; give another --name for a new merge")
+            finished: dict[str, Any] = layout.read_result(folder / layout.RESULT)
             return finished
-    if not layout.is_unused(folder) and not (folder / "merge.yaml").is_file():
-        raise UserError(f"{folder}: a run of this name exists; choose another --name")
     for source in sources:
         check_trained_tasks(source.source)
     check_given_name(config.tracking, settings.system)
     layout.create_run_folder(settings, folder)
-    with atomic_write(folder / "merge.yaml", "w") as stream:
+    with atomic_write(folder / MERGE_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
     merge_models(plan, folder / "model", parents=parents)
     tags = {f"merged_from.{index}": each["digest"] for index, each in enumerate(parents, 1)}

@@ -16,14 +16,21 @@ from pipelines.evaluation.outcomes import OutcomeTable
 from pipelines.growth.merge_report import MergedFile, MergeReport, TaskComparison
 from pipelines.growth.output_digests import digest_outputs
 from pipelines.runs import model_source
+from pipelines.runs.identity import find_identity_differences
+from pipelines.runs.layout import CONFIG, RESULT, read_result
 from pipelines.runs.model_source import ModelSource
 from pipelines.runs.vocabulary_match import align_outputs
 from pipelines.shards.dataset import open_corpus
 from skillnet.model_merging import MergeParent, MergePlan, read_parent
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_manifest
+from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import scratch_directory
+from skillnet_platform.storage import data_root, scratch_directory
+from skillnet_platform.storage.location import join_location, parse_location
+
+#: Configuration of a merge, in the folder of its run.
+MERGE_FILE = "merge.yaml"
 
 
 @dataclass(frozen=True)
@@ -120,14 +127,65 @@ def build_merged_config(
             tasks[new] = TaskTraining(
                 Path(str(corpus)).name, max_length=settings.get("max_length"), eval_only=True
             )
+    digests: dict[str, str | None] = {}
+    for name in {task.corpus for task in tasks.values()}:
+        # A missing corpus is an error when it is evaluated: a finished merge needs none.
+        with contextlib.suppress(ValueError, OSError):
+            data = parse_location(config.data, data_root())
+            digests[name] = open_corpus(join_location(data, name)).digest
     return FinetuneConfig(
         name=config.name or time.strftime("merge-%Y%m%d-%H%M%S"),
         run_dir=config.run_dir,
         data=config.data,
+        corpora=digests,
         model=plan.config,
         tasks=tasks,
         tracking=config.tracking,
     )
+
+
+def check_same_merge(
+    config: MergeConfig, settings: FinetuneConfig, folder: Path, parents: list[str]
+) -> None:
+    """Check that an existing folder is of the same merge.
+
+    Args:
+        config: of this call.
+        settings: of :func:`build_merged_config`.
+        folder: of the run.
+        parents: digests of the models, in order.
+
+    Raises:
+        UserError: it is another run, or a merge with other models, options or corpora.
+    """
+    stored = folder / MERGE_FILE
+    if not stored.is_file():
+        raise UserError(f"{folder}: a run of this name exists; choose another --name")
+    before = build_config(MergeConfig, load_yaml(stored))
+    options = ("rename", "without", "average_shared")
+    differing = {
+        key: (getattr(before, key), getattr(config, key))
+        for key in options
+        if getattr(before, key) != getattr(config, key)
+    }
+    result = folder / RESULT
+    if result.is_file():
+        # A model may have moved, so the weights decide.
+        joined = [str(each["digest"]) for each in read_result(result).get("parents", [])]
+        is_same = joined == parents
+    else:
+        is_same = before.models == config.models
+    if not is_same:
+        differing["models"] = before.models, config.models
+    # Other options change the settings, which would only lengthen the message.
+    if not differing and (folder / CONFIG).is_file():
+        made = build_config(FinetuneConfig, load_yaml(folder / CONFIG))
+        differing = find_identity_differences(made, settings)
+    for key, (old, new) in differing.items():
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"the merge {settings.name} has {key} {old}, not {new}{more}; give another --name"
+        )
 
 
 def build_merge_report(

@@ -22,6 +22,7 @@ from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.objectives import find_objective
 from skillnet.skills import SkillPlan, Task
+from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import commit_directory, data_root, scratch_directory
 from skillnet_platform.storage.location import join_location, parse_location
@@ -129,6 +130,23 @@ def build_growth_config(
         # `skillnet grow` registers the model itself, after it has checked the old parts.
         tracking=replace(config.tracking, register=False),
     )
+
+
+def check_same_references(config: GrowConfig, stored: Path) -> None:
+    """Raise UserError if a finished growth was compared with other references.
+
+    Its own training is in the identity of its run, which is checked before.
+
+    Args:
+        config: of this call.
+        stored: configuration of the finished growth.
+    """
+    before = build_config(GrowConfig, load_yaml(stored)).references
+    if set(before) != set(config.references):
+        raise UserError(
+            f"the growth {config.name} has references {before}, not {config.references}; give "
+            "another --name"
+        )
 
 
 def resolve_new_task(config: GrowConfig) -> Task:

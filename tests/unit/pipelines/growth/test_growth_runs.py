@@ -13,6 +13,7 @@ from pipelines.growth.report import FileState, GrowthReport, TaskState, Transfer
 from pipelines.runs.model_source import ModelSource
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
+from skillnet_platform.config import to_yaml
 from skillnet_platform.errors import UserError
 from tests.helpers.sixth_corpus import grow_config, write_labelled_clips
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -173,3 +174,12 @@ def test_settings_keep_their_values_in_yaml(data: Path) -> None:
     config = grow_config("base", data)
     tree = configuration.to_dict(config)
     assert configuration.build_config(GrowConfig, tree) == config
+
+
+def test_a_used_name_is_refused_for_other_references(tmp_path: Path, data: Path) -> None:
+    config, stored = grow_config("saved", data), tmp_path / "grow.yaml"
+    stored.write_text(to_yaml(replace(config, references=["fresh", "everything"])), "utf-8")
+    runs.check_same_references(replace(config, references=["everything", "fresh"]), stored)
+    for others in ([], ["fresh"]):
+        with pytest.raises(UserError, match=r"has references \['fresh', 'everything'\], not"):
+            runs.check_same_references(replace(config, references=others), stored)
