@@ -82,6 +82,7 @@ class EvaluationResult:
         output: CSV file with all rows.
         total_params: parameters of the complete model.
         seconds: duration of the model's own evaluation.
+        weak_tests: reasons why figures prove little.
     """
 
     model: str
@@ -90,6 +91,7 @@ class EvaluationResult:
     output: Path
     total_params: int
     seconds: float
+    weak_tests: list[str]
 
 
 def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
@@ -105,6 +107,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     from pipelines.evaluation.evaluator import evaluate_model
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from pipelines.evaluation.tables import sort_rows
+    from pipelines.evaluation.weak_tests import find_weak_tests
     from pipelines.runs import model_source
     from skillnet.skills import find_task
 
@@ -157,8 +160,16 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     write_evaluation_csv([*rows, *baseline_rows], output)
     if config.log and source.run_id:
         log_evaluation(rows, output, source, config.tracking_uri)
+    weak = find_weak_tests(
+        data,
+        specs,
+        model_source.list_training_reads(model_source.read_training_settings(source)),
+        corpora=corpora,
+        splits=config.splits,
+        fold=source.fold,
+    )
     total = sum(p.numel() for p in model.parameters())
-    return EvaluationResult(config.source, rows, baseline_rows, output, total, seconds)
+    return EvaluationResult(config.source, rows, baseline_rows, output, total, seconds, weak)
 
 
 def log_evaluation(
@@ -243,6 +254,8 @@ def show_evaluation(result: EvaluationResult) -> None:
         rows = [row for row in result.simple_baselines if row["system"] == system]
         if rows:
             console.print_table(SYSTEM_LABELS[system], *result_cells(rows))
+    for sentence in result.weak_tests:
+        console.print_warning(f"the test proves little: {sentence}")
     console.print_note(f"{result.seconds:.1f} s for the model; all metrics are in {result.output}")
 
 

@@ -152,6 +152,8 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
     rows = [[name, problem] for name, problem in problems.items() if problem]
     if rows:
         console.print_table("training problems", ["task", "problem"], rows)
+    for sentence in result.get("weak_tests", ()):
+        console.print_warning(f"the test proves little: {sentence}")
     if made := result.get("registered"):
         console.print_note(
             f"registered as {made['uri']}, now models:/{made['name']}@{made['alias']}"
@@ -180,13 +182,13 @@ def register_run(
     if not config.tracking.register or not rows or config.fold.count:
         return None
     from pipelines.runs.model_source import resolve_model
-    from pipelines.serving.registration import UntrainedTaskError, register_model
+    from pipelines.serving.registration import UntrainedTaskError, WeakTestError, register_model
     from skillnet_platform.tracking.champion import OtherSystemError
 
     source = resolve_model(str(run), config.tracking.uri)
     try:
         made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
-    except (UntrainedTaskError, OtherSystemError) as error:
+    except (UntrainedTaskError, WeakTestError, OtherSystemError) as error:
         console.print_warning(str(error))
         return None
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}

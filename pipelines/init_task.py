@@ -1,6 +1,6 @@
 """``skillnet init-task``: write the configuration that trains a corpus' task."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ class InitTaskConfig:
             skillnet inspect.
         name: name of the task; null takes the usual one, such as image_classification.
         file: configuration to write; null takes the name of the corpus, in this directory.
+        options: format -> its options for your own data, listed in docs/own-corpora.md.
     """
 
     path: str = positional_field()
     name: str | None = None
     file: str | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def show_template(result: dict[str, Any]) -> None:
@@ -39,6 +41,7 @@ def show_template(result: dict[str, Any]) -> None:
     "directory of your own data, with its plan and input sizes. The number of classes or symbols "
     "comes from the manifest of the corpus. Nothing is prepared.",
     example="skillnet init-task /data/photos --file photos.yaml\n"
+    "skillnet init-task /data/films --options.folder.task values\n"
     "skillnet init-task headings --name topic",
     show=show_template,
 )
@@ -51,7 +54,7 @@ def main(config: InitTaskConfig) -> dict[str, Any]:
     file = Path(config.file or name_file(config.path))
     if file.exists():
         raise UserError(f"{file}: exists already. Give another --file, or remove it")
-    template = describe_task(config.path, config.name, str(file))
+    template = describe_task(config.path, config.name, str(file), config.options)
     with open_output(file, "w") as stream:
         stream.write(template.to_yaml())
     return {

@@ -32,7 +32,7 @@ def print_report(report: dict[str, Any]) -> None:
     description="Report the format, splits, columns, examples and media of a directory or URI in "
     "seconds. Nothing is prepared or written.",
     example="skillnet inspect /data/unknown\n"
-    "skillnet inspect folder:s3://bucket/images --options.folder.val_fraction 0.2",
+    "skillnet inspect folder:s3://bucket/images --options.folder.validation 0.2",
     show=print_report,
 )
 def main(config: InspectConfig) -> dict[str, Any]:

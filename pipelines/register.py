@@ -29,6 +29,8 @@ class RegisterConfig:
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank.
         force: make it champion without the comparison.
         description: added to the page of the version.
+        allow_weak_test: register it although test rows were in its training, or no answer to a
+            test could be wrong. Its page states this.
         corpora: task -> corpus, if it differs from the training run.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -39,6 +41,7 @@ class RegisterConfig:
     bootstrap_samples: ResampleCount = 1000
     force: bool = False
     description: str = ""
+    allow_weak_test: bool = False
     corpora: dict[str, str] = field(default_factory=dict)
     tracking_uri: str | None = None
 
@@ -90,6 +93,7 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
         bootstrap_samples=config.bootstrap_samples,
         force=config.force,
         description=config.description,
+        allow_weak_test=config.allow_weak_test,
     )
 
 

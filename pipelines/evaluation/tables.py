@@ -298,6 +298,7 @@ def run_description(
     config: SkillNetConfig,
     total_params: int,
     facts: Mapping[str, Any] | None = None,
+    weak_tests: Sequence[str] = (),
 ) -> str:
     """Return the Markdown description on a run's MLflow page: results, active skills and facts.
 
@@ -307,6 +308,7 @@ def run_description(
         config: shape of the model.
         total_params: parameters of the complete model.
         facts: name -> value to list (steps, minutes, version).
+        weak_tests: reasons why the figures prove little.
     """
     parts = [
         f"One sparse model of {total_params / 1e6:.1f} M parameters in {len(config.skills)} "
@@ -314,7 +316,11 @@ def run_description(
     ]
     if rows:
         # MLflow folds the note after a few lines, so the metrics come first.
-        parts.append(f"On held-out data: {format_primary_metrics(rows, config.tasks)}.")
+        place = "On held-out data"
+        if weak_tests:
+            place = "On test rows that prove little"
+            parts += [f"**The test proves little.** {sentence}." for sentence in weak_tests]
+        parts.append(f"{place}: {format_primary_metrics(rows, config.tasks)}.")
         parts += [
             "#### Test results",
             markdown_table(*summary_cells(rows, baseline_rows, config.tasks, total_params)),

@@ -4,14 +4,17 @@
 reads them, for ``READ_TIMEOUT_S`` at most. Files are counted for ``COUNT_TIMEOUT_S`` at most.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import re
 import shlex
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,12 @@ from pipelines.io.directory import SourceDirectory, to_printable
 from pipelines.io.file_signature import describe_bytes
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import read_media
+from pipelines.io.source_file import is_remote
 from pipelines.preprocessing.blocks import check_row
 from pipelines.preprocessing.media_sample import describe_media, format_range
 from pipelines.preprocessing.prepare import MAX_ERROR_RATE
 from pipelines.preprocessing.time_limit import run_within
+from pipelines.shards.row_checks import ROW_CHECKS, describe_row_checks
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
@@ -50,10 +55,15 @@ from skillnet_platform.storage import human_bytes
 READ_TIMEOUT_S = 8.0
 #: Seconds. Files that were not listed by then are not counted.
 COUNT_TIMEOUT_S = 3.0
+#: Seconds. Media that were not read by then are not compared.
+COMPARE_TIMEOUT_S = 4.0
 #: Longest suggested name of a corpus, in characters.
 MAX_NAME = 40
 #: Rows that are kept to be analysed, and examples that are shown.
 SAMPLE_ROWS, SHOWN_ROWS = 1000, 3
+SHOWN_LABELS = 20
+#: Media whose content is compared between splits.
+COMPARED_MEDIA = 100_000
 
 
 def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -64,17 +74,20 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         options: reader -> its options.
 
     Returns:
-        Plain values by name: path, name (of the prepared corpus), reader, evidence (why this reader
-        was chosen), modality, task, rows, complete (all rows were read), splits, named_splits
-        (splits that the corpus names; others are made by a hash), joined (rows whose captions the
-        first row of their media file holds), rejected (other rows that give no item), errors
-        (rejected rows that count towards max_error_rate), duplicates (rows that equal an earlier
-        row except for their key), columns (after preparation), preprocessing (as in the manifest),
-        source (fields of one record in the file), captions, texts, labels, numeric_labels (a
-        sentence if labels are numbers), values (range and mean of a regression), media, example,
-        examples, files, bytes, counted (all files were counted), unread (annotation files that the
-        reader does not read), archives (packed files that it does not read) and command (which
-        prepares the corpus; "" if no row could be used).
+        Plain values by name: path, name (of the prepared corpus), reader, evidence (why this
+        reader was chosen), modality, task, rows, complete (all rows were read), splits,
+        named_splits (splits that the corpus names; others are made by a hash), joined (rows whose
+        captions the first row of their media file holds), rejected (other rows that give no item),
+        errors (rejected rows that count towards max_error_rate), duplicates (rows that equal an
+        earlier row except for their key), sampled (the first rows, which captions, texts and
+        examples are of), shared (split -> other split -> rows whose input the other split has),
+        compared (all inputs were compared), warnings (why splits prove less than they seem to),
+        columns (after preparation), preprocessing (as in the manifest), source (fields of one
+        record in the file), captions, texts, labels (the most frequent ones), num_labels (number
+        of all labels), numeric_labels (a sentence if labels are numbers), values (range and mean
+        of a regression), media, example, examples, files, bytes, counted (all files were counted),
+        unread (annotation files that the reader does not read), archives (packed files that it
+        does not read) and command (which prepares the corpus; "" if no row could be used).
 
     Raises:
         UserError: the path is missing or of an unknown format, or the options are those of
@@ -95,9 +108,10 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
     rows, num_read = sample.rows, sample.splits.total() + sample.rejections.total()
     # Joined rows are not lost: their captions are in the row of their media file.
     joined = sample.rejections.pop(JOINED_ROW, 0)
-    labels = count_labels(label for row in rows for label in _list_labels(row))
+    labels = count_labels(sample.labels)
     media = describe_media(corpus, rows) if "media" in corpus.raw_schema.names else {}
     undecodable = media and 0 < media["decoded"] == sum(media["rejected"].values())
+    shared, compared = _count_shared(sample)
     # A slow listing can end the sample before its first row.
     is_unknown = not sample.complete and not sample.rejections
     is_usable = is_unknown or bool(rows and not undecodable)
@@ -116,14 +130,21 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "rejected": dict(sample.rejections.most_common()),
         "errors": sample.errors,
         "duplicates": sample.duplicates,
+        "sampled": len(rows),
+        "shared": shared,
+        "compared": compared,
+        "warnings": _describe_splits(corpus, sample, shared),
         "columns": {field.name: str(field.type) for field in corpus.columns},
         "preprocessing": corpus.preprocessing(),
         "source": sample.record,
         "captions": _describe_captions(rows),
         "texts": _describe_texts(rows),
-        "labels": dict(labels.most_common(20)),
-        "numeric_labels": None if corpus.labels else describe_numeric_labels(labels),
-        "values": _describe_values(rows),
+        "labels": dict(labels.most_common(SHOWN_LABELS)),
+        "num_labels": len(labels),
+        "numeric_labels": (
+            None if corpus.labels or corpus.has_class_names else describe_numeric_labels(labels)
+        ),
+        "values": _describe_values(sample.values),
         "media": media,
         "example": _make_example(rows[0]) if rows else {},
         "examples": [_make_example(row) for row in _choose_examples(rows)],
@@ -174,18 +195,26 @@ def show_inspection(report: dict[str, Any]) -> None:
         lines.append(["named splits", named])
     if report["duplicates"]:
         lines.append(["duplicate rows", f"{report['duplicates']} (equal content, other keys)"])
+    for split, others in report["shared"].items():
+        at_least = "" if report["compared"] else "at least "
+        counts = ", ".join(f"{at_least}{count} in {other}" for other, count in others.items())
+        lines.append([f"rows of {split} also in", counts])
     lines.append(["columns after preparation", ", ".join(report["columns"])])
     if report["unread"]:
         lines.append(["annotations not read", report["unread"]])
     if report["archives"]:
         names = ", ".join(report["archives"])
         lines.append(["archives not read", f"{names}: unpack them (unzip, or tar xf)"])
+    is_part = report["sampled"] < report["rows"]
+    of = f" (of the first {report['sampled']:,} rows)" if is_part else ""
     if report["captions"]:
         text = "{per_row} per row, {characters} characters".format_map(report["captions"])
-        lines.append(["captions", text])
-    lines += [[key, value] for key, value in report["texts"].items()]
+        lines.append([f"captions{of}", text])
+    lines += [[f"{key}{of}", value] for key, value in report["texts"].items()]
     if report["labels"]:
-        lines.append(["labels", ", ".join(f"{k} ({v})" for k, v in report["labels"].items())])
+        more = report["num_labels"] - len(report["labels"])
+        shown = ", ".join(f"{k} ({v})" for k, v in report["labels"].items())
+        lines.append(["labels", shown + (f", and {more} more" if more else "")])
     if report["values"]:
         lines.append(["values", report["values"]])
     media = report["media"]
@@ -201,8 +230,9 @@ def show_inspection(report: dict[str, Any]) -> None:
     rejected += [[f"{count} of {media['decoded']}", reason] for reason, count in undecoded]
     if rejected:
         console.print_table("Rows that prepare would reject", ["rows", "reason"], rejected)
-    if report["numeric_labels"]:
-        console.print_warning(report["numeric_labels"])
+    for warning in (report["numeric_labels"], *report["warnings"]):
+        if warning:
+            console.print_warning(warning)
     if not report["command"]:
         console.print_warning(
             "prepare would fail: no row can be used. Fix the reasons above, or see "
@@ -249,6 +279,21 @@ def _list_unread_archives(corpus: ExternalCorpus) -> list[str]:
 
 
 @dataclass
+class ValueRange:
+    """Range and sum of numbers that are seen one by one."""
+
+    count: int = 0
+    total: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, value: float) -> None:
+        """Add a number."""
+        self.count, self.total = self.count + 1, self.total + value
+        self.low, self.high = min(self.low, value), max(self.high, value)
+
+
+@dataclass
 class _Sample:
     """Rows that were read before the time limit.
 
@@ -257,6 +302,11 @@ class _Sample:
         rejections: rejected rows by reason.
         errors: rejected rows that should have been readable.
         duplicates: rows whose content an earlier row has.
+        labels: label -> rows.
+        values: numbers that a regression predicts.
+        inputs: split -> digests of its texts or functions.
+        media: references to the first ``COMPARED_MEDIA`` media, each with its split.
+        targets: split -> up to two different targets of its rows.
         rows: the first ``SAMPLE_ROWS`` rows.
         record: fields of one record in the source file.
         complete: whether all rows were read.
@@ -266,9 +316,28 @@ class _Sample:
     rejections: Counter[str] = field(default_factory=Counter)
     errors: int = 0
     duplicates: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    values: ValueRange = field(default_factory=ValueRange)
+    inputs: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    media: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    targets: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     rows: list[Row] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+
+    def note_content(self, row: Row) -> None:
+        """Count the annotations of a row, and keep what is compared between splits."""
+        self.labels.update(_list_labels(row))
+        if row.get("value") is not None:
+            self.values.add(row["value"])
+        target = [row.get("label"), row.get("label_set"), row.get("value")]
+        if any(target) and len(seen := self.targets[row["split"]]) < 2:
+            seen.add(repr(target))
+        content = row.get("code") or (row.get("text") if "media" not in row else None)
+        if content:
+            self.inputs[row["split"]].append(_digest(content.encode("utf-8", "replace")))
+        elif row.get("media") is not None and len(self.media) < COMPARED_MEDIA:
+            self.media.append((row["split"], row["media"]))
 
 
 def _read_sample(corpus: ExternalCorpus) -> _Sample:
@@ -288,6 +357,7 @@ def _read_sample(corpus: ExternalCorpus) -> _Sample:
                     continue
                 sample.splits[row["split"]] += 1
                 sample.duplicates += not contents.add(_format_content(row))
+                sample.note_content(row)
                 if len(sample.rows) < SAMPLE_ROWS:
                     sample.rows.append(row)
 
@@ -300,12 +370,86 @@ def _list_labels(row: Row) -> list[str]:
     return row.get("label_set") or ([row["label"]] if row.get("label") else [])
 
 
-def _describe_values(rows: list[Row]) -> str:
+def _describe_values(values: ValueRange) -> str:
     """Return range and mean of the numbers that a regression predicts, or "" without any."""
-    values = [row["value"] for row in rows if row.get("value") is not None]
-    if not values:
+    if not values.count:
         return ""
-    return f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):g}"
+    return f"{values.low:g} to {values.high:g}, mean {values.total / values.count:g}"
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest())
+
+
+def _count_shared(sample: _Sample) -> tuple[dict[str, dict[str, int]], bool]:
+    """Return split -> other split -> rows whose input the other has, and whether all were read.
+
+    Local files are only read if their size occurs in several splits.
+    """
+    sizes: dict[int, set[str]] = defaultdict(set)
+    plain: dict[int, int] = {}
+
+    def work(is_late: threading.Event) -> None:
+        for number, (split, reference) in enumerate(sample.media):
+            if is_late.is_set():
+                return
+            size = _find_file_size(reference)
+            if size is not None:
+                plain[number] = size
+                sizes[size].add(split)
+        for number, (split, reference) in enumerate(sample.media):
+            if number in plain and len(sizes[plain[number]]) == 1:
+                continue
+            if is_late.is_set():
+                return
+            [content] = read_media([reference])
+            if isinstance(content, bytes):
+                sample.inputs[split].append(_digest(content))
+
+    is_single = len(sample.splits) < 2
+    # A query per file would be slow in a store.
+    has_remote = any(is_remote(reference["path"]) for _, reference in sample.media)
+    compared = is_single or (not has_remote and run_within(COMPARE_TIMEOUT_S, work))
+    # A copy, because a late reader still adds to the lists.
+    inputs = {split: list(values) for split, values in list(sample.inputs.items())}
+    found = {split: set(values) for split, values in inputs.items()}
+    shared: dict[str, dict[str, int]] = {}
+    for split, values in inputs.items():
+        for other, known in found.items():
+            if other != split and (count := sum(value in known for value in values)):
+                shared.setdefault(split, {})[other] = count
+    return shared, compared and len(sample.media) < COMPARED_MEDIA
+
+
+def _find_file_size(reference: Mapping[str, Any]) -> int | None:
+    """Return the size of a local media file; None for media in an archive, table or store."""
+    if any(value is not None for key, value in reference.items() if key != "path"):
+        return None
+    with contextlib.suppress(OSError):
+        return Path(reference["path"]).stat().st_size
+    return None
+
+
+def _describe_splits(
+    corpus: ExternalCorpus, sample: _Sample, shared: dict[str, dict[str, int]]
+) -> list[str]:
+    """Return why splits prove less than they seem to, in the words of ``prepare``."""
+    names = {"label_sets": "label_set", "values": "value"}
+    kind = next((k for k in ("labels", *names) if k in corpus.annotations_present), None)
+    constant = {
+        split: [names.get(kind or "", "label")]
+        for split, each in sample.targets.items()
+        if len(each) == 1
+    }
+    has_one = kind == "labels" and sample.complete and len(sample.labels) == 1
+    return describe_row_checks(
+        {
+            "splits": {split: {"rows": rows} for split, rows in sample.splits.items()},
+            "schema": corpus.columns.names,
+            **({"labels": list(sample.labels)} if has_one else {}),
+            ROW_CHECKS: {"shared": shared, "constant": constant if sample.complete else {}},
+        }
+    )
 
 
 def _format_content(row: Row) -> str:

@@ -21,6 +21,7 @@ from pipelines.loading.task_columns import INPUT_COLUMNS, PAIRED_PREFIX
 from pipelines.shards.columns import FixedColumn, open_column
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.shards.format import MANIFEST, manifest_digest, write_shard
+from pipelines.shards.row_checks import ROW_CHECKS, ShardDigests, check_rows, digest_shard
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import staging_directory, write_json
@@ -71,6 +72,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
     # The page of a search shows functions as text.
     wanted = [column, "key", *(["code"] if second.modality == "code" else [])]
     splits, schema = {}, None
+    digests: list[tuple[str, ShardDigests]] = []
     with staging_directory(data / name) as folder:
         for split in (each for each in first.splits if each in second.splits):
             rows, partners = (corpus.splits[split].table() for corpus in (first, second))
@@ -84,6 +86,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
                 chosen = kept[start : start + SHARD_ROWS]
                 table = _join_columns(take_rows(rows, chosen), take_rows(columns, partner[chosen]))
                 schema = table.schema
+                digests.append((split, digest_shard(table, first.modality)))
                 shards.append(write_shard(table, folder / f"{split}-{number:05d}.arrow"))
             splits[split] = {"rows": len(kept), "shards": shards}
         hint = "Rows pair by equal labels (option task: pairs) or equal first captions"
@@ -100,6 +103,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
         if divided:
             console.print_warning(f"{name}: {hint}")
         manifest = _describe(name, first, second, splits, schema)
+        manifest[ROW_CHECKS] = check_rows(lambda: digests, manifest["rows_out"])
         write_json(folder / MANIFEST, manifest)
     return manifest
 

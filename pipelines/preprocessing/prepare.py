@@ -18,6 +18,7 @@ from pipelines.preprocessing.preflight import check_preparable
 from pipelines.preprocessing.remote_staging import clear_staging, upload_shared_files
 from pipelines.preprocessing.staging import finish_commit, staging_path
 from pipelines.shards.dataset import open_corpus, verify_corpus
+from pipelines.shards.row_checks import ROW_CHECKS, describe_row_checks
 from pipelines.tokenizer import selection
 from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
@@ -310,6 +311,9 @@ def reuse_if_current(
     except UserError:
         return
 
+    if ROW_CHECKS not in manifest:
+        return
+
     def contains(entries: dict[str, Any]) -> bool:
         return all(manifest.get(key) == value for key, value in entries.items())
 
@@ -351,6 +355,8 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
             f"{manifest['corpus']}: {file} is truncated {where}; the rest is not in the corpus. "
             "Replace the file and prepare again"
         )
+    for sentence in describe_row_checks(manifest):
+        console.print_warning(f"{manifest['corpus']}: {sentence}")
     return {
         "state": state,
         "rows_in": manifest["rows_in"],
@@ -358,6 +364,7 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
         "splits": {name: entry["rows"] for name, entry in manifest["splits"].items()},
         "quarantine": manifest["quarantine"],
         "truncated_files": truncated,
+        ROW_CHECKS: manifest.get(ROW_CHECKS),
         "bytes": sum(shard["bytes"] for shard in shards),
         "digest": manifest["digest"],
     }

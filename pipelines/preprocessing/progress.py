@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from pipelines.preprocessing import staging
 from pipelines.preprocessing.blocks import ReadSummary
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+from pipelines.shards.row_checks import ROW_CHECKS, check_rows
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import find_version
 from skillnet_platform.storage import atomic_write, write_json
@@ -189,6 +191,10 @@ class CorpusProgress:
                 {"truncated_files": self.summary.truncated_files}
                 if self.summary.truncated_files
                 else {}
+            ),
+            ROW_CHECKS: check_rows(
+                partial(staging.iter_shard_digests, job.staging_dir, self.summary.split_shards),
+                rows_out,
             ),
             "made_with": {name: find_version(name) for name in MADE_WITH},
         }

@@ -162,7 +162,7 @@ class RemoteStaging:
             entry = json.loads(directories.read_bytes(uri))
             recorded = entry["file"]
             valid = recorded is None or recorded["file"] == f"{stem}.arrow"
-            return entry if valid and {"keys", "rejected"} <= entry.keys() else None
+            return entry if valid and {"keys", "rejected", "checks"} <= entry.keys() else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

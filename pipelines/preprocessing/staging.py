@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from pipelines.io.json_lines import format_json_line
 from pipelines.shards.format import MANIFEST, QUARANTINE, write_shard
+from pipelines.shards.row_checks import ShardDigests
 from skillnet_platform import storage
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
@@ -83,6 +84,7 @@ def write_shard_entry(
     table: pa.Table,
     rejected: list[dict[str, Any]],
     keys: str,
+    checks: ShardDigests,
 ) -> dict[str, Any]:
     """Write a shard and its entry; return the entry.
 
@@ -96,6 +98,7 @@ def write_shard_entry(
         table: accepted rows. If it is empty, only the entry is written.
         rejected: lines of the quarantine.
         keys: digest of the raw rows' keys; see ``blocks.RowBlock``.
+        checks: digests of the accepted rows; see :func:`pipelines.shards.row_checks.digest_shard`.
 
     Raises:
         UserError: the disk is full.
@@ -108,8 +111,9 @@ def write_shard_entry(
         with temporary_file(final) as temporary:
             entry["file"] = write_shard(table, temporary) | {"file": final.name}
             temporary.replace(final)  # atomic: a reader sees a complete shard or none
-    storage.write_json(folder / f"{stem}.json", entry | {"rejected": rejected})
-    return entry | {"rejected": rejected}
+    entry |= {"rejected": rejected, "checks": checks}
+    storage.write_json(folder / f"{stem}.json", entry)
+    return entry
 
 
 def shard_stem(split: str, shard: int) -> str:
@@ -154,6 +158,18 @@ def gather_entries(
                     reasons[row["reason"]] += 1
                     lines += 1
     return splits, reasons, lines
+
+
+def iter_shard_digests(folder: Path, shards: dict[str, int]) -> Iterator[tuple[str, ShardDigests]]:
+    """Yield the split of each shard, and the digests of its rows.
+
+    Args:
+        folder: see :func:`staging_dir`.
+        shards: split -> number of blocks.
+    """
+    for split, count in sorted(shards.items()):
+        for shard in range(count):
+            yield split, storage.read_json(folder / f"{shard_stem(split, shard)}.json")["checks"]
 
 
 def iter_rejected_lines(folder: Path) -> Iterator[str]:
@@ -225,11 +241,11 @@ def _read_entry(folder: Path, stem: str) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
         recorded = entry["file"]
-        if recorded is None and not path.exists():
+        if recorded is None and not path.exists() and "checks" in entry:
             return entry
         # The size is compared first, because hashing reads the complete file.
         same_size = path.stat().st_size == recorded["bytes"]
-        if same_size and storage.sha256_file(path) == recorded["sha256"]:
+        if same_size and "checks" in entry and storage.sha256_file(path) == recorded["sha256"]:
             return entry
     except (OSError, ValueError, KeyError, TypeError):
         pass

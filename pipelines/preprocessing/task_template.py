@@ -57,7 +57,9 @@ class TaskTemplate:
         return "\n".join(lines) + "\n" + safe_yaml.dump_plain_yaml(self.settings)
 
 
-def describe_task(path: str, name: str | None, file: str) -> TaskTemplate:
+def describe_task(
+    path: str, name: str | None, file: str, options: Mapping[str, Any] | None = None
+) -> TaskTemplate:
     """Return the configuration of the task that a corpus is made for.
 
     Args:
@@ -65,12 +67,19 @@ def describe_task(path: str, name: str | None, file: str) -> TaskTemplate:
             ``skillnet inspect`` reads.
         name: of the task; None takes the usual one.
         file: path of the configuration, for the commands.
+        options: format -> its options, for user data.
 
     Raises:
-        UserError: nothing is there, no row can be used, or no objective fits the rows.
+        UserError: nothing is there, no row can be used, no objective fits the rows, or a prepared
+            corpus is given with options.
     """
     prepared = _find_prepared(path)
     if prepared is not None:
+        if options:
+            raise UserError(
+                f"options.{next(iter(options))}: {path} is prepared already. Give the options to "
+                "skillnet prepare"
+            )
         corpus = open_corpus(prepared)
         manifest = corpus.manifest
         sizes = _input_sizes(corpus.modality, manifest["preprocessing"])
@@ -82,7 +91,7 @@ def describe_task(path: str, name: str | None, file: str) -> TaskTemplate:
         parent = str(prepared).rpartition("/")[0]
         data = {} if Path(parent) == data_root() else {"data": parent}
         return _fill_template(name, corpus.task, corpus.name, sizes, rows, data, (), file, path)
-    report = inspect_corpus(path)
+    report = inspect_corpus(path, options)
     if not report["command"]:
         raise UserError(
             f"{path}: no row can be used. See the reasons with skillnet inspect {shlex.quote(path)}"

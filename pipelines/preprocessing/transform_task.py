@@ -15,6 +15,7 @@ from pipelines.preprocessing.blocks import SOURCE_COLUMNS
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.preprocessing.datasource import STORE_UNAVAILABLE, USER_ERROR
 from pipelines.preprocessing.spool import unpack_unit
+from pipelines.shards.row_checks import digest_shard
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
 from pipelines.transforms.ctc_alignment import find_ctc_problems
@@ -70,7 +71,8 @@ def _write_block(jobs: Sequence[CorpusJob], session: str, unit: pa.Table) -> dic
     table = good.select(schema.names).cast(schema)
     folder = job.staging_dir if job.remote is None else job.remote.scratch_dir(job.staging_dir)
     keys = unit["keys"][0].as_py()
-    entry = staging.write_shard_entry(folder, split, shard, table, rejected, keys)
+    checks = digest_shard(table, job.corpus.modality)
+    entry = staging.write_shard_entry(folder, split, shard, table, rejected, keys, checks)
     if job.remote is not None:
         job.remote.upload_shard(folder, stem)
     return {

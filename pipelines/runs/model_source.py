@@ -8,10 +8,11 @@ s3://bucket/runs/2026-…         any of these in an object store: downloaded fi
 2026-…  or an MLflow run id     a run by its name below the run root, or by its id
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,14 @@ from skillnet_platform.storage.objects import is_uri
 DEFAULT_MODEL = "models:/skillnet@champion"
 BUNDLE = "bundle"
 REMEDY = "give another model, or create this one again"
+
+
+class TrainingRead(NamedTuple):
+    """A split of a corpus that a task was trained on."""
+
+    task: str
+    corpus: str
+    split: str
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,32 @@ def read_training_settings(source: ModelSource) -> dict[str, Any]:
     copied = source.weights / SETTINGS
     settings = source.settings or (read_json(copied) if copied.is_file() else {})
     return settings if isinstance(settings, dict) else {}
+
+
+def list_training_reads(
+    settings: Mapping[str, Any], known: Iterable[str] = ()
+) -> list[TrainingRead]:
+    """Return what a model was trained on, and what the local models it started from were.
+
+    Args:
+        settings: configuration of its training; {} if unknown.
+        known: addresses of models that are not followed again.
+    """
+    tasks = settings.get("tasks") or {}
+    reads = [
+        TrainingRead(name, task["corpus"], task.get("split", "train"))
+        for name, task in tasks.items()
+        if task and not task.get("eval_only")
+    ]
+    start, known = settings.get("init_from"), set(known)
+    # A model of a registry or hub is not downloaded for this.
+    if isinstance(start, str) and start not in known:
+        folder = next((each for each in (Path(start), run_root() / start) if each.is_dir()), None)
+        if folder is not None:
+            with contextlib.suppress(UserError):
+                parent = _resolve_folder(folder.absolute(), start)
+                reads += list_training_reads(read_training_settings(parent), known | {start})
+    return reads
 
 
 def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel:

@@ -28,6 +28,10 @@ class UntrainedTaskError(UserError):
     """A task of the model has random weights, so the model is not registered."""
 
 
+class WeakTestError(UserError):
+    """The test of a model proves little, so the model is not registered."""
+
+
 def register_model(
     source: "ModelSource",
     data: str | Path,
@@ -39,6 +43,8 @@ def register_model(
     bootstrap_samples: int = 1000,
     force: bool = False,
     description: str = "",
+    parents: Sequence["ModelSource"] = (),
+    allow_weak_test: bool = False,
 ) -> "RegisteredVersion":
     """Register a model as a new version, and set its alias by comparison with the champion.
 
@@ -56,9 +62,12 @@ def register_model(
         bootstrap_samples: resamples of each interval, if the model is evaluated now.
         force: make it champion without the comparison.
         description: added to the page of the version.
+        parents: models that this one was made from, whose training counts as its own.
+        allow_weak_test: register it although its test proves little; its page states the reasons.
 
     Raises:
         UntrainedTaskError: a task has random weights.
+        WeakTestError: test rows were in the training, or no answer could be wrong.
         OtherSystemError: the registered model has versions of another system.
         UserError: a corpus is missing or does not fit the model.
     """
@@ -70,8 +79,9 @@ def register_model(
 
     # SIGTERM may interrupt any step: the same command completes the registration.
     with terminate_as_interrupt():
-        backend.setup_backend(uri)
         model = load_trained_tasks(source)
+        weak = _find_weak_tests([source, *parents], model, data, allow_weak_test)
+        backend.setup_backend(uri)
         name = name or _choose_name(source, model.system)
         # Refused before the evaluation, which can take minutes.
         champion.check_system(backend.create_client(backend.resolve_uri(uri)), name, model.system)
@@ -86,7 +96,7 @@ def register_model(
             if rows is None:
                 rows = _evaluate(source, model, data, bootstrap_samples)
             registered = _register_bundle(
-                source, model, data, rows, baseline_rows, name, uri, description, key
+                source, model, data, rows, baseline_rows, name, uri, description, key, weak
             )
         # A version that passed the comparison is not recorded as forced.
         if force and registered.alias != champion.CHAMPION:
@@ -144,8 +154,9 @@ def register_measured_run(
             rows=rows,
             uri=tracking.uri,
             description=description,
+            parents=sources,
         )
-    except (UntrainedTaskError, OtherSystemError) as error:
+    except (UntrainedTaskError, WeakTestError, OtherSystemError) as error:
         console.print_warning(str(error))
         return None
     return {
@@ -165,6 +176,28 @@ def check_trained_tasks(source: "ModelSource") -> None:
             f"{source.name}: the task {task} is untrained, because {reason}, so the model is not "
             f"registered. Train with more steps, or without the task: --tasks.{task} null"
         )
+
+
+def _find_weak_tests(
+    sources: Sequence["ModelSource"], model: Any, data: str | Path, allowed: bool
+) -> list[str]:
+    """Return why the test of a model proves little; refuse it unless this is allowed."""
+    from pipelines.evaluation.weak_tests import find_weak_tests
+    from pipelines.runs.model_source import list_training_reads, read_training_settings
+
+    source = sources[0]
+    reads = [read for each in sources for read in list_training_reads(read_training_settings(each))]
+    # Promotion compares models on this split.
+    found = find_weak_tests(
+        data, model.config.tasks, reads, corpora=source.corpora, splits=["test"]
+    )
+    if found and not allowed:
+        raise WeakTestError(
+            f"{source.name}: its test proves little, so the model is not registered. "
+            f"{'. '.join(found)}. To register it with this note on its page: "
+            f"skillnet register {source.name} --allow_weak_test"
+        )
+    return found
 
 
 def check_given_name(tracking: "TrackingConfig", system: str) -> None:
@@ -230,6 +263,7 @@ def _register_bundle(
     uri: str | None,
     description: str,
     key: str,
+    weak_tests: Sequence[str],
 ) -> "RegisteredVersion":
     from pipelines.evaluation.tables import run_description
     from pipelines.runs.model_source import BUNDLE
@@ -247,7 +281,9 @@ def _register_bundle(
         manifest = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}
         total_params = sum(p.numel() for p in model.parameters())
-        page = run_description(rows, baseline_rows, model.config, total_params)
+        page = run_description(
+            rows, baseline_rows, model.config, total_params, weak_tests=weak_tests
+        )
         return registry.register_version(
             run_id,
             # MLflow stores the file as code, so that the version contains no pickle file.

@@ -15,14 +15,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.shards.row_checks import ROW_CHECKS
 from skillnet_platform.config import digest_config as digest_of
 from skillnet_platform.storage import disk_guard, sha256_file
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
-#: Keys of a manifest that describe how it was made. The digest does not cover them.
-NOT_DIGESTED = ("digest", "made_with")
+#: Keys of a manifest that its digest omits: they follow from the rows, or from the machine.
+NOT_DIGESTED = ("digest", "made_with", ROW_CHECKS)
 _MAGIC = b"ARROW1\0\0"
 _CONTINUATION = b"\xff\xff\xff\xff"
 

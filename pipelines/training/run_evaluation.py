@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.baseline_size import measure_baseline_size
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
+from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, write_json
 
@@ -118,6 +119,7 @@ def complete_result(
         for name, figure in figures.training_figures(past, config.model).items():
             tracker.figure(figure, name)
     rows = result["evaluation"]
+    weak = _find_weak_tests(config, rows, splits) if not brief else []
     costs = {task: account_task(model, task) for task in config.measured}
     facts = {
         "steps": result["step"],
@@ -128,14 +130,14 @@ def complete_result(
         "folder": f"`{run}`",
     }
     record: dict[str, Any] = {
-        "result": result | {"total_params": total},
+        "result": result | {"total_params": total} | ({"weak_tests": weak} if weak else {}),
         "splits": list(splits) if splits is not None else None,
         "brief": brief,
         "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total},
         "metrics": tables.flat_metrics(rows) | _find_score(rows, splits, brief),
-        "note": tables.run_description(rows, [], model.config, total, facts),
+        "note": tables.run_description(rows, [], model.config, total, facts, weak),
     }
     # Another machine may have evaluated the run before, and logged the same numbers.
     before = read_json(run / EVALUATED) if (run / EVALUATED).is_file() else {}
@@ -143,6 +145,24 @@ def complete_result(
     record["time_ms"] = before["time_ms"] if is_equal else int(time.time() * 1000)
     write_json(run / EVALUATED, record)
     return _log_evaluation(run, tracker, record)
+
+
+def _find_weak_tests(
+    config: FinetuneConfig, rows: list[dict[str, Any]], splits: Sequence[str] | None
+) -> list[str]:
+    """Return why figures of a run prove little; see :mod:`pipelines.evaluation.weak_tests`."""
+    from pipelines.evaluation.weak_tests import find_weak_tests
+    from pipelines.runs.model_source import list_training_reads
+
+    evaluated = {row["task"] for row in rows}
+    return find_weak_tests(
+        str(config.data),
+        {name: task for name, task in config.model.tasks.items() if name in evaluated},
+        list_training_reads(to_dict(config)),
+        corpora={name: task.corpus for name, task in config.measured.items()},
+        splits=splits,
+        fold=config.fold,
+    )
 
 
 def _find_score(

@@ -9,6 +9,7 @@ import pyarrow as pa
 from pipelines.corpora import ExternalCorpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.shards.row_checks import ROW_CHECKS
 
 
 def write_empty_corpus(data: Path, corpus: ExternalCorpus) -> None:
@@ -28,6 +29,7 @@ def write_empty_corpus(data: Path, corpus: ExternalCorpus) -> None:
         "rows_in": 1,
         "rows_out": 1,
         "quarantine": {},
+        ROW_CHECKS: {},
     }
     manifest["digest"] = manifest_digest(manifest)
     (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -90,6 +90,8 @@ class ExternalCorpus(Corpus):
     labels: Sequence[str] = ()
     #: CTC symbols; the first one has the id 1.
     symbols: Sequence[str] = ()
+    #: Whether the corpus gives its classes as names, which are no numbers to predict.
+    has_class_names: bool = False
     #: Mean and deviation of the values of the training rows.
     value_scale: tuple[float, float] | None = None
 
@@ -162,6 +164,7 @@ class ExternalCorpus(Corpus):
             self.value_scale = values.scale(self.source.uri)
         self.set_labels(sort_labels(merge_equal_labels(labels)), sorted(characters), errors)
         is_single = wants_labels and "labels" in self.annotations_present
+        is_single = is_single and not self.has_class_names
         if report := describe_numeric_labels(self.labels if is_single else ()):
             console.print_warning(f"{self.source.uri}: {report}")
 

@@ -339,7 +339,7 @@ class FolderCorpus(RecordCorpus):
                 f"neither a metadata file ({', '.join(METADATA_NAMES[:4])} …) nor media in folders "
                 "named by class in it",
             )
-        self.root = find_split_root(source)
+        self.root, self.has_class_names = find_split_root(source), True
         tests = []
         for entry in source.entries(self.root):
             if entry.is_folder and (split := parse_split_name(entry.name)):

@@ -194,7 +194,7 @@ def test_staging_dir_without_shards_is_removed(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="stop"),
         staging_dir(tmp_path / "made", {"a": 1}) as folder,
     ):
-        write_shard_entry(folder, "train", 0, table, [], "")
+        write_shard_entry(folder, "train", 0, table, [], "", {})
         raise ValueError("stop")
     assert folder.is_dir()
     with staging_dir(tmp_path / "made", {"a": 2}):

@@ -29,7 +29,7 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
     files = []
     for shard in range(SHARDS):
         table = pa.table({"key": [f"{rows}/{shard}/{row}" for row in range(rows)]})
-        entry = staging.write_shard_entry(folder, "train", shard, table, [], "keys")
+        entry = staging.write_shard_entry(folder, "train", shard, table, [], "keys", {})
         files.append(entry["file"])
     for name in (staging.REJECTED_ROWS, staging.READ_SUMMARY, staging.LOCK, QUARANTINE):
         (folder / name).write_text("", encoding="utf-8")

@@ -1,5 +1,7 @@
 """``skillnet inspect``: sizes, source fields, examples, and time limits."""
 
+import dataclasses
+import re
 import shlex
 import threading
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from pipelines import corpora, inspect
+from pipelines import corpora, init_task, inspect, prepare
 from pipelines.io.directory import DirectoryEntry, SourceDirectory
 from pipelines.preprocessing import inspection
 from skillnet_platform.errors import UserError
@@ -245,3 +247,89 @@ def test_empty_folder_is_called_empty(tmp_path: Path) -> None:
     (tmp_path / "empty" / "below").mkdir(parents=True)
     with pytest.raises(UserError, match="an empty folder"):
         inspection.inspect_corpus(str(tmp_path / "empty"))
+
+
+def write_split_texts(folder: Path, test: list[tuple[str, str]]) -> Path:
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(1500)]
+    user_corpora.write_lines(folder / "train.jsonl", rows)
+    user_corpora.write_lines(
+        folder / "test.jsonl", [{"text": text, "label": label} for text, label in test]
+    )
+    return folder
+
+
+def test_rows_of_the_training_in_a_test_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal texts under another label, and equal media files under another name."""
+    test = [("text 7", "b"), ("text 1499", "a"), ("unseen", "a")]
+    found = inspection.inspect_corpus(str(write_split_texts(tmp_path / "texts", test)))
+    assert found["shared"]["test"] == {"train": 2}
+    for split, numbers in (("train", range(8)), ("test", (6, 7, 8, 9))):
+        for number in numbers:
+            home = tmp_path / "media" / split / "ab"[number % 2]
+            home.mkdir(parents=True, exist_ok=True)
+            (home / f"{split}-{number}.jpg").write_bytes(user_corpora.jpg(number))
+    found = inspection.inspect_corpus(str(tmp_path / "media"))
+    assert (found["shared"]["test"], found["compared"]) == ({"train": 2}, True)
+    inspection.show_inspection(found)
+    shown = capsys.readouterr()
+    assert "rows of test also in" in shown.out
+    assert "2 of 4 rows of test (50.0 %) have the input of a row of train" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("test", "sentence"),
+    [
+        ([("one", "a"), ("two", "a")], "all rows of test (2) have the same label"),
+        ([("one", "a"), ("two", "b")], ""),
+    ],
+)
+def test_a_test_of_one_class_is_reported(
+    tmp_path: Path, test: list[tuple[str, str]], sentence: str
+) -> None:
+    warnings = inspection.inspect_corpus(str(write_split_texts(tmp_path, test)))["warnings"]
+    assert sentence in " ".join(warnings)
+    assert bool(warnings) == bool(sentence)
+
+
+def test_one_class_is_reported(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "only"} for n in range(30)]
+    user_corpora.write_lines(tmp_path / "rows.jsonl", rows)
+    (said,) = inspection.inspect_corpus(str(tmp_path))["warnings"]
+    assert said.startswith("one class, 'only': every answer is right")
+
+
+def test_all_rows_count_and_not_the_first_thousand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are sorted by class, so the first thousand hold two of ten."""
+    rows = [{"text": f"text {n}", "label": str(n // 500)} for n in range(5000)]
+    user_corpora.write_lines(tmp_path / "rows.jsonl", rows)
+    found = inspection.inspect_corpus(str(tmp_path))
+    assert found["labels"] == {str(n): 500 for n in range(10)}
+    assert "10 values from 0 to 9" in found["numeric_labels"]
+    found = inspection.inspect_corpus(str(tmp_path), {"folder": {"task": "values"}})
+    assert found["values"] == "0 to 9, mean 4.5"
+    inspection.show_inspection(found)
+    assert "texts (of the first 1,000 rows)" in capsys.readouterr().out
+
+
+def test_folders_with_numbers_as_names_are_classes(tmp_path: Path) -> None:
+    for number in range(8):
+        home = tmp_path / "train" / str(number % 4)
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number))
+    found = inspection.inspect_corpus(str(tmp_path))
+    assert set(found["labels"]) == {"0", "1", "2", "3"}
+    assert found["numeric_labels"] is None
+
+
+@pytest.mark.parametrize("command", [inspect, prepare, init_task])
+def test_options_in_examples_exist(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    keys = re.findall(r"--options\.(\w+)\.(\w+)", capsys.readouterr().out)
+    assert keys
+    for reader, key in keys:
+        found = corpora._find_class(reader if reader in corpora.READERS else "folder")
+        assert key in {option.name for option in dataclasses.fields(found.Options)}  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.run import validate_run
 from skillnet_platform.config import parse_config
+from tests.helpers import user_corpora
 from tests.helpers.small_corpora import MODALITY, write_corpora
 
 SMALL = ("--model.dim", "16", "--model.num_layers", "1", "--model.num_heads", "2")
@@ -104,3 +105,16 @@ def test_rows_without_annotations_are_pretrained(
     config = parse_config(PretrainConfig, ["--config", "lines.yaml"], "skillnet pretrain")
     assert list(config.joint().tasks) == ["masked_text"]
     assert init_task.main([str(tmp_path / "none")]) == 2
+
+
+def test_options_of_the_reader_decide_the_task(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"text {n}", "stars": n % 5} for n in range(20)]
+    user_corpora.write_lines(tmp_path / "films" / "rows.jsonl", rows)
+    words = ["--options.folder.label", "stars", "--options.folder.task", "values"]
+    made = init(str(tmp_path / "films"), *words, capsys=capsys)
+    assert made["objective"] == "regression"
+    assert "--options.films.task values" in made["commands"][0]  # type: ignore[index]
+    assert init_task.main([str(data / "headings"), *words]) == 2
+    assert "is prepared already" in capsys.readouterr().err
