@@ -13,8 +13,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import SampleCount, require_bounds
 from skillnet_platform.errors import UserError, check_known_names, first_line
-from skillnet_platform.storage import data_root, run_root
-from skillnet_platform.storage.location import parse_location
+from skillnet_platform.storage import run_root
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -29,7 +28,8 @@ class EvaluateConfig:
             checkpoint, or saved model; by default the champion.
         checkpoint: folder of a checkpoint or saved model; the same as --model.
         run: name, id or folder of a run; the same as --model.
-        data: directory or URI of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default those of the model's run, else
+            corpora below the run root.
         tasks: tasks to evaluate; by default all tasks of the model.
         splits: splits to evaluate; by default every test split of each corpus.
         corpora: task -> corpus, if it differs from the training run.
@@ -113,7 +113,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
     model = model_source.load_source_model(source)
-    data = parse_location(config.data, data_root())
+    data = source.find_corpora(config.data)
     check_known_names(config.corpora, model.config.tasks, "--corpora", "task")
     corpora = source.corpora | config.corpora
     # A checkpoint of a run may contain auxiliary tasks, which have no test splits.

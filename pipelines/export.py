@@ -9,8 +9,6 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import data_root
-from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.serving.export import ExportReport
@@ -29,7 +27,7 @@ class ExportConfig:
         output: folder to create; by default named after the task and the format.
         model: a registered model, a run, a checkpoint, or a folder.
         data: directory or URI of prepared corpora, for a model that is not registered; by default
-            corpora below the run root.
+            those of its run, else corpora below the run root.
         push: owner/name of a repository of the Hub that gets the folder; only with --to hf.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -78,7 +76,7 @@ def main(config: ExportConfig) -> "ExportReport":
     from pipelines.serving.export import export_bundle
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
-    bundle, manifest = find_bundle(source, parse_location(config.data, data_root()))
+    bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     target = Path(config.output or f"{config.task or 'skillnet'}-{config.to}")
     report = export_bundle(bundle, manifest, target, config.to, config.task)
     if config.push is not None:

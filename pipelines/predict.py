@@ -11,7 +11,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import data_root, open_output
+from skillnet_platform.storage import open_output
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
 
@@ -42,7 +42,8 @@ class PredictConfig:
         text: a text.
         task: task to run; may be left out where one task of the model reads the modality.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
-        data: prepared corpora; required only for a checkpoint.
+        data: prepared corpora, for a checkpoint; by default those of its run, else corpora below
+            the run root.
         top: number of alternatives.
         output: file for the predictions, one line each. A prediction of a row repeats the row's
             "id", if it has one, and its file and line. Rejected rows are listed with their
@@ -125,8 +126,7 @@ def predict_rows(config: PredictConfig) -> PredictionRun:
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
     inputs = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
-    data = parse_location(config.data, data_root())
-    predictor = open_predictor(source, data, config.precision)
+    predictor = open_predictor(source, source.find_corpora(config.data), config.precision)
     usable = [number for number, row in enumerate(inputs) if row.item]
 
     def reject(index: int, message: str) -> None:
@@ -162,7 +162,7 @@ def predict_in_blocks(config: PredictConfig) -> "BatchSummary":
 
     request = BatchRequest(
         config.model,
-        str(parse_location(config.data, data_root())),
+        str(parse_location(config.data, Path())) if config.data else None,
         str(parse_location(config.output, Path())),
         config.task,
         config.top,

@@ -10,8 +10,6 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import ResampleCount
 from skillnet_platform.errors import check_known_names
-from skillnet_platform.storage import data_root
-from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking.registry import RegisteredVersion
@@ -25,7 +23,8 @@ class RegisterConfig:
         source: name, id or folder of a run, checkpoint, or saved model.
         name: name of the registered model; by default that of the training run, such as skillnet or
             skillnet-dense.
-        data: directory or URI of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default those of the model's run, else
+            corpora below the run root.
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank.
         force: make it champion without the comparison.
         description: added to the page of the version.
@@ -87,7 +86,7 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
         source = replace(source, settings={**source.settings, "tasks": {**tasks, **overrides}})
     return register_model(
         source,
-        parse_location(config.data, data_root()),
+        source.find_corpora(config.data),
         name=config.name,
         uri=config.tracking_uri,
         bootstrap_samples=config.bootstrap_samples,

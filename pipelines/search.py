@@ -13,8 +13,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import data_root, open_output, run_root
-from skillnet_platform.storage.location import parse_location
+from skillnet_platform.storage import open_output, run_root
 
 if TYPE_CHECKING:
     from pipelines.serving.corpus_search import SearchHit
@@ -33,7 +32,8 @@ class SearchConfig:
             text_to_image. One tower of the task reads the query; rows are ranked by the other one,
             which reads them or their first captions.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
-        data: directory or URI of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default those of the model's run, else
+            corpora below the run root.
         splits: splits to search; by default all except pretrain. The embeddings of their rows may
             take 4 GiB: two million rows at a width of 512.
         top: number of results.
@@ -107,7 +107,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     modality = find_item_modality(item)
     query = item.text or printable_name(Path(item.name).name)
     source = model_source.resolve_model(config.model, config.tracking_uri)
-    data = parse_location(config.data, data_root())
+    data = source.find_corpora(config.data)
     predictor = open_predictor(source, data, config.precision)
     task = choose_search_task(config.task, predictor.model.config.tasks, modality)
     search = CorpusSearch(predictor, source, data, task, config.splits, modality)

@@ -51,7 +51,8 @@ class ServeConfig:
 
     Args:
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
-        data: prepared corpora, for searches; by default corpora below the run root.
+        data: prepared corpora, for searches; by default those of the model's run, else corpora
+            below the run root.
         host: interface to listen on; any but loopback needs a token.
         port: port to listen on; 0 takes a free port.
         token_file: file with the bearer token, which only its owner may read; without it the
@@ -197,10 +198,9 @@ def main(config: ServeConfig) -> int:
     ui.require_free_port(config.host, port)
     from pipelines.serving.served_model import ServedModel, ServedModelConfig
 
-    data = parse_location(config.data, data_root())
     served = ServedModelConfig(
         pin_version(config.model, config.tracking_uri),
-        str(data),
+        str(parse_location(config.data, data_root())) if config.data else None,
         config.precision,
         config.tracking_uri,
         config.search,

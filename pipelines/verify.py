@@ -21,11 +21,10 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import flatten_tree, positional_field
 from skillnet_platform.errors import UserError, suggest_name
-from skillnet_platform.storage import archive_root, data_root, read_json, sha256_file
+from skillnet_platform.storage import archive_root, read_json, sha256_file
 from skillnet_platform.storage.location import (
     Location,
     join_location,
-    parse_location,
     read_if_exists,
     require_local_folder,
 )
@@ -43,7 +42,8 @@ class VerifyConfig:
 
     Args:
         model: registry address, name, id or directory of a run, checkpoint, or saved model.
-        data: directory or URI of prepared corpora; by default ``corpora`` under the run root.
+        data: directory or URI of prepared corpora; by default those of the model's run, else
+            corpora below the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
         corpus: NAME=PATH of the data that an external corpus was prepared from, as given to
             ``skillnet prepare``; repeatable. Without it these files are not compared.
@@ -91,7 +91,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
         if "altered" not in str(error):
             raise
         return [HashCheck("model", "altered", str(error))]
-    data = parse_location(config.data, data_root())
+    data = source.find_corpora(config.data)
     archives = require_local_folder(config.archives, archive_root(), "archives")
     checks = [_make_check("weights", lambda: _check_weights(source))]
     recorded: dict[str, str] = {}

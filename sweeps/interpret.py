@@ -14,8 +14,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, RandomSeed, ResampleCount, require_bounds
 from skillnet_platform.errors import UserError, check_known_names
-from skillnet_platform.storage import data_root, run_root
-from skillnet_platform.storage.location import parse_location
+from skillnet_platform.storage import run_root
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -31,7 +30,8 @@ class InterpretConfig:
 
     Args:
         model: registry address, run name, run id, run directory, checkpoint or saved model.
-        data: directory or URI of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default those of the model's run, else
+            corpora below the run root.
         tasks: tasks to measure; by default all tasks of the model.
         split: split for ablations and output similarity.
         corpora: task -> corpus, if it differs from the training run.
@@ -94,7 +94,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     with console.show_progress("interpreting", None, "rows") as bar:
         interpretation = interpret_model(
             model,
-            parse_location(config.data, data_root()),
+            source.find_corpora(config.data),
             config.tasks,
             config.split,
             name=config.model,

@@ -28,7 +28,8 @@ from skillnet.serialization import check_file, load_tensors, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_json, read_record, run_root
+from skillnet_platform.storage import data_root, read_json, read_record, run_root
+from skillnet_platform.storage.location import Location, parse_location
 from skillnet_platform.storage.objects import is_uri
 
 DEFAULT_MODEL = "models:/skillnet@champion"
@@ -90,6 +91,19 @@ class ModelSource:
         """Task -> corpus, as in training."""
         tasks = self.settings.get("tasks") or {}
         return {name: task["corpus"] for name, task in tasks.items() if task}
+
+    def find_corpora(self, given: str | None) -> Location:
+        """Return the place of prepared corpora: as given, as in the run, or the usual one.
+
+        Args:
+            given: option ``data`` of a command; None if it is not given.
+        """
+        trained = self.settings.get("data") if self.run is not None else None
+        if given or not isinstance(trained, str):
+            return parse_location(given, data_root())
+        found = parse_location(trained, data_root())
+        # A folder of a run may have been copied from another machine.
+        return found if isinstance(found, str) or found.is_dir() else data_root()
 
     @property
     def fold(self) -> FoldConfig:

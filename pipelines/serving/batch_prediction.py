@@ -49,7 +49,7 @@ class BatchRequest:
 
     Args:
         model: address of the model.
-        data: prepared corpora, for a checkpoint.
+        data: prepared corpora, for a checkpoint; None takes those of its run.
         output: folder or URI of the parts.
         task: task to run; None selects one by modality.
         top: number of alternatives.
@@ -59,7 +59,7 @@ class BatchRequest:
     """
 
     model: str
-    data: str
+    data: str | None
     output: str
     task: str | None = None
     top: int = 5
@@ -206,7 +206,8 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     from pipelines.serving.bundle import open_predictor
 
     source = resolve_model(request.model, request.tracking_uri)
-    return open_predictor(source, request.data, request.precision), source.digest
+    data = source.find_corpora(request.data)
+    return open_predictor(source, data, request.precision), source.digest
 
 
 def write_location(where: Location, data: bytes) -> None:

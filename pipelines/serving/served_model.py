@@ -28,7 +28,7 @@ class ServedModelConfig:
 
     Args:
         model: address of the model, with a version instead of an alias.
-        data: directory or URI of prepared corpora.
+        data: directory or URI of prepared corpora; None takes those of the model's run.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: of the tracker, without its password.
         search: whether the corpora of the retrieval tasks can be searched.
@@ -37,7 +37,7 @@ class ServedModelConfig:
     """
 
     model: str
-    data: str
+    data: str | None = None
     precision: str = "auto"
     tracking_uri: str | None = None
     search: bool = True
@@ -66,7 +66,8 @@ class ServedModel:
         )
 
         source = resolve_model(config.model, config.tracking_uri)
-        self.predictor = open_predictor(source, config.data, config.precision)
+        data = source.find_corpora(config.data)
+        self.predictor = open_predictor(source, data, config.precision)
         self.name = source.name
         tasks = self.predictor.model.config.tasks
         ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
@@ -77,7 +78,7 @@ class ServedModel:
                 # Without captions, only the rows themselves can be ranked.
                 with contextlib.suppress(MissingCaptionsError):
                     searches[task] = CorpusSearch(
-                        self.predictor, source, config.data, task, modality=modality
+                        self.predictor, source, data, task, modality=modality
                     )
 
     def describe(self) -> ServedAnswer:
