@@ -98,9 +98,10 @@ def open_external_corpus(
     except UserError as error:
         if prefixed is not None:
             raise
+        end = "" if str(error).endswith("?") else "."
         raise UserError(
-            f"{error}. If {name} is not a format, write the format before the path: "
-            f"--corpus {name}=FORMAT:{path}; skillnet inspect {path} detects the format"
+            f"{error}{end} If {name} is a name of your choice, write the format before the path: "
+            f"--corpus {name}=FORMAT:{path}. skillnet inspect {path} detects the format"
         ) from None
     if not issubclass(found, ExternalCorpus):
         raise UserError(f"corpus {reader} is not read by path: give its name alone")

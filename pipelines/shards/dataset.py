@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 from pipelines.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from pipelines.shards.id_columns import IdRange, check_ids, manifest_id_ranges
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError, find_nearest_name
 from skillnet_platform.storage.cache import FileCache
 from skillnet_platform.storage.location import Location, join_location, parse_location
 
@@ -191,12 +192,13 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
     name = str(files.location).rsplit("/", 1)[-1]
     own = f"for your own files `skillnet prepare --corpus {name}=PATH`"
     hint = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`, or {own}."
+    state = "not a prepared corpus (no manifest.json)"
     try:
         manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
     except FileNotFoundError:
-        state = "not a prepared corpus (no manifest.json)"
         if not files.exists():
-            state = f"missing{_suggest_corpora(files.location)}"
+            state = "missing"
+            hint = hint if files.remote else _suggest_corpora(Path(files.location))
         raise UserError(f"{files.location}: {state}. {hint}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{named}: not JSON ({error}). {files.repair_hint}") from None
@@ -214,12 +216,17 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
     return manifest
 
 
-def _suggest_corpora(missing: Location) -> str:
-    """Return a hint that names the prepared corpora beside a missing one; "" in a store."""
-    if not isinstance(missing, Path):
-        return ""
-    beside = (manifest.parent.name for manifest in missing.parent.glob(f"*/{MANIFEST}"))
-    return suggest_name(missing.name, beside).removesuffix("?")
+def _suggest_corpora(missing: Path) -> str:
+    """Return a remedy for a missing corpus; a command in it never has a name that nothing has."""
+    own = "`skillnet prepare --corpus NAME=PATH` for your own files"
+    beside = sorted(manifest.parent.name for manifest in missing.parent.glob(f"*/{MANIFEST}"))
+    if close := find_nearest_name(missing.name, beside):
+        return f"Did you mean {close!r}, which is prepared? If not: run {own}."
+    known = [entry.name for entry in entry_points(group="skillnet.corpora")]
+    close = find_nearest_name(missing.name, known)
+    listed = f" Prepared are: {', '.join(beside)}." if beside else ""
+    run = f"`skillnet prepare {close}`, or {own}" if close else own
+    return f"Run {run}.{listed}"
 
 
 def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:

@@ -70,10 +70,17 @@ def check_known_names(names: Iterable[str], known: Iterable[str], where: str, wh
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return a hint for an error: ``; did you mean 'dim'?``, or the list of known names."""
+    names = sorted(set(known))
+    if close := find_nearest_name(name, names):
+        return f"; did you mean {close!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def find_nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return the known name that a user probably means; "" if none is close.
+
+    A remedy that is a command takes this name, not the name that is wrong.
+    """
     from difflib import get_close_matches
 
-    names = sorted(set(known))
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    return next(iter(get_close_matches(name, sorted(set(known)), n=1, cutoff=0.6)), "")

@@ -250,7 +250,7 @@ def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ({"task.name": "text_to_code"}, "base already has a task 'text_to_code'"),
         (
             {"corpus": "cuonts"},
-            "cuonts: missing; did you mean 'counts'. Run `skillnet prepare cuonts`",
+            "cuonts: missing. Did you mean 'counts', which is prepared?",
         ),
         ({"corpus": "unnamed"}, "the corpus unnamed has no list of labels; give --task.outputs"),
         ({"corpus": "headings"}, "counting reads video, but corpus headings holds text"),

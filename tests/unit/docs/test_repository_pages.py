@@ -80,3 +80,18 @@ def test_the_workflow_runs_the_ci_script() -> None:
     jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
     commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
     assert "bash .ci/run" in commands
+
+
+def test_the_workflow_names_actions_by_their_commits() -> None:
+    """A tag can be moved to other code."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [
+        line.partition("uses:")[2].strip()
+        for path in workflows
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
+    assert used
+    assert [
+        each for each in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", each)
+    ] == []
