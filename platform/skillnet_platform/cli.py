@@ -426,7 +426,7 @@ def _help(commands: dict[str, EntryPoint]) -> str:
     lines += [f"  {name:<{width}}  {SUMMARIES[name]}" for name in known]
     if others:
         lines += ["", "From other packages:"]
-        lines += [f"  {name:<{width}}  {commands[name].value}" for name in others]
+        lines += [f"  {name:<{width}}  {_summarize(commands[name])}" for name in others]
     if not commands:
         lines += ["  (no command found: install the package with `pip install -e .`)"]
     lines += [
@@ -435,6 +435,14 @@ def _help(commands: dict[str, EntryPoint]) -> str:
         "--help. Start with `skillnet doctor`, then `skillnet quickstart`.",
     ]
     return "\n".join(lines)
+
+
+def _summarize(entry: EntryPoint) -> str:
+    """Return the summary of the package of a command, whose modules the help does not import."""
+    if entry.dist is None:
+        return ""
+    about = entry.dist.metadata
+    return f"{about['Summary'] or 'no summary'} ({about['Name']})"
 
 
 def _print_text(text: str) -> int:

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "reference/commands"
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+#: A Sphinx role, and the start of its target if only the last part is to be shown.
+ROLE = re.compile(r":(?:[a-z]+:)+<code>(?:~[\w.]*\.)?")
 #: Folder of pages -> weight of a match in a search; other pages have 1.
 SEARCH_BOOSTS = {"decisions/": 0.2, "results/": 0.4, "study/": 0.4, "reference/commands/": 0.6}
 #: The ends of an interval between brackets, and what is between them.
@@ -124,7 +125,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Leave out Sphinx roles before code, and line breaks within intervals."""
-    return INTERVAL.sub(lambda m: f"{m[1]}{UNBROKEN[m[2]]}{m[3]}", ROLE.sub("", html))
+    return INTERVAL.sub(lambda m: f"{m[1]}{UNBROKEN[m[2]]}{m[3]}", ROLE.sub("<code>", html))
 
 
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:

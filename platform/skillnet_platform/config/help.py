@@ -125,7 +125,7 @@ def _short_entry(option: str, note: str, default: str) -> list[str]:
     text = re.split(r"(?<=\w)[.;](?= |$)| \(|: (?=\w+ =|``)", note)[0].rstrip(".")
     left = f"  {option} ".ljust(COLUMN)
     room = WIDTH - len(left) - len(end)
-    text = textwrap.shorten(text.replace("``", ""), room, placeholder=" …") if text else ""
+    text = textwrap.shorten(_remove_markup(text), room, placeholder=" …") if text else ""
     return [f"{left}{text}{end}".rstrip()]
 
 
@@ -191,12 +191,18 @@ def _default(tree: Any, name: str) -> str:
 
 
 def _wrap(text: str) -> list[str]:
+    text = _remove_markup(text)
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", drop_whitespace=True) or [""]
+
+
+def _remove_markup(text: str) -> str:
+    """Return a part of a docstring without Sphinx roles and the backquotes of code."""
+    return re.sub(r"(?::[a-z]+)+:`(?:~[\w.]*\.)?([^`]+)`", r"\1", text).replace("``", "")
 
 
 def _entry(option: str, text: str) -> list[str]:
     indent = " " * COLUMN
-    wrapped = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+    wrapped = textwrap.wrap(_remove_markup(text), WIDTH - COLUMN) or [""]
     if len(option) + 4 > COLUMN:
         return [f"  {option}", *(indent + line for line in wrapped)]
     return [f"  {option:<{COLUMN - 2}}{wrapped[0]}", *(indent + line for line in wrapped[1:])]

@@ -92,7 +92,10 @@ def test_links_to_other_hosts_are_no_resources() -> None:
 
 
 def test_roles_of_docstrings_are_left_out() -> None:
-    assert site_hooks.on_page_content(":meth:<code>x</code>") == "<code>x</code>"
+    for role in (":meth:", ":py:exc:", ":ref:"):
+        assert site_hooks.on_page_content(f"{role}<code>x.y</code>") == "<code>x.y</code>"
+        assert site_hooks.on_page_content(f"{role}<code>~x.y</code>") == "<code>y</code>"
+    assert site_hooks.on_page_content("as: <code>~x.y</code>") == "as: <code>~x.y</code>"
 
 
 def test_no_line_breaks_within_an_interval() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -70,7 +71,8 @@ def test_commands_of_other_packages_are_listed_and_run(
 ) -> None:
     info = tmp_path / "other-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    about = "Metadata-Version: 2.1\nName: other\nVersion: 1.0\nSummary: Do more with runs.\n"
+    (info / "METADATA").write_text(about)
     (info / "entry_points.txt").write_text(
         "[skillnet.commands]\nextra = other_module:main\nbroken = absent_module:main\n"
     )
@@ -79,7 +81,10 @@ def test_commands_of_other_packages_are_listed_and_run(
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert cli.main(["--help"]) == 0
-    assert "other_module:main" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"^  extra +Do more with runs\. \(other\)$", shown, re.MULTILINE)
+    assert "other_module" not in shown
+    assert "other_module" not in sys.modules, "the help imports no command"
     assert cli.main(["extra", "--x"]) == 7
     assert "['--x']" in capsys.readouterr().out
     assert cli.main(["broken"]) == 1

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import re
+from dataclasses import dataclass
 
 import pytest
 
 from skillnet_platform import cli
-from skillnet_platform.config.help import MAX_ESSENTIAL, WIDTH, display_width
+from skillnet_platform.config.help import MAX_ESSENTIAL, WIDTH, display_width, render_help
 from skillnet_platform.config.schema import all_keys
 
 #: Lines of options on one screen, with --config, --json and --help.
@@ -57,9 +59,29 @@ def test_essential_options_exist(name: str) -> None:
         assert key.partition(".NAME")[0] in known
 
 
-def test_a_long_example_is_continued_on_the_next_line() -> None:
-    from skillnet_platform.config.help import render_help
+@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
+def test_help_has_no_markup_of_docstrings(name: str) -> None:
+    for words in ((name, "--help"), (name, "--help", "all")):
+        text = "\n".join(help_lines(*words))
+        assert not re.search(r":[a-z]+:`|``", text)
 
+
+def test_markup_of_notes_is_shown_as_plain_text() -> None:
+    @dataclass
+    class Noted:
+        """Options.
+
+        Args:
+            size: as :class:`~a.b.Size` or :py:func:`a.size`; ``none`` for no size.
+        """
+
+        size: int = 1
+
+    text = " ".join(render_help(Noted, "x").split())
+    assert "as Size or a.size; none for no size" in text
+
+
+def test_a_long_example_is_continued_on_the_next_line() -> None:
     line = "skillnet predict " + " ".join(f"--option{n} value" for n in range(9))
     text = render_help(cli.find_commands()["fetch"].load().config_class, "x", example=line)
     example = text.splitlines()[text.splitlines().index("example:") + 1 :]
