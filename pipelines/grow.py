@@ -72,7 +72,7 @@ def _grow_in_folder(
     from pipelines.runs.progress_log import PROGRESS, follow_progress
     from pipelines.serving.registration import check_given_name, register_measured_run
     from pipelines.training import run as training_run
-    from pipelines.training.init_from import read_training_corpora
+    from pipelines.training.init_from import read_training_corpora, record_origin
     from pipelines.training.setup import require_devices
 
     settings = resolved.config
@@ -81,7 +81,8 @@ def _grow_in_folder(
     grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
     # Read from the model, because a new modality adds a stem to the new skill and head.
     settings.training.trainable = verification.added_files(before, grown)
-    settings.init_from = runs.save_start_model(grown, str(settings.run_dir))
+    start = runs.save_start_model(grown, str(settings.run_dir))
+    settings.init_from = record_origin(Path(start), source.name)
     # Checked before training: an old file that saving rewrites would waste the run.
     verification.assert_files_unchanged(
         verification.compare_files(source, before, Path(settings.init_from))

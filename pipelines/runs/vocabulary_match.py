@@ -159,7 +159,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
 
 
 def check_corpus_tokenizer(
-    vocabulary: ModelVocabulary, corpus: PreparedCorpus, origin: Path | None
+    vocabulary: ModelVocabulary, corpus: PreparedCorpus, origin: Path | None, name: str = ""
 ) -> None:
     """Check that a corpus was prepared with the tokenizer of a model.
 
@@ -167,6 +167,7 @@ def check_corpus_tokenizer(
         vocabulary: of the model; without a tokenizer nothing is compared.
         corpus: whose tokens the model reads.
         origin: folder of the model, to find its tokenizer for the message.
+        name: of the model in the message, by default the folder.
 
     Raises:
         UserError: it has another tokenizer; names both, and the command that prepares the corpus.
@@ -174,7 +175,7 @@ def check_corpus_tokenizer(
     expected, found = vocabulary.tokenizer, _tokenizer_digest(corpus.manifest)
     if expected is None or found is None or expected == found:
         return
-    model = "the model" if origin is None else f"the model {origin}"
+    model = "the model" if origin is None else f"the model {name or origin}"
     raise UserError(
         f"{corpus.path}: it was prepared with the tokenizer {found[:DIGITS]}, {model} was trained "
         f"with {expected[:DIGITS]}, so its token ids mean other tokens. Prepare the corpus with "

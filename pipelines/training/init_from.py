@@ -51,8 +51,11 @@ from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.objects import is_uri
 
+#: Beside a copy of initial weights: the address that it was made from.
+ORIGIN = "origin.json"
 #: Keys that change the model's computation although all tensors may fit.
 _MUST_EQUAL = (
     "num_layers",
@@ -99,7 +102,7 @@ class InitReport:
     def describe(self) -> list[str]:
         """Return lines for the console: the origin, new heads, and positions of other sizes."""
         fresh = f"; random: {', '.join(self.fresh)}" if self.fresh else ""
-        origin = f"started from {self.source} with {', '.join(self.taken)}{fresh}"
+        origin = f"started from {find_origin(self.source)} with {', '.join(self.taken)}{fresh}"
         return [
             origin,
             *(f"{task}: {reason}" for task, reason in self.new_heads.items()),
@@ -129,7 +132,7 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     # This is the only place that contacts the registry, a store or the hub for initial weights.
     checkpoint = find_library_checkpoint(address)
     if checkpoint is not None:
-        return str(import_checkpoint(checkpoint, run_dir))
+        return record_origin(import_checkpoint(checkpoint, run_dir), address)
     source = resolve_model(address, uri)
     is_registered = source.version is not None or address.startswith(("models:/", "runs:/"))
     if not is_registered and not is_uri(address):
@@ -143,7 +146,32 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
                 shutil.copy(source.run / TRAINED, staging / TRAINED)
             if source.settings:
                 storage.write_json(staging / SETTINGS, source.settings)
+    return record_origin(copy, address)
+
+
+def record_origin(copy: Path, address: str) -> str:
+    """Write what a copy of initial weights was made from beside it; return the copy's folder.
+
+    Args:
+        copy: folder of the weights, whose name means nothing to the user.
+        address: as the user gave it.
+    """
+    storage.write_json(copy / ORIGIN, {"address": str(SecretUri(address))})
     return str(copy)
+
+
+def find_origin(weights: str) -> str:
+    """Return the address that a copy of initial weights was made from; other folders unchanged.
+
+    Args:
+        weights: folder of the weights.
+    """
+    # A damaged record must not hide the message that names the weights.
+    with contextlib.suppress(ValueError, OSError):
+        found = storage.read_json(Path(weights) / ORIGIN)
+        if isinstance(found, dict) and isinstance(found.get("address"), str):
+            return str(found["address"])
+    return weights
 
 
 def inherit_reference_tasks(config: FinetuneConfig, weights: str) -> FinetuneConfig:
@@ -186,12 +214,13 @@ def load_init_weights(
     """
     if not config.init_from:
         return None
-    source, location = resolve_model(config.init_from), f"--from {config.init_from}"
+    source, origin = resolve_model(config.init_from), find_origin(config.init_from)
+    location = f"--from {origin}"
     vocabulary = read_vocabulary(source.weights, read_manifest(source.weights))
     # Before the sizes: another tokenizer explains another number of tokens.
     for task, corpus in corpora.items():
         if reads_tokens(find_task(task, config.model.tasks)):
-            check_corpus_tokenizer(vocabulary, corpus, source.weights)
+            check_corpus_tokenizer(vocabulary, corpus, source.weights, origin)
     # Differences are collected first, to explain a tensor that does not fit.
     differing, is_dense = _find_differences(config, source.weights, location)
     start = load_source_model(source)

@@ -95,8 +95,10 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
     config: FinetuneConfig, tmp_path: Path
 ) -> None:
     bert = save_bert(tmp_path / "bert")
-    with pytest.raises(UserError, match="so its token ids mean other tokens"):
+    with pytest.raises(UserError, match="so its token ids mean other tokens") as error:
         start(config, tmp_path / "bert")
+    assert f"the model {tmp_path / 'bert'} was trained with" in str(error.value)
+    assert ".starts" not in str(error.value), "the folder of the copy means nothing to the user"
     text, rows = map_token_ids(tmp_path / "bert")
     manifest = tmp_path / "data" / "headings" / "manifest.json"
     values = json.loads(manifest.read_text())
@@ -104,6 +106,7 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
     manifest.write_text(json.dumps(values | {"digest": manifest_digest(values)}))
     with pytest.raises(UserError) as error:
         start(config, tmp_path / "bert")
+    assert str(error.value).startswith(f"--from {tmp_path / 'bert'} has other layers")
     options = str(error.value).partition("; give ")[2].split(" ")
     given = dict(
         zip((k.removeprefix("--model.") for k in options[::2]), options[1::2], strict=True)
@@ -124,6 +127,7 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
         replace(config, model=replace(config.model, **sizes)), tmp_path / "bert", init_noise=0.0
     )
     assert report.fresh == ["head-text_classification"]
+    assert report.describe()[0].startswith(f"started from {tmp_path / 'bert'} with")
     saved = load_model(Path(report.source))
     assert saved.vocabulary.tokenizer is not None
     ours = {token: i for i, token in enumerate(_tokens(json.loads(text)))}
