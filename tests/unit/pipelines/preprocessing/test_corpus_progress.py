@@ -45,7 +45,7 @@ def test_a_signal_does_not_reach_into_the_iterator_that_submits_tasks() -> None:
         contextlib.closing(pipeline._iterate_in_thread(submit())) as items,
     ):
         assert list(items) == "interrupted"
-    # It was closed between two items, in its own thread, before its caller went on.
+    # It was closed between two items, in its own thread, before its caller continued.
     assert closed_by == ["prepare"]
 
 
