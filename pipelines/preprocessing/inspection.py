@@ -34,6 +34,7 @@ from pipelines.corpora.formats.packed_archives import (
     unpack_hint,
 )
 from pipelines.corpora.formats.record_reader import read_json_entries, read_records
+from pipelines.corpora.formats.unread_files import describe_unread_format
 from pipelines.corpora.readers.fields import RecordCorpus
 from pipelines.corpora.readers.folder import FolderCorpus
 from pipelines.corpora.readers.label_values import count_labels, describe_numeric_labels
@@ -167,6 +168,8 @@ def _find_reader(path: str) -> tuple[str, str, str]:
         raise UserError(f"{path}: an empty folder; give the folder that holds the corpus")
     detected = detect_reader(source)
     if detected is None:
+        if not list_archives(source) and (problem := describe_unread_format(source)):
+            raise UserError(f"{path}: {problem}")
         raise UserError(
             f"{path}: no known format; known are {', '.join(READERS)}. To see what a format "
             f"lacks, name it: skillnet inspect folder:{path}{unpack_hint(source)}"

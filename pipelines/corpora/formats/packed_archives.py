@@ -1,5 +1,6 @@
 """Detection of archives that must be unpacked before a reader can use them, and the message."""
 
+from pipelines.corpora.formats.unread_files import describe_unread_format
 from pipelines.io.directory import SourceDirectory
 from skillnet_platform.errors import UserError
 
@@ -36,6 +37,8 @@ def missing_format_error(source: SourceDirectory, reason: str) -> UserError:
         source: the path that was given.
         reason: which file or folder is missing.
     """
+    if not list_archives(source) and (problem := describe_unread_format(source)):
+        return UserError(f"{source.uri}: {problem}")
     empty = "an empty folder; " if is_empty_folder(source) else ""
     return UserError(f"{source.uri}: {empty}{reason}{unpack_hint(source)}")
 

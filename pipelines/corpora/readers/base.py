@@ -18,6 +18,7 @@ from annotated_types import Interval
 
 from pipelines.config.bounds import BoundedOptions
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.unread_files import UnreadFiles
 from pipelines.corpora.readers import columns
 from pipelines.corpora.readers.label_values import (
     RunningMoments,
@@ -26,7 +27,6 @@ from pipelines.corpora.readers.label_values import (
     parse_label,
     sort_labels,
 )
-from pipelines.corpora.readers.unread_files import UnreadFiles
 from pipelines.io.directory import (
     DirectoryEntry,
     SourceDirectory,

@@ -22,6 +22,12 @@ from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.parquet_media import EmbeddedMedia
 from pipelines.corpora.formats.record_reader import BadRecord, describe_first_error
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
+from pipelines.corpora.formats.unread_files import (
+    BOXES,
+    is_annotation_name,
+    refuse_unread_layout,
+    refuse_unread_table,
+)
 from pipelines.corpora.readers.class_folders import (
     find_first_media,
     find_split_root,
@@ -55,7 +61,6 @@ from pipelines.corpora.readers.metadata_tables import (
 from pipelines.corpora.readers.parquet_tables import ParquetTable, describe_tables
 from pipelines.corpora.readers.repository_card import CARD
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
-from pipelines.corpora.readers.unread_files import is_annotation_name
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
@@ -132,12 +137,14 @@ class FolderCorpus(RecordCorpus):
 
     def discover(self) -> None:
         """Find metadata files or class folders, and infer the schema from the first rows."""
+        refuse_unread_table(self.source)
         uri = self.source.uri
         beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
         tables = self._find_tables()
         self.tables, self.class_names = describe_tables(self.source, tables, self.options.modality)
         if not self.tables:
+            refuse_unread_layout(self.source)
             self._discover_classes()
             return
         described = next((each for each in self.tables if isinstance(each, ParquetTable)), None)
@@ -159,6 +166,8 @@ class FolderCorpus(RecordCorpus):
             cause = describe_first_error(first.read(self.source))
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
+        if {"images", "annotations", "categories"} <= set(sample.names):
+            raise UserError(f"{uri}: COCO with boxes or masks; {BOXES}")
         chosen = self.options.file
         if chosen is not None:
             chosen = match_field(sample.names, chosen, f"options.{self.name}.file")

@@ -12,11 +12,12 @@ readers of folders and tars call them.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
+from urllib.parse import unquote
 
 from pipelines.corpora.base import Row
 from pipelines.corpora.formats.class_names import NO_CLASSES, FileClasses, name_classes
@@ -61,6 +62,9 @@ _FLICKR_NAME = re.compile(r"results_\d+\.token|flickr\w+\.token(\.txt)?|results\
 _FLICKR_SPLIT = re.compile(r"flickr_?8k\.(train|dev|test)images\.txt")
 #: Folders of annotation files beside the media.
 _ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|flickr\w*_?text", re.IGNORECASE)
+#: A folder of a partitioned table, and the value of rows without one.
+_PARTITION = re.compile(r"([A-Za-z_]\w*)=(.+)")
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 #: Folders of recordings whose names have no ending, "" for the directory itself.
 _SOUND_FOLDERS = ("wavs", "wav", "audio", "clips", "")
 #: Rows and folders in which media are searched.
@@ -76,6 +80,7 @@ class MetadataTable:
         file: its path in the directory of the corpus, "" for the corpus itself.
         folder: folder of the media that its rows name, in the directory of the media.
         classes: names of its classes, as it numbers them, and the file that states them.
+        partition: fields of all its rows that its folders state, as in ``label=cat/0.parquet``.
     """
 
     split: str | None
@@ -83,6 +88,7 @@ class MetadataTable:
     folder: str = ""
     # Not compared, because tables are keys, and the split and the file identify them.
     classes: FileClasses = field(default=NO_CLASSES, compare=False, kw_only=True)
+    partition: Mapping[str, str | None] = field(default_factory=dict, compare=False, kw_only=True)
 
     #: Folders that can hold the media, in addition to those beside the file.
     media_folders = ("",)
@@ -101,9 +107,10 @@ class MetadataTable:
         yield from self.name_rows(read_records(source, self.file))
 
     def name_rows(self, rows: Iterator[NumberedRecord]) -> Iterator[NumberedRecord]:
-        """Yield records with names in place of the numbers of classes."""
+        """Yield records with the fields of the partition, and with names of classes."""
         for number, record in rows:
             if isinstance(record, dict):
+                record |= self.partition
                 name_classes(self.classes.names, record)
             yield number, record
 
@@ -260,7 +267,33 @@ def _find_named_tables(source: SourceDirectory, media: SourceDirectory) -> list[
     for name in METADATA_NAMES:
         if source.exists(name):
             return [_open_table(source, media, None, name)]
-    return _find_split_tables(source, media) or _find_caption_tables(source, media)
+    return (
+        _find_partitions(source)
+        or _find_split_tables(source, media)
+        or _find_caption_tables(source, media)
+    )
+
+
+def _find_partitions(source: SourceDirectory) -> list[MetadataTable]:
+    """Return the tables in folders that state a value, as Hive and Spark write them."""
+    if not any(entry.is_folder and _PARTITION.fullmatch(entry.name) for entry in source.entries()):
+        return []
+    found = []
+    for entry in source.walk():
+        *folders, name = entry.name.split("/")
+        stated = {
+            parts[1]: None if parts[2] == _NO_VALUE else unquote(parts[2])
+            for folder in folders
+            if (parts := _PARTITION.fullmatch(folder))
+        }
+        # Names with an underscore are of the writer: _SUCCESS, _metadata.
+        if not stated or name.startswith("_") or not name.lower().endswith(ROW_SUFFIXES):
+            continue
+        split = next((value for key, value in stated.items() if fold_name(key) == "split"), None)
+        values = {key: value for key, value in stated.items() if fold_name(key) != "split"}
+        known = (parse_split_name(split) or split) if split else None
+        found.append(MetadataTable(known, entry.name, "/".join(folders), partition=values))
+    return found
 
 
 def list_row_files(source: SourceDirectory) -> list[str]:

@@ -102,6 +102,7 @@ def describe_tables(
             column,
             described,
             classes=FileClasses(classes[table].file, {**names, **classes[table].names}),
+            partition=table.partition,
         )
         if table in classes
         else table
