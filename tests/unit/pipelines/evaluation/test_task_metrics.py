@@ -5,12 +5,14 @@ import pyarrow as pa
 import pytest
 
 from pipelines.evaluation.held_out_units import read_unit_numbers
+from pipelines.evaluation.row_scores import score_predictions
 from pipelines.evaluation.task_metrics import (
     classification_metrics,
     error_rate_metrics,
     find_query_units,
     rank_metrics,
 )
+from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 
 UNITS = np.repeat(np.arange(20), 10)
@@ -76,3 +78,21 @@ def test_rows_without_a_name_are_units_by_themselves() -> None:
     assert read_unit_numbers(nothing, "x/test").tolist() == [0, 1, 2]
     with pytest.raises(UserError, match=r"x/test: no column 'unit'. Prepare the corpus again."):
         read_unit_numbers(pa.table({"key": ["a"]}), "x/test")
+
+
+def test_rows_without_labels_do_not_count_in_average_precision() -> None:
+    """A row without labels has no ranking; counted as 0 it would lower the mean."""
+    scores = np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.8], [0.7, 0.6, 0.1], [0.2, 0.4, 0.3]])
+    truth = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    spec = Task("multi_label", {"input": SkillPlan(("general", "text"), "text")}, outputs=3)
+    units = np.array([0, 0, 1, 2])
+    metric = score_predictions(spec, scores, {"label_sets": truth}, 0, units).metrics
+    # The label of the first row is first, that of the third row second.
+    assert metric["average_precision"].value == pytest.approx((1 + 1 / 2) / 2)
+    labelled = truth.any(1)
+    alone = score_predictions(
+        spec, scores[labelled], {"label_sets": truth[labelled]}, 200, units[labelled]
+    ).metrics["average_precision"]
+    whole = score_predictions(spec, scores, {"label_sets": truth}, 200, units).metrics
+    assert whole["average_precision"].value == pytest.approx(alone.value)
+    assert whole["average_precision"].low > 0

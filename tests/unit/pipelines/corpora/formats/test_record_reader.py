@@ -1,6 +1,7 @@
 """JSON files: bad records, encodings and layouts."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipelines.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
 from pipelines.corpora.formats.record_reader import (
     DUPLICATE_FIELD,
     MULTILINE_JSON,
+    read_json_arrays,
     read_json_entries,
     read_json_lines,
     read_records,
@@ -142,3 +144,45 @@ def test_oversized_input_ends_the_file(
     assert first == (1, {"a": 1})
     assert (number > 1, broken.truncates_file) == (True, True)
     assert broken.reason in ("a line longer than 64 MiB", "a flood of empty lines")
+
+
+class EndlessEntry(io.RawIOBase):
+    """A JSON text whose first entry goes on for as long as somebody reads it, up to a limit.
+
+    Attributes:
+        given: bytes that were read.
+    """
+
+    def __init__(self, start: bytes, limit: int) -> None:
+        self.start, self.limit, self.given = start, limit, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = (self.start + b"x" * len(buffer))[: len(buffer)] if not self.given else None
+        size = min(len(buffer), self.limit - self.given)
+        buffer[:size] = (data or b"x" * size)[:size]
+        self.given += size
+        return size
+
+
+@pytest.mark.parametrize(
+    ("reader", "start"),
+    [
+        (read_json_arrays, b'{"images": ["'),
+        (read_json_lines, b'[{"text": "'),
+    ],
+)
+def test_memory_holds_one_entry_of_64_mib_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Any, start: bytes
+) -> None:
+    """A file of some KiB can decompress to an entry without end."""
+    limit = 64 * 2**20
+    raw = EndlessEntry(start, 5 * limit)
+    monkeypatch.setattr(SourceDirectory, "open", lambda *_: io.BufferedReader(raw))
+    ((number, *_, record),) = reader(SourceDirectory(str(tmp_path)), "rows.json")
+    assert number == 1
+    assert record.truncates_file
+    # The block that exceeds the limit is as large as everything before it.
+    assert limit < raw.given <= 3 * limit
