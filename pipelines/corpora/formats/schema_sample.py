@@ -10,8 +10,8 @@ from typing import Any
 
 #: Rows of a file, or members of a tar, that are sampled.
 SAMPLE_ROWS = 1000
-#: Words of a sentence.
-MIN_WORDS = 3
+#: Words of a sentence, and characters in which they are counted.
+MIN_WORDS, _SENTENCE_CHARACTERS = 3, 200
 
 
 class SchemaSample:
@@ -90,8 +90,9 @@ def is_sentence(text: str) -> bool:
 
     Names of people, places and classes are shorter.
     """
-    words = [word for word in text.split() if any(map(str.isalpha, word))]
-    return len(words) >= MIN_WORDS or sum(c > "\u2e80" for c in text) >= 2 * MIN_WORDS
+    start = text[:_SENTENCE_CHARACTERS]
+    words = [word for word in start.split() if any(map(str.isalpha, word))]
+    return len(words) >= MIN_WORDS or sum(c > "\u2e80" for c in start) >= 2 * MIN_WORDS
 
 
 def is_empty_value(value: Any) -> bool:

@@ -217,10 +217,21 @@ class FolderCorpus(RecordCorpus):
     def _find_tables(self) -> list[MetadataTable]:
         try:
             chosen, warn = self.options.configuration, console.print_warning
-            return find_tables(self.source, self.media_source, chosen, warn)
+            found = find_tables(self.source, self.media_source, chosen, warn)
         except SeveralConfigurationsError as error:
             option = f"--options.{self.name}.configuration"
             raise UserError(f"{error}. Give one of them: {option} {error.names[0]}") from None
+        # The option says that rows name the media: the only file of rows can have any name.
+        if not found and self.options.file is not None:
+            rows = list_row_files(self.source)
+            if len(rows) != 1:
+                listed = ", ".join(rows[:NAMED_FILES]) or "none"
+                raise UserError(
+                    f"options.{self.name}.file: a field of rows, but {self.source.uri} has no "
+                    f"single file of rows ({listed}). Give the file: folder:PATH"
+                )
+            return [MetadataTable(None, rows[0])]
+        return found
 
     def _locate_media(
         self, named: dict[MetadataTable, list[Row]], extension: str | None

@@ -103,7 +103,9 @@ class HfDatasetCorpus(RecordCorpus):
         if self.media_field is not None and self.options.modality is None:
             self.options.modality = described.media[self.media_field]
         first = SchemaSample()
-        for split, folder in self.folders[:1]:
+        # In a store the first batch would be transferred with its media.
+        is_light = not self.source.remote or self.media_field is None
+        for split, folder in self.folders[:1] if is_light else ():
             for file in _list_files(self.source, folder)[:1]:
                 found = (row for row in self._records(file) if isinstance(row, dict))
                 for record in islice(found, TEXT_ROWS):

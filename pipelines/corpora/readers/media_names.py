@@ -33,15 +33,16 @@ class MediaNames:
     Args:
         media: the directory.
         limit: files that are listed, None for all.
+        depth: levels of folders that are listed.
 
     Attributes:
         count: number of media files.
     """
 
-    def __init__(self, media: SourceDirectory, limit: int | None = None) -> None:
+    def __init__(self, media: SourceDirectory, limit: int | None = None, depth: int = 16) -> None:
         self.count = 0
         self._files = defaultdict[str, list[str]](list)
-        for entry in islice(media.walk(), limit):
+        for entry in islice(media.walk(depth=depth), limit):
             if file_extension(entry.name) in MODALITY_OF_EXTENSION:
                 self._files[_remove_ending(entry.name.rpartition("/")[2])].append(entry.name)
                 self.count += 1
@@ -125,19 +126,23 @@ def ask_for_media(
     Raises:
         UserError: a field names media, or there are many media; the message has the options.
     """
-    names = MediaNames(media, LISTED_FILES)
+    # The folder of a single file can be a home directory or a bucket.
+    depth = (1 if source.remote else 2) if source.is_file else 16
+    names = MediaNames(media, LISTED_FILES, depth)
     if not names.count:
         return
-    files = "1 media file" if names.count == 1 else f"{names.count:,} media files"
+    is_one = names.count == 1
+    files = "1 media file" if is_one else f"{names.count:,} media files"
+    unread = f"{source.uri}: {files} {'is' if is_one else 'are'} not read (such as {names.first})"
     is_text = modality in ("text", "code")
     found = names.find_field(rows)
     if is_text or (source.is_file and found is None):
         # Beside a single file anything can lie; its folder was not given.
         if not source.is_file:
-            console.print_warning(f"{source.uri}: {files} are not read (such as {names.first})")
+            console.print_warning(unread)
         return
     alone = f"To read the rows as texts without them: {option}.modality text"
-    lie = f"{source.uri}: {files} lie{'s' * (names.count == 1)} beside the rows"
+    lie = f"{source.uri}: {files} {'lies' if is_one else 'lie'} beside the rows"
     if found is not None:
         field, value, file = found
         if isinstance(value, list):
@@ -150,7 +155,7 @@ def ask_for_media(
             f"{option}.file {field}. {alone}"
         )
     if names.count * ROWS_PER_ILLUSTRATION < num_rows:
-        console.print_warning(f"{source.uri}: {files} are not read (such as {names.first})")
+        console.print_warning(unread)
         return
     fields = list(dict.fromkeys(name for row in rows for name in row))
     raise UserError(

@@ -147,7 +147,7 @@ def test_oversized_input_ends_the_file(
 
 
 class EndlessEntry(io.RawIOBase):
-    """A JSON text whose first entry goes on for as long as somebody reads it, up to a limit.
+    """A JSON text whose first entry is as long as somebody reads it, up to a limit.
 
     Attributes:
         given: bytes that were read.

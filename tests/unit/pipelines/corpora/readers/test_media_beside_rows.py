@@ -135,6 +135,18 @@ def test_equal_names_are_divided_by_split_or_rejected(tmp_path: Path) -> None:
     }
 
 
+def test_the_option_opens_rows_of_any_name_beside_media_in_folders(tmp_path: Path) -> None:
+    write_pictures(tmp_path, [f"images/{n % 3}/{n}.jpg" for n in range(12)])
+    options = {"file": "image_id", "label": "breed"}
+    with pytest.raises(UserError, match=r"options\.mine\.file: .* no single file of rows \(none\)"):
+        open_external_corpus("mine", f"folder:{tmp_path}", options)
+    rows = [{"image_id": n, "breed": f"breed {n % 2}"} for n in range(12)]
+    write_table(tmp_path / "labels.csv", rows)
+    found, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
+    assert not reasons
+    assert {row["label"] for each in found.values() for row in each} == {"breed 0", "breed 1"}
+
+
 def test_folders_of_splits_decide_the_splits_of_ids(tmp_path: Path) -> None:
     names = [f"{'train' if n < 8 else 'test'}/{n}.jpg" for n in range(12)]
     write_pictures(tmp_path, names)
