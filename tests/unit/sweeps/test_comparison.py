@@ -454,7 +454,7 @@ def test_two_systems_without_a_reference_have_no_verdict(tmp_path: Path):
     assert answer.endswith("; no system is named skillnet, so nothing is tested; give --reference.")
     named = cl.answer_in_a_sentence(compare_systems(of.runs, "moe"))
     assert named.startswith("moe scores lower than dense on 5 tasks: −")
-    # The reserve is not tested, whatever its systems are named.
+    # Scores of a reserve are not tested.
     untested = cl.answer_in_a_sentence(replace(compare_systems(of.runs, "moe"), tests=[]))
     assert untested.endswith("; these systems are not tested against each other.")
 

@@ -228,7 +228,7 @@ def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
     assert "Notice: A baseline is broken." in capsys.readouterr().err
     # A report of folds says how often simulated ones have a false mark.
     assert "6 to 9 % of the reports of equal systems have a mark" in made.tables[0].caption
-    # The study goes on elsewhere with its notices.
+    # Another machine that resumes the study has its notices.
     config = replace(read_study_config(folder), keep=str(tmp_path / "results"))
     config = replace(config, run_dir=str(tmp_path / "second"))
     restore_results(config)
