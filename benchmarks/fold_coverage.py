@@ -7,6 +7,8 @@ Eight equal systems answer the folds of the final study, each fold with one run 
 Runs of two folds share training rows, so a system may be better or worse in all of them. The size
 of this effect is unknown. The correction of Nadeau and Bengio assumes its variance as a share of
 the variance of one run. The simulation has no such effect, the assumed one, or twice its variance.
+Scores are drawn from the variances of units and seeds, or from the residuals that the folds of the
+final study had: each system's scores without its mean and without what all systems share in a fold.
 The measures are those of :mod:`benchmarks.study_coverage`.
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measure import RESULTS
 from benchmarks.study_coverage import (
     EffectSpread,
     SimulatedTask,
@@ -33,8 +36,11 @@ from pipelines.shards.dataset import open_corpus
 from pipelines.shards.folds import open_fold
 from pipelines.shards.selected_rows import list_row_units
 from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN
+from sweeps.analysis.comparison import MEAN, SPLIT, compare_systems
+from sweeps.analysis.finished_runs import read_run
+from sweeps.analysis.run_groups import label_runs
 from sweeps.analysis.statistics import RunSample
+from sweeps.study.study import read_study_ledger
 
 FOLD_UNITS = Path(__file__).with_name("fold_units.csv")
 #: ``fold`` of ``configs/studies/final.yaml``.
@@ -104,15 +110,18 @@ class FoldDesign:
             variance that the correction assumes.
         is_spread_seen: whether each system has the spread over seeds that it had in the study of
             five seeds; otherwise all have the pooled one.
+        has_residuals: whether the scores are drawn from the residuals of the final study.
     """
 
     training_effect: float
     is_spread_seen: bool = False
+    has_residuals: bool = False
 
     @property
     def name(self) -> str:
         """Name of the line."""
         spread = "spreads as seen" if self.is_spread_seen else "equal spreads"
+        spread = "residuals of the study" if self.has_residuals else spread
         return f"14 folds, training effect {self.training_effect:g}, {spread}"
 
 
@@ -159,8 +168,31 @@ def count_units(data: Path) -> list[dict[str, str | int]]:
     return rows
 
 
+def read_residuals(folder: Path = RESULTS / "final") -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Return (system, task) -> residuals of the folds of a kept study, (folds,).
+
+    Args:
+        folder: the kept study.
+    """
+    runs = label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
+    comparison = compare_systems(runs)
+    residuals = {}
+    for task in comparison.common_tasks:
+        score_SF = np.stack([comparison.samples[label, task, SPLIT].values for label in SYSTEMS])
+        rest_SF = score_SF - score_SF.mean(1, keepdims=True)
+        rest_SF = rest_SF - rest_SF.mean(0)
+        count, folds = rest_SF.shape
+        # Both means are estimates: the residuals vary less than the scores did.
+        rest_SF *= (count / (count - 1) * folds / (folds - 1)) ** 0.5
+        residuals |= {(label, task): rest_SF[place] for place, label in enumerate(SYSTEMS)}
+    return residuals
+
+
 def draw_folded_study(
-    tasks: Mapping[str, FoldedTask], design: FoldDesign, random: np.random.Generator
+    tasks: Mapping[str, FoldedTask],
+    design: FoldDesign,
+    random: np.random.Generator,
+    residuals: Mapping[tuple[str, str], NDArray[np.float64]] | None = None,
 ) -> dict[tuple[int, str], RunSample]:
     """Return (system, task) -> the scores of a study of equal systems.
 
@@ -168,6 +200,7 @@ def draw_folded_study(
         tasks: units of the folds.
         design: of the study.
         random: generator.
+        residuals: of :func:`read_residuals`, for a design that draws from them.
     """
     samples: dict[tuple[int, str], RunSample] = {}
     ratio = FOLDS.test_to_train
@@ -179,12 +212,19 @@ def draw_folded_study(
             0, (effect * own.expect_variance(of.common)) ** 0.5
         )
         answers = own.expect_variance(of.system) + own.expect_variance(of.rest)
-        for system, index in enumerate(SYSTEMS.values()):
+        for system, (label, index) in enumerate(SYSTEMS.items()):
             seeds = (of.choose_seed_spread(index if design.is_spread_seen else None) / 100) ** 2
             shared = effect * (seeds + answers)
+            if design.has_residuals:
+                assert residuals is not None
+                rest_F = residuals[label, task]
+                shared = effect * float((rest_F**2).mean())
             score_F = of.score + common_F + random.normal(0, shared**0.5)
-            score_F = score_F + random.normal(0, seeds**0.5, len(common_F))
-            score_F += own.draw_folds(random, of.system) + own.draw_folds(random, of.rest)
+            if design.has_residuals:
+                score_F = score_F + random.choice(rest_F, len(common_F))
+            else:
+                score_F = score_F + random.normal(0, seeds**0.5, len(common_F))
+                score_F += own.draw_folds(random, of.system) + own.draw_folds(random, of.rest)
             samples[system, task] = statistics.build_fold_sample(
                 dict(enumerate(score_F.tolist())), ratio
             )
@@ -205,13 +245,23 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tasks, rows = read_folds(), []
     truths = {name: own.task for name, own in tasks.items()}
-    for effect in (0.0, 1.0, 2.0):
-        for is_seen in (False, True):
-            design = FoldDesign(effect, is_seen)
-            random = np.random.default_rng(0)
-            drawn = (draw_folded_study(tasks, design, random) for _ in range(options.studies))
-            rows += measure_studies(drawn, truths, FOLD_PAIRS, design.name)
-            print(f"measured: {design.name}", flush=True)
+    residuals = read_residuals()
+    designs = [
+        design
+        for effect in (0.0, 1.0, 2.0)
+        for design in (
+            FoldDesign(effect),
+            FoldDesign(effect, is_spread_seen=True),
+            FoldDesign(effect, has_residuals=True),
+        )
+    ]
+    for design in designs:
+        random = np.random.default_rng(0)
+        drawn = (
+            draw_folded_study(tasks, design, random, residuals) for _ in range(options.studies)
+        )
+        rows += measure_studies(drawn, truths, FOLD_PAIRS, design.name)
+        print(f"measured: {design.name}", flush=True)
     print(format_markdown(rows))
     if options.output is not None:
         write_table(options.output, rows)
