@@ -176,7 +176,7 @@ def read_residuals(folder: Path = RESULTS / "final") -> dict[tuple[str, str], ND
     """
     runs = label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
     comparison = compare_systems(runs)
-    residuals = {}
+    residuals: dict[tuple[str, str], NDArray[np.float64]] = {}
     for task in comparison.common_tasks:
         score_SF = np.stack([comparison.samples[label, task, SPLIT].values for label in SYSTEMS])
         rest_SF = score_SF - score_SF.mean(1, keepdims=True)

@@ -104,8 +104,8 @@ class PairedTest:
 
     def reverse(self) -> "PairedTest":
         """Return the same test from the view of the other system."""
-        value, low, high, *rest = self.difference
-        turned = ScoreEstimate(-value, -high, -low, *rest)
+        own = self.difference
+        turned = own._replace(value=-own.value, low=-own.high, high=-own.low)
         return replace(self, system=self.against, against=self.system, difference=turned)
 
 
