@@ -45,7 +45,8 @@ class BlockPlan:
 
     Args:
         blocks: in the order of the input.
-        digest: of names, sizes and blocks of the input.
+        digest: of names, sizes and blocks of the input; the bytes of a block are hashed when it is
+            predicted.
     """
 
     blocks: list[PredictionBlock]

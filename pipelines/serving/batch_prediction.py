@@ -5,11 +5,12 @@
     <output>/plan.json                    what the parts belong to; written first
     <output>/part-000000.jsonl            predictions of a block, one per line
     <output>/part-000000.rejected.jsonl   its unusable rows with their reasons
-    <output>/done/part-000000.json        counts and hash; written last, commits the block
+    <output>/done/part-000000.json        counts and hashes; written last, commits the block
     <output>/summary.json                 counts of all blocks; written when all are done
 
 Input and output are folders or URIs. Only the rows of a few blocks are in memory. A prediction that
-was interrupted continues with the blocks that have no file in ``done``.
+was interrupted continues with the blocks that have no file in ``done``, if the bytes of the others
+are still those that were predicted.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from pipelines.serving.input_items import MAX_FILE_BYTES, PredictionItem
 from pipelines.serving.inputs import InputRow, parse_input_line
 from pipelines.serving.predictor import TaskPredictor, to_document
 from skillnet_platform import cluster, console
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories
 from skillnet_platform.storage.location import (
@@ -117,7 +119,8 @@ class BlockPredictor:
         """
         lines: list[bytes] = []
         rejected: list[bytes] = []
-        for rows in _read_chunks(block, self._request.task):
+        seen = hashlib.sha256()
+        for rows in _read_chunks(block, self._request.task, seen):
             self._predict_chunk(rows, lines, rejected)
         name, data = f"part-{block.index:06d}", b"".join(lines)
         write_location(join_location(self._output, f"{name}.jsonl"), data)
@@ -129,6 +132,7 @@ class BlockPredictor:
             "rows": block.rows,
             "predictions": len(lines),
             "rejected": len(rejected),
+            "input_sha256": seen.hexdigest(),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         # Last: it commits the part.
@@ -177,7 +181,11 @@ def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> B
     missing = [block for block in plan.blocks if block.index not in counts]
     resumed = len(counts)
     if resumed:
-        console.print_note(f"{resumed} of {len(plan.blocks)} blocks are done; the others follow")
+        console.print_note(
+            f"{resumed} of {len(plan.blocks)} blocks are done; their input is compared, and the "
+            "others follow"
+        )
+        _check_done_input(output, plan, counts)
     rows = sum(block.rows for block in plan.blocks)
     done = sum(each["rows"] for each in counts.values())
     with console.show_progress("predicting", rows, "rows", done) as bar:
@@ -194,7 +202,7 @@ def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> B
 
 
 def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
-    """Return the predictor of a request, and the digest of its model.
+    """Return the predictor of a request, and the digest of all that its answers depend on.
 
     Args:
         request: of the prediction.
@@ -206,8 +214,19 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     from pipelines.serving.bundle import open_predictor
 
     source = resolve_model(request.model, request.tracking_uri)
-    data = source.find_corpora(request.data)
-    return open_predictor(source, data, request.precision), source.digest
+    predictor = open_predictor(source, source.find_corpora(request.data), request.precision)
+    # The corpora of a checkpoint determine its names, captions and preprocessing.
+    digest = digest_config(
+        [
+            source.digest,
+            predictor.names,
+            predictor.limits,
+            predictor.preprocessing,
+            {task: bank.captions for task, bank in predictor.banks.items()},
+            predictor.tokenizer.to_str(),
+        ]
+    )
+    return predictor, digest
 
 
 def write_location(where: Location, data: bytes) -> None:
@@ -262,11 +281,13 @@ def _parse_block(text: str) -> PredictionBlock:
     return PredictionBlock(**(values | {"files": tuple(values["files"])}))
 
 
-def _read_chunks(block: PredictionBlock, task: str | None) -> Iterator[list[InputRow]]:
+def _read_chunks(
+    block: PredictionBlock, task: str | None, seen: "hashlib._Hash"
+) -> Iterator[list[InputRow]]:
     """Yield the rows of a block in parts that fit into memory."""
     rows: list[InputRow] = []
     size = 0
-    for row in _read_rows(block, task):
+    for row in _read_rows(block, task, seen):
         rows.append(row)
         size += len(row.item.data or b"") if row.item is not None else 0
         if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
@@ -276,10 +297,13 @@ def _read_chunks(block: PredictionBlock, task: str | None) -> Iterator[list[Inpu
         yield rows
 
 
-def _read_rows(block: PredictionBlock, task: str | None) -> Iterator[InputRow]:
+def _read_rows(
+    block: PredictionBlock, task: str | None, seen: "hashlib._Hash"
+) -> Iterator[InputRow]:
+    """Yield the rows of a block; ``seen`` hashes their bytes, also of files that they name."""
     for name in block.files:
         try:
-            yield InputRow(name, 0, {}, _read_item(name, name, task))
+            yield InputRow(name, 0, {}, _read_item(name, name, task, seen))
         except (ValueError, OSError) as error:
             yield InputRow(name, 0, {}, None, _reason(error, name))
     if not block.source:
@@ -289,22 +313,30 @@ def _read_rows(block: PredictionBlock, task: str | None) -> Iterator[InputRow]:
     )
 
     def read_file(name: str, own: str | None) -> PredictionItem:
-        return _read_item(str(join_location(folder, name)), name, own)
+        return _read_item(str(join_location(folder, name)), name, own, seen)
 
     with open_stream(block.source) as stream:
         stream.seek(block.start)
         left = block.rows
         for number, line in iter_lines(stream):
+            _hash_part(seen, line)
             yield parse_input_line(block.source, block.line - 1 + number, line, read_file, task)
             left -= 1
             if not left:
                 return
 
 
-def _read_item(where: str, name: str, task: str | None) -> PredictionItem:
+def _hash_part(seen: "hashlib._Hash", data: bytes) -> None:
+    # With its length, so that bytes do not move between two files unnoticed.
+    seen.update(len(data).to_bytes(8, "big"))
+    seen.update(data)
+
+
+def _read_item(where: str, name: str, task: str | None, seen: "hashlib._Hash") -> PredictionItem:
     """Return a media file of a disk or store as an item."""
     with open_stream(where) as stream:
         data = stream.read(MAX_FILE_BYTES + 1)
+    _hash_part(seen, data)
     if len(data) > MAX_FILE_BYTES:
         raise UserError(f"{name}: larger than {MAX_FILE_BYTES} bytes; give a smaller file")
     if not data:
@@ -350,6 +382,19 @@ def _claim_output(
         )
 
 
+def _check_done_input(output: Location, plan: BlockPlan, counts: dict[int, dict[str, Any]]) -> None:
+    """Raise UserError if the input of a committed block has other bytes than it had then."""
+    for index, committed in sorted(counts.items()):
+        block, seen = plan.blocks[index], hashlib.sha256()
+        for _ in _read_rows(block, None, seen):
+            pass
+        if seen.hexdigest() != committed["input_sha256"]:
+            raise UserError(
+                f"{output}: {committed['part']} was predicted from other bytes than the rows of "
+                f"{block.source or block.files[0]} have now. Choose another --output"
+            )
+
+
 def _read_done(output: Location, plan: BlockPlan) -> dict[int, dict[str, Any]]:
     """Return index -> counts of the committed blocks of an output."""
     folder = join_location(output, DONE)
@@ -364,6 +409,7 @@ def _read_done(output: Location, plan: BlockPlan) -> dict[int, dict[str, Any]]:
             found = json.loads(data or b"")
             index = int(found["part"].rpartition("-")[2])
             usable = {key: int(found[key]) for key in ("rows", "predictions", "rejected")}
+            _ = found["input_sha256"]
         # A disk that was full may leave a damaged record; its block is predicted again.
         except (ValueError, KeyError, TypeError, AttributeError):
             continue

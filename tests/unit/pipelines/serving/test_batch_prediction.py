@@ -1,7 +1,9 @@
 """Predictions in blocks: whole parts or none, resumed where they were interrupted."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -17,6 +19,7 @@ from pipelines import predict
 from pipelines.serving import batch_prediction
 from pipelines.serving.batch_plan import plan_blocks
 from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, predict_blocks
+from pipelines.shards.format import manifest_digest
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -121,6 +124,58 @@ def test_an_output_of_another_call_is_kept(
     before = read_parts(tmp_path / "out")
     with pytest.raises(UserError, match=r"input differs\). Choose another"):
         predict_blocks(request, rows / "b.jsonl", 100)
+    assert read_parts(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("exchanged", ["text", "medium", "listed", "missing", "corpus", "open"])
+def test_an_exchanged_input_of_a_done_block_is_refused(
+    served: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exchanged: str,
+) -> None:
+    """Names and sizes stay equal: only the bytes differ."""
+    folder, code = tmp_path / "rows", "def {}(file):\n    return client.{}(file)\n"
+    (folder / ".m").mkdir(parents=True)
+    lines = ['{"text": "历史研究"}', '{"file": ".m/b.py"}', '{"file": ".m/none.py"}']
+    (folder / "a.jsonl").write_text("\n".join([*lines, '{"text": "数学研究"}']), encoding="utf-8")
+    (folder / "c.py").write_text(code.format("read", "read"))
+    (folder / ".m" / "b.py").write_text(code.format("read", "read"))
+    data = shutil.copytree(served["data"], tmp_path / "corpora")
+    request = BatchRequest(served["model"], str(data), str(tmp_path / "out"))
+    left = {"open": 1, "medium": 3}.get(exchanged, 2)
+
+    def run(request: BatchRequest, blocks: list[Any]) -> Iterator[Any]:
+        for number, block in enumerate(blocks):
+            if number == left:
+                raise KeyboardInterrupt
+            yield BlockPredictor(request).commit_block(block)
+
+    monkeypatch.setattr(batch_prediction, "_run", run)
+    with contextlib.suppress(KeyboardInterrupt):
+        predict_blocks(request, folder, 3)
+    if exchanged == "text":
+        path = folder / "a.jsonl"
+        path.write_text(path.read_text("utf-8").replace("历史", "化学"), encoding="utf-8")
+    elif exchanged == "medium":
+        (folder / "c.py").write_text(code.format("send", "send"))
+    elif exchanged == "listed":
+        (folder / ".m" / "b.py").write_text(code.format("send", "send"))
+    elif exchanged == "missing":
+        (folder / ".m" / "none.py").write_text(code.format("send", "send"))
+    elif exchanged == "corpus":
+        path = data / "functions" / "manifest.json"
+        manifest = json.loads(path.read_text("utf-8")) | {"preprocessing": {"code_tokens": 5}}
+        path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), "utf-8")
+    else:
+        path = folder / "a.jsonl"
+        path.write_text(path.read_text("utf-8").replace("数学", "化学"), encoding="utf-8")
+        left = 9
+        assert predict_blocks(request, folder, 3).resumed == 1
+        return
+    before = read_parts(tmp_path / "out")
+    with pytest.raises(UserError, match=r"Choose another --output"):
+        predict_blocks(request, folder, 3)
     assert read_parts(tmp_path / "out") == before
 
 
