@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
@@ -26,6 +25,7 @@ from skillnet.serialization import (
     read_config,
     read_manifest,
     read_vocabulary,
+    save_tensors,
     write_config,
     write_manifest,
 )
@@ -284,7 +284,7 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
         for file, owners in plan.origins.items():
             path = staging / f"{file}{SUFFIX}"
             if file in plan.averaged:
-                save_file(_average([_read_file(parent, file) for parent in owners]), path)
+                save_tensors(_average([_read_file(parent, file) for parent in owners]), path)
             else:
                 _copy_file(owners[0], file, path)
             written.append(path.name)
@@ -299,7 +299,7 @@ def _copy_file(parent: MergeParent, file: str, path: Path) -> None:
     if old == new:
         shutil.copyfile(parent.check_source(file), path)
     else:
-        save_file(_read_file(parent, file), path)
+        save_tensors(_read_file(parent, file), path)
 
 
 def _read_file(parent: MergeParent, file: str) -> dict[str, Tensor]:

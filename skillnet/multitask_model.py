@@ -342,20 +342,23 @@ class TaskModel(RawInputModel, nn.Module):
         save_model(self, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, task: str | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, task: str | None = None, revision: str | None = None
+    ) -> Self:
         """Read a saved model of this system, in evaluation mode.
 
         Args:
             path: directory of the saved model, or ``owner/name`` of a repository of the Hugging
                 Face Hub.
             task: read, and download, only the files that this task uses.
+            revision: branch, tag or commit of the repository; None takes the newest commit.
 
         Raises:
             ValueError: missing, altered or invalid files; an unknown task; a model of another
                 system; weights that do not fit the configuration. The shapes are compared
                 before memory for the weights is allocated.
         """
-        folder = find_model_folder(path, task)
+        folder = find_model_folder(path, task, revision)
         manifest = read_manifest(folder)
         config, system, options = read_config(folder, manifest)
         vocabulary = read_vocabulary(folder, manifest)

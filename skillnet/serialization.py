@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -212,9 +212,24 @@ def write_parts(
     for file, names in model.files_of().items():
         # safetensors needs contiguous tensors on the host.
         tensors = {name: read(name).detach().cpu().contiguous() for name in names}
-        save_file(tensors, folder / f"{file}.safetensors")
+        save_tensors(tensors, folder / f"{file}.safetensors")
         written.append(f"{file}.safetensors")
     return written
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode of a new file.
+
+    Args:
+        tensors: name -> tensor, contiguous and on the host.
+        path: of the file; replaced if it exists.
+    """
+    # safetensors makes a private file, and renames it.
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    path.chmod(mode)
 
 
 def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:

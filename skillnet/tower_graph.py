@@ -111,4 +111,8 @@ def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:
     tensors = tuple(batch[name] for name in graph.input_names)
     with torch.no_grad():
         graph(*tensors)  # sets the names of the outputs
-        return torch.export.export(graph, tensors, dynamic_shapes=(tuple(shapes),))
+        program = torch.export.export(graph, tensors, dynamic_shapes=(tuple(shapes),))
+    for node in program.graph.nodes:
+        # It names files of this machine, and would be a part of the export.
+        node.meta.pop("stack_trace", None)
+    return program

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.numpy import save_file
+import torch
 
 from pipelines.evaluation.evaluator import locate_task_corpus
 from pipelines.runs.bundle_manifest import (
@@ -52,7 +52,13 @@ from skillnet import systems
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
 from skillnet.saved_model import write_model
-from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
+from skillnet.serialization import (
+    check_inside,
+    load_tensors,
+    read_config,
+    read_manifest,
+    save_tensors,
+)
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
@@ -126,7 +132,10 @@ def build_bundle(
                 # Embedded once here, so that a server does not run the text tower over all
                 # captions.
                 vectors = embed_captions(predictor, task, captions)
-                save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
+                save_tensors(
+                    {"embeddings": torch.from_numpy(vectors)},
+                    folder / f"captions-{task}.safetensors",
+                )
                 write_json(folder / f"captions-{task}.json", captions)
         # Listed after everything is written, so that the hashes cover every file.
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

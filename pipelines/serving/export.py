@@ -43,6 +43,10 @@ TOLERANCE = 1e-5
 #: Version of the ONNX operators: attention and normalization exist since 18.
 OPSET = 18
 GRAPH_MANIFEST = "graph.json"
+#: Settings of the training that an export repeats. The others name folders and servers.
+PUBLIC_SETTINGS = frozenset(
+    ("seed", "system", "options", "init_noise", "model", "tasks", "corpora", "fold", "training")
+)
 
 Towers = Callable[[str, str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -131,8 +135,13 @@ def write_exported_folder(
         if name in manifest["files"]:
             shutil.copyfile(bundle / name, folder / name)
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    settings = {k: v for k, v in manifest["settings"].items() if k in PUBLIC_SETTINGS}
     content = {key: value for key, value in manifest.items() if key != "digest"} | {
-        "tasks": tasks,
+        "settings": _shorten_paths(settings),
+        "tasks": {
+            task: entry | {"preprocessing": _shorten_paths(entry["preprocessing"])}
+            for task, entry in tasks.items()
+        },
         "weights_digest": ModelSource(str(folder), folder).digest,
         "evaluation": [row for row in manifest["evaluation"] if row["task"] in tasks],
         "files": {path.name: sha256_file(path) for path in files},
@@ -141,6 +150,18 @@ def write_exported_folder(
     write_json(folder / BUNDLE_MANIFEST, content)
     # Not listed in the manifest: people edit the card.
     (folder / CARD_FILE).write_text(render_card(content, model, title), encoding="utf-8")
+
+
+def _shorten_paths(value: Any) -> Any:
+    """Return a tree of plain values with the names of files and folders instead of their paths."""
+    if isinstance(value, Mapping):
+        return {key: _shorten_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shorten_paths(each) for each in value]
+    # A user's folder may also be written with a tilde, or as an address.
+    if isinstance(value, str) and value.startswith(("/", "~", "file:")):
+        return Path(value).name
+    return value
 
 
 def _write_graphs(
@@ -175,7 +196,8 @@ def _write_graphs(
         }
     shutil.copyfile(bundle / TOKENIZER_FILE, folder / TOKENIZER_FILE)
     entry = manifest["tasks"][task]
-    about = {key: entry[key] for key in ("names", "limit", "preprocessing")}
+    about = {key: entry[key] for key in ("names", "limit")}
+    about["preprocessing"] = _shorten_paths(entry["preprocessing"])
     about = {"task": task, "package": manifest["package"], "towers": towers} | about
     text = json.dumps(about, indent=1, ensure_ascii=False)
     (folder / GRAPH_MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.runs.checkpoints import (
@@ -32,6 +31,7 @@ from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
     load_tensors,
+    save_tensors,
     write_manifest,
     write_parts,
 )
@@ -192,7 +192,7 @@ def write_checkpoint(
     with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
         written = write_parts(model, staging, tensors.read_weight)
         for file, values in tensors.read_state():
-            save_file(_to_cpu(values), staging / f"{file}.safetensors")
+            save_tensors(_to_cpu(values), staging / f"{file}.safetensors")
             written.append(f"{file}.safetensors")
         complete_checkpoint(staging, written, tensors.complete_state(step, state))
     remove_old_checkpoints(folder, keep)

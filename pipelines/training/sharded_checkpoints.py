@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -40,7 +40,7 @@ from pipelines.training.optimizer import WeightAverage
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.sharding import ModelShards
 from skillnet.multitask_model import TaskModel
-from skillnet.serialization import write_config
+from skillnet.serialization import save_tensors, write_config
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
@@ -140,7 +140,7 @@ class ShardedCheckpoints:
                     (joined,) = folder.glob(f"model-{number:05d}-of-*.safetensors")
                     # Step counts have no parts, so they are added to the joined tensors.
                     whole = load_file(joined) | steps.get(name, {})
-                    save_file(whole, staging / f"{name}.safetensors")
+                    save_tensors(whole, staging / f"{name}.safetensors")
                     written.append(f"{name}.safetensors")
                 shutil.rmtree(folder)
             complete_checkpoint(staging, written, state)

@@ -15,6 +15,7 @@ class HubServer(ThreadingHTTPServer):
     """Hub in memory.
 
     Its ``repositories`` are name -> file -> content, and ``requests`` the lines of all requests.
+    The files of a further revision are those of the name ``owner/name@revision``.
     """
 
     def __init__(self) -> None:
@@ -62,10 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self._path()
         if path.startswith("/api/models/"):
-            name = "/".join(path.split("/")[3:5])
-            files = self.server.repositories.get(name)
+            name, rest = "/".join(path.split("/")[3:5]), path.split("/")[5:]
+            revision = rest[1] if len(rest) > 1 else "main"
+            files = self._files(name, revision)
             if files is None:
-                self._answer({"error": "Repository not found"}, 404, "RepoNotFound")
+                code = "RevisionNotFound" if name in self.server.repositories else "RepoNotFound"
+                self._answer({"error": "Not found"}, 404, code)
             elif "/tree/" in path:
                 self._answer(
                     [
@@ -75,13 +78,31 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             else:
                 siblings = [{"rfilename": file} for file in files]
-                self._answer({"id": name, "sha": self.COMMIT, "siblings": siblings})
+                self._answer({"id": name, "sha": self._commit(revision), "siblings": siblings})
             return
         name, _, rest = path.removeprefix("/").partition("/resolve/")
-        data = self.server.repositories[name][rest.partition("/")[2]]
-        self._send(data, 200, {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": self.COMMIT})
+        revision, _, file = rest.partition("/")
+        files = self._files(name, revision)
+        assert files is not None
+        headers = {"ETag": f'"{_digest(files[file])}"', "X-Repo-Commit": self._commit(revision)}
+        self._send(files[file], 200, headers)
 
     do_HEAD = do_GET
+
+    def _commit(self, revision: str) -> str:
+        return self.COMMIT if revision in ("main", self.COMMIT) else _digest(revision.encode())
+
+    def _files(self, name: str, revision: str) -> dict[str, bytes] | None:
+        known = self.server.repositories
+        if revision in ("main", self.COMMIT):
+            return known.get(name)
+        tagged = {
+            key: files
+            for key, files in known.items()
+            if key.startswith(f"{name}@")
+            and revision in (key.partition("@")[2], self._commit(key.partition("@")[2]))
+        }
+        return next(iter(tagged.values()), None)
 
     def _path(self) -> str:
         self.server.requests.append(f"{self.command} {self.path}")

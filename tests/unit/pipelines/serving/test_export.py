@@ -1,10 +1,12 @@
 """Exports have the outputs of their source, and travel through the Hub."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,14 @@ try:
     SkillNet.from_pretrained("owner/absent")
 except ValueError as error:
     print(error)
+for _ in range(2):
+    models = [SkillNet.from_pretrained("owner/tags", revision=each) for each in ("v1", None)]
+    print([len(model.config.tasks) for model in models])
+for address, revision in (("owner/tags", "v2"), (sys.argv[1], "v1")):
+    try:
+        SkillNet.from_pretrained(address, revision=revision)
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -51,6 +61,19 @@ class ExportPlace:
         torch.manual_seed(0)
         SkillNet(config()).save_pretrained(root / "saved")
         source = model_source.resolve_model(str(root / "saved"))
+        # Settings of a run name folders and servers of the machine that trained it.
+        tasks = {"speech_recognition": {"corpus": "syllables"}}
+        settings = {
+            "seed": 3,
+            "run_dir": str(root / "runs"),
+            "data": str(root / "corpora"),
+            "init_from": str(root / "start"),
+            "storage": {"mirror": "s3://bucket/secret", "cache": str(root)},
+            "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
+            "options": {"checkpoint": str(root / "bert-base"), "width": 3},
+            "tasks": tasks,
+        }
+        source = dataclasses.replace(source, settings=settings)
         rows = [FIGURE | {"low": 0.4, "high": 0.6}]
         data = write_corpora(root / "corpora")
         self.bundle = bundle.build_bundle(source, data, root / "bundle", rows)
@@ -106,18 +129,20 @@ def test_torch_program_is_compared_with_its_source(place: ExportPlace, tmp_path:
     assert (tmp_path / "graph" / "input.pt2").is_file()
 
 
-def test_onnx_runs_in_onnxruntime(place: ExportPlace, tmp_path: Path) -> None:
-    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
-    if missing:
-        with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
-            place.export(tmp_path / "graph", "onnx", "speech_recognition")
-        pytest.skip(f"the extra [export] is not installed: {', '.join(missing)}")
-    report = place.export(tmp_path / "graph", "onnx", "text_to_image")
-    assert report.difference <= 1e-5
+def test_onnx_without_its_extra_names_it(
+    place: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
+        place.export(tmp_path / "graph", "onnx", "speech_recognition")
 
 
 def test_one_task_of_a_pushed_model_is_downloaded_alone(place: ExportPlace, tmp_path: Path) -> None:
     with serve_hub() as hub:
+        for name, task in (("owner/tags", None), ("owner/tags@v1", "text_to_image")):
+            folder = tmp_path / name
+            place.export(folder, "hf", task)
+            hub.repositories[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,
@@ -137,13 +162,48 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(place: ExportPlace, tmp_
         assert done.returncode == 0, done.stderr
         pushed = hub.repositories["owner/pictures"]
     assert {"README.md", "manifest.json", "skill-code.safetensors"} <= pushed.keys()
-    url, files, message = done.stdout.splitlines()
+    url, files, message, *tagged, unknown, folder_only = done.stdout.splitlines()
+    assert tagged == ["[1, 5]"] * 2
+    assert unknown.startswith("owner/tags: no folder of this name, and the Hub does not provide")
+    assert "revision v2" in unknown
+    assert "revision='v1' is for a repository" in folder_only
     assert url.endswith("/owner/pictures/commit/" + "c" * 40)
     assert "skill-image.safetensors" in files
     assert "captions-text_to_image.json" in files
     assert "skill-code" not in files
     assert "captions-text_to_code" not in files
     assert message.startswith("owner/absent: no folder of this name")
+
+
+@pytest.mark.parametrize(
+    ("to", "task"),
+    [("hf", None), ("dense", "text_to_image"), ("pt2", "text_to_code"), ("onnx", "text_to_image")],
+)
+def test_exports_name_no_place_of_the_machine_and_are_readable(
+    place: ExportPlace, tmp_path: Path, to: str, task: str | None
+) -> None:
+    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
+    if to == "onnx" and missing:
+        pytest.skip(f"the extra [export] is not installed: {', '.join(missing)}")
+    before = os.umask(0o022)
+    try:
+        assert place.export(tmp_path / "out", to, task).difference <= 1e-5
+    finally:
+        os.umask(before)
+    root = Path(torch.__file__).parents[1]
+    secrets = (str(place.bundle.parent), "s3://bucket", str(root), str(Path(__file__).parents[4]))
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path.name
+        contents = [path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                contents += map(archive.read, archive.namelist())
+        for secret in secrets:
+            assert not any(secret.encode() in content for content in contents), (path.name, secret)
+    if to in ("hf", "dense"):
+        kept = bundle.check_bundle(tmp_path / "out")["settings"]
+        assert kept["options"] == {"checkpoint": "bert-base", "width": 3}
+        assert kept["seed"] == 3
 
 
 def test_formats_of_one_task_need_its_name(place: ExportPlace, tmp_path: Path) -> None:
