@@ -1,6 +1,6 @@
 """``skillnet export``: write a trained model for the Hub, as a dense model, or as a graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,7 @@ class ExportConfig:
         model: a registered model, a run, a checkpoint, or a folder.
         data: directory or URI of prepared corpora, for a model that is not registered; by default
             those of its run, else corpora below the run root.
+        corpora: task -> corpus, for a model without a training run, or with other corpora.
         push: owner/name of a repository of the Hub that gets the folder; only with --to hf.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -37,6 +38,7 @@ class ExportConfig:
     output: str | None = None
     model: str = DEFAULT_MODEL
     data: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
     push: str | None = None
     tracking_uri: str | None = None
 
@@ -76,6 +78,7 @@ def main(config: ExportConfig) -> "ExportReport":
     from pipelines.serving.export import export_bundle
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    source = source.with_corpora(config.corpora)
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     target = Path(config.output or f"{config.task or 'skillnet'}-{config.to}")
     report = export_bundle(bundle, manifest, target, config.to, config.task)

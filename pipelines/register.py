@@ -1,6 +1,6 @@
 """``skillnet register``: add a trained model to the registry and decide about its promotion."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipelines.config.resources import request_model
@@ -9,7 +9,6 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import ResampleCount
-from skillnet_platform.errors import check_known_names
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking.registry import RegisteredVersion
@@ -72,18 +71,10 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
-    from skillnet.serialization import read_config, read_manifest
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
     # The source has the corpora of its training run; the option overrides them.
-    if config.corpora:
-        model, *_ = read_config(source.weights, read_manifest(source.weights))
-        check_known_names(config.corpora, model.tasks, "--corpora", "task")
-        tasks = source.settings.get("tasks", {})
-        overrides = {
-            task: {**tasks.get(task, {}), "corpus": name} for task, name in config.corpora.items()
-        }
-        source = replace(source, settings={**source.settings, "tasks": {**tasks, **overrides}})
+    source = source.with_corpora(config.corpora)
     return register_model(
         source,
         source.find_corpora(config.data),

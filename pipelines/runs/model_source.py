@@ -10,7 +10,7 @@ s3://bucket/runs/2026-…         any of these in an object store: downloaded fi
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,10 @@ from skillnet import systems
 from skillnet.growth import remove_task
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
-from skillnet.serialization import check_file, load_tensors, read_manifest
+from skillnet.serialization import check_file, load_tensors, read_config, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import build_config, load_yaml
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, read_json, read_record, run_root
 from skillnet_platform.storage.location import Location, parse_location
 from skillnet_platform.storage.objects import is_uri
@@ -109,6 +109,25 @@ class ModelSource:
     def fold(self) -> FoldConfig:
         """Fold of the corpora that the training read."""
         return build_config(FoldConfig, self.settings.get("fold") or {})
+
+    def with_corpora(self, corpora: Mapping[str, str]) -> "ModelSource":
+        """Return the source with other corpora of some tasks than in training.
+
+        Args:
+            corpora: task -> corpus.
+
+        Raises:
+            UserError: the model has no such task.
+        """
+        if not corpora:
+            return self
+        model, *_ = read_config(self.weights, read_manifest(self.weights))
+        check_known_names(corpora, model.tasks, "--corpora", "task")
+        tasks = self.settings.get("tasks") or {}
+        overrides = {
+            task: {**(tasks.get(task) or {}), "corpus": name} for task, name in corpora.items()
+        }
+        return replace(self, settings={**self.settings, "tasks": {**tasks, **overrides}})
 
     def require_own_splits(self, action: str) -> None:
         """Raise UserError if the training read a fold in place of the splits of its corpora.

@@ -27,6 +27,12 @@ from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Modality, find_task
 from skillnet_platform.errors import UserError
 
+#: How to make a folder with everything that a processor reads.
+EXPORT_REMEDY = (
+    "Run `skillnet export --model {0} --to hf --output {1}`, with --corpora.TASK NAME for tasks "
+    'of your own, and read it with from_pretrained("{1}")'
+)
+
 
 class ModelProcessor:
     """Preprocessing of a model, with the names of its outputs and its known captions.
@@ -243,13 +249,14 @@ def open_processor(model: TaskModel) -> ModelProcessor:
     """
     if model.origin is None:
         raise UserError(
-            "this model was not read from a folder, so its tokenizer is unknown. Save it, and read "
-            "a registered or exported model with from_pretrained"
+            "this model was built in Python, so its tokenizer and output names are unknown. They "
+            'are those of its corpora. Save it: model.save_pretrained("my-weights"). '
+            + EXPORT_REMEDY.format("my-weights", "my-model")
         )
     if not (model.origin / BUNDLE_MANIFEST).is_file():
         raise UserError(
-            f"{model.origin}: weights without tokenizer and output names ({BUNDLE_MANIFEST}). Give "
-            "the folder of a registered or an exported model"
+            f"{model.origin}: weights without tokenizer and output names ({BUNDLE_MANIFEST}). "
+            + EXPORT_REMEDY.format(model.origin, f"{model.origin}-exported")
         )
     return ModelProcessor(read_predictor(model.origin, model))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 import wave
@@ -23,6 +24,7 @@ from pipelines.tokenizer.training import train_tokenizer
 from skillnet import SkillNet
 from skillnet.objectives import find_objective
 from skillnet.skills import known_tasks
+from skillnet_platform.cli import main
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import config, write_corpora
 
@@ -135,8 +137,33 @@ def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
     SkillNet(config()).save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match="without tokenizer"):
         SkillNet.from_pretrained(tmp_path / "weights").encode_text(["a"])
-    with pytest.raises(ValueError, match="not read from a folder"):
-        SkillNet(config()).encode_text(["a"])
+    with pytest.raises(ValueError, match="built in Python"):
+        SkillNet(config()).encode_text(["a"], task="text_to_image")
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_the_remedy_for_a_model_without_tokenizer_helps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool
+) -> None:
+    """A model that was built in Python, with a task of its own, follows its message."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKILLNET_HOME", str(folder.parent))
+    task = dataclasses.replace(known_tasks()["text_classification"], outputs=15)
+    model = SkillNet(dataclasses.replace(config(), tasks={"subjects": task}))
+    if is_saved:
+        model.save_pretrained(tmp_path / "weights")
+        model = SkillNet.from_pretrained(tmp_path / "weights")
+    with pytest.raises(UserError) as error:
+        _ = model.processor
+    words = str(error.value)
+    if not is_saved:
+        saved = re.findall(r'save_pretrained\("([^"]+)"\)', words)
+        model.save_pretrained(*saved)
+    command = re.findall(r"`skillnet ([^`]+)`", words)[0].split()
+    assert main([*command, "--corpora.subjects", "headings"]) == 0
+    again = SkillNet.from_pretrained(*re.findall(r'from_pretrained\("([^"]+)"\)', words))
+    assert again.classify(["历史研究"])[0].task == "subjects"
+    assert again.processor.tokenizer.get_vocab_size()
 
 
 def model_of(*names: str) -> SkillNet:
