@@ -123,6 +123,14 @@ def test_models_without_a_common_base_join_only_by_averages(folder: Path, tmp_pa
     for name, parameter in merged.named_parameters():
         mean = (one.get_parameter(name).double() + other.get_parameter(name).double()) / 2
         assert torch.equal(parameter, mean.float()), name
+    # The mean of three is rounded once: float32 sums round after each addition.
+    small_model(torch.float32, seed=2).save_pretrained(tmp_path / "third")
+    names = ("base", "other", str(tmp_path / "third"))
+    merged = join(folder, tmp_path / "three", *names, average_shared=True)
+    parents = [load_model(folder / name) for name in names]
+    for name, parameter in merged.named_parameters():
+        values = [parent.get_parameter(name).double() for parent in parents]
+        assert torch.equal(parameter, (sum(values) / 3).float()), name
     # A renamed task keeps its head.
     renames = {"other": {"text_to_code": "code_two"}}
     options = {"average_shared": True, "renames": renames}
@@ -130,6 +138,22 @@ def test_models_without_a_common_base_join_only_by_averages(folder: Path, tmp_pa
     heads = [f"heads.{task}.query.weight" for task in ("code_two", "text_to_code")]
     assert torch.equal(merged.get_parameter(heads[0]), other.get_parameter(heads[1]))
     assert torch.equal(merged.get_parameter(heads[1]), one.get_parameter(heads[1]))
+
+
+def test_a_task_of_two_scales_has_two_meanings(tmp_path: Path) -> None:
+    """Its head predicts multiples of the deviation, so another scale gives other numbers."""
+    plan = SkillPlan(("general", "text"), "text")
+    model = add_task(small_model(torch.float32), "price", Task("regression", {"input": plan}))
+    for name, scale in (("one", (5.0, 2.0)), ("two", (5.0, 3.0)), ("three", (6.0, 2.0))):
+        model.vocabulary = ModelVocabulary("f" * 64, {}, {"price": scale})
+        model.save_pretrained(tmp_path / name)
+    for other in ("two", "three"):
+        with pytest.raises(ValueError, match=rf"the task price of {other} has other plans"):
+            join(tmp_path, tmp_path / "both", "one", other)
+    renames = {"two": {"price": "price_two"}}
+    merged = join(tmp_path, tmp_path / "both", "one", "two", renames=renames)
+    assert merged.vocabulary.scales == {"price": (5.0, 2.0), "price_two": (5.0, 3.0)}
+    assert join(tmp_path, tmp_path / "same", "one", "one").vocabulary.scales["price"] == (5.0, 2.0)
 
 
 def test_a_damaged_parent_is_found_before_anything_is_written(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipelines import export as command
 from pipelines.runs import model_source
 from pipelines.serving import bundle
 from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
-from skillnet import SkillNet
+from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.readable_corpora import config, write_corpora
@@ -204,6 +204,26 @@ def test_exports_name_no_place_of_the_machine_and_are_readable(
         kept = bundle.check_bundle(tmp_path / "out")["settings"]
         assert kept["options"] == {"checkpoint": "bert-base", "width": 3}
         assert kept["seed"] == 3
+
+
+@pytest.mark.parametrize("is_wrong", [lambda rows: rows > 1, lambda rows: rows == 1])
+def test_an_export_that_is_wrong_for_some_numbers_of_rows_is_refused(
+    place: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wrong: Any
+) -> None:
+    load = systems.load_model
+
+    def load_spoiled(path: str | Path, task: str | None = None) -> Any:
+        model = load(path, task)
+        if Path(path) != place.bundle:
+            model.encoder.register_forward_hook(  # type: ignore[union-attr]
+                lambda _, __, tokens_BTD: tokens_BTD * (1.5 if is_wrong(len(tokens_BTD)) else 1)
+            )
+        return model
+
+    monkeypatch.setattr(systems, "load_model", load_spoiled)
+    with pytest.raises(ValueError, match="outputs differ from the source"):
+        place.export(tmp_path / "hf", "hf", "text_classification")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_formats_of_one_task_need_its_name(place: ExportPlace, tmp_path: Path) -> None:
