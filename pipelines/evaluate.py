@@ -169,7 +169,9 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
         fold=source.fold,
     )
     total = sum(p.numel() for p in model.parameters())
-    return EvaluationResult(config.source, rows, baseline_rows, output, total, seconds, weak)
+    return EvaluationResult(
+        config.source, rows, baseline_rows, output, total, seconds, [each.sentence for each in weak]
+    )
 
 
 def log_evaluation(

@@ -27,8 +27,7 @@ class RegisterConfig:
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank.
         force: make it champion without the comparison.
         description: added to the page of the version.
-        allow_weak_test: register it although test rows were in its training, or no answer to a
-            test could be wrong. Its page states this.
+        allow_weak_test: register it although test rows were in its training. Its page states this.
         corpora: task -> corpus, if it differs from the training run.
         tracking_uri: MLflow tracking URI; by default as in training.
     """

@@ -1,11 +1,13 @@
 """Reasons why a figure of an evaluation proves little: rows of the training, or no possible error.
 
 :func:`find_weak_tests` is the entry point. Training runs and ``skillnet evaluate`` print its
-sentences, and the registration refuses a model with them.
+sentences. The registration refuses a model that has seen test rows, and notes the other reasons on
+the page of the version.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,13 @@ from skillnet.skills import Task, find_task
 _RECALL_RANKS = (1, 5, 10)
 
 
+class WeakTest(NamedTuple):
+    """A reason why a figure proves little, and whether it comes from rows of the training."""
+
+    sentence: str
+    is_seen: bool
+
+
 def find_weak_tests(
     data: str | Path,
     tasks: Mapping[str, Task],
@@ -32,8 +41,8 @@ def find_weak_tests(
     corpora: Mapping[str, str] | None = None,
     splits: Sequence[str] | None = None,
     fold: FoldConfig | None = None,
-) -> list[str]:
-    """Return a sentence per weakness of an evaluation; none if its figures can be trusted.
+) -> list[WeakTest]:
+    """Return the weaknesses of an evaluation; none if its figures can be trusted.
 
     Args:
         data: directory of prepared corpora.
@@ -46,7 +55,7 @@ def find_weak_tests(
     Raises:
         UserError: a corpus is missing or damaged.
     """
-    weaknesses: list[str] = []
+    weaknesses: list[WeakTest] = []
     for name in tasks:
         task = find_task(name, dict(tasks))
         if task.objective == "masked":
@@ -54,9 +63,10 @@ def find_weak_tests(
         corpus = open_task_corpus(data, name, corpora, fold)
         for split in choose_splits(corpus, splits):
             is_fold = bool(fold and fold.count)
-            found = [*_find_seen_rows(corpus, split, reads, is_fold)]
-            found += _find_certain_metrics(corpus, split, task)
-            weaknesses += [f"{name}: {sentence}" for sentence in found]
+            seen = _find_seen_rows(corpus, split, reads, is_fold)
+            certain = _find_certain_metrics(corpus, split, task)
+            weaknesses += [WeakTest(f"{name}: {each}", True) for each in seen]
+            weaknesses += [WeakTest(f"{name}: {each}", False) for each in certain]
     return weaknesses
 
 

@@ -482,7 +482,8 @@ def _find_record(corpus: ExternalCorpus) -> dict[str, Any]:
     """Return the fields of one record in the source, before a reader selects from them."""
     record: Any = None
     files = corpus.annotation_files()
-    if isinstance(corpus, RecordCorpus) and not files:
+    has_tables = not isinstance(corpus, FolderCorpus) or bool(corpus.tables)
+    if isinstance(corpus, RecordCorpus) and not (files and has_tables):
         # Tars and saved datasets have no annotation file: record the fields that rows are made of.
         records: list[Any] = []
         build_row = corpus.build_row

@@ -29,7 +29,7 @@ class UntrainedTaskError(UserError):
 
 
 class WeakTestError(UserError):
-    """The test of a model proves little, so the model is not registered."""
+    """Test rows were in the training of a model, so the model is not registered."""
 
 
 def register_model(
@@ -63,11 +63,11 @@ def register_model(
         force: make it champion without the comparison.
         description: added to the page of the version.
         parents: models that this one was made from, whose training counts as its own.
-        allow_weak_test: register it although its test proves little; its page states the reasons.
+        allow_weak_test: register it although test rows were in its training; its page states this.
 
     Raises:
         UntrainedTaskError: a task has random weights.
-        WeakTestError: test rows were in the training, or no answer could be wrong.
+        WeakTestError: test rows were in the training.
         OtherSystemError: the registered model has versions of another system.
         UserError: a corpus is missing or does not fit the model.
     """
@@ -181,7 +181,7 @@ def check_trained_tasks(source: "ModelSource") -> None:
 def _find_weak_tests(
     sources: Sequence["ModelSource"], model: Any, data: str | Path, allowed: bool
 ) -> list[str]:
-    """Return why the test of a model proves little; refuse it unless this is allowed."""
+    """Return why the test of a model proves little; refuse test rows of its training by default."""
     from pipelines.evaluation.weak_tests import find_weak_tests
     from pipelines.runs.model_source import list_training_reads, read_training_settings
 
@@ -191,13 +191,14 @@ def _find_weak_tests(
     found = find_weak_tests(
         data, model.config.tasks, reads, corpora=source.corpora, splits=["test"]
     )
-    if found and not allowed:
+    seen = [each.sentence for each in found if each.is_seen]
+    if seen and not allowed:
         raise WeakTestError(
             f"{source.name}: its test proves little, so the model is not registered. "
-            f"{'. '.join(found)}. To register it with this note on its page: "
+            f"{'. '.join(seen)}. To register it with this note on its page: "
             f"skillnet register {source.name} --allow_weak_test"
         )
-    return found
+    return [each.sentence for each in found]
 
 
 def check_given_name(tracking: "TrackingConfig", system: str) -> None:

@@ -155,7 +155,7 @@ def _find_weak_tests(
     from pipelines.runs.model_source import list_training_reads
 
     evaluated = {row["task"] for row in rows}
-    return find_weak_tests(
+    found = find_weak_tests(
         str(config.data),
         {name: task for name, task in config.model.tasks.items() if name in evaluated},
         list_training_reads(to_dict(config)),
@@ -163,6 +163,7 @@ def _find_weak_tests(
         splits=splits,
         fold=config.fold,
     )
+    return [each.sentence for each in found]
 
 
 def _find_score(

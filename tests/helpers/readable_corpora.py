@@ -24,7 +24,6 @@ COLOURS = {
     "蓝色": (50, 80, 220),
     "黄色": (240, 200, 40),
     "黑色": (20, 20, 20),
-    "橙色": (250, 140, 40),
     "紫色": (140, 60, 180),
 }
 SHAPES = ("方块", "圆圈", "横条", "竖条")
@@ -37,11 +36,7 @@ STROKES = {
 SUBJECTS = "文学 历史 数学 化学 医药 农业 交通 军事 艺术 法律 经济 语言 体育 天文 生物".split()  # noqa: SIM905
 ENDINGS = ("研究", "概论", "教程", "史料", "手册", "论文集", "年鉴", "方法")
 VERBS = {"读取": "read", "写入": "write", "删除": "delete", "发送": "send", "计算": "compute"}
-NOUNS = {
-    **{"文件": "file", "消息": "message", "用户": "user", "日期": "date", "价格": "price"},
-    **{"图片": "image", "表格": "table", "邮件": "mail", "订单": "order", "地址": "address"},
-    "电话": "phone",
-}
+NOUNS = {"文件": "file", "消息": "message", "用户": "user", "日期": "date", "价格": "price"}
 
 MODALITY = {
     "headings": "text",

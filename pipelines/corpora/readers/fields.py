@@ -72,8 +72,8 @@ VALUE_FIELDS = ("value", "score", "rating", "target")
 LABELLED = ("labels", "label_sets", "values", "pairs")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 ALL_SPLITS = frozenset(SPLIT_NAMES.values())
 #: Some corpora append a year or number to the name of a split: ``train2017``, ``val_2``.

@@ -4,6 +4,7 @@
     train/metadata.csv  test/…          splits by folders
     metadata.jsonl                      {"file_name": "train/1.jpg", …}: splits by media folders
     train/cat/1.jpg  train/dog/2.jpg    without metadata: the folder is the class
+    cat/1.jpg  dog/2.jpg  test.txt      the same; lists of files name the splits
     rows.csv                            without media: texts with labels, functions with docstrings
     data/train-00000-of-00002.parquet   a repository of the Hugging Face Hub
     any-name.jsonl                      given as the path itself, with or without media beside it
@@ -12,6 +13,7 @@
 can be in capitals.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -61,6 +63,12 @@ from pipelines.corpora.readers.metadata_tables import (
 from pipelines.corpora.readers.parquet_tables import ParquetTable, describe_tables
 from pipelines.corpora.readers.repository_card import CARD
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
+from pipelines.corpora.readers.split_lists import (
+    SplitLists,
+    are_storage_folders,
+    find_other_annotations,
+    find_split_lists,
+)
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
@@ -69,6 +77,8 @@ from skillnet_platform.errors import UserError
 
 #: Folders in which metadata are searched that class folders would ignore.
 NEARBY_FOLDERS = 3
+#: Classes that are looked at, and that a message names.
+NEARBY_CLASSES = 3
 #: Files of rows that a message names.
 NAMED_FILES = 8
 #: Rows of a table in which names of media are searched.
@@ -103,6 +113,7 @@ class FolderCorpus(RecordCorpus):
         media_column: the same field, if the media are embedded in the rows.
         splits_by_folder: whether the folders of the media name the splits of one metadata file.
         root: without metadata, the folder that holds the split folders.
+        split_lists: without metadata, the lists of the files of each split.
     """
 
     name = "folder"
@@ -110,7 +121,8 @@ class FolderCorpus(RecordCorpus):
     # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
     # the file name decides a split that is made, so that rows of one file stay in one split.
     # Version 4: captions of one media file are one item, and media in Parquet files are read.
-    # Version 5: the numbers of classes mean the names of their own file.
+    # Version 5: the numbers of classes mean the names of their own file, lists of splits are read,
+    # and folders that begin with _ are no classes.
     version = 5
     tables: list[MetadataTable]
     file_field: str | None = None
@@ -118,6 +130,7 @@ class FolderCorpus(RecordCorpus):
     media_column: str | None = None
     splits_by_folder: bool = False
     root: str = ""
+    split_lists = SplitLists()
 
     @classmethod
     def detect(cls, source: SourceDirectory) -> str | None:
@@ -341,7 +354,9 @@ class FolderCorpus(RecordCorpus):
         source = self.source
         first = find_first_media(source)
         folders = [e for e in source.entries() if e.is_folder and to_printable(e.name) == e.name]
-        for entry in folders[:NEARBY_FOLDERS]:
+        # Tables beside the folders of the media describe them, and are no corpus by themselves.
+        nearby = [e for e in folders if first is None or first.startswith(f"{e.name}/")]
+        for entry in nearby[:NEARBY_FOLDERS]:
             for table in find_tables(SourceDirectory(source.path(entry.name))):
                 raise UserError(
                     f"{source.uri}: contains no metadata file, but {entry.name}/{table.file}; give "
@@ -366,27 +381,90 @@ class FolderCorpus(RecordCorpus):
                 self.named_splits |= {split}
                 if split == "test":
                     tests.append(join_path(self.root, entry.name))
+        if not self.named_splits:
+            self._read_split_lists()
         # An explicit modality overrides the ending.
         extension = (self.options.modality and "") or file_extension(first)
         self.infer_schema(["label"], extension)
         if not self._has_classes():
             self.infer_schema([], extension)
+            self._ask_for_annotations("no folder is a class")
         elif tests and not any(e.is_folder for test in tests for e in source.entries(test)):
             self.mark_test_unlabelled()
+
+    def _read_split_lists(self) -> None:
+        """Read the lists of the files of each split, unless folders name the splits.
+
+        Raises:
+            UserError: a list has a format that is not read, or two lists disagree.
+        """
+        self.split_lists = found = find_split_lists(self.source)
+        self.named_splits = found.named
+        if found.closed and not found.named and self.options.task is None:
+            raise UserError(
+                f"{self.source.path(found.closed[0])}: this list of a split is not read. Write its "
+                f"file names to a text file, one per line, such as train.txt and test.txt; or, to "
+                f"make splits by a hash, give --options.{self.name}.task labels"
+            )
+        if found.files:
+            unused = (
+                f". Further divisions are not used: {found.unused[0]} …" if found.unused else ""
+            )
+            console.print_note(
+                f"{self.source.uri}: splits are those of {', '.join(found.files[:4])}{unused}"
+            )
+
+    def _ask_for_annotations(self, classes: str) -> None:
+        """Raise UserError if files describe the media, unless the user has chosen the classes."""
+        if self.options.task is not None:
+            return
+        known = self.split_lists.files + self.split_lists.unused + self.split_lists.closed
+        found = find_other_annotations(
+            self.source, known, lambda path: self._split_and_class(path)[1]
+        )
+        if found is not None:
+            described, media = found
+            field = "transcription" if self.modality == "sound" else "label or caption"
+            raise UserError(
+                f"{self.source.path(described)}: describes {media}, but {classes}. Give this file "
+                f"if it is a table with a column of file names, with --options.{self.name}.media; "
+                f'or write metadata.jsonl with a line {{"file_name": {json.dumps(media)}, …}} and '
+                f"the {field} of each file; or, to take the folders as classes, give "
+                f"--options.{self.name}.task labels"
+            )
 
     def _has_classes(self) -> bool:
         """Return whether media lie in folders of two classes.
 
         A single folder, such as ``audio``, is not a class.
+
+        Raises:
+            UserError: the folders may be no classes.
         """
+        found = self._find_classes()
+        if len(found) < 2:
+            return False
+        listed = ", ".join(sorted(found))
+        if self.options.task is None and are_storage_folders(found):
+            raise UserError(
+                f"{self.source.uri}: the names of the folders {listed} say how files are stored, "
+                "and not what they show. Sort the files into folders of classes, or write "
+                "metadata.jsonl with file_name and label; or, if the folders are classes, give "
+                f"--options.{self.name}.task labels"
+            )
+        self._ask_for_annotations(f"the folders {listed} … may be no classes")
+        return True
+
+    def _find_classes(self) -> set[str]:
+        """Return the first classes that folders name."""
         found: set[str] = set()
         for entry in self.source.walk(self.root):
             if self._is_media(entry.name):
                 _, label = self._split_and_class(entry.name)
                 found |= {label} if label is not None else set()
-                if len(found) > 1:
-                    return True
-        return False
+                if len(found) > NEARBY_CLASSES:
+                    break
+        return found
 
     def _is_media(self, name: str) -> bool:
         return MODALITY_OF_EXTENSION.get(file_extension(name)) == self.modality
@@ -396,11 +474,19 @@ class FolderCorpus(RecordCorpus):
         folders = path.removeprefix(f"{self.root}/" if self.root else "").split("/")[:-1]
         split = parse_split_name(folders[0]) if folders else None
         classes = folders[1:] if split else folders
+        if any(name.startswith("_") for name in classes):
+            return split, None
+        if split == "validation" and "train" not in self.named_splits:
+            split = "train" if folders[0].lower().startswith("dev") else split
+        if self.split_lists.files:
+            split = self.split_lists.find(path)
         return split, classes[-1] if classes else None
 
     def annotation_files(self) -> list[str]:
         """Return the metadata files; those with media inside are too large to hash."""
-        return [] if self.media_column else [f for table in self.tables for f in table.files]
+        if self.media_column:
+            return []
+        return [f for table in self.tables for f in table.files] + self.split_lists.files
 
     def num_source_files(self) -> int:
         """Return the number of metadata files."""
@@ -408,7 +494,7 @@ class FolderCorpus(RecordCorpus):
 
     def is_unread_annotation(self, file: str) -> bool:
         """Return whether a file has the name of annotations and is not a metadata file."""
-        return is_annotation_name(file) and all(file not in table.files for table in self.tables)
+        return is_annotation_name(file) and file not in self.annotation_files()
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield rows in the order of the metadata, then media that no row refers to."""
@@ -490,6 +576,13 @@ class FolderCorpus(RecordCorpus):
                 continue
             split, label = self._split_and_class(entry.name)
             key = make_key(entry.name)
+            if any(name.startswith("_") for name in entry.name.split("/")[:-1]):
+                reason = "in a folder whose name begins with _, which is no class"
+                yield RejectedRow(key, reason, entry.name)
+                continue
+            if split is None and self.split_lists.files:
+                yield RejectedRow(key, "a media file that no list of splits names", entry.name)
+                continue
             is_unlabelled = self.test_unlabelled and split == "test"
             if label is None and "labels" in self.annotations_present and not is_unlabelled:
                 yield error_row(key, "not in a folder that names a class", entry.name)

@@ -251,7 +251,7 @@ def test_csv_with_semicolons(tmp_path: Path) -> None:
 
 def test_unread_annotation_files_are_named(tmp_path: Path) -> None:
     write_files(tmp_path, b"x", "cat/1.jpg", "dog/2.jpg", "README.md", "LICENSE.txt")
-    write_files(tmp_path, b"x", "labels.csv", "a/b.json.gz", *(f"xml/{n}.xml" for n in range(11)))
+    write_files(tmp_path, b"x", "labels.csv", "a/b.json.gz", *(f"xml/x{n}.xml" for n in range(11)))
     corpus = detected(tmp_path)
     assert corpus.annotations_present == ("labels",)
     assert unread(corpus) == "a/b.json.gz, labels.csv, xml/*.xml (11 files)"

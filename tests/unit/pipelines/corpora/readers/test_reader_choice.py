@@ -139,12 +139,14 @@ def test_the_only_file_of_rows_can_have_any_name(tmp_path: Path) -> None:
         open_external_corpus("mine", f"folder:{tmp_path}")
 
 
-def test_a_file_of_rows_beside_class_folders_stays_unread(tmp_path: Path) -> None:
+def test_a_file_of_rows_beside_class_folders_is_asked_for(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(user_corpora.jpg(1))
     (tmp_path / "index.csv").write_text("file_name,label\ncat/1.jpg,a\n", "utf-8")
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    with pytest.raises(UserError, match=r"index\.csv: describes cat/1\.jpg.*task labels"):
+        open_external_corpus("mine", f"folder:{tmp_path}")
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"task": "labels"})
     assert {
         row["label"] for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)
     } == {
