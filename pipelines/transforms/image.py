@@ -11,15 +11,21 @@ from numpy.typing import NDArray
 from pipelines.transforms.drawing import draw_svg, is_svg
 
 #: Increase it when a change of this file or of drawing.py changes the pixels of any file.
-VERSION = 3
+VERSION = 4
 #: Pixels of a side.
 SIZE = 48
 #: An SVG is drawn this many times larger and then reduced like a photograph.
 SVG_SCALE = 2
 #: Pillow modes without an alpha channel. A file may still declare one colour transparent.
 OPAQUE_MODES = ("RGB", "L", "CMYK")
-#: Pillow modes of 16-bit grey (PNG, TIFF, PGM). Pillow would clip them at 255, which is white.
-GREY_16BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+#: Pillow modes of grey with more than 8 bits. Pillow would clip them at 255, which is white.
+DEEP_GREY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+#: Pillow modes without a conversion to RGB.
+UNKNOWN_COLOURS = ("LAB", "HSV")
+HEIC = "a HEIC image, which is not read. Convert it to JPEG, for example with heif-convert"
+NO_WHITE = "no file states which of them is white. Save it with 8 or 16 bits per channel"
+#: TIFF tags: bits of a sample, meaning of 0 (0: white), and kind of numbers (1: without sign).
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 #: Formats that Pillow may detect. It supports dozens more; EPS would be a program that it runs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA", "DIB"),
@@ -52,6 +58,8 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
     try:
         image = _open(data)
     except Exception as error:
+        if _is_heic(data):
+            raise ValueError(HEIC) from None
         raise _make_decode_error(error) from None
     return _convert(image, size)
 
@@ -61,12 +69,16 @@ def _convert(image: Any, size: int) -> Any:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(TOO_LARGE)
     if image.mode == "F":
-        raise ValueError("an image of fractions: no file states which of them is white")
+        raise ValueError(f"an image of fractions: {NO_WHITE}")
+    if image.mode in UNKNOWN_COLOURS:
+        raise ValueError(f"an image of {image.mode} colours. Save it as RGB")
+    bits, is_inverted = _read_grey_range(image)
     try:
         image.draft("RGB", (2 * size, 2 * size))  # no effect for other formats than JPEG
         _rotate_upright(image)
-        if image.mode in GREY_16BIT_MODES:
-            image = _pillow().fromarray(_take_high_bytes(image))
+        if image.mode in DEEP_GREY_MODES:
+            grey = _take_high_bytes(image, bits)
+            image = _pillow().fromarray(255 - grey if is_inverted else grey)
         opaque = image.mode in OPAQUE_MODES and not image.has_transparency_data
         return image.convert("RGB" if opaque else "RGBA")
     except MemoryError:
@@ -104,9 +116,43 @@ def _rotate_upright(image: Any) -> None:
         return
 
 
-def _take_high_bytes(image: Any) -> NDArray[np.uint8]:
-    """Return the high bytes of a 16-bit grey image, uint8 (H, W)."""
-    return (np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)
+def _is_heic(data: bytes) -> bool:
+    """Return whether a file is HEIC by its brands (ISO 14496-12); AVIF has others."""
+    return data[4:8] == b"ftyp" and any(
+        brand in data[8:32] for brand in (b"heic", b"heix", b"hevc")
+    )
+
+
+def _read_grey_range(image: Any) -> tuple[int, bool]:
+    """Return the bits per sample of an opened image of deep grey, and whether 0 is white.
+
+    Raises:
+        ValueError: the samples have no defined white: 32 bits, or numbers with a sign.
+    """
+    if image.mode not in DEEP_GREY_MODES:
+        return 8, False
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        # Of other files, Pillow scales PGM to 16 bits. An array of integers has no range.
+        if image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
+            raise ValueError(f"an image of 32-bit integers: {NO_WHITE}")
+        return 16, False
+    bits, kind = _first(tags.get(_BITS, 16)), _first(tags.get(_SAMPLE_FORMAT, 1))
+    if bits > 16 or kind != 1:
+        raise ValueError(
+            f"an image of {bits}-bit integers{' with a sign' * (kind == 2)}: {NO_WHITE}"
+        )
+    return bits, _first(tags.get(_PHOTOMETRIC, 1)) == 0
+
+
+def _first(value: Any) -> int:
+    """Return the number of a TIFF tag, which can be one per channel."""
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _take_high_bytes(image: Any, bits: int) -> NDArray[np.uint8]:
+    """Return the 8 highest of the bits of a grey image, uint8 (H, W)."""
+    return (np.clip(np.asarray(image), 0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
 
 
 def _make_decode_error(error: Exception) -> ValueError:

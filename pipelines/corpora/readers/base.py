@@ -264,6 +264,7 @@ class ExternalCorpus(Corpus):
             "reader": type(self).name,
             **chosen,
             **(frames if self.modality == "sound" else {}),
+            **({"samples": sound.VERSION} if self.modality == "sound" else {}),
             **({"pixels": image.VERSION} if self.modality == "image" else {}),
             **({"pixels": video.VERSION} if self.modality == "video" else {}),
         }

@@ -49,7 +49,8 @@ from skillnet_platform.errors import UserError
 MEDIA_EXTENSIONS = {
     "sound": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "amr", "aif",
               "aiff"),
-    "image": ("jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "svg"),
+    "image": ("jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "svg",
+              "heic", "heif"),
     "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "flv", "wmv"),
 }  # fmt: skip
 MODALITY_OF_EXTENSION = {
