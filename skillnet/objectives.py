@@ -6,12 +6,13 @@ name a :class:`TaskObjective`. This module is pure Python without torch, because
 built from it: an objective names the class of its head, which is loaded with the first model.
 """
 
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Literal
 
 GROUP = "skillnet.objectives"
 
@@ -26,6 +27,9 @@ class TaskObjective:
             owns the forward pass of the towers, the loss and the predictions.
         metric: primary metric, as in evaluation rows.
         higher_is_better: direction of the primary metric.
+        bounds: lowest and highest value that the primary metric can have. Tables show a metric in
+            [0, 1] in per cent, and others as numbers unless their names end with ``rate``.
+            Intervals stay within the bounds.
         towers: names of the towers of a task.
         columns: name of a target -> column of the shards that holds it.
         output: raw output of the head for one row, ``""`` for an embedding per tower.
@@ -40,12 +44,21 @@ class TaskObjective:
     head: str
     metric: str
     higher_is_better: bool = True
+    bounds: tuple[float, float] = (0.0, 1.0)
     towers: tuple[str, ...] = ("input",)
     columns: tuple[tuple[str, str], ...] = ()
     output: str = ""
     listed: str | None = None
     has_scale: bool = False
     has_labels: bool = True
+
+    @property
+    def scale(self) -> Literal["share", "error_rate", "free"]:
+        """How the variance of the primary metric depends on its value."""
+        if self.bounds == (0.0, 1.0):
+            return "share"
+        is_rate = self.bounds == (0.0, math.inf) and self.metric.endswith("rate")
+        return "error_rate" if is_rate else "free"
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -78,6 +91,7 @@ _BUILT_IN = (
         "regression",
         "skillnet.value_heads:RegressionHead",
         "r_squared",
+        bounds=(-math.inf, 1.0),
         columns=(("numbers", "value"),),
         output="number",
         has_scale=True,
@@ -87,6 +101,7 @@ _BUILT_IN = (
         "skillnet.heads:CTCHead",
         "token_error_rate",
         higher_is_better=False,
+        bounds=(0.0, math.inf),
         columns=(("symbols", "symbols"),),
         output="log_probs",
         listed="symbols",
@@ -103,6 +118,7 @@ _BUILT_IN = (
         "skillnet.heads:MaskedHead",
         "masked_loss",
         higher_is_better=False,
+        bounds=(0.0, math.inf),
         output="predicted",
         has_labels=False,
     ),

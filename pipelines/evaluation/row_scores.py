@@ -7,6 +7,7 @@ rows with several labels, for numbers, and for objectives of other packages, and
 Shapes: N rows, C classes.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipelines.loading.task_columns import make_indicators
 from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 from pipelines.shards.id_columns import IdRange, check_ids
 from skillnet.heads import head_class
+from skillnet.metrics import ConfidenceInterval
 from skillnet.objectives import find_objective
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError
@@ -86,14 +88,10 @@ def score_predictions(
         units: (N,) number of the unit of each row; None counts each row as a unit.
     """
     numerator, denominator = head_class(spec).score_rows(predictions, targets)
-    name = find_objective(spec.objective).metric
-    is_share = spec.objective == "multi_label"
-    metrics = {
-        name: ratio_with_interval(
-            numerator, denominator, bootstrap_samples, units, "share" if is_share else "free"
-        )
-    }
-    if is_share:
+    objective = find_objective(spec.objective)
+    ratio = ratio_with_interval(numerator, denominator, bootstrap_samples, units, objective.scale)
+    metrics = {objective.metric: _cut_to_bounds(ratio, objective.bounds)}
+    if spec.objective == "multi_label":
         chosen_NC, truth_NC = predictions >= DECISION_THRESHOLD, targets["label_sets"] > 0
         hits_N = 2 * (chosen_NC & truth_NC).sum(1)
         named_N = chosen_NC.sum(1) + truth_NC.sum(1)
@@ -103,7 +101,14 @@ def score_predictions(
     if spec.objective == "regression":
         errors_N = np.abs(predictions[:, 0] - targets["numbers"])
         error = mean_with_interval(errors_N, bootstrap_samples, units, "free")
-        # Few rows give wide intervals; an error is never below 0, and R² never above 1.
-        metrics["mean_absolute_error"] = error._replace(low=max(error.low, 0.0))
-        metrics[name] = metrics[name]._replace(high=min(metrics[name].high, 1.0))
+        metrics["mean_absolute_error"] = _cut_to_bounds(error, (0.0, math.inf))
     return ScoredRows(metrics, numerator, denominator)
+
+
+def _cut_to_bounds(interval: ConfidenceInterval, bounds: tuple[float, float]) -> ConfidenceInterval:
+    """Return an interval within the bounds of its metric; few rows give wide intervals."""
+    value, low, high = interval
+    # Comparisons with NaN are false, so an interval that was not computed stays as it is.
+    low = min(bounds[0], value) if low < bounds[0] else low
+    high = max(bounds[1], value) if high > bounds[1] else high
+    return ConfidenceInterval(value, low, high)

@@ -52,6 +52,9 @@ SCORED_METRICS = {
     each.metric: each.higher_is_better for each in list_objectives() if each.has_labels
 }
 
+#: Primary metrics of objectives that are numbers on a scale of their own.
+_FREE_METRICS = frozenset(each.metric for each in list_objectives() if each.scale == "free")
+
 #: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
 UNSCALED_SUFFIXES = ("rank", "loss", "r_squared", "absolute_error")
 
@@ -121,7 +124,12 @@ def format_metric(metric: str, value: float | None) -> str:
     """
     if value is None or np.isnan(value):
         return "–"
-    return f"{value:.4g}" if metric.endswith(UNSCALED_SUFFIXES) else f"{100 * value:.1f} %"
+    return f"{value:.4g}" if _is_unscaled(metric) else f"{100 * value:.1f} %"
+
+
+def _is_unscaled(metric: str) -> bool:
+    """Return whether a metric is shown as a number, and not in per cent."""
+    return metric.endswith(UNSCALED_SUFFIXES) or metric in _FREE_METRICS
 
 
 def format_value_with_interval(row: Mapping[str, Any]) -> str:
@@ -134,7 +142,7 @@ def format_value_with_interval(row: Mapping[str, Any]) -> str:
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
-    plain = row["metric"].endswith(UNSCALED_SUFFIXES)
+    plain = _is_unscaled(row["metric"])
     return (
         f"{text} ({low:.4g}–{high:.4g})" if plain else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
     )

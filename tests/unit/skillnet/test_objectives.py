@@ -1,5 +1,6 @@
 """Objectives: one of a third party trains and is evaluated, and outputs come from the manifest."""
 
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import pytest
 from sklearn.metrics import label_ranking_average_precision_score, r2_score
 
 from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.evaluation import row_scores
 from pipelines.evaluation.evaluator import evaluate_model
 from pipelines.evaluation.outcomes import OutcomeTable
+from pipelines.evaluation.row_scores import score_predictions
 from pipelines.planning.example_batches import build_example_batch
 from pipelines.runs.model_tasks import resolve_model_tasks
 from pipelines.shards.dataset import open_corpus
@@ -22,6 +25,7 @@ from skillnet import objectives
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import average_precision_of_rows
 from skillnet.model import SkillNet
+from skillnet.objectives import TaskObjective
 from skillnet.skills import SkillPlan, Task
 from skillnet.value_heads import RegressionHead
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
@@ -95,6 +99,46 @@ def test_the_page_of_plug_ins_shows_the_packages_that_tests_install() -> None:
     assert files
     for path in files:
         assert PLUGINS[path.name] == path.read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.usefixtures("margin_package")
+@pytest.mark.parametrize("wrong", [0, 1, 7, 8])
+def test_the_interval_of_another_packages_accuracy_stays_in_range(wrong: int) -> None:
+    task = Task("margin", TEXT, outputs=2)
+    labels = np.array([0] * wrong + [1] * (8 - wrong))
+    predictions = np.tile([0.0, 1.0], (8, 1))
+    found = score_predictions(task, predictions, {"labels": labels})
+    value, low, high = found.metrics["margin_hits"]
+    assert 0 <= low <= value <= high <= 1
+    assert value == 1 - wrong / 8
+    assert low < high
+
+
+@pytest.mark.parametrize(
+    ("metric", "bounds", "scale"),
+    [
+        ("accuracy", (0.0, 1.0), "share"),
+        ("word_error_rate", (0.0, math.inf), "error_rate"),
+        ("perplexity", (1.0, math.inf), "free"),
+        ("correlation", (-1.0, 1.0), "free"),
+    ],
+)
+def test_bounds_decide_the_scale_of_a_metric(
+    metric: str, bounds: tuple[float, float], scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = TaskObjective("made", "skillnet.value_heads:RegressionHead", metric, bounds=bounds)
+    assert made.scale == scale
+    monkeypatch.setattr(row_scores, "find_objective", lambda _: made)
+    # Three rows of very different scores have an interval far beyond the bounds.
+    monkeypatch.setattr(
+        "skillnet.value_heads.RegressionHead.score_rows",
+        classmethod(lambda *_: (np.array([0.9, 1.0, 0.2]), np.ones(3))),
+    )
+    spec = Task("regression", TEXT)
+    targets = {"numbers": np.zeros(3)}
+    value, low, high = score_predictions(spec, np.zeros((3, 1)), targets).metrics[metric]
+    assert bounds[0] <= low or low == value
+    assert value <= high <= bounds[1]
 
 
 @pytest.mark.usefixtures("margin_package")
