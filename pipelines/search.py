@@ -76,6 +76,7 @@ class SearchResult:
         seconds: duration of the query's embedding and of the ranking, without loading.
         hits: best first.
         page: the HTML file.
+        caution: why the ranking may be arbitrary; "" if nothing speaks for that.
     """
 
     query: str
@@ -85,6 +86,7 @@ class SearchResult:
     seconds: float
     hits: "list[SearchHit]"
     page: Path
+    caution: str = ""
 
 
 def search_corpus(config: SearchConfig) -> SearchResult:
@@ -100,7 +102,11 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.corpus_search import CorpusSearch, choose_search_task
+    from pipelines.serving.corpus_search import (
+        CorpusSearch,
+        choose_search_task,
+        find_query_tower,
+    )
     from pipelines.serving.input_items import find_item_modality, printable_name
 
     item = read_query(config)
@@ -110,16 +116,21 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     data = source.find_corpora(config.data)
     predictor = open_predictor(source, data, config.precision)
     task = choose_search_task(config.task, predictor.model.config.tasks, modality)
+    tower = find_query_tower(predictor.model.config.tasks[task], modality)
+    assert tower is not None
+    # Before the corpus is embedded, which takes long: the query may be unusable.
+    row = predictor.read_row(item, task, tower)
     search = CorpusSearch(predictor, source, data, task, config.splits, modality)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
-    row = search.read_query(item)
     hits = search.rank_rows(row, config.top)
-    seconds = time.monotonic() - begin
+    seconds, doubt = time.monotonic() - begin, search.describe_doubt(row)
     page = Path(config.html) if config.html else _default_page(query, task)
     with open_output(page, "w") as stream:
-        stream.write(search.render_hits(query, hits, preview=search.preview_query(item, row)))
-    return SearchResult(query, task, search.model, search.num_rows, seconds, hits, page.absolute())
+        preview = search.preview_query(item, row)
+        stream.write(search.render_hits(query, hits, preview=preview, doubt=doubt))
+    path = page.absolute()
+    return SearchResult(query, task, search.model, search.num_rows, seconds, hits, path, doubt)
 
 
 def read_query(config: SearchConfig) -> "PredictionItem":
@@ -151,6 +162,8 @@ def show_search(result: SearchResult) -> None:
     ]
     columns = ["", "similarity", "caption", "key", "split"]
     console.print_table(f"{result.query} · {result.task} · {result.model}", columns, rows)
+    if result.caution:
+        console.print_warning(result.caution)
     console.print_note(
         f"{result.searched:,} rows ranked in {1000 * result.seconds:.0f} ms; page: {result.page}"
     )

@@ -15,6 +15,7 @@ Serve hold the model (:mod:`pipelines.serving.served_model`).
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,10 +33,12 @@ from skillnet_platform.config.bounds import (
     PositiveCount,
     require_bounds,
 )
+from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
+    from pipelines.serving.connection_guard import ServerLimits
     from pipelines.serving.served_model import ServedModelConfig
 
 DEPLOYMENT = "skillnet"
@@ -43,6 +46,8 @@ DEPLOYMENT = "skillnet"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 #: Seconds between health checks of a replica; a dead one is replaced after it.
 HEALTH_CHECK_S = 2.0
+#: Files that the command has open beside its connections.
+OTHER_FILES = 256
 
 
 @dataclass
@@ -135,7 +140,7 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
             ModelReplica,
             name=DEPLOYMENT,
             num_replicas=config.replicas,
-            max_ongoing_requests=2 * config.max_batch_size,
+            max_ongoing_requests=_requests_of_replica(config),
             max_queued_requests=config.max_requests,
             health_check_period_s=HEALTH_CHECK_S,
             logging_config=LOGGING,
@@ -149,6 +154,36 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
                 serve.shutdown()
 
 
+def limits_of(config: ServeConfig) -> "ServerLimits":
+    """Return the limits of a server, and let this process open a file for each connection.
+
+    Args:
+        config: of the server.
+
+    Raises:
+        UserError: the machine does not allow so many files.
+    """
+    from pipelines.serving.connection_guard import ServerLimits
+
+    limits = ServerLimits(
+        config.max_bytes,
+        config.max_rows,
+        config.max_requests,
+        config.timeout_s,
+        max_running=config.replicas * _requests_of_replica(config),
+    )
+    needed = limits.max_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > hard != resource.RLIM_INFINITY:
+        raise UserError(
+            f"--max_requests {config.max_requests}: the server needs {needed} open files, the "
+            f"limit is {hard}. Give fewer, or run: ulimit -n {needed}"
+        )
+    if needed > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return limits
+
+
 def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token: str | None) -> Any:
     """Return the HTTP server of uvicorn for replicas.
 
@@ -158,26 +193,22 @@ def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token:
         about: description of the model.
         token: that requests must have, or None.
     """
-    import uvicorn
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-    from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
+    from pipelines.serving.connection_guard import configure_server
+    from pipelines.serving.http_server import ModelGateway, build_application
 
-    limits = ServerLimits(config.max_bytes, config.max_rows, config.max_requests, config.timeout_s)
+    limits = limits_of(config)
     lost = (RayActorError, DeploymentUnavailableError)
     gateway = ModelGateway(handle, about, limits, lost, (BackPressureError,))
-    return uvicorn.Server(
-        uvicorn.Config(
-            build_application(gateway, token, config.host, limits),
-            host=config.host,
-            port=config.port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=10,
-        )
-    )
+    application = build_application(gateway, token, limits)
+    return configure_server(application, config.host, config.port, limits)
+
+
+def _requests_of_replica(config: ServeConfig) -> int:
+    # One batch runs, others are read meanwhile. One client has half of them at most.
+    return max(4 * config.max_batch_size, 8)
 
 
 @command(
@@ -194,6 +225,7 @@ def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token:
 def main(config: ServeConfig) -> int:
     """Serve until interrupted."""
     token = read_token(config.token_file, config.host)
+    limits_of(config)
     port = config.port or ui.find_free_port(config.host)
     ui.require_free_port(config.host, port)
     from pipelines.serving.served_model import ServedModel, ServedModelConfig
@@ -207,6 +239,12 @@ def main(config: ServeConfig) -> int:
         config.max_batch_size,
         config.batch_wait_s,
     )
+    address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}"
+    if config.search:
+        console.print_note(
+            f"{address} answers when the corpora of the searches are embedded; the next start "
+            "reads the embeddings from the cache"
+        )
     # Before Ray starts: a wrong model fails at once, and the replicas find the indexes in the
     # cache.
     about = ServedModel(served).describe()
@@ -214,7 +252,7 @@ def main(config: ServeConfig) -> int:
         with run_replicas(config, served) as handle:
             server = build_server(replace(config, port=port), handle, about, token)
             console.print_note(f"{about['model']}: {', '.join(about['tasks'])}; Ctrl-C stops")
-            console.print_output(f"http://{config.host}:{port}")
+            console.print_output(address)
             server.run()
     except KeyboardInterrupt:
         return 0

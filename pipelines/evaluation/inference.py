@@ -248,13 +248,20 @@ class InferenceRunner:
                 confidence[row] = best[index, : max(length, 1)].mean().exp()
         return self.ranks.merge_sequences(symbols), self.ranks.merge(confidence)
 
-    def embed(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
+    def embed(
+        self,
+        task: str,
+        tower: str,
+        inputs: InferenceInputs,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """Return the unit vectors of a retrieval tower, (N, E) float32.
 
         Args:
             task: a retrieval task.
             tower: ``query`` or ``candidate``.
             inputs: of the tower, N rows.
+            on_rows: called with the number of rows of each batch that is done.
         """
         out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
 
@@ -263,6 +270,8 @@ class InferenceRunner:
 
         for rows, (vectors,) in self._infer(inputs, embed_batch):
             out[rows] = vectors.numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
         return self.ranks.merge(out)
 
     def pool(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:

@@ -10,6 +10,7 @@ in both directions, so either may read the query.
 ``skillnet serve`` keeps one for each task and modality of queries.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from pipelines.serving.predictor import TaskPredictor
     from pipelines.serving.search_page import QueryPreview
     from pipelines.shards.dataset import PreparedCorpus
+    from pipelines.transforms.decode_guard import WorkBudget
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
+#: Share of a query's tokens that occur in no text of the corpus, from which a search warns.
+DOUBTED_FRACTION = 0.5
 
 
 class MissingCaptionsError(UserError):
@@ -71,6 +75,7 @@ class CorpusSearch:
         task: a retrieval task.
         splits: to search; None takes all except pretrain.
         modality: of the queries; a tower of the task reads it.
+        place: of this search among others, for progress; "" for a single one.
 
     Raises:
         UserError: the corpus or a split is missing, or the corpus is of another modality.
@@ -85,6 +90,7 @@ class CorpusSearch:
         task: str,
         splits: Sequence[str] | None = None,
         modality: str = "text",
+        place: str = "",
     ) -> None:
         from pipelines.config.folds import FoldConfig
         from pipelines.evaluation.evaluator import locate_task_corpus
@@ -98,6 +104,7 @@ class CorpusSearch:
         query_tower = find_query_tower(spec, modality)
         assert query_tower is not None, f"{task} reads no {modality}"
         self._query_tower = query_tower
+        self._query_column = tower_column(spec, query_tower)
         ranked = "candidate" if self._query_tower == "query" else "query"
         #: Column and modality of the media that hits show: the ranked ones, or those of the rows.
         shown = spec.row_tower if ranked == spec.caption_tower else ranked
@@ -110,7 +117,7 @@ class CorpusSearch:
         needs_captions = ranked == spec.caption_tower
         self.splits = choose_search_splits(self.corpus, splits, needs_captions)
         self._vectors = build_retrieval_index(
-            predictor, source, task, self.corpus, self.splits, ranked
+            predictor, source, task, self.corpus, self.splits, ranked, place
         )
         version = "" if source.version is None else f" (version {source.version})"
         self.model = f"{source.name}{version}"
@@ -132,16 +139,57 @@ class CorpusSearch:
         """
         return self.rank_rows(self.read_query(query), top)
 
-    def read_query(self, query: PredictionItem) -> np.ndarray:
+    def read_query(self, query: PredictionItem, budget: "WorkBudget | None" = None) -> np.ndarray:
         """Return the model input of a query.
 
         Args:
             query: text or file of the modality of this search.
+            budget: of the request that asks.
 
         Raises:
             UserError: the query is empty or damaged.
         """
-        return self.predictor.read_row(query, self.task, self._query_tower)
+        return self.predictor.read_row(query, self.task, self._query_tower, budget)
+
+    def describe_doubt(self, query_row: np.ndarray) -> str:
+        """Return a warning if most of a text query occurs in no text of the corpus; "" otherwise.
+
+        Args:
+            query_row: of :meth:`read_query`.
+        """
+        if self.modality != "text" or not self._known_tokens.any():
+            return ""
+        unknown = int((~self._known_tokens[query_row]).sum())
+        if unknown < DOUBTED_FRACTION * len(query_row):
+            return ""
+        return (
+            f"{unknown} of {len(query_row)} tokens of the query occur in no text of "
+            f"{self.corpus.name}, perhaps because they are of another language; the ranking may "
+            "be arbitrary"
+        )
+
+    @functools.cached_property
+    def _known_tokens(self) -> np.ndarray:
+        """Tokens of the texts that the query's tower reads in the corpus, (vocabulary,) bool."""
+        import pyarrow as pa
+
+        known = np.zeros(self.predictor.model.config.vocab_size, bool)
+        for split in self.corpus.splits.values():
+            table = split.table()
+            if self._query_column not in table.column_names:
+                continue
+            for chunk in table[self._query_column].chunks:
+                while not pa.types.is_integer(chunk.type):
+                    chunk = chunk.flatten()
+                known[chunk.to_numpy(zero_copy_only=False).clip(0, len(known) - 1)] = True
+        # Bytes spell characters that no text had.
+        tokenizer = self.predictor.tokenizer
+        first, unknown = tokenizer.token_to_id("<0x00>"), tokenizer.token_to_id("[UNK]")
+        if first is not None:
+            known[first : first + 256] = False
+        if unknown is not None:
+            known[unknown] = False
+        return known
 
     def rank_rows(self, query_row: np.ndarray, top: int) -> list[SearchHit]:
         """Return the best rows for the model input of a query, best first.
@@ -178,6 +226,7 @@ class CorpusSearch:
         hits: Sequence[SearchHit],
         tasks: Mapping[str, Sequence[str]] | None = None,
         preview: "QueryPreview | None" = None,
+        doubt: str = "",
     ) -> str:
         """Return the results as one HTML page with embedded images.
 
@@ -187,6 +236,7 @@ class CorpusSearch:
             tasks: modality of queries -> tasks that a server can search; the page gets inputs.
                 None without a server.
             preview: of a file as the query.
+            doubt: of :meth:`describe_doubt`.
         """
         from pipelines.serving.search_page import ResultCard, render_search_page
 
@@ -195,6 +245,7 @@ class CorpusSearch:
             ("model", self.model),
             ("searched", f"{self.num_rows:,} rows of {self.corpus.name}"),
             ("date", time.strftime("%Y-%m-%d")),
+            *([("caution", doubt)] if doubt else []),
         ]
         cards = []
         for hit in hits:

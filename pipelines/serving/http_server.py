@@ -4,14 +4,15 @@
 
 The server runs in the process of the command, not in Ray Serve's proxy: it rejects a request before
 it reads the body, and sends the request of a killed replica to another one. A prediction changes
-nothing, so it may run twice.
+nothing, so it may run twice. Clients share requests, memory and replicas, see
+:mod:`pipelines.serving.fair_share`. A request whose client is gone is cancelled.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,8 +30,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from pipelines.serving.access_token import is_authorized
+from pipelines.serving.access_token import describe_foreign_page, is_authorized, parse_authority
+from pipelines.serving.connection_guard import ADMITTED, ServerLimits
+from pipelines.serving.fair_share import FairShare, identify_client
 from pipelines.serving.request_rows import (
+    PredictionRequest,
     SearchRequest,
     build_search_request,
     read_prediction_request,
@@ -39,7 +43,6 @@ from pipelines.serving.request_rows import (
 )
 from pipelines.serving.search_page import render_search_page
 from skillnet_platform import console
-from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import human_bytes
 
@@ -49,10 +52,12 @@ MAX_TRIES = 5
 RETRY_PAUSE_S = 0.2
 #: Seconds after which an overloaded server asks clients to come back.
 RETRY_AFTER_S = 1
-#: Seconds that a client has to send its body.
-BODY_PATIENCE_S = 60.0
+#: Largest bodies that are in memory at the same time; one client has half of them at most.
+BODIES_IN_MEMORY = 4
 #: Seconds and bytes of a rejected body that are read and dropped.
 DISCARD_PATIENCE_S, MAX_DISCARDED_BYTES = 2.0, 64 * 2**20
+#: Status in the metrics of a request whose client left.
+CLIENT_LEFT = 499
 RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
 #: Headers of every answer. A page of another site can neither frame it nor read its query. With
 #: no-referrer, browsers would hide the origin of the page's own forms.
@@ -74,23 +79,6 @@ class ModelHandle(Protocol):
     predict: Any
     search: Any
     render_search: Any
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """Limits of a server.
-
-    Args:
-        max_bytes: of the body of a request.
-        max_rows: of a prediction request.
-        max_requests: that are in progress at the same time.
-        timeout_s: seconds for the answer of a request.
-    """
-
-    max_bytes: int
-    max_rows: int
-    max_requests: int
-    timeout_s: float
 
 
 class ServerMetrics:
@@ -136,6 +124,8 @@ class ModelGateway:
     ) -> None:
         self._handle, self._about, self._limits = handle, about, limits
         self._lost, self._full = lost, full
+        self._running = FairShare(limits.max_running)
+        self._bodies = FairShare(BODIES_IN_MEMORY * limits.max_bytes)
         self.metrics = ServerMetrics()
 
     async def health(self, request: Request) -> Response:
@@ -153,9 +143,9 @@ class ModelGateway:
 
     async def predict(self, request: Request) -> Response:
         """Answer ``POST /v1/predict``."""
-        body = await self._read_body(request)
-        asked = await asyncio.to_thread(read_prediction_request, body, self._limits.max_rows)
-        answer = await self._ask(self._handle.predict, asked)
+        async with self._hold_body(request) as body:
+            asked = await asyncio.to_thread(read_prediction_request, body, self._limits.max_rows)
+            answer = await self._ask(request, self._handle.predict, asked)
         for each in answer["predictions"]:
             self.metrics.rows.labels(each["task"]).inc()
         rejected = answer["rejected"]
@@ -167,8 +157,9 @@ class ModelGateway:
 
     async def search(self, request: Request) -> Response:
         """Answer ``POST /v1/search``."""
-        asked = read_search_request(await self._read_body(request))
-        return JSONResponse(await self._ask(self._handle.search, asked))
+        async with self._hold_body(request) as body:
+            asked = await asyncio.to_thread(read_search_request, body)
+            return JSONResponse(await self._ask(request, self._handle.search, asked))
 
     async def show_search(self, request: Request) -> Response:
         """Answer ``/search`` with a page: inputs, and the results of a query.
@@ -178,16 +169,15 @@ class ModelGateway:
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
         tasks: Mapping[str, Sequence[str]] = self._about["search"]
         status, problem, headers = 200, "", {}
-        asked = None
         try:
             if not tasks:
                 problem = "This model has no task for a search."
             elif request.method == "POST":
-                asked = await self._read_form(request)
+                return await self._search_form(request)
             elif query:
                 asked = build_search_request(query, task)
-            if asked is not None:
-                return HTMLResponse((await self._ask(self._handle.render_search, asked))["html"])
+                answer = await self._ask(request, self._handle.render_search, asked)
+                return HTMLResponse(answer["html"])
         except UserError as error:
             status, problem = 422, str(error)
         except HTTPException as error:
@@ -197,12 +187,12 @@ class ModelGateway:
         page = render_search_page(query[:100], [], tasks=tasks, task=task or "", problem=problem)
         return HTMLResponse(page, status, headers)
 
-    async def _read_form(self, request: Request) -> SearchRequest:
-        # Pages of other sites can send forms without a question to this server.
-        if not _is_own_form(request):
-            raise HTTPException(403, "Origin: send the form from the page of this server")
+    async def _search_form(self, request: Request) -> Response:
+        kind = request.headers.get("content-type", "")
         try:
-            body = await self._read_body(request, "multipart/form-data")
+            async with self._hold_body(request, "multipart/form-data") as body:
+                asked = await asyncio.to_thread(read_search_form, kind, body)
+                answer = await self._ask(request, self._handle.render_search, asked)
         except HTTPException as error:
             if error.status_code == 413:
                 limit = human_bytes(self._limits.max_bytes)
@@ -211,19 +201,24 @@ class ModelGateway:
                     "larger --max_bytes"
                 )
             raise
-        return await asyncio.to_thread(read_search_form, request.headers["content-type"], body)
+        return HTMLResponse(answer["html"])
 
     async def go_to_search(self, request: Request) -> Response:
         """Answer ``GET /``."""
         return RedirectResponse("/search")
 
-    async def _ask(self, method: Any, asked: Any) -> dict[str, Any]:
+    async def _ask(
+        self, request: Request, method: Any, asked: PredictionRequest | SearchRequest
+    ) -> dict[str, Any]:
         """Return the answer of a replica; a replica that dies is replaced by another one."""
+        client, clock = _client_of(request), asyncio.get_running_loop().time
+        end = clock() + self._limits.timeout_s
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
+            async with asyncio.timeout_at(end), self._running.hold(client):
                 for _ in range(MAX_TRIES):
+                    timed = replace(asked, client=client, seconds=end - clock())
                     try:
-                        answer: dict[str, Any] = await method.remote(asked)
+                        answer: dict[str, Any] = await _call(method, timed)
                         break
                     except self._lost:
                         self.metrics.retries.inc()
@@ -238,43 +233,54 @@ class ModelGateway:
             raise UserError(answer["error"])
         return answer
 
-    async def _read_body(self, request: Request, expected: str = "application/json") -> bytes:
+    @contextlib.asynccontextmanager
+    async def _hold_body(
+        self, request: Request, expected: str = "application/json"
+    ) -> AsyncIterator[bytes]:
+        """Read the body of a request, and keep its share of the memory during a block."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # Pages of other sites can send other types than JSON without a question to this server.
         if kind != expected:
             raise HTTPException(415, f"Content-Type: send {expected}")
-        limit = self._limits.max_bytes
-        too_large = HTTPException(413, f"the request is larger than {limit} bytes; send parts")
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            await _discard_body(request)
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(BODY_PATIENCE_S):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > limit:
-                        parts.clear()
-                        raise too_large
-                    parts.append(part)
-        except TimeoutError:
-            raise HTTPException(408, "the request did not arrive in time") from None
-        except ClientDisconnect:
-            raise HTTPException(400, "the client left before its request was complete") from None
-        return b"".join(parts)
+        size, limit = _declared_length(request), self._limits.max_bytes
+        if size > limit:
+            raise HTTPException(413, f"the request is larger than {limit} bytes; send parts")
+        async with contextlib.AsyncExitStack() as held:
+            has_room = False
+            try:
+                async with asyncio.timeout(self._limits.body_s):
+                    await held.enter_async_context(self._bodies.hold(_client_of(request), size))
+                    has_room = True
+                    body = b"".join([part async for part in request.stream()])
+            except TimeoutError:
+                if not has_room:
+                    raise OverloadError("other requests take the memory for bodies") from None
+                raise HTTPException(408, "the request did not arrive in time") from None
+            except ClientDisconnect:
+                raise HTTPException(
+                    400, "the client left before its request was complete"
+                ) from None
+            yield body
 
 
-async def _discard_body(request: Request) -> None:
-    """Read a rejected body for a moment: an answer is lost if its client is still sending."""
-    size = 0
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(DISCARD_PATIENCE_S):
-            async for part in request.stream():
-                size += len(part)
-                if size > MAX_DISCARDED_BYTES:
-                    return
+async def _call(method: Any, asked: Any) -> dict[str, Any]:
+    """Return the answer of a replica; the replica learns that nobody waits any more."""
+    response = method.remote(asked)
+    try:
+        answer: dict[str, Any] = await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    return answer
+
+
+def _client_of(request: Request) -> str:
+    return identify_client(request.client.host if request.client else "")
+
+
+def _declared_length(request: Request) -> int:
+    """Return the bytes of a request's body; the parser rejects other values, and chunks."""
+    return int(request.headers.get("content-length", "0")[:20])
 
 
 class RequestGuard:
@@ -284,7 +290,6 @@ class RequestGuard:
         gateway: with limits and metrics.
         application: with the routes.
         token: that requests must have, or None.
-        host: interface that the server listens on.
         limits: of the server.
     """
 
@@ -293,12 +298,11 @@ class RequestGuard:
         gateway: ModelGateway,
         application: Callable[..., Awaitable[None]],
         token: str | None,
-        host: str,
         limits: ServerLimits,
     ) -> None:
         self._metrics, self._application = gateway.metrics, application
-        self._token, self._host, self._limits = token, host, limits
-        self._active = 0
+        self._token = token
+        self._admitted, self._active = FairShare(limits.max_requests), 0
         self._paths = {route.path for route in build_routes(gateway)}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -307,34 +311,21 @@ class RequestGuard:
             if scope["type"] == "lifespan":
                 await self._application(scope, receive, send)
             return
-        request = Request(scope, receive)
+        exchange = Exchange(scope, receive, send)
         # Unknown paths share a label: clients must not create series without bound.
         path = scope["path"] if scope["path"] in self._paths else "other"
-        begin, status = time.monotonic(), 500
-
-        async def send_noted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    *((name.lower().encode(), value.encode()) for name, value in HEADERS.items()),
-                ]
-            await send(message)
-
-        with self._count_request():
-            refused = self._refuse(request)
+        begin = time.monotonic()
+        with self._count_request(), self._admit(exchange.request) as refused:
             if refused is not None:
-                await refused(scope, receive, send_noted)
+                await refused(scope, exchange.receive, exchange.send)
             else:
-                # Starlette raises an unexpected error again after its handler has answered.
-                with contextlib.suppress(Exception):
-                    await self._application(scope, receive, send_noted)
-        self._metrics.requests.labels(path, str(status)).inc()
+                await exchange.run(self._application)
+        await exchange.finish()
+        self._metrics.requests.labels(path, str(exchange.status)).inc()
         self._metrics.seconds.labels(path).observe(time.monotonic() - begin)
 
     @contextlib.contextmanager
-    def _count_request(self) -> Any:
+    def _count_request(self) -> Iterator[None]:
         self._active += 1
         self._metrics.active.set(self._active)
         try:
@@ -343,31 +334,133 @@ class RequestGuard:
             self._active -= 1
             self._metrics.active.set(self._active)
 
+    @contextlib.contextmanager
+    def _admit(self, request: Request) -> Iterator[Response | None]:
+        """Count a request during a block, and return the answer to one that no handler may see."""
+        refused = self._refuse(request)
+        if refused is not None or request.scope["path"] == "/health":
+            yield refused
+            return
+        client = _client_of(request)
+        if not self._admitted.take(client):
+            yield answer_overload("too many requests are in progress")
+            return
+        request.scope.setdefault("state", {})[ADMITTED] = True
+        try:
+            yield None
+        finally:
+            self._admitted.give_back(client)
+
     def _refuse(self, request: Request) -> Response | None:
-        """Return the answer to a request that no handler may see, or None."""
+        """Return the answer to a request that comes from the wrong place or has no token."""
+        path, hosts = request.scope["path"], request.headers.getlist("host")
+        authority = parse_authority(hosts[0]) if len(hosts) == 1 else None
+        if not path.startswith("/") or (authority is None and hosts):
+            return build_error(400, "Host: send a path, and one host with an optional port")
         # A page of another site can resolve its own name to loopback, and then read answers.
-        if self._token is None and not _is_local_name(request.headers.get("host", "")):
+        if self._token is None and (authority is None or not authority.is_loopback):
             return build_error(403, "Host: this server answers requests to localhost only")
-        if request.scope["path"] == "/health":
+        if path == "/health":
             return None
+        if problem := describe_foreign_page(request.headers, authority):
+            return build_error(403, problem)
         if not is_authorized(self._token, request.headers.get("authorization")):
             # A browser answers the challenge with a box for user and password.
             challenge = {"WWW-Authenticate": 'Basic realm="skillnet", Bearer'}
             return build_error(401, "Authorization: send Bearer and the token", challenge)
-        if self._active > self._limits.max_requests:
-            return answer_overload("too many requests are in progress")
         return None
 
 
+class Exchange:
+    """One request and its answer, over the functions of ASGI.
+
+    Args:
+        scope: of the request.
+        receive: of the connection.
+        send: of the connection.
+    """
+
+    def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self.request = Request(scope, receive)
+        self.status = 500
+        self._is_answered = False
+        self._body_ended = asyncio.Event()
+        if not _declared_length(self.request):
+            self._body_ended.set()
+
+    async def run(self, application: Callable[..., Awaitable[None]]) -> None:
+        """Run the application until it has answered or the client is gone.
+
+        Args:
+            application: with the routes.
+        """
+
+        async def answer() -> None:
+            # Starlette raises an unexpected error again after its handler has answered.
+            with contextlib.suppress(Exception):
+                await application(self._scope, self.receive, self.send)
+
+        tasks = [asyncio.create_task(each) for each in (answer(), self._wait_until_gone())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._is_answered:
+                await tasks[0]
+            elif not tasks[0].done():
+                self.status = CLIENT_LEFT
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def receive(self) -> Any:
+        """Return the next message of the client."""
+        # The next one would be its end, for which :meth:`run` waits.
+        if self._body_ended.is_set():
+            return {"type": "http.request", "body": b"", "more_body": False}
+        message = await self._receive()
+        if not message.get("more_body"):
+            self._body_ended.set()
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer, with the headers of every answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            own = HEADERS if self._body_ended.is_set() else {**HEADERS, "Connection": "close"}
+            added = [(name.lower().encode(), value.encode()) for name, value in own.items()]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        elif not message.get("more_body"):
+            self._is_answered = True
+            # :meth:`finish` ends the answer.
+            message = {**message, "more_body": not self._body_ended.is_set()}
+        await self._send(message)
+
+    async def finish(self) -> None:
+        """Read a rejected body for a moment: an answer is lost if its client is still sending."""
+        if not self._is_answered or self._body_ended.is_set():
+            return
+        size, is_sent = 0, "expect" not in self.request.headers
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_PATIENCE_S):
+                while is_sent and not self._body_ended.is_set() and size < MAX_DISCARDED_BYTES:
+                    size += len((await self.receive()).get("body", b""))
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _wait_until_gone(self) -> None:
+        await self._body_ended.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
 def build_application(
-    gateway: ModelGateway, token: str | None, host: str, limits: ServerLimits
+    gateway: ModelGateway, token: str | None, limits: ServerLimits
 ) -> RequestGuard:
     """Return the ASGI application of a server.
 
     Args:
         gateway: with the handlers.
         token: that requests must have; None on loopback.
-        host: interface that the server listens on.
         limits: of the server.
     """
 
@@ -392,7 +485,7 @@ def build_application(
         Exception: unexpected,
     }
     application = Starlette(routes=build_routes(gateway), exception_handlers=handlers)
-    return RequestGuard(gateway, application, token, host, limits)
+    return RequestGuard(gateway, application, token, limits)
 
 
 def build_routes(gateway: ModelGateway) -> list[Route]:
@@ -430,18 +523,3 @@ def answer_overload(reason: str) -> Response:
         reason: of the overload.
     """
     return build_error(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)
-
-
-def _is_own_form(request: Request) -> bool:
-    """Return whether no browser, or a page of this server, sent a form."""
-    site = request.headers.get("sec-fetch-site")
-    # Browsers omit this header where a connection is neither encrypted nor local.
-    if site is not None:
-        return site in ("same-origin", "none")
-    origin = request.headers.get("origin")
-    return origin is None or origin.partition("://")[2] == request.headers.get("host")
-
-
-def _is_local_name(host: str) -> bool:
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    return loopback.is_loopback_host(name.strip("[]"))

@@ -169,10 +169,7 @@ class ModelProcessor:
         rows = []
         for number, value in enumerate(inputs):
             item = make_item(value, plan.modality, f"input {number}", task)
-            arrays = self._predictor.preprocess(item, task, tower)
-            if len(arrays) != 1:
-                raise UserError(f"input {number}: {len(arrays)} functions. Give one at a time")
-            rows += [array for _, array in arrays]
+            rows.append(self._predictor.read_row(item, task, tower))
         return rows
 
     def _select(self, modality: str, task: str | None) -> tuple[str, str]:

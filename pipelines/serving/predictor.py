@@ -19,12 +19,18 @@ from pipelines.serving.input_items import (
     printable_name,
 )
 from pipelines.transforms import image, sound, text, video
+from pipelines.transforms.decode_guard import NO_TIME_LEFT, WorkBudget
 from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives import find_objective
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
+#: Share of a request's time that one of its items may take.
+SLOWEST_ITEM_FRACTION = 0.25
+#: Functions that a request may have beyond one per row, and inputs between looks at its time.
+MAX_FUNCTIONS, INPUTS_PER_LOOK = 1024, 256
+TOO_MANY_FUNCTIONS = f"more than {MAX_FUNCTIONS:,} functions in a request. Split the file"
 #: Input -> keys of a corpus' preprocessing settings that limit its tokens.
 TRUNCATION_KEYS = {
     "text": ("max_tokens", "tokens"),
@@ -54,6 +60,25 @@ class TaskPrediction:
     score: float
     alternatives: list[tuple[str, float]] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ReadInput:
+    """Model input that was read from an item.
+
+    Args:
+        item: index of the item.
+        task: that runs.
+        tower: of the task.
+        name: of the input in the result.
+        array: that the tower reads.
+    """
+
+    item: int
+    task: str
+    tower: str
+    name: str
+    array: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -121,29 +146,77 @@ class TaskPredictor:
         Raises:
             UserError: an input is unreadable, or no task of the model reads its modality.
         """
-        jobs: list[tuple[str, str, str, np.ndarray]] = []  # task, tower, name, array
-        owners: list[int] = []
         # Everything is read before the model runs, so that a damaged file fails early.
+        return self.predict_inputs(self.read_items(items, on_error), top)
+
+    def read_items(
+        self,
+        items: Sequence[PredictionItem],
+        on_error: Callable[[int, str], None] | None = None,
+        budget: WorkBudget | None = None,
+    ) -> list[ReadInput]:
+        """Return the model inputs of items, in order.
+
+        Args:
+            items: see :meth:`predict_items`.
+            on_error: see :meth:`predict_items`.
+            budget: of the request that the items belong to. No item but the last takes more than a
+                quarter of what is left, so that one slow file leaves time for the others.
+
+        Raises:
+            UserError: see :meth:`predict_items`.
+        """
+        inputs: list[ReadInput] = []
         for number, item in enumerate(items):
+            is_last = number == len(items) - 1
+            own = budget if budget is None or is_last else budget.part(SLOWEST_ITEM_FRACTION)
             try:
                 task, tower = self._select_task(item)
-                arrays = self.preprocess(item, task, tower)
+                arrays = self.preprocess(item, task, tower, own)
+                if budget is not None and len(inputs) + len(arrays) > len(items) + MAX_FUNCTIONS:
+                    raise ValueError(TOO_MANY_FUNCTIONS)
             # An unknown task of a row is a plain ValueError.
             except ValueError as error:
                 if on_error is None:
                     raise
                 on_error(number, str(error))
                 continue
-            jobs += [(task, tower, printable_name(name), array) for name, array in arrays]
-            owners += [number] * len(arrays)
-        out: list[TaskPrediction | None] = [None] * len(jobs)
+            inputs += [
+                ReadInput(number, task, tower, printable_name(name), array)
+                for name, array in arrays
+            ]
+        return inputs
+
+    def predict_inputs(
+        self, inputs: Sequence[ReadInput], top: int, budget: WorkBudget | None = None
+    ) -> list[tuple[int, TaskPrediction]]:
+        """Predict for model inputs, in order.
+
+        Args:
+            inputs: of :meth:`read_items`.
+            top: number of alternatives.
+            budget: of the request that all inputs belong to; the model stops when it is over.
+
+        Returns:
+            Index of the item, and a prediction for it.
+
+        Raises:
+            UserError: the budget is over.
+        """
+        out: list[TaskPrediction | None] = [None] * len(inputs)
         # One pass per task and tower, so that the model runs in batches and not item by item.
-        for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
-            indices = [i for i, job in enumerate(jobs) if job[:2] == key]
-            answers = self._run_task(*key, [jobs[i][3] for i in indices], top)
-            for index, (answer, score, ranked, vector) in zip(indices, answers, strict=True):
-                out[index] = TaskPrediction(jobs[index][2], key[0], answer, score, ranked, vector)
-        return [(n, each) for n, each in zip(owners, out, strict=True) if each is not None]
+        for key in dict.fromkeys((each.task, each.tower) for each in inputs):
+            chosen = [i for i, each in enumerate(inputs) if (each.task, each.tower) == key]
+            step = len(chosen) if budget is None else INPUTS_PER_LOOK
+            for start in range(0, len(chosen), step):
+                if budget is not None and not budget.rest:
+                    raise UserError(NO_TIME_LEFT)
+                indices = chosen[start : start + step]
+                answers = self._run_task(*key, [inputs[i].array for i in indices], top)
+                for index, (answer, score, ranked, vector) in zip(indices, answers, strict=True):
+                    name = inputs[index].name
+                    out[index] = TaskPrediction(name, key[0], answer, score, ranked, vector)
+        return [(n.item, each) for n, each in zip(inputs, out, strict=True) if each is not None]
 
     def tokenize(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         """Return the token ids of each text, truncated to ``limit``.
@@ -168,24 +241,22 @@ class TaskPredictor:
         inputs = memory_inputs(rows, spec.towers[tower], self.model.config)
         return self.runner.embed(task, tower, inputs)
 
-    def read_row(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
-        """Return the model input of an item; a file with several functions is rejected.
+    def read_row(
+        self, item: PredictionItem, task: str, tower: str, budget: WorkBudget | None = None
+    ) -> np.ndarray:
+        """Return the model input of one item; of a Python file its only outermost function.
 
         Args:
             item: of the modality that the tower reads.
             task: name of the task.
             tower: of the task.
+            budget: of the request that the item belongs to.
 
         Raises:
             UserError: the input is damaged, or a file with several functions.
         """
-        arrays = self.preprocess(item, task, tower)
-        if len(arrays) != 1:
-            raise UserError(
-                f"{item.where or item.name}: {len(arrays)} functions, expected one. Give a file "
-                "with one function"
-            )
-        return arrays[0][1]
+        ((_, row),) = self.preprocess(item, task, tower, budget, is_one=True)
+        return row
 
     def embed_row(self, row: np.ndarray, task: str, tower: str) -> np.ndarray:
         """Return the unit vector (E,) of one model input in a retrieval task's space.
@@ -256,7 +327,12 @@ class TaskPredictor:
         )
 
     def preprocess(
-        self, item: PredictionItem, task: str, tower: str
+        self,
+        item: PredictionItem,
+        task: str,
+        tower: str,
+        budget: WorkBudget | None = None,
+        is_one: bool = False,
     ) -> list[tuple[str, np.ndarray]]:
         """Return named model inputs of an item; several for a file with functions.
 
@@ -264,6 +340,8 @@ class TaskPredictor:
             item: input of the modality that the tower reads.
             task: name of the task.
             tower: of the task.
+            budget: of the request that the item belongs to.
+            is_one: whether a Python file must have one function; its inner ones do not count.
 
         Raises:
             UserError: the input is empty, damaged or of another kind.
@@ -273,8 +351,8 @@ class TaskPredictor:
             if modality == "text":
                 return [(item.name, self._read_text(item, task, tower))]
             if modality == "code":
-                return self._read_functions(item, task, tower)
-            return [(item.name, self._read_media(item, task, modality))]
+                return self._read_functions(item, task, tower, budget, is_one)
+            return [(item.name, self._read_media(item, task, modality, budget))]
         # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
             raise UserError(f"{item.where or item.name}: {error}") from None
@@ -290,19 +368,36 @@ class TaskPredictor:
         return self.tokenize([content], limit)[0]
 
     def _read_functions(
-        self, item: PredictionItem, task: str, tower: str
+        self,
+        item: PredictionItem,
+        task: str,
+        tower: str,
+        budget: WorkBudget | None,
+        is_one: bool,
     ) -> list[tuple[str, np.ndarray]]:
         # The model was trained on single functions, so a file is one input for each of them.
-        functions = decode_media("code", item.data or b"")
+        functions = decode_media("code", item.data or b"", budget=budget)
         if not functions:
             raise ValueError("the file has no functions")
+        if budget is not None and len(functions) > MAX_FUNCTIONS:
+            raise ValueError(TOO_MANY_FUNCTIONS)
+        if is_one:
+            # A row of a corpus is a function with its inner ones.
+            functions = [each for each in functions if not each["is_inner"]]
+            if len(functions) > 1:
+                raise ValueError(
+                    f"{len(functions)} functions, expected one. Give a file with one function; it "
+                    "may contain inner ones"
+                )
         is_own = tower == find_task(task, self.model.config.tasks).row_tower
         limit = self._max_tokens(task, "code", is_own)
         rows = self.tokenize([f["code"] for f in functions], limit)
         names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
         return list(zip(names, rows, strict=True))
 
-    def _read_media(self, item: PredictionItem, task: str, modality: str) -> np.ndarray:
+    def _read_media(
+        self, item: PredictionItem, task: str, modality: str, budget: WorkBudget | None
+    ) -> np.ndarray:
         config, settings = self.model.config, self.preprocessing.get(task, {})
         options: tuple[Any, ...]
         if modality == "image":
@@ -316,7 +411,7 @@ class TaskPredictor:
             channels = settings.get("video_channels", video.GREY)
             options = (config.video_frames, config.video_size, channels)
         if item.content is None:
-            return decode_media(modality, item.data or b"", *options)
+            return decode_media(modality, item.data or b"", *options, budget=budget)
         # No decoder runs, so a child process would protect from nothing.
         if modality == "image":
             return image.convert_image(item.content, *options)

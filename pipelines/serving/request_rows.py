@@ -7,6 +7,7 @@ requests with :func:`read_prediction_request`.
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,13 @@ from pipelines.transforms.text import check_unicode
 from skillnet_platform.errors import UserError
 
 DEFAULT_TOP = 5
+#: Seconds for an answer without a limit of the server.
+DEFAULT_SECONDS = 60.0
+#: Bytes of a request outside of its strings: of all of it, and for each row. Python's parser takes
+#: 200 times as much memory for lists in lists as for strings, and stops all threads meanwhile.
+MAX_STRUCTURE_BYTES, MAX_ROW_STRUCTURE_BYTES = 2**16, 256
+#: Characters of a string, without its end; one match is short.
+_CHARACTERS = re.compile(rb'(?:[^"\\]++|\\.){0,65536}+', re.DOTALL)
 #: Alternatives that a request may ask for.
 MAX_TOP = 100
 #: Characters of a text that a search ranks for; an encoder reads fewer tokens.
@@ -32,10 +40,14 @@ class PredictionRequest:
     Args:
         items: inputs, in the order of the rows.
         top: number of alternatives.
+        client: that sent the request; clients share a replica.
+        seconds: that the answer may take.
     """
 
     items: list[PredictionItem]
     top: int = DEFAULT_TOP
+    client: str = ""
+    seconds: float = DEFAULT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,15 @@ class SearchRequest:
         query: text or file to rank rows for.
         task: retrieval task; None takes the first one that reads the query.
         top: number of results.
+        client: that sent the request; clients share a replica.
+        seconds: that the answer may take.
     """
 
     query: PredictionItem
     task: str | None = None
     top: int = 12
+    client: str = ""
+    seconds: float = DEFAULT_SECONDS
 
 
 def read_request_row(row: Mapping[str, Any], number: int) -> PredictionItem:
@@ -88,7 +104,7 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
     Raises:
         UserError: the body is not such a request.
     """
-    document = _read_object(body, {"rows", "top"})
+    document = _read_object(body, {"rows", "top"}, max_rows)
     rows = document.get("rows")
     if not isinstance(rows, list) or not rows:
         raise UserError('rows: expected a list such as [{"text": "…"}]')
@@ -198,7 +214,32 @@ def _decode_file(text: str, where: str) -> bytes:
     return content
 
 
-def _read_object(body: bytes, keys: set[str]) -> dict[str, Any]:
+def _check_structure(body: bytes, most: int) -> None:
+    """Check that a JSON text has few bytes outside of its strings.
+
+    Raises:
+        UserError: it has more than the limit.
+    """
+    found = end = 0
+    while (start := body.find(b'"', end)) >= 0:
+        found += start - end + len(b'""')
+        if found > most:
+            break
+        end = start + 1
+        while (match := _CHARACTERS.match(body, end)) and match.end() > end:
+            end = match.end()
+        end += 1
+    else:
+        found += max(len(body) - end, 0)
+    if found > most:
+        raise UserError(
+            f"the request has more than {most} bytes outside of its texts. Send fewer rows, "
+            "without other values than strings"
+        )
+
+
+def _read_object(body: bytes, keys: set[str], rows: int = 1) -> dict[str, Any]:
+    _check_structure(body, MAX_STRUCTURE_BYTES + MAX_ROW_STRUCTURE_BYTES * rows)
     try:
         document = json.loads(body.decode("utf-8"))
         # JSON can escape half a character, which no answer could contain.

@@ -36,6 +36,7 @@ def build_retrieval_index(
     corpus: "PreparedCorpus",
     splits: Sequence[str],
     tower: str | None = None,
+    place: str = "",
 ) -> np.ndarray:
     """Return the embeddings of all rows of some splits; the file is cached by model and corpus.
 
@@ -47,6 +48,7 @@ def build_retrieval_index(
         splits: names of its splits.
         tower: that embeds the rows; the tower of captions embeds the first caption of each row.
             None takes the tower of the rows.
+        place: of this index among others, for progress.
 
     Returns:
         Unit vectors (N, E) float32, in the order of the splits and their rows.
@@ -97,7 +99,7 @@ def build_retrieval_index(
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
     parts = []
-    with console.show_progress(f"embedding {corpus.name}", None, "rows") as bar:
+    with console.show_progress(f"embedding {corpus.name}{place}", rows, "rows") as bar:
         for name in splits:
             inputs = split_inputs(
                 corpus.splits[name].table(),
@@ -108,8 +110,8 @@ def build_retrieval_index(
                 # The limit is about the corpus' own modality.
                 limit=limit if is_row_tower(spec, tower) else None,
             )
-            parts.append(predictor.runner.embed(task, tower, inputs))
-            bar.advance(len(inputs), name)
+            bar.advance(0, name)
+            parts.append(predictor.runner.embed(task, tower, inputs, bar.advance))
     vectors = np.concatenate(parts)
     write_index(path, key, vectors)
     return vectors

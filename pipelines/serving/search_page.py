@@ -96,12 +96,9 @@ def render_search_page(
         problem: reason why no results are shown.
         preview: of a file as the query.
     """
-    # A search without results still writes its page.
-    top = max((card.score for card in cards), default=1.0)
-    low = min((card.score for card in cards), default=0.0)
     values = {
         "query": query,
-        "cards": [(card, _bar_percent(card.score, low, top), _media_uri(card)) for card in cards],
+        "cards": [(card, _bar_percent(card.score), _media_uri(card)) for card in cards],
         "facts": list(facts),
         "credit": credit,
         "tasks": tasks,
@@ -164,11 +161,9 @@ def draw_log_mel(mel_TM: np.ndarray) -> np.ndarray:
     return (255 * (1 - shade)).astype(np.uint8)[..., None]
 
 
-def _bar_percent(score: float, low: float, top: float) -> int:
-    """Return the length of a score's bar, in per cent."""
-    # Cosines of good results are close together, so the bars show the range of this list. The last
-    # bar stays visible.
-    return 100 if top <= low else round(15 + 85 * (score - low) / (top - low))
+def _bar_percent(score: float) -> int:
+    """Return the length of a cosine's bar, in per cent: equal scores have equal bars anywhere."""
+    return round(100 * min(max(score, 0.0), 1.0))
 
 
 def _media_uri(shown: ResultCard | QueryPreview) -> str:

@@ -6,18 +6,23 @@ Each replica of ``skillnet serve`` has a :class:`ServedModel`, see
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.serving.input_items import find_item_modality, printable_name
-from pipelines.serving.predictor import to_document
+from pipelines.serving.predictor import ReadInput, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
+from pipelines.transforms.decode_guard import WorkBudget
 from skillnet.skills import MODALITIES
 from skillnet_platform.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipelines.serving.corpus_search import CorpusSearch
 
+#: Share of a request's time that reading its rows may take.
+READING_FRACTION = 0.75
 #: An answer: the document of the response, or ``{"error": …}``.
 ServedAnswer = dict[str, Any]
 
@@ -43,6 +48,21 @@ class ServedModelConfig:
     search: bool = True
     max_batch_size: int = 16
     batch_wait_s: float = 0.005
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """Prediction request whose rows were read.
+
+    Args:
+        inputs: of the model, with the number of their row.
+        rejected: unusable rows: ``row`` and ``reason``.
+        top: number of alternatives.
+    """
+
+    inputs: list[ReadInput]
+    rejected: list[ServedAnswer]
+    top: int
 
 
 class ServedModel:
@@ -73,13 +93,14 @@ class ServedModel:
         ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
         #: Modality of queries -> task -> its search; tasks made for such queries come first.
         self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in MODALITIES}
-        for modality, searches in self.searches.items():
-            for task in list_search_tasks(ordered, modality):
-                # Without captions, only the rows themselves can be ranked.
-                with contextlib.suppress(MissingCaptionsError):
-                    searches[task] = CorpusSearch(
-                        self.predictor, source, data, task, modality=modality
-                    )
+        pairs = [(each, name) for each in MODALITIES for name in list_search_tasks(ordered, each)]
+        for number, (modality, task) in enumerate(pairs, 1):
+            place = f", {task} for {modality}, {number} of {len(pairs)}"
+            # Without captions, only the rows themselves can be ranked.
+            with contextlib.suppress(MissingCaptionsError):
+                self.searches[modality][task] = CorpusSearch(
+                    self.predictor, source, data, task, modality=modality, place=place
+                )
 
     def describe(self) -> ServedAnswer:
         """Return the model's name, its tasks with what they read, and its searchable tasks.
@@ -99,59 +120,95 @@ class ServedModel:
         """Return the tasks that rank rows for each modality of queries."""
         return {modality: list(found) for modality, found in self.searches.items() if found}
 
-    def predict(self, requests: Sequence[PredictionRequest]) -> list[ServedAnswer]:
+    def read_rows(self, request: PredictionRequest, budget: WorkBudget) -> ReadRequest:
+        """Read the rows of a prediction request; several threads may do it at the same time.
+
+        Args:
+            request: of a client.
+            budget: of the request.
+        """
+        rejected: list[ServedAnswer] = []
+
+        def reject(row: int, reason: str) -> None:
+            rejected.append({"row": row, "reason": reason.removeprefix(f"row {row}: ")})
+
+        # The model needs the rest of the time.
+        part = budget.part(READING_FRACTION)
+        inputs = self.predictor.read_items(request.items, reject, part)
+        return ReadRequest(inputs, rejected, request.top)
+
+    def predict(
+        self, requests: Sequence[ReadRequest], budget: WorkBudget | None = None
+    ) -> list[ServedAnswer]:
         """Answer several requests with common passes of the model.
 
         Args:
-            requests: N requests.
+            requests: N requests of :meth:`read_rows`.
+            budget: of a request that runs alone, or None.
 
         Returns:
-            N documents with ``predictions`` and ``rejected`` rows, both with the number of the row.
+            N documents with ``predictions`` and ``rejected`` rows, both with the number of the row;
+            or with an ``error``.
         """
-        answers: list[ServedAnswer] = [{"predictions": [], "rejected": []} for _ in requests]
-        owners = [(n, row) for n, each in enumerate(requests) for row in range(len(each.items))]
-
-        def reject(index: int, reason: str) -> None:
-            number, row = owners[index]
-            reason = reason.removeprefix(f"row {row}: ")
-            answers[number]["rejected"].append({"row": row, "reason": reason})
-
-        items = [item for request in requests for item in request.items]
+        answers: list[ServedAnswer] = [
+            {"predictions": [], "rejected": each.rejected} for each in requests
+        ]
+        owners = [(n, each) for n, request in enumerate(requests) for each in request.inputs]
+        inputs = [replace(each, item=index) for index, (_, each) in enumerate(owners)]
         top = max(request.top for request in requests)
-        for index, prediction in self.predictor.predict_items(items, top, reject):
-            number, row = owners[index]
+        try:
+            predictions = self.predictor.predict_inputs(inputs, top, budget)
+        except UserError as error:
+            return [{"error": str(error)} for _ in requests]
+        for index, prediction in predictions:
+            number, read = owners[index]
             document = to_document(prediction, requests[number].top)
-            answers[number]["predictions"].append({"row": row, **document})
+            answers[number]["predictions"].append({"row": read.item, **document})
         return answers
 
-    def search(self, request: SearchRequest) -> ServedAnswer:
+    def read_query(
+        self, request: SearchRequest, budget: WorkBudget
+    ) -> "tuple[CorpusSearch, np.ndarray]":
+        """Return the search for a query and its model input; several threads may call it.
+
+        Args:
+            request: of a client.
+            budget: of the request.
+
+        Raises:
+            UserError: the query is damaged, or no task ranks rows for it.
+        """
+        search = self._find_search(request)
+        return search, search.read_query(request.query, budget.part(READING_FRACTION))
+
+    def search(
+        self, request: SearchRequest, search: "CorpusSearch", row: "np.ndarray"
+    ) -> ServedAnswer:
         """Answer a search with a document of its hits.
 
         Args:
             request: of a client.
+            search: of :meth:`read_query`.
+            row: of :meth:`read_query`.
         """
-        try:
-            search = self._find_search(request)
-            hits = search.find_hits(request.query, request.top)
-        except UserError as error:
-            return {"error": str(error)}
-        found = [asdict(hit) for hit in hits]
-        return {"task": search.task, "searched": search.num_rows, "hits": found}
+        found = [asdict(hit) for hit in search.rank_rows(row, request.top)]
+        answer: ServedAnswer = {"task": search.task, "searched": search.num_rows, "hits": found}
+        doubt = search.describe_doubt(row)
+        return {**answer, "caution": doubt} if doubt else answer
 
-    def render_search(self, request: SearchRequest) -> ServedAnswer:
+    def render_search(
+        self, request: SearchRequest, search: "CorpusSearch", row: "np.ndarray"
+    ) -> ServedAnswer:
         """Answer a search with its page in ``html``.
 
         Args:
             request: of a browser.
+            search: of :meth:`read_query`.
+            row: of :meth:`read_query`.
         """
-        try:
-            search = self._find_search(request)
-            row = search.read_query(request.query)
-        except UserError as error:
-            return {"error": str(error)}
         hits, preview = search.rank_rows(row, request.top), search.preview_query(request.query, row)
-        name = printable_name(request.query.name)
-        return {"html": search.render_hits(name, hits, self._list_searches(), preview)}
+        name, doubt = printable_name(request.query.name), search.describe_doubt(row)
+        return {"html": search.render_hits(name, hits, self._list_searches(), preview, doubt)}
 
     def _find_search(self, request: SearchRequest) -> "CorpusSearch":
         modality = find_item_modality(request.query)

@@ -24,6 +24,7 @@ class SourceFunction:
         code: its source without the docstring and without common indentation.
         body: ``code`` after the signature.
         summary: first paragraph of the docstring on one line, without URLs; "" if there is none.
+        is_inner: whether another function contains it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class SourceFunction:
     code: str
     body: str
     summary: str
+    is_inner: bool = False
 
 
 def decode_source(data: bytes) -> str:
@@ -120,24 +122,25 @@ _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[SourceFunction]:
     # A long elif chain is deeply nested, so a recursive walk could exceed the recursion limit.
-    pending: list[tuple[ast.AST, str]] = [(tree, "")]
+    pending: list[tuple[ast.AST, str, bool]] = [(tree, "", False)]
     while pending:
-        node, scope = pending.pop()
+        node, scope, is_inner = pending.pop()
         name = scope
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = f"{scope}.{node.name}" if scope else node.name
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield _make_function(node, name, lines)
+            yield _make_function(node, name, lines, is_inner)
+            is_inner = True
         below: list[ast.AST] = []
         for block in _BLOCKS:
             statements = getattr(node, block, ())
             if isinstance(statements, list):  # the body of a lambda is an expression
                 below += statements
-        pending += [(child, name) for child in reversed(below)]
+        pending += [(child, name, is_inner) for child in reversed(below)]
 
 
 def _make_function(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, lines: list[bytes]
+    node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, lines: list[bytes], is_inner: bool
 ) -> SourceFunction:
     first = node.body[0]
     docstring = ast.get_docstring(node)
@@ -151,9 +154,8 @@ def _make_function(
         body = _cut(lines, (first.end_lineno or 0, first.end_col_offset or 0), end)
         code = textwrap.dedent(margin + head + body.lstrip("; \t"))
     code = re.sub(r"\n(?:[ \t]*\n)+", "\n", code).strip()
-    return SourceFunction(
-        name, node.lineno, code, body.strip("; \t\n"), first_paragraph(docstring or "")
-    )
+    summary = first_paragraph(docstring or "")
+    return SourceFunction(name, node.lineno, code, body.strip("; \t\n"), summary, is_inner)
 
 
 def _cut(lines: list[bytes], start: tuple[int, int], end: tuple[int, int]) -> str:

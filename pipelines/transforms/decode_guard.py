@@ -19,6 +19,7 @@ import signal
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ DECODE_TIMEOUT_S = 60.0
 #: A row that was being decoded when this number of workers died is rejected.
 MAX_CRASHES = 2
 TOO_SLOW = f"decoding took longer than {DECODE_TIMEOUT_S:.0f} seconds"
+NO_TIME_LEFT = "the time of the request is over. Send its rows in several requests"
 CRASHES_WORKER = f"decoding ended {MAX_CRASHES} workers"
 TOO_LARGE = "decoding needs more memory than there is"
 
@@ -43,6 +45,41 @@ class DecodeTimeoutError(BaseException):
 
     Decoders and their wrappers catch ``Exception`` and would continue.
     """
+
+
+class WorkBudget:
+    """Time that a request's work in threads may take; another thread may stop the work.
+
+    Args:
+        seconds: from now.
+        stopped: event of the work, or None for a new one.
+    """
+
+    def __init__(self, seconds: float, stopped: threading.Event | None = None) -> None:
+        self._end = time.monotonic() + seconds
+        self._stopped = stopped or threading.Event()
+
+    def stop(self) -> None:
+        """Stop the work: nobody waits for it any more."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the work was stopped."""
+        return self._stopped.is_set()
+
+    @property
+    def rest(self) -> float:
+        """Seconds that are left; 0 if the work was stopped."""
+        return 0.0 if self.is_stopped else max(self._end - time.monotonic(), 0.0)
+
+    def part(self, fraction: float) -> "WorkBudget":
+        """Return a part of what is left as the budget of a part of the work.
+
+        Args:
+            fraction: of the seconds that are left.
+        """
+        return WorkBudget(fraction * self.rest, self._stopped)
 
 
 def decode_each(

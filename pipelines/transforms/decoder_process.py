@@ -15,12 +15,14 @@ import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,15 +31,20 @@ from typing import Any
 import numpy as np
 
 from pipelines.transforms import decode_guard
+from pipelines.transforms.decode_guard import WorkBudget
 
 #: Memory that a child may take beyond what it needs to start.
 MEMORY_BYTES = 4 * 2**30
 #: Seconds that a child gets beyond the limit of a decoder, to reject the file by itself.
 GRACE_S = 5.0
+#: Seconds between looks at the budget of a request.
+LOOK_S = 0.05
+#: Bytes of the functions of a file together; a function contains the code of its inner ones.
+MAX_FUNCTION_BYTES = 64 * 2**20
 #: Seconds until a child is ready; importing the decoders takes one on an idle machine.
 START_S = 120.0
 #: Children of this process.
-MAX_CHILDREN = max(1, min(4, os.cpu_count() or 1))
+MAX_CHILDREN = max(2, min(4, os.cpu_count() or 1))
 ENDED = "decoding ended its process (too much memory, or a damaged file)"
 
 #: A result: an array, or a list of plain values.
@@ -54,7 +61,11 @@ class DecoderEndedError(ValueError):
 
 
 def decode_media(
-    kind: str, data: bytes, *options: Any, seconds: float = decode_guard.DECODE_TIMEOUT_S
+    kind: str,
+    data: bytes,
+    *options: Any,
+    seconds: float = decode_guard.DECODE_TIMEOUT_S,
+    budget: WorkBudget | None = None,
 ) -> Decoded:
     """Decode a file in a child process.
 
@@ -63,6 +74,8 @@ def decode_media(
         data: bytes of the file, or the texts as JSON.
         options: further arguments of the decoder, see :func:`find_decoder`.
         seconds: wall time for the file.
+        budget: of the request that the file belongs to; it shortens the time, and ends the child
+            when it is stopped.
 
     Returns:
         The result of the decoder; for ``code`` a dictionary per function, for ``tokens`` a list of
@@ -72,7 +85,7 @@ def decode_media(
         ValueError: the file is damaged, or takes too much time or memory; gives a short reason.
         DecoderEndedError: the decoder did not return by itself.
     """
-    return _pool().decode(kind, data, options, seconds)
+    return _pool().decode(kind, data, options, seconds, budget)
 
 
 def find_decoder(kind: str) -> Callable[..., Decoded]:
@@ -80,7 +93,13 @@ def find_decoder(kind: str) -> Callable[..., Decoded]:
     from pipelines.transforms import code, image, sound, text, video
 
     def parse(data: bytes) -> list[dict[str, Any]]:
-        return [asdict(f) for f in code.parse_functions(code.decode_source(data))]
+        functions, size = [], 0
+        for function in code.parse_functions(code.decode_source(data)):
+            functions.append(asdict(function))
+            size += len(function.code)
+            if size > MAX_FUNCTION_BYTES:
+                raise ValueError("its functions are larger than 64 MiB together. Split the file")
+        return functions
 
     def tokenize(data: bytes, path: str, limit: int) -> list[list[int]]:
         tokenizer = text.load_checked_tokenizer(path)
@@ -160,21 +179,39 @@ class DecoderProcess:
             self.close()
             raise
 
-    def decode(self, kind: str, data: bytes, options: tuple[Any, ...], seconds: float) -> Decoded:
+    def decode(
+        self,
+        kind: str,
+        data: bytes,
+        options: tuple[Any, ...],
+        seconds: float,
+        budget: WorkBudget | None = None,
+    ) -> Decoded:
         """Decode a file; see :func:`decode_media`.
 
         Raises:
             ValueError: the file is bad; the child is usable.
             ConnectionError, TimeoutError: the child is not usable any more; close it.
         """
-        self._channel.settimeout(seconds + GRACE_S)
+        grace = GRACE_S if budget is None else min(GRACE_S, seconds)
+        self._channel.settimeout(seconds + grace)
         _send(self._channel, {"kind": kind, "options": options, "seconds": seconds}, data)
+        if budget is not None:
+            self._wait_for_answer(seconds + grace, budget)
         answer, body = _receive(self._channel)
         if "reason" in answer:
             raise ValueError(answer["reason"])
         if "value" in answer:
             return answer["value"]
         return np.frombuffer(body, answer["dtype"]).reshape(answer["shape"]).copy()
+
+    def _wait_for_answer(self, seconds: float, budget: WorkBudget) -> None:
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while not poll.poll(1000 * LOOK_S):
+            if budget.is_stopped or time.monotonic() > end:
+                raise TimeoutError
 
     def exceeded_cpu_time(self) -> bool:
         """Return whether the guard's limit of CPU time ended the child."""
@@ -201,12 +238,23 @@ class DecoderPool:
         self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
         self._idle: queue.LifoQueue[DecoderProcess] = queue.LifoQueue()
 
-    def decode(self, kind: str, data: bytes, options: tuple[Any, ...], seconds: float) -> Decoded:
+    def decode(
+        self,
+        kind: str,
+        data: bytes,
+        options: tuple[Any, ...],
+        seconds: float,
+        budget: WorkBudget | None = None,
+    ) -> Decoded:
         """Decode a file; see :func:`decode_media`."""
         with self._slots:
             for is_last in (False, True):
+                if budget is not None:
+                    seconds = min(seconds, budget.rest)
+                    if not seconds:
+                        raise ValueError(decode_guard.NO_TIME_LEFT)
                 try:
-                    return self._decode_once(kind, data, options, seconds)
+                    return self._decode_once(kind, data, options, seconds, budget)
                 # An idle child may have ended for another reason, such as a lack of memory.
                 except ConnectionError:
                     if is_last:
@@ -214,14 +262,19 @@ class DecoderPool:
             raise AssertionError("unreachable")
 
     def _decode_once(
-        self, kind: str, data: bytes, options: tuple[Any, ...], seconds: float
+        self,
+        kind: str,
+        data: bytes,
+        options: tuple[Any, ...],
+        seconds: float,
+        budget: WorkBudget | None,
     ) -> Decoded:
         try:
             child = self._idle.get_nowait()
         except queue.Empty:
             child = DecoderProcess(self._memory)
         try:
-            result = child.decode(kind, data, options, seconds)
+            result = child.decode(kind, data, options, seconds, budget)
         except ValueError:
             self._idle.put(child)
             raise

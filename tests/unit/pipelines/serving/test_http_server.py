@@ -1,102 +1,28 @@
 """The HTTP server of ``skillnet serve``, with a real model in this process."""
 
-import asyncio
 import base64
 import json
-import threading
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from pipelines.serving.access_token import is_authorized, read_token
-from pipelines.serving.http_server import ModelGateway, ServerLimits, build_application
+from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
+from pipelines.transforms.decode_guard import WorkBudget
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.file_forms import draw_png, encode_form
-from tests.helpers.ports import free_port
+from tests.helpers.local_server import TOKEN, Service, run_service
 from tests.helpers.readable_corpora import config, write_corpora
 from tests.helpers.video_files import encode_video
 
-TOKEN = "correct-horse-battery"  # noqa: S105
 MOVIE = np.zeros((8, 16, 16, 1), np.uint8)
-LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=5.0)
-
-
-class DeadReplicaError(Exception):
-    """Death of a replica, as Ray reports it."""
-
-
-@dataclass
-class LocalReplica:
-    """Handle of a replica in this process, which can die and be slow."""
-
-    model: ServedModel
-    deaths: int = 0
-    pause_s: float = 0.0
-    asked: list[Any] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        answer: Callable[[Any], Any] = {
-            "predict": lambda request: self.model.predict([request])[0],
-            "search": self.model.search,
-            "render_search": self.model.render_search,
-        }[name]
-        return _Method(self, answer)
-
-
-@dataclass
-class _Method:
-    replica: LocalReplica
-    answer: Callable[[Any], Any]
-
-    async def remote(self, request: Any) -> Any:
-        self.replica.asked.append(request)
-        if self.replica.deaths:
-            self.replica.deaths -= 1
-            raise DeadReplicaError
-        await asyncio.sleep(self.replica.pause_s)
-        return await asyncio.to_thread(self.answer, request)
-
-
-@dataclass
-class Service:
-    """A running server.
-
-    Args:
-        url: of the server.
-        replica: behind it.
-    """
-
-    url: str
-    replica: LocalReplica
-
-    def ask(
-        self, path: str, document: Any = None, data: bytes | None = None, **headers: str
-    ) -> tuple[int, str, dict[str, str]]:
-        """Send a request; return status, body and headers."""
-        body = data if document is None else json.dumps(document).encode()
-        given = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}", **headers}
-        request = urllib.request.Request(f"{self.url}{path}", body, given)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, answer.read().decode(), dict(answer.headers)
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(), dict(error.headers)
-
-    def error(self, path: str, *given: Any, **more: Any) -> tuple[int, str]:
-        """Return status and message of a rejected request."""
-        status, body, _ = self.ask(path, *given, **more)
-        return status, json.loads(body)["error"]
+LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
 
 @pytest.fixture(scope="module")
 def service(model: ServedModel) -> Iterator[Service]:
-    replica, port = LocalReplica(model), free_port()
-    gateway = ModelGateway(replica, model.describe(), LIMITS, (DeadReplicaError,))
-    application = build_application(gateway, TOKEN, "127.0.0.1", LIMITS)
-    options = uvicorn.Config(application, port=port, log_level="critical")
-    server = uvicorn.Server(options)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Service(f"http://127.0.0.1:{port}", replica)
-    server.should_exit = True
-    thread.join(timeout=10)
+    with run_service(model, LIMITS) as running:
+        yield running
 
 
 def test_it_answers_for_texts_files_and_unusable_rows(service: Service) -> None:
@@ -153,13 +69,14 @@ def test_requests_that_run_together_get_their_own_answers(model: ServedModel) ->
         PredictionRequest([PredictionItem(t, t, where=f"row {n}") for n, t in enumerate(each)], top)
         for top, each in enumerate(texts, 1)
     ]
-    together = model.predict(requests)
+    read = [model.read_rows(each, WorkBudget(60)) for each in requests]
+    together = model.predict(read)
     assert [each["rejected"] for each in together] == [
         [],
         [{"row": 1, "reason": "the text is empty"}],
         [],
     ]
-    for request, answer in zip(requests, together, strict=True):
+    for request, answer in zip(read, together, strict=True):
         (alone,) = model.predict([request])
         assert [p["answer"] for p in alone["predictions"]] == [
             p["answer"] for p in answer["predictions"]
@@ -171,7 +88,8 @@ def test_requests_that_run_together_get_their_own_answers(model: ServedModel) ->
     ("body", "status", "message"),
     [
         (b"{", 422, "the request is not JSON"),
-        (b"[" * 100_000, 422, "the request is not JSON"),
+        (b"[" * 60_000, 422, "the request is not JSON"),
+        (b"[" * 100_000, 422, "outside of its texts"),
         (b"\xff", 422, "not UTF-8"),
         (b"[]", 422, "no JSON object"),
         (b'{"rows": []}', 422, "rows: expected a list"),
@@ -250,31 +168,108 @@ def test_other_interfaces_need_a_private_token(
         read_token(None, "127.0.0.1")
 
 
-def test_a_page_of_another_site_cannot_use_a_server_without_a_token(model: ServedModel) -> None:
-    gateway = ModelGateway(LocalReplica(model), model.describe(), LIMITS, ())
-    application = build_application(gateway, None, "127.0.0.1", LIMITS)
+@pytest.fixture(scope="module")
+def open_service(model: ServedModel) -> Iterator[Service]:
+    with run_service(model, LIMITS, token=None) as running:
+        yield running
 
-    def status_of(host: str) -> int:
-        sent: list[Any] = []
-        scope = {
-            "type": "http",
-            "method": "GET",
-            "path": "/health",
-            "query_string": b"",
-            "headers": [(b"host", host.encode())],
-        }
 
-        async def receive() -> Any:
-            return {"type": "http.request", "body": b"", "more_body": False}
+def get(target: str, *headers: str, version: str = "1.1") -> bytes:
+    return "\r\n".join(
+        [f"GET {target} HTTP/{version}", *headers, "Connection: close", "", ""]
+    ).encode()
 
-        async def send(message: Any) -> None:
-            sent.append(message)
 
-        asyncio.run(application(scope, receive, send))
-        return int(sent[0]["status"])
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
 
-    assert [status_of(each) for each in ("localhost:8080", "127.0.0.1", "[::1]:8080")] == [200] * 3
-    assert [status_of(each) for each in ("evil.example:8080", "", "10.0.0.5")] == [403] * 3
+
+@pytest.mark.parametrize(
+    ("hosts", "statuses"),
+    [
+        (["localhost:8080", "127.0.0.1", "[::1]:8080", "LocalHost", "127.9.9.9:1"], {200}),
+        (
+            ["evil.example:8080", "10.0.0.5", "localhost.evil.example", "0x7f.1", "2130706433"],
+            {403},
+        ),
+        (["127.0.0.1.evil.example", "[2001:db8::1]", "localhost1", "127.0.0.1.1"], {403}),
+        (["localhost:80@evil.com", "localhost@evil.com", "evil.com@localhost", ""], {400}),
+        (["localhost.", "127.0.0.1.", "localhost:", "localhost:0", "localhost:80:80"], {400}),
+        (["localhost:99999", "localhost:8o", "[::1", "::1", "[::1]a", "[127.0.0.1]"], {400}),
+        (["localhost, evil.com", "local host", "%6cocalhost", "localhost/", "localhost#"], {400}),
+        (["localhost\r\nHost: evil.com", "localhost\r\nHost: localhost"], {400}),
+    ],
+)
+def test_a_page_of_another_site_cannot_use_a_server_without_a_token(
+    open_service: Service, hosts: list[str], statuses: set[int]
+) -> None:
+    answers = {host: open_service.send(get("/health", f"Host: {host}")) for host in hosts}
+    assert {host: status_of(each) for host, each in answers.items() if status_of(each) not in
+            statuses} == {}  # fmt: skip
+
+
+def test_a_request_names_its_host_in_one_place(open_service: Service, service: Service) -> None:
+    for running in (open_service, service):
+        for target in ("http://evil.example/health", "http://localhost/health", "*", "//a@b"):
+            assert status_of(running.send(get(target, "Host: localhost"))) in (400, 401, 404)
+        assert status_of(running.send(get("/health"))) == 400
+    assert status_of(open_service.send(get("/health", version="1.0"))) == 403
+    assert status_of(service.send(get("/health", version="1.0"))) == 200
+    assert status_of(service.send(get("/health", "Host: model.example"))) == 200
+    assert status_of(service.send(get("/health", "Host: a@model.example"))) == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (["Sec-Fetch-Site: cross-site"], 403),
+        (["Sec-Fetch-Site: same-site"], 403),
+        (["Sec-Fetch-Site: Same-Origin"], 403),
+        (["Sec-Fetch-Site: "], 403),
+        (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: cross-site"], 403),
+        (["Sec-Fetch-Site: same-origin", "Origin: http://evil.example"], 403),
+        (["Origin: null"], 403),
+        (["Origin: http://localhost@evil.example"], 403),
+        (["Origin: http://localhost.evil.example"], 403),
+        (["Origin: http://localhost:81"], 403),
+        (["Origin: file://localhost"], 403),
+        (["Origin: http://localhost, http://evil.example"], 403),
+        (["Origin: http://LOCALHOST:80", "Sec-Fetch-Site: same-origin"], 200),
+        (["Origin: http://localhost"], 200),
+        (["Sec-Fetch-Site: none"], 200),
+        ([], 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/search?query=a", "/v1/tasks", "/metrics"])
+def test_a_page_of_another_site_gets_no_answer(
+    open_service: Service, path: str, headers: list[str], status: int
+) -> None:
+    asked = len(open_service.replica.asked)
+    assert status_of(open_service.send(get(path, "Host: localhost", *headers))) == status
+    assert status_of(open_service.send(get("/health", "Host: localhost", *headers))) == 200
+    assert (len(open_service.replica.asked) > asked) == (status == 200 and "search" in path)
+
+
+def test_paths_that_clients_invent_share_one_series(service: Service) -> None:
+    for path in ("/none-1", "/v1/none-2", "/health/none-3"):
+        assert service.ask(path)[0] == 404
+    assert service.ask("/none-4", Authorization="")[0] == 401
+    metrics = service.ask("/metrics")[1]
+    assert "none-" not in metrics
+    found = {
+        line.split('path="')[1].split('"')[0] for line in metrics.splitlines() if 'path="' in line
+    }
+    assert "other" in found
+    assert found <= {
+        "other",
+        "/",
+        "/search",
+        "/health",
+        "/metrics",
+        "/v1/tasks",
+        "/v1/predict",
+        "/v1/search",
+    }
 
 
 def test_the_search_page_has_an_input_box_and_escapes_everything(service: Service) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.transforms import image
+from pipelines.transforms.decode_guard import WorkBudget
 from pipelines.transforms.decoder_process import (
     DecoderEndedError,
     DecoderPool,
@@ -18,6 +19,7 @@ from pipelines.transforms.decoder_process import (
     find_decoder,
 )
 from tests.helpers.hostile_corpora import picture
+from tests.helpers.waiting import wait_until
 
 #: 300 bytes that resvg draws for minutes, holding Python's lock.
 SLOW_SVG = (
@@ -96,3 +98,31 @@ def test_threads_get_their_own_results() -> None:
         found = list(threads.map(lambda data: decode_media("image", data, 16), pictures))
     for data, pixels in zip(pictures, found, strict=True):
         assert np.array_equal(pixels, image.load_pixels(data, 16))
+
+
+def test_a_budget_shortens_the_time_of_a_file(pool: DecoderPool) -> None:
+    pool.decode("image", picture("PNG"), (32,), 60.0)  # a child has started
+    with pytest.raises(DecoderEndedError, match=r"longer than 0\.\d+ s"):
+        pool.decode("image", SLOW_SVG, (64,), 60.0, WorkBudget(0.3))
+    with pytest.raises(ValueError, match="time of the request is over"):
+        pool.decode("image", picture("PNG"), (32,), 60.0, WorkBudget(0.0))
+
+
+def test_work_that_is_stopped_ends_its_child(pool: DecoderPool) -> None:
+    pool.decode("image", picture("PNG"), (32,), 60.0)
+    budget = WorkBudget(600.0)
+    (child,) = pool._idle.queue
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(pool.decode, "image", SLOW_SVG, (64,), 600.0, budget)
+        wait_until(lambda: not pool._idle.qsize(), 60)
+        budget.part(0.5).stop()
+        with pytest.raises(DecoderEndedError):
+            found.result(timeout=60)
+    assert child._process.poll() is not None
+
+
+def test_nested_functions_do_not_multiply_without_end() -> None:
+    body = "x = '" + "a" * 4_000_000 + "'"
+    source = "".join(f"{' ' * depth}def f{depth}():\n" for depth in range(40)) + " " * 40 + body
+    with pytest.raises(ValueError, match="larger than 64 MiB together"):
+        decode_media("code", source.encode())

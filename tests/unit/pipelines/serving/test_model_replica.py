@@ -1,0 +1,131 @@
+"""A replica reads rows outside of the model's turn, and stops work that nobody waits for."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+
+from pipelines.serving import model_replica
+from pipelines.serving.input_items import PredictionItem
+from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
+from pipelines.serving.request_rows import PredictionRequest
+from pipelines.serving.served_model import ServedModelConfig
+from pipelines.transforms.decode_guard import WorkBudget
+
+
+class SlowModel:
+    """Model whose files and passes take until a test lets them go.
+
+    Args:
+        config: of the server.
+    """
+
+    def __init__(self, config: ServedModelConfig) -> None:
+        self.budgets: list[WorkBudget] = []
+        self.passes: list[list[str]] = []
+        self.can_pass = threading.Event()
+        self.can_pass.set()
+
+    def read_rows(self, request: PredictionRequest, budget: WorkBudget) -> Any:
+        if any(item.data for item in request.items):
+            self.budgets.append(budget)
+            # As a decoder that takes longer than the request may.
+            while budget.rest:
+                threading.Event().wait(0.01)
+        return SimpleNamespace(inputs=[1] * len(request.items), client=request.client)
+
+    def predict(self, requests: Any, budget: WorkBudget | None = None) -> Any:
+        self.passes.append([each.client for each in requests])
+        self.can_pass.wait(60)
+        return [{"predictions": each.inputs, "rejected": []} for each in requests]
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """Ray Serve keeps the queue of a decorated method for one event loop."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def run(loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that runs a test's coroutine with a replica."""
+    monkeypatch.setattr(model_replica, "ServedModel", SlowModel)
+    limits = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: limits)
+    monkeypatch.setattr(model_replica, "MAX_CHILDREN", 2)
+
+    def run_with_replica(test: Callable[[ModelReplica, Any], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            replica = ModelReplica(ServedModelConfig("model", "data"))
+            await asyncio.wait_for(test(replica, replica._model), 60)
+
+        loop.run(main())
+
+    return run_with_replica
+
+
+def ask(client: str, files: int = 0, texts: int = 0, seconds: float = 30.0) -> PredictionRequest:
+    items = [PredictionItem("a.svg", data=b"<svg")] * files + [PredictionItem("a", "a")] * texts
+    return PredictionRequest(items, client=client, seconds=seconds)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_slow_files_of_one_client_stop_no_other_client(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        slow = [asyncio.create_task(replica.predict(ask("greedy", files=64))) for _ in range(3)]
+        await until(lambda: model.budgets)
+        # Texts need no decoder; files of another client find one.
+        assert len((await replica.predict(ask("greedy", texts=2)))["predictions"]) == 2
+        assert len((await replica.predict(ask("other", texts=1)))["predictions"]) == 1
+        short = ask("other", files=1, seconds=0.2)
+        assert len((await replica.predict(short))["predictions"]) == 1
+        assert not any(each.done() for each in slow)
+        for each in slow:
+            each.cancel()
+        await asyncio.wait(slow)
+
+    run(test)
+
+
+def test_a_cancelled_request_ends_its_decoder(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        task = asyncio.create_task(replica.predict(ask("a", files=1)))
+        await until(lambda: model.budgets)
+        (budget,) = model.budgets
+        assert budget.rest > 0
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert budget.rest == 0
+        assert model.passes == []
+
+    run(test)
+
+
+def test_large_requests_take_turns_with_small_ones(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.can_pass.clear()
+        large = [
+            asyncio.create_task(replica.predict(ask("greedy", texts=MAX_JOINED_INPUTS + 1)))
+            for _ in range(3)
+        ]
+        await until(lambda: model.passes)
+        small = asyncio.create_task(replica.predict(ask("small", texts=1)))
+        await until(lambda: replica._turn._waiting.keys() == {"greedy", model_replica.JOINED})
+        model.can_pass.set()
+        await asyncio.gather(small, *large)
+        # One large request runs, one may come first; the third waits behind the small one.
+        assert model.passes.index(["small"]) <= 2
+        assert len(model.passes) == 4
+
+    run(test)
