@@ -125,13 +125,12 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
             ForestGroup(f"{system} − {against}", note, "open", rows)
             for (_, system, against), rows in pairs.items()
         ]
-    # One task that all systems have is its own mean.
-    means = [
-        row._replace(label=f"{system} − {against}")
-        for (_, system, against), rows in pairs.items()
-        for row in rows
-        if row.is_mean or len(rows) == 1
-    ]
+    means = []
+    for (_, system, against), rows in pairs.items():
+        # Systems with one common task have no mean beside its score.
+        for row in [row for row in rows if row.is_mean] or rows:
+            task = f", {row.label}" if len(rows) > 1 and not row.is_mean else ""
+            means.append(row._replace(label=f"{system} − {against}{task}"))
     return [ForestGroup("Mean score over tasks", note, "open", means)]
 
 

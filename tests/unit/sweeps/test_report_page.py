@@ -275,6 +275,22 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     assert left.get_yticklabels()[0].get_text() == "text classification"
 
 
+@pytest.mark.parametrize("tasks", [["a"], ["a", "b"], ["a", "b", "mean"]])
+def test_many_pairs_are_drawn_with_and_without_a_mean(tasks: list[str]) -> None:
+    row = {"kind": "system", "against": "skillnet", "difference": 0.1, "low": 0.0, "high": 0.2}
+    tests = [
+        row | {"system": f"s{n}", "task": task, "verdict": "lower"}
+        for n in range(6)
+        for task in tasks
+    ]
+    (group,) = group_tests(tests)
+    labels = [each.label for each in group.rows]
+    wanted = ["skillnet − s0, a", "skillnet − s0, b"] if tasks == ["a", "b"] else ["skillnet − s0"]
+    assert labels[: len(wanted)] == wanted
+    assert len(labels) == 6 * len(wanted)
+    assert {each.result for each in group.rows} == {"higher"}
+
+
 def test_a_study_of_few_labels_without_specialists(tmp_path: Path) -> None:
     paths = write_study(tmp_path, {"skillnet": 0.5, "dense": 0.0}, seeds=(0, 1, 2))
     runs = [read_run(path) for path in paths]
