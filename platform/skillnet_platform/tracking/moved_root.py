@@ -42,7 +42,7 @@ def relocate_artifacts(
         Replaced locations.
 
     Raises:
-        UserError: the database must be changed, but is read-only or on a full disk.
+        UserError: the database must be changed, but is read-only.
     """
     if not database.is_file():
         return []
@@ -56,6 +56,8 @@ def relocate_artifacts(
                     _replace_location(connection, old, artifacts.as_uri())
                 return moved
         except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):
+                raise  # such as a full disk
             raise UserError(
                 f"{database}: its run root was reached by another path before, and the new "
                 f"location of its artifacts cannot be written ({error}). Make the database "

@@ -119,7 +119,7 @@ print(client.get_run(tracker.run_id).info.artifact_uri)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("kind", ["copied", "moved", "linked", "mounted"])
+@pytest.mark.parametrize("kind", ["copied", "moved", "linked", "mounted", "mounted read-only"])
 def test_a_command_runs_in_a_run_root_of_another_path(
     kind: str, run_root: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +138,8 @@ def test_a_command_runs_in_a_run_root_of_another_path(
         # As in a container: the folder at its new path only.
         there.mkdir()
         hide = f"mount --bind {run_root} {there} && mount -t tmpfs none {run_root}"
+        if kind == "mounted read-only":
+            hide += f" && mount -o remount,ro,bind {there}"
         words = ["unshare", "-rm", "sh", "-c", f'{hide} && exec "$@"', "sh", *words]
         if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
             pytest.skip("this machine lets no user make namespaces")
@@ -150,6 +152,10 @@ def test_a_command_runs_in_a_run_root_of_another_path(
         check=False,
         timeout=120,
     )
+    if kind == "mounted read-only":
+        said = done.stderr.splitlines()[-1]
+        assert f"UserError: {there / 'mlflow.db'}: its run root was reached by another path" in said
+        return
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.strip() == f"{(expected / 'mlartifacts').as_uri()}/{tracker.run_id}/artifacts"
