@@ -38,6 +38,7 @@ from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
 from pipelines.io.source_file import PER_FILE_ERRORS, open_stream
 from pipelines.io.tar import TarReader, TarReadError
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -125,6 +126,11 @@ class WebDatasetCorpus(RecordCorpus):
         if not sampled:
             raise UserError(f"{self.source.uri}: no readable sample in its tars")
         self.infer_schema(schema.names, extension, schema.filled_fields, schema)
+        if extension is not None and self.modality not in MEDIA_EXTENSIONS:
+            console.print_warning(
+                f"{self.source.uri}: the media in the samples (.{extension}) are not read, because "
+                f"the option modality is {self.modality}"
+            )
         self.resolve_test_split(schema)
 
     def _tars_to_sample(self) -> list[tuple[str | None, str]]:

@@ -235,3 +235,15 @@ def test_a_tar_of_texts_with_media_further_on(tmp_path: Path) -> None:
     _, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
     assert sum(reasons.values()) == 1
     assert "a media file in a sample" in next(iter(reasons))
+
+
+def test_a_tar_of_media_read_as_texts_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"1.jpg": user_corpora.jpg(1), "1.txt": b"words", "1.cls": b"1"}
+    (tmp_path / "x.tar.gz").write_bytes(tarred(files))
+    corpus = open_external_corpus("webdataset", str(tmp_path), {"modality": "text"})
+    assert corpus.modality == "text"
+    assert "the media in the samples (.jpg) are not read" in " ".join(
+        capsys.readouterr().err.split()
+    )
