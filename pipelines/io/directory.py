@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import os
 import posixpath
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -110,6 +111,17 @@ class SourceDirectory:
     def exists(self, relative: str) -> bool:
         """Return whether a file or directory exists at a relative path."""
         return self._exists(self.path(relative))
+
+    def find_form(self, relative: str) -> str | None:
+        """Return a relative path in the Unicode form in which the disk has it, None without one.
+
+        macOS writes "é" as two characters (NFD), and metadata often as one (NFC).
+
+        Args:
+            relative: path of a file or directory, in any form.
+        """
+        forms = (relative, *(unicodedata.normalize(form, relative) for form in ("NFC", "NFD")))
+        return next((form for form in dict.fromkeys(forms) if self.exists(form)), None)
 
     def entries(self, relative: str = "") -> list[DirectoryEntry]:
         """Return the entries of a directory, sorted by name, without hidden ones.

@@ -538,7 +538,9 @@ class FolderCorpus(RecordCorpus):
             inside = self.media_names.choose(value, table.split)
         else:
             inside = join_path(table.folder, self._relative_name(value))
-        path = self.media_source.path(inside)
+        # A query per row would be slow in a store. There, a missing file is found when it is read.
+        stored = inside if self.media_source.remote else self.media_source.find_form(inside)
+        path = self.media_source.path(stored or inside)
         referenced.add(path)
         split = table.split or (self._split_by_folder(record) if self.splits_by_folder else None)
         if self.splits_by_folder and split is None:
@@ -546,8 +548,7 @@ class FolderCorpus(RecordCorpus):
         # The file name decides, not the row: all rows of one file must stay in one split.
         split_key = path.removeprefix(f"{self.media_source.uri}/")
         row = self.build_row(key, record, MediaRef(path), split, split_key)
-        # A query per row would be slow in a store. There, a missing file is found when it is read.
-        if not self.media_source.remote and not self.media_source.exists(inside):
+        if stored is None:
             raise ValueError("the media file is missing")
         return row | {ITEM_FIELD: path}
 

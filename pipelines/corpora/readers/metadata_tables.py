@@ -432,7 +432,7 @@ def locate_media(
 
 def _exists(media: SourceDirectory, name: str) -> bool:
     try:
-        return media.exists(name)
+        return media.find_form(name) is not None
     except ValueError:  # the name leads out of the directory
         return False
 

@@ -12,6 +12,7 @@ describe the media one by one: transcripts, boxes, tables of labels.
 
 import contextlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -241,7 +242,7 @@ def _parse_list_name(name: str) -> tuple[str, int] | None:
 
 def _iter_names(path: str) -> Iterator[str]:
     """Yield the names of a media file in lists: with fewer and fewer folders, and no ending."""
-    parts = path.split("/")
+    parts = unicodedata.normalize("NFC", path).split("/")
     for start in range(len(parts)):
         name = "/".join(parts[start:])
         yield name
@@ -256,7 +257,8 @@ def _remove_ending(name: str) -> str:
 def _read_lines(source: SourceDirectory, file: str) -> Iterator[str]:
     with contextlib.suppress(*DAMAGE_ERRORS, UserError):
         for _, line in source.lines(file):
-            yield line.decode("utf-8", "replace").strip().replace("\\", "/")
+            text = unicodedata.normalize("NFC", line.decode("utf-8", "replace"))
+            yield text.strip().replace("\\", "/")
 
 
 def _read_names(source: SourceDirectory, file: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import fsspec
@@ -359,3 +360,20 @@ def test_samples_become_the_columns_of_the_model(tmp_path: Path) -> None:
     assert made["rejected"].null_count == 12
     assert np.array(made["pixels"][0].as_py()).size == 32 * 32 * 3
     assert made.schema.names == [*corpus.columns.names, "rejected"]
+
+
+@pytest.mark.parametrize(("named", "stored"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_names_match_in_any_unicode_form(tmp_path: Path, named: str, stored: str) -> None:
+    """macOS and most editors write letters with accents in different forms."""
+    names = [f"photos/épée {number} 각.jpg" for number in range(3)]
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        (tmp_path / unicodedata.normalize(stored, name)).write_bytes(b"not looked at")
+    rows = [
+        {"file_name": unicodedata.normalize(named, name), "label": "ab"[number % 2]}
+        for number, name in enumerate(names)
+    ]
+    user_corpora.write_lines(tmp_path / "metadata.jsonl", rows)
+    found, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
+    assert not reasons
+    assert sum(map(len, found.values())) == 3

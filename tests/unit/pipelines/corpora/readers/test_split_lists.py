@@ -1,5 +1,6 @@
 """Layouts of published corpora: lists of splits are used, and folders that are no classes asked."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,14 @@ def test_files_that_do_not_contradict_the_folders_are_no_question(
     rows, _ = read(corpus)
     assert {row["label"] for each in rows.values() for row in each} == {"cat", "dog"}
     assert not corpus.named_splits  # type: ignore[attr-defined]
+
+
+def test_lists_match_in_any_unicode_form(tmp_path: Path) -> None:
+    names = [f"{c}/é{n}.jpg" for c in ("cat", "dog") for n in range(4)]
+    media = {unicodedata.normalize("NFD", name): None for name in names}
+    lists = {"test.txt": unicodedata.normalize("NFC", "\n".join(names[:2]))}
+    corpus = open_external_corpus("mine", f"folder:{write(tmp_path, media | lists)}")
+    assert sizes(read(corpus)[0])["test"] == 2
 
 
 def test_lists_that_disagree_are_refused(tmp_path: Path) -> None:
