@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pipelines.corpora.formats.unread_files import is_annotation_name
 from pipelines.corpora.readers.class_folders import join_path
@@ -37,6 +38,8 @@ _FLAGS = {"1": "train", "2": "test"}
 _NUMBERED = ("images.txt", "train_test_split.txt")
 #: Levels of folders below the directory in which lists are searched.
 _DEPTH = 3
+#: Annotation files whose names are compared with those of media.
+_COMPARED_FILES = 10_000
 #: Files, lines of each and bytes of a line that are searched for names of media.
 _SEARCHED_FILES, _SEARCHED_LINES, _SEARCHED_BYTES = 64, 50, 2**16
 #: Digits of the shortest number that can name a file.
@@ -98,7 +101,8 @@ def find_split_lists(source: SourceDirectory) -> SplitLists:
     found = SplitLists()
     candidates = dict[str, tuple[str, int]]()
     flagged: list[str] = []
-    names = [entry.name for entry in source.walk(depth=_DEPTH) if not _is_media(entry.name)]
+    # A directory can hold a text file per medium, so other names are not kept.
+    names = [entry.name for entry in source.walk(depth=_DEPTH) if _has_list_name(entry.name)]
     for file in names:
         base = file.rpartition("/")[2].lower()
         if _FLAGGED_NAME.fullmatch(base):
@@ -180,11 +184,9 @@ def find_other_annotations(
         find_class: returns the class of a media file by its folder.
     """
     skipped = set(known)
-    annotations = [
-        entry.name
-        for entry in source.walk()
-        if entry.name not in skipped and is_annotation_name(entry.name)
-    ]
+    files = (entry.name for entry in source.walk())
+    described = (name for name in files if name not in skipped and is_annotation_name(name))
+    annotations = list(islice(described, _COMPARED_FILES))
     if not annotations:
         return None
     stems = {_remove_ending(file.rpartition("/")[2]): file for file in reversed(annotations)}
@@ -225,6 +227,14 @@ def are_storage_folders(classes: Iterable[str]) -> bool:
 
 def _is_media(file: str) -> bool:
     return file_extension(file) in MODALITY_OF_EXTENSION
+
+
+def _has_list_name(file: str) -> bool:
+    base = file.rpartition("/")[2].lower()
+    if _is_media(base):
+        return False
+    is_known = base in _NUMBERED or _FLAGGED_NAME.fullmatch(base) is not None
+    return is_known or _parse_list_name(base) is not None
 
 
 def _parse_list_name(name: str) -> tuple[str, int] | None:
