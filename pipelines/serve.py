@@ -68,9 +68,10 @@ class ServeConfig:
         max_batch_size: requests that a replica answers together.
         batch_wait_s: seconds that a request waits for others.
         max_requests: requests that are in progress at the same time; the server answers 503 beyond.
+            One client has half of them at most, and so of memory, decoders and the model's turns.
         max_bytes: bytes of a request; files travel as base64, which adds a third.
         max_rows: rows of a request.
-        timeout_s: seconds until a request without an answer gets 503.
+        timeout_s: seconds until a request without an answer gets 503, and its work stops.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """

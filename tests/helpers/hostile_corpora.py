@@ -25,6 +25,13 @@ from tests.unit.pipelines.transforms.test_transforms import PATHS, encoded, mp3,
 
 HOURS = 10
 
+#: 300 bytes that resvg draws for minutes, holding Python's lock.
+SLOW_SVG = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="2000" height="2000"><filter id="f">'
+    + b'<feTurbulence baseFrequency="0.9" numOctaves="2000000"/>'
+    + b'</filter><rect width="2000" height="2000" filter="url(#f)"/></svg>'
+)
+
 
 def picture(kind: str, size: tuple[int, int] = (64, 48)) -> bytes:
     """A picture with something on it."""

@@ -1,7 +1,9 @@
 """``skillnet serve`` on Ray Serve: requests survive the death of a replica."""
 
+import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -20,10 +22,11 @@ from pipelines.serve import ServeConfig, build_server, run_replicas
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet.model import SkillNet
 from tests.helpers.file_forms import draw_png, encode_form
+from tests.helpers.hostile_corpora import SLOW_SVG
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
-from tests.helpers.waiting import wait_for_answer
+from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -81,6 +84,7 @@ def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> 
         page = search_by_file(f"http://127.0.0.1:{port}", draw_png(), "circle.png")
         assert "<dt>task</dt><dd>text_to_image</dd>" in page
         assert page.count("<li>") == 12
+        leave_a_slow_file(port, server.pid)
         family = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
         # A second Ray, which would start at the end, blocks the server without a limit.
@@ -88,6 +92,32 @@ def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> 
         assert not psutil.wait_procs(family, timeout=60)[1]
     finally:
         kill_family(server)
+
+
+def leave_a_slow_file(port: int, server: int) -> None:
+    """Send a drawing that takes as long as a request may, leave, and wait for its decoder's end."""
+
+    def decoders() -> set[int]:
+        found = psutil.Process(server).children(recursive=True)
+        return {each.pid for each in found if "serve_requests" in " ".join(each.cmdline())}
+
+    rows = [{"file": base64.b64encode(SLOW_SVG).decode(), "name": "a.svg"}]
+    body = json.dumps({"rows": rows}).encode()
+    head = "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    before = decoders()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        # A decoder that was idle is busy now, or the first one has started.
+        wait_until(lambda: active_requests(port) == 2, 60)
+        wait_until(decoders, 60)
+    wait_until(lambda: active_requests(port) == 1, 30)
+    wait_until(lambda: not before & decoders(), 30)
+
+
+def active_requests(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        (line,) = (each for each in answer if each.startswith(b"skillnet_active_requests "))
+    return int(float(line.split()[1]))
 
 
 def predict(url: str, text: str) -> list[Any]:

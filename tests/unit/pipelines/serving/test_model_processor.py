@@ -112,6 +112,12 @@ def test_vectors_of_two_tasks_are_not_compared(folder: Path) -> None:
     assert (similar.abs() <= 1 + 1e-5).all()
 
 
+def test_a_function_with_an_inner_one_is_one_input(folder: Path) -> None:
+    model = SkillNet.from_pretrained(folder)
+    nested = "def outer(x):\n    def inner(y):\n        return y\n    return inner(x)\n"
+    assert len(model.encode_code([nested, CODE])) == 2
+
+
 def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
     model = SkillNet.from_pretrained(folder)
     data = io.BytesIO()

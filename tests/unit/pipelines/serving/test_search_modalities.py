@@ -20,7 +20,7 @@ from pipelines.corpora.base import tensor_field
 from pipelines.evaluation.inference import InferenceRunner, split_inputs
 from pipelines.loading.task_columns import tower_column
 from pipelines.runs.model_source import resolve_model
-from pipelines.search import SearchConfig, read_query, search_corpus
+from pipelines.search import SearchConfig, read_query, search_corpus, show_search
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.corpus_search import choose_search_task
 from pipelines.shards.dataset import open_corpus
@@ -30,6 +30,8 @@ from pipelines.transforms.text import encode_captions
 from pipelines.transforms.video import draw_pen_paths
 from skillnet.model import SkillNet
 from skillnet.skills import Modality, SkillPlan, Task, default_tasks, known_tasks
+from skillnet_platform import console
+from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import STROKES, config, write_corpora
 from tests.helpers.video_files import encode_video
@@ -204,6 +206,98 @@ def test_queries_that_no_task_reads_have_one_message(
         SearchConfig(["红"], "a.png")
     with pytest.raises(UserError, match="the query is empty; give a text, or --file"):
         SearchConfig()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def outer(x):\n    def inner(y):\n        return y\n    return inner(x)\n",
+        "async def outer(x):\n    async def a():\n        def b(): pass\n    def c(): pass\n",
+        "def outer(x):\n    class Inner:\n        def method(self): pass\n    return Inner\n",
+        "class Outer:\n    def method(self):\n        if self:\n            def inner(): pass\n",
+        "if True:\n    def outer():\n        for _ in (1, 2):\n            def inner(): pass\n",
+    ],
+    ids=["inner", "async", "class", "method", "block"],
+)
+def test_a_function_with_inner_functions_is_one_query(
+    source: str, data: Path, tmp_path: Path, save_run: Callable[..., str]
+) -> None:
+    run = save_run({"searched": retrieval("code", "code")}, {"searched": "functions"})
+    file = tmp_path / "a.py"
+    file.write_text(source)
+    settings = {"model": run, "data": str(data), "splits": ["test"], "top": 3}
+    found = search_corpus(SearchConfig([], str(file), **settings))  # type: ignore[arg-type]
+    assert [hit.rank for hit in found.hits] == [1, 2, 3]
+    # The query is the complete function, as a row of a corpus is.
+    predictor = open_predictor(resolve_model(run), data)
+    item = read_query(SearchConfig([], str(file)))
+    functions = predictor.preprocess(item, "searched", "query")
+    assert len(functions) > 1
+    row = predictor.read_row(item, "searched", "query")
+    assert row.tolist() == functions[0][1].tolist()
+
+
+def test_an_unusable_query_is_refused_before_rows_are_embedded(
+    data: Path, tmp_path: Path, save_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run({"coded": retrieval("code"), "seen": retrieval("image")},
+                   {"coded": "functions", "seen": "drawings"})  # fmt: skip
+    embedded: list[str] = []
+    monkeypatch.setattr(
+        "pipelines.serving.corpus_search.build_retrieval_index", lambda *given: embedded.append("")
+    )
+    for name, content in (("a.py", b"def f(): pass\ndef g(): pass\n"), ("b.py", b"x = 1"),
+                          ("c.py", b"def"), ("d.png", b"\x89PNG broken")):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            search_corpus(SearchConfig([], str(tmp_path / name), model=run, data=str(data)))
+    assert embedded == []
+
+
+def test_a_query_of_another_language_is_doubted(
+    data: Path, tmp_path: Path, save_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
+    captions = open_corpus(data / "drawings").splits["test"].table()["captions"].to_pylist()
+    page = tmp_path / "page.html"
+    settings = {"model": run, "data": str(data), "html": str(page)}
+    for known in {caption for row in captions for caption in row}:
+        assert search_corpus(SearchConfig([known], **settings)).caution == ""  # type: ignore[arg-type]
+    for unknown in ("red heart", "сердце", "ハート型", "❤", "zzzz"):
+        found = search_corpus(SearchConfig([unknown], **settings))  # type: ignore[arg-type]
+        assert "tokens of the query occur in no text of drawings, perhaps" in found.caution
+        assert found.caution in page.read_text(encoding="utf-8")
+        show_search(found)
+        assert found.caution in " ".join(capsys.readouterr().err.split())
+
+
+def test_progress_of_an_index_counts_to_the_number_of_rows(
+    data: Path, save_run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run({"searched": retrieval("image")}, {"searched": "drawings"})
+    totals: list[tuple[int, int | None]] = []
+
+    class Counter(ProgressCounter):
+        def advance(self, count: int = 1, words: str | None = None) -> None:
+            super().advance(count, words)
+            totals.append((self.done, self.total))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "ProgressCounter", Counter)
+        patch.setattr(InferenceRunner, "__init__", small_batches(InferenceRunner.__init__))
+        found = search_corpus(SearchConfig(["红色"], model=run, data=str(data)))
+    assert {total for _, total in totals} == {found.searched}
+    assert totals[-1][0] == found.searched
+    # It moves within a split, which may take minutes.
+    assert len({done for done, _ in totals}) > len(open_corpus(data / "drawings").splits) + 1
+
+
+def small_batches(make: Callable[..., None]) -> Callable[..., None]:
+    def make_small(self: InferenceRunner, *given: object, **more: object) -> None:
+        make(self, *given, **more)
+        self.max_batch_rows = 4
+
+    return make_small
 
 
 def test_rows_without_captions_cannot_be_ranked_by_them(

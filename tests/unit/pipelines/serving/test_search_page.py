@@ -60,20 +60,27 @@ def test_a_video_keeps_its_frames():
 
 
 def test_cards_keep_their_order_and_bars_follow_scores():
-    html = render_search_page("x", [ResultCard(1, 0.9, "first"), ResultCard(2, 0.1, "second")])
-    assert html.index("first") < html.index("second")
-    widths = [int(w) for w in re.findall(r'style="width:(\d+)%"', html)]
-    assert widths == [100, 15]
+    scores = (0.9, 0.1, -0.4, 1.0000001)
+    cards = [ResultCard(1, score, f"card {score}") for score in scores]
+    html = render_search_page("x", cards)
+    assert html.index("card 0.9") < html.index("card 0.1")
+    assert bar_widths(html) == [90, 10, 0, 100]
+
+
+def test_a_bar_does_not_depend_on_the_other_results():
+    for scores in ((0.966, 0.964), (0.966, 0.1), (0.966,)):
+        html = render_search_page("x", [ResultCard(1, score, "a") for score in scores])
+        assert bar_widths(html) == [round(100 * score) for score in scores]
+
+
+def bar_widths(html: str) -> list[int]:
+    return [int(width) for width in re.findall(r'style="width:(\d+)%"', html)]
 
 
 def test_no_results_and_equal_scores():
     assert "No results" in render_search_page("x", [])
-    assert (
-        render_search_page("x", [ResultCard(1, 0.5, "a"), ResultCard(2, 0.5, "b")]).count(
-            "width:100%"
-        )
-        == 2
-    )
+    html = render_search_page("x", [ResultCard(1, 0.5, "a"), ResultCard(2, 0.5, "b")])
+    assert bar_widths(html) == [50, 50]
 
 
 def test_a_recording_as_the_query_can_be_played(monkeypatch):

@@ -18,15 +18,8 @@ from pipelines.transforms.decoder_process import (
     decode_media,
     find_decoder,
 )
-from tests.helpers.hostile_corpora import picture
+from tests.helpers.hostile_corpora import SLOW_SVG, picture
 from tests.helpers.waiting import wait_until
-
-#: 300 bytes that resvg draws for minutes, holding Python's lock.
-SLOW_SVG = (
-    b'<svg xmlns="http://www.w3.org/2000/svg" width="2000" height="2000"><filter id="f">'
-    + b'<feTurbulence baseFrequency="0.9" numOctaves="2000000"/>'
-    + b'</filter><rect width="2000" height="2000" filter="url(#f)"/></svg>'
-)
 
 
 @pytest.fixture
