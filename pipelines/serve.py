@@ -162,7 +162,7 @@ def limits_of(config: ServeConfig) -> "ServerLimits":
         config: of the server.
 
     Raises:
-        UserError: the machine does not allow so many files.
+        UserError: the machine allows fewer files.
     """
     from pipelines.serving.connection_guard import ServerLimits
 

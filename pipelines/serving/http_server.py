@@ -311,7 +311,7 @@ class RequestGuard:
             if scope["type"] == "lifespan":
                 await self._application(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = RequestExchange(scope, receive, send)
         # Unknown paths share a label: clients must not create series without bound.
         path = scope["path"] if scope["path"] in self._paths else "other"
         begin = time.monotonic()
@@ -371,7 +371,7 @@ class RequestGuard:
         return None
 
 
-class Exchange:
+class RequestExchange:
     """One request and its answer, over the functions of ASGI.
 
     Args:
