@@ -41,12 +41,15 @@ MAX_FILES = 20_000
 MAX_CONFIG_BYTES = 64 * 2**20
 
 
-def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, device: str = "cpu", drops_integers: bool = False
+) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     Args:
         path: of the file.
         device: where to load them.
+        drops_integers: leave out integers and flags, which libraries save as buffers.
 
     Returns:
         Name -> tensor.
@@ -63,6 +66,9 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             f"{path} is no safetensors file ({problem}); no other format is read, since it could "
             "run code"
         ) from None
+    if drops_integers:
+        whole = {name for name, tensor in tensors.items() if _is_integer(tensor)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in whole}
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is of type {tensor.dtype}, expected floating point")
@@ -70,6 +76,10 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds infinities or not-a-number, so it is no weight")
     return tensors
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
 
 
 def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

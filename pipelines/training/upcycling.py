@@ -62,10 +62,8 @@ def find_library_checkpoint(address: str) -> Path | None:
     """
     path = Path(address).expanduser()
     if path.is_dir():
-        if not is_library_checkpoint(path):
-            return None
         try:
-            return find_checkpoint(address, False)
+            return find_checkpoint(address, False) if is_library_checkpoint(path) else None
         except ValueError as error:
             raise UserError(f"--from {address}: {error}") from None
     is_known = path.exists() or (storage.run_root() / address).exists()
@@ -94,7 +92,8 @@ def import_checkpoint(folder: Path, run_dir: str) -> Path:
     Raises:
         UserError: the checkpoint does not fit SkillNet's layers.
     """
-    names = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.json"))]
+    found = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.json"))]
+    names = [path for path in found if path.is_file()]
     digest = hashlib.sha256("".join(map(storage.sha256_file, names)).encode()).hexdigest()
     target = Path(run_dir) / ".starts" / f"{folder.name}-{digest[:16]}"
     if (target / "manifest.json").is_file():

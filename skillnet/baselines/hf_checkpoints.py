@@ -11,6 +11,9 @@ from typing import Any
 
 from skillnet.serialization import read_tensor_shapes
 
+#: Bytes of a configuration. That of a model with 21,000 named classes takes 1 MB.
+MAX_JSON_BYTES = 16 * 2**20
+
 
 def find_checkpoint(given: str, download: bool) -> Path:
     """Return the directory of a checkpoint.
@@ -64,12 +67,26 @@ def require_finite(model: Any, folder: Path) -> None:
 
 def read_library_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json`` of a checkpoint. Raise ValueError if it is missing or invalid."""
+    return read_library_json(folder / "config.json")
+
+
+def read_library_json(path: Path) -> dict[str, Any]:
+    """Read a file of keys and values that a library wrote.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: it is missing, empty, too large, nested too deeply or no JSON; names the file.
+    """
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}). Download the file again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{folder}/config.json is no configuration")
+        raise ValueError(f"{path}: holds no keys and values. Download the file again")
     return values
 
 

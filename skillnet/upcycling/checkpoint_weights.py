@@ -78,11 +78,14 @@ class CheckpointWeights:
 def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all safetensors files of a folder, in float32, or float64 if one weight is.
 
+    Integers are no weights: older versions of transformers saved ``position_ids``, which later
+    ones leave out. A quantized weight is missed when its name is taken.
+
     Raises:
         ValueError: a file is damaged, or holds other than finite floating-point numbers.
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_tensors(file)
+        tensors |= load_tensors(file, drops_integers=True)
     is_double = any(value.dtype == torch.float64 for value in tensors.values())
     return {k: v.to(torch.float64 if is_double else torch.float32) for k, v in tensors.items()}

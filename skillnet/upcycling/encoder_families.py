@@ -17,7 +17,6 @@ heads, eps and the activation.
 Shapes: D model width, F feed-forward width, p side of a patch, C channels.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skillnet.baselines.hf_checkpoints import read_library_json
+from skillnet.bounds import MAX_LAYERS
 from skillnet.skills import Modality
 from skillnet.upcycling.checkpoint_weights import CheckpointWeights
 
@@ -89,10 +90,15 @@ class EncoderFamily:
         try:
             layers, heads = int(config[self.num_layers]), int(config[self.num_heads])
             eps, activation = self.norm_eps(config), config[self.activation]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{weights.folder}/config.json: {self.name} needs the key {error}"
             ) from None
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(
+                f"{weights.folder}/config.json: {self.num_layers} is {layers}, expected 1 to "
+                f"{MAX_LAYERS}"
+            )
         if activation != "gelu":
             raise ValueError(
                 f"{weights.folder}/config.json: {self.activation} is {activation!r}; SkillNet's "
@@ -225,22 +231,26 @@ def _convert_patch_stem(
 
 def _read_normalization(folder: Path, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (C,) of the pixels in [0, 1] that a checkpoint was trained on."""
-    mean, std = config.get("mean"), config.get("std")
-    file = folder / "preprocessor_config.json"
-    if file.is_file():
+    file, keys, values = folder / "config.json", ("mean", "std"), config
+    if (folder / "preprocessor_config.json").is_file():
+        file, keys = folder / "preprocessor_config.json", ("image_mean", "image_std")
+        values = read_library_json(file)
+    found = []
+    for key in keys:
+        given = values.get(key)
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            mean, std = values.get("image_mean"), values.get("image_std")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-    try:
-        return tuple(  # type: ignore[return-value]
-            torch.tensor(x or [0.5] * 3, dtype=torch.float64).reshape(3) for x in (mean, std)
-        )
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{folder}: mean {mean} and deviation {std} are not three numbers"
-        ) from None
+            row_C = torch.tensor([0.5] * 3 if given is None else given, dtype=torch.float64)
+            is_valid = row_C.shape == (3,) and bool(row_C.isfinite().all())
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            is_valid = False
+        if not is_valid or (key == keys[1] and not bool((row_C > 0).all())):
+            kind = "numbers above 0" if key == keys[1] else "finite numbers"
+            raise ValueError(
+                f"{file}: {key} is {given}, expected three {kind}. Correct it, or download the "
+                "file again"
+            )
+        found.append(row_C)
+    return found[0], found[1]
 
 
 def _convert_log_mel_stem(

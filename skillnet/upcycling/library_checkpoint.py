@@ -15,6 +15,7 @@ from skillnet.baselines.dense import DenseModel
 from skillnet.baselines.hf_checkpoints import read_library_config
 from skillnet.baselines.library_models import check_architecture
 from skillnet.config import SkillNetConfig
+from skillnet.serialization import describe_error
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.stems import PAD
@@ -63,8 +64,6 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
             f"one of the types {', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
-    if name == "timm":
-        config = _read_timm_config(folder, config)
     padding = config.get("pad_token_id", PAD)
     if family.modality == "text" and token_rows is None and padding != PAD:
         raise ValueError(
@@ -73,19 +72,23 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
         )
     tensors = read_checkpoint_tensors(folder)
     left = CheckpointWeights(folder, tensors, family.prefixes, family.unused)
-    weights, settings = family.convert(left, config)
-    if token_rows is not None and EMBEDDING_WEIGHT in weights:
-        weights[EMBEDDING_WEIGHT] = _reorder_rows(weights[EMBEDDING_WEIGHT], token_rows)
-        settings["vocab_size"] = len(token_rows)
     task = Task("classification", {"input": SkillPlan((DENSE_SKILL,), family.modality)}, outputs=1)
     tasks = {IMPORTED_TASK if family.has_stem else LAYERS_TASK: task}
     try:
+        if name == "timm":
+            config = _read_timm_config(folder, config)
+        weights, settings = family.convert(left, config)
+        if token_rows is not None and EMBEDDING_WEIGHT in weights:
+            weights[EMBEDDING_WEIGHT] = _reorder_rows(weights[EMBEDDING_WEIGHT], token_rows)
+            settings["vocab_size"] = len(token_rows)
         sizes = SkillNetConfig(skills=(DENSE_SKILL,), tasks=tasks, **settings)
         with SkippedInit():  # every weight follows, but for those that stay zero
             model = DenseModel(sizes).to(next(iter(weights.values())).dtype)
         fresh = model.load_partial(weights)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    # A configuration and shapes of another author reach code that expects the usual ones.
+    except Exception as error:
+        words = describe_error(error)
+        raise ValueError(words if str(folder) in words else f"{folder}: {words}") from None
     for parameter in fresh:
         model.get_parameter(parameter).detach().zero_()
     return model.eval()

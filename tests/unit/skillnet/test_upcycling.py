@@ -1,6 +1,7 @@
 """Upcycling: skills that start as copies compute what the dense encoder computed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.training.upcycling import find_library_checkpoint, import_checkpoint
 from skillnet.config import SkillNetConfig
 from skillnet.layers import SkillFeedForward
 from skillnet.model import SkillNet
@@ -24,6 +26,7 @@ from skillnet.upcycling.skill_copies import (
     find_inseparable_skills,
     separate_skills,
 )
+from skillnet_platform.errors import UserError
 from tests.helpers.small_models import batch_of, small_config, small_model
 
 SIZES: dict[str, Any] = {
@@ -299,3 +302,117 @@ def test_noise_separates_skills_that_are_always_active_together() -> None:
         before = weights[name].detach()
         noise = float((ours.get_parameter(name).detach() - before).std())
         assert noise == pytest.approx(0.1 * float(before.std()), rel=0.3)
+
+
+@torch.no_grad()
+def test_integer_buffers_of_older_versions_are_left_out(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_checkpoint("bert", tmp_path)
+    expected = dict(convert_checkpoint(tmp_path).named_parameters())
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    buffers = {
+        "bert.embeddings.position_ids": torch.arange(12)[None],
+        "bert.embeddings.token_type_ids": torch.zeros(1, 12, dtype=torch.long),
+        "bert.mask": torch.ones(2, dtype=torch.bool),
+        "bert.scale": torch.ones(2, dtype=torch.uint8),
+    }
+    save_file(tensors | buffers, file, {"format": "pt"})
+    found = dict(convert_checkpoint(tmp_path).named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    quantized = {
+        name: value.to(torch.int8) if name.endswith("layer.1.output.dense.weight") else value
+        for name, value in tensors.items()
+    }
+    save_file(quantized, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weight encoder\.layer\.1\.output\.dense\.weight"):
+        convert_checkpoint(tmp_path)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_std", [0, 0, 0]),
+        ("image_std", [0.5, 0.5, -0.5]),
+        ("image_std", [NAN] * 3),
+        ("image_std", [float("inf")] * 3),
+        ("image_std", []),
+        ("image_std", 0.5),
+        ("image_mean", [NAN, 0.5, 0.5]),
+        ("image_mean", ["a", "b", "c"]),
+        ("image_mean", {"r": 1}),
+        ("image_mean", [10**400] * 3),
+    ],
+)
+def test_a_normalization_that_is_none_is_rejected(tmp_path: Path, key: str, value: Any) -> None:
+    save_checkpoint("vit", tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    whole = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    file.write_text(json.dumps(whole | {key: value}))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {key} is .*, expected three"):
+        convert_checkpoint(tmp_path)
+    file.unlink()
+    save_checkpoint("timm", tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    short = key.removeprefix("image_")
+    settings["pretrained_cfg"][short] = value
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"config.json: {short} is .*, expected three"):
+        convert_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"[]", b"{", b"null"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+def test_a_damaged_json_file_is_one_message_with_its_name(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    save_checkpoint("vit", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as caught:
+        start = find_library_checkpoint(str(tmp_path))
+        assert start is not None
+        import_checkpoint(start, str(tmp_path / "runs"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
+def test_a_truncated_safetensors_file_is_one_message_with_its_name(
+    tmp_path: Path, kept: int
+) -> None:
+    save_checkpoint("bert", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=re.escape(str(file))) as caught:
+        find_library_checkpoint(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 10**400},
+        {"num_hidden_layers": "x"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"layer_norm_eps": NAN},
+        {"layer_norm_eps": -1},
+        {"pad_token_id": [1]},
+        {"hidden_act": {}},
+    ],
+    ids=str,
+)
+def test_a_damaged_value_is_one_message_with_its_folder(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    save_checkpoint("bert", tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as caught:
+        convert_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
