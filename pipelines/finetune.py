@@ -183,12 +183,12 @@ def register_run(
         return None
     from pipelines.runs.model_source import resolve_model
     from pipelines.serving.registration import UntrainedTaskError, WeakTestError, register_model
-    from skillnet_platform.tracking.champion import OtherSystemError
+    from skillnet_platform.tracking.champion import OtherModelError
 
     source = resolve_model(str(run), config.tracking.uri)
     try:
         made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
-    except (UntrainedTaskError, WeakTestError, OtherSystemError) as error:
+    except (UntrainedTaskError, WeakTestError, OtherModelError) as error:
         console.print_warning(str(error))
         return None
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}

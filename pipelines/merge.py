@@ -79,7 +79,8 @@ def _merge_in_folder(
     folder: Path,
 ) -> dict[str, Any]:
     from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
-    from pipelines.evaluation.tables import write_evaluation_csv
+    from pipelines.evaluation.overall_score import compute_overall_score
+    from pipelines.evaluation.tables import flat_metrics, write_evaluation_csv
     from pipelines.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
     from pipelines.growth.report_files import record_growth_report
     from pipelines.runs import layout
@@ -87,11 +88,13 @@ def _merge_in_folder(
     from pipelines.serving.registration import (
         check_given_name,
         check_trained_tasks,
+        find_unregistered,
         register_measured_run,
     )
     from pipelines.training.run_evaluation import EVALUATION_CSV
     from skillnet.model_merging import merge_models
     from skillnet_platform import tracking
+    from skillnet_platform.tracking.backend import SCORE_METRIC
 
     began = time.monotonic()
     parents = [{"name": source.source.name, "digest": source.source.digest} for source in sources]
@@ -130,6 +133,11 @@ def _merge_in_folder(
         )
         write_evaluation_csv(rows, folder / EVALUATION_CSV)
         write_outcomes(outcomes, folder / OUTCOMES_FILE)
+        score, _ = compute_overall_score(rows, "test")
+        tracker.metrics(
+            flat_metrics(rows) | ({} if score is None else {SCORE_METRIC: score}),
+            max(source.source.steps or 0 for source in sources),
+        )
         for file in (EVALUATION_CSV, OUTCOMES_FILE):
             tracker.artifact(folder / file, "evaluation")
         record_growth_report(
@@ -142,6 +150,15 @@ def _merge_in_folder(
             f"the outputs of {changed[0].task} on {changed[0].split} differ from those of "
             f"{changed[0].model}, although all files are copies"
         )
+    # Nobody decided that an unregistered model may serve, so neither may a merge with it.
+    left_out = None
+    if config.tracking.register and not config.tracking.registered_model:
+        left_out = find_unregistered([each.source for each in sources], config.tracking.uri)
+    if left_out is not None:
+        console.print_note(
+            f"{settings.name} is not registered, because {left_out.name} is not. Register it: "
+            f"skillnet register {settings.name}"
+        )
     result = {
         "name": settings.name,
         "run": str(folder),
@@ -151,7 +168,7 @@ def _merge_in_folder(
         "step": max(source.source.steps or 0 for source in sources),
         "seconds": time.monotonic() - began,
         "registered": register_measured_run(
-            config.tracking,
+            replace(config.tracking, register=config.tracking.register and not left_out),
             [source.source for source in sources],
             folder,
             str(settings.data),

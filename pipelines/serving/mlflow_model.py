@@ -17,6 +17,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from pipelines.serving.bundle import open_bundle
 from pipelines.serving.predictor import TaskPrediction
 from pipelines.serving.request_rows import DEFAULT_TOP, read_request_row
+from skillnet_platform.errors import UserError
 
 
 class SkillNetModel(PythonModel):
@@ -49,6 +50,9 @@ class SkillNetModel(PythonModel):
             context: of MLflow.
             model_input: rows, see the class.
             params: ``top``, the number of alternatives.
+
+        Raises:
+            UserError: a row is unusable, or the input is a list of texts or has other columns.
         """
         items = [read_request_row(row, number) for number, row in enumerate(_records(model_input))]
         top = int((params or {}).get("top", DEFAULT_TOP))
@@ -76,6 +80,12 @@ def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
 
 
 def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
+    # MLflow drops columns that the signature does not name, and so all of a list of texts.
+    if not len(model_input.columns):
+        raise UserError(
+            "the input has no column text or file. Give a table: "
+            'pandas.DataFrame({"text": ["…", "…"]})'
+        )
     # pandas marks absent cells by NaN, a float; the checks below expect None.
     frame = model_input.astype(object).where(model_input.notna(), None)
     return frame.to_dict("records")

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from skillnet_platform.tracking.registry import RegisteredVersion
 
 
+#: Tag of a version: the digest of the weights that it was registered from.
+WEIGHTS_TAG = "weights_digest"
+
+
 class UntrainedTaskError(UserError):
     """A task of the model has random weights, so the model is not registered."""
 
@@ -68,7 +72,8 @@ def register_model(
     Raises:
         UntrainedTaskError: a task has random weights.
         WeakTestError: test rows were in the training.
-        OtherSystemError: the registered model has versions of another system.
+        OtherModelError: the registered model has versions of another system, or, without a given
+            name, its champion has tasks that this model lacks.
         UserError: a corpus is missing or does not fit the model.
     """
     check_trained_tasks(source)
@@ -82,9 +87,13 @@ def register_model(
         model = load_trained_tasks(source)
         weak = _find_weak_tests([source, *parents], model, data, allow_weak_test)
         backend.setup_backend(uri)
-        name = name or _choose_name(source, model.system)
+        client = backend.create_client(backend.resolve_uri(uri))
+        given = name or (source.settings.get("tracking") or {}).get("registered_model")
+        name = given or _choose_name(source, model.system)
         # Refused before the evaluation, which can take minutes.
-        champion.check_system(backend.create_client(backend.resolve_uri(uri)), name, model.system)
+        champion.check_system(client, name, model.system)
+        if not given:
+            champion.check_tasks(client, name, list(model.config.tasks))
         key = _registration_key(source, model, data, name, uri)
         known = registry.find_registration(key, name=name, uri=uri)
         if known is not None and registration_order.is_done(known):
@@ -143,7 +152,7 @@ def register_measured_run(
     if not tracking.register:
         return None
     from pipelines.runs import model_source
-    from skillnet_platform.tracking.champion import OtherSystemError
+    from skillnet_platform.tracking.champion import OtherModelError
 
     try:
         for source in sources:
@@ -156,7 +165,7 @@ def register_measured_run(
             description=description,
             parents=sources,
         )
-    except (UntrainedTaskError, WeakTestError, OtherSystemError) as error:
+    except (UntrainedTaskError, WeakTestError, OtherModelError) as error:
         console.print_warning(str(error))
         return None
     return {
@@ -165,6 +174,23 @@ def register_measured_run(
         "alias": registered.alias,
         "uri": registered.uri,
     }
+
+
+def find_unregistered(sources: Sequence["ModelSource"], uri: str | None) -> "ModelSource | None":
+    """Return the first of several models whose weights are no registered version; None for none.
+
+    Args:
+        sources: the models.
+        uri: MLflow tracking URI.
+    """
+    from skillnet_platform.tracking import backend
+
+    client = backend.create_client(backend.resolve_uri(uri))
+    for source in sources:
+        wanted = f"tags.{WEIGHTS_TAG} = '{source.digest}'"
+        if source.version is None and not client.search_model_versions(wanted, max_results=1):
+            return source
+    return None
 
 
 def check_trained_tasks(source: "ModelSource") -> None:
@@ -305,7 +331,7 @@ def _register_bundle(
             tags={
                 # `skillnet verify` compares these digests with the present files.
                 champion.SYSTEM_TAG: model.system,
-                "weights_digest": source.digest,
+                WEIGHTS_TAG: source.digest,
                 "serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST),
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,16 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
     )[0]
     np.testing.assert_array_equal(np.array(answers["embedding"][2], np.float32), vector)
     assert answers["answer"][2] in {f"{c}的{s}" for c in COLOURS for s in SHAPES}
+
+
+@pytest.mark.parametrize(
+    "given", [["历史", "数学"], pd.Series(["历史"]), pd.DataFrame({"sentence": ["历史"]})]
+)
+def test_an_input_without_a_known_column_is_refused(place: Place, given: Any) -> None:
+    """MLflow drops what the signature does not name, so nothing would be predicted."""
+    loaded = registry.load_registered(CHAMPION)
+    with pytest.raises(UserError, match=r"no column text or file. Give a table: pandas.DataFrame"):
+        loaded.predict(given)
 
 
 def test_the_number_of_alternatives_is_a_parameter(place: Place):

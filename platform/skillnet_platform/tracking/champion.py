@@ -6,7 +6,7 @@ after each write keep two processes from promoting a version against an outdated
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skillnet_platform.errors import UserError
@@ -23,8 +23,16 @@ GATE_TAG = "gate"
 DECISION_ATTEMPTS = 10
 
 
-class OtherSystemError(UserError):
+class OtherModelError(UserError):
+    """A model does not belong to the versions of a registered model."""
+
+
+class OtherSystemError(OtherModelError):
     """A registered model has versions of another system, with which nothing is compared."""
+
+
+class OtherTasksError(OtherModelError):
+    """The champion has tasks that a model lacks, so the model could never replace it."""
 
 
 def choose_model_name(system: str, experiment: str | None = None) -> str:
@@ -49,6 +57,26 @@ def check_system(client: Any, name: str, system: str | None) -> None:
     """
     for version in client.search_model_versions(f"name = '{name}'"):
         _refuse_other_system(name, system, version)
+
+
+def check_tasks(client: Any, name: str, tasks: Sequence[str]) -> None:
+    """Raise OtherTasksError if the champion was measured on tasks that a model lacks.
+
+    A user who gives the name wants such a version. A default name would join unrelated models.
+
+    Args:
+        client: ``MlflowClient``.
+        name: of the registered model.
+        tasks: of the model that becomes a version.
+    """
+    current = champion_of(client, name)
+    missing = sorted(_unpack(current).keys() - set(tasks)) if current is not None else []
+    if missing:
+        raise OtherTasksError(
+            f"models:/{name}: the champion also has {', '.join(missing)}, and this model lacks "
+            f"them. Register it under a name of its own: skillnet register RUN --name "
+            f"{name}-{tasks[0]}"
+        )
 
 
 def _refuse_other_system(name: str, system: str | None, version: Any) -> None:
