@@ -128,9 +128,9 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
     means = []
     for (_, system, against), rows in pairs.items():
         # Systems with one common task have no mean beside its score.
-        for row in [row for row in rows if row.is_mean] or rows:
-            task = f", {row.label}" if len(rows) > 1 and not row.is_mean else ""
-            means.append(row._replace(label=f"{system} − {against}{task}"))
+        for entry in [each for each in rows if each.is_mean] or rows:
+            task = f", {entry.label}" if len(rows) > 1 and not entry.is_mean else ""
+            means.append(entry._replace(label=f"{system} − {against}{task}"))
     return [ForestGroup("Mean score over tasks", note, "open", means)]
 
 
