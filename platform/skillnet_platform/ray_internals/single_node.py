@@ -40,7 +40,7 @@ def halt_own_node() -> None:
     from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
     node = worker._global_node
-    started = node.all_processes.get(PROCESS_TYPE_RAYLET, []) if node is not None else []
+    started: list[Any] = node.all_processes.get(PROCESS_TYPE_RAYLET, []) if node else []
     for each in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             raylet = psutil.Process(each.process.pid)
