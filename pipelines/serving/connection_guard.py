@@ -148,7 +148,8 @@ class GuardedConnection(H11Protocol):
 
     def __init__(self, table: ConnectionTable, **options: Any) -> None:
         super().__init__(**options)
-        self.conn = LengthConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self._parser = LengthConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn = self._parser
         self._table, self._limits = table, table.limits
         self._timer: asyncio.TimerHandle | None = None
         self.peer = ""
@@ -199,7 +200,7 @@ class GuardedConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer something that is no acceptable request, and close the connection."""
-        status = self.conn.status
+        status = self._parser.status
         reason = {
             411: "Content-Length: send the length of the body instead of chunks",
             431: f"the request line and the headers are longer than {MAX_HEAD_BYTES} bytes",
