@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.planning.memory_check import MemoryCheck, PlannedRun, select_largest_runs
 from skillnet_platform import cli, console
 from skillnet_platform.cli import command
-from skillnet_platform.cluster.gpu_types import GB, find_gpu_type
+from skillnet_platform.cluster.gpu_types import GB, find_gpu_type, find_instance
 from skillnet_platform.cluster.node_types import read_node_types
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Options of this command; all others belong to the command that is planned.
 OWN_OPTIONS = ("gpus", "cluster", "network_gbit_s")
-#: Network of ``--gpus`` in Gbit/s: that of the smaller GPU instances of AWS.
-DEFAULT_NETWORK_GBIT_S = 10.0
 
 
 @dataclass
@@ -31,10 +29,9 @@ class PlanConfig:
 
     Args:
         entry: command that trains, with its options; ``finetune`` without a command.
-        gpus: number and type of GPUs, such as ``4xL4``.
+        gpus: number and type of GPUs, such as ``4xL4``, in as few nodes as AWS allows.
         cluster: file of `ray up` whose GPU instances are planned for, instead of ``gpus``.
-        network_gbit_s: bandwidth between two workers in Gbit/s; null takes that of the instances of
-            ``cluster``, else 10.
+        network_gbit_s: bandwidth between two nodes in Gbit/s; null takes that of the instances.
     """
 
     entry: list[str] = positional_field([])
@@ -83,10 +80,13 @@ def parse_pool(config: PlanConfig) -> "WorkerPool":
     match = re.fullmatch(r"(?:(\d+)[x*])?([A-Za-z][\w-]*)", str(config.gpus))
     if match is None or match[1] == "0":
         raise UserError(f"--gpus {config.gpus}: not a number and a type. Write 4xL4.")
+    gpu, workers = find_gpu_type(match[2]), int(match[1] or 1)
+    instance = find_instance(gpu, workers)
     return WorkerPool(
-        find_gpu_type(match[2]),
-        int(match[1] or 1),
-        config.network_gbit_s or DEFAULT_NETWORK_GBIT_S,
+        gpu,
+        workers,
+        config.network_gbit_s or instance.network_gbit_s,
+        workers_per_node=instance.gpus,
     )
 
 
@@ -110,6 +110,25 @@ def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
         min(each.resources.get("CPU", 0) / each.gpus for each in kinds),
         min(each.gpus for each in kinds),
     )
+
+
+def describe_links(pool: "WorkerPool") -> str:
+    """Return the nodes of a pool and the bandwidths within and between them, in words.
+
+    Args:
+        pool: GPUs of a plan.
+    """
+    inside = min(pool.workers, pool.workers_per_node)
+    parts = [
+        f"{pool.nodes} nodes of {inside} GPUs"
+        if pool.nodes > 1
+        else f"one node of {inside} GPU" + "s" * (inside > 1)
+    ]
+    if inside > 1:
+        parts.append(f"{pool.gpu.link_gb_s:g} GB/s inside a node")
+    if pool.nodes > 1:
+        parts.append(f"{pool.network_gbit_s:g} Gbit/s between nodes")
+    return ", ".join(parts)
 
 
 def parse_runs(entry: Sequence[str]) -> list[PlannedRun]:
@@ -219,7 +238,7 @@ def show_plan(plan: "RunPlan") -> None:
         columns,
         cells,
         "Of one worker: rows, GB, TFLOP, seconds, and CPUs that load its batches. Of all workers: "
-        f"rows/s. Network: {pool.network_gbit_s:g} Gbit/s.",
+        f"rows/s. Network: {describe_links(pool)}.",
     )
     shares = ", tasks weighted equally" if plan.equal_weights else ""
     console.print_note(f"{plan.steps} steps: at least {plan.hours:.1f} h by roofline{shares}")

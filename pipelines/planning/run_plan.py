@@ -35,7 +35,7 @@ class WorkerPool:
     Args:
         gpu: type of the smallest GPU.
         workers: number of GPUs, one per worker.
-        network_gbit_s: bandwidth between two workers in Gbit/s.
+        network_gbit_s: bandwidth between two nodes in Gbit/s.
         cpus_per_worker: CPUs beside each GPU; 0 if unknown.
         workers_per_node: GPUs of each node; 1 if unknown.
     """
@@ -45,6 +45,26 @@ class WorkerPool:
     network_gbit_s: float
     cpus_per_worker: float = 0.0
     workers_per_node: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return -(-self.workers // self.workers_per_node)
+
+    def sum_seconds(self, sent: float) -> float:
+        """Return the time of the sum of gradients over all workers.
+
+        GPUs of a node sum over their link, and nodes over the network, each as a ring that sends
+        and receives 2 (n - 1) / n times the bytes. The second follows the first, as in the
+        hierarchical sum of Goyal et al. 2017, section 4.
+
+        Args:
+            sent: bytes of the gradients of a worker.
+        """
+        inside, nodes = min(self.workers, self.workers_per_node), self.nodes
+        link_s = 2 * (inside - 1) / inside * sent / (self.gpu.link_gb_s * GB)
+        network_s = 2 * (nodes - 1) / nodes * sent * 8 / (self.network_gbit_s * GB)
+        return link_s + network_s
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class TaskPlan:
         activation_gb: living tensors at the peak of the step, in GB.
         tflops: operations of a step, in 1e12.
         compute_s: time of the operations by roofline.
-        network_s: time of the sum of gradients by the bandwidth of the network.
+        network_s: time of the sum of gradients by the bandwidths within and between nodes.
         rows_per_second: of all workers.
         loader_cpus: CPUs of a worker that load its batches as fast as it computes.
     """
@@ -129,6 +149,7 @@ class RunPlan:
         return {
             "gpu": asdict(gpu),
             "workers": self.pool.workers,
+            "nodes": self.pool.nodes,
             "network_gbit_s": self.pool.network_gbit_s,
             "precision": self.precision,
             **asdict(self.options),
@@ -189,11 +210,7 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
     trained = planner.trained_sizes[name]
     update_s = OPTIMIZER_BYTES * trained / (gpu.bandwidth_gb_s * GB)
     compute_s = passes * cost.seconds(gpu) + update_s
-    network_s = 0.0
-    if pool.workers > 1:
-        sent = (2 if config.training.reduce_dtype == "bf16" else 4) * trained
-        # A ring sends and receives each gradient 2 (n - 1) / n times.
-        network_s = 2 * (pool.workers - 1) / pool.workers * sent * 8 / (pool.network_gbit_s * GB)
+    network_s = pool.sum_seconds((2 if config.training.reduce_dtype == "bf16" else 4) * trained)
     step_s = max(compute_s, network_s)
     spec, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     rows = planner.rows_per_worker(name)

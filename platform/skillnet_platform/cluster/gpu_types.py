@@ -27,6 +27,8 @@ class GpuType:
         bandwidth_gb_s: memory bandwidth in GB/s.
         bf16_tflops: rate of bf16 products in TFLOP/s; 0 if the GPU has none in hardware.
         fp32_tflops: rate of fp32 products without TF32, in TFLOP/s.
+        link_gb_s: bandwidth to the other GPUs of its node in GB/s, in one direction: NVLink, or
+            PCIe 4 with 16 lanes. The data sheets state the sum of both directions.
     """
 
     name: str
@@ -34,6 +36,7 @@ class GpuType:
     bandwidth_gb_s: float
     bf16_tflops: float
     fp32_tflops: float
+    link_gb_s: float = 32
 
     @property
     def has_bf16(self) -> bool:
@@ -54,11 +57,11 @@ class GpuType:
 GPU_TYPES = {
     each.name: each
     for each in (
-        # "NVIDIA T4 Tensor Core GPU" data sheet; Turing has no bf16 products.
-        GpuType("T4", 16, 320, 0, 8.1),
+        # "NVIDIA T4 Tensor Core GPU" data sheet: PCIe 3; Turing has no bf16 products.
+        GpuType("T4", 16, 320, 0, 8.1, 16),
         # "NVIDIA V100 Tensor Core GPU" data sheet, SXM2; Volta has no bf16 products.
-        GpuType("V100-16", 16, 900, 0, 15.7),
-        GpuType("V100-32", 32, 900, 0, 15.7),
+        GpuType("V100-16", 16, 900, 0, 15.7, 150),
+        GpuType("V100-32", 32, 900, 0, 15.7, 150),
         # "NVIDIA A10 Tensor Core GPU" data sheet.
         GpuType("A10", 24, 600, 125, 31.2),
         # "NVIDIA A10G" data sheet of the AWS G5 instances: 70 TFLOP/s, 140 with sparsity.
@@ -68,12 +71,12 @@ GPU_TYPES = {
         # "NVIDIA L40S" data sheet: 362 TFLOP/s, 733 with sparsity.
         GpuType("L40S", 48, 864, 362, 91.6),
         # "NVIDIA A100 Tensor Core GPU" data sheet, SXM.
-        GpuType("A100-40", 40, 1555, 312, 19.5),
-        GpuType("A100-80", 80, 2039, 312, 19.5),
+        GpuType("A100-40", 40, 1555, 312, 19.5, 300),
+        GpuType("A100-80", 80, 2039, 312, 19.5, 300),
         # "NVIDIA H100 Tensor Core GPU" data sheet, SXM: 1,979 TFLOP/s with sparsity.
-        GpuType("H100", 80, 3350, 989, 67),
+        GpuType("H100", 80, 3350, 989, 67, 450),
         # "NVIDIA H200 Tensor Core GPU" data sheet, SXM: 1,979 TFLOP/s with sparsity.
-        GpuType("H200", 141, 4800, 989, 67),
+        GpuType("H200", 141, 4800, 989, 67, 450),
     )
 }
 
@@ -124,6 +127,10 @@ INSTANCE_TYPES = {
 }
 
 
+#: Node of GPUs that no instance above has. An assumption.
+OTHER_NODE = InstanceType("", 8, 0, 10)
+
+
 def find_gpu_type(name: str) -> GpuType:
     """Return the type of a short name, in any case.
 
@@ -138,6 +145,23 @@ def find_gpu_type(name: str) -> GpuType:
             f"{', '.join(GPU_TYPES)}."
         )
     return GPU_TYPES[known[wanted]]
+
+
+def find_instance(gpu: GpuType, gpus: int) -> InstanceType:
+    """Return the smallest instance that holds all GPUs, or else the largest one of their type.
+
+    Args:
+        gpu: type of the GPUs.
+        gpus: their number.
+
+    Returns:
+        Of equal instances the one with the slower network; :data:`OTHER_NODE` for a type of GPU
+        that no listed instance has.
+    """
+    known = [each for each in INSTANCE_TYPES.values() if each.gpu == gpu.name] or [OTHER_NODE]
+    most = max(each.gpus for each in known)
+    enough = [each for each in known if each.gpus >= min(gpus, most)]
+    return min(enough, key=lambda each: (each.gpus, each.network_gbit_s))
 
 
 def describe_device(name: str, total_bytes: int, capability: tuple[int, int]) -> GpuType:

@@ -1,11 +1,19 @@
 """The command: GPUs by option or by the file of a cluster, rates by roofline, exit codes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.plan import PlanConfig, main, parse_pool, parse_runs, split_plan_arguments
+from pipelines.plan import (
+    PlanConfig,
+    describe_links,
+    main,
+    parse_pool,
+    parse_runs,
+    split_plan_arguments,
+)
 from pipelines.planning.run_plan import OPTIMIZER_BYTES, WorkerPool, plan_run
 from pipelines.planning.run_request import request_planned_training
 from skillnet_platform.checks.gpu import check_gpu_memory
@@ -111,3 +119,57 @@ def test_a_device_gets_the_rates_of_its_data_sheet() -> None:
     assert describe_device("NVIDIA L4", int(24.1e9), (8, 9)).memory_gb == 24.1
     unknown = describe_device("NVIDIA B900", int(300e9), (10, 0))
     assert (unknown.name, unknown.has_bf16) == ("NVIDIA B900", True)
+
+
+POOLS = [
+    WorkerPool(gpu, workers, network, workers_per_node=per_node)
+    for gpu in GPU_TYPES.values()
+    for workers in (1, 2, 3, 4, 8, 9, 16, 64)
+    for network in (1, 10, 100, 3200)
+    for per_node in (1, 2, 4, 8)
+]
+
+
+def test_the_sum_of_gradients_grows_with_nodes_and_shrinks_with_bandwidth() -> None:
+    for pool in POOLS:
+        seconds = pool.sum_seconds(1e9)
+        assert (seconds == 0) == (pool.workers == 1)
+        assert seconds <= pool.sum_seconds(2e9)
+        assert replace(pool, network_gbit_s=2 * pool.network_gbit_s).sum_seconds(1e9) <= seconds
+        faster = replace(pool.gpu, link_gb_s=2 * pool.gpu.link_gb_s)
+        assert replace(pool, gpu=faster).sum_seconds(1e9) <= seconds
+        # One more whole node, and one more worker inside of a node.
+        more = replace(pool, workers=pool.workers + pool.workers_per_node)
+        assert seconds <= more.sum_seconds(1e9)
+        if pool.workers < pool.workers_per_node:
+            assert seconds <= replace(pool, workers=pool.workers + 1).sum_seconds(1e9)
+        # The same workers in larger nodes, where the link is faster than the share of the network.
+        larger = replace(pool, workers_per_node=2 * pool.workers_per_node)
+        if pool.gpu.link_gb_s >= pool.network_gbit_s / 8 * pool.workers:
+            assert larger.sum_seconds(1e9) <= seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("gpu", ["V100-32", "A100-80", "H100", "H200"])
+def test_eight_gpus_of_a_node_are_planned_faster_than_one(gpu: str) -> None:
+    config = short_config()
+    hours = []
+    for count in (1, 2, 4, 8):
+        pool = parse_pool(PlanConfig(gpus=f"{count}x{gpu}"))
+        hours.append(plan_run(config, pool).hours)
+    assert hours == sorted(hours, reverse=True)
+    assert hours[0] > 2 * hours[-1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "inside", "network"),
+    [("8xH100", 1, 8, 3200), ("16xH100", 2, 8, 3200), ("3xL4", 1, 4, 40), ("4xL4", 1, 4, 40),
+     ("L4", 1, 1, 10), ("12xA10G", 2, 8, 100), ("2xA100", 1, 8, 400), ("9xA10", 2, 8, 10)],
+)  # fmt: skip
+def test_gpus_are_in_nodes_as_large_as_there_are(
+    gpus: str, nodes: int, inside: int, network: float
+) -> None:
+    pool = parse_pool(PlanConfig(gpus=gpus))
+    assert (pool.nodes, pool.workers_per_node, pool.network_gbit_s) == (nodes, inside, network)
+    given = parse_pool(PlanConfig(gpus=gpus, network_gbit_s=7))
+    assert given == replace(pool, network_gbit_s=7)
+    assert ("between nodes" in describe_links(pool)) == (nodes > 1)
