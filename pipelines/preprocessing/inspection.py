@@ -216,8 +216,8 @@ def show_inspection(report: dict[str, Any]) -> None:
     lines += [[f"{key}{of}", value] for key, value in report["texts"].items()]
     if report["labels"]:
         more = report["num_labels"] - len(report["labels"])
-        shown = ", ".join(f"{k} ({v})" for k, v in report["labels"].items())
-        lines.append(["labels", shown + (f", and {more} more" if more else "")])
+        named = ", ".join(f"{k} ({v})" for k, v in report["labels"].items())
+        lines.append(["labels", named + (f", and {more} more" if more else "")])
     if report["values"]:
         lines.append(["values", report["values"]])
     media = report["media"]

@@ -44,7 +44,7 @@ def digest_shard(table: pa.Table, modality: str) -> dict[str, Any]:
         ``inputs``, the digests of all inputs in hexadecimal digits, "" without the usual column;
         and ``targets``: column -> digests of up to two different targets.
     """
-    content = _CONTENT_COLUMNS.get(modality)
+    content = _CONTENT_COLUMNS.get(modality, "")
     inputs = _digest_column(table, content) if content in table.column_names else None
     targets = {
         name: np.unique(_digest_column(table, name))[:2].tolist()

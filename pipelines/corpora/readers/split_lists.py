@@ -107,11 +107,11 @@ def find_split_lists(source: SourceDirectory) -> SplitLists:
         base = file.rpartition("/")[2].lower()
         if _FLAGGED_NAME.fullmatch(base):
             flagged.append(file)
-        elif (split := _parse_list_name(base)) is not None:
+        elif (parsed := _parse_list_name(base)) is not None:
             if base.endswith(_CLOSED_SUFFIXES):
                 found.closed.append(file)
             elif base.endswith(_LIST_SUFFIXES):
-                candidates[file] = split
+                candidates[file] = parsed
     listed: dict[str, list[tuple[str, str]]] = {}
     for file, (split, division) in sorted(candidates.items(), key=lambda each: each[1][1]):
         if division > 1:
@@ -206,8 +206,8 @@ def find_other_annotations(
         if not _is_media(entry.name):
             continue
         stem = _remove_ending(entry.name.rpartition("/")[2])
-        if (file := stems.get(stem)) is not None:
-            return file, entry.name
+        if stem in stems:
+            return stems[stem], entry.name
         label = find_class(entry.name)
         for name in _iter_names(entry.name):
             for file, number in owners.get(name, ()):
