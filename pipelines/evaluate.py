@@ -193,6 +193,7 @@ def log_evaluation(
 
     from pipelines.evaluation.overall_score import compute_overall_score
     from pipelines.evaluation.tables import flat_metrics
+    from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
     from pipelines.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend, start_child_run
 
@@ -204,6 +205,10 @@ def log_evaluation(
         return
     trained = source.settings.get("corpora") or {}
     digests = {task: trained.get(corpus) for task, corpus in source.corpora.items()}
+    if not trained and source.bundle is not None:
+        # A model without a training run was measured when it was registered.
+        entries = read_bundle_manifest(source.bundle / BUNDLE_MANIFEST)["tasks"]
+        digests = {task: entry["corpus_digest"] for task, entry in entries.items()}
     is_own = [digests.get(row["task"]) == row["corpus_digest"] for row in rows]
     own = [row for row, each in zip(rows, is_own, strict=True) if each]
     others = [row for row, each in zip(rows, is_own, strict=True) if not each]

@@ -93,7 +93,7 @@ def register_model(
         # Refused before the evaluation, which can take minutes.
         champion.check_system(client, name, model.system)
         if not given:
-            champion.check_tasks(client, name, list(model.config.tasks))
+            champion.check_version_tasks(client, name, list(model.config.tasks))
         key = _registration_key(source, model, data, name, uri)
         known = registry.find_registration(key, name=name, uri=uri)
         if known is not None and registration_order.is_done(known):

@@ -59,7 +59,7 @@ def check_system(client: Any, name: str, system: str | None) -> None:
         _refuse_other_system(name, system, version)
 
 
-def check_tasks(client: Any, name: str, tasks: Sequence[str]) -> None:
+def check_version_tasks(client: Any, name: str, tasks: Sequence[str]) -> None:
     """Raise OtherTasksError if the champion was measured on tasks that a model lacks.
 
     A user who gives the name wants such a version. A default name would join unrelated models.
