@@ -109,7 +109,7 @@ class HfDatasetCorpus(RecordCorpus):
             for file in _list_files(self.source, folder)[:1]:
                 found = (row for row in self._records(file) if isinstance(row, dict))
                 for record in islice(found, TEXT_ROWS):
-                    record.pop(self.media_field, None)
+                    record.pop(self.media_field or "", None)
                     first.add(split, record)
         self.infer_schema(fields, "" if self.media_field is not None else None, None, first)
         if "test" in self.named_splits and self.options.split is None:
