@@ -573,10 +573,15 @@ class FolderCorpus(RecordCorpus):
 
     def _class_rows(self) -> Iterator[Row | RejectedRow]:
         for entry in self.source.walk():
-            if not self._is_media(entry.name):
+            kind, key = MODALITY_OF_EXTENSION.get(file_extension(entry.name)), make_key(entry.name)
+            if kind is None:
+                continue
+            if kind != self.modality:
+                article = "an" if kind[0] in "aeiou" else "a"
+                reason = f"{article} {kind} file in folders of {self.modality} files"
+                yield RejectedRow(key, f"{reason}; the option modality chooses", entry.name)
                 continue
             split, label = self._split_and_class(entry.name)
-            key = make_key(entry.name)
             if any(name.startswith("_") for name in entry.name.split("/")[:-1]):
                 reason = "in a folder whose name begins with _, which is no class"
                 yield RejectedRow(key, reason, entry.name)

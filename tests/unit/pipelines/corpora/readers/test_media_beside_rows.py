@@ -247,3 +247,16 @@ def test_a_tar_of_media_read_as_texts_says_so(
     assert "the media in the samples (.jpg) are not read" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_media_of_another_kind_in_class_folders_are_counted(tmp_path: Path) -> None:
+    write_pictures(tmp_path, [f"{name}/{number}.jpg" for name in "xy" for number in range(3)])
+    (tmp_path / "x" / "clip.mp4").write_bytes(b"clip")
+    (tmp_path / "y" / "sound.wav").write_bytes(b"sound")
+    (tmp_path / "y" / "notes.txt").write_text("no medium")
+    rows, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
+    assert sum(sizes(rows).values()) == 6
+    assert {reason.partition(";")[0]: count for reason, count in reasons.items()} == {
+        "a video file in folders of image files": 1,
+        "a sound file in folders of image files": 1,
+    }
