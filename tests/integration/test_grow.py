@@ -202,6 +202,7 @@ def test_two_growths_merge_with_equal_outputs(
 
 def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:
     config = grow_config("base", place / "corpora")
+    config.references = ["without_skill", "fresh", "everything"]
     assert grow_model(config)["run_id"] == grown["run_id"]
     config.training.lr = 0.5
     with pytest.raises(UserError, match=r"the run grown has training\.lr 0\.01, not 0\.5"):

@@ -218,8 +218,8 @@ def halt_if_asked() -> bool:
 def leave_process(code: int) -> None:
     """End a program that failed or was asked to end, if it is still connected to Ray.
 
-    The kernel ends Ray's processes of this machine together with this one. A cluster notices that
-    its driver has left.
+    Workers of this machine end first, and the kernel ends Ray's other processes together with this
+    one. A cluster notices that its driver has left.
 
     Args:
         code: exit code of the process.
@@ -227,6 +227,10 @@ def leave_process(code: int) -> None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized() or not (code or signals.must_leave()):
         return
+    from skillnet_platform.ray_internals.single_node import halt_own_node
+
+    # A worker that lives on would finish its shard after the command has reported its failure.
+    halt_own_node()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

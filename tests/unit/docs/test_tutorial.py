@@ -36,6 +36,7 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
         "SKILLNET_HOME": str(tmp_path / "runs"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     printed = ""

@@ -192,7 +192,7 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("text_to_image=TYPO", "TYPO: missing; known: drawings, functions, headings"),
+        ("text_to_image=TYPO", "Prepared are: drawings, functions, headings, strokes"),
         ("text_to_imag=drawings", "--corpora: unknown task 'text_to_imag'; did you mean"),
     ],
 )
