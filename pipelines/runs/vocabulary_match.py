@@ -172,33 +172,71 @@ def check_corpus_tokenizer(
     Raises:
         UserError: it has another tokenizer; names both, and the command that prepares the corpus.
     """
-    expected, found = vocabulary.tokenizer, _tokenizer_digest(corpus.manifest)
-    if expected is None or found is None or expected == found:
-        return
+    found = describe_other_tokenizer(vocabulary, [corpus], origin, name)
+    if found:
+        raise UserError(found)
+
+
+def describe_other_tokenizer(
+    vocabulary: ModelVocabulary,
+    corpora: Sequence[PreparedCorpus],
+    origin: Path | None,
+    name: str = "",
+    others: Sequence[PreparedCorpus] = (),
+    tokenizer: str | None = None,
+) -> str:
+    """Return which corpora have another tokenizer than a model, and the remedy; "" if none has.
+
+    Args:
+        vocabulary: of the model; without a tokenizer nothing is compared.
+        corpora: whose tokens the model reads.
+        origin: folder of the model, to find its tokenizer.
+        name: of the model in the message, by default the folder.
+        others: further corpora that are read from the same directory.
+        tokenizer: file or folder of the model's tokenizer, if it is known.
+    """
+    expected = vocabulary.tokenizer
+    digests = {each.name: _tokenizer_digest(each.manifest) for each in corpora}
+    other = [each for each in corpora if digests[each.name] not in (None, expected)]
+    if expected is None or not other:
+        return ""
     model = "the model" if origin is None else f"the model {name or origin}"
-    raise UserError(
-        f"{corpus.path}: it was prepared with the tokenizer {found[:DIGITS]}, {model} was trained "
-        f"with {expected[:DIGITS]}, so its token ids mean other tokens. Prepare the corpus with "
-        f"the model's tokenizer: {suggest_prepare(corpus, expected, origin)}"
+    is_one = len(other) == 1
+    paths, found = ", ".join(str(each.path) for each in other), str(digests[other[0].name])
+    again = {each.name: each for each in (*other, *corpora, *others)}.values()
+    return (
+        f"{paths}: {'it was' if is_one else 'they were'} prepared with the tokenizer "
+        f"{found[:DIGITS]}, {model} was trained with {expected[:DIGITS]}, so "
+        f"{'its' if is_one else 'their'} token ids mean other tokens. Prepare the "
+        f"{'corpus' if len(again) == 1 else 'corpora'} with the model's tokenizer, and give its "
+        f"--data to this command too: {suggest_prepare(list(again), expected, origin, tokenizer)}"
     )
 
 
-def suggest_prepare(corpus: PreparedCorpus, tokenizer: str, origin: Path | None) -> str:
-    """Return the command that prepares a corpus with the tokenizer of a model.
+def suggest_prepare(
+    corpora: Sequence[PreparedCorpus],
+    tokenizer: str,
+    origin: Path | None,
+    file: str | None = None,
+) -> str:
+    """Return the command that prepares corpora with the tokenizer of a model.
 
     Args:
-        corpus: to prepare again.
+        corpora: to prepare again, at least one.
         tokenizer: SHA-256 of the model's tokenizer.
         origin: folder of the model.
+        file: the tokenizer's file or folder, if it is known.
     """
+    readers = {each.name: each.manifest.get("preprocessing", {}).get("reader") for each in corpora}
+    words = [name for name, reader in readers.items() if not reader]
     # Manifests of own corpora name their reader, but not the place of their files.
-    reader = corpus.manifest.get("preprocessing", {}).get("reader")
-    what = f"--corpus {corpus.name}={reader}:PATH" if reader else corpus.name
-    file = find_tokenizer_file(tokenizer, origin)
-    given = shlex.quote(str(file)) if file else f"FILE (the {TOKENIZER_FILE} of its training)"
+    words += [f"--corpus {name}={reader}:PATH" for name, reader in readers.items() if reader]
+    known = file or find_tokenizer_file(tokenizer, origin)
+    given = shlex.quote(str(known)) if known else f"FILE (the {TOKENIZER_FILE} of its training)"
     # A directory of corpora has one tokenizer, and others there may use the present one.
-    data = f"{str(corpus.path).rstrip('/').rpartition('/')[0]}-{tokenizer[:8]}"
-    return f"skillnet prepare {what} --tokenizer {given} --data {shlex.quote(data)}"
+    data = f"{str(corpora[0].path).rstrip('/').rpartition('/')[0]}-{tokenizer[:8]}"
+    words += ["--tokenizer", given, "--data", shlex.quote(data)]
+    return f"skillnet prepare {' '.join(words)}"
 
 
 def find_tokenizer_file(tokenizer: str, origin: Path | None) -> Path | None:

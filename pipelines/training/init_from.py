@@ -26,7 +26,7 @@ from pipelines.runs.model_source import (
 )
 from pipelines.runs.vocabulary_match import (
     align_outputs,
-    check_corpus_tokenizer,
+    describe_other_tokenizer,
     list_names,
     read_corpus_names,
     reads_tokens,
@@ -35,8 +35,10 @@ from pipelines.shards.dataset import PreparedCorpus
 from pipelines.shards.value_scale import read_value_scale
 from pipelines.training.upcycling import (
     add_noise,
-    check_dense_source,
+    describe_needed_settings,
     find_library_checkpoint,
+    find_needed_settings,
+    format_options,
     import_checkpoint,
     starts_skills,
 )
@@ -70,6 +72,12 @@ _MUST_EQUAL = (
     "stem_norm",
     "class_token",
 )
+#: Size of the model -> modality of the corpora, and option that prepares them so.
+_PREPARED_SIZES = {
+    "model.image_size": ("image", "size"),
+    "model.video_frames": ("video", "frames"),
+    "model.video_size": ("video", "video_size"),
+}
 _NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", *INITIAL_SETTINGS)
 
 
@@ -132,7 +140,8 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     # This is the only place that contacts the registry, a store or the hub for initial weights.
     checkpoint = find_library_checkpoint(address)
     if checkpoint is not None:
-        return record_origin(import_checkpoint(checkpoint, run_dir), address)
+        copy = import_checkpoint(checkpoint, run_dir)
+        return record_origin(copy, address, checkpoint)
     source = resolve_model(address, uri)
     is_registered = source.version is not None or address.startswith(("models:/", "runs:/"))
     if not is_registered and not is_uri(address):
@@ -149,14 +158,18 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     return record_origin(copy, address)
 
 
-def record_origin(copy: Path, address: str) -> str:
+def record_origin(copy: Path, address: str, checkpoint: Path | None = None) -> str:
     """Write what a copy of initial weights was made from beside it; return the copy's folder.
 
     Args:
         copy: folder of the weights, whose name means nothing to the user.
         address: as the user gave it.
+        checkpoint: folder of a library's checkpoint.
     """
-    storage.write_json(copy / ORIGIN, {"address": str(SecretUri(address))})
+    record = {"address": str(SecretUri(address))}
+    if checkpoint is not None:
+        record["checkpoint"] = str(checkpoint.absolute())
+    storage.write_json(copy / ORIGIN, record)
     return str(copy)
 
 
@@ -166,12 +179,16 @@ def find_origin(weights: str) -> str:
     Args:
         weights: folder of the weights.
     """
+    return _read_origin(weights).get("address", weights)
+
+
+def _read_origin(weights: str) -> dict[str, str]:
     # A damaged record must not hide the message that names the weights.
     with contextlib.suppress(ValueError, OSError):
         found = storage.read_json(Path(weights) / ORIGIN)
-        if isinstance(found, dict) and isinstance(found.get("address"), str):
-            return str(found["address"])
-    return weights
+        if isinstance(found, dict):
+            return {key: value for key, value in found.items() if isinstance(value, str)}
+    return {}
 
 
 def inherit_reference_tasks(config: FinetuneConfig, weights: str) -> FinetuneConfig:
@@ -214,15 +231,9 @@ def load_init_weights(
     """
     if not config.init_from:
         return None
-    source, origin = resolve_model(config.init_from), find_origin(config.init_from)
-    location = f"--from {origin}"
-    vocabulary = read_vocabulary(source.weights, read_manifest(source.weights))
-    # Before the sizes: another tokenizer explains another number of tokens.
-    for task, corpus in corpora.items():
-        if reads_tokens(find_task(task, config.model.tasks)):
-            check_corpus_tokenizer(vocabulary, corpus, source.weights, origin)
+    source, location = resolve_model(config.init_from), f"--from {find_origin(config.init_from)}"
     # Differences are collected first, to explain a tensor that does not fit.
-    differing, is_dense = _find_differences(config, source.weights, location)
+    differing, is_dense = _find_differences(config, source, location, corpora)
     start = load_source_model(source)
     new_heads = _match_heads(config, start, corpora)
     try:
@@ -356,23 +367,41 @@ def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
     return dict(corpora) if isinstance(corpora, dict) else {}
 
 
+def check_init_settings(config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus]) -> None:
+    """Check that the sizes and the tokenizer of a run are those of its initial weights.
+
+    Args:
+        config: of the run; without ``init_from`` nothing is checked.
+        corpora: task -> its corpus, as far as they are open.
+
+    Raises:
+        UserError: they differ; one message names every setting to give and the corpora to prepare.
+    """
+    if config.init_from:
+        location = f"--from {find_origin(config.init_from)}"
+        _find_differences(config, resolve_model(config.init_from), location, corpora)
+
+
 def _find_differences(
-    config: FinetuneConfig, weights: Path, location: str
+    config: FinetuneConfig,
+    source: ModelSource,
+    location: str,
+    corpora: Mapping[str, PreparedCorpus],
 ) -> tuple[list[tuple[str, Any, Any]], bool]:
     """Return differences that may not fit, and whether skills become copies of a dense model.
 
     A difference is (key of the model section, value there, value here).
 
     Raises:
-        UserError: another system, or a difference after which weights fit but mean another thing.
+        UserError: another system or tokenizer, or differences after which weights fit but mean
+            another thing; names all of them.
     """
+    weights = source.weights
     about = read_about(weights, read_manifest(weights))
     system = about.get("system", "skillnet")
     is_dense = starts_skills(system, config)
-    source, _, _ = read_config(weights, read_manifest(weights))
-    if is_dense:
-        check_dense_source(config, source, location)
-    elif system != config.system:
+    start, _, _ = read_config(weights, read_manifest(weights))
+    if not is_dense and system != config.system:
         raise UserError(
             f"{location} holds a model of the system {system!r}, this run trains "
             f"{config.system!r}; give --system {system}, or start from a model of the same system"
@@ -383,14 +412,73 @@ def _find_differences(
         for f in dataclasses.fields(SkillNetConfig)
         if f.name in about and f.name not in _NOT_SHAPE and about[f.name] != here[f.name]
     ]
-    for key, theirs, ours in differing:
-        if key in _MUST_EQUAL and not is_dense:
-            raise UserError(
-                f"{location} has model.{key} {theirs}, this run {ours}; give both the same"
-            )
-        if key == "vocab_size" and any("token" in task.stems for task in source.tasks.values()):
-            raise UserError(
-                f"{location} has model.vocab_size {theirs}, this run {ours}, so token ids would "
-                "not mean the same; prepare all corpora with one tokenizer and give both its size"
-            )
+    if is_dense:
+        settings = describe_needed_settings(config, start, location)
+    else:
+        settings = _describe_unequal(differing, start, location)
+    prepared = _describe_corpora(config, source, start, location, corpora, is_dense)
+    if settings and prepared:
+        raise UserError(f"{settings} after a new preparation. {prepared}")
+    if settings or prepared:
+        raise UserError(settings or prepared)
     return differing, is_dense
+
+
+def _describe_unequal(
+    differing: list[tuple[str, Any, Any]], start: SkillNetConfig, location: str
+) -> str:
+    """Return the settings that must be those of a model of the same system; "" if they are."""
+    reads_ids = any("token" in task.stems for task in start.tasks.values())
+    keys = {*_MUST_EQUAL, *(("vocab_size",) if reads_ids else ())}
+    unequal = {key: (theirs, ours) for key, theirs, ours in differing if key in keys}
+    if not unequal:
+        return ""
+    found = ", ".join(
+        f"model.{key} {theirs}, this run {ours}" for key, (theirs, ours) in unequal.items()
+    )
+    options = format_options({f"model.{key}": theirs for key, (theirs, _) in unequal.items()})
+    more = ", so token ids would not mean the same" if "vocab_size" in unequal else ""
+    return f"{location} has {found}{more}; give {options}"
+
+
+def _describe_corpora(
+    config: FinetuneConfig,
+    source: ModelSource,
+    start: SkillNetConfig,
+    location: str,
+    corpora: Mapping[str, PreparedCorpus],
+    is_dense: bool,
+) -> str:
+    """Return which corpora to prepare again for initial weights; "" if they fit.
+
+    Raises:
+        UserError: the weights have fewer tokens than a corpus, and no known tokenizer.
+    """
+    vocabulary = read_vocabulary(source.weights, read_manifest(source.weights))
+    tasks = config.model.tasks
+    readers = [each for task, each in corpora.items() if reads_tokens(find_task(task, tasks))]
+    address = str(config.init_from)
+    origin, checkpoint = find_origin(address), _read_origin(address).get("checkpoint")
+    found = describe_other_tokenizer(
+        vocabulary, readers, source.weights, origin, list(corpora.values()), checkpoint
+    )
+    has_tokens = any("token" in task.stems for task in start.tasks.values())
+    for corpus in readers if has_tokens and not found else ():
+        count = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
+        if count > start.vocab_size:
+            remedy = "Give weights of the tokenizer of the corpus"
+            if checkpoint is not None:
+                remedy = f"Put the tokenizer.json of the checkpoint into {checkpoint}"
+            raise UserError(
+                f"{location} has {start.vocab_size} tokens, and {corpus.path} was prepared with "
+                f"{count}. {remedy}, and run the command again"
+            )
+    sizes = []
+    needed = find_needed_settings(config, start) if is_dense else {}
+    for key, (modality, option) in _PREPARED_SIZES.items():
+        names = dict.fromkeys(each.name for each in corpora.values() if each.modality == modality)
+        if key in needed:
+            sizes += [f"--options.{name}.{option} {needed[key]}" for name in names]
+    if sizes:
+        found += f" {' '.join(sizes)}" if found else f"Prepare them with {' '.join(sizes)}"
+    return found

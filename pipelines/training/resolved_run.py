@@ -122,6 +122,18 @@ class ResolvedRun:
 
         return dry_run_init(self.config, self.corpora)
 
+    def check_init_settings(self) -> None:
+        """Compare the settings with ``init_from``, before the corpora are compared with them.
+
+        Raises:
+            UserError: they differ; names every setting to give.
+        """
+        from pipelines.training.init_from import check_init_settings
+
+        tasks = self.config.tasks.items()
+        opened = {n: self._opened[t.corpus] for n, t in tasks if t.corpus in self._opened}
+        check_init_settings(self.config, opened)
+
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     """Resolve a configuration: name, absolute paths, tasks, digests, initial weights.

@@ -42,6 +42,7 @@ def validate_run(run: ResolvedRun) -> None:
     # Cheap checks come first: the options of a system need no corpus.
     config = run.config
     check_batch_sizes(config)
+    run.check_init_settings()
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
     mismatch = find_size_mismatch(config)

@@ -1,21 +1,25 @@
 """Start of a run from a dense encoder: our dense baseline, or a checkpoint of a library.
 
 :func:`import_checkpoint` converts a checkpoint of transformers or timm to a saved dense model.
-:func:`check_dense_source` compares its layers with those of the run.
+:func:`describe_needed_settings` compares its layers with those of the run.
 :mod:`pipelines.training.init_from` calls both.
 """
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.tokenizer.conversion import map_token_ids
+from pipelines.transforms.sound import MELS
 from skillnet.baselines.hf_checkpoints import find_checkpoint
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.skills import Task
 from skillnet.upcycling.encoder_families import DENSE_SKILL
 from skillnet.upcycling.library_checkpoint import (
     LAYERS_TASK,
@@ -122,36 +126,124 @@ def starts_skills(system: str, config: FinetuneConfig) -> bool:
     return system == DENSE_SKILL and config.system == SkillNet.system
 
 
-def check_dense_source(config: FinetuneConfig, source: SkillNetConfig, location: str) -> None:
-    """Raise UserError, with all settings to give, if a dense model computes other layers.
+def find_needed_settings(config: FinetuneConfig, source: SkillNetConfig) -> dict[str, Any]:
+    """Return the settings that a run lacks to compute what a dense model computes.
+
+    Args:
+        config: of the run.
+        source: configuration of the dense model.
+
+    Returns:
+        Dotted key -> value to give; without the settings that the run has already. A configuration
+        with all of them is valid.
+    """
+    # A class token is no patch, so its model cannot predict the patches of an image.
+    masked = [name for name, task in config.model.tasks.items() if _masks_images(task)]
+    if not (source.class_token and "patch" in _stems_of(source)):
+        masked = []
+    ours = {name: task for name, task in config.model.tasks.items() if name not in masked}
+    common = _stems_of(source) & {stem for task in ours.values() for stem in task.stems}
+    keys = [*_LAYER_KEYS, *(key for stem in sorted(common) for key in _STEM_KEYS[stem])]
+    keys += _find_head_keys(source.tasks, ours)
+    wanted = {key: getattr(source, key) for key in keys}
+    model = config.model
+    if "token" in common and model.max_tokens > source.max_tokens:
+        wanted["max_tokens"] = source.max_tokens
+    if "log_mel" in common:
+        count = -(-source.max_frames // source.mel_stack)
+        if -(-model.max_frames // source.mel_stack) > count:
+            wanted["max_frames"] = source.max_frames
+    # Pixels of other sizes are interpolated, if whole patches cover them.
+    if "patch" in common and model.image_size % source.patch_size:
+        wanted["image_size"] = source.image_size
+    if "tubelet" in common:
+        frames, height, width = source.tubelet
+        if model.video_frames % frames:
+            wanted["video_frames"] = source.video_frames
+        if model.video_size % height or model.video_size % width:
+            wanted["video_size"] = source.video_size
+    needed = {f"model.{k}": value for k, value in wanted.items() if value != getattr(model, k)}
+    left_out = (f"{section}.{name}" for name in masked for section in ("tasks", "model.tasks"))
+    return needed | dict.fromkeys(left_out)
+
+
+def _stems_of(source: SkillNetConfig) -> set[str]:
+    tasks = (task for name, task in source.tasks.items() if name != LAYERS_TASK)
+    return {stem for task in tasks for stem in task.stems}
+
+
+def _masks_images(task: Task) -> bool:
+    return task.objective == "masked" and "patch" in task.stems
+
+
+def _find_head_keys(theirs: Mapping[str, Task], ours: Mapping[str, Task]) -> list[str]:
+    """Return the keys that the heads of common tasks depend on, beside those of their stems."""
+    objectives = {
+        (task.objective, stem)
+        for name, task in ours.items()
+        if name in theirs and theirs[name].objective == task.objective
+        for stem in task.stems
+    }
+    keys = ["embedding_dim"] if any(name == "retrieval" for name, _ in objectives) else []
+    return [*keys, "sound_units"] if ("masked", "log_mel") in objectives else keys
+
+
+def describe_needed_settings(config: FinetuneConfig, source: SkillNetConfig, location: str) -> str:
+    """Return how a run differs from a dense model, with all settings to give; "" if it fits.
 
     Args:
         config: of the run.
         source: configuration of the dense model.
         location: option that names it.
+
+    Raises:
+        UserError: no setting makes it fit; states the reason.
     """
     if source.skills != (DENSE_SKILL,):
         raise UserError(
             f"{location} has a feed-forward network per modality; a skill can start from a dense "
             "model with options.feedforward shared"
         )
-    stems = {
-        stem for name, task in source.tasks.items() if name != LAYERS_TASK for stem in task.stems
-    }
-    ours = {stem for task in config.model.tasks.values() for stem in task.stems}
-    keys = [*_LAYER_KEYS, *(key for stem in sorted(stems & ours) for key in _STEM_KEYS[stem])]
-    theirs, mine = configuration.to_dict(source), configuration.to_dict(config.model)
-    differing = [key for key in keys if theirs[key] != mine[key]]
-    if differing:
-        options = " ".join(f"--model.{key} {_format_value(theirs[key])}" for key in differing)
-        found = ", ".join(f"{key} {_format_value(mine[key])}" for key in differing)
+    needed = find_needed_settings(config, source)
+    left_out = [key.removeprefix("tasks.") for key in needed if key.startswith("tasks.")]
+    if left_out and set(left_out) == set(config.tasks):
         raise UserError(
-            f"{location} has other layers or inputs than this run ({found}); give {options}"
+            f"{location} has a class token, and {', '.join(left_out)} predicts the patches of an "
+            "image. Give a checkpoint without a class token, or another task"
         )
+    if needed.get("model.n_mels", MELS) != MELS:
+        raise UserError(
+            f"{location} reads {source.n_mels} log-mel bins, and prepared sound has {MELS}. "
+            f"Give a checkpoint of {MELS} bins"
+        )
+    if not needed:
+        return ""
+    mine = configuration.to_dict(config.model)
+    found = [
+        f"{key} {_format_value(mine[key])}"
+        for key in (name.removeprefix("model.") for name in needed)
+        if key in mine
+    ]
+    found += [f"{name} beside a class token" for name in left_out]
+    return (
+        f"{location} has other layers or inputs than this run ({', '.join(found)}); "
+        f"give {format_options(needed)}"
+    )
+
+
+def format_options(settings: Mapping[str, Any]) -> str:
+    """Return settings as words of a command line.
+
+    Args:
+        settings: dotted key -> value.
+    """
+    return " ".join(f"--{key} {_format_value(value)}" for key, value in settings.items())
 
 
 def _format_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def add_noise(config: FinetuneConfig, model: TaskModel) -> list[str]:

@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.finetune import main as finetuning
+from pipelines.pretrain import main as pretraining
 from pipelines.shards.format import manifest_digest
 from pipelines.tokenizer.conversion import map_token_ids
 from pipelines.training.init_from import InitReport, resolve_init_weights
-from pipelines.training.resolved_run import resolve_run
+from pipelines.training.loop import train_model
+from pipelines.training.pretraining import build_joint_run
+from pipelines.training.resolved_run import ResolvedRun, resolve_run
+from pipelines.training.run import validate_run
 from pipelines.training.setup import build_model, dry_run_init
 from skillnet.systems import build_system, load_model
+from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 
 
 @pytest.fixture
@@ -51,6 +57,88 @@ def test_a_run_starts_from_a_dense_run(config: FinetuneConfig, tmp_path: Path) -
     ]
     assert report.noise[0] in report.describe()
     assert set(report.taken) == set(noisy.files_of())
+
+
+def save_source(name: str, folder: Path, config: FinetuneConfig) -> None:
+    """Write a tiny dense run or checkpoint whose sizes are all other than those of the run."""
+    import timm
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3,
+                             "intermediate_size": 20}  # fmt: skip
+    text: dict[str, Any] = {"vocab_size": 70, "max_position_embeddings": 11}
+    waves: dict[str, Any] = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,),
+                             "num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4,
+                             "num_conv_pos_embedding_groups": 2}  # fmt: skip
+    if name == "dense":
+        model = replace(
+            config.model, dim=32, num_heads=8, embedding_dim=12, image_size=96, patch_size=32,
+            video_frames=6, tubelet=(3, 12, 12), video_size=24,
+            mel_stack=2, max_frames=30, max_tokens=20, stem_norm=False,
+        )  # fmt: skip
+        build_system("dense", model, {"ffn_dim": 40}).save_pretrained(folder)
+    elif name == "timm":
+        arguments: dict[str, Any] = {"img_size": 56, "patch_size": 14, "embed_dim": 12, "depth": 1,
+                                     "num_heads": 3}  # fmt: skip
+        found = timm.create_model("vit_base_patch16_224", **arguments)
+        timm.models.save_for_hf(found, str(folder), model_args=arguments, safe_serialization=True)
+    else:
+        settings, cls = {
+            "bert": (transformers.BertConfig(**sizes, **text), "BertModel"),
+            "roberta": (
+                transformers.RobertaConfig(**sizes, **text, pad_token_id=0),
+                "RobertaModel",
+            ),
+            "vit": (transformers.ViTConfig(**sizes, image_size=8, patch_size=4), "ViTModel"),
+            "whisper": (
+                transformers.WhisperConfig(d_model=12, encoder_layers=1, encoder_attention_heads=3,
+                                           encoder_ffn_dim=20, decoder_layers=1, decoder_ffn_dim=20,
+                                           decoder_attention_heads=3, max_source_positions=9,
+                                           vocab_size=40, pad_token_id=0, bos_token_id=1,
+                                           eos_token_id=2, decoder_start_token_id=1),
+                "WhisperModel",
+            ),
+            "wav2vec2": (transformers.Wav2Vec2Config(**sizes, **waves), "Wav2Vec2Model"),
+            "wav2vec2-stable": (
+                transformers.Wav2Vec2Config(**sizes, **waves, do_stable_layer_norm=True),
+                "Wav2Vec2Model",
+            ),
+        }[name]  # fmt: skip
+        getattr(transformers, cls)(settings).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "bert", "roberta", "vit", "timm", "whisper", "wav2vec2", "wav2vec2-stable"],
+)
+def test_the_options_of_one_message_start_the_run(
+    name: str, config: FinetuneConfig, tmp_path: Path
+) -> None:
+    """Nothing but the words after "give" is added to the command."""
+    config = small_config(tmp_path / "data", steps=1)
+    save_source(name, tmp_path / "source", config)
+    (tmp_path / "run.yaml").write_text(configuration.to_yaml(config))
+    words = ["--config", str(tmp_path / "run.yaml"), "--from", str(tmp_path / "source")]
+    with pytest.raises(UserError) as error:
+        validate_run(resolve_run(finetuning.parse_arguments(words)))
+    assert str(error.value).startswith(f"--from {tmp_path / 'source'} has other layers or inputs")
+    given, _, rest = str(error.value).partition("; give ")[2].partition(" after ")
+    words += given.split(" ")
+    run = resolve_run(finetuning.parse_arguments(words))
+    # Pictures and clips of another size are another preparation, the next stage.
+    size, frames = run.config.model.image_size, run.config.model.video_frames
+    assert rest == {
+        "dense": f"a new preparation. Prepare them with --options.drawings.size {size} "
+        f"--options.strokes.frames {frames} --options.strokes.video_size 24",
+        "timm": f"a new preparation. Prepare them with --options.drawings.size {size}",
+    }.get(name, "")
+    if rest:
+        kept = {k: v for k, v in config.tasks.items() if v.corpus not in ("drawings", "strokes")}
+        run = resolve_run(replace(run.config, tasks=kept))
+    validate_run(run)
+    assert run.init_report is not None
+    assert {"skill-general", "skill-text"} <= set(run.init_report.taken)
+    assert train_model(run).step == 1
 
 
 def test_all_settings_of_a_source_are_in_one_message(
@@ -95,28 +183,30 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
     config: FinetuneConfig, tmp_path: Path
 ) -> None:
     bert = save_bert(tmp_path / "bert")
-    with pytest.raises(UserError, match="so its token ids mean other tokens") as error:
-        start(config, tmp_path / "bert")
-    assert f"the model {tmp_path / 'bert'} was trained with" in str(error.value)
-    assert ".starts" not in str(error.value), "the folder of the copy means nothing to the user"
-    text, rows = map_token_ids(tmp_path / "bert")
-    manifest = tmp_path / "data" / "headings" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    values["tokenizer"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    manifest.write_text(json.dumps(values | {"digest": manifest_digest(values)}))
     with pytest.raises(UserError) as error:
         start(config, tmp_path / "bert")
-    assert str(error.value).startswith(f"--from {tmp_path / 'bert'} has other layers")
-    options = str(error.value).partition("; give ")[2].split(" ")
-    given = dict(
-        zip((k.removeprefix("--model.") for k in options[::2]), options[1::2], strict=True)
+    message = str(error.value)
+    assert message.startswith(f"--from {tmp_path / 'bert'} has other layers")
+    assert "so its token ids mean other tokens" in message
+    assert f"the model {tmp_path / 'bert'} was trained with" in message
+    assert ".starts" not in message, "the folder of the copy means nothing to the user"
+    text, rows = map_token_ids(tmp_path / "bert")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    command = f"skillnet prepare headings --tokenizer {tmp_path / 'bert'} "
+    assert message.endswith(f"{command}--data {tmp_path / 'data'}-{digest[:8]}")
+    options = message.partition("; give ")[2].partition(" after ")[0]
+    assert options == (
+        f"--model.bias true --model.norm_position post --model.norm_eps 1e-12 "
+        f"--model.vocab_size {len(rows)}"
     )
-    assert given == {
-        "bias": "true",
-        "norm_position": "post",
-        "norm_eps": "1e-12",
-        "vocab_size": str(len(rows)),
-    }
+    manifest = tmp_path / "data" / "headings" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    # With it the corpus has more tokens than the run, which the same message settles.
+    values["tokenizer"] |= {"sha256": digest, "vocab_size": len(rows)}
+    manifest.write_text(json.dumps(values | {"digest": manifest_digest(values)}))
+    with pytest.raises(UserError) as error:
+        validate_run(resolve_run(replace(config, init_from=str(tmp_path / "bert"))))
+    assert str(error.value).endswith(f"; give {options}")
     sizes: dict[str, Any] = {
         "bias": True,
         "norm_position": "post",
@@ -141,6 +231,57 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
     assert resolve_init_weights(str(tmp_path / "bert"), None, str(tmp_path / "runs")) == (
         resolve_init_weights(str(tmp_path / "bert"), None, str(tmp_path / "runs"))
     )
+
+
+def test_a_checkpoint_of_fewer_tokens_than_the_corpus_needs_its_tokenizer(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    save_bert(tmp_path / "bert")
+    (tmp_path / "bert" / "tokenizer.json").unlink()
+    message = f"has 9 tokens, .* 64. Put the tokenizer.json of the checkpoint into {tmp_path}/bert"
+    with pytest.raises(UserError, match=message):
+        validate_run(resolve_run(replace(config, init_from=str(tmp_path / "bert"))))
+
+
+def test_a_model_of_the_same_system_names_all_keys_at_once(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    theirs = replace(config.model, num_layers=3, bias=True, vocab_size=80)
+    build_system("skillnet", theirs, {}).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError) as error:
+        validate_run(resolve_run(replace(config, init_from=str(tmp_path / "model"))))
+    assert str(error.value).endswith(
+        "give --model.num_layers 3 --model.bias true --model.vocab_size 80"
+    )
+
+
+def test_a_class_token_leaves_masked_images_out(config: FinetuneConfig, tmp_path: Path) -> None:
+    data = write_corpora(tmp_path / "more", rows=8, test_rows=4, pretrain=8)
+    pretrained = small_pretraining(data, steps=1)
+    save_source("vit", tmp_path / "vit", config)
+    (tmp_path / "run.yaml").write_text(configuration.to_yaml(pretrained))
+    words = ["--config", str(tmp_path / "run.yaml"), "--from", str(tmp_path / "vit")]
+
+    def resolve() -> ResolvedRun:
+        return resolve_run(build_joint_run(pretraining.parse_arguments(words)), "pretrain")
+
+    with pytest.raises(UserError) as error:
+        validate_run(resolve())
+    assert "masked_image beside a class token" in str(error.value)
+    words += str(error.value).partition("; give ")[2].split(" ")
+    validate_run(resolve())
+    only = {"masked_image": pretrained.tasks["masked_image"]}
+    alone = replace(pretrained, tasks=only, init_from=str(tmp_path / "vit"))
+    with pytest.raises(UserError, match="Give a checkpoint without a class token"):
+        validate_run(resolve_run(build_joint_run(alone), "pretrain"))
+
+
+def test_a_checkpoint_of_other_mel_bins_is_rejected(config: FinetuneConfig, tmp_path: Path) -> None:
+    everything = small_config(tmp_path / "data")
+    theirs = replace(everything.model, n_mels=128)
+    build_system("dense", theirs, {"ffn_dim": 24}).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="reads 128 log-mel bins, and prepared sound has 80"):
+        start(everything, tmp_path / "dense")
 
 
 def _tokens(tree: dict[str, Any]) -> list[str]:
