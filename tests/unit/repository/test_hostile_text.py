@@ -29,12 +29,13 @@ def search_page() -> str:
 
 def comparison_page() -> str:
     """Render a page with hostile text in every value of the template."""
-    condition = SimpleNamespace(shown=True, text=NASTY)
+    condition = SimpleNamespace(text=NASTY)
     claim = SimpleNamespace(
         verdict=NASTY,
         text=NASTY,
         undecided_reason=NASTY,
         conditions=[condition],
+        find_result=lambda _: "shown",
         rule=NASTY,
     )
     cell = SimpleNamespace(text=NASTY, is_best=True, is_prose=True, mark=NASTY, small=NASTY)
@@ -54,6 +55,7 @@ def comparison_page() -> str:
         skills_note=NASTY,
         facts={NASTY: NASTY},
         texts={NASTY: NASTY},
+        notices=[NASTY],
     )
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
     values = {"report": report} | dict.fromkeys(("evidence", "figures", "skills"), pictures)
