@@ -99,6 +99,8 @@ def prepare_mlflow_environment() -> None:
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    # It prints the traceback of an error that it raises too, such as that of a full disk.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def resolve_uri(uri: str | None = None) -> SecretUri:

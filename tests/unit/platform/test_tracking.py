@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import create_engine
@@ -303,3 +305,18 @@ def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
     answers = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 3
     assert len(answers) == 1
+
+
+def test_an_error_of_the_database_is_raised_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A table that is gone, in place of a disk that is full: both end the same call."""
+    uri = database_uri.sqlite_uri(tmp_path / "mlflow.db")
+    backend.setup_backend(uri)
+    client = backend.create_client(uri)
+    run = client.create_run("0")
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("DROP TABLE params")
+    with pytest.raises(MlflowException, match="no such table"):
+        client.log_param(run.info.run_id, "steps", 1)
+    assert "Traceback" not in capfd.readouterr().err
