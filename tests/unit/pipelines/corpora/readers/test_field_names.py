@@ -20,6 +20,7 @@ WORDS = ("a man sleeps on the wide sofa", "two dogs run over the green hill")
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows in the format of the file's ending; a saved dataset into a folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if not file.suffix:
         datasets.Dataset.from_list(rows).save_to_disk(str(file))
     elif file.suffix == ".parquet":

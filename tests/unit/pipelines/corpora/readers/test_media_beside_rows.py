@@ -15,18 +15,8 @@ from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.hub_repositories import MEDIA_STRUCT, embed
+from tests.unit.pipelines.corpora.readers.test_field_names import write
 from tests.unit.pipelines.corpora.readers.test_readers import media, read, sizes
-
-
-def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    elif file.suffix == ".csv":
-        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-        file.write_text("\n".join(lines) + "\n")
-    else:
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def write_pictures(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -67,7 +57,7 @@ def test_the_field_that_names_media_is_asked_for(
         }
         for n in range(12)
     ]
-    write_table(tmp_path / f"train.{ending}", rows)
+    write(tmp_path / f"train.{ending}", rows)
     found = detect_reader(SourceDirectory(str(tmp_path)))
     assert found is not None
     remedy = (
@@ -89,7 +79,7 @@ def test_the_rows_alone_can_be_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pictures(tmp_path, [f"train/{n}.jpg" for n in range(6)])
-    write_table(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
+    write(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
     corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"modality": "text"})
     assert corpus.modality == "text"
     assert "6 media files are not read" in " ".join("".join(capsys.readouterr()).split())
@@ -97,7 +87,7 @@ def test_the_rows_alone_can_be_asked_for(
 
 def test_media_that_no_field_names_are_asked_about(tmp_path: Path) -> None:
     write_pictures(tmp_path, [f"pictures/IMG_{n}.jpg" for n in range(6)])
-    write_table(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
+    write(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
     with pytest.raises(UserError, match=r"6 media files .*no field names them.*id, text.*modality"):
         open_external_corpus("mine", f"folder:{tmp_path}")
 
@@ -108,7 +98,7 @@ def test_a_few_pictures_beside_many_texts_are_counted(
     """A repository can hold a logo."""
     write_pictures(tmp_path, ["assets/logo.jpg", "banner.jpg"])
     rows = [{"text": f"words {n}", "label": n % 2} for n in range(50)]
-    write_table(tmp_path / "train.csv", rows)
+    write(tmp_path / "train.csv", rows)
     corpus = open_external_corpus("mine", f"folder:{tmp_path}")
     assert corpus.task == "text_classification"
     assert "2 media files are not read" in " ".join("".join(capsys.readouterr()).split())
@@ -119,7 +109,7 @@ def test_equal_names_are_divided_by_split_or_rejected(tmp_path: Path) -> None:
     for split in ("train", "test"):
         made |= write_pictures(tmp_path, [f"{split}/{n}.jpg" for n in range(4)])
         rows = [{"id": n, "label": f"{split}{n % 2}"} for n in range(4)]
-        write_table(tmp_path / f"{split}.csv", rows)
+        write(tmp_path / f"{split}.csv", rows)
     options = {"file": "id", "validation": 0.0}
     rows_by_split, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
     assert not reasons
@@ -141,7 +131,7 @@ def test_the_option_opens_rows_of_any_name_beside_media_in_folders(tmp_path: Pat
     with pytest.raises(UserError, match=r"options\.mine\.file: .* no single file of rows \(none\)"):
         open_external_corpus("mine", f"folder:{tmp_path}", options)
     rows = [{"image_id": n, "breed": f"breed {n % 2}"} for n in range(12)]
-    write_table(tmp_path / "labels.csv", rows)
+    write(tmp_path / "labels.csv", rows)
     found, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
     assert not reasons
     assert {row["label"] for each in found.values() for row in each} == {"breed 0", "breed 1"}
@@ -150,7 +140,7 @@ def test_the_option_opens_rows_of_any_name_beside_media_in_folders(tmp_path: Pat
 def test_folders_of_splits_decide_the_splits_of_ids(tmp_path: Path) -> None:
     names = [f"{'train' if n < 8 else 'test'}/{n}.jpg" for n in range(12)]
     write_pictures(tmp_path, names)
-    write_table(tmp_path / "labels.csv", [{"id": n, "label": n % 2} for n in range(12)])
+    write(tmp_path / "labels.csv", [{"id": n, "label": n % 2} for n in range(12)])
     options = {"file": "id", "validation": 0.0}
     place = f"folder:{tmp_path}/labels.csv"
     found, reasons = read(open_external_corpus("mine", place, options))
@@ -163,7 +153,7 @@ def test_media_of_other_kinds_are_counted(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a.wav").write_bytes(user_corpora.wav(1))
     rows = [{"file_name": f"{n}.jpg", "label": n % 2} for n in range(4)]
-    write_table(tmp_path / "metadata.jsonl", rows)
+    write(tmp_path / "metadata.jsonl", rows)
     _, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
     assert reasons == {"a media file that no row refers to": 1}
 
@@ -221,7 +211,7 @@ def test_several_media_in_a_saved_dataset(
 def test_lists_of_file_names_are_refused(tmp_path: Path) -> None:
     write_pictures(tmp_path, [f"pictures/{n}.jpg" for n in range(12)])
     rows = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"w {n}"} for n in range(6)]
-    write_table(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "train.jsonl", rows)
     with pytest.raises(UserError, match=r"the field images names several .*one row per media file"):
         open_external_corpus("mine", f"folder:{tmp_path}")
 
