@@ -262,7 +262,7 @@ def test_rows_of_the_training_in_a_test_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal texts under another label, and equal media files under another name."""
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "400")
     test = [("text 7", "b"), ("text 1499", "a"), ("unseen", "a")]
     found = inspection.inspect_corpus(str(write_split_texts(tmp_path / "texts", test)))
     assert found["shared"]["test"] == {"train": 2}
