@@ -13,7 +13,7 @@ from skillnet_platform.cluster.session_directory import (
     prepare_session_directory,
 )
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.ray_internals.single_node import make_job_config
+from skillnet_platform.ray_internals.single_node import halt_own_node, make_job_config
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.private import is_private
@@ -209,8 +209,6 @@ def halt_if_asked() -> bool:
     """
     if not signals.must_leave():
         return False
-    from skillnet_platform.ray_internals.single_node import halt_own_node
-
     halt_own_node()
     return True
 
@@ -227,8 +225,6 @@ def leave_process(code: int) -> None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized() or not (code or signals.must_leave()):
         return
-    from skillnet_platform.ray_internals.single_node import halt_own_node
-
     # A worker that lives on would finish its shard after the command has reported its failure.
     halt_own_node()
     for stream in (sys.stdout, sys.stderr):

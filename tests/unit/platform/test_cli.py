@@ -272,7 +272,6 @@ import atexit, os, sys, time, types
 from skillnet_platform import cli
 from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError
-from skillnet_platform.ray_internals import single_node
 
 def abort():
     print("Check failed: submitted_task_ref_count > 0", file=sys.stderr, flush=True)
@@ -284,7 +283,7 @@ class Ray(types.ModuleType):
 
 def main(argv=None):
     sys.modules["ray"] = Ray("ray")
-    single_node.halt_own_node = lambda: None
+    connect.halt_own_node = lambda: None
     atexit.register(abort)
     connect.ensure_ray = lambda cpus: None
     Ray.is_initialized = staticmethod(lambda: False)  # the session starts it
