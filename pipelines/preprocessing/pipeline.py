@@ -264,15 +264,16 @@ def _iterate_in_thread(
             put(error)
 
     thread = threading.Thread(target=iterate, name="prepare", daemon=True)
-    thread.start()
     try:
+        # A signal can arrive while the start waits for the thread, which may work already.
+        thread.start()
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         is_closed.set()
-        if not cluster.halt_if_asked():
+        if not cluster.halt_if_asked() and thread.ident is not None:
             thread.join()
 
 
