@@ -23,8 +23,8 @@ BATCHES = 8
 
 def run(rounds: int, threads: int) -> list[Result]:
     """Ratios of the times of a step, by task."""
-    from pipelines.config.run import FinetuneConfig
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet_platform import config as configuration
 
     data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root())
@@ -64,12 +64,12 @@ def _make_step(config: Any, task: str, batches: list[Any]) -> tuple[Callable[[],
     """Return a step of a model of its own, and the number of weights that the step changes."""
     import torch
 
-    from pipelines.training.freezing import trainable_parameters
-    from pipelines.training.gradient_sync import GradientSync
-    from pipelines.training.optimizer import build_optimizer, update_weights
-    from pipelines.training.row_updates import use_sparse_gradients
-    from pipelines.training.setup import build_model
-    from pipelines.training.step import backward_step
+    from pipelines.training.loop.freezing import trainable_parameters
+    from pipelines.training.loop.gradient_sync import GradientSync
+    from pipelines.training.loop.optimizer import build_optimizer, update_weights
+    from pipelines.training.loop.row_updates import use_sparse_gradients
+    from pipelines.training.loop.setup import build_model
+    from pipelines.training.loop.step import backward_step
     from skillnet.precision import choose_precision
 
     settings, device = config.training, torch.device("cpu")

@@ -4,7 +4,8 @@
 
 The order of rows and every value must be equal, but floating-point numbers may differ by
 ``--tolerance``. With ``--output`` the result is recorded in the directory of a study, so that
-``skillnet compare`` accepts its runs of both versions; see :mod:`sweeps.analysis.equal_versions`.
+``skillnet compare`` accepts its runs of both versions; see
+:mod:`skillnet_studies.analysis.equal_versions`.
 
 NumPy computes some functions with the vector instructions of the processor, and they can round
 differently. The version of a processor without AVX-512 is prepared on one with it by
@@ -20,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import write_json
-from sweeps.analysis.equal_versions import EQUAL_VERSIONS, list_equal_versions
+from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, list_equal_versions
 
 
 @dataclass

@@ -31,16 +31,16 @@ from benchmarks.study_coverage import (
     read_tasks,
     write_table,
 )
-from pipelines.config.folds import FoldConfig
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.folds import open_fold
-from pipelines.shards.selected_rows import list_row_units
-from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN, SPLIT, compare_systems
-from sweeps.analysis.finished_runs import read_run
-from sweeps.analysis.run_groups import label_runs
-from sweeps.analysis.statistics import RunSample
-from sweeps.study.study import read_study_ledger
+from pipelines.data.config.folds import FoldConfig
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.folds import open_fold
+from pipelines.data.shards.selected_rows import list_row_units
+from skillnet_studies.analysis import statistics
+from skillnet_studies.analysis.comparison import MEAN, SPLIT, compare_systems
+from skillnet_studies.analysis.finished_runs import read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.statistics import RunSample
+from skillnet_studies.study.study import read_study_ledger
 
 FOLD_UNITS = Path(__file__).with_name("fold_units.csv")
 #: ``fold`` of ``configs/studies/final.yaml``.

@@ -26,20 +26,20 @@ import torch
 
 from benchmarks import measure
 from benchmarks.measure import Result, spread
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import main as finetune
-from pipelines.planning.example_batches import build_example_batch
-from pipelines.planning.memory_plan import RunPlanner
 from pipelines.pretrain import main as pretrain
-from pipelines.training.freezing import trainable_parameters
-from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.loop import train_model
-from pipelines.training.optimizer import build_optimizer, update_weights
-from pipelines.training.replicas import compile_plans
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.step import backward_step
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.freezing import trainable_parameters
+from pipelines.training.loop.gradient_sync import GradientSync
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.optimizer import build_optimizer, update_weights
+from pipelines.training.loop.replicas import compile_plans
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.step import backward_step
 from skillnet.precision import choose_precision
 from skillnet.systems import build_system
+from skillnet_planning.example_batches import build_example_batch
+from skillnet_planning.memory_plan import RunPlanner
 from skillnet_platform import console
 from skillnet_platform.cluster.gpu_types import GB, GpuType, describe_device
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from benchmarks.media_corpus import ENDING, make
-from pipelines.transforms import image, sound, video
+from pipelines.data.transforms import image, sound, video
 from skillnet_platform import console, storage
 
 #: Side of pictures, frames of a recording, side of a clip's frames.

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.corpora.archives import CNCHAR_DATA, iter_members
-from pipelines.corpora.builtin.drawings import OPENMOJI
-from pipelines.corpora.builtin.strokes import _paths
-from pipelines.transforms import sound, video
+from pipelines.data.corpora.archives import CNCHAR_DATA, iter_members
+from pipelines.data.corpora.builtin.drawings import OPENMOJI
+from pipelines.data.corpora.builtin.strokes import _paths
+from pipelines.data.transforms import sound, video
 from skillnet_platform import storage
 
 ENDING = {"image": "jpg", "sound": "wav", "video": "mp4"}

@@ -28,22 +28,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import RESULTS
-from pipelines.config.growth import GrowConfig, Reference
-from pipelines.config.merging import MergeConfig
-from pipelines.config.run import FinetuneConfig, TaskTraining
-from pipelines.evaluation import tables
-from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, read_outcomes
 from pipelines.finetune import run_end_to_end
 from pipelines.grow import grow_model
 from pipelines.grow import main as grow_command
 from pipelines.merge import merge_trained_models
-from pipelines.runs.layout import SOURCE, SOURCE_ROWS
+from pipelines.training.config.growth import GrowConfig, Reference
+from pipelines.training.config.merging import MergeConfig
+from pipelines.training.config.run import FinetuneConfig, TaskTraining
+from pipelines.training.evaluation import tables
+from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, read_outcomes
+from pipelines.training.runs.layout import SOURCE, SOURCE_ROWS
 from skillnet.skills import SkillPlan
 from skillnet_platform import console
 from skillnet_platform.storage import read_json, run_root
 from skillnet_platform.tracking import TrackingConfig
-from sweeps.analysis import statistics
-from sweeps.analysis.statistics import RunSample, SampleDifference
+from skillnet_studies.analysis import statistics
+from skillnet_studies.analysis.statistics import RunSample, SampleDifference
 
 #: Arm that the others are subtracted from.
 MERGED = "merged"
@@ -220,9 +220,9 @@ def build_joint_config(growths: Sequence[GrowConfig]) -> FinetuneConfig:
         growths: from one base, with equal seeds and steps.
     """
     # torch loads here, so that --help is fast.
-    from pipelines.growth import runs
-    from pipelines.growth.verification import added_files
-    from pipelines.runs import model_source
+    from pipelines.training.growth import runs
+    from pipelines.training.growth.verification import added_files
+    from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(growths[0].source)
     before = runs.load_growable_model(source)
@@ -271,7 +271,8 @@ def build_score_rows(runs: Iterable[ArmRun]) -> list[dict[str, Any]]:
 def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
     """Return a row per arm, task and test split: the mean over seeds, and merged minus the arm.
 
-    Intervals cover seeds and held-out units together, see :mod:`sweeps.analysis.statistics`.
+    Intervals cover seeds and held-out units together, see
+    :mod:`skillnet_studies.analysis.statistics`.
 
     Args:
         runs: of all arms and seeds.
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="folder (default: <date>-merge of the results)")
     options = parser.parse_args(argv)
-    from pipelines.runs.model_source import resolve_model
+    from pipelines.training.runs.model_source import resolve_model
 
     digest = resolve_model(options.base).digest
     runs: list[ArmRun] = []

@@ -24,17 +24,17 @@ import yaml
 
 from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import machine
-from pipelines.config.run import FinetuneConfig, TrainingConfig
-from pipelines.training.loop import train_model
-from pipelines.training.optimizer import WeightAverage
-from pipelines.training.reporter import LoopReporter, evaluate_validation
-from pipelines.training.resolved_run import ResolvedRun, resolve_run
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.optimizer import WeightAverage
+from pipelines.training.loop.reporter import LoopReporter, evaluate_validation
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives import find_objective
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from sweeps.config.study import StudyConfig
-from sweeps.study.system_runs import override_run
+from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.study.system_runs import override_run
 
 COLUMNS = (
     "task", "arm", "settings", "seed", "step", "average", "metric", "value", "steps", "date",

@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.media_corpus import encode_mp4
-from pipelines.corpora import find_corpus
-from pipelines.corpora.base import SourceArchives
-from pipelines.corpora.builtin.strokes import _paths
-from pipelines.corpora.readers.tnews import LABELS
-from pipelines.transforms import sound, video
-from pipelines.transforms.image import decode_image
+from pipelines.data.corpora import find_corpus
+from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.corpora.builtin.strokes import _paths
+from pipelines.data.transforms import sound, video
+from pipelines.data.transforms.image import decode_image
+from skillnet_corpora.paper.tnews import LABELS
 from skillnet_platform import storage
 
 #: Parts of a corpus; the second number divides the rows of the first part.

@@ -58,10 +58,10 @@ def _in_process(work: Callable[..., list[Result]], *arguments: Any) -> list[Resu
 
 def _make(folder: Path, archives: Path) -> list[Result]:
     from benchmarks.paper_corpora import make_corpora
-    from pipelines.corpora import BUILT_IN
+    from pipelines.data.corpora import DEMO
     from pipelines.fetch import fetch
 
-    fetch(list(BUILT_IN), archives)
+    fetch(list(DEMO), archives)
     begin = time.monotonic()
     make_corpora(folder / "given", ROWS, archives)
     size = sum(path.stat().st_size for path in (folder / "given").rglob("*") if path.is_file())
@@ -96,8 +96,8 @@ def _load(folder: Path, rounds: int) -> list[Result]:
     """Rates of batches whose pixels are changed, and of batches of stored pixels, on one core."""
     import torch
 
-    from pipelines.loading.dataloader import MultiTaskDataLoader
-    from pipelines.shards.row_threads import limit_row_threads
+    from pipelines.data.shards.row_threads import limit_row_threads
+    from pipelines.training.loading.dataloader import MultiTaskDataLoader
 
     torch.set_num_threads(1)
     limit_row_threads(1)
@@ -128,8 +128,8 @@ def _load(folder: Path, rounds: int) -> list[Result]:
 def _train(folder: Path, threads: int) -> list[Result]:
     import torch
 
-    from pipelines.training.loop import train_model
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.loop.loop import train_model
+    from pipelines.training.loop.resolved_run import ResolvedRun
 
     torch.set_num_threads(threads)
     run = ResolvedRun(_read_config(folder))
@@ -181,8 +181,8 @@ class StepClock:
 
 def _read_config(folder: Path) -> Any:
     """Return the configuration of ``finetune --config paper`` with small batches on the CPU."""
-    from pipelines.config.run import FinetuneConfig
-    from pipelines.runs.model_tasks import resolve_model_tasks
+    from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.runs.model_tasks import resolve_model_tasks
     from skillnet_platform.config import parser
 
     words = ["--config", "paper", "--data", str(folder / "corpora")]
@@ -198,7 +198,7 @@ def _read_config(folder: Path) -> Any:
 
 
 def _open_corpora(folder: Path) -> dict[str, Any]:
-    from pipelines.shards.dataset import open_corpus
+    from pipelines.data.shards.dataset import open_corpus
 
     return {name: open_corpus(folder / "corpora" / name) for name in BATCHES}
 

@@ -98,7 +98,7 @@ def resident(pid: int, kind: str) -> int:
 
 def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
     """Prepare a corpus from this process and say what it took."""
-    from pipelines.corpora.readers.folder import FolderCorpus
+    from pipelines.data.corpora.readers.folder import FolderCorpus
 
     corpus = FolderCorpus(
         str(folder), FolderCorpus.Options(validation=0.0, test=0.0, **SIZES[kind])
@@ -117,7 +117,7 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict
 
 def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
     """``skillnet prepare``."""
-    from pipelines.preprocessing.prepare import prepare
+    from pipelines.data.preprocessing.prepare import prepare
     from skillnet_platform.cluster import ensure_ray
 
     ensure_ray(cpus)
@@ -131,10 +131,10 @@ def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, in
 def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
     """The same reading and writing code with a pool of processes in Ray's place: this process
     reads, and waits while twice as many blocks as processes are on their way."""
-    from pipelines.corpora.base import SourceArchives
-    from pipelines.preprocessing.corpus_job import CorpusJob
-    from pipelines.preprocessing.datasource import read_units
-    from pipelines.preprocessing.transform_task import write_block
+    from pipelines.data.corpora.base import SourceArchives
+    from pipelines.data.preprocessing.corpus_job import CorpusJob
+    from pipelines.data.preprocessing.datasource import read_units
+    from pipelines.data.preprocessing.transform_task import write_block
 
     if corpus.text_columns:
         corpus.annotations_present = ()  # no tokenizer is learnt here

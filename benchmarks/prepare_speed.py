@@ -222,7 +222,7 @@ def map_of(given: Work, folder: Path, stack: ExitStack) -> Pass:
 def corpus_of(kind: str, paths: list[Path]) -> Any:
     """A user's folder of those files, with the pixels or frames alone, as the others have them:
     no tokens, no symbols."""
-    from pipelines.corpora.readers.folder import FolderCorpus
+    from pipelines.data.corpora.readers.folder import FolderCorpus
 
     corpus = FolderCorpus(str(paths[0].parent.parent), FolderCorpus.Options(**OPTIONS[kind]))
     corpus.annotations_present = ()
@@ -232,9 +232,9 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
 
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     """Return ``skillnet prepare`` on Ray as a contender; its first pass starts Ray."""
-    from pipelines.corpora.base import SourceArchives
-    from pipelines.corpora.readers.row_builders import media_row
-    from pipelines.io.media import MediaRef
+    from pipelines.data.corpora.base import SourceArchives
+    from pipelines.data.corpora.readers.row_builders import media_row
+    from pipelines.data.io.media import MediaRef
     from skillnet_platform import cluster
 
     corpus = corpus_of(given.kind, given.paths)
@@ -244,9 +244,9 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.ray_session(given.processes)))
-        from pipelines.preprocessing.corpus_job import CorpusJob
-        from pipelines.preprocessing.pipeline import SchedulingOptions, write_corpora
-        from pipelines.preprocessing.prepare import build_corpus_identity
+        from pipelines.data.preprocessing.corpus_job import CorpusJob
+        from pipelines.data.preprocessing.pipeline import SchedulingOptions, write_corpora
+        from pipelines.data.preprocessing.prepare import build_corpus_identity
 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -270,8 +270,8 @@ def _code(rounds: int, threads: int) -> Result:
 
     from tokenizers import Tokenizer
 
-    from pipelines.tokenizer import training as tokenizers
-    from pipelines.transforms import code, text
+    from pipelines.data.tokenizer import training as tokenizers
+    from pipelines.data.transforms import code, text
 
     modules = (argparse, inspect, shutil, tempfile)
     sources = [inspect.getsource(module) for module in modules]

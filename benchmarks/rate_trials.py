@@ -24,26 +24,26 @@ from typing import Any
 
 from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import machine
-from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.finetune import run_end_to_end
-from pipelines.training.loop import train_model
-from pipelines.training.pretraining import build_joint_run
-from pipelines.training.reporter import LoopReporter, evaluate_validation
-from pipelines.training.resolved_run import ResolvedRun, resolve_run
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.reporter import LoopReporter, evaluate_validation
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from skillnet.multitask_model import TaskModel
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from sweeps.config.trials import ScoreConfig
-from sweeps.search.rate_fit import fit_best_rate
-from sweeps.study.stored_config import read_study_config
-from sweeps.study.study import read_study_ledger
-from sweeps.study.tuning import (
+from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.study import read_study_ledger
+from skillnet_studies.study.tuning import (
     RATE_KEYS,
     Stage,
     TuningResult,
     build_stage_trials,
     name_task_rate,
 )
+from sweeps.config.trials import ScoreConfig
+from sweeps.search.rate_fit import fit_best_rate
 from sweeps.trials.trial import Trial
 
 COLUMNS = ("system", "task", "rate", "seed", "source", "score", "steps", "date", "machine")

@@ -285,7 +285,7 @@ def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
         data: prepared corpora.
         steps: more than the turns have.
     """
-    from pipelines.config.run import FinetuneConfig
+    from pipelines.training.config.run import FinetuneConfig
     from skillnet_platform import config as configuration
 
     words = ["--config", "quickstart", "--data", str(data), "--training.steps", str(steps)]
@@ -300,8 +300,8 @@ def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
         return
     import torch
 
-    from pipelines.training.loop import train_model
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.loop.loop import train_model
+    from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet.malloc import keep_freed_memory
 
     keep_freed_memory()

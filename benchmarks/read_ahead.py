@@ -114,7 +114,7 @@ class Far(MemoryFileSystem):
 def _objects(rounds: int) -> Result:
     import fsspec
 
-    from pipelines.io.media import MediaRef, read_media
+    from pipelines.data.io.media import MediaRef, read_media
 
     fsspec.register_implementation("far", Far, clobber=True)
     system = fsspec.filesystem("far")

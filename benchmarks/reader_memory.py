@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import Result, write
-from pipelines.corpora import ExternalCorpus, open_external_corpus
-from pipelines.corpora.base import SourceArchives
-from pipelines.preprocessing.spool import write_spool
+from pipelines.data.corpora import ExternalCorpus, open_external_corpus
+from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.preprocessing.spool import write_spool
 
 SIZES = (1_000, 7_000)
 #: A caption of AIC-ICC has 17 characters on average, an utterance of AISHELL-1 14.

@@ -22,10 +22,10 @@ from PIL import Image
 from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import PICTURE, decode, files
 from benchmarks.sides import Maker, rounds_of, side
-from pipelines.loading.rng import keyed_rng
-from pipelines.shards.columns import FixedColumn, open_column
-from pipelines.shards.format import write_shard
-from pipelines.shards.jpeg import encode_jpeg, jpeg_field
+from pipelines.data.shards.columns import FixedColumn, open_column
+from pipelines.data.shards.format import write_shard
+from pipelines.data.shards.jpeg import encode_jpeg, jpeg_field
+from pipelines.training.loading.rng import keyed_rng
 from skillnet_platform import console
 
 PICTURES, TIMES, BATCH = 64, 24, 64

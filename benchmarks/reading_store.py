@@ -45,8 +45,8 @@ from benchmarks.reading import (
 from benchmarks.sides import Maker, rounds_of
 
 if TYPE_CHECKING:
-    from pipelines.loading.samplers import ShuffleSampler
-    from pipelines.loading.shard_table import ShardTable
+    from pipelines.training.loading.samplers import ShuffleSampler
+    from pipelines.training.loading.shard_table import ShardTable
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -120,10 +120,10 @@ def _upload(folder: Path) -> list[str]:
 
 
 def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
-    from pipelines.loading.samplers import ShuffleSampler
-    from pipelines.loading.shard_table import ShardTable
-    from pipelines.shards.dataset import open_corpus
-    from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+    from pipelines.training.loading.samplers import ShuffleSampler
+    from pipelines.training.loading.shard_table import ShardTable
     from skillnet_platform.storage import write_json
     from skillnet_platform.storage.cache import FileCache
 
@@ -150,8 +150,8 @@ def _held_batches(held: "ShardTable", order: "ShuffleSampler") -> Batches:
     """Batches of one epoch, as the stream of a training takes them."""
     import torch
 
-    from pipelines.loading.dataloader import prefetch_shards
-    from pipelines.shards.columns import FixedColumn
+    from pipelines.data.shards.columns import FixedColumn
+    from pipelines.training.loading.dataloader import prefetch_shards
 
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)

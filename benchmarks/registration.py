@@ -86,9 +86,9 @@ def run(rounds: int, threads: int) -> list[Result]:
 def registrar(run: str, data: str, folder: Path, stack: ExitStack) -> Callable[..., object]:
     """Return the registration of a run's model under a name, with the run's evaluation."""
     del folder, stack
-    from pipelines.evaluation.evaluator import evaluate_model  # the demo has loaded it
-    from pipelines.runs import model_source
     from pipelines.serving.registration import register_model
+    from pipelines.training.evaluation.evaluator import evaluate_model  # the demo has loaded it
+    from pipelines.training.runs import model_source
 
     del evaluate_model
     home = Path(os.environ["SKILLNET_HOME"])

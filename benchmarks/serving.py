@@ -149,8 +149,8 @@ def _is_healthy(port: int) -> bool:
 
 
 def _write_model(data: Path, place: Path) -> Path:
-    from pipelines.config.run import FinetuneConfig
-    from pipelines.training.resolved_run import resolve_config
+    from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.loop.resolved_run import resolve_config
     from skillnet.model import SkillNet
     from skillnet_platform.config import parse_config
 

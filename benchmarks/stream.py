@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
-from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import MultiTaskDataLoader
-from pipelines.shards.dataset import PreparedCorpus
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import open_corpora
+from pipelines.data.shards.dataset import PreparedCorpus
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loading.dataloader import MultiTaskDataLoader
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import open_corpora
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skillnet.unit_statistics import ScoreScale
-from sweeps.analysis import statistics
-from sweeps.analysis.comparison import MEAN
-from sweeps.analysis.statistics import RunSample, SampleDifference
+from skillnet_studies.analysis import statistics
+from skillnet_studies.analysis.comparison import MEAN
+from skillnet_studies.analysis.statistics import RunSample, SampleDifference
 
 UNITS = Path(__file__).with_name("study_units.csv")
 LEVEL = 0.05

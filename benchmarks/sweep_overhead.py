@@ -63,8 +63,8 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
     """CPU seconds of a step of the sweep's run in this process, one thread."""
     import torch
 
-    from pipelines.training.loop import train_model
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.loop.loop import train_model
+    from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet_platform import config as configuration
     from sweeps.config.sweep import SweepConfig
 

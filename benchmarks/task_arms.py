@@ -29,11 +29,16 @@ from typing import Any
 from benchmarks.growing_csv import append_csv_rows, read_csv_rows
 from benchmarks.measure import Result, clock_for, in_turns, machine, ratio, spread, write
 from benchmarks.method_trials import COLUMNS, CONFIGURED, summarize_trials
-from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining, TrainingConfig
 from pipelines.finetune import run_end_to_end
-from pipelines.training.loop import train_model
-from pipelines.training.pretraining import build_joint_run
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.config.run import (
+    FinetuneConfig,
+    PretrainConfig,
+    TaskTraining,
+    TrainingConfig,
+)
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet.config import SkillNetConfig
 from skillnet.pretraining_tasks import pretraining_tasks
 from skillnet_platform import console

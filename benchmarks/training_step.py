@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.encoders import DenseEncoder, LoopEncoder
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
-from pipelines.config.run import TrainingConfig
-from pipelines.training.optimizer import build_optimizer, clip_gradients
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loop.optimizer import build_optimizer, clip_gradients
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.precision import native_bf16

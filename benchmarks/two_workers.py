@@ -20,9 +20,9 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import Result, ratio, spread
-from pipelines.config.run import TrainingConfig
-from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.optimizer import build_optimizer, clip_gradients
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loop.gradient_sync import GradientSync
+from pipelines.training.loop.optimizer import build_optimizer, clip_gradients
 from skillnet.config import SkillNetConfig
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine
-from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.finetune import run_end_to_end
+from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from skillnet.config import SkillNetConfig
 from skillnet_platform import console
 from skillnet_platform.config import to_yaml

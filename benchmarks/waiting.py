@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media import PICTURE, files
-from pipelines.loading.dataloader import MultiTaskDataLoader
-from pipelines.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import MultiTaskDataLoader
+from pipelines.training.loading.prefetch import prefetch_batches
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Largest number of rounds: each takes as long as its steps sleep.
@@ -59,10 +59,10 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 
 def _stream(folder: Path) -> MultiTaskDataLoader:
-    from pipelines.config.run import FinetuneConfig, TaskTraining
-    from pipelines.corpora.readers.folder import FolderCorpus
-    from pipelines.preprocessing.prepare import prepare
-    from pipelines.shards.dataset import open_corpus
+    from pipelines.data.corpora.readers.folder import FolderCorpus
+    from pipelines.data.preprocessing.prepare import prepare
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.config.run import FinetuneConfig, TaskTraining
     from skillnet_platform import cluster
 
     media = files("image", PICTURES)[0].parent.parent

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.config.resources import request_model
-from pipelines.evaluation.tables import write_evaluation_csv
+from pipelines.training.config.resources import request_model
+from pipelines.training.evaluation.tables import write_evaluation_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -16,7 +16,7 @@ from skillnet_platform.errors import UserError, check_known_names, first_line
 from skillnet_platform.storage import run_root
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import ModelSource
+    from pipelines.training.runs.model_source import ModelSource
 
 
 @dataclass
@@ -66,7 +66,7 @@ class EvaluateConfig:
     @property
     def source(self) -> str:
         """Name of the requested model: --model, --checkpoint, --run, or the default."""
-        from pipelines.runs.model_source import DEFAULT_MODEL
+        from pipelines.training.runs.model_source import DEFAULT_MODEL
 
         return self.model or self.checkpoint or self.run or DEFAULT_MODEL
 
@@ -104,11 +104,11 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
         UserError: the model, a corpus, a task or a split is missing, or a file was altered.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.evaluation.evaluator import evaluate_model
-    from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
-    from pipelines.evaluation.tables import sort_rows
-    from pipelines.evaluation.weak_tests import find_weak_tests
-    from pipelines.runs import model_source
+    from pipelines.training.evaluation.evaluator import evaluate_model
+    from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
+    from pipelines.training.evaluation.tables import sort_rows
+    from pipelines.training.evaluation.weak_tests import find_weak_tests
+    from pipelines.training.runs import model_source
     from skillnet.skills import find_task
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
@@ -191,10 +191,10 @@ def log_evaluation(
     """
     from mlflow.exceptions import MlflowException
 
-    from pipelines.evaluation.overall_score import compute_overall_score
-    from pipelines.evaluation.tables import flat_metrics
-    from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
-    from pipelines.runs.model_source import is_known_run
+    from pipelines.training.evaluation.overall_score import compute_overall_score
+    from pipelines.training.evaluation.tables import flat_metrics
+    from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+    from pipelines.training.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend, start_child_run
 
     place = backend.setup_backend(uri)
@@ -253,7 +253,7 @@ def show_evaluation(result: EvaluationResult) -> None:
     Args:
         result: of :func:`evaluate_trained_model`.
     """
-    from pipelines.evaluation.tables import SYSTEM_LABELS, result_cells
+    from pipelines.training.evaluation.tables import SYSTEM_LABELS, result_cells
 
     columns, cells = result_cells(result.rows)
     console.print_table(f"SkillNet, {result.model}", columns, cells)

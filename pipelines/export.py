@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.config.resources import request_model
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -73,9 +73,9 @@ def show_export(report: "ExportReport") -> None:
 def main(config: ExportConfig) -> "ExportReport":
     """Run ``skillnet export``."""
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.runs import model_source
     from pipelines.serving.bundle import find_bundle
     from pipelines.serving.export import export_bundle
+    from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
     source = source.with_corpora(config.corpora)

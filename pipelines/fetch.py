@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpora import BUILT_IN, find_corpus
-from pipelines.corpora.archives import Archive, check_archive
-from pipelines.corpora.debian_download import download_debian_package
-from pipelines.corpora.npm_download import download_package, read_npm_settings, registry_url
+from pipelines.data.corpora import DEMO, find_corpus
+from pipelines.data.corpora.archives import Archive, check_archive
+from pipelines.data.corpora.debian_download import download_debian_package
+from pipelines.data.corpora.npm_download import download_package, read_npm_settings, registry_url
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -253,7 +253,7 @@ def _explain_manual_download(errors: list[str], missing: list[Archive], director
 def main(config: FetchConfig) -> dict[str, Any]:
     """Run ``skillnet fetch``."""
     directory = require_local_folder(config.archives, storage.archive_root(), "archives")
-    archives = fetch(config.corpora or list(BUILT_IN), directory)
+    archives = fetch(config.corpora or list(DEMO), directory)
     return {"directory": str(directory.absolute()), "archives": archives}
 
 

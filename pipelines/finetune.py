@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
-from pipelines.planning.run_request import request_planned_training
-from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
-from pipelines.runs.progress_log import PROGRESS, follow_progress
-from pipelines.runs.run_tags import describe_run
-from pipelines.runs.task_counts import parse_task_counts
-from pipelines.training.resolved_run import resolve_run
-from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
+from pipelines.training.config.resources import request_training
+from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
+from pipelines.training.loop.resolved_run import resolve_run
+from pipelines.training.loop.run import find_finished_result, train_and_evaluate, validate_run
+from pipelines.training.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
+from pipelines.training.runs.progress_log import PROGRESS, follow_progress
+from pipelines.training.runs.run_tags import describe_run
+from pipelines.training.runs.task_counts import parse_task_counts
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
@@ -33,8 +33,8 @@ from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import write_json
 
 if TYPE_CHECKING:
-    from pipelines.training.callbacks import LoopCallback
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.loop.callbacks import LoopCallback
+    from pipelines.training.loop.resolved_run import ResolvedRun
 
 
 def finetune(
@@ -94,11 +94,11 @@ def _run_in_folder(
     splits: Sequence[str] | None,
     callbacks: "Sequence[LoopCallback]",
 ) -> dict[str, Any]:
-    from pipelines.runs.mirror import mirror_of
-    from pipelines.runs.uploads import upload_results
     from pipelines.serving.registration import check_given_name
-    from pipelines.training.run_evaluation import check_evaluation_splits
-    from pipelines.training.setup import require_devices
+    from pipelines.training.loop.run_evaluation import check_evaluation_splits
+    from pipelines.training.loop.setup import require_devices
+    from pipelines.training.runs.mirror import mirror_of
+    from pipelines.training.runs.uploads import upload_results
 
     config, folder = run.config, run.folder
     mirror = mirror_of(config, folder)
@@ -145,7 +145,7 @@ def _run_in_folder(
 def print_result(result: dict[str, Any], next_step: str) -> None:
     """Print the metrics of a run, and a line with its duration and the next step."""
     if result["evaluation"]:
-        from pipelines.evaluation.tables import result_cells
+        from pipelines.training.evaluation.tables import result_cells
 
         console.print_table(result["name"], *result_cells(result["evaluation"]))
     problems = {name: c.problems for name, c in parse_task_counts(result.get("tasks", {})).items()}
@@ -181,8 +181,8 @@ def register_run(
     """
     if not config.tracking.register or not rows or config.fold.count:
         return None
-    from pipelines.runs.model_source import resolve_model
     from pipelines.serving.registration import UntrainedTaskError, WeakTestError, register_model
+    from pipelines.training.runs.model_source import resolve_model
     from skillnet_platform.tracking.champion import OtherModelError
 
     source = resolve_model(str(run), config.tracking.uri)
@@ -202,7 +202,7 @@ def register_run(
     "skillnet finetune --tasks.image_classification.corpus mine\n"
     "skillnet finetune --config tiny --training.workers 2 --json",
     show=lambda result: print_result(result, f"the model is in {result['model']}"),
-    resources=request_planned_training,
+    resources=request_training,
     essential=(
         "name",
         "run_dir",

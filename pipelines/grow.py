@@ -15,11 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.growth import GrowConfig
-from pipelines.planning.run_request import request_planned_growth
+from pipelines.training.config.growth import GrowConfig
+from pipelines.training.config.resources import PlannedRun, request_workers
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
+from skillnet_platform.cluster.resource_request import (
+    ResourceRequest,
+    collect_locations,
+    local_run_dir,
+    select_model_paths,
+)
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.location import require_local_folder
@@ -28,9 +34,9 @@ from skillnet_platform.storage.location import require_local_folder
 GROW_FILE = "grow.yaml"
 
 if TYPE_CHECKING:
-    from pipelines.config.run import FinetuneConfig
-    from pipelines.runs.model_source import ModelSource
-    from pipelines.training.resolved_run import ResolvedRun
+    from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.loop.resolved_run import ResolvedRun
+    from pipelines.training.runs.model_source import ModelSource
     from skillnet.model import SkillNet
     from skillnet_platform.tracking import Tracker
 
@@ -49,9 +55,9 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         RuntimeError: an old part changed; the report names it.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.growth import runs
-    from pipelines.runs import layout, model_source
-    from pipelines.training.resolved_run import resolve_run
+    from pipelines.training.growth import runs
+    from pipelines.training.loop.resolved_run import resolve_run
+    from pipelines.training.runs import layout, model_source
 
     config = replace(
         config, run_dir=str(require_local_folder(config.run_dir, run_root(), "run_dir of grow"))
@@ -66,14 +72,14 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
 def _grow_in_folder(
     config: GrowConfig, source: "ModelSource", before: "SkillNet", resolved: "ResolvedRun"
 ) -> dict[str, Any]:
-    from pipelines.growth import runs, verification
-    from pipelines.growth.report_files import record_growth_report
-    from pipelines.runs import layout
-    from pipelines.runs.progress_log import PROGRESS, follow_progress
     from pipelines.serving.registration import check_given_name, register_measured_run
-    from pipelines.training import run as training_run
-    from pipelines.training.init_from import read_training_corpora, record_origin
-    from pipelines.training.setup import require_devices
+    from pipelines.training.growth import runs, verification
+    from pipelines.training.growth.report_files import record_growth_report
+    from pipelines.training.loop import run as training_run
+    from pipelines.training.loop.init_from import read_training_corpora, record_origin
+    from pipelines.training.loop.setup import require_devices
+    from pipelines.training.runs import layout
+    from pipelines.training.runs.progress_log import PROGRESS, follow_progress
 
     settings = resolved.config
     assert settings.name is not None
@@ -145,9 +151,9 @@ def _resolve_references(
     config: GrowConfig, settings: "FinetuneConfig", source: "ModelSource", run: Path
 ) -> "dict[str, ResolvedRun]":
     """Return name -> validated reference run, before the growth has a folder."""
-    from pipelines.growth import runs
-    from pipelines.training.resolved_run import ResolvedRun
-    from pipelines.training.run import find_finished_result, validate_run
+    from pipelines.training.growth import runs
+    from pipelines.training.loop.resolved_run import ResolvedRun
+    from pipelines.training.loop.run import find_finished_result, validate_run
 
     resolved: dict[str, ResolvedRun] = {}
     for name in dict.fromkeys(config.references):
@@ -168,9 +174,9 @@ def _train_references(
     references: "Mapping[str, ResolvedRun]", tracker: "Tracker"
 ) -> dict[str, dict[str, Any]]:
     """Train the reference runs; return name -> result. Each is a child run in MLflow."""
-    from pipelines.runs import layout
-    from pipelines.runs.progress_log import PROGRESS, follow_progress
-    from pipelines.training import run as training_run
+    from pipelines.training.loop import run as training_run
+    from pipelines.training.runs import layout
+    from pipelines.training.runs.progress_log import PROGRESS, follow_progress
 
     results: dict[str, dict[str, Any]] = {}
     for name, resolved in references.items():
@@ -193,8 +199,8 @@ def _open_tracker(
     settings: "FinetuneConfig", run: Path, tags: dict[str, str], parent: str | None = None
 ) -> "Iterator[Tracker]":
     """Open the MLflow run of a folder: the recorded one if the run resumes, or a new one."""
-    from pipelines.runs.layout import RUN
-    from pipelines.runs.run_tags import describe_run
+    from pipelines.training.runs.layout import RUN
+    from pipelines.training.runs.run_tags import describe_run
     from skillnet_platform import tracking
 
     assert settings.name is not None
@@ -215,7 +221,7 @@ def show_growth(result: dict[str, Any]) -> None:
     Args:
         result: of :func:`grow_model`.
     """
-    from pipelines.growth.report import GrowthReport
+    from pipelines.training.growth.report import GrowthReport
 
     report = GrowthReport.from_dict(result["growth"])
     for title, columns, cells in report.build_tables():
@@ -226,6 +232,24 @@ def show_growth(result: dict[str, Any]) -> None:
         console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
 
 
+def request_growth(config: GrowConfig) -> ResourceRequest:
+    """Return the resources of a growth; its runs follow from the model that grows."""
+
+    def list_runs() -> list[PlannedRun]:
+        from pipelines.training.growth.planned_runs import list_growth_runs
+
+        return list_growth_runs(config)
+
+    return replace(
+        request_workers(config.training),
+        locations=collect_locations(config.data, config.run_dir),
+        models=select_model_paths(config.source),
+        run_dir=local_run_dir(config.run_dir),
+        run_name=config.name or "",
+        list_runs=list_runs,
+    )
+
+
 @command(
     GrowConfig,
     description="Add a skill and a task to a trained model, and train only these. The report "
@@ -234,7 +258,7 @@ def show_growth(result: dict[str, Any]) -> None:
     example="skillnet prepare stroke_counts\n"
     "skillnet grow my-run --config grow/stroke-count --name counting",
     show=show_growth,
-    resources=request_planned_growth,
+    resources=request_growth,
     essential=(
         "source",
         "name",

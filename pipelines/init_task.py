@@ -48,7 +48,7 @@ def show_template(result: dict[str, Any]) -> None:
 def main(config: InitTaskConfig) -> dict[str, Any]:
     """Run ``skillnet init-task``."""
     # Decoders load here, so that --help stays fast.
-    from pipelines.preprocessing.task_template import describe_task, name_file
+    from pipelines.data.preprocessing.task_template import describe_task, name_file
     from skillnet_platform.storage import open_output
 
     file = Path(config.file or name_file(config.path))

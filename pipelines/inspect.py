@@ -22,7 +22,7 @@ class InspectConfig:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the report of an inspected path."""
-    from pipelines.preprocessing.inspection import show_inspection
+    from pipelines.data.preprocessing.inspection import show_inspection
 
     show_inspection(report)
 
@@ -38,7 +38,7 @@ def print_report(report: dict[str, Any]) -> None:
 def main(config: InspectConfig) -> dict[str, Any]:
     """Run ``skillnet inspect``."""
     # Decoders load here, so that --help stays fast.
-    from pipelines.preprocessing.inspection import inspect_corpus
+    from pipelines.data.preprocessing.inspection import inspect_corpus
 
     return inspect_corpus(config.path, config.options)
 

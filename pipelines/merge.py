@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.merging import MergeConfig
-from pipelines.config.resources import request_model
 from pipelines.grow import grow_model, show_growth
+from pipelines.training.config.merging import MergeConfig
+from pipelines.training.config.resources import request_model
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -26,8 +26,8 @@ from skillnet_platform.storage import atomic_write, data_root, run_root, write_j
 from skillnet_platform.storage.location import parse_location, require_local_folder
 
 if TYPE_CHECKING:
-    from pipelines.config.run import FinetuneConfig
-    from pipelines.growth.merging import MergeSource
+    from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.growth.merging import MergeSource
     from skillnet.model_merging import MergePlan
 
 
@@ -47,8 +47,8 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
         RuntimeError: an exact merge changed an output; the report names the task.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.growth.merging import build_merged_config, open_merge_sources
-    from pipelines.runs import layout
+    from pipelines.training.growth.merging import build_merged_config, open_merge_sources
+    from pipelines.training.runs import layout
     from skillnet.model_merging import plan_merge
 
     config = replace(
@@ -78,20 +78,20 @@ def _merge_in_folder(
     settings: "FinetuneConfig",
     folder: Path,
 ) -> dict[str, Any]:
-    from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
-    from pipelines.evaluation.overall_score import compute_overall_score
-    from pipelines.evaluation.tables import flat_metrics, write_evaluation_csv
-    from pipelines.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
-    from pipelines.growth.report_files import record_growth_report
-    from pipelines.runs import layout
-    from pipelines.runs.run_tags import describe_run
     from pipelines.serving.registration import (
         check_given_name,
         check_trained_tasks,
         find_unregistered,
         register_measured_run,
     )
-    from pipelines.training.run_evaluation import EVALUATION_CSV
+    from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
+    from pipelines.training.evaluation.overall_score import compute_overall_score
+    from pipelines.training.evaluation.tables import flat_metrics, write_evaluation_csv
+    from pipelines.training.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
+    from pipelines.training.growth.report_files import record_growth_report
+    from pipelines.training.loop.run_evaluation import EVALUATION_CSV
+    from pipelines.training.runs import layout
+    from pipelines.training.runs.run_tags import describe_run
     from skillnet.model_merging import merge_models
     from skillnet_platform import tracking
     from skillnet_platform.tracking.backend import SCORE_METRIC
@@ -187,7 +187,7 @@ def show_merge(result: dict[str, Any]) -> None:
     Args:
         result: of :func:`merge_trained_models`.
     """
-    from pipelines.growth.merge_report import MergeReport
+    from pipelines.training.growth.merge_report import MergeReport
 
     report = MergeReport.from_dict(result["merge"])
     for title, columns, cells in report.build_tables():

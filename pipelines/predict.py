@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.config.resources import request_model
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -119,9 +119,9 @@ def predict_rows(config: PredictConfig) -> PredictionRun:
             file has no usable row.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.inputs import check_usable_rows, report_rejected
+    from pipelines.training.runs import model_source
 
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
     inputs = gather_inputs(config)
@@ -311,7 +311,7 @@ def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: s
         lines: of the output file.
         output: file of the predictions.
     """
-    from pipelines.io.json_lines import format_json_line
+    from pipelines.data.io.json_lines import format_json_line
 
     # A killed command must not leave half a file that looks complete.
     with open_output(output, "w") as stream:

@@ -4,12 +4,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.config.corpus_options import check_pairs, rewrite_corpus_options
-from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, open_external_corpus
-from pipelines.corpora.base import JOINED_ROW
-from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
-from pipelines.preprocessing.remote_staging import stage_locally
-from pipelines.tokenizer import training as tokenizers
+from pipelines.data.config.corpus_options import check_pairs, rewrite_corpus_options
+from pipelines.data.corpora import DEMO, is_built_in, open_external_corpus
+from pipelines.data.corpora.base import JOINED_ROW
+from pipelines.data.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
+from pipelines.data.preprocessing.remote_staging import stage_locally
+from pipelines.data.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -98,7 +98,8 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     if unknown := sorted(set(config.options) - set(config.corpus)):
         raise UserError(f"options.{unknown[0]}: no such corpus is given with --corpus")
     # Checked before the preparation, which may take hours.
-    check_pairs(config.pair, {*config.corpora, *config.corpus, *BUILT_IN, *EXTRA_BUILT_IN})
+    built_in = {name for name in config.pair if is_built_in(name)}
+    check_pairs(config.pair, {*config.corpora, *config.corpus, *DEMO, *built_in})
     external = [
         open_external_corpus(name, path, config.options.get(name))
         for name, path in config.corpus.items()
@@ -106,7 +107,7 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     destination = parse_location(config.data, storage.data_root())
     if config.pair and isinstance(destination, str):
         raise UserError(f"--data {destination}: --pair writes to a directory only. Give one")
-    names = config.corpora or ([] if external or config.pair else list(BUILT_IN))
+    names = config.corpora or ([] if external or config.pair else list(DEMO))
     # Shards are written to a local disk; an object store has no atomic rename.
     with stage_locally(destination) as data:
         done = prepare(
@@ -122,7 +123,7 @@ def main(config: PrepareConfig) -> dict[str, Any]:
         )
         for name, pair in config.pair.items():
             # torch loads with it, which --help does not need.
-            from pipelines.preprocessing.paired_corpus import write_paired_corpus
+            from pipelines.data.preprocessing.paired_corpus import write_paired_corpus
 
             done[name] = summarize_manifest(write_paired_corpus(name, pair, data), "paired")
     return {"seconds": round(time.monotonic() - start, 2), "corpora": done}

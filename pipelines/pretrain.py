@@ -8,10 +8,10 @@ and workers are those of ``skillnet finetune``, which starts from the result wit
 
 from typing import Any
 
-from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, PretrainConfig
 from pipelines.finetune import print_result, run_end_to_end
-from pipelines.planning.run_request import request_planned_training
-from pipelines.training.pretraining import build_joint_run
+from pipelines.training.config.resources import request_training
+from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, PretrainConfig
+from pipelines.training.loop.pretraining import build_joint_run
 from skillnet_platform.cli import command
 
 #: Pretraining never reads a test split; it evaluates on this split.
@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     example="skillnet pretrain --config pretrain --name first-pretraining\n"
     "skillnet finetune --config quickstart --from first-pretraining",
     show=lambda result: print_result(result, f"next: skillnet finetune --from {result['name']}"),
-    resources=request_planned_training,
+    resources=request_training,
     essential=(
         "name",
         "run_dir",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
-from pipelines.planning.run_request import request_planned_training
+from pipelines.training.config.resources import request_training
+from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import archive_root, data_root
@@ -80,7 +80,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Raises:
         UserError: a stage failed. Finished stages are reused by the next call.
     """
-    from pipelines.training.setup import require_devices
+    from pipelines.training.loop.setup import require_devices
 
     # Before the downloads, which take minutes.
     require_devices(config.training)
@@ -97,7 +97,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             fetch(names, archives)
     if "prepare" not in config.skip:
         with stages.stage("prepare", "preparing Arrow shards with Ray Data"):
-            from pipelines.preprocessing.prepare import prepare
+            from pipelines.data.preprocessing.prepare import prepare
 
             prepare(names, data, archives)
     baselines: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ def _build_training_config(config: QuickstartConfig, data: Path) -> FinetuneConf
 
 
 def _evaluate_baselines(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
-    from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
+    from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
     from skillnet.skills import find_task
 
     tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
@@ -161,8 +161,8 @@ def _register(
     rows: list[dict[str, Any]],
     baselines: list[dict[str, Any]],
 ) -> Any:
-    from pipelines.runs import model_source
     from pipelines.serving.registration import register_model
+    from pipelines.training.runs import model_source
 
     uri = config.tracking.uri
     source = model_source.resolve_model(result["run"], uri)
@@ -176,7 +176,11 @@ def _record_baselines(
     baselines: list[dict[str, Any]],
 ) -> int:
     """Log the simple baselines to the run; return the number of parameters of the model."""
-    from pipelines.evaluation.tables import run_description, run_facts, write_evaluation_csv
+    from pipelines.training.evaluation.tables import (
+        run_description,
+        run_facts,
+        write_evaluation_csv,
+    )
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
@@ -208,7 +212,7 @@ def _warn_without_bf16(config: QuickstartConfig) -> None:
 
 def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     """Print the final table and the next commands."""
-    from pipelines.evaluation.tables import summary_cells
+    from pipelines.training.evaluation.tables import summary_cells
 
     columns, cells = summary_cells(
         done["evaluation"],
@@ -245,7 +249,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     show=lambda result: show_quickstart(*result),
     to_json=lambda result: result[0],
     rewrite_arguments=lambda argv: ["--config", PRESET, *argv],
-    resources=request_planned_training,
+    resources=request_training,
     essential=(
         "name",
         "run_dir",

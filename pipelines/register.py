@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines.config.resources import request_model
 from pipelines.serving.registration import register_model
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -69,7 +69,7 @@ def show_registration(registered: "RegisteredVersion") -> None:
 def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.runs import model_source
+    from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
     # The source has the corpora of its training run; the option overrides them.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config.resources import request_model
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
@@ -100,7 +100,6 @@ def search_corpus(config: SearchConfig) -> SearchResult:
             rows for the query, or the corpus is of another modality.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.corpus_search import (
         CorpusSearch,
@@ -108,6 +107,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         find_query_tower,
     )
     from pipelines.serving.input_items import find_item_modality, printable_name
+    from pipelines.training.runs import model_source
 
     item = read_query(config)
     modality = find_item_modality(item)

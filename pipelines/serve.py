@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from pipelines.config.resources import request_model
 from pipelines.serving.access_token import read_token
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console, signals, ui
 from skillnet_platform.cli import command
 from skillnet_platform.config.bounds import (
@@ -107,7 +107,7 @@ def pin_version(model: str, tracking_uri: str | None) -> str:
     Raises:
         UserError: there is no such model.
     """
-    from pipelines.runs.model_source import resolve_model
+    from pipelines.training.runs.model_source import resolve_model
 
     if "@" not in model or not model.startswith("models:/"):
         return model

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.config.corpus_options import rewrite_corpus_options
-from pipelines.config.resources import request_model
+from pipelines.data.config.corpus_options import rewrite_corpus_options
+from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import flatten_tree, positional_field
@@ -30,8 +30,8 @@ from skillnet_platform.storage.location import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.corpora import ExternalCorpus
-    from pipelines.runs.model_source import ModelSource
+    from pipelines.data.corpora import ExternalCorpus
+    from pipelines.training.runs.model_source import ModelSource
 
 State = Literal["ok", "altered", "absent"]
 
@@ -81,7 +81,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     Raises:
         UserError: there is no such model.
     """
-    from pipelines.runs import model_source
+    from pipelines.training.runs import model_source
 
     try:
         # The checks below name the altered file, which a check of all files at once cannot.
@@ -125,7 +125,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
 
 def _open_given_corpora(config: VerifyConfig, names: list[str]) -> "dict[str, ExternalCorpus]":
     """Open the data of the user that the command names."""
-    from pipelines.corpora import open_external_corpus
+    from pipelines.data.corpora import open_external_corpus
 
     for key, given in (("corpus", config.corpus), ("options", config.options)):
         known = names if key == "corpus" else config.corpus
@@ -236,8 +236,8 @@ def compare_with_run(weights: Path, model: Path) -> str:
 
 def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, dict[str, Any]]:
     """Check a corpus; return the result and its manifest, which is empty if it is not valid."""
-    from pipelines.shards.dataset import verify_corpus
-    from pipelines.shards.files import open_shard_store
+    from pipelines.data.shards.dataset import verify_corpus
+    from pipelines.data.shards.files import open_shard_store
 
     subject = f"corpus {Path(location).name}"
     if not open_shard_store(location).exists():
@@ -307,10 +307,9 @@ def _check_source(entry: dict[str, str], archives: Path, extra: dict[str, str]) 
 
 def _find_extra_sources(names: list[str]) -> dict[str, str]:
     """Return name -> hash of sources that are not downloads, such as the standard library."""
-    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
+    from pipelines.data.corpora import find_corpus, is_built_in
 
-    known = BUILT_IN | EXTRA_BUILT_IN
-    listed = [find_corpus(name).extra_sources() for name in names if name in known]
+    listed = [find_corpus(name).extra_sources() for name in names if is_built_in(name)]
     return {entry["file"]: entry["sha256"] for entries in listed for entry in entries}
 
 

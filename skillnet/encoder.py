@@ -260,3 +260,11 @@ class Encoder(nn.Module):
             else:
                 x_BTD = layer(x_BTD, skills, bias_B11T, draw)
         return self.norm(x_BTD)
+
+
+class WrappedEncoder(nn.Module):
+    """Encoder of another library in a tower of a system, such as a specialist."""
+
+    def list_layers(self) -> list[nn.Module]:
+        """Return its layers, whose weights are sharded and gathered one after the other."""
+        raise NotImplementedError

@@ -24,7 +24,7 @@ BUILT_IN = {
     "alone": "skillnet.baselines.alone:ALONE",
     "dense": "skillnet.baselines.dense:DENSE",
     "moe": "skillnet.baselines.moe:MOE",
-    "specialist": "skillnet.baselines.specialist:SPECIALIST",
+    "specialist": "skillnet_hf.specialist:SPECIALIST",
 }
 
 

@@ -2,7 +2,7 @@
 
 Ids are numbers, so ids of another tokenizer or of other classes raise no error by themselves. A
 saved model therefore records its vocabulary, and readers compare it with the vocabulary of a corpus
-(:mod:`pipelines.runs.vocabulary_match`).
+(:mod:`pipelines.training.runs.vocabulary_match`).
 """
 
 import math

@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.tables import markdown_table
-from pipelines.runs.layout import lock_run_folder
-from pipelines.runs.mirror import RunMirror
-from pipelines.runs.run_tags import describe_run
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.evaluation.tables import markdown_table
+from pipelines.training.runs.layout import lock_run_folder
+from pipelines.training.runs.mirror import RunMirror
+from pipelines.training.runs.run_tags import describe_run
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
@@ -37,7 +37,7 @@ from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import Tracker
 from sweeps.config import location
 from sweeps.config.sweep import SweepConfig
-from sweeps.search.planned_trials import request_planned_sweep
+from sweeps.search.planned_trials import request_sweep
 from sweeps.trials import remote_ledger
 from sweeps.trials.remote_ledger import RUN
 from sweeps.trials.trial import TrialOutcome
@@ -170,7 +170,7 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """Return the list or source of the trials, and their base run."""
-    from pipelines.training.resolved_run import resolve_config
+    from pipelines.training.loop.resolved_run import resolve_config
     from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
     from sweeps.search.space import SearchSpace, warn_about_small_space
     from sweeps.search.strategies import OptunaSource, configurations_from_points
@@ -322,7 +322,7 @@ def show_sweep(result: dict[str, Any]) -> None:
     "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json\n"
     "skillnet sweep --search random --space.training.lr.loguniform 3e-4,3e-3",
     show=show_sweep,
-    resources=request_planned_sweep,
+    resources=request_sweep,
     essential=(
         "name",
         "run_dir",

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.io.directory import iter_lines
-from pipelines.io.source_file import open_stream
+from pipelines.data.io.directory import iter_lines
+from pipelines.data.io.source_file import open_stream
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories

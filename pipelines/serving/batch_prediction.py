@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.io.directory import iter_lines
-from pipelines.io.json_lines import format_json_line
-from pipelines.io.source_file import open_stream
+from pipelines.data.io.directory import iter_lines
+from pipelines.data.io.json_lines import format_json_line
+from pipelines.data.io.source_file import open_stream
 from pipelines.serving.batch_plan import BlockPlan, PredictionBlock, plan_blocks
 from pipelines.serving.input_items import MAX_FILE_BYTES, PredictionItem
 from pipelines.serving.inputs import InputRow, parse_input_line
@@ -210,8 +210,8 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     Raises:
         UserError: the model is missing or damaged.
     """
-    from pipelines.runs.model_source import resolve_model
     from pipelines.serving.bundle import open_predictor
+    from pipelines.training.runs.model_source import resolve_model
 
     source = resolve_model(request.model, request.tracking_uri)
     predictor = open_predictor(source, source.find_corpora(request.data), request.precision)

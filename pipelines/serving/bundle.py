@@ -21,20 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipelines.evaluation.evaluator import locate_task_corpus
-from pipelines.runs.bundle_manifest import (
-    BUNDLE_FORMAT,
-    BUNDLE_MANIFEST,
-    compute_bundle_digest,
-    read_bundle_manifest,
-)
-from pipelines.runs.head_sizes import outputs_key
-from pipelines.runs.model_source import ModelSource, load_trained_tasks
-from pipelines.runs.vocabulary_match import (
-    TOKENIZER_FILE,
-    check_corpus_vocabulary,
-    read_corpus_names,
-)
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.tokenizer import training as tokenizers
+from pipelines.data.transforms.text import is_unicode
 from pipelines.serving.bundle_checks import (
     MODEL_MANIFEST,
     check_bundle_vocabulary,
@@ -45,9 +34,20 @@ from pipelines.serving.bundle_facts import list_licences, read_run_figures, sele
 from pipelines.serving.known_captions import embed_captions, read_known_captions
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.serving.unit_vectors import check_unit_vectors
-from pipelines.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.tokenizer import training as tokenizers
-from pipelines.transforms.text import is_unicode
+from pipelines.training.evaluation.evaluator import locate_task_corpus
+from pipelines.training.runs.bundle_manifest import (
+    BUNDLE_FORMAT,
+    BUNDLE_MANIFEST,
+    compute_bundle_digest,
+    read_bundle_manifest,
+)
+from pipelines.training.runs.head_sizes import outputs_key
+from pipelines.training.runs.model_source import ModelSource, load_trained_tasks
+from pipelines.training.runs.vocabulary_match import (
+    TOKENIZER_FILE,
+    check_corpus_vocabulary,
+    read_corpus_names,
+)
 from skillnet import systems
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
@@ -170,7 +170,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
 
     Args:
         folder: of the bundle.
-        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
 
     Raises:
         UserError: a file is missing or was altered.
@@ -300,7 +300,7 @@ def open_predictor(
     Args:
         source: the model.
         data: directory of prepared corpora; required for a checkpoint, which has no tokenizer.
-        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
 
     Raises:
         UserError: as for :func:`build_bundle` and :func:`open_bundle`.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, REMEDY
-from pipelines.runs.head_sizes import outputs_key
-from pipelines.runs.vocabulary_match import TOKENIZER_FILE
-from pipelines.tokenizer.guarded_loader import largest_token_id
+from pipelines.data.tokenizer.guarded_loader import largest_token_id
+from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, REMEDY
+from pipelines.training.runs.head_sizes import outputs_key
+from pipelines.training.runs.vocabulary_match import TOKENIZER_FILE
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_manifest

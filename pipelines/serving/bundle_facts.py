@@ -18,9 +18,9 @@ def list_licences(corpora: Iterable[str]) -> list[str]:
     Args:
         corpora: names of the corpora that rows come from.
     """
-    from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
+    from pipelines.data.corpora import find_corpus, is_built_in
 
-    known = [name for name in corpora if name in BUILT_IN | EXTRA_BUILT_IN]
+    known = [name for name in corpora if is_built_in(name)]
     archives = [each for name in known for each in find_corpus(name).archives]
     # Two corpora may come from one archive.
     return list(dict.fromkeys(f"{each.requirement}: {each.licence}" for each in archives))

@@ -26,11 +26,11 @@ from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import ModelSource
+    from pipelines.data.shards.dataset import PreparedCorpus
+    from pipelines.data.transforms.decode_guard import WorkBudget
     from pipelines.serving.predictor import TaskPredictor
     from pipelines.serving.search_page import QueryPreview
-    from pipelines.shards.dataset import PreparedCorpus
-    from pipelines.transforms.decode_guard import WorkBudget
+    from pipelines.training.runs.model_source import ModelSource
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
@@ -92,12 +92,13 @@ class CorpusSearch:
         modality: str = "text",
         place: str = "",
     ) -> None:
-        from pipelines.config.folds import FoldConfig
-        from pipelines.evaluation.evaluator import locate_task_corpus
-        from pipelines.loading.task_columns import PAIRED_PREFIX, tower_column
-        from pipelines.runs.vocabulary_match import check_corpus_vocabulary
-        from pipelines.shards.dataset import open_corpus
-        from pipelines.shards.folds import open_fold
+        from pipelines.data.config.folds import FoldConfig
+        from pipelines.data.shards.columns import PAIRED_PREFIX
+        from pipelines.data.shards.dataset import open_corpus
+        from pipelines.data.shards.folds import open_fold
+        from pipelines.training.evaluation.evaluator import locate_task_corpus
+        from pipelines.training.loading.task_columns import tower_column
+        from pipelines.training.runs.vocabulary_match import check_corpus_vocabulary
 
         self.predictor, self.task, self.modality = predictor, task, modality
         spec = predictor.model.config.tasks[task]
@@ -260,8 +261,8 @@ class CorpusSearch:
 
     def _load_content(self, hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
         """Return the picture or the video of a hit, or its text or code."""
+        from pipelines.data.shards.columns import FixedColumn, RaggedColumn, open_column
         from pipelines.serving.search_page import draw_log_mel
-        from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
 
         table = self.corpus.splits[hit.split].table()
         if self._shown in ("text", "code"):

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, compute_bundle_digest
-from pipelines.runs.model_source import ModelSource
-from pipelines.runs.vocabulary_match import TOKENIZER_FILE
 from pipelines.serving.model_card import CARD_FILE, render_card
+from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, compute_bundle_digest
+from pipelines.training.runs.model_source import ModelSource
+from pipelines.training.runs.vocabulary_match import TOKENIZER_FILE
 from skillnet import systems
 from skillnet.dense_export import merge_task_skills
 from skillnet.model import SkillNet

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin
 
-from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST
+from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST
 from skillnet_platform.errors import UserError
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.io.media import MAX_MEDIA_BYTES
-from pipelines.io.source_file import read_bounded
+from pipelines.data.io.media import MAX_MEDIA_BYTES
+from pipelines.data.io.source_file import read_bounded
 from skillnet_platform.errors import UserError
 
 MODALITY_SUFFIXES = {

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.transforms.text import check_unicode
 from pipelines.serving.input_items import (
     MAX_ROWS_BYTES,
     PredictionItem,
     read_file_bytes,
     read_input_item,
 )
-from pipelines.transforms.text import check_unicode
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

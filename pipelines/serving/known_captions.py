@@ -5,8 +5,8 @@
 
 import numpy as np
 
+from pipelines.data.shards.dataset import PreparedCorpus
 from pipelines.serving.predictor import TaskPredictor
-from pipelines.shards.dataset import PreparedCorpus
 from skillnet_platform import console
 
 #: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.evaluation.tables import markdown_table, result_cells, sort_rows
+from pipelines.training.evaluation.tables import markdown_table, result_cells, sort_rows
 from skillnet.multitask_model import TaskModel
 
 CARD_FILE = "README.md"

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from pipelines.serving.bundle import read_predictor
 from pipelines.serving.input_items import (
     PredictionItem,
@@ -22,6 +20,8 @@ from pipelines.serving.input_items import (
     read_file_bytes,
 )
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor
+from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Modality, find_task

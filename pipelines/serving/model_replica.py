@@ -10,6 +10,8 @@ from typing import Any
 
 from ray import serve
 
+from pipelines.data.transforms.decode_guard import WorkBudget
+from pipelines.data.transforms.decoder_process import MAX_CHILDREN
 from pipelines.serving.fair_share import FairShare
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from pipelines.serving.served_model import (
@@ -18,8 +20,6 @@ from pipelines.serving.served_model import (
     ServedModel,
     ServedModelConfig,
 )
-from pipelines.transforms.decode_guard import WorkBudget
-from pipelines.transforms.decoder_process import MAX_CHILDREN
 from skillnet_platform.errors import UserError
 
 #: Inputs of a request that joins others; a larger one runs alone.

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.evaluation.row_scores import DECISION_THRESHOLD
+from pipelines.data.transforms import image, sound, text, video
+from pipelines.data.transforms.decode_guard import NO_TIME_LEFT, WorkBudget
+from pipelines.data.transforms.decoder_process import decode_media
 from pipelines.serving.input_items import (
     PredictionItem,
     decode_text,
     find_item_modality,
     printable_name,
 )
-from pipelines.transforms import image, sound, text, video
-from pipelines.transforms.decode_guard import NO_TIME_LEFT, WorkBudget
-from pipelines.transforms.decoder_process import decode_media
+from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.training.evaluation.row_scores import DECISION_THRESHOLD
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives import find_objective
 from skillnet.skills import find_task
@@ -98,7 +98,7 @@ class TaskPredictor:
         names: task -> names of its classes or symbols (symbol 1 first).
         banks: task -> known captions.
         limits: task -> maximum length of the task's own modality, as in training.
-        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
         preprocessing: task -> preprocessing settings of its corpus.
     """
 

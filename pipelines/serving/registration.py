@@ -18,7 +18,7 @@ from skillnet_platform.storage import run_root, scratch_directory, sha256_file
 from skillnet_platform.storage.temporary import remove_leftovers
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import ModelSource
+    from pipelines.training.runs.model_source import ModelSource
     from skillnet_platform.tracking import TrackingConfig
     from skillnet_platform.tracking.promotion import MetricEstimate
     from skillnet_platform.tracking.registry import RegisteredVersion
@@ -79,7 +79,7 @@ def register_model(
     check_trained_tasks(source)
     source.require_own_splits("Registration")
     # These modules load torch and MLflow, which --help of the commands must not do.
-    from pipelines.runs.model_source import load_trained_tasks
+    from pipelines.training.runs.model_source import load_trained_tasks
     from skillnet_platform.tracking import backend, champion, registration_order, registry
 
     # SIGTERM may interrupt any step: the same command completes the registration.
@@ -151,7 +151,7 @@ def register_measured_run(
     """
     if not tracking.register:
         return None
-    from pipelines.runs import model_source
+    from pipelines.training.runs import model_source
     from skillnet_platform.tracking.champion import OtherModelError
 
     try:
@@ -208,8 +208,8 @@ def _find_weak_tests(
     sources: Sequence["ModelSource"], model: Any, data: str | Path, allowed: bool
 ) -> list[str]:
     """Return why the test of a model proves little; refuse test rows of its training by default."""
-    from pipelines.evaluation.weak_tests import find_weak_tests
-    from pipelines.runs.model_source import list_training_reads, read_training_settings
+    from pipelines.training.evaluation.weak_tests import find_weak_tests
+    from pipelines.training.runs.model_source import list_training_reads, read_training_settings
 
     source = sources[0]
     reads = [read for each in sources for read in list_training_reads(read_training_settings(each))]
@@ -267,9 +267,9 @@ def _registration_key(
     source: "ModelSource", model: Any, data: str | Path, name: str, uri: str | None
 ) -> str:
     """Return the same key for each registration of a model's weights from the same corpora."""
-    from pipelines.evaluation.evaluator import locate_task_corpus
-    from pipelines.runs.model_source import is_known_run
-    from pipelines.shards.dataset import open_corpus
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.evaluation.evaluator import locate_task_corpus
+    from pipelines.training.runs.model_source import is_known_run
     from skillnet_platform.config import digest_config
 
     corpora = {
@@ -292,9 +292,9 @@ def _register_bundle(
     key: str,
     weak_tests: Sequence[str],
 ) -> "RegisteredVersion":
-    from pipelines.evaluation.tables import run_description
-    from pipelines.runs.model_source import BUNDLE
     from pipelines.serving import bundle
+    from pipelines.training.evaluation.tables import run_description
+    from pipelines.training.runs.model_source import BUNDLE
     from skillnet_platform import __version__
     from skillnet_platform.tracking import champion, registry
 
@@ -355,7 +355,7 @@ def registry_metrics(
         tasks: name -> task.
         manifest: of the bundle, with the digests of the corpora.
     """
-    from pipelines.evaluation.tables import OBJECTIVE_METRICS, find_row
+    from pipelines.training.evaluation.tables import OBJECTIVE_METRICS, find_row
     from skillnet_platform.tracking.promotion import MetricEstimate
 
     estimates: dict[str, MetricEstimate] = {}
@@ -405,7 +405,7 @@ def model_signature() -> Any:
 def _evaluate(
     source: "ModelSource", model: Any, data: str | Path, bootstrap_samples: int
 ) -> list[dict[str, Any]]:
-    from pipelines.evaluation.evaluator import evaluate_model
+    from pipelines.training.evaluation.evaluator import evaluate_model
 
     console.print_note("evaluating the model before its registration")
     return evaluate_model(
@@ -422,7 +422,7 @@ def _evaluate(
 @contextlib.contextmanager
 def _open_run(source: "ModelSource", uri: str | None, key: str) -> Iterator[str]:
     """Yield the id of the run that trained the model, or of its registration if it has none."""
-    from pipelines.runs.model_source import is_known_run
+    from pipelines.training.runs.model_source import is_known_run
     from skillnet_platform import tracking
 
     if source.run_id is not None and is_known_run(source.run_id, uri):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.data.transforms.text import check_unicode
 from pipelines.serving.input_items import PredictionItem
-from pipelines.transforms.text import check_unicode
 from skillnet_platform.errors import UserError
 
 DEFAULT_TOP = 5

@@ -19,9 +19,9 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import ModelSource
+    from pipelines.data.shards.dataset import PreparedCorpus
     from pipelines.serving.predictor import TaskPredictor
-    from pipelines.shards.dataset import PreparedCorpus
+    from pipelines.training.runs.model_source import ModelSource
 
 #: Increase it when the index changes, so that cached files are not reused.
 INDEX_VERSION = 3
@@ -57,8 +57,8 @@ def build_retrieval_index(
         UserError: the splits have no rows, the corpus is of another modality, or the embeddings
             exceed ``MAX_INDEX_BYTES``.
     """
-    from pipelines.evaluation.inference import split_inputs
-    from pipelines.loading.task_columns import is_row_tower, tower_column
+    from pipelines.training.evaluation.inference import split_inputs
+    from pipelines.training.loading.task_columns import is_row_tower, tower_column
 
     # bf16 and float32 give different vectors, so an index belongs to one precision.
     precision = predictor.runner.precision.name

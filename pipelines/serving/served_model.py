@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.input_items import find_item_modality, printable_name
 from pipelines.serving.predictor import ReadInput, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.transforms.decode_guard import WorkBudget
 from skillnet.skills import MODALITIES
 from skillnet_platform.errors import UserError, suggest_name
 
@@ -76,14 +76,14 @@ class ServedModel:
     """
 
     def __init__(self, config: ServedModelConfig) -> None:
-        from pipelines.evaluation.tables import sort_rows
-        from pipelines.runs.model_source import resolve_model
         from pipelines.serving.bundle import open_predictor
         from pipelines.serving.corpus_search import (
             CorpusSearch,
             MissingCaptionsError,
             list_search_tasks,
         )
+        from pipelines.training.evaluation.tables import sort_rows
+        from pipelines.training.runs.model_source import resolve_model
 
         source = resolve_model(config.model, config.tracking_uri)
         data = source.find_corpora(config.data)

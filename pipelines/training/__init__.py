@@ -1,1 +1,1 @@
-"""Training: loop, optimizer, gradient sums, checkpoints, preemption, and evaluation of a run."""
+"""From shards to a trained model: loading, loop, checkpoints, evaluation, runs, growth."""

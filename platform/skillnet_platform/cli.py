@@ -10,11 +10,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 from skillnet_platform import __version__, console, signals
+from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
 from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri
@@ -385,21 +385,8 @@ def _raised_in(error: BaseException) -> str:
 
 
 def find_commands() -> dict[str, EntryPoint]:
-    """Return name -> entry point of the commands of installed packages and of this checkout.
-
-    A job on a cluster has our code without package metadata. There the pyproject.toml of the
-    uploaded checkout names the commands.
-    """
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    if project.is_file():
-        import tomllib
-
-        project_table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        named = project_table.get("entry-points", {}).get(GROUP, {})
-        # The metadata of an editable installation may be older than this pyproject.toml.
-        found |= {name: EntryPoint(name, value, GROUP) for name, value in named.items()}
-    return found
+    """Return name -> entry point of the commands of installed packages and of this checkout."""
+    return find_entries(GROUP)
 
 
 def _load_and_run(entry: EntryPoint, arguments: list[str]) -> int:

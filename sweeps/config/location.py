@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.runs.mirror import RunMirror
+from pipelines.training.runs.mirror import RunMirror
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.location import Location
 

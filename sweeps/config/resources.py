@@ -1,42 +1,50 @@
-"""Resource requests of ``skillnet sweep`` and ``skillnet compare``."""
+"""Resources of one trial of a sweep or study."""
 
 from dataclasses import replace
+from typing import Protocol
 
-from pipelines.config.resources import request_workers
-from pipelines.config.run import TrainingConfig
+from pipelines.training.config.resources import request_workers
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     collect_locations,
     local_run_dir,
     select_model_paths,
 )
-from sweeps.config.study import StudyConfig
-from sweeps.config.sweep import SweepConfig
+from sweeps.config.trials import ResourceConfig
 
 
-def request_sweep(config: SweepConfig) -> ResourceRequest:
-    """Return the request of one trial of a sweep."""
-    return _request_run(config, config.run.training)
+class TrialsConfig(Protocol):
+    """Configuration of a command that runs trials: a sweep or a study."""
+
+    name: str | None
+    run_dir: str | None
+    resources: ResourceConfig
+
+    @property
+    def run(self) -> FinetuneConfig:
+        """Configuration of a trial."""
 
 
-def request_study(config: StudyConfig) -> ResourceRequest:
-    """Return the request of one run of a study, and of its pretraining if a system has one."""
-    first = _request_run(config, config.run.training)
-    if not any(system.pretrain for system in config.systems.values()):
-        return first
-    workers = _request_trial(config, config.pretraining.training)
-    models = select_model_paths(config.run.init_from, config.pretraining.init_from)
-    same = workers == _request_trial(config, config.run.training)
-    return replace(first, models=models, next_stage=None if same else workers)
+def request_trial(config: TrialsConfig, training: TrainingConfig) -> ResourceRequest:
+    """Return the workers of one trial.
 
-
-def _request_trial(config: SweepConfig | StudyConfig, training: TrainingConfig) -> ResourceRequest:
+    Args:
+        config: of the sweep or study.
+        training: settings of the trial's training.
+    """
     return request_workers(training, config.resources.cpus, config.resources.gpus)
 
 
-def _request_run(config: SweepConfig | StudyConfig, training: TrainingConfig) -> ResourceRequest:
+def request_run(config: TrialsConfig, training: TrainingConfig) -> ResourceRequest:
+    """Return the workers of one trial, with the places of its corpora, models and results.
+
+    Args:
+        config: of the sweep or study.
+        training: settings of the trial's training.
+    """
     return replace(
-        _request_trial(config, training),
+        request_trial(config, training),
         locations=collect_locations(config.run.data, config.run_dir, config.run.storage.mirror),
         models=select_model_paths(config.run.init_from),
         run_dir=local_run_dir(config.run_dir),

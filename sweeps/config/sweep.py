@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.config.bounds import (
     NonNegativeCount,
     PositiveCount,

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skillnet.unit_statistics import CONFIDENCE_LEVEL
-from sweeps.analysis.format import format_signed_points
+from sweeps.config.format import format_signed_points
 from sweeps.config.space import format_setting
 
 #: Seeds from which on the interval is over seeds.

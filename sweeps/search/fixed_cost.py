@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from sweeps.config.trials import FixedCostConfig
 

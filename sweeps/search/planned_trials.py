@@ -1,12 +1,12 @@
-"""Trials of a sweep for a plan of their memory: :func:`request_planned_sweep`."""
+"""Trials of a sweep for a plan of their memory, and the resources of one: :func:`request_sweep`."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipelines.planning.memory_check import MemoryCheck, PlannedRun
+from pipelines.training.config.resources import PlannedRun
 from skillnet_platform.cluster.resource_request import ResourceRequest
-from sweeps.config.resources import request_sweep
+from sweeps.config.resources import request_run
 from sweeps.config.sweep import SweepConfig
 from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
 from sweeps.search.space import SearchPoint, SearchSpace, describe_point
@@ -15,10 +15,10 @@ from sweeps.search.space import SearchPoint, SearchSpace, describe_point
 MAX_POINTS = 64
 
 
-def request_planned_sweep(config: SweepConfig) -> ResourceRequest:
-    """Return the request of one trial of a sweep, with the check of the memory of the trials."""
-    check = MemoryCheck(lambda: list_sweep_runs(config))
-    return replace(request_sweep(config), find_memory_problem=check)
+def request_sweep(config: SweepConfig) -> ResourceRequest:
+    """Return the resources of one trial of a sweep."""
+    one = request_run(config, config.run.training)
+    return replace(one, list_runs=lambda: list_sweep_runs(config))
 
 
 def list_sweep_runs(config: SweepConfig) -> list[PlannedRun]:

@@ -236,7 +236,7 @@ def describe_settings(configuration: RankedConfiguration, short: dict[str, str])
 
 
 def _draw_cost_points(panel: Any, points: Sequence[RankedConfiguration], key: str) -> None:
-    from pipelines.evaluation.figures import COLORS, style_axes
+    from pipelines.training.evaluation.figures import COLORS, style_axes
 
     costs = [getattr(each, key) / 1e6 for each in points]
     for each, cost in zip(points, costs, strict=True):

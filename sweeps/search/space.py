@@ -21,7 +21,7 @@ import typing
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.config.schema import (

@@ -24,7 +24,7 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.source import PROPOSALS

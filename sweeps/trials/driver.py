@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipelines.runs.layout import RUN
-from pipelines.runs.mirror import RunMirror
+from pipelines.training.runs.layout import RUN
+from pipelines.training.runs.mirror import RunMirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root
@@ -164,9 +164,9 @@ class TrialDriver:
 
     def _open_run(self, entry: LedgerEntry) -> None:
         """Create the trial's directory and open its MLflow run."""
-        from pipelines.runs.run_tags import describe_run
-        from pipelines.training.resolved_run import resolve_run
-        from pipelines.training.run import open_run_folder, validate_run
+        from pipelines.training.loop.resolved_run import resolve_run
+        from pipelines.training.loop.run import open_run_folder, validate_run
+        from pipelines.training.runs.run_tags import describe_run
 
         # A stop file of an earlier part would end the trial at its first check.
         entry.clear_failure()

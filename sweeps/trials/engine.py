@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.runs.layout import lock_run_folder
+from pipelines.training.runs.layout import lock_run_folder
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
@@ -98,7 +98,7 @@ def run_trials(
 
 
 def _resolve_trial(trial: Trial) -> Trial:
-    from pipelines.training.resolved_run import resolve_config
+    from pipelines.training.loop.resolved_run import resolve_config
 
     return replace(trial, config=resolve_config(replace(trial.config, name=trial.name)))
 
@@ -127,8 +127,8 @@ def check_trial(
         asha: early stopping, or None.
         resources: resources of one trial.
     """
-    from pipelines.training.resolved_run import resolve_run
-    from pipelines.training.run import find_finished_result, validate_run
+    from pipelines.training.loop.resolved_run import resolve_run
+    from pipelines.training.loop.run import find_finished_result, validate_run
 
     try:
         resources.check(trial.config.training.use_gpu)

@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs.identity import check_trained_corpora
-from pipelines.runs.layout import CONFIG, RESULT, RUN, read_result
-from pipelines.runs.mirror import RunMirror
-from pipelines.runs.progress_log import PROGRESS
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.runs.identity import check_trained_corpora
+from pipelines.training.runs.layout import CONFIG, RESULT, RUN, read_result
+from pipelines.training.runs.mirror import RunMirror
+from pipelines.training.runs.progress_log import PROGRESS
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_record, write_json
@@ -146,7 +146,7 @@ class LedgerEntry:
 
     def begin(self) -> None:
         """Note the step from which this part of the sweep trains: that of the newest checkpoint."""
-        from pipelines.runs.checkpoints import list_checkpoint_folders, step_of
+        from pipelines.training.runs.checkpoints import list_checkpoint_folders, step_of
 
         folders = list_checkpoint_folders(self.folder / "checkpoints")
         self.steps_before = step_of(folders[0].name) if folders else 0

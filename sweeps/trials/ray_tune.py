@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from pipelines.training import preemption
+from pipelines.training.loop import preemption
 from skillnet.malloc import give_back_freed_memory
 from skillnet_platform import console, signals
 from skillnet_platform.cluster.own_node import OwnNodeCheck
@@ -61,7 +61,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
     """
     import torch
 
-    from pipelines.runs.mirror import RunMirror
+    from pipelines.training.runs.mirror import RunMirror
     from sweeps.trials import remote_ledger
 
     # Each node resolves the path below its own run root.
@@ -188,7 +188,7 @@ def _report_nested(line: dict[str, Any]) -> None:
 def _nested_workers(arguments: dict[str, Any]) -> Any:
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.training.ray_train.fit import NestedFit
+    from pipelines.training.loop.ray_train.fit import NestedFit
 
     resources = _resources(arguments)
     return NestedFit(resources, [TuneReportCallback()])

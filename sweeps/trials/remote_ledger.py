@@ -3,7 +3,8 @@
     <run_dir>/<sweep>/
       sweep.yaml, run.json, trials.csv, best.yaml, score.png, result.json
       trials/proposed.jsonl        Optuna's proposals
-      trials/<trial>/              mirror of a run (pipelines/runs/mirror.py), and beside its files
+      trials/<trial>/              mirror of a run (pipelines/training/runs/mirror.py), and beside
+      its files
         trial.json                 written by the driver before the trial's process starts
         log.txt, error.txt         written by that process at its end
         reports.jsonl, outcome.json   written by the driver when the outcome is known
@@ -17,7 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.runs.mirror import CONFIG, RESULT, STATE, RunMirror
+from pipelines.training.runs.mirror import CONFIG, RESULT, STATE, RunMirror
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.training.pretraining import build_joint_run
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.pretraining import build_joint_run
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -69,6 +69,6 @@ def make_pretraining_name(joint: FinetuneConfig) -> str:
     Args:
         joint: the pretraining as a joint run.
     """
-    from pipelines.runs.identity import compute_identity
+    from pipelines.training.runs.identity import compute_identity
 
     return f"pretraining-{configuration.digest_config(compute_identity(joint))[:10]}"

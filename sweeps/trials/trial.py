@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, write_json
 
 if TYPE_CHECKING:
-    from pipelines.training.ray_train.fit import NestedFit
+    from pipelines.training.loop.ray_train.fit import NestedFit
 from sweeps.config.trials import ScoreConfig, TrialStatus
 
 #: Input of the trial's process.
@@ -151,12 +151,12 @@ def run_trial(
     Returns:
         The result of the run, as in ``result.json``.
     """
-    from pipelines.runs import layout
-    from pipelines.runs.mirror import mirror_of
-    from pipelines.runs.uploads import upload_results
-    from pipelines.training.resolved_run import resolve_run
-    from pipelines.training.run import open_run_folder, train_and_evaluate, validate_run
-    from pipelines.training.worker import TRACKER_PATIENCE_S
+    from pipelines.training.loop.resolved_run import resolve_run
+    from pipelines.training.loop.run import open_run_folder, train_and_evaluate, validate_run
+    from pipelines.training.loop.worker import TRACKER_PATIENCE_S
+    from pipelines.training.runs import layout
+    from pipelines.training.runs.mirror import mirror_of
+    from pipelines.training.runs.uploads import upload_results
     from skillnet_platform.tracking import Tracker
 
     run = resolve_run(place_config(trial.config, folder, store))

@@ -164,7 +164,7 @@ class Lane:
 
     def config(self, name: str, uri: str | None = None, timeout_s: float = 1800.0) -> Any:
         """A tiny model on two of the corpora."""
-        from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
+        from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
         from skillnet.config import SkillNetConfig
         from skillnet_platform.tracking import TrackingConfig
 
@@ -255,7 +255,7 @@ class Lane:
         return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
 
     def _command(self, config: Any) -> list[str]:
-        from pipelines.config.run import FinetuneConfig
+        from pipelines.training.config.run import FinetuneConfig
         from skillnet_platform import config as configuration
 
         path = self.folder / f"{config.name}.yaml"
@@ -272,7 +272,7 @@ class Lane:
         from tests.chaos.fault_injection import faults_of_environment
 
         if self._launcher == "ranks":
-            from pipelines.training.ray_train import fit
+            from pipelines.training.loop.ray_train import fit
             from tests.chaos.ranks import fit_on_ranks
 
             fit.fit_on_ray = fit_on_ranks

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.runs.checkpoints import list_checkpoint_folders, verify_checkpoint
+from pipelines.data.shards.checksums import VERIFIED_NOTES
+from pipelines.data.shards.dataset import verify_corpus
 from pipelines.serving.bundle import BUNDLE_MANIFEST, check_bundle
-from pipelines.shards.checksums import VERIFIED_NOTES
-from pipelines.shards.dataset import verify_corpus
+from pipelines.training.runs.checkpoints import list_checkpoint_folders, verify_checkpoint
 from skillnet.serialization import check_file, read_manifest
 from tests.chaos.crash_points import CrashLab, FileEvent
 from tests.helpers import readable_corpora, user_corpora

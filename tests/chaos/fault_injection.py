@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.training import preemption
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop import preemption
 from skillnet_platform import config as configuration
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
@@ -100,7 +100,7 @@ def finetune_with_faults(config: FinetuneConfig, *faults: dict[str, Any]) -> dic
 
 
 class FaultInjection:
-    """Training callback that injects faults, see :mod:`pipelines.training.callbacks`.
+    """Training callback that injects faults, see :mod:`pipelines.training.loop.callbacks`.
 
     Args:
         faults: of all ranks.

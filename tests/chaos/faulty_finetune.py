@@ -5,8 +5,8 @@ python -m tests.chaos.faulty_finetune --config run.yaml
 
 from typing import Any
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import run_end_to_end
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.cli import command
 from tests.chaos.fault_injection import faults_of_environment
 

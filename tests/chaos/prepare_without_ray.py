@@ -12,11 +12,11 @@ from typing import Any
 import ray
 
 from pipelines import prepare as command
-from pipelines.preprocessing import pipeline
-from pipelines.preprocessing import prepare as preparation
-from pipelines.preprocessing.corpus_job import CorpusJob
-from pipelines.preprocessing.datasource import read_units
-from pipelines.preprocessing.transform_task import write_block
+from pipelines.data.preprocessing import pipeline
+from pipelines.data.preprocessing import prepare as preparation
+from pipelines.data.preprocessing.corpus_job import CorpusJob
+from pipelines.data.preprocessing.datasource import read_units
+from pipelines.data.preprocessing.transform_task import write_block
 
 
 class LocalTask:

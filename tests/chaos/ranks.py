@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.training import preemption
-from pipelines.training.callbacks import LoopCallback
-from pipelines.training.final_evaluation import FinalEvaluation
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.worker import run_worker
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop import preemption
+from pipelines.training.loop.callbacks import LoopCallback
+from pipelines.training.loop.final_evaluation import FinalEvaluation
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.worker import run_worker
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -37,7 +37,7 @@ def fit_on_ranks(
     callbacks: Sequence[LoopCallback] = (),
     final: FinalEvaluation | None = None,
 ) -> None:
-    """What ``pipelines.training.ray_train.fit.fit_on_ray`` does, with processes of this machine.
+    """What ``pipelines.training.loop.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
     Raises:
         UserError: a worker met a user error, such as a full disk.

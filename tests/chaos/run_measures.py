@@ -51,7 +51,7 @@ def recovery(progress: Path) -> tuple[int, float]:
 
 def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     """(Points that the tracker lacks, points too many) of a run."""
-    from pipelines.runs.progress_log import read_metric_history
+    from pipelines.training.runs.progress_log import read_metric_history
     from skillnet_platform import tracking
     from skillnet_platform.tracking import backend
 

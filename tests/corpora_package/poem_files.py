@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.corpora.readers import (
+from pipelines.data.corpora.readers import (
     ExternalCorpus,
     RejectedRow,
     Row,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpora import Corpus
-from pipelines.corpora.archives import Archive
-from pipelines.corpora.base import RejectedRow, SourceArchives
+from pipelines.data.corpora import Corpus
+from pipelines.data.corpora.archives import Archive
+from pipelines.data.corpora.base import RejectedRow, SourceArchives
 
 #: Archives of a checkout after ``skillnet fetch``.
 REAL_ARCHIVES = Path(__file__).parents[2] / "runs" / "archives"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora import ExternalCorpus
-from pipelines.preprocessing import prepare as preparing
-from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
-from pipelines.shards.row_checks import ROW_CHECKS
+from pipelines.data.corpora import ExternalCorpus
+from pipelines.data.preprocessing import prepare as preparing
+from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.data.shards.row_checks import ROW_CHECKS
 
 
 def write_empty_corpus(data: Path, corpus: ExternalCorpus) -> None:

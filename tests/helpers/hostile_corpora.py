@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
-from pipelines.transforms import video
-from pipelines.transforms.decode_guard import decode_each
+from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.transforms import video
+from pipelines.data.transforms.decode_guard import decode_each
 from tests.helpers.video_files import encode_video
-from tests.unit.pipelines.transforms.test_transforms import PATHS, encoded, mp3, tone, wav
+from tests.unit.pipelines.data.transforms.test_transforms import PATHS, encoded, mp3, tone, wav
 
 HOURS = 10
 

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.config.folds import FoldConfig
-from pipelines.runs.layout import CONFIG
+from pipelines.data.config.folds import FoldConfig
+from pipelines.training.runs.layout import CONFIG
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import read_json, write_json
-from sweeps.config.claims import ClaimPart, ClaimsConfig, StatedClaim
-from sweeps.config.study import StudyConfig, SystemConfig
-from sweeps.study.kept_results import keep_results
-from sweeps.study.study import StudyResult, build_final_trials, write_study_ledger
-from sweeps.study.tuning import start_tuning
+from skillnet_studies.config.claims import ClaimPart, ClaimsConfig, StatedClaim
+from skillnet_studies.config.study import StudyConfig, SystemConfig
+from skillnet_studies.study.kept_results import keep_results
+from skillnet_studies.study.study import StudyResult, build_final_trials, write_study_ledger
+from skillnet_studies.study.tuning import start_tuning
 from sweeps.trials.ledger import LedgerEntry
 from tests.helpers.small_corpora import small_config
 from tests.helpers.synthetic_runs import complete_result, write_run

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import manifest_digest, write_shard
-from pipelines.tokenizer.training import load_tokenizer
-from pipelines.transforms.text import encode_captions
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.data.tokenizer.training import load_tokenizer
+from pipelines.data.transforms.text import encode_captions
 from tests.helpers.readable_corpora import MODALITY, write_corpora
 
 LABELS = ("odd", "third", "late")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.connection_guard import ServerLimits, configure_server
 from pipelines.serving.http_server import ModelGateway, build_application
-from pipelines.transforms.decode_guard import WorkBudget
 from skillnet_platform.errors import UserError
 from tests.helpers.ports import free_port
 

@@ -4,11 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config.data import AugmentConfig
-from pipelines.loading.augment import BatchRandom
-from pipelines.loading.masking import InputMasker, list_places
-from pipelines.loading.pixel_changes import MASKED, PLACES, PixelChange, apply_changes, draw_change
-from pipelines.loading.task_columns import INPUT_COLUMNS
+from pipelines.data.shards.columns import INPUT_COLUMNS
+from pipelines.training.config.data import AugmentConfig
+from pipelines.training.loading.augment import BatchRandom
+from pipelines.training.loading.masking import InputMasker, list_places
+from pipelines.training.loading.pixel_changes import (
+    MASKED,
+    PLACES,
+    PixelChange,
+    apply_changes,
+    draw_change,
+)
 
 
 def augment_pixels(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
-from pipelines.tokenizer import training as tokenizer_training
-from pipelines.transforms import text, video
+from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.data.tokenizer import training as tokenizer_training
+from pipelines.data.transforms import text, video
 from skillnet.config import SkillNetConfig
 from tests.helpers.small_corpora import shaped_table
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.runs import model_source
 from pipelines.serving import registration
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from tests.helpers.readable_corpora import config, write_corpora
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.config.growth import GrowConfig, NewSkill, NewTask
-from pipelines.config.run import TaskTraining, TrainingConfig
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.training.config.growth import GrowConfig, NewSkill, NewTask
+from pipelines.training.config.run import TaskTraining, TrainingConfig
 from skillnet.skills import SkillPlan
 from skillnet_platform.tracking import TrackingConfig
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.config.data import AugmentConfig
-from pipelines.config.run import (
+from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.training.config.data import AugmentConfig
+from pipelines.training.config.run import (
     FinetuneConfig,
     PretrainConfig,
     TaskTraining,
     TrainingConfig,
     default_masked_training,
 )
-from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import TrackingConfig

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.corpora.base import SourceArchives
-from pipelines.corpora.builtin.strokes import StrokesCorpus
+from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.corpora.builtin.strokes import StrokesCorpus
 from tests.helpers.archive_files import tarred
 
 STROKE_NAMES = {"j": "横", "s": "竖", "z": "横折"}

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.corpora.archives import Archive
-from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.archives import Archive
+from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from tests.helpers.archive_files import zipped
 
 #: Directory of the package whose entry points name the corpora here.

@@ -9,15 +9,15 @@ import numpy as np
 from safetensors.numpy import save_file
 from scipy import stats
 
-from pipelines.config.folds import FoldConfig
-from pipelines.evaluation.evaluator import tidy_rows
-from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
-from pipelines.evaluation.tables import write_evaluation_csv
-from pipelines.runs.layout import CONFIG
+from pipelines.data.config.folds import FoldConfig
+from pipelines.training.evaluation.evaluator import tidy_rows
+from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
+from pipelines.training.evaluation.tables import write_evaluation_csv
+from pipelines.training.runs.layout import CONFIG
 from skillnet.metrics import ConfidenceInterval
 from skillnet_platform import config as configuration
 from skillnet_platform.config import presets
-from sweeps.config.claims import ClaimsConfig
+from skillnet_studies.config.claims import ClaimsConfig
 from tests.helpers.small_corpora import small_config
 
 TASKS = (

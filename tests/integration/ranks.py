@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.training.loop import train_model
-from pipelines.training.reporter import LoopReporter
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.resolved_run import ResolvedRun
 
 # Imported here, the libraries of sharding are loaded once for all ranks.
-from pipelines.training.sharded_checkpoints import ShardedCheckpoints  # noqa: F401
-from pipelines.training.sharded_sync import ShardedSync  # noqa: F401
+from pipelines.training.loop.sharded_checkpoints import ShardedCheckpoints  # noqa: F401
+from pipelines.training.loop.sharded_sync import ShardedSync  # noqa: F401
 from tests.helpers.ports import free_port
 
 

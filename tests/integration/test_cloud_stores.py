@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines import finetune
-from pipelines.shards.dataset import open_corpus
+from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, objects
 from tests.helpers.cloud_stores import CloudStore, azure, google, reached

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.folds import FoldConfig
-from pipelines.config.run import PretrainConfig, TaskTraining
-from pipelines.evaluation.outcomes import read_outcomes
+from pipelines.data.config.folds import FoldConfig
+from pipelines.training.config.run import PretrainConfig, TaskTraining
+from pipelines.training.evaluation.outcomes import read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
-from sweeps import compare as command
+from skillnet_studies import compare as command
+from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig
 from sweeps.config.space import SearchDimension
-from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from sweeps.config.trials import ResourceConfig
 from tests.helpers.small_corpora import small_config, write_corpora
 

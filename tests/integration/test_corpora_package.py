@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards.dataset import open_corpus
+from pipelines.data.shards.dataset import open_corpus
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]

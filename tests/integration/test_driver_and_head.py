@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.evaluation import inference, masked
-from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.outcomes import OutcomeTable
-from pipelines.evaluation.ranks import EvaluationRanks
+from pipelines.training.evaluation import inference, masked
+from pipelines.training.evaluation.evaluator import evaluate_model
+from pipelines.training.evaluation.outcomes import OutcomeTable
+from pipelines.training.evaluation.ranks import EvaluationRanks
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks, masked_tasks
 from tests.helpers.readable_corpora import config, write_corpora

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.runs.progress_log import read_metric_history
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import TerminatedError

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipelines import evaluate, predict, register, search
-from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.inference import InferenceRunner
+from pipelines.data.shards.format import manifest_digest
 from pipelines.finetune import finetune, main
-from pipelines.runs import model_source
-from pipelines.runs.progress_log import read_metric_history
-from pipelines.shards.format import manifest_digest
-from pipelines.training.run_evaluation import evaluate_run
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.evaluation.inference import InferenceRunner
+from pipelines.training.loop.run_evaluation import evaluate_run
+from pipelines.training.runs import model_source
+from pipelines.training.runs.progress_log import read_metric_history
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError

@@ -5,8 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines.loading.dataloader import rank_slice
-from pipelines.training.gradient_sync import DistributedGather, GradientSync, broadcast_parameters
+from pipelines.training.loading.dataloader import rank_slice
+from pipelines.training.loop.gradient_sync import (
+    DistributedGather,
+    GradientSync,
+    broadcast_parameters,
+)
 from skillnet.losses import info_nce
 from tests.integration.ranks import run_ranks
 

@@ -11,15 +11,15 @@ import torch
 
 from pipelines import grow as growing
 from pipelines import merge as merging
-from pipelines.config.growth import NewSkill
-from pipelines.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.finetune import finetune
 from pipelines.grow import grow_model
-from pipelines.growth import verification
-from pipelines.growth.merge_report import MergeReport
-from pipelines.growth.report import GrowthReport
-from pipelines.runs import model_source
-from pipelines.training.reporter import RunReporter
+from pipelines.training.config.growth import NewSkill
+from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
+from pipelines.training.growth import verification
+from pipelines.training.growth.merge_report import MergeReport
+from pipelines.training.growth.report import GrowthReport
+from pipelines.training.loop.reporter import RunReporter
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform import config as configuration

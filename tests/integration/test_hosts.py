@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.runs.progress_log import read_metric_history
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.namespaces import missing

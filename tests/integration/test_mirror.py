@@ -12,14 +12,14 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines import finetune
-from pipelines.config.run import FinetuneConfig
-from pipelines.config.storage import StorageConfig
-from pipelines.runs import checkpoints, model_source, uploads
-from pipelines.runs.mirror import RunMirror
-from pipelines.runs.uploads import CheckpointUploads
-from pipelines.training import preemption
-from pipelines.training.resolved_run import ResolvedRun, resolve_config
-from pipelines.training.worker import run_worker
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.config.storage import StorageConfig
+from pipelines.training.loop import preemption
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_config
+from pipelines.training.loop.worker import run_worker
+from pipelines.training.runs import checkpoints, model_source, uploads
+from pipelines.training.runs.mirror import RunMirror
+from pipelines.training.runs.uploads import CheckpointUploads
 from skillnet_platform.errors import UserError
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away is noticed soon."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
-    monkeypatch.setattr("pipelines.runs.uploads.LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr("pipelines.training.runs.uploads.LONGEST_PAUSE_S", 1.0)
 
 
 def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
@@ -81,7 +81,7 @@ def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
-    from pipelines.training import loop, worker
+    from pipelines.training.loop import loop, worker
 
     def train(*args: object, **more: object) -> object:
         done = loop.train_model(*args, **(more | {"stop_at": step}))  # type: ignore[arg-type]
@@ -251,7 +251,7 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
     config = resolve_config(config_of(data, object_store))
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
-    monkeypatch.setattr("pipelines.training.reporter.PROGRESS_NOTE_S", 0.0)
+    monkeypatch.setattr("pipelines.training.loop.reporter.PROGRESS_NOTE_S", 0.0)
     run_worker(ResolvedRun(config, theirs), is_remote=True)
     # The driver does not see its progress file; Ray passes on what it says.
     assert "training: step 5 of 12, " in capsys.readouterr().err

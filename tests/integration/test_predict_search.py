@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from pipelines import predict, search
-from pipelines.runs import model_source
+from pipelines.data.transforms import video
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.input_items import PredictionItem, guess_modality
-from pipelines.transforms import video
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import STROKES, SUBJECTS, config
@@ -219,8 +219,8 @@ class TestSearch:
 
     def test_scores_are_those_of_the_model(self, place: Place, capsys):
         found = run(["蓝色的圆圈", "--top", "3", "--precision", "fp32"], capsys, search)
-        from pipelines.shards.dataset import open_corpus
-        from pipelines.tokenizer import training as tokenizer_training
+        from pipelines.data.shards.dataset import open_corpus
+        from pipelines.data.tokenizer import training as tokenizer_training
 
         model = SkillNet.from_pretrained(place.saved)
         words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 
 from pipelines import prepare as preparing
-from pipelines.corpora import find_corpus
-from pipelines.corpora.builtin.syllables import WEB_PAGE, SyllablesCorpus
-from pipelines.preprocessing import pipeline
-from pipelines.preprocessing import prepare as preprocessing_prepare
-from pipelines.preprocessing.prepare import prepare
-from pipelines.shards import checksums
-from pipelines.shards.dataset import open_corpus, verify_corpus
-from pipelines.transforms.containers import UNSUPPORTED_FORMAT
+from pipelines.data.corpora import find_corpus
+from pipelines.data.corpora.builtin.syllables import WEB_PAGE, SyllablesCorpus
+from pipelines.data.preprocessing import pipeline
+from pipelines.data.preprocessing import prepare as preprocessing_prepare
+from pipelines.data.preprocessing.prepare import prepare
+from pipelines.data.shards import checksums
+from pipelines.data.shards.dataset import open_corpus, verify_corpus
+from pipelines.data.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
 from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, Made, put_archive
 from tests.helpers.waiting import wait_until
-from tests.unit.pipelines.transforms.test_transforms import mp3, tone
+from tests.unit.pipelines.data.transforms.test_transforms import mp3, tone
 
 pytestmark = pytest.mark.integration
 MADE = "made"

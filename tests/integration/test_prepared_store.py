@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipelines import prepare as preparing
-from pipelines.preprocessing.remote_staging import local_staging_dir
-from pipelines.shards.dataset import open_corpus
+from pipelines.data.preprocessing.remote_staging import local_staging_dir
+from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import kill_family

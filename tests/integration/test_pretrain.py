@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.pretrain import main, pretrain
-from pipelines.runs import model_source
-from pipelines.runs.identity import compute_identity
-from pipelines.training.init_from import resolve_init_weights
-from pipelines.training.loop import train_model
-from pipelines.training.pretraining import build_joint_run
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.init_from import resolve_init_weights
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
+from pipelines.training.runs import model_source
+from pipelines.training.runs.identity import compute_identity
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -220,7 +220,7 @@ def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path:
     config = small_pretraining(data)
     config.tasks = {"masked_sound": config.tasks["masked_sound"]}
     build_model(build_joint_run(config)).save_pretrained(tmp_path / "model")
-    from pipelines.training.setup import dry_run_init
+    from pipelines.training.loop.setup import dry_run_init
 
     start = dry_run_init(tuning(data, str(tmp_path / "model")))
     assert start is not None

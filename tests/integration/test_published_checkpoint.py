@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.corpora.archives import Archive, check_archive
-from pipelines.tokenizer.conversion import map_token_ids
+from pipelines.data.corpora.archives import Archive, check_archive
+from pipelines.data.tokenizer.conversion import map_token_ids
 from skillnet.serialization import load_tensors
+from skillnet.skill_copies import DENSE_SKILL
 from skillnet.skills import SkillPlan
-from skillnet.upcycling.encoder_families import DENSE_SKILL
-from skillnet.upcycling.library_checkpoint import convert_checkpoint
+from skillnet_hf.library_checkpoint import convert_checkpoint
 
 pytestmark = pytest.mark.integration
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipelines import predict
-from pipelines.runs import model_source
 from pipelines.serving import bundle
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.tracking import backend, champion, registry
 from tests.helpers.readable_corpora import config, write_corpora
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 REGISTER = """
 import sys, time
 from pathlib import Path
-from pipelines.runs import model_source
+from pipelines.training.runs import model_source
 from pipelines.serving import bundle, registration
 
 saved, data, ready, *others = sys.argv[1:]

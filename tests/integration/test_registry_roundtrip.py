@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 
 from pipelines import evaluate, finetune, verify
-from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.evaluation.tables import flat_metrics
-from pipelines.runs import model_source
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.transforms import image
 from pipelines.serving import registration
-from pipelines.shards.dataset import open_corpus
-from pipelines.transforms import image
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.evaluation.evaluator import evaluate_model
+from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.training.evaluation.tables import flat_metrics
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
@@ -72,7 +72,7 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
 
     model = SkillNet.from_pretrained(place.saved)
     runner = InferenceRunner(model)
-    from pipelines.tokenizer import training as tokenizer_training
+    from pipelines.data.tokenizer import training as tokenizer_training
 
     words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")
     rows = [np.array(words.encode(t).ids, np.int32) for t in texts]

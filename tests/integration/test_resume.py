@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pipelines import prepare
-from pipelines.preprocessing.blocks import DUPLICATE_KEY
-from pipelines.shards.dataset import open_corpus
-from pipelines.transforms.decode_guard import CRASHES_WORKER
+from pipelines.data.preprocessing.blocks import DUPLICATE_KEY
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.transforms.decode_guard import CRASHES_WORKER
 from tests.helpers import hostile_corpora as hostile
 from tests.helpers import user_corpora
 from tests.helpers.synthetic_corpora import ENTRY_POINTS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import finetune
-from pipelines.runs.layout import lock_run_folder
+from pipelines.training.runs.layout import lock_run_folder
 from skillnet_platform.tracking import backend
 from sweeps import sweep
 from tests.helpers.readable_corpora import write_corpora

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs.layout import TRAINED
-from pipelines.training import replicas
-from pipelines.training.final_evaluation import FinalEvaluation
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model
-from pipelines.training.worker import MODEL, run_worker
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop import replicas
+from pipelines.training.loop.final_evaluation import FinalEvaluation
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
+from pipelines.training.loop.worker import MODEL, run_worker
+from pipelines.training.runs.layout import TRAINED
 from skillnet.serialization import check_file, read_manifest
 from skillnet.systems import load_model
 from tests.helpers.small_corpora import (

@@ -50,7 +50,7 @@ def _together(settings: dict[str, Any]) -> None:
 def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_path: Path) -> None:
     from ray.train import RunConfig, ScalingConfig
 
-    from pipelines.training.ray_train import rendezvous
+    from pipelines.training.loop.ray_train import rendezvous
     from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
 
     with watched() as seen:

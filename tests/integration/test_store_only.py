@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pipelines import finetune
-from pipelines.config.run import FinetuneConfig
-from pipelines.shards.dataset import open_corpus
-from pipelines.training.ray_train import fit
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.ray_train import fit
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.run import PretrainConfig
+from pipelines.training.config.run import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -260,7 +260,7 @@ def test_a_study_resumes_and_is_compared_from_the_store(
 
     # A comparison of finished runs needs no Ray.
     third = subprocess.run(
-        [sys.executable, "-m", "sweeps.compare", kept, "--name", "once-more", *tracked],
+        [sys.executable, "-m", "skillnet_studies.compare", kept, "--name", "once-more", *tracked],
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "third")},
         capture_output=True,
         text=True,

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training.resolved_run import resolve_config
-from pipelines.training.setup import build_model
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.resolved_run import resolve_config
+from pipelines.training.loop.setup import build_model
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
@@ -223,7 +223,7 @@ def test_nested_workers_train_like_one_process(
 def test_trials_share_a_pretraining(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
-    from pipelines.config.run import PretrainConfig, TaskTraining
+    from pipelines.training.config.run import PretrainConfig, TaskTraining
 
     config = base(data, steps=2)
     before = PretrainConfig(

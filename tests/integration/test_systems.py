@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.loop import train_model
-from pipelines.training.pretraining import build_joint_run
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model, dry_run_init
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model, dry_run_init
+from pipelines.training.runs.progress_log import read_metric_history
 from skillnet.systems import build_system, load_model, system_names
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs.progress_log import read_metric_history
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.runs.progress_log import read_metric_history
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend

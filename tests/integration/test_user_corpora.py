@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipelines import evaluate, finetune, inspect, predict, prepare
-from pipelines.corpora import open_external_corpus
-from pipelines.corpora.readers.tnews import LABELS
-from pipelines.preprocessing import prepare as preparation
-from pipelines.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.corpora import open_external_corpus
+from pipelines.data.preprocessing import prepare as preparation
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from skillnet_corpora.paper.tnews import LABELS
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 
@@ -148,7 +148,7 @@ def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path
 
 
 def test_a_tokenizer_of_ones_own(place: Place, tmp_path: Path, capsys: Any) -> None:
-    from tests.unit.pipelines.tokenizer.test_tokenizer_conversion import word_piece
+    from tests.unit.pipelines.data.tokenizer.test_tokenizer_conversion import word_piece
 
     word_piece().save(str(tmp_path / "tokenizer.json"))
     words = [f"--corpus=tnews={place.given / 'tnews'}", "--tokenizer", str(tmp_path)]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
 from tests.helpers.small_corpora import add_linear_paths, small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.report.evidence import collect_points, group_claims, group_tests
-from sweeps.report.evidence_plots import draw_joint_evidence, encode_svg
+from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
+from skillnet_studies.report.evidence_plots import draw_joint_evidence, encode_svg
 from tools.docs.kept_results import rows_of
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def read_reference(summary: Sequence[dict[str, str]]) -> float | None:
     Args:
         summary: rows of ``summary.csv``.
     """
-    from sweeps.analysis.comparison import MEAN
-    from sweeps.report.references import REFERENCE_SYSTEM
+    from skillnet_studies.analysis.comparison import MEAN
+    from skillnet_studies.report.references import REFERENCE_SYSTEM
 
     for row in summary:
         if (row["system"], row["task"]) == (REFERENCE_SYSTEM, MEAN):

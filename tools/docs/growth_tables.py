@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks.measure import RESULTS
-from pipelines.evaluation import tables
-from pipelines.growth.report import (
+from pipelines.training.evaluation import tables
+from pipelines.training.growth.report import (
     GROWN,
     REPORT_JSON,
     REPORT_MARKDOWN,

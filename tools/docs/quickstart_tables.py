@@ -20,7 +20,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-from pipelines.evaluation.tables import metric_label
+from pipelines.training.evaluation.tables import metric_label
 from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,8 +25,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 BUSY = 0.8
 #: What was measured per row, and of how many units: seconds of sound, frames.
 MEASURED_SECONDS, MEASURED_FRAMES = 10.0, 40.0
-#: Bytes that a photograph of 224 x 224 takes as JPEG (``pipelines.shards.jpeg``), least and most.
-#: Assumed: the measured ones are drawings, which take less.
+#: Bytes that a photograph of 224 x 224 takes as JPEG (``pipelines.data.shards.jpeg``), least and
+#: most. Assumed: the measured ones are drawings, which take less.
 PICTURE = (10e3, 30e3)
 #: Of a clip of 8 x 96 x 96: a grey pixel takes two thirds of a coloured one.
 SHARE = 8 * 96 * 96 / 224**2 * 2 / 3

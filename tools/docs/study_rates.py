@@ -15,16 +15,23 @@ from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from sweeps.analysis.claims import estimate_difference
-from sweeps.analysis.comparison import MEAN, compare_systems
-from sweeps.analysis.finished_runs import FinishedRun, read_run
-from sweeps.analysis.format import format_interval
-from sweeps.analysis.run_groups import label_runs
+from skillnet_studies.analysis.claims import estimate_difference
+from skillnet_studies.analysis.comparison import MEAN, compare_systems
+from skillnet_studies.analysis.finished_runs import FinishedRun, read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.report.cells import ReportTable, TableCell
+from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.study import read_study_ledger
+from skillnet_studies.study.tuning import (
+    RATE,
+    RATE_KEYS,
+    Stage,
+    TuningResult,
+    choose_rates,
+    name_task_rate,
+)
+from sweeps.config.format import format_interval
 from sweeps.config.space import format_setting
-from sweeps.report.cells import ReportTable, TableCell
-from sweeps.study.stored_config import read_study_config
-from sweeps.study.study import read_study_ledger
-from sweeps.study.tuning import RATE, RATE_KEYS, Stage, TuningResult, choose_rates, name_task_rate
 
 
 def choose_rates_again(folder: Path) -> dict[str, TuningResult]:

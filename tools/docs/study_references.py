@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from skillnet_platform.storage import data_root
-from sweeps.analysis.comparison import compare_systems
-from sweeps.report.references import measure_references, write_references
-from sweeps.study.stored_config import read_study_config
+from skillnet_studies.analysis.comparison import compare_systems
+from skillnet_studies.report.references import measure_references, write_references
+from skillnet_studies.study.stored_config import read_study_config
 from tools.docs.study_rates import read_kept_runs
 
 

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skillnet_platform.storage import read_json
-from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.finished_runs import FinishedRun, find_common_replicates, read_run
-from sweeps.analysis.run_groups import label_runs
-from sweeps.report.references import ReferenceScores
-from sweeps.report.report import (
+from skillnet_studies.analysis.comparison import compare_systems
+from skillnet_studies.analysis.finished_runs import FinishedRun, find_common_replicates, read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.report.references import ReferenceScores
+from skillnet_studies.report.report import (
     ComparisonReport,
     build_report,
     list_notices,
     table_to_markdown,
 )
-from sweeps.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
-from sweeps.study.stored_config import read_study_config
-from sweeps.study.study import build_final_trials, read_study_ledger
+from skillnet_studies.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
+from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
 from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table

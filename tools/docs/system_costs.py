@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print a table for a document")
     options, words = parser.parse_known_args(argv)
 
-    from pipelines.config.run import FinetuneConfig
+    from pipelines.training.config.run import FinetuneConfig
     from skillnet_platform import config as configuration
     from skillnet_platform import console
 
@@ -71,9 +71,9 @@ def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[
 
 def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
-    from pipelines.evaluation.inference import mean_row_lengths, split_inputs
-    from pipelines.loading.task_columns import tower_column
-    from pipelines.shards.dataset import open_corpus
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.evaluation.inference import mean_row_lengths, split_inputs
+    from pipelines.training.loading.task_columns import tower_column
     from skillnet_platform.storage.location import join_location, parse_location
 
     settings, spec = config.tasks[task], config.model.tasks[task]

@@ -9,8 +9,13 @@ from skillnet_platform.checks.node_probe import AGAIN, NodeProbe
 from skillnet_platform.cluster.gpu_types import describe_device
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
+from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.terminal_text import format_plural
+
+#: Entry points that say whether runs fit a type of GPU: a function of (runs, GPU), which returns
+#: the problem and its remedy, or None.
+PLANNERS = "skillnet.planners"
 
 
 def gpu_nodes(nodes: Sequence[Mapping[str, Any]], seen: Sequence[NodeProbe]) -> list[NodeProbe]:
@@ -93,7 +98,8 @@ def check_gpu_memory(
         growth: types of the nodes that the autoscaler may start.
         request: resources of the run.
     """
-    if not request.gpus or request.find_memory_problem is None:
+    planners = find_entries(PLANNERS)
+    if not request.gpus or request.list_runs is None or not planners:
         return []
     kinds = [
         describe_device(device.name, device.total_bytes, device.capability)
@@ -104,11 +110,12 @@ def check_gpu_memory(
     if not kinds:
         return []
     smallest = min(kinds, key=lambda each: each.memory_gb)
-    try:
-        problem = request.find_memory_problem(smallest)
-    except UserError as error:
-        return [Finding("GPU memory", "warning", first_line(error), "none needed")]
-    if problem is None:
-        return [Finding("GPU memory", "ok", f"the run fits {smallest.describe()}")]
-    what, remedy = problem
-    return [Finding("GPU memory", "error", what, f"use {remedy}; see `skillnet plan`")]
+    for planner in planners.values():
+        try:
+            problem = planner.load()(request.list_runs(), smallest)
+        except UserError as error:
+            return [Finding("GPU memory", "warning", first_line(error), "none needed")]
+        if problem is not None:
+            what, remedy = problem
+            return [Finding("GPU memory", "error", what, f"use {remedy}; see `skillnet plan`")]
+    return [Finding("GPU memory", "ok", f"the run fits {smallest.describe()}")]

@@ -22,6 +22,12 @@ OPEN_A_TUNNEL = (
     "open a tunnel with `ray dashboard ray_cluster.yaml`, then: "
     "export RAY_ADDRESS=http://127.0.0.1:8265"
 )
+#: Folders of a checkout that hold its packages; a job has no installation of them.
+SOURCE_FOLDERS = (
+    ".",
+    "platform",
+    *(f"plugins/{name}" for name in ("corpora", "hf", "planning", "studies")),
+)
 #: Commands that serve or only check: ``--attach`` without an id ignores them.
 SERVICES = ("doctor", "serve", "tracker", "ui")
 
@@ -118,7 +124,8 @@ def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
 
 def job_environment() -> dict[str, str]:
     """Return the variables of every job: the import path of its code, and the versions here."""
-    return {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", **version_variable()}
+    path = os.pathsep.join(SOURCE_FOLDERS)
+    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **version_variable()}
 
 
 def read_variables(names: Sequence[str]) -> dict[str, str]:

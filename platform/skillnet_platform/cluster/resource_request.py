@@ -8,9 +8,9 @@ knows no configuration of ``pipelines`` or ``sweeps``.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from skillnet_platform import cli, storage
-from skillnet_platform.cluster.gpu_types import GpuType
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.terminal_text import format_plural
@@ -37,8 +37,8 @@ class ResourceRequest:
         run_name: name of the run.
         keep_checkpoints: number of checkpoints that the run keeps.
         uses_tracker: whether the run writes to the tracker or reads the registry.
-        find_memory_problem: returns why the run does not fit a type of GPU, and the options that
-            make it fit; None if it fits. It is called when the GPUs of the cluster are known.
+        list_runs: returns the training runs of the command. Planners of the entry point group
+            ``skillnet.planners`` say whether they fit the GPUs of the cluster.
     """
 
     workers: int = 1
@@ -53,9 +53,7 @@ class ResourceRequest:
     run_name: str = ""
     keep_checkpoints: int = 2
     uses_tracker: bool = field(default=False, compare=False)
-    find_memory_problem: Callable[[GpuType], tuple[str, str] | None] | None = field(
-        default=None, compare=False
-    )
+    list_runs: Callable[[], Sequence[Any]] | None = field(default=None, compare=False)
 
     def format(self) -> str:
         """Return the request in words: ``2 workers with a GPU each on 2 nodes``."""

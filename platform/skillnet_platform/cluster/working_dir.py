@@ -114,7 +114,7 @@ def _chosen(root: Path, patterns: Sequence[str], kept: list[str]) -> Iterator[Pa
     def stays(path: Path) -> bool:
         if path.is_symlink() or _matches(path, root, patterns):
             return True
-        # A package of code may have the name of a private folder, as pipelines/runs has.
+        # A package of code may have the name of a private folder, as pipelines/training/runs has.
         # A hidden folder can be no package, so folders of secrets stay in any case.
         if path != own and path.name.isidentifier() and (path / "__init__.py").is_file():
             return False

@@ -28,20 +28,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.evaluation.masked import predict_masked_tokens
-from pipelines.loading.dataloader import Batch
-from pipelines.planning.example_batches import build_example_batch
-from pipelines.planning.fake_weights import replace_weights
-from pipelines.training.freezing import trainable_parameters
-from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.optimizer import WeightAverage, build_optimizer, update_weights
-from pipelines.training.pretraining import build_joint_run
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.step import backward_step
-from pipelines.training.task_health import TaskHealth
-from pipelines.training.throughput import ThroughputMeter
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.training.evaluation.masked import predict_masked_tokens
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loop.freezing import trainable_parameters
+from pipelines.training.loop.gradient_sync import GradientSync
+from pipelines.training.loop.optimizer import WeightAverage, build_optimizer, update_weights
+from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.step import backward_step
+from pipelines.training.loop.task_health import TaskHealth
+from pipelines.training.loop.throughput import ThroughputMeter
 from skillnet.config import SkillNetConfig
 from skillnet.growth import add_skill, add_task
 from skillnet.multitask_model import TaskModel
@@ -49,6 +47,8 @@ from skillnet.precision import ComputePrecision
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
+from skillnet_planning.example_batches import build_example_batch
+from skillnet_planning.fake_weights import replace_weights
 from tests.helpers.fake_cuda.offloading import measure_offloaded_steps
 from tests.helpers.fake_cuda.watch import DeviceWatch, answer_values
 from tests.helpers.small_corpora import small_config, small_pretraining

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch
-from pipelines.planning.fake_weights import replace_weights
-from pipelines.planning.step_counter import StepCounter
-from pipelines.training.freezing import trainable_parameters
-from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.optimizer import WeightAverage, build_optimizer, update_weights
-from pipelines.training.residency import CopyStream, TensorKey, WeightResidency
-from pipelines.training.step import backward_step
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loop.freezing import trainable_parameters
+from pipelines.training.loop.gradient_sync import GradientSync
+from pipelines.training.loop.optimizer import WeightAverage, build_optimizer, update_weights
+from pipelines.training.loop.residency import CopyStream, TensorKey, WeightResidency
+from pipelines.training.loop.step import backward_step
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
+from skillnet_planning.fake_weights import replace_weights
+from skillnet_planning.step_counter import StepCounter
 from tests.helpers.fake_cuda.watch import DeviceWatch, is_cuda
 
 #: Largest number of steps.

@@ -9,8 +9,8 @@ import torch
 nbformat = pytest.importorskip("nbformat", reason="needs the extra docs")
 pytest.importorskip("nbclient", reason="needs the extra docs")
 
-from pipelines.runs.model_source import resolve_model  # noqa: E402
 from pipelines.serving.bundle import build_bundle  # noqa: E402
+from pipelines.training.runs.model_source import resolve_model  # noqa: E402
 from skillnet.model import SkillNet  # noqa: E402
 from tests.helpers.readable_corpora import config, write_corpora  # noqa: E402
 from tests.helpers.sound_files import encode_tone  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from skillnet_platform import config as configuration
-from sweeps.config.study import StudyConfig
+from skillnet_studies.config.study import StudyConfig
 
 PAGE = Path(__file__).parents[3] / "docs/study/preregistration.md"
 

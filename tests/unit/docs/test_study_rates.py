@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.study.study import read_study_ledger
+from skillnet_studies.study.study import read_study_ledger
 from tools.docs.study_rates import build_rates_table, choose_rates_again, main
 
 FINAL = Path(__file__).parents[3] / "benchmarks/results/final"

@@ -5,12 +5,12 @@ from statistics import fmean
 
 import pytest
 
-from pipelines.config.folds import FoldConfig
-from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
+from pipelines.data.config.folds import FoldConfig
+from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_platform.storage import read_json, write_json
-from sweeps.analysis.comparison import MEAN
-from sweeps.analysis.finished_runs import read_corpus_digests
-from sweeps.report.references import REFERENCES_FILE, collect_reference_scores
+from skillnet_studies.analysis.comparison import MEAN
+from skillnet_studies.analysis.finished_runs import read_corpus_digests
+from skillnet_studies.report.references import REFERENCES_FILE, collect_reference_scores
 from tests.helpers import readable_corpora
 from tests.helpers.kept_studies import keep_study
 from tests.helpers.small_corpora import MODALITY

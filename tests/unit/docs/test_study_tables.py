@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform.storage import write_json
-from sweeps.analysis.claims import estimate_difference
-from sweeps.analysis.comparison import MEAN, compare_systems
-from sweeps.analysis.finished_runs import read_run
-from sweeps.analysis.run_groups import label_runs
-from sweeps.report.report import table_to_markdown
-from sweeps.study.reserve import RESERVE_RECORD
-from sweeps.study.study import read_study_ledger
+from skillnet_studies.analysis.claims import estimate_difference
+from skillnet_studies.analysis.comparison import MEAN, compare_systems
+from skillnet_studies.analysis.finished_runs import read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.report.report import table_to_markdown
+from skillnet_studies.study.reserve import RESERVE_RECORD
+from skillnet_studies.study.study import read_study_ledger
 from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
 from tests.helpers.kept_studies import CLAIM, keep_study
 from tools.docs import study_tables

@@ -10,22 +10,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.runs.bundle_manifest import (
-    BUNDLE_FORMAT,
-    compute_bundle_digest,
-    read_bundle_manifest,
-)
-from pipelines.serving.bundle_checks import check_tasks
-from pipelines.serving.retrieval_index import read_index, write_index
-from pipelines.tokenizer.conversion import convert_tokenizer
-from pipelines.tokenizer.guarded_loader import (
+from pipelines.data.tokenizer.conversion import convert_tokenizer
+from pipelines.data.tokenizer.guarded_loader import (
     check_pattern,
     largest_token_id,
     parse_tokenizer,
     read_tokenizer_tree,
 )
-from pipelines.tokenizer.training import train_tokenizer
-from pipelines.transforms.text import encode_texts
+from pipelines.data.tokenizer.training import train_tokenizer
+from pipelines.data.transforms.text import encode_texts
+from pipelines.serving.bundle_checks import check_tasks
+from pipelines.serving.retrieval_index import read_index, write_index
+from pipelines.training.runs.bundle_manifest import (
+    BUNDLE_FORMAT,
+    compute_bundle_digest,
+    read_bundle_manifest,
+)
 from tests.helpers.limited_child import run_limited
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.helpers.readable_corpora import config

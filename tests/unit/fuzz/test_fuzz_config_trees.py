@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.config.growth import GrowConfig
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.training.config.growth import GrowConfig
+from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config
 from skillnet_platform.config.schema import INSTANTIATION_KEYS
-from sweeps.config.study import StudyConfig
+from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
 from tests.helpers.limited_child import run_limited
 from tests.helpers.random_damage import PLACES, VALUES, budget, named, replaced

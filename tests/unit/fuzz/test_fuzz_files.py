@@ -14,13 +14,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.config.run import FinetuneConfig, TrainingConfig
-from pipelines.corpora.archives import iter_members
-from pipelines.runs import checkpoints
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import FORMAT_VERSION, manifest_digest, write_shard
-from pipelines.training import checkpointing
-from pipelines.training.optimizer import build_optimizer
+from pipelines.data.corpora.archives import iter_members
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.loop import checkpointing
+from pipelines.training.loop.optimizer import build_optimizer
+from pipelines.training.runs import checkpoints
 from skillnet import systems
 from skillnet.serialization import write_manifest
 from skillnet_platform import config

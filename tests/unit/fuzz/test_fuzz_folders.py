@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs import model_source
-from pipelines.runs.bundle_manifest import BUNDLE_FORMAT, compute_bundle_digest
-from sweeps.analysis.finished_runs import check_comparable, read_run
-from sweeps.analysis.run_groups import label_runs
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.runs import model_source
+from pipelines.training.runs.bundle_manifest import BUNDLE_FORMAT, compute_bundle_digest
+from skillnet_studies.analysis.finished_runs import check_comparable, read_run
+from skillnet_studies.analysis.run_groups import label_runs
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome

@@ -15,11 +15,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.loading.pixel_changes import apply_changes
-from pipelines.loading.task_dataset import TaskDataset
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import manifest_digest, write_shard
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.training.loading.pixel_changes import apply_changes
+from pipelines.training.loading.task_dataset import TaskDataset
+from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet.heads import LossInputs, head_class
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError

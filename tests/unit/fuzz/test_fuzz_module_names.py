@@ -21,13 +21,13 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.runs.bundle_manifest import read_bundle_manifest
+from pipelines.data.shards.format import FORMAT_VERSION, write_shard
+from pipelines.data.tokenizer.guarded_loader import parse_tokenizer, read_tokenizer_tree
 from pipelines.serving.bundle_checks import check_tasks
-from pipelines.shards.format import FORMAT_VERSION, write_shard
-from pipelines.tokenizer.guarded_loader import parse_tokenizer, read_tokenizer_tree
-from pipelines.training.resolved_run import resolve_run
-from pipelines.training.run import find_finished_result
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.resolved_run import resolve_run
+from pipelines.training.loop.run import find_finished_result
+from pipelines.training.runs.bundle_manifest import read_bundle_manifest
 from skillnet import systems
 from skillnet.serialization import write_manifest, write_parts
 from skillnet_platform import config
@@ -98,7 +98,13 @@ def run_without_leaving(name: str, tree: dict[str, Any], words: list[str]) -> No
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_libraries() -> None:
     """Load what most commands load, so that each child need not."""
-    for name in ("torch", "ray.data", "mlflow", "pipelines.training.run", "sweeps.study"):
+    for name in (
+        "torch",
+        "ray.data",
+        "mlflow",
+        "pipelines.training.loop.run",
+        "skillnet_studies.study",
+    ):
         import_module(name)
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
+from pipelines.training.config.run import FinetuneConfig
 from skillnet.serialization import write_manifest
 from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced

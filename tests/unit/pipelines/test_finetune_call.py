@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipelines import finetune as command
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines import verify
-from pipelines.corpora import open_external_corpus
+from pipelines.data.corpora import open_external_corpus
 from skillnet.growth import remove_task
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError

@@ -11,7 +11,7 @@ from skillnet.config import SkillNetConfig
 from skillnet_platform import config, console
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
-from sweeps.config.study import StudyConfig
+from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
 
 

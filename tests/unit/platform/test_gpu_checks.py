@@ -1,12 +1,14 @@
 """GPUs of nodes: probes in processes of their own, findings about them, and sums by gloo."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from skillnet_platform.checks import gpu as gpu_checks
 from skillnet_platform.checks import gpu_probe, node_sums
 from skillnet_platform.checks.gpu import check_gpu_memory, check_gpus, gpu_nodes
 from skillnet_platform.checks.gpu_probe import GpuDevice, GpuProbe, multiply_ones, probe_gpus
@@ -82,14 +84,20 @@ def test_a_gpu_that_cannot_train_is_named(probe: GpuProbe, level: str, words: st
     assert words in finding.seen
 
 
-def test_the_run_must_fit_the_smallest_gpu_of_the_cluster() -> None:
+def test_the_run_must_fit_the_smallest_gpu_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[GpuType] = []
 
-    def problem(gpu: GpuType) -> tuple[str, str] | None:
+    def problem(runs: list[str], gpu: GpuType) -> tuple[str, str] | None:
+        assert runs == ["a run"]
         asked.append(gpu)
         return None if gpu.memory_gb > 20 else ("a needs 30 GB", "--training.micro_batch_size 8")
 
-    request = replace(ASKED, find_memory_problem=problem)
+    def install(planner: Callable[[list[str], GpuType], tuple[str, str] | None]) -> None:
+        entry = SimpleNamespace(load=lambda: planner)
+        monkeypatch.setattr(gpu_checks, "find_entries", lambda group: {"memory": entry})
+
+    install(problem)
+    request = replace(ASKED, list_runs=lambda: ["a run"])
     (finding,) = check_gpu_memory([FIRST], [], request)
     assert finding.level == "ok"
     small = NodeType("gpu", {"GPU": 1}, 2, "g4dn.xlarge")
@@ -99,10 +107,11 @@ def test_the_run_must_fit_the_smallest_gpu_of_the_cluster() -> None:
     assert [each.name for each in asked] == ["L4", "T4"]
     assert check_gpu_memory([], [], request) == check_gpu_memory([FIRST], [], ASKED) == []
 
-    def unknown(gpu: GpuType) -> tuple[str, str] | None:
+    def unknown(runs: list[str], gpu: GpuType) -> tuple[str, str] | None:
         raise UserError("system moe: its operations depend on the data")
 
-    (finding,) = check_gpu_memory([FIRST], [], replace(ASKED, find_memory_problem=unknown))
+    install(unknown)
+    (finding,) = check_gpu_memory([FIRST], [], request)
     assert finding.level == "warning"
 
 

@@ -82,7 +82,7 @@ def test_aliases_and_merges_of_honest_files_work() -> None:
 
 
 def test_values_of_the_command_line_are_read_alike() -> None:
-    from pipelines.config.run import FinetuneConfig
+    from pipelines.training.config.run import FinetuneConfig
 
     for key, value in (
         ("--seed", "!!python/object/apply:os.system ['x']"),

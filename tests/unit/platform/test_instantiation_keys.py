@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.corpora import open_external_corpus
-from pipelines.runs.mirror import RunMirror
-from pipelines.training.ray_train.fit import run_ray_worker
-from pipelines.training.resolved_run import resolve_run
-from pipelines.training.run import find_finished_result
+from pipelines.data.corpora import open_external_corpus
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.ray_train.fit import run_ray_worker
+from pipelines.training.loop.resolved_run import resolve_run
+from pipelines.training.loop.run import find_finished_result
+from pipelines.training.runs.mirror import RunMirror
 from skillnet import systems
 from skillnet.serialization import write_manifest, write_parts
 from skillnet_platform import config
 from skillnet_platform.cli import CliCommand, find_commands
 from skillnet_platform.config.schema import child_types
 from skillnet_platform.errors import UserError
-from sweeps.config.study import StudyConfig
-from sweeps.study.system_runs import override_run
+from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.study.system_runs import override_run
 from sweeps.trials.trial import TRIAL, read_trial
 from tests.helpers.small_models import small_model
 

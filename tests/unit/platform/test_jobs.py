@@ -157,7 +157,7 @@ def test_a_package_holds_every_module_of_the_checkout(tmp_path: Path) -> None:
         for package in packages
         for path in (root / package).rglob("*.py")
     }
-    assert "pipelines/runs/checkpoints.py" in modules
+    assert "pipelines/training/runs/checkpoints.py" in modules
     with zipfile.ZipFile(packed.path) as package:
         assert modules <= set(package.namelist())
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.run import PretrainConfig
+from pipelines.training.config.run import PretrainConfig
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend, source_commit
 from skillnet_platform.tracking.moved_root import relocate_artifacts
-from sweeps.config.study import StudyConfig
+from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
 from tests.helpers.tracked_runs import run_of, where
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config.storage import StorageConfig
-from pipelines.io.directory import SourceDirectory
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.training.config.storage import StorageConfig
 from skillnet_platform import config, console, doctor, submit, tracker
 from skillnet_platform.checks.finding import Finding
 from skillnet_platform.cluster import connect, job_client
@@ -21,7 +21,7 @@ from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.storage import directories, location
 from skillnet_platform.tracking import TrackingConfig, backend
 from skillnet_platform.tracking import run as tracking_run
-from sweeps.report import provenance
+from skillnet_studies.report import provenance
 
 SECRET = "Hu7-s3cret"  # noqa: S105 - made up
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import pytest
 from annotated_types import Interval
 
-from pipelines import corpora
-from pipelines.corpora.readers.base import ExternalCorpus
+from pipelines.data import corpora
+from pipelines.data.corpora.readers.base import ExternalCorpus
 from skillnet import systems
 from skillnet_platform import config
 from skillnet_platform.cli import CliCommand, find_commands
@@ -25,7 +25,7 @@ def _commands() -> dict[str, Any]:
 
 
 COMMANDS = _commands()
-READERS = {name: corpora._find_class(name, corpora.READERS) for name in sorted(corpora.READERS)}
+READERS = {name: corpora._find_class(name) for name in sorted(corpora.list_formats())}
 
 
 def _numbers(hint: Any, key: str) -> Iterator[tuple[str, Any, dict[str, float]]]:

@@ -13,12 +13,7 @@ from typing import Any
 import pytest
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import (
-    Tracker,
-    backend,
-    operations,
-    spool,
-)
+from skillnet_platform.tracking import Tracker, backend, operations, spool
 from skillnet_platform.tracking import (
     run as tracking_run,
 )

@@ -21,7 +21,7 @@ from benchmarks.measure import Result, in_turns, machine, ratio, timed, tree_cpu
 from benchmarks.ray_overhead import StoppableSide, describe_sides
 from benchmarks.sides import rounds_of, side
 from benchmarks.training_step import Sizes, skillnet_step
-from pipelines.shards.jpeg import encode_jpeg
+from pipelines.data.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
 from tests.helpers.small_models import small_config
 from tests.helpers.waiting import wait_until

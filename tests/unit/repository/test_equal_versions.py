@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.equal_versions import VersionDifference, main
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import MANIFEST, manifest_digest, write_shard
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import MANIFEST, manifest_digest, write_shard
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
-from sweeps.analysis.finished_runs import read_run
-from sweeps.analysis.run_groups import label_runs
+from skillnet_studies.analysis.comparison import compare_systems
+from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
+from skillnet_studies.analysis.finished_runs import read_run
+from skillnet_studies.analysis.run_groups import label_runs
 from tests.helpers.synthetic_runs import write_run
 
 

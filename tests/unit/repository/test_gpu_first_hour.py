@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_first_hour
+from plugins.planning.tests.test_memory_plan import short_config
 from skillnet_platform.cluster.gpu_types import GpuType
 from tests.helpers.small_corpora import small_config, write_corpora
-from tests.unit.pipelines.planning.test_memory_plan import short_config
 
 CPU = torch.device("cpu")
 

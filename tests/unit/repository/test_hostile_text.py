@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.serving.search_page import ResultCard
 from pipelines.serving.search_page import render_search_page as gallery
-from sweeps.report.html import render_template
+from skillnet_studies.report.html import render_template
 from tests.helpers.html_probe import HOSTILE, NASTY, assert_harmless
 
 PICTURE = "data:image/png;base64,"
@@ -92,7 +92,7 @@ def test_the_watch_sees_a_page_that_does_harm() -> None:
 def test_hostile_names_in_plots_stay_text() -> None:
     from matplotlib.figure import Figure
 
-    from sweeps.report.plots import encode_svg_uri
+    from skillnet_studies.report.plots import encode_svg_uri
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.growth.report import FileState, GrowthReport, TaskState, TransferResult
+from pipelines.training.growth.report import FileState, GrowthReport, TaskState, TransferResult
 from tools.docs import growth_tables as growth_result
 from tools.docs import sweep_tables as sweep_result
 from tools.docs.kept_results import keep, rows_of

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks import merge_demonstration as demonstration
 from benchmarks.merge_demonstration import ArmRun, SeedDemonstration, build_joint_config
-from pipelines.config.growth import NewSkill
-from pipelines.evaluation.outcomes import OutcomeTable
-from pipelines.growth import runs
-from pipelines.runs import model_source
+from pipelines.training.config.growth import NewSkill
+from pipelines.training.evaluation.outcomes import OutcomeTable
+from pipelines.training.growth import runs
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from tests.helpers.sixth_corpus import grow_config, write_labelled_clips

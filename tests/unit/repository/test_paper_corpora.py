@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks import paper_corpora
-from pipelines.corpora import open_external_corpus
-from pipelines.corpora.base import RejectedRow, SourceArchives
-from pipelines.transforms import image, sound, video
+from pipelines.data.corpora import open_external_corpus
+from pipelines.data.corpora.base import RejectedRow, SourceArchives
+from pipelines.data.transforms import image, sound, video
 from tests.helpers.user_corpora import jpg, wav
 
 STROKE = {"points": [0, 900, 1000, 900, 500, 0], "counts": [2, 1], "captions": ["横"], "key": "一"}

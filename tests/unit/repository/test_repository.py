@@ -136,9 +136,9 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
-    from pipelines.config.growth import GrowConfig
-    from pipelines.config.run import FinetuneConfig, PretrainConfig
-    from sweeps.config.study import StudyConfig
+    from pipelines.training.config.growth import GrowConfig
+    from pipelines.training.config.run import FinetuneConfig, PretrainConfig
+    from skillnet_studies.config.study import StudyConfig
     from sweeps.config.sweep import SweepConfig
 
     kinds: dict[str, type] = {

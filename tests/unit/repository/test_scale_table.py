@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import prepare_scaling
 from benchmarks.measure import Result, write
-from pipelines.shards.jpeg import uses_jpeg
+from pipelines.data.shards.jpeg import uses_jpeg
 from tests.helpers import user_corpora
 from tools.docs import scale_table
 

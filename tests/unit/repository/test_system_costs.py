@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet.accounting import account_task
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system

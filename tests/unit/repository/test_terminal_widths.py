@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from pipelines.evaluation.evaluator import tidy_rows
-from pipelines.evaluation.tables import result_cells, summary_cells
-from pipelines.preprocessing.inspection import inspect_corpus, show_inspection
+from pipelines.data.preprocessing.inspection import inspect_corpus, show_inspection
+from pipelines.training.evaluation.evaluator import tidy_rows
+from pipelines.training.evaluation.tables import result_cells, summary_cells
 from pipelines.verify import HashCheck, show_verification
 from skillnet.metrics import ConfidenceInterval
 from skillnet.skills import default_tasks
 from skillnet_platform import console
 from skillnet_platform.checks.finding import Finding
 from skillnet_platform.doctor import DoctorReport, show_findings
-from sweeps.analysis.comparison import compare_systems
-from sweeps.analysis.finished_runs import read_run
-from sweeps.analysis.run_groups import label_runs
-from sweeps.report.report import build_report, show_report
+from skillnet_studies.analysis.comparison import compare_systems
+from skillnet_studies.analysis.finished_runs import read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.report.report import build_report, show_report
 from sweeps.search.ranking import RankedConfiguration, build_ranking_table
 from tests.helpers import user_corpora
 from tests.helpers.synthetic_runs import TASKS, write_study

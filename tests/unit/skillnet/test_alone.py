@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.training.loop import seed_dropout, train_model
-from pipelines.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
-from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model
-from pipelines.training.step import step_loss
+from pipelines.training.loop.loop import seed_dropout, train_model
+from pipelines.training.loop.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
+from pipelines.training.loop.step import step_loss
 from skillnet.accounting import account_task
 from skillnet.growth import remove_task
 from skillnet.model import SkillNet

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from skillnet import serialization, systems
-from skillnet.baselines import specialist
-from skillnet.baselines.specialist import SpecialistOptions
 from skillnet.build_budget import FREE_REGISTRATIONS, limit_weights
 from skillnet.serialization import (
     MAX_FILES,
@@ -23,6 +21,8 @@ from skillnet.serialization import (
     write_manifest,
 )
 from skillnet.skills import SkillPlan, check_names, check_plan
+from skillnet_hf import specialist
+from skillnet_hf.specialist import SpecialistOptions
 from tests.helpers.small_models import small_config
 
 #: Inputs that all encoders of the specialists can divide.

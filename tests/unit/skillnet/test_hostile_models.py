@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.config.run import TrainingConfig
-from pipelines.runs import bundle_manifest, checkpoints, model_source
 from pipelines.serving import bundle
-from pipelines.training import checkpointing
-from pipelines.training.optimizer import WeightAverage, build_optimizer
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loop import checkpointing
+from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
+from pipelines.training.runs import bundle_manifest, checkpoints, model_source
 from skillnet import systems
-from skillnet.baselines import library_models
-from skillnet.baselines.hf_checkpoints import find_checkpoint, require_finite
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import hash_file, read_manifest, write_manifest
+from skillnet_hf import library_models
+from skillnet_hf.hf_checkpoints import find_checkpoint, require_finite
 from tests.helpers.small_models import small_model
 
 WEIGHTS = "skill-general.safetensors"

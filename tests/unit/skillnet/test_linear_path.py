@@ -12,13 +12,13 @@ from skillnet.accounting import account_task
 from skillnet.baselines.alone import SeparateSkillNets
 from skillnet.baselines.dense import DenseModel
 from skillnet.baselines.moe import MoE
-from skillnet.baselines.specialist import SpecialistModel
 from skillnet.config import SkillNetConfig
 from skillnet.linear_path import find_grid_side
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet.stems import PAD
 from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
+from skillnet_hf.specialist import SpecialistModel
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of
 
 TASKS = ("text_to_image", "text_to_code")

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.shard_groups import require_sharding
-from pipelines.training.worker import remove_untrained_parts
+from pipelines.training.loop.shard_groups import require_sharding
+from pipelines.training.loop.worker import remove_untrained_parts
 from skillnet.accounting import account, account_task
 from skillnet.growth import add_skill, remove_skill
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
+from skillnet.skill_copies import copy_to_skills, is_difference
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model
-from skillnet.upcycling.skill_copies import copy_to_skills, is_difference
 from skillnet_platform.errors import UserError
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 

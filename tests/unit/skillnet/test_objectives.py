@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import label_ranking_average_precision_score, r2_score
 
-from pipelines.config.run import FinetuneConfig, TaskTraining
-from pipelines.evaluation import row_scores
-from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.outcomes import OutcomeTable
-from pipelines.evaluation.row_scores import score_predictions
-from pipelines.planning.example_batches import build_example_batch
-from pipelines.runs.model_tasks import resolve_model_tasks
-from pipelines.shards.dataset import open_corpus
-from pipelines.training.loop import train_model
-from pipelines.training.resolved_run import ResolvedRun
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.training.config.run import FinetuneConfig, TaskTraining
+from pipelines.training.evaluation import row_scores
+from pipelines.training.evaluation.evaluator import evaluate_model
+from pipelines.training.evaluation.outcomes import OutcomeTable
+from pipelines.training.evaluation.row_scores import score_predictions
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.runs.model_tasks import resolve_model_tasks
 from skillnet import objectives
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import average_precision_of_rows
@@ -29,6 +28,7 @@ from skillnet.objectives import TaskObjective
 from skillnet.skills import SkillPlan, Task
 from skillnet.value_heads import RegressionHead
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
+from skillnet_planning.example_batches import build_example_batch
 from tests.helpers.small_corpora import small_config, write_corpora
 
 TEXT = {"input": SkillPlan(("general", "text"), "text")}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.run import FinetuneConfig
-from pipelines.config.storage import StorageConfig
-from pipelines.runs.mirror import RunMirror
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.config.storage import StorageConfig
+from pipelines.training.runs.mirror import RunMirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json
 from sweeps.config.sweep import SweepConfig

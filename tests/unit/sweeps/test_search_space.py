@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.config.space import SearchDimension

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.config.run import PretrainConfig
-from pipelines.runs.layout import CONFIG, RESULT
-from pipelines.training.resolved_run import resolve_config
+from pipelines.training.config.run import PretrainConfig
+from pipelines.training.loop.resolved_run import resolve_config
+from pipelines.training.runs.layout import CONFIG, RESULT
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.config.trials import ResourceConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from pipelines.runs.progress_log import PROGRESS
+from pipelines.training.runs.progress_log import PROGRESS
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from pipelines import predict
+from pipelines.data.shards.format import manifest_digest
 from pipelines.serving import batch_prediction
 from pipelines.serving.batch_plan import plan_blocks
 from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, predict_blocks
-from pipelines.shards.format import manifest_digest
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from pipelines import export as command
-from pipelines.runs import model_source
 from pipelines.serving import bundle
 from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
+from pipelines.training.runs import model_source
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from tests.helpers.hub_server import serve_hub

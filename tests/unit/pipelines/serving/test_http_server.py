@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
-from pipelines.transforms.decode_guard import WorkBudget
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.file_forms import draw_png, encode_form

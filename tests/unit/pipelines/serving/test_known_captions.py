@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.files import LocalShardStore
 from pipelines.serving import known_captions, retrieval_index
-from pipelines.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.shards.files import LocalShardStore
 from skillnet.skills import default_tasks, find_task
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import write_corpora

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from pipelines.runs import model_source
+from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.serving import bundle
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.model_processor import ModelProcessor
 from pipelines.serving.predictor import TaskPredictor
-from pipelines.tokenizer.training import train_tokenizer
+from pipelines.training.runs import model_source
 from skillnet import SkillNet
 from skillnet.objectives import find_objective
 from skillnet.skills import known_tasks

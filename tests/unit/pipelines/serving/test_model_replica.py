@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from ray import serve
 
+from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import model_replica
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
 from pipelines.serving.request_rows import PredictionRequest
 from pipelines.serving.served_model import ServedModelConfig
-from pipelines.transforms.decode_guard import WorkBudget
 
 
 class SlowModel:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.corpora import open_external_corpus
-from pipelines.corpora.base import SourceArchives
-from pipelines.evaluation.inference import memory_inputs
+from pipelines.data.corpora import open_external_corpus
+from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.tokenizer import training as tokenizers
+from pipelines.data.transforms import video
 from pipelines.serving import bundle
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.inputs import read_input_rows
 from pipelines.serving.predictor import TaskPredictor
-from pipelines.tokenizer import training as tokenizers
-from pipelines.transforms import video
+from pipelines.training.evaluation.inference import memory_inputs
 from skillnet.model import SkillNet
 from tests.helpers.readable_corpora import config
 from tests.helpers.user_corpora import tnews
@@ -72,7 +72,7 @@ def test_headings_have_keywords_if_training_used_them(
 def test_queries_are_truncated_like_captions(
     words: Any, prepared: dict[str, int], expected_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.transforms.text.CAPTION_TOKENS", 20)
+    monkeypatch.setattr("pipelines.data.transforms.text.CAPTION_TOKENS", 20)
     tested = predictor(words, "text_to_image", prepared)
     tested.model.config.max_tokens = 24
     tested.embed_texts("text_to_image", [" " + "abc" * 40])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save, save_file
 
-from pipelines.runs import model_source
+from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
 from pipelines.serving.retrieval_index import build_retrieval_index, read_index, write_index
-from pipelines.shards.dataset import open_corpus
+from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import config, write_corpora

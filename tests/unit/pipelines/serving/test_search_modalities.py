@@ -16,18 +16,18 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.corpora.base import tensor_field
-from pipelines.evaluation.inference import InferenceRunner, split_inputs
-from pipelines.loading.task_columns import tower_column
-from pipelines.runs.model_source import resolve_model
+from pipelines.data.corpora.base import tensor_field
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.data.tokenizer.training import load_tokenizer
+from pipelines.data.transforms.text import encode_captions
+from pipelines.data.transforms.video import draw_pen_paths
 from pipelines.search import SearchConfig, read_query, search_corpus, show_search
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.corpus_search import choose_search_task
-from pipelines.shards.dataset import open_corpus
-from pipelines.shards.format import manifest_digest, write_shard
-from pipelines.tokenizer.training import load_tokenizer
-from pipelines.transforms.text import encode_captions
-from pipelines.transforms.video import draw_pen_paths
+from pipelines.training.evaluation.inference import InferenceRunner, split_inputs
+from pipelines.training.loading.task_columns import tower_column
+from pipelines.training.runs.model_source import resolve_model
 from skillnet.model import SkillNet
 from skillnet.skills import Modality, SkillPlan, Task, default_tasks, known_tasks
 from skillnet_platform import console

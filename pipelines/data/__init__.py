@@ -1,0 +1,1 @@
+"""From the files of a corpus to shards: corpora, formats, transforms, tokenizer, preparation."""

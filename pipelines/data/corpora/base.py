@@ -1,0 +1,228 @@
+"""Interface of a corpus: pinned archives, raw rows with their splits, and a transform to columns.
+
+``pipelines.data.preprocessing`` reads ``Corpus.rows`` in one process and runs ``Corpus.transform``
+on blocks of rows in parallel. A third-party corpus that reads data by path derives from
+``pipelines.data.corpora.readers.ExternalCorpus`` instead.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from pipelines.data.corpora.archives import Archive, iter_members, read_member
+
+#: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key``, ``group`` and ``unit``.
+#: The unit names the rows that only occur together in a split (a module, a speaker). A row without
+#: ``unit``, or with None, is a unit by itself.
+Row = dict[str, Any]
+#: Columns of every shard, before those of the corpus.
+ROW_COLUMNS = (
+    pa.field("key", pa.string()),
+    pa.field("group", pa.int64()),
+    pa.field("unit", pa.string()),
+)
+#: Reason of a row that is not lost: its captions are in the row of its item.
+JOINED_ROW = "joined to the first row of its media file"
+#: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
+MAX_TEXT_LENGTH = 1_000_000
+
+
+def find_long_text(row: Row) -> str:
+    """Return why a row is rejected if one of its texts is too long, else "".
+
+    Args:
+        row: as the corpus yields it.
+    """
+    for name, value in row.items():
+        texts = value if isinstance(value, list) else (value,)
+        if texts and isinstance(texts[0], str) and max(map(len, texts)) > MAX_TEXT_LENGTH:
+            return f"{name} is longer than {MAX_TEXT_LENGTH} characters"
+    return ""
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that is rejected before it is transformed.
+
+    Args:
+        key: key of the row.
+        reason: short text; rejected rows are counted by it.
+        file: the file that holds the row, if it helps the reader of the report.
+        row: number of the row in that file, from 1.
+        counts_as_error: whether the row should have been readable. Preparation stops if the share
+            of such rows exceeds ``max_error_rate``. Other rows are rejected by choice.
+        truncates_file: whether the rest of the file is lost with this row. The number of lost rows
+            is unknown, so preparation stops if the share of such files exceeds ``max_error_rate``.
+    """
+
+    key: str
+    reason: str
+    file: str | None = None
+    row: int | None = None
+    counts_as_error: bool = False
+    truncates_file: bool = False
+
+
+@dataclass(frozen=True)
+class SourceArchives:
+    """The downloaded archives of a corpus, which the caller has verified.
+
+    Args:
+        directory: directory of the archives.
+        archives: their pins.
+    """
+
+    directory: Path
+    archives: tuple[Archive, ...]
+
+    @classmethod
+    def none(cls) -> "SourceArchives":
+        """Return no archives, for a corpus that reads a path of the user."""
+        return cls(Path(), ())
+
+    def path(self, prefix: str) -> Path:
+        """Return the path of the archive whose file name starts with ``prefix``."""
+        found = [a.file for a in self.archives if a.file.startswith(prefix)]
+        assert len(found) == 1, f"{prefix} names {found}"
+        return self.directory / found[0]
+
+    def read(self, prefix: str, name: str) -> bytes:
+        """Return the bytes of the member ``name`` of the archive ``prefix``."""
+        return read_member(self.path(prefix), name)
+
+    def members(self, prefix: str, start: str, end: str) -> Iterator[tuple[str, bytes]]:
+        """Yield the members of an archive whose names have a given start and end.
+
+        Args:
+            prefix: start of the archive's file name.
+            start: start of the members' names.
+            end: end of the members' names.
+
+        Yields:
+            (the name without its start and end, bytes).
+        """
+
+        def is_wanted(name: str) -> bool:
+            return name.startswith(start) and name.endswith(end)
+
+        for name, data in iter_members(self.path(prefix), is_wanted):
+            yield name[len(start) : len(name) - len(end)], data
+
+
+class Corpus(ABC):
+    """One source of rows. Ray copies it to its workers, so it holds settings and never rows.
+
+    ``rows`` reads a row: it is cheap, runs in order in one process, and makes every decision that
+    needs the entire corpus (duplicates, splits, groups). ``transform`` finishes a row: it is
+    costly and runs on blocks in parallel. If rows only hold references to media, memory does not
+    grow with the corpus.
+    """
+
+    name: str
+    modality: str
+    task: str
+    archives: ClassVar[tuple[Archive, ...]]
+    #: Increase it when a change of the code changes the prepared rows.
+    version: ClassVar[int] = 1
+    #: Columns that ``rows`` yields in addition to split, key and group. If a later step rejects a
+    #: row, the columns ``file`` (text) and ``row`` (number from 1) go to the quarantine file.
+    raw_schema: pa.Schema
+    #: Columns of the finished shards after ``ROW_COLUMNS``, of all splits together.
+    columns: pa.Schema
+    #: Columns that a split omits, because they would be empty.
+    omitted_columns: ClassVar[dict[str, frozenset[str]]] = {}
+    #: Raw columns whose text the tokenizer is trained on, in the splits "pretrain" and "train".
+    text_columns: tuple[str, ...] = ()
+    #: Words that the tokenizer never splits.
+    terms: ClassVar[tuple[str, ...]] = ()
+    #: Splits that pretraining of the modality reads.
+    pretraining: ClassVar[tuple[str, ...]] = ("pretrain", "train")
+    #: Rows per shard.
+    shard_rows: int = 1024
+
+    @abstractmethod
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+        """Yield every row of the corpus, in an order that depends only on the sources.
+
+        Args:
+            sources: the verified archives; empty for a corpus that reads a path of the user.
+        """
+
+    @abstractmethod
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Return the finished columns of a block, row for row.
+
+        Args:
+            block: ``ROW_COLUMNS`` and the columns of ``raw_schema``.
+            tokenizer: None for a corpus without ``text_columns``.
+
+        Returns:
+            The columns of ``columns``. A row that cannot be finished keeps its position and has a
+            reason in the string column ``rejected``.
+        """
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """Return every number that decides the shard bytes, for the manifest and its digest."""
+
+    def can_run_remotely(self) -> bool:
+        """Return whether ``transform`` can run on a node without access to the archives."""
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """Return additional entries of the manifest: names of labels or symbols."""
+        return {}
+
+    def extra_sources(self) -> list[dict[str, str]]:
+        """Return the sources that are not archives, each with ``file`` and ``sha256``."""
+        return []
+
+    def num_source_files(self) -> int:
+        """Return the number of files that hold rows; truncated files are counted against it."""
+        return 1
+
+    def schema(self, split: str) -> pa.Schema:
+        """Return the columns of the shards of a split."""
+        omitted = self.omitted_columns.get(split, frozenset())
+        return pa.schema(
+            [*ROW_COLUMNS, *(column for column in self.columns if column.name not in omitted)]
+        )
+
+
+def tensor_field(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
+    """Return the field of a column of flattened tensors of one shape.
+
+    Args:
+        name: name of the column.
+        dtype: type of the elements.
+        shape: shape of each tensor; the metadata of the field store it.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    text = "[" + ",".join(str(length) for length in shape) + "]"
+    return pa.field(name, pa.list_(dtype, size), metadata={b"shape": text.encode()})
+
+
+def stable_hash(*parts: object) -> int:
+    """Return a hash of ``parts`` in 0 … 2**64 - 1 that never changes; splits are based on it."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(
+        hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big"
+    )
+
+
+@dataclass
+class IdAllocator:
+    """Consecutive integer ids for names, in the order of their first use."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> int:
+        """Return the id of ``name``; a new name gets the next id."""
+        return self.numbers.setdefault(name, len(self.numbers))

@@ -1,0 +1,327 @@
+"""Records of JSON, JSON lines, CSV and Parquet files, one at a time.
+
+:func:`read_records` chooses the format by the file name. A record that cannot be read becomes a
+``BadRecord`` in its place and the following records are still read, so one bad line does not cost
+a corpus. Memory holds one record, never a file.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from pipelines.data.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.data.corpora.formats.csv_reader import read_csv_rows
+from pipelines.data.corpora.formats.encoding import (
+    DAMAGED_COMPRESSION,
+    DUPLICATE_FIELD,
+    TRUNCATED_LINE,
+    BadRecord,
+    NumberedRecord,
+    peek_start,
+)
+from pipelines.data.io.directory import (
+    DAMAGE_ERRORS,
+    OversizedInputError,
+    SourceDirectory,
+    iter_lines,
+)
+from skillnet_platform.errors import UserError
+
+__all__ = [
+    "DUPLICATE_FIELD",
+    "MAX_ENTRY_CHARS",
+    "BadRecord",
+    "NumberedRecord",
+    "StrictJsonDecoder",
+    "describe_first_error",
+    "read_json_arrays",
+    "read_json_entries",
+    "read_json_lines",
+    "read_records",
+]
+
+#: An entry of a JSON array with more characters is treated as damage.
+MAX_ENTRY_CHARS = 64 * 2**20
+#: An object over several lines, as programs print it for people.
+MULTILINE_JSON = BadRecord(
+    "JSON over several lines; expected one object per line (convert with jq -c .) or one array",
+    truncates_file=True,
+)
+_BLOCK_CHARS = 1 << 18
+_NON_SPACE = re.compile(r"\S")
+#: Start of an array of objects. Another line that starts with a bracket is one bad line.
+_ARRAY_START = re.compile(rb"\[\s*[{\]]")
+_MULTILINE_OBJECT_START = re.compile(rb"\{[ \t]*\r?\n")
+
+
+def read_records(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+    """Yield the records of a file with their numbers; the file name decides the format.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself. A file whose name ends in
+            ``.gz`` is decompressed.
+    """
+    name = _uncompressed_name(source, file)
+    if name.endswith((".csv", ".tsv")):
+        return read_csv_rows(source, file, "\t" if name.endswith(".tsv") else None)
+    if name.endswith(".parquet"):
+        return read_parquet_rows(source, file)
+    return read_json_lines(source, file)
+
+
+def describe_first_error(records: Iterator[NumberedRecord]) -> str:
+    """Return " (reason)" if the first record cannot be read, to append to a message; else "".
+
+    Args:
+        records: records of a file from its start.
+    """
+    first = next(records, (1, None))[1]
+    return f" ({first.reason})" if isinstance(first, BadRecord) else ""
+
+
+def read_json_lines(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+    """Yield the objects of a JSON lines file with their line numbers.
+
+    A file with one array of objects is read too; its objects have their number in the array.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
+    with source.open(file) as stream:
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
+            yield 1, start
+            return
+        text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+        json_array = text[:1] == b"[" and _uncompressed_name(source, file).endswith(".json")
+        if json_array or _ARRAY_START.match(text):
+            yield from ((number, _require_object(value)) for number, _, value in _entries(stream))
+        elif _MULTILINE_OBJECT_START.match(text):
+            yield 1, MULTILINE_JSON
+        else:
+            yield from _lines(stream)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[NumberedRecord]:
+    number, decoder = 0, StrictJsonDecoder()
+    try:
+        for number, line in iter_lines(stream, ends=True):
+            try:
+                value: Any = decoder.decode(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    value = TRUNCATED_LINE
+                else:
+                    value = BadRecord(
+                        f"not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'}"
+                    )
+            yield number, _require_object(value)
+    except OversizedInputError as error:
+        yield number + 1, BadRecord(str(error), truncates_file=True)
+    except DAMAGE_ERRORS:
+        yield number + 1, DAMAGED_COMPRESSION
+
+
+def read_json_entries(source: SourceDirectory, file: str) -> Iterator[tuple[int, str | None, Any]]:
+    """Yield the entries of a JSON array, or of a JSON object of objects, while it is parsed.
+
+    After damage the start of the next entry is unknown, so the last entry is one ``BadRecord``.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+
+    Yields:
+        (number from 1, key in the object or None, value).
+    """
+    with source.open(file) as stream:
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
+            yield 1, None, start
+        else:
+            yield from _entries(stream)
+
+
+def read_json_arrays(source: SourceDirectory, file: str) -> Iterator[tuple[int, str, Any]]:
+    """Yield the elements of the arrays of a JSON object: ``{"images": […], "annotations": […]}``.
+
+    Other values of the object are skipped. Memory holds one element, never an array.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+
+    Yields:
+        (number in the array from 1, name of the array, element). After damage the last element is
+        a ``BadRecord``.
+    """
+    with source.open(file) as stream:
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
+            yield 1, "", start
+            return
+        text, number, name = _JsonText(stream), 0, ""
+        try:
+            for name in text.iter_names():
+                if text.next_character(consume=False) != "[":
+                    text.next_value()
+                    continue
+                for number, value in enumerate(text.iter_elements(), start=1):
+                    yield number, name, value
+        except UserError:
+            raise
+        except ValueError:
+            yield number + 1, name, BadRecord("JSON damaged from here on", truncates_file=True)
+
+
+def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
+    text = _JsonText(stream)
+    opening = text.next_character()
+    if opening not in ("[", "{"):
+        yield 1, None, BadRecord("neither a JSON array nor a JSON object", truncates_file=True)
+        return
+    number, closing = 1, "]" if opening == "[" else "}"
+    while (following := text.next_character(consume=False)) != closing:
+        name = None
+        try:
+            if following == ",":
+                text.next_character()
+                continue
+            if opening == "{":
+                name = text.next_value()
+                if text.next_character() != ":" or not isinstance(name, str):
+                    raise ValueError("no key")
+            value = text.next_value()
+        except UserError:
+            raise
+        except ValueError:
+            cut = " (cut short)" if text.at_end else ""
+            reason = f"JSON damaged from here on{cut}"
+            yield number, None, BadRecord(reason, truncates_file=True)
+            return
+        yield number, name, value
+        number += 1
+    text.next_character()
+    if text.next_character():
+        yield number, None, BadRecord("data after the end of the JSON", truncates_file=True)
+
+
+class StrictJsonDecoder(json.JSONDecoder):
+    """A JSON decoder that returns ``DUPLICATE_FIELD`` for an object that repeats a name."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._build_object)
+        self.has_duplicate = False
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value at ``idx`` and the index after it; ``decode`` calls this method."""
+        self.has_duplicate = False
+        value, end = super().raw_decode(s, idx)
+        return (DUPLICATE_FIELD if self.has_duplicate else value), end
+
+    def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        self.has_duplicate |= len(built) < len(pairs)
+        return built
+
+
+def _require_object(value: Any) -> "dict[str, Any] | BadRecord":
+    if isinstance(value, dict | BadRecord):
+        return value
+    return BadRecord("not a JSON object")
+
+
+def _uncompressed_name(source: SourceDirectory, file: str) -> str:
+    return (file or source.name).removesuffix(".gz").lower()
+
+
+class _JsonText:
+    """The decoded text of a stream, from which JSON values are parsed one by one."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.at_end = stream, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self.buffer, self.position = "", 0
+        self.json = StrictJsonDecoder()
+
+    def next_character(self, consume: bool = True) -> str:
+        """Return the next character that is not white space, or "" at the end."""
+        while True:
+            if found := _NON_SPACE.search(self.buffer, self.position):
+                self.position = found.end() if consume else found.start()
+                return found[0]
+            self.position = len(self.buffer)
+            if not self._read_more(_BLOCK_CHARS):
+                return ""
+
+    def iter_elements(self) -> Iterator[Any]:
+        """Yield the elements of the next value, an array, while it is parsed.
+
+        Raises:
+            ValueError: the array is damaged, or the text ends inside it.
+        """
+        for _ in self._iter_starts("[", "]"):
+            yield self.next_value()
+
+    def iter_names(self) -> Iterator[str]:
+        """Yield the names of the next value, an object; the caller parses the value of each.
+
+        Raises:
+            ValueError: the object is damaged, or the text ends inside it.
+        """
+        for _ in self._iter_starts("{", "}"):
+            name = self.next_value()
+            self._require(":")
+            yield str(name)
+
+    def _iter_starts(self, opening: str, closing: str) -> Iterator[None]:
+        """Yield at the beginning of each entry of a value; the caller parses the entry."""
+        self._require(opening)
+        while (following := self.next_character(consume=False)) != closing:
+            if following == ",":
+                self.next_character()
+            else:
+                yield
+        self.next_character()
+
+    def _require(self, character: str) -> None:
+        if self.next_character() != character:
+            raise ValueError(f"no {character}")
+
+    def next_value(self) -> Any:
+        """Parse the next JSON value.
+
+        Raises:
+            ValueError: the value is damaged, or the text ends inside it.
+        """
+        self.next_character(consume=False)
+        block = _BLOCK_CHARS
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.buffer, self.position)
+                # A number at the very end of the buffer can continue in the next block.
+                if end < len(self.buffer) or self.at_end:
+                    self.position = end
+                    return value
+            except RecursionError:
+                raise ValueError("nested too deep") from None
+            except ValueError:
+                if self.at_end or len(self.buffer) - self.position > MAX_ENTRY_CHARS:
+                    raise
+            # The block doubles, so that a long entry is not parsed many times.
+            self._read_more(block)
+            block *= 2
+
+    def _read_more(self, size: int) -> bool:
+        try:
+            data = self.stream.read(size)
+        except DAMAGE_ERRORS:
+            data = b""
+        self.at_end = not data
+        self.buffer = self.buffer[self.position :] + self.decoder.decode(data, final=self.at_end)
+        self.position = 0
+        return not self.at_end

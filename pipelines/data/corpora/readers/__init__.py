@@ -1,0 +1,90 @@
+"""Public interface for formats of other packages: base classes, options and row helpers.
+
+A format derives from :class:`ExternalCorpus`, or from :class:`RecordCorpus` if its rows are
+mappings of named fields, and joins through the entry point group ``skillnet.corpora``. The other
+modules of this package are the built-in formats. docs/own-corpora.md contains an example.
+"""
+
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash, tensor_field
+from pipelines.data.corpora.formats.record_reader import (
+    BadRecord,
+    read_json_entries,
+    read_json_lines,
+    read_records,
+)
+from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions
+from pipelines.data.corpora.readers.captions import CaptionedCorpus
+from pipelines.data.corpora.readers.columns import (
+    CaptionOptions,
+    CodeOptions,
+    ImageOptions,
+    SoundOptions,
+    SplitOptions,
+    TextOptions,
+    VideoOptions,
+    build_caption_columns,
+    build_code_columns,
+    build_image_columns,
+    build_sound_columns,
+    build_text_columns,
+    build_video_columns,
+)
+from pipelines.data.corpora.readers.fields import RecordCorpus, RecordOptions
+from pipelines.data.corpora.readers.row_builders import (
+    NoAnnotationError,
+    clean_captions,
+    clean_text,
+    error_row,
+    hash_caption_group,
+    hash_split,
+    make_key,
+    media_row,
+    normalize_transcript,
+    rejected_row,
+    val_or_test,
+)
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.io.media import MediaRef
+
+__all__ = [
+    "BadRecord",
+    "CaptionOptions",
+    "CaptionedCorpus",
+    "CodeOptions",
+    "ExternalCorpus",
+    "ImageOptions",
+    "MediaOptions",
+    "MediaRef",
+    "NoAnnotationError",
+    "RecordCorpus",
+    "RecordOptions",
+    "RejectedRow",
+    "Row",
+    "SoundOptions",
+    "SourceArchives",
+    "SourceDirectory",
+    "SplitOptions",
+    "TextOptions",
+    "VideoOptions",
+    "build_caption_columns",
+    "build_code_columns",
+    "build_image_columns",
+    "build_sound_columns",
+    "build_text_columns",
+    "build_video_columns",
+    "clean_captions",
+    "clean_text",
+    "error_row",
+    "hash_caption_group",
+    "hash_split",
+    "make_key",
+    "media_row",
+    "normalize_transcript",
+    "read_json_entries",
+    "read_json_lines",
+    "read_records",
+    "rejected_row",
+    "stable_hash",
+    "tensor_field",
+    "val_or_test",
+]

@@ -1,0 +1,347 @@
+"""Base class of corpora that read data by path, and the helpers that their readers share.
+
+A subclass of :class:`ExternalCorpus` reads one format. Its ``rows`` is cheap and holds at most one
+record, plus file names where files are looked up by name. It decides keys, splits and groups, and
+yields references to media. Media are decoded later in ``transform``, on workers, a block at a time.
+
+Formats of other packages join through the entry point group ``skillnet.corpora``. They import from
+``pipelines.data.corpora.readers``; docs/own-corpora.md contains an example.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import pyarrow as pa
+from annotated_types import Interval
+
+from pipelines.data.config.bounds import BoundedOptions
+from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.formats.unread_files import UnreadFiles
+from pipelines.data.corpora.readers import columns
+from pipelines.data.corpora.readers.label_values import (
+    RunningMoments,
+    describe_numeric_labels,
+    merge_equal_labels,
+    parse_label,
+    sort_labels,
+)
+from pipelines.data.io.directory import (
+    DirectoryEntry,
+    SourceDirectory,
+    digest_listing,
+    to_printable,
+)
+from pipelines.data.io.media import MAX_MEDIA_BYTES
+from pipelines.data.transforms import image, sound, video
+from skillnet.skills import name_task
+from skillnet_platform import console
+from skillnet_platform.config import to_dict
+from skillnet_platform.errors import UserError
+
+#: CTC symbol of characters that do not occur in the training transcripts.
+UNKNOWN_SYMBOL = "<unk>"
+#: Approximate size of a shard in bytes. It decides the number of rows per shard.
+TARGET_SHARD_BYTES = 32 * 2**20
+
+
+@dataclass
+class MediaOptions(BoundedOptions):
+    """Media files.
+
+    Args:
+        media: folder of the media, if it is not the directory of the corpus.
+        max_megabytes: a larger media file is rejected without being read.
+    """
+
+    media: str | None = None
+    max_megabytes: Annotated[int, Interval(ge=1, le=2**20)] = MAX_MEDIA_BYTES // 2**20
+
+
+class ExternalCorpus(Corpus):
+    """A corpus in one format, read from a path or URI of the user.
+
+    Args:
+        place: path or URI of the corpus.
+        options: an instance of ``Options``; None uses the defaults.
+        name: name of the prepared corpus; by default the name of the format.
+
+    Attributes:
+        source: the directory or file at ``place``.
+        unread_files: annotation files that are not read, found by ``extra_sources``.
+
+    Raises:
+        UserError: the path does not exist, or does not hold this format.
+    """
+
+    archives = ()
+    #: Dataclass of the options of the format.
+    Options: ClassVar[type]
+    #: Annotations of a row in addition to its media: of "labels", "label_sets", "values",
+    #: "captions", "transcripts".
+    annotations_present: tuple[str, ...] = ()
+    #: Whether the captions of a row are equivalent. Then each one is a query in an evaluation,
+    #: otherwise only the first one.
+    captions_equivalent: ClassVar[bool] = False
+    #: Splits whose rows have no annotations: for prediction, or for pretraining.
+    unlabelled_splits: tuple[str, ...] = ()
+    #: Class names, in the order of their label ids.
+    labels: Sequence[str] = ()
+    #: CTC symbols; the first one has the id 1.
+    symbols: Sequence[str] = ()
+    #: Whether the corpus gives its classes as names, which are no numbers to predict.
+    has_class_names: bool = False
+    #: Mean and deviation of the values of the training rows.
+    value_scale: tuple[float, float] | None = None
+
+    def __init__(self, place: str, options: Any = None, name: str | None = None) -> None:
+        self.name = name or type(self).name
+        self.source = SourceDirectory(place)
+        self.options = options if options is not None else type(self).Options()
+        self.unread_files = UnreadFiles()
+        self.discover()
+        self.finalize_schema()
+
+    @classmethod
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return the evidence that a directory holds this format as a phrase, or None."""
+        return None
+
+    def discover(self) -> None:
+        """Find the files of the corpus in ``source``.
+
+        Raises:
+            UserError: a file is missing without which no row can be read.
+        """
+
+    def finalize_schema(self) -> None:
+        """Set columns, task and shard size from modality, options and annotations."""
+        self.raw_schema = columns.raw_columns_schema(self.modality, self.annotations_present)
+        self.columns = columns.shard_columns(self.modality, self.annotations_present, self.options)
+        self.text_columns = tuple(
+            [self.modality] * (self.modality in ("text", "code"))
+            + ["captions"] * ("captions" in self.annotations_present)
+        )
+        size = columns.estimate_row_bytes(self.modality, self.options)
+        # Shards of few rows are slow to open; shards of many rows need much memory.
+        self.shard_rows = min(max(TARGET_SHARD_BYTES // size, 64), 8192)
+        self.task = name_task(self.modality, self.annotations_present)
+
+    def can_run_remotely(self) -> bool:
+        """Return whether all media are named by URI, so that any node can read them."""
+        return all(each.remote for each in vars(self).values() if isinstance(each, SourceDirectory))
+
+    def scan_labels(self) -> None:
+        """Collect classes, symbols and the scale of values, which only the rows contain.
+
+        It costs one pass over ``rows`` before preparation, and runs only if they are missing.
+        """
+        wants_labels = self._has_labels() and not self.labels
+        wants_symbols = "transcripts" in self.annotations_present and not self.symbols
+        wants_scale = "values" in self.annotations_present and self.value_scale is None
+        if not wants_labels and not wants_symbols and not wants_scale:
+            return
+        labels: set[str] = set()
+        values = RunningMoments()
+        characters: set[str] = set()
+        errors = Counter[str]()
+        for row in self.rows(SourceArchives.none()):
+            if isinstance(row, RejectedRow):
+                errors[row.reason] += row.counts_as_error
+                continue
+            # A class or character that training lacks cannot be learned.
+            if row["split"] != "train":
+                continue
+            if wants_labels:
+                labels.update(row.get("label_set") or ())
+                labels |= set() if row.get("label") is None else {row["label"]}
+            if wants_scale and row.get("value") is not None:
+                values.add(row["value"])
+            if wants_symbols:
+                characters.update(row.get("text") or "")
+        if wants_scale:
+            self.value_scale = values.scale(self.source.uri)
+        self.set_labels(sort_labels(merge_equal_labels(labels)), sorted(characters), errors)
+        is_single = wants_labels and "labels" in self.annotations_present
+        is_single = is_single and not self.has_class_names
+        if report := describe_numeric_labels(self.labels if is_single else ()):
+            console.print_warning(f"{self.source.uri}: {report}")
+
+    def set_labels(
+        self,
+        labels: Sequence[str],
+        characters: Sequence[str],
+        errors: Mapping[str, int] | None = None,
+    ) -> None:
+        """Set the classes, and the symbols from the characters of the training transcripts.
+
+        Args:
+            labels: class names in the order of their ids.
+            characters: sorted characters.
+            errors: reason -> number of error rows, for the message.
+
+        Raises:
+            UserError: there are no labels or transcripts, so nothing can be trained. The message
+                states the most frequent reason in ``errors``.
+        """
+        (reason, count), *_ = [*Counter(errors).most_common(1), ("", 0)]
+        cause = f" ({count} × {reason})" if count else ""
+        if self._has_labels() and not self.labels:
+            if not labels:
+                raise UserError(f"{self.source.uri}: no training row has a label{cause}")
+            self.labels = tuple(labels)
+        if "transcripts" in self.annotations_present and not self.symbols:
+            if not characters:
+                raise UserError(f"{self.source.uri}: no training row has a transcript{cause}")
+            self.symbols = (UNKNOWN_SYMBOL, *characters)
+
+    def _has_labels(self) -> bool:
+        """Return whether rows have one class, or several."""
+        return bool({"labels", "label_sets"} & set(self.annotations_present))
+
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+        """Yield every row, in an order that depends only on the corpus; see ``Corpus.rows``."""
+        raise NotImplementedError
+
+    def build_columns(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:
+        """Return the input columns of the modality, and ``rejected`` with reasons.
+
+        Args:
+            block: raw rows.
+            tokenizer: needed for text and code.
+        """
+        limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_MEDIA_BYTES
+        built: dict[str, Any] = {
+            "text": lambda: columns.build_text_columns(block, tokenizer, self.options),
+            "code": lambda: columns.build_code_columns(block, tokenizer, self.options),
+            "sound": lambda: columns.build_sound_columns(block, self.options, limit),
+            "image": lambda: columns.build_image_columns(block, self.options, limit),
+            "video": lambda: columns.build_video_columns(block, self.options, limit),
+        }[self.modality]()
+        return {"rejected": pa.nulls(block.num_rows, pa.string())} | built
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Return the finished columns of a block, row for row; see ``Corpus.transform``."""
+        built = self.build_columns(block, tokenizer)
+        rejected = built.pop("rejected").to_pylist()
+        if "captions" in self.annotations_present:
+            built |= columns.build_caption_columns(block, tokenizer, self.options)
+        if "transcripts" in self.annotations_present:
+            built["text"] = block["text"]
+            built["symbols"] = self._encode_symbols(block["text"].to_pylist())
+        if "labels" in self.annotations_present:
+            row_labels = block["label"].to_pylist()
+            row_ids = self._encode_labels(row_labels)
+            built["label"] = pa.array(row_ids, pa.int32())
+            for index, (label, label_id) in enumerate(zip(row_labels, row_ids, strict=True)):
+                if label is not None and label_id is None and rejected[index] is None:
+                    rejected[index] = "a label that no training row has"
+        if "label_sets" in self.annotations_present:
+            sets = [self._encode_labels(row or ()) for row in block["label_set"].to_pylist()]
+            # Classes that training lacks cannot be learned; the others of the row can.
+            known = [sorted({each for each in row if each is not None}) for row in sets]
+            built["label_set"] = pa.array(known, pa.list_(pa.int32()))
+        if "values" in self.annotations_present:
+            built["value"] = block["value"].cast(pa.float32())
+        return pa.table(built | {"rejected": pa.array(rejected, pa.string())})
+
+    def schema(self, split: str) -> pa.Schema:
+        """Return the columns of the shards of a split; unlabelled splits have no annotations."""
+        full = super().schema(split)
+        if split not in self.unlabelled_splits:
+            return full
+        absent = {"label", "label_set", "value", "captions", "caption_tokens", "symbols"}
+        absent |= {"text"} if self.modality != "text" else set()
+        return pa.schema([field for field in full if field.name not in absent])
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return reader, options and the constants of the media transforms."""
+        # The folder of the media does not decide the bytes; its content is part of the sources.
+        chosen = {k: v for k, v in to_dict(self.options).items() if k != "media"}
+        frames = {"mean": sound.MEAN, "deviation": sound.DEVIATION, "rate": sound.RATE}
+        return {
+            "reader": type(self).name,
+            **chosen,
+            **(frames if self.modality == "sound" else {}),
+            **({"samples": sound.VERSION} if self.modality == "sound" else {}),
+            **({"pixels": image.VERSION} if self.modality == "image" else {}),
+            **({"pixels": video.VERSION} if self.modality == "video" else {}),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return names of classes and symbols, the scale of values, and how captions are used."""
+        entries: dict[str, Any] = {"labels": list(self.labels)} if self._has_labels() else {}
+        if self.value_scale is not None:
+            entries |= {"value_scale": list(self.value_scale)}
+        if "transcripts" in self.annotations_present:
+            entries |= {"symbols": list(self.symbols), "blank": 0}
+        if "captions" in self.annotations_present and self.captions_equivalent:
+            entries |= {"queries": "all"}
+        return entries
+
+    def annotation_files(self) -> list[str]:
+        """Return the files that hold rows; the manifest identifies them by their content."""
+        return []
+
+    def is_unread_annotation(self, file: str) -> bool:
+        """Return whether a file can hold annotations that this reader does not read.
+
+        Args:
+            file: path of a file in ``source``.
+        """
+        return False
+
+    def note_unread(self, entry: DirectoryEntry) -> DirectoryEntry:
+        """Return a file of ``source``, added to ``unread_files`` if it is one of them."""
+        if self.is_unread_annotation(entry.name):
+            self.unread_files.add(to_printable(entry.name))
+        return entry
+
+    def num_source_files(self) -> int:
+        """Return the number of annotation files."""
+        return len(self.annotation_files()) or 1
+
+    def extra_sources(self) -> list[dict[str, str]]:
+        """Return annotation files by their content, and media by names and sizes.
+
+        Hashing the content of all media would take as long as preparing them.
+        """
+        self.unread_files = UnreadFiles()
+        if self.source.is_file:
+            digest = self.source.digest("")
+            found = [{"file": to_printable(self.source.name), "sha256": digest}]
+        else:
+            files = sorted(self.annotation_files())
+            known = set(files)
+            found = [
+                {"file": to_printable(name), "sha256": self.source.digest(name)} for name in files
+            ]
+            count, size, digest = digest_listing(
+                self.note_unread(entry) for entry in self.source.walk() if entry.name not in known
+            )
+            if count:
+                found.append({"file": f"{count} files, {size} bytes", "sha256": digest})
+        media = getattr(self.options, "media", None)
+        if media:
+            count, size, digest = digest_listing(SourceDirectory(media).walk())
+            found.append({"file": f"media: {count} files, {size} bytes", "sha256": digest})
+        return found
+
+    def _encode_labels(self, row_labels: Sequence[str | None]) -> list[int | None]:
+        """Return the class ids of labels, None for unknown ones; ``1.0`` also names class ``1``."""
+        names = {name: label_id for label_id, name in enumerate(self.labels)}
+        values: dict[Any, int] = {}
+        for name, label_id in names.items():
+            values.setdefault(parse_label(name), label_id)
+        return [
+            None if label is None else names.get(label, values.get(parse_label(label)))
+            for label in row_labels
+        ]
+
+    def _encode_symbols(self, transcripts: Sequence[str | None]) -> pa.Array:
+        # Id 0 is the CTC blank.
+        ids = {symbol: symbol_id for symbol_id, symbol in enumerate(self.symbols, start=1)}
+        unknown = ids.get(UNKNOWN_SYMBOL, 0)
+        rows = [[ids.get(c, unknown) for c in text or ""] for text in transcripts]
+        return pa.array(rows, pa.list_(pa.int32()))

@@ -1,0 +1,329 @@
+"""Media references, and reading of media bytes where and when they are needed.
+
+An external corpus does not carry images, audio and videos through the tasks that read its rows.
+``Corpus.rows`` yields small *references* in a raw column of the type ``MEDIA``.
+``Corpus.transform`` calls ``read_media`` on the column of a block and decodes one file after the
+other, on parallel workers. A reference names one of these:
+
+* a file: ``MediaRef("/corpora/videos/a.mp4")``, or any URI that fsspec or pyarrow opens;
+* a range of bytes, such as a member of an uncompressed tar: ``MediaRef(tar, 512, 9_310)``;
+* a member of a compressed tar, which has no ranges: ``MediaRef(tar_gz, member="S0002/a.wav")``;
+* a row of a column of a Parquet file: ``MediaRef(parquet, member="image", row_number=17)``.
+
+Rows in the order of a compressed tar or a Parquet file are read front to back. If a block ends
+inside such a file, the next block of the same process continues there.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, Any, TypeVar
+
+import pyarrow as pa
+
+from pipelines.data.io import prefetch
+from pipelines.data.io.parquet_cells import CellReadError, ParquetCells
+from pipelines.data.io.prefetch import OrderedPrefetcher
+from pipelines.data.io.source_file import (
+    PER_FILE_ERRORS,
+    NotRegularFileError,
+    identify_source,
+    is_remote,
+    make_read_error,
+    open_stream,
+    query_store,
+    strip_file_scheme,
+)
+from pipelines.data.io.tar import TarReader, TarReadError
+from skillnet_platform.storage import human_bytes
+
+#: Type of a raw column of references: ``pa.field("media", MEDIA)``. A null is a row without any.
+MEDIA = pa.struct(
+    [
+        pa.field("path", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("member", pa.string()),
+        pa.field("row_number", pa.int64()),
+    ]
+)
+#: Rows with larger files are rejected, unless a corpus sets another limit.
+MAX_MEDIA_BYTES = 256 * 2**20
+#: Errors that the name or kind of a local file causes. Other errors are those of its disk.
+_NAME_ERRORS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EILSEQ}
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """Location of the bytes of an image, audio or video.
+
+    Args:
+        path: an absolute local path, or a URI.
+        offset: first byte, from 0; ``None`` is the start.
+        length: number of bytes; ``None`` is the rest of the file.
+        member: name in the tar archive ``path``, or column of the Parquet file ``path``, instead of
+            ``offset``.
+        row_number: number of the row in a Parquet file, from 0.
+    """
+
+    path: str
+    offset: int | None = None
+    length: int | None = None
+    member: str | None = None
+    row_number: int | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the value for a column of the type ``MEDIA``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.row_number is not None:
+            return f"{self.path}: {self.member}, row {self.row_number + 1}"
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+
+@dataclass(frozen=True)
+class MediaReadError:
+    """Value in place of bytes that could not be read. Rows are counted by its short reason."""
+
+    reason: str
+
+
+def read_media(
+    references: pa.Array | pa.ChunkedArray | Iterable[dict[str, Any] | None],
+    max_bytes: int = MAX_MEDIA_BYTES,
+) -> Iterator[bytes | MediaReadError]:
+    """Yield the bytes of each reference in order, one at a time, so memory holds one file.
+
+    The next files are prefetched, see :mod:`pipelines.data.io.prefetch`. Prefetched files of a
+    store take at most 32 MiB.
+
+    Args:
+        references: column of the type ``MEDIA``, or its values.
+        max_bytes: longer files are not read.
+
+    Yields:
+        The bytes, or the reason why this row has none: the file is missing, empty, too large,
+        truncated, or not a regular file.
+
+    Raises:
+        UserError, StoreUnavailableError: a disk fails, or a store is unavailable for longer than
+            ``$SKILLNET_STORE_PATIENCE``. No row causes these errors.
+    """
+    values = references.to_pylist() if hasattr(references, "to_pylist") else references
+    wanted = [_parse_reference(value) for value in values]
+    with (
+        _take_reader(_TarCache) as archives,
+        _take_reader(ParquetCells) as cells,
+        _prefetch_remote(wanted, max_bytes) as fetched,
+    ):
+        for number, reference in enumerate(wanted):
+            _advise(wanted, number + prefetch.ADVISED_FILES)
+            if reference is None:
+                yield MediaReadError("no media file")
+                continue
+            try:
+                if reference.row_number is not None:
+                    data = _read_cell(cells, reference, max_bytes)
+                elif reference.member is not None:
+                    data = archives.read(reference, max_bytes)
+                elif is_remote(reference.path):
+                    data = fetched.next_result()
+                else:
+                    data = _read(reference, max_bytes)
+            except _RejectedError as error:
+                yield MediaReadError(str(error))
+                continue
+            yield data if data else MediaReadError("an empty file")
+
+
+def _parse_reference(value: dict[str, Any] | None) -> MediaRef | None:
+    return None if value is None or value.get("path") is None else MediaRef(**value)
+
+
+@contextlib.contextmanager
+def _prefetch_remote(
+    wanted: list[MediaRef | None], max_bytes: int
+) -> Iterator[OrderedPrefetcher[bytes]]:
+    """Prefetch in order the references to objects, or ranges of objects, of a store."""
+    remote = [r for r in wanted if r is not None and r.member is None and is_remote(r.path)]
+
+    def fetch(number: int, allow: Callable[[int], None]) -> bytes:
+        return _read_remote(remote[number], max_bytes, allow)
+
+    ahead = OrderedPrefetcher(len(remote), fetch)
+    try:
+        yield ahead
+    finally:
+        ahead.close()
+
+
+def _advise(wanted: list[MediaRef | None], number: int) -> None:
+    """Advise the kernel to read a local file that is used soon."""
+    reference = wanted[number] if number < len(wanted) else None
+    if reference is not None and reference.member is None and not is_remote(reference.path):
+        prefetch.advise_kernel(
+            strip_file_scheme(reference.path), reference.offset or 0, reference.length
+        )
+
+
+class _RejectedError(Exception):
+    """Reason why one row has no bytes."""
+
+
+def _read(reference: MediaRef, max_bytes: int) -> bytes:
+    try:
+        return _read_local(reference, max_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _RejectedError("the media file is missing") from None
+    except PermissionError:
+        raise _RejectedError("no permission to read the media file") from None
+    except OSError as error:
+        if error.errno not in _NAME_ERRORS:
+            raise make_read_error(reference.path, error) from None
+        raise _RejectedError(f"the media file cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a null character
+        raise _RejectedError(f"the media file cannot be read ({error})") from None
+
+
+def _read_local(reference: MediaRef, max_bytes: int) -> bytes:
+    path = strip_file_scheme(reference.path)
+    info = os.stat(path)  # noqa: PTH116 - a hot path
+    if not stat.S_ISREG(info.st_mode):
+        raise _RejectedError("not a regular file")  # opening a named pipe would block
+    start = reference.offset or 0
+    length = info.st_size - start if reference.length is None else reference.length
+    _check_size(length, max_bytes)
+    with open(path, "rb", buffering=0) as stream:  # noqa: PTH123 - a hot path
+        stream.seek(start)
+        data = _read_exactly(stream, length)
+    if len(data) < length:
+        raise _RejectedError("cut short: the file ends before the media")
+    return data
+
+
+def _read_exactly(stream: IO[bytes], length: int) -> bytes:
+    """Read up to ``length`` bytes: an unbuffered file may return fewer at once."""
+    parts = [stream.read(length)]
+    while (left := length - sum(map(len, parts))) > 0 and parts[-1]:
+        parts.append(stream.read(left))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_remote(reference: MediaRef, max_bytes: int, allow: Callable[[int], None]) -> bytes:
+    start = reference.offset or 0
+
+    def read(system: Any, path: str) -> tuple[int, bytes]:
+        length = reference.length
+        try:
+            if length is None:
+                length = int(system.info(path)["size"]) - start
+            _check_size(length, max_bytes)
+            allow(length)
+            data = system.cat_file(path, start=start, end=start + length) if length > 0 else b""
+        except (FileNotFoundError, IsADirectoryError):
+            raise _RejectedError("the media file is missing") from None
+        except PermissionError:
+            raise _RejectedError("no permission to read the media file") from None
+        return length, data
+
+    wanted, data = query_store(reference.path, read)
+    if len(data) < wanted:
+        raise _RejectedError("cut short: the file ends before the media")
+    return data
+
+
+def _read_cell(cells: ParquetCells, reference: MediaRef, max_bytes: int) -> bytes:
+    try:
+        data = cells.read(reference.path, reference.member or "", reference.row_number or 0)
+    except (CellReadError, NotRegularFileError) as error:
+        raise _RejectedError(str(error)) from None
+    _check_size(len(data), max_bytes)
+    return data
+
+
+class _TarCache:
+    """Reader of compressed tars from front to back that keeps one archive open."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.state: tuple[int, ...] = ()
+        self.archive: TarReader | None = None
+        self.stream: IO[bytes] | None = None
+
+    def read(self, reference: MediaRef, max_bytes: int) -> bytes:
+        """Return the bytes of a member. A member before the position is found from the start."""
+        fresh = reference.path != self.path or self.archive is None
+        for _ in range(1 if fresh else 2):
+            try:
+                if fresh:
+                    self._open(reference.path)
+                data = self._find_next(reference.member, max_bytes)
+            except FileNotFoundError:
+                raise _RejectedError("the archive is missing") from None
+            except NotRegularFileError:
+                raise _RejectedError("the archive is not a regular file") from None
+            except TarReadError as error:
+                self.close()
+                raise _RejectedError(str(error)) from None
+            except PER_FILE_ERRORS as error:
+                self.close()
+                raise _RejectedError(f"the archive cannot be opened ({error.strerror})") from None
+            if data is not None:
+                return data
+            fresh = True
+        self.close()
+        raise _RejectedError("not in its archive")
+
+    def is_current(self) -> bool:
+        """Return whether the open archive is still the file of its path; assumed for stores."""
+        return self.archive is not None and self.state == identify_source(self.path)
+
+    def _open(self, path: str) -> None:
+        self.close()
+        self.path, self.state, self.stream = path, identify_source(path), open_stream(path)
+        self.archive = TarReader(path, self.stream)
+
+    def _find_next(self, member: str | None, max_bytes: int) -> bytes | None:
+        assert self.archive is not None
+        for entry in self.archive:
+            if entry.name == member:
+                _check_size(entry.size, max_bytes)
+                return self.archive.read(entry)
+        return None
+
+    def close(self) -> None:
+        """Close the archive."""
+        for handle in (self.archive, self.stream):
+            if handle is not None:
+                handle.close()
+        self.path, self.archive, self.stream = "", None, None
+
+
+#: Reader -> its state after the last block of this process: the next block mostly continues it.
+_cached: dict[type, Any] = {}
+Reader = TypeVar("Reader", _TarCache, ParquetCells)
+
+
+@contextlib.contextmanager
+def _take_reader(kind: type[Reader]) -> Iterator[Reader]:
+    """Provide a reader for one block, in the state in which the last block left it."""
+    reader = _cached.pop(kind, None) or kind()
+    try:
+        if not reader.is_current():
+            reader.close()
+        yield reader
+    except BaseException:
+        reader.close()
+        raise
+    # Another thread may have cached its reader.
+    if _cached.setdefault(kind, reader) is not reader:
+        reader.close()
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise _RejectedError(f"a media file larger than {human_bytes(max_bytes)}")

@@ -1,0 +1,370 @@
+"""Prepare corpora and the tokenizer that they share: the library of ``skillnet prepare``.
+
+:func:`prepare` finds corpora that are current, trains the tokenizer if necessary, and passes the
+other corpora to :mod:`pipelines.data.preprocessing.pipeline`.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus
+from pipelines.data.corpora.archives import check_archive
+from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.preprocessing.corpus_job import CorpusJob
+from pipelines.data.preprocessing.preflight import check_preparable
+from pipelines.data.preprocessing.remote_staging import clear_staging, upload_shared_files
+from pipelines.data.preprocessing.staging import finish_commit, staging_path
+from pipelines.data.shards.dataset import open_corpus, verify_corpus
+from pipelines.data.shards.row_checks import ROW_CHECKS, describe_row_checks
+from pipelines.data.tokenizer import selection
+from pipelines.data.tokenizer import training as tokenizers
+from pipelines.data.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
+from skillnet_platform import cluster, config, console, signals, storage
+from skillnet_platform.cli import user_error_message
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.temporary import remove_leftovers
+
+#: Increase it when the engine (not one corpus) changes the prepared bytes.
+ENGINE_VERSION = 2
+#: Fraction of the rows.
+MAX_ERROR_RATE = 0.1
+
+
+def prepare(
+    names: list[str],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_error_rate: float = MAX_ERROR_RATE,
+    external: Sequence[ExternalCorpus] = (),
+    tokenizer: str | None = None,
+    vocabulary: int = tokenizers.VOCABULARY_SIZE,
+    store: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Prepare corpora, and the tokenizer if one of them needs it.
+
+    Args:
+        names: names of built-in or installed corpora.
+        data: directory to write to; with an object store, the local staging directory.
+        archives: directory of the downloads.
+        cpus: CPUs of the embedded Ray.
+        max_error_rate: allowed fraction of a corpus' rows that are bad.
+        external: external corpora, already opened.
+        tokenizer: see ``PrepareConfig``.
+        vocabulary: number of tokens of a tokenizer that is trained on ``external``.
+        store: URI of the folder that the corpora are uploaded to, shard by shard. Other nodes of
+            the cluster do not see ``data`` then: they transform what does not need the disk of
+            this node.
+
+    Returns:
+        Name -> state ("prepared" or "cached"), rows, splits, rejected rows, bytes, digest.
+
+    Raises:
+        UserError: an unknown corpus, a missing or damaged archive, a full disk, or too many bad
+            rows. Finished shards stay, and the next run resumes with them.
+    """
+    if not 0 <= max_error_rate <= 1:
+        raise UserError(
+            f"max_error_rate is {max_error_rate}; expected a fraction of the rows, from 0 to 1"
+        )
+    corpora: list[Corpus] = [find_corpus(name) for name in dict.fromkeys(names)]
+    if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in external}:
+        raise UserError(f"the corpus {min(twice)} is named twice")
+    data = data.absolute()
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data}: a file; expected the directory of the prepared corpora (data)")
+    corpora += external
+    try:
+        has_text = tokenizer is not None or any(corpus.text_columns for corpus in corpora)
+        with selection.lock_tokenizer(data) if has_text else contextlib.nullcontext() as lock:
+            if lock is not None and tokenizer not in (None, selection.LEARN):
+                lock.exclusive()
+                requested = {corpus.name for corpus in corpora}
+                manifest = data / TOKENIZER_MANIFEST
+                selection.install_tokenizer(
+                    tokenizer, data / TOKENIZER, manifest, requested, store or data
+                )
+            policy = selection.TokenizerPolicy(tokenizer == selection.LEARN, vocabulary, lock)
+            return _prepare(corpora, data, archives.absolute(), cpus, max_error_rate, policy, store)
+    except Exception as error:
+        message = user_error_message(error)
+        if message is None or isinstance(error, UserError):
+            raise
+        raise UserError(message) from error
+
+
+def _prepare(
+    corpora: list[Corpus],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_error_rate: float = MAX_ERROR_RATE,
+    policy: selection.TokenizerPolicy | None = None,
+    store: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    policy = policy or selection.TokenizerPolicy()
+    sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
+    for corpus in corpora:
+        if isinstance(corpus, ExternalCorpus) and corpus.unread_files:
+            console.print_warning(
+                f"{corpus.source.uri}: annotation files that are not read: "
+                f"{corpus.unread_files.describe()}. To read one of them, give the file itself"
+            )
+    tokenizer = data / TOKENIZER
+    absent = not tokenizer.is_file() or selection.is_leftover_tokenizer(tokenizer, store or data)
+    training_corpora = tokenizer_training_corpora(
+        corpora, tokenizer, archives, policy.retrain, absent
+    )
+    is_external = any(isinstance(corpus, ExternalCorpus) for corpus in training_corpora)
+    size = policy.vocabulary if is_external else None
+    fingerprint = tokenizer_fingerprint(training_corpora, archives, sources)
+    fingerprint |= {"vocabulary": size} if size else {}
+    is_trained = not training_corpora or selection.matches_fingerprint(tokenizer, fingerprint)
+    done: dict[str, dict[str, Any]] = {}
+    for corpus in corpora:
+        if is_trained or not corpus.text_columns:
+            reuse_if_current(corpus, data, sources[corpus.name], done, store)
+    for corpus in corpora:
+        if corpus.name not in done and isinstance(corpus, ExternalCorpus):
+            corpus.scan_labels()
+            rejected = data / f"{corpus.name}.rejected.jsonl"
+            check_preparable(corpus, rejected, max_error_rate)
+    if not is_trained and policy.lock is not None:
+        policy.lock.exclusive()
+    if not is_trained and size is not None:
+        requested = {corpus.name for corpus in corpora}
+        selection.check_replaceable(tokenizer, requested, store or data)
+    if len(done) == len(corpora):
+        remove_leftovers(data)
+        if store is not None:
+            # All corpora are current, but the manifest of the tokenizer may have changed.
+            upload_shared_files(data, store)
+        return {corpus.name: done[corpus.name] for corpus in corpora}
+    cluster.ensure_ray(cpus)
+    # Ray Data is imported only if there is work: not for --help.
+    from pipelines.data.preprocessing import pipeline
+
+    scheduling = pipeline.choose_scheduling(corpora, store)
+    with (
+        signals.terminate_as_interrupt(),
+        storage.scratch_directory(data / "reading") as spool_dir,
+        contextlib.ExitStack() as stack,
+    ):
+        # The workers end before the directory is removed that they write to.
+        stack.callback(cluster.halt_if_asked)
+        spools: dict[str, Path] = {}
+        if not is_trained:
+            spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
+            num_tokens = size or tokenizers.VOCABULARY_SIZE
+            text = pipeline.train_shared_tokenizer(training_corpora, spools, num_tokens, scheduling)
+            recorded = {
+                selection.FINGERPRINT: config.digest_config(fingerprint),
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            }
+            names = [corpus.name for corpus in training_corpora]
+            trained_on = {selection.TRAINED_ON: names} if size else {}
+            # The manifest comes first. After a kill between the two, a tokenizer that does not
+            # match its manifest is trained again; one without a manifest would be the user's own.
+            storage.write_json(data / TOKENIZER_MANIFEST, trained_on | recorded)
+            with storage.atomic_write(tokenizer, "w") as stream:
+                stream.write(text)
+            for corpus in corpora:
+                # Other training texts can give an equal tokenizer: these corpora are current.
+                if corpus.name not in done:
+                    reuse_if_current(corpus, data, sources[corpus.name], done, store)
+        if store is not None:
+            upload_shared_files(data, store)  # before the manifests, which name its hash
+        jobs = [
+            CorpusJob(
+                corpus,
+                SourceArchives(archives, corpus.archives),
+                data / corpus.name,
+                build_corpus_identity(corpus, sources[corpus.name], data),
+                tokenizer if corpus.text_columns else None,
+                spools.get(corpus.name),
+            )
+            for corpus in corpora
+            if corpus.name not in done
+        ]
+        manifests = pipeline.write_corpora(jobs, max_error_rate, scheduling, store)
+        for manifest in stack.enter_context(contextlib.closing(manifests)):
+            done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
+            console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
+    return {corpus.name: done[corpus.name] for corpus in corpora}
+
+
+def build_corpus_identity(
+    corpus: Corpus, sources: list[dict[str, str]], data: Path
+) -> dict[str, Any]:
+    """Return the part of a manifest that is known before the work. Equal parts mean equal bytes.
+
+    Args:
+        corpus: corpus to prepare.
+        sources: file and SHA-256 of each source.
+        data: directory of the tokenizer.
+    """
+    preprocessing = {
+        "engine": ENGINE_VERSION,
+        "version": corpus.version,
+        "shard_rows": corpus.shard_rows,
+        **corpus.preprocessing(),
+    }
+    return {
+        "sources": sources,
+        "preprocessing": preprocessing,
+        "preprocessing_digest": config.digest_config(preprocessing),
+        "tokenizer": _describe_tokenizer(data / TOKENIZER) if corpus.text_columns else None,
+    }
+
+
+def tokenizer_training_corpora(
+    corpora: list[Corpus], tokenizer: Path, archives: Path, retrain: bool, absent: bool
+) -> list[Corpus]:
+    """Return the corpora that the tokenizer is trained on; an empty list keeps the existing one.
+
+    Built-in corpora always train on the same corpora, independent of the requested ones. So
+    preparing one now and another later gives the same tokenizer as preparing both at once.
+    External corpora train a tokenizer if none exists, if no finished corpus uses it, or on
+    request.
+
+    The list is empty if no corpus has text, if the existing tokenizer is custom, or if its training
+    corpora were not downloaded: later corpora then use the tokenizer that a model may know already.
+
+    Args:
+        corpora: corpora to prepare.
+        tokenizer: existing or future tokenizer file.
+        archives: directory of the downloads.
+        retrain: train on the external corpora, even if a tokenizer exists.
+        absent: no tokenizer exists, or no finished corpus uses it.
+    """
+    readers = [corpus for corpus in corpora if corpus.text_columns]
+    external: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, ExternalCorpus)]
+    if retrain or (external and len(external) == len(readers)):
+        return external if retrain or absent else []
+    manifest = tokenizer.with_name(TOKENIZER_MANIFEST)
+    if not readers or (tokenizer.is_file() and selection.is_custom_tokenizer(manifest)):
+        return []
+    built_in = [c for name in DEMO if (c := find_corpus(name)).text_columns]
+    files = [archives / archive.file for corpus in built_in for archive in corpus.archives]
+    if tokenizer.is_file() and not all(file.is_file() for file in files):
+        return []
+    return built_in
+
+
+def tokenizer_fingerprint(
+    training_corpora: list[Corpus], archives: Path, sources: dict[str, list[dict[str, str]]]
+) -> dict[str, Any]:
+    """Return all values that decide a trained tokenizer.
+
+    Args:
+        training_corpora: see :func:`tokenizer_training_corpora`.
+        archives: directory of the downloads.
+        sources: corpus name -> sources that were checked before.
+    """
+    return {
+        "version": tokenizers.VERSION,
+        "engine": ENGINE_VERSION,
+        "trained_on": {
+            c.name: [
+                sources.get(c.name) or _check_sources(c, archives),
+                c.version,
+                c.preprocessing(),
+            ]
+            for c in training_corpora
+        },
+    }
+
+
+def _check_sources(corpus: Corpus, archives: Path) -> list[dict[str, str]]:
+    """Check the downloads of a corpus, and return file and SHA-256 of each source."""
+    for archive in corpus.archives:
+        check_archive(archive, archives)
+    pinned = [{"file": a.file, "sha256": a.sha256} for a in corpus.archives]
+    return pinned + corpus.extra_sources()
+
+
+def reuse_if_current(
+    corpus: Corpus,
+    data: Path,
+    sources: list[dict[str, str]],
+    done: dict[str, dict[str, Any]],
+    store: str | None,
+) -> None:
+    """Add a corpus to ``done`` if it exists, is verified, and would be prepared identically.
+
+    Args:
+        corpus: corpus to look for.
+        data: directory of prepared corpora.
+        sources: file and SHA-256 of each source.
+        done: corpus name -> summary; extended in place.
+        store: URI of the folder of prepared corpora, if they are in an object store.
+    """
+    try:
+        if store is None:
+            manifest = verify_corpus(data / corpus.name)
+        else:
+            manifest = open_corpus(directories.join_uri(store, corpus.name)).manifest
+    except UserError:
+        return
+
+    if ROW_CHECKS not in manifest:
+        return
+
+    def contains(entries: dict[str, Any]) -> bool:
+        return all(manifest.get(key) == value for key, value in entries.items())
+
+    identity = build_corpus_identity(corpus, sources, data)
+    if not contains(identity):
+        return
+    if isinstance(corpus, ExternalCorpus):
+        # A scan of equal sources would find the labels of the manifest, in a pass over all rows.
+        corpus.set_labels(manifest.get("labels") or (), (manifest.get("symbols") or ())[1:])
+        if not contains(corpus.facts()):
+            corpus.scan_labels()
+    if contains(corpus.facts()):
+        done[corpus.name] = summarize_manifest(manifest, "cached")
+        if store is not None:
+            clear_staging(store, corpus.name)
+        else:
+            finish_commit(data / corpus.name, staging_path(data / corpus.name, identity))
+
+
+def _describe_tokenizer(path: Path) -> dict[str, Any]:
+    return {
+        "file": path.name,
+        "sha256": storage.sha256_file(path),
+        "vocab_size": tokenizers.load_tokenizer(path).get_vocab_size(),
+    }
+
+
+def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
+    """Return the entry of a corpus in the command's result.
+
+    Args:
+        manifest: of the corpus.
+        state: ``prepared``, ``cached`` or ``paired``.
+    """
+    shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
+    truncated = manifest.get("truncated_files", {})
+    for file, where in truncated.items():
+        console.print_warning(
+            f"{manifest['corpus']}: {file} is truncated {where}; the rest is not in the corpus. "
+            "Replace the file and prepare again"
+        )
+    for sentence in describe_row_checks(manifest):
+        console.print_warning(f"{manifest['corpus']}: {sentence}")
+    return {
+        "state": state,
+        "rows_in": manifest["rows_in"],
+        "rows_out": manifest["rows_out"],
+        "splits": {name: entry["rows"] for name, entry in manifest["splits"].items()},
+        "quarantine": manifest["quarantine"],
+        "truncated_files": truncated,
+        ROW_CHECKS: manifest.get(ROW_CHECKS),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "digest": manifest["digest"],
+    }

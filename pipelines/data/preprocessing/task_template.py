@@ -1,0 +1,205 @@
+"""Configuration of one task, written for a prepared corpus or for a directory of user data.
+
+:func:`describe_task` is the library of ``skillnet init-task``. The file names the task, its corpus
+and its plan, and the input sizes of the model that differ from the defaults. The number of outputs
+is left out: a run takes it from the manifest of the corpus.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.preprocessing.inspection import inspect_corpus
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import MANIFEST
+from skillnet.config import SkillNetConfig
+from skillnet.skills import check_names, known_tasks
+from skillnet_platform.config import safe_yaml
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import data_root
+from skillnet_platform.storage.location import parse_location
+from skillnet_platform.terminal_text import escape_line
+
+#: Rows of a global batch, if the training split has as many.
+BATCH_ROWS = 64
+#: Largest side of a patch, in pixels, if the default patches do not fit.
+MAX_PATCH = 16
+FRAMES_PER_SECOND = 100
+
+
+@dataclass(frozen=True)
+class TaskTemplate:
+    """A task that can be trained, as a configuration.
+
+    Args:
+        name: of the task.
+        objective: of the task.
+        corpus: name of the corpus, once it is prepared.
+        settings: the configuration as plain values.
+        commands: that prepare the corpus, if it is not prepared, and train the task.
+    """
+
+    name: str
+    objective: str
+    corpus: str
+    settings: dict[str, Any]
+    commands: tuple[str, ...]
+
+    def to_yaml(self) -> str:
+        """Return the file: the commands as comments, then the settings."""
+        # Names of files may hold line ends, which would end the comment.
+        lines = [f"# Task {self.name}: {self.objective} on the corpus {escape_line(self.corpus)}."]
+        lines += [f"#   {escape_line(each)}" for each in self.commands]
+        return "\n".join(lines) + "\n" + safe_yaml.dump_plain_yaml(self.settings)
+
+
+def describe_task(
+    path: str, name: str | None, file: str, options: Mapping[str, Any] | None = None
+) -> TaskTemplate:
+    """Return the configuration of the task that a corpus is made for.
+
+    Args:
+        path: a prepared corpus, the name of one in the data directory, or user data that
+            ``skillnet inspect`` reads.
+        name: of the task; None takes the usual one.
+        file: path of the configuration, for the commands.
+        options: format -> its options, for user data.
+
+    Raises:
+        UserError: nothing is there, no row can be used, no objective fits the rows, or a prepared
+            corpus is given with options.
+    """
+    prepared = _find_prepared(path)
+    if prepared is not None:
+        if options:
+            raise UserError(
+                f"options.{next(iter(options))}: {path} is prepared already. Give the options to "
+                "skillnet prepare"
+            )
+        corpus = open_corpus(prepared)
+        manifest = corpus.manifest
+        sizes = _input_sizes(corpus.modality, manifest["preprocessing"])
+        if paired := manifest.get("paired"):
+            sizes |= _input_sizes(paired["modality"], paired["preprocessing"])
+        vocabulary = (manifest.get("tokenizer") or {}).get("vocab_size", 0)
+        sizes |= {"vocab_size": vocabulary} if vocabulary > _default("vocab_size") else {}
+        rows = {split: each.rows for split, each in corpus.splits.items()}
+        parent = str(prepared).rpartition("/")[0]
+        data = {} if Path(parent) == data_root() else {"data": parent}
+        return _fill_template(name, corpus.task, corpus.name, sizes, rows, data, (), file, path)
+    report = inspect_corpus(path, options)
+    if not report["command"]:
+        raise UserError(
+            f"{path}: no row can be used. See the reasons with skillnet inspect {shlex.quote(path)}"
+        )
+    sizes = _input_sizes(report["modality"], report["preprocessing"])
+    prepare = (report["command"],)
+    return _fill_template(
+        name, report["task"], report["name"], sizes, report["splits"], {}, prepare, file, path
+    )
+
+
+def _find_prepared(path: str) -> str | None:
+    """Return the location of a prepared corpus: a path, or a name in the data directory."""
+    location = parse_location(path, Path())
+    if not isinstance(location, Path):
+        return None  # a URI is inspected; a prepared corpus in a store is named by its copy here
+    for folder in (location, data_root() / path):
+        if (folder / MANIFEST).is_file():
+            return str(folder.absolute())
+    return None
+
+
+def _fill_template(
+    name: str | None,
+    kind: str,
+    corpus: str,
+    sizes: dict[str, Any],
+    rows: Mapping[str, int],
+    data: dict[str, str],
+    prepare: tuple[str, ...],
+    file: str,
+    path: str,
+) -> TaskTemplate:
+    usual = known_tasks().get(kind)
+    if usual is None:
+        raise UserError(
+            f"{path}: its task {kind!r} has no default plan; known are {', '.join(known_tasks())}. "
+            "Write model.tasks as in docs/skills.md"
+        )
+    own = name or kind
+    check_names((own,), "name")
+    is_masked = usual.objective == "masked"
+    train = rows.get("train", 0)
+    batch = min(BATCH_ROWS, 1 << max(train.bit_length() - 1, 0))
+    training: dict[str, Any] = {"corpus": corpus, "batch_size": batch}
+    training |= {"split": "pretraining"} if is_masked else {}
+    towers = {
+        tower: {"modality": plan.modality, "skills": list(plan.skills)}
+        for tower, plan in usual.towers.items()
+    }
+    task = {"objective": usual.objective, "towers": towers}
+    settings = {
+        **data,
+        "tasks": {own: training},
+        "model": {**sizes, "tasks": {own: task}},
+    }
+    stage = "pretrain" if is_masked else "finetune"
+    train_command = f"skillnet {stage} --config small --config {shlex.quote(file)}"
+    return TaskTemplate(own, usual.objective, corpus, settings, (*prepare, train_command))
+
+
+def _default(name: str) -> Any:
+    return next(each.default for each in fields(SkillNetConfig) if each.name == name)
+
+
+def _input_sizes(modality: str, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a model that reads the rows, as far as they differ from the defaults."""
+    known = {
+        "image": {"image_size": "size"},
+        "video": {"video_frames": "frames", "video_size": "video_size"},
+        "text": {"max_tokens": "max_tokens"},
+        "code": {"max_tokens": "max_code_tokens"},
+    }.get(modality, {})
+    sizes = {
+        key: preprocessing[option]
+        for key, option in known.items()
+        if isinstance(preprocessing.get(option), int)
+    }
+    if modality == "sound" and isinstance(preprocessing.get("max_seconds"), int | float):
+        sizes["max_frames"] = math.ceil(FRAMES_PER_SECOND * preprocessing["max_seconds"])
+    # A model may read longer rows than a corpus has, but pictures of one size only.
+    is_limit = modality in ("text", "code", "sound")
+    sizes = {
+        key: value
+        for key, value in sizes.items()
+        if (value > _default(key) if is_limit else value != _default(key))
+    }
+    if "image_size" in sizes and sizes["image_size"] % _default("patch_size"):
+        sizes["patch_size"] = _largest_divisor(sizes["image_size"])
+    if modality == "video":
+        wanted = [sizes.get("video_frames", _default("video_frames"))]
+        wanted += 2 * [sizes.get("video_size", _default("video_size"))]
+        tubelet = _default("tubelet")
+        if any(size % part for size, part in zip(wanted, tubelet, strict=True)):
+            frames = 2 if wanted[0] % 2 == 0 else 1
+            sizes["tubelet"] = [frames, *2 * [_largest_divisor(wanted[1])]]
+    return sizes
+
+
+def _largest_divisor(size: int) -> int:
+    return max(part for part in range(1, MAX_PATCH + 1) if size % part == 0)
+
+
+def name_file(corpus: str) -> str:
+    """Return a file name for the configuration of a corpus.
+
+    Args:
+        corpus: path or name that the user gave.
+    """
+    stem = corpus.rstrip("/").rpartition("/")[2].split(".")[0]
+    return (re.sub(r"[^\w-]+", "-", stem).strip("-") or "task") + ".yaml"

@@ -1,0 +1,265 @@
+"""Files of a prepared corpus: in a directory, or in an object store behind the cache."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from pipelines.data.shards.checksums import check_shards
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import directories, sha256_file
+from skillnet_platform.storage.cache import CacheHandle, CacheKey, FileCache, shared_cache
+from skillnet_platform.storage.location import Location
+from skillnet_platform.storage.retry import StoreUnavailableError
+
+_BYTES_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+#: A shard's entry in the manifest: file, rows, bytes, sha256.
+ShardEntry = Mapping[str, Any]
+
+
+class OpenShard(Protocol):
+    """Memory-mapped rows of a shard. Its file stays in the cache while this object exists."""
+
+    @property
+    def table(self) -> pa.Table:
+        """Rows of the shard."""
+
+
+class ShardStore(Protocol):
+    """Access to the shards of one corpus."""
+
+    location: Location
+    #: Whether opening a shard may download it.
+    remote: bool
+
+    def open(self, shard: ShardEntry) -> OpenShard:
+        """Open a shard. Raises UserError: it is missing, altered or not an Arrow file."""
+
+    def prefetch(self, shards: Iterable[ShardEntry]) -> None:
+        """Prepare shards that are opened soon, in this order."""
+
+    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
+        """Compare sizes. Raises UserError: a shard is missing or has another size."""
+
+    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
+        """Hash shards without a copy. Raises UserError: a shard is missing or altered."""
+
+    def manifest(self, name: str) -> bytes:
+        """Return the bytes of the manifest. Raises FileNotFoundError: there is none."""
+
+    def exists(self) -> bool:
+        """Return whether there are any files, even of a damaged corpus."""
+
+    @property
+    def repair_hint(self) -> str:
+        """Instruction that repairs a damaged corpus, for error messages."""
+
+
+class _OpenShard:
+    def __init__(self, table: pa.Table, handle: CacheHandle | None = None) -> None:
+        self.table, self._handle = table, handle
+
+
+class LocalShardStore:
+    """Shards in a directory. Each is verified once before it is opened.
+
+    See :mod:`pipelines.data.shards.checksums`.
+
+    Args:
+        location: directory of the corpus.
+    """
+
+    remote = False
+
+    def __init__(self, location: Path) -> None:
+        self.location: Location = location
+        self._folder = location
+        self._verified: set[str] = set()
+
+    @property
+    def repair_hint(self) -> str:
+        return f"Delete {self._folder} and run `skillnet prepare {self._folder.name}`."
+
+    def exists(self) -> bool:
+        return self._folder.is_dir()
+
+    def manifest(self, name: str) -> bytes:
+        return (self._folder / name).read_bytes()
+
+    def open(self, shard: ShardEntry) -> OpenShard:
+        path = self._folder / shard["file"]
+        if not path.is_file():
+            raise UserError(
+                f"{path}: this shard is missing. Run `skillnet prepare {self._folder.name}`."
+            )
+        self.prefetch([shard])  # verifies the shard
+        return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
+
+    def prefetch(self, shards: Iterable[ShardEntry]) -> None:
+        """Hash the shards that were not verified before."""
+        new = [shard for shard in shards if shard["file"] not in self._verified]
+        if new:
+            check_shards(self._folder, new)
+            self._verified.update(shard["file"] for shard in new)
+
+    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
+        for shard in shards:
+            path = self._folder / shard["file"]
+            if not path.is_file():
+                raise UserError(f"{path}: this shard is missing. {self.repair_hint}")
+            _compare_size(path, path.stat().st_size, shard, self.repair_hint)
+
+    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
+        for shard in shards:
+            path = self._folder / shard["file"]
+            _compare_digest(path, sha256_file(path), shard, self.repair_hint)
+
+
+class RemoteShardStore:
+    """Shards in an object store, read through the cache of the node.
+
+    Args:
+        location: URI of the corpus.
+        cache: cache to use; ``None`` for the shared cache of the node.
+    """
+
+    remote = True
+
+    def __init__(self, location: str, cache: FileCache | None = None) -> None:
+        self.location: Location = location
+        self._uri, self._cache = location, cache or shared_cache()
+
+    @property
+    def repair_hint(self) -> str:
+        parent, _, name = self._uri.rpartition("/")
+        return f"Prepare it again: `skillnet prepare {name} --data {parent}`."
+
+    def exists(self) -> bool:
+        return bool(directories.list_files(self._uri))
+
+    def manifest(self, name: str) -> bytes:
+        return directories.read_bytes(directories.join_uri(self._uri, name))
+
+    def open(self, shard: ShardEntry) -> OpenShard:
+        key = self._cache_key(shard)
+        handle = self._cache.hold(key)
+        return _OpenShard(_map_shard(handle.path, key.uri, shard, self.repair_hint), handle)
+
+    def prefetch(self, shards: Iterable[ShardEntry]) -> None:
+        self._cache.prefetch([self._cache_key(shard) for shard in shards])
+
+    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
+        existing = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
+        for shard in shards:
+            uri = directories.join_uri(self._uri, shard["file"])
+            if shard["file"] not in existing:
+                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}")
+            _compare_size(uri, existing[shard["file"]], shard, self.repair_hint)
+
+    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
+        import hashlib
+
+        for shard in shards:
+            uri = directories.join_uri(self._uri, shard["file"])
+            try:
+                with directories.open_file(uri) as stream:
+                    digest = hashlib.sha256()
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+            except FileNotFoundError:
+                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}") from None
+            except OSError as error:
+                raise StoreUnavailableError(f"{uri}: reading it broke off ({error})") from error
+            _compare_digest(uri, digest.hexdigest(), shard, self.repair_hint)
+
+    def _cache_key(self, shard: ShardEntry) -> CacheKey:
+        uri = directories.join_uri(self._uri, shard["file"])
+        return CacheKey(uri, shard["sha256"], shard["bytes"])
+
+
+def open_shard_store(location: Location, cache: FileCache | None = None) -> ShardStore:
+    """Return the shards of the corpus at a path or URI.
+
+    Args:
+        location: directory or URI of the corpus.
+        cache: cache for an object store; ``None`` for the shared cache of the node.
+    """
+    if isinstance(location, Path):
+        return LocalShardStore(location)
+    return RemoteShardStore(location, cache)
+
+
+def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str) -> pa.Table:
+    try:
+        # With a memory map, ``read_all`` reads only metadata; pages are loaded when rows are used.
+        table = _copy_table_offsets(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        if table.num_rows != shard["rows"]:
+            raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
+        # An attacker who writes a shard also writes its digest: offsets that lead outside of the
+        # file must not be followed. Pixels and frames have none, so their pages stay unread.
+        table.validate(full=True)
+        return table
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{named}: not a readable shard ({first_line(error)}). {repair_hint}"
+        ) from None
+
+
+def _copy_table_offsets(table: pa.Table) -> pa.Table:
+    """Return a mapped table whose offsets are in memory, so that no later change moves them.
+
+    Arrow follows offsets without a check of each. Values stay mapped: wrong ones lead nowhere.
+
+    Raises:
+        ArrowInvalid: a column has a type that shards do not have.
+    """
+    columns = [
+        pa.chunked_array([_copy_offsets(chunk) for chunk in column.chunks], type=column.type)
+        for column in table.columns
+    ]
+    return pa.Table.from_arrays(columns, schema=table.schema)
+
+
+def _copy_offsets(array: pa.Array) -> pa.Array:
+    kind, buffers = array.type, array.buffers()
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list or any(test(kind) for test in _BYTES_TYPES):
+        offsets = pa.py_buffer(b"" if buffers[1] is None else buffers[1].to_pybytes())
+        return pa.Array.from_buffers(
+            kind,
+            len(array),
+            [buffers[0], offsets, *([] if is_list else buffers[2:])],
+            array.null_count,
+            array.offset,
+            [_copy_offsets(array.values)] if is_list else None,
+        )
+    if pa.types.is_fixed_size_list(kind):
+        inner = _copy_offsets(array.values)
+        return pa.Array.from_buffers(
+            kind, len(array), buffers[:1], array.null_count, array.offset, [inner]
+        )
+    if not pa.types.is_primitive(kind) and not pa.types.is_null(kind):
+        raise pa.ArrowInvalid(f"a column holds {kind}, which shards do not have")
+    return array
+
+
+def _compare_size(named: Location, size: int, shard: ShardEntry, repair_hint: str) -> None:
+    if size != shard["bytes"]:
+        raise UserError(
+            f"{named}: this shard was altered: {size} bytes, expected {shard['bytes']}. "
+            f"{repair_hint}"
+        )
+
+
+def _compare_digest(named: Location, sha256: str, shard: ShardEntry, repair_hint: str) -> None:
+    if sha256 != shard["sha256"]:
+        raise UserError(
+            f"{named}: this shard was altered: sha256 {sha256}, expected {shard['sha256']}. "
+            f"{repair_hint}"
+        )

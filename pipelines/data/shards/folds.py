@@ -1,0 +1,145 @@
+"""Folds of a prepared corpus: its rows are assigned to splits by held-out unit when it is read.
+
+The rows of the splits train, validation and test are one pool. A fold divides the units of the
+pool among these splits again, and over all folds each row is tested once (decision 58). No corpus
+is prepared again: :func:`open_fold` returns splits that select rows of the same shards. A row
+without the name of a unit is a unit by itself, with its key as the name.
+
+Rows of other splits stay where they are, unless the pool has their unit: then a row for pretraining
+is read only if its unit is trained, and a row of another test split only if its unit is tested.
+"""
+
+import fnmatch
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.config.folds import RESERVE_SPLIT, FoldConfig, is_reserve
+from pipelines.data.shards.dataset import CorpusSplit, PreparedCorpus
+from pipelines.data.shards.selected_rows import SelectedSplit, list_row_units, select_rows
+from skillnet_platform.config import digest_config
+from skillnet_platform.errors import UserError
+
+#: Splits whose rows a fold assigns again.
+POOL_SPLITS = ("train", "validation", "test")
+#: Split -> number of a shard -> (rows,) its rows.
+Chosen = dict[str, dict[int, np.ndarray]]
+#: Folds whose rows are kept in memory: 5 corpora of 20 folds, about half a megabyte each.
+KNOWN_FOLDS = 100
+#: Digest, splits, fold and reserve -> rows. A study opens the same folds for hundreds of runs.
+_chosen: dict[tuple[str, ...], Chosen] = {}
+
+
+def open_fold(
+    corpus: PreparedCorpus, fold: FoldConfig, with_reserve: bool = False
+) -> PreparedCorpus:
+    """Return a corpus with the splits of a fold; without folds, with its own but the reserve.
+
+    The columns of keys and units of all shards are read, also those in an object store.
+
+    Args:
+        corpus: opened. One that is divided already is returned as it is.
+        fold: the fold.
+        with_reserve: add the split ``reserve``. Only the final evaluation of a study does.
+
+    Raises:
+        UserError: the corpus has no units, a reserved unit is unknown, or a split has no rows.
+    """
+    if any(isinstance(split, SelectedSplit) for split in corpus.splits.values()):
+        return corpus
+    if not fold.count:
+        # A corpus may have a reserve of its own, which is not for a run without folds either.
+        kept = {n: s for n, s in corpus.splits.items() if with_reserve or not is_reserve(n)}
+        return replace(corpus, splits=kept)
+    shards = [(split, shard) for split in corpus.splits.values() for shard in split.shards]
+    tables = [split.open_shard(shard).table for split, shard in shards]
+    names = [split.name for split, _ in shards]
+    key = (corpus.digest, *names, digest_config(fold), str(with_reserve))
+    if key not in _chosen:
+        while len(_chosen) >= KNOWN_FOLDS:
+            del _chosen[next(iter(_chosen))]
+        _chosen[key] = _choose_rows(corpus.name, fold, names, tables, with_reserve)
+    splits: dict[str, CorpusSplit] = {}
+    for name, rows in _chosen[key].items():
+        own = [(shards[number][1], tables[number], each) for number, each in rows.items()]
+        splits[name] = select_rows(name, shards[0][0], own)
+    return PreparedCorpus(corpus.path, corpus.manifest, splits)
+
+
+def _choose_rows(
+    corpus: str,
+    fold: FoldConfig,
+    names: Sequence[str],
+    tables: Sequence[pa.Table],
+    with_reserve: bool,
+) -> Chosen:
+    """Return the rows of each split of a fold.
+
+    Args:
+        corpus: name of the corpus.
+        fold: the fold.
+        names: split of each shard, as prepared.
+        tables: rows of each shard.
+        with_reserve: add the split ``reserve``.
+
+    Raises:
+        UserError: see :func:`open_fold`.
+    """
+    units = [list_row_units(table, corpus) for table in tables]
+    pooled = {
+        unit
+        for name, of_rows in zip(names, units, strict=True)
+        if name in POOL_SPLITS
+        for unit in of_rows
+    }
+    split_of = {unit: fold.find_split(corpus, unit) for unit in set().union(*units)}
+    _check_reserved(corpus, fold, split_of)
+    chosen: dict[str, dict[int, list[int]]] = {name: {} for name in POOL_SPLITS}
+    for number, (name, of_rows) in enumerate(zip(names, units, strict=True)):
+        for row, unit in enumerate(of_rows):
+            target = _place_row(fold, corpus, name, unit, split_of[unit], unit in pooled)
+            if target is not None and (with_reserve or not is_reserve(target)):
+                chosen.setdefault(target, {}).setdefault(number, []).append(row)
+    for name, rows in chosen.items():
+        if not rows:
+            raise UserError(
+                f"fold.count: fold {fold.number} of {fold.count} has no rows in the split {name} "
+                f"of {corpus}, whose splits hold {len(pooled)} units; use fewer folds, or a "
+                "larger validation_share"
+            )
+    return {
+        name: {number: np.asarray(each, np.int64) for number, each in rows.items()}
+        for name, rows in chosen.items()
+    }
+
+
+def _place_row(
+    fold: FoldConfig, corpus: str, split: str, unit: str, assigned: str, is_pooled: bool
+) -> str | None:
+    """Return the split that reads a row; None if no split of this fold does."""
+    if split in POOL_SPLITS:
+        return assigned
+    is_test = split.startswith("test")
+    if not is_pooled:
+        # Only a name can reserve it: a part of the pool is reserved, not of all units.
+        if not fold.is_reserved_by_name(corpus, unit):
+            return split
+        # A corpus may have a reserve of its own, such as a voice that no other split contains.
+        if is_reserve(split):
+            return split
+        return RESERVE_SPLIT if is_test else None
+    if assigned == RESERVE_SPLIT:
+        return RESERVE_SPLIT if is_test else None
+    return split if assigned == ("test" if is_test else "train") else None
+
+
+def _check_reserved(corpus: str, fold: FoldConfig, units: Collection[str]) -> None:
+    """Raise UserError if a name matches no unit: the reserve would be smaller than stated."""
+    for name in fold.reserve_units.get(corpus, ()):
+        if not fnmatch.filter(units, name):
+            raise UserError(
+                f"fold.reserve_units.{corpus}: no unit is named {name!r}; it has "
+                f"{', '.join(sorted(units)[:5])}, …"
+            )

@@ -1,0 +1,95 @@
+"""Format of a shard and of a corpus manifest.
+
+A shard is an Arrow IPC *file* and an Arrow IPC *stream* at the same time. ``pyarrow.ipc.open_file``
+and Polars read the file form, from the footer at the end. ``datasets.Dataset.from_file`` reads
+only the stream form, from the schema message at the front. The forms differ in the first eight
+bytes: a magic number that readers of the file form ignore, because they check the one at the end.
+Here those eight bytes become the length prefix of the schema message. Eight bytes of padding after
+its metadata keep all offsets of the footer valid.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.data.shards.row_checks import ROW_CHECKS
+from skillnet_platform.config import digest_config as digest_of
+from skillnet_platform.storage import disk_guard, sha256_file
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+#: Keys of a manifest that its digest omits: they follow from the rows, or from the machine.
+NOT_DIGESTED = ("digest", "made_with", ROW_CHECKS)
+_MAGIC = b"ARROW1\0\0"
+_CONTINUATION = b"\xff\xff\xff\xff"
+
+
+def shard_bytes(table: pa.Table) -> bytes:
+    """Serialize a table as one record batch, file and stream form in one.
+
+    Equal tables give equal bytes.
+    """
+    sink = pa.BufferOutputStream()
+    _write(table, sink)
+    data = bytearray(sink.getvalue())
+    head = _stream_head(memoryview(data))
+    data[: len(head)] = head
+    return bytes(data)
+
+
+def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
+    """Write a shard; return its entry in the manifest: file, rows, bytes, sha256.
+
+    The bytes are those of :func:`shard_bytes`. They are streamed to the disk, and the hash is
+    computed from the bytes that the disk returns.
+
+    Args:
+        table: rows of the shard.
+        path: file to write.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with disk_guard(path):
+        with pa.OSFile(str(path), "wb") as sink:
+            _write(table, sink)
+        with path.open("r+b") as stream:
+            (length,) = struct.unpack_from("<i", stream.read(16), 12)
+            stream.seek(0)
+            head = _stream_head(memoryview(stream.read(16 + length)))
+            stream.seek(0)
+            stream.write(head)
+            stream.flush()
+            # The hash below is recorded as proof, so the bytes must be on the disk.
+            os.fsync(stream.fileno())
+    return {
+        "file": path.name,
+        "rows": table.num_rows,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+    }
+
+
+def _write(table: pa.Table, sink: Any) -> None:
+    # One record batch: equal rows must give equal bytes, independent of the table's chunks.
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(table.num_rows, 1))
+
+
+def _stream_head(data: memoryview) -> bytes:
+    """Return the first bytes of a file, changed so that the file is also a valid stream.
+
+    The number of bytes does not change.
+    """
+    (length,) = struct.unpack_from("<i", data, 12)
+    assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
+    return _CONTINUATION + struct.pack("<i", length + 8) + data[16 : 16 + length] + bytes(8)
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Return the digest of a corpus: of its manifest without ``NOT_DIGESTED``."""
+    return digest_of({k: v for k, v in manifest.items() if k not in NOT_DIGESTED})

@@ -1,0 +1,170 @@
+"""Transform of texts: token ids."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from skillnet.rust_panics import panics_as_errors
+
+#: Start of the messages about a text.
+UNTOKENIZED = "the text cannot be tokenized"
+TEXT_TOKENS = 64
+CAPTION_TOKENS = 48
+CODE_TOKENS = 192
+#: A text is cut before it is tokenized: to this number of characters per kept token, and not below
+#: the next number. Real tokens are far shorter, so the cut changes no kept token.
+MAX_CHARACTERS_PER_TOKEN = 256
+MIN_CUT_CHARACTERS = 20_000
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
+    """Tokenize texts; encode unknown tokens as bytes if the tokenizer has byte tokens.
+
+    Args:
+        tokenizer: of the library ``tokenizers``, or a
+            :class:`pipelines.data.transforms.bounded_tokenizer.BoundedTokenizer`.
+        texts: B texts.
+        limit: maximum number of tokens of a text.
+
+    Returns:
+        list<int32> per text, (B,).
+
+    Raises:
+        ValueError: a text is no Unicode, or the tokenizer fails.
+    """
+    # The time of a tokenizer grows with the text, although only the first tokens are kept.
+    longest = max(limit * MAX_CHARACTERS_PER_TOKEN, MIN_CUT_CHARACTERS)
+    texts = [each[:longest] for each in texts]
+    for each in texts:
+        check_unicode(each)
+    # A tokenizer with patterns of its own does this in a child process.
+    list_own = getattr(tokenizer, "encode_ids", partial(list_ids, tokenizer))
+    ids = list_own(texts, limit)
+    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:
+    """Return the token ids of texts; see :func:`encode_texts`.
+
+    Args:
+        tokenizer: of the library ``tokenizers``.
+        texts: B texts, already cut.
+        limit: maximum number of tokens of a text.
+
+    Raises:
+        ValueError: the tokenizer fails.
+    """
+    encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(texts))
+    ids = [row.ids for row in encoded]
+    unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
+    if unknown is not None and first is not None:
+        for index, row in enumerate(ids):
+            if unknown in row:
+                ids[index] = _encode_unknown(tokenizer, texts[index], unknown, first)
+    return [row[:limit] for row in ids]
+
+
+@lru_cache(maxsize=2)
+def load_checked_tokenizer(path: str) -> Any:
+    """Build the tokenizer of a file of checked JSON, in a child process.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: the library cannot build it.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        with panics_as_errors("the library cannot build it"):
+            return Tokenizer.from_file(path)
+    # The library raises a plain Exception for each of its errors.
+    except Exception as error:
+        raise ValueError(str(error)[:200]) from None
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text passes :func:`check_unicode`."""
+    try:
+        check_unicode(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_unicode(text: str) -> None:
+    """Check that a text has no lone surrogate, which JSON and file names can contain.
+
+    Raises:
+        ValueError: it has one; no encoding represents it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])[1:-1]
+        raise ValueError(
+            f"the text has a lone surrogate ({found}), which is no character"
+        ) from None
+
+
+def encode_captions(
+    tokenizer: Any, captions: Sequence[Sequence[str]], limit: int = CAPTION_TOKENS
+) -> pa.ListArray:
+    """Tokenize the captions of rows.
+
+    Args:
+        tokenizer: tokenizer of the corpora.
+        captions: captions of B rows.
+        limit: maximum number of tokens of a caption.
+
+    Returns:
+        list<list<int32>> per row, (B,).
+    """
+    flat = [caption for row in captions for caption in row]
+    tokens = encode_texts(tokenizer, flat, limit)
+    ends, end = [0], 0
+    for row in captions:
+        end += len(row)
+        ends.append(end)
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), tokens)
+
+
+def append_keywords(text: str, keywords: Any) -> str:
+    """Return a text with its keywords appended, if it has any (option of TNEWS).
+
+    Args:
+        text: a sentence.
+        keywords: comma-separated keywords, or a value that is not a string.
+    """
+    return f"{text} {keywords}".strip() if isinstance(keywords, str) else text
+
+
+def _run_tokenizer(action: Callable[[], Any]) -> Any:
+    """Return the result of the tokenizer; raise ValueError if it fails."""
+    try:
+        with panics_as_errors(UNTOKENIZED):
+            return action()
+    except ValueError:
+        raise
+    # The library raises a plain Exception for each of its errors.
+    except Exception as error:
+        raise ValueError(f"{UNTOKENIZED} ({str(error)[:120]})") from None
+
+
+def _encode_unknown(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
+    """Return the token ids of a text, with the bytes of each unknown token."""
+    encoded = _run_tokenizer(lambda: tokenizer.encode(text))
+    ids: list[int] = []
+    for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+        if token == unknown:
+            ids += [first + byte for byte in text[start:end].encode("utf-8")]
+        else:
+            ids.append(token)
+    return ids

@@ -1,0 +1,420 @@
+"""Configuration of a training run, filled by `configs/*.yaml` and the command line."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+
+from pipelines.data.config.folds import FoldConfig
+from pipelines.training.config.data import AugmentConfig, MaskConfig
+from pipelines.training.config.storage import StorageConfig
+from skillnet.config import SkillNetConfig
+from skillnet.pretraining_tasks import pretrained_modalities, pretraining_tasks
+from skillnet.skills import known_tasks
+from skillnet_platform.config import aliased_field, choices_field
+from skillnet_platform.config.bounds import (
+    NonNegativeAmount,
+    NonNegativeCount,
+    PartialFraction,
+    PositiveAmount,
+    PositiveCount,
+    RandomSeed,
+    UnitFraction,
+    require_bounds,
+)
+from skillnet_platform.tracking import TrackingConfig
+from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
+
+#: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
+ESSENTIAL_TRAINING_OPTIONS = (
+    "training.steps",
+    "training.max_minutes",
+    "training.lr",
+    "training.use_gpu",
+    "training.workers",
+    "training.min_workers",
+    "training.precision",
+    "training.checkpoint_every",
+    "training.evaluate_every",
+    "tracking.uri",
+)
+
+
+#: Workers, or threads of a worker.
+ProcessCount = Annotated[int, Interval(ge=0, le=10_000)]
+
+
+@dataclass
+class TaskTraining:
+    """Settings of one task of a training run.
+
+    Args:
+        corpus: corpus in ``data``, given for each task to train. Without any, the default tasks
+            are trained on the built-in corpora.
+        weight: share of the steps relative to the other tasks; null derives it from the numbers
+            of rows, see ``training.temperature``.
+        batch_size: rows of one global batch, over all workers.
+        split: the split to train on; ``pretraining`` stands for all splits that the manifest of
+            the corpus allows for pretraining.
+        lr: peak learning rate of the task's steps; null takes ``training.lr``.
+        max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
+            rows are cropped at a random position. Null takes the limit of the model.
+        label_smoothing: label smoothing, for classification.
+        label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
+            fraction is a part of a larger one. Validation and test rows stay.
+        label_seed: seed of the choice of these units, apart from the seed of the run.
+        first_caption_prob: probability of a row's first caption, which evaluation uses; else any
+            of its captions is drawn. For retrieval.
+        auxiliary: the task only supports the others: it is not evaluated, and the final model has
+            no head for it.
+        views: the query is the row itself, as is the candidate; each is augmented and masked
+            independently (SimCLR, Chen et al. 2020). For retrieval with towers of one modality.
+        eval_only: the task takes no steps and is evaluated with the others, as are the tasks of a
+            model before it was grown.
+    """
+
+    corpus: str
+    weight: PositiveAmount | None = None
+    batch_size: Annotated[int, Interval(ge=1, le=2**20)] = 64
+    split: str = "train"
+    lr: Annotated[float, Interval(gt=0, le=10)] | None = None
+    max_length: PositiveCount | None = None
+    label_smoothing: PartialFraction = 0.0
+    label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    label_seed: RandomSeed = 0
+    first_caption_prob: UnitFraction = 0.0
+    auxiliary: bool = False
+    views: bool = False
+    eval_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.auxiliary and self.eval_only:
+            raise ValueError("a task is auxiliary and eval_only, so it has no effect; set only one")
+        require_bounds(self, "a task's ")
+
+
+@dataclass
+class TrainingConfig:
+    """Settings of the optimizer, the workers and the intervals of a run.
+
+    Args:
+        steps: global steps; each has one task.
+        max_minutes: stop after this time, with a checkpoint and a note in the record. The
+            learning rate follows steps, so an interrupted run has not decayed.
+        lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
+        warmup_steps: steps of linear warmup; null uses ``warmup_fraction``.
+        warmup_fraction: fraction of ``steps`` used for linear warmup, unless ``warmup_steps`` is
+            set.
+        schedule: decay after the warmup: ``cosine`` or ``linear`` to ``min_lr_ratio`` at the last
+            step; ``wsd`` keeps the peak and decays linearly in the last ``wsd_decay_fraction``
+            of the steps; ``constant``.
+        min_lr_ratio: learning rate at the end, as a fraction of ``lr``.
+        wsd_decay_fraction: fraction of the steps in which ``wsd`` decays.
+        weight_decay: of AdamW, for weight matrices of active skills; none for biases, norms and
+            embeddings.
+        beta1: decay of AdamW's average of gradients.
+        beta2: decay of AdamW's average of squared gradients.
+        max_grad_norm: largest global norm of the active gradients; 0 does not clip.
+        temperature: a task without a weight gets rows ** (1 / temperature).
+        ema: decay per step of an average of the weights, used for evaluation and the final model;
+            0 keeps no average.
+        workers: Ray workers; 0 trains in this process without Ray.
+        min_workers: elastic training: continue with at least this number of workers when nodes
+            leave, and with up to ``workers`` when they return. Null restarts with all
+            ``workers`` and waits for their nodes.
+        resize_interval_s: seconds between two checks of an elastic run for room for more workers.
+        threads_per_worker: compute threads of a worker, and threads (up to eight) that build its
+            batches; 0 takes the reserved CPUs if they are more than one, else the worker's share
+            of the cores of its node.
+        dataloader_num_workers: processes of a worker that load batches; 0 loads them in a thread.
+        cpus_per_worker: CPUs that a worker reserves in Ray. Null reserves one, and for a worker
+            with a GPU its share of the node's CPUs, at most 8.
+        use_gpu: give each worker a GPU.
+        placement_strategy: ``pack`` places workers on one node if they fit, ``spread`` on
+            different nodes if possible, ``strict_spread`` always on different nodes.
+        precision: ``auto`` is bf16 autocast if the device multiplies bf16 natively, else fp32;
+            fp64 is for tests.
+        micro_batch_size: rows that a worker computes at a time. A larger batch passes in parts,
+            whose gradients add up; a contrastive loss still compares all rows. Balancing losses of
+            experts are those of the parts. Null computes all rows at once.
+        activation_checkpointing: keep only the input of each encoder layer for the backward pass,
+            which computes the layer again: a third more operations, far less memory.
+        compile: compile the encoder with ``torch.compile``, once per plan, or with ``sharding``
+            each layer; for GPUs. A plan that cannot be compiled is reported, and runs without.
+            Results differ in rounding.
+        offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
+            average, unless the current or the next step uses them. The result is the same.
+        sparse_embeddings: update only the rows of embedding tables that have a gradient in a step,
+            as ``torch.optim.SparseAdam`` does; other rows keep weight and optimizer state. The
+            weights differ from those of the default. On CPUs only.
+        profile_start: step at which ``torch.profiler`` starts; its traces are in ``profiles`` of
+            the run's folder. Null records none.
+        profile_steps: number of steps that it records.
+        sharding: ``full`` divides weights, gradients and optimizer state among all workers (FSDP),
+            ``hybrid`` among the workers of a node, with a replica on each node (HSDP). A step
+            gathers only the weights that its task uses. ``none`` keeps everything on each worker.
+        checkpoint_every: steps between checkpoints; 0 writes one only at the end.
+        keep_checkpoints: newest checkpoints that stay on disk.
+        evaluate_every: steps between validations, the last step included; 0 for none.
+        log_every: steps between logged metrics.
+        bucket_mb: size of a gradient bucket in MiB.
+        reduce_dtype: type in which gradients travel between workers: that of the ``weights``, or
+            ``bf16``, which halves the bytes and rounds each gradient.
+        max_failures: restarts after a worker dies.
+        collective_timeout_s: seconds that a worker waits for the others in a collective operation.
+            Then it counts as dead, as do all workers, and they restart. It must be longer than
+            anything that only one worker does, such as an upload or the intervals of an evaluation.
+        trainable: files of the model to train (skill-NAME, head-TASK, stem-NAME, shared); all
+            others stay bitwise unchanged. Empty trains all that a task activates.
+        augment: random changes of training rows.
+        masking: masks of masked tasks.
+        shuffle_gb: largest size of a task's shards, in GB, that are shuffled as a unit; a larger
+            task is shuffled in windows of this size, drawn again each epoch. It determines the
+            order of rows.
+        shard_groups: groups of shards from which each batch takes equal parts; a rank then reads
+            the shards of its groups only. Choose a multiple of the largest number of workers; it
+            determines the order of rows. Null lets each rank read all shards.
+    """
+
+    steps: PositiveCount = 2000
+    max_minutes: PositiveAmount | None = None
+    lr: Annotated[float, Interval(gt=0, le=10)] = 1e-3
+    warmup_steps: NonNegativeCount | None = None
+    warmup_fraction: UnitFraction = 0.05
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    min_lr_ratio: UnitFraction = 0.02
+    wsd_decay_fraction: UnitFraction = 0.3
+    weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.05
+    beta1: PartialFraction = 0.9
+    beta2: PartialFraction = 0.98
+    max_grad_norm: NonNegativeAmount = 1.0
+    temperature: PositiveAmount = 2.0
+    ema: PartialFraction = 0.0
+    workers: ProcessCount = 1
+    min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
+    resize_interval_s: PositiveAmount = 60.0
+    threads_per_worker: ProcessCount = 0
+    cpus_per_worker: PositiveAmount | None = None
+    dataloader_num_workers: ProcessCount = 0
+    use_gpu: bool = False
+    placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    micro_batch_size: PositiveCount | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    offload_inactive_weights: bool = False
+    sparse_embeddings: bool = False
+    profile_start: NonNegativeCount | None = None
+    profile_steps: PositiveCount = 5
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    checkpoint_every: NonNegativeCount = 500
+    keep_checkpoints: PositiveCount = 2
+    evaluate_every: NonNegativeCount = 0
+    log_every: PositiveCount = 20
+    bucket_mb: Annotated[float, Interval(gt=0, le=65_536)] = 25.0
+    reduce_dtype: Literal["weights", "bf16"] = "weights"
+    max_failures: NonNegativeCount = 1
+    collective_timeout_s: PositiveAmount = 1800.0
+    trainable: list[str] = field(default_factory=list)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    masking: MaskConfig = field(default_factory=MaskConfig)
+    shuffle_gb: PositiveAmount = 4.0
+    shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = None
+
+    def __post_init__(self) -> None:
+        require_bounds(self, "training.")
+        if self.sharding != "none" and self.offload_inactive_weights:
+            raise ValueError(
+                "training.sharding and training.offload_inactive_weights are two ways to hold "
+                "weights that a step does not use; set sharding to none, or the other to false"
+            )
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"training.min_workers must be between 1 and training.workers ({self.workers}), "
+                f"got {self.min_workers}; remove it to train with all workers or none"
+            )
+        if self.sharding != "none" and self.sparse_embeddings:
+            raise ValueError(
+                "training.sparse_embeddings: the rows of a table are divided among the workers by "
+                "training.sharding; set sharding to none, or sparse_embeddings to false"
+            )
+        if self.sparse_embeddings and self.use_gpu:
+            raise ValueError(
+                "training.sparse_embeddings: finding the rows would make a GPU wait for the host "
+                "in each step. Set it to false, or train without GPUs"
+            )
+
+
+def default_tasks_training() -> dict[str, TaskTraining]:
+    """Return the tasks of the five built-in corpora, with weights tuned for a short CPU run."""
+    return {
+        "text_classification": TaskTraining("headings", weight=0.15, batch_size=128),
+        "speech_recognition": TaskTraining("syllables", weight=0.2, batch_size=48),
+        "text_to_image": TaskTraining("drawings", weight=0.25, batch_size=96),
+        "text_to_video": TaskTraining("strokes", weight=0.25, batch_size=96),
+        "text_to_code": TaskTraining("functions", weight=0.15, batch_size=96, max_length=128),
+    }
+
+
+@dataclass
+class FinetuneConfig:
+    """Configuration of a joint training run.
+
+    Args:
+        name: name of the run and of its directory. The name of an unfinished run resumes it from
+            the newest valid checkpoint; null generates a name.
+        run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
+        seed: seed of weights, order, augmentation and dropout.
+        data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
+        init_from: trained model to start from: the name or folder of a run, a checkpoint, a saved
+            model or a registered version of the same system, or of the dense one, or a checkpoint
+            of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
+            last two, every skill is a copy. Null starts from random weights.
+        init_noise: noise on copies that training would keep equal, because their skills are always
+            active together: its deviation, relative to that of the weights. 0 keeps them equal.
+        system: system to train: ``skillnet``, a baseline, or a third party's system.
+        options: options of that system.
+        model: shape of the model.
+        tasks: task name -> its corpus, weight and batch size. If the configuration gives a task a
+            corpus, only tasks with a given corpus are trained; otherwise all default tasks are.
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
+        training: optimizer, workers and intervals.
+        tracking: MLflow server, experiment and registration.
+        storage: mirror of the run in an object store, and cache of corpora.
+        fold: fold of the corpora by held-out units, in place of their own splits.
+        evaluate: evaluate the final model on the test splits.
+    """
+
+    name: str | None = None
+    run_dir: str | None = None
+    seed: RandomSeed = 0
+    data: str | None = None
+    init_from: str | None = aliased_field(None, "from")
+    init_noise: UnitFraction = 0.01
+    system: str = "skillnet"
+    options: dict[str, Any] = field(default_factory=dict)
+    model: SkillNetConfig = field(default_factory=SkillNetConfig)
+    tasks: dict[str, TaskTraining] = choices_field(default_tasks_training, "corpus")
+    corpora: dict[str, str | None] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    fold: FoldConfig = field(default_factory=FoldConfig)
+    evaluate: bool = True
+
+    def joint(self) -> "FinetuneConfig":
+        """Return the joint training run with the reference tasks of a baseline.
+
+        The run trains all of its tasks jointly. A pretraining returns its run.
+        """
+        # SkillNet is the reference of the others, so it has none.
+        if self.system == "skillnet" or self.model.reference_tasks:
+            return self
+        plans = known_tasks() | self.model.tasks
+        compared = self.trained.keys() & self.measured.keys() or self.trained.keys()
+        found = {name: plans[name] for name in self.tasks if name in compared and name in plans}
+        return replace(self, model=replace(self.model, reference_tasks=found))
+
+    @property
+    def trained(self) -> dict[str, TaskTraining]:
+        """The tasks that take steps: all but the eval_only ones."""
+        return {name: task for name, task in self.tasks.items() if not task.eval_only}
+
+    @property
+    def measured(self) -> dict[str, TaskTraining]:
+        """The tasks that are evaluated: all but the auxiliary ones."""
+        return {name: task for name, task in self.tasks.items() if not task.auxiliary}
+
+
+def default_masked_training() -> dict[str, TaskTraining]:
+    """Return the masked tasks on the pretraining splits of the built-in corpora."""
+    return {
+        "masked_text": TaskTraining("headings", 0.3, 128, "pretraining", max_length=32),
+        "masked_sound": TaskTraining("syllables", 0.15, 48, "pretraining"),
+        "masked_image": TaskTraining("drawings", 0.2, 96, "pretraining"),
+        "masked_video": TaskTraining("strokes", 0.2, 64, "pretraining"),
+        "masked_code": TaskTraining("functions", 0.15, 64, "pretraining", max_length=96),
+    }
+
+
+def default_contrastive_training() -> dict[str, TaskTraining]:
+    """Return tasks on pairs of the corpora: captions with objects, words with definitions."""
+    return {
+        "text_to_definition": TaskTraining(
+            "headings", 0.3, 128, "pretrain", max_length=24, auxiliary=True
+        ),
+        "text_to_image": TaskTraining("drawings", 0.2, 96, first_caption_prob=0.5),
+        "text_to_video": TaskTraining("strokes", 0.2, 64),
+        "text_to_code": TaskTraining("functions", 0.15, 64, max_length=96),
+    }
+
+
+def default_views_training() -> dict[str, TaskTraining]:
+    """Return tasks on two views of a row, on the pretraining splits of the built-in corpora."""
+    more: dict[str, Any] = {"split": "pretraining", "auxiliary": True, "views": True}
+    return {
+        "views_image": TaskTraining("drawings", 0.2, 96, **more),
+        "views_video": TaskTraining("strokes", 0.2, 64, **more),
+        "views_code": TaskTraining("functions", 0.15, 64, max_length=96, **more),
+    }
+
+
+@dataclass
+class PretrainConfig(FinetuneConfig):
+    """Configuration of a self-supervised pretraining on unlabelled rows.
+
+    Args:
+        name: name of the run and of its directory. The name of an unfinished run resumes it from
+            the newest valid checkpoint; null generates a name.
+        run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
+        seed: seed of weights, order, augmentation, masks and dropout.
+        data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
+        init_from: trained model to start from: the name or folder of a run, a checkpoint, a saved
+            model or a registered version of the same system, or of the dense one, or a checkpoint
+            of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
+            last two, every skill is a copy. Null starts from random weights.
+        init_noise: noise on copies that training would keep equal, because their skills are always
+            active together: its deviation, relative to that of the weights. 0 keeps them equal.
+        system: system to train: ``skillnet``, a baseline, or a third party's system.
+        options: options of that system.
+        model: shape of the model; of its tasks, only those in ``tasks`` are used.
+        tasks: task name -> its corpus, weight and batch size. If the configuration gives a task a
+            corpus, only tasks with a given corpus are trained; otherwise all default tasks are.
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
+        training: optimizer, workers, intervals and masks.
+        tracking: MLflow server and experiment; the model is not registered by default.
+        storage: mirror of the run in an object store, and cache of corpora.
+        fold: fold of the corpora by held-out units, in place of their own splits.
+        evaluate: evaluate the final model on the validation splits.
+        contrastive: also train on pairs: captions with images, videos and functions of the
+            training splits, and words with their definitions.
+        views: also train on two augmented views of each image, video and function, with the plans
+            of the retrieval tasks.
+    """
+
+    model: SkillNetConfig = field(default_factory=lambda: SkillNetConfig(tasks=pretraining_tasks()))
+    tasks: dict[str, TaskTraining] = choices_field(default_masked_training, "corpus")
+    tracking: TrackingConfig = field(
+        default_factory=lambda: TrackingConfig(experiment=PRETRAINING_EXPERIMENT, register=False)
+    )
+    contrastive: bool = False
+    views: bool = False
+
+    def joint(self) -> FinetuneConfig:
+        """Return the joint training run: its tasks, and a model of only these."""
+        more = (default_contrastive_training() if self.contrastive else {}) | (
+            default_views_training() if self.views else {}
+        )
+        tasks = more | self.tasks
+        # A model with heads of all known tasks would have parameters that no step trains.
+        known = {name: task for name, task in self.model.tasks.items() if name in tasks}
+        reference = self.model.reference_tasks
+        if self.system != "skillnet" and not reference:
+            # Fine-tuning builds the same size, although it trains other tasks.
+            plans = self.model.tasks
+            reference = {n: plans[n] for n in plans if not pretrained_modalities(n, plans[n])}
+        model = replace(self.model, tasks=known, reference_tasks=reference)
+        values = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}
+        return FinetuneConfig(**(values | {"model": model, "tasks": tasks}))

@@ -1,0 +1,445 @@
+"""Evaluation of a model on prepared corpora: tidy rows with intervals over held-out units.
+
+The main entry point is :func:`evaluate_model`; ``skillnet evaluate``, training runs, sweeps and
+growth reports call it. Every row of a split is used exactly once. In retrieval, the query of a row
+is its first caption (a name; further captions are keywords). If the manifest of the corpus declares
+``queries: all``, every caption is a query (the five captions of a photograph). All rows of the
+split are candidates; rows of the same group are correct answers for one another.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.data.config.folds import FoldConfig, is_reserve
+from pipelines.data.shards.columns import FixedColumn, RaggedColumn, open_column
+from pipelines.data.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
+from pipelines.data.shards.folds import open_fold
+from pipelines.data.shards.id_columns import IdRange
+from pipelines.training.config.data import MaskConfig
+from pipelines.training.config.run import default_masked_training, default_tasks_training
+from pipelines.training.evaluation.held_out_units import read_unit_numbers
+from pipelines.training.evaluation.inference import (
+    InferenceInputs,
+    InferenceRunner,
+    mean_row_lengths,
+    split_inputs,
+)
+from pipelines.training.evaluation.masked import masked_losses, mean_masked_length
+from pipelines.training.evaluation.outcomes import OutcomeTable
+from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.evaluation.row_scores import read_targets, score_predictions
+from pipelines.training.evaluation.tables import COLUMNS, sort_rows
+from pipelines.training.evaluation.task_metrics import (
+    TaskMetrics,
+    classification_metrics,
+    error_rate_metrics,
+    find_query_units,
+    mean_with_interval,
+    measure_pairs,
+    rank_metrics,
+    retrieval_metrics,
+)
+from pipelines.training.loading.task_columns import is_row_tower, tower_column
+from pipelines.training.runs.vocabulary_match import align_outputs
+from skillnet.accounting import account_task
+from skillnet.metrics import error_counts, retrieval_ranks, unique_group_ids
+from skillnet.multitask_model import TaskModel
+from skillnet.skills import find_task
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.location import Location, join_location, parse_location
+
+
+def evaluate_model(
+    model: TaskModel,
+    data: str | Path,
+    tasks: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    corpora: Mapping[str, str] | None = None,
+    limits: Mapping[str, int | None] | None = None,
+    system: str | None = None,
+    steps: int | None = None,
+    precision: str = "auto",
+    bootstrap_samples: int = 1000,
+    on_split: Callable[[str, str, int], None] | None = None,
+    outcomes: OutcomeTable | None = None,
+    masks: MaskConfig | None = None,
+    ranks: EvaluationRanks | None = None,
+    fold: FoldConfig | None = None,
+    with_reserve: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate a model on the splits of its tasks' corpora.
+
+    Args:
+        model: on the device to run on; its training mode is restored afterwards. Its outputs get
+            the order of the corpus' names.
+        data: directory of prepared corpora.
+        tasks: names; None selects all tasks of the model.
+        splits: names; None selects every split whose name starts with ``test``, and
+            ``validation`` for masked tasks. A corpus without a named split skips it.
+        seed: seed of the run, copied into the rows, and seed of the bootstrap.
+        corpora: task -> corpus; other tasks use the built-in corpus.
+        limits: task -> maximum length of the corpus' own modality, as in training.
+        system: name of the system in the rows; None uses the model's name.
+        steps: training steps, copied into the rows.
+        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
+            intervals.
+        on_split: called before each split with the task, the split and its number of rows; on
+            each rank.
+        outcomes: receives the outcome of every row, on the first rank.
+        masks: mask settings of masked tasks, as in training.
+        ranks: that share the rows, each with an equal model; None is this process alone.
+        fold: of the training; None takes the splits of the corpora.
+        with_reserve: allow the split ``reserve`` of the fold.
+
+    Returns:
+        One dictionary per metric with the keys ``COLUMNS``. Rates are in [0, 1]. Ranks other than
+        the first return none.
+
+    Raises:
+        UserError: a task is unknown, a corpus is missing or has another vocabulary, or no corpus
+            has a requested split.
+    """
+    names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
+    specs = {name: find_task(name, model.config.tasks) for name in names}
+    rows: list[dict[str, Any]] = []
+    evaluated: set[str] = set()
+    for name, spec in specs.items():
+        model.require_weights(name)
+        runner = InferenceRunner(model, precision, ranks=ranks)
+        corpus = open_task_corpus(data, name, corpora, fold, with_reserve)
+        align_outputs(model, name, corpus)
+        masked = spec.objective == "masked"
+        for split_name in choose_splits(
+            corpus, ["validation"] if masked and not splits else splits, with_reserve
+        ):
+            split = corpus.splits[split_name]
+            evaluated.add(split_name)
+            if on_split is not None:
+                on_split(name, split_name, split.rows)
+            limit = (limits or {}).get(name)
+            if masked:
+                values = masked_losses(runner, name, corpus, split_name, masks, limit)
+                metrics = {}
+                if runner.ranks.is_first:
+                    units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
+                    metrics = {
+                        # A loss has no range; an accuracy is a share.
+                        metric: mean_with_interval(
+                            values_N,
+                            bootstrap_samples,
+                            units,
+                            "free" if metric.endswith("loss") else "share",
+                        )
+                        for metric, values_N in values.items()
+                    }
+                lengths = mean_masked_length(model, name, corpus, split_name, limit)
+            else:
+                metrics, lengths = measure_split(
+                    runner,
+                    name,
+                    split,
+                    f"{corpus.name}/{split_name}",
+                    limit=limit,
+                    seed=seed,
+                    bootstrap_samples=bootstrap_samples,
+                    outcomes=outcomes,
+                    all_captions=uses_all_captions(corpus),
+                )
+            # Splits differ in the length of their rows, so the cost is computed for each of them.
+            cost = account_task(model, name, lengths)
+            rows += tidy_rows(
+                metrics,
+                system=system or model.system,
+                task=name,
+                seed=seed,
+                **describe_rows(corpus, fold),
+                split=split_name,
+                activated_params=cost.activated,
+                flops_per_example=cost.flops_per_example,
+                steps=steps,
+            )
+    # A corpus may lack a split that others have, but a name that no corpus has is an error.
+    missing = sorted(set(splits or ()) - evaluated)
+    if missing or not evaluated:
+        raise UserError(
+            f"no corpus of the tasks {', '.join(names)} below {data} has "
+            + (f"the split {missing[0]!r}" if missing else "a test split")
+        )
+    return rows
+
+
+def measure_split(
+    runner: InferenceRunner,
+    task: str,
+    split: CorpusSplit,
+    where: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    bootstrap_samples: int = 1000,
+    outcomes: OutcomeTable | None = None,
+    all_captions: bool = False,
+) -> tuple[TaskMetrics, dict[str, int]]:
+    """Measure one task on one split.
+
+    Args:
+        runner: of the model. Only its first rank computes metrics and outcomes.
+        task: a task that is not masked.
+        split: opened split of the task's corpus.
+        where: names the split in error messages.
+        limit: maximum length of the corpus' own modality; None uses the model's limit.
+        seed: of the bootstrap.
+        bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
+            intervals.
+        outcomes: receives the outcome of every row.
+        all_captions: make every caption of a row a query; otherwise only the first.
+
+    Returns:
+        The metrics, none of them on other ranks, and tower -> mean length of its rows.
+    """
+    config = runner.model.config
+    spec = find_task(task, config.tasks)
+    row_outcomes = OutcomeTable() if outcomes is None else outcomes
+    table = split.table()
+    inputs: dict[str, InferenceInputs] = {
+        tower: split_inputs(
+            table,
+            plan,
+            config,
+            where,
+            column=tower_column(spec, tower),
+            # As candidates, the first captions rank; they are as many as the rows.
+            all_captions=all_captions and tower == "query",
+            # The limit is about the corpus' own modality.
+            limit=limit if is_row_tower(spec, tower) else None,
+        )
+        for tower, plan in spec.towers.items()
+    }
+    lengths = mean_row_lengths(inputs)
+    units = read_unit_numbers(table, where)
+    if spec.objective == "classification":
+        probabilities = runner.classify(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        classes = IdRange(f"the model has {spec.outputs} outputs", spec.outputs)
+        labels = read_fixed_column(table, "label", where, classes)
+        predicted = probabilities.argmax(1)
+        metrics = classification_metrics(predicted, labels, seed, bootstrap_samples, units)
+        row_outcomes.add_hits(task, split.name, predicted == labels, units)
+    elif spec.objective == "ctc":
+        symbols, _ = runner.transcribe(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        # Metrics and stored outcomes use the same counts, so that they cannot disagree.
+        counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
+        metrics = error_rate_metrics(counts, bootstrap_samples, units)
+        row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1], unit=units)
+    elif spec.objective != "retrieval":
+        predictions = runner.classify(task, inputs["input"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        targets = read_targets(table, spec, where)
+        scored = score_predictions(spec, predictions, targets, bootstrap_samples, units)
+        metrics = scored.metrics
+        row_outcomes.add(task, split.name, scored.numerator, scored.denominator, unit=units)
+    elif spec.caption_tower is None and spec.paired_tower is None:
+        query = runner.embed(task, "query", inputs["query"])
+        candidate = runner.embed(task, "candidate", inputs["candidate"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        groups = unique_group_ids(read_fixed_column(table, "group", where))
+        metrics, paired = measure_pairs(query, candidate, groups, seed, bootstrap_samples, units)
+        row_outcomes.add_pairs(task, split.name, paired, units)
+    else:
+        query = runner.embed(task, "query", inputs["query"])
+        candidate = runner.embed(task, "candidate", inputs["candidate"])
+        if not runner.ranks.is_first:
+            return {}, lengths
+        # Rows without a group must not count as correct answers for one another.
+        groups = unique_group_ids(read_fixed_column(table, "group", where))
+        owners = inputs["query"].owners
+        query_groups = groups if owners is None else groups[owners]
+        # The outcomes need the ranks too, so this direction is not left to retrieval_metrics.
+        ranks = retrieval_ranks(query, candidate, query_groups, groups)
+        query_units = find_query_units(units, owners)
+        metrics = rank_metrics(ranks, "", seed, bootstrap_samples, query_units) | retrieval_metrics(
+            query,
+            candidate,
+            query_groups,
+            groups,
+            seed,
+            bootstrap_samples,
+            directions=("reverse_",),
+            units=units,
+        )
+        row_outcomes.add_ranks(task, split.name, ranks, owners, units)
+    return metrics, lengths
+
+
+def uses_all_captions(corpus: PreparedCorpus) -> bool:
+    """Return whether every caption of a row is a query; otherwise only the first one is.
+
+    Args:
+        corpus: its manifest declares ``queries``.
+    """
+    return corpus.manifest.get("queries") == "all"
+
+
+def describe_rows(corpus: PreparedCorpus, fold: FoldConfig | None) -> dict[str, str]:
+    """Return the columns of evaluation rows that name the measured rows, beside their split.
+
+    Args:
+        corpus: that the rows are from.
+        fold: that divides it, or None.
+    """
+    name = f"{fold.number} of {fold.count}" if fold is not None and fold.count else ""
+    return {"corpus": corpus.name, "corpus_digest": corpus.digest, "fold": name}
+
+
+def tidy_rows(metrics: TaskMetrics, **common: Any) -> list[dict[str, Any]]:
+    """Return one row per metric, with the keys ``COLUMNS`` in their order.
+
+    Args:
+        metrics: name -> value and interval.
+        **common: columns that all rows share.
+    """
+    stamp = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": machine_name(),
+    }
+    return [
+        {
+            column: (common | stamp | {"metric": metric} | interval._asdict()).get(column)
+            for column in COLUMNS
+        }
+        for metric, interval in metrics.items()
+    ]
+
+
+def machine_name() -> str:
+    """Return the name of this machine: processor, usable cores, accelerator."""
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    # Containers restrict a process to some cores; the affinity mask counts these.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [model or os.uname().machine, f"{cores} cores"]
+    import torch
+
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def locate_task_corpus(
+    data: str | Path, task: str, corpora: Mapping[str, str] | None = None
+) -> Location:
+    """Return the location of a task's corpus.
+
+    Args:
+        data: directory of prepared corpora.
+        task: name of the task.
+        corpora: task -> corpus; other tasks use the built-in corpus.
+
+    Raises:
+        UserError: the task has no built-in corpus and ``corpora`` does not name one.
+    """
+    defaults = default_tasks_training() | default_masked_training()
+    names = {name: entry.corpus for name, entry in defaults.items()} | dict(corpora or {})
+    if task not in names:
+        raise UserError(f"no corpus is known for the task {task!r}; give --corpora.{task} NAME")
+    return join_location(parse_location(data, Path()), names[task])
+
+
+def open_task_corpus(
+    data: str | Path,
+    task: str,
+    corpora: Mapping[str, str] | None = None,
+    fold: FoldConfig | None = None,
+    with_reserve: bool = False,
+) -> PreparedCorpus:
+    """Open a task's corpus with the splits of a fold.
+
+    Args:
+        data: directory of prepared corpora.
+        task: name of the task.
+        corpora: task -> corpus; other tasks use the built-in corpus.
+        fold: of the training; None takes the splits of the corpus.
+        with_reserve: add the split ``reserve``.
+
+    Raises:
+        UserError: the corpus is missing or damaged, or cannot be divided so.
+    """
+    corpus = open_corpus(locate_task_corpus(data, task, corpora))
+    return open_fold(corpus, fold or FoldConfig(), with_reserve)
+
+
+def choose_splits(
+    corpus: PreparedCorpus, splits: Sequence[str] | None, with_reserve: bool = False
+) -> list[str]:
+    """Return those of the named splits that a corpus has.
+
+    Args:
+        corpus: to search.
+        splits: names; None selects all test splits.
+        with_reserve: allow splits of the reserve.
+
+    Raises:
+        UserError: the reserve of a study is named.
+    """
+    if splits is None:
+        return [name for name in corpus.splits if name.startswith("test")]
+    reserved = [name for name in splits if is_reserve(name)]
+    if reserved and not with_reserve:
+        raise UserError(
+            f"{corpus.name}: the split {reserved[0]} is read by the final evaluation of a study "
+            "only. Name another split"
+        )
+    # Corpora have different splits; the caller reports names that no corpus has.
+    return [name for name in splits if name in corpus.splits]
+
+
+def read_fixed_column(table: Any, name: str, where: str, ids: IdRange | None = None) -> np.ndarray:
+    """Return all values of a column with one number or array per row.
+
+    Args:
+        table: rows of a split.
+        name: of the column.
+        where: names the split in error messages.
+        ids: range of the values, if they are ids.
+
+    Raises:
+        UserError: the column is missing or holds lists, or an id is outside of its range.
+    """
+    column = open_column(table, name, where, ids)
+    if not isinstance(column, FixedColumn):
+        raise UserError(f"{where}: column {name!r} holds lists, expected one number per row")
+    return column.take(np.arange(len(table)))
+
+
+def read_ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
+    """Return all values of a column with a list of numbers per row.
+
+    Args:
+        table: rows of a split.
+        name: of the column.
+        where: names the split in error messages.
+
+    Raises:
+        UserError: the column is missing or holds single numbers.
+    """
+    column = open_column(table, name, where)
+    if not isinstance(column, RaggedColumn):
+        raise UserError(f"{where}: column {name!r} holds numbers, expected a list per row")
+    values, lengths = column.take(np.arange(len(table)))
+    return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]

@@ -1,0 +1,413 @@
+"""Batched inference of a trained model: rows are grouped by length, outputs keep the row order.
+
+:func:`split_inputs` reads prepared shards, :func:`memory_inputs` reads arrays, and
+:class:`InferenceRunner` runs the tasks. Evaluation, prediction and search use them.
+
+Shapes: N rows, C classes, E width of the retrieval space.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipelines.data.shards.columns import (
+    INPUT_COLUMNS,
+    NestedRaggedColumn,
+    RaggedColumn,
+    open_column,
+)
+from pipelines.data.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
+from pipelines.training.evaluation.ranks import EvaluationRanks
+from skillnet.config import SkillNetConfig
+from skillnet.heads import head_class, mean_pool
+from skillnet.metrics import greedy_symbols
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import choose_precision, find_device
+from skillnet.skills import SkillPlan, find_task
+
+#: Type of device -> rows x tokens of one batch, and rows of one batch. On a CPU a batch is large
+#: enough for two cores and small in memory. A GPU computes 4096 tokens faster than the host reads
+#: the next batch, and has memory for sixteen times as many.
+BATCH_LIMITS = {"cpu": (4096, 512), "cuda": (65_536, 4096)}
+
+
+@dataclass(frozen=True)
+class InferenceInputs:
+    """Input of one tower for N rows.
+
+    Args:
+        lengths: (N,) tokens of each row in the encoder.
+        load_batch: maps row numbers to the tower's batch.
+        row_lengths: (N,) length of each row in its own unit (tokens or frames); None if all rows
+            have one size.
+        owners: (N,) row of the split that each query belongs to; None if each row has one query.
+    """
+
+    lengths: np.ndarray
+    load_batch: Callable[[np.ndarray], dict[str, Tensor]]
+    row_lengths: np.ndarray | None = None
+    owners: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def mean_row_length(self) -> int | None:
+        """Mean length of a row, rounded, at least 1; None if all rows have one size."""
+        if self.row_lengths is None or not len(self.row_lengths):
+            return None
+        return max(round(float(self.row_lengths.mean())), 1)
+
+
+def split_inputs(
+    table: pa.Table,
+    plan: SkillPlan,
+    config: SkillNetConfig,
+    where: str,
+    *,
+    column: str | None = None,
+    all_captions: bool = False,
+    limit: int | None = None,
+) -> InferenceInputs:
+    """Return the input of a tower from a prepared split.
+
+    Args:
+        table: rows of the split, memory-mapped.
+        plan: of the tower; its modality selects the column.
+        config: shape of the model, for its limits.
+        where: corpus and split, for error messages.
+        column: that the tower reads, see
+            :func:`pipelines.training.loading.task_columns.tower_column`; of captions the first one
+            of each row. None takes the column of the modality.
+        all_captions: read every caption of each row, in order.
+        limit: maximum row length in tokens or frames; the model's own limit applies if it is lower.
+
+    Raises:
+        UserError: the column is missing, or a token is outside of the model's vocabulary.
+    """
+    name = column or INPUT_COLUMNS[plan.modality]
+    vocabulary = IdRange(
+        f"the model's vocabulary has {config.vocab_size} tokens", config.vocab_size
+    )
+    ranges = {name: vocabulary} if name in TOKEN_COLUMNS else {}
+    opened = open_column(table, name, where, ranges.get(name))
+    check_ids(
+        table,
+        ranges,
+        where,
+        "Evaluate on a corpus that was prepared with the model's tokenizer.",
+    )
+    longest = config.max_frames if plan.modality == "sound" else config.max_tokens
+    longest = longest if limit is None else min(limit, longest)
+    owners: np.ndarray | None = None
+    if isinstance(opened, NestedRaggedColumn):
+        firsts = opened.first(np.arange(len(table)))
+        if all_captions:
+            counts = opened.counts(np.arange(len(table)))
+            owners = np.repeat(np.arange(len(table)), counts)
+            firsts = np.concatenate(
+                [np.arange(f, f + n) for f, n in zip(firsts, counts, strict=True)]
+            )
+        opened = opened.inner
+    else:
+        firsts = np.arange(len(table))
+    if isinstance(opened, RaggedColumn):
+        ragged = opened
+        # Rows are cut at the limit when they are read, so batches and costs use the cut lengths.
+        row_lengths = np.minimum(ragged.lengths(firsts), longest)
+
+        # Only one batch is copied into memory; the split itself stays memory-mapped.
+        def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
+            values, lengths = ragged.take(firsts[rows], limit=longest)
+            return _ragged_batch(plan, values, lengths)
+
+        tokens = _encoder_lengths(plan, config, row_lengths)
+        return InferenceInputs(tokens, load_batch, row_lengths, owners)
+    fixed = opened
+    assert not isinstance(fixed, NestedRaggedColumn)
+    return InferenceInputs(
+        np.full(len(table), _tokens_per_row(plan, config)),
+        lambda rows: {INPUT_COLUMNS[plan.modality]: torch.from_numpy(fixed.take(rows))},
+    )
+
+
+def memory_inputs(
+    items: Sequence[np.ndarray], plan: SkillPlan, config: SkillNetConfig
+) -> InferenceInputs:
+    """Return the input of a tower from arrays in memory.
+
+    Args:
+        items: one array per row, as a transform returns it. Text and code: (T,) token ids. Audio:
+            (frames, mels). Images: (H, W, 3) uint8. Video: (N, H, W, C) uint8.
+        plan: of the tower.
+        config: shape of the model, for its limits.
+    """
+    if plan.modality in ("image", "video"):
+        return InferenceInputs(
+            np.full(len(items), _tokens_per_row(plan, config)),
+            lambda rows: {
+                INPUT_COLUMNS[plan.modality]: torch.from_numpy(
+                    np.stack([items[row] for row in rows])
+                )
+            },
+        )
+    longest = config.max_frames if plan.modality == "sound" else config.max_tokens
+    lengths_N = np.array([min(len(item), longest) for item in items], dtype=np.int64)
+
+    def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
+        lengths = lengths_N[rows]
+        sample = items[int(rows[0])]
+        # An empty text keeps one column of padding, because an encoder needs at least one token.
+        values = np.zeros((len(rows), max(int(lengths.max()), 1), *sample.shape[1:]), sample.dtype)
+        for index, row in enumerate(rows):
+            values[index, : lengths[index]] = items[int(row)][: lengths[index]]
+        return _ragged_batch(plan, values, lengths)
+
+    return InferenceInputs(_encoder_lengths(plan, config, lengths_N), load_batch, lengths_N)
+
+
+class InferenceRunner:
+    """Inference of a model's tasks without gradients, in bf16 if the device supports it natively.
+
+    With several ranks each infers a part of the batches, all must call the same methods in the
+    same order, and every rank gets the results of all rows.
+
+    Args:
+        model: set to evaluation mode during inference; its mode is restored afterwards.
+        precision: ``auto``, ``bf16``, ``fp32`` or ``fp64``.
+        max_batch_tokens: rows x tokens of one batch; None takes the limit of the device.
+        ranks: that infer together; None is this process alone.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        precision: str = "auto",
+        max_batch_tokens: int | None = None,
+        ranks: EvaluationRanks | None = None,
+    ) -> None:
+        self.model = model
+        self.device = find_device(model.parameters())
+        # Autocast would round away the digits for which float64 weights were chosen.
+        double = next(model.parameters()).dtype == torch.float64
+        self.precision = choose_precision("fp64" if double else precision, self.device)
+        tokens, self.max_batch_rows = BATCH_LIMITS.get(self.device.type, BATCH_LIMITS["cpu"])
+        self.max_batch_tokens = max_batch_tokens or tokens
+        self.ranks = ranks or EvaluationRanks()
+
+    def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
+        """Return the predictions of the head, (N, outputs) float32.
+
+        They are probabilities of classes, or the values of a regression in their own unit.
+
+        Args:
+            task: a task with predictions per row: classification, labels, numbers, or a task of a
+                third party's objective.
+            inputs: of its tower, N rows.
+        """
+        spec, config = find_task(task, self.model.config.tasks), self.model.config
+        head = head_class(spec)
+        mean, deviation = self.model.vocabulary.scales.get(task, (0.0, 1.0))
+        out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
+
+        def classify_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (head.predict(self.model(task, {"input": batch})),)
+
+        for rows, (predictions,) in self._infer(inputs, classify_batch):
+            out[rows] = predictions.numpy()
+        merged = self.ranks.merge(out)
+        if task not in self.model.vocabulary.scales:
+            return merged
+        # In double precision: a large mean would round small differences away.
+        return mean + deviation * merged.astype(np.float64)
+
+    def transcribe(self, task: str, inputs: InferenceInputs) -> tuple[list[list[int]], np.ndarray]:
+        """Return the symbols of each row by greedy (best path) CTC decoding, and a confidence.
+
+        Args:
+            task: a CTC task.
+            inputs: of its tower, N rows.
+
+        Returns:
+            Symbol sequences, and the geometric mean of the path's probabilities, (N,) in (0, 1].
+        """
+        symbols: list[list[int]] = [[] for _ in range(len(inputs))]
+        confidence = np.zeros(len(inputs), dtype=np.float32)
+
+        def transcribe_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            outputs = self.model(task, {"input": batch})
+            return outputs["log_probs"].float(), outputs["lengths"]
+
+        for rows, (log_probs, lengths) in self._infer(inputs, transcribe_batch):
+            best = log_probs.amax(-1)
+            decoded = greedy_symbols(log_probs, lengths)
+            for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+                symbols[row] = decoded[index]
+                # The mean of log-probabilities does not penalise long transcripts as their sum
+                # would. Frames after the end are padding and do not count.
+                confidence[row] = best[index, : max(length, 1)].mean().exp()
+        return self.ranks.merge_sequences(symbols), self.ranks.merge(confidence)
+
+    def embed(
+        self,
+        task: str,
+        tower: str,
+        inputs: InferenceInputs,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Return the unit vectors of a retrieval tower, (N, E) float32.
+
+        Args:
+            task: a retrieval task.
+            tower: ``query`` or ``candidate``.
+            inputs: of the tower, N rows.
+            on_rows: called with the number of rows of each batch that is done.
+        """
+        out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
+
+        def embed_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (self.model.embed(task, tower, batch).float(),)
+
+        for rows, (vectors,) in self._infer(inputs, embed_batch):
+            out[rows] = vectors.numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
+        return self.ranks.merge(out)
+
+    def pool(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
+        """Return the means of the encoded real tokens of a tower, (N, D) float32.
+
+        Args:
+            task: name of the task.
+            tower: of the task.
+            inputs: of the tower, N rows.
+        """
+        out = np.zeros((len(inputs), self.model.config.dim), dtype=np.float32)
+
+        def pool_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),)
+
+        for rows, (vectors,) in self._infer(inputs, pool_batch):
+            out[rows] = vectors.numpy()
+        return self.ranks.merge(out)
+
+    def _infer(
+        self,
+        inputs: InferenceInputs,
+        infer_batch: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    ) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
+        """Yield the rows of each batch of this rank, and its results in the host's memory.
+
+        A GPU computes a batch while the host reads the next one: a result is waited for only after
+        the next batch has been sent.
+        """
+        batches = batches_by_length(inputs.lengths, self.max_batch_tokens, self.max_batch_rows)
+        waiting: tuple[np.ndarray, tuple[Tensor, ...], Callable[[], None]] | None = None
+        with self._inference():
+            for rows in self.ranks.select(batches):
+                batch = send_batch(inputs.load_batch(rows), self.device)
+                results, wait = fetch_results(infer_batch(batch))
+                if waiting is not None:
+                    waiting[2]()
+                    yield waiting[0], waiting[1]
+                waiting = rows, results, wait
+            if waiting is not None:
+                waiting[2]()
+                yield waiting[0], waiting[1]
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.precision.autocast():
+                yield
+        finally:
+            # Training runs evaluate between two steps and must find the mode that they left.
+            self.model.train(was_training)
+
+
+def send_batch(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch on a device; the host does not wait for a copy to a GPU.
+
+    Args:
+        batch: name -> tensor in the host's memory.
+        device: of the model.
+    """
+    if device.type != "cuda":
+        return {name: x.to(device) for name, x in batch.items()}
+    # Only a copy from pinned memory runs beside the host.
+    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def fetch_results(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Start to copy results to the host.
+
+    Args:
+        results: tensors on one device.
+
+    Returns:
+        The results in the host's memory, and a function that waits until they are there.
+    """
+    if results[0].device.type != "cuda":
+        return tuple(x.cpu() for x in results), lambda: None
+    copies = tuple(x.to("cpu", non_blocking=True) for x in results)
+    copied = torch.cuda.Event()
+    copied.record()
+    return copies, copied.synchronize
+
+
+def batches_by_length(
+    lengths: np.ndarray, max_batch_tokens: int, max_batch_rows: int = BATCH_LIMITS["cpu"][1]
+) -> Iterator[np.ndarray]:
+    """Yield row numbers in batches of similar length, longest first; every row exactly once.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        max_batch_tokens: rows x tokens of one batch. A batch has at least one row.
+        max_batch_rows: rows of one batch.
+    """
+    # Longest first, so that a lack of memory shows in the first batch. The stable order gives the
+    # same batches, and therefore the same bits, in every evaluation.
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        rows = max(1, min(max_batch_rows, max_batch_tokens // longest))
+        yield order[start : start + rows]
+        start += rows
+
+
+def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
+    """Return the mean row length of each tower whose rows differ in length.
+
+    Args:
+        towers: tower -> its inputs.
+    """
+    lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
+    return {name: value for name, value in lengths.items() if value is not None}
+
+
+def _ragged_batch(plan: SkillPlan, values: np.ndarray, lengths: np.ndarray) -> dict[str, Tensor]:
+    if plan.modality == "sound":
+        return {"log_mel": torch.from_numpy(values), "frames": torch.from_numpy(lengths)}
+    return {"tokens": torch.from_numpy(values.astype(np.int64))}
+
+
+def _encoder_lengths(
+    plan: SkillPlan, config: SkillNetConfig, row_lengths: np.ndarray
+) -> np.ndarray:
+    # The audio stem joins mel_stack frames into one token.
+    return -(-row_lengths // config.mel_stack) if plan.modality == "sound" else row_lengths
+
+
+def _tokens_per_row(plan: SkillPlan, config: SkillNetConfig) -> int:
+    if plan.modality == "image":
+        return config.image_tokens
+    f, h, w = config.tubelet
+    return (config.video_frames // f) * (config.video_size // h) * (config.video_size // w)

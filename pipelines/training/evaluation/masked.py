@@ -1,0 +1,175 @@
+"""Masked-prediction losses of pretraining tasks on a split.
+
+Rows are not augmented, and every evaluation masks the same tokens of each row. Metrics of different
+steps and runs are therefore comparable. :func:`masked_losses` is the entry point of the evaluator;
+:mod:`pipelines.training.evaluation.reconstructions` draws the predictions.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.training.config.data import MaskConfig
+from pipelines.training.config.run import TaskTraining
+from pipelines.training.evaluation.inference import InferenceRunner
+from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.loading.augment import BatchRandom
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loading.task_dataset import TaskDataset
+from skillnet.losses import masked_loss_per_row
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import find_device
+from skillnet.skills import find_task
+
+if TYPE_CHECKING:
+    from pipelines.data.shards.dataset import PreparedCorpus
+
+#: Rows of one forward pass.
+BATCH_ROWS = 64
+
+
+def masked_batches(
+    model: TaskModel,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None = None,
+    limit: int | None = None,
+    rows: np.ndarray | None = None,
+    ranks: EvaluationRanks | None = None,
+) -> Iterator[Batch]:
+    """Yield the rows of a split in order, with masked tokens, on the model's device.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+        rows: row numbers; None selects all rows.
+        ranks: that share the batches; None yields all batches.
+    """
+    dataset = open_masked_rows(model, task, corpus, split, masks, limit)
+    device, dtype = find_device(model.parameters()), next(model.parameters()).dtype
+    selected = np.arange(dataset.num_rows) if rows is None else rows
+    starts = range(0, len(selected), BATCH_ROWS)
+    for start in (ranks or EvaluationRanks()).select(starts):
+        part = selected[start : start + BATCH_ROWS]
+        # The key of the generator is constant, so that each evaluation masks the same tokens.
+        draws = BatchRandom(("evaluation", start), len(part), slice(None))
+        towers, targets, changes = dataset.load(part, draws)
+        batch = Batch(task, towers, targets, part, len(part), changes=changes)
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        yield batch.to(device, dtype)
+
+
+def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
+    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
+
+    Args:
+        runner: of the model; the training mode of the model is restored.
+        batch: from :func:`masked_batches`.
+    """
+    model = runner.model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), runner.precision.autocast():
+        predicted = model(batch.task, batch.towers)["predicted"]
+    # Training runs evaluate between two steps and must find the mode that they left.
+    model.train(was_training)
+    return predicted
+
+
+def masked_losses(
+    runner: InferenceRunner,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None = None,
+    limit: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
+
+    Args:
+        runner: of the model.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        ``masked_loss`` (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
+    """
+    rows = corpus.splits[split].rows
+    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
+    values_N3 = np.zeros((rows, 3))
+    for batch in masked_batches(
+        runner.model, task, corpus, split, masks, limit, ranks=runner.ranks
+    ):
+        predicted = predict_masked_tokens(runner, batch)
+        values, masked = batch.targets["values"], batch.targets["masked"]
+        # The loss is kept per row, because the bootstrap resamples rows.
+        losses = masked_loss_per_row(predicted, values, masked)
+        values_N3[batch.rows, 0] = losses.double().cpu().numpy()
+        # Only discrete targets (token ids, sound units) have an accuracy; others are regressed.
+        if not values.is_floating_point():
+            hits_M = (predicted.argmax(1) == values).double()
+            hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
+            hits_B.index_add_(0, masked.nonzero()[:, 0], hits_M)
+            values_N3[batch.rows, 1] = (hits_B / masked.sum(1)).cpu().numpy()
+            values_N3[batch.rows, 2] = 1.0
+    values_N3 = runner.ranks.merge(values_N3)
+    metrics = {"masked_loss": values_N3[:, 0]}
+    if values_N3[:, 2].any():
+        metrics["masked_accuracy"] = values_N3[:, 1]
+    return metrics
+
+
+def mean_masked_length(
+    model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
+) -> dict[str, int]:
+    """Return the mean row length of a masked task's tower, for cost accounting.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        ``{"input": length}``, or {} if all rows have one size.
+    """
+    # Masks hide tokens but do not remove them, so they do not matter for lengths.
+    lengths = open_masked_rows(model, task, corpus, split, None, limit).row_lengths()
+    return {} if lengths is None else {"input": max(round(float(lengths.mean())), 1)}
+
+
+def open_masked_rows(
+    model: TaskModel,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None,
+    limit: int | None,
+) -> TaskDataset:
+    """Return the rows of a split as a masked task of the model reads them.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+    """
+    settings = TaskTraining(corpus.name, split=split, max_length=limit)
+    return TaskDataset(
+        task, find_task(task, model.config.tasks), corpus, model.config, settings, masks
+    )

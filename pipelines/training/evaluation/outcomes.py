@@ -1,0 +1,298 @@
+"""Outcomes of every test row, for row-by-row comparisons of systems.
+
+``outcomes.parquet`` has one line per row of every evaluated split. The primary metric of a task is
+sum(numerator) / sum(denominator) over the rows of a split:
+
+objective        numerator                                denominator
+classification   1 if the class is correct                1
+ctc              edit distance to the reference           number of reference symbols
+retrieval        queries with a rank of at most 10        number of queries of the row
+
+Rows are numbered as in the prepared split. Two systems are paired by (task, split, row). ``unit``
+numbers the units that the split holds out (modules, speakers), in the order of their first rows;
+the column ``unit`` of the shard has their names.
+:func:`pipelines.training.evaluation.evaluator.evaluate_model` fills an :class:`OutcomeTable`;
+comparisons and growth reports read the file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
+
+from skillnet.metrics import ConfidenceInterval
+from skillnet.unit_statistics import bound_score, compute_unit_error, jackknife_units
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import atomic_write
+
+OUTCOMES_FILE = "outcomes.parquet"
+#: The same columns with a line per unit; see :func:`sum_outcomes`.
+UNIT_SUMS_FILE = "unit_sums.parquet"
+
+#: A query counts as successful up to this rank of its best correct candidate.
+RECALL_RANK = 10
+
+# float32 holds integers up to 2**24 exactly, so only mean ranks are rounded in the file.
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("row", pa.int32()),
+        ("numerator", pa.float32()),
+        ("denominator", pa.float32()),
+        ("rank", pa.float32()),
+        ("unit", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RowOutcomes:
+    """Outcomes of one task on one split, in the order of its rows.
+
+    Args:
+        numerator: (N,) float64, see the module docstring.
+        denominator: (N,) float64.
+        rank: (N,) float64, from 1; NaN for tasks without a ranking.
+        unit: (N,) int64, number of the unit of each row, from 0.
+    """
+
+    numerator: np.ndarray
+    denominator: np.ndarray
+    rank: np.ndarray
+    unit: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numerator)
+
+    @property
+    def value(self) -> float:
+        """Primary metric of the split, a fraction; NaN if the denominators sum to 0."""
+        # The sum is 0 if all references of a split are empty.
+        total = float(self.denominator.sum())
+        return float(self.numerator.sum()) / total if total else float("nan")
+
+
+class OutcomeTable:
+    """Mapping from (task, split) to :class:`RowOutcomes`, filled while a model is evaluated."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, str], RowOutcomes] = {}
+
+    def add_hits(
+        self, task: str, split: str, hits: ArrayLike, unit: ArrayLike | None = None
+    ) -> None:
+        """Add the outcomes of classification rows.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            hits: (N,) booleans, true for rows with the correct class.
+            unit: see :meth:`add`.
+        """
+        numerator = np.asarray(hits, np.float64)
+        self.add(task, split, numerator, np.ones(len(numerator)), unit=unit)
+
+    def add_ranks(
+        self,
+        task: str,
+        split: str,
+        ranks: ArrayLike,
+        owners: np.ndarray | None = None,
+        unit: ArrayLike | None = None,
+    ) -> None:
+        """Add the outcomes of retrieval queries.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            ranks: (Q,) rank of the best correct candidate of each query, from 1.
+            owners: (Q,) row of each query, ascending; None if each row has one query. The rank of
+                a row is the mean rank of its queries.
+            unit: see :meth:`add`.
+        """
+        rank = np.asarray(ranks, np.float64)
+        hits: np.ndarray = (rank <= RECALL_RANK).astype(np.float64)
+        queries: np.ndarray = np.ones(len(rank))
+        # Captions of one image are not independent: a row, not a query, is the unit of tests
+        # (decision 25).
+        if owners is not None:
+            queries = np.bincount(owners).astype(np.float64)
+            hits = np.bincount(owners, hits)
+            rank = np.bincount(owners, rank) / queries
+        self.add(task, split, hits, queries, rank, unit)
+
+    def add_pairs(
+        self, task: str, split: str, ranks: np.ndarray, unit: ArrayLike | None = None
+    ) -> None:
+        """Add the outcomes of rows that search other rows of their group.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            ranks: (N,) from 1; NaN for rows without another one of their group.
+            unit: see :meth:`add`.
+        """
+        queries = (~np.isnan(ranks)).astype(np.float64)
+        hits: np.ndarray = (ranks <= RECALL_RANK).astype(np.float64)
+        self.add(task, split, hits, queries, ranks, unit)
+
+    def add(
+        self,
+        task: str,
+        split: str,
+        numerator: ArrayLike,
+        denominator: ArrayLike,
+        rank: ArrayLike | None = None,
+        unit: ArrayLike | None = None,
+    ) -> None:
+        """Add the rows of a split; a second call for the same split replaces the first.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            numerator: (N,) see the module docstring.
+            denominator: (N,)
+            rank: (N,) or None for tasks without a ranking.
+            unit: (N,) number of the unit of each row; None counts each row as a unit.
+        """
+        numerators = np.asarray(numerator, np.float64)
+        ranks = np.full(len(numerators), np.nan) if rank is None else np.asarray(rank, np.float64)
+        self._parts[task, split] = RowOutcomes(
+            numerators,
+            np.asarray(denominator, np.float64),
+            ranks,
+            np.arange(len(numerators)) if unit is None else np.asarray(unit, np.int64),
+        )
+
+    def __getitem__(self, key: tuple[str, str]) -> RowOutcomes:
+        return self._parts[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._parts
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def to_table(self) -> pa.Table:
+        """Return all outcomes as one table with the columns ``SCHEMA``."""
+        tables = []
+        for (task, split), part in self._parts.items():
+            count = len(part)
+            values = (part.numerator, part.denominator, part.rank)
+            columns = [
+                pa.array([task] * count, pa.string()),
+                pa.array([split] * count, pa.string()),
+                pa.array(np.arange(count, dtype=np.int32)),
+                *(pa.array(x.astype(np.float32)) for x in values),
+                pa.array(part.unit.astype(np.int32)),
+            ]
+            tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def write_outcomes(outcomes: OutcomeTable, path: str | Path) -> None:
+    """Write the outcomes of a run atomically as Parquet.
+
+    Args:
+        outcomes: to write.
+        path: of the file.
+    """
+    with atomic_write(path) as stream:
+        pq.write_table(outcomes.to_table(), stream, compression="zstd")
+
+
+def read_outcomes(path: str | Path) -> OutcomeTable:
+    """Read a file that :func:`write_outcomes` wrote.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: the file is missing, is not Parquet, or lacks columns or rows.
+    """
+    try:
+        table = pq.read_table(path, schema=None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; was the run evaluated?") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({first_line(error)})") from None
+    absent = [name for name in SCHEMA.names if name not in table.column_names]
+    if absent:
+        raise UserError(f"{path}: the column {absent[0]} is missing")
+    try:
+        # The cast checks: a row number that does not fit raises an error and does not wrap.
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: invalid outcomes ({first_line(error)})") from None
+    outcomes = OutcomeTable()
+    tasks, splits = table["task"].to_numpy(), table["split"].to_numpy()
+    row, numerator, denominator, rank = (
+        table[name].to_numpy().astype(np.float64)
+        for name in ("row", "numerator", "denominator", "rank")
+    )
+    units = table["unit"].to_numpy().astype(np.int64)
+    for task, split in dict.fromkeys(zip(tasks.tolist(), splits.tolist(), strict=True)):
+        lines = np.flatnonzero((tasks == task) & (splits == split))
+        # Systems are paired by position, so rows must be in order and complete.
+        lines = lines[np.argsort(row[lines], kind="stable")]
+        if not np.array_equal(row[lines], np.arange(len(lines))):
+            raise UserError(f"{path}: {task} {split}: rows are missing or duplicated")
+        unit = units[lines]
+        if unit.min(initial=0) < 0 or unit.max(initial=0) >= max(len(lines), 1):
+            raise UserError(f"{path}: {task} {split}: a unit has no number of a row")
+        outcomes.add(task, split, numerator[lines], denominator[lines], rank[lines], unit)
+    return outcomes
+
+
+def sum_outcomes(rows: RowOutcomes) -> RowOutcomes:
+    """Return a line per unit with the sums of its rows: all that intervals and tests need.
+
+    Sums of sums are the same sums, so outcomes and their sums give equal results.
+
+    Args:
+        rows: outcomes of a split.
+    """
+    return RowOutcomes(
+        np.bincount(rows.unit, rows.numerator),
+        np.bincount(rows.unit, rows.denominator),
+        np.full(int(rows.unit.max(initial=-1)) + 1, np.nan),
+        np.arange(int(rows.unit.max(initial=-1)) + 1),
+    )
+
+
+def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterval:
+    """Return the primary metric of ``one`` minus that of ``other``, with its interval.
+
+    The difference is formed row by row. Rows that are difficult for both models therefore do not
+    widen the interval.
+
+    Args:
+        one: outcomes of the first model.
+        other: outcomes of the second model on the same rows.
+
+    Raises:
+        ValueError: the outcomes belong to different rows.
+    """
+    # Row counts can agree by accident; lengths, query counts and units are a second check.
+    if not has_equal_rows(one, other):
+        raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
+    effects = jackknife_units(one.numerator - other.numerator, one.denominator, one.unit)
+    value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
+    bounds = bound_score(value, compute_unit_error(effects_K), effects.dof, len(effects_K))
+    return ConfidenceInterval(value, *bounds)
+
+
+def has_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
+    """Return whether two models were evaluated on rows of equal weights and units."""
+    return np.array_equal(one.denominator, other.denominator) and np.array_equal(
+        one.unit, other.unit
+    )

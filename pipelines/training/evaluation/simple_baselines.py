@@ -1,0 +1,450 @@
+"""Simple baselines on the splits of a model: the systems ``chance`` and ``simple_baseline``.
+
+``chance`` predicts without reading the input:
+
+* Classification: the most frequent class of the training rows.
+* Labels and numbers: the shares of the training labels, the mean of the training values.
+* Speech: the most frequent symbol at each position.
+* Retrieval: candidates in random order; its exact expectation, so it has no interval.
+
+``simple_baseline`` is a method without a neural network:
+
+* Classification: logistic regression on TF-IDF of character n-grams, or on downsampled images,
+  video and audio. Labels: one such model per label. Numbers: ridge regression.
+* Speech: the transcript of the nearest training recording.
+* Image and video retrieval: the training items whose captions are nearest by TF-IDF replace the
+  query; candidates are ranked by visual similarity to them.
+* Code retrieval: TF-IDF of character n-grams, docstring against code.
+
+The methods fit on at most ``MAX_TRAIN_ROWS`` evenly spaced rows of the ``train`` split. The main
+entry point is :func:`evaluate_simple_baselines`; ``skillnet evaluate`` and ``skillnet quickstart``
+call it.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.config.folds import FoldConfig
+from pipelines.data.shards.columns import FixedColumn, open_column
+from pipelines.data.shards.dataset import PreparedCorpus
+from pipelines.training.evaluation.evaluator import (
+    choose_splits,
+    describe_rows,
+    open_task_corpus,
+    read_fixed_column,
+    read_ragged_column,
+    tidy_rows,
+    uses_all_captions,
+)
+from pipelines.training.evaluation.held_out_units import read_unit_numbers
+from pipelines.training.evaluation.label_baselines import measure_label_baselines
+from pipelines.training.evaluation.row_scores import read_targets
+from pipelines.training.evaluation.task_metrics import (
+    TaskMetrics,
+    classification_metrics,
+    retrieval_metrics,
+    transcription_metrics,
+)
+from pipelines.training.runs.vocabulary_match import check_outputs
+from skillnet.config import SkillNetConfig
+from skillnet.metrics import ConfidenceInterval, unique_group_ids
+from skillnet.skills import Task, find_task
+from skillnet_platform.config import digest_config
+from skillnet_platform.storage import read_json, run_root, write_json
+from skillnet_platform.storage.location import parse_location
+
+#: Increase it when a method in this file changes, so that cached results are not reused.
+BASELINES_VERSION = 3
+
+NEIGHBOURS = 5
+#: Maximum size of a TF-IDF vocabulary in retrieval.
+FEATURES = 4096
+#: Maximum number of training rows: the nearest-neighbour methods compare with all of them.
+MAX_TRAIN_ROWS = 20_000
+
+
+def evaluate_simple_baselines(
+    data: str | Path,
+    tasks: Mapping[str, Task] | None = None,
+    splits: Sequence[str] | None = None,
+    *,
+    corpora: Mapping[str, str] | None = None,
+    seed: int = 0,
+    bootstrap_samples: int = 1000,
+    use_cache: bool = True,
+    on_task: Callable[[str], None] | None = None,
+    fold: FoldConfig | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate ``chance`` and ``simple_baseline`` on the splits of some tasks.
+
+    Args:
+        data: directory of prepared corpora.
+        tasks: name -> task; None selects the default five.
+        splits: names; None selects every split whose name starts with ``test``.
+        corpora: task -> corpus; other tasks use the built-in corpus.
+        seed: of the bootstrap.
+        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        use_cache: read and write ``simple-baselines-<corpus>-<digest>.json`` beside the corpora.
+            The digest covers the corpora, the settings and ``BASELINES_VERSION``.
+        on_task: called with the name of each task that is computed.
+        fold: whose splits are fitted and measured; None takes the splits of the corpora.
+
+    Returns:
+        Rows in the format of :func:`pipelines.training.evaluation.evaluator.evaluate_model`.
+
+    Raises:
+        UserError: a corpus is missing or damaged.
+    """
+    specs = dict(SkillNetConfig().tasks if tasks is None else tasks)
+    opened = {name: open_task_corpus(data, name, corpora, fold) for name in specs}
+    where = parse_location(data, Path())
+    # Results can be recomputed, so they are not written to an object store.
+    # Beside the corpora, all runs on this data share the results.
+    cache = where if isinstance(where, Path) else run_root() / "cache" / "simple-baselines"
+    rows: list[dict[str, Any]] = []
+    for name, corpus in opened.items():
+        spec = find_task(name, specs)
+        check_outputs(corpus, name, spec)
+        names = choose_splits(corpus, splits)
+        settings: list[Any] = [spec.objective, names, seed, bootstrap_samples]
+        if fold is not None and fold.count:
+            settings.append(asdict(fold))
+        key = digest_config([BASELINES_VERSION, name, corpus.digest, *settings])
+        path = cache / f"simple-baselines-{corpus.name}-{key[:12]}.json"
+        if use_cache and path.is_file():
+            rows += read_json(path)
+            continue
+        if on_task is not None:
+            on_task(name)
+        new: list[dict[str, Any]] = []
+        for split in names:
+            systems = _measure_both(spec, corpus, split, seed, bootstrap_samples)
+            for system, metrics in systems.items():
+                where_measured = describe_rows(corpus, fold)
+                new += tidy_rows(
+                    metrics, system=system, task=name, seed=seed, **where_measured, split=split
+                )
+        if use_cache:
+            write_json(path, new)
+        rows += new
+    return rows
+
+
+def _measure_both(
+    spec: Task, corpus: PreparedCorpus, split: str, seed: int, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
+    """Return system -> metrics of one task on one split."""
+    train, test = _subsample(corpus.splits["train"].table()), corpus.splits[split].table()
+    where = f"{corpus.name}/{split}"
+    if spec.objective == "classification":
+        return _classification(train, test, corpus.modality, where, seed, bootstrap_samples)
+    if spec.objective == "ctc":
+        return _transcription(train, test, where, bootstrap_samples)
+    units = read_unit_numbers(test, where)
+    if spec.objective in ("multi_label", "regression"):
+        targets = read_targets(train, spec, where), read_targets(test, spec, where)
+        features = _row_features(train, test, corpus.modality, where)
+        return measure_label_baselines(spec, features, targets, bootstrap_samples, units)
+    if spec.caption_tower is None:
+        return {}  # no simple method is known for pairs of rows or for other packages' objectives
+    groups = unique_group_ids(read_fixed_column(test, "group", where))
+    captions = test.column("captions").to_pylist()
+    if not uses_all_captions(corpus) or spec.caption_tower == "candidate":
+        captions = [row[:1] for row in captions]
+    owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+    query_groups, texts = groups[owners], [caption for row in captions for caption in row]
+    if corpus.modality == "sound":
+        return {"chance": random_ranking_metrics(groups, query_groups)}
+    if corpus.modality in ("image", "video"):
+        query, candidate, back_query, back_candidate = _visual_vectors(
+            train, test, texts, corpus.modality, where
+        )
+    else:
+        query, candidate = _code_vectors(train, test, texts, corpus.modality)
+        back_query, back_candidate = query, candidate
+    forward = retrieval_metrics(
+        query,
+        candidate,
+        query_groups,
+        groups,
+        seed,
+        bootstrap_samples,
+        directions=("",),
+        owners=owners,
+        units=units,
+    )
+    backward = retrieval_metrics(
+        back_query,
+        back_candidate,
+        query_groups,
+        groups,
+        seed,
+        bootstrap_samples,
+        directions=("reverse_",),
+        units=units,
+    )
+    found = {
+        "chance": random_ranking_metrics(groups, query_groups),
+        "simple_baseline": forward | backward,
+    }
+    is_swapped = spec.caption_tower == "candidate"
+    return {name: _swap_directions(each) for name, each in found.items()} if is_swapped else found
+
+
+def _swap_directions(metrics: TaskMetrics) -> TaskMetrics:
+    """Return the metrics of text -> X as those of X -> text."""
+    return {
+        name.removeprefix("reverse_") if name.startswith("reverse_") else f"reverse_{name}": value
+        for name, value in metrics.items()
+    }
+
+
+# -- classification ------------------------------------------------------------------------
+
+
+def _classification(
+    train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    train_labels = read_fixed_column(train, "label", where)
+    labels = read_fixed_column(test, "label", where)
+    train_features, features = _row_features(train, test, modality, where)
+    model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        # On thousands of dense features, 200 steps are accurate enough without convergence.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        predicted = model.fit(train_features, train_labels).predict(features)
+    most_frequent = np.full(len(labels), np.bincount(train_labels).argmax())
+    units = read_unit_numbers(test, where)
+    return {
+        "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples, units),
+        "simple_baseline": classification_metrics(
+            predicted, labels, seed, bootstrap_samples, units
+        ),
+    }
+
+
+def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) -> tuple[Any, Any]:
+    """Return features of training and test rows: n-grams of texts, or downsampled media."""
+    if modality in ("text", "code"):
+        vectors = _tfidf((1, 2), 60_000)
+        train_features = vectors.fit_transform(_strings(train, modality))
+        return train_features, vectors.transform(_strings(test, modality))
+    if modality == "sound":
+        return _audio_vectors(train, where), _audio_vectors(test, where)
+    name = "pixels" if modality == "image" else "frames"
+    return (
+        _brightness(read_fixed_column(train, name, where)) / 255,
+        _brightness(read_fixed_column(test, name, where)) / 255,
+    )
+
+
+# -- speech --------------------------------------------------------------------------------
+
+
+def _transcription(
+    train: pa.Table, test: pa.Table, where: str, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
+    train_symbols = read_ragged_column(train, "symbols", where)
+    symbols = read_ragged_column(test, "symbols", where)
+    nearest = _nearest(_audio_vectors(test, where), _audio_vectors(train, where), 1)[0][:, 0]
+    longest = max(len(row) for row in train_symbols)
+    # A guess of mean length balances insertions and deletions.
+    mean_length = round(float(np.mean([len(row) for row in train_symbols])))
+    most_frequent = [
+        int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
+        for position in range(min(mean_length, longest))
+    ]
+    units = read_unit_numbers(test, where)
+    return {
+        "chance": transcription_metrics(
+            [most_frequent] * len(symbols), symbols, bootstrap_samples, units
+        ),
+        "simple_baseline": transcription_metrics(
+            [train_symbols[row] for row in nearest], symbols, bootstrap_samples, units
+        ),
+    }
+
+
+def _audio_vectors(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
+    """Return (N, frames * mels) unit vectors: spectrograms resampled to one length."""
+    column = open_column(table, "log_mel", where)
+    assert not isinstance(column, FixedColumn)
+    out = []
+    for row in range(len(table)):
+        # Row by row, because recordings differ in length and padding all of them costs memory.
+        mel_TM = column.take(np.array([row]))[0][0].astype(np.float32)  # type: ignore[union-attr]
+        # With one length, recordings of any speed and duration can be compared by their cosine.
+        position = np.linspace(0, len(mel_TM) - 1, frames)
+        low = np.floor(position).astype(int)
+        high = np.minimum(low + 1, len(mel_TM) - 1)
+        fraction = (position - low)[:, None].astype(np.float32)
+        out.append(((1 - fraction) * mel_TM[low] + fraction * mel_TM[high]).ravel())
+    return _normalize(np.stack(out))
+
+
+# -- retrieval -----------------------------------------------------------------------------
+
+
+def _visual_vectors(
+    train: pa.Table, test: pa.Table, texts: list[str], modality: str, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return query and candidate vectors of text -> X, then of X -> text."""
+    captions = train.column("captions").to_pylist()
+    owner = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+    vectors = _tfidf((1, 2), FEATURES)
+    train_text = vectors.fit_transform([caption for row in captions for caption in row])
+    train_text = train_text.toarray().astype(np.float32)
+    text = vectors.transform(texts).toarray().astype(np.float32)
+    name = "pixels" if modality == "image" else "frames"
+    train_visual, visual = (
+        _centered_brightness(read_fixed_column(table, name, where)) for table in (train, test)
+    )
+    # Texts and pixels share no features; the captions of training items connect them.
+    rows, similarity = _nearest(text, train_text, NEIGHBOURS)
+    query = _neighbour_mean(train_visual[owner][rows], similarity)
+    # Neighbours are items here, so each needs one text: its first caption.
+    firsts = np.unique(owner, return_index=True)[1]
+    rows, similarity = _nearest(visual, train_visual, NEIGHBOURS)
+    return query, visual, text, _neighbour_mean(train_text[firsts][rows], similarity)
+
+
+def _code_vectors(
+    train: pa.Table, test: pa.Table, texts: list[str], modality: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return TF-IDF vectors of the queries and of the candidates: code or texts."""
+    vectors = _tfidf((1, 3), FEATURES)
+    # One vocabulary for both sides; otherwise their vectors could not be compared.
+    vectors.fit([*_first_captions(train), *_strings(train, modality)])
+    candidate = _strings(test, modality)
+    return (
+        vectors.transform(texts).toarray().astype(np.float32),
+        vectors.transform(candidate).toarray().astype(np.float32),
+    )
+
+
+def random_ranking_metrics(
+    groups: np.ndarray, query_groups: np.ndarray | None = None
+) -> TaskMetrics:
+    """Return the expected retrieval metrics if candidates are ranked in random order.
+
+    A query with p correct answers among N candidates finds none of them in the first k with
+    probability (N-p)/N * (N-p-1)/(N-1) * ... over k factors.
+
+    Args:
+        groups: (N,) group of each candidate.
+        query_groups: (Q,) group of each query; None means one query for each candidate.
+    """
+    nan = float("nan")
+    query_groups = groups if query_groups is None else query_groups
+    return {
+        f"{prefix}{name}": ConfidenceInterval(value, nan, nan)
+        for prefix, queries, candidates in (
+            ("", query_groups, groups),
+            ("reverse_", groups, query_groups),
+        )
+        for name, value in _expected_metrics(queries, candidates).items()
+    }
+
+
+def _expected_metrics(queries: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
+    names, sizes = np.unique(candidates, return_counts=True)
+    # Queries with the same number of correct answers have the same expectation.
+    correct, counts = np.unique(sizes[np.searchsorted(names, queries)], return_counts=True)
+    total, weights = len(candidates), counts / counts.sum()
+    missed = np.ones(len(correct))
+    recalls: list[float] = []
+    # The median rank is where recall reaches one half; the reported recalls need k up to 10.
+    while len(recalls) < total and (len(recalls) < 10 or recalls[-1] < 0.5):
+        k = len(recalls)
+        # The running product needs no factorials, which overflow for thousands of candidates.
+        missed *= np.maximum(total - correct - k, 0) / (total - k)
+        recalls.append(float(1 - missed @ weights))
+    values = {f"recall_at_{k}": recalls[min(k, total) - 1] for k in (1, 5, 10)}
+    values["median_rank"] = float(np.searchsorted(recalls, 0.5) + 1)
+    return values
+
+
+# -- features ------------------------------------------------------------------------------
+
+
+def _centered_brightness(x: np.ndarray) -> np.ndarray:
+    """Return unit vectors of low-resolution brightness around its mean, (N, E)."""
+    # Shapes, not the overall brightness, must decide about similarity.
+    vectors = _brightness(x)
+    return _normalize(vectors - vectors.mean(1, keepdims=True))
+
+
+def _brightness(x: np.ndarray, side: int = 12) -> np.ndarray:
+    """Downsample images (N, H, W, C) or video (N, F, H, W, C) to vectors (N, E) in 0 … 255."""
+    if x.ndim == 4:
+        x = x[:, None]
+    N, F, H, W, C = x.shape
+    step = max(H // side, 1)
+    # Blocks have one size, so the remainder at the right and lower border is left out.
+    h, w = H // step, W // step
+    blocks = x[:, :, : h * step, : w * step].reshape(N, F, h, step, w, step, C)
+    # float32 holds the sums of bytes exactly and needs half the memory of float64.
+    return blocks.mean((3, 5), dtype=np.float32).reshape(N, -1)
+
+
+def _nearest(x_NE: np.ndarray, train_ME: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N, count) rows of the most similar training vectors, and their similarity."""
+    count = min(count, len(train_ME))
+    rows, values = [], []
+    # Blocks of 512 rows bound the memory of the similarity matrix.
+    for start in range(0, len(x_NE), 512):
+        similar = x_NE[start : start + 512] @ train_ME.T
+        # A partial sort suffices: few of up to MAX_TRAIN_ROWS similarities are kept.
+        best = np.argpartition(-similar, count - 1, axis=1)[:, :count]
+        value = np.take_along_axis(similar, best, 1)
+        order = np.argsort(-value, axis=1, kind="stable")
+        rows.append(np.take_along_axis(best, order, 1))
+        values.append(np.take_along_axis(value, order, 1))
+    return np.concatenate(rows), np.concatenate(values)
+
+
+def _neighbour_mean(vectors_NKE: np.ndarray, similarity_NK: np.ndarray) -> np.ndarray:
+    """Return (N, E) means of K neighbours, with exponentially larger weights for nearer ones."""
+    # With the maximum subtracted, the largest weight is 1, and exp cannot overflow.
+    weights = np.exp(20 * (similarity_NK - similarity_NK.max(1, keepdims=True)))
+    weights = weights / weights.sum(1, keepdims=True)
+    return _normalize(np.einsum("nke,nk->ne", vectors_NKE, weights))
+
+
+def _normalize(x: np.ndarray) -> np.ndarray:
+    # A black image or a text without known n-grams has the norm 0.
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+
+
+def _tfidf(ngrams: tuple[int, int], features: int) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    # Chinese text has no spaces between words; character n-grams need no segmentation.
+    return TfidfVectorizer(
+        analyzer="char", ngram_range=ngrams, sublinear_tf=True, max_features=features
+    )
+
+
+def _strings(table: pa.Table, name: str) -> list[str]:
+    return table.column(name).to_pylist()
+
+
+def _subsample(train: pa.Table) -> pa.Table:
+    """Return all rows, or ``MAX_TRAIN_ROWS`` evenly spaced ones."""
+    if len(train) <= MAX_TRAIN_ROWS:
+        return train
+    # A corpus may be sorted by class or source; evenly spaced rows cover all of it.
+    return train.take(np.linspace(0, len(train) - 1, MAX_TRAIN_ROWS).astype(np.int64))
+
+
+def _first_captions(table: pa.Table) -> list[str]:
+    return [captions[0] for captions in table.column("captions").to_pylist()]

@@ -1,0 +1,402 @@
+"""Presentation of evaluation rows: tables, CSV files, MLflow metrics and descriptions.
+
+Evaluation rows are the dictionaries with the keys ``COLUMNS`` that
+:func:`pipelines.training.evaluation.evaluator.evaluate_model` returns. Commands print them with
+:func:`result_cells` and :func:`summary_cells`; training runs log them with :func:`flat_metrics` and
+:func:`run_description`.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skillnet.config import SkillNetConfig
+from skillnet.objectives import find_objective, list_objectives
+from skillnet.skills import Task, default_tasks
+from skillnet_platform.storage import open_output
+from skillnet_platform.terminal_text import NO_BREAK_SPACE
+
+#: Columns that name the measured rows, beside their split: the corpus, the digest of its manifest,
+#: and ``2 of 5`` if the splits are those of a fold.
+ORIGIN_COLUMNS = ("corpus", "corpus_digest", "fold")
+COLUMNS = (
+    "system",
+    "task",
+    "seed",
+    *ORIGIN_COLUMNS,
+    "split",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "activated_params",
+    "flops_per_example",
+    # Relative difference of a baseline to the size that it aims at; empty for other systems.
+    "size_mismatch",
+    "steps",
+    "date",
+    "machine",
+)
+
+#: One evaluation row, with the keys ``COLUMNS``.
+EvaluationRow = dict[str, Any]
+
+#: Objective -> its primary metric, and whether higher values are better.
+OBJECTIVE_METRICS = {each.name: (each.metric, each.higher_is_better) for each in list_objectives()}
+
+#: Metric of a task with labels -> whether higher values are better.
+SCORED_METRICS = {
+    each.metric: each.higher_is_better for each in list_objectives() if each.has_labels
+}
+
+#: Primary metrics of objectives that are numbers on a scale of their own.
+_FREE_METRICS = frozenset(each.metric for each in list_objectives() if each.scale == "free")
+
+#: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
+UNSCALED_SUFFIXES = ("rank", "loss", "r_squared", "absolute_error")
+
+#: System -> its label in tables.
+SYSTEM_LABELS = {"chance": "chance", "simple_baseline": "simple baseline"}
+
+#: Metric -> its label in tables.
+METRIC_LABELS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "token_error_rate": "token error",
+    "exact_rate": "exact",
+    "recall_at_1": "R@1",
+    "recall_at_5": "R@5",
+    "recall_at_10": "R@10",
+    "median_rank": "median rank",
+    "masked_loss": "masked loss",
+    "masked_accuracy": "masked token accuracy",
+    "average_precision": "average precision",
+    "micro_f1": "micro-F1",
+    "r_squared": "R²",
+    "mean_absolute_error": "mean absolute error",
+}
+
+
+def primary_metric(objective: str) -> tuple[str, bool]:
+    """Return the primary metric of an objective, and whether higher values are better.
+
+    Args:
+        objective: of a task; also one of another package.
+    """
+    found = find_objective(objective)
+    return found.metric, found.higher_is_better
+
+
+def score_metric(metric: str, value: float) -> float:
+    """Return the score of a primary metric, in [0, 1], where higher is better.
+
+    Sweeps, studies and comparisons average these scores over tasks. An error rate above 1 and an R²
+    below 0 are worth 0: a negative score would dominate the mean.
+
+    Args:
+        metric: name in evaluation rows.
+        value: its value.
+    """
+    return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
+
+
+def metric_label(metric: str) -> str:
+    """Return the label of a metric: ``reverse_recall_at_10`` -> ``"R@10, X to text"``.
+
+    Args:
+        metric: name in evaluation rows.
+    """
+    base = metric.removeprefix("reverse_")
+    return METRIC_LABELS.get(base, base.replace("_", " ")) + (
+        ", X to text" if base != metric else ""
+    )
+
+
+def format_metric(metric: str, value: float | None) -> str:
+    """Format a metric: rates in per cent, ranks and losses as numbers.
+
+    Args:
+        metric: name in evaluation rows.
+        value: its value; None and NaN give a dash.
+    """
+    if value is None or np.isnan(value):
+        return "–"
+    return f"{value:.4g}" if _is_unscaled(metric) else f"{100 * value:.1f} %"
+
+
+def _is_unscaled(metric: str) -> bool:
+    """Return whether a metric is shown as a number, and not in per cent."""
+    return metric.endswith(UNSCALED_SUFFIXES) or metric in _FREE_METRICS
+
+
+def format_value_with_interval(row: Mapping[str, Any]) -> str:
+    """Format a row's value with its interval: ``61.2 % (59.0–63.1)``.
+
+    Args:
+        row: with ``metric``, ``value``, and optionally ``low`` and ``high``.
+    """
+    text = format_metric(row["metric"], row["value"])
+    low, high = row.get("low"), row.get("high")
+    if low is None or high is None or np.isnan(low) or np.isnan(high):
+        return text
+    plain = _is_unscaled(row["metric"])
+    return (
+        f"{text} ({low:.4g}–{high:.4g})" if plain else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
+    )
+
+
+def result_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of evaluation rows: one line per task, split and direction.
+
+    Args:
+        rows: of one system.
+    """
+    columns = ["task", "split", "metrics (95 % interval)"]
+    groups: dict[tuple[str, str, bool], list[EvaluationRow]] = {}
+    for row in rows:
+        # Both directions of retrieval have the same metrics; one line for both is too long to read.
+        key = (row["task"], row["split"], row["metric"].startswith("reverse_"))
+        groups.setdefault(key, []).append(row)
+    cells = []
+    for (task, split, reverse), members in groups.items():
+        parts = []
+        for row in members:
+            label = metric_label(row["metric"].removeprefix("reverse_"))
+            # A line of the table ends between two metrics, not within one.
+            part = f"{label} {format_value_with_interval(row)}"
+            parts.append(part.replace(" ", NO_BREAK_SPACE))
+        text = "   ".join(parts)
+        cells.append([task, split + (", reverse" if reverse else ""), text])
+    return columns, cells
+
+
+def summary_cells(
+    rows: Sequence[EvaluationRow],
+    baseline_rows: Sequence[EvaluationRow],
+    tasks: Mapping[str, Task],
+    total_params: int,
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the summary of a run: one line per task on ``test``.
+
+    Args:
+        rows: of the model.
+        baseline_rows: of the systems ``chance`` and ``simple_baseline``; without rows, the table
+            has no columns for these systems.
+        tasks: name -> task.
+        total_params: parameters of the complete model.
+    """
+    baselines = tuple(SYSTEM_LABELS) if baseline_rows else ()
+    columns = ["task", "metric", *(SYSTEM_LABELS[name] for name in baselines)]
+    columns += ["SkillNet (95 % interval)", "active"]
+    cells = []
+    for task in sort_rows(tasks):
+        metric, higher_is_better = OBJECTIVE_METRICS[tasks[task].objective]
+        own = find_row(rows, task, metric)
+        # Masked tasks and tasks that were not requested have no row on the test split.
+        if own is None:
+            continue
+        compared = [find_row(baseline_rows, task, metric, system) for system in baselines]
+        cells.append(
+            [
+                task,
+                metric_label(metric) + (" ↑" if higher_is_better else " ↓"),
+                *(format_metric(metric, row["value"]) if row else "–" for row in compared),
+                format_value_with_interval(own),
+                f"{100 * own['activated_params'] / total_params:.0f} %",
+            ]
+        )
+    return columns, cells
+
+
+def sort_rows(tasks: Iterable[str]) -> list[str]:
+    """Return task names with the paper's five tasks first, in its order; the rest keep their order.
+
+    Args:
+        tasks: names.
+    """
+    names = list(tasks)
+    known = [name for name in default_tasks() if name in names]
+    return known + [name for name in names if name not in known]
+
+
+def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Task]) -> str:
+    """Format the primary metric of each task in one line of Markdown.
+
+    Args:
+        rows: of the model.
+        tasks: name -> task.
+    """
+    parts = []
+    for task in sort_rows(tasks):
+        metric, _ = OBJECTIVE_METRICS[tasks[task].objective]
+        row = find_row(rows, task, metric)
+        if row is not None:
+            value = format_metric(metric, row["value"])
+            parts.append(f"{task} {metric_label(metric)} **{value}**")
+    return ", ".join(parts)
+
+
+def find_row(
+    rows: Sequence[EvaluationRow],
+    task: str,
+    metric: str,
+    system: str | None = None,
+    split: str = "test",
+) -> EvaluationRow | None:
+    """Return the first row of a task, metric and split, or None.
+
+    Args:
+        rows: to search.
+        task: name of the task.
+        metric: name of the metric.
+        system: name of the system; None accepts every system.
+        split: name of the split.
+    """
+    for row in rows:
+        if (row["task"], row["metric"], row["split"]) == (task, metric, split) and system in (
+            None,
+            row["system"],
+        ):
+            return row
+    return None
+
+
+def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
+    """Return rows as MLflow metrics: ``text_to_image/test_recall_at_10`` -> value.
+
+    Of the test splits, only the primary metrics on ``test`` are here. MLflow draws a chart of each
+    metric, and a final figure would be a chart of one point. The CSV file has all, with bounds.
+
+    Args:
+        rows: of the model.
+    """
+    primary = {metric for metric, _ in OBJECTIVE_METRICS.values()}
+    return {
+        name_metric(row["task"], row["split"], row["metric"]): float(row["value"])
+        for row in rows
+        if not row["split"].startswith("test")
+        or (row["split"] == "test" and row["metric"] in primary)
+    }
+
+
+def name_metric(task: str, split: str, metric: str) -> str:
+    """Return the name under which runs log a metric: ``text_to_image/test_recall_at_10``."""
+    return f"{task}/{split}_{metric}"
+
+
+def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        columns: titles.
+        cells: lines of cells; pipe characters are escaped.
+    """
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )
+
+
+def run_description(
+    rows: Sequence[EvaluationRow],
+    baseline_rows: Sequence[EvaluationRow],
+    config: SkillNetConfig,
+    total_params: int,
+    facts: Mapping[str, Any] | None = None,
+    weak_tests: Sequence[str] = (),
+) -> str:
+    """Return the Markdown description on a run's MLflow page: results, active skills and facts.
+
+    Args:
+        rows: of the model; empty without an evaluation.
+        baseline_rows: of the systems ``chance`` and ``simple_baseline``.
+        config: shape of the model.
+        total_params: parameters of the complete model.
+        facts: name -> value to list (steps, minutes, version).
+        weak_tests: reasons why the figures prove little.
+    """
+    parts = [
+        f"One sparse model of {total_params / 1e6:.1f} M parameters in {len(config.skills)} "
+        f"skills, trained jointly on {len(config.tasks)} tasks."
+    ]
+    if rows:
+        # MLflow folds the note after a few lines, so the metrics come first.
+        place = "On held-out data"
+        if weak_tests:
+            place = "On test rows that prove little"
+            parts += [f"**The test proves little.** {sentence}." for sentence in weak_tests]
+        parts.append(f"{place}: {format_primary_metrics(rows, config.tasks)}.")
+        parts += [
+            "#### Test results",
+            markdown_table(*summary_cells(rows, baseline_rows, config.tasks, total_params)),
+        ]
+        parts += [
+            "*active*: share of the parameters that the task reads. Intervals: over held-out "
+            "units of the test. The CSV files in `evaluation/` under Artifacts contain all "
+            "metrics, with the other test sets and the reverse direction."
+        ]
+    parts += ["#### Active skills of each tower", markdown_table(*activation_cells(config))]
+    if facts:
+        parts += ["#### Facts", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+    return "\n\n".join(parts)
+
+
+def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the facts of a finished training run for its description.
+
+    Args:
+        result: as :func:`pipelines.finetune.finetune` returns it.
+    """
+    facts = {
+        "steps": f"{result['step']}",
+        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
+        "rows per second": f"{result['rows_per_second']:.0f}",
+        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "folder": f"`{result['run']}`",
+    }
+    if result.get("stopped_early"):
+        facts["stopped early"] = str(result["stopped_early"])
+    return facts
+
+
+def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the activation table: a line per tower, a dot per active skill.
+
+    Args:
+        config: shape of the model.
+    """
+    cells = []
+    for name in sort_rows(config.tasks):
+        towers = config.tasks[name].towers
+        # The query comes before the candidates, as in the name of the task.
+        for tower in sorted(towers, key=["input", "query", "candidate"].index):
+            plan = towers[tower]
+            label = name if tower == "input" else f"{name}, {tower}"
+            cells.append([label, *("●" if s in plan.skills else "" for s in config.skills)])
+    return ["tower", *config.skills], cells
+
+
+def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write evaluation rows as CSV with six significant digits.
+
+    Args:
+        rows: to write.
+        path: of the file.
+    """
+
+    with open_output(path, "w") as stream:
+        # The csv module writes CRLF by default; the other text files of a run have LF.
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _cell(row.get(key)) for key in COLUMNS})
+
+
+def _cell(value: Any) -> Any:
+    # NaN stands for a bound that was not computed; readers of CSV expect an empty cell.
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

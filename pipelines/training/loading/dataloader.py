@@ -1,0 +1,321 @@
+"""Data loader of all tasks: global batches as a pure function of (seed, step).
+
+Each step has one task, so that all workers activate the same skills. A worker takes its slice of
+the global batch. Order, captions and augmentation depend on (seed, step, row) and not on the
+number of workers, and resuming needs only the step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.shards.label_fractions import select_label_fraction
+from pipelines.training.config.data import AugmentConfig, MaskConfig
+from pipelines.training.config.run import TaskTraining
+from pipelines.training.loading.augment import BatchRandom
+from pipelines.training.loading.group_sampler import GroupedShuffleSampler
+from pipelines.training.loading.pixel_changes import PixelChanges, apply_changes
+from pipelines.training.loading.rng import keyed_rng
+from pipelines.training.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
+from pipelines.training.loading.shard_table import ShardTable
+from pipelines.training.loading.task_columns import resolve_splits
+from pipelines.training.loading.task_dataset import TaskDataset
+from pipelines.training.loading.window_sampler import WindowedShuffleSampler
+from skillnet.config import SkillNetConfig
+from skillnet.objectives import find_objective
+from skillnet.skills import Task, find_task
+from skillnet_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.data.shards.dataset import PreparedCorpus
+
+RowSampler = ShuffleSampler | WindowedShuffleSampler | GroupedShuffleSampler
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Task and rows of one step.
+
+    Args:
+        task: name of the task.
+        batch_index: number of earlier batches of this task.
+        rows: (global batch,) row numbers in the split.
+    """
+
+    task: str
+    batch_index: int
+    rows: np.ndarray
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Args:
+        task: name of the task.
+        towers: tower -> input tensors of the model.
+        targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbol_lengths`` (B,), or
+            ``groups`` (B,), or ``masked`` (B, T) and the masked ``values`` (M, …).
+        rows: (B,) row numbers in the split.
+        global_rows: rows of all ranks.
+        is_padding: the global batch has no row for this rank. The rank computes the first row,
+            with a loss of zero weight, so that it takes part in all collective operations.
+        masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
+        changes: tower -> change of its pixels that is not applied yet.
+        first_row: position of the first row in the global batch.
+        seed: of the random draws for the global batch, equal on all ranks.
+    """
+
+    task: str
+    towers: dict[str, dict[str, Tensor]]
+    targets: dict[str, Tensor]
+    rows: np.ndarray
+    global_rows: int
+    is_padding: bool = False
+    masked_counts: np.ndarray | None = None
+    changes: PixelChanges = field(default_factory=dict)
+    first_row: int = 0
+    seed: int = 0
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
+        """Return the batch on a device, its pixels changed, its floats in ``dtype``.
+
+        Args:
+            device: to move to; the changes of pixels are applied there.
+            dtype: of the model's weights.
+        """
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
+
+        return self._map_tensors(move).apply_changes()._map_tensors(cast)
+
+    def apply_changes(self) -> "Batch":
+        """Return the batch with changed pixels, as the model reads them."""
+        towers, targets = apply_changes(self.towers, self.targets, self.changes)
+        return replace(self, towers=towers, targets=targets, changes={})
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        towers = {
+            name: {key: change(x) for key, x in tensors.items()}
+            for name, tensors in self.towers.items()
+        }
+        targets = {key: change(x) for key, x in self.targets.items()}
+        return replace(self, towers=towers, targets=targets)
+
+    def pin_memory(self) -> "Batch":
+        """Move the tensors to pinned memory, from which copies to a GPU are asynchronous."""
+        for tensors in (*self.towers.values(), self.targets):
+            tensors.update({key: x.pin_memory() for key, x in tensors.items()})
+        return self
+
+
+def rank_slice(count: int, rank: int, world: int) -> slice:
+    """Return the rows of a rank; the first ``count % world`` ranks have one more row.
+
+    Args:
+        count: rows of all ranks.
+        rank: of the process.
+        world: number of ranks.
+    """
+    base, more = divmod(count, world)
+    start = rank * base + min(rank, more)
+    return slice(start, start + base + (rank < more))
+
+
+class MultiTaskDataLoader:
+    """Loader of the global batches of all tasks of a run.
+
+    Args:
+        corpora: corpus name -> opened corpus.
+        tasks: task name -> its corpus, weight and batch size.
+        model: shape of the model; its tasks name the towers.
+        seed: of order, captions and augmentation.
+        augmentation: random changes of rows; None turns them off.
+        temperature: of the weights of tasks without a weight.
+        masks: masks of masked tasks.
+        shuffle_bytes: largest size of a task's shards that are shuffled as a unit; a larger task
+            is shuffled in windows of this size.
+        shard_groups: groups of shards from which each batch takes equal parts; None for none.
+
+    Raises:
+        UserError: an unknown task, a corpus that is missing or of another modality, or a setting
+            that has no effect on its task.
+    """
+
+    def __init__(
+        self,
+        corpora: Mapping[str, "PreparedCorpus"],
+        tasks: Mapping[str, TaskTraining],
+        model: SkillNetConfig,
+        seed: int,
+        augmentation: AugmentConfig | None = None,
+        temperature: float = 2.0,
+        masks: MaskConfig | None = None,
+        shuffle_bytes: float = float("inf"),
+        shard_groups: int | None = None,
+    ) -> None:
+        if not tasks:
+            raise UserError("there is no task to train; name at least one in tasks")
+        self.seed, self.tasks, self._augmentation = seed, dict(tasks), augmentation
+        self.datasets: dict[str, TaskDataset] = {}
+        self._samplers: dict[str, RowSampler] = {}
+        for name, settings in tasks.items():
+            task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
+            _check_settings(name, task, settings)
+            splits = resolve_splits(corpus, settings.split)
+            corpus = select_label_fraction(
+                corpus, splits, settings.label_fraction, settings.label_seed
+            )
+            dataset = TaskDataset(name, task, corpus, model, settings, masks)
+            self.datasets[name] = dataset
+            # The key has the task's name: adding a task does not change the order of the others.
+            key = (seed, "order", name)
+            self._samplers[name] = _build_sampler(
+                dataset, settings.batch_size, key, shuffle_bytes, shard_groups
+            )
+            # Shards in a store are checked when a worker downloads them.
+            if not dataset.shard_table.is_remote:
+                dataset.check_columns()
+        self.weights = compute_task_weights(
+            {name: settings.weight for name, settings in tasks.items()},
+            {name: dataset.num_rows for name, dataset in self.datasets.items()},
+            temperature,
+        )
+        self._task_sampler = TaskSampler(self.weights, seed)
+
+    def task_at(self, step: int) -> str:
+        """Return the task of a step."""
+        return self._task_sampler.task_at(step)[0]
+
+    def batch_spec(self, step: int) -> BatchSpec:
+        """Return the task and rows of the global batch of a step."""
+        task, batch_index = self._task_sampler.task_at(step)
+        return BatchSpec(task, batch_index, self._samplers[task].batch(batch_index))
+
+    def bytes_in_use(self) -> int:
+        """Return the largest size of remote shards that this node needs at the same time."""
+        sizes: dict[tuple[str, str], int] = {}
+        for name, dataset in self.datasets.items():
+            table = dataset.shard_table
+            if table.is_remote:
+                sampler, total = self._samplers[name], sum(table.bytes)
+                size = total
+                if not isinstance(sampler, ShuffleSampler):
+                    size = sampler.max_open_bytes()
+                # Tasks that read all of the same rows share the files.
+                sizes[dataset.location, name if size < total else ""] = size
+        return sum(sizes.values())
+
+    def count_steps(self, steps: int) -> dict[str, int]:
+        """Return the number of steps of each task among the first ``steps``."""
+        return self._task_sampler.count_steps(steps)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1, for_gpu: bool = False) -> Batch:
+        """Load a rank's part of the global batch of a step.
+
+        Args:
+            step: of the training.
+            rank: of the process.
+            world: number of ranks.
+            for_gpu: leave pixels as stored; :meth:`Batch.to` changes them on the GPU.
+        """
+        task, batch_index = self._task_sampler.task_at(step)
+        dataset, sampler = self.datasets[task], self._samplers[task]
+        count = self.tasks[task].batch_size
+        part = rank_slice(count, rank, world)
+        is_padding = part.stop == part.start
+        # The first row stands in; its loss has zero weight.
+        if is_padding:
+            part = slice(0, 1)
+        prefetch_shards(sampler, dataset.shard_table, batch_index, part)
+        rows = sampler.batch(batch_index, part)
+        random = BatchRandom((self.seed, "rows", step), count, part)
+        towers, targets, changes = dataset.load(rows, random, self._augmentation)
+        masked = targets.get("masked")
+        counts = None if masked is None else masked.sum(1).numpy()
+        seed = int(keyed_rng(self.seed, "depth", step).integers(2**62))
+        batch = Batch(
+            task, towers, targets, rows, count, is_padding, counts, changes, part.start, seed
+        )
+        return batch if for_gpu else batch.apply_changes()
+
+
+def prefetch_shards(
+    sampler: RowSampler, table: ShardTable, batch_index: int, part: slice = slice(None)
+) -> None:
+    """Open the shards of a batch and prefetch the next ones in the background.
+
+    Args:
+        sampler: order of the rows.
+        table: shards of the task.
+        batch_index: of the batch.
+        part: positions in the batch that are read.
+
+    Raises:
+        UserError, StoreUnavailableError: see :meth:`ShardTable.open`.
+    """
+    if isinstance(sampler, GroupedShuffleSampler):
+        table.open(sampler.shards(batch_index, part), sampler.next_shards(batch_index, part))
+    elif isinstance(sampler, WindowedShuffleSampler):
+        table.open(sampler.shards(batch_index), sampler.next_shards(batch_index))
+    elif table.is_remote:
+        # Loading the batch opens its own shards.
+        table.prefetch(sampler.remaining(batch_index))
+
+
+def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
+    """Raise UserError if a setting would have no effect on its task."""
+    has_labels = find_objective(task.objective).has_labels and not settings.views
+    if settings.label_fraction < 1 and not has_labels:
+        raise UserError(
+            f"tasks.{name}.label_fraction: this task learns without labels. Set it to 1, and the "
+            "fraction of a task with labels"
+        )
+
+
+def _build_sampler(
+    dataset: TaskDataset,
+    batch_size: int,
+    key: tuple[int | str, ...],
+    shuffle_bytes: float,
+    shard_groups: int | None,
+) -> RowSampler:
+    table, lengths = dataset.shard_table, dataset.row_lengths
+    if shard_groups is not None:
+        _check_groups(dataset, batch_size, shard_groups)
+        return GroupedShuffleSampler(
+            table.rows, table.bytes, batch_size, shard_groups, shuffle_bytes, key, lengths
+        )
+    # One shard cannot be divided into windows.
+    if sum(table.bytes) > shuffle_bytes and len(table.bytes) > 1:
+        return WindowedShuffleSampler(
+            table.rows, table.bytes, batch_size, shuffle_bytes, key, lengths
+        )
+    if table.is_remote:
+        return ShuffleSampler(dataset.num_rows, batch_size, lengths, key)
+    # Local shards are cheap to open, and a missing one is reported before training starts.
+    table.open()
+    return ShuffleSampler(dataset.num_rows, batch_size, lengths(), key)
+
+
+def _check_groups(dataset: TaskDataset, batch_size: int, groups: int) -> None:
+    """Raise UserError unless a batch and the shards of a task can be divided into groups."""
+    if batch_size % groups:
+        raise UserError(
+            f"tasks.{dataset.name}.batch_size {batch_size} is not a multiple of "
+            f"training.shard_groups {groups}; change one of them"
+        )
+    shards = len(dataset.shard_table.rows)
+    if shards < groups:
+        raise UserError(
+            f"{dataset.location} has {shards} shards, fewer than training.shard_groups {groups}; "
+            "lower it, or prepare the corpus with smaller shards"
+        )

@@ -1,0 +1,1 @@
+"""Training: loop, optimizer, gradient sums, checkpoints, preemption, and evaluation of a run."""

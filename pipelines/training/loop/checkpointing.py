@@ -1,0 +1,300 @@
+"""Checkpoints: written atomically, and verified when read.
+
+    step-00000500/
+      config.json, shared.safetensors, skill-*.safetensors, …   the model, as save_pretrained
+      optimizer-<file>.safetensors                              optimizer state, a file per skill
+      average-<file>.safetensors                                averaged weights, if kept
+      state.json                                                step, seed, configuration digest
+      manifest.json                                             sizes and hashes; written last
+
+There is no generator state: all randomness is keyed by (seed, step).
+"""
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipelines.training.loop.optimizer import WeightAverage
+from pipelines.training.runs.checkpoints import (
+    PREFIX,
+    VerifiedCheckpoint,
+    list_checkpoint_folders,
+    list_manifest_files,
+    load_weights,
+)
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import (
+    load_tensors,
+    save_tensors,
+    write_manifest,
+    write_parts,
+)
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.training.loop.sharding import ModelShards
+
+#: Tensors that AdamW keeps for each parameter.
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class CheckpointTensors:
+    """Tensors of a training by file, whole, also if each rank has a part of them.
+
+    Args:
+        model: names and files of the weights.
+        optimizer: of its weights, or of their shards.
+        average: averaged weights, or None.
+        shards: this rank's part of the weights; all ranks then read the same files in turn.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        shards: "ModelShards | None" = None,
+    ) -> None:
+        self._model, self._optimizer, self._average = model, optimizer, average
+        self._shards = shards
+        self._owned = dict((shards or model).named_parameters())
+
+    def _gather(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self._shards is None else self._shards.gather(name, tensor)
+
+    def read_weight(self, name: str) -> Tensor:
+        """Return a weight."""
+        return self._gather(name, self._owned[name])
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield name and tensors of each file of the optimizer state and of the averages.
+
+        A tensor of the state is called ``<parameter>/<field>``. Parameters that no step has
+        updated have no state.
+        """
+        for file, names in self._model.files_of().items():
+            state = {
+                f"{name}/{field}": value if field == "step" else self._gather(name, value)
+                for name in names
+                if (parameter := self._owned[name]) in self._optimizer.state
+                for field in OPTIMIZER_STATE
+                for value in (self._optimizer.state[parameter][field],)
+            }
+            if state:
+                yield f"optimizer-{file}", state
+            means = self._average.values if self._average is not None else {}
+            averages = {name: self._gather(name, means[name]) for name in names if name in means}
+            if averages:
+                yield f"average-{file}", averages
+
+    def read_parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Return this rank's parts: of weights and optimizer state, and of averages, by file.
+
+        The step counts of the optimizer are whole; see :meth:`read_steps`.
+        """
+        assert self._shards is not None
+        share, state = self._shards.share, self._optimizer.state
+        means = self._average.values if self._average is not None else {}
+        current: dict[str, dict[str, Tensor]] = {}
+        averages: dict[str, dict[str, Tensor]] = {}
+        for file, names in self._model.files_of().items():
+            current[file] = {name: share(name, self._owned[name]) for name in names}
+            current[f"optimizer-{file}"] = {
+                f"{name}/{field}": share(name, state[self._owned[name]][field])
+                for name in names
+                if self._owned[name] in state
+                for field in OPTIMIZER_STATE
+                if field != "step"
+            }
+            averages[f"average-{file}"] = {
+                name: share(name, means[name]) for name in names if name in means
+            }
+        parts = {"current": current, "averages": averages}
+        filled = {kind: {k: v for k, v in files.items() if v} for kind, files in parts.items()}
+        return {kind: files for kind, files in filled.items() if files}
+
+    def read_steps(self) -> dict[str, dict[str, Tensor]]:
+        """Return the step counts of all weights that have one, by file."""
+        state = self._optimizer.state
+        return {
+            f"optimizer-{file}": {
+                f"{name}/step": state[self._owned[name]]["step"]
+                for name in names
+                if self._owned[name] in state
+            }
+            for file, names in self._model.files_of().items()
+        }
+
+    def complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of ``state.json``.
+
+        Args:
+            step: steps done.
+            state: further keys.
+        """
+        updates = {} if self._average is None else {"average_updates": dict(self._average.updates)}
+        return {"step": step, **state, **updates}
+
+    def count_bytes(self) -> int:
+        """Return the bytes of all files, about."""
+        copies = 1 + (self._average is not None)
+        total = sum(copies * p.numel() * p.element_size() for p in self._model.parameters())
+        trained = {p for p in self._owned.values() if p in self._optimizer.state}
+        for name, parameter in self._model.named_parameters():
+            if self._owned[name] in trained:
+                total += 2 * parameter.numel() * parameter.element_size()
+        return total + (1 << 20)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    model: TaskModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    state: dict[str, Any],
+    keep: int,
+    shards: "ModelShards | None" = None,
+) -> Path:
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
+
+    Writing the same step again gives the same files.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: steps done.
+        model: its weights are written.
+        optimizer: its state is written by parameter name, one file per skill.
+        average: averaged weights, or None.
+        state: further keys of ``state.json``.
+        keep: number of checkpoints that stay.
+        shards: this rank's part of the weights. All other ranks then call
+            :func:`join_checkpoint` at the same time.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints stay valid.
+    """
+    final = folder / f"{PREFIX}{step:08d}"
+    tensors = CheckpointTensors(model, optimizer, average, shards)
+    needed = tensors.count_bytes()
+    # A partial file is useless, so check the space before the first byte.
+    storage.require_space(final, needed)
+    with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
+        written = write_parts(model, staging, tensors.read_weight)
+        for file, values in tensors.read_state():
+            save_tensors(_to_cpu(values), staging / f"{file}.safetensors")
+            written.append(f"{file}.safetensors")
+        complete_checkpoint(staging, written, tensors.complete_state(step, state))
+    remove_old_checkpoints(folder, keep)
+    return final
+
+
+def complete_checkpoint(staging: Path, written: list[str], state: dict[str, Any]) -> None:
+    """Write the state and the manifest of a checkpoint, after all its tensors.
+
+    Args:
+        staging: folder of the files.
+        written: their names.
+        state: content of ``state.json``.
+    """
+    text = json.dumps(state, indent=1, sort_keys=True)
+    (staging / "state.json").write_text(text + "\n", encoding="utf-8")
+    write_manifest(staging, [*written, "state.json"])
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, after the newest is complete.
+
+    Args:
+        folder: of the checkpoints.
+        keep: number that stays.
+    """
+    for old in list_checkpoint_folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def join_checkpoint(
+    model: TaskModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    shards: "ModelShards",
+) -> None:
+    """Take part in gathering the tensors of a checkpoint that another rank writes.
+
+    Args:
+        model: see :func:`write_checkpoint`.
+        optimizer: see :func:`write_checkpoint`.
+        average: see :func:`write_checkpoint`.
+        shards: this rank's part of the weights.
+    """
+    shards.gather_files(model)
+    deque(CheckpointTensors(model, optimizer, average, shards).read_state(), maxlen=0)
+
+
+def load_checkpoint(
+    checkpoint: VerifiedCheckpoint,
+    model: TaskModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+    shards: "ModelShards | None" = None,
+) -> None:
+    """Load a verified checkpoint's weights, optimizer state and averages.
+
+    Args:
+        checkpoint: verified, see :func:`pipelines.training.runs.checkpoints.verify_checkpoint`.
+        model: receives the weights.
+        optimizer: over the model's parameters; receives their state.
+        average: receives the averaged weights.
+        shards: receives this rank's part of each tensor instead of the model.
+
+    Raises:
+        UserError: the checkpoint is of a model of another shape.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict((shards or model).named_parameters())
+    load_weights(checkpoint.path, model, shards.store if shards is not None else None)
+
+    def own_part(name: str, value: Tensor) -> Tensor:
+        # The step count of a weight has no parts.
+        part = value if shards is None or not value.ndim else shards.cut(name, value)
+        return part.to(parameters[name].device, copy=True)
+
+    for path in list_manifest_files(checkpoint.path, "optimizer-"):
+        tensors = load_tensors(path)
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            # ``step`` is a scalar; the averages have the parameter's shape.
+            expected = None if field == "step" else shapes.get(name)
+            known = name in shapes and field in OPTIMIZER_STATE
+            if not known or value.shape != (expected or ()):
+                raise UserError(f"{path}: {key} is not the state of a parameter of this model")
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            optimizer.state[parameters[name]][field] = own_part(name, value)
+    if average is not None:
+        for path in list_manifest_files(checkpoint.path, "average-"):
+            for name, value in load_tensors(path).items():
+                if value.shape != shapes.get(name):
+                    raise UserError(
+                        f"{path}: {name} is not the average of a parameter of this model"
+                    )
+                average.values[name] = own_part(name, value)
+        updates = checkpoint.state.get("average_updates", {})
+        if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
+            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
+        average.updates = updates
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Each tensor gets its own memory: gradients and averages may be views of a shared buffer.
+    return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}

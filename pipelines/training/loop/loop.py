@@ -1,0 +1,319 @@
+"""The training loop: one task per step, the same code without Ray, under Ray and in tests."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.data.shards import row_threads
+from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.rng import keyed_rng
+from pipelines.training.loop import checkpointing, preemption
+from pipelines.training.loop.callbacks import LoopCallback
+from pipelines.training.loop.optimizer import (
+    WeightAverage,
+    build_optimizer,
+    set_learning_rate,
+    update_weights,
+)
+from pipelines.training.loop.replicas import TrainingReplica, build_replica
+from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.residency import WeightResidency
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.row_updates import use_sparse_gradients
+from pipelines.training.loop.setup import pick_device, resume_run
+from pipelines.training.loop.step import backward_step
+from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
+from pipelines.training.loop.telemetry import (
+    CostMeter,
+    GaugePublisher,
+    find_peak_flops,
+    profile_steps,
+)
+from pipelines.training.loop.throughput import ThroughputMeter
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import choose_precision
+
+if TYPE_CHECKING:
+    from pipelines.training.loop.sharding import ModelShards
+
+
+@dataclass
+class TrainResult:
+    """Result of a training loop.
+
+    Args:
+        model: with the averaged weights if the run keeps an average.
+        step: steps done.
+        resumed: step of the checkpoint that this call resumed from; 0 for a fresh start.
+        stopped_early: why training ended before its last step, or None.
+        seconds: time in the loop, without evaluations.
+        rows_per_second: training rows over that time.
+        waiting: fraction of that time spent waiting for data.
+        bytes_reduced: gradient bytes that this rank sent.
+        tasks: steps and rows per task, and those that made no update.
+        precision: number format of the products: ``bf16``, ``fp32`` or ``fp64``.
+        losses: last running mean of the loss per task.
+        checkpoint: the last checkpoint on rank 0, if the run has a folder.
+        shards: this rank's part of the weights; None if the model holds them whole.
+        preempted: a stop was requested (:mod:`pipelines.training.loop.preemption`); a checkpoint
+            exists.
+    """
+
+    model: TaskModel
+    step: int
+    resumed: int
+    stopped_early: str | None
+    seconds: float
+    rows_per_second: float
+    waiting: float
+    bytes_reduced: int
+    tasks: dict[str, dict[str, Any]]
+    precision: str
+    losses: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    shards: "ModelShards | None" = None
+    preempted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the weights, as plain types."""
+        values = {k: value for k, value in vars(self).items() if k not in ("model", "shards")}
+        return values | {"checkpoint": str(self.checkpoint) if self.checkpoint else None}
+
+
+def train_model(
+    run: ResolvedRun,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    reporter: LoopReporter | None = None,
+    stop_at: int | None = None,
+    callbacks: Sequence[LoopCallback] = (),
+) -> TrainResult:
+    """Train the tasks of a configuration jointly.
+
+    Args:
+        run: configuration and inputs. With a folder, checkpoints are written there, and training
+            resumes from the newest valid one.
+        rank: this process among ``world``; with several, ``torch.distributed`` is initialised.
+        world: number of processes.
+        reporter: receives metrics, progress and checkpoints.
+        stop_at: end before this step as if interrupted, with a checkpoint.
+        callbacks: called at the start and before each step.
+
+    Raises:
+        UserError: corpora, tasks or checkpoints do not fit.
+        NonFiniteGradientError: too many gradients of a task are not finite.
+    """
+    config = run.config
+    settings = config.training
+    reporter = reporter or LoopReporter()
+    device = pick_device(settings.use_gpu)
+    precision = choose_precision(settings.precision, device)
+    if settings.threads_per_worker:
+        torch.set_num_threads(settings.threads_per_worker)
+    row_threads.limit_row_threads(torch.get_num_threads())
+
+    replica = build_replica(run, rank, world, device, precision.weights)
+    model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
+    tables = use_sparse_gradients(model) if settings.sparse_embeddings else []
+    optimizer = build_optimizer(replica.owner.named_parameters(), settings, tables)
+    average = WeightAverage(settings.ema) if settings.ema else None
+
+    identity = run.identity_digest
+    # The checkpoint must have the same identity as this run.
+    health = TaskHealth(
+        config.tasks,
+        f"lower training.lr ({settings.lr}) or training.max_grad_norm, or set training.precision "
+        "fp32",
+        world,
+        device,
+    )
+    start = 0
+    if run.has_folder:
+        checkpoint = resume_run(run.folder, identity, model, optimizer, average, world, shards)
+        if checkpoint is not None:
+            start = checkpoint.step
+            sizes = {name: task.batch_size for name, task in config.trained.items()}
+            health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    residency = None
+    if settings.offload_inactive_weights:
+        residency = WeightResidency(model, optimizer, average, device)
+    # One schedule per task: a task may have a rate of its own.
+    schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
+    # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
+    last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
+    peak = find_peak_flops(device, precision.name == "bf16")
+    meter = ThroughputMeter(config, world, device, CostMeter(model, peak))
+    gauges = GaugePublisher(str(config.name))
+    stopped, path, leaving = None, None, False
+    step = start
+    writer = None
+    if run.has_folder and shards is not None:
+        from pipelines.training.loop.sharded_checkpoints import open_writer
+
+        writer = open_writer(run.folder / "checkpoints", model, shards, rank, settings, reporter)
+
+    def save_checkpoint() -> Path | None:
+        health.reduce()
+        if not run.has_folder or (rank and shards is None):
+            return None
+        if residency is not None:
+            residency.settle()
+        state: dict[str, Any] = {}
+        if not rank:
+            # The report loads the initial weights once more, so it is made only if it matters.
+            if health.has_idle_task and run.init_report is not None:
+                health.mark_inherited(run.init_report.trained_tasks)
+            state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
+            state |= health.checkpoint_state()
+        if writer is not None:
+            writer.start(step, optimizer, average, state)
+            return None
+        if rank and shards is not None:
+            checkpointing.join_checkpoint(model, optimizer, average, shards)
+            return None
+        written = checkpointing.write_checkpoint(
+            run.folder / "checkpoints",
+            step,
+            model,
+            optimizer,
+            average,
+            state,
+            settings.keep_checkpoints,
+            shards,
+        )
+        reporter.checkpoint(written, step)
+        return written
+
+    reporter.start(start)
+    folder = run.folder if run.has_folder else None
+    for callback in callbacks:
+        callback.on_train_start(folder, rank)
+    replica.runner.train()
+    processes, pin = settings.dataloader_num_workers, device.type == "cuda"
+    with (
+        profile_steps(settings, folder, rank, device) as profiler,
+        prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches,
+    ):
+        for batch in meter.iter_timed(batches):
+            batch = batch.to(device, precision.weights)
+            if residency is not None:
+                following = run.dataloader.task_at(step + 1) if step + 1 < last else None
+                residency.begin_step(batch.task, following)
+            # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
+            seed_dropout(config.seed, step, rank)
+            for callback in callbacks:
+                callback.on_step_start(step)
+            profiler.begin_step(step)
+
+            # Ranks sum gradients during the backward pass; the stop flag travels with them.
+            sync.begin(batch.task, preemption.stop_requested())
+            loss = backward_step(
+                replica.runner, batch, precision, config, sync, rank, world, health
+            )
+            leaving = sync.finish()
+            # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on
+            # the device until the next log.
+            lr = set_learning_rate(optimizer, schedules[batch.task], step)
+            norm, is_finite = update_weights(
+                optimizer, active[batch.task], settings.max_grad_norm, average, replica.shard_group
+            )
+            health.add_step(batch, is_finite, step)
+            # Gradients become None, so that AdamW skips parameters outside the next task.
+            optimizer.zero_grad()
+
+            step += 1
+            meter.add(batch, loss, norm, lr, is_finite)
+            if step % settings.log_every == 0 or step == last or leaving:
+                health.reduce()
+                values = (
+                    meter.collect_metrics() | replica.runner.statistics() | health.collect_metrics()
+                )
+                reporter.metrics(values, step)
+                if rank == 0:
+                    gauges.publish(values)
+                reporter.progress(step, meter.format_losses() + health.format_problems())
+                health.check_trained(MAX_NONFINITE_STEPS)
+                limit = settings.max_minutes
+                if limit and meter.broadcast_flag(meter.elapsed > 60 * limit):
+                    stopped = f"reached training.max_minutes {limit} at step {step}"
+            # All ranks read the same flag from the last bucket, so all stop after this step.
+            if leaving and step < last:
+                stopped = f"preempted at step {step}"
+                break
+            if reporter.needs_evaluation(step, last, settings):
+                with averaged_weights(replica, average, residency), meter.paused():
+                    reporter.evaluate(model, step)
+            # The checkpoint of the last step is written below.
+            if stopped or step == last:
+                break
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+                path = save_checkpoint()
+
+    if step > start or path is None:
+        path = save_checkpoint()
+    if writer is not None:
+        path = writer.close()
+    # No rank may end while rank 0 still writes the checkpoint.
+    if world > 1:
+        dist.barrier()
+    if step == settings.steps:
+        health.check_trained()
+    if residency is not None:
+        residency.settle()
+    # The result has the averaged weights; the checkpoint has both.
+    if average is not None:
+        average.swap(replica.owner)
+    if residency is not None:
+        residency.drop_state()
+    if stopped is None and last < settings.steps:
+        stopped = f"stopped at step {last}, as requested"
+    return TrainResult(
+        model=model.eval(),
+        step=step,
+        resumed=start,
+        stopped_early=stopped,
+        seconds=meter.elapsed,
+        rows_per_second=meter.rows / max(meter.elapsed, 1e-9),
+        waiting=meter.waited / max(meter.elapsed, 1e-9),
+        bytes_reduced=sync.bytes_reduced,
+        tasks=health.to_dict(),
+        losses=dict(meter.losses),
+        precision=precision.name,
+        checkpoint=path,
+        shards=shards,
+        preempted=leaving and step < settings.steps,
+    )
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed dropout by (seed, step, rank), so that it does not depend on earlier draws."""
+    torch.manual_seed(int(keyed_rng(seed, "dropout", step, rank).integers(2**62)))
+
+
+@contextlib.contextmanager
+def averaged_weights(
+    replica: TrainingReplica,
+    average: WeightAverage | None,
+    residency: WeightResidency | None = None,
+) -> Iterator[None]:
+    """Swap the averaged weights into the model, in evaluation mode, inside a block."""
+
+    def swap() -> None:
+        if residency is not None:
+            residency.settle()
+        if average is not None:
+            average.swap(replica.owner)
+
+    swap()
+    replica.model.eval()
+    try:
+        yield
+    finally:
+        replica.runner.train()
+        swap()

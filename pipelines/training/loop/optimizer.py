@@ -1,0 +1,214 @@
+"""AdamW over all parameters of a model, the learning rate of each step, and a weight average.
+
+A step computes gradients only for the parameters of its task. ``torch.optim.AdamW`` skips a
+parameter without a gradient: it gets no update, no weight decay and no optimizer state, and its
+step count, which corrects the bias of the averages, stays as it is.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loop.eager_adamw import EagerAdamW
+from pipelines.training.loop.row_updates import RowSparseAdamW, clip_sparse_gradients
+from skillnet.skill_weights import find_weight_skill
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+class WeightOwner(Protocol):
+    """A model, or this rank's shards of one."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return names and weights."""
+
+
+#: Names of position vectors and class tokens in timm and transformers.
+_OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
+
+
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Return whether weight decay applies: only to weight matrices, not to embeddings."""
+    # Names such as ``layers.0.attention.qkv.weight.weights.text``.
+    kept = name.split(".")
+    if find_weight_skill(name) is not None:
+        kept = kept[:-1]  # a skill may be called anything
+    if "patch_embeddings" in kept:  # transformers' name for the projection of patches
+        kept = kept[kept.index("patch_embeddings") + 1 :]
+    skip = ("embedding", "bigram", "norm", "bias", "position", "modality", *_OF_LIBRARIES)
+    return parameter.ndim >= 2 and not any(word in part for part in kept for word in skip)
+
+
+def compute_learning_rate(config: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: schedule.
+        step: steps done before; 0 for the first step.
+    """
+    # The steps win over the fraction.
+    warmup = float(
+        config.warmup_fraction * config.steps
+        if config.warmup_steps is None
+        else config.warmup_steps
+    )
+    if step < warmup:
+        return config.lr * (step + 1) / max(warmup, 1.0)
+    if config.schedule == "constant":
+        return config.lr
+    # Decay begins after the warmup; with ``wsd`` after the constant phase.
+    start = warmup
+    if config.schedule == "wsd":
+        start = max(warmup, config.steps * (1 - config.wsd_decay_fraction))
+        if step < start:
+            return config.lr
+    done = min((step - start) / max(config.steps - start, 1.0), 1.0)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: TrainingConfig,
+    tables: Sequence[Tensor] = (),
+) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov & Hutter 2019) in two groups: with and without weight decay.
+
+    Args:
+        parameters: names and tensors of the model.
+        config: learning rate, betas and weight decay.
+        tables: embedding tables of which only rows with a gradient are updated.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in parameters:
+        groups[has_weight_decay(name, parameter)].append(parameter)
+    by_decay: list[dict[str, Any]] = [
+        {"params": groups[True], "weight_decay": config.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    if tables:
+        return RowSparseAdamW(by_decay, tables, lr=config.lr, betas=betas, fused=True)
+    return EagerAdamW(by_decay, lr=config.lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> float:
+    """Set the learning rate of a step, :func:`compute_learning_rate`, and return it.
+
+    Args:
+        optimizer: of all parameters; those outside of the step's task have no gradient.
+        config: schedule of the step's task.
+        step: steps done before.
+    """
+    rate = compute_learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, shards: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Scale gradients to a global norm of at most ``max_norm``; 0 does not scale.
+
+    Args:
+        parameters: with gradients.
+        max_norm: largest norm.
+        shards: ranks that each have a part of every gradient; None if each has the whole.
+
+    Returns:
+        The norm before scaling.
+    """
+    limit, parameters = max_norm or math.inf, list(parameters)
+    # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        return clip_sparse_gradients(parameters, limit)
+    if shards is None:
+        return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    square = nn.utils.get_total_norm(gradients, foreach=True).square()
+    dist.all_reduce(square, group=shards)
+    norm = square.sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm
+
+
+def update_weights(
+    optimizer: torch.optim.Optimizer,
+    active: NamedParameters,
+    max_norm: float,
+    average: "WeightAverage | None" = None,
+    shards: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients and update the weights, unless a gradient is not finite.
+
+    The device decides, so the host does not wait for the backward pass. Without an update, weights
+    and optimizer state keep their values; a weight without state gets that of zero updates.
+
+    Args:
+        optimizer: a fused optimizer of torch.
+        active: parameters of the step.
+        max_norm: see :func:`clip_gradients`.
+        average: of the weights, or None.
+        shards: see :func:`clip_gradients`.
+
+    Returns:
+        The norm of the gradient before scaling, and whether it is finite, both on the device.
+    """
+    norm = clip_gradients((parameter for _, parameter in active), max_norm, shards)
+    is_finite = torch.isfinite(norm)
+    # torch's GradScaler hands its flag to fused optimizers in the same attribute.
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    if average is not None:
+        average.update(active)
+    return norm, is_finite
+
+
+class WeightAverage:
+    """Exponential average of the weights, updated only for the active parameters of a step.
+
+    A step without an update of the weights, because its gradient is not finite, counts too: the
+    host does not know of it at that time.
+
+    At first the decay is smaller, (1 + n) / (10 + n) after n updates of a parameter, so that the
+    random initial weights are soon forgotten.
+
+    Args:
+        decay: per update.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self.values: dict[str, Tensor] = {}
+        self.updates: dict[str, int] = {}
+
+    @torch.no_grad()
+    def update(self, active: NamedParameters) -> None:
+        """Move the averages of the active parameters towards them."""
+        by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, parameter in active:
+            if name not in self.values:
+                self.values[name], self.updates[name] = parameter.detach().clone(), 0
+            count = self.updates[name] = self.updates[name] + 1
+            # Parameters with the same number of updates share one fused call.
+            rate = 1 - min(self._decay, (1 + count) / (10 + count))
+            averages, weights = by_rate.setdefault(rate, ([], []))
+            averages.append(self.values[name])
+            weights.append(parameter)
+        for rate, (averages, weights) in by_rate.items():
+            torch._foreach_lerp_(averages, weights, rate)
+
+    @torch.no_grad()
+    def swap(self, model: WeightOwner) -> None:
+        """Exchange the model's weights with their averages; call again to undo."""
+        for name, parameter in model.named_parameters():
+            if name in self.values:
+                current = parameter.detach().clone()
+                parameter.copy_(self.values[name])
+                self.values[name].copy_(current)

@@ -1,0 +1,184 @@
+"""Reporters of the training loop: metrics, progress, evaluations and checkpoints of rank 0."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.runs.progress_log import PROGRESS, ProgressFile
+from pipelines.training.runs.uploads import CheckpointUploads
+from skillnet.multitask_model import TaskModel
+from skillnet_platform import console
+from skillnet_platform.tracking import Tracker
+
+#: Seconds between two progress lines of a worker whose progress file the driver does not see.
+PROGRESS_NOTE_S = 10.0
+#: Called with the tidy rows of an evaluation during training, and the step.
+OnEvaluation = Callable[[list[dict[str, Any]], int], None]
+
+
+class LoopReporter:
+    """Receiver of the loop's results on rank 0. This base class ignores them.
+
+    Attributes:
+        evaluates_last: the last step is evaluated like the steps of ``training.evaluate_every``.
+            A trial evaluates its final model itself, on the same rows.
+    """
+
+    evaluates_last = True
+
+    def start(self, step: int) -> None:
+        """Note that training begins after ``step`` steps of an earlier process."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Record metrics, named ``task/metric``."""
+
+    def progress(self, step: int, losses: str) -> None:
+        """Show that ``step`` steps are done."""
+
+    def needs_evaluation(self, step: int, last: int, settings: TrainingConfig) -> bool:
+        """Return whether the loop evaluates the model after a step.
+
+        Args:
+            step: steps done.
+            last: step at which the loop ends.
+            settings: of the training.
+        """
+        if not settings.evaluate_every:
+            return False
+        if step == settings.steps:
+            return self.evaluates_last
+        return step < last and step % settings.evaluate_every == 0
+
+    def evaluate(self, model: TaskModel, step: int) -> None:
+        """Evaluate the model; the loop waits until this returns."""
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """Note that a valid checkpoint is at ``path``."""
+
+    def begin_split(self, name: str, rows: int, step: int) -> None:
+        """Show that the final evaluation begins with the rows of a split."""
+
+
+class SilentReporter(LoopReporter):
+    """Reporter of the other ranks, which infer their part of each evaluation.
+
+    Args:
+        config: of the run, with absolute paths.
+        on_evaluation: called after each evaluation, or None.
+        ranks: that evaluate together.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, on_evaluation: OnEvaluation | None, ranks: EvaluationRanks
+    ) -> None:
+        self._config, self._on_evaluation, self._ranks = config, on_evaluation, ranks
+        self.evaluates_last = on_evaluation is None
+
+    def evaluate(self, model: TaskModel, step: int) -> None:
+        from pipelines.training.evaluation.reconstructions import load_drawn_tasks
+
+        evaluate_validation(self._config, model, self._ranks)
+        load_drawn_tasks(self._config, model)
+        if self._on_evaluation is not None:
+            self._on_evaluation([], step)
+
+
+class RunReporter(LoopReporter):
+    """Writer of metrics to MLflow and to the run's progress file.
+
+    Args:
+        config: of the run, with absolute paths.
+        run: folder of the run.
+        tracker: of the run, or None.
+        on_evaluation: called after each evaluation, or None.
+        uploads: sends checkpoints to an object store, or None.
+        world: number of workers; an elastic run records it as a metric.
+        is_remote: the driver does not see the progress file; print the progress from time to
+            time, because Ray forwards the output of workers.
+        ranks: that evaluate together; None is this process alone.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        run: Path,
+        tracker: Tracker | None,
+        on_evaluation: OnEvaluation | None = None,
+        uploads: CheckpointUploads | None = None,
+        world: int = 1,
+        is_remote: bool = False,
+        ranks: EvaluationRanks | None = None,
+    ) -> None:
+        self._ranks = ranks
+        self._uploads, self._world = uploads, world
+        self._next_note = time.monotonic() if is_remote else float("inf")
+        self._config, self._run, self._tracker = config, run, tracker
+        self._on_evaluation = on_evaluation
+        self.evaluates_last = on_evaluation is None
+        self._file = ProgressFile(run / PROGRESS)
+
+    def start(self, step: int) -> None:
+        self.progress(step, "")
+        if self._config.training.min_workers:
+            self.metrics({"training/workers": self._world}, step)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._file.append(step=step, metrics=values)
+        if self._tracker is not None:
+            self._tracker.metrics(values, step)
+
+    def progress(self, step: int, losses: str) -> None:
+        self._file.append(step=step, losses=losses)
+        if time.monotonic() >= self._next_note:
+            self._next_note = time.monotonic() + PROGRESS_NOTE_S
+            suffix = f", {losses}" if losses else ""
+            console.print_note(f"training: step {step} of {self._config.training.steps}{suffix}")
+
+    def evaluate(self, model: TaskModel, step: int) -> None:
+        from pipelines.training.evaluation import reconstructions
+        from pipelines.training.evaluation.tables import flat_metrics
+
+        rows = evaluate_validation(self._config, model, self._ranks)
+        self.metrics(flat_metrics(rows), step)
+        reconstructions.log_reconstructions(self._config, model, self._run, self._tracker, step)
+        if self._on_evaluation is not None:
+            self._on_evaluation(rows, step)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        if self._uploads is not None:
+            self._uploads.add_checkpoint(path)
+
+    def begin_split(self, name: str, rows: int, step: int) -> None:
+        self._file.append(step=step, evaluating=name, rows=rows)
+        if time.monotonic() >= self._next_note:
+            self._next_note = time.monotonic() + PROGRESS_NOTE_S
+            console.print_note(f"evaluating: {name}, {rows} rows")
+
+    def close(self) -> None:
+        """Send buffered metrics and close the progress file."""
+        if self._tracker is not None:
+            self._tracker.flush()
+        self._file.close()
+
+
+def evaluate_validation(
+    config: FinetuneConfig, model: TaskModel, ranks: EvaluationRanks | None
+) -> list[dict[str, Any]]:
+    """Evaluate a model on the validation splits, during training; all ranks call this.
+
+    Args:
+        config: of the run, with absolute paths.
+        model: in training, on the device of this worker.
+        ranks: that share the rows.
+
+    Returns:
+        Tidy rows; none on ranks other than the first.
+    """
+    from pipelines.training.loop.run_evaluation import evaluate_run
+
+    # The same precision as in training; without intervals, which would slow the run down.
+    precision = config.training.precision
+    return evaluate_run(config, model, ["validation"], precision=precision, ranks=ranks)

@@ -1,0 +1,211 @@
+"""A training run with its inputs: corpora, batches, initial weights and identity.
+
+A command resolves a configuration once (:func:`resolve_run`), validates it
+(:mod:`pipelines.training.loop.run`) and passes the same object to the training loop. A Ray worker
+is another process: it receives the resolved configuration and opens its own inputs.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.config.run import FinetuneConfig
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import data_root, run_root
+from skillnet_platform.storage.location import join_location, parse_location
+
+if TYPE_CHECKING:
+    from pipelines.data.shards.dataset import PreparedCorpus
+    from pipelines.training.loading.dataloader import MultiTaskDataLoader
+    from pipelines.training.loop.init_from import InitReport
+
+
+class ResolvedRun:
+    """A configuration, the run's folder, and everything that is read to train it.
+
+    Inputs are opened at their first use and at most once. A finished run needs none of them.
+
+    Args:
+        config: with a name and absolute paths, see :func:`resolve_config`.
+        folder: of the run; checkpoints are written and resumed there. None keeps nothing on disk.
+        corpora: opened corpora; others are opened when they are needed.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        folder: Path | None = None,
+        corpora: "Mapping[str, PreparedCorpus] | None" = None,
+    ) -> None:
+        self.config = config
+        self._folder = folder
+        self._opened = dict(corpora or {})
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether the run is kept on disk."""
+        return self._folder is not None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        assert self._folder is not None
+        return self._folder
+
+    @cached_property
+    def corpora(self) -> "dict[str, PreparedCorpus]":
+        """Corpus name -> opened corpus, of all tasks.
+
+        Raises:
+            UserError: a corpus is missing, or its vocabulary is larger than the model's.
+        """
+        from pipelines.training.loop.setup import open_corpora
+
+        return open_corpora(self.config, self._opened)
+
+    @property
+    def manifests(self) -> dict[str, Mapping[str, Any]]:
+        """Corpus name -> manifest."""
+        return {name: corpus.manifest for name, corpus in self.corpora.items()}
+
+    @cached_property
+    def dataloader(self) -> "MultiTaskDataLoader":
+        """Batches of all tasks, a pure function of the step.
+
+        Raises:
+            UserError: a corpus does not fit its task, or the cache is too small.
+        """
+        from pipelines.training.loop.setup import build_dataloader
+
+        return build_dataloader(self.config, self.corpora)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The part of the configuration that determines the weights."""
+        from pipelines.training.runs.identity import compute_identity
+
+        return compute_identity(self.config)
+
+    @cached_property
+    def identity_digest(self) -> str:
+        """SHA-256 of the identity with the digests of all corpora; checkpoints carry it."""
+        from pipelines.training.runs.identity import compute_identity
+        from skillnet_platform.config import digest_config
+
+        digests: dict[str, str | None] = {n: corpus.digest for n, corpus in self.corpora.items()}
+        return digest_config(compute_identity(replace(self.config, corpora=digests)))
+
+    def with_workers(self, workers: int) -> "ResolvedRun":
+        """Return this run with a fixed number of workers, which its identity does not cover.
+
+        Args:
+            workers: see :class:`pipelines.training.config.run.TrainingConfig`.
+        """
+        other = copy.copy(self)
+        training = replace(self.config.training, workers=workers, min_workers=None)
+        other.config = replace(self.config, training=training)
+        return other
+
+    @cached_property
+    def init_report(self) -> "InitReport | None":
+        """Files that come from ``init_from``, found on a model that is discarded.
+
+        Raises:
+            UserError: the weights do not fit.
+        """
+        from pipelines.training.loop.setup import dry_run_init
+
+        return dry_run_init(self.config, self.corpora)
+
+    def check_init_settings(self) -> None:
+        """Compare the settings with ``init_from``, before the corpora are compared with them.
+
+        Raises:
+            UserError: they differ; names every setting to give.
+        """
+        from pipelines.training.loop.init_from import check_init_settings
+
+        tasks = self.config.tasks.items()
+        opened = {n: self._opened[t.corpus] for n, t in tasks if t.corpus in self._opened}
+        check_init_settings(self.config, opened)
+
+
+def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
+    """Resolve a configuration: name, absolute paths, tasks, digests, initial weights.
+
+    Workers have working directories of their own, so paths are absolute.
+
+    Args:
+        config: from YAML and the command line.
+        stage: prefix of a generated name.
+
+    Raises:
+        UserError: the name is no folder name, two mirrors are given, or ``init_from`` is not found.
+    """
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.runs.identity import corpora_of
+    from pipelines.training.runs.model_tasks import resolve_model_tasks
+    from skillnet_platform.storage.cache import shared_cache
+
+    folder, storage = parse_location(config.run_dir, run_root()), config.storage
+    if isinstance(folder, str):
+        if storage.mirror not in (None, folder):
+            raise UserError(
+                f"run_dir is {folder} and storage.mirror is {storage.mirror}; give only one of them"
+            )
+        storage = replace(storage, mirror=folder)
+        folder = run_root()
+    data = parse_location(config.data, data_root())
+    corpora = {}
+    for name in corpora_of(config):
+        # A missing corpus is an error later, when it is needed: a finished run needs none.
+        with contextlib.suppress(ValueError, OSError):
+            corpora[name] = open_corpus(
+                join_location(data, name), cache=shared_cache(config.storage.cache_gb)
+            )
+    # Before the name: the tasks of the model are part of the identity.
+    config = resolve_model_tasks(config, {name: c.manifest for name, c in corpora.items()})
+    name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
+    if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"name {name!r} is no valid folder name; use letters, digits, - and _")
+    init_from = None
+    if config.init_from:
+        from pipelines.training.loop.init_from import inherit_reference_tasks, resolve_init_weights
+
+        init_from = resolve_init_weights(config.init_from, config.tracking.uri, str(folder))
+        config = inherit_reference_tasks(config, init_from)
+    # Known only now: the tasks have plans, and initial weights determine the size of a baseline.
+    config = config.joint()
+    config = replace(
+        config,
+        name=name,
+        run_dir=str(folder),
+        data=str(data),
+        corpora=_pin_corpora(config, corpora),
+        init_from=init_from,
+        storage=storage,
+    )
+    return ResolvedRun(config, Path(folder) / name, corpora)
+
+
+def _pin_corpora(
+    config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
+) -> dict[str, str | None]:
+    """Return corpus -> digest: of the configuration, else of the corpus that was opened."""
+    from pipelines.training.runs.identity import corpora_of
+
+    opened = {
+        name: corpora[name].digest if name in corpora else None for name in corpora_of(config)
+    }
+    pinned = {name: config.corpora.get(name) or opened[name] for name in opened}
+    return {name: digest for name, digest in pinned.items() if digest}
+
+
+def resolve_config(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
+    """Return the configuration of :func:`resolve_run`."""
+    return resolve_run(config, stage).config

@@ -1,0 +1,258 @@
+"""A training run from validation to its evaluated model, for all commands that train."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.runs.baseline_size import find_size_mismatch
+from pipelines.training.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
+from pipelines.training.runs.task_counts import parse_task_counts
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.errors import TerminatedError, UserError
+from skillnet_platform.storage import read_json
+
+#: Runs of more steps are not checked for tasks without a step.
+MAX_CHECKED_STEPS = 4096
+
+if TYPE_CHECKING:
+    from pipelines.training.loop.callbacks import LoopCallback
+    from pipelines.training.loop.final_evaluation import FinalEvaluation
+    from pipelines.training.loop.ray_train.fit import NestedFit
+    from pipelines.training.loop.reporter import OnEvaluation
+    from skillnet_platform.tracking import Tracker
+
+
+def validate_run(run: ResolvedRun) -> None:
+    """Check before anything starts that corpora, system and initial weights fit.
+
+    Devices are not checked: the driver of a sweep calls this for trials that run elsewhere. See
+    :func:`pipelines.training.loop.setup.require_devices`.
+
+    Raises:
+        UserError: one of them does not fit; names the key to change.
+    """
+    from pipelines.training.runs.vocabulary_match import check_outputs, find_common_tokenizer
+    from skillnet.skills import find_task
+    from skillnet.systems import find_system
+
+    # Cheap checks come first: the options of a system need no corpus.
+    config = run.config
+    check_batch_sizes(config)
+    run.check_init_settings()
+    system = find_system(config.system)
+    system.configure(config.model, system.model.parse_options(config.options))
+    mismatch = find_size_mismatch(config)
+    if mismatch is not None:
+        console.print_warning(f"{mismatch}. Set options.ffn_dim, or report the difference")
+    for name, task in config.tasks.items():
+        check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
+    # Building the batches compares each task with its corpus.
+    _ = run.dataloader
+    for name, dataset in run.dataloader.datasets.items():
+        if dataset.unalignable_rows:
+            console.print_warning(
+                f"{name}: {dataset.unalignable_rows} of {dataset.num_rows} rows of "
+                f"{dataset.location} have more symbols than tokens and cannot be learned; lower "
+                f"model.mel_stack ({config.model.mel_stack})"
+            )
+    warn_of_idle_tasks(run)
+    find_common_tokenizer(run.manifests)
+    _ = run.init_report
+
+
+def check_batch_sizes(config: FinetuneConfig) -> None:
+    """Check that each worker gets a row of each batch.
+
+    Raises:
+        UserError: a task has fewer rows per step than the run has workers.
+    """
+    workers = config.training.workers
+    for name, task in config.trained.items():
+        if task.batch_size < workers:
+            raise UserError(
+                f"tasks.{name}.batch_size is {task.batch_size}, fewer than training.workers "
+                f"({workers}): a worker would have no row. Set it to {workers} or more, or give "
+                f"--training.workers {task.batch_size}"
+            )
+
+
+def warn_of_idle_tasks(run: ResolvedRun) -> None:
+    """Warn of tasks that a run without initial weights is too short for."""
+    steps = run.config.training.steps
+    # The schedule of a long run is not computed twice; its tasks have steps.
+    if steps > MAX_CHECKED_STEPS or run.config.init_from:
+        return
+    idle = [name for name, count in run.dataloader.count_steps(steps).items() if not count]
+    if idle:
+        console.print_warning(
+            f"training.steps is {steps}, and no step trains {', '.join(idle)}: random weights stay "
+            "in the model, and registration refuses it. Set more steps, or leave tasks out: "
+            f"--tasks.{idle[0]} null"
+        )
+
+
+def train_and_evaluate(
+    run: ResolvedRun,
+    tracker: "Tracker",
+    *,
+    splits: Sequence[str] | None = None,
+    on_evaluation: "OnEvaluation | None" = None,
+    nested: "NestedFit | None" = None,
+    brief: bool = False,
+    callbacks: "Sequence[LoopCallback]" = (),
+    source: str | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate in a run whose folder and MLflow run are open; the caller ends both.
+
+    Args:
+        run: validated, see :func:`validate_run`.
+        tracker: of its MLflow run.
+        splits: to evaluate the final model on; None takes the test splits if ``config.evaluate``
+            is set.
+        on_evaluation: called with the rows of each evaluation during training, and the step. All
+            workers call it; those but the first pass no rows.
+        nested: how several workers run inside a trial of Ray Tune.
+        brief: write no figures and no intervals, for a run that is only ranked among others.
+        callbacks: of the training loop.
+        source: folder of the model that a growth starts from, see
+            :class:`pipelines.training.loop.final_evaluation.FinalEvaluation`.
+
+    Returns:
+        The result of :func:`pipelines.finetune.finetune` before registration. The caller writes
+        it to the run's folder.
+
+    Raises:
+        TerminatedError: the run was preempted, after a checkpoint.
+    """
+    from pipelines.training.loop.final_evaluation import FinalEvaluation
+    from pipelines.training.loop.run_evaluation import complete_result, resume_evaluation
+
+    config, report = run.config, run.init_report
+    tracker.inputs(run.manifests)
+    begin = time.monotonic()
+    if report is not None:
+        for line in report.describe():
+            console.print_note(line)
+        tracker.tags({"init_from": report.source, "init_from_digest": report.digest})
+    evaluated = resume_evaluation(run, tracker, splits, brief)
+    if evaluated is not None:
+        return evaluated
+    final = FinalEvaluation(tuple(splits) if splits is not None else None, brief, source)
+    _train(run, tracker, on_evaluation, nested, callbacks, final)
+    result = {
+        "name": config.name,
+        "run": str(run.folder),
+        "run_id": tracker.run_id,
+        "model": str(run.folder / "model"),
+        "init_from": report.to_dict() if report else None,
+        "corpora": {name: manifest["digest"] for name, manifest in run.manifests.items()},
+        **read_json(run.folder / "trained.json"),
+        "wall_seconds": time.monotonic() - begin,
+    }
+    return complete_result(config, run.folder, tracker, result, splits, brief)
+
+
+def open_run_folder(run: ResolvedRun) -> dict[str, Any] | None:
+    """Create the run's folder unless it exists; return the result if the run is finished."""
+    result = find_finished_result(run)
+    create_run_folder(run.config, run.folder)
+    return result
+
+
+def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
+    """Return the result of a finished run, or None; write nothing.
+
+    Raises:
+        UserError: the folder is no run, a run of another configuration, or damaged.
+    """
+    from pipelines.training.runs.identity import (
+        check_trained_corpora,
+        find_identity_differences,
+        is_corpus_key,
+    )
+
+    config, folder = run.config, run.folder
+    stored = folder / CONFIG
+    if not stored.is_file():
+        if not is_unused(folder):
+            raise UserError(f"{folder} exists but is not a run directory; choose another --name")
+        return None
+    try:
+        before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
+    except UserError as error:
+        raise UserError(f"{stored} is damaged: {error}") from None
+    differing = find_identity_differences(before, config)
+    settings = [key for key in differing if not is_corpus_key(key)]
+    if settings:
+        old, new = differing[settings[0]]
+        more = f" and {len(settings) - 1} more" if len(settings) > 1 else ""
+        raise UserError(
+            f"the run {config.name} has {settings[0]} {old}, not {new}{more}; give another --name, "
+            f"or --config {stored} to resume it"
+        )
+    check_trained_corpora(config, before, stored)
+    if (folder / RESULT).is_file():
+        result = read_result(folder / RESULT)
+        # A run that stopped early, for example at max_minutes, is not finished.
+        if result["step"] >= config.training.steps:
+            return result
+    return None
+
+
+def _train(
+    run: ResolvedRun,
+    tracker: "Tracker",
+    on_evaluation: "OnEvaluation | None",
+    nested: "NestedFit | None",
+    callbacks: "Sequence[LoopCallback]",
+    final: "FinalEvaluation",
+) -> None:
+    from pipelines.training.loop import preemption
+    from pipelines.training.loop.device_errors import DeviceWatch
+    from pipelines.training.loop.ray_train.fit import fit_on_ray
+    from pipelines.training.loop.worker import run_worker
+    from pipelines.training.runs.mirror import mirror_of
+    from skillnet.malloc import keep_freed_memory
+
+    config, folder = run.config, run.folder
+    tracked = (tracker.run_id, tracker.uri)
+    if config.training.workers == 0:
+        # The training process reuses freed memory; Ray workers get this by their environment.
+        keep_freed_memory()
+        watch = DeviceWatch(config, folder)
+        with preemption.listen_in_driver(), watch.explain_errors():
+            run_worker(
+                run,
+                tracked=tracked,
+                on_evaluation=on_evaluation,
+                callbacks=[watch, *callbacks],
+                final=final,
+            )
+    else:
+        fit_on_ray(run, tracked, on_evaluation, nested, callbacks, final)
+    mirror = mirror_of(config, folder)
+    if mirror is not None:
+        mirror.download_trained()
+        if config.training.workers:
+            mirror.remove_if_reachable("ray")
+    # Ray's files of a fit are not used after it: checkpoints and logs are the run's own.
+    shutil.rmtree(folder / "ray", ignore_errors=True)
+    trained = read_json(folder / "trained.json")
+    for name, counts in parse_task_counts(trained["tasks"]).items():
+        if counts.problems:
+            console.print_warning(f"{name}: {counts.problems}")
+    if trained["stopped_early"]:
+        console.print_warning(trained["stopped_early"])
+        tracker.tags({"stopped_early": trained["stopped_early"]})
+    if trained["preempted"]:
+        received = preemption.received_signal()
+        raise TerminatedError(
+            f"ended by {received.name} after step {trained['step']} of {config.training.steps}, "
+            f"with the checkpoint {trained['checkpoint']}; run the same command with --name "
+            f"{config.name} to resume",
+            received,
+        )

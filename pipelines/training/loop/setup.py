@@ -1,0 +1,272 @@
+"""Inputs of a run before its first step: corpora, batches, model, device and newest checkpoint."""
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.folds import open_fold
+from pipelines.training.config.resources import request_workers
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.loading.dataloader import MultiTaskDataLoader
+from pipelines.training.loop import checkpointing
+from pipelines.training.loop.init_from import InitReport, load_init_weights
+from pipelines.training.loop.optimizer import WeightAverage
+from pipelines.training.runs import checkpoints
+from pipelines.training.runs.identity import check_corpus_digest, corpora_of
+from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
+from skillnet.multitask_model import TaskModel
+from skillnet.skipped_init import SkippedInit
+from skillnet.systems import build_system
+from skillnet_platform import storage
+from skillnet_platform.cluster.capacity import require_gpus
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.cache import GB, shared_cache
+from skillnet_platform.storage.location import join_location, parse_location
+
+if TYPE_CHECKING:
+    from pipelines.training.loop.sharding import ModelShards
+
+
+def build_dataloader(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus]
+) -> MultiTaskDataLoader:
+    """Build the batches of all trained tasks.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus, see :func:`open_corpora`.
+
+    Raises:
+        UserError: a corpus does not fit its task, or the shards in use exceed the cache.
+    """
+    training = config.training
+    dataloader = MultiTaskDataLoader(
+        corpora,
+        config.trained,
+        config.model,
+        config.seed,
+        training.augment,
+        training.temperature,
+        training.masking,
+        training.shuffle_gb * GB,
+        training.shard_groups,
+    )
+    needed, limit = dataloader.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
+    if needed > limit:
+        raise UserError(
+            f"storage.cache_gb: the shards that training uses at once need up to "
+            f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
+            f"{needed / GB:.2g} or more, or lower training.shuffle_gb ({training.shuffle_gb})"
+        )
+    return dataloader
+
+
+def open_corpora(
+    config: FinetuneConfig, opened: Mapping[str, PreparedCorpus] | None = None
+) -> dict[str, PreparedCorpus]:
+    """Open the corpora of all tasks with the splits of the run's fold; return name -> corpus.
+
+    Args:
+        config: of the run.
+        opened: corpora that are open already.
+
+    Raises:
+        UserError: a corpus is missing, was exchanged, or has a larger vocabulary than the model.
+    """
+    data = parse_location(config.data, storage.data_root())
+    cache = shared_cache(config.storage.cache_gb)
+    known = opened or {}
+    corpora = {
+        name: known[name] if name in known else open_corpus(join_location(data, name), cache=cache)
+        for name in corpora_of(config)
+    }
+    for name, corpus in corpora.items():
+        check_corpus_digest(name, config.corpora.get(name), corpus.digest, corpus.path)
+        size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
+        if size > config.model.vocab_size:
+            raise UserError(
+                f"corpus {name} was prepared with a vocabulary of {size} tokens, "
+                f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
+            )
+    return {name: open_fold(corpus, config.fold) for name, corpus in corpora.items()}
+
+
+def build_model(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None = None
+) -> TaskModel:
+    """Build the model of a configuration: random weights from the seed, or those of init_from.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus; None opens them. They have the model's vocabulary.
+
+    Raises:
+        UserError: a corpus is missing, or the weights of ``init_from`` do not fit.
+    """
+    return _build_started(config, corpora)[0]
+
+
+def build_structure(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus], dtype: torch.dtype
+) -> TaskModel:
+    """Build the model of a configuration without values, on the meta device.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus. They have the model's vocabulary.
+        dtype: of the weights.
+    """
+    with torch.device("meta"), SkippedInit():
+        model = build_system(config.system, config.model, config.options)
+    of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
+    model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
+    return model.to(dtype)
+
+
+def dry_run_init(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None = None
+) -> InitReport | None:
+    """Load the initial weights into a model that is discarded; return the report.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus; None opens them.
+
+    Raises:
+        UserError: as for :func:`build_model`.
+    """
+    return _build_started(config, corpora)[1] if config.init_from else None
+
+
+def _build_started(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None
+) -> tuple[TaskModel, InitReport | None]:
+    opened = open_corpora(config) if corpora is None else corpora
+    # The seed alone determines random weights, on every rank and in every process.
+    torch.manual_seed(config.seed)
+    model = build_system(config.system, config.model, config.options)
+    of_task = {name: opened[task.corpus] for name, task in config.tasks.items()}
+    model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
+    return model, load_init_weights(config, model, of_task)
+
+
+def resume_run(
+    run: Path,
+    identity: str,
+    model: TaskModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    world: int = 1,
+    shards: "ModelShards | None" = None,
+) -> checkpoints.VerifiedCheckpoint | None:
+    """Load the newest valid checkpoint of a run, and return it; None without one.
+
+    Args:
+        run: folder of the run.
+        identity: digest that the checkpoint must carry.
+        model: receives the weights.
+        optimizer: receives its state.
+        average: receives the averaged weights, if the run keeps them.
+        world: number of ranks, which all call this.
+        shards: receives this rank's part of each tensor instead of the model.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration, or only some ranks see one.
+    """
+    checkpoint = common_checkpoint(run / "checkpoints", world)
+    if checkpoint is None:
+        return None
+    if checkpoint.state.get("config_digest") != identity:
+        raise UserError(
+            f"{checkpoint.path} was written with another configuration; resume with that one "
+            f"({run / 'config.yaml'}), or give this run another name"
+        )
+    checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards)
+    return checkpoint
+
+
+def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoint | None:
+    """Return the newest valid checkpoint that all ranks can read, each from its own disk.
+
+    Raises:
+        UserError: some ranks see checkpoints and others none.
+    """
+    newest = checkpoints.find_newest(folder)
+    # Each rank may see its own disk. Repeat until all agree on one step.
+    while world > 1:
+        steps: list[Any] = [None] * world
+        dist.all_gather_object(steps, newest.step if newest else None)
+        if len(set(steps)) == 1:
+            break
+        if None in steps:
+            seen = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
+            raise UserError(
+                f"{folder}: the workers see different checkpoints ({seen}). They run on nodes "
+                "without a shared disk: give --run_dir a folder that all of them see, or a URI "
+                "such as s3://bucket/runs. Checkpoints on one node were not uploaded in time; "
+                "start on that node to resume from them"
+            )
+        least = min(steps)
+        if newest is not None and newest.step > least:
+            # Training writes the later checkpoints again, with the same bits. A checkpoint that
+            # stayed beside newer ones would be taken for an old one and be deleted.
+            for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            newest = checkpoints.find_newest(folder)
+    return newest
+
+
+def pick_device(use_gpu: bool) -> torch.device:
+    """Return the device of this worker.
+
+    Raises:
+        UserError: a GPU is requested and torch finds none.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"training.use_gpu is true, but torch {torch.__version__} finds no GPU on "
+            f"{platform.node()}, where this worker runs. Install the driver and a build of torch "
+            "for its GPU, or train without GPUs (--training.use_gpu false)"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_devices(training: TrainingConfig) -> None:
+    """Check in the driver that the workers of a run get their devices.
+
+    The driver itself needs no GPU, and touches none: Ray gives the GPUs to the workers.
+
+    Raises:
+        UserError: the cluster has too few GPUs; or this process trains and finds none.
+    """
+    if not training.use_gpu:
+        return
+    if training.workers == 0:
+        # This process is the worker.
+        pick_device(training.use_gpu)
+        return
+    # Counting does not initialise a device.
+    require_gpus(request_workers(training), torch.cuda.device_count())
+
+
+def count_threads(cpus: float, local_workers: int) -> int:
+    """Return the number of threads of a worker on its node, at least one.
+
+    Args:
+        cpus: CPUs that the worker reserved in Ray.
+        local_workers: workers of the run on this node.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # One CPU stands for a slot: the workers of a run share the node. More of them were reserved
+    # beside other programs on the node, so the worker uses these.
+    mine = int(cpus) if cpus > 1 else (cores or 1) // local_workers
+    return max(1, min(mine, cores or 1))

@@ -1,0 +1,214 @@
+"""Rate, memory and utilization of the devices of a training, as metrics and as gauges of Ray.
+
+:class:`CostMeter` counts tokens and floating-point operations for
+:class:`pipelines.training.loop.throughput.ThroughputMeter`. :class:`GaugePublisher` publishes the
+metrics of rank 0 through ``ray.util.metrics``. :func:`profile_steps` records a profile.
+"""
+
+import contextlib
+import re
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loading.dataloader import Batch
+from skillnet.multitask_model import TaskModel
+from skillnet_platform.cluster.gpu_types import GPU_TYPES, describe_device
+
+#: Operations of a training step over those of its forward pass.
+PASSES = 3
+#: Folder of profiles in the folder of a run.
+PROFILES = "profiles"
+#: Metrics that become gauges.
+_PREFIX = "training/"
+
+
+def find_peak_flops(device: torch.device, is_bf16: bool) -> float | None:
+    """Return the peak rate of a device in FLOP/s from its data sheet, or None if it is unknown.
+
+    Args:
+        device: of the training.
+        is_bf16: products are in bf16; else in fp32.
+    """
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    capability = torch.cuda.get_device_capability(device)
+    kind = describe_device(about.name, about.total_memory, capability)
+    if kind.name not in GPU_TYPES:
+        return None
+    return 1e12 * (kind.bf16_tflops if is_bf16 else kind.fp32_tflops) or None
+
+
+class CostMeter:
+    """Counter of the tokens and operations of steps, without reading a tensor of the device.
+
+    Padded tokens count, because they are computed. Operations are those of the model, three times
+    its forward pass: layers that are computed again do not count. A system without formulas has
+    neither tokens nor operations.
+
+    Args:
+        model: of the run.
+        peak_flops: peak rate of the device in FLOP/s; None if unknown.
+    """
+
+    def __init__(self, model: TaskModel, peak_flops: float | None = None) -> None:
+        # The base class counts by running the model, which a training must not do.
+        self._model = model if type(model).flops is not TaskModel.flops else None
+        self._peak = peak_flops
+        self._known: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._flops = self._tokens = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count the rows of a step: operations of this rank, tokens of all ranks."""
+        if self._model is None:
+            return
+        lengths = {
+            tower: value.shape[1]
+            for tower, tensors in batch.towers.items()
+            for name, value in tensors.items()
+            if name in ("tokens", "log_mel")
+        }
+        key = (batch.task, *sorted(lengths.items()))
+        if key not in self._known:
+            try:
+                self._known[key] = self._model.flops(batch.task, lengths)
+            except TypeError:
+                # The formulas do not know a stem of a third party.
+                self._model = None
+                return
+        flops, tokens = self._known[key]
+        self._flops += PASSES * flops * len(batch.rows)
+        self._tokens += tokens * batch.global_rows
+
+    def collect_metrics(self, seconds: float) -> dict[str, float]:
+        """Return metrics since the last call.
+
+        Args:
+            seconds: time since the last call, without pauses.
+        """
+        values = {}
+        if self._tokens:
+            values["training/tokens_per_second"] = self._tokens / seconds
+            values["training/model_tflops_per_second"] = self._flops / seconds / 1e12
+            if self._peak:
+                values["training/model_flops_utilization"] = self._flops / seconds / self._peak
+        self._flops = self._tokens = 0
+        return values
+
+
+def measure_peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the peak memory of this process so far, in GB (1e9 bytes).
+
+    Args:
+        device: of the training.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    values = {
+        "training/peak_host_memory_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    }
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device)
+        values["training/peak_device_memory_gb"] = allocated / 1e9
+    return values
+
+
+class GaugePublisher:
+    """Publisher of metrics through ``ray.util.metrics``, in a process that is part of a Ray.
+
+    The gauge of ``training/steps_per_second`` is ``skillnet_training_steps_per_second``, with the
+    run's name as the tag ``run``. Ray exports it for Prometheus.
+
+    Args:
+        run: name of the run.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run, self._gauges = run, dict[str, Any]()
+
+    def publish(self, values: Mapping[str, float]) -> None:
+        """Set the gauges of the training's own metrics; without Ray nothing happens."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        from ray.util.metrics import Gauge
+
+        for name, value in values.items():
+            if not name.startswith(_PREFIX):
+                continue
+            if name not in self._gauges:
+                words = re.sub(r"[^a-z0-9]+", "_", name.lower())
+                self._gauges[name] = Gauge(f"skillnet_{words}", name, ("run",))
+            self._gauges[name].set(value, {"run": self._run})
+
+
+class StepProfiler:
+    """Recorder of a profile of some steps, see :func:`profile_steps`.
+
+    Args:
+        path: of the trace.
+        steps: that are recorded.
+        activities: of ``torch.profiler``.
+    """
+
+    def __init__(
+        self, path: Path, steps: range, activities: Sequence[torch.profiler.ProfilerActivity]
+    ) -> None:
+        self._path, self._steps, self._activities = path, steps, activities
+        self._profile: torch.profiler.profile | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Start before the first step, write the trace after the last one.
+
+        Args:
+            step: steps done.
+        """
+        if step not in self._steps:
+            self.close()
+        elif self._profile is None:
+            self._profile = torch.profiler.profile(activities=self._activities)
+            self._profile.start()
+
+    def close(self) -> None:
+        """Write the trace if one was begun."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._path))
+        self._profile = None
+
+
+@contextlib.contextmanager
+def profile_steps(
+    settings: TrainingConfig, folder: Path | None, rank: int, device: torch.device
+) -> Iterator[StepProfiler]:
+    """Provide the profiler of a training, and write its trace at the end of the block.
+
+    The trace is ``profiles/step-<start>-rank-<rank>.json.gz`` in the run's folder. Perfetto and
+    ``chrome://tracing`` show it.
+
+    Args:
+        settings: first step and number of steps.
+        folder: of the run; without one there is no profile.
+        rank: of this process.
+        device: of the training.
+    """
+    start, activities = settings.profile_start, [torch.profiler.ProfilerActivity.CPU]
+    steps = range(0)
+    if start is not None and folder is not None:
+        steps = range(start, start + settings.profile_steps)
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    name = f"step-{start or 0:08d}-rank-{rank}.json.gz"
+    profiler = StepProfiler((folder or Path()) / PROFILES / name, steps, activities)
+    try:
+        yield profiler
+    finally:
+        profiler.close()

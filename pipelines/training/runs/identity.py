@@ -1,0 +1,147 @@
+"""Identity of a run: the part of its configuration that determines the weights.
+
+The digests of the corpora are a part of it, because equal names do not mean equal rows.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.runs.model_source import ModelSource
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.location import Location
+
+#: Keys of ``training`` that change where, how fast and how often. They change the result at most
+#: as another number of workers does, by rounding.
+NON_IDENTITY_KEYS = (
+    "max_minutes",
+    "workers",
+    "min_workers",
+    "resize_interval_s",
+    "threads_per_worker",
+    "cpus_per_worker",
+    "dataloader_num_workers",
+    "use_gpu",
+    "placement_strategy",
+    "precision",
+    "micro_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "log_every",
+    "bucket_mb",
+    "activation_checkpointing",
+    "compile",
+    "offload_inactive_weights",
+    "profile_start",
+    "profile_steps",
+    "sharding",
+    "max_failures",
+    "collective_timeout_s",
+)
+
+
+def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the configuration without names, locations and intervals.
+
+    A run resumes only with an equal identity.
+
+    Args:
+        config: of the run, with ``init_from`` as a folder of weights.
+    """
+    training = {k: v for k, v in asdict(config.training).items() if k not in NON_IDENTITY_KEYS}
+    return {
+        "seed": config.seed,
+        "init_from": digest_weights(config.init_from),
+        "init_noise": config.init_noise if config.init_from else None,
+        "system": config.system,
+        "options": config.options,
+        "model": configuration.to_dict(config.model),
+        "tasks": configuration.to_dict(config.tasks),
+        "corpora": {
+            name: config.corpora[name] for name in corpora_of(config) if config.corpora.get(name)
+        },
+        "fold": configuration.to_dict(config.fold),
+        "training": training,
+    }
+
+
+def corpora_of(config: FinetuneConfig) -> list[str]:
+    """Return the names of the corpora of all tasks, sorted."""
+    return sorted({task.corpus for task in config.tasks.values()})
+
+
+def find_identity_differences(
+    before: FinetuneConfig, now: FinetuneConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (value before, value now) of all differences; those of corpora come last.
+
+    A corpus without a digest on one side is no difference: it is missing, and a finished run needs
+    none, or the configuration was not resolved yet.
+
+    Args:
+        before: configuration of an existing run.
+        now: configuration of this call.
+    """
+    old = configuration.flatten_tree(compute_identity(before))
+    new = configuration.flatten_tree(compute_identity(now))
+    keys = sorted(old.keys() | new.keys(), key=lambda key: (is_corpus_key(key), key))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in keys
+        if old.get(key) != new.get(key)
+        and not (is_corpus_key(key) and None in (old.get(key), new.get(key)))
+    }
+
+
+def is_corpus_key(key: str) -> bool:
+    """Return whether a key of a flat identity holds the digest of a corpus, or says it has none."""
+    # A mapping without entries stays a value in a flat tree: its key has no name of a corpus.
+    return key.partition(".")[0] == "corpora"
+
+
+def check_trained_corpora(config: FinetuneConfig, before: FinetuneConfig, stored: Path) -> None:
+    """Raise UserError if a run was trained on other corpora than a configuration names.
+
+    Args:
+        config: configuration of this call.
+        before: configuration of the existing run.
+        stored: its file, for the message.
+    """
+    # A corpus without a digest is missing, and a finished run needs none.
+    pairs = {name: (before.corpora.get(name), config.corpora.get(name)) for name in before.corpora}
+    differing = [name for name, (old, new) in pairs.items() if old and new and old != new]
+    if differing:
+        old, new = pairs[differing[0]]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"the run {before.name} was trained on another corpus: corpora.{differing[0]} is {old} "
+            f"in {stored}, and {new} below {config.data}{more}. Restore that corpus to resume the "
+            "run, or give another --name"
+        )
+
+
+def check_corpus_digest(name: str, expected: str | None, found: str, location: Location) -> None:
+    """Raise UserError if a corpus is not the one that the configuration names.
+
+    Args:
+        name: of the corpus.
+        expected: digest in the configuration, or None for any.
+        found: digest of the manifest.
+        location: of the corpus.
+    """
+    if expected is not None and expected != found:
+        raise UserError(
+            f"{location}: the corpus was exchanged: its digest is {found}, and corpora.{name} "
+            f"is {expected}. Restore that corpus, or train another run: give another --name and "
+            f"--corpora.{name} null"
+        )
+
+
+def digest_weights(weights: str | None) -> str | None:
+    """Return the digest of a folder of weights: a run depends on them, not on their location."""
+    if not weights:
+        return None
+    return ModelSource(weights, Path(weights)).digest

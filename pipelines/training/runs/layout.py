@@ -1,0 +1,99 @@
+"""Files in the folder of a run, and reading, creating and locking them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.training.config.run import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform.storage import atomic_write, read_record
+from skillnet_platform.storage.locks import hold_lock
+from skillnet_platform.storage.temporary import is_temporary, remove_leftovers
+
+CONFIG = "config.yaml"
+RUN = "run.json"
+RESULT = "result.json"
+#: Summary of the training: time, losses, throughput.
+TRAINED = "trained.json"
+#: Prefix of files about the model that a growth starts from; the second are its evaluation rows.
+SOURCE = "source"
+SOURCE_ROWS = "source-evaluation.json"
+#: File beside a copy of weights: the configuration that they were trained with.
+SETTINGS = "settings.json"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock_run_folder(run: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, so that no second process works in it.
+
+    The lock ends with its process, so the folder of a killed run can be locked at once. A folder
+    without a run is removed again: a rejected configuration does not reserve the name.
+
+    Args:
+        run: folder of a run, sweep or study; created if it is missing.
+
+    Raises:
+        UserError: another process works in the folder; names its process and host.
+    """
+
+    def describe(holder: str) -> str:
+        return (
+            f"{run}: {holder} works in this folder now. Wait for its end, or choose another --name"
+        )
+
+    with hold_lock(run / LOCK, describe):
+        try:
+            yield
+        finally:
+            if is_unused(run):
+                remove_leftovers(run)
+                with contextlib.suppress(OSError):
+                    (run / LOCK).unlink(missing_ok=True)
+                    run.rmdir()
+
+
+def is_unused(run: Path) -> bool:
+    """Return whether a folder is missing, or has no file but a lock and temporary files.
+
+    A process that is killed before the configuration has its name leaves those two.
+    """
+    if not run.is_dir():
+        return not run.exists()
+    return all(path.name == LOCK or is_temporary(path) for path in run.iterdir())
+
+
+def create_run_folder(config: FinetuneConfig, run: Path) -> None:
+    """Create the folder of a new run with its configuration; an existing one stays.
+
+    Callers validate the run before: the folder reserves the run's name.
+
+    Args:
+        config: of the run.
+        run: its folder.
+    """
+    stored = run / CONFIG
+    if not stored.is_file():
+        with atomic_write(stored, "w") as stream:
+            stream.write(configuration.to_yaml(config))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read the result of a run and check the keys that commands show.
+
+    Args:
+        path: of ``result.json``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    required: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "seconds": (int, float),
+        "model": str,
+        "name": str,
+        "evaluation": list,
+    }
+    remedy = "remove it, and the same command resumes from the newest checkpoint"
+    return read_record(path, required, remedy)

@@ -1,0 +1,303 @@
+"""AISHELL-1: Mandarin read aloud by 400 speakers, 16 kHz mono, with transcripts.
+
+    data_aishell/transcript/aishell_transcript_v0.8.txt     <utterance> <words by spaces>
+    data_aishell/wav/{train,dev,test}/S0002/BAC009S0002W0122.wav
+    data_aishell/wav/{train,dev,test}/S0002.tar.gz           a speaker that is not unpacked
+    data_aishell/wav/S0002.tar.gz                            holding train/S0002/….wav
+    data_aishell/wav/S0002/….wav                             no splits: made, by speaker
+
+Archives of speakers are read in place. If an utterance also exists as a file, the file is used.
+Words are joined, so error rates count characters. The symbols are the characters of the training
+speakers' transcripts, and ``<unk>`` for characters that only other speakers say.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.formats.packed_archives import list_archives, missing_format_error
+from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions
+from pipelines.data.corpora.readers.columns import SoundOptions, SplitOptions
+from pipelines.data.corpora.readers.fields import parse_split_name
+from pipelines.data.corpora.readers.row_builders import (
+    clean_text,
+    error_row,
+    hash_split,
+    make_key,
+    media_row,
+    normalize_transcript,
+)
+from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from pipelines.data.io.media import MediaRef
+from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
+from pipelines.data.io.tar import TarReader, TarReadError
+from skillnet_platform.errors import UserError
+
+SPEAKER_ARCHIVES = (".tar.gz", ".tgz")
+_TRANSCRIPT_NAME = re.compile(r"aishell_transcript.*\.txt(\.gz)?$")
+_ROOT = "data_aishell/"
+#: Name of the download of the entire corpus.
+_DOWNLOAD_NAME = re.compile(r"(data_)?aishell([-_]?1)?\.\w", re.IGNORECASE)
+#: Shares of the splits if none are given.
+_DEFAULT_SHARES = SplitOptions()
+
+
+@dataclass
+class AishellOptions(MediaOptions, SoundOptions):
+    """AISHELL-1: the options of audio."""
+
+
+class AishellCorpus(ExternalCorpus):
+    """Utterances with their transcripts.
+
+    Attributes:
+        transcript: path of the transcript file.
+        wav: folder of the speakers in ``media_source``.
+        makes_splits: whether no splits are given, so that a hash assigns each speaker to one.
+    """
+
+    name = "aishell1"
+    modality = "sound"
+    Options = AishellOptions
+    annotations_present = ("transcripts",)
+    version = 3  # folders of speakers beside split folders are read
+
+    @classmethod
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return the transcript file as evidence, or the archive of the corpus."""
+        found = _find_transcript(source)
+        if found:
+            return f"{found} is the transcript of AISHELL-1"
+        if above := _find_corpus_above(source):
+            return f"it is a part of AISHELL-1, which is {above}"
+        archives = list_archives(source)
+        archive = next((name for name in archives if _DOWNLOAD_NAME.match(name)), None)
+        return f"{archive} is an archive of AISHELL-1" if archive else None
+
+    def discover(self) -> None:
+        """Find transcript and audio."""
+        found = _find_transcript(self.source)
+        if found is None:
+            if above := _find_corpus_above(self.source):
+                raise UserError(f"{self.source.uri}: only a part of AISHELL-1; give {above}")
+            raise missing_format_error(
+                self.source,
+                "no transcript/aishell_transcript_v0.8.txt in it; AISHELL-1 is a folder "
+                "data_aishell with transcript and wav",
+            )
+        self.transcript = found
+        root = found.rpartition("transcript/")[0]
+        media = self.options.media
+        self.media_source = SourceDirectory(media) if media else self.source
+        self.wav = "" if media else f"{root}wav"
+        if not self.media_source.exists(self.wav):
+            raise UserError(
+                f"{self.media_source.uri}/{self.wav}: no such folder; it must contain the audio"
+            )
+        speakers = self._list_speakers()
+        if not speakers:
+            raise UserError(
+                f"{self.media_source.path(self.wav)}: no folders or archives of speakers in it; "
+                "expected train/S0002/BAC009S0002W0122.wav, or S0002/…"
+            )
+        self.makes_splits = all(
+            (split or self._split_in_archive(path)) is None for split, path in speakers
+        )
+
+    def annotation_files(self) -> list[str]:
+        """Return the transcript file."""
+        return [self.transcript]
+
+    def scan_labels(self) -> None:
+        """Collect the characters of the training speakers, without listing their audio."""
+        speakers = set()
+        for split, path in self._list_speakers():
+            # If splits are made, ``discover`` found none in any archive.
+            named = split if split or self.makes_splits else self._split_in_archive(path)
+            if self._assign_split(named, path) == "train":
+                speakers.add(_speaker_of(path))
+        spoken = self._read_transcripts()
+        # The utterance BAC009S0002W0122 is of the speaker S0002.
+        texts = (line.text for name, line in spoken.items() if name[6:11] in speakers)
+        self.set_labels((), sorted({c for text in texts for c in text or ""}))
+
+    def num_source_files(self) -> int:
+        """Return the number of folders and archives of speakers."""
+        return len(self._list_speakers()) or 1
+
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+        """Yield utterances in the order of speakers, folders before archives."""
+        spoken = self._read_transcripts()
+        heard: set[str] = set()
+        for name, each in spoken.items():
+            if each.text is None:
+                key = make_key("transcript", name)
+                yield error_row(
+                    key, each.problem, self.transcript, each.number, each.truncates_file
+                )
+        unpacked = set()
+        for split, path in self._list_speakers():
+            if not path.endswith(SPEAKER_ARCHIVES):
+                unpacked.add(_speaker_of(path))
+            for name, inside, reference in self._iter_audio(path):
+                key, line = make_key(inside), spoken.get(name)
+                named = split or _split_in_path(inside.split("/"))
+                final = self._assign_split(named, path)
+                if isinstance(reference, str):
+                    # A damaged archive does not matter if the speaker is unpacked too.
+                    if _speaker_of(path) not in unpacked:
+                        yield error_row(key, reference, inside, truncates_file=True)
+                    continue
+                if name in heard:
+                    continue
+                heard.add(name)
+                if final is None:
+                    yield error_row(key, "neither train, dev nor test in its path", inside)
+                elif line is None or line.text is None:
+                    # Rejected by choice: 360 utterances of the corpus have no transcript.
+                    yield RejectedRow(key, "audio without a transcript", inside)
+                else:
+                    speaker = make_key(_speaker_of(path))
+                    row = media_row(final, key, reference, text=line.text, unit=speaker)
+                    yield row | {"file": self.transcript, "row": line.number}
+        for name, each in spoken.items():
+            if each.text is not None and name not in heard:
+                key = make_key("transcript", name)
+                yield error_row(key, "a transcript without audio", self.transcript, each.number)
+
+    def _assign_split(self, named: str | None, path: str) -> str | None:
+        """Return the split of a speaker: as named, or made of the speaker's name alone."""
+        if named is None and self.makes_splits:
+            return hash_split(_speaker_of(path), _DEFAULT_SHARES)
+        return named
+
+    def _split_in_archive(self, path: str) -> str | None:
+        """Return the split that the first member of a speaker's archive names, or None."""
+        if path.endswith(SPEAKER_ARCHIVES):
+            # ``rows`` reports an archive that cannot be read.
+            with contextlib.suppress(TarReadError, *PER_FILE_ERRORS):
+                first = next(_iter_tar_names(self.media_source, path), "")
+                return _split_in_path(first.split("/"))
+        return None
+
+    def _read_transcripts(self) -> "dict[str, TranscriptLine]":
+        """Return utterance -> its line; about 30 MB of memory for the entire corpus."""
+        found: dict[str, TranscriptLine] = {}
+        number = 0
+        try:
+            for number, line in self.source.lines(self.transcript):
+                # Some copies have a tab after the name.
+                name, words, *_ = [*line.decode("utf-8", "replace").split(maxsplit=1), "", ""]
+                try:
+                    text = normalize_transcript(clean_text(words))
+                    found[name] = TranscriptLine(number, text)
+                except ValueError:
+                    problem = "an empty or damaged transcript"
+                    found[name] = TranscriptLine(number, None, problem)
+        except DAMAGE_ERRORS:
+            problem = "the compressed file is cut short or damaged"
+            found[f"line {number + 1}"] = TranscriptLine(
+                number + 1, None, problem, truncates_file=True
+            )
+        return found
+
+    def _list_speakers(self) -> list[tuple[str | None, str]]:
+        """Return (split, path) of every speaker's folder, then of every speaker's archive.
+
+        The split is None where only the members of the archive can name it.
+        """
+        found: list[tuple[str | None, str]] = []
+        for entry in self.media_source.entries(self.wav):
+            path = f"{self.wav}/{entry.name}" if self.wav else entry.name
+            is_archive = entry.name.endswith(SPEAKER_ARCHIVES)
+            if entry.is_folder and (split := parse_split_name(entry.name)):
+                for below in self.media_source.entries(path):
+                    if below.is_folder or below.name.endswith(SPEAKER_ARCHIVES):
+                        found.append((split, f"{path}/{below.name}"))
+            elif is_archive or (entry.is_folder and entry.name != "__MACOSX"):
+                found.append((None, path))
+        return sorted(found, key=lambda speaker: speaker[1].endswith(SPEAKER_ARCHIVES))
+
+    def _iter_audio(self, path: str) -> Iterator[tuple[str, str, MediaRef | str]]:
+        """Yield (utterance, path, reference); a reason as reference if an archive is damaged."""
+        source = self.media_source
+        if not path.endswith(SPEAKER_ARCHIVES):
+            for entry in source.walk(path):
+                if entry.name.lower().endswith(".wav"):
+                    yield _utterance_of(entry.name), entry.name, MediaRef(source.path(entry.name))
+            return
+        archive = source.path(path)
+        try:
+            for member in _iter_tar_names(source, path):
+                if member.lower().endswith(".wav"):
+                    reference = MediaRef(archive, member=member)
+                    yield _utterance_of(member), f"{path}/{member}", reference
+        except TarReadError:
+            yield "", path, "the speaker's archive is cut short or damaged"
+        except PER_FILE_ERRORS:
+            yield "", path, "the speaker's archive cannot be opened"
+
+
+@dataclass(frozen=True)
+class TranscriptLine:
+    """A line of the transcript file.
+
+    Attributes:
+        number: number of the line, from 1.
+        text: the transcript, None if the line cannot be used.
+        problem: why it cannot be used.
+        truncates_file: whether the rest of the file cannot be read.
+    """
+
+    number: int
+    text: str | None
+    problem: str = ""
+    truncates_file: bool = False
+
+
+def _utterance_of(path: str) -> str:
+    """``"train/S0002/BAC009S0002W0122.wav" -> "BAC009S0002W0122"``."""
+    return path.rpartition("/")[2][:-4]
+
+
+def _speaker_of(path: str) -> str:
+    """``"wav/train/S0002.tar.gz" -> "S0002"``."""
+    return path.rpartition("/")[2].split(".")[0]
+
+
+def _find_transcript(source: SourceDirectory) -> str | None:
+    if source.is_file:
+        return None
+    for folder in (f"{above}transcript" for above in ("", _ROOT, _ROOT * 2)):
+        if source.exists(folder):
+            for entry in source.entries(folder):
+                if _TRANSCRIPT_NAME.match(entry.name):
+                    return f"{folder}/{entry.name}"
+    return None
+
+
+def _find_corpus_above(source: SourceDirectory) -> str | None:
+    """Return the directory of the corpus if ``source`` is ``wav``, ``transcript`` or a split."""
+    if source.is_file:
+        return None
+    uri = source.uri
+    for _ in range(2):
+        above, _, name = uri.rpartition("/")
+        if name in ("wav", "transcript") or parse_split_name(name):
+            uri = above
+    return uri if uri != source.uri and _find_transcript(SourceDirectory(uri)) else None
+
+
+def _iter_tar_names(source: SourceDirectory, path: str) -> Iterator[str]:
+    """Yield the names of the files of a compressed tar, front to back."""
+    archive = source.path(path)
+    with open_stream(archive) as stream, contextlib.closing(TarReader(archive, stream)) as tar:
+        for entry in tar:
+            if not entry.name.rpartition("/")[2].startswith("."):  # macOS adds ``._`` files
+                yield entry.name
+
+
+def _split_in_path(parts: list[str]) -> str | None:
+    return next((split for part in parts if (split := parse_split_name(part))), None)

@@ -1,0 +1,101 @@
+"""Corpora that label the videos of ``strokes``: ``stroke_counts`` and ``radicals``."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.data.corpora import DEMO, find_corpus
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.builtin import strokes
+from pipelines.data.corpora.builtin.strokes import StrokesCorpus
+from pipelines.data.preprocessing.blocks import rows_to_table
+from pipelines.data.preprocessing.transform_task import transform_block
+from skillnet_corpora.study.radicals import RADICALS, RadicalsCorpus
+from skillnet_corpora.study.stroke_counts import LABELS, StrokeCountsCorpus, stroke_count_class
+from tests.helpers.stroke_archives import write_stroke_archives
+
+ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "szjsj", "二": "jj", "叶": "szjjs"}
+DRAWN = {"一": 1, "十": 2, "三": 3, "田": 5, "二": 7, "龘": 4, "叶": 5}
+#: 叶 has the radical 口; the others have none, one of few characters, or marks without strokes.
+MARKS = {"叶": [0, 1, 2], "十": [0, 1], "三": [], "田": [9], "龘": [0]}
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> SourceArchives:
+    """Seven characters; "二" and "龘" have no confirmed count."""
+    return write_stroke_archives(tmp_path, ORDER, DRAWN, MARKS)
+
+
+def read_by_key(corpus: StrokesCorpus, sources: SourceArchives) -> dict[str, Row]:
+    found = corpus.rows(sources)
+    return {row["key"]: row for row in found if not isinstance(row, RejectedRow)}
+
+
+@pytest.mark.parametrize("name", ["stroke_counts", "radicals"])
+def test_it_is_found_by_name_but_is_not_of_the_demo(name: str) -> None:
+    corpus = find_corpus(name)
+    assert corpus.name == name
+    assert corpus.facts()["labels"]
+    assert name not in DEMO
+
+
+def test_end_classes_are_open() -> None:
+    assert [stroke_count_class(n) for n in (1, 3, 4, 18, 19, 30)] == [0, 0, 1, 15, 16, 16]
+    assert len(LABELS) == 17
+    assert LABELS[stroke_count_class(7)] == "7 strokes"
+
+
+def test_rows_and_splits_equal_those_of_strokes(
+    sources: SourceArchives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strokes, "TEST", 1)
+    monkeypatch.setattr(strokes, "VALIDATION", 1)
+    clips = read_by_key(StrokesCorpus(), sources)
+    counted = read_by_key(StrokeCountsCorpus(), sources)
+    assert {key: row["label"] for key, row in counted.items()} == {
+        "一": 0, "十": 0, "三": 0, "田": 2, "叶": 2
+    }  # fmt: skip
+    for kept in (counted, read_by_key(RadicalsCorpus(), sources)):
+        for column in ("split", "unit", "group"):
+            assert {key: row[column] for key, row in kept.items()} == {
+                key: clips[key][column] for key in kept
+            }
+    assert {row["split"] for row in counted.values()} == {"train", "validation", "test"}
+    found = StrokeCountsCorpus().rows(sources)
+    set_aside = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
+    assert set_aside.keys() == {"二", "龘"}
+    assert "confirms the count" in set_aside["龘"]
+
+
+def test_a_radical_is_the_sequence_of_its_marked_strokes(sources: SourceArchives) -> None:
+    labelled = read_by_key(RadicalsCorpus(), sources)
+    assert {key: RadicalsCorpus.labels[row["label"]] for key, row in labelled.items()} == {
+        "叶": "口"
+    }
+    found = RadicalsCorpus().rows(sources)
+    set_aside = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
+    assert set_aside == {
+        "一": "no stroke belongs to a radical",
+        "三": "no stroke belongs to a radical",
+        "田": "no stroke belongs to a radical",
+        "十": "a radical of few characters",
+        "二": "no stroke order that names its strokes",
+        "龘": "no stroke order that names its strokes",
+    }
+
+
+def test_each_radical_has_strokes_of_its_own() -> None:
+    assert len(set(RADICALS.values())) == len(RADICALS) == 34
+
+
+def test_videos_equal_those_of_strokes(sources: SourceArchives) -> None:
+    corpus = StrokeCountsCorpus()
+    rows = [r for r in corpus.rows(sources) if not isinstance(r, RejectedRow)]
+    block, _ = rows_to_table(corpus, rows)
+    made = transform_block(corpus, None, block)
+    drawn = strokes.render_clips(block)[0]
+    assert made["frames"].combine_chunks().equals(drawn)
+    assert np.asarray(drawn.flatten()).any()
+    assert set(made.column_names) >= {field.name for field in corpus.schema("train")}
+    assert "captions" not in made.column_names

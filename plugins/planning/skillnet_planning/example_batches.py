@@ -1,0 +1,116 @@
+"""Batches of the longest rows that a configuration allows, without corpora.
+
+Shapes: B rows, T tokens, M masked tokens of all rows.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loading.task_columns import is_row_tower
+from skillnet.config import SkillNetConfig
+from skillnet.heads import head_class
+from skillnet.skills import SkillPlan, Task, find_task
+from skillnet.stems import values_of_token
+
+Tensors = dict[str, Tensor]
+
+
+def longest_lengths(config: FinetuneConfig, name: str) -> dict[str, int]:
+    """Return tower -> longest row of a task, in tokens of text or code, or frames of sound.
+
+    Args:
+        config: of the run.
+        name: of the task.
+    """
+    task, settings, lengths = find_task(name, config.model.tasks), config.tasks[name], {}
+    for tower, plan in task.towers.items():
+        limit = _model_limit(config.model, plan)
+        # The limit of a task applies to the rows of its corpus, not to captions.
+        if settings.max_length and (is_row_tower(task, tower) or settings.views):
+            limit = min(limit, settings.max_length)
+        lengths[tower] = limit
+    return lengths
+
+
+def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_rows: int) -> Batch:
+    """Build a batch of the longest rows of a task. Its values have no meaning.
+
+    Args:
+        config: of the run.
+        name: of the task.
+        rows: of this worker.
+        global_rows: of all workers.
+    """
+    task, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
+    towers = {
+        tower: _tower_inputs(config.model, plan, rows, lengths[tower])
+        for tower, plan in task.towers.items()
+    }
+    counts = None
+    if task.objective == "masked":
+        targets = _masked_targets(config, task, rows, lengths["input"])
+        towers["input"]["places"] = torch.zeros(len(targets["values"]), dtype=torch.long)
+        counts = np.full(rows, len(targets["values"]) // rows)
+    elif task.objective == "ctc":
+        symbols = count_tokens(config.model, task.towers["input"], lengths["input"]) // 2 or 1
+        targets = {
+            "symbols": torch.ones(rows, symbols, dtype=torch.long),
+            "symbol_lengths": torch.ones(rows, dtype=torch.long),
+        }
+    else:
+        targets = head_class(task).example_targets(task, rows)
+    return Batch(name, towers, targets, np.arange(rows), global_rows, masked_counts=counts)
+
+
+def count_tokens(model: SkillNetConfig, plan: SkillPlan, length: int) -> int:
+    """Return the tokens T of a row.
+
+    Args:
+        model: sizes of the inputs.
+        plan: names the modality.
+        length: tokens of text or code, or frames of sound.
+    """
+    if plan.modality in ("text", "code"):
+        return length
+    if plan.modality == "sound":
+        return -(-length // model.mel_stack)
+    if plan.modality == "image":
+        return model.image_tokens
+    f, h, w = model.tubelet
+    return (model.video_frames // f) * (model.video_size // h) * (model.video_size // w)
+
+
+def _model_limit(model: SkillNetConfig, plan: SkillPlan) -> int:
+    return model.max_frames if plan.modality == "sound" else model.max_tokens
+
+
+def _tower_inputs(model: SkillNetConfig, plan: SkillPlan, rows: int, length: int) -> Tensors:
+    if plan.modality in ("text", "code"):
+        return {"tokens": torch.ones(rows, length, dtype=torch.long)}
+    if plan.modality == "sound":
+        return {
+            "log_mel": torch.zeros(rows, length, model.n_mels),
+            "frames": torch.ones(rows, dtype=torch.long),
+        }
+    if plan.modality == "image":
+        return {"pixels": torch.zeros(rows, model.image_size, model.image_size, 3)}
+    size = (rows, model.video_frames, model.video_size, model.video_size, 3)
+    return {"frames": torch.zeros(size)}
+
+
+def _masked_targets(config: FinetuneConfig, task: Task, rows: int, length: int) -> Tensors:
+    model, plan = config.model, task.towers["input"]
+    tokens = count_tokens(model, plan, length)
+    share: float = getattr(config.training.masking, plan.modality)
+    count = rows * max(round(share * tokens), 1)
+    is_class = plan.stem == "token" or (plan.modality == "sound" and model.sound_units)
+    values = (
+        torch.ones(count, dtype=torch.long)
+        if is_class
+        else torch.zeros(count, values_of_token(model, plan.modality))
+    )
+    masked = torch.zeros(rows, tokens, dtype=torch.bool)
+    return {"masked": masked, "values": values}

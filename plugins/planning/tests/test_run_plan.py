@@ -1,0 +1,175 @@
+"""The command: GPUs by option or by the file of a cluster, rates by roofline, exit codes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.config.resources import request_training
+from plugins.planning.tests.test_memory_plan import config_of, short_config
+from skillnet_planning.plan import (
+    PlanConfig,
+    describe_links,
+    main,
+    parse_pool,
+    parse_runs,
+    split_plan_arguments,
+)
+from skillnet_planning.run_plan import OPTIMIZER_BYTES, WorkerPool, plan_run
+from skillnet_platform.checks.gpu import check_gpu_memory
+from skillnet_platform.cluster.gpu_types import GPU_TYPES, describe_device, find_gpu_type
+from skillnet_platform.cluster.node_types import read_node_types
+from skillnet_platform.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_gpus_are_named_by_option_or_by_a_cluster_file() -> None:
+    pool = parse_pool(PlanConfig(gpus="4xL4"))
+    assert (pool.gpu.name, pool.workers) == ("L4", 4)
+    assert parse_pool(PlanConfig(gpus="h100")).workers == 1
+    pool = parse_pool(PlanConfig(cluster=str(ROOT / "ray_cluster.yaml")))
+    assert (pool.gpu.name, pool.workers, pool.network_gbit_s) == ("L4", 4, 10)
+    assert pool.cpus_per_worker == 8
+    assert find_gpu_type("a100").memory_gb == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give --gpus"),
+        ({"gpus": "4xL5"}, "L5: unknown type of GPU"),
+        ({"gpus": "0xL4"}, "not a number and a type"),
+        ({"gpus": "four"}, "unknown type"),
+        ({"gpus": "4xL4", "cluster": "x"}, "give --gpus"),
+        ({"cluster": "gone.yaml"}, "gone.yaml: cannot be read"),
+        ({"cluster": str(ROOT / "platform/deploy/on_prem.yaml")}, "no node with a GPU"),
+        ({"cluster": str(ROOT / "mkdocs.yml")}, "cannot be read|names no provider"),
+    ],
+)
+def test_other_gpus_are_rejected(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_pool(PlanConfig(**options))
+
+
+def test_options_of_plan_and_of_the_run_may_be_mixed() -> None:
+    words = split_plan_arguments(["--config", "base", "--gpus", "4xL4", "--json"])
+    assert words == ["--gpus", "4xL4", "--json", "--", "--config", "base"]
+    (run,) = parse_runs(["pretrain", "--training.steps", "7"])
+    assert run.config.training.steps == 7
+    with pytest.raises(UserError, match="plan doctor: it trains nothing"):
+        parse_runs(["doctor"])
+    with pytest.raises(UserError, match="unknown command 'pretrian'; did you mean 'pretrain'"):
+        parse_runs(["pretrian"])
+
+
+def test_steps_take_the_longer_of_computing_and_sending() -> None:
+    config = short_config()
+    fast = plan_run(config, WorkerPool(GPU_TYPES["L4"], 4, network_gbit_s=1e9))
+    slow = plan_run(config, WorkerPool(GPU_TYPES["L4"], 4, network_gbit_s=1e-6))
+    alone = plan_run(config, WorkerPool(GPU_TYPES["L4"], 1, network_gbit_s=1e-6))
+    assert all(task.step_s == task.compute_s for task in fast.tasks)
+    assert all(task.step_s == task.network_s for task in slow.tasks)
+    assert all(task.network_s == 0 for task in alone.tasks)
+    assert fast.hours < slow.hours
+    # No step is faster than its update alone, nor than its products at the peak.
+    assert all(task.compute_s > task.tflops / 121 for task in fast.tasks)
+    assert OPTIMIZER_BYTES == 40
+    # A GPU without bf16 products computes in fp32.
+    assert plan_run(config, WorkerPool(GPU_TYPES["T4"], 1, 10)).precision == "fp32"
+
+
+def test_the_command_reports_a_run_that_fits_and_one_that_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--config", "tiny", "--gpus", "2xL4"]
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"]
+    assert document["method"] == "roofline, not a measurement"
+    assert document["memory_gb"]["weights"] > 0
+    huge = ["--model.dim", "8192", "--model.num_layers", "1", "--model.ffn_dim", "131072"]
+    huge += ["--tasks.text_classification.corpus", "mine"]
+    assert main([*words, *huge]) == 1
+    shown = capsys.readouterr()
+    assert "not a measurement" in shown.out
+    assert "it does not fit. Use a GPU with" in shown.err
+
+
+def test_submit_rejects_a_run_that_does_not_fit_the_cluster() -> None:
+    config = short_config(use_gpu=True, workers=1)
+    request = request_training(config)
+    startable = read_node_types(ROOT / "ray_cluster.yaml")
+    (finding,) = check_gpu_memory([], startable, request)
+    assert (finding.level, finding.seen) == ("ok", "the run fits L4 (24 GB)")
+    assert check_gpu_memory([], startable, request_training(config_of())) == []
+    config.model.dim, config.model.ffn_dim = 8192, 131072
+    (finding,) = check_gpu_memory([], startable, request_training(config))
+    assert finding.level == "error"
+    assert "needs" in finding.seen
+    assert "GB on each L4 (24 GB)" in finding.seen
+    assert finding.advice.startswith("use a GPU with")
+
+
+def test_a_device_gets_the_rates_of_its_data_sheet() -> None:
+    assert describe_device("NVIDIA A100-SXM4-40GB", int(42.3e9), (8, 0)).name == "A100-40"
+    assert describe_device("NVIDIA H100 80GB HBM3", int(85e9), (9, 0)).bandwidth_gb_s == 3350
+    assert describe_device("NVIDIA L40S", int(47e9), (8, 9)).name == "L40S"
+    assert describe_device("NVIDIA L4", int(24.1e9), (8, 9)).memory_gb == 24.1
+    unknown = describe_device("NVIDIA B900", int(300e9), (10, 0))
+    assert (unknown.name, unknown.has_bf16) == ("NVIDIA B900", True)
+
+
+POOLS = [
+    WorkerPool(gpu, workers, network, workers_per_node=per_node)
+    for gpu in GPU_TYPES.values()
+    for workers in (1, 2, 3, 4, 8, 9, 16, 64)
+    for network in (1, 10, 100, 3200)
+    for per_node in (1, 2, 4, 8)
+]
+
+
+def test_the_sum_of_gradients_grows_with_nodes_and_shrinks_with_bandwidth() -> None:
+    for pool in POOLS:
+        seconds = pool.sum_seconds(1e9)
+        assert (seconds == 0) == (pool.workers == 1)
+        assert seconds <= pool.sum_seconds(2e9)
+        assert replace(pool, network_gbit_s=2 * pool.network_gbit_s).sum_seconds(1e9) <= seconds
+        faster = replace(pool.gpu, link_gb_s=2 * pool.gpu.link_gb_s)
+        assert replace(pool, gpu=faster).sum_seconds(1e9) <= seconds
+        # One more whole node, and one more worker inside of a node.
+        more = replace(pool, workers=pool.workers + pool.workers_per_node)
+        assert seconds <= more.sum_seconds(1e9)
+        if pool.workers < pool.workers_per_node:
+            assert seconds <= replace(pool, workers=pool.workers + 1).sum_seconds(1e9)
+        # The same workers in larger nodes, where the link is faster than the share of the network.
+        larger = replace(pool, workers_per_node=2 * pool.workers_per_node)
+        if pool.gpu.link_gb_s >= pool.network_gbit_s / 8 * pool.workers:
+            assert larger.sum_seconds(1e9) <= seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("gpu", ["V100-32", "A100-80", "H100", "H200"])
+def test_eight_gpus_of_a_node_are_planned_faster_than_one(gpu: str) -> None:
+    config = short_config()
+    hours = []
+    for count in (1, 2, 4, 8):
+        pool = parse_pool(PlanConfig(gpus=f"{count}x{gpu}"))
+        hours.append(plan_run(config, pool).hours)
+    assert hours == sorted(hours, reverse=True)
+    assert hours[0] > 2 * hours[-1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "inside", "network"),
+    [("8xH100", 1, 8, 3200), ("16xH100", 2, 8, 3200), ("3xL4", 1, 4, 40), ("4xL4", 1, 4, 40),
+     ("L4", 1, 1, 10), ("12xA10G", 2, 8, 100), ("2xA100", 1, 8, 400), ("9xA10", 2, 8, 10)],
+)  # fmt: skip
+def test_gpus_are_in_nodes_as_large_as_there_are(
+    gpus: str, nodes: int, inside: int, network: float
+) -> None:
+    pool = parse_pool(PlanConfig(gpus=gpus))
+    assert (pool.nodes, pool.workers_per_node, pool.network_gbit_s) == (nodes, inside, network)
+    given = parse_pool(PlanConfig(gpus=gpus, network_gbit_s=7))
+    assert given == replace(pool, network_gbit_s=7)
+    assert ("between nodes" in describe_links(pool)) == (nodes > 1)

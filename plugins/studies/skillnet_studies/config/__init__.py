@@ -1,0 +1,1 @@
+"""Configuration of a study and of its claims."""

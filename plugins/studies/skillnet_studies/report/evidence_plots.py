@@ -1,0 +1,375 @@
+"""The figure of a comparison: paired differences beside mean score against operations.
+
+:func:`draw_evidence` is called by ``skillnet_studies.report.report``, :func:`draw_joint_evidence`
+by ``tools.docs.draw_study``. Colours and markers both state the result of a test, so that the
+figure is legible in grey.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.evaluation.figures import COLORS, style_axes
+from skillnet_studies.analysis.finished_runs import PRETRAINED
+from skillnet_studies.report.evidence import ForestGroup, ForestRow, SystemPoint
+from sweeps.config.format import format_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Result of a test -> colour, marker and whether the marker is filled.
+RESULTS: dict[str, tuple[str, str, bool]] = {
+    "shown": ("#0072B2", "o", True),
+    "open": ("#5F646E", "o", False),
+    "refuted": ("#B3450B", "X", True),
+    # Without a claim nothing is shown or refuted: the figure states the verdict of the test.
+    "higher": ("#0072B2", "o", True),
+    "not decided": ("#5F646E", "o", False),
+    "lower": ("#B3450B", "v", True),
+}
+INK, SOFT, BAND = "#1C1D21", "#4A4E57", "#DCE9F2"
+#: One marker per family of systems, for prints in grey.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+#: Points of the text, inches of a row, and characters of a line of a title and of a note.
+FONT_PT, ROW_IN, TITLE_CHARS, NOTE_CHARS = 8.5, 0.235, 62, 78
+#: Places of a label beside its marker, in points: right, left, then further away. A line leads to
+#: those further away than ``NEAR_PT``.
+OFFSETS = tuple(
+    (side * x, y) for x in (7, 18, 32, 48) for y in (4, -10, 14, -20, 26, -32) for side in (1, -1)
+)
+NEAR_PT = 16
+
+
+def draw_evidence(
+    groups: Sequence[ForestGroup], points: Sequence[SystemPoint], reference: float | None = None
+) -> "dict[str, Figure]":
+    """Draw the differences, and the mean scores against operations, as two figures.
+
+    Args:
+        groups: differences; empty draws none.
+        points: scores and costs; empty draws none.
+        reference: mean score of the simple references, in points.
+
+    Returns:
+        Name -> figure.
+    """
+    figures = {}
+    if groups:
+        figure = _make_canvas(5.2, _forest_height(groups))
+        with _show_dollars():
+            draw_forest_panel(figure.add_subplot(), groups)
+        figures["differences"] = figure
+    if points:
+        figure = _make_canvas(4.6, 4.0)
+        with _show_dollars():
+            draw_cost_panel(figure.add_subplot(), points, reference)
+        figures["mean score against operations"] = figure
+    return figures
+
+
+def draw_joint_evidence(
+    groups: Sequence[ForestGroup],
+    points: Sequence[SystemPoint],
+    reference: float | None = None,
+    notice: str = "",
+) -> "Figure":
+    """Draw both parts side by side, as one figure for a document.
+
+    Args:
+        groups: differences; at least one.
+        points: scores and costs; at least one.
+        reference: mean score of the simple references, in points.
+        notice: text above the figure; "" without one.
+    """
+    figure = _make_canvas(11.2, max(_forest_height(groups), 4.2))
+    with _show_dollars():
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        draw_forest_panel(left, groups)
+        draw_cost_panel(right, points, reference)
+        if notice:
+            figure.suptitle(notice, color=RESULTS["refuted"][0], fontsize=10, fontweight="bold")
+    return figure
+
+
+def draw_forest_panel(panel: Any, groups: Sequence[ForestGroup]) -> None:
+    """Draw the differences of all groups below each other, with their numbers at the right.
+
+    Args:
+        panel: axes of matplotlib.
+        groups: at least one, with at least one row each.
+    """
+    from matplotlib.transforms import blended_transform_factory
+
+    y, ticks, names = 0.0, [], []
+    known = [x for group in groups for row in group.rows for x in row.change if not math.isnan(x)]
+    margin = max((row.margin for group in groups for row in group.rows), default=0.0)
+    low, high = (100 * each for each in (min([*known, -margin, 0]), max([*known, 0])))
+    # Room for a marker at both ends, and a span that shows noise as small.
+    room = max(0.06 * (high - low), 0.5)
+    panel.set_xlim(low - room, high + room)
+    # Titles begin at the edge of the figure: there is room for a line without many breaks.
+    at_edge = blended_transform_factory(panel.figure.transFigure, panel.transData)
+    for group in groups:
+        lines, notes = _wrap_lines(group.title), _wrap_lines(group.note, NOTE_CHARS)
+        texts = (
+            (lines, FONT_PT + 0.5, "bold", INK, 0.85),
+            (notes, FONT_PT - 0.5, "normal", RESULTS[group.result][0], 0.0),
+        )
+        for words, size, weight, colour, step in texts:
+            panel.text(
+                *(0.012, y, "\n".join(words)), transform=at_edge, va="top", fontsize=size,
+                fontweight=weight, color=colour, in_layout=False,
+            )  # fmt: skip
+            y += step * len(words)
+        y += 0.8 * len(notes) + 0.65
+        first = y
+        for row in group.rows:
+            _draw_difference(panel, y, row)
+            ticks.append(y)
+            names.append(row.label)
+            y += 1.0
+        panel.plot([0, 0], [first - 0.5, y - 0.5], color=INK, linewidth=0.9, zorder=1)
+        y += 0.35
+    panel.set_yticks(ticks, names, fontsize=FONT_PT, color=INK)
+    panel.set_ylim(y - 0.1, -0.2)
+    style_axes(panel)
+    panel.grid(False, axis="y")
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel("difference of scores, points", fontsize=FONT_PT, color=SOFT)
+    _explain_marks(panel, groups)
+
+
+def draw_cost_panel(
+    panel: Any, points: Sequence[SystemPoint], reference: float | None = None
+) -> None:
+    """Draw mean scores with their intervals against operations; labels stand at the markers.
+
+    Args:
+        panel: axes of matplotlib.
+        points: at least one.
+        reference: mean score of the simple references, in points.
+    """
+    families = list(dict.fromkeys(each.label.removesuffix(PRETRAINED) for each in points))
+    colours = {name: COLORS[i % len(COLORS)] for i, name in enumerate(families)}
+    panel.set_xscale("log")
+    for each in points:
+        value, low, high = each.score
+        colour = colours[each.label.removesuffix(PRETRAINED)]
+        interval = [[0.0], [0.0]] if math.isnan(low) else [[value - low], [high - value]]
+        panel.errorbar(
+            each.flops,
+            value,
+            yerr=interval,
+            fmt=MARKERS[families.index(each.label.removesuffix(PRETRAINED)) % len(MARKERS)],
+            color=colour,
+            markerfacecolor=colour if each.label.endswith(PRETRAINED) else "white",
+            markersize=6.5,
+            markeredgewidth=1.5,
+            elinewidth=1.4,
+            capsize=2.5,
+        )
+    costs = [each.flops for each in points]
+    # Room at the right for the labels of the most expensive system.
+    panel.set_xlim(min(costs) / 1.3, max(costs) * max((max(costs) / min(costs)) ** 0.45, 1.5))
+    if reference is not None:
+        panel.axhline(reference, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        panel.annotate(
+            f"simple references, {reference:.1f}",
+            (1, reference),
+            xycoords=panel.get_yaxis_transform(),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=FONT_PT - 0.5,
+            color=SOFT,
+        )
+    panel.margins(y=0.12)
+    mark_cost_axis(panel)
+    style_axes(panel)
+    panel.set_xlabel(
+        "activated FLOPs per example, mean over tasks (log axis)", fontsize=FONT_PT, color=SOFT
+    )
+    panel.set_ylabel("mean score, percent (higher is better)", fontsize=FONT_PT, color=SOFT)
+    panel.set_title(
+        "Mean score against operations. Filled: pretrained.",
+        fontsize=FONT_PT + 0.5,
+        fontweight="bold",
+        color=INK,
+        loc="left",
+    )
+    _label_points(panel, points)
+
+
+def mark_cost_axis(panel: Any) -> None:
+    """Set the ticks of a logarithmic axis of costs: a few round numbers with units.
+
+    Args:
+        panel: axes of matplotlib, whose limits are set.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    from sweeps.config.format import format_count
+
+    low, high = panel.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    # The coarsest set of round numbers with at least three ticks.
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [step * 10.0**power for power in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 2:
+            break
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def encode_svg(figure: "Figure") -> str:
+    """Return a figure as SVG; text is drawn as outlines, without external fonts.
+
+    Args:
+        figure: of matplotlib.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Dates and versions would make equal figures differ.
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "skillnet"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=metadata)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+# -- parts ---------------------------------------------------------------------------------
+
+
+def _make_canvas(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _show_dollars() -> AbstractContextManager[None]:
+    """Return a context in which dollar signs in names of systems are not parsed as formulas."""
+    import matplotlib
+
+    return matplotlib.rc_context({"text.parse_math": False})
+
+
+def _draw_difference(panel: Any, y: float, row: ForestRow) -> None:
+    colour, marker, is_filled = RESULTS[row.result]
+    value, low, high = (100 * each for each in row.change)
+    if row.margin:
+        panel.fill_betweenx(
+            [y - 0.5, y + 0.5], -100 * row.margin, 0, color=BAND, linewidth=0, zorder=0
+        )
+    if not math.isnan(low):
+        panel.plot([low, high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
+    panel.plot(
+        value,
+        y,
+        marker="D" if row.is_mean and marker == "o" else marker,
+        color=colour,
+        markerfacecolor=colour if is_filled else "white",
+        markersize=6 if marker != "X" else 7.5,
+        markeredgewidth=1.4 if marker != "X" else 0,
+        linestyle="none",
+    )
+    panel.text(
+        *(1.02, y, format_interval(row.change)),
+        transform=panel.get_yaxis_transform(),
+        va="center",
+        fontsize=FONT_PT,
+        color=INK,
+    )
+
+
+def _explain_marks(panel: Any, groups: Sequence[ForestGroup]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    rows = [row for group in groups for row in group.rows]
+    handles: list[Any] = []
+    for name, (colour, marker, is_filled) in RESULTS.items():
+        if any(row.result == name for row in rows):
+            face = colour if is_filled else "white"
+            handles.append(
+                Line2D([], [], color=colour, marker=marker, markerfacecolor=face, label=name)
+            )
+    if any(row.margin for row in rows):
+        handles.append(Patch(color=BAND, label="margin"))
+    panel.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.42 / _forest_height(groups)),
+        ncols=len(handles), frameon=False, fontsize=FONT_PT, handlelength=1.8, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _forest_height(groups: Sequence[ForestGroup]) -> float:
+    lines = 0.0
+    for group in groups:
+        lines += 0.85 * len(_wrap_lines(group.title)) + 0.8 * len(
+            _wrap_lines(group.note, NOTE_CHARS)
+        )
+        lines += len(group.rows) + 1.0
+    return ROW_IN * lines + 0.75
+
+
+def _wrap_lines(text: str, width: int = TITLE_CHARS) -> list[str]:
+    return textwrap.wrap(text, width) or [""]
+
+
+def _label_points(panel: Any, points: Sequence[SystemPoint]) -> None:
+    """Write each label at the first place beside its marker that is free."""
+    from matplotlib.textpath import TextPath
+
+    figure = panel.figure
+    # Positions in pixels are known only after the layout.
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    inside = panel.get_window_extent().extents
+    markers, taken = {}, []
+    for each in points:
+        x, y = markers[each.label] = panel.transData.transform((each.flops, each.score[0]))
+        ends = [end if not math.isnan(end) else each.score[0] for end in each.score[1:]]
+        bottom, top = (panel.transData.transform((each.flops, end))[1] for end in ends)
+        taken.append((x - 4 * scale, y - 5 * scale, x + 4 * scale, y + 5 * scale))
+        taken.append((x - 2 * scale, bottom, x + 2 * scale, top))
+    for each in sorted(points, key=lambda point: -point.score[0]):
+        x, y = markers[each.label]
+        width = TextPath((0, 0), each.label, size=FONT_PT).get_extents().width * scale
+        height = 1.2 * FONT_PT * scale
+        boxes = []
+        for dx, dy in OFFSETS:
+            left = x + dx * scale - (0 if dx > 0 else width)
+            bottom = y + (dy - 2) * scale
+            boxes.append((left, bottom, left + width, bottom + height))
+        # The first of the places with the fewest collisions; an edge of the panel is one, too.
+        collisions = [
+            sum(_overlap(box, other) for other in taken)
+            + (box[0] < inside[0] or box[2] > inside[2])
+            for box in boxes
+        ]
+        index = collisions.index(min(collisions))
+        taken.append(boxes[index])
+        dx, dy = OFFSETS[index]
+        is_far = math.hypot(dx, dy + 0.4 * FONT_PT) > NEAR_PT
+        panel.annotate(
+            each.label,
+            (each.flops, each.score[0]),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="left" if dx > 0 else "right",
+            fontsize=FONT_PT,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.6} if is_far else None,
+        )
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -1,0 +1,179 @@
+"""The reserve of a study: units that no run reads, evaluated once with all final models.
+
+:func:`read_reserve` is called by ``skillnet compare --read_reserve once``. It records each read in
+``reserve.json`` before it evaluates, so that a second look cannot go unnoticed. All replicates
+answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of them that differ in
+the seed only, and the comparison treats replicates and held-out units as crossed.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.config.folds import RESERVE_SPLIT
+from pipelines.training.evaluation.outcomes import OutcomeTable, read_outcomes
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.tracking.source_commit import find_source_commit
+from skillnet_studies.analysis.comparison import SPLIT, SystemComparison
+from skillnet_studies.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
+from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder
+from skillnet_studies.study.sealed_reserve import (
+    evaluate_runs,
+    has_model,
+    has_reserve,
+    is_evaluated,
+)
+from skillnet_studies.study.study import build_final_trials, read_study_ledger
+from skillnet_studies.study.tuning import TuningResult
+from sweeps.trials.remote_ledger import STUDY_LEDGER
+
+#: Reads of the reserve, in the directory of a study and of its kept results.
+RESERVE_RECORD = "reserve.json"
+
+
+def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
+    """Evaluate the models of all final runs on the reserve; return the runs with these results.
+
+    Args:
+        config: the study.
+        runs: label and directory of each finished final run.
+
+    Raises:
+        UserError: the study has no reserve, was read before, or a run has neither a model nor a
+            sealed result.
+    """
+    if not has_reserve(config):
+        raise UserError(
+            "read_reserve: the study has no reserve. Set run.fold.reserve_part or "
+            "run.fold.reserve_units before it starts"
+        )
+    path = config.folder / RESERVE_RECORD
+    reads = read_reserve_record(config)
+    is_open = bool(reads) and reads[-1]["finished"] is None
+    if reads and config.read_reserve == "once" and not is_open:
+        raise UserError(
+            f"{path}: the reserve was read on {reads[-1]['started']} at commit "
+            f"{reads[-1]['commit']}, and its rows are no longer unseen. Use that result, or give "
+            "--read_reserve again, which is recorded"
+        )
+    folders = [folder for _, folder in runs]
+    absent = [str(f) for f in folders if not has_model(f) and not is_evaluated(f)]
+    if absent or not runs:
+        raise UserError(
+            f"read_reserve: {len(absent)} of {len(runs)} final runs have no model"
+            f"{f', such as {absent[0]}' if absent else ''}. The reserve is read once, with all of "
+            "them: train the missing runs again"
+        )
+    if not is_open:
+        reads.append(
+            {
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                "finished": None,
+                "commit": find_source_commit(),
+                "is_repeated": bool(reads),
+                "claims": configuration.digest_config(config.claims)[:12],
+                "runs": sorted(folder.name for folder in folders),
+            }
+        )
+        # A sealed result is the answer of the same model; only "again" asks the model once more.
+        for folder in folders:
+            if config.read_reserve == "again" and has_model(folder):
+                (folder / RESERVE_SUMS).unlink(missing_ok=True)
+    # Before the first row is read: a killed evaluation has read, too.
+    _write_record(config, reads)
+    evaluate_runs(folders)
+    reads[-1]["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    _write_record(config, reads)
+    return collect_reserve_runs(runs)
+
+
+def list_final_runs(config: StudyConfig) -> list[tuple[str, Path]]:
+    """Return label and directory of each final run of a finished study.
+
+    Args:
+        config: the study.
+
+    Raises:
+        UserError: a final run is missing: the reserve is not read before the last one.
+    """
+    known: dict[str, TuningResult] = {}
+    finished: list[tuple[str, Path]] = []
+    if (config.folder / STUDY_LEDGER).is_file():
+        known, finished = read_study_ledger(config.folder)
+    if not set(config.systems) <= set(known):
+        raise UserError("read_reserve: the study has no results yet. Run it without this option")
+    wanted = {trial.name for trial in build_final_trials(config, known)}
+    absent = sorted(wanted - {folder.name for _, folder in finished})
+    if absent:
+        raise UserError(
+            f"read_reserve: {len(absent)} of {len(wanted)} final runs are not finished, such as "
+            f"{absent[0]}. Run the study without this option first"
+        )
+    return finished
+
+
+def read_reserve_record(config: StudyConfig) -> list[dict[str, Any]]:
+    """Return the reads of a study's reserve, oldest first, also those on another machine.
+
+    Args:
+        config: the study.
+    """
+    folders = [config.folder, *([find_kept_folder(config)] if config.keep else [])]
+    found = [folder / RESERVE_RECORD for folder in folders if (folder / RESERVE_RECORD).is_file()]
+    remedy = "restore it from a backup: it says whether the reserve was read"
+    reads = [list(read_record(path, {"reads": list}, remedy)["reads"]) for path in found]
+    return max(reads, key=len, default=[])
+
+
+def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
+    """Return final runs with their answers on the reserve in place of those on the test split.
+
+    Args:
+        runs: label and directory of each final run.
+    """
+    found = []
+    for label, folder in runs:
+        run, sums = read_run(folder, label), read_outcomes(folder / RESERVE_SUMS)
+        outcomes = OutcomeTable()
+        for task, split in sums:
+            part = sums[task, split]
+            name = _rename_split(split)
+            outcomes.add(task, name, part.numerator, part.denominator, part.rank, part.unit)
+        rows = [
+            {**row, "split": _rename_split(row["split"])}
+            for row in read_evaluation_rows(folder / RESERVE_ROWS)
+        ]
+        # All replicates answer the same rows, so only their seeds distinguish them.
+        # Without the location of the corpora no reference is measured on their test split.
+        settings = {k: v for k, v in run.settings.items() if k not in ("fold", "data")}
+        found.append(replace(run, settings=settings, rows=rows, outcomes=outcomes))
+    return found
+
+
+def drop_tests(comparison: SystemComparison) -> SystemComparison:
+    """Return the comparison on a reserve without tests of its scores.
+
+    One voice, artist or package can have most rows of a reserve. Two or three degrees of freedom
+    are too few for a test.
+
+    Args:
+        comparison: of runs of :func:`collect_reserve_runs`.
+    """
+    return replace(comparison, tests=[])
+
+
+def _rename_split(split: str) -> str:
+    """Return the split that a comparison tests for the reserve; its parts keep their names."""
+    return SPLIT if split == RESERVE_SPLIT else split
+
+
+def _write_record(config: StudyConfig, reads: Sequence[Mapping[str, Any]]) -> None:
+    write_json(config.folder / RESERVE_RECORD, {"reads": list(reads)})
+    if config.keep and find_kept_folder(config).is_dir():
+        shutil.copyfile(config.folder / RESERVE_RECORD, find_kept_folder(config) / RESERVE_RECORD)

@@ -1,0 +1,280 @@
+"""Tune every system of a study equally, on the validation splits.
+
+Three stages, each with the same trials for every system:
+
+1. Settings of ``tuning.space``; the best mean score selects.
+2. Rates of the pretraining, ``tuning.pretraining_rates``, of systems that have one.
+3. Rates of the run, ``tuning.rates``, with the settings and the pretraining chosen before.
+
+The rates of the last two stages are the tops of parabolas (:mod:`sweeps.search.rate_fit`). The
+entry points are :func:`build_stage_trials` and :func:`choose_settings`, called by
+:mod:`skillnet_studies.study.study`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, Literal
+
+from skillnet_platform.errors import UserError
+from skillnet_studies.config.study import StudyConfig, SystemConfig
+from skillnet_studies.study.system_runs import (
+    PRETRAINING,
+    apply_settings,
+    build_base_run,
+    build_pretraining,
+)
+from sweeps.config.space import SearchDimension, format_setting
+from sweeps.search.rate_fit import fit_best_rate
+from sweeps.search.space import SearchSpace
+from sweeps.trials.trial import Trial, TrialOutcome
+
+Stage = Literal["space", "pretraining_rates", "rates"]
+
+#: The stages in order. The pretraining comes before the rate of the run that starts from it.
+STAGES: tuple[Stage, ...] = ("space", "pretraining_rates", "rates")
+
+RATE = "training.lr"
+#: Stage -> key that its trials set; the trials of the space set many.
+RATE_KEYS: dict[Stage, str] = {"pretraining_rates": f"{PRETRAINING}{RATE}", "rates": RATE}
+#: First letter of the names of a stage's trials.
+PREFIXES: dict[Stage, str] = {"space": "t", "pretraining_rates": "p", "rates": "r"}
+
+
+@dataclass
+class TuningResult:
+    """Result of tuning one system.
+
+    Args:
+        label: label of the system.
+        settings: flat key -> chosen value; empty for the run as configured.
+        score: mean validation score of the chosen settings; None without trials.
+        trials: stage, settings, seed, status, scores, steps, seconds and commit of each trial.
+        reuse_tuning_of: system whose settings were used, or None for own trials.
+        rates: key of a tuned rate -> the chosen rate in words, with its standard error or the
+            reason why the best trial was taken.
+    """
+
+    label: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    score: float | None = None
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    reuse_tuning_of: str | None = None
+    rates: dict[str, str] = field(default_factory=dict)
+
+
+def start_tuning(config: StudyConfig) -> dict[str, TuningResult]:
+    """Return the results before any trial: label -> the run as configured."""
+    return {
+        label: TuningResult(label, reuse_tuning_of=entry.reuse_tuning_of)
+        for label, entry in config.systems.items()
+    }
+
+
+def build_stage_trials(
+    config: StudyConfig, stage: Stage, tuning: Mapping[str, TuningResult]
+) -> list[Trial]:
+    """Return the trials of one stage, of all systems; empty without any.
+
+    Args:
+        config: the study.
+        stage: of the tuning.
+        tuning: label -> result of the stages before.
+    """
+    points = _build_points(config, stage)
+    trials: list[Trial] = []
+    for label, entry in config.systems.items():
+        if not points or not _has_trials(config, entry, stage):
+            continue
+        for index, point in enumerate(points):
+            settings = {**tuning[label].settings, **point}
+            group = f"{label}-{PREFIXES[stage]}{index}"
+            trials += [
+                _build_trial(config, label, group, settings, place)
+                for place in range(len(config.tuning.seeds))
+            ]
+    return trials
+
+
+def _has_trials(config: StudyConfig, entry: SystemConfig, stage: Stage) -> bool:
+    """Return whether a system has trials in a stage."""
+    if stage == "pretraining_rates" and not entry.pretrain:
+        return False
+    other = config.systems[entry.reuse_tuning_of] if entry.reuse_tuning_of is not None else None
+    if other is None:
+        return True
+    # A rate that was tuned from random weights is no rate for pretrained ones.
+    return stage != "space" and entry.pretrain and not other.pretrain
+
+
+def _build_points(config: StudyConfig, stage: Stage) -> list[dict[str, Any]]:
+    if stage == "space":
+        return build_tuning_points(config) if config.tuning.trials else []
+    key = RATE_KEYS[stage]
+    return [{key: rate} for rate in getattr(config.tuning, stage)]
+
+
+def _build_trial(
+    config: StudyConfig, label: str, group: str, settings: Mapping[str, Any], place: int
+) -> Trial:
+    """Return a trial with the seed at a place in ``tuning.seeds``."""
+    seed = config.tuning.seeds[place]
+    run = apply_settings(build_base_run(config, label, seed), settings, "tuning.space")
+    fraction = config.tuning.step_fraction
+    training = replace(run.training, steps=math.ceil(fraction * run.training.steps))
+    # Each seed has the validation rows of another fold, so the scores of a setting have more rows.
+    fold = replace(run.fold, number=place % run.fold.count) if run.fold.count else run.fold
+    # Trials must not read the test splits.
+    run = replace(run, evaluate=False, training=training, fold=fold)
+    return Trial(
+        f"{group}-seed{seed}",
+        run,
+        pretrain=build_pretraining(config, label, run, settings),
+        splits=("validation",),
+        group=group,
+        settings={"system": label, **settings},
+    )
+
+
+def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
+    """Return the settings of the trials of the space, which are the same for every system.
+
+    The first are the settings as configured, then points spread over the space, then the points
+    of ``tuning.points``. Equal points are tried once.
+
+    Args:
+        config: the study.
+    """
+    # A grid is a list here: every system has the same number of trials.
+    dimensions = {
+        name: replace(each, grid=[], choice=each.values) if each.grid else each
+        for name, each in config.tuning.space.items()
+    }
+    space = SearchSpace(dimensions, config.run)
+    # The settings as configured are always tried, so tuning cannot end below them by bad luck.
+    points: list[dict[str, Any]] = [{}]
+    seen = {space.identify_point({})}
+    count = config.tuning.trials - 1
+    spread = space.spread_points(count, config.tuning.seeds[0], seen)
+    for drawn in spread[: max(count, 0)]:
+        seen.add(space.identify_point(drawn))
+        points.append(space.resolve_assignments(drawn))
+    for point in config.tuning.points:
+        try:
+            listed = SearchSpace(
+                {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
+            )
+        except UserError as error:
+            raise UserError(f"tuning.points: {error}") from None
+        identity = listed.identify_point(point)
+        if identity not in seen:
+            seen.add(identity)
+            points.append(point)
+    return points
+
+
+def choose_settings(
+    config: StudyConfig,
+    stage: Stage,
+    tuning: Mapping[str, TuningResult],
+    trials: Sequence[Trial],
+    outcomes: Sequence[TrialOutcome],
+) -> dict[str, TuningResult]:
+    """Return the results with the settings that the trials of a stage select.
+
+    Args:
+        config: the study.
+        stage: of the tuning.
+        tuning: label -> result of the stages before.
+        trials: of the stage, of all systems.
+        outcomes: their outcomes.
+
+    Raises:
+        UserError: no trial of a system finished.
+    """
+    by_name = {outcome.name: outcome for outcome in outcomes}
+    chosen: dict[str, TuningResult] = {}
+    for label, entry in config.systems.items():
+        own = [trial for trial in trials if trial.settings["system"] == label]
+        rows = [_describe_trial(stage, trial, by_name.get(trial.name)) for trial in own]
+        # Untuned settings would make the comparison with tuned systems unfair.
+        if rows and all(row["score"] is None for row in rows):
+            raise UserError(f"no tuning trial of {label} finished; see {config.folder / 'tuning'}")
+        result = replace(tuning[label], trials=[*tuning[label].trials, *rows])
+        finished = [row for row in rows if row["score"] is not None]
+        if finished and stage == "space":
+            result = _choose_point(result, finished)
+        elif finished:
+            result = choose_rates(result, finished, RATE_KEYS[stage], entry.rate_per_task)
+        chosen[label] = result
+    for label, entry in config.systems.items():
+        if entry.reuse_tuning_of is not None and not _has_trials(config, entry, stage):
+            other = chosen[entry.reuse_tuning_of]
+            settings = chosen[label].settings | other.settings
+            chosen[label] = replace(chosen[label], settings=settings, score=other.score)
+    return chosen
+
+
+def _describe_trial(stage: Stage, trial: Trial, outcome: TrialOutcome | None) -> dict[str, Any]:
+    is_finished = outcome is not None and outcome.status == "finished"
+    last = outcome.reports[-1] if is_finished and outcome is not None and outcome.reports else {}
+    return {
+        "stage": stage,
+        "settings": {key: value for key, value in trial.settings.items() if key != "system"},
+        "seed": trial.config.seed,
+        "status": outcome.status if outcome else "not run",
+        "score": last.get("score"),
+        "scores": last.get("scores", {}),
+        "steps": trial.config.training.steps,
+        "seconds": outcome.seconds if outcome else None,
+        "commit": outcome.commit if outcome else None,
+    }
+
+
+def _choose_point(result: TuningResult, rows: Sequence[Mapping[str, Any]]) -> TuningResult:
+    """Choose the point with the best mean score over seeds; of equal scores the first."""
+    points: list[dict[str, Any]] = []
+    for row in rows:
+        if row["settings"] not in points:
+            points.append(row["settings"])
+    means = [fmean(row["score"] for row in rows if row["settings"] == point) for point in points]
+    best = means.index(max(means))
+    return replace(result, settings=points[best], score=means[best])
+
+
+def name_task_rate(task: str) -> str:
+    """Return the setting that is the learning rate of one task."""
+    return f"tasks.{task}.lr"
+
+
+def choose_rates(
+    result: TuningResult, rows: Sequence[Mapping[str, Any]], key: str, is_per_task: bool
+) -> TuningResult:
+    """Return the result with a rate that a parabola chooses.
+
+    Args:
+        result: of the stages before.
+        rows: finished trials of the stage, as in :attr:`TuningResult.trials`.
+        key: setting of the rate.
+        is_per_task: whether each task has a rate of its own, because the tasks share no weights.
+    """
+    rates = [row["settings"][key] for row in rows]
+    fit = fit_best_rate(rates, [row["score"] for row in rows])
+    fits, score = {key: fit}, fit.score
+    if key == RATE and is_per_task:
+        for task in rows[0]["scores"]:
+            fits[name_task_rate(task)] = fit_best_rate(rates, [row["scores"][task] for row in rows])
+        score = fmean(each.score for name, each in fits.items() if name != key)
+    chosen = {name: each.rate for name, each in fits.items()}
+    words = {name: each.describe() for name, each in fits.items()}
+    settings, words = result.settings | chosen, result.rates | words
+    return replace(result, settings=settings, score=score, rates=words)
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Return ``training.lr 0.002, training.weight_decay 0.1``, or "as configured" for none."""
+    return (
+        ", ".join(f"{key} {format_setting(value)}" for key, value in settings.items())
+        or "as configured"
+    )

@@ -1,0 +1,385 @@
+"""Kept results of a study, and a reserve that is read once."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pytest
+
+from pipelines.data.config.folds import FoldConfig
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.folds import open_fold
+from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, UNIT_SUMS_FILE, read_outcomes
+from pipelines.training.runs.layout import CONFIG
+from skillnet.model import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from skillnet_studies.analysis.comparison import SystemComparison, compare_systems
+from skillnet_studies.analysis.finished_runs import read_run
+from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.target_budget import estimate_budgets
+from skillnet_studies.compare import compare
+from skillnet_studies.config.claims import ClaimsConfig
+from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
+from skillnet_studies.report.html import render_report
+from skillnet_studies.report.report import (
+    ComparisonReport,
+    build_report,
+    report_to_dict,
+    report_to_markdown,
+    show_report,
+)
+from skillnet_studies.study.kept_results import (
+    RESERVE_SUMS,
+    KeptTuning,
+    keep_results,
+    keep_run,
+    restore_results,
+)
+from skillnet_studies.study.reserve import (
+    RESERVE_RECORD,
+    list_final_runs,
+    read_reserve,
+    read_reserve_record,
+)
+from skillnet_studies.study.sealed_reserve import seal_reserve
+from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.study import (
+    StudyResult,
+    build_final_trials,
+    check_folds,
+    group_replicates,
+    read_study_ledger,
+    run_study,
+    write_study_ledger,
+)
+from skillnet_studies.study.tuning import TuningResult, build_stage_trials, start_tuning
+from sweeps.config.space import SearchDimension
+from sweeps.trials.ledger import LedgerEntry
+from sweeps.trials.remote_ledger import NOTICE
+from sweeps.trials.trial import Trial, TrialOutcome
+from tests.helpers.kept_studies import CLAIM, keep_study
+from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.synthetic_runs import (
+    TASKS,
+    complete_result,
+    write_curve,
+    write_pretraining,
+    write_run,
+    write_study,
+)
+
+if TYPE_CHECKING:
+    from skillnet_platform.tracking import Tracker
+
+
+def study(folder: Path, keep: Path | None, **values: Any) -> StudyConfig:
+    common: dict[str, Any] = {
+        "name": "s",
+        "run_dir": str(folder),
+        "keep": str(keep) if keep else None,
+        "run": replace(small_config(folder / "corpora"), fold=FoldConfig(2)),
+        "seeds": [0, 1],
+        "systems": {"skillnet": SystemConfig("skillnet")},
+    }
+    return StudyConfig(**(common | values))
+
+
+def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
+    start = write_pretraining(tmp_path / "pretraining-1")
+    systems = {"skillnet": 0.3, "specialist": 0.0, "dense": -0.2}
+    folders = write_study(tmp_path / "runs", systems, (0, 1, 2))
+    folders.append(write_run(tmp_path / "runs/more", "moe", pretrained=True, start=start))
+    full, kept = compare_kept(folders, tmp_path / "kept")
+    assert full.tests == kept.tests
+    assert full.scores == kept.scores
+    assert full.relative.keys() == kept.relative.keys()
+    assert kept.systems["moe-pretrained"][0].pretraining["training"]["lr"] == 3e-3
+    assert kept.systems["moe-pretrained"][0].pretraining_seconds == 4.0
+    # Kept files are committed, so they have no path of the machine.
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
+    assert not list((tmp_path / "kept").rglob(OUTCOMES_FILE))
+    assert len(read_outcomes(tmp_path / "kept/more" / UNIT_SUMS_FILE)[TASKS[0], "test"]) == 50
+
+
+def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
+    folders = write_study(tmp_path / "runs", {"skillnet": 0.0, "dense": 0.0}, (0, 1, 2))
+    for number, folder in enumerate(folders):
+        gain = 0.2 if "skillnet" in folder.name else 0.0
+        write_curve(folder, {4: 0.3, 8: 0.5 + gain, 12: 0.6 + gain + number / 100})
+    full, kept = compare_kept(folders, tmp_path / "kept")
+    assert estimate_budgets(kept)["skillnet"].reached == 3
+    assert estimate_budgets(kept)["skillnet"] == estimate_budgets(full)["skillnet"]
+    # The losses of every few steps are not committed.
+    lines = (tmp_path / "kept/skillnet-seed0/progress.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+    assert "/loss" not in "".join(lines)
+
+
+def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
+    config = study(tmp_path / "first", tmp_path / "keep")
+    tuning = {"skillnet": TuningResult("skillnet", {"training.lr": 0.01})}
+    trials = build_final_trials(config, tuning)
+    assert [trial.name for trial in trials] == [
+        f"skillnet-fold{fold}-seed{seed}" for fold, seed in ((0, 0), (1, 10000), (0, 1), (1, 10001))
+    ]
+    assert len({trial.config.seed for trial in trials}) == 4, "none shares its initial weights"
+    assert [trial.config.fold.number for trial in trials] == [0, 1, 0, 1]
+    assert len(group_replicates(trials)) == 4
+    outcomes = []
+    for trial in trials[:2]:
+        folder = write_run(config.folder / "runs" / trial.name, seed=trial.config.seed)
+        (folder / CONFIG).write_text(configuration.to_yaml(trial.config), encoding="utf-8")
+        complete_result(folder)
+        outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
+    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    keep_results(config, outcomes)
+    # Another machine has other paths and an empty directory.
+    other = study(tmp_path / "second", tmp_path / "keep", systems={**config.systems})
+    assert restore_results(other) == {trial.name for trial in trials[:2]}
+    known, runs = read_study_ledger(other.folder)
+    assert known["skillnet"].settings == {"training.lr": 0.01}
+    assert [read_run(folder).fold.number for _, folder in runs] == [0, 1]
+    changed = replace(other, run=replace(other.run, fold=FoldConfig(3)))
+    with pytest.raises(UserError, match=r"keep: .* a study with run\.fold\.count 2, not 3"):
+        restore_results(changed)
+
+
+def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[str] = []
+
+    def train(trials: Sequence[Trial], **options: Any) -> list[TrialOutcome]:
+        """Train four trials of the tuning, and lose the machine."""
+        outcomes: list[TrialOutcome] = []
+        if "on_outcome" not in options:
+            return outcomes
+        for trial in trials:
+            if len(ran) == 4:
+                raise ConnectionError("the machine is gone")
+            ran.append(trial.name)
+            scores = {"text_classification": 0.1 * len(ran)}
+            report = {"step": 7, "score": 0.1 * len(ran), "scores": scores}
+            outcome = TrialOutcome(
+                **{"name": trial.name, "group": str(trial.group), "folder": tmp_path / trial.name},
+                **{"status": "finished", "settings": dict(trial.settings)},
+                result={"step": 7, "seconds": 1.5, "commit": f"c{len(ran)}"},
+                reports=[report],
+            )
+            options["on_outcome"](outcome)
+            outcomes.append(outcome)
+        return outcomes
+
+    monkeypatch.setattr("sweeps.trials.engine.run_trials", train)
+    rates = {"training.lr": SearchDimension(choice=[0.01, 0.02, 0.04])}
+    tuning = TuningConfig(3, rates, seeds=[9, 10])
+    corpora = write_corpora(tmp_path / "corpora", rows=60, test_rows=20)
+    values: dict[str, Any] = {"tuning": tuning, "seeds": [0]}
+    values["run"] = replace(small_config(corpora), fold=FoldConfig(2, validation_share=0.3))
+    first = study(tmp_path / "first", tmp_path / "keep", **values)
+    with pytest.raises(ConnectionError):
+        run_study(first, cast("Tracker", None))
+    assert len(ran) == 4
+
+    other = study(tmp_path / "second", tmp_path / "keep", **values)
+    assert restore_results(other) == set()
+    kept, ran = ran, []
+    result = run_study(other, cast("Tracker", None))
+    assert len({*kept, *ran}) == len(kept) + len(ran) == 6
+    assert sorted(row["score"] for row in result.tuning["skillnet"].trials) == pytest.approx(
+        [0.1, 0.1, 0.2, 0.2, 0.3, 0.4]
+    )
+    assert result.tuning["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
+    # Each trial names the commit that trained it, also after a machine with another one.
+    lines = [json.loads(line) for line in (tmp_path / "keep/s/tuning.jsonl").open()]
+    assert sorted(line["commit"] for line in lines) == ["c1", "c1", "c2", "c2", "c3", "c4"]
+    commits = {row["commit"] for row in result.tuning["skillnet"].trials}
+    assert commits == {"c1", "c2", "c3", "c4"}
+    changed = replace(other, tuning=replace(tuning, seeds=[9, 11]))
+    with pytest.raises(UserError, match=r"keep: .* a study with tuning\.seeds"):
+        restore_results(changed)
+
+    trial = build_stage_trials(other, "space", start_tuning(other))[0]
+    assert KeptTuning(other).find_outcome(trial) is not None
+    assert KeptTuning(other).find_outcome(replace(trial, settings={"training.lr": 9.0})) is None
+    with (tmp_path / "keep/s/tuning.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"name": "x"}\n')
+    with pytest.raises(UserError, match=r"tuning\.jsonl, line 7: not the record of a trial"):
+        KeptTuning(other)
+
+
+def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
+    folder = keep_study(tmp_path, "old", {"skillnet": 0.5, "specialist": 0.0})
+    (folder / NOTICE).write_text("Rates <were> low.\n\nA baseline is broken.\n", encoding="utf-8")
+    runs = [read_run(path, label) for label, path in read_study_ledger(folder)[1]]
+    made = build_report(compare_systems(label_runs(runs)), "old")
+    assert report_to_dict(made)["notices"] == ["Rates <were> low.", "A baseline is broken."]
+    page = render_report(made)
+    assert page.index("A baseline is broken.") < page.index('id="results"')
+    assert "Rates &lt;were&gt; low." in page
+    assert "**Notice:** A baseline is broken." in report_to_markdown(made)
+    show_report(made)
+    assert "Notice: A baseline is broken." in capsys.readouterr().err
+    # A report of folds says how often simulated ones have a false mark.
+    assert "6 to 9 % of the reports of equal systems have a mark" in made.tables[0].caption
+    # Another machine that resumes the study has its notices.
+    config = replace(read_study_config(folder), keep=str(tmp_path / "results"))
+    config = replace(config, run_dir=str(tmp_path / "second"))
+    restore_results(config)
+    assert (config.folder / NOTICE).read_text(encoding="utf-8").startswith("Rates")
+
+
+def test_a_pretraining_reads_corpora_that_the_folds_divide(tmp_path: Path):
+    run = small_config(write_corpora(tmp_path / "corpora", rows=60, test_rows=20))
+    run = replace(run, fold=FoldConfig(2, validation_share=0.3))
+    systems = {"skillnet": SystemConfig("skillnet", pretrain=True)}
+    check_folds(study(tmp_path, None, run=run, systems=systems))
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    with pytest.raises(UserError, match=r"functions, .* no corpus of run\.tasks"):
+        check_folds(study(tmp_path, None, run=run, systems=systems))
+    with pytest.raises(UserError, match=r"fold\.count: fold .* no rows"):
+        check_folds(study(tmp_path, None, run=replace(run, fold=FoldConfig(100))))
+
+
+def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
+    write_corpora(tmp_path / "runs/corpora", rows=60, test_rows=20)
+    fold = FoldConfig(2, validation_share=0.3, reserve_part=True)
+    run = replace(small_config(tmp_path / "runs/corpora"), fold=fold)
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    config = study(tmp_path, None, run=run, name="runs", read_reserve="once")
+    runs = []
+    for number, seed in ((0, 0), (1, shift_seed(0, 1))):
+        folder = write_run(config.folder / f"skillnet-fold{number}", seed=seed)
+        own = replace(run, seed=seed, fold=replace(fold, number=number), name=folder.name)
+        (folder / CONFIG).write_text(configuration.to_yaml(own), encoding="utf-8")
+        runs.append(("skillnet", folder))
+    with pytest.raises(UserError, match="2 of 2 final runs have no model"):
+        read_reserve(config, runs)
+    assert not (config.folder / RESERVE_RECORD).exists()
+    for _, folder in runs:
+        shutil.rmtree(folder / "model")
+        SkillNet(run.model).save_pretrained(folder / "model")
+    found = read_reserve(config, runs)
+    kept = open_fold(open_corpus(tmp_path / "runs/corpora/drawings"), fold, with_reserve=True)
+    weights = {int(each.outcomes["text_to_image", "test"].denominator.sum()) for each in found}
+    assert len(weights) == 1
+    assert weights.pop() >= kept.splits["reserve"].rows
+    # Replicates answer the same rows, so they count as runs of one test set.
+    assert [each.seed for each in found] == [0, 10_000]
+    assert compare_systems(label_runs(found)).seeds == 2
+    (read,) = read_reserve_record(config)
+    assert read["finished"]
+    assert read["commit"]
+    assert read["runs"] == ["skillnet-fold0", "skillnet-fold1"]
+    with pytest.raises(UserError, match=r"the reserve was read on .* at commit"):
+        read_reserve(config, runs)
+    read_reserve(replace(config, read_reserve="again"), runs)
+    assert [each["is_repeated"] for each in read_reserve_record(config)] == [False, True]
+    with pytest.raises(UserError, match="has no reserve"):
+        read_reserve(replace(config, run=small_config(tmp_path)), runs)
+
+
+def test_a_study_beside_another_runs_some_folds_and_seals_no_reserve(tmp_path: Path):
+    run = replace(small_config(tmp_path), fold=FoldConfig(4, reserve_part=True))
+    config = study(tmp_path, None, run=run, folds=2, seal_reserve=False)
+    trials = build_final_trials(config, {"skillnet": TuningResult("skillnet")})
+    assert [trial.config.fold.number for trial in trials] == [0, 1, 0, 1]
+    folder = write_run(config.folder / "runs" / trials[0].name)
+    (folder / CONFIG).write_text(configuration.to_yaml(trials[0].config), encoding="utf-8")
+    seal_reserve(config, [folder])
+    assert not (folder / RESERVE_SUMS).exists()
+    with pytest.raises(UserError, match=r"does not read its reserve \(seal_reserve: false\)"):
+        replace(config, read_reserve="once")
+    with pytest.raises(UserError, match=r"seeds: 20000 may be the seed of another fold"):
+        replace(config, seeds=[20_000])
+    with pytest.raises(UserError, match=r"folds: 5 folds are more than the 4 of run\.fold\.count"):
+        replace(config, folds=5)
+
+
+def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
+    corpora = write_corpora(tmp_path / "corpora", rows=60, test_rows=20)
+    run = replace(small_config(corpora), fold=FoldConfig(2, 0, 0.3, reserve_part=True))
+    run = replace(run, tasks={"text_to_image": run.tasks["text_to_image"]})
+    config = study(tmp_path / "first", tmp_path / "keep", run=run, seeds=[0])
+    tuning = {"skillnet": TuningResult("skillnet", {"training.lr": 0.01})}
+    outcomes = []
+    for trial in build_final_trials(config, tuning):
+        folder = write_run(config.folder / "runs" / trial.name, seed=trial.config.seed)
+        (folder / CONFIG).write_text(configuration.to_yaml(trial.config), encoding="utf-8")
+        complete_result(folder)
+        shutil.rmtree(folder / "model")
+        SkillNet(run.model).save_pretrained(folder / "model")
+        outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
+    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    folders = [outcome.folder for outcome in outcomes]
+    seal_reserve(config, folders)
+    sealed = [(folder / RESERVE_SUMS).stat() for folder in folders]
+    seal_reserve(config, folders)
+    assert [(folder / RESERVE_SUMS).stat() for folder in folders] == sealed, "evaluated once"
+    keep_results(config, outcomes)
+    assert not read_reserve_record(config), "evaluating is no reading"
+    direct = read_reserve(replace(config, read_reserve="once"), list_final_runs(config))
+    (tmp_path / "keep/s" / RESERVE_RECORD).unlink()
+
+    other = study(tmp_path / "second", tmp_path / "keep", run=run, seeds=[0], read_reserve="once")
+    restore_results(other)
+    assert not list(other.folder.rglob("*.safetensors"))
+    found = read_reserve(other, list_final_runs(other))
+    assert compare_systems(label_runs(found)).scores == compare_systems(label_runs(direct)).scores
+    assert read_reserve_record(other)[0]["finished"]
+    with pytest.raises(UserError, match="the reserve was read on"):
+        read_reserve(other, list_final_runs(other))
+    read_reserve(replace(other, read_reserve="again"), list_final_runs(other))
+    (folder := other.folder / "runs" / outcomes[1].name).joinpath(RESERVE_SUMS).unlink()
+    with pytest.raises(UserError, match=f"1 of 2 final runs have no model.*{folder.name}"):
+        read_reserve(replace(other, read_reserve="again"), list_final_runs(other))
+
+
+def compare_kept(folders: Sequence[Path], target: Path) -> list[SystemComparison]:
+    """Keep runs; the comparisons of the runs themselves and of what was kept."""
+    for folder in folders:
+        group_rows(folder)
+        complete_result(folder)
+        keep_run(folder, target / folder.name)
+    return [
+        compare_systems(label_runs([read_run(folder) for folder in place]))
+        for place in (folders, [target / folder.name for folder in folders])
+    ]
+
+
+def group_rows(folder: Path) -> None:
+    """Let four rows of each split be a unit."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / OUTCOMES_FILE)
+    unit = pa.array((table["row"].to_numpy() // 4).astype(np.int32))
+    table = table.set_column(table.schema.get_field_index("unit"), "unit", unit)
+    pq.write_table(table, folder / OUTCOMES_FILE)
+
+
+def test_the_report_of_a_kept_study_has_its_claims_and_roles(
+    tmp_path: Path, run_root: Path
+) -> None:
+    stated = {"skills": CLAIM}
+    kept = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0}, stated=stated)
+    report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False))
+    assert isinstance(report, ComparisonReport)
+    assert [claim.name for claim in report.claims] == ["skills"]
+    # The call's own claims win, and runs of two studies have no common claims.
+    other = ClaimsConfig(stated={"other": CLAIM})
+    report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False, claims=other))
+    assert [claim.name for claim in report.claims] == ["other"]
+    roles = {"reference": "skillnet-long", "specialist": "specialist-long"}
+    long = keep_study(tmp_path, "long", {"skillnet-long": 0.5, "specialist-long": 0.0}, **roles)
+    report, _ = compare(StudyConfig(runs=[str(long)], interpret=False))
+    assert (report.comparison.reference, report.comparison.specialist) == tuple(roles.values())
+    report, _ = compare(StudyConfig(runs=[str(kept), str(long)], interpret=False))
+    assert not report.claims
+    assert report.comparison.reference == "skillnet"

@@ -1,0 +1,133 @@
+"""Copies of a dense encoder in every skill, and noise for copies that would stay equal.
+
+The mean of equal weights is the weight, and the mean of equal outputs is the output. So a SkillNet
+whose skills are all copies computes what the dense model computed, with any set of active skills.
+
+Skills that are active in the same towers of all trained tasks get equal gradients and stay equal
+for ever. Noise separates them. Only weights that are merged by concatenation (those of feed-forward
+layers) get it: of weights that are merged by the mean only their mean matters, and all of them get
+the gradient of the mean.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from skillnet.config import SkillNetConfig
+from skillnet.skill_weights import SkillWeights
+
+#: Skill of a dense model; :mod:`skillnet.baselines.dense` uses the name too.
+DENSE_SKILL = "dense"
+#: The only task of a converted model whose stem is zero, because the checkpoint's reads another
+#: input.
+LAYERS_TASK = "imported_layers"
+#: Name of the weights of a layer without skills.
+_SHARED = "shared"
+#: Positions of sequences: a shorter limit takes the first ones.
+_SEQUENCE_POSITIONS = ("stems.token.position", "stems.log_mel.position")
+
+
+def copy_to_skills(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return initial weights of a SkillNet whose skills are all copies of a dense model.
+
+    Args:
+        weights: of the dense model, whose only skill is ``dense``.
+        model: the SkillNet.
+
+    Returns:
+        Name in the SkillNet -> weight, for the names that the dense model has.
+
+    Raises:
+        ValueError: the layers of the SkillNet have no place for a weight of the dense model.
+    """
+    found, used = {}, set()
+    for name, parameter in model.named_parameters():
+        source = _find_source(name, weights)
+        if source is None:
+            continue
+        used.add(source)
+        value = weights[source]
+        if name in _SEQUENCE_POSITIONS and len(value) > len(parameter):
+            value = value[: len(parameter)]
+        found[name] = value
+    lost = [f"{n} {tuple(weights[n].shape)}" for n in weights if n.startswith("encoder.")
+            and n not in used]  # fmt: skip
+    if lost:
+        raise ValueError(
+            f"this model has no place for {len(lost)} weights of its encoder: "
+            f"{', '.join(lost[:4])}{', …' if len(lost) > 4 else ''}"
+        )
+    return found
+
+
+def _find_source(name: str, weights: Mapping[str, Tensor]) -> str | None:
+    """Return the weight of the dense model that a weight of a SkillNet copies."""
+    path = name.rpartition(".weights.")[0] or name
+    options = (name, f"{path}.weights.{DENSE_SKILL}", f"{path}.weights.{_SHARED}", path)
+    return next((option for option in options if option in weights), None)
+
+
+def is_difference(name: str) -> bool:
+    """Return whether a parameter is a factor of a low-rank difference, which starts at zero.
+
+    Args:
+        name: of the parameter.
+    """
+    return name.split(".")[-2:-1] in (["left"], ["right"])
+
+
+def is_unset_weight(name: str, config: SkillNetConfig) -> bool:
+    """Return whether a weight of a stem is zero because the checkpoint's reads another input.
+
+    Args:
+        name: of the weight.
+        config: of the model that it belongs to; other models have no such weights.
+    """
+    is_stem = name.startswith("stems.") and not name.startswith("stems.log_mel.norm.")
+    return is_stem and set(config.tasks) == {LAYERS_TASK}
+
+
+def find_inseparable_skills(
+    plans: Iterable[Collection[str]], skills: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Return the groups of skills that every plan activates together or not at all.
+
+    Args:
+        plans: active skills of each tower of the trained tasks.
+        skills: all skills, in their order.
+    """
+    towers = list(plans)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for skill in skills:
+        active = tuple(number for number, plan in enumerate(towers) if skill in plan)
+        if active:
+            groups.setdefault(active, []).append(skill)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+@torch.no_grad()
+def separate_skills(
+    model: nn.Module, groups: Iterable[Sequence[str]], noise: float, seed: int
+) -> list[str]:
+    """Add noise to all skills but the first of each group.
+
+    Args:
+        model: a SkillNet; its feed-forward weights are changed in place.
+        groups: of equal skills.
+        noise: standard deviation, relative to that of a weight's values.
+        seed: of the noise.
+
+    Returns:
+        The changed skills.
+    """
+    changed = [name for group in groups for name in group[1:]] if noise else []
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, SkillWeights) and module.axis is not None and len(module.shape) > 1:
+            for name in changed:
+                if name in module.weights:
+                    weight = module.weights[name]
+                    values = torch.randn(weight.shape, generator=generator).to(weight)
+                    weight.add_(values, alpha=noise * float(weight.std()))
+    return changed

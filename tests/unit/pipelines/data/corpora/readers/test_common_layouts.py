@@ -1,0 +1,287 @@
+"""Layouts of widespread corpora: COCO, Flickr, Common Voice, LJSpeech, and CSV with semicolons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.data.corpora import detect_reader, open_external_corpus
+from pipelines.data.corpora.readers.base import ExternalCorpus
+from pipelines.data.corpora.readers.fields import parse_split_name, parse_split_prefix
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.preprocessing import inspection
+from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
+from tests.unit.pipelines.data.corpora.readers.test_readers import Rows, media, read, sizes
+
+
+def detected(place: Path, options: dict[str, Any] | None = None) -> ExternalCorpus:
+    """Open a corpus in the format that is detected, which is ``folder``."""
+    found = detect_reader(SourceDirectory(str(place)))
+    assert found is not None
+    assert found[0] == "folder"
+    return open_external_corpus("mine", f"folder:{place}", options)
+
+
+def names(rows: Rows, split: str) -> set[str]:
+    return {Path(row["media"]["path"]).name for row in rows[split]}
+
+
+def captions_of(rows: Rows, name: str) -> set[str]:
+    every = (row for each in rows.values() for row in each)
+    return {c for row in every if row["media"]["path"].endswith(name) for c in row["captions"]}
+
+
+def write_files(home: Path, data: bytes, *files: str) -> None:
+    for file in files:
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_bytes(data)
+
+
+def unread(corpus: ExternalCorpus) -> str:
+    corpus.extra_sources()
+    return corpus.unread_files.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train2017", "train"),
+        ("Val2014", "validation"),
+        ("test_1", "test"),
+        ("dev-2", "validation"),
+        ("train", "train"),
+        ("trainval2007", None),
+        ("train2017b", None),
+        ("2017", None),
+    ],
+)
+def test_a_split_name_can_have_a_year_or_number(name: str, split: str | None) -> None:
+    assert parse_split_name(name) == split
+
+
+def test_a_split_prefix_can_have_a_year() -> None:
+    found = [parse_split_prefix(name) for name in ("train2017-000.tar", "training_1", "trains-1")]
+    assert found == ["train", "train", None]
+
+
+def test_split_folders_with_years_are_not_classes(tmp_path: Path) -> None:
+    write_files(tmp_path, b"x", *(f"train2017/{n}.jpg" for n in range(8)))
+    write_files(tmp_path, b"x", *(f"val2017/v{n}.jpg" for n in range(8)))
+    corpus = detected(tmp_path)
+    assert (corpus.task, corpus.annotations_present) == ("masked_image", ())
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert len(rows["train"]) == 8
+    assert sum(sizes(rows).values()) == 16
+
+
+def coco(home: Path, below: str = "", prefix: str = "", train: int = 6, val: int = 24) -> Path:
+    """COCO 2017 with five captions per image, in any order, and annotations of other tasks."""
+    for place, (split, count) in enumerate((("train2017", train), ("val2017", val))):
+        ids = [100 * place + number for number in range(count)]
+        images = [{"id": n, "file_name": f"{prefix}{n:012d}.jpg", "license": 3} for n in ids]
+        for n in ids:
+            write_files(home, user_corpora.jpg(n), f"{below}{split}/{prefix}{n:012d}.jpg")
+        annotations = [
+            {"image_id": n, "id": 10 * n + c, "caption": f"caption {c} of {n}"}
+            for c in range(5)
+            for n in ids
+        ]
+        content = {
+            "info": {"year": 2017},
+            "licenses": [{"id": 3}],
+            "images": images,
+            "annotations": annotations,
+        }
+        (home / "annotations").mkdir(exist_ok=True)
+        for kind in ("captions", "instances"):
+            file = home / "annotations" / f"{kind}_{split}.json"
+            file.write_text(json.dumps(content), "utf-8")
+    write_files(home, b"x", f"{below}test2017/900.jpg")
+    return home
+
+
+@pytest.mark.parametrize("below", ["", "images/"])
+def test_coco_captions(tmp_path: Path, below: str) -> None:
+    corpus = detected(coco(tmp_path, below, prefix="COCO_"))
+    assert (corpus.modality, corpus.task) == ("image", "text_to_image")
+    rows, reasons = read(corpus)
+    assert reasons["a media file that no row refers to"] == 1
+    assert names(rows, "train") == {f"COCO_{n:012d}.jpg" for n in range(6)}
+    # Without a test, half of the validation images become the test.
+    assert len(names(rows, "validation") | names(rows, "test")) == 24
+    assert not names(rows, "validation") & names(rows, "test")
+    assert captions_of(rows, "COCO_000000000003.jpg") == {f"caption {c} of 3" for c in range(5)}
+    assert media(rows["train"][0])[:2] == b"\xff\xd8"
+    assert unread(corpus) == (
+        "annotations/instances_train2017.json, annotations/instances_val2017.json"
+    )
+
+
+def test_coco_with_one_of_its_image_folders(tmp_path: Path) -> None:
+    coco(tmp_path, train=1)
+    (tmp_path / "train2017" / f"{0:012d}.jpg").unlink()
+    (tmp_path / "train2017").rmdir()
+    corpus = detected(tmp_path)
+    rows, _ = read(corpus)
+    assert len({name for split in rows for name in names(rows, split)}) == 24
+    assert "annotations/captions_train2017.json" in unread(corpus)
+
+
+def test_a_damaged_file_of_coco_is_reported(tmp_path: Path) -> None:
+    coco(tmp_path)
+    (tmp_path / "annotations" / "captions_train2017.json").write_text('{"images": [{"id": 1}')
+    rows, reasons = read(detected(tmp_path))
+    assert set(rows) == {"validation", "test"}
+    assert reasons["JSON damaged from here on"] == 1
+
+
+TOKENS = [(f"{n}.jpg", f"A {word} dog , running {n} .") for n in range(30) for word in "ab"]
+
+
+@pytest.mark.parametrize("images", ["Images", "flickr30k-images", ""])
+@pytest.mark.parametrize(
+    ("file", "head", "line"),
+    [
+        ("results_20130124.token", "", "{name}#{number}\t{caption}\n"),
+        ("Flickr8k_text/Flickr8k.token.txt", "", "{name}#{number}\t{caption}\n"),
+        ("captions.txt", "image,caption\n", '{name},"{caption}"\n'),
+        ("results.csv", "image_name| comment_number| comment\n", "{name}| {number}| {caption}\n"),
+    ],
+)
+def test_flickr_captions(tmp_path: Path, images: str, file: str, head: str, line: str) -> None:
+    for number in range(30):
+        write_files(tmp_path / images, user_corpora.jpg(number), f"{number}.jpg")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    lines = (
+        line.format(name=name, number=number % 2, caption=caption)
+        for number, (name, caption) in enumerate(TOKENS)
+    )
+    (tmp_path / file).write_text(head + "".join(lines), "utf-8")
+    write_files(tmp_path, b"x", "ExpertAnnotations.txt", "readme.txt")
+    corpus = detected(tmp_path, {"validation": 0.3, "test": 0.3})
+    assert corpus.task == "text_to_image"
+    rows, reasons = read(corpus)
+    assert set(reasons) <= {"joined to the first row of its media file"}
+    assert set(rows) == {"train", "validation", "test"}
+    assert len({name for split in rows for name in names(rows, split)}) == 30
+    assert captions_of(rows, "/7.jpg") == {caption for name, caption in TOKENS if name == "7.jpg"}
+    assert unread(corpus) == "ExpertAnnotations.txt"
+
+
+@pytest.mark.parametrize("file", ["Flickr8k.token.txt", "captions.txt"])
+def test_lists_of_flickr8k_define_the_splits(tmp_path: Path, file: str) -> None:
+    for number in range(30):
+        write_files(tmp_path / "Flicker8k_Dataset", user_corpora.jpg(number), f"{number}.jpg")
+    home = tmp_path / ("Flickr8k_text" if file.endswith("token.txt") else "")
+    home.mkdir(exist_ok=True)
+    lines = (f"{name}#0\t{caption}\n" for name, caption in TOKENS)
+    if file == "captions.txt":
+        lines = (f'{name},"{caption}"\n' for name, caption in (("image", "caption"), *TOKENS))
+    (home / file).write_text("".join(lines), "utf-8")
+    for split, numbers in {"train": range(20), "dev": range(20, 24), "test": range(24, 29)}.items():
+        listed = "".join(f"{number}.jpg\n" for number in numbers)
+        (home / f"Flickr_8k.{split}Images.txt").write_text(listed)
+    corpus = detected(tmp_path)
+    rows, reasons = read(corpus)
+    assert {split: len(names(rows, split)) for split in rows} == {
+        "train": 20,
+        "validation": 4,
+        "test": 5,
+    }
+    assert reasons["a split that is not train, validation or test"] == 2  # the captions of one
+    assert unread(corpus) == ""
+
+
+def test_common_voice(tmp_path: Path) -> None:
+    """Three files of rows share one folder of clips."""
+    head = "client_id\tpath\tsentence\tup_votes\tlocale\n"
+    splits = {"train": range(8), "dev": range(8, 11), "test": range(11, 14), "other": range(14, 16)}
+    for split, numbers in splits.items():
+        for number in numbers:
+            write_files(tmp_path, user_corpora.wav(number), f"clips/common_voice_{number}.mp3")
+        lines = (f'abc\tcommon_voice_{n}.mp3\t"Satz" Nummer {n}\t2\tde\n' for n in numbers)
+        (tmp_path / f"{split}.tsv").write_text(head + "".join(lines), "utf-8")
+    corpus = detected(tmp_path)
+    assert corpus.task == "speech_recognition"
+    rows, reasons = read(corpus)
+    assert sizes(rows) == {"test": 3, "train": 8, "validation": 3}
+    assert reasons == {"a media file that no row refers to": 2}
+    assert rows["train"][0]["text"] == '"Satz" Nummer 0'
+    assert media(rows["train"][0])[:4] == b"RIFF"
+    assert unread(corpus) == "other.tsv"
+
+
+@pytest.mark.parametrize("fields", [2, 3])
+def test_ljspeech(tmp_path: Path, fields: int) -> None:
+    lines = []
+    for number in range(40):
+        write_files(tmp_path, user_corpora.wav(number), f"wavs/LJ001-{number:04d}.wav")
+        texts = [f'"No. {number}, he said', f'"Number {number}, he said'][: fields - 1]
+        lines.append("|".join([f"LJ001-{number:04d}", *texts]))
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    corpus = detected(tmp_path)
+    assert corpus.task == "speech_recognition"
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert sum(sizes(rows).values()) == 40
+    assert set(rows) == {"train", "validation", "test"}
+    word = "No." if fields == 2 else "Number"
+    first = next(row for each in rows.values() for row in each if row["row"] == 1)
+    assert first["text"] == f'"{word} 0, he said'
+    assert first["media"]["path"].endswith("wavs/LJ001-0000.wav")
+    source = inspection.inspect_corpus(str(tmp_path))["source"]
+    assert source["file_name"] == "LJ001-0000.wav"
+    assert source["text"] == f'"{word} 0, he said'
+
+
+def test_csv_with_semicolons(tmp_path: Path) -> None:
+    lines = [f"{n};Satz {n}, und mehr;{'gut' if n % 2 else 'schlecht'}\n" for n in range(40)]
+    (tmp_path / "train.csv").write_text("id;text;label\n" + "".join(lines), "utf-8-sig")
+    corpus = detected(tmp_path)
+    corpus.scan_labels()
+    assert corpus.labels == ("gut", "schlecht")
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert sum(sizes(rows).values()) == 40
+    assert any(row["text"] == "Satz 7, und mehr" for each in rows.values() for row in each)
+
+
+def test_unread_annotation_files_are_named(tmp_path: Path) -> None:
+    write_files(tmp_path, b"x", "cat/1.jpg", "dog/2.jpg", "README.md", "LICENSE.txt")
+    write_files(tmp_path, b"x", "labels.csv", "a/b.json.gz", *(f"xml/x{n}.xml" for n in range(11)))
+    corpus = detected(tmp_path)
+    assert corpus.annotations_present == ("labels",)
+    assert unread(corpus) == "a/b.json.gz, labels.csv, xml/*.xml (11 files)"
+
+
+def write_image_table(home: Path, split: str, *folders: str) -> None:
+    """Write a table of four images, and an image of each name in each folder."""
+    for number in range(4):
+        write_files(home, user_corpora.jpg(number), *(f"{each}/{number}.jpg" for each in folders))
+    rows = (f"{number}.jpg,{split} {number}\n" for number in range(4))
+    (home / f"{split}.csv").write_text("image,caption\n" + "".join(rows), "utf-8")
+
+
+def test_splits_with_files_of_equal_names(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        write_image_table(tmp_path, split, f"{split}2014", "old-train")
+    rows, reasons = read(detected(tmp_path))
+    assert sizes(rows) == {"test": 4, "train": 4, "validation": 4}
+    assert reasons == {"a media file that no row refers to": 4}
+    for split, folder in (("train", "train"), ("validation", "val"), ("test", "test")):
+        for row in rows[split]:
+            assert f"/{folder}2014/" in row["media"]["path"]
+            assert row["captions"][0].startswith(folder)
+
+
+def test_an_unclear_folder_of_media_is_asked_for(tmp_path: Path) -> None:
+    """Masks have the names of their images."""
+    write_image_table(tmp_path, "train", "images", "masks")
+    with pytest.raises(UserError, match=r"the folders images, masks .*--options\.mine\.media "):
+        detected(tmp_path)
+    corpus = detected(tmp_path, {"media": str(tmp_path / "masks")})
+    rows, _ = read(corpus)
+    assert all("/masks/" in row["media"]["path"] for each in rows.values() for row in each)

@@ -1,0 +1,234 @@
+"""Repositories of the Hugging Face Hub, and Parquet files with embedded media."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.corpora import detect_reader, open_external_corpus
+from pipelines.data.corpora.base import JOINED_ROW, SourceArchives
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
+from pipelines.data.preprocessing.inspection import inspect_corpus
+from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
+from tests.helpers.hub_repositories import MEDIA_STRUCT, embed, write_repository
+from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
+
+TEXT = pa.string()
+
+
+def pictures(count: int, start: int = 0, **fields: Any) -> list[dict[str, Any]]:
+    """Return rows with different images."""
+    made = []
+    for number in range(start, start + count):
+        image = user_corpora.jpg(number, (40 + number, 40))
+        row = {name: value(number) for name, value in fields.items()}
+        made.append({"image": embed(image, f"{number}.jpg"), **row})
+    return made
+
+
+def test_images_with_class_names_in_sharded_splits(tmp_path: Path) -> None:
+    columns = {"image": "Image", "kind": ["circle", "square", "line"]}
+    splits = {
+        "train": pictures(12, kind=lambda n: n % 3),
+        "validation": pictures(4, 20, kind=lambda n: n % 3),
+        "test": pictures(5, 40, kind=lambda n: n % 3),
+    }
+    write_repository(tmp_path, columns, splits, shards=3)
+    found = detect_reader(SourceDirectory(str(tmp_path)))
+    assert found is not None
+    assert found[0] == "folder"
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    assert (corpus.modality, corpus.task) == ("image", "image_classification")
+    assert corpus.facts() == {"labels": ["circle", "square", "line"]}
+    assert corpus.num_source_files() == 9
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert sizes(rows) == {"test": 5, "train": 12, "validation": 4}
+    assert [media(row) for row in rows["train"]] == [r["image"]["bytes"] for r in splits["train"]]
+    assert [row["label"] for row in rows["test"]] == ["square", "line", "circle", "square", "line"]
+    (first, second) = rows["train"][3:5]
+    assert (first["file"], first["row"]) == ("data/train-00000-of-00003.parquet", 4)
+    assert (second["file"], second["row"]) == ("data/train-00001-of-00003.parquet", 1)
+
+
+def test_audio_with_transcripts(tmp_path: Path) -> None:
+    columns = {"audio": "Audio", "speaker_id": pa.int64(), "transcription": TEXT}
+    rows = [
+        {
+            "audio": embed(user_corpora.wav(n, 8000 + n)),
+            "speaker_id": n,
+            "transcription": f"第{n}句",
+        }
+        for n in range(9)
+    ]
+    write_repository(tmp_path, columns, {"train": rows[:6], "test": rows[6:]})
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"validation": 0.0})
+    assert (corpus.modality, corpus.task) == ("sound", "speech_recognition")
+    found, reasons = read(corpus)
+    assert not reasons
+    assert sizes(found) == {"test": 3, "train": 6}
+    assert [media(row) for row in found["test"]] == [row["audio"]["bytes"] for row in rows[6:]]
+    assert found["test"][0]["text"] == "第6句"
+    corpus.scan_labels()
+    built = corpus.build_columns(pa.Table.from_pylist(found["test"], corpus.raw_schema))
+    assert built["rejected"].to_pylist() == [None] * 3
+    assert min(built["frames"].to_pylist()) > 10
+
+
+def test_texts_with_class_names_and_an_unlabelled_split(tmp_path: Path) -> None:
+    """IMDB has the folder plain_text and a split "unsupervised" whose labels are -1."""
+    columns = {"text": TEXT, "label": ["neg", "pos"]}
+    labelled = [{"text": f"第{n}条", "label": n % 2} for n in range(30)]
+    bare = [{"text": f"另{n}条", "label": -1} for n in range(50)]
+    splits = {"train": labelled[:20], "test": labelled[20:], "unsupervised": bare}
+    write_repository(tmp_path, columns, splits, config="plain_text")
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    assert corpus.task == "text_classification"
+    assert corpus.facts() == {"labels": ["neg", "pos"]}
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert len(rows["train"]) + len(rows["validation"]) == 20
+    assert [row["label"] for row in rows["test"]] == ["neg", "pos"] * 5
+    assert (len(rows["unlabelled"]), rows["unlabelled"][0]["label"]) == (50, None)
+    assert "label" not in corpus.schema("unlabelled").names
+
+
+def test_files_as_the_hub_converts_them(tmp_path: Path) -> None:
+    rows = [{"text": f"第{n}条", "label": n % 2} for n in range(9)]
+    for split, part in (("train", rows[:6]), ("test", rows[6:])):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        target = tmp_path / "default" / split / "0000.parquet"
+        pq.write_table(pa.Table.from_pylist(part), target)
+    (tmp_path / "README.md").write_text("# A corpus")
+    for place in (tmp_path, tmp_path / "default"):
+        found, _ = read(open_external_corpus("mine", f"folder:{place}", {"validation": 0.0}))
+        assert sizes(found) == {"test": 3, "train": 6}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_files_of_other_formats_in_the_data_folder(tmp_path: Path, ending: str) -> None:
+    lines = {
+        "csv": "text,label\na,x\nb,y\n",
+        "jsonl": '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
+    }
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / f"{split}.{ending}").write_text(lines[ending])
+    rows, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
+    assert not reasons
+    assert sizes(rows) == {"test": 2, "train": 2, "validation": 2}
+
+
+def test_several_configurations_are_named(tmp_path: Path) -> None:
+    for config in ("cola", "sst2"):
+        rows = [{"text": f"{config}{n}", "label": n % 2} for n in range(6)]
+        columns = {"text": TEXT, "label": ["no", "yes"]}
+        write_repository(tmp_path, columns, {"train": rows}, config=config)
+    remedy = r"--options\.folder\.configuration cola"
+    with pytest.raises(UserError, match=f"configurations: cola, sst2. Give .*: {remedy}$"):
+        inspect_corpus(str(tmp_path))
+    report = inspect_corpus(str(tmp_path), {"folder": {"configuration": "cola"}})
+    assert report["rows"] == 6
+    for place, options in ((tmp_path / "sst2", {}), (tmp_path, {"configuration": "sst2"})):
+        rows_of_one, _ = read(open_external_corpus("mine", f"folder:{place}", options))
+        texts = [row["text"] for each in rows_of_one.values() for row in each]
+        assert sorted(texts) == [f"sst2{n}" for n in range(6)]
+
+
+def test_a_configuration_in_the_data_folder(tmp_path: Path) -> None:
+    rows = [{"text": f"第{n}条", "label": n % 2} for n in range(6)]
+    columns = {"text": TEXT, "label": ["no", "yes"]}
+    write_repository(tmp_path, columns, {"train": rows[:4], "dev": rows[4:]}, config="data/zh")
+    found, _ = read(open_external_corpus("mine", f"folder:{tmp_path}"))
+    assert len(found["train"]) == 4
+    assert sum(map(len, found.values())) == 6
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+@pytest.mark.parametrize("place", ["", "pictures.parquet"])
+def test_embedded_images_without_features(tmp_path: Path, kind: str, place: str) -> None:
+    rows = pictures(8, caption=lambda n: f"图{n}")
+    cells = [row["image"] if kind == "struct" else row["image"]["bytes"] for row in rows]
+    column = pa.array(cells, MEDIA_STRUCT if kind == "struct" else pa.binary())
+    texts = [row["caption"] for row in rows]
+    table = pa.table({"picture": column, "caption": texts, "mask": column})
+    pq.write_table(table, tmp_path / (place or "train.parquet"))
+    corpus = open_external_corpus("mine", f"folder:{tmp_path / place}")
+    assert (corpus.modality, corpus.task) == ("image", "text_to_image")
+    found, reasons = read(corpus)
+    assert not reasons
+    everything = [row for each in found.values() for row in each]
+    read_back = {row["captions"][0]: media(row) for row in everything}
+    assert read_back == {row["caption"]: row["image"]["bytes"] for row in rows}
+
+
+def test_damaged_and_missing_media_are_rejected(tmp_path: Path) -> None:
+    rows = pictures(9, label=lambda n: n % 2)
+    rows[2]["image"] = embed(None)
+    rows[3]["image"] = embed(b"")
+    rows[4]["image"] = embed(b"\xff\xd8\xff cut short")
+    rows[5]["image"] = None
+    write_repository(tmp_path, {"image": "Image", "label": ["a", "b"]}, {"train": rows})
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    found, reasons = read(corpus)
+    assert reasons == {"no media file": 2}
+    kept = [row for each in found.values() for row in each]
+    built = corpus.build_columns(pa.Table.from_pylist(kept, corpus.raw_schema))
+    rejected = [reason for reason in built["rejected"].to_pylist() if reason]
+    assert len(kept) == 7
+    assert "an empty file" in rejected
+    assert len(rejected) == 2
+
+
+def test_media_of_an_unknown_format_need_the_modality(tmp_path: Path) -> None:
+    column = pa.array([embed(f"?{n}".encode()) for n in range(4)], MEDIA_STRUCT)
+    pq.write_table(pa.table({"thing": column, "label": list("abab")}), tmp_path / "train.parquet")
+    with pytest.raises(
+        UserError, match=r"train\.parquet: the format of .* column thing .*modality"
+    ):
+        open_external_corpus("mine", f"folder:{tmp_path}")
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"modality": "sound"})
+    assert corpus.task == "sound_classification"
+
+
+def test_images_alone_are_for_pretraining(tmp_path: Path) -> None:
+    write_repository(tmp_path, {"image": "Image"}, {"train": pictures(5)})
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    assert (corpus.task, len(list(corpus.rows(SourceArchives.none())))) == ("masked_image", 5)
+
+
+def test_inspect_shows_no_bytes_of_media(tmp_path: Path) -> None:
+    rows = pictures(6, caption=lambda n: f"图{n}")
+    write_repository(tmp_path, {"image": "Image", "caption": TEXT}, {"train": rows})
+    report = inspect_corpus(str(tmp_path))
+    assert (report["reader"], report["task"]) == ("folder", "text_to_image")
+    assert not any(isinstance(value, bytes) for value in report["source"].values())
+    assert report["media"]["decoded"] == 6
+    assert not report["media"]["rejected"]
+
+
+def test_prepared_counts_are_complete(tmp_path: Path) -> None:
+    """Rows in are rows out and rejected rows, each with its reason."""
+    rows = pictures(10, caption=lambda n: f"图{n}") * 2
+    rows += [{"image": embed(b"\xff\xd8\xff cut short"), "caption": "damaged"}] * 3
+    rows += [{"image": embed(None), "caption": "none"}, {"image": rows[0]["image"], "caption": ""}]
+    write_repository(tmp_path, {"image": "Image", "caption": TEXT}, {"train": rows}, shards=2)
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    *blocks, summary = read_blocks(corpus, SourceArchives.none(), tmp_path / "rejected.jsonl")
+    assert isinstance(summary, ReadSummary)
+    assert summary.rows == len(rows)
+    assert summary.rejections == {
+        JOINED_ROW: 12,
+        "no media file": 1,
+        "an image without captions": 1,
+    }
+    assert summary.errors == {"no media file": 1}
+    tables = [block.table for block in blocks if isinstance(block, RowBlock)]
+    built = [corpus.build_columns(table)["rejected"].to_pylist() for table in tables]
+    reasons = [reason for each in built for reason in each]
+    assert len(reasons) == 11
+    assert sum(reason is not None for reason in reasons) == 1

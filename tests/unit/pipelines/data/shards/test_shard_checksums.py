@@ -1,0 +1,84 @@
+"""A shard is hashed once before it is read, and again when it may have changed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.shards import checksums
+from pipelines.data.shards.dataset import open_corpus
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import write_corpora
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpora(tmp_path / "data") / "headings"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the names of hashed shards."""
+    names: list[str] = []
+    real = checksums.sha256_file
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(checksums, "sha256_file", counting)
+    return names
+
+
+def flip(path: Path, position: int = 700) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+def test_flipped_bit_is_reported_when_the_shard_is_opened(corpus: Path) -> None:
+    flip(corpus / "train-00001.arrow")
+    opened = open_corpus(corpus)
+    opened.splits["test"].table()
+    with pytest.raises(UserError, match=r"train-00001\.arrow: this shard was altered: sha256"):
+        opened.splits["train"].table()
+    flip(corpus / "train-00001.arrow")
+    assert open_corpus(corpus).splits["train"].table().num_rows == 45
+
+
+def test_shard_is_hashed_once(corpus: Path, hashed: list[str]) -> None:
+    open_corpus(corpus).splits["train"].table()
+    assert sorted(hashed) == ["train-00000.arrow", "train-00001.arrow"]
+    open_corpus(corpus).splits["train"].table()
+    assert len(hashed) == 2
+    open_corpus(corpus).splits["test"].table()
+    assert hashed[2:] == ["test-00000.arrow"]
+    open_corpus(corpus).splits["train"].table()
+    assert len(hashed) == 3, "notes of other splits stay"
+
+
+def test_possibly_changed_shard_is_hashed_again(corpus: Path, hashed: list[str]) -> None:
+    path = corpus / "train-00000.arrow"
+    open_corpus(corpus).splits["train"].table()
+    os.utime(path, ns=(1, 1))
+    open_corpus(corpus).splits["train"].table()
+    assert hashed[2:] == [path.name]
+    flip(path)
+    with pytest.raises(UserError, match="was altered"):
+        open_corpus(corpus).splits["train"].table()
+
+
+def test_lost_records_only_cost_time(
+    corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (corpus / checksums.VERIFIED_NOTES).write_text('{"train-')
+    open_corpus(corpus).splits["train"].table()
+    (corpus / checksums.VERIFIED_NOTES).unlink()
+
+    def refused(path: Path, mode: str) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(checksums, "atomic_write", refused)
+    for _ in range(2):
+        assert open_corpus(corpus).splits["train"].table().num_rows == 45
+    assert len(hashed) == 6

@@ -1,0 +1,98 @@
+"""Metrics with intervals: held-out units are the observations, and each interval has a width."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.training.evaluation.held_out_units import read_unit_numbers
+from pipelines.training.evaluation.row_scores import score_predictions
+from pipelines.training.evaluation.task_metrics import (
+    classification_metrics,
+    error_rate_metrics,
+    find_query_units,
+    rank_metrics,
+)
+from skillnet.skills import SkillPlan, Task
+from skillnet_platform.errors import UserError
+
+UNITS = np.repeat(np.arange(20), 10)
+
+
+def test_units_of_equal_rows_have_the_interval_of_as_many_rows() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 20)
+    predicted = np.where(random.random(20) < 0.6, labels, (labels + 1) % 3)
+    few = classification_metrics(predicted, labels)
+    said, right = np.repeat(predicted, 10), np.repeat(labels, 10)
+    together = classification_metrics(said, right, units=UNITS)
+    assert together["accuracy"] == pytest.approx(few["accuracy"])
+    assert together["macro_f1"] == pytest.approx(few["macro_f1"], abs=0.03)
+    apart = classification_metrics(said, right)
+    assert apart["accuracy"].high - apart["accuracy"].low < 0.25
+    assert few["accuracy"].high - few["accuracy"].low > 0.35
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_no_interval_has_a_width_of_zero(right: bool) -> None:
+    labels = np.tile([0, 1], 100)
+    counts = np.stack([np.full(200, 0 if right else 3), np.full(200, 3)], 1)
+    ranks = np.full(200, 1 if right else 50)
+    found = classification_metrics(labels if right else 1 - labels, labels, units=UNITS)
+    found |= error_rate_metrics(counts, units=UNITS) | rank_metrics(ranks, units=UNITS)
+    for name, interval in found.items():
+        # A median or a macro-F1 that no resample changes has no interval.
+        if name in ("median_rank", "macro_f1"):
+            assert np.isnan([interval.low, interval.high]).all()
+        else:
+            assert interval.low <= interval.value <= interval.high
+            # Wilson's interval for 20 of 20 units, with Student's t.
+            assert interval.high - interval.low > 0.15
+    assert found["token_error_rate"].value == (0 if right else 1)
+
+
+def test_an_error_rate_above_one_lies_in_its_interval() -> None:
+    counts = np.stack([np.random.default_rng(0).integers(5, 40, 50), np.full(50, 3)], 1)
+    found = error_rate_metrics(counts)["token_error_rate"]
+    assert 1 < found.low < found.value < found.high
+
+
+def test_one_unit_has_values_and_no_intervals() -> None:
+    found = classification_metrics(np.array([0, 1, 1]), np.array([0, 1, 0]), units=np.zeros(3, int))
+    assert found["accuracy"].value == pytest.approx(2 / 3)
+    for interval in found.values():
+        assert np.isnan([interval.low, interval.high]).all()
+
+
+def test_captions_of_a_row_are_one_unit_at_most() -> None:
+    owners = np.array([0, 0, 1, 2, 2])
+    assert find_query_units(None, None) is None
+    assert find_query_units(None, owners) is owners
+    assert find_query_units(np.array([0, 0, 1]), None).tolist() == [0, 0, 1]  # type: ignore[union-attr]
+    assert find_query_units(np.array([0, 0, 1]), owners).tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
+
+
+def test_rows_without_a_name_are_units_by_themselves() -> None:
+    names = pa.chunked_array([["b", None, "a"], [None, "b"]], pa.string())
+    assert read_unit_numbers(pa.table({"unit": names}), "x/test").tolist() == [0, 1, 2, 3, 0]
+    nothing = pa.table({"unit": pa.nulls(3, pa.string())})
+    assert read_unit_numbers(nothing, "x/test").tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"x/test: no column 'unit'. Prepare the corpus again."):
+        read_unit_numbers(pa.table({"key": ["a"]}), "x/test")
+
+
+def test_rows_without_labels_do_not_count_in_average_precision() -> None:
+    """A row without labels has no ranking; counted as 0 it would lower the mean."""
+    scores = np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.8], [0.7, 0.6, 0.1], [0.2, 0.4, 0.3]])
+    truth = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    spec = Task("multi_label", {"input": SkillPlan(("general", "text"), "text")}, outputs=3)
+    units = np.array([0, 0, 1, 2])
+    metric = score_predictions(spec, scores, {"label_sets": truth}, 0, units).metrics
+    # The label of the first row is first, that of the third row second.
+    assert metric["average_precision"].value == pytest.approx((1 + 1 / 2) / 2)
+    labelled = truth.any(1)
+    alone = score_predictions(
+        spec, scores[labelled], {"label_sets": truth[labelled]}, 200, units[labelled]
+    ).metrics["average_precision"]
+    whole = score_predictions(spec, scores, {"label_sets": truth}, 200, units).metrics
+    assert whole["average_precision"].value == pytest.approx(alone.value)
+    assert whole["average_precision"].low > 0

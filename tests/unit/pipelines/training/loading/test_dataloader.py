@@ -1,0 +1,268 @@
+"""Batches are a pure function of (seed, step), for any number of workers."""
+
+import multiprocessing
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.training.config.data import AugmentConfig
+from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
+from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loop.resolved_run import ResolvedRun
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture
+def stream(data: Path) -> MultiTaskDataLoader:
+    return ResolvedRun(small_config(data)).dataloader
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    found = {f"{t}/{k}": x for t, inputs in batch.towers.items() for k, x in inputs.items()}
+    return found | batch.targets
+
+
+def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows padded with zeros to ``width`` along the second axis, if they are sequences."""
+    if x.ndim < 2 or x.ndim > 3:
+        return x
+    out = x.new_zeros(x.shape[0], width, *x.shape[2:])
+    out[:, : x.shape[1]] = x
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_slices_of_ranks_join_to_the_global_batch(stream: MultiTaskDataLoader, world: int) -> None:
+    tasks = set()
+    for step in range(20):
+        whole = stream.batch(step)
+        tasks.add(whole.task)
+        parts = [stream.batch(step, rank, world) for rank in range(world)]
+        real = [part for part in parts if not part.is_padding]
+        assert np.array_equal(np.concatenate([part.rows for part in real]), whole.rows)
+        assert {part.global_rows for part in parts} == {len(whole.rows)}
+        for name, expected in tensors(whole).items():
+            width = expected.shape[1] if expected.ndim > 1 else 0
+            found = torch.cat([rows_of(tensors(part)[name], width) for part in real])
+            assert torch.equal(found, rows_of(expected, width)), (whole.task, name)
+    assert len(tasks) == 5
+
+
+def test_equal_step_gives_an_equal_batch(data: Path) -> None:
+    first, second = (ResolvedRun(small_config(data)).dataloader for _ in range(2))
+    for step in (7, 3, 7):
+        one, other = tensors(first.batch(step)), tensors(second.batch(step))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
+    config = small_config(data)
+    first = ResolvedRun(config).dataloader
+    config.seed = 1
+    second = ResolvedRun(config).dataloader
+    plans = [(first.batch_spec(step), second.batch_spec(step)) for step in range(20)]
+    assert [one.task for one, _ in plans] != [other.task for _, other in plans]
+    assert any(set(one.rows) != set(other.rows) for one, other in plans)
+
+
+def test_each_row_occurs_once_per_epoch(stream: MultiTaskDataLoader) -> None:
+    seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
+    for step in range(300):
+        plan = stream.batch_spec(step)
+        seen[plan.task].extend(plan.rows.tolist())
+    for name, rows in seen.items():
+        count = stream.datasets[name].num_rows
+        whole = len(rows) // count
+        assert whole >= 3
+        for epoch in range(whole):
+            assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count)), name
+
+
+def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
+    """Augmentation depends on the step: a repeated image is augmented differently."""
+    steps = [step for step in range(200) if stream.batch_spec(step).task == "text_to_image"]
+    seen: dict[int, torch.Tensor] = {}
+    for step in steps:
+        batch = stream.batch(step)
+        for place, row in enumerate(batch.rows.tolist()):
+            pixels = batch.towers["candidate"]["pixels"][place]
+            assert row not in seen or not torch.equal(pixels, seen[row])
+            seen[row] = pixels
+
+
+def test_sequences_of_a_batch_have_similar_lengths(data: Path) -> None:
+    stream = ResolvedRun(small_config(data)).dataloader
+    rows = stream.datasets["text_classification"]
+    lengths = rows.row_lengths()
+    assert lengths is not None
+    steps = [s for s in range(400) if stream.batch_spec(s).task == "text_classification"]
+    spread = np.mean([np.ptp(lengths[stream.batch_spec(step).rows]) for step in steps])
+    random = np.random.default_rng(0)
+    at_random = np.mean([np.ptp(random.choice(lengths, 7, replace=False)) for _ in range(200)])
+    assert spread < 0.6 * at_random
+
+
+def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
+    stream.datasets["text_to_image"]._first_caption_prob = 0.0
+    table = stream.datasets["text_to_image"].shard_table.table()
+    captions = table.column("caption_tokens").to_pylist()
+    row = next(index for index, found in enumerate(captions) if len(found) == 3)
+    config = stream._augmentation
+    assert config is not None
+    config.token_dropout = 0.0
+    seen: Counter[tuple[int, ...]] = Counter()
+    for step in range(400):
+        plan = stream.batch_spec(step)
+        if plan.task == "text_to_image" and row in plan.rows:
+            place = plan.rows.tolist().index(row)
+            tokens = stream.batch(step).towers["query"]["tokens"][place]
+            seen[tuple(tokens[tokens > 0].tolist())] += 1
+    assert set(seen) == {tuple(tokens) for tokens in captions[row]}
+
+
+def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
+    data: Path, tmp_path: Path
+) -> None:
+    """Log power is stored divided by a deviation; noise adds to the power itself."""
+    config = small_config(data)
+    config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
+    config.training.augment = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
+    plain = ResolvedRun(config).dataloader
+    config.data = str(tmp_path)
+    write_scaled_sound(data / "syllables", tmp_path / "syllables", 3.2)
+    scaled = ResolvedRun(config).dataloader
+    for step in range(4):
+        one, other = (x.batch(step).towers["input"]["log_mel"] for x in (plain, scaled))
+        torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 96}, "drawings/train: images .* size 48.* Set model.image_size 48, or .*"),
+        (
+            {"video_frames": 4, "video_size": 64},
+            "strokes/train: videos were prepared with frames 8, video_size 32, which the model "
+            "does not read. Set model.video_frames 8, model.video_size 32, or prepare the corpus "
+            "with --options.strokes.frames 4 --options.strokes.video_size 64",
+        ),
+    ],
+)
+def test_sizes_that_the_model_does_not_read_are_named(
+    data: Path, sizes: dict[str, int], message: str
+) -> None:
+    config = small_config(data)
+    config.model = replace(config.model, **sizes)
+    with pytest.raises(UserError, match=message):
+        _ = ResolvedRun(config).dataloader
+
+
+def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:
+    with prefetch_batches(stream, 4, 9) as ahead:
+        batches = list(ahead)
+    assert len(batches) == 5
+    for step, batch in zip(range(4, 9), batches, strict=True):
+        expected = tensors(stream.batch(step))
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
+
+
+def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) -> None:
+    stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
+    stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
+    with prefetch_batches(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
+        list(ahead)
+
+
+def test_processes_give_the_batches_of_the_thread(data: Path) -> None:
+    stream = ResolvedRun(small_config(data)).dataloader
+    before = set(multiprocessing.active_children())
+    with prefetch_batches(stream, 5, 25, rank=1, world=2, processes=2) as ahead:
+        batches = list(ahead)
+    assert len(batches) == 20
+    for step, batch in zip(range(5, 25), batches, strict=True):
+        whole = stream.batch(step, 1, 2)
+        assert (batch.task, batch.rows.tolist()) == (whole.task, whole.rows.tolist())
+        expected = tensors(whole)
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_processes_open_their_own_shards(data: Path) -> None:
+    """A copy of the open shards would hold all rows of the corpora."""
+    stream = ResolvedRun(small_config(data)).dataloader
+    stream.batch(0)
+    sizes = sum(sum(d.shard_table.bytes) for d in stream.datasets.values())
+    assert len(pickle.dumps(stream)) < sizes / 4
+
+
+def test_processes_raise_the_error_of_a_batch_unchanged(data: Path) -> None:
+    stream = ResolvedRun(small_config(data)).dataloader
+    for dataset in stream.datasets.values():
+        dataset.shard_table = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError, match="NoneType") as alone:
+        stream.batch(0)
+    with (
+        prefetch_batches(stream, 0, 20, processes=1) as ahead,
+        pytest.raises(AttributeError, match="NoneType") as raised,
+    ):
+        list(ahead)
+    assert str(raised.value) == str(alone.value)
+
+
+def test_rank_slice_equals_array_split() -> None:
+    for count in range(12):
+        for world in range(1, 6):
+            expected = [part.tolist() for part in np.array_split(np.arange(count), world)]
+            rows = [list(range(count))[rank_slice(count, rank, world)] for rank in range(world)]
+            assert rows == expected
+
+
+def test_corpus_of_another_modality_is_rejected(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].corpus = "strokes"
+    with pytest.raises(
+        UserError, match=r"text_to_image reads image, but corpus strokes holds video"
+    ):
+        _ = ResolvedRun(config).dataloader
+
+
+def test_unknown_split_is_rejected(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].split = "training"
+    with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
+        _ = ResolvedRun(config).dataloader
+
+
+def test_missing_corpus_is_rejected_by_name(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].corpus = "paintings"
+    with pytest.raises(UserError, match="paintings"):
+        _ = ResolvedRun(config).dataloader
+
+
+def test_vocabulary_larger_than_the_model_is_rejected(data: Path) -> None:
+    config = small_config(data)
+    config.model.vocab_size = 50
+    with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
+        _ = ResolvedRun(config).dataloader
+
+
+def test_labels_beyond_the_classes_of_the_model_are_rejected(data: Path) -> None:
+    import dataclasses
+
+    config = small_config(data)
+    tasks = config.model.tasks
+    tasks["text_classification"] = dataclasses.replace(tasks["text_classification"], outputs=3)
+    with pytest.raises(UserError, match=r"text_classification\.outputs is 3"):
+        _ = ResolvedRun(config).dataloader

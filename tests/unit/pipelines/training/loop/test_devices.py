@@ -1,0 +1,230 @@
+"""Devices of a run: only workers touch them, and the driver compares the run with its cluster."""
+
+import logging
+import os
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.train import ControllerError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from torch import distributed as dist
+
+from pipelines.quickstart import QuickstartConfig, quickstart
+from pipelines.training.config.run import TrainingConfig
+from pipelines.training.loop import setup
+from pipelines.training.loop.device_errors import DeviceLostError
+from pipelines.training.loop.ray_train import fit, rendezvous
+from pipelines.training.loop.ray_train.rendezvous import WorkerBuild
+from pipelines.training.loop.resolved_run import resolve_run
+from pipelines.training.loop.run import validate_run
+from skillnet_platform.cluster import capacity
+from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.failure_policy import FailFastOnUserError, is_no_user_error
+from tests.helpers.small_corpora import small_config, write_corpora
+
+HEAD = {"CPU": 4.0}
+GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
+
+
+class Session:
+    """Stands for the connected ``ray`` module."""
+
+    def __init__(self, nodes: list[dict[str, float]]) -> None:
+        self._nodes = nodes
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": node} for node in self._nodes]
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float], startable: int = 0) -> None:
+    """Let this process see a cluster of the given nodes, whose head it runs on."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    # It changes the environment of this process, which later tests share.
+    monkeypatch.setattr(capacity, "prepare_ray_environment", lambda: None)
+    monkeypatch.setattr(capacity, "ray_session", lambda: Session(list(nodes)))
+    monkeypatch.setattr(capacity, "list_startable_nodes", lambda: startable * [GPU_NODE])
+
+
+def gpus(workers: int, **more: Any) -> TrainingConfig:
+    return TrainingConfig(use_gpu=True, workers=workers, **more)
+
+
+def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(monkeypatch, HEAD, *4 * [GPU_NODE])
+    config = small_config(write_corpora(tmp_path / "data"), use_gpu=True, workers=4)
+    for task in config.tasks.values():
+        task.batch_size = 4
+    setup.require_devices(config.training)
+    validate_run(resolve_run(config))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "startable", "training", "message"),
+    [
+        (
+            [HEAD],
+            0,
+            gpus(4),
+            r"training\.workers 4 with training\.use_gpu need 4 GPUs; the cluster has 0\. Lower",
+        ),
+        ([HEAD, GPU_NODE], 2, gpus(4), "need 4 GPUs; the cluster has 3"),
+        ([HEAD], 4, gpus(4), None),
+        ([HEAD, GPU_NODE], 0, gpus(4, min_workers=1), None),
+        (
+            [HEAD],
+            0,
+            gpus(4, min_workers=2),
+            r"training\.min_workers 2 with training\.use_gpu need 2 GPUs; the cluster has 0",
+        ),
+        (
+            [{"CPU": 4.0, "GPU": 2.0}],
+            0,
+            gpus(2, cpus_per_worker=4),
+            "need 2 GPUs with 4 CPUs each; the nodes of the cluster have room for 1 of them",
+        ),
+        (
+            [{"CPU": 16.0, "GPU": 2.0}],
+            0,
+            gpus(2, placement_strategy="strict_spread"),
+            "need 2 GPUs on as many nodes; the cluster has 2 GPUs on fewer",
+        ),
+    ],
+    ids=range(7),
+)
+def test_the_gpus_of_a_run_are_those_of_the_cluster(
+    nodes: list[dict[str, float]],
+    startable: int,
+    training: TrainingConfig,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connect(monkeypatch, *nodes, startable=startable)
+    if message is None:
+        setup.require_devices(training)
+        return
+    with pytest.raises(UserError, match=message):
+        setup.require_devices(training)
+
+
+def test_pods_that_the_autoscaler_may_start_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    connect(monkeypatch, HEAD)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(capacity, "BOOTSTRAP", tmp_path / "absent.yaml")
+    setup.require_devices(gpus(2))
+    assert "The run waits for the autoscaler" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_machine_without_gpus_is_named_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = QuickstartConfig(data=str(tmp_path / "data"), archives=str(tmp_path / "archives"))
+    config.training.use_gpu = True
+    with pytest.raises(UserError, match=r"need 1 GPU; this machine has 0\. Set RAY_ADDRESS"):
+        quickstart(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_without_a_gpu_names_its_node_and_its_torch() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=f"torch {torch.__version__[:4]}.*finds no GPU on "):
+        setup.require_devices(gpus(0))
+
+
+def test_threads_are_those_of_the_worker_and_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    assert setup.count_threads(1, 1) == 16
+    assert setup.count_threads(1, 4) == 4
+    assert setup.count_threads(1, 64) == 1
+    assert setup.count_threads(8, 2) == 8
+    assert setup.count_threads(64, 1) == 16, "slots of Ray may exceed the cores"
+
+
+def test_a_gpu_worker_reserves_its_share_of_the_cpus_of_a_node() -> None:
+    assert capacity.share_of_cpus([HEAD, GPU_NODE]) == 8
+    assert capacity.share_of_cpus([HEAD, GPU_NODE, {"CPU": 4.0, "GPU": 1.0}]) == 4
+    assert capacity.share_of_cpus([{"CPU": 192.0, "GPU": 8.0}]) == 8
+    assert capacity.share_of_cpus([{"CPU": 2.0, "GPU": 4.0}]) == 1
+    assert fit.worker_resources(gpus(2), [HEAD, GPU_NODE]) == {"CPU": 8.0, "GPU": 1.0}
+    assert fit.worker_resources(gpus(2, cpus_per_worker=3), [GPU_NODE])["CPU"] == 3.0
+    assert fit.worker_resources(TrainingConfig(workers=2), [GPU_NODE]) == {"CPU": 1.0}
+
+
+def test_workers_with_different_builds_of_torch_do_not_start() -> None:
+    mixed = [WorkerBuild("a", "2.13.0+cu128"), WorkerBuild("b", "2.13.0+cu126")]
+    with pytest.raises(UserError) as caught:
+        rendezvous.check_builds(mixed, use_gpu=True)
+    for part in ("torch 2.13.0+cu128 on a", "torch 2.13.0+cu126 on b", "one build on all nodes"):
+        assert part in str(caught.value)
+    # The sums of CPUs need equal versions only.
+    rendezvous.check_builds(mixed, use_gpu=False)
+    with pytest.raises(UserError, match=r"torch 2.13.0 on a; torch 2.12.1 on b"):
+        rendezvous.check_builds([mixed[0], WorkerBuild("b", "2.12.1+cu128")], use_gpu=False)
+
+
+def test_the_controller_reads_a_worker_without_torch() -> None:
+    assert b"torch" not in pickle.dumps(rendezvous.describe_build(use_gpu=False).build)
+
+
+def test_a_worker_without_a_gpu_is_named_before_the_process_group() -> None:
+    found = rendezvous.describe_build(use_gpu=True)
+    with pytest.raises(UserError, match=f"finds no GPU on {platform.node()}"):
+        rendezvous.check_builds([WorkerBuild("other", found.build), found], use_gpu=True)
+    rendezvous.check_builds([rendezvous.describe_build(use_gpu=False)], use_gpu=False)
+
+
+def test_an_error_before_the_start_of_the_workers_ends_the_run() -> None:
+    policy = FailFastOnUserError(FailureConfig(max_failures=3))
+    error = ControllerError(UserError("the nodes have different builds of torch"))
+    assert policy.make_decision(error) is FailureDecision.RAISE
+    # The driver prints it, so the controller's log does not.
+    record = logging.LogRecord("x", 40, "x", 1, "failed", None, (UserError, UserError("x"), None))
+    assert not is_no_user_error(record)
+    record.exc_info = (ValueError, ValueError("x"), None)
+    assert is_no_user_error(record)
+
+
+def test_the_loss_of_a_device_is_found_among_the_errors_of_the_workers() -> None:
+    failures = {0: RuntimeError("Connection closed by peer"), 1: DeviceLostError("b, GPU 0: lost")}
+    found = fit.find_device_loss(failures)
+    assert found is not None
+    assert str(found) == "b, GPU 0: lost"
+    assert fit.find_device_loss({0: failures[0]}) is None
+
+
+def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:
+    config = small_config(write_corpora(tmp_path / "data"), workers=4)
+    config.tasks["text_to_image"].batch_size = 3
+    with pytest.raises(UserError) as caught:
+        validate_run(resolve_run(config))
+    for part in ("tasks.text_to_image.batch_size is 3", "(4)", "--training.workers 3"):
+        assert part in str(caught.value)
+
+
+def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skillnet_platform.cluster.loopback.listens_on_loopback", lambda ray: True)
+    config = rendezvous.build_process_group_config(use_gpu=False, timeout_s=12.5)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: asked.update(options)
+    )
+    rendezvous._join("gloo", "file:///x", 0, 2, config.timeout_s)
+    assert asked["timeout"].total_seconds() == 13

@@ -1,0 +1,75 @@
+"""Elastic runs: valid settings, and the effect of stop requests to workers and driver."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.loop import preemption, worker
+from pipelines.training.runs.identity import compute_identity
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workers": 2, "min_workers": 3}, r"between 1 and training.workers \(2\), got 3"),
+        (
+            {"workers": 2, "min_workers": 0},
+            "training.min_workers: expected .* from 1 to 10000 or null",
+        ),
+        ({"workers": 0, "min_workers": 1}, "training.min_workers must be between 1"),
+        ({"resize_interval_s": 0.0}, "training.resize_interval_s: expected a number above 0"),
+    ],
+)
+def test_invalid_elastic_settings_are_rejected(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainingConfig(**given)
+
+
+def test_resumed_run_may_become_elastic() -> None:
+    config = FinetuneConfig(training=TrainingConfig(workers=4))
+    elastic = replace(
+        config, training=replace(config.training, min_workers=1, resize_interval_s=5.0)
+    )
+    assert compute_identity(elastic) == compute_identity(config)
+
+
+def test_signal_to_a_worker_resizes_and_stop_of_the_driver_ends(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        preemption.listen_in_worker()
+        with pytest.raises(WorkerGroupResize) as reported:
+            worker._end_for_resize(1, "host")
+        assert reported.value.leaving == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.stop_requested()
+        with pytest.raises(WorkerGroupResize) as reported:
+            worker._end_for_resize(1, "host")
+        assert reported.value.leaving == ["host"]
+        (tmp_path / preemption.FILE).touch()
+        with preemption.watch_stop_signal(preemption.FileStopSignal(tmp_path / preemption.FILE)):
+            while not preemption.stop_requested_by_driver():
+                pass
+        worker._end_for_resize(1, "host")
+    finally:
+        preemption.listen_in_worker()
+        signal.signal(signal.SIGTERM, before)
+    assert not preemption.stop_requested()
+
+
+def test_resize_request_needs_no_signal() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        preemption.listen_in_worker()
+        preemption.request_stop()
+        assert preemption.stop_requested()
+        assert not preemption.stop_requested_by_signal()
+        assert not preemption.stop_requested_by_driver()
+    finally:
+        preemption.listen_in_worker()
+        signal.signal(signal.SIGTERM, before)

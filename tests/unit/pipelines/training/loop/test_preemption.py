@@ -1,0 +1,82 @@
+"""Graceful preemption: signals, stop signals of a driver, and handlers after a fit."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.loop import preemption
+from skillnet_platform import signals
+from tests.helpers.waiting import wait_until
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_requests_a_stop_and_a_second_one_interrupts(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    file = tmp_path / preemption.FILE
+    file.touch()  # left by an earlier run
+    with preemption.listen_in_driver(preemption.FileStopSignal(file)):
+        assert not preemption.stop_requested()
+        assert not file.exists()
+        os.kill(os.getpid(), number)
+        assert preemption.stop_requested()
+        wait_until(file.exists, 30)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert preemption.received_signal() is number
+    assert not preemption.stop_requested()
+    assert not file.exists()
+
+
+def test_nohup_keeps_a_run_through_the_end_of_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemption.listen_in_driver(), signals.terminate_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not preemption.stop_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_file_of_the_driver_requests_a_stop(tmp_path: Path) -> None:
+    file = tmp_path / preemption.FILE
+    with (
+        preemption.listen_in_driver(),
+        preemption.watch_stop_signal(preemption.FileStopSignal(file)),
+    ):
+        assert not preemption.stop_requested()
+        file.touch()
+        wait_until(preemption.stop_requested, 30)
+
+
+class Unreachable:
+    """A stop signal in a store that does not answer."""
+
+    def set(self) -> None:
+        raise ConnectionError("the head does not answer")
+
+    def clear(self) -> None:
+        pass
+
+    def is_set(self) -> bool:
+        raise ConnectionError("the head does not answer")
+
+
+def test_unreachable_stop_signal_causes_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with preemption.listen_in_driver(Unreachable()), preemption.watch_stop_signal(Unreachable()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.stop_requested()
+    assert (
+        "the stop request did not reach the workers (the head does not answer)"
+        in capsys.readouterr().err
+    )
+
+
+def test_ctrl_c_handler_is_restored_after_a_fit() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with preemption.listen_in_driver():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before

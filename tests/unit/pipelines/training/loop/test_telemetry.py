@@ -1,0 +1,153 @@
+"""Tokens, operations, memory, gauges and profiles of a training."""
+
+import gzip
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
+from pipelines.training.loop.telemetry import (
+    PROFILES,
+    CostMeter,
+    GaugePublisher,
+    find_peak_flops,
+    measure_peak_memory,
+)
+from skillnet.multitask_model import TaskModel
+from tests.helpers.small_corpora import small_config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+class RecordingReporter(LoopReporter):
+    """Reporter that keeps the metrics."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.values |= values
+
+
+def read_batch(run: ResolvedRun, task: str, rank: int = 0, world: int = 1) -> Batch:
+    loader = run.dataloader
+    step = next(s for s in range(100) if loader.batch_spec(s).task == task)
+    return loader.batch(step, rank, world)
+
+
+def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(data: Path) -> None:
+    run = ResolvedRun(small_config(data))
+    model = build_model(run.config)
+    batch = read_batch(run, "text_classification", 0, 2)
+    length = batch.towers["input"]["tokens"].shape[1]
+    flops, tokens = model.flops("text_classification", {"input": length})
+    meter = CostMeter(model, peak_flops=1e9)
+    meter.add(batch)
+    values = meter.collect_metrics(seconds=2.0)
+    operations = 3 * flops * len(batch.rows)
+    assert len(batch.rows) < batch.global_rows
+    assert tokens == length
+    assert values["training/tokens_per_second"] == tokens * batch.global_rows / 2
+    assert values["training/model_tflops_per_second"] == pytest.approx(operations / 2e12)
+    assert values["training/model_flops_utilization"] == pytest.approx(operations / 2e9)
+    assert meter.collect_metrics(seconds=2.0) == {}
+
+
+def test_a_device_of_unknown_peak_has_no_utilization(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_peak_flops(torch.device("cpu"), True) is None
+    about = SimpleNamespace(name="NVIDIA L4", total_memory=24 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert find_peak_flops(torch.device("cuda"), True) == 121e12
+    assert find_peak_flops(torch.device("cuda"), False) == 30.3e12
+    about.name = "NVIDIA X9"
+    assert find_peak_flops(torch.device("cuda"), True) is None
+
+
+def test_a_system_without_formulas_is_not_run_to_count_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ResolvedRun(small_config(data))
+    model = build_model(run.config)
+    monkeypatch.setattr(type(model), "flops", TaskModel.flops)
+    meter = CostMeter(model)
+    meter.add(read_batch(run, "text_classification"))
+    assert meter.collect_metrics(1.0) == {}
+
+
+def test_training_reports_rate_and_memory_and_writes_a_profile(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=4, log_every=2, profile_start=1, profile_steps=2)
+    reporter = RecordingReporter()
+    train_model(ResolvedRun(config, tmp_path), reporter=reporter)
+    assert reporter.values["training/tokens_per_second"] > 0
+    assert 0.05 < reporter.values["training/peak_host_memory_gb"] < 100
+    # The peak of a CPU is not known, so its utilization is not stated.
+    assert "training/model_flops_utilization" not in reporter.values
+    trace = tmp_path / PROFILES / "step-00000001-rank-0.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("embedding" in str(event.get("name")) for event in events)
+
+
+def test_memory_of_a_gpu_is_reported_beside_that_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**9)
+    values = measure_peak_memory(torch.device("cuda"))
+    assert values["training/peak_device_memory_gb"] == 3.0
+
+
+def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, tuple[float, Mapping[str, str]]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: Mapping[str, str]) -> None:
+            seen[self.name] = (value, tags)
+
+    metrics = ModuleType("ray.util.metrics")
+    metrics.Gauge = Gauge  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray.util.metrics", metrics)
+    ray = SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    publisher = GaugePublisher("first")
+    values = {"training/steps_per_second": 3.5, "text_to_image/loss": 1.0}
+    publisher.publish(values)
+    assert not seen
+    ray.is_initialized = lambda: True
+    publisher.publish(values)
+    assert seen == {"skillnet_training_steps_per_second": (3.5, {"run": "first"})}
+
+
+def test_sparse_embeddings_resume_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=6, sparse_embeddings=True, checkpoint_every=3)
+    whole = train_model(ResolvedRun(config, tmp_path / "whole")).model
+    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=3)
+    resumed = train_model(ResolvedRun(config, tmp_path / "parts"))
+    assert resumed.resumed == 3
+    for (name, one), other in zip(
+        whole.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    dense = replace(config, training=replace(config.training, sparse_embeddings=False))
+    table = "stems.token.embedding.weight"
+    other = train_model(ResolvedRun(dense)).model.get_parameter(table)
+    assert not torch.equal(whole.get_parameter(table), other)

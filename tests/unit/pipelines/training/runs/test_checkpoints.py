@@ -1,0 +1,197 @@
+"""Checkpoints are complete or rejected."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.training.loop import checkpointing
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
+from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import build_model
+from pipelines.training.runs import checkpoints, model_source
+from skillnet import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    train_model(
+        ResolvedRun(
+            small_config(data, steps=8, checkpoint_every=2, keep_checkpoints=3, ema=0.9), run
+        )
+    )
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_newest_checkpoints_are_kept(run: Path) -> None:
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=5, ema=0.9)
+    done = train_model(ResolvedRun(config, tmp_path))
+    found = checkpoints.find_newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert (found.step, found.path) == (5, done.checkpoint)
+    model, average = build_model(config).double(), WeightAverage(0.9)
+    optimizer = build_optimizer(model.named_parameters(), config.training)
+    checkpointing.load_checkpoint(found, model, optimizer, average)
+    again = checkpointing.write_checkpoint(
+        tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
+    )
+    for path in sorted(found.path.iterdir()):
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    # A state tensor for each parameter that some step touched, in its owner's file.
+    updated = {name for name, p in model.named_parameters() if p in optimizer.state}
+    assert updated == average.values.keys()
+    average.swap(model)
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), done.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_checkpoint_loads_as_a_saved_model(run: Path) -> None:
+    model = SkillNet.from_pretrained(run / "checkpoints" / "step-00000008", task="text_to_image")
+    assert set(model.config.tasks) == {"text_to_image"}
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "state.json", "skill-general.safetensors", "config.json"]
+)
+def test_incomplete_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoints" / "step-00000008"
+    (path / name).unlink()
+    with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
+        checkpoints.verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
+def test_corrupt_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoints" / "step-00000008" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} was altered"):
+        checkpoints.verify_checkpoint(path.parent)
+
+
+def test_truncated_manifest_is_rejected(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000008" / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        checkpoints.verify_checkpoint(path.parent)
+
+
+def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    (run / "checkpoints" / "step-00000006").mkdir()
+    (run / "checkpoints" / ".step-00000010.123.tmp").mkdir()
+    found = checkpoints.find_newest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 4
+    said = capsys.readouterr().err
+    assert "step-00000008" in said
+    assert "step-00000006" in said
+
+
+def test_no_checkpoint_returns_none(tmp_path: Path) -> None:
+    assert checkpoints.find_newest(tmp_path / "checkpoints") is None
+
+
+def test_saved_model_is_not_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    build_model(small_config(data)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="is a saved model, not a checkpoint"):
+        checkpoints.verify_checkpoint(tmp_path / "model")
+
+
+def test_weights_of_another_shape_are_rejected(data: Path, run: Path) -> None:
+    config = small_config(data)
+    config.model.ffn_dim = 32
+    with pytest.raises(UserError, match="this model has"):
+        checkpoints.load_weights(run / "checkpoints" / "step-00000008", build_model(config))
+
+
+def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
+    config = small_config(data)
+    config.init_from = str(run / "checkpoints" / "step-00000008")
+    start = dict(build_model(config).named_parameters())
+    saved = SkillNet.from_pretrained(config.init_from).named_parameters()
+    average = model_source.load_source_model(
+        model_source.resolve_model(config.init_from)
+    ).named_parameters()
+    moved = 0
+    for (name, last), (_, mean) in zip(saved, average, strict=True):
+        assert torch.equal(start[name], mean.to(start[name].dtype)), name
+        moved += not torch.equal(last, mean)
+    assert moved > 20
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pipelines.training.runs import checkpoints
+from pipelines.training.loop.loop import train_model
+from pipelines.training.loop.resolved_run import ResolvedRun
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config
+config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep_checkpoints=9)
+try:
+    train_model(ResolvedRun(config, Path(sys.argv[2])))
+except UserError as problem:
+    found = checkpoints.find_newest(Path(sys.argv[2]) / "checkpoints")
+    left = sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir())
+    print(found.step, left, problem, sep="|")
+"""
+
+
+def test_full_disk_keeps_the_previous_checkpoint(data: Path, tmp_path: Path) -> None:
+    """On a file system with room for one checkpoint, in a namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = f"mount -t tmpfs -o size=4m none {disk} && exec {sys.executable} - {data} {disk}"
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
+        pytest.skip("needs user namespaces")
+    done = subprocess.run(
+        [*namespace, "sh", "-c", command],
+        input=SCRIPT,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[5],
+        env={"PYTHONPATH": ".:platform", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
+    )
+    assert done.stdout, done.stderr
+    step, left, message = done.stdout.strip().split("|")
+    assert (step, left) == ("2", "['step-00000002']"), done.stderr
+    assert "the disk is full" in message
+    assert "step-00000004" in message
+    assert "it takes" in message
+
+
+def test_manifest_is_json_with_every_file(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000008"
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(files) == {p.name for p in path.iterdir()} - {"manifest.json"}

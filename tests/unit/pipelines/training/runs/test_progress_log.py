@@ -1,0 +1,116 @@
+"""Progress file: a line truncated by a full disk or a kill does not damage later lines."""
+
+import errno
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.runs.progress_log import ProgressFile, follow_progress, read_metric_history
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+
+
+def test_partial_last_line_is_removed_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    file = ProgressFile(path)
+    file.append(step=1, metrics={"loss": 3.0})
+    file.append(step=2, metrics={"loss": 2.0})
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    again = ProgressFile(path)
+    again.append(step=2, metrics={"loss": 2.5})
+    again.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert read_metric_history(path) == {"loss": [(1, 3.0), (2, 2.5)]}
+    path.write_bytes(b"")
+    ProgressFile(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_joined_lines_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    path.write_text('{"step": 1, "metrics": {"loss": 1.0}}\n{"step": 2, "met{"step": 3}\n')
+    assert read_metric_history(path) == {"loss": [(1, 1.0)]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        '"x"',
+        '{"metrics": {"loss": 1}}',
+        '{"step": "2", "losses": ""}',
+        '{"step": 2, "metrics": [1]}',
+        '{"step": 2, "metrics": {"loss": "1"}}',
+        "[" * 100000,
+        "\ud800",
+    ],
+    ids=range(9),
+)
+def test_foreign_line_is_skipped(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    whole = b'{"step": 1, "metrics": {"loss": 1.0}}\n'
+    path.write_bytes(whole + line.encode("utf-8", "surrogatepass") + b"\n")
+    assert read_metric_history(path) == {"loss": [(1, 1.0)]}
+
+
+def test_full_disk_is_reported_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ProgressFile(tmp_path / "progress.jsonl")
+
+    class Full:
+        def write(self, line: bytes) -> int:
+            if len(line) > 5:
+                return len(line) - 5
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    file._stream.close()
+    monkeypatch.setattr(file, "_stream", Full())
+    with pytest.raises(UserError, match=r"progress.jsonl: the disk is full"):
+        file.append(step=1, losses="")
+    file.close()
+
+
+@pytest.mark.parametrize("reached", [10, 7])
+def test_progress_ends_with_the_training(
+    reached: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the training stops early, for example after a number of minutes."""
+    (tmp_path / "trained.json").write_text("{}", encoding="utf-8")
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    with follow_progress(tmp_path / "progress.jsonl", 10):
+        file.append(step=0, losses="")
+        file.append(step=reached, losses="loss 2.0")
+        if reached < 10:
+            (tmp_path / "trained.json").write_text("{ }", encoding="utf-8")
+        seen, deadline = "", time.monotonic() + 10
+        while "training" not in seen and time.monotonic() < deadline:
+            time.sleep(0.02)
+            seen += capsys.readouterr().err
+        console.print_note("evaluating")
+    file.close()
+    assert seen.startswith(f"training: {reached}/10 steps")
+    assert capsys.readouterr().err == "evaluating\n"
+
+
+def test_the_final_evaluation_has_a_bar_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    with follow_progress(tmp_path / "progress.jsonl", 2):
+        file.append(step=0, losses="")
+        file.append(step=2, losses="loss 2.0")
+        file.append(step=2, evaluating="text_to_image test", rows=30)
+        file.append(step=2, evaluating="text_to_code test", rows=12)
+    file.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training: 2/2 steps")
+    assert lines[-1].startswith("evaluating: 42 rows")
+    assert "text_to_code test" in lines[-1]
