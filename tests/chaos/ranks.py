@@ -37,7 +37,7 @@ def fit_on_ranks(
     callbacks: Sequence[LoopCallback] = (),
     final: FinalEvaluation | None = None,
 ) -> None:
-    """What ``pipelines.training.loop.ray_train.fit.fit_on_ray`` does, with processes of this machine.
+    """What ``loop.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
     Raises:
         UserError: a worker met a user error, such as a full disk.
