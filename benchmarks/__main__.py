@@ -8,7 +8,6 @@ from pathlib import Path
 
 NAMES = (
     "training_step",
-    "embedding_updates",
     "matrix_rate",
     "stream",
     "two_workers",

@@ -209,19 +209,6 @@ def patchify(x_BHWC: Tensor, side: int) -> Tensor:
     return x.transpose(2, 3).reshape(B, -1, side * side * C)
 
 
-def unpatchify(x_BTP: Tensor, side: int, size: int) -> Tensor:
-    """Invert :func:`patchify`.
-
-    Args:
-        x_BTP: patches.
-        side: pixels per side of a patch.
-        size: pixels per side of the image.
-    """
-    B, across = x_BTP.shape[0], size // side
-    x = x_BTP.reshape(B, across, across, side, side, -1)
-    return x.transpose(2, 3).reshape(B, size, size, -1)
-
-
 def cut_tubelets(x_BNHWC: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
     """Cut videos into tubelets, frame by frame: (B, N, H, W, C) -> (B, T, f*h*w*C).
 

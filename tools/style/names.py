@@ -13,7 +13,7 @@ PACKAGES = ("skillnet", "pipelines", "sweeps", "platform/skillnet_platform")
 TERMS = {
     *("main", "command", "account", "finetune", "pretrain", "prepare", "fetch", "quickstart"),
     *("evaluate", "register", "predict", "search", "grow", "verify", "inspect", "sweep"),
-    *("compare", "interpret", "submit", "doctor", "accuracy", "patchify", "unpatchify"),
+    *("compare", "interpret", "submit", "doctor", "accuracy", "patchify"),
     *("Account", "Encoder", "Task", "Modality", "Objective", "System", "Corpus", "Archive"),
     *("Trial", "Tracker", "Finding", "Outputs", "Batch", "Tokens", "Row", "Terminated"),
 }

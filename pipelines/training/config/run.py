@@ -144,9 +144,6 @@ class TrainingConfig:
             Results differ in rounding.
         offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
             average, unless the current or the next step uses them. The result is the same.
-        sparse_embeddings: update only the rows of embedding tables that have a gradient in a step,
-            as ``torch.optim.SparseAdam`` does; other rows keep weight and optimizer state. The
-            weights differ from those of the default. On CPUs only.
         profile_start: step at which ``torch.profiler`` starts; its traces are in ``profiles`` of
             the run's folder. Null records none.
         profile_steps: number of steps that it records.
@@ -203,7 +200,6 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     offload_inactive_weights: bool = False
-    sparse_embeddings: bool = False
     profile_start: NonNegativeCount | None = None
     profile_steps: PositiveCount = 5
     sharding: Literal["none", "full", "hybrid"] = "none"
@@ -232,16 +228,6 @@ class TrainingConfig:
             raise ValueError(
                 f"training.min_workers must be between 1 and training.workers ({self.workers}), "
                 f"got {self.min_workers}; remove it to train with all workers or none"
-            )
-        if self.sharding != "none" and self.sparse_embeddings:
-            raise ValueError(
-                "training.sparse_embeddings: the rows of a table are divided among the workers by "
-                "training.sharding; set sharding to none, or sparse_embeddings to false"
-            )
-        if self.sparse_embeddings and self.use_gpu:
-            raise ValueError(
-                "training.sparse_embeddings: finding the rows would make a GPU wait for the host "
-                "in each step. Set it to false, or train without GPUs"
             )
 
 

@@ -1,8 +1,7 @@
 """Masked-prediction losses of pretraining tasks on a split.
 
 Rows are not augmented, and every evaluation masks the same tokens of each row. Metrics of different
-steps and runs are therefore comparable. :func:`masked_losses` is the entry point of the evaluator;
-:mod:`pipelines.training.evaluation.reconstructions` draws the predictions.
+steps and runs are therefore comparable. :func:`masked_losses` is the entry point of the evaluator.
 """
 
 from collections.abc import Iterator
@@ -38,7 +37,6 @@ def masked_batches(
     split: str,
     masks: MaskConfig | None = None,
     limit: int | None = None,
-    rows: np.ndarray | None = None,
     ranks: EvaluationRanks | None = None,
 ) -> Iterator[Batch]:
     """Yield the rows of a split in order, with masked tokens, on the model's device.
@@ -50,15 +48,14 @@ def masked_batches(
         split: name of the split.
         masks: mask settings.
         limit: maximum row length in tokens or frames.
-        rows: row numbers; None selects all rows.
         ranks: that share the batches; None yields all batches.
     """
     dataset = open_masked_rows(model, task, corpus, split, masks, limit)
     device, dtype = find_device(model.parameters()), next(model.parameters()).dtype
-    selected = np.arange(dataset.num_rows) if rows is None else rows
-    starts = range(0, len(selected), BATCH_ROWS)
+    rows_N = np.arange(dataset.num_rows)
+    starts = range(0, len(rows_N), BATCH_ROWS)
     for start in (ranks or EvaluationRanks()).select(starts):
-        part = selected[start : start + BATCH_ROWS]
+        part = rows_N[start : start + BATCH_ROWS]
         # The key of the generator is constant, so that each evaluation masks the same tokens.
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
         towers, targets, changes = dataset.load(part, draws)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipelines.training.loop.reporter import LoopReporter
     from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
-    from skillnet_platform.tracking import Tracker
 
 #: Bootstrap samples of a confidence interval.
 BOOTSTRAP_SAMPLES = 1000
@@ -30,7 +29,7 @@ class FinalEvaluation:
 
     Args:
         splits: to evaluate on; None takes the test splits if ``config.evaluate`` is set.
-        brief: write no figures and no intervals, for a run that is only ranked among others.
+        brief: write no intervals, for a run that is only ranked among others.
         source: folder of a model that is evaluated too, on the tasks that take no steps; the run
             grew from it.
     """
@@ -51,9 +50,8 @@ def evaluate_final(
     ranks: "EvaluationRanks",
     reporter: "LoopReporter",
     step: int,
-    tracker: "Tracker | None" = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate the final model; the first rank writes tables, outcomes and figures to the run.
+    """Evaluate the final model; the first rank writes tables and outcomes to the run.
 
     Args:
         run: the run.
@@ -62,7 +60,6 @@ def evaluate_final(
         ranks: that share the rows; all call this.
         reporter: of this rank; shows progress.
         step: steps done.
-        tracker: of the run, on the first rank.
 
     Returns:
         Tidy rows; none without an evaluation, or on ranks other than the first.
@@ -70,7 +67,6 @@ def evaluate_final(
     Raises:
         EvaluationStoppedError: on all ranks, if one of them was asked to stop.
     """
-    from pipelines.training.evaluation import reconstructions
     from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
     from pipelines.training.evaluation.tables import write_evaluation_csv
 
@@ -82,12 +78,6 @@ def evaluate_final(
             raise EvaluationStoppedError
         reporter.begin_split(f"{task} {split}", rows, step)
 
-    # Figures take seconds each, which a sweep of many short runs cannot afford.
-    if not request.brief:
-        if ranks.is_first:
-            reconstructions.log_reconstructions(config, model, folder, tracker, step)
-        else:
-            reconstructions.load_drawn_tasks(config, model)
     if not config.evaluate and request.splits is None:
         return []
     outcomes = OutcomeTable()

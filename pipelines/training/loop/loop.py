@@ -24,7 +24,6 @@ from pipelines.training.loop.replicas import TrainingReplica, build_replica
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.row_updates import use_sparse_gradients
 from pipelines.training.loop.setup import pick_device, resume_run
 from pipelines.training.loop.step import backward_step
 from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
@@ -120,8 +119,7 @@ def train_model(
 
     replica = build_replica(run, rank, world, device, precision.weights)
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
-    tables = use_sparse_gradients(model) if settings.sparse_embeddings else []
-    optimizer = build_optimizer(replica.owner.named_parameters(), settings, tables)
+    optimizer = build_optimizer(replica.owner.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
 
     identity = run.identity_digest

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop.eager_adamw import EagerAdamW
-from pipelines.training.loop.row_updates import RowSparseAdamW, clip_sparse_gradients
 from skillnet.skill_weights import find_weight_skill
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
@@ -73,16 +72,13 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    config: TrainingConfig,
-    tables: Sequence[Tensor] = (),
+    parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig
 ) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov & Hutter 2019) in two groups: with and without weight decay.
 
     Args:
         parameters: names and tensors of the model.
         config: learning rate, betas and weight decay.
-        tables: embedding tables of which only rows with a gradient are updated.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in parameters:
@@ -92,8 +88,6 @@ def build_optimizer(
         {"params": groups[False], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    if tables:
-        return RowSparseAdamW(by_decay, tables, lr=config.lr, betas=betas, fused=True)
     return EagerAdamW(by_decay, lr=config.lr, betas=betas, fused=True)
 
 
@@ -126,8 +120,6 @@ def clip_gradients(
     """
     limit, parameters = max_norm or math.inf, list(parameters)
     # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
-    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-        return clip_sparse_gradients(parameters, limit)
     if shards is None:
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     gradients = [p.grad for p in parameters if p.grad is not None]

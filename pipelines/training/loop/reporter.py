@@ -78,10 +78,7 @@ class SilentReporter(LoopReporter):
         self.evaluates_last = on_evaluation is None
 
     def evaluate(self, model: TaskModel, step: int) -> None:
-        from pipelines.training.evaluation.reconstructions import load_drawn_tasks
-
         evaluate_validation(self._config, model, self._ranks)
-        load_drawn_tasks(self._config, model)
         if self._on_evaluation is not None:
             self._on_evaluation([], step)
 
@@ -115,7 +112,7 @@ class RunReporter(LoopReporter):
         self._ranks = ranks
         self._uploads, self._world = uploads, world
         self._next_note = time.monotonic() if is_remote else float("inf")
-        self._config, self._run, self._tracker = config, run, tracker
+        self._config, self._tracker = config, tracker
         self._on_evaluation = on_evaluation
         self.evaluates_last = on_evaluation is None
         self._file = ProgressFile(run / PROGRESS)
@@ -138,12 +135,10 @@ class RunReporter(LoopReporter):
             console.print_note(f"training: step {step} of {self._config.training.steps}{suffix}")
 
     def evaluate(self, model: TaskModel, step: int) -> None:
-        from pipelines.training.evaluation import reconstructions
         from pipelines.training.evaluation.tables import flat_metrics
 
         rows = evaluate_validation(self._config, model, self._ranks)
         self.metrics(flat_metrics(rows), step)
-        reconstructions.log_reconstructions(self._config, model, self._run, self._tracker, step)
         if self._on_evaluation is not None:
             self._on_evaluation(rows, step)
 

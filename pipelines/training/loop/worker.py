@@ -97,7 +97,7 @@ def run_worker(
             remove_untrained_parts(run, result.model)
             read = None if result.shards is None else result.shards.gather_weight
             save_model(result.model, folder / MODEL, read)
-        rows = _evaluate(run, result, final, ranks, reporter, tracker) if final is not None else []
+        rows = _evaluate(run, result, final, ranks, reporter) if final is not None else []
         if result.preempted and node_id is not None:
             if uploads is not None:
                 uploads.close(config.storage.patience)
@@ -120,13 +120,12 @@ def _evaluate(
     final: FinalEvaluation,
     ranks: EvaluationRanks,
     reporter: LoopReporter,
-    tracker: Tracker | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate the final model, unless the training was preempted or the evaluation is."""
     if result.preempted:
         return []
     try:
-        return evaluate_final(run, result.model, final, ranks, reporter, result.step, tracker)
+        return evaluate_final(run, result.model, final, ranks, reporter, result.step)
     except EvaluationStoppedError:
         # As a preempted training: the last checkpoint exists, and the same command resumes.
         result.preempted = True

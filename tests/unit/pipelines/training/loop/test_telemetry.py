@@ -4,7 +4,6 @@ import gzip
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -135,19 +134,3 @@ def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(
     ray.is_initialized = lambda: True
     publisher.publish(values)
     assert seen == {"skillnet_training_steps_per_second": (3.5, {"run": "first"})}
-
-
-def test_sparse_embeddings_resume_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    config = small_config(data, steps=6, sparse_embeddings=True, checkpoint_every=3)
-    whole = train_model(ResolvedRun(config, tmp_path / "whole")).model
-    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=3)
-    resumed = train_model(ResolvedRun(config, tmp_path / "parts"))
-    assert resumed.resumed == 3
-    for (name, one), other in zip(
-        whole.named_parameters(), resumed.model.parameters(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    dense = replace(config, training=replace(config.training, sparse_embeddings=False))
-    table = "stems.token.embedding.weight"
-    other = train_model(ResolvedRun(dense)).model.get_parameter(table)
-    assert not torch.equal(whole.get_parameter(table), other)
