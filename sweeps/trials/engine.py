@@ -1,6 +1,6 @@
 """Run the trials of sweeps and studies through Ray Tune, recorded and resumable.
 
-The ledger is the trials' directories (docs/decisions/0013): a trial with an outcome is not run
+The ledger is the trials' directories (decision 13): a trial with an outcome is not run
 again, and an unfinished trial is resumed from its latest valid checkpoint. The entry point is
 :func:`run_trials`.
 """

@@ -1,6 +1,6 @@
 """The ledger of a sweep: the state of each trial, stored in its directory.
 
-Resuming a sweep needs no other state; see docs/decisions/0013.
+Resuming a sweep needs no other state; see decision 13.
 """
 
 import dataclasses

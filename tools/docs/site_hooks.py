@@ -95,8 +95,9 @@ def replace_outside_links(markdown: str, page: str) -> str:
 
 def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
     """Add the generated pages and the decisions to the navigation."""
-    decisions = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"))
-    pages: list[Any] = ["decisions/index.md", *(f"decisions/{name}" for name in decisions)]
+    names = (path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
+    subjects = sorted(name for name in names if name != "index.md")
+    pages: list[Any] = ["decisions/index.md", *(f"decisions/{name}" for name in subjects)]
     commands = [{name: f"{COMMANDS}/{name}.md"} for name in command_names()]
     nav: list[Any] = config.nav or []
     for entry in nav:

@@ -50,7 +50,7 @@ def test_the_first_page_leads_from_a_common_word_to_its_guide(word: str, page: s
 
 def test_guides_come_before_decisions_in_a_search() -> None:
     found = {}
-    for name in ("skills.md", "decisions/0001-build-configurations-from-types.md"):
+    for name in ("skills.md", "decisions/configuration.md"):
         page = SimpleNamespace(file=SimpleNamespace(src_uri=name), meta={})
         site_hooks.on_page_markdown("text", page)
         found[name] = page.meta.get("search", {"boost": 1})["boost"]
