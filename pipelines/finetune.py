@@ -107,7 +107,7 @@ def _run_in_folder(
     exists = (folder / CONFIG).is_file()
     finished = find_finished_result(run)
     if finished is not None:
-        if mirror is not None and not mirror.is_finished():
+        if mirror is not None and not mirror.has(RESULT):
             upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
         console.print_note(
             f"{config.name} is finished ({finished['step']} steps); give another name"

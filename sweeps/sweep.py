@@ -89,7 +89,7 @@ def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None
         record=folder / RUN,
     ) as parent:
         if mirror is not None:
-            mirror.upload_files(*START_FILES)
+            mirror.upload(*START_FILES)
         outcomes = run_trials(
             source,
             folder=folder / "trials",
@@ -107,7 +107,7 @@ def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, console.to_json_types(result))
     if mirror is not None:
-        mirror.upload_files(*remote_ledger.RESULT_FILES)
+        mirror.upload(*remote_ledger.RESULT_FILES)
     return result
 
 

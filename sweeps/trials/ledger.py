@@ -126,7 +126,7 @@ class LedgerEntry:
             record = {"status": status, "error": error, "score": self.outcome.score}
             write_json(self.folder / OUTCOME, record | {"step": self.outcome.step})
             if self.mirror is not None:
-                self.mirror.upload_files(REPORTS, OUTCOME)
+                self.mirror.upload(REPORTS, OUTCOME)
         return self.outcome
 
     def clear_failure(self) -> None:

@@ -18,11 +18,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.training.runs.mirror import CONFIG, RESULT, STATE, RunMirror
+from pipelines.training.runs.mirror import CONFIG, RESULT, START, STATE, RunMirror
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root
 from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.synced_folder import SyncedFolder
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
@@ -42,13 +43,13 @@ RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 
 def send_trial(trial: RunMirror) -> None:
     """Upload the input of a trial before its process starts on any node."""
-    trial.upload_files(CONFIG, *STATE, TRIAL)
-    RunMirror(directories.join_uri(trial.uri, ".."), trial.run.parent).upload_files(PROPOSALS)
+    trial.upload(*START, TRIAL)
+    SyncedFolder(trial.uri_of(".."), trial.local.parent).upload(PROPOSALS)
 
 
 def receive_trial(trial: RunMirror) -> None:
     """Download the input of a trial; called in its process."""
-    directories.get_file(trial.uri_of(TRIAL), trial.run / TRIAL)
+    directories.get_file(trial.uri_of(TRIAL), trial.local / TRIAL)
 
 
 def return_logs(trial: RunMirror) -> None:
@@ -57,7 +58,7 @@ def return_logs(trial: RunMirror) -> None:
     If the store does not respond, only the logs are missing: Ray reports the error to the driver.
     """
     try:
-        trial.upload_files(*PROCESS_FILES)
+        trial.upload(*PROCESS_FILES)
     except StoreUnavailableError as error:
         console.print_warning(f"the log of the trial is on this node only: {error.reason}")
 
@@ -67,18 +68,13 @@ def fetch_trial(trial: RunMirror) -> None:
 
     Files that only the driver writes are downloaded if missing; the local copy may be newer.
     """
-    there = {entry.name for entry in directories.list_files(trial.uri) if "/" not in entry.name}
-    if not there:
+    if not directories.list_files(trial.uri):
         return
     # The configuration comes first: a directory without it counts as foreign.
-    for name in (CONFIG, TRIAL, *STATE[:1], *DRIVER_FILES):
-        if name in there and not (trial.run / name).is_file():
-            directories.get_file(trial.uri_of(name), trial.run / name)
-    for name in (*STATE[1:], *PROCESS_FILES):
-        if name in there:
-            directories.get_file(trial.uri_of(name), trial.run / name)
-    if RESULT in there and not (trial.run / RESULT).is_file():
-        trial.download_results(folders=())
+    trial.download(CONFIG, TRIAL, *STATE[:1], *DRIVER_FILES, missing_only=True)
+    trial.download(*STATE[1:], *PROCESS_FILES)
+    if not (trial.local / RESULT).is_file() and trial.has(RESULT):
+        trial.download_results()
 
 
 def restore_ledger(ledger: RunMirror, start_files: Sequence[str], groups: Sequence[str]) -> None:
@@ -93,16 +89,15 @@ def restore_ledger(ledger: RunMirror, start_files: Sequence[str], groups: Sequen
         UserError: the store rejects the request.
         StoreUnavailableError: the store does not respond.
     """
-    if not directories.object_exists(ledger.uri_of(start_files[0])):
+    if not ledger.has(start_files[0]):
         return
-    folder, known = ledger.run, (ledger.run / start_files[0]).is_file()
-    for name in (*start_files, *(f"{group}/{PROPOSALS}" for group in groups)):
-        if not (folder / name).is_file() and directories.object_exists(ledger.uri_of(name)):
-            directories.get_file(ledger.uri_of(name), folder / name)
+    folder, known = ledger.local, (ledger.local / start_files[0]).is_file()
+    proposals = [f"{group}/{PROPOSALS}" for group in groups]
+    ledger.download(*start_files, *proposals, missing_only=True)
     for group in groups:
         for name in directories.list_folders(ledger.uri_of(group)):
             trial = RunMirror(ledger.uri_of(group, name), folder / group / name)
-            if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
+            if not any((trial.local / done).is_file() for done in (OUTCOME, RESULT)):
                 fetch_trial(trial)
     if not known:
         console.print_note(f"{folder.name} is resumed from {ledger.uri}")
@@ -123,24 +118,20 @@ def fetch_finished_runs(uri: str) -> Path:
     """
     cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     ledger = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
-    if not directories.object_exists(ledger.uri_of(STUDY_LEDGER)):
+    if not ledger.has(STUDY_LEDGER):
         _fetch_run(ledger)
-        return ledger.run
-    directories.get_file(ledger.uri_of(STUDY_LEDGER), ledger.run / STUDY_LEDGER)
-    if directories.object_exists(ledger.uri_of(STUDY_FILE)):
-        directories.get_file(ledger.uri_of(STUDY_FILE), ledger.run / STUDY_FILE)
-    for entry in read_json(ledger.run / STUDY_LEDGER)["runs"]:
+        return ledger.local
+    ledger.download(STUDY_FILE, STUDY_LEDGER)
+    for entry in read_json(ledger.local / STUDY_LEDGER)["runs"]:
         # The name comes from the store: it must not lead out of the directory.
         names = PurePosixPath(str(entry["folder"])).parts
         if entry["status"] == "finished" and ".." not in names and "/" not in names:
-            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.run.joinpath(*names)))
-    return ledger.run
+            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.local.joinpath(*names)))
+    return ledger.local
 
 
 def _fetch_run(run: RunMirror) -> None:
-    if not run.is_finished():
+    if not run.has(RESULT):
         raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
-    for name in (CONFIG, *STATE):
-        if directories.object_exists(run.uri_of(name)):
-            directories.get_file(run.uri_of(name), run.run / name)
-    run.download_results(folders=())
+    run.download(*START)
+    run.download_results()

@@ -13,7 +13,6 @@ store has. An existing corpus stays valid until all shards of the new one have a
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.location import Location, read_if_exists
+from skillnet_platform.storage.synced_folder import SyncedFolder
 
 #: Files that the corpora of a folder share. They are uploaded first: manifests name their hash.
 SHARED_FILES = (TOKENIZER_MANIFEST, TOKENIZER)
@@ -57,14 +57,13 @@ def stage_locally(data: Location) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # The lock protects files that another prepare of this machine has not uploaded yet.
     with lock_tokenizer(folder):
+        shared = SyncedFolder(data, folder)
         for name in SHARED_FILES:
             # The store's copy replaces a local one: its corpora use that tokenizer, and another
             # machine may have uploaded it after the last prepare on this one.
-            remote = directories.join_uri(data, name)
-            if directories.object_exists(remote):
-                directories.get_file(remote, folder / name)
-            else:
+            if not shared.has(name):
                 (folder / name).unlink(missing_ok=True)
+        shared.download(*SHARED_FILES)
     yield folder
 
 
@@ -81,10 +80,11 @@ def upload_shared_files(folder: Path, uri: str) -> None:
         folder: local directory of the files.
         uri: URI of the folder of prepared corpora.
     """
+    shared = SyncedFolder(uri, folder)
     for name in SHARED_FILES:
-        remote = directories.join_uri(uri, name)
-        if (folder / name).is_file() and read_if_exists(remote) != (folder / name).read_bytes():
-            directories.put_file(folder / name, remote)
+        path = folder / name
+        if path.is_file() and read_if_exists(shared.uri_of(name)) != path.read_bytes():
+            shared.upload(name)
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,8 @@ class RemoteStaging:
             folder: local directory of the files.
             stem: name of the files without their suffixes.
         """
-        for name in (f"{stem}.arrow", f"{stem}.json"):
-            if (folder / name).is_file():  # a shard without accepted rows has no file
-                directories.put_file(folder / name, directories.join_uri(self.staging_uri, name))
-                (folder / name).unlink()
+        # A shard without accepted rows has no file.
+        SyncedFolder(self.staging_uri, folder).upload(f"{stem}.arrow", f"{stem}.json", move=True)
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Publish the finished corpus and remove all staging files, local and remote.
@@ -201,19 +199,10 @@ class RemoteStaging:
                 f"one ran; {name} was not published. Run prepare again"
             )
         shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
-        old_files = {entry.name for entry in directories.list_files(self.uri)}
-        # A corpus without a manifest is not read: remove it first and write it last.
-        directories.remove_file(directories.join_uri(self.uri, MANIFEST))
+        staging = SyncedFolder(self.staging_uri, folder)
         with console.show_progress(f"publishing {name}", len(shards), "shards") as bar:
-            directories.copy_files(
-                self.staging_uri, self.uri, shards, lambda _: bar.advance(1, name)
-            )
-        directories.put_file(folder / QUARANTINE, directories.join_uri(self.uri, QUARANTINE))
-        for old in old_files - {*shards, QUARANTINE, MANIFEST}:
-            directories.remove_file(directories.join_uri(self.uri, old))
-        directories.put_file(folder / MANIFEST, directories.join_uri(self.uri, MANIFEST))
-        directories.remove_directory(self.staging_uri)
-        shutil.rmtree(folder)
+            local = (QUARANTINE, MANIFEST)
+            staging.publish(self.uri, shards, local, lambda _: bar.advance(1, name))
 
 
 def _sha256(data: bytes | None) -> str | None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,17 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories, run_root, write_json
 from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.synced_folder import SyncedFolder
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
-#: Files of a run that are copied as they are, if they exist.
-STATE = ("run.json", "progress.jsonl")
-RESULTS = (TRAINED, "evaluation.csv", "outcomes.parquet")
-FOLDERS = ("model",)
 CHECKPOINTS = "checkpoints"
+# Names are in the order of commit: the last one of a list is written last.
+STATE = ("run.json", "progress.jsonl")
+START = (CONFIG, *STATE)
+MODEL = "model/"
+FIGURES = ("evaluation.csv", "outcomes.parquet", TRAINED)
+TRAINING = (MODEL, *START, *FIGURES)
 #: Keys of a run's configuration that hold locations, which differ between machines.
 LOCATION_KEYS = ("run_dir", "data", "init_from", "storage", "tracking")
 
@@ -42,22 +44,18 @@ if TYPE_CHECKING:
     from pipelines.training.runs.checkpoints import VerifiedCheckpoint
 
 
-class RunMirror:
-    """Copy of a run's folder in an object store.
+class RunMirror(SyncedFolder):
+    """Folder of a run, and its copy in an object store.
 
     Args:
-        uri: of the folder.
+        uri: URI of the copy.
         run: the folder on this machine.
     """
 
     def __init__(self, uri: str, run: Path) -> None:
-        self.uri, self.run = uri, run
+        super().__init__(uri, run, _check_model)
         #: Names of checkpoints in the store whose files are corrupt.
         self.corrupt: set[str] = set()
-
-    def uri_of(self, *names: str) -> str:
-        """Return the URI of a path in the folder."""
-        return directories.join_uri(self.uri, *names)
 
     def list_checkpoints(self) -> list[str]:
         """Return the names of the checkpoint folders, newest first, complete or not."""
@@ -85,7 +83,7 @@ class RunMirror:
 
         directories.put_directory(path, self.uri_of(CHECKPOINTS, path.name))
         self.corrupt.discard(path.name)
-        self.upload_files(*STATE)
+        self.upload(*STATE)
         count = 0
         for name in self.list_checkpoints():
             stays = (
@@ -99,24 +97,6 @@ class RunMirror:
             if not stays and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
                 directories.remove_directory(self.uri_of(CHECKPOINTS, name))
 
-    def upload_files(self, *names: str) -> None:
-        """Upload those of the named files that exist."""
-        for name in names:
-            if (self.run / name).is_file():
-                directories.put_file(self.run / name, self.uri_of(name))
-
-    def upload_trained(self) -> None:
-        """Upload the final model, its evaluation, and the summary of the training last."""
-        for name in FOLDERS:
-            if (self.run / name / directories.MANIFEST).is_file():
-                directories.put_directory(self.run / name, self.uri_of(name))
-        self.upload_files(CONFIG, *STATE, *RESULTS[1:], RESULTS[0])
-
-    def upload_all(self) -> None:
-        """Upload all results of a finished run; ``result.json``, the mark of completion, last."""
-        self.upload_trained()
-        self.upload_files(RESULT)
-
     def check_writable(self, exists: bool) -> None:
         """Write to the store before the work starts, to find out whether it can be used.
 
@@ -129,14 +109,14 @@ class RunMirror:
             StoreUnavailableError: it does not answer.
         """
         # The summary is of an earlier process; the driver must download that of this one.
-        (self.run / RESULTS[0]).unlink(missing_ok=True)
+        (self.local / TRAINED).unlink(missing_ok=True)
         try:
-            self.upload_files(CONFIG, *STATE)
-            directories.remove_file(self.uri_of(RESULTS[0]))
+            self.upload(*START)
+            directories.remove_file(self.uri_of(TRAINED))
         except StoreUnavailableError as error:
             if not exists:
                 raise
-            console.print_warning(f"{error.reason}. Continuing with the files in {self.run}")
+            console.print_warning(f"{error.reason}. Continuing with the files in {self.local}")
 
     def download_trained(self) -> None:
         """Download the final model and evaluation of a worker on a disk that is not seen here.
@@ -145,29 +125,20 @@ class RunMirror:
             UserError: the store has no model either.
             StoreUnavailableError: the store does not answer.
         """
-        if (self.run / RESULTS[0]).is_file():
+        if (self.local / TRAINED).is_file():
             return
-        if not directories.object_exists(self.uri_of(RESULTS[0])):
+        if not self.has(TRAINED):
             raise UserError(
-                f"the final model is neither in {self.run} nor in {self.uri}: the first worker "
+                f"the final model is neither in {self.local} nor in {self.uri}: the first worker "
                 "could not upload it. Run the same command again"
             )
-        for name in FOLDERS:
-            # A preempted worker has written no model.
-            if directories.is_committed(self.uri_of(name)):
-                directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
-        for name in (*STATE[1:], *RESULTS[1:], RESULTS[0]):
-            if directories.object_exists(self.uri_of(name)):
-                directories.get_file(self.uri_of(name), self.run / name)
+        # A preempted worker has written no model.
+        self.download(MODEL, *STATE[1:], *FIGURES)
 
     def remove_if_reachable(self, name: str) -> None:
         """Remove a folder that is no longer used; ignore a store that does not answer."""
         with contextlib.suppress(StoreUnavailableError):
             directories.remove_directory(self.uri_of(name))
-
-    def is_finished(self) -> bool:
-        """Return whether the store has the run's results."""
-        return directories.object_exists(self.uri_of(RESULT))
 
     def restore(self, config: FinetuneConfig) -> None:
         """Download the files of the run that this machine lacks, without checkpoints.
@@ -179,17 +150,17 @@ class RunMirror:
             UserError: files are corrupt, or the store rejects the request.
             StoreUnavailableError: the store does not answer, and the run is not on this machine.
         """
-        exists = (self.run / CONFIG).is_file()
+        exists = (self.local / CONFIG).is_file()
         try:
             # Only a machine without the folder takes the configuration of the store.
             if not exists:
                 self._download_config(config)
-            if not (self.run / RESULT).is_file() and self.is_finished():
-                self.download_results()
+            if not (self.local / RESULT).is_file() and self.has(RESULT):
+                self.download_results(MODEL)
         except StoreUnavailableError as error:
             if not exists:
                 raise
-            console.print_warning(f"{error.reason}. Continuing with the files in {self.run}")
+            console.print_warning(f"{error.reason}. Continuing with the files in {self.local}")
 
     def download_newest(self, above: int = -1) -> "VerifiedCheckpoint | None":
         """Download the newest valid checkpoint of the store after a step; None if there is none.
@@ -207,7 +178,7 @@ class RunMirror:
             there = self.uri_of(CHECKPOINTS, name)
             if not directories.is_committed(there):
                 continue
-            target = self.run / CHECKPOINTS / name
+            target = self.local / CHECKPOINTS / name
             try:
                 directories.get_directory(there, target, check=checkpoints.verify_checkpoint)
             except UserError as error:
@@ -227,9 +198,7 @@ class RunMirror:
             stored.write_bytes(content)
             # The configuration comes first: a folder without it is no run directory.
             self.relocate_config(config, stored)
-        for name in STATE:
-            if directories.object_exists(self.uri_of(name)):
-                directories.get_file(self.uri_of(name), self.run / name)
+        self.download(*STATE)
         console.print_note(f"{config.name} is restored from {self.uri}")
 
     def relocate_config(self, config: FinetuneConfig, stored: Path | None = None) -> None:
@@ -239,25 +208,20 @@ class RunMirror:
             config: of this call, with the locations of this machine.
             stored: the file; None takes that of the folder, if it exists.
         """
-        stored = stored or self.run / CONFIG
+        stored = stored or self.local / CONFIG
         if not stored.is_file():
             return
         written = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
         locations = {key: getattr(config, key) for key in LOCATION_KEYS}
-        with atomic_write(self.run / CONFIG, "w") as stream:
+        with atomic_write(self.local / CONFIG, "w") as stream:
             stream.write(configuration.to_yaml(replace(written, **locations)))
 
-    def download_results(self, folders: Sequence[str] = FOLDERS) -> None:
-        """Download the results of a finished run, with paths of this machine, and some folders."""
-        for name in folders:
-            if directories.is_committed(self.uri_of(name)):
-                directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
-        for name in RESULTS:
-            if directories.object_exists(self.uri_of(name)):
-                directories.get_file(self.uri_of(name), self.run / name)
+    def download_results(self, *folders: str) -> None:
+        """Download some folders and the results of a finished run, with paths of this machine."""
+        self.download(*folders, *FIGURES)
         result = json.loads(directories.read_bytes(self.uri_of(RESULT)))
-        relocated = _replace_prefix(result, str(result.get("run", "")), str(self.run))
-        write_json(self.run / RESULT, relocated)
+        relocated = _replace_prefix(result, str(result.get("run", "")), str(self.local))
+        write_json(self.local / RESULT, relocated)
 
 
 def mirror_of(config: FinetuneConfig, run: Path) -> RunMirror | None:
@@ -290,7 +254,7 @@ def download_model(uri: str) -> Path:
         steps = [there.uri_of(CHECKPOINTS, step) for step in there.list_checkpoints()]
         complete = [
             candidate
-            for candidate in [there.uri_of(FOLDERS[0]), *steps]
+            for candidate in [there.uri_of(MODEL), *steps]
             if directories.is_committed(candidate)
         ]
         if not complete:
@@ -306,9 +270,7 @@ def download_model(uri: str) -> Path:
     target = cached / model.removeprefix(run).lstrip("/")
     if not (target / directories.MANIFEST).is_file():
         directories.get_directory(model, target, check=_check_model)
-        for name in (CONFIG, STATE[0], RESULTS[0]):
-            if directories.object_exists(directories.join_uri(run, name)):
-                directories.get_file(directories.join_uri(run, name), cached / name)
+        SyncedFolder(run, cached).download(CONFIG, STATE[0], TRAINED)
     return target
 
 

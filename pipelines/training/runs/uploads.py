@@ -9,7 +9,14 @@ from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs import checkpoints
-from pipelines.training.runs.mirror import CHECKPOINTS, RunMirror, link_checkpoint, mirror_of
+from pipelines.training.runs.mirror import (
+    CHECKPOINTS,
+    RESULT,
+    TRAINING,
+    RunMirror,
+    link_checkpoint,
+    mirror_of,
+)
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailableError
@@ -31,7 +38,7 @@ class CheckpointUploads:
 
     def __init__(self, mirror: RunMirror, keep: int) -> None:
         self._mirror, self._keep = mirror, keep
-        self._outbox = mirror.run / OUTBOX
+        self._outbox = mirror.local / OUTBOX
         shutil.rmtree(self._outbox, ignore_errors=True)  # left by a process that died
         self._changed = threading.Condition()
         self._waiting: Path | None = None
@@ -130,7 +137,7 @@ def restore_latest(mirror: RunMirror) -> None:
     Raises:
         UserError: the store rejects the request.
     """
-    folder = mirror.run / CHECKPOINTS
+    folder = mirror.local / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
 
     def describe(holder: str) -> str:
@@ -161,7 +168,9 @@ def upload_trained(
     """
     missing = uploads.close(patience if is_remote else 0)
     if is_remote:
-        missing = retry_until("the final model", mirror.upload_trained, patience) or missing
+        missing = (
+            retry_until("the final model", lambda: mirror.upload(*TRAINING), patience) or missing
+        )
     if missing:
         console.print_warning(f"{mirror.uri} lacks {missing}")
 
@@ -208,16 +217,16 @@ def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
     begin = time.monotonic()
 
     def upload_newest() -> None:
-        newest = checkpoints.find_newest(mirror.run / CHECKPOINTS)
+        newest = checkpoints.find_newest(mirror.local / CHECKPOINTS)
         if newest is not None:
             mirror.upload_checkpoint(newest.path, keep)
 
     missing = [retry_until("its last checkpoint", upload_newest, patience)]
     left = max(0.0, patience - (time.monotonic() - begin))
-    missing += [retry_until("its results", mirror.upload_all, left)]
+    missing += [retry_until("its results", lambda: mirror.upload(*TRAINING, RESULT), left)]
     if any(missing):
         raise StoreUnavailableError(
-            f"the run is finished and complete in {mirror.run}, but {mirror.uri} lacks "
+            f"the run is finished and complete in {mirror.local}, but {mirror.uri} lacks "
             f"{' and '.join(part for part in missing if part)}. Run the same command again to "
             "upload it"
         )

@@ -128,7 +128,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             # Another machine may not have the corpora on which they were measured.
             write_references(report.references, report.comparison, find_kept_folder(config))
         if mirror is not None:
-            mirror.upload_files(*REPORT_FILES)
+            mirror.upload(*REPORT_FILES)
     return report, len(study.failed_runs)
 
 

@@ -118,7 +118,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     with atomic_write(folder / STUDY_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
     if mirror is not None:
-        mirror.upload_files(*START_FILES)
+        mirror.upload(*START_FILES)
     known = _read_kept_tuning(config)
     tuning = known or start_tuning(config)
     for stage in () if known else STAGES:
