@@ -25,8 +25,8 @@ from pathlib import Path
 
 from benchmarks.measure import Result, Spread, spread
 from skillnet_platform import console
+from skillnet_platform.cluster.loopback import choose_port
 from skillnet_platform.storage import data_root
-from skillnet_platform.ui import find_free_port
 
 CLOCK = "wall"
 CLIENTS, REPLICAS = 50, 2
@@ -102,7 +102,7 @@ def run_server(model: Path, data: Path, home: Path) -> Iterator[tuple[int, int]]
         data: prepared corpora.
         home: run root of the server.
     """
-    port = find_free_port("127.0.0.1")
+    port = choose_port("127.0.0.1", 0)
     words = ["--model", str(model), "--data", str(data), "--search", "false"]
     words += ["--port", str(port), "--replicas", str(REPLICAS)]
     environment = os.environ | {"SKILLNET_HOME": str(home)}

@@ -236,7 +236,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         f'  skillnet predict --text "宋代陶瓷工艺史" --model {name}\n'
         f"  skillnet evaluate --model {name}\n"
         f"  skillnet verify {name}\n"
-        "  skillnet ui"
+        "  skillnet tracker"
     )
 
 

@@ -24,8 +24,9 @@ from annotated_types import Interval
 
 from pipelines.serving.access_token import read_token
 from pipelines.training.config.resources import request_model
-from skillnet_platform import console, signals, ui
+from skillnet_platform import console, signals
 from skillnet_platform.cli import command
+from skillnet_platform.cluster import loopback
 from skillnet_platform.config.bounds import (
     NonNegativeAmount,
     PortNumber,
@@ -227,8 +228,7 @@ def main(config: ServeConfig) -> int:
     """Serve until interrupted."""
     token = read_token(config.token_file, config.host)
     limits_of(config)
-    port = config.port or ui.find_free_port(config.host)
-    ui.require_free_port(config.host, port)
+    port = loopback.choose_port(config.host, config.port)
     from pipelines.serving.served_model import ServedModel, ServedModelConfig
 
     served = ServedModelConfig(

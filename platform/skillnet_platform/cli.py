@@ -46,12 +46,17 @@ SUMMARIES = {
     "submit": "send a command to a Ray cluster",
     "pin-nodes": "pin the packages that cluster nodes install",
     "doctor": "check this machine or a cluster before a run",
-    "tracker": "run an MLflow server for several machines",
-    "ui": "show the runs of this machine in MLflow's pages",
+    "tracker": "show runs in MLflow's pages, here or for several machines",
 }
 
 #: Usual names of our commands in other tools -> ours, for the suggestion.
-OTHER_NAMES = {"train": "finetune", "fit": "finetune", "tune": "sweep", "download": "fetch"}
+OTHER_NAMES = {
+    "train": "finetune",
+    "fit": "finetune",
+    "tune": "sweep",
+    "download": "fetch",
+    "ui": "tracker",
+}
 
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")

@@ -150,7 +150,7 @@ class Lane:
         self.data = folder / "corpora"
         for name in ("headings", "drawings"):
             shutil.copytree(data / name, self.data / name, dirs_exist_ok=True)
-        self.server = Server(folder / "server.db", folder / "server")
+        self.server = Server(folder / "server.db")
         self._hosts = chaos_hosts.Hosts(folder / "hosts")
         self._expected: dict[str, Any] = {}
 

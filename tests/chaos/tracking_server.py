@@ -4,7 +4,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from skillnet_platform.tracking import server as tracking_server
+from skillnet_platform import tracker
 from tests.helpers.waiting import wait_for_answer
 
 WAIT_S = 600.0
@@ -15,12 +15,10 @@ class Server:
 
     Args:
         database: sqlite file of its store.
-        artifacts: folder of its artifacts.
     """
 
-    def __init__(self, database: Path, artifacts: Path) -> None:
+    def __init__(self, database: Path) -> None:
         self._uri = f"sqlite:///{database}"
-        self._artifacts = artifacts
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = int(probe.getsockname()[1])
@@ -42,17 +40,26 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
-        self._process = tracking_server.start_server(
-            self._uri,
-            "127.0.0.1",
-            self._port,
+        self._process = subprocess.Popen(
+            tracker.server_command("127.0.0.1", self._port),
+            env=tracker.server_environment(self._uri),
+            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         wait_for_answer(f"{self.uri}/health", WAIT_S, process=self._process)
 
+    def __enter__(self) -> str:
+        """Start it; its address."""
+        self.start()
+        return self.uri
+
+    def __exit__(self, *error: object) -> None:
+        """Stop it."""
+        self.stop()
+
     def stop(self) -> None:
         """Kill it and all its workers."""
         if self._process is not None:
-            tracking_server.stop_server(self._process, patience=0)
+            tracker.stop_server(self._process, patience=0)
             self._process = None

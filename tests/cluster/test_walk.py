@@ -236,9 +236,9 @@ def test_a_job_without_the_token_is_refused(hosts: dict[str, Host]) -> None:
 def test_the_head_runs_a_tracker_behind_a_password(hosts: dict[str, Host]) -> None:
     client, head = hosts["client"], hosts["head"]
     submit(
-        *(client, "--detach", "--check", "false", "tracker", "--host", head.address),
-        *("--auth", "true", "--store", TRACKS, "--artifacts", f"s3://{BUCKET}/mlflow"),
-        *("--workers", "1"),
+        *(client, "--detach", "--check", "false", "--env.MLFLOW_WORKERS", "1"),
+        *("--env.MLFLOW_ARTIFACTS_DESTINATION", f"s3://{BUCKET}/mlflow"),
+        *("tracker", "--host", head.address, "--auth", "true", "--store", TRACKS),
     )
     assert until_it_answers(client, f"{tracker_of(hosts)}/health") == "OK"
     ask = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}")
@@ -391,7 +391,7 @@ def test_a_sweep_by_plain_job_submission(hosts: dict[str, Host], cluster: str) -
 
 def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
-    words = ("ui", "--port", "5001", "--uri", TRACKS)
+    words = ("tracker", "--port", "5001", "--store", TRACKS)
     job = submit(client, "--detach", "--check", "false", *words)["job_id"]
     # As long as its input is open; without a terminal the shell that it opens would end at once.
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

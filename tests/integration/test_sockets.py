@@ -170,7 +170,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
     backend.setup_backend(experiment="shown")
     process = subprocess.Popen(
-        [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
+        [sys.executable, "-m", "skillnet_platform.tracker", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
         stdout=subprocess.PIPE,
         text=True,

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server.db", tmp_path / "artifacts")
+    made = Server(tmp_path / "server.db")
     made.start()
     yield made
     made.stop()

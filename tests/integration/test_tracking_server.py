@@ -49,11 +49,12 @@ def served(*words: str, home: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "skillnet_platform.tracker", "--port", port]
     log = (home / "tracker.log").open("w")
     process = subprocess.Popen(
-        [*command, "--workers", "1", *words],
+        [*command, *words],
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
             "SKILLNET_HOME": str(home),
+            "MLFLOW_WORKERS": "1",
         },
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -109,7 +110,7 @@ def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
 
 @needs_postgres
 def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
-    run_root: Path, object_store: ObjectStore
+    run_root: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = postgres.Postgres()
     kept = f"{object_store.uri}/mlflow"
@@ -117,7 +118,8 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
     halfway, away = (tracked_trials.CONTEXT.Barrier(TRIALS + 1) for _ in range(2))
     processes = []
     try:
-        with served("--store", database.uri, "--artifacts", kept, home=run_root) as uri:
+        monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", kept)
+        with served("--store", database.uri, home=run_root) as uri:
             where.uri = uri
             with tracking.start_run("sweep", None, where) as parent:
                 trials = [tracking.start_child_run(parent, f"trial-{n}") for n in range(TRIALS)]

@@ -29,7 +29,7 @@ SOURCE_FOLDERS = (
     *(f"plugins/{name}" for name in ("corpora", "hf", "planning", "studies")),
 )
 #: Commands that serve or only check: ``--attach`` without an id ignores them.
-SERVICES = ("doctor", "serve", "tracker", "ui")
+SERVICES = ("doctor", "serve", "tracker")
 
 
 def resolve_job_server_url(address: str | None = None) -> SecretUri:

@@ -5,9 +5,12 @@ import functools
 import ipaddress
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from skillnet_platform.errors import UserError
 
 ADDRESS = "127.0.0.1"
 
@@ -57,6 +60,29 @@ def is_loopback_host(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def choose_port(host: str, port: int) -> int:
+    """Return a port that no program uses: ``port``, or any free one for 0.
+
+    Args:
+        host: interface to listen on.
+        port: port to listen on.
+
+    Raises:
+        UserError: another program uses the port, or the interface does not exist.
+    """
+    with socket.socket() as probe:
+        # Without it a port counts as used for a while after an earlier server ended.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"--host {host} --port {port}: cannot listen there ({error.strerror}); give "
+                "another port, or --port 0 for a free port"
+            ) from None
+        return int(probe.getsockname()[1])
 
 
 def listens_on_loopback(ray: Any) -> bool:

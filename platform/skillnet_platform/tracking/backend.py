@@ -23,6 +23,8 @@ from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqli
 from skillnet_platform.tracking.moved_root import relocate_artifacts
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+#: Names the database of a server; in a command line, others could read its password.
+STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 USER_VARIABLE = "MLFLOW_TRACKING_USERNAME"
 PASSWORD_VARIABLE = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - a variable's name
 

@@ -24,7 +24,7 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         folder = tmp_path_factory.mktemp("users")
         patch.setenv("SKILLNET_HOME", str(folder))
         uri = tracker.resolve_store(None)
-        for name, value in tracker.create_first_user(uri, folder / "tracker").items():
+        for name, value in tracker.write_secrets(uri, folder / "tracker").items():
             patch.setenv(name, value)
         store = SqlAlchemyStore()
         store.init_db(uri.reveal())
@@ -112,5 +112,5 @@ def test_the_server_uses_the_cache_on_both_of_its_request_paths(users: Any) -> N
 
 def test_the_uri_of_the_users_is_only_in_a_private_file(tmp_path: Path, users: Any) -> None:
     uri = tracker.resolve_store(sqlite_uri(tmp_path / "50%.db"))
-    tracker.create_first_user(uri, tmp_path / "tracker")
+    tracker.write_secrets(uri, tmp_path / "tracker")
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "tracker").iterdir()} == {0o600}

@@ -239,7 +239,6 @@ class Server:
             job("raysubmit_x", 3),
             job("finetune-3", 4, "finetune", "you"),
             job("tracker-1", 5, "tracker --host 10.0.0.1", "me"),
-            job("ui-1", 6, "ui", "me"),
         ]
 
     def stop_job(self, job: str) -> bool:

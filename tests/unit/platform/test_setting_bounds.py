@@ -74,7 +74,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
 def test_readers_and_systems_are_among_them() -> None:
     assert all(issubclass(each, ExternalCorpus) for each in READERS.values())
     owners = {owner for owner, _, _, _ in NUMBERS}
-    assert {"reader folder", "system moe", "sweep", "compare", "ui"} <= owners
+    assert {"reader folder", "system moe", "sweep", "compare", "tracker"} <= owners
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,8 @@ from skillnet_platform.tracking import Tracker, backend, operations, spool
 from skillnet_platform.tracking import (
     run as tracking_run,
 )
-from skillnet_platform.tracking import (
-    server as tracking_server,
-)
-from tests.helpers.ports import free_port
+from tests.chaos.tracking_server import Server
 from tests.helpers.tracked_runs import history, run_of, where
-from tests.helpers.waiting import wait_for_answer
-
-
-@contextlib.contextmanager
-def server(database: Path, port: int) -> Iterator[str]:
-    """A real MLflow server for the length of a block; then killed, not asked."""
-    process = tracking_server.start_server(
-        f"sqlite:///{database}",
-        "127.0.0.1",
-        port,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_answer(f"{uri}/health", 600, process=process)
-        yield uri
-    finally:
-        tracking_server.stop_server(process, patience=0)
 
 
 @pytest.mark.integration
@@ -56,10 +33,9 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
         apply(client, run_id, operation)
 
     monkeypatch.setattr(operations, "apply_operation", counted)
-    port = free_port()
-    database = run_root / "server.db"
+    server = Server(run_root / "server.db")
     with contextlib.ExitStack() as stack:
-        with server(database, port) as uri:
+        with server as uri:
             tracker = stack.enter_context(tracking_run.start_run("spooled", None, where(uri=uri)))
             left = Tracker.by_id(tracker.run_id, uri)
             tracker.metrics({"loss": 0.0}, step=0)
@@ -75,7 +51,7 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
         ended.wait()
         (path,) = [p for p in spool.spool_root().glob("*.jsonl") if '"other"' in p.read_text()]
         path.rename(str(path).replace(f".{os.getpid()}-", f".{ended.pid}-"))
-        with server(database, port):
+        with server:
             assert tracker.flush()
             assert tracker.flush()
             assert history(tracker, "loss") == [(step, float(step)) for step in range(200)]
@@ -187,7 +163,7 @@ def test_a_full_disk_leaves_no_half_line(run_root: Path, monkeypatch: pytest.Mon
     assert spool.read_spool(kept.path) == ("r", [{"kind": "tags", "values": {"b": "2"}}])
 
 
-class Server:
+class StandIn:
     """Stands for a tracker: takes records, but some of them, or none while it is away."""
 
     def __init__(self) -> None:
@@ -206,7 +182,7 @@ def test_a_record_that_always_fails_holds_up_no_other(
     run_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spool, "DOUBT_PAUSES_S", (0.0, 0.0))
-    server = Server()
+    server = StandIn()
     kept = spool.OperationSpool("r", "sqlite:///x.db", server)
     (run_root / "bad.txt").write_text("bytes that the server cannot take")
     kept.send({"kind": "tags", "name": "first"})
