@@ -1,46 +1,51 @@
 """``skillnet submit``: send a command to a cluster as a job, follow its log, attach to it again.
 
-The client talks to the job server in Ray's dashboard, which listens on the head's loopback.
-``ray dashboard CLUSTER.yaml`` opens an ssh tunnel to it. A job belongs to the cluster: it continues
-when the client ends.
+Built on Ray's ``JobSubmissionClient``. The job server is in Ray's dashboard, which listens on the
+head's loopback. ``ray dashboard CLUSTER.yaml`` opens an ssh tunnel to it. A job belongs to the
+cluster: it continues when the client ends.
 """
 
 import contextlib
-import getpass
 import json
+import logging
+import math
+import os
 import re
+import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import cli, console
+from skillnet_platform import cli, cluster, console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import working_dir
-from skillnet_platform.cluster.job_client import (
-    MARK,
-    NEWEST,
-    connect_job_server,
-    find_job,
-    job_entrypoint,
-    job_environment,
-    make_job_id,
-    read_variables,
-)
-from skillnet_platform.cluster.job_logs import follow_job
 from skillnet_platform.cluster.resource_request import request_resources, split_own_options
+from skillnet_platform.cluster.versions import version_variable
 from skillnet_platform.config import positional_field
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking.backend import URI_VARIABLE
 from skillnet_platform.tracking.source_commit import commit_variable
 
+#: Folders of a checkout that hold its packages; a job has no installation of them.
+SOURCE_FOLDERS = ("platform", *(f"plugins/{n}" for n in ("corpora", "hf", "planning", "studies")))
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
+#: Seconds in which a job server that does not answer is asked again.
+PATIENCE_S = 120.0
+#: Seconds between two requests for a log, and bytes of it that add another second: Ray sends the
+#: complete log each time.
+AGAIN_S, BYTES_PER_S = 1.0, 2**20
 SECRET = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|_KEY$")
+ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+OPEN_A_TUNNEL = (
+    "open a tunnel with `ray dashboard ray_cluster.yaml`, then: "
+    "export RAY_ADDRESS=http://127.0.0.1:8265"
+)
 
 
 @dataclass
@@ -49,8 +54,7 @@ class SubmitConfig:
 
     Args:
         entry: command of skillnet with its options, as it would run here.
-        address: job server; by default RAY_ADDRESS.
-        attach: follow an earlier job by its id, or your newest job without an id.
+        attach: follow an earlier job by its id; `ray job list` shows the ids.
         detach: send the job and return immediately.
         check: check the cluster first (`skillnet doctor`); errors stop the job.
         env: environment variables of the job, such as ``--env.SKILLNET_HOME s3://bucket/runs``.
@@ -60,7 +64,6 @@ class SubmitConfig:
     """
 
     entry: list[str] = positional_field([])
-    address: str | None = None
     attach: str | None = None
     detach: bool = False
     check: bool = True
@@ -71,10 +74,116 @@ class SubmitConfig:
 
 def split_submit_arguments(argv: Sequence[str]) -> list[str]:
     """Separate own options from the command to send by ``--``."""
-    own, words = split_own_options(_attach_newest(argv))
+    own, words = split_own_options(argv)
     if {"--help", "-h"} & set(words):
         raise SystemExit(cli.main(words))  # the help of the command needs no cluster
     return [*own, "--", *words]
+
+
+def resolve_job_server_url() -> SecretUri:
+    """Return the URL of the job server, which the environment names.
+
+    Raises:
+        UserError: there is no address, or it is not a URL.
+    """
+    given = (os.environ[name] for name in ADDRESSES if os.environ.get(name))
+    found = SecretUri(next(given, ""))
+    if not found:
+        raise UserError(f"RAY_ADDRESS is not set: no cluster to send the job to; {OPEN_A_TUNNEL}")
+    if not found.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={found}: a job is sent to the http:// address of the dashboard; "
+            f"{OPEN_A_TUNNEL}"
+        )
+    return SecretUri(found.reveal().rstrip("/"))
+
+
+def connect_job_server() -> Any:
+    """Return a ``JobSubmissionClient`` whose server answered.
+
+    Raises:
+        UserError: no address, no token, a refused token, or no answer.
+    """
+    url = resolve_job_server_url()
+    # Our clusters always require the token; the embedded Ray never does.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    cluster.prepare_ray_environment()
+    place = (
+        find_token_source() if os.environ["RAY_AUTH_MODE"] == "token" else "RAY_AUTH_MODE=disabled"
+    )
+    import requests
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    from ray.exceptions import AuthenticationError
+
+    from skillnet_platform.ray_internals.job_server import JobServerClient
+
+    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+    try:
+        # The first request of the constructor is the version of the cluster's Ray.
+        return JobServerClient(url.reveal())
+    except AuthenticationError:
+        raise UserError(
+            f"{url}: the cluster refuses the token ({place}); take the cluster's own, which "
+            "`ray up` copied to ~/.ray/auth_token of its head"
+        ) from None
+    except (ConnectionError, requests.RequestException) as error:
+        raise UserError(
+            f"{url}: no cluster answers there ({type(error).__name__}). Start it, or open the "
+            f"tunnel: `ray dashboard CLUSTER.yaml`"
+        ) from None
+
+
+def find_token_source() -> str:
+    """Return the source of the token: a variable or a file.
+
+    Raises:
+        UserError: there is no token.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        if path.read_text(encoding="utf-8").strip():
+            return str(path)
+    except OSError:
+        pass
+    raise UserError(
+        f"no token in {path}: a cluster accepts jobs only with its token. Copy it from "
+        "~/.ray/auth_token of the head, or generate one before `ray up` with: "
+        "ray get-auth-token --generate"
+    )
+
+
+def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
+    """Return the shell command of a job, with a check of the cluster before it."""
+    # Without -P: the working directory of a job is the uploaded checkout, whose code is to run. Ray
+    # puts it on the import path in any case, and no other copy of the code is on the nodes.
+    run = shlex.join(["python", "-m", "skillnet_platform.cli", *words])
+    if not check:
+        return run
+    # In the same job: a separate one would need a second upload and check an earlier state.
+    look = ["python", "-m", "skillnet_platform.doctor", "--only", "problems", *words]
+    return f"{shlex.join(look)} && {run}"
+
+
+def job_environment() -> dict[str, str]:
+    """Return the variables of every job: the import path of its code, and the versions here."""
+    path = os.pathsep.join(SOURCE_FOLDERS)
+    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **version_variable()}
+
+
+def read_variables(names: Sequence[str]) -> dict[str, str]:
+    """Return environment variables of this process by name.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    for name in names:
+        # Reported here: on the cluster the missing value would cause another error.
+        if name not in os.environ:
+            raise UserError(f"--env_from {name}: {name} is not set here; export it first")
+    return {name: os.environ[name] for name in names}
 
 
 def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.JobPackage]:
@@ -87,11 +196,6 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
         UserError: an unknown command, invalid arguments, a folder without our code, or too large an
             upload.
     """
-    known = cli.find_commands()
-    if options.entry[0] not in known:
-        raise UserError(
-            f"unknown command {options.entry[0]!r}{suggest_name(options.entry[0], known)}"
-        )
     for word in options.entry:
         if SecretUri(word).has_secret:
             raise UserError(
@@ -119,12 +223,90 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
             console.print_warning(working_dir.describe_largest_files(package))
         job = client.submit_job(
             entrypoint=job_entrypoint(options.entry, options.check),
-            submission_id=make_job_id(options.entry[0]),
+            # The random part separates jobs that are sent within one second.
+            submission_id=f"{options.entry[0]}-{time.strftime('%Y%m%d-%H%M%S')}-"
+            f"{secrets.token_hex(2)}",
             runtime_env={"working_dir": str(package.path), "env_vars": variables},
-            metadata={MARK: shlex.join(options.entry), "user": getpass.getuser()},
         )
     console.print_note(f"job {job}: {shlex.join(options.entry)}")
     return str(job), package
+
+
+def wait_for_job(
+    client: Any, job: str, show: Callable[[str], None], limit_s: float = math.inf
+) -> None:
+    """Pass the log of a job on until the job ends. Requests that fail are repeated.
+
+    Args:
+        client: ``JobSubmissionClient``.
+        job: id of the job.
+        show: takes the next part of the log.
+        limit_s: seconds for the job.
+
+    Raises:
+        UserError: the server does not answer any more.
+        RuntimeError: the job took longer than ``limit_s``.
+    """
+    import requests
+
+    size, start = 0, time.monotonic()
+    answered = start
+    while True:
+        try:
+            # The status comes first: the log of an ended job is complete.
+            status = client.get_job_status(job)
+            log = client.get_job_logs(job)
+        except (requests.RequestException, ConnectionError, RuntimeError) as error:
+            if time.monotonic() > answered + PATIENCE_S:
+                raise UserError(
+                    f"the connection to the cluster is lost ({type(error).__name__}: {error}); the "
+                    f"job {job} continues: skillnet submit --attach {job}"
+                ) from None
+        else:
+            answered = time.monotonic()
+            show(log[size:])
+            size = max(size, len(log))
+            if status.is_terminal():
+                return
+            if answered > start + limit_s:
+                raise RuntimeError(
+                    f"the job {job} is {status.value} after {limit_s:.0f} s and was stopped; see "
+                    "`ray status` for a node with free CPUs"
+                )
+        time.sleep(AGAIN_S + size / BYTES_PER_S)
+
+
+def follow_job(client: Any, job: str) -> tuple[str, int]:
+    """Print the log of a job until the job ends. An interrupt ends this function, not the job.
+
+    Args:
+        client: ``JobSubmissionClient``.
+        job: id of the job.
+
+    Returns:
+        Status and exit code of the job.
+    """
+    try:
+        wait_for_job(client, job, console.print_log)
+    except KeyboardInterrupt:
+        console.print_note(
+            f"\nthe job continues; follow it with `skillnet submit --attach {job}`, end it with "
+            f"`ray job stop {job}`"
+        )
+        return "RUNNING", 130
+    info = client.get_job_info(job)
+    status = str(info.status.value)
+    code = info.driver_exit_code
+    if status == "SUCCEEDED":
+        console.print_note(f"{job} succeeded")
+        return status, 0
+    reason = f": {info.message}" if info.message and code is None else ""
+    console.print_error(f"{job} {status.lower()}{reason}")
+    # A stopped job, and a job whose head was lost, have no code. A signal has a negative one.
+    if not code:
+        return status, 1
+    # A multiple of 256 would look like success to the shell.
+    return status, 128 - code if code < 0 else code & 0xFF or 1
 
 
 def run_job(arguments: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
@@ -133,29 +315,20 @@ def run_job(arguments: Sequence[str], env_from: Sequence[str] = ()) -> dict[str,
     The job is stopped when this function ends early.
 
     Raises:
-        UserError: as :func:`connect` and :func:`submit_job`.
+        UserError: as :func:`connect_job_server` and :func:`submit_job`.
         RuntimeError: the job printed no document, or took longer than :data:`ANSWER_S`.
     """
     client = connect_job_server()
     job, _ = submit_job(client, SubmitConfig(list(arguments), check=False, env_from=[*env_from]))
-    deadline, ended = time.monotonic() + ANSWER_S, False
+    parts: list[str] = []
     try:
-        while not ended:
-            status = client.get_job_status(job)
-            ended = status.is_terminal()
-            if not ended and time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the job {job} is {status.value} after {ANSWER_S:.0f} s and was stopped; "
-                    "see `ray status` for a node with free CPUs"
-                )
-            if not ended:
-                time.sleep(0.5)
-    finally:
-        if not ended:
-            with contextlib.suppress(Exception):
-                # Nobody reads its answer any more, and it would keep its CPUs.
-                client.stop_job(job)
-    log = str(client.get_job_logs(job))
+        wait_for_job(client, job, parts.append, ANSWER_S)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            # Nobody reads its answer any more, and it would keep its CPUs.
+            client.stop_job(job)
+        raise
+    log = "".join(parts)
     # The log also contains lines of Ray before and after the document.
     begin, end = log.find("{\n"), log.rfind("\n}")
     if begin < 0 or end < 0:
@@ -164,22 +337,12 @@ def run_job(arguments: Sequence[str], env_from: Sequence[str] = ()) -> dict[str,
     return document
 
 
-def _attach_newest(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the newest job for ``--attach`` without an id."""
-    words = list(argv)
-    if "--attach" in words:
-        place = words.index("--attach")
-        if place + 1 == len(words) or words[place + 1].startswith("--"):
-            words.insert(place + 1, NEWEST)
-    return words
-
-
 @command(
     SubmitConfig,
     description="Send a command with this checkout's code to the cluster of RAY_ADDRESS and "
     "follow its log. The job continues when this command ends.",
     example="skillnet submit finetune --config small --training.workers 4\n"
-    "skillnet submit --attach",
+    "skillnet submit --attach JOB",
     exit_code=lambda result: int(result["exit_code"]),
     rewrite_arguments=split_submit_arguments,
 )
@@ -191,10 +354,16 @@ def main(config: SubmitConfig) -> dict[str, Any]:
             "or --attach to follow an earlier job"
         )
     start = time.monotonic()
-    client = connect_job_server(config.address)
+    client = connect_job_server()
     result: dict[str, Any] = {"address": SecretUri(client.get_address())}
     if config.attach:
-        job = find_job(client, config.attach)
+        job = config.attach
+        try:
+            client.get_job_info(job)
+        except RuntimeError:
+            raise UserError(
+                f"--attach {job}: no such job on the cluster. `ray job list` shows the ids"
+            ) from None
     else:
         job, package = submit_job(client, config)
         result |= {"upload_bytes": package.size, "upload_files": package.files}

@@ -371,8 +371,9 @@ def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str
         follower.kill()
         follower.wait(10)
         follower.stdout.close()
-        done = submit(client, "--attach", seconds=LATE_S)
-    assert done["job_id"] in line
+        job = line.split()[1].rstrip(":")
+        done = submit(client, "--attach", job, seconds=LATE_S)
+    assert done["job_id"] == job
     assert (done["status"], done["exit_code"]) == ("SUCCEEDED", 0), done["log"]
     result = json.loads(stored(client, "runs/sweep/result.json"))
     assert result["counts"]["finished"] == 2

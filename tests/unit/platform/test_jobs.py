@@ -1,18 +1,18 @@
 """Jobs: the upload, finding and following a job, and the message of each error."""
 
-import asyncio
 import json
 import re
+import tomllib
 import zipfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from skillnet_platform import cluster, config, submit
-from skillnet_platform.cluster import job_client, job_logs, versions, working_dir
+from skillnet_platform.cluster import versions, working_dir
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     request_resources,
@@ -23,7 +23,7 @@ from skillnet_platform.errors import UserError
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (*job_client.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in (*submit.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -33,7 +33,6 @@ def test_own_options_end_where_the_command_begins() -> None:
     words = ["--detach", "--env.A", "b", "--json", "finetune", "--config", "tiny", "--json"]
     assert split_own_options(words) == (words[:4], words[4:])
     assert split_own_options(["--check=false", "--", "prepare"]) == (["--check=false"], ["prepare"])
-    assert split_own_options(["--attach"]) == (["--attach"], [])
 
 
 def test_a_command_states_its_resource_request(tmp_path: Path) -> None:
@@ -184,7 +183,7 @@ def test_too_large_a_package_names_what_is_large(
             "no cluster answers there",
         ),
         ({}, [], "give a command"),
-        ({}, ["--attach", "--json", "prepare"], "give a command"),
+        ({}, ["--attach", "job", "prepare"], "give a command"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -201,45 +200,31 @@ def test_what_is_missing_is_said(
 
 
 class Server:
-    """Stands for the job server: jobs by id, and a log that breaks off ``cuts`` times."""
+    """Stands for the job server: its log grows by one letter per request, and some fail."""
 
-    def __init__(self, log: str = "", status: str = "SUCCEEDED", code: int = 0, cuts: int = 0):
-        self.log, self.cuts, self.status, self.code = log, cuts, status, code
+    def __init__(
+        self, log: str = "", status: str = "SUCCEEDED", code: int | None = 0, failures: int = 0
+    ) -> None:
+        self.log, self.failures, self.status, self.code = log, failures, status, code
         self.sent: dict[str, Any] = {}
         self.stopped: list[str] = []
+        self.asked = 0
 
     def get_job_status(self, job: str) -> Any:
-        ended = self.cuts <= 0
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise (ConnectionError, RuntimeError, requests.Timeout)[self.asked % 3]("no route")
+        ended = self.asked >= self.failures + len(self.log)
         return SimpleNamespace(value=self.status, is_terminal=lambda: ended)
 
     def get_job_info(self, job: str) -> Any:
+        if job == "no-such-job":
+            raise RuntimeError("Request failed with status code 404")
         status = SimpleNamespace(value=self.status)
         return SimpleNamespace(status=status, driver_exit_code=self.code, message="")
 
-    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        half = len(self.log) // 2
-        yield self.log[:half]
-        await asyncio.sleep(0)
-        self.cuts -= 1
-        if self.cuts >= 0:
-            raise RuntimeError("WebSocket connection closed unexpectedly")
-        yield self.log[half:]
-
     def get_job_logs(self, job: str) -> str:
-        return self.log
-
-    def list_jobs(self) -> list[Any]:
-        def job(name: str, start: int, command: str = "", user: str = "") -> Any:
-            metadata = {"skillnet": command, "user": user} if command else None
-            return SimpleNamespace(submission_id=name, start_time=start, metadata=metadata)
-
-        return [
-            job("finetune-1", 1, "finetune --config tiny", "me"),
-            job("finetune-2", 2, "finetune", "me"),
-            job("raysubmit_x", 3),
-            job("finetune-3", 4, "finetune", "you"),
-            job("tracker-1", 5, "tracker --host 10.0.0.1", "me"),
-        ]
+        return self.log[: max(self.asked - self.failures, 0)]
 
     def stop_job(self, job: str) -> bool:
         self.stopped.append(job)
@@ -251,44 +236,22 @@ class Server:
         return str(given["submission_id"])
 
 
-@pytest.mark.parametrize("cuts", [0, 1, 2])
-def test_a_lost_connection_loses_and_doubles_nothing(
-    cuts: int, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "AGAIN_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_lost_requests_lose_and_double_nothing(
+    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.follow_job(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
-
-
-class Quiet(Server):
-    """A job that says nothing for long; its log is closed, or its connection is dead."""
-
-    def __init__(self, tails: int, dead: bool = False, answers: bool = True) -> None:
-        super().__init__("one\ntwo\n", cuts=tails)
-        self.dead, self.answers = dead, answers
-
-    def get_job_status(self, job: str) -> Any:
-        if not self.answers:
-            raise ConnectionError("no route")
-        return super().get_job_status(job)
-
-    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        self.cuts -= 1
-        if self.cuts >= 0:
-            await (asyncio.Event().wait() if self.dead else asyncio.sleep(0.03))
-            raise RuntimeError("WebSocket connection closed unexpectedly")
-        yield self.log
-
-
-@pytest.mark.parametrize("dead", [False, True])
-def test_a_quiet_job_keeps_its_follower(
-    dead: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in (("PATIENCE_S", 0.02), ("QUIET_S", 0.05), ("AGAIN_S", 0.0)):
-        monkeypatch.setattr(job_logs, name, value)
-    assert submit.follow_job(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
+    server = Server("one\ntwo\n", failures=failures)
+    assert submit.follow_job(server, "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\n"
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.0)
     with pytest.raises(UserError, match=r"connection .* is lost .*; the job job continues"):
-        submit.follow_job(Quiet(1000, answers=False), "job")
+        submit.follow_job(Server("one", failures=10**9), "job")
 
 
 @pytest.mark.parametrize(
@@ -297,18 +260,6 @@ def test_a_quiet_job_keeps_its_follower(
 )
 def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
     assert submit.follow_job(Server(status="FAILED", code=code), "job") == ("FAILED", given)
-
-
-def test_jobs_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOGNAME", "me")
-    assert job_client.find_job(Server(), job_client.NEWEST) == "finetune-2", "mine, and a run"
-    assert job_client.find_job(Server(), "raysubmit_x") == "raysubmit_x"
-    assert job_client.find_job(Server(), "finetune-3") == "finetune-3"
-    with pytest.raises(UserError, match="no such job on the cluster; did you mean 'finetune-2'"):
-        job_client.find_job(Server(), "finetune-22")
-    monkeypatch.setenv("LOGNAME", "they")
-    with pytest.raises(UserError, match=r"they has sent no run .* give an id: finetune-1 of me"):
-        job_client.find_job(Server(), job_client.NEWEST)
 
 
 @pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])
@@ -322,7 +273,7 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
             return SimpleNamespace(value="PENDING", is_terminal=lambda: False)
 
     server = Pending()
-    monkeypatch.setattr(submit, "ANSWER_S", 0.0)
+    monkeypatch.setattr(submit, "ANSWER_S", -1.0)
     monkeypatch.setattr(submit, "connect_job_server", lambda: server)
     monkeypatch.setattr(submit, "submit_job", lambda client, options: ("doctor-1", None))
     with pytest.raises(problem):
@@ -341,13 +292,15 @@ def test_options_behind_the_command_are_its_own(
         return "finetune-1", SimpleNamespace(size=1, files=1)
 
     server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
-    monkeypatch.setattr(submit, "connect_job_server", lambda address: server)
+    monkeypatch.setattr(submit, "connect_job_server", lambda: server)
     monkeypatch.setattr(submit, "submit_job", send)
     assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
     assert capsys.readouterr().out == "", "submit itself was not asked for JSON"
     assert submit.main(["--json", "finetune", "--seed", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["job_id"] == "finetune-1"
     assert sent == [["finetune", "--config", "tiny", "--json"], ["finetune", "--seed", "1"]]
+    assert submit.main(["--attach", "no-such-job"]) == 2
+    assert "no such job on the cluster" in capsys.readouterr().err
     assert submit.main(["prepare", "--help"]) == 0
     assert "skillnet prepare" in capsys.readouterr().out
     assert submit.main(["--help"]) == 0
@@ -404,7 +357,12 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
     assert package.files == len(sent["files"])
     variables = sent["runtime_env"]["env_vars"]
-    assert (variables["PYTHONPATH"], variables["SKILLNET_HOME"]) == ("platform", "s3://b")
+    folders = variables["PYTHONPATH"].split(":")
+    project = tomllib.loads(
+        (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    )
+    assert [".", *folders] == project["tool"]["hatch"]["build"]["dev-mode-dirs"]
+    assert variables["SKILLNET_HOME"] == "s3://b"
     assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed_versions()["ray"]
     check, run = sent["entrypoint"].split(" && ")
     assert "skillnet_platform.doctor --only problems finetune --config tiny" in check

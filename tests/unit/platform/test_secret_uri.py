@@ -15,7 +15,7 @@ from pipelines.data.io.directory import SourceDirectory
 from pipelines.training.config.storage import StorageConfig
 from skillnet_platform import config, console, doctor, submit, tracker
 from skillnet_platform.checks.finding import Finding
-from skillnet_platform.cluster import connect, job_client
+from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.storage import directories, location
@@ -236,10 +236,10 @@ def test_addresses_of_a_cluster_lack_their_secrets(
     assert f"The cluster of {address.partition('//')[0]}//***@127.0.0.1:1" in shown
     if address.startswith("ray"):
         with pytest.raises(UserError, match="sent to the http:// address") as caught:
-            job_client.resolve_job_server_url()
+            submit.resolve_job_server_url()
         shown += str(caught.value)
     else:
-        url = job_client.resolve_job_server_url()
+        url = submit.resolve_job_server_url()
         assert SECRET in url.reveal()
         shown += url
         # Another test of this process may have started Ray.
