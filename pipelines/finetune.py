@@ -23,6 +23,7 @@ from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneCo
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import find_finished_result, train_and_evaluate, validate_run
 from pipelines.training.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
+from pipelines.training.runs.mirror import RunMirror, mirror_of
 from pipelines.training.runs.progress_log import PROGRESS, follow_progress
 from pipelines.training.runs.run_tags import describe_run
 from pipelines.training.runs.task_counts import parse_task_counts
@@ -83,13 +84,15 @@ def run_end_to_end(
         callbacks: of the training loop.
     """
     run = resolve_run(config, stage)
+    mirror = mirror_of(run.config, run.folder)
     # SIGTERM ends every step in a state that the same command continues, not only the training.
-    with terminate_as_interrupt(), lock_run_folder(run.folder):
-        return _run_in_folder(run, stage, splits, callbacks)
+    with terminate_as_interrupt(), lock_run_folder(run.folder, mirror and mirror.uri):
+        return _run_in_folder(run, mirror, stage, splits, callbacks)
 
 
 def _run_in_folder(
     run: "ResolvedRun",
+    mirror: RunMirror | None,
     stage: str,
     splits: Sequence[str] | None,
     callbacks: "Sequence[LoopCallback]",
@@ -97,11 +100,9 @@ def _run_in_folder(
     from pipelines.serving.registration import check_given_name
     from pipelines.training.loop.run_evaluation import check_evaluation_splits
     from pipelines.training.loop.setup import require_devices
-    from pipelines.training.runs.mirror import mirror_of
     from pipelines.training.runs.uploads import upload_results
 
     config, folder = run.config, run.folder
-    mirror = mirror_of(config, folder)
     if mirror is not None:
         mirror.restore(config)
     exists = (folder / CONFIG).is_file()

@@ -37,6 +37,8 @@ from skillnet_platform import cluster, console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import require_space
 from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.leases import LEASE, hold_lease, is_shared_disk
+from skillnet_platform.storage.location import join_location
 
 #: With fewer free bytes than this, no corpus is started.
 MIN_FREE_BYTES = 2**20
@@ -185,6 +187,14 @@ def _start_job(job: CorpusJob, store: str | None, stack: contextlib.ExitStack) -
     """Lock the staging directory of a job, and find the shards that an earlier run finished."""
     require_space(job.final_dir, MIN_FREE_BYTES)
     folder = stack.enter_context(staging.staging_dir(job.final_dir, job.identity))
+    name, data = job.final_dir.name, store or job.final_dir.parent
+    if isinstance(data, str) or is_shared_disk(data):
+
+        def describe(holder: str) -> str:
+            return f"{data}: {holder} prepares {name} now. Wait for it, or give another --data"
+
+        # The lock of the staging directory holds on this host only.
+        stack.enter_context(hold_lease(join_location(data, f".{name}{LEASE}"), describe))
     remote, tokenizer = None, job.identity["tokenizer"]
     if store is not None:
         clear_staging(store, job.final_dir.name, keep=folder.name)

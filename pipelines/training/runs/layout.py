@@ -2,12 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
+from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, read_record
+from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.leases import LEASE, hold_lease, is_shared_disk
+from skillnet_platform.storage.location import Location, join_location
 from skillnet_platform.storage.locks import hold_lock
 from skillnet_platform.storage.temporary import is_temporary, remove_leftovers
 
@@ -25,27 +30,36 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def lock_run_folder(run: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, so that no second process works in it.
+def lock_run_folder(run: Path, mirror: str | None = None) -> Iterator[None]:
+    """Hold the locks of a run's folder, so that no second process works in it on any host.
 
-    The lock ends with its process, so the folder of a killed run can be locked at once. A folder
-    without a run is removed again: a rejected configuration does not reserve the name.
+    The lock ends with its process, so the folder of a killed run can be locked at once. Leases in
+    the store, and on a shared disk, hold between hosts. A folder without a run is removed again: a
+    rejected configuration does not reserve the name.
 
     Args:
         run: folder of a run, sweep or study; created if it is missing.
+        mirror: URI of its copy in an object store.
 
     Raises:
         UserError: another process works in the folder; names its process and host.
+        StoreUnavailableError: the store does not answer, and the run is not on this machine.
     """
 
-    def describe(holder: str) -> str:
+    def describe(place: Location, holder: str) -> str:
         return (
-            f"{run}: {holder} works in this folder now. Wait for its end, or choose another --name"
+            f"{place}: {holder} works in this folder now. Wait for its end, or choose another "
+            "--name"
         )
 
-    with hold_lock(run / LOCK, describe):
+    with hold_lock(run / LOCK, partial(describe, run)):
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                for place in (run if is_shared_disk(run) else None, mirror):
+                    if place is not None:
+                        lease = hold_lease(join_location(place, LEASE), partial(describe, place))
+                        _enter_lease(stack, lease, run)
+                yield
         finally:
             if is_unused(run):
                 remove_leftovers(run)
@@ -54,14 +68,27 @@ def lock_run_folder(run: Path) -> Iterator[None]:
                     run.rmdir()
 
 
+def _enter_lease(
+    stack: contextlib.ExitStack, lease: contextlib.AbstractContextManager[None], run: Path
+) -> None:
+    try:
+        stack.enter_context(lease)
+    except StoreUnavailableError as error:
+        if is_unused(run):
+            raise
+        console.print_warning(
+            f"{error.reason}. Start no second process for the same run: nothing would refuse it"
+        )
+
+
 def is_unused(run: Path) -> bool:
-    """Return whether a folder is missing, or has no file but a lock and temporary files.
+    """Return whether a folder is missing, or has no file but locks and temporary files.
 
     A process that is killed before the configuration has its name leaves those two.
     """
     if not run.is_dir():
         return not run.exists()
-    return all(path.name == LOCK or is_temporary(path) for path in run.iterdir())
+    return all(path.name in (LOCK, LEASE) or is_temporary(path) for path in run.iterdir())
 
 
 def create_run_folder(config: FinetuneConfig, run: Path) -> None:

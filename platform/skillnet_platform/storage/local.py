@@ -26,6 +26,8 @@ HOME_VARIABLE = "SKILLNET_HOME"
 
 #: Errors of a disk that takes no more, and of one that takes nothing.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Errors of a file system that has no hard links.
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 #: Texts of libraries that keep no error number, such as sqlite. Rust writes "(os error 28)".
 _TEXTS = {
@@ -90,6 +92,38 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             aside.replace(final)
             # A rename is durable only when its directory is synced.
             _sync_directory(final.parent)
+
+
+def create_file(path: str | os.PathLike[str], data: bytes) -> bool:
+    """Write a complete file unless it exists; return whether this call wrote it.
+
+    A link has one winner on every host that sees the disk, also on NFS.
+
+    Args:
+        path: of the file.
+        data: content that no other writer has.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    final = Path(path)
+    with _making(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_file(final) as aside:
+            aside.write_bytes(data)
+            try:
+                final.hardlink_to(aside)
+            except FileExistsError:
+                # NFS may repeat a request whose answer was lost.
+                return final.read_bytes() == data
+            except OSError as error:
+                if error.errno not in _WITHOUT_LINKS:
+                    raise
+                with contextlib.suppress(FileExistsError), final.open("xb") as stream:
+                    stream.write(data)
+                    return True
+                return False
+            return True
 
 
 @contextlib.contextmanager

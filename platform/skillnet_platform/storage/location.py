@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import objects
+from skillnet_platform.storage import local, objects
 from skillnet_platform.storage.objects import is_uri, join_uri, require_no_secret
 
 #: An absolute path, or a URI as plain text. ``file://`` URIs are paths.
@@ -50,6 +50,45 @@ def read_if_exists(where: Location) -> bytes | None:
         return objects.read_bytes(where)
     except FileNotFoundError:
         return None
+
+
+def create_file(where: Location, data: bytes) -> bool:
+    """Write a small file unless it exists; of several writers at most one succeeds.
+
+    Args:
+        where: path or URI of the file.
+        data: content that no other writer has.
+
+    Returns:
+        Whether the file is that of this call.
+    """
+    if isinstance(where, Path):
+        return local.create_file(where, data)
+    return objects.create_bytes(where, data)
+
+
+def write_file(where: Location, data: bytes) -> None:
+    """Write a small file; readers see the old or the complete new one."""
+    if isinstance(where, Path):
+        with local.atomic_write(where) as stream:
+            stream.write(data)
+    else:
+        objects.write_bytes(where, data)
+
+
+def list_names(where: Location) -> list[str]:
+    """Return the sorted names of the files in a folder; none if it is missing."""
+    if isinstance(where, Path):
+        return sorted(path.name for path in where.iterdir()) if where.is_dir() else []
+    return [entry.name for entry in objects.list_files(where)]
+
+
+def remove_file(where: Location) -> None:
+    """Remove a file, if it exists."""
+    if isinstance(where, Path):
+        where.unlink(missing_ok=True)
+    else:
+        objects.remove_file(where)
 
 
 def require_local_folder(given: str | Path | None, default: Path, key: str) -> Path:

@@ -14,9 +14,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -75,8 +76,26 @@ def hold_lock(
 
 def read_lock_holder(path: str | os.PathLike[str]) -> str:
     """Return the holder in a lock file, with its host, command and start."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        holder = json.loads(Path(path).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        return describe_holder(json.loads(Path(path).read_text(encoding="utf-8")))
+    return "another process"
+
+
+def make_holder() -> dict[str, Any]:
+    """Return this process as the holder of a lock, for messages of others."""
+    # The first words of the command line are no secret.
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
+
+
+def describe_holder(holder: Mapping[str, Any]) -> str:
+    """Return a holder for messages: process, host, command and start.
+
+    Args:
+        holder: as of :func:`make_holder`, maybe damaged.
+    """
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         place = f"process {holder['pid']:d} on {holder['host']}"
         return f"{place} ({holder['command']}, since {holder['since']})"
     return "another process"
@@ -170,14 +189,10 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _write_holder(descriptor: int) -> None:
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    # The first words of the command line are no secret.
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
     # A full disk or a file of another user must not stop the work: the text is for messages.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(make_holder()).encode(), 0)
 
 
 def _close_in_child() -> None:

@@ -1,6 +1,7 @@
 """Single files in an object store, by URI."""
 
 import base64
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import local as local_storage
@@ -150,6 +152,45 @@ def write_bytes(uri: str, data: bytes) -> None:
             system.pipe_file(path, data)
 
     _in_bucket(uri, write)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a small object unless it exists; of several writers at most one succeeds.
+
+    Args:
+        uri: URI of the object.
+        data: content that no other writer has, such as one with a random part.
+
+    Returns:
+        Whether the object is that of this call.
+
+    Raises:
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def create() -> bool:
+        system, path = _system(uri)
+        if is_local_uri(uri):
+            return local_storage.create_file(path, data)
+        try:
+            system.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            console.print_warning(
+                f"{uri}: this store has no conditional writes. Start no second process for the "
+                "same work"
+            )
+            system.pipe_file(path, data)
+        return True
+
+    try:
+        return _in_bucket(uri, create)
+    except (FileExistsError, UserError):
+        # Clients differ in the error. A repeated request may also meet its own first attempt.
+        if not object_exists(uri):
+            raise
+        return read_bytes(uri) == data
 
 
 def put_file(local: str | os.PathLike[str], uri: str) -> None:

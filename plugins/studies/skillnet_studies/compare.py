@@ -55,7 +55,10 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
     config.claims.check_names(config.systems, [*config.run.tasks])
     if config.power:
         return plan_study_power(config), 0
-    with terminate_as_interrupt(), lock_run_folder(config.folder):
+    with (
+        terminate_as_interrupt(),
+        lock_run_folder(config.folder, config.mirror and config.mirror.uri),
+    ):
         if config.read_reserve != "never":
             return _compare_on_reserve(config), 0
         return _compare_study(config)
