@@ -139,7 +139,7 @@ def measure_tasks(
     precision = choose_precision(training.precision, device)
     optimizer = build_optimizer(model.named_parameters(), training)
     active = trainable_parameters(model, config)
-    sync = GradientSync(active, 1, training.bucket_mb * 2**20)
+    sync = GradientSync(active, 1)
     for task in config.trained:
         rows = planner.rows_per_worker(task)
         example = build_example_batch(config, task, rows, rows).to(device, precision.weights)

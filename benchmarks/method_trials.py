@@ -2,7 +2,7 @@
 rows.
 
     python -m benchmarks.method_trials speech_recognition --steps 600 --every 25 --below 0.5 \\
-        --arm "blank bias 2" model.ctc_blank_bias=2 \\
+        --arm "constant rate" training.schedule=constant \\
         --average 0.9 0.99 --data runs/corpora --output benchmarks/results/DATE-method-speech.csv
 
 The arm ``configured`` is the run of the headline study, or with ``--preset quickstart`` that of the

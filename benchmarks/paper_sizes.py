@@ -97,6 +97,7 @@ def _load(folder: Path, rounds: int) -> list[Result]:
     import torch
 
     from pipelines.data.shards.row_threads import limit_row_threads
+    from pipelines.training.config.data import AUGMENTATIONS
     from pipelines.training.loading.dataloader import MultiTaskDataLoader
 
     torch.set_num_threads(1)
@@ -105,7 +106,9 @@ def _load(folder: Path, rounds: int) -> list[Result]:
     for task in ("text_to_image", "text_to_video"):
         chosen = {task: replace(config.tasks[task], batch_size=LOADED)}
         corpora = _open_corpora(folder)
-        loader = MultiTaskDataLoader(corpora, chosen, config.model, 0, config.training.augment)
+        loader = MultiTaskDataLoader(
+            corpora, chosen, config.model, 0, AUGMENTATIONS[config.training.augment]
+        )
         step = iter(range(1 << 30))
         contenders = {
             "changed by the loader": lambda each=loader, n=step: each.batch(next(n)),

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.data.shards.dataset import PreparedCorpus
+from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop.loop import train_model
@@ -67,7 +68,9 @@ def _task(
     only = {name: config.tasks[name]}
     corpus = corpora[config.tasks[name].corpus]
     plain = MultiTaskDataLoader(corpora, only, config.model, 0)
-    changed = MultiTaskDataLoader(corpora, only, config.model, 0, config.training.augment)
+    changed = MultiTaskDataLoader(
+        corpora, only, config.model, 0, AUGMENTATIONS[config.training.augment]
+    )
     dataset = _dataset(corpus, config.tasks[name].split, COLUMNS[name])
     limit = plain.datasets[name].limit
 

@@ -106,7 +106,7 @@ def _worker(rank: int, folder: str, shape: tuple[int, int], rounds: int) -> None
     labels = torch.randint(0, 15, shape[:1])
 
     named = list(model.active_parameters(TASK))
-    sync = GradientSync({TASK: named}, 2, TrainingConfig().bucket_mb * 2**20)
+    sync = GradientSync({TASK: named}, 2)
     optimizer = build_optimizer(model.named_parameters(), TrainingConfig(lr=1e-4))
 
     def ours() -> None:

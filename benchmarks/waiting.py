@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media import PICTURE, files
+from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loading.prefetch import prefetch_batches
 
@@ -76,7 +77,7 @@ def _stream(folder: Path) -> MultiTaskDataLoader:
     model = replace(config.model, image_size=PICTURE, patch_size=16)
     model = replace(model, vocab_size=max(words, model.vocab_size))
     tasks = {"text_to_image": TaskTraining("pictures", batch_size=BATCH)}
-    return MultiTaskDataLoader(opened, tasks, model, 0, config.training.augment)
+    return MultiTaskDataLoader(opened, tasks, model, 0, AUGMENTATIONS[config.training.augment])
 
 
 def _first() -> bool:

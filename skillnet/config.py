@@ -12,7 +12,10 @@ from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, defau
 BASE_SKILL = "general"
 
 #: Settings of the initial weights alone. Models that differ in them have equal shapes.
-INITIAL_SETTINGS = ("init_scale", "ctc_blank_bias")
+INITIAL_SETTINGS = ("init_scale",)
+
+#: Mark of a field that is stored with a model and is no option of a command.
+_NO_OPTION = {"skillnet_fixed": True}
 
 
 @dataclass
@@ -38,10 +41,8 @@ class SkillNetConfig:
         stem_norm: normalize the tokens of a stem.
         class_token: put a learned token before the patches of an image (ViT).
         drop_path: probability of dropping a residual branch of a row (stochastic depth).
-        dropout: dropout probability on the tokens of a stem.
         init_scale: factor of the standard deviation of the initial matrices of the layers; those of
             a library's specialist too.
-        ctc_blank_bias: added to the initial bias of the blank of CTC heads.
         vocab_size: tokens of the vocabulary of text and code, including padding (id 0).
         max_tokens: longest sequence of text or code.
         bigram_buckets: rows of the hashed table of token bigrams in the token stem (the idea of
@@ -83,13 +84,11 @@ class SkillNetConfig:
     stem_norm: bool = True
     class_token: bool = False
     drop_path: DropProbability = 0.1
-    dropout: DropProbability = 0.0
     init_scale: Annotated[float, Interval(gt=0, le=100)] = 1.0
-    ctc_blank_bias: Annotated[float, Interval(ge=-100, le=100)] = 0.0
     vocab_size: LayerSize = 12000
     max_tokens: LayerSize = 192
     bigram_buckets: OptionalSize = 0
-    n_mels: LayerSize = 80
+    n_mels: LayerSize = field(default=80, metadata=_NO_OPTION)
     mel_stack: LayerSize = 4
     max_frames: LayerSize = 192
     sound_units: OptionalSize = 0
@@ -98,10 +97,10 @@ class SkillNetConfig:
     video_frames: LayerSize = 8
     video_size: LayerSize = 32
     tubelet: tuple[LayerSize, LayerSize, LayerSize] = (2, 8, 8)
-    video_motion: bool = True
+    video_motion: bool = field(default=True, metadata=_NO_OPTION)
     embedding_dim: LayerSize = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
-    reference_tasks: dict[str, Task] = field(default_factory=dict)
+    reference_tasks: dict[str, Task] = field(default_factory=dict, metadata=_NO_OPTION)
 
     def __post_init__(self) -> None:
         self.skills = tuple(self.skills)

@@ -205,8 +205,6 @@ class CTCHead(TaskHead):
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__(config, task)
         self.project = nn.Linear(config.dim, task.outputs + 1)
-        with torch.no_grad():
-            self.project.bias[0] += config.ctc_blank_bias
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # In bf16 the log of small probabilities loses the digits that CTC sums.

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.compilation import PlanCompiler
@@ -60,8 +59,6 @@ class SkillNet(TaskModel):
                 f"loaded for the tasks {', '.join(self.config.tasks)}"
             )
         x_BTD, mask_BT = self.stems[plan.stem](batch, plan.modality)
-        # Dropout only here: the layers use stochastic depth instead.
-        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         return self.encoder(x_BTD, plan.skills, mask_BT), mask_BT
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:

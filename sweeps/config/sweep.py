@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.training.config.run import FinetuneConfig
+from skillnet_platform.config import command_field
 from skillnet_platform.config.bounds import (
     NonNegativeCount,
     PositiveCount,
@@ -46,7 +47,7 @@ class SweepConfig:
 
     name: str | None = None
     run_dir: str | None = None
-    run: FinetuneConfig = field(default_factory=FinetuneConfig)
+    run: FinetuneConfig = command_field(FinetuneConfig, "finetune")
     space: dict[str, SearchDimension] = field(default_factory=dict)
     search: Literal["grid", "random", "optuna"] = "grid"
     samples: PositiveCount = 8

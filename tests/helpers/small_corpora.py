@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
-from pipelines.training.config.data import AugmentConfig
 from pipelines.training.config.run import (
     FinetuneConfig,
     PretrainConfig,
@@ -70,7 +69,6 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
         num_layers=2,
         num_heads=2,
         ffn_dim=24,
-        dropout=0.0,
         drop_path=0.0,
         vocab_size=VOCABULARY,
         max_tokens=24,
@@ -86,7 +84,7 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
         data=str(data),
         model=model,
         tasks=batches,
-        training=TrainingConfig(**(values | training), augment=AugmentConfig()),  # type: ignore[arg-type]
+        training=TrainingConfig(**(values | training)),  # type: ignore[arg-type]
         tracking=TrackingConfig(system_metrics=False),
         evaluate=False,
     )

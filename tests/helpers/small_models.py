@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,7 +33,6 @@ def small_config(**changes: Any) -> SkillNetConfig:
         "num_heads": 2,
         "ffn_dim": 12,
         "drop_path": 0.0,
-        "dropout": 0.0,
         "vocab_size": 40,
         "max_tokens": 12,
         "bigram_buckets": 16,
@@ -104,3 +104,14 @@ def loss_of(model: SkillNet, task: str, rows: int = 3, seed: int = 0) -> Tensor:
         return (outputs["log_probs"][:, :2] * torch.arange(1, 9)).mean()
     similarity = outputs["scale"] * outputs["query"] @ outputs["candidate"].T
     return similarity.logsumexp(1).mean()
+
+
+def drop_tokens(monkeypatch: pytest.MonkeyPatch, probability: float) -> None:
+    """Let every SkillNet drop elements of its tokens, as layers of library encoders do."""
+    tokens = SkillNet.tokens
+
+    def tokens_with_dropout(self: SkillNet, *args: Any) -> Any:
+        x_BTD, mask_BT = tokens(self, *args)
+        return torch.nn.functional.dropout(x_BTD, probability, self.training), mask_BT
+
+    monkeypatch.setattr(SkillNet, "tokens", tokens_with_dropout)

@@ -10,6 +10,7 @@ from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_models import drop_tokens
 from tests.integration.ranks import run_ranks, train_and_save
 
 pytestmark = pytest.mark.integration
@@ -61,7 +62,7 @@ def test_the_same_in_float64_at_another_world_size(
 def train_plain_and_offloaded(rank: int, world: int, data: Path, folder: Path) -> None:
     for offload, stops in ((False, (None,)), (True, (5, None))):
         name = "offloaded" if offload else "plain"
-        config = small_config(data, ema=0.9, bucket_mb=0.004, offload_inactive_weights=offload)
+        config = small_config(data, ema=0.9, offload_inactive_weights=offload)
         for stop in stops:
             out = str(folder / f"{name}.safetensors")
             train_and_save(rank, world, config, str(folder / name), out, stop)
@@ -79,9 +80,12 @@ def test_the_same_to_the_bit_with_weights_in_the_host(data: Path, tmp_path: Path
         assert path.read_bytes() == (tmp_path / "offloaded" / last / path.name).read_bytes(), path
 
 
-def test_dropout_does_not_hang_on_where_a_run_stopped(data: Path, tmp_path: Path) -> None:
+def test_dropout_does_not_hang_on_where_a_run_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_tokens(monkeypatch, 0.3)
     config = small_config(data, steps=8)
-    config.model.dropout = config.model.drop_path = 0.3
+    config.model.drop_path = 0.3
     whole = train_model(ResolvedRun(config, tmp_path / "whole"))
     train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=3)
     parts = train_model(ResolvedRun(config, tmp_path / "parts"))

@@ -76,7 +76,7 @@ def test_resuming_is_exact(system: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_two_workers_train_experts_like_one(data: Path, tmp_path: Path) -> None:
-    config = config_for(data, "moe", bucket_mb=0.004)
+    config = config_for(data, "moe")
     # The balancing loss is that of a worker's own tokens: only it depends on their number.
     config.options = {"experts": 9, "ffn_dim": 8, "balance": 0.0, "z": 0.0}
     config.tasks["text_to_video"].batch_size = 1  # leaves the second worker without a row

@@ -31,7 +31,7 @@ def weights_of(config: FinetuneConfig, world: int, out: Path) -> dict[str, torch
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_weights_and_losses_as_one_worker(data: Path, tmp_path: Path, world: int) -> None:
     # A batch of 3 clips over 4 workers leaves the last one without a row.
-    config = add_linear_paths(small_config(data, steps=15, bucket_mb=0.004))
+    config = add_linear_paths(small_config(data, steps=15))
     config.model.drop_path = 0.3
     alone = weights_of(config, 1, tmp_path / "one.safetensors")
     several = weights_of(config, world, tmp_path / "several.safetensors")

@@ -17,7 +17,7 @@ from pipelines.data.shards.selected_rows import list_row_units, select_rows
 
 
 def select_label_fraction(
-    corpus: PreparedCorpus, splits: Sequence[str], fraction: float, seed: int
+    corpus: PreparedCorpus, splits: Sequence[str], fraction: float, seed: int = 0
 ) -> PreparedCorpus:
     """Return a corpus whose splits have a fraction of their rows, at least one unit in all.
 

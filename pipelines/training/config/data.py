@@ -1,19 +1,16 @@
-"""Configuration of the changes and masks of training rows."""
+"""Changes and masks of training rows, and the names by which a run chooses them.
+
+``training.augment`` is a name of :data:`AUGMENTATIONS`, ``training.masking`` one of :data:`MASKS`.
+"""
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Literal
 
-from annotated_types import Interval
-
-from skillnet_platform.config.bounds import PartialFraction, UnitFraction, require_bounds
-
-PixelShift = Annotated[float, Interval(ge=0, le=4096)]
-FrameCount = Annotated[int, Interval(ge=0, le=100_000)]
-#: A mask leaves something to see, and something to predict.
-MaskedFraction = Annotated[float, Interval(gt=0, lt=1)]
+AugmentationName = Literal["none", "light", "default", "strong"]
+MaskingName = Literal["default", "short_sound", "small"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of training rows, keyed by (seed, step, row). Zero turns a change off.
 
@@ -30,36 +27,42 @@ class AugmentConfig:
         time_mask_frames: longest of these spans, in frames; at most a fifth of the audio.
         frequency_masks: bands of mel bins silenced per row.
         frequency_mask_bins: widest of these bands, in bins.
-        token_dropout: fraction of the tokens of a text replaced by the mask token, for
-            classification.
-        caption_dropout: the same for captions. A caption has few tokens, and without one of
-            them it may describe another row.
+        token_dropout: fraction of the tokens of a text replaced by the mask token. A caption keeps
+            its few tokens: without one of them it may describe another row.
         code_dropout: fraction of code tokens replaced by the mask token.
     """
 
-    image_shift: PixelShift = 3.0
-    image_scale: PartialFraction = 0.1
-    image_colour: UnitFraction = 0.1
-    video_shift: PixelShift = 1.5
-    video_scale: PartialFraction = 0.08
-    sound_pad: FrameCount = 6
-    sound_gain: Annotated[float, Interval(ge=0, le=100)] = 0.2
-    sound_noise: Annotated[float, Interval(ge=0, le=100)] = 0.05
-    time_masks: FrameCount = 1
-    time_mask_frames: FrameCount = 10
-    frequency_masks: FrameCount = 1
-    frequency_mask_bins: FrameCount = 12
-    token_dropout: PartialFraction = 0.1
-    caption_dropout: PartialFraction = 0.0
-    code_dropout: PartialFraction = 0.05
-
-    def __post_init__(self) -> None:
-        require_bounds(self, "training.augment.")
+    image_shift: float = 3.0
+    image_scale: float = 0.1
+    image_colour: float = 0.1
+    video_shift: float = 1.5
+    video_scale: float = 0.08
+    sound_pad: int = 6
+    sound_gain: float = 0.2
+    sound_noise: float = 0.05
+    time_masks: int = 1
+    time_mask_frames: int = 10
+    frequency_masks: int = 1
+    frequency_mask_bins: int = 12
+    token_dropout: float = 0.1
+    code_dropout: float = 0.05
 
 
-@dataclass
+#: ``light`` is for images of few pixels and rows of few tokens; ``strong`` hides every fifth token
+#: of a text. ``none`` changes nothing.
+AUGMENTATIONS: dict[AugmentationName, AugmentConfig | None] = {
+    "none": None,
+    "light": AugmentConfig(image_shift=1.0, video_shift=0.5, token_dropout=0.0, code_dropout=0.0),
+    "default": AugmentConfig(),
+    "strong": AugmentConfig(token_dropout=0.2),
+}
+
+
+@dataclass(frozen=True)
 class MaskConfig:
     """Fractions of a row that masked tasks mask, keyed by (seed, step, row).
+
+    A mask leaves something to see, and something to predict.
 
     Args:
         text: fraction of the tokens of a text (BERT, Devlin et al. 2019: 0.15).
@@ -74,17 +77,14 @@ class MaskConfig:
             10 ms; spans of wav2vec 2.0 last 200 ms.
     """
 
-    text: MaskedFraction = 0.15
-    code: MaskedFraction = 0.15
-    image: MaskedFraction = 0.6
-    video: MaskedFraction = 0.75
+    text: float = 0.15
+    code: float = 0.15
+    image: float = 0.6
+    video: float = 0.75
     video_tubes: bool = True
-    sound: MaskedFraction = 0.5
-    sound_span: Annotated[int, Interval(ge=1, le=100_000)] = 5
-    views: MaskedFraction = 0.25
-
-    def __post_init__(self) -> None:
-        require_bounds(self, "training.masking.")
+    sound: float = 0.5
+    sound_span: int = 5
+    views: float = 0.25
 
     def for_views(self) -> "MaskConfig":
         """Return the masks of views: an equal fraction of every modality, without tubes."""
@@ -92,3 +92,13 @@ class MaskConfig:
         return replace(
             self, text=share, code=share, image=share, video=share, sound=share, video_tubes=False
         )
+
+
+_SHORT_SOUND = MaskConfig(sound=0.4, sound_span=2)
+#: ``short_sound``: one span of 200 ms masks a large part of a recording of half a second. ``small``
+#: also is for videos of few positions per frame, of which masking tubes would leave one.
+MASKS: dict[MaskingName, MaskConfig] = {
+    "default": MaskConfig(),
+    "short_sound": _SHORT_SOUND,
+    "small": replace(_SHORT_SOUND, video=0.5, video_tubes=False),
+}

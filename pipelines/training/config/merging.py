@@ -5,12 +5,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.training.config.growth import GrowConfig, NewTask
-from pipelines.training.config.run import TrainingConfig
+from pipelines.training.config.run import LearningRate, ProcessCount, TrainingConfig
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
 
 RENAME = re.compile(r"(?:(?P<model>\d+):)?(?P<old>[^=:]+)=(?P<new>[^=:]+)")
+
+
+@dataclass
+class HeadTraining:
+    """Training of the head of ``tune``; all other settings are the defaults of a run.
+
+    Args:
+        steps: global steps.
+        lr: peak learning rate of AdamW.
+        workers: Ray workers; 0 trains in this process without Ray.
+        use_gpu: give each worker a GPU.
+    """
+
+    steps: PositiveCount = 600
+    lr: LearningRate = 1e-3
+    workers: ProcessCount = 1
+    use_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        require_bounds(self, "training.")
 
 
 @dataclass
@@ -31,7 +52,7 @@ class MergeConfig:
         corpora: task -> corpus, if it differs from that of the training run; with the new names.
         tune: a task that the merged model gets, over skills of several models; only its head is
             trained, in a run of its own.
-        training: optimizer, workers and intervals of that run.
+        training: steps, learning rate and workers of that run.
         tracking: MLflow server, experiment and registration.
     """
 
@@ -44,7 +65,7 @@ class MergeConfig:
     data: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     tune: NewTask | None = None
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=600))
+    training: HeadTraining = field(default_factory=HeadTraining)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -77,7 +98,7 @@ class MergeConfig:
             run_dir=self.run_dir,
             data=self.data,
             corpora=self.corpora,
-            training=self.training,
+            training=TrainingConfig(**vars(self.training)),
             references=[],
             tracking=self.tracking,
         )

@@ -44,7 +44,7 @@ def request_workers(
 
     Args:
         training: settings of the training.
-        cpus: CPUs of each worker; None takes ``training.cpus_per_worker``.
+        cpus: CPUs of each worker; None is one.
         gpus: GPUs of each worker. 0 takes one GPU with ``use_gpu``, else none.
     """
     workers = max(training.workers, 1)
@@ -52,7 +52,7 @@ def request_workers(
     return ResourceRequest(
         workers,
         workers * (gpus or float(training.use_gpu)),
-        cpus or training.cpus_per_worker or 1.0,
+        cpus or 1.0,
         min_workers=fewest if fewest < workers else 0,
         spread=training.placement_strategy == "strict_spread",
         keep_checkpoints=training.keep_checkpoints,

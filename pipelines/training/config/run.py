@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from pipelines.data.config.folds import FoldConfig
-from pipelines.training.config.data import AugmentConfig, MaskConfig
+from pipelines.training.config.data import AugmentationName, MaskingName
 from pipelines.training.config.storage import StorageConfig
 from skillnet.config import SkillNetConfig
 from skillnet.pretraining_tasks import pretrained_modalities, pretraining_tasks
 from skillnet.skills import known_tasks
-from skillnet_platform.config import aliased_field, choices_field
+from skillnet_platform.config import aliased_field, choices_field, fixed_field
 from skillnet_platform.config.bounds import (
     NonNegativeAmount,
     NonNegativeCount,
@@ -40,6 +40,7 @@ ESSENTIAL_TRAINING_OPTIONS = (
 )
 
 
+LearningRate = Annotated[float, Interval(gt=0, le=10)]
 #: Workers, or threads of a worker.
 ProcessCount = Annotated[int, Interval(ge=0, le=10_000)]
 
@@ -62,7 +63,6 @@ class TaskTraining:
         label_smoothing: label smoothing, for classification.
         label_fraction: fraction of the rows that the task trains on, by held-out units. A smaller
             fraction is a part of a larger one. Validation and test rows stay.
-        label_seed: seed of the choice of these units, apart from the seed of the run.
         first_caption_prob: probability of a row's first caption, which evaluation uses; else any
             of its captions is drawn. For retrieval.
         auxiliary: the task only supports the others: it is not evaluated, and the final model has
@@ -77,15 +77,14 @@ class TaskTraining:
     weight: PositiveAmount | None = None
     batch_size: Annotated[int, Interval(ge=1, le=2**20)] = 64
     split: str = "train"
-    lr: Annotated[float, Interval(gt=0, le=10)] | None = None
+    lr: LearningRate | None = None
     max_length: PositiveCount | None = None
     label_smoothing: PartialFraction = 0.0
     label_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    label_seed: RandomSeed = 0
     first_caption_prob: UnitFraction = 0.0
     auxiliary: bool = False
     views: bool = False
-    eval_only: bool = False
+    eval_only: bool = fixed_field(False)
 
     def __post_init__(self) -> None:
         if self.auxiliary and self.eval_only:
@@ -102,18 +101,12 @@ class TrainingConfig:
         max_minutes: stop after this time, with a checkpoint and a note in the record. The
             learning rate follows steps, so an interrupted run has not decayed.
         lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
-        warmup_steps: steps of linear warmup; null uses ``warmup_fraction``.
-        warmup_fraction: fraction of ``steps`` used for linear warmup, unless ``warmup_steps`` is
-            set.
-        schedule: decay after the warmup: ``cosine`` or ``linear`` to ``min_lr_ratio`` at the last
-            step; ``wsd`` keeps the peak and decays linearly in the last ``wsd_decay_fraction``
-            of the steps; ``constant``.
-        min_lr_ratio: learning rate at the end, as a fraction of ``lr``.
-        wsd_decay_fraction: fraction of the steps in which ``wsd`` decays.
+        warmup_fraction: fraction of ``steps`` used for linear warmup.
+        schedule: decay after the warmup: ``cosine`` or ``linear`` to 2 % of ``lr`` at the last
+            step; ``wsd`` keeps the peak and decays linearly in the last 30 % of the steps;
+            ``constant``.
         weight_decay: of AdamW, for weight matrices of active skills; none for biases, norms and
             embeddings.
-        beta1: decay of AdamW's average of gradients.
-        beta2: decay of AdamW's average of squared gradients.
         max_grad_norm: largest global norm of the active gradients; 0 does not clip.
         temperature: a task without a weight gets rows ** (1 / temperature).
         ema: decay per step of an average of the weights, used for evaluation and the final model;
@@ -127,9 +120,7 @@ class TrainingConfig:
             batches; 0 takes the reserved CPUs if they are more than one, else the worker's share
             of the cores of its node.
         dataloader_num_workers: processes of a worker that load batches; 0 loads them in a thread.
-        cpus_per_worker: CPUs that a worker reserves in Ray. Null reserves one, and for a worker
-            with a GPU its share of the node's CPUs, at most 8.
-        use_gpu: give each worker a GPU.
+        use_gpu: give each worker a GPU, and reserve its share of the node's CPUs, at most 8.
         placement_strategy: ``pack`` places workers on one node if they fit, ``spread`` on
             different nodes if possible, ``strict_spread`` always on different nodes.
         precision: ``auto`` is bf16 autocast if the device multiplies bf16 natively, else fp32;
@@ -144,9 +135,8 @@ class TrainingConfig:
             Results differ in rounding.
         offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
             average, unless the current or the next step uses them. The result is the same.
-        profile_start: step at which ``torch.profiler`` starts; its traces are in ``profiles`` of
-            the run's folder. Null records none.
-        profile_steps: number of steps that it records.
+        profile_start: first of five steps that ``torch.profiler`` records; its traces are in
+            ``profiles`` of the run's folder. Null records none.
         sharding: ``full`` divides weights, gradients and optimizer state among all workers (FSDP),
             ``hybrid`` among the workers of a node, with a replica on each node (HSDP). A step
             gathers only the weights that its task uses. ``none`` keeps everything on each worker.
@@ -154,17 +144,16 @@ class TrainingConfig:
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between validations, the last step included; 0 for none.
         log_every: steps between logged metrics.
-        bucket_mb: size of a gradient bucket in MiB.
-        reduce_dtype: type in which gradients travel between workers: that of the ``weights``, or
-            ``bf16``, which halves the bytes and rounds each gradient.
         max_failures: restarts after a worker dies.
         collective_timeout_s: seconds that a worker waits for the others in a collective operation.
             Then it counts as dead, as do all workers, and they restart. It must be longer than
             anything that only one worker does, such as an upload or the intervals of an evaluation.
         trainable: files of the model to train (skill-NAME, head-TASK, stem-NAME, shared); all
             others stay bitwise unchanged. Empty trains all that a task activates.
-        augment: random changes of training rows.
-        masking: masks of masked tasks.
+        augment: random changes of training rows: ``none``, ``light`` for small images and few
+            tokens, ``default``, or ``strong``, which hides every fifth token of a text.
+        masking: masks of masked tasks: ``default``, ``short_sound`` for recordings of half a
+            second, or ``small``, also for videos of few positions per frame.
         shuffle_gb: largest size of a task's shards, in GB, that are shuffled as a unit; a larger
             task is shuffled in windows of this size, drawn again each epoch. It determines the
             order of rows.
@@ -175,15 +164,10 @@ class TrainingConfig:
 
     steps: PositiveCount = 2000
     max_minutes: PositiveAmount | None = None
-    lr: Annotated[float, Interval(gt=0, le=10)] = 1e-3
-    warmup_steps: NonNegativeCount | None = None
+    lr: LearningRate = 1e-3
     warmup_fraction: UnitFraction = 0.05
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    min_lr_ratio: UnitFraction = 0.02
-    wsd_decay_fraction: UnitFraction = 0.3
     weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.05
-    beta1: PartialFraction = 0.9
-    beta2: PartialFraction = 0.98
     max_grad_norm: NonNegativeAmount = 1.0
     temperature: PositiveAmount = 2.0
     ema: PartialFraction = 0.0
@@ -191,7 +175,6 @@ class TrainingConfig:
     min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
     resize_interval_s: PositiveAmount = 60.0
     threads_per_worker: ProcessCount = 0
-    cpus_per_worker: PositiveAmount | None = None
     dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -201,19 +184,16 @@ class TrainingConfig:
     compile: bool = False
     offload_inactive_weights: bool = False
     profile_start: NonNegativeCount | None = None
-    profile_steps: PositiveCount = 5
     sharding: Literal["none", "full", "hybrid"] = "none"
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0
     log_every: PositiveCount = 20
-    bucket_mb: Annotated[float, Interval(gt=0, le=65_536)] = 25.0
-    reduce_dtype: Literal["weights", "bf16"] = "weights"
     max_failures: NonNegativeCount = 1
     collective_timeout_s: PositiveAmount = 1800.0
     trainable: list[str] = field(default_factory=list)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    masking: MaskConfig = field(default_factory=MaskConfig)
+    augment: AugmentationName = "default"
+    masking: MaskingName = "default"
     shuffle_gb: PositiveAmount = 4.0
     shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = None
 
@@ -267,7 +247,7 @@ class FinetuneConfig:
             digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers and intervals.
         tracking: MLflow server, experiment and registration.
-        storage: mirror of the run in an object store, and cache of corpora.
+        storage: mirror of the run in an object store.
         fold: fold of the corpora by held-out units, in place of their own splits.
         evaluate: evaluate the final model on the test splits.
     """
@@ -371,7 +351,7 @@ class PretrainConfig(FinetuneConfig):
             digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers, intervals and masks.
         tracking: MLflow server and experiment; the model is not registered by default.
-        storage: mirror of the run in an object store, and cache of corpora.
+        storage: mirror of the run in an object store.
         fold: fold of the corpora by held-out units, in place of their own splits.
         evaluate: evaluate the final model on the validation splits.
         contrastive: also train on pairs: captions with images, videos and functions of the

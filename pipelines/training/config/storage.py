@@ -2,26 +2,23 @@
 
 from dataclasses import dataclass
 
-from skillnet_platform.config.bounds import NonNegativeAmount, PositiveAmount, require_bounds
+from skillnet_platform.config.bounds import NonNegativeAmount, require_bounds
 from skillnet_platform.storage.objects import is_uri, require_no_secret
 
 
 @dataclass
 class StorageConfig:
-    """Settings of object stores: the mirror of a run, and the cache of corpora.
+    """Settings of object stores: the mirror of a run.
 
     Args:
         mirror: URI to which the run's folder is copied, and from which it is restored; null keeps
             it on this machine. ``--run_dir s3://bucket/runs`` sets it.
         patience: seconds that a run waits at its end for a store that does not answer, before it
             lists the missing files and exits with 1.
-        cache_gb: size of the local cache of shards, in GB; null takes ``$SKILLNET_CACHE_GB``,
-            else 20.
     """
 
     mirror: str | None = None
     patience: NonNegativeAmount = 600.0
-    cache_gb: PositiveAmount | None = None
 
     def __post_init__(self) -> None:
         if self.mirror is not None and not is_uri(self.mirror):

@@ -171,9 +171,7 @@ class MultiTaskDataLoader:
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
             _check_settings(name, task, settings)
             splits = resolve_splits(corpus, settings.split)
-            corpus = select_label_fraction(
-                corpus, splits, settings.label_fraction, settings.label_seed
-            )
+            corpus = select_label_fraction(corpus, splits, settings.label_fraction)
             dataset = TaskDataset(name, task, corpus, model, settings, masks)
             self.datasets[name] = dataset
             # The key has the task's name: adding a task does not change the order of the others.

@@ -180,7 +180,7 @@ class TaskDataset:
             return towers, {"groups": groups}, changes
         if self.task.objective == "retrieval":
             assert self.task.caption_tower is not None
-            towers[self.task.caption_tower] = self._queries(rows, local, random, config)
+            towers[self.task.caption_tower] = self._queries(rows, local, random)
             return towers, {"groups": _to_int64(self._fixed("group").take(local))}, changes
         if self.task.objective == "ctc":
             symbols, lengths = self._ragged("symbols").take(local)
@@ -387,13 +387,7 @@ class TaskDataset:
         # The groups of a corpus mark similar rows, as labels do; here only a row equals itself.
         return towers, {"groups": _to_int64(rows)}, changes
 
-    def _queries(
-        self,
-        rows: np.ndarray,
-        local: np.ndarray,
-        random: BatchRandom | None,
-        config: AugmentConfig | None,
-    ) -> Tensors:
+    def _queries(self, rows: np.ndarray, local: np.ndarray, random: BatchRandom | None) -> Tensors:
         column = self._nested("caption_tokens")
         counts, captions = column.counts(local), column.first(local)
         self._require_captions(counts, rows)
@@ -402,9 +396,7 @@ class TaskDataset:
             drawn = np.floor(choice * counts).astype(np.int64)
             captions = captions + np.where(chance < self._first_caption_prob, 0, drawn)
         limit = self._model.max_tokens
-        tokens, lengths = column.inner.take(captions, limit, None, PAD_TO)
-        if random is not None and config is not None:
-            tokens = augment.drop_tokens(tokens, lengths, config.caption_dropout, random, limit)
+        tokens, _ = column.inner.take(captions, limit, None, PAD_TO)
         return {"tokens": _to_int64(tokens)}
 
     def _fixed(self, name: str) -> FixedColumn:

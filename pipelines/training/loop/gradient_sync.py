@@ -27,6 +27,9 @@ from pipelines.training.loading.dataloader import rank_slice
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
+#: Size of a bucket, as of DDP.
+BUCKET_BYTES = 25 * 2**20
+
 
 class _Bucket:
     """Gradients of some parameters in one flat tensor, followed by one number for a flag."""
@@ -48,22 +51,6 @@ class _Bucket:
     def release(self) -> None:
         """Free the memory of the bucket, after the gradients are used."""
         self.flat = self.gradients = self.flag = torch.empty(0)
-
-
-class _Reduction:
-    """Sum of a bucket over the ranks, which runs beside the backward pass."""
-
-    def __init__(self, values: Tensor, dtype: torch.dtype | None) -> None:
-        self._values = values
-        self._sent = values if dtype is None else values.to(dtype)
-        self.nbytes = self._sent.nbytes
-        self._handle: Any = dist.all_reduce(self._sent, async_op=True)
-
-    def wait(self) -> None:
-        """Wait for the sum, and write it into the bucket."""
-        self._handle.wait()
-        if self._sent is not self._values:
-            self._values.copy_(self._sent)
 
 
 class FlagReader:
@@ -104,24 +91,22 @@ class GradientSync:
         active: task -> its (name, parameter) pairs in forward order.
         world: number of ranks.
         bucket_bytes: size of a bucket.
-        dtype: type in which gradients travel; None for that of the weights.
     """
 
     def __init__(
         self,
         active: Mapping[str, NamedParameters],
         world: int,
-        bucket_bytes: float,
-        dtype: torch.dtype | None = None,
+        bucket_bytes: float = BUCKET_BYTES,
     ) -> None:
-        self._world, self._dtype = world, dtype
+        self._world = world
         self.bytes_reduced = 0
         self._buckets: dict[str, list[_Bucket]] = {}
         self._where: dict[str, dict[nn.Parameter, int]] = {}
         self._task: str | None = None
         self._last: list[_Bucket] = []
         self._waiting: list[int] = []
-        self._reductions: list[_Reduction] = []
+        self._reductions: list[Any] = []
         self._flag = self._paused = False
         self._flag_reader = FlagReader()
         # One rank needs no buckets and no hooks.
@@ -216,10 +201,10 @@ class GradientSync:
         is_last = bucket is buckets[-1]
         if is_last:
             bucket.flag.fill_(float(self._flag))
+        values = bucket.flat if is_last else bucket.gradients
         with torch.no_grad():
-            reduction = _Reduction(bucket.flat if is_last else bucket.gradients, self._dtype)
-        self._reductions.append(reduction)
-        self.bytes_reduced += reduction.nbytes
+            self._reductions.append(dist.all_reduce(values, async_op=True))
+        self.bytes_reduced += values.nbytes
 
 
 def broadcast_parameters(

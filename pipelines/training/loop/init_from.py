@@ -79,7 +79,7 @@ _PREPARED_SIZES = {
     "model.video_frames": ("video", "frames"),
     "model.video_size": ("video", "video_size"),
 }
-_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", "dropout", *INITIAL_SETTINGS)
+_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", *INITIAL_SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,13 @@ from skillnet.skill_weights import find_weight_skill
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
+#: Decays of AdamW's averages of gradients and of squared gradients.
+BETAS = (0.9, 0.98)
+#: Learning rate of the last step, as a fraction of the peak.
+LAST_RATE = 0.02
+#: Fraction of the steps in which the schedule ``wsd`` decays.
+WSD_DECAY_FRACTION = 0.3
+
 
 class WeightOwner(Protocol):
     """A model, or this rank's shards of one."""
@@ -50,12 +57,7 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
         config: schedule.
         step: steps done before; 0 for the first step.
     """
-    # The steps win over the fraction.
-    warmup = float(
-        config.warmup_fraction * config.steps
-        if config.warmup_steps is None
-        else config.warmup_steps
-    )
+    warmup = config.warmup_fraction * config.steps
     if step < warmup:
         return config.lr * (step + 1) / max(warmup, 1.0)
     if config.schedule == "constant":
@@ -63,12 +65,12 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
     # Decay begins after the warmup; with ``wsd`` after the constant phase.
     start = warmup
     if config.schedule == "wsd":
-        start = max(warmup, config.steps * (1 - config.wsd_decay_fraction))
+        start = max(warmup, config.steps * (1 - WSD_DECAY_FRACTION))
         if step < start:
             return config.lr
     done = min((step - start) / max(config.steps - start, 1.0), 1.0)
     fall = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
+    return config.lr * (LAST_RATE + (1 - LAST_RATE) * fall)
 
 
 def build_optimizer(
@@ -78,7 +80,7 @@ def build_optimizer(
 
     Args:
         parameters: names and tensors of the model.
-        config: learning rate, betas and weight decay.
+        config: learning rate and weight decay.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in parameters:
@@ -87,8 +89,7 @@ def build_optimizer(
         {"params": groups[True], "weight_decay": config.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return EagerAdamW(by_decay, lr=config.lr, betas=betas, fused=True)
+    return EagerAdamW(by_decay, lr=config.lr, betas=BETAS, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> float:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipelines.training.loop.freezing import trainable_parameters
-from pipelines.training.loop.gradient_sync import GradientSync, broadcast_parameters
+from pipelines.training.loop.gradient_sync import BUCKET_BYTES, GradientSync, broadcast_parameters
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model, build_structure
 from skillnet.model import SkillNet
@@ -96,9 +96,8 @@ def build_replica(
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
     """
     config, settings = run.config, run.config.training
-    reduce_dtype = torch.bfloat16 if settings.reduce_dtype == "bf16" else None
     if settings.sharding != "none" and world > 1:
-        return _build_shards(run, rank, world, device, dtype, reduce_dtype)
+        return _build_shards(run, rank, world, device, dtype)
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.offload_inactive_weights else device
     # Each rank builds the model from the seed or the initial weights.
@@ -107,12 +106,11 @@ def build_replica(
         model.enable_activation_checkpointing()
     if settings.compile:
         compile_plans(model, rank=rank)
-    bucket_bytes = settings.bucket_mb * 2**20
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
-        broadcast_parameters(model.parameters(), bucket_bytes, device)
+        broadcast_parameters(model.parameters(), BUCKET_BYTES, device)
     active = trainable_parameters(model, config)
-    sync = GradientSync(active, world, bucket_bytes, reduce_dtype)
+    sync = GradientSync(active, world)
     return TrainingReplica(model, model, active, sync)
 
 
@@ -137,7 +135,6 @@ def _build_shards(
     world: int,
     device: torch.device,
     dtype: torch.dtype,
-    reduce_dtype: torch.dtype | None,
 ) -> TrainingReplica:
     # Other runs start faster without these libraries.
     from pipelines.training.loop.shard_groups import require_sharding
@@ -160,7 +157,6 @@ def _build_shards(
         source,
         build_mesh(device, world, settings.sharding == "hybrid"),
         frees_early=settings.activation_checkpointing,
-        reduce_dtype=reduce_dtype,
     )
     whole.weight_loader = shards.load_task
     own = {task: [(n, shards.parameters[n]) for n, _ in named] for task, named in active.items()}

@@ -150,7 +150,6 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.training.runs.identity import corpora_of
     from pipelines.training.runs.model_tasks import resolve_model_tasks
-    from skillnet_platform.storage.cache import shared_cache
 
     folder, storage = parse_location(config.run_dir, run_root()), config.storage
     if isinstance(folder, str):
@@ -165,9 +164,7 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     for name in corpora_of(config):
         # A missing corpus is an error later, when it is needed: a finished run needs none.
         with contextlib.suppress(ValueError, OSError):
-            corpora[name] = open_corpus(
-                join_location(data, name), cache=shared_cache(config.storage.cache_gb)
-            )
+            corpora[name] = open_corpus(join_location(data, name))
     # Before the name: the tasks of the model are part of the identity.
     config = resolve_model_tasks(config, {name: c.manifest for name, c in corpora.items()})
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")

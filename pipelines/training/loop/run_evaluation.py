@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.training.config.data import MASKS
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.baseline_size import measure_baseline_size
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
@@ -70,7 +71,7 @@ def evaluate_run(
         bootstrap_samples=bootstrap_samples,
         on_split=on_split,
         outcomes=outcomes,
-        masks=config.training.masking,
+        masks=MASKS[config.training.masking],
         ranks=ranks,
         fold=config.fold,
     )

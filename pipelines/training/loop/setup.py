@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.folds import open_fold
+from pipelines.training.config.data import AUGMENTATIONS, MASKS
 from pipelines.training.config.resources import request_workers
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
@@ -27,7 +28,7 @@ from skillnet.systems import build_system
 from skillnet_platform import storage
 from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.cache import GB, shared_cache
+from skillnet_platform.storage.cache import GB, LIMIT_VARIABLE, shared_cache
 from skillnet_platform.storage.location import join_location, parse_location
 
 if TYPE_CHECKING:
@@ -52,16 +53,16 @@ def build_dataloader(
         config.trained,
         config.model,
         config.seed,
-        training.augment,
+        AUGMENTATIONS[training.augment],
         training.temperature,
-        training.masking,
+        MASKS[training.masking],
         training.shuffle_gb * GB,
         training.shard_groups,
     )
-    needed, limit = dataloader.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
+    needed, limit = dataloader.bytes_in_use(), shared_cache().limit
     if needed > limit:
         raise UserError(
-            f"storage.cache_gb: the shards that training uses at once need up to "
+            f"{LIMIT_VARIABLE}: the shards that training uses at once need up to "
             f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
             f"{needed / GB:.2g} or more, or lower training.shuffle_gb ({training.shuffle_gb})"
         )
@@ -81,10 +82,9 @@ def open_corpora(
         UserError: a corpus is missing, was exchanged, or has a larger vocabulary than the model.
     """
     data = parse_location(config.data, storage.data_root())
-    cache = shared_cache(config.storage.cache_gb)
     known = opened or {}
     corpora = {
-        name: known[name] if name in known else open_corpus(join_location(data, name), cache=cache)
+        name: known[name] if name in known else open_corpus(join_location(data, name))
         for name in corpora_of(config)
     }
     for name, corpus in corpora.items():

@@ -108,17 +108,10 @@ class ModelShards:
         runner: computes steps.
         whole: the model without values; evaluation gives it those of one task at a time.
         mesh: of all ranks; its last dimension shares one replica.
-        reduce_dtype: type in which gradients travel; None for that of the weights.
     """
 
-    def __init__(
-        self,
-        runner: ShardedModel,
-        whole: TaskModel,
-        mesh: DeviceMesh,
-        reduce_dtype: torch.dtype | None,
-    ) -> None:
-        self.runner, self.whole, self._reduce_dtype = runner, whole, reduce_dtype
+    def __init__(self, runner: ShardedModel, whole: TaskModel, mesh: DeviceMesh) -> None:
+        self.runner, self.whole = runner, whole
         self.group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
         self.device = torch.device(mesh.device_type)
         self._distributed: dict[str, DTensor] = {}
@@ -204,8 +197,7 @@ class ModelShards:
 
     def count_bytes(self, name: str) -> int:
         """Return the bytes of a gradient that this rank sends."""
-        weight = self._distributed[name]
-        return weight.numel() * (self._reduce_dtype or weight.dtype).itemsize
+        return self._distributed[name].nbytes
 
     @torch.no_grad()
     def load_task(self, task: str) -> None:
@@ -232,7 +224,6 @@ def shard_model(
     mesh: DeviceMesh,
     *,
     frees_early: bool = False,
-    reduce_dtype: torch.dtype | None = None,
 ) -> ModelShards:
     """Divide the weights of a model among the ranks.
 
@@ -245,7 +236,6 @@ def shard_model(
         mesh: see :func:`build_mesh`.
         frees_early: free the weights of a layer after its forward pass, and gather them once more
             for its backward pass.
-        reduce_dtype: type in which gradients travel; None for that of the weights.
 
     Raises:
         UserError: the system has weights that cannot be grouped.
@@ -254,7 +244,7 @@ def shard_model(
     device = torch.device(mesh.device_type)
     _receive_buffers((structure, whole), source, device)
     values = dict(source.named_parameters()) if source is not None else {}
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     done: set[nn.Parameter] = set()
 
     def shard(module: nn.Module, names: list[str], frees: bool) -> None:
@@ -298,7 +288,7 @@ def shard_model(
         # Losses are sums over rows, so gradients are summed, not averaged.
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
-    return ModelShards(runner, whole, mesh, reduce_dtype)
+    return ModelShards(runner, whole, mesh)
 
 
 def build_mesh(device: torch.device, world: int, is_hybrid: bool) -> DeviceMesh:

@@ -24,6 +24,7 @@ from skillnet_platform.cluster.gpu_types import GPU_TYPES, describe_device
 PASSES = 3
 #: Folder of profiles in the folder of a run.
 PROFILES = "profiles"
+PROFILED_STEPS = 5
 #: Metrics that become gauges.
 _PREFIX = "training/"
 
@@ -195,7 +196,7 @@ def profile_steps(
     ``chrome://tracing`` show it.
 
     Args:
-        settings: first step and number of steps.
+        settings: first of the recorded steps.
         folder: of the run; without one there is no profile.
         rank: of this process.
         device: of the training.
@@ -203,7 +204,7 @@ def profile_steps(
     start, activities = settings.profile_start, [torch.profiler.ProfilerActivity.CPU]
     steps = range(0)
     if start is not None and folder is not None:
-        steps = range(start, start + settings.profile_steps)
+        steps = range(start, start + PROFILED_STEPS)
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     name = f"step-{start or 0:08d}-rank-{rank}.json.gz"

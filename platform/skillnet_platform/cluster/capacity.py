@@ -141,7 +141,5 @@ def describe_shortage(request: ResourceRequest, nodes: Sequence[NodeResources], 
     if count_places(nodes, replace(request, spread=False)) >= workers:
         return f"{need} on as many nodes; {where} has {have:g} GPUs on fewer"
     places = count_places(nodes, request)
-    return (
-        f"{need} with {request.cpus:g} CPUs each; the nodes of {where} have room for {places} of "
-        "them"
-    )
+    cpus = f"{request.cpus:g} CPU{'s' * (request.cpus != 1)}"
+    return f"{need} with {cpus} each; the nodes of {where} have room for {places} of them"

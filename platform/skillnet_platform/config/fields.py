@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from skillnet_platform.config.schema import child_types, without_none
+from skillnet_platform.config.schema import FIXED, child_types, without_none
 
 T = TypeVar("T")
 POSITIONAL = "skillnet_positional"
 ALIAS = "skillnet_alias"
 CHOSEN_BY = "skillnet_chosen_by"
+COMMAND = "skillnet_command"
 
 
 def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
@@ -46,6 +47,21 @@ def choices_field(default_factory: Callable[[], Any], chosen_by: str) -> Any:
         chosen_by: key of an entry.
     """
     return dataclasses.field(default_factory=default_factory, metadata={CHOSEN_BY: chosen_by})
+
+
+def fixed_field(default: Any) -> Any:
+    """Return a field that code sets: it is stored and read back, and is no option."""
+    return dataclasses.field(default=default, metadata={FIXED: True})
+
+
+def command_field(default_factory: Callable[[], Any], command: str) -> Any:
+    """Return a field with all options of another command, to which ``--help`` refers.
+
+    Args:
+        default_factory: makes the default.
+        command: its name, such as ``finetune``.
+    """
+    return dataclasses.field(default_factory=default_factory, metadata={COMMAND: command})
 
 
 def default_values(cls: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from skillnet_platform.config.fields import ALIAS, POSITIONAL, default_values
+from skillnet_platform.config.fields import ALIAS, COMMAND, FIXED, POSITIONAL, default_values
 from skillnet_platform.config.schema import child_types, describe_type, without_none
 
 #: Columns of a terminal, and of the options on the left.
@@ -149,16 +149,22 @@ def _defaults_of(cls: type) -> dict[str, Any]:
 def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
     """Return the lines of all options of ``cls``, those without options of their own first."""
     notes = argument_notes(cls)
-    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    aliases = {f.name: f"--{f.metadata[ALIAS]}, " for f in fields if ALIAS in f.metadata}
+    marks = {f.name: f.metadata for f in dataclasses.fields(without_none(cls))}
     plain: list[str] = []
     nested: list[str] = []
     for name, hint in (child_types(cls) or {}).items():
         value = tree.get(name) if isinstance(tree, dict) else None
         below = child_types(hint)
+        alias, command = marks[name].get(ALIAS), marks[name].get(COMMAND)
+        if FIXED in marks[name]:
+            continue
         if below is None:
             text = f"{notes.get(name, '')} ({describe_type(hint)}{_default(tree, name)})".strip()
-            plain += _entry(f"{aliases.get(name, '')}--{prefix}{name}", text)
+            plain += _entry(f"{f'--{alias}, ' if alias else ''}--{prefix}{name}", text)
+            continue
+        if command:
+            text = f"any KEY of skillnet {command}, see skillnet {command} --help all"
+            plain += _entry(f"--{prefix}{name}.KEY", f"{notes.get(name, '')} ({text})".strip())
             continue
         nested += ["", *_wrap(f"{prefix}{name}: {notes.get(name, '')}".rstrip(": "))]
         if "*" in below:

@@ -33,6 +33,7 @@ from skillnet_platform.config.schema import (
     describe_kind,
     find_missing_keys,
     hint_at,
+    is_fixed,
     nest_value,
     remove_null_entries,
     split_key,
@@ -278,6 +279,8 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
             # Names the wrong part of the key.
             check_keys(cls, nest_value(split_key(cls, key), None), COMMAND_LINE)
             raise UserError(f"command line: {key!r} has no keys of its own")
+        if is_fixed(cls, key):
+            raise UserError(f"command line: --{key} is no option. A run sets it; remove it")
         if not equals:
             is_flag = without_none(hint) is bool
             if is_flag and (not queue or queue[0].lower() not in ("true", "false", "yes", "no")):

@@ -20,6 +20,9 @@ INSTANTIATION_KEYS = frozenset(
     {"class_path", "init_args", "dict_kwargs", "__path__", "_target_", "_args_", "_partial_"}
 )
 
+#: Mark of a field that files may set and the command line may not.
+FIXED = "skillnet_fixed"
+
 
 def child_types(hint: Any) -> dict[str, Any] | None:
     """Return the types below a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
@@ -60,6 +63,19 @@ def hint_at(cls: Any, key: str) -> Any:
             return None
         hint = known.get(part, known.get("*"))
     return hint
+
+
+def is_fixed(cls: Any, key: str) -> bool:
+    """Return whether a dotted key is, or is below, a field that only files may set."""
+    hint = cls
+    for part in split_key(cls, key):
+        owner, known = without_none(hint), child_types(hint) or {}
+        if dataclasses.is_dataclass(owner):
+            marks = {f.name: f.metadata for f in dataclasses.fields(owner)}
+            if FIXED in marks.get(part, {}):
+                return True
+        hint = known.get(part, known.get("*"))
+    return False
 
 
 def split_key(hint: Any, key: str) -> list[str]:

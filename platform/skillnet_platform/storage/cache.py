@@ -270,7 +270,7 @@ class FileCache:
             console.print_warning(
                 f"{self.folder}: the shards in use exceed the cache limit of "
                 f"{local_storage.human_bytes(self.limit)} by {local_storage.human_bytes(excess)}. "
-                "Set storage.cache_gb higher, or training.shuffle_gb lower"
+                f"Set {LIMIT_VARIABLE} higher, or training.shuffle_gb lower"
             )
 
 
@@ -320,13 +320,8 @@ def cache_limit() -> int:
 _shared: dict[tuple[Any, ...], FileCache] = {}
 
 
-def shared_cache(gigabytes: float | None = None) -> FileCache:
-    """Return this process's object for the node's cache.
-
-    Args:
-        gigabytes: limit in GB. ``None`` takes the limit of the environment.
-    """
-    limit = cache_limit() if gigabytes is None else int(gigabytes * GB)
+def shared_cache() -> FileCache:
+    """Return this process's object for the node's cache, with the limit of the environment."""
     # After a fork the threads of the parent's object do not run in the child.
-    key = (cache_folder(), limit, os.getpid())
-    return _shared.setdefault(key, FileCache(cache_folder(), limit))
+    key = (cache_folder(), cache_limit(), os.getpid())
+    return _shared.setdefault(key, FileCache(*key[:2]))

@@ -195,7 +195,7 @@ class BertArchitecture(TransformersArchitecture):
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
         # Attention has no dropout, as in SkillNet. On CPUs this saves a tenth of the time.
-        return {"hidden_dropout_prob": layer_dropout(config), "attention_probs_dropout_prob": 0.0}
+        return {"hidden_dropout_prob": config.drop_path, "attention_probs_dropout_prob": 0.0}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
         require_at_least("vocab_size", found.vocab_size, "vocab_size", config.vocab_size)
@@ -240,7 +240,7 @@ class VideoMAE(TransformersArchitecture):
         return {
             "image_size": config.video_size,
             "num_frames": config.video_frames,
-            "hidden_dropout_prob": layer_dropout(config),
+            "hidden_dropout_prob": config.drop_path,
         }
 
     def check_tables(self, found: Any) -> None:
@@ -284,7 +284,7 @@ class Speech2Text(TransformersArchitecture):
         }
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
-        return {"dropout": layer_dropout(config)}
+        return {"dropout": config.drop_path}
 
     def check_tables(self, found: Any) -> None:
         check_table("shape of speech2text", found.max_source_positions, found.d_model)
@@ -328,7 +328,7 @@ class AstArchitecture(TransformersArchitecture):
         }
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
-        return {"hidden_dropout_prob": layer_dropout(config)}
+        return {"hidden_dropout_prob": config.drop_path}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
         require_equal("num_mel_bins", found.num_mel_bins, "n_mels", config.n_mels)
@@ -397,7 +397,6 @@ class ViT(LibraryArchitecture):
             "num_classes": 0,
             "global_pool": "",
             "drop_path_rate": config.drop_path,
-            "pos_drop_rate": config.dropout,
         }
 
 
@@ -435,11 +434,6 @@ FAMILIES: dict[str, LibraryArchitecture] = {
 def _first(size: Any) -> int:
     """Return the height of a size that is one number, or a height and a width."""
     return int(size[0] if isinstance(size, (list, tuple)) else size)
-
-
-def layer_dropout(config: SkillNetConfig) -> float:
-    """Return the dropout rate of transformers' layers: the larger of SkillNet's two rates."""
-    return max(config.drop_path, config.dropout)
 
 
 def _ast_length(config: SkillNetConfig, patch: int) -> int:

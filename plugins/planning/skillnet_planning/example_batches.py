@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.training.config.data import MASKS
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.task_columns import is_row_tower
@@ -104,7 +105,7 @@ def _tower_inputs(model: SkillNetConfig, plan: SkillPlan, rows: int, length: int
 def _masked_targets(config: FinetuneConfig, task: Task, rows: int, length: int) -> Tensors:
     model, plan = config.model, task.towers["input"]
     tokens = count_tokens(model, plan, length)
-    share: float = getattr(config.training.masking, plan.modality)
+    share: float = getattr(MASKS[config.training.masking], plan.modality)
     count = rows * max(round(share * tokens), 1)
     is_class = plan.stem == "token" or (plan.modality == "sound" and model.sound_units)
     values = (

@@ -60,9 +60,9 @@ def _memory_key(config: FinetuneConfig) -> str:
         joint.options,
         asdict(joint.model),
         tasks,
-        asdict(training.masking),
+        training.masking,
         [training.workers, training.min_workers, training.precision, training.ema > 0],
-        [training.micro_batch_size, training.activation_checkpointing, training.reduce_dtype],
+        [training.micro_batch_size, training.activation_checkpointing],
         [training.offload_inactive_weights, training.sharding],
         training.trainable,
     ]

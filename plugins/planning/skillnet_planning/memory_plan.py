@@ -79,7 +79,6 @@ class WorkerMemory:
             those of the worker and of the largest task.
         optimizer: AdamW's two averages of the trained weights that the worker keeps.
         gradients: those of the largest task; with shards also the worker's sums.
-        reduction: copies of gradients that travel as bf16.
         average: average of the weights, with ``training.ema``.
         activations: task -> living tensors at the peak of its step.
     """
@@ -87,14 +86,13 @@ class WorkerMemory:
     weights: int
     optimizer: int
     gradients: int
-    reduction: int
     average: int
     activations: dict[str, int]
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the rows of a step."""
-        return self.weights + self.optimizer + self.gradients + self.reduction + self.average
+        return self.weights + self.optimizer + self.gradients + self.average
 
     @property
     def largest_task(self) -> str:
@@ -195,12 +193,10 @@ class RunPlanner:
         if share > 1:
             # A step gathers the weights of its task.
             resident, trained, step = -(-resident // share), -(-trained // share), largest
-        halved = self.workers > 1 and training.reduce_dtype == "bf16"
         return WorkerMemory(
             weights=4 * (resident + step),
             optimizer=8 * trained,
             gradients=4 * (largest + step // share),
-            reduction=2 * largest if halved else 0,
             average=4 * trained if training.ema else 0,
             activations={
                 name: self._activations(name, chosen)

@@ -137,7 +137,6 @@ class RunPlan:
             "weights": memory.weights,
             "Adam state": memory.optimizer,
             "gradients": memory.gradients,
-            "bf16 copies of gradients": memory.reduction,
             "average of weights": memory.average,
             f"activations of {memory.largest_task}": memory.activations[memory.largest_task],
         }
@@ -210,7 +209,7 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
     trained = planner.trained_sizes[name]
     update_s = OPTIMIZER_BYTES * trained / (gpu.bandwidth_gb_s * GB)
     compute_s = passes * cost.seconds(gpu) + update_s
-    network_s = pool.sum_seconds((2 if config.training.reduce_dtype == "bf16" else 4) * trained)
+    network_s = pool.sum_seconds(4 * trained)
     step_s = max(compute_s, network_s)
     spec, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     rows = planner.rows_per_worker(name)

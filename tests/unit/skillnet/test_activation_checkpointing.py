@@ -19,7 +19,7 @@ def build(system: str) -> TaskModel:
     """Return a model in training mode, with random dropout and stochastic depth."""
     kind = find_system(system).model
     torch.manual_seed(0)
-    config = small_config(mel_stack=4, num_layers=4, drop_path=0.3, dropout=0.2)
+    config = small_config(mel_stack=4, num_layers=4, drop_path=0.3)
     return kind(config, kind.parse_options({})).double().train()
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -276,14 +275,3 @@ def test_golden_losses() -> None:
     for task, values in losses.items():
         assert values == pytest.approx(golden[task], rel=1e-9), task
         assert values[-1] < values[0], task
-
-
-def test_the_blank_bias_moves_the_initial_bias_of_the_blank_alone() -> None:
-    models = []
-    for value in (0.0, 3.0):
-        torch.manual_seed(0)
-        models.append(SkillNet(replace(small_config(), ctc_blank_bias=value)).state_dict())
-    name = "heads.speech_recognition.project.bias"
-    added = models[1].pop(name) - models[0].pop(name)
-    torch.testing.assert_close(added, torch.eye(len(added))[0] * 3)
-    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -127,7 +126,6 @@ def fit_on_ray(
     config = run.config
     workers = config.training.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = math.ceil(workers * (config.training.cpus_per_worker or 1))
     # Ray's own watcher of preemption notices logs an error about itself; ours is watch_spot.sh.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     loop: dict[str, Any] = {
@@ -138,7 +136,7 @@ def fit_on_ray(
         "callbacks": list(callbacks),
         "final": (final.splits, final.brief, final.source) if final is not None else None,
     }
-    with cluster.ray_session(cpus=max(slots, cores or 1)):
+    with cluster.ray_session(cpus=max(workers, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
         from ray.train import ControllerError, WorkerGroupError
@@ -207,10 +205,9 @@ def worker_resources(
         nodes: resources of each node that is alive or may be started.
     """
     if not training.use_gpu:
-        return {"CPU": training.cpus_per_worker or 1.0}
+        return {"CPU": 1.0}
     # A GPU waits for its batches if other programs use the CPUs beside it.
-    cpus = training.cpus_per_worker or float(capacity.share_of_cpus(nodes))
-    return {"CPU": cpus, "GPU": 1.0}
+    return {"CPU": float(capacity.share_of_cpus(nodes)), "GPU": 1.0}
 
 
 def _trainer(

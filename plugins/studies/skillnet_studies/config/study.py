@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from pipelines.training.config.run import FinetuneConfig, PretrainConfig
+from pipelines.training.config.run import FinetuneConfig, LearningRate, PretrainConfig
 from pipelines.training.runs.mirror import RunMirror
-from skillnet_platform.config import positional_field
+from skillnet_platform.config import command_field, positional_field
 from skillnet_platform.config.bounds import (
     NonNegativeCount,
     RandomSeed,
@@ -28,8 +28,6 @@ from sweeps.config.trials import ResourceConfig
 MIN_STEP_FRACTION = 0.6
 #: Distance between the seeds of two folds.
 FOLD_SEEDS = 10_000
-
-LearningRate = Annotated[float, Interval(gt=0, le=10)]
 
 
 @dataclass
@@ -168,8 +166,8 @@ class StudyConfig:
     run_dir: str | None = None
     seeds: list[RandomSeed] = field(default_factory=lambda: [0, 1, 2])
     folds: NonNegativeCount = 0
-    run: FinetuneConfig = field(default_factory=FinetuneConfig)
-    pretraining: PretrainConfig = field(default_factory=PretrainConfig)
+    run: FinetuneConfig = command_field(FinetuneConfig, "finetune")
+    pretraining: PretrainConfig = command_field(PretrainConfig, "pretrain")
     systems: dict[str, SystemConfig] = field(default_factory=dict)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     keep: str | None = None

@@ -11,8 +11,8 @@ import torch
 
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.shards.format import manifest_digest
+from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.config.storage import StorageConfig
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
@@ -80,24 +80,29 @@ def test_remote_batches_equal_local_batches(bucket: str, data: Path) -> None:
     )
 
 
-def windowed(data: Path | str, corpus: str, cache_gb: float, shuffle_gb: float) -> FinetuneConfig:
+def windowed(data: Path | str, corpus: str, shuffle_gb: float) -> FinetuneConfig:
     config = small_config(Path())
     tasks = {name: task for name, task in config.tasks.items() if task.corpus == corpus}
     training = replace(config.training, shuffle_gb=shuffle_gb)
-    storage = StorageConfig(cache_gb=cache_gb)
-    return replace(config, data=str(data), tasks=tasks, training=training, storage=storage)
+    return replace(config, data=str(data), tasks=tasks, training=training)
 
 
 @pytest.mark.parametrize("corpus", ["drawings", "syllables", "functions"])
 def test_corpus_larger_than_the_cache_is_read(
-    bucket: str, data: Path, corpus: str, run_root: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str,
+    data: Path,
+    corpus: str,
+    run_root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Read three epochs in windows of two of six shards; the cache holds at most five."""
     split = open_corpus(data / corpus).splits["train"]
     shard = max(entry["bytes"] for entry in split.shards) / GB
     limit = 5.1 * shard
-    local = ResolvedRun(windowed(data, corpus, limit, 2.1 * shard)).dataloader
-    there = ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader
+    monkeypatch.setenv("SKILLNET_CACHE_GB", str(limit))
+    local = ResolvedRun(windowed(data, corpus, 2.1 * shard)).dataloader
+    there = ResolvedRun(windowed(bucket, corpus, 2.1 * shard)).dataloader
     (rows,) = there.datasets.values()
     cache = FileCache(run_root / "cache" / "shards", int(limit * GB))
     seen = []
@@ -111,19 +116,23 @@ def test_corpus_larger_than_the_cache_is_read(
         assert len(part) < 60 or sorted(part.tolist()) == list(range(60))
     assert "the cache's limit" not in capsys.readouterr().err
     # Resuming anywhere needs no more than the windows there.
-    same(local, ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader, range(17, 19))
+    same(local, ResolvedRun(windowed(bucket, corpus, 2.1 * shard)).dataloader, range(17, 19))
 
 
-def test_too_small_cache_is_rejected_before_the_start(bucket: str) -> None:
-    with pytest.raises(UserError, match=r"storage.cache_gb.*or lower training.shuffle_gb \(4.0\)"):
-        _ = ResolvedRun(windowed(bucket, "drawings", 1e-5, 4.0)).dataloader
+def test_too_small_cache_is_rejected_before_the_start(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_CACHE_GB", "1e-5")
+    said = r"SKILLNET_CACHE_GB.*or lower training.shuffle_gb \(4.0\)"
+    with pytest.raises(UserError, match=said):
+        _ = ResolvedRun(windowed(bucket, "drawings", 4.0)).dataloader
 
 
 def test_completely_shuffled_corpus_keeps_its_order(data: Path) -> None:
     config = small_config(data)
     corpora = {name: open_corpus(data / name) for name in MODALITY}
     before = MultiTaskDataLoader(
-        corpora, config.trained, config.model, config.seed, config.training.augment
+        corpora, config.trained, config.model, config.seed, AUGMENTATIONS[config.training.augment]
     )
     same(before, ResolvedRun(config).dataloader, range(8))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.training.config.data import AugmentConfig
+from pipelines.training.config.data import AUGMENTATIONS, AugmentConfig
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
 from pipelines.training.loading.prefetch import prefetch_batches
 from pipelines.training.loop.resolved_run import ResolvedRun
@@ -120,7 +120,7 @@ def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
     row = next(index for index, found in enumerate(captions) if len(found) == 3)
     config = stream._augmentation
     assert config is not None
-    config.token_dropout = 0.0
+    stream._augmentation = replace(config, token_dropout=0.0)
     seen: Counter[tuple[int, ...]] = Counter()
     for step in range(400):
         plan = stream.batch_spec(step)
@@ -132,12 +132,13 @@ def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
 
 
 def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log power is stored divided by a deviation; noise adds to the power itself."""
     config = small_config(data)
     config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
-    config.training.augment = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
+    noisy = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
+    monkeypatch.setitem(AUGMENTATIONS, config.training.augment, noisy)
     plain = ResolvedRun(config).dataloader
     config.data = str(tmp_path)
     write_scaled_sound(data / "syllables", tmp_path / "syllables", 3.2)

@@ -174,10 +174,3 @@ def test_mask_of_a_row_depends_on_no_other_row() -> None:
     mine = BatchRandom((0, 0), 4, slice(2, 4))
     part = hider()("sound", {"log_mel": mel[2:, :24], "frames": frames[2:]}, mine)[1]["masked"]
     assert torch.equal(part, whole[2:, :6])
-
-
-@pytest.mark.parametrize("key", ["text", "image", "sound"])
-def test_fraction_of_zero_or_one_is_rejected(key: str) -> None:
-    for share in (0.0, 1.0):
-        with pytest.raises(ValueError, match=rf"training\.masking\.{key}"):
-            MaskConfig(**{key: share})  # type: ignore[arg-type]

@@ -90,10 +90,10 @@ def test_a_driver_without_a_gpu_starts_a_run_on_a_cluster_with_gpus(
             r"training\.min_workers 2 with training\.use_gpu need 2 GPUs; the cluster has 0",
         ),
         (
-            [{"CPU": 4.0, "GPU": 2.0}],
+            [{"CPU": 1.0, "GPU": 2.0}],
             0,
-            gpus(2, cpus_per_worker=4),
-            "need 2 GPUs with 4 CPUs each; the nodes of the cluster have room for 1 of them",
+            gpus(2),
+            "need 2 GPUs with 1 CPU each; the nodes of the cluster have room for 1 of them",
         ),
         (
             [{"CPU": 16.0, "GPU": 2.0}],
@@ -164,7 +164,6 @@ def test_a_gpu_worker_reserves_its_share_of_the_cpus_of_a_node() -> None:
     assert capacity.share_of_cpus([{"CPU": 192.0, "GPU": 8.0}]) == 8
     assert capacity.share_of_cpus([{"CPU": 2.0, "GPU": 4.0}]) == 1
     assert fit.worker_resources(gpus(2), [HEAD, GPU_NODE]) == {"CPU": 8.0, "GPU": 1.0}
-    assert fit.worker_resources(gpus(2, cpus_per_worker=3), [GPU_NODE])["CPU"] == 3.0
     assert fit.worker_resources(TrainingConfig(workers=2), [GPU_NODE]) == {"CPU": 1.0}
 
 

@@ -133,36 +133,32 @@ def test_weight_decay_applies_to_matrices_only(
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
-    config = TrainingConfig(
-        steps=200, warmup_fraction=0.1, lr=2.0, min_lr_ratio=0.05, schedule=schedule
-    )  # type: ignore[arg-type]
+    config = TrainingConfig(steps=200, warmup_fraction=0.1, lr=2.0, schedule=schedule)  # type: ignore[arg-type]
     rates = [compute_learning_rate(config, step) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[19] == pytest.approx(2.0)
     assert all(b > a for a, b in pairwise(rates[:20]))
     assert all(b <= a for a, b in pairwise(rates[19:]))
-    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.1, rel=0.35)
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.04, abs=0.04)
     if schedule == "wsd":
         assert rates[139] == 2.0
         assert rates[160] < 2.0
 
 
-def test_warmup_steps_win_over_the_fraction() -> None:
-    def rate(step: int, **warmup: Any) -> float:
-        return compute_learning_rate(TrainingConfig(steps=100, lr=1.0, **warmup), step)
+def test_warmup_is_a_fraction_of_the_steps() -> None:
+    def rate(step: int, fraction: float) -> float:
+        config = TrainingConfig(steps=100, lr=1.0, warmup_fraction=fraction)
+        return compute_learning_rate(config, step)
 
-    assert rate(4, warmup_steps=10) == pytest.approx(0.5)
-    assert rate(4, warmup_fraction=0.1) == pytest.approx(0.5)
-    assert rate(4, warmup_steps=10, warmup_fraction=0.5) == pytest.approx(0.5)
-    assert rate(0, warmup_steps=0, warmup_fraction=0.5) == 1.0
-    # Below 1 a fraction; 1 is no number of steps any more.
-    assert rate(49, warmup_fraction=1.0) == pytest.approx(0.5)
+    assert rate(4, 0.1) == pytest.approx(0.5)
+    assert rate(0, 0.0) == 1.0
+    # 1 is no number of steps.
+    assert rate(49, 1.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"warmup_steps": -1}, "training.warmup_steps: expected a whole number from 0"),
         ({"warmup_fraction": 10}, "training.warmup_fraction: expected a number from 0 to 1"),
         ({"warmup_fraction": -0.1}, "from 0 to 1, got -0.1"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipelines.data.shards.dataset import open_corpus
+from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.training.loading.augment import BatchRandom
 from pipelines.training.loading.pixel_changes import apply_changes
@@ -205,7 +206,9 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
         rows = stream.datasets[name]
         assert rows.location.endswith("pretrain+train")
         picked, draws = np.arange(6), BatchRandom((0, "rows", 3), 6, slice(None))
-        towers, targets = apply_changes(*rows.load(picked, draws, joint.training.augment))
+        towers, targets = apply_changes(
+            *rows.load(picked, draws, AUGMENTATIONS[joint.training.augment])
+        )
         (key,) = towers["query"]
         query, candidate = towers["query"][key], towers["candidate"][key]
         assert query.shape == candidate.shape
@@ -213,7 +216,9 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
         # What a corpus calls alike is a label: a row is the pair of itself alone.
         assert len(set(targets["groups"].tolist())) == 6
         draws = BatchRandom((0, "rows", 3), 6, slice(2, 4))
-        again, _ = apply_changes(*rows.load(picked[2:4], draws, joint.training.augment))
+        again, _ = apply_changes(
+            *rows.load(picked[2:4], draws, AUGMENTATIONS[joint.training.augment])
+        )
         width = again["query"][key].shape[1]  # sequences are padded to the longest of their batch
         assert torch.equal(again["query"][key], query[2:4, :width])
 

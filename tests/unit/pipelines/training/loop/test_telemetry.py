@@ -90,7 +90,7 @@ def test_a_system_without_formulas_is_not_run_to_count_it(
 
 
 def test_training_reports_rate_and_memory_and_writes_a_profile(data: Path, tmp_path: Path) -> None:
-    config = small_config(data, steps=4, log_every=2, profile_start=1, profile_steps=2)
+    config = small_config(data, steps=4, log_every=2, profile_start=1)
     reporter = RecordingReporter()
     train_model(ResolvedRun(config, tmp_path), reporter=reporter)
     assert reporter.values["training/tokens_per_second"] > 0
