@@ -1,28 +1,31 @@
 """Builder of configurations: a tree of plain values becomes a dataclass.
 
-The type of a field alone decides what its value becomes. No value names a class or a function, so
-a configuration of any origin runs nothing. A field of type ``Any`` takes plain values only.
+pydantic validates the tree, strictly: a number is no text, and true is no number. The type of a
+field alone decides what its value becomes. No value names a class or a function, so a
+configuration of any origin runs nothing. A field of type ``Any`` takes plain values only.
 """
 
-import dataclasses
+import functools
 import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from pathlib import Path, PurePath
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from skillnet_platform.config.fields import T
 from skillnet_platform.config.schema import (
     check_keys,
+    child_types,
     describe_type,
-    field_types,
     find_missing_keys,
     format_value,
-    is_within,
+    join_key,
+    type_below,
 )
 from skillnet_platform.errors import UserError
+
+# A command's --help builds no configuration, so it does not import pydantic.
+if TYPE_CHECKING:
+    from pydantic_core import SchemaValidator, ValidationError
 
 
 def build_config(
@@ -39,133 +42,62 @@ def build_config(
         UserError: a key is missing or unknown, or a value has a wrong type or is out of range.
         ValueError: raised by ``__post_init__`` of a dataclass.
     """
+    from pydantic_core import ValidationError
+
     check_keys(cls, dict(tree), "")
-    absent = next(find_missing_keys(cls, tree), None)
+    absent = next(find_missing_keys(cls, tree), "")
+    if "[" in absent:
+        raise UserError(f"{absent} is missing")
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
-    return typing.cast(T, _Builder(origins or {}).build_dataclass(cls, tree, ""))
+    try:
+        return typing.cast(T, _build_validator(cls).validate_python(tree))
+    except ValidationError as error:
+        raise _translate(cls, tree, error, origins or {}) from None
 
 
-class _MismatchError(Exception):
-    """A value does not fit the type of its field."""
+@functools.cache
+def _build_validator(cls: type) -> "SchemaValidator":
+    from pydantic import TypeAdapter
+    from pydantic_core import SchemaValidator
+
+    return SchemaValidator(_tighten(TypeAdapter(cls).core_schema))
 
 
-class _Builder:
-    def __init__(self, origins: Mapping[str, str]) -> None:
-        self.origins = origins
+def _tighten(node: Any) -> Any:
+    """Return a schema of pydantic without conversions; lists are tuples, too."""
+    from pydantic_core import core_schema
 
-    def build_dataclass(self, cls: Any, tree: Mapping[str, Any], key: str) -> Any:
-        hints = field_types(cls, with_bounds=True)
-        prefix = f"{key}." if key else ""
-        values = {
-            name: self.build_field(hints[name], value, prefix + name)
-            for name, value in tree.items()
-        }
-        try:
-            return cls(**values)
-        except ValueError as error:
-            # A nested dataclass does not know its place in the tree.
-            if not key or key.rpartition(".")[2] in str(error):
-                raise
-            kind = UserError if isinstance(error, UserError) else ValueError
-            raise kind(f"{key}: {error}") from None
-
-    def build_field(self, hint: Any, value: Any, key: str) -> Any:
-        try:
-            return self._build(hint, value, key)
-        except _MismatchError:
-            source = f"{self.origins[key]}: " if key in self.origins else ""
-            expected = describe_type(hint)
-            raise UserError(
-                f"{source}{key}: expected {expected}, got {format_value(value)}"
-            ) from None
-
-    def _build(self, hint: Any, value: Any, key: str) -> Any:
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-        if origin is Annotated:
-            made = self._build(args[0], value, key)
-            if not is_within(made, args[1:]):
-                raise _MismatchError
-            return made
-        if origin in (typing.Union, types.UnionType):
-            return self._build_union(args, value, key)
-        if origin is typing.Literal:
-            return _require(value, any(value == a and type(value) is type(a) for a in args))
-        if origin in (list, tuple, Sequence):
-            return self._build_sequence(origin, args, value, key)
-        if origin in (dict, Mapping):
-            _require(value, isinstance(value, Mapping) and all(isinstance(k, str) for k in value))
-            return {
-                name: self.build_field(args[1], v, f"{key}.{name}") for name, v in value.items()
-            }
-        if dataclasses.is_dataclass(hint):
-            _require(value, isinstance(value, Mapping))
-            return self.build_dataclass(hint, value, key)
-        if hint in (Any, object):
-            return _copy_plain(value, key)
-        return _build_scalar(hint, value, key)
-
-    def _build_union(self, options: Sequence[Any], value: Any, key: str) -> Any:
-        if value is None:
-            return _require(None, type(None) in options)
-        for option in options:
-            try:
-                if option is not type(None):
-                    return self._build(option, value, key)
-            except _MismatchError:
-                continue
-        raise _MismatchError
-
-    def _build_sequence(self, origin: Any, args: Sequence[Any], value: Any, key: str) -> Any:
-        _require(value, isinstance(value, (list, tuple)))
-        hints = list(args)
-        if origin is not tuple or args[-1] is Ellipsis:
-            hints = [args[0]] * len(value)
-        _require(value, len(hints) == len(value))
-        built = [
-            self._build_item(hint, each, f"{key}[{n}]")
-            for n, (hint, each) in enumerate(zip(hints, value, strict=True))
-        ]
-        return tuple(built) if origin is tuple else built
-
-    def _build_item(self, hint: Any, value: Any, key: str) -> Any:
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            check_keys(hint, dict(value), "", f"{key}.")
-            absent = next(find_missing_keys(hint, value, f"{key}."), None)
-            if absent:
-                raise UserError(f"{absent} is missing")
-        return self._build(hint, value, key)
+    if isinstance(node, list):
+        return [_tighten(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _tighten(value) for key, value in node.items()}
+    kind = node.get("type")
+    if kind in ("int", "float", "bool"):
+        node["strict"] = True
+    if kind == "float":
+        node["allow_inf_nan"] = False
+    elif kind == "str":
+        # pydantic would make plain text of a URI with a hidden secret.
+        return core_schema.is_instance_schema(str)
+    elif kind == "any":
+        return core_schema.no_info_plain_validator_function(_copy_plain)
+    elif kind in ("list", "tuple"):
+        return core_schema.no_info_before_validator_function(_require_list, node)
+    return node
 
 
-def _build_scalar(hint: Any, value: Any, key: str) -> Any:
-    # In Python, true and false are whole numbers too.
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if hint is int:
-        return int(_require(value, is_number and isinstance(value, Integral)))
-    if hint is float:
-        return _finite(_require(value, is_number))
-    if hint is bool or hint is str:
-        return _require(value, isinstance(value, hint))
-    if hint in (Path, PurePath):
-        return hint(_require(value, isinstance(value, (str, PurePath))))
-    raise TypeError(f"{key}: a configuration has no fields of type {hint}")
+def _require_list(value: Any) -> Any:
+    from pydantic_core import PydanticCustomError
 
-
-def _require(value: Any, fits: bool) -> Any:
-    if not fits:
-        raise _MismatchError
+    # pydantic would take sets and iterators as well.
+    if not isinstance(value, (list, tuple)):
+        raise PydanticCustomError("list", "no list")
     return value
 
 
-def _finite(value: Any) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        raise _MismatchError from None
-    return float(_require(number, math.isfinite(number)))
-
-
-def _copy_plain(value: Any, key: str) -> Any:
+def _copy_plain(value: Any, key: str = "") -> Any:
     """Return a copy of a value of any type that JSON has; raise UserError for others."""
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {name: _copy_plain(below, f"{key}.{name}") for name, below in value.items()}
@@ -176,3 +108,28 @@ def _copy_plain(value: Any, key: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise UserError(f"{key}: expected plain values, got {format_value(value)}; put text in quotes")
+
+
+def _translate(
+    hint: Any, value: Any, error: "ValidationError", origins: Mapping[str, str]
+) -> ValueError:
+    """Return the first error of pydantic in our words: KEY: expected TYPE, got VALUE."""
+    first, key = error.errors(include_url=False)[0], ""
+    for part in first["loc"]:
+        below = type_below(hint, part)
+        # The rest of the place is an item of a list, or names an alternative of a union.
+        if below is None or (isinstance(part, int) and child_types(below) is None):
+            break
+        hint, value, key = below, value[part], join_key(key, part)
+    raised = first.get("ctx", {}).get("error")
+    if raised is None:
+        source = f"{origins[key]}: " if key in origins else ""
+        return UserError(
+            f"{source}{key}: expected {describe_type(hint)}, got {format_value(value)}"
+        )
+    # A nested dataclass does not know its place in the tree.
+    if not key or key.rpartition(".")[2] in str(raised):
+        return typing.cast(ValueError, raised)
+    kind = UserError if isinstance(raised, UserError) else ValueError
+    # A message about a part of a plain value begins with the part.
+    return kind(f"{key}{'' if str(raised)[0] in '.[:' else ': '}{raised}")

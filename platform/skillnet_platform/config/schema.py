@@ -24,14 +24,30 @@ INSTANTIATION_KEYS = frozenset(
 FIXED = "skillnet_fixed"
 
 
-def child_types(hint: Any) -> dict[str, Any] | None:
+def child_types(hint: Any, with_bounds: bool = False) -> dict[str, Any] | None:
     """Return the types below a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
     hint = without_none(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return field_types(hint)
+        return field_types(hint, with_bounds)
     if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
         return {"*": typing.get_args(hint)[1]}
     return None
+
+
+def type_below(hint: Any, part: str | int) -> Any:
+    """Return the type, with bounds, of a key or of an item of a list; None if there is none."""
+    if isinstance(part, str):
+        known = child_types(hint, with_bounds=True) or {}
+        return known.get(part, known.get("*"))
+    args = typing.get_args(without_none(hint))
+    if typing.get_origin(without_none(hint)) not in (list, tuple, Sequence):
+        return None
+    return args[min(part, len(args) - 1)] if args[-1] is not Ellipsis else args[0]
+
+
+def join_key(key: str, part: str | int) -> str:
+    """Return the key of an entry or an item: ``("a", "b") -> "a.b"``, ``("a", 1) -> "a[1]"``."""
+    return f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".removeprefix(".")
 
 
 @functools.cache
@@ -104,9 +120,9 @@ def split_key(hint: Any, key: str) -> list[str]:
 
 
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of a dataclass, without keys inside dictionaries."""
+    """Yield every option of a dataclass as a dotted key, without keys inside dictionaries."""
     for name, hint in (child_types(cls) or {}).items():
-        if name != "*":
+        if name != "*" and not is_fixed(cls, name):
             yield prefix + name
             yield from all_keys(hint, f"{prefix}{name}.")
 
@@ -142,7 +158,12 @@ def check_keys(
         below = known.get(key, known.get("*"))
         if isinstance(value, dict):
             check_keys(below, value, source, f"{prefix}{key}.", root)
-        elif value is not None and child_types(below) is not None:
+        elif isinstance(value, list):
+            for number, each in enumerate(value):
+                if isinstance(each, dict):
+                    item = f"{prefix}{key}[{number}]."
+                    check_keys(type_below(below, number), each, source, item, root)
+        if not isinstance(value, dict) and value is not None and child_types(below) is not None:
             expected = describe_type(without_none(below))
             raise UserError(f"{where}{prefix}{key}: expected {expected}, got {format_value(value)}")
     return tree
@@ -182,7 +203,12 @@ def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
             if f.init and required and f.name not in tree:
                 yield prefix + f.name
     for key, value in tree.items():
-        yield from find_missing_keys(known.get(key, known.get("*")), value, f"{prefix}{key}.")
+        below = known.get(key, known.get("*"))
+        yield from find_missing_keys(below, value, f"{prefix}{key}.")
+        for number, each in enumerate(value if isinstance(value, list) else ()):
+            yield from find_missing_keys(
+                type_below(below, number), each, f"{prefix}{key}[{number}]."
+            )
 
 
 def remove_null_entries(hint: Any, tree: Any) -> None:

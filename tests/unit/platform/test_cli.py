@@ -31,7 +31,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "import sys, time; start = time.perf_counter()\n"
         "from skillnet_platform.cli import main\n"
         "code = main(['--help']); took = time.perf_counter() - start\n"
-        "slow = {'torch', 'ray', 'mlflow', 'numpy', 'pyarrow', 'rich', 'yaml'}\n"
+        "slow = {'torch', 'ray', 'mlflow', 'numpy', 'pyarrow', 'rich', 'yaml', 'pydantic'}\n"
         "heavy = slow & set(sys.modules)\n"
         "print(f'took {took} heavy {heavy}', file=sys.stderr); sys.exit(code)"
     )

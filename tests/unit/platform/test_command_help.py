@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from skillnet_platform import cli
-from skillnet_platform.config.help import MAX_ESSENTIAL, WIDTH, display_width, render_help
+from skillnet_platform.config.parser import MAX_ESSENTIAL, WIDTH, display_width, render_help
 from skillnet_platform.config.schema import all_keys
 
 #: Lines of options on one screen, with --config, --json and --help.
@@ -46,8 +46,19 @@ def test_help_all_shows_every_option_in_full(name: str) -> None:
     assert max(map(display_width, lines)) <= WIDTH
     text = "\n".join(lines)
     command = cli.find_commands()[name].load()
+    referred = tuple(re.findall(r"--([\w.]+\.)KEY ", text))
+    assert referred == {"compare": ("run.", "pretraining."), "sweep": ("run.",)}.get(name, ())
     for key in all_keys(command.config_class):
-        assert f"{key}" in text
+        assert key in text or key.startswith(referred)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("finetune", 95), ("pretrain", 97), ("compare", 60), ("sweep", 45), ("merge", 45)],
+)
+def test_a_command_has_few_options(name: str, most: int) -> None:
+    """A new option needs a preset, a sweep, a study or a guide that sets it."""
+    assert len(option_lines(help_lines(name, "--help", "all"))) <= most
 
 
 @pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
