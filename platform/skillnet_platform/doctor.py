@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from skillnet_platform import cluster, console
-from skillnet_platform.checks.finding import Finding
-from skillnet_platform.checks.machine import check_state_api, list_machine_checks
+from skillnet_platform.checks import Finding
+from skillnet_platform.checks.machine import check_machine
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
     request_resources,
@@ -24,13 +24,11 @@ class DoctorConfig:
 
     Args:
         entry: command with its options, whose resources are checked.
-        ray: start Ray, run a task and query the State API (about 8 s).
         only: print ``all`` findings, or only ``problems``.
         env_from: names of variables whose local values the checks on a cluster get.
     """
 
     entry: list[str] = positional_field([])
-    ray: bool = True
     only: Literal["all", "problems"] = "all"
     env_from: list[str] = field(default_factory=list)
 
@@ -66,21 +64,11 @@ def show_findings(report: DoctorReport) -> None:
 
 def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
     """Separate doctor's own options from the command to check by ``--``."""
-    own, words = split_own_options(_named(list(argv)))
+    own, words = split_own_options(argv)
     # Doctor does not run the command, so these options are its own at every position.
     own += [word for word in words if word in ("--json", "--help", "-h")]
     words = [word for word in words if word not in ("--json", "--help", "-h")]
     return [*own, "--", *words]
-
-
-def _named(argv: list[str]) -> list[str]:
-    """Return the arguments with ``finetune`` for ``--config FILE`` without a command."""
-    before, words = split_own_options(argv)
-    given = "--config" in before or any(word.startswith("--config=") for word in before)
-    if not given or words:
-        return argv
-    place = next(n for n, word in enumerate(argv) if word.split("=")[0] == "--config")
-    return [*argv[:place], "finetune", *argv[place:]]
 
 
 def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
@@ -96,18 +84,17 @@ def _cluster(request: Any) -> list[Finding]:
 
     try:
         with cluster.ray_session() as ray:
-            return [check_state_api(), *check_cluster(ray, request)]
+            return check_cluster(ray, request)
     except UserError as error:
         return [Finding("cluster", "error", str(error), "see the lines above")]
 
 
 @command(
     DoctorConfig,
-    description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
-    "MLflow and Ray. With RAY_ADDRESS set, check every node of that cluster, and whether it "
-    "has the resources of a command.",
-    example="skillnet doctor --ray false\n"
-    "skillnet doctor finetune --config small --training.workers 4",
+    description="Check this machine before a run: versions, disk and tracker. With RAY_ADDRESS "
+    "set, check every node of that cluster, its GPUs, stores and clocks, and whether it has the "
+    "resources of a command.",
+    example="skillnet doctor\nskillnet doctor finetune --config small --training.workers 4",
     show=show_findings,
     to_json=lambda report: {
         "ok": not report.failed,
@@ -120,15 +107,12 @@ def main(config: DoctorConfig) -> DoctorReport:
     """Run ``skillnet doctor``: 0 if no finding is an error, else 1."""
     request = request_resources(config.entry)
     address = SecretUri(os.environ.get("RAY_ADDRESS", ""))
-    if address.startswith(("http://", "https://")) and config.ray:
+    if address.startswith(("http://", "https://")):
         # This machine reaches one port of the head, but only a job can see every node.
         title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)
     else:
         title = f"The cluster of {address}" if address else "This machine"
-        listed = list_machine_checks(config.ray and not address, request)
-        if address and config.ray:
-            listed.append(lambda: _cluster(request))
-        findings = [finding for check in listed for finding in check()]
+        findings = [*check_machine(request), *(_cluster(request) if address else ())]
     shown = [f for f in findings if config.only == "all" or f.level != "ok"]
     return DoctorReport(title, findings, shown)
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from skillnet_platform import config as configuration
-from skillnet_platform.cluster import node_requirements
+from skillnet_platform import pin_nodes
 from tests.chaos.namespaces import ROOT, missing
 from tests.cluster.lab import HOST_HOME, NEEDED, Host, lab
 from tests.cluster.occupied_head import occupied_head
@@ -126,7 +126,7 @@ def until_it_answers(client: Host, url: str, *words: str) -> str:
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
     """on_prem.yaml with what its comments say is to be changed, and dependencies that are there."""
     shutil.copytree(ROOT / "platform/deploy", folder / "deploy")
-    (folder / "deploy/requirements.txt").write_text(node_requirements.format_requirements())
+    (folder / "deploy/requirements.txt").write_text(pin_nodes.format_requirements())
     text = (folder / "deploy/on_prem.yaml").read_text()
     assert "  # ~/.aws: ~/.aws " in text
     reported: dict[str, Any] = yaml.safe_load(
@@ -266,7 +266,7 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     reported: dict[str, list[dict[str, str]]] = {}
     for each in json.loads(done.stdout)["findings"]:
         reported.setdefault(each["check"], []).append(each)
-    for name in ("versions", "resources", "authentication", "storage", "interface"):
+    for name in ("versions", "resources", "authentication", "storage", "clock", "all-reduce"):
         assert [each["level"] for each in reported[name]] == ["ok"] * len(reported[name]), reported[
             name
         ]
@@ -274,7 +274,6 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
         f"{place}: each of 2 nodes reads the files of all" for place in (CORPORA, RUNS)
     ]
     assert reported["tracker on nodes"][0]["seen"] == tracker_of(hosts)
-    assert "10.77.0.2 by eth0" in reported["interface"][0]["seen"]
     assert reported["ray state api"][0]["seen"] == "2 node(s)"
 
 

@@ -1,24 +1,22 @@
 """Checks of a cluster: the probes of its nodes become findings with advice."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skillnet_platform import storage
-from skillnet_platform.checks.finding import FREE_DISK_BYTES, Finding, Level
+from skillnet_platform.checks import FREE_DISK_BYTES, Finding, Level
 from skillnet_platform.checks.gpu import check_gpu_memory, check_gpus, gpu_nodes
+from skillnet_platform.checks.gpu_probe import run_sum
 from skillnet_platform.checks.node_probe import (
     AGAIN,
-    INTERFACES,
-    STORE_PATIENCE_S,
     NodeProbe,
     probe_nodes,
+    run_on_nodes,
     storage_roots,
     tracker_folder,
 )
-from skillnet_platform.checks.node_sums import check_sums
 from skillnet_platform.cluster import loopback, versions
 from skillnet_platform.cluster.capacity import (
     count_places,
@@ -27,10 +25,6 @@ from skillnet_platform.cluster.capacity import (
 )
 from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
 from skillnet_platform.errors import first_line
-from skillnet_platform.storage import directories
-from skillnet_platform.storage.location import parse_location
-from skillnet_platform.storage.objects import is_uri
-from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.terminal_text import format_plural
 from skillnet_platform.tracking import backend
 
@@ -38,6 +32,10 @@ ENTRY = (
     "--env_from MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD, before the command; or "
     "~/.mlflow/credentials on every node"
 )
+
+
+#: Seconds between the clocks of two nodes. Signatures of requests expire after minutes.
+CLOCK_ERROR_S = 60
 
 
 def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
@@ -54,11 +52,11 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
         return [*silent, *check_resources(nodes, request, list_startable_nodes())]
     having = gpu_nodes(nodes, seen)
     found = [
+        check_state_api(),
         *check_node_versions(seen),
         *check_resources(nodes, request, list_startable_nodes()),
         *check_gpus(having, request),
         *check_gpu_memory(having, list_startable_types(), request),
-        *check_models(request.models),
     ]
     found += [
         *check_authentication(seen, _dashboard(ray)),
@@ -68,7 +66,7 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
         *found,
         *check_checkpoint_space(seen, request),
         *check_node_trackers(seen, request),
-        *check_interfaces(seen, request),
+        *check_clocks(seen),
         *check_sums(ray, nodes, seen, request),
     ]
 
@@ -209,28 +207,6 @@ def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> li
     return found
 
 
-def check_models(wanted: Sequence[str]) -> list[Finding]:
-    """Check that the driver, which runs on this node, finds the models that the run reads."""
-    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
-    found = []
-    for name in wanted:
-        try:
-            target = parse_location(name, storage.run_root())
-            there = (
-                target.exists()
-                if isinstance(target, Path)
-                else bool(directories.list_files(target))
-            )
-            if not there and not is_uri(name) and (storage.run_root() / name).exists():
-                there = True  # a run's name may contain a folder
-            seen = name if there else f"{name}: does not exist on the head"
-        except Exception as error:
-            there, seen = False, f"{name}: {first_line(error)}"
-        advice = "" if there else "give a path on the cluster, or the URI of an object store"
-        found.append(Finding("model", "ok" if there else "error", seen, advice))
-    return found
-
-
 def _unseen(seen: Sequence[NodeProbe], where: str) -> str:
     """Return a text about a node that does not see another node's file; empty if all do."""
     wanted = {each.node for each in seen}
@@ -284,30 +260,131 @@ def check_node_trackers(
     return [Finding("tracker on nodes", "ok", uri)]
 
 
-def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> list[Finding]:
-    """Check the network interface by which gloo and NCCL connect workers of different nodes."""
-    if len(seen) < 2:
-        return []
-    # NCCL connects GPUs only.
-    wanted = INTERFACES if request.gpus else INTERFACES[:1]
-    for each in seen:
-        for name in wanted:
-            interface = each.interfaces.get(name, "")
-            # gloo resolves the name. On Debian it is 127.0.1.1, and workers of two nodes never
-            # meet.
-            if not interface and each.name_resolves_to.startswith("127."):
-                what = (
-                    f"{each.node}: its name resolves to {each.name_resolves_to}; {name} is not set"
-                )
-                advice = f"the workers would not find each other; {AGAIN}"
-                return [Finding("interface", "error", what, advice)]
-            if interface and each.addresses.get(interface) != each.node:
-                known = f"{name}={interface} has {each.addresses.get(interface) or 'no address'}"
-                what = f"{each.node}: {known}, the cluster knows it as {each.node}"
-                advice = "set SKILLNET_INTERFACE on that node to the interface of that address"
-                return [Finding("interface", "error", what, advice)]
-    reported = ", ".join(f"{e.node} by {e.interfaces.get(wanted[0]) or 'its name'}" for e in seen)
-    return [Finding("interface", "ok", reported)]
+def check_clocks(seen: Sequence[NodeProbe]) -> list[Finding]:
+    """Check that the clocks of the nodes agree with the clock of this node."""
+    furthest = max(seen, key=lambda each: each.clock_error_s)
+    if furthest.clock_error_s > CLOCK_ERROR_S:
+        what = f"{furthest.node}: {furthest.clock_error_s:.0f} s from the clock of the head"
+        advice = "set the clocks by NTP: object stores refuse requests of another time"
+        return [Finding("clock", "error", what, advice)]
+    return [Finding("clock", "ok", f"{len(seen)} nodes agree within {CLOCK_ERROR_S} s")]
+
+
+def check_state_api() -> Finding:
+    """Query the State API, through which Tune and Train clean up."""
+    from ray.util.state import list_nodes
+
+    try:
+        return Finding("ray state api", "ok", f"{len(list_nodes(timeout=20))} node(s)")
+    except Exception as error:
+        advice = "sweeps may stall without it: end other Ray processes of this machine"
+        return Finding("ray state api", "warning", first_line(error), advice)
+
+
+@dataclass(frozen=True)
+class SumRole:
+    """Part of a node in a sum over two ranks.
+
+    Args:
+        ranks: its ranks. On one node each rank has a GPU of its own.
+        address: ``HOST:PORT`` of rank 0.
+        backend: ``nccl`` or ``gloo``.
+        peer: address of the other node.
+    """
+
+    ranks: tuple[int, ...]
+    address: str
+    backend: str
+    peer: str
+
+
+def check_sums(
+    ray: Any,
+    nodes: Sequence[Mapping[str, Any]],
+    seen: Sequence[NodeProbe],
+    request: ResourceRequest,
+) -> list[Finding]:
+    """Add up a tensor over two ranks, so that every node takes part: by NCCL, else by gloo.
+
+    Nodes that cannot reach each other pass every other check, and the first step of a training
+    would wait for the time limit.
+
+    Args:
+        ray: the ``ray`` module, connected.
+        nodes: living nodes, as ``ray.nodes()`` lists them.
+        seen: probes of the nodes.
+        request: resources of the run.
+    """
+    having = [each for each in gpu_nodes(nodes, seen) if each.gpu.devices]
+    if not having and request.workers < 2:
+        return []  # no workers that would add up
+    backend = "nccl" if having else "gloo"
+    found: list[Finding] = []
+    done: set[str] = set()
+    for roles in pair_nodes(having or seen, backend):
+        places = [node for node in nodes if node["NodeManagerAddress"] in roles]
+        answers, problems = run_on_nodes(ray, places, add_up_on_node, roles)
+        done |= answers.keys()
+        found += problems
+        failed = {node: problem for node, problem in sorted(answers.items()) if problem}
+        reported: set[str] = set()
+        for node, problem in failed.items():
+            peer = roles[node].peer
+            if peer not in reported:  # both nodes of a pair fail together
+                reported.add(node)
+                what = f"{backend} between {node} and {peer}: {problem}"
+                advice = "open all ports between the nodes, or set SKILLNET_INTERFACE on them"
+                found.append(Finding("all-reduce", "error", what, advice))
+    if done and not found:
+        on = format_plural(len(done), "node")
+        found.append(Finding("all-reduce", "ok", f"{backend}: pairs of ranks add up on {on}"))
+    return found
+
+
+def pair_nodes(seen: Sequence[NodeProbe], backend: str) -> list[dict[str, SumRole]]:
+    """Return rounds of sums, node -> role: pairs of a round are disjoint and run together.
+
+    NCCL takes no two ranks on one GPU. One node alone adds up if it has two GPUs.
+
+    Args:
+        seen: probes of the nodes that take part.
+        backend: ``nccl`` or ``gloo``.
+    """
+    if len(seen) == 1:
+        only = seen[0]
+        if len(only.gpu.devices) < 2:
+            return []
+        address = f"{only.node}:{only.free_port}"
+        return [{only.node: SumRole((0, 1), address, backend, only.node)}]
+    pairs = [(seen[start], seen[start + 1]) for start in range(0, len(seen) - 1, 2)]
+    rounds = [pairs] if pairs else []
+    if len(seen) % 2 and seen:
+        rounds.append([(seen[0], seen[-1])])
+    return [
+        {
+            own.node: SumRole((rank,), f"{first.node}:{first.free_port}", backend, other.node)
+            for first, second in pairs
+            for rank, (own, other) in enumerate(((first, second), (second, first)))
+        }
+        for pairs in rounds
+    ]
+
+
+def add_up_on_node(address: str, roles: Mapping[str, SumRole]) -> str:
+    """Take part in a sum as one node; return the error or "".
+
+    Args:
+        address: of this node.
+        roles: node -> its role.
+    """
+    role = roles[address]
+
+    def run_rank(rank: int) -> str:
+        device = rank if len(role.ranks) > 1 else 0
+        return run_sum(rank, 2, role.address, role.backend, device)
+
+    with ThreadPoolExecutor() as threads:
+        return next(filter(None, threads.map(run_rank, role.ranks)), "")
 
 
 def _minor(version: str) -> str:

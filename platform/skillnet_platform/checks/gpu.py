@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from skillnet_platform.checks.finding import GIB, Finding
+from skillnet_platform.checks import GIB, Finding
 from skillnet_platform.checks.gpu_probe import GpuDevice
 from skillnet_platform.checks.node_probe import AGAIN, NodeProbe
 from skillnet_platform.cluster.gpu_types import describe_device

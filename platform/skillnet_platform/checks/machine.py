@@ -1,54 +1,44 @@
-"""Checks of one machine: packages, CPUs, memory, disk, ports, tracker and Ray."""
+"""Checks of one machine: versions, distributions, disk and tracker."""
 
-import functools
-import os
 import platform
-import shutil
-import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from importlib.metadata import Distribution, distributions
+from importlib.util import find_spec
 from pathlib import Path
 
-from skillnet_platform import cluster, storage
-from skillnet_platform.checks.distributions import check_distributions
-from skillnet_platform.checks.finding import FREE_DISK_BYTES, GIB, Finding, Level
+from skillnet_platform import storage
+from skillnet_platform.checks import FREE_DISK_BYTES, Finding, Level
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     estimate_checkpoint_bytes,
     runs_directory,
 )
 from skillnet_platform.cluster.versions import PACKAGES
-from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import find_version
 from skillnet_platform.tracking import backend
 
-FREE_MEMORY_BYTES = 4 * GIB
-SHARED_MEMORY_BYTES = cluster.OBJECT_STORE_BYTES + 2**26
-OPEN_FILES = 4096
+DISTRIBUTION = "skillnet-platform"
+OWN_PACKAGES = ("pipelines", "sweeps", "skillnet")
+SCRIPT = "skillnet"
+
+#: Directory that holds ``skillnet_platform``: the site directory, or ``platform`` of a checkout.
+OWN_PARENT = Path(__file__).resolve().parents[2]
 
 
-def list_machine_checks(
-    with_ray: bool = True, request: ResourceRequest | None = None
-) -> list[Callable[[], list[Finding]]]:
-    """Return all checks of this machine, fast checks first.
+def check_machine(request: ResourceRequest | None = None) -> list[Finding]:
+    """Run all checks of this machine.
 
     Args:
-        with_ray: include the check that starts Ray (about 8 s).
         request: resources of the run that the checks are for.
     """
-    checks: list[Callable[[], list[Finding]]] = [
-        check_packages,
-        check_distributions,
-        check_cpus,
-        check_memory,
-        check_shared_memory,
-        functools.partial(check_disk, request),
-        check_open_files,
-        check_loopback,
-        functools.partial(check_tracker, request),
+    return [
+        *check_packages(),
+        *check_distributions(),
+        *check_disk(request),
+        *check_tracker(request),
     ]
-    return [*checks, check_ray] if with_ray else checks
 
 
 def check_packages() -> list[Finding]:
@@ -63,45 +53,6 @@ def check_packages() -> list[Finding]:
         else:
             found.append(Finding(name, "error", "not installed", "pip install -e '.[train]'"))
     return found
-
-
-def check_cpus() -> list[Finding]:
-    """Check the number of usable CPUs, their load and the quota of a container."""
-    # `os.cpu_count()` ignores the affinity of this process.
-    usable = len(os.sched_getaffinity(0))
-    busy = os.getloadavg()[0]
-    found = [Finding("cpus", "ok", f"{usable} usable, load {busy:.1f}")]
-    quota = _cpu_quota()
-    # A quota does not change the affinity, so Ray counts more CPUs than it gets.
-    if quota is not None and quota < usable:
-        advice = f"start with --training.workers {max(int(quota), 1)}"
-        found.append(Finding("cpu quota", "warning", f"{quota:.1f} CPUs allowed", advice))
-    if usable < 2:
-        advice = "Ray Data and a worker share one CPU: expect twice the time"
-        found[0] = Finding("cpus", "warning", f"{usable} usable", advice)
-    return found
-
-
-def check_memory() -> list[Finding]:
-    """Check the memory that is available without swapping."""
-    free = _meminfo("MemAvailable")
-    if free is None or free >= FREE_MEMORY_BYTES:
-        seen = "unknown" if free is None else f"{storage.human_bytes(free)} available"
-        return [Finding("memory", "ok", seen)]
-    advice = f"a worker needs up to {storage.human_bytes(FREE_MEMORY_BYTES)}: close other programs"
-    return [Finding("memory", "warning", f"{storage.human_bytes(free)} available", advice)]
-
-
-def check_shared_memory() -> list[Finding]:
-    """Check the space of the memory file system that holds Ray's objects."""
-    folder = Path("/dev/shm")  # noqa: S108 - only its size is read
-    if not folder.is_dir():
-        return [Finding("shared memory", "warning", "no /dev/shm", "Ray falls back to /tmp")]
-    free = shutil.disk_usage(folder).free
-    if free >= SHARED_MEMORY_BYTES:
-        return [Finding("shared memory", "ok", f"{storage.human_bytes(free)} free")]
-    advice = "give the container more: --shm-size 2g"
-    return [Finding("shared memory", "warning", f"{storage.human_bytes(free)} free", advice)]
 
 
 def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
@@ -138,29 +89,6 @@ def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
     return [Finding("disk", "ok", seen)]
 
 
-def check_open_files() -> list[Finding]:
-    """Check how many files a process may open: Ray opens many."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= OPEN_FILES:
-        return [Finding("open files", "ok", f"{soft} allowed")]
-    return [Finding("open files", "warning", f"{soft} allowed", f"ulimit -n {min(hard, 65536)}")]
-
-
-def check_loopback() -> list[Finding]:
-    """Check that a port on 127.0.0.1 accepts connections, as Ray, gloo and MLflow need."""
-    try:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            server.listen(1)
-            with socket.create_connection(server.getsockname(), timeout=2):
-                pass
-    except OSError as error:
-        return [Finding("loopback", "error", str(error), "allow connections to 127.0.0.1")]
-    return [Finding("loopback", "ok", "127.0.0.1 answers")]
-
-
 def check_tracker(request: ResourceRequest | None = None) -> list[Finding]:
     """Check that the tracker answers and accepts the credentials.
 
@@ -182,47 +110,55 @@ def check_tracker(request: ResourceRequest | None = None) -> list[Finding]:
     return [Finding("tracker", "ok", uri)]
 
 
-def check_ray() -> list[Finding]:
-    """Start Ray or connect to it, run a task and query the State API."""
-    start = time.monotonic()
+def check_distributions() -> list[Finding]:
+    """Check that our packages and script belong to this distribution.
+
+    Another package on PyPI, ``skillnet-ai``, also installs a script named ``skillnet``.
+    """
+    installed = {name: each for each in distributions() if (name := _normalized(each))}
+    others = {name: each for name, each in installed.items() if name != DISTRIBUTION}
+    findings = [*_check_packages(), *_check_scripts(others)]
+    own = f"packages and script of {DISTRIBUTION}"
+    return findings or [Finding("distribution", "ok", own)]
+
+
+def own_directories() -> list[Path]:
+    """Return the directories in which our packages may lie."""
+    # A checkout keeps skillnet_platform in platform/, the other packages beside it.
+    is_checkout = (OWN_PARENT.parent / "pyproject.toml").is_file()
+    return [OWN_PARENT.parent if is_checkout else OWN_PARENT]
+
+
+def _check_packages() -> list[Finding]:
+    findings = []
+    for name in OWN_PACKAGES:
+        spec = find_spec(name)
+        found = sorted({Path(each).resolve().parent for each in _locations(spec)})
+        if found and not set(found) & set(own_directories()):
+            seen = f"the package {name} is that of {found[0]}, not of {DISTRIBUTION}"
+            advice = "use an environment without it, or start in the directory of the checkout"
+            findings.append(Finding("distribution", "error", seen, advice))
+    return findings
+
+
+def _locations(spec: object) -> list[str]:
+    return list(getattr(spec, "submodule_search_locations", None) or [])
+
+
+def _check_scripts(others: Mapping[str, Distribution]) -> list[Finding]:
+    findings = []
+    for name, other in sorted(others.items()):
+        scripts = other.entry_points.select(group="console_scripts", name=SCRIPT)
+        if scripts:
+            seen = f"{name} also installs a script named {SCRIPT} in {Path(sys.prefix) / 'bin'}"
+            advice = f"use skillnet-platform instead of {SCRIPT}, or pip uninstall {name}"
+            findings.append(Finding("distribution", "warning", seen, advice))
+    return findings
+
+
+def _normalized(distribution: Distribution) -> str:
     try:
-        with cluster.ray_session() as ray:
-            answer = ray.get(ray.remote(platform.python_version).remote(), timeout=60)
-            took = f"a task ran after {time.monotonic() - start:.1f} s"
-            found = [Finding("ray", "ok", took)]
-            if answer != platform.python_version():
-                advice = "use the same Python on every node"
-                found = [Finding("ray", "error", f"workers run Python {answer}", advice)]
-            return [*found, check_state_api()]
-    except Exception as error:
-        return [Finding("ray", "error", first_line(error), "see the lines above")]
-
-
-def check_state_api() -> Finding:
-    """Query the State API, through which Tune and Train clean up."""
-    from ray.util.state import list_nodes
-
-    try:
-        return Finding("ray state api", "ok", f"{len(list_nodes(timeout=20))} node(s)")
-    except Exception as error:
-        advice = "sweeps may stall without it: end other Ray processes of this machine"
-        return Finding("ray state api", "warning", first_line(error), advice)
-
-
-def _cpu_quota() -> float | None:
-    """Return the CPUs that a container's control group allows; ``None`` without a limit."""
-    try:
-        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return int(allowed) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _meminfo(name: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
+        name = distribution.metadata["Name"]
+    except FileNotFoundError:  # of the backport, see package_version
+        name = None
+    return str(name or "").lower().replace("_", "-")

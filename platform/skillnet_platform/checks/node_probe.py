@@ -4,16 +4,17 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skillnet_platform import storage
-from skillnet_platform.checks.finding import Finding
+from skillnet_platform.checks import Finding
 from skillnet_platform.checks.gpu_probe import GpuProbe, probe_gpus
 from skillnet_platform.cluster import versions
+from skillnet_platform.cluster.loopback import choose_port
 from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
@@ -22,7 +23,6 @@ from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 #: Seconds for a node's answer. Its first task starts a process and imports packages.
 NODE_TIMEOUT_S = 300.0
 #: Seconds of retries for an object store during a probe.
@@ -38,9 +38,6 @@ class NodeProbe:
         node: address of the node.
         versions: package -> version.
         auth_mode: value of RAY_AUTH_MODE.
-        interfaces: variable -> network interface of gloo and NCCL.
-        addresses: network interface -> IPv4 address.
-        name_resolves_to: address of the node's host name.
         home: value of SKILLNET_HOME.
         write_problem: error of a write to the storage; empty if it worked.
         files_seen: location -> addresses of the nodes whose files this node read.
@@ -49,14 +46,12 @@ class NodeProbe:
         access_problem: error about the tracker's credentials; empty if it worked.
         gpu: torch's build and the GPUs, on a node whose GPUs Ray offers.
         free_port: a port that no process of the node used.
+        clock_error_s: seconds by which its clock surely differs from that of the head.
     """
 
     node: str
     versions: dict[str, str]
     auth_mode: str
-    interfaces: dict[str, str]
-    addresses: dict[str, str]
-    name_resolves_to: str
     home: str
     write_problem: str
     files_seen: dict[str, list[str]]
@@ -65,6 +60,7 @@ class NodeProbe:
     access_problem: str = ""
     gpu: GpuProbe = field(default_factory=GpuProbe)
     free_port: int = 0
+    clock_error_s: float = 0.0
 
 
 def probe_nodes(
@@ -87,6 +83,7 @@ def probe_nodes(
     folder = f".doctor-{secrets.token_hex(4)}"
     written, problems = run_on_nodes(ray, nodes, _leave_file, folder, locations)
     seen: dict[str, Any] = {}
+    before = time.time()
     if not problems:  # without a node's file the other nodes cannot look for it
         with_gpus = [
             node["NodeManagerAddress"] for node in nodes if node.get("Resources", {}).get("GPU", 0)
@@ -94,13 +91,16 @@ def probe_nodes(
         seen, problems = run_on_nodes(
             ray, nodes, _look_around, folder, locations, request.run_dir, with_gpus
         )
+    after = time.time()
     _clean_up(folder, locations)
-    probes = [
-        NodeProbe(
-            **{**answer, "gpu": GpuProbe.from_dict(answer["gpu"])}, write_problem=written[node]
+    probes = []
+    for node, answer in seen.items():
+        gpu, clock = GpuProbe.from_dict(answer.pop("gpu")), answer.pop("clock_s")
+        # The node read its clock at some time between the two.
+        error = max(before - clock, clock - after, 0.0)
+        probes.append(
+            NodeProbe(**answer, gpu=gpu, clock_error_s=error, write_problem=written[node])
         )
-        for node, answer in seen.items()
-    ]
     return sorted(probes, key=lambda each: each.node), problems
 
 
@@ -166,24 +166,11 @@ def _look_around(
     run_dir: str = "",
     with_gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
-    import psutil
-
-    addresses = {
-        name: next((each.address for each in have if each.family == socket.AF_INET), "")
-        for name, have in psutil.net_if_addrs().items()
-    }
-    try:
-        resolved = socket.gethostbyname(socket.gethostname())
-    except OSError as error:
-        resolved = str(error)
     away, access = _tracker_problems()
     return {
         "node": address,
         "versions": versions.installed_versions(),
         "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
-        "interfaces": {name: os.environ.get(name, "") for name in INTERFACES},
-        "addresses": addresses,
-        "name_resolves_to": resolved,
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
         "files_seen": {where: _files_in(where, folder) for where in storage_roots(places)},
         "free_bytes": storage.free_bytes(runs_directory(run_dir)),
@@ -191,14 +178,9 @@ def _look_around(
         "access_problem": access,
         # The process of the probe takes seconds, so only nodes with GPUs start it.
         "gpu": asdict(probe_gpus() if address in with_gpus else GpuProbe()),
-        "free_port": _free_port(),
+        "free_port": choose_port("", 0),
+        "clock_s": time.time(),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))  # only finds a number; it listens to nobody
-        return int(server.getsockname()[1])
 
 
 def storage_roots(places: Sequence[str]) -> list[str]:

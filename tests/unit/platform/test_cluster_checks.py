@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import doctor, storage
+from skillnet_platform import storage
+from skillnet_platform.checks import GIB, node_probe
 from skillnet_platform.checks import cluster as checks
 from skillnet_platform.checks import machine as machine_checks
-from skillnet_platform.checks import node_probe
-from skillnet_platform.checks.finding import GIB
 from skillnet_platform.checks.node_probe import NodeProbe
 from skillnet_platform.cluster import capacity, versions
 from skillnet_platform.cluster.resource_request import (
@@ -26,16 +25,13 @@ ONE = NodeProbe(
     node="10.0.0.1",
     versions=versions.installed_versions(),
     auth_mode="token",
-    interfaces={"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"},
-    addresses={"lo": "127.0.0.1", "eth0": "10.0.0.1"},
-    name_resolves_to="127.0.1.1",
     home="/mnt/runs",
     write_problem="",
     files_seen={"/mnt/runs": ["10.0.0.1", "10.0.0.2"]},
     free_bytes=100 * GIB,
     tracker_problem="",
 )
-TWO = replace(ONE, node="10.0.0.2", addresses={"lo": "127.0.0.1", "eth0": "10.0.0.2"})
+TWO = replace(ONE, node="10.0.0.2")
 
 
 def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
@@ -49,11 +45,9 @@ def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) ->
         checks.check_authentication,
         checks.check_checkpoint_space,
         checks.check_node_trackers,
+        checks.check_clocks,
     ):
         assert [each.level for each in check([ONE, TWO])] == ["ok"], check
-    assert [each.level for each in checks.check_interfaces([ONE, TWO], ResourceRequest(2))] == [
-        "ok"
-    ]
     (finding,) = checks.check_shared_storage([ONE, TWO], ["/mnt/runs"])
     assert finding.level == "ok"
 
@@ -101,15 +95,11 @@ def test_resources(
     assert asked.format() in finding.seen
 
 
-def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
+def test_each_stage_is_looked_at() -> None:
     reported = checks.check_resources(
         [node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), []
     )
     assert [each.level for each in reported] == ["ok", "error"]
-    (tmp_path / "model").mkdir()
-    found = checks.check_models([str(tmp_path / "model"), str(tmp_path / "gone")])
-    assert [each.level for each in found] == ["ok", "error"]
-    assert found[1].seen == f"{tmp_path}/gone: does not exist on the head"
 
 
 def test_the_autoscaler_may_start_what_the_file_says(
@@ -266,30 +256,10 @@ def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch
     assert "sqlite:////root/runs/mlflow.db: a file. /root/runs: 10.0.0.1 does not" in finding.seen
 
 
-def test_workers_that_would_not_meet() -> None:
-    silent = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": ""})
-    (finding,) = checks.check_interfaces([ONE, silent], ResourceRequest(2))
-    assert finding.level == "error"
-    assert "127.0.1.1" in finding.seen
-    (finding,) = checks.check_interfaces(
-        [ONE, replace(silent, name_resolves_to="10.0.0.2")], ResourceRequest(2)
-    )
-    assert finding.level == "ok"
-    wrong = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"})
-    (finding,) = checks.check_interfaces([ONE, wrong], ResourceRequest(2))
-    assert "GLOO_SOCKET_IFNAME=lo has 127.0.0.1" in finding.seen
-    assert checks.check_interfaces([ONE], ResourceRequest(2)) == []
-
-
-def test_config_without_a_command_asks_about_finetune() -> None:
-    assert doctor._named(["--json", "--config", "tiny"]) == [
-        "--json",
-        "finetune",
-        "--config",
-        "tiny",
-    ]
-    assert doctor._named(["sweep", "--config", "x"]) == ["sweep", "--config", "x"]
-    assert doctor._named(["--ray", "false"]) == ["--ray", "false"]
+def test_a_clock_of_another_time_is_named() -> None:
+    late = replace(TWO, clock_error_s=checks.CLOCK_ERROR_S + 1)
+    (finding,) = checks.check_clocks([ONE, late])
+    assert (finding.level, finding.seen) == ("error", "10.0.0.2: 61 s from the clock of the head")
 
 
 def test_each_place_that_a_run_names_is_looked_at() -> None:
@@ -308,6 +278,8 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"
     assert "on 1 node" in found["resources"].seen
+    assert found["clock"].level == "ok"
+    assert "ray state api" in found
     assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
     assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads the files of all"
     # The session's Ray offers GPUs that do not exist.

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from skillnet_platform.checks import cluster as cluster_checks
 from skillnet_platform.checks import gpu as gpu_checks
-from skillnet_platform.checks import gpu_probe, node_sums
+from skillnet_platform.checks import gpu_probe
+from skillnet_platform.checks.cluster import SumRole, add_up_on_node, check_sums, pair_nodes
 from skillnet_platform.checks.gpu import check_gpu_memory, check_gpus, gpu_nodes
 from skillnet_platform.checks.gpu_probe import GpuDevice, GpuProbe, multiply_ones, probe_gpus
-from skillnet_platform.checks.node_sums import SumRole, add_up_on_node, check_sums, pair_nodes
 from skillnet_platform.cluster.gpu_types import GpuType
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -155,7 +156,7 @@ def test_pairs_of_nodes_are_disjoint_and_complete() -> None:
 def test_a_failed_sum_names_both_nodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [node("10.0.0.1", 1), node("10.0.0.2", 1)]
     answers = {"10.0.0.1": "timed out", "10.0.0.2": "timed out"}
-    monkeypatch.setattr(node_sums, "run_on_nodes", lambda *_: (answers, []))
+    monkeypatch.setattr(cluster_checks, "run_on_nodes", lambda *_: (answers, []))
     (finding,) = check_sums(None, nodes, [FIRST, SECOND], ASKED)
     assert (finding.level, finding.seen) == (
         "error",

@@ -14,7 +14,7 @@ import yaml
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.training.config.storage import StorageConfig
 from skillnet_platform import config, console, doctor, submit, tracker
-from skillnet_platform.checks.finding import Finding
+from skillnet_platform.checks import Finding
 from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
@@ -230,8 +230,9 @@ def test_addresses_of_a_cluster_lack_their_secrets(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address.format(SECRET))
     found = [Finding("x", "error", "y", "z")]
-    monkeypatch.setattr(doctor, "list_machine_checks", lambda *given: [lambda: found])
-    assert doctor.main(["--ray", "false"]) == 1
+    for name in ("check_machine", "_cluster", "_from_inside"):
+        monkeypatch.setattr(doctor, name, lambda *given: found)
+    assert doctor.main([]) == 1
     shown = str(capsys.readouterr())
     assert f"The cluster of {address.partition('//')[0]}//***@127.0.0.1:1" in shown
     if address.startswith("ray"):

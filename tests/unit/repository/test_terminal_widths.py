@@ -17,7 +17,7 @@ from pipelines.verify import HashCheck, show_verification
 from skillnet.metrics import ConfidenceInterval
 from skillnet.skills import default_tasks
 from skillnet_platform import console
-from skillnet_platform.checks.finding import Finding
+from skillnet_platform.checks import Finding
 from skillnet_platform.doctor import DoctorReport, show_findings
 from skillnet_studies.analysis.comparison import compare_systems
 from skillnet_studies.analysis.finished_runs import read_run
