@@ -31,8 +31,8 @@ from skillnet.serialization import (
 )
 from skillnet.skills import SkillPlan, Task, nearest_hint
 from skillnet.skipped_init import SkippedInit
-from skillnet.staging import replace_folder, staging_folder
 from skillnet.vocabulary import ModelVocabulary
+from skillnet_files.commit import commit_directory, make_scratch_directory
 
 SUFFIX = ".safetensors"
 
@@ -276,7 +276,7 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
         ValueError: a file of a parent does not match its manifest.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(target) as staging:
+    with make_scratch_directory(target) as staging:
         with torch.device("meta"), SkippedInit():  # names and shapes, without weights
             described = SkillNet(plan.config)
         described.vocabulary = plan.vocabulary
@@ -291,7 +291,7 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
         write_manifest(staging, written, tasks=list_task_files(described), **record)
         # Names and shapes are checked before the model gets its name.
         SkillNet.from_pretrained(staging)
-        replace_folder(staging, target)
+        commit_directory(staging, target)
 
 
 def _copy_file(parent: MergeParent, file: str, path: Path) -> None:

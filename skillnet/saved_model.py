@@ -18,8 +18,8 @@ from skillnet.serialization import (
     write_manifest,
     write_parts,
 )
-from skillnet.staging import replace_folder, staging_folder
 from skillnet.vocabulary import ModelVocabulary
+from skillnet_files.commit import commit_directory, make_scratch_directory
 
 
 def save_model(
@@ -40,9 +40,9 @@ def save_model(
     if foreign or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(path) as staging:
+    with make_scratch_directory(path) as staging:
         write_model(model, staging, read_weight)
-        replace_folder(staging, path)
+        commit_directory(staging, path)
 
 
 def write_model(

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skillnet_files.temporary import remove_leftovers
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import run_root, scratch_directory, sha256_file
-from skillnet_platform.storage.temporary import remove_leftovers
 
 if TYPE_CHECKING:
     from pipelines.training.runs.model_source import ModelSource

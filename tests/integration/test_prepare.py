@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +252,17 @@ def _interrupt(*_: object) -> None:
 
 
 def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
+    def enter() -> None:
+        with pipeline.staging.staging_dir(tmp_path / "made", {"a": 1}):
+            raise AssertionError("two at once")
+
+    refused = r"made: process \d+ on .* prepares this corpus now"
     with (
-        pipeline.staging.staging_dir(tmp_path / "made", {"a": 1}) as folder,
-        pytest.raises(UserError, match=r"made: another process prepares this corpus now"),
         pipeline.staging.staging_dir(tmp_path / "made", {"a": 1}),
+        ThreadPoolExecutor() as other,
+        pytest.raises(UserError, match=refused),
     ):
-        raise AssertionError(folder)
+        other.submit(enter).result()
     assert list(tmp_path.iterdir()) == []
 
 

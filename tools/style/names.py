@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("skillnet", "pipelines", "sweeps", "platform/skillnet_platform")
+PACKAGES = ("skillnet", "pipelines", "sweeps", "platform")
 
 #: One-word names that the field, or our public interface, uses.
 TERMS = {

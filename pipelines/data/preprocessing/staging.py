@@ -12,7 +12,6 @@ directory is removed.
 """
 
 import contextlib
-import fcntl
 import json
 import re
 import shutil
@@ -20,17 +19,18 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines.data.io.json_lines import format_json_line
 from pipelines.data.shards.format import MANIFEST, QUARANTINE, write_shard
 from pipelines.data.shards.row_checks import ShardDigests
+from skillnet_files.temporary import temporary_file
 from skillnet_platform import storage
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.temporary import temporary_file
+from skillnet_platform.storage.locks import hold_lock
 
 REJECTED_ROWS = "rejected.jsonl"
 READ_SUMMARY = "read.json"
@@ -255,16 +255,14 @@ def _read_entry(folder: Path, stem: str) -> dict[str, Any] | None:
     return None
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[IO[bytes]]:
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of a directory. The operating system releases it when the process ends."""
-    with (folder / LOCK).open("ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            name = folder.name.split(".")[1]
-            raise UserError(
-                f"{folder.parent / name}: another process prepares this corpus now. Wait for it, "
-                "or give --data another directory."
-            ) from None
-        yield stream
+    corpus = folder.with_name(folder.name.split(".")[1])
+
+    def describe(holder: str) -> str:
+        return (
+            f"{corpus}: {holder} prepares this corpus now. Wait for it, or give --data another "
+            "directory."
+        )
+
+    return hold_lock(folder / LOCK, describe)

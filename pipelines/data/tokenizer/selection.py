@@ -6,7 +6,6 @@ is encoded as bytes.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pipelines.data.shards.format import MANIFEST
 from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.tokenizer.conversion import convert_tokenizer
 from pipelines.data.tokenizer.training import TOKENIZER_MANIFEST
+from skillnet_files.kernel_lock import lock_file
 from skillnet_platform import config, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -64,20 +64,16 @@ class TokenizerLock:
             UserError: another process prepares corpora with the tokenizer.
         """
         self._acquire(
-            fcntl.LOCK_EX,
+            False,
             "prepares corpora with the tokenizer of this directory, which this one would replace",
         )
 
-    def _acquire(self, kind: int, reason: str) -> None:
-        if self._lock is None:
-            return
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def _acquire(self, shared: bool, reason: str) -> None:
+        if self._lock is not None and not lock_file(self._lock, shared=shared):
             raise UserError(
                 f"{self._data}: another process {reason}. Wait for it, or give --data another "
                 "directory."
-            ) from None
+            )
 
 
 @contextlib.contextmanager
@@ -98,7 +94,7 @@ def lock_tokenizer(data: Path) -> Iterator[TokenizerLock]:
         return
     with lock:
         held = TokenizerLock(data, lock)
-        held._acquire(fcntl.LOCK_SH, "replaces the tokenizer of this directory now")
+        held._acquire(True, "replaces the tokenizer of this directory now")
         yield held
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
+from skillnet_files.temporary import is_temporary, remove_leftovers
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, read_record
@@ -14,7 +15,6 @@ from skillnet_platform.storage.directories import StoreUnavailableError
 from skillnet_platform.storage.leases import LEASE, hold_lease, is_shared_disk
 from skillnet_platform.storage.location import Location, join_location
 from skillnet_platform.storage.locks import hold_lock
-from skillnet_platform.storage.temporary import is_temporary, remove_leftovers
 
 CONFIG = "config.yaml"
 RUN = "run.json"

@@ -4,6 +4,7 @@
 ``location`` parses paths and URIs, ``retry`` repeats transient failures, ``cache`` keeps shards.
 """
 
+from skillnet_files.temporary import restore_replaced
 from skillnet_platform.storage.local import (
     HOME_VARIABLE,
     archive_root,
@@ -24,7 +25,6 @@ from skillnet_platform.storage.local import (
     staging_directory,
     write_json,
 )
-from skillnet_platform.storage.temporary import restore_replaced
 
 __all__ = [
     "HOME_VARIABLE",

@@ -13,7 +13,6 @@ lock when the process ends. The cache removes only unlocked files, the least rec
 """
 
 import contextlib
-import fcntl
 import os
 import queue
 import threading
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skillnet_files.kernel_lock import lock_file
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -158,7 +158,7 @@ class FileCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        lock_file(descriptor, shared=True, wait=True)
         try:
             mine, there = os.fstat(descriptor), path.stat()
             # Another process may have removed or replaced it before this one got the lock.
@@ -255,10 +255,8 @@ class FileCache:
         """Remove leftovers of downloads of dead processes: their locks are free."""
         for mark in self._reserved():
             sha256 = mark.name.split(".")[0]
-            with (self.folder / f"{sha256}.lock").open("a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+            with (self.folder / f"{sha256}.lock").open("ab") as lock:
+                if not lock_file(lock):
                     continue
                 for left in self.folder.glob(f".{sha256}.*.tmp"):
                     left.unlink(missing_ok=True)
@@ -282,11 +280,10 @@ def _remove_unused(path: Path) -> bool:
         return True
     try:
         # Users of a file hold a shared lock: it must not be evicted under a memory map.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-        return True
-    except BlockingIOError:
-        return False
+        is_unused = lock_file(descriptor)
+        if is_unused:
+            path.unlink(missing_ok=True)
+        return is_unused
     finally:
         os.close(descriptor)
 

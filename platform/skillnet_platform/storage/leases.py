@@ -121,27 +121,27 @@ class HostLease:
                 f"for {LEASE_S:.0f} s"
             )
         self._beats += 1
-        location.write_file(self._file(self._number), self._content())
+        location.write_location(self._file(self._number), self._content())
 
     def release(self) -> None:
         """Remove the file of this holder."""
-        location.remove_file(self._file(self._number))
+        location.remove_location(self._file(self._number))
         if isinstance(self.folder, Path):
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
     def _claim(self, number: int) -> bool:
         """Write the file of a number if it is absent; return whether the lease is held now."""
-        if not location.create_file(self._file(number), self._content()):
+        if not location.write_if_absent(self._file(number), self._content()):
             return False
         self._number = number
         others = [other for other in self._list_numbers() if other != number]
-        # This host may have been suspended while others took the lease and went on.
+        # This host may have been suspended while others took over.
         if any(other > number for other in others):
             self.release()
             return False
         for other in others:
-            location.remove_file(self._file(other))
+            location.remove_location(self._file(other))
         return True
 
     def _content(self) -> bytes:
@@ -151,7 +151,7 @@ class HostLease:
         return join_location(self.folder, f"{number:08d}.json")
 
     def _list_numbers(self) -> list[int]:
-        names = [name.removesuffix(".json") for name in location.list_names(self.folder)]
+        names = [name.removesuffix(".json") for name in location.list_location(self.folder)]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _read_newest(self) -> _LeaseFile | None:

@@ -12,15 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from skillnet_files.commit import commit_directory, make_scratch_directory, sync_directory
+from skillnet_files.temporary import temporary_file
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.exchange import exchange_paths
-from skillnet_platform.storage.temporary import (
-    remove_leftovers,
-    replaced_directory,
-    restore_replaced,
-    temporary_directory,
-    temporary_file,
-)
 
 HOME_VARIABLE = "SKILLNET_HOME"
 
@@ -91,7 +85,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
                 os.fsync(stream.fileno())
             aside.replace(final)
             # A rename is durable only when its directory is synced.
-            _sync_directory(final.parent)
+            sync_directory(final.parent)
 
 
 def create_file(path: str | os.PathLike[str], data: bytes) -> bool:
@@ -226,44 +220,10 @@ def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the directory cannot be created.
     """
-    target = Path(path)
     with contextlib.ExitStack() as stack:
-        with _making(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            restore_replaced(target)
-            remove_leftovers(target.parent, target.name)
-            aside = stack.enter_context(temporary_directory(target))
+        with _making(Path(path)):
+            aside = stack.enter_context(make_scratch_directory(path))
         yield aside
-
-
-def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
-    """Rename the finished directory ``tmp`` to ``final`` and replace an existing directory.
-
-    The files are synced to the disk before the rename. Both must be on one file system. The name
-    ``final`` always leads to the old or the new directory. On file systems without an exchange of
-    names, such as NFS, it is missing for a moment; after a kill in this moment the next commit
-    restores the old directory.
-    """
-    source, target = Path(tmp), Path(final)
-    # The rename may reach the disk before the content does, unless this is synced first.
-    for folder, _, names in os.walk(source):
-        for name in names:
-            _sync_file(Path(folder) / name)
-        _sync_directory(Path(folder))
-    # A kill between the two renames left only the old directory, which comes back first.
-    restore_replaced(target)
-    # A rename cannot replace a directory that has files.
-    if not target.exists():
-        source.rename(target)
-    elif exchange_paths(source, target):
-        # The old directory is removed once the new one is sure to have its name.
-        _sync_directory(target.parent)
-        shutil.rmtree(source, ignore_errors=True)
-    else:
-        with replaced_directory(target):
-            source.rename(target)
-            _sync_directory(target.parent)
-    _sync_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -381,16 +341,3 @@ def process_is_alive(pid: int) -> bool:
         # The process exists, but belongs to another user.
         return True
     return True
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -52,7 +52,7 @@ def read_if_exists(where: Location) -> bytes | None:
         return None
 
 
-def create_file(where: Location, data: bytes) -> bool:
+def write_if_absent(where: Location, data: bytes) -> bool:
     """Write a small file unless it exists; of several writers at most one succeeds.
 
     Args:
@@ -67,7 +67,7 @@ def create_file(where: Location, data: bytes) -> bool:
     return objects.create_bytes(where, data)
 
 
-def write_file(where: Location, data: bytes) -> None:
+def write_location(where: Location, data: bytes) -> None:
     """Write a small file; readers see the old or the complete new one."""
     if isinstance(where, Path):
         with local.atomic_write(where) as stream:
@@ -76,14 +76,14 @@ def write_file(where: Location, data: bytes) -> None:
         objects.write_bytes(where, data)
 
 
-def list_names(where: Location) -> list[str]:
+def list_location(where: Location) -> list[str]:
     """Return the sorted names of the files in a folder; none if it is missing."""
     if isinstance(where, Path):
         return sorted(path.name for path in where.iterdir()) if where.is_dir() else []
     return [entry.name for entry in objects.list_files(where)]
 
 
-def remove_file(where: Location) -> None:
+def remove_location(where: Location) -> None:
     """Remove a file, if it exists."""
     if isinstance(where, Path):
         where.unlink(missing_ok=True)

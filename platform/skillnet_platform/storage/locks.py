@@ -7,7 +7,6 @@ path of the same file; other threads wait like other processes.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skillnet_files.kernel_lock import WITHOUT_LOCKS, lock_file, unlock_file
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
-#: Errors of a file system that has no locks, such as some mounts of object stores.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Seconds that a process waits for a lock before it names the holder.
 QUIET_S = 5.0
 _POLL_S = 0.01
@@ -136,15 +134,13 @@ def _lock(descriptor: int, describe: Callable[[], str], wait: bool) -> None:
     """Lock an open file, and wait for another holder if ``wait``."""
     silent_until = time.monotonic() + QUIET_S
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock_file(descriptor):
             return
-        except BlockingIOError:
-            if not wait:
-                raise LockHeldError(describe()) from None
+        if not wait:
+            raise LockHeldError(describe())
         if time.monotonic() >= silent_until:
             console.print_note(describe())
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_file(descriptor, wait=True)
             return
         time.sleep(_POLL_S)
 
@@ -157,7 +153,7 @@ def _release(held: _HeldLock) -> None:
     del _HELD[held.file]
     # A child that was forked a moment ago may still have a copy of the descriptor.
     with contextlib.suppress(OSError):
-        fcntl.flock(held.descriptor, fcntl.LOCK_UN)
+        unlock_file(held.descriptor)
     os.close(held.descriptor)
 
 

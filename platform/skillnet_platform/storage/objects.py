@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from skillnet_files.temporary import temporary_file
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import local as local_storage
 from skillnet_platform.storage.retry import AZURE, missing_bucket, retry_transient
-from skillnet_platform.storage.temporary import temporary_file
 
 Result = TypeVar("Result")
 

@@ -90,7 +90,7 @@ def host(name: str, folder: Location) -> HostLease:
 
 
 def numbers(folder: Location) -> list[str]:
-    return [name for name in location.list_names(folder) if not name.startswith(".")]
+    return [name for name in location.list_location(folder) if not name.startswith(".")]
 
 
 def test_one_of_two_hosts_works(
@@ -215,8 +215,8 @@ def test_a_disk_without_hard_links(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    assert location.create_file(tmp_path / "a", b"one")
-    assert not location.create_file(tmp_path / "a", b"two")
+    assert location.write_if_absent(tmp_path / "a", b"one")
+    assert not location.write_if_absent(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"one"
 
 
@@ -233,7 +233,7 @@ def test_a_store_without_conditional_writes_is_named(
         put(self, path, value)
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
-    assert location.create_file(f"memory://{tmp_path.name}/a", b"one")
+    assert location.write_if_absent(f"memory://{tmp_path.name}/a", b"one")
     assert "no conditional writes. Start no second process" in capsys.readouterr().err
 
 
@@ -241,9 +241,11 @@ def test_a_create_whose_answer_was_lost_is_not_taken_for_anothers(
     folder: Location,
 ) -> None:
     place = join_location(folder, "00000001.json")
-    assert location.create_file(place, b"mine")
-    assert location.create_file(place, b"mine"), "the repeated request met its own first attempt"
-    assert not location.create_file(place, b"another's")
+    assert location.write_if_absent(place, b"mine")
+    assert location.write_if_absent(place, b"mine"), (
+        "the repeated request met its own first attempt"
+    )
+    assert not location.write_if_absent(place, b"another's")
 
 
 def test_google_asks_for_an_absent_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +263,7 @@ def test_google_asks_for_an_absent_object(tmp_path: Path, monkeypatch: pytest.Mo
                 return await call(self, method, path, *more, **keys)
 
             monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", record)
-            assert location.create_file(f"{server.uri}/a", b"one")
+            assert location.write_if_absent(f"{server.uri}/a", b"one")
             assert any(keys.get("ifGenerationMatch") == "0" for keys in asked)
     finally:
         server.close()
@@ -322,7 +324,7 @@ def test_the_second_of_two_drivers_is_refused(
     monkeypatch.setattr(leases, "LEASE_S", 0.0)
     with lock_run_folder(run, mirror):
         (run / "config.yaml").write_text("seed: 0")
-    assert location.list_names(join_location(mirror or run, leases.LEASE)) == []
+    assert location.list_location(join_location(mirror or run, leases.LEASE)) == []
 
 
 def _prepare(uri: str) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from skillnet_files import commit
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import local
 
 ROOT = Path(__file__).parents[3]
 #: A command in a PID namespace of its own, as in a container: its process has the id 1.
@@ -21,8 +21,8 @@ CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-
 REPLACE = """
 import sys, time
 from pathlib import Path
-from skillnet_platform.storage import local
-local.exchange_paths = lambda one, other: False
+from skillnet_files import commit
+commit.exchange_paths = lambda one, other: False
 rename = Path.rename
 def rename_or_sleep(source, target):
     if source.name == "new":
@@ -30,7 +30,7 @@ def rename_or_sleep(source, target):
         time.sleep(600)
     rename(source, target)
 Path.rename = rename_or_sleep
-local.commit_directory(sys.argv[1], sys.argv[2])
+commit.commit_directory(sys.argv[1], sys.argv[2])
 """
 
 
@@ -140,7 +140,7 @@ def test_a_commit_removes_what_a_killed_one_has_replaced(tmp_path: Path) -> None
 def test_a_directory_that_cannot_be_replaced_keeps_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "exchange_paths", lambda one, other: False)
+    monkeypatch.setattr(commit, "exchange_paths", lambda one, other: False)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a").write_text("old")
     with pytest.raises(FileNotFoundError):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from skillnet_files.temporary import remove_leftovers, temporary_directory
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import locks
 from skillnet_platform.storage.locks import LockHeldError, hold_lock
-from skillnet_platform.storage.temporary import remove_leftovers, temporary_directory
 
 #: Holds a lock or writes a file, and sleeps in the middle.
 HOLD = """

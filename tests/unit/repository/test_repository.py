@@ -15,7 +15,13 @@ from skillnet_platform import cli, config
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PACKAGES = ("skillnet", "pipelines", "platform/skillnet_platform", "sweeps")
+PACKAGES = (
+    "skillnet",
+    "pipelines",
+    "platform/skillnet_platform",
+    "platform/skillnet_files",
+    "sweeps",
+)
 COMMANDS = PROJECT["project"]["entry-points"]["skillnet.commands"]
 PRESETS = sorted((ROOT / "configs").rglob("*.yaml"))
 LONGEST_FILE = 700
@@ -27,7 +33,7 @@ def sources(*folders: str) -> list[Path]:
 
 def module_file(module: str) -> Path:
     relative = module.replace(".", "/") + ".py"
-    below = "platform" if module.startswith("skillnet_platform") else "."
+    below = "platform" if module.startswith(("skillnet_platform", "skillnet_files")) else "."
     return ROOT / below / relative
 
 
@@ -195,9 +201,9 @@ def run(python: Path, *words: str, cwd: Path) -> str:
 
 
 WHERE = (
-    "import platform, skillnet.staging, skillnet_platform.errors, pipelines, sweeps\n"
+    "import platform, skillnet_files.commit, skillnet_platform.errors, pipelines, sweeps\n"
     "platform.system()\n"
-    "for module in (skillnet.staging, skillnet_platform.errors, pipelines, sweeps):\n"
+    "for module in (skillnet_files.commit, skillnet_platform.errors, pipelines, sweeps):\n"
     "    print(module.__file__)"
 )
 
@@ -229,6 +235,6 @@ def test_the_editable_install_follows_the_checkout(tmp_path: Path) -> None:
     )
     install(python, str(tmp_path / made.stdout.split()[-1]))
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
-    assert places[0] == str(ROOT / "skillnet" / "staging.py")
+    assert places[0] == str(ROOT / "platform" / "skillnet_files" / "commit.py")
     assert places[1] == str(ROOT / "platform" / "skillnet_platform" / "errors.py")
     assert "finetune" in run(python.with_name("skillnet"), "--help", cwd=tmp_path)

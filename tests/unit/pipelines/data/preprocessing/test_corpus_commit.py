@@ -15,8 +15,8 @@ import pytest
 from pipelines.data.preprocessing import staging
 from pipelines.data.shards.dataset import verify_corpus
 from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, QUARANTINE, manifest_digest
+from skillnet_files import commit
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import local
 from tests.helpers.killed_children import EventCounter, run_killed
 
 SHARDS = 3
@@ -48,13 +48,13 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
 def publish(folder: Path, final: Path, counter: EventCounter | None = None) -> None:
     if counter is not None:
         # The atomic exchange is a system call, which Python does not audit.
-        exchange = local.exchange_paths
+        exchange = commit.exchange_paths
 
         def audited_exchange(one: Path, other: Path) -> bool:
             counter("os.rename")
             return exchange(one, other)
 
-        local.exchange_paths = audited_exchange
+        commit.exchange_paths = audited_exchange
     staging.commit_corpus(folder, final)
 
 
@@ -71,7 +71,7 @@ def test_a_commit_killed_at_any_event_loses_nothing_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool, replaces: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(local, "exchange_paths", lambda one, other: False)
+        monkeypatch.setattr(commit, "exchange_paths", lambda one, other: False)
     number = 1
     while True:
         final = tmp_path / str(number) / "made"

@@ -7,8 +7,6 @@ looks once into every folder that it writes to.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import secrets
@@ -17,6 +15,8 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from skillnet_files.kernel_lock import lock_file
 
 #: Age in seconds at which a leftover is removed if the file system has no locks.
 LEFTOVER_AGE_S = 24 * 3600.0
@@ -77,7 +77,7 @@ def replaced_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock_file(descriptor, shared=True, wait=True)
         target.rename(old)
         try:
             yield old
@@ -157,7 +157,7 @@ def _create(final: Path, is_directory: bool) -> tuple[Path, int]:
         # A shared lock needs no write access, which NFS requires for an exclusive one. Some file
         # systems have no locks: there the age decides.
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock_file(descriptor, shared=True, wait=True)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return path, descriptor
@@ -190,11 +190,9 @@ def _claim(path: Path, age_s: float) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_abandoned = True
-        except OSError as error:
-            is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
-            is_abandoned = not is_locked and time.time() - about.st_mtime >= age_s
+            is_abandoned = lock_file(descriptor)
+        except OSError:
+            is_abandoned = time.time() - about.st_mtime >= age_s
         yield is_abandoned
     finally:
         os.close(descriptor)
