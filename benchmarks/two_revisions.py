@@ -59,7 +59,6 @@ def train(tree: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
         "training.checkpoint_every": 0,
         "evaluate": "false",
         "tracking.register": "false",
-        "tracking.system_metrics": "false",
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     with tempfile.TemporaryDirectory() as home:

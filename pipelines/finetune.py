@@ -109,7 +109,7 @@ def _run_in_folder(
     finished = find_finished_result(run)
     if finished is not None:
         if mirror is not None and not mirror.has(RESULT):
-            upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
+            upload_results(mirror, config.training.keep_checkpoints)
         console.print_note(
             f"{config.name} is finished ({finished['step']} steps); give another name"
         )
@@ -139,7 +139,7 @@ def _run_in_folder(
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, result)
     if mirror is not None:
-        upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
+        upload_results(mirror, config.training.keep_checkpoints)
     return result
 
 

@@ -34,7 +34,6 @@ class SkillNetConfig:
         skill_rank: rank of the difference of a skill to the skill ``general``, for all skills but
             ``general`` (source: LoRA); 0 gives each skill whole matrices.
         bias: add a bias to every projection of the layers; per skill, like its weight.
-        skill_norms: give the norms of skill modules a scale and a shift per skill.
         norm_position: ``pre`` normalizes the input of each branch of a layer, and the output of the
             encoder; ``post`` normalizes the sum after each branch (BERT).
         norm_eps: added to the variance by all norms.
@@ -78,7 +77,6 @@ class SkillNetConfig:
     skill_every: LayerSize = 1
     skill_rank: OptionalSize = 0
     bias: bool = False
-    skill_norms: bool = False
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: Annotated[float, Interval(gt=0, le=0.1)] = 1e-5
     stem_norm: bool = True

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from skillnet.attention import padding_bias
 from skillnet.compilation import PlanCompiler, pad_tokens
 from skillnet.config import SkillNetConfig
-from skillnet.layers import SkillAttention, SkillFeedForward, SkillNorm, Skills, compute_dtype
+from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
 from skillnet.rounded_weights import share_merges
 from skillnet.stochastic_depth import KeptRows, LayerDraw, draw_kept_rows
 
@@ -43,7 +43,7 @@ class EncoderLayer(nn.Module):
         # Residual branches start smaller with depth (GPT-2), so the sum keeps its variance.
         out_std = (2 * config.num_layers) ** -0.5
         self.is_post_norm = config.norm_position == "post"
-        self.attention_norm = build_norm(config, self.attention_skills)
+        self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.attention = SkillAttention(
             config.skills if self.attention_skills else SHARED,
             config.dim,
@@ -53,7 +53,7 @@ class EncoderLayer(nn.Module):
             has_bias=config.bias,
             rank=config.skill_rank,
         )
-        self.feedforward_norm = build_norm(config, self.feedforward_skills)
+        self.feedforward_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.feedforward = SkillFeedForward(
             config.skills if self.feedforward_skills else SHARED,
             config.dim,
@@ -120,27 +120,29 @@ class EncoderLayer(nn.Module):
                 else:
                     x_BTD = _WeightedSum.apply(x_BTD, y_BTD, draw[index])
             if self.is_post_norm:
-                x_BTD = _normalize(norm, x_BTD, skills)
+                x_BTD = norm(x_BTD)
         return x_BTD
 
-    def normalize_input(self, norm: nn.Module, x_BTD: Tensor, skills: Skills) -> Tensor:
+    def normalize_input(self, norm: nn.LayerNorm, x_BTD: Tensor) -> Tensor:
         """Return the input of a branch, normalized in a pre-norm layer.
 
         Args:
             norm: of the branch.
             x_BTD: tokens.
-            skills: active skills, sorted.
         """
-        return x_BTD if self.is_post_norm else _normalize(norm, x_BTD, skills)
+        if self.is_post_norm:
+            return x_BTD
+        normalized: Tensor = norm(x_BTD)
+        return normalized
 
     def _attend(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         active = skills if self.attention_skills else SHARED
-        z_BTD = self.normalize_input(self.attention_norm, x_BTD, skills)
+        z_BTD = self.normalize_input(self.attention_norm, x_BTD)
         return self.attention(z_BTD, active, bias_B11T)
 
     def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         active = skills if self.feedforward_skills else SHARED
-        return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD, skills), active)
+        return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD), active)
 
     def _add(
         self,
@@ -155,23 +157,6 @@ class EncoderLayer(nn.Module):
             bias_B11T = bias_B11T.index_select(0, kept.rows)
         y_BTD = branch(x_BTD.index_select(0, kept.rows), skills, bias_B11T)
         return x_BTD.index_add(0, kept.rows, y_BTD.to(x_BTD.dtype), alpha=kept.scale)
-
-
-def build_norm(config: SkillNetConfig, has_skills: bool) -> nn.Module:
-    """Return the norm of a residual branch: per skill, or one for all.
-
-    Args:
-        config: sizes, and whether norms are per skill.
-        has_skills: whether the branch has skills.
-    """
-    if has_skills and config.skill_norms:
-        return SkillNorm(config.skills, config.dim, eps=config.norm_eps, rank=config.skill_rank)
-    return nn.LayerNorm(config.dim, config.norm_eps)
-
-
-def _normalize(norm: nn.Module, x_BTD: Tensor, skills: Skills) -> Tensor:
-    normalized: Tensor = norm(x_BTD, skills) if isinstance(norm, SkillNorm) else norm(x_BTD)
-    return normalized
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -57,23 +57,6 @@ class SkillLinear(nn.Module):
         return F.linear(x_BTI, self.weight.merged(skills, dtype), _merge(self.bias, skills, dtype))
 
 
-class SkillNorm(nn.Module):
-    """Layer norm whose scale and shift are averaged over the active skills. (…, D) -> (…, D)."""
-
-    def __init__(self, skills: Iterable[str], dim: int, *, eps: float, rank: int = 0) -> None:
-        super().__init__()
-        skills = tuple(skills)
-        self.eps = eps
-        self.weight = SkillWeights(skills, dim, mean=1.0, rank=rank)
-        self.bias = SkillWeights(skills, dim, rank=rank)
-
-    def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
-        # A norm keeps the type of its weights, also under autocast, as torch's does.
-        dtype = self.weight.dtype
-        weight_D, bias_D = (part.merged(skills, dtype) for part in (self.weight, self.bias))
-        return F.layer_norm(x_BTD, weight_D.shape, weight_D, bias_D, self.eps)
-
-
 def _merge(bias: SkillWeights | None, skills: Skills, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.merged(skills, dtype)
 

@@ -50,7 +50,6 @@ class SkillWeights(nn.Module):
         skills: names of the skills.
         *shape: of the weight of each skill.
         std: standard deviation of the initial values; 0 gives all of them the value ``mean``.
-        mean: of the initial values.
         axis: None merges by the mean; 0 or 1 merges by concatenation along this axis.
         scale_by_count: divide a concatenation by the number of active skills.
         rank: of the differences to ``general``; 0 gives every skill a whole weight. Vectors are
@@ -62,14 +61,13 @@ class SkillWeights(nn.Module):
         skills: Iterable[str],
         *shape: int,
         std: float = 0.0,
-        mean: float = 0.0,
         axis: int | None = None,
         scale_by_count: bool = False,
         rank: int = 0,
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.std, self.mean = std, mean
+        self.std = std
         self.axis = axis
         self.scale_by_count = scale_by_count
         skills = tuple(skills)
@@ -118,9 +116,9 @@ class SkillWeights(nn.Module):
             with torch.no_grad():
                 weight.copy_(self.get(init_from))
         elif self.std:
-            draw_truncated_normal(weight, self.std, self.mean)
+            draw_truncated_normal(weight, self.std)
         else:
-            nn.init.constant_(weight, self.mean)
+            nn.init.zeros_(weight)
         self.weights[name] = nn.Parameter(weight)
 
     def _add_difference(self, name: str, init_from: str | None) -> None:

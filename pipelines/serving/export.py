@@ -45,7 +45,7 @@ OPSET = 18
 GRAPH_MANIFEST = "graph.json"
 #: Settings of the training that an export repeats. The others name folders and servers.
 PUBLIC_SETTINGS = frozenset(
-    ("seed", "system", "options", "init_noise", "model", "tasks", "corpora", "fold", "training")
+    ("seed", "system", "options", "model", "tasks", "corpora", "fold", "training")
 )
 
 Towers = Callable[[str, str, tuple[Tensor, ...]], tuple[Tensor, ...]]

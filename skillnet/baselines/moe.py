@@ -90,7 +90,7 @@ class ExpertLayer(EncoderLayer):
     def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         # The attention bias is 0 at real tokens. Its rows are already those that drop path keeps.
         mask_BT = None if bias_B11T is None else bias_B11T[:, 0, 0] == 0
-        x_BTD = self.normalize_input(self.feedforward_norm, x_BTD, skills)
+        x_BTD = self.normalize_input(self.feedforward_norm, x_BTD)
         y_BTD, routing = self.feedforward(x_BTD, mask_BT)
         if self.training and self.stores_routings:
             self.routings.append(routing)

@@ -356,22 +356,17 @@ class TrialDriver:
 
     @contextlib.contextmanager
     def _show_progress(self) -> Iterator[None]:
-        """Show a progress bar of the steps of all trials while a block runs.
-
-        The bar counts trials instead if trials are limited by time.
-        """
-        training = self.source.example.config.training
-        steps, unit = (1, "trials") if training.max_minutes else (training.steps, "steps")
+        """Show a progress bar of the steps of all trials while a block runs."""
+        steps = self.source.example.config.training.steps
         over = threading.Event()
 
         def count(reached: float) -> int:
             # Infinity stands for a settled trial.
-            if math.isfinite(reached) and unit == "trials":
-                return 0
             return int(min(reached, steps))
 
         def watch() -> None:
-            with console.show_progress(self.options.label, self.source.total * steps, unit) as bar:
+            total = self.source.total * steps
+            with console.show_progress(self.options.label, total, "steps") as bar:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())

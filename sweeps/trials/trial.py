@@ -194,7 +194,7 @@ def run_trial(
         watch.record(result["evaluation"], result["step"])
     write_json(folder / layout.RESULT, result)
     if mirror is not None:
-        upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
+        upload_results(mirror, config.training.keep_checkpoints)
     return result
 
 

@@ -14,7 +14,6 @@ SMALL_RUN = {
     "model.patch_size": 16,
     "model.tubelet": "[4,16,16]",
     "model.vocab_size": 1200,
-    "tracking.system_metrics": "false",
     **{f"tasks.{task}.batch_size": 8 for task in default_tasks()},
 }
 

@@ -48,8 +48,7 @@ def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneCon
     )
     tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
-    storage = StorageConfig(patience=60.0)
-    return replace(config, name="a", run_dir=store.uri, storage=storage, tasks=tasks, model=model)
+    return replace(config, name="a", run_dir=store.uri, tasks=tasks, model=model)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -189,7 +188,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
     server = ObjectStore()
     try:
         with in_environment({**server.environment, "SKILLNET_STORE_PATIENCE": "1"}):
-            config = replace(config_of(data, server), storage=StorageConfig(patience=1.0))
+            config = config_of(data, server)
             original = RunMirror.check_writable
 
             def check_writable(self: RunMirror, known: bool) -> None:
@@ -204,6 +203,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
                 ),
             ):
                 patch.setattr(RunMirror, "check_writable", check_writable)
+                patch.setattr("pipelines.training.runs.uploads.END_PATIENCE_S", 1.0)
                 finetune.finetune(config)
             assert checkpoints.find_newest(run_root / "a" / "checkpoints").step == 12  # type: ignore[union-attr]
             server.start()

@@ -60,9 +60,9 @@ def test_the_same_in_float64_at_another_world_size(
 
 
 def train_plain_and_offloaded(rank: int, world: int, data: Path, folder: Path) -> None:
-    for offload, stops in ((False, (None,)), (True, (5, None))):
-        name = "offloaded" if offload else "plain"
-        config = small_config(data, ema=0.9, offload_inactive_weights=offload)
+    for place, stops in (("none", (None,)), ("host", (5, None))):
+        name = "plain" if place == "none" else "offloaded"
+        config = small_config(data, ema=0.9, sharding=place)
         for stop in stops:
             out = str(folder / f"{name}.safetensors")
             train_and_save(rank, world, config, str(folder / name), out, stop)

@@ -28,7 +28,6 @@ from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
 #: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
 ESSENTIAL_TRAINING_OPTIONS = (
     "training.steps",
-    "training.max_minutes",
     "training.lr",
     "training.use_gpu",
     "training.workers",
@@ -98,8 +97,6 @@ class TrainingConfig:
 
     Args:
         steps: global steps; each has one task.
-        max_minutes: stop after this time, with a checkpoint and a note in the record. The
-            learning rate follows steps, so an interrupted run has not decayed.
         lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
         warmup_fraction: fraction of ``steps`` used for linear warmup.
         schedule: decay after the warmup: ``cosine`` or ``linear`` to 2 % of ``lr`` at the last
@@ -133,13 +130,13 @@ class TrainingConfig:
         compile: compile the encoder with ``torch.compile``, once per plan, or with ``sharding``
             each layer; for GPUs. A plan that cannot be compiled is reported, and runs without.
             Results differ in rounding.
-        offload_inactive_weights: keep weights in the host's memory, with their optimizer state and
-            average, unless the current or the next step uses them. The result is the same.
         profile_start: first of five steps that ``torch.profiler`` records; its traces are in
             ``profiles`` of the run's folder. Null records none.
-        sharding: ``full`` divides weights, gradients and optimizer state among all workers (FSDP),
-            ``hybrid`` among the workers of a node, with a replica on each node (HSDP). A step
-            gathers only the weights that its task uses. ``none`` keeps everything on each worker.
+        sharding: place of the weights, with their optimizer state and average. ``none`` keeps all
+            on each worker. ``host`` keeps those in the host's memory that neither the current nor
+            the next step uses. ``full`` divides weights, state and gradients among all workers
+            (FSDP), ``hybrid`` among the workers of a node, with a replica on each node (HSDP); a
+            step then gathers only the weights that its task uses.
         checkpoint_every: steps between checkpoints; 0 writes one only at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between validations, the last step included; 0 for none.
@@ -163,7 +160,6 @@ class TrainingConfig:
     """
 
     steps: PositiveCount = 2000
-    max_minutes: PositiveAmount | None = None
     lr: LearningRate = 1e-3
     warmup_fraction: UnitFraction = 0.05
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -182,9 +178,8 @@ class TrainingConfig:
     micro_batch_size: PositiveCount | None = None
     activation_checkpointing: bool = False
     compile: bool = False
-    offload_inactive_weights: bool = False
     profile_start: NonNegativeCount | None = None
-    sharding: Literal["none", "full", "hybrid"] = "none"
+    sharding: Literal["none", "host", "full", "hybrid"] = "none"
     checkpoint_every: NonNegativeCount = 500
     keep_checkpoints: PositiveCount = 2
     evaluate_every: NonNegativeCount = 0
@@ -199,11 +194,6 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_bounds(self, "training.")
-        if self.sharding != "none" and self.offload_inactive_weights:
-            raise ValueError(
-                "training.sharding and training.offload_inactive_weights are two ways to hold "
-                "weights that a step does not use; set sharding to none, or the other to false"
-            )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(
                 f"training.min_workers must be between 1 and training.workers ({self.workers}), "
@@ -236,8 +226,6 @@ class FinetuneConfig:
             model or a registered version of the same system, or of the dense one, or a checkpoint
             of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
             last two, every skill is a copy. Null starts from random weights.
-        init_noise: noise on copies that training would keep equal, because their skills are always
-            active together: its deviation, relative to that of the weights. 0 keeps them equal.
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model.
@@ -257,7 +245,6 @@ class FinetuneConfig:
     seed: RandomSeed = 0
     data: str | None = None
     init_from: str | None = aliased_field(None, "from")
-    init_noise: UnitFraction = 0.01
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
@@ -340,8 +327,6 @@ class PretrainConfig(FinetuneConfig):
             model or a registered version of the same system, or of the dense one, or a checkpoint
             of transformers or timm (a folder, or ``owner/name`` of the Hugging Face hub). From the
             last two, every skill is a copy. Null starts from random weights.
-        init_noise: noise on copies that training would keep equal, because their skills are always
-            active together: its deviation, relative to that of the weights. 0 keeps them equal.
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model; of its tasks, only those in ``tasks`` are used.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from skillnet_platform.config.bounds import NonNegativeAmount, require_bounds
+from skillnet_platform.config import fixed_field
 from skillnet_platform.storage.objects import is_uri, require_no_secret
 
 
@@ -12,13 +12,10 @@ class StorageConfig:
 
     Args:
         mirror: URI to which the run's folder is copied, and from which it is restored; null keeps
-            it on this machine. ``--run_dir s3://bucket/runs`` sets it.
-        patience: seconds that a run waits at its end for a store that does not answer, before it
-            lists the missing files and exits with 1.
+            it on this machine. A ``run_dir`` that is a URI sets it.
     """
 
-    mirror: str | None = None
-    patience: NonNegativeAmount = 600.0
+    mirror: str | None = fixed_field(None)
 
     def __post_init__(self) -> None:
         if self.mirror is not None and not is_uri(self.mirror):
@@ -27,4 +24,3 @@ class StorageConfig:
             )
         if self.mirror is not None:
             require_no_secret(self.mirror)
-        require_bounds(self, "storage.")

@@ -67,7 +67,6 @@ _MUST_EQUAL = (
     "skill_every",
     "skill_rank",
     "bias",
-    "skill_norms",
     "norm_position",
     "norm_eps",
     "stem_norm",

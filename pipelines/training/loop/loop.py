@@ -139,7 +139,7 @@ def train_model(
             sizes = {name: task.batch_size for name, task in config.trained.items()}
             health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
     residency = None
-    if settings.offload_inactive_weights:
+    if settings.sharding == "host":
         residency = WeightResidency(model, optimizer, average, device)
     # One schedule per task: a task may have a rate of its own.
     schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
@@ -237,9 +237,6 @@ def train_model(
                     gauges.publish(values)
                 reporter.progress(step, meter.format_losses() + health.format_problems())
                 health.check_trained(MAX_NONFINITE_STEPS)
-                limit = settings.max_minutes
-                if limit and meter.broadcast_flag(meter.elapsed > 60 * limit):
-                    stopped = f"reached training.max_minutes {limit} at step {step}"
             # All ranks read the same flag from the last bucket, so all stop after this step.
             if leaving and step < last:
                 stopped = f"preempted at step {step}"

@@ -96,10 +96,10 @@ def build_replica(
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
     """
     config, settings = run.config, run.config.training
-    if settings.sharding != "none" and world > 1:
+    if settings.sharding in ("full", "hybrid") and world > 1:
         return _build_shards(run, rank, world, device, dtype)
     # Weights that are not in use stay in the host's memory.
-    place = torch.device("cpu") if settings.offload_inactive_weights else device
+    place = torch.device("cpu") if settings.sharding == "host" else device
     # Each rank builds the model from the seed or the initial weights.
     model = build_model(config, run.corpora).to(place, dtype)
     if settings.activation_checkpointing:
@@ -125,7 +125,7 @@ def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) ->
         workers: of the run.
         workers_per_node: workers on each node.
     """
-    shares = {"none": 1, "hybrid": workers_per_node, "full": workers}
+    shares = {"none": 1, "host": 1, "hybrid": workers_per_node, "full": workers}
     return max(1, min(shares[sharding], workers))
 
 

@@ -9,7 +9,7 @@ known while the current step computes::
 
 A weight travels with its optimizer state and its average. Skills, stems and heads are all treated
 alike: the unit is a parameter, and a task needs those of :meth:`TaskModel.active_parameters`. The
-training loop calls :class:`WeightResidency` with ``training.offload_inactive_weights``. On a CPU
+training loop calls :class:`WeightResidency` with ``training.sharding`` host. On a CPU
 the host's memory is a second copy, so that tests exercise the same code.
 """
 

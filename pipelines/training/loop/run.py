@@ -197,7 +197,7 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     check_trained_corpora(config, before, stored)
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
-        # A run that stopped early, for example at max_minutes, is not finished.
+        # A run that stopped early is not finished.
         if result["step"] >= config.training.steps:
             return result
     return None

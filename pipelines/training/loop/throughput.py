@@ -118,15 +118,6 @@ class ThroughputMeter:
         """Return the running losses as one line."""
         return ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
 
-    def broadcast_flag(self, flag: bool) -> bool:
-        """Return rank 0's flag on all ranks."""
-        if self._world == 1:
-            return flag
-        # Clocks of ranks differ, so rank 0 decides for all.
-        shared = torch.tensor([float(flag)], device=self._device)
-        dist.broadcast(shared, src=0)
-        return bool(shared.item())
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time inside a block from the training time."""

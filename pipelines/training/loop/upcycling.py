@@ -23,6 +23,9 @@ from skillnet.skills import Task
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 
+#: Noise on copies that training would keep equal, because their skills are always active together:
+#: its deviation, relative to that of the weights.
+INIT_NOISE = 0.01
 #: Keys of the layers that decide what a dense encoder computes.
 _LAYER_KEYS = (
     "dim",
@@ -177,7 +180,7 @@ def add_noise(config: FinetuneConfig, model: TaskModel) -> list[str]:
     """Add noise to copies that training would keep equal; return a line for each of them.
 
     Args:
-        config: of the run; ``init_noise`` is the relative deviation.
+        config: of the run.
         model: whose skills are copies.
     """
     plans = [
@@ -186,9 +189,9 @@ def add_noise(config: FinetuneConfig, model: TaskModel) -> list[str]:
     if config.model.skill_rank:
         return []  # the random factors of the differences separate the skills
     groups = find_inseparable_skills(plans, model.config.skills)
-    changed = separate_skills(model, groups, config.init_noise, config.seed)
+    changed = separate_skills(model, groups, INIT_NOISE, config.seed)
     return [
-        f"{skill}: copied with noise of {config.init_noise:g}, because it is always active "
+        f"{skill}: copied with noise of {INIT_NOISE:g}, because it is always active "
         f"together with {group[0]}"
         for group in groups
         for skill in group[1:]

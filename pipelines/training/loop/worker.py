@@ -100,7 +100,7 @@ def run_worker(
         rows = _evaluate(run, result, final, ranks, reporter) if final is not None else []
         if result.preempted and node_id is not None:
             if uploads is not None:
-                uploads.close(config.storage.patience)
+                uploads.close()
             _end_for_resize(world, node_id)
         summary = {"world": world, "seed": config.seed, "evaluation": rows}
         # A report states it, also where the tracker of the run is gone.
@@ -111,7 +111,7 @@ def run_worker(
     if is_remote and tracker is not None:
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
-        upload_trained(mirror, uploads, config.storage.patience, is_remote)
+        upload_trained(mirror, uploads, is_remote)
 
 
 def _evaluate(

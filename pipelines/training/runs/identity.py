@@ -16,7 +16,6 @@ from skillnet_platform.storage.location import Location
 #: Keys of ``training`` that change where, how fast and how often. They change the result at most
 #: as another number of workers does, by rounding.
 NON_IDENTITY_KEYS = (
-    "max_minutes",
     "workers",
     "min_workers",
     "resize_interval_s",
@@ -32,7 +31,6 @@ NON_IDENTITY_KEYS = (
     "log_every",
     "activation_checkpointing",
     "compile",
-    "offload_inactive_weights",
     "profile_start",
     "sharding",
     "max_failures",
@@ -52,7 +50,6 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "init_from": digest_weights(config.init_from),
-        "init_noise": config.init_noise if config.init_from else None,
         "system": config.system,
         "options": config.options,
         "model": configuration.to_dict(config.model),

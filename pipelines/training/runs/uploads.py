@@ -24,6 +24,9 @@ from skillnet_platform.storage.locks import hold_lock
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+#: Seconds that a run waits at its end for a store that does not answer, before it lists the
+#: missing files and exits with 1.
+END_PATIENCE_S = 600.0
 #: Exceptions of a store that is unusable now; all others are program errors.
 RETRYABLE = (StoreUnavailableError, UserError, OSError)
 
@@ -58,16 +61,16 @@ class CheckpointUploads:
         if replaced is not None:
             _remove_copy(replaced)
 
-    def close(self, patience: float) -> str | None:
+    def close(self, patience: float | None = None) -> str | None:
         """Wait for the upload of the queued checkpoint.
 
         Args:
-            patience: seconds to wait while the store fails.
+            patience: seconds to wait while the store fails; None for :data:`END_PATIENCE_S`.
 
         Returns:
             Description of the missing checkpoint, or None.
         """
-        end = time.monotonic() + patience
+        end = time.monotonic() + (END_PATIENCE_S if patience is None else patience)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -153,9 +156,7 @@ def restore_latest(mirror: RunMirror) -> None:
             console.print_warning(f"{error.reason}. Resuming from this machine: {here}")
 
 
-def upload_trained(
-    mirror: RunMirror, uploads: CheckpointUploads, patience: float, is_remote: bool
-) -> None:
+def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, is_remote: bool) -> None:
     """Finish the uploads of rank 0, and upload the model if the driver is on another machine.
 
     The driver uploads again what is missing after this.
@@ -163,13 +164,12 @@ def upload_trained(
     Args:
         mirror: of the run.
         uploads: of the checkpoints.
-        patience: seconds to wait for a store that fails.
         is_remote: the driver does not see this worker's disk.
     """
-    missing = uploads.close(patience if is_remote else 0)
+    missing = uploads.close(None if is_remote else 0)
     if is_remote:
         missing = (
-            retry_until("the final model", lambda: mirror.upload(*TRAINING), patience) or missing
+            retry_until("the final model", lambda: mirror.upload(*TRAINING), END_PATIENCE_S) or missing
         )
     if missing:
         console.print_warning(f"{mirror.uri} lacks {missing}")
@@ -203,13 +203,12 @@ def retry_until(label: str, action: Callable[[], Any], patience: float) -> str |
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
+def upload_results(mirror: RunMirror, keep: int) -> None:
     """Upload the files of a finished run that the store lacks.
 
     Args:
         mirror: of the run.
         keep: number of complete checkpoints that stay in the store.
-        patience: seconds to wait for a store that fails.
 
     Raises:
         StoreUnavailableError: names the missing files. All files stay on this machine.
@@ -221,8 +220,8 @@ def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
         if newest is not None:
             mirror.upload_checkpoint(newest.path, keep)
 
-    missing = [retry_until("its last checkpoint", upload_newest, patience)]
-    left = max(0.0, patience - (time.monotonic() - begin))
+    missing = [retry_until("its last checkpoint", upload_newest, END_PATIENCE_S)]
+    left = max(0.0, END_PATIENCE_S - (time.monotonic() - begin))
     missing += [retry_until("its results", lambda: mirror.upload(*TRAINING, RESULT), left)]
     if any(missing):
         raise StoreUnavailableError(

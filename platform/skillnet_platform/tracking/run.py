@@ -18,6 +18,7 @@ from typing import Any
 
 from skillnet_platform import config as configuration
 from skillnet_platform import console, signals
+from skillnet_platform.config import fixed_field
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.tracking import (
@@ -64,7 +65,7 @@ class TrackingConfig:
     experiment: str = "skillnet"
     register: bool = True
     registered_model: str | None = None
-    system_metrics: bool = True
+    system_metrics: bool = fixed_field(True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, SecretUri(value) if name == "uri" and value else value)

@@ -21,6 +21,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
 from skillnet.systems import build_system, load_model
+from skillnet_hf import upcycling
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
@@ -40,10 +41,13 @@ def start(config: FinetuneConfig, source: Path, **changes: Any) -> tuple[Any, In
     return build_model(run.config), report
 
 
-def test_a_run_starts_from_a_dense_run(config: FinetuneConfig, tmp_path: Path) -> None:
+def test_a_run_starts_from_a_dense_run(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upcycling, "INIT_NOISE", 0.0)
     dense = build_system("dense", config.joint().model, {"ffn_dim": 24})
     dense.save_pretrained(tmp_path / "dense")
-    model, report = start(config, tmp_path / "dense", init_noise=0.0)
+    model, report = start(config, tmp_path / "dense")
     assert report.fresh == []
     assert {"skill-general", "skill-text", "skill-video"} <= set(report.taken)
     batch = {"input": {"tokens": torch.randint(4, 60, (3, 9))}}
@@ -180,8 +184,9 @@ def save_bert(folder: Path) -> Any:
 
 
 def test_a_run_starts_from_a_checkpoint_of_a_library(
-    config: FinetuneConfig, tmp_path: Path
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(upcycling, "INIT_NOISE", 0.0)
     bert = save_bert(tmp_path / "bert")
     with pytest.raises(UserError) as error:
         start(config, tmp_path / "bert")
@@ -213,9 +218,7 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
         "norm_eps": 1e-12,
         "vocab_size": len(rows),
     }
-    model, report = start(
-        replace(config, model=replace(config.model, **sizes)), tmp_path / "bert", init_noise=0.0
-    )
+    model, report = start(replace(config, model=replace(config.model, **sizes)), tmp_path / "bert")
     assert report.fresh == ["head-text_classification"]
     assert report.describe()[0].startswith(f"started from {tmp_path / 'bert'} with")
     saved = load_model(Path(report.source))

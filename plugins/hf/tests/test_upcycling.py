@@ -151,7 +151,7 @@ def test_skills_copied_from_a_library_compute_its_outputs(name: str, tmp_path: P
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     changes = {key: getattr(config, key) for key in LAYERS}
     changes |= {"max_tokens": 12, "bigram_buckets": 0, "mel_stack": config.mel_stack}
-    ours = small_model(**changes, skill_norms=True).eval()
+    ours = small_model(**changes).eval()
     weights = copy_to_skills(dict(dense.named_parameters()), ours)
     ours.load_partial(weights)
     for skills in (("text",), ("code", "general"), ("alignment", "general", "image", "sound"),
@@ -214,7 +214,7 @@ def test_skills_copied_from_wav2vec2_compute_its_layers(name: str, tmp_path: Pat
         expected = theirs.layer_norm(expected)
     dense = convert_checkpoint(tmp_path)
     changes = {key: getattr(dense.config, key) for key in LAYERS}
-    ours = small_model(**changes, skill_norms=True).eval()
+    ours = small_model(**changes).eval()
     weights = {
         key: value
         for key, value in dense.named_parameters()

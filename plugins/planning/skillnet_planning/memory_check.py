@@ -63,7 +63,7 @@ def _memory_key(config: FinetuneConfig) -> str:
         training.masking,
         [training.workers, training.min_workers, training.precision, training.ema > 0],
         [training.micro_batch_size, training.activation_checkpointing],
-        [training.offload_inactive_weights, training.sharding],
+        training.sharding,
         training.trainable,
     ]
     return json.dumps(key, sort_keys=True, default=str)

@@ -37,19 +37,18 @@ class MemoryOptions:
     Args:
         micro_batch_size: rows that a worker computes at a time; None for all.
         activation_checkpointing: compute layers again in the backward pass.
-        offload_inactive_weights: keep weights of other tasks in the host's memory.
-        sharding: ``training.sharding``; ``full`` divides weights and state among the workers.
+        sharding: ``training.sharding``: ``host`` keeps weights of other tasks in the host's memory,
+            ``full`` divides weights and state among the workers.
     """
 
     micro_batch_size: int | None
     activation_checkpointing: bool
-    offload_inactive_weights: bool = False
     sharding: str = "none"
 
     @property
     def is_plain(self) -> bool:
         """Whether each worker keeps all weights on its GPU."""
-        return not self.offload_inactive_weights and self.sharding == "none"
+        return self.sharding == "none"
 
     def describe(self, before: "MemoryOptions", prefix: str = "") -> str:
         """Return the command line options that change other options into these.
@@ -63,8 +62,6 @@ class MemoryOptions:
             words.append(f"--{prefix}training.micro_batch_size {self.micro_batch_size}")
         if self.activation_checkpointing and not before.activation_checkpointing:
             words.append(f"--{prefix}training.activation_checkpointing true")
-        if self.offload_inactive_weights and not before.offload_inactive_weights:
-            words.append(f"--{prefix}training.offload_inactive_weights true")
         if self.sharding != before.sharding:
             words.append(f"--{prefix}training.sharding {self.sharding}")
         return " ".join(words)
@@ -132,7 +129,6 @@ class RunPlanner:
         self.given = MemoryOptions(
             training.micro_batch_size,
             training.activation_checkpointing,
-            training.offload_inactive_weights,
             training.sharding,
         )
         self._models: dict[bool, PlannedModel] = {}
@@ -161,7 +157,7 @@ class RunPlanner:
 
     def _measure(self, task: str, rows: int, options: MemoryOptions) -> StepCost:
         # Where weights lie does not change the other tensors of a step.
-        options = replace(options, offload_inactive_weights=False, sharding="none")
+        options = replace(options, sharding="none")
         key = (task, rows, options)
         if key not in self._costs:
             checkpointing = options.activation_checkpointing
@@ -186,7 +182,7 @@ class RunPlanner:
         chosen = options or self.given
         training, trained = self.config.training, self.trained_parameters
         resident = self.total_parameters
-        if chosen.offload_inactive_weights:
+        if chosen.sharding == "host":
             resident, trained = self.resident_parameters
         largest, step = max(self.trained_sizes.values()), 0
         share = count_sharing_workers(chosen.sharding, self.workers, self.workers_per_node)
@@ -273,7 +269,7 @@ class RunPlanner:
         if self.given.is_plain:
             if self.workers > 1 and can_shard(self._any_model.model):
                 placed.append(replace(self.given, sharding="full"))
-            placed.append(replace(self.given, offload_inactive_weights=True))
+            placed.append(replace(self.given, sharding="host"))
         return placed
 
     def _fits_with(self, options: MemoryOptions) -> bool:

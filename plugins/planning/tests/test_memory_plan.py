@@ -130,15 +130,15 @@ def test_weights_in_the_host_are_an_option_that_makes_a_run_fit() -> None:
         config_of("specialist"), model=small_config(num_layers=1, mel_stack=2), tasks=tasks
     )
     planner = RunPlanner(config, LARGE, 1)
-    plain, offloaded = planner.memory(), planner.memory(MemoryOptions(None, False, True))
+    plain, offloaded = planner.memory(), planner.memory(MemoryOptions(None, False, "host"))
     # Three of four models of their own.
     assert offloaded.weights < 0.9 * plain.weights
     assert offloaded.optimizer == 2 * offloaded.weights
     assert offloaded.activations == plain.activations
     problem = describe_overflow(config, card_of(offloaded.total + 1))
     assert problem is not None
-    assert "--training.offload_inactive_weights true" in problem[1]
-    given = replace(config, training=TrainingConfig(offload_inactive_weights=True))
+    assert "--training.sharding host" in problem[1]
+    given = replace(config, training=TrainingConfig(sharding="host"))
     assert RunPlanner(given, LARGE, 1).memory(tasks=()).fixed == offloaded.fixed
 
 
@@ -218,8 +218,8 @@ def test_shards_are_an_option_that_makes_a_run_fit() -> None:
     assert planner._list_placements()[1].describe(planner.given) == "--training.sharding full"
     # One worker divides nothing; several workers divide the experts of a baseline as well.
     one, experts = RunPlanner(config, LARGE, 1), RunPlanner(config_of("moe"), LARGE, 4)
-    assert [each.sharding for each in one._list_placements()] == ["none", "none"]
-    assert [each.sharding for each in experts._list_placements()] == ["none", "full", "none"]
+    assert [each.sharding for each in one._list_placements()] == ["none", "host"]
+    assert [each.sharding for each in experts._list_placements()] == ["none", "full", "host"]
 
 
 MASKED = {name: TaskTraining("any", batch_size=4) for name in masked_tasks()}

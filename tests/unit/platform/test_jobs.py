@@ -64,8 +64,6 @@ def test_locations_without_a_name_are_in_the_run_root() -> None:
     assert request_resources(["finetune", *both[:2]]).locations == ("s3://b/runs", "")
     sweep = request_resources(["sweep", *both[:2], "--run.data", both[3]])
     assert sweep.locations == (both[1], both[3])
-    mirrored = ["finetune", "--data", "s3://b/corpora", "--storage.mirror", "s3://b/runs"]
-    assert request_resources(mirrored).locations == ("s3://b/runs", "s3://b/corpora")
 
 
 def test_trials_and_elastic_runs_state_their_resource_request(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.small_models import small_model, towers_of
         {"skill_every": 2},
         {"skill_modules": "attention"},
         {"skill_rank": 2},
-        {"bias": True, "skill_norms": True, "norm_position": "post"},
+        {"bias": True, "norm_position": "post"},
     ],
 )
 def test_merged_skills_have_the_outputs_of_the_source(changes: dict) -> None:

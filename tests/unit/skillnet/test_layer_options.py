@@ -1,4 +1,4 @@
-"""Options of the layers: biases, norms per skill, post-norm, norms of stems and the class token."""
+"""Options of the layers: biases, post-norm, norms of stems and the class token."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from skillnet.accounting import account_task
 from skillnet.encoder import SHARED, EncoderLayer, Skills
 from skillnet.growth import add_skill
-from skillnet.layers import SkillNorm
 from skillnet.model import SkillNet
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
@@ -19,10 +18,9 @@ from skillnet.stems import PatchStem
 from skillnet.systems import build_system, load_model
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
-ALL: dict[str, Any] = {"bias": True, "skill_norms": True, "norm_position": "post"}
+ALL: dict[str, Any] = {"bias": True, "norm_position": "post"}
 OPTIONS: list[dict[str, Any]] = [
     {"bias": True},
-    {"skill_norms": True},
     {"norm_position": "post"},
     ALL | {"skill_every": 2, "norm_eps": 1e-3},
     ALL | {"skill_modules": "attention"},
@@ -31,13 +29,6 @@ OPTIONS: list[dict[str, Any]] = [
 
 def mean_of(part: SkillWeights, skills: Skills) -> Tensor:
     return torch.stack([part.weights[name] for name in skills]).mean(0)
-
-
-def loop_norm(norm: nn.Module, x: Tensor, skills: Skills) -> Tensor:
-    if not isinstance(norm, SkillNorm):
-        return norm(x)
-    weight, bias = mean_of(norm.weight, skills), mean_of(norm.bias, skills)
-    return F.layer_norm(x, weight.shape, weight, bias, norm.eps)
 
 
 def loop_layer(layer: EncoderLayer, x: Tensor, skills: Skills) -> Tensor:
@@ -72,10 +63,7 @@ def loop_layer(layer: EncoderLayer, x: Tensor, skills: Skills) -> Tensor:
         return total
 
     for branch, norm in ((attend, layer.attention_norm), (feed, layer.feedforward_norm)):
-        if layer.is_post_norm:
-            x = loop_norm(norm, x + branch(x), skills)
-        else:
-            x = x + branch(loop_norm(norm, x, skills))
+        x = norm(x + branch(x)) if layer.is_post_norm else x + branch(norm(x))
     return x
 
 
@@ -106,23 +94,21 @@ def test_encoder_equals_the_loop_over_skills(options: dict[str, Any]) -> None:
 
 def test_defaults_have_the_parameters_of_a_model_without_options() -> None:
     names = {name for name, _ in SkillNet(small_config()).encoder.named_parameters()}
-    assert not [name for name in names if "bias.weights" in name or "norm.weight.weights" in name]
+    assert not [name for name in names if "bias.weights" in name]
     assert "layers.0.attention_norm.weight" in names
     assert "norm.bias" in names
 
 
-def test_biases_and_norms_of_a_skill_are_in_its_file(tmp_path: Path) -> None:
+def test_biases_of_a_skill_are_in_its_file(tmp_path: Path) -> None:
     model = small_model(**ALL)
     files = model.files_of()
     layer = "encoder.layers.0"
     assert {
         f"{layer}.attention.qkv.bias.weights.text",
         f"{layer}.feedforward.up_bias.weights.text",
-        f"{layer}.attention_norm.weight.weights.text",
-        f"{layer}.feedforward_norm.bias.weights.text",
     } <= set(files["skill-text"])
     assert all(".text" in name for name in files["skill-text"])
-    assert "shared" not in files  # every norm and bias belongs to a skill
+    assert not [name for name in files["shared"] if "bias.weights" in name]
     model.save_pretrained(tmp_path)
     batch = batch_of("text", model.config)
     expected = model.eval().encode(batch, PLANS["text"])
@@ -131,7 +117,7 @@ def test_biases_and_norms_of_a_skill_are_in_its_file(tmp_path: Path) -> None:
         assert torch.equal(found.encode(batch, PLANS["text"]), expected)
 
 
-def test_a_new_skill_gets_biases_and_norms() -> None:
+def test_a_new_skill_gets_biases() -> None:
     model = small_model(**ALL)
     batch, text = batch_of("text", model.config), SkillPlan(("text",))
     before = model.encode(batch, text)

@@ -21,7 +21,7 @@ from skillnet_platform.errors import UserError
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
 RANK = 3
-LOW: dict[str, Any] = {"skill_rank": RANK, "bias": True, "skill_norms": True}
+LOW: dict[str, Any] = {"skill_rank": RANK, "bias": True}
 
 
 def dense_twin(model: SkillNet, **options: Any) -> SkillNet:
@@ -56,7 +56,7 @@ def test_low_rank_skills_are_general_plus_the_product_of_two_factors() -> None:
 
 def test_outputs_and_gradients_equal_those_of_whole_matrices() -> None:
     model = small_model(**LOW)
-    twin = dense_twin(model, bias=True, skill_norms=True)
+    twin = dense_twin(model, bias=True)
     for modality, plan in PLANS.items():
         batch = batch_of(modality, model.config)  # type: ignore[arg-type]
         ours, theirs = model.encode(batch, plan), twin.encode(batch, plan)
@@ -99,7 +99,7 @@ def test_files_costs_and_loading(tmp_path: Path) -> None:
         loss_of(model, task).backward()
         assert {n for n, p in model.named_parameters() if p.grad is not None} == active
         assert model.flops(task) == super(SkillNet, model).flops(task)  # torch's counter
-    whole = small_model(bias=True, skill_norms=True)
+    whole = small_model(bias=True)
     low, full = (account_task(m, "text_classification") for m in (model, whole))
     assert low.activated < full.activated
     assert low.total < full.total

@@ -85,7 +85,7 @@ def test_devices_do_not_mix(census: Census) -> None:
 
 
 def test_memory_follows_the_active_skills(report: Census) -> None:
-    """With ``training.offload_inactive_weights``, on eight ranks."""
+    """With ``training.sharding`` host, on eight ranks."""
     small, large = (report[f"offloaded with {count} skills"] for count in (7, 200))
     assert large.pop("weight_bytes") > 20 * small.pop("weight_bytes")
     assert large["peak_bytes"] == small["peak_bytes"] > 0

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.config.run import TrainingConfig
 from pipelines.training.evaluation.tables import flat_metrics
 from pipelines.training.loop import residency
 from pipelines.training.loop.loop import TrainResult, train_model
@@ -63,7 +62,7 @@ def test_a_run_and_its_checkpoints_are_the_same(
     data: Path, tmp_path: Path, training: dict[str, Any]
 ) -> None:
     plain, metrics = train(tmp_path / "plain", data, **training)
-    training["offload_inactive_weights"] = True
+    training["sharding"] = "host"
     offloaded, others = train(tmp_path / "offloaded", data, **training)
     assert digest_files(tmp_path / "plain") == digest_files(tmp_path / "offloaded")
     assert offloaded.losses == plain.losses
@@ -74,8 +73,8 @@ def test_a_run_and_its_checkpoints_are_the_same(
 def test_a_run_resumes_with_the_other_setting(data: Path, tmp_path: Path) -> None:
     train(tmp_path / "plain", data, ema=0.9)
     # The last part loads a checkpoint into the host's memory.
-    for stop, offload in ((3, True), (5, False), (None, True)):
-        train(tmp_path / "mixed", data, stop, ema=0.9, offload_inactive_weights=offload)
+    for stop, place in ((3, "host"), (5, "none"), (None, "host")):
+        train(tmp_path / "mixed", data, stop, ema=0.9, sharding=place)
     kept = [digest_files(tmp_path / name / "model") for name in ("plain", "mixed")]
     assert kept[0] == kept[1]
     last = "checkpoints/step-00000008"
@@ -159,14 +158,7 @@ def test_checkpoints_evaluations_and_averages_wait_for_the_copies(
     monkeypatch.setattr(Evaluations, "evaluates_last", bool(every))
     plain, metrics = train(tmp_path / "plain", data, ema=0.9, evaluate_every=every)
     monkeypatch.setattr(residency, "CopyStream", LateStream)
-    late, others = train(
-        tmp_path / "late", data, ema=0.9, evaluate_every=every, offload_inactive_weights=True
-    )
+    late, others = train(tmp_path / "late", data, ema=0.9, evaluate_every=every, sharding="host")
     assert late.losses == plain.losses
     assert others == metrics
     assert digest_files(tmp_path / "plain") == digest_files(tmp_path / "late")
-
-
-def test_shards_are_no_second_way_beside_it() -> None:
-    with pytest.raises(ValueError, match=r"training\.sharding and .* set sharding to none"):
-        TrainingConfig(sharding="full", offload_inactive_weights=True, workers=2)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
-from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop.replicas import count_sharing_workers
 from pipelines.training.loop.shard_groups import find_layers, require_sharding
 from pipelines.training.loop.sharding import ModelShards, count_ranks_per_node
@@ -15,12 +14,6 @@ from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError
 from tests.helpers.small_models import small_config
-
-
-def test_sharding_and_offloading_exclude_each_other() -> None:
-    TrainingConfig(sharding="full")
-    with pytest.raises(ValueError, match="set sharding to none, or the other to false"):
-        TrainingConfig(sharding="full", offload_inactive_weights=True)
 
 
 @pytest.mark.parametrize("system", ["skillnet", "dense", "moe", "alone", "specialist"])
