@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from skillnet_platform import config as configuration
-from skillnet_platform.cluster import node_requirements
+from skillnet_platform import pin_nodes
 from tests.chaos.namespaces import ROOT, SEARCH, missing
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -64,7 +64,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         copy_network(root)
         shutil.copytree(ROOT / "platform/deploy", root / "root/.skillnet/deploy")
         pins = root / "root/.skillnet/deploy/requirements.txt"
-        pins.write_text(node_requirements.format_requirements())
+        pins.write_text(pin_nodes.format_requirements())
         (root / "root/.ray").mkdir()
         (root / "root/.ray/auth_token").write_text("0123456789abcdef" * 4)
         yield root
@@ -127,7 +127,7 @@ def inside(root: Path, script: str, network: bool = True) -> str:
 
 def test_a_bare_machine_installs_what_is_pinned(machine: Path) -> None:
     inside(machine, INSTALL)
-    pinned = node_requirements.pin_packages(node_requirements.read_dependencies())
+    pinned = pin_nodes.pin_packages(pin_nodes.read_dependencies())
     listed = json.loads(inside(machine, "~/.skillnet/venv/bin/python -m pip list --format json"))
     there: dict[str, str] = {
         canonicalize_name(each["name"]): Version(each["version"]).public for each in listed

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from skillnet_platform import cluster
-from skillnet_platform.cluster import loopback, session_directory
+from skillnet_platform.cluster import connect, loopback
 from skillnet_platform.tracking import backend
 from tests.helpers.other_user import run_as_other_user
 from tests.helpers.sockets import Listening, listening, reachable, watched
@@ -123,7 +123,7 @@ def test_another_user_reaches_no_socket_or_log_of_the_embedded_ray(ray_session: 
     attack = run_as_other_user(_ATTACK, str(session))
     assert attack.stdout == "[]\n", f"another user could {attack.stdout}{attack.stderr}"
     private = session.parents[1]
-    assert private == session_directory.prepare_session_directory()
+    assert private == connect.prepare_session_directory()
     assert private.stat().st_mode & 0o7777 == 0o700
     assert private.stat().st_uid == os.geteuid()
 

@@ -3,21 +3,32 @@
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from skillnet_platform import console, signals
 from skillnet_platform.cluster import loopback
-from skillnet_platform.cluster.session_directory import (
-    DIRECTORY_VARIABLE,
-    prepare_session_directory,
-)
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.ray_internals.single_node import halt_own_node, make_job_config
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage.private import is_private
+from skillnet_platform.storage.private import (
+    is_private,
+    name_user_directory,
+    private_directory,
+)
 from skillnet_platform.storage.user_environment import prepare_user_environment
+
+#: Ray's variable: it keeps sessions in ``$RAY_TMPDIR/ray``, and locks beside that directory.
+DIRECTORY_VARIABLE = "RAY_TMPDIR"
+
+#: Linux limits the path of a socket.
+_LONGEST_SOCKET_BYTES = 107
+#: The longest path of a socket inside the directory of sessions.
+_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"
+_SESSION_ADVICE = f"Set {DIRECTORY_VARIABLE} to a directory of your own, with a short path"
 
 #: Environment of Ray, set before its import unless the user has set it.
 DEFAULTS = {
@@ -231,3 +242,35 @@ def leave_process(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def prepare_session_directory() -> Path:
+    """Create the private directory of Ray's sessions.
+
+    Ray gives its sessions mode 0777 (``/tmp/ray``). A user who can replace a socket there receives
+    the token and can run code in the session. The directory, of mode 0700, is ``skillnet-UID`` in
+    ``RAY_TMPDIR``, in the system's temporary directory, or in ``/tmp`` if that path is too long for
+    sockets.
+
+    Returns:
+        The value of ``RAY_TMPDIR`` for Ray's processes. Ray creates its directory ``ray`` there.
+
+    Raises:
+        UserError: the directory is not private, or its path is too long.
+    """
+    name = name_user_directory()
+    given = os.environ.get(DIRECTORY_VARIABLE)
+    base = Path(given or tempfile.gettempdir()).absolute()
+    # setup_node.sh sets the variable to the private directory.
+    directory = base if base.name == name else base / name
+    if _socket_bytes(directory) > _LONGEST_SOCKET_BYTES:
+        if given:
+            raise UserError(
+                f"{DIRECTORY_VARIABLE}={given}: too long for Ray's sockets. {_SESSION_ADVICE}."
+            )
+        directory = Path("/tmp") / name  # noqa: S108
+    return private_directory(directory, _SESSION_ADVICE)
+
+
+def _socket_bytes(directory: Path) -> int:
+    return len(os.fsencode(f"{directory}/ray{_SOCKET}"))

@@ -8,8 +8,10 @@ import contextlib
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,13 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.locks import hold_lock
 from skillnet_platform.storage.user_environment import prepare_user_environment
-from skillnet_platform.tracking.database_file import require_database
 from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
-from skillnet_platform.tracking.moved_root import relocate_artifacts
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 #: Names the database of a server; in a command line, others could read its password.
 STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
+#: Scheme of artifacts beside a sqlite database, see :mod:`.artifact_folder`.
+ARTIFACT_SCHEME = "database-folder"
 USER_VARIABLE = "MLFLOW_TRACKING_USERNAME"
 PASSWORD_VARIABLE = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - a variable's name
 
@@ -42,6 +44,10 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # its import sets the level again
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+_OTHER_DATABASE = (
+    "Move it away to start with an empty database, or name another one with tracking.uri"
+)
 
 #: Without it MLflow's pages open on traces of language models.
 TRAINING_VIEW = "workflowType=machine_learning"
@@ -191,6 +197,13 @@ def artifact_root() -> Path:
     return storage.run_root() / "mlartifacts"
 
 
+def _artifact_location() -> str:
+    """Return the location of artifacts of a sqlite database, relative to it if possible."""
+    # A job on a cluster has our code without the metadata by which MLflow finds the plug-in.
+    has_plugin = bool(entry_points(group="mlflow.artifact_repository", name=ARTIFACT_SCHEME))
+    return f"{ARTIFACT_SCHEME}:/{artifact_root().name}" if has_plugin else artifact_root().as_uri()
+
+
 def create_client(uri: str) -> Any:
     """Return an ``MlflowClient`` for tracking and registry.
 
@@ -201,12 +214,36 @@ def create_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     if is_sqlite(uri):
-        path = sqlite_path(uri)
-        require_database(path)
-        if path.parent == artifact_root().parent:
-            relocate_artifacts(path, artifact_root(), lambda: _one_at_a_time(uri))
+        require_database(sqlite_path(uri))
     complete = _restore_secret(SecretUri(uri)).reveal()
     return MlflowClient(tracking_uri=complete, registry_uri=complete)
+
+
+def require_database(path: Path) -> None:
+    """Check that a file is a sqlite database, or that it can be created.
+
+    MLflow retries a database that it cannot open for minutes, and its error names no path.
+
+    Raises:
+        UserError: it is another file, is damaged, or cannot be opened or created.
+    """
+    if not path.exists():
+        folder = next(each for each in path.parents if each.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{path}: the database cannot be created, because {folder} is not writable. "
+                f"Set {storage.HOME_VARIABLE} or tracking.uri to a writable directory."
+            )
+        return
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read this database. {_OTHER_DATABASE}.")
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        # Another process may migrate it; MLflow waits for that.
+        if "locked" not in str(error):
+            raise UserError(f"{path}: {error}. {_OTHER_DATABASE}.") from None
 
 
 def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> TrackingBackend:
@@ -217,13 +254,20 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
         experiment: name of the experiment.
 
     Raises:
-        UserError: no server answers at the URI, or the experiment was deleted.
+        UserError: no server answers at the URI, the database is read-only, or the experiment was
+            deleted.
     """
     chosen = resolve_uri(uri)
     prepare_mlflow_environment()
     # MLflow's client would retry a dead server before it reports it.
     if chosen.startswith("http"):
         require_answer(chosen)
+    path = sqlite_path(chosen) if is_sqlite(chosen) else None
+    if path is not None and path.exists() and not os.access(path, os.W_OK):
+        raise UserError(
+            f"{path}: the database is read-only. Make it writable, or name another one with "
+            "tracking.uri"
+        )
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 
@@ -233,7 +277,7 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
             found = mlflow_client.get_experiment_by_name(experiment)
             if found is None:
                 # MLflow fixes the folder of artifacts when the experiment is created.
-                location = artifact_root().as_uri() if is_sqlite(chosen) else None
+                location = _artifact_location() if is_sqlite(chosen) else None
                 identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
                 return TrackingBackend(chosen, identity)
         except MlflowException as error:

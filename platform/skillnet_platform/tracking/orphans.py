@@ -75,20 +75,21 @@ def reopen_run(client: Any, run_id: str) -> None:
     run = client.get_run(run_id)
     if FAILURE_TAG in run.data.tags:
         client.delete_tag(run_id, FAILURE_TAG)
-    _remove_partial_uploads(run.info.artifact_uri)
+    _remove_partial_uploads(run.info.artifact_uri, client.tracking_uri)
 
 
-def _remove_partial_uploads(artifact_uri: str) -> None:
+def _remove_partial_uploads(artifact_uri: str, tracking_uri: str) -> None:
     """Remove the files that a killed process began to store as artifacts of a run.
 
     Only a folder of this machine has such files. The run belongs to this process, so no other
     process is storing one.
     """
-    from mlflow.utils.file_utils import local_file_uri_to_path
-    from mlflow.utils.uri import is_local_uri
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    if is_local_uri(artifact_uri):
-        for path in Path(local_file_uri_to_path(artifact_uri)).rglob(_PARTIAL_UPLOADS):
+    folder = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+    if isinstance(folder, LocalArtifactRepository):
+        for path in Path(folder.artifact_dir).rglob(_PARTIAL_UPLOADS):
             path.unlink(missing_ok=True)
 
 

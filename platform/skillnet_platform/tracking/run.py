@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,6 @@ from skillnet_platform.tracking import (
     run_record,
     source_commit,
     spool,
-)
-from skillnet_platform.tracking import (
-    system_metrics as tracking_system_metrics,
 )
 
 LONGEST_PARAMETER = 6000
@@ -271,7 +269,7 @@ def start_run(
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.system_metrics:
         # Sent through the tracker, so that measurements wait in the spool during an outage.
-        watch = tracking_system_metrics.system_metrics(run_id, place.uri, tracker.metrics)
+        watch = _system_metrics(run_id, place.uri, tracker.metrics)
     try:
         with signals.terminate_as_interrupt(), watch, backend.share_secret(place.uri):
             if tags:
@@ -297,6 +295,50 @@ def start_run(
         tracker.settle(0.0 if status == "KILLED" else END_PATIENCE_S)
         if len(tracker._spool) == 0:
             send_leftover_spools(place.uri)  # records of the run's workers
+
+
+@contextlib.contextmanager
+def _system_metrics(
+    run_id: str,
+    uri: SecretUri,
+    publish: Callable[[Mapping[str, float], int], None],
+    every_s: float = 10.0,
+) -> Iterator[None]:
+    """Publish system metrics named ``system/…`` during a block.
+
+    MLflow's monitors collect them. MLflow's own thread would stop at the first lost request.
+
+    Args:
+        run_id: MLflow run.
+        uri: tracker of the run.
+        publish: sends metrics and their step.
+        every_s: seconds between two measurements.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, tracking_uri=uri.reveal())
+    stop = threading.Event()
+
+    def watch() -> None:
+        step, ended = 0, False
+        while not ended:
+            monitor.collect_metrics()
+            # The last, shorter interval is published too.
+            ended = stop.wait(every_s)
+            values = monitor.aggregate_metrics()
+            publish({f"system/{name}": value for name, value in values.items()}, step)
+            for each in monitor.monitors:
+                each.clear_metrics()
+            step += 1
+
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        # With a limit: a stuck measurement must not delay the end of the run.
+        thread.join(timeout=every_s)
 
 
 def start_child_run(

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from skillnet_platform import pin_nodes
-from skillnet_platform.cluster import node_requirements
 from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -250,10 +249,10 @@ def test_requirements_name_what_is_not_there(
     (tmp_path / "half_installed-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="half-installed>=1 is not installed here"):
-        node_requirements.pin_packages(["half-installed>=1"])
+        pin_nodes.pin_packages(["half-installed>=1"])
     with pytest.raises(UserError, match="no-such-package>=1 is not installed here"):
-        node_requirements.pin_packages(["no-such-package>=1"])
+        pin_nodes.pin_packages(["no-such-package>=1"])
     with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):
-        node_requirements.pin_packages(["pytest<1"])
+        pin_nodes.pin_packages(["pytest<1"])
     with pytest.raises(UserError, match="a checkout of the repository"):
-        node_requirements.read_dependencies(tmp_path / "pyproject.toml")
+        pin_nodes.read_dependencies(tmp_path / "pyproject.toml")

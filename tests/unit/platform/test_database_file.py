@@ -1,4 +1,4 @@
-"""A tracker's sqlite file that cannot be used is named at once."""
+"""A tracker's sqlite file that cannot be used is named at once; its artifacts are beside it."""
 
 import os
 import sqlite3
@@ -7,10 +7,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
-from skillnet_platform.tracking.database_file import require_database
+from skillnet_platform.tracking.artifact_folder import DatabaseFolderArtifacts
+from skillnet_platform.tracking.backend import require_database
+
+LOCATION = f"{backend.ARTIFACT_SCHEME}:/mlartifacts"
 
 
 @pytest.fixture(params=["garbage", "folder"])
@@ -46,3 +50,27 @@ def test_a_database_that_another_process_locks_is_usable(tmp_path: Path) -> None
         require_database(path)
         other.execute("BEGIN EXCLUSIVE")
         require_database(path)
+
+
+def test_artifacts_are_beside_the_database_of_the_tracker(
+    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mlflow.db").touch()
+
+    def folder(tracker: str, location: str = LOCATION) -> Path:
+        return Path(DatabaseFolderArtifacts(location, tracker).artifact_dir)
+
+    assert folder(f"sqlite:///{elsewhere}/mlflow.db") == elsewhere / "mlartifacts"
+    with pytest.raises(MlflowException, match="beside the sqlite database of another machine"):
+        folder("http://tracker:5000")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{elsewhere}/mlflow.db")
+    assert folder("http://tracker:5000", f"{LOCATION}/run") == elsewhere / "mlartifacts/run"
+    monkeypatch.delenv("MLFLOW_BACKEND_STORE_URI")
+    run_root.mkdir(exist_ok=True)
+    (run_root / "mlflow.db").touch()
+    assert folder("http://127.0.0.1:5000") == run_root / "mlartifacts", "a server of this machine"
+    for hostile in ("database-folder:/../x", f"{LOCATION}/../../x"):
+        with pytest.raises(MlflowException, match="leads out"):
+            folder("http://127.0.0.1:5000", hostile)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from skillnet_platform.cluster.connect import _warn_about_shared_sessions
-from skillnet_platform.cluster.session_directory import (
+from skillnet_platform.cluster.connect import (
     DIRECTORY_VARIABLE,
+    _warn_about_shared_sessions,
     prepare_session_directory,
 )
 from skillnet_platform.errors import UserError

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skillnet_platform import tracker
-from skillnet_platform.tracking import backend
+from skillnet_platform import tracker, tracking
 from skillnet_platform.tracking.database_uri import sqlite_path
+from tests.helpers.tracked_runs import where
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 SERVER = "echo $$; sleep 1000 & echo $!; wait"
 STARTS = f"""
 import os, time
-from skillnet_platform import tracker
+from skillnet_platform import tracker, tracking
 with tracker.running_server(["sh", "-c", {SERVER!r}], os.environ):
     os.write(1, b"in\\n")  # print may write the line in two parts
     time.sleep(1000)
@@ -96,7 +96,8 @@ def test_another_server_of_this_shell_is_named(
 def test_the_pages_show_the_runs_and_leave_no_process(
     run_root: Path, number: int, code: int
 ) -> None:
-    backend.setup_backend()
+    with tracking.start_run("shown", None, where("skillnet")) as run:
+        run.text("kept", "note.txt")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.tracker", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
@@ -112,6 +113,9 @@ def test_the_pages_show_the_runs_and_leave_no_process(
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert json.load(answer)["experiment"]["name"] == "skillnet"
+    file = f"{url}/get-artifact?path=note.txt&run_uuid={run.run_id}"
+    with urllib.request.urlopen(file, timeout=30) as answer:
+        assert answer.read() == b"kept"
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 2, "a server and its worker"
     process.send_signal(number)
