@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
-MOST_LINES = 130
+MOST_LINES = 110
 MOST_CELL_CHARACTERS = 40
 
 
