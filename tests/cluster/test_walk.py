@@ -355,7 +355,7 @@ def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> 
     return give(hosts["client"], cluster, f"{name}.yaml", sweep)
 
 
-def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
+def test_a_sweep_continues_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
     path = small_sweep(hosts, cluster, "sweep", steps=4)
     words = (*tracked(hosts), "sweep", "--config", path)
@@ -416,7 +416,7 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster:
     client.run("ray", "job", "stop", job)
 
 
-def test_a_users_mistake_is_told_by_the_job(hosts: dict[str, Host]) -> None:
+def test_a_user_error_is_reported_by_the_job(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
     done = submit(client, "--check", "false", "prepare", "no-such-corpus", check=False)
     assert (done["status"], done["exit_code"]) == ("FAILED", 2)

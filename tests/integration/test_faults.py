@@ -131,7 +131,7 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     assert same(weights(run), two)
 
 
-def test_a_users_mistake_in_a_worker_is_told_and_not_tried_again(
+def test_a_user_error_in_a_worker_is_reported_and_not_tried_again(
     data: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without a checkpoint there is no bit to flip; a second attempt would find the fault's marker.

@@ -84,7 +84,7 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
         finetune(config)
 
 
-def test_going_on_by_name_keeps_the_mlflow_run(
+def test_resuming_by_name_keeps_the_mlflow_run(
     data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = finetune(config_for(data))

@@ -209,7 +209,7 @@ def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, 
         grow_model(config)
 
 
-def test_a_killed_growth_goes_on_and_ends_the_same(
+def test_a_killed_growth_resumes_and_ends_the_same(
     place: Path, grown: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(grow_config("base", place / "corpora", checkpoint_every=2), name="killed")

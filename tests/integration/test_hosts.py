@@ -53,7 +53,7 @@ def near(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
     )
 
 
-def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
+def test_an_elastic_run_continues_with_fewer_hosts_and_with_more_again(
     data: Path, tmp_path: Path
 ) -> None:
     elastic = {"precision": "fp64", "workers": 2, "min_workers": 1, "resize_interval_s": 1.0}

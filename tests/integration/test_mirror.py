@@ -111,7 +111,7 @@ def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int
             assert made[0].close(60) is None
 
 
-def test_an_empty_disk_goes_on_to_the_bit(
+def test_an_empty_disk_resumes_to_the_bit(
     object_store: ObjectStore, data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))

@@ -108,7 +108,7 @@ class TestPredict:
         lines = out.read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == answers
 
-    def test_rows_that_cannot_be_used_are_told_and_the_rest_arrives(
+    def test_rows_that_cannot_be_used_are_reported_and_the_rest_arrives(
         self, place: Place, files: Path, capsys
     ):
         (files / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")

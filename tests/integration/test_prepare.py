@@ -76,11 +76,11 @@ def test_every_row_is_in_a_split_or_in_the_quarantine(made: tuple[Path, Path]) -
     assert manifest["quarantine"] == {"every tenth": 10, "unlucky": 1}
     assert (manifest["rows_in"], manifest["rows_out"], corpus.rows) == (100, 89, 89)
     lines = (made[0] / "made" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    set_aside = {row["key"]: row["reason"] for row in map(json.loads, lines)}
+    rejected = {row["key"]: row["reason"] for row in map(json.loads, lines)}
     kept = [key for s in corpus.splits.values() for key in s.column("key").to_pylist()]
-    assert sorted([*kept, *set_aside]) == sorted(f"line {n}" for n in range(100))
-    assert set_aside["line 33"] == "unlucky"
-    assert Counter(set_aside.values()) == manifest["quarantine"]
+    assert sorted([*kept, *rejected]) == sorted(f"line {n}" for n in range(100))
+    assert rejected["line 33"] == "unlucky"
+    assert Counter(rejected.values()) == manifest["quarantine"]
 
 
 def test_rows_keep_their_order_and_shards_their_size(made: tuple[Path, Path]) -> None:
@@ -182,7 +182,7 @@ def wait_for_shards(data: Path, count: int, process: "subprocess.Popen[str]") ->
     wait_until(has_shards, 300, process=process)
 
 
-def test_a_killed_prepare_goes_on_with_its_finished_shards(
+def test_a_killed_prepare_resumes_with_its_finished_shards(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """One process with one CPU is killed half-way; the next, with three, finishes its work. One

@@ -52,7 +52,7 @@ def end(process: "subprocess.Popen[str]", code: int) -> str:
     return said
 
 
-def in_the_making(uri: str) -> list[str]:
+def staged_shards(uri: str) -> list[str]:
     """Names of finished shards' entries in the store."""
     found = [entry.name for entry in directories.list_files(uri)]
     return [name for name in found if ".made.partial-" in name and name.endswith(".json")]
@@ -74,15 +74,15 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
 
     # Killed with all its processes, and the disk is lost.
     process = start(words, **{SLOW: "400"})
-    wait_until(lambda: len(in_the_making(uri)) >= 3, 240, process=process, pause=0.25)
+    wait_until(lambda: len(staged_shards(uri)) >= 3, 240, process=process, pause=0.25)
     kill_family(process)
     assert not directories.is_committed(f"{uri}/made")
-    before = len(in_the_making(uri))
+    before = len(staged_shards(uri))
     shutil.rmtree(local_staging_dir(uri))
 
     # The store goes away: what has arrived stays.
     process = start(words, **{SLOW: "400", "SKILLNET_STORE_PATIENCE": "1"})
-    wait_until(lambda: len(in_the_making(uri)) > before, 240, process=process, pause=0.25)
+    wait_until(lambda: len(staged_shards(uri)) > before, 240, process=process, pause=0.25)
     object_store.door.shut()
     said = end(process, 1)
     object_store.door.unshut()
@@ -91,13 +91,13 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert "Traceback" not in said
     assert not directories.is_committed(f"{uri}/made")
 
-    kept = len(in_the_making(uri))
+    kept = len(staged_shards(uri))
     assert f"resumes with {kept} finished shards" in end(start(words), 0)
     local, there = open_corpus(here / "made"), open_corpus(f"{uri}/made", verify=True)
     assert there.manifest == local.manifest
     names = {path.name for path in (here / "made").iterdir()}
     assert {entry.name for entry in directories.list_files(f"{uri}/made")} == names
-    assert not in_the_making(uri), "nothing is left of its making"
+    assert not staged_shards(uri), "nothing is left of its making"
     assert not list(local_staging_dir(uri).rglob("*.arrow")), "no shard is left on this disk"
 
     # Nothing changed, so nothing is prepared. Staging files of another state are removed.
@@ -105,11 +105,11 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     capsys.readouterr()
     assert preparing.main([*words, "--json"]) == 0
     assert '"state": "cached"' in capsys.readouterr().out
-    assert not in_the_making(uri)
+    assert not staged_shards(uri)
 
     # Another state of it takes its place; until then the old one is whole.
     process = start(["made_settings", *words[1:]], **{SLOW: "200"})
-    wait_until(lambda: in_the_making(uri), 240, process=process, pause=0.25)
+    wait_until(lambda: staged_shards(uri), 240, process=process, pause=0.25)
     assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
     end(process, 0)
     assert open_corpus(f"{uri}/made", verify=True).manifest["digest"] != local.manifest["digest"]

@@ -65,7 +65,7 @@ def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
+def test_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
     config = build_joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
     config.model.drop_path = 0.3
     whole = train_model(ResolvedRun(config, tmp_path / "whole"))

@@ -80,7 +80,7 @@ def test_the_same_to_the_bit_with_weights_in_the_host(data: Path, tmp_path: Path
         assert path.read_bytes() == (tmp_path / "offloaded" / last / path.name).read_bytes(), path
 
 
-def test_dropout_does_not_hang_on_where_a_run_stopped(
+def test_dropout_does_not_depend_on_where_a_run_stopped(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop_tokens(monkeypatch, 0.3)
@@ -102,7 +102,7 @@ def test_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
         train_model(ResolvedRun(small_config(data, steps=4, lr=0.5), tmp_path))
 
 
-def test_goes_on_from_the_checkpoint_before_an_altered_one(
+def test_resumes_from_the_checkpoint_before_an_altered_one(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(data, steps=9, checkpoint_every=3)

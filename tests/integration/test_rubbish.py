@@ -39,7 +39,7 @@ def words(kind: str, folder: Path, data: Path, max_error_rate: float | None) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_hostile_row_is_set_aside_and_its_neighbours_arrive(
+def test_every_hostile_row_is_rejected_and_its_neighbours_arrive(
     tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """A file that ends its worker would be rejected for that, which hides the tested reason."""
@@ -124,7 +124,7 @@ def test_workers_import_nothing_from_the_working_directory(ray_session: Any) -> 
     assert list(worker.get_job_config().py_driver_sys_path) == []
 
 
-def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(
+def test_a_row_that_hangs_or_ends_its_worker_is_rejected(
     tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice it takes its worker along; then it is known. The rows beside it arrive."""

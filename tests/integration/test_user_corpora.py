@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Place:
     return made
 
 
-def test_splits_and_what_is_set_aside(place: Place) -> None:
+def test_splits_and_rejected_rows(place: Place) -> None:
     splits = {name: {s: p.rows for s, p in place.open(name).splits.items()} for name in NAMES}
     assert splits["aishell1"] == {"test": 4, "train": 15, "validation": 4}
     assert splits["aic_icc"] == {"test": 5, "test_b": 5, "train": 11, "validation": 5}

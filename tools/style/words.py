@@ -15,7 +15,7 @@ BANNED = {
     r"in the making": "in progress, staging",
     r"mend(?:s|ed|ing)?": "fix",
     r"how-manieth": "index",
-    r"user's mistake|users' mistakes?": "user error",
+    r"users?'?s? mistakes?": "user error",
     r"set aside|sets aside": "rejected, quarantined",
     r"of one's own|one's own": "own, custom",
     r"takes? up|taken up|took up": "resumes, occupies",
@@ -32,6 +32,8 @@ _PATTERN = re.compile(
     "|".join(rf"(?P<w{i}>\b(?:{pattern})\b)" for i, pattern in enumerate(BANNED)), re.IGNORECASE
 )
 _REPLACEMENTS = list(BANNED.values())
+#: Where a name of several words divides: ``test_it_is_told``, ``ToldError``.
+_NAME_BORDER = re.compile(r"_|(?<=[a-z0-9])(?=[A-Z])")
 #: Files that are read: source, templates, configuration and documents.
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".sh", ".cff")
 #: Data that commands have written, and the list of banned words itself.
@@ -44,7 +46,7 @@ DIGESTED_TEXTS = ("copy of the recording spelt with ü",)
 
 
 def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
-    """Yield one line for each banned word: ``path:line: word -> replacement``.
+    """Yield one line for each banned word, also in names: ``path:line: word -> replacement``.
 
     Args:
         root: the repository.
@@ -59,6 +61,6 @@ def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
         for number, line in enumerate(text.splitlines(), 1):
             if any(text in line for text in DIGESTED_TEXTS):
                 continue
-            for match in _PATTERN.finditer(line):
+            for match in _PATTERN.finditer(_NAME_BORDER.sub(" ", line)):
                 index = int(str(match.lastgroup)[1:])
                 yield f"{name}:{number}: {match[0]!r} -> {_REPLACEMENTS[index]}"

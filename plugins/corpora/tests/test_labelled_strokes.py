@@ -63,9 +63,9 @@ def test_rows_and_splits_equal_those_of_strokes(
             }
     assert {row["split"] for row in counted.values()} == {"train", "validation", "test"}
     found = StrokeCountsCorpus().rows(sources)
-    set_aside = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
-    assert set_aside.keys() == {"二", "龘"}
-    assert "confirms the count" in set_aside["龘"]
+    rejected = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
+    assert rejected.keys() == {"二", "龘"}
+    assert "confirms the count" in rejected["龘"]
 
 
 def test_a_radical_is_the_sequence_of_its_marked_strokes(sources: SourceArchives) -> None:
@@ -74,8 +74,8 @@ def test_a_radical_is_the_sequence_of_its_marked_strokes(sources: SourceArchives
         "叶": "口"
     }
     found = RadicalsCorpus().rows(sources)
-    set_aside = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
-    assert set_aside == {
+    rejected = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
+    assert rejected == {
         "一": "no stroke belongs to a radical",
         "三": "no stroke belongs to a radical",
         "田": "no stroke belongs to a radical",

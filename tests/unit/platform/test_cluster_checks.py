@@ -38,7 +38,7 @@ def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
     return {"Resources": {"CPU": cpus, "GPU": gpus}}
 
 
-def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sound_cluster_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     for check in (
         checks.check_node_versions,

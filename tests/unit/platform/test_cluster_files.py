@@ -172,7 +172,7 @@ def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
     assert reported == ["/mnt/runs", "token", f"{node}/venv/bin:/usr/bin:/bin"]
 
 
-def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None:
+def test_a_node_without_its_settings_reports_the_missing_ones(node: Path) -> None:
     assert "SKILLNET_HOME is not set" in run_script(node, "install").stderr
     bucket = run_script(node, "install", SKILLNET_HOME="s3://bucket/runs")
     assert "SKILLNET_HOME is a path" in bucket.stderr

@@ -189,7 +189,7 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
         storage.read_json(tmp_path / "n.json")
 
 
-def test_processes_are_told_apart_from_ended_ones() -> None:
+def test_processes_are_distinguished_from_ended_ones() -> None:
     assert storage.process_is_alive(os.getpid())
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()

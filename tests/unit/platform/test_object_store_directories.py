@@ -114,7 +114,7 @@ def test_a_download_that_fails_its_check_leaves_nothing(place: str, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["mine"]
 
 
-def test_an_upload_goes_on_where_it_stopped(object_store: ObjectStore, tmp_path: Path) -> None:
+def test_an_upload_resumes_where_it_stopped(object_store: ObjectStore, tmp_path: Path) -> None:
     sent: list[str] = []
     original = directories.put_file
     mine = folder(tmp_path / "mine", **{f"f{n}": bytes([n]) * 100 for n in range(6)})
@@ -182,7 +182,7 @@ def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None
         "Bucket 'mine' was not found",
     ],
 )
-def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
+def test_a_missing_bucket_is_recognized_by_messages_of_clients(said: str) -> None:
     reported = explain_refusal("s3://mine/a", FileNotFoundError(said))
     assert reported is not None
     assert "there is no bucket 'mine'" in reported

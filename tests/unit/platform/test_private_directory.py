@@ -28,7 +28,7 @@ def shared(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_new_directory_is_open_to_its_user_only_whatever_the_umask(shared: Path) -> None:
+def test_a_new_directory_is_open_to_its_user_only_at_any_umask(shared: Path) -> None:
     before = os.umask(0)
     try:
         made = private_directory(shared / "own", ADVICE)

@@ -113,7 +113,7 @@ def dead_process() -> int:
 
 
 @pytest.mark.parametrize("text", ["", '{"run_id": "r", "ur', "[]\n", "\x80"])
-def test_a_spool_without_a_first_line_is_set_aside(
+def test_a_spool_without_a_first_line_is_quarantined(
     text: str, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = spool.spool_root()

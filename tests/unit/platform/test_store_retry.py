@@ -88,7 +88,7 @@ def test_refused_credentials_are_not_tried_again(uri: str, problem: Exception, h
     assert hint in str(explain_refusal(uri, problem))
 
 
-def test_a_missing_container_is_told_from_a_missing_object() -> None:
+def test_a_missing_container_is_distinguished_from_a_missing_object() -> None:
     uri = "abfs://mine@account.dfs.core.windows.net/x"
     absent = ResourceNotFoundError("does not exist. ErrorCode:ContainerNotFound", 404)
     assert "there is no container 'mine'" in str(explain_refusal(uri, absent))

@@ -31,7 +31,7 @@ class Settings:
     nested: dict[str, str] = field(default_factory=lambda: {"文": "字"})
 
 
-def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
+def test_a_run_that_the_tracker_does_not_have_is_not_resumed() -> None:
     with (
         pytest.raises(UserError, match=r"cannot resume the run 0+.* remove that file"),
         tracking.start_run("lost", None, where(), run_id="0" * 32),
@@ -162,7 +162,7 @@ def test_rank_zero_writes_by_id_and_leaves_the_end_to_the_driver() -> None:
     assert history(tracker, "a/loss") == [(5, 1.0)]
 
 
-def test_a_resumed_run_goes_on_and_says_what_changed() -> None:
+def test_a_resumed_run_continues_and_says_what_changed() -> None:
     with tracking.start_run("first", Settings(), where()) as first:
         first.metrics({"loss": 2.0}, step=1)
     with tracking.start_run("again", Settings(steps=20), where(), run_id=first.run_id) as second:

@@ -92,7 +92,7 @@ def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
     assert between(chaos_table.PAGE, "chaos") == chaos_table.table(rows)
 
 
-def test_the_page_of_scale_tells_what_was_measured() -> None:
+def test_the_page_of_scale_shows_the_measurements() -> None:
     assert between(scale_table.PAGE, "scale") == scale_table.tables()
 
 

@@ -16,7 +16,7 @@ from tests.helpers.small_corpora import small_config, write_corpora
 CPU = torch.device("cpu")
 
 
-def test_a_machine_without_a_gpu_is_told_in_one_line(
+def test_a_machine_without_a_gpu_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu_first_hour, "find_device", lambda: None)

@@ -122,7 +122,7 @@ def test_the_page_has_the_newest_of_each_sweep(tmp_path: Path) -> None:
     ]
 
 
-def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
+def test_a_growth_is_kept_and_shown_as_its_report_has_it(tmp_path: Path) -> None:
     report = GrowthReport(
         "base", "", "ink", "counting", "counts", "classification", 7, 3, 10,
         [FileState("shared", "a", "a"), FileState("skill-ink", None, "b")],

@@ -50,7 +50,7 @@ def test_every_assumption_is_printed(results: Path) -> None:
     assert all(plan.why in text for plan in scale_table.CORPORA)
 
 
-def test_pictures_and_clips_are_a_range_and_reading_is_told(results: Path) -> None:
+def test_pictures_and_clips_are_a_range_and_reading_is_stated(results: Path) -> None:
     text = scale_table.tables(results)
     rows = [line for line in text.splitlines() if line.startswith("| Wukong ")]
     assert rows[0].endswith("| 931.3 GiB to 2.7 TiB |")  # of 10 and 30 KB

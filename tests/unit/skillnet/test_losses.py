@@ -146,7 +146,7 @@ def test_info_nce_of_ranks_adds_up_to_that_of_one(groups: list[int], cuts: tuple
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_info_nce_does_not_hang_on_the_order_of_rows() -> None:
+def test_info_nce_does_not_depend_on_the_order_of_rows() -> None:
     query, candidate, groups = unit(6), unit(6, seed=1), torch.tensor([3, 3, -1, 5, -1, 3])
     order = torch.tensor([4, 2, 0, 5, 1, 3])
     scale = torch.tensor(3.0, dtype=torch.float64)
@@ -193,7 +193,7 @@ def naive(hidden: Tensor, losses_M: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def test_masked_values_weigh_rows_alike_whatever_they_hide() -> None:
+def test_masked_values_weigh_rows_alike() -> None:
     hidden, predicted, values = masked_inputs()
     losses = [((p - v) ** 2).sum() / 5 for p, v in zip(predicted, values, strict=True)]
     expected = naive(hidden, losses)
@@ -201,7 +201,7 @@ def test_masked_values_weigh_rows_alike_whatever_they_hide() -> None:
     torch.testing.assert_close(masked_loss(predicted, values, hidden, 4), expected.mean())
 
 
-def test_masked_tokens_weigh_rows_alike_whatever_they_hide() -> None:
+def test_masked_tokens_weigh_rows_alike() -> None:
     hidden, logits, _ = masked_inputs()
     tokens = torch.arange(len(logits)) % 5
     losses = [x.logsumexp(0) - x[t] for x, t in zip(logits, tokens, strict=True)]

@@ -57,12 +57,12 @@ def decision(halving: ResumableASHA, name: str, score: float) -> str:
 
 
 def test_asha_replays_reports_from_before_a_kill() -> None:
-    fresh, gone_on = ResumableASHA(6, 2, 2.0), ResumableASHA(6, 2, 2.0)
-    gone_on.replay_reports("good", REPORTS)
-    gone_on.replay_reports("new", [])
+    fresh, resumed = ResumableASHA(6, 2, 2.0), ResumableASHA(6, 2, 2.0)
+    resumed.replay_reports("good", REPORTS)
+    resumed.replay_reports("new", [])
     assert decision(fresh, "lame", 0.1) == TrialScheduler.CONTINUE, "it is the first"
-    assert decision(gone_on, "lame", 0.1) == TrialScheduler.STOP
-    assert decision(gone_on, "better", 0.99) == TrialScheduler.CONTINUE
+    assert decision(resumed, "lame", 0.1) == TrialScheduler.STOP
+    assert decision(resumed, "better", 0.99) == TrialScheduler.CONTINUE
 
 
 def entry(root: Path, name: str, status: Any, score: float) -> LedgerEntry:

@@ -179,7 +179,7 @@ def test_an_exchanged_input_of_a_done_block_is_refused(
     assert read_parts(tmp_path / "out") == before
 
 
-def test_media_files_are_rows_and_bad_ones_are_set_aside(
+def test_media_files_are_rows_and_bad_ones_are_rejected(
     served: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "media"

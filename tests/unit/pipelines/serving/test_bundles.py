@@ -224,7 +224,7 @@ ROWS = (
 )
 
 
-def test_bad_rows_are_set_aside_and_the_others_are_answered(
+def test_bad_rows_are_rejected_and_the_others_are_answered(
     place: Place, tmp_path: Path, capsys: Any
 ) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"

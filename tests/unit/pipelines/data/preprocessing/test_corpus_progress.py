@@ -22,13 +22,13 @@ from tests.helpers.synthetic_corpora import Made
 
 
 def test_a_signal_does_not_reach_into_the_iterator_that_submits_tasks() -> None:
-    is_inside, goes_on, closed_by = threading.Event(), threading.Event(), list[str]()
+    is_inside, may_continue, closed_by = threading.Event(), threading.Event(), list[str]()
 
     def submit() -> Generator[dict[str, int], None, None]:
         try:
             yield {"rows": 1}
             is_inside.set()
-            assert goes_on.wait(60)
+            assert may_continue.wait(60)
             yield {"rows": 2}
         finally:
             closed_by.append(threading.current_thread().name)
@@ -36,7 +36,7 @@ def test_a_signal_does_not_reach_into_the_iterator_that_submits_tasks() -> None:
     def interrupt() -> None:
         assert is_inside.wait(60)
         os.kill(os.getpid(), signal.SIGTERM)
-        goes_on.set()
+        may_continue.set()
 
     threading.Thread(target=interrupt).start()
     with (
