@@ -30,12 +30,13 @@ from pipelines.serving.predictor import TaskPredictor, to_document
 from skillnet_platform import cluster, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, directories
 from skillnet_platform.storage.location import (
     Location,
     join_location,
+    list_location,
     parse_location,
     read_if_exists,
+    write_location,
 )
 from skillnet_platform.storage.retry import StoreUnavailableError
 
@@ -229,21 +230,6 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     return predictor, digest
 
 
-def write_location(where: Location, data: bytes) -> None:
-    """Write a file of a folder or store; readers see all of it or nothing.
-
-    Args:
-        where: path or URI of the file.
-        data: content.
-    """
-    if isinstance(where, Path):
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(where) as stream:
-            stream.write(data)
-    else:
-        directories.write_bytes(where, data)
-
-
 def _run_here(
     request: BatchRequest, predictor: TaskPredictor, blocks: list[PredictionBlock]
 ) -> Iterator[dict[str, Any]]:
@@ -398,10 +384,7 @@ def _check_done_input(output: Location, plan: BlockPlan, counts: dict[int, dict[
 def _read_done(output: Location, plan: BlockPlan) -> dict[int, dict[str, Any]]:
     """Return index -> counts of the committed blocks of an output."""
     folder = join_location(output, DONE)
-    if isinstance(folder, Path):
-        names = [path.name for path in folder.glob("part-*.json")]
-    else:
-        names = [entry.name for entry in directories.list_files(folder)]
+    names = [name for name in list_location(folder) if name.startswith("part-")]
     counts = {}
     for name in names:
         data = read_if_exists(join_location(folder, name))
