@@ -76,9 +76,10 @@ def default_values(cls: type) -> dict[str, Any]:
 
 
 def add_defaults(hint: Any, tree: Any) -> Any:
-    """Return a stored configuration with the defaults of the keys that it lacks.
+    """Return a stored configuration with today's keys: defaults for those that it lacks.
 
-    A version that stored it may not have known these keys. No value is checked.
+    A version that stored it may not have known these keys, or have had others, which are left out,
+    as are keys below an option that has none. No value is checked.
 
     Args:
         hint: the dataclass, or the type of a part.
@@ -87,7 +88,12 @@ def add_defaults(hint: Any, tree: Any) -> Any:
     types = child_types(hint)
     if types is None or not isinstance(tree, Mapping):
         return tree
-    own = {name: add_defaults(types.get(name, types.get("*")), tree[name]) for name in tree}
+    known = {name: types.get(name, types.get("*")) for name in tree if {name, "*"} & types.keys()}
+    own = {
+        name: add_defaults(below, tree[name])
+        for name, below in known.items()
+        if not isinstance(tree[name], dict) or below is Any or child_types(below) is not None
+    }
     return own if "*" in types else {**default_values(without_none(hint)), **own}
 
 

@@ -44,10 +44,11 @@ def start(config: FinetuneConfig, source: Path, **changes: Any) -> tuple[Any, In
 def test_a_run_starts_from_a_dense_run(
     config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upcycling, "INIT_NOISE", 0.0)
     dense = build_system("dense", config.joint().model, {"ffn_dim": 24})
     dense.save_pretrained(tmp_path / "dense")
-    model, report = start(config, tmp_path / "dense")
+    with monkeypatch.context() as exact:
+        exact.setattr(upcycling, "INIT_NOISE", 0.0)
+        model, report = start(config, tmp_path / "dense")
     assert report.fresh == []
     assert {"skill-general", "skill-text", "skill-video"} <= set(report.taken)
     batch = {"input": {"tokens": torch.randint(4, 60, (3, 9))}}
