@@ -29,12 +29,12 @@ from benchmarks.study_coverage import (
     format_markdown,
     measure_studies,
     read_tasks,
-    write_table,
 )
 from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.folds import open_fold
 from pipelines.data.shards.selected_rows import list_row_units
+from skillnet_platform.tables import write_csv
 from skillnet_studies.analysis import statistics
 from skillnet_studies.analysis.comparison import MEAN, SPLIT, compare_systems
 from skillnet_studies.analysis.finished_runs import read_run
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="prepared corpora; writes fold_units.csv only")
     options = parser.parse_args(argv)
     if options.data is not None:
-        write_table(FOLD_UNITS, count_units(options.data))
+        write_csv(FOLD_UNITS, count_units(options.data), digits=".2f")
         return 0
     tasks, rows = read_folds(), []
     truths = {name: own.task for name, own in tasks.items()}
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"measured: {design.name}", flush=True)
     print(format_markdown(rows))
     if options.output is not None:
-        write_table(options.output, rows)
+        write_csv(options.output, rows, digits=".2f")
     return 0
 
 

@@ -6,7 +6,6 @@ smallest and the largest. With one thread the clock is the process' CPU time, wh
 the machine disturb least; with more threads it is the wall's.
 """
 
-import csv
 import datetime
 import os
 import statistics
@@ -16,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from skillnet_platform.tables import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -164,10 +165,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{date}-{name}.csv"
     rows = [_rounded(asdict(result)) | common for result in results]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows, digits="")
     return path
 
 

@@ -19,7 +19,6 @@ units, and ``summary.csv`` their means over seeds, with intervals over seeds and
 
 import argparse
 import collections
-import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from pipelines.training.runs.layout import SOURCE, SOURCE_ROWS
 from skillnet.skills import SkillPlan
 from skillnet_platform import console
 from skillnet_platform.storage import read_json, run_root
+from skillnet_platform.tables import write_csv
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_studies.analysis import statistics
 from skillnet_studies.analysis.statistics import RunSample, SampleDifference
@@ -331,18 +331,7 @@ def write_results(runs: Sequence[ArmRun], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in ((SCORES, build_score_rows(runs)), (SUMMARY, build_summary_rows(runs))):
-        columns = dict.fromkeys(key for row in rows for key in row)
-        with (folder / name).open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({key: _round(value) for key, value in row.items()} for row in rows)
-
-
-def _round(value: Any) -> Any:
-    # A split of one unit has no interval.
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.6g}"
-    return value
+        write_csv(folder / name, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

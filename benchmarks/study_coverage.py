@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skillnet.unit_statistics import ScoreScale
+from skillnet_platform.tables import markdown_table, write_csv
 from skillnet_studies.analysis import statistics
 from skillnet_studies.analysis.comparison import MEAN
 from skillnet_studies.analysis.statistics import RunSample, SampleDifference
@@ -311,18 +312,16 @@ def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     last = f"all {rows[0]['tests']}"
     columns = ["design", "measure", *(SHORT_NAMES[task] for task in tasks), last]
-    lines = [" | ".join(columns), " | ".join(["---"] * 2 + ["---:"] * (len(columns) - 2))]
+    lines = []
     for design in dict.fromkeys(row["design"] for row in rows):
         of = {row["task"]: row for row in rows if row["design"] == design}
         error = f"{float(of[MEAN]['family_wise_error']):.1f}"
         name = design
         for measure, words in MEASURES.items():
             cells = [f"{float(of[task][measure]):.1f}" for task in tasks]
-            lines.append(
-                " | ".join([name, words, *cells, error if measure == "false_alarms" else ""])
-            )
+            lines.append([name, words, *cells, error if measure == "false_alarms" else ""])
             name = ""
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown_table(columns, lines, len(columns) - 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -346,23 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"measured: {design.name}", flush=True)
     print(format_markdown(rows))
     if options.output is not None:
-        write_table(options.output, rows)
+        write_csv(options.output, rows, digits=".2f")
     return 0
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as a CSV file, numbers with two decimals.
-
-    Args:
-        path: file to write.
-        rows: column -> cell, with equal columns.
-    """
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
 
 
 if __name__ == "__main__":

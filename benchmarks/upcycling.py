@@ -9,7 +9,6 @@ order of rows. The CSV has the validation metrics of each, and the folder the co
 """
 
 import argparse
-import csv
 import datetime
 import statistics
 from dataclasses import replace
@@ -23,6 +22,7 @@ from skillnet.config import SkillNetConfig
 from skillnet_platform import console
 from skillnet_platform.config import to_yaml
 from skillnet_platform.storage import data_root
+from skillnet_platform.tables import write_csv
 from skillnet_platform.tracking import TrackingConfig
 
 COLUMNS = (
@@ -103,10 +103,7 @@ def main(argv: list[str] | None = None) -> int:
                 for row in result["evaluation"]
             ]
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "upcycling.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.output / "upcycling.csv", rows, COLUMNS, digits="")
     text = to_yaml(replace(base, data=None))  # no place of this machine
     (options.output / "config.yaml").write_text(text, encoding="utf-8")
     figures: dict[tuple[str, str, str], list[float]] = {}

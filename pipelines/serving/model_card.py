@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
-from pipelines.training.evaluation.tables import markdown_table, result_cells, sort_rows
+from pipelines.training.evaluation.tables import result_cells, sort_rows
 from skillnet.multitask_model import TaskModel
+from skillnet_platform.tables import markdown_table
 
 CARD_FILE = "README.md"
 

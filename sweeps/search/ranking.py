@@ -3,7 +3,6 @@
 :func:`rank_configurations` is called by ``skillnet sweep``.
 """
 
-import csv
 import math
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from skillnet_platform.storage import atomic_write
+from skillnet_platform.tables import write_csv
 from sweeps.config.space import format_setting
 from sweeps.search.effects import ScoredTrial
 from sweeps.trials.ledger import compute_mean_scores, outcome_to_dict
@@ -185,12 +184,7 @@ def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
             | {f"score/{task}": value for task, value in scores.items()}
             | values
         )
-    # Trials can have different settings, so the columns are the union in order.
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path, "w") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows, digits="")
 
 
 def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figure | None":
@@ -236,7 +230,7 @@ def describe_settings(configuration: RankedConfiguration, short: dict[str, str])
 
 
 def _draw_cost_points(panel: Any, points: Sequence[RankedConfiguration], key: str) -> None:
-    from pipelines.training.evaluation.figures import COLORS, style_axes
+    from skillnet_platform.plots import COLORS, style_axes
 
     costs = [getattr(each, key) / 1e6 for each in points]
     for each, cost in zip(points, costs, strict=True):

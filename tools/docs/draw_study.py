@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skillnet_platform.plots import encode_svg
 from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
-from skillnet_studies.report.evidence_plots import draw_joint_evidence, encode_svg
+from skillnet_studies.report.evidence_plots import draw_joint_evidence
 from tools.docs.kept_results import rows_of
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from pipelines.training.growth.report import (
     GrowthReport,
     TransferResult,
 )
+from skillnet_platform.tables import markdown_table
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 
@@ -98,7 +99,7 @@ def text_of(folder: Path) -> str:
         ]
         parts += [
             "If everything is trained, the old tasks change:",
-            tables.markdown_table(head, cells),
+            markdown_table(head, cells),
         ]
     parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
     return "\n\n".join(parts)

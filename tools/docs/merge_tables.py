@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS
 from benchmarks.merge_demonstration import BASE, MERGED, SCORES, SUMMARY
-from pipelines.training.evaluation.tables import format_metric, markdown_table, metric_label
+from pipelines.training.evaluation.tables import format_metric, metric_label
+from skillnet_platform.tables import markdown_table
 from tools.docs.kept_results import rows_of
 from tools.docs.page_marks import put
 

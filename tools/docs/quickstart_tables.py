@@ -21,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from pipelines.training.evaluation.tables import metric_label
+from skillnet_platform.tables import write_csv
 from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,10 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += own
             baselines = baselines or read_rows(run / "simple_baselines.csv")
         rows = baselines + rows
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, rows)
     put(README, "results", readme_text(rows))
     put(PAGE, "results", page_text(rows, path.name))
     print(result_table(rows, FULL_ROWS))

@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.analysis.claims import estimate_difference
 from skillnet_studies.analysis.comparison import MEAN, compare_systems
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_run
 from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.report.cells import ReportTable, TableCell
 from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import read_study_ledger
 from skillnet_studies.study.tuning import (
@@ -147,8 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         table = build_rates_table(options.study)
     except UserError as error:
         parser.error(str(error))
-    rows = [[cell.to_line() for cell in row] for row in table.rows]
-    console.print_table(table.title, table.columns, rows, table.caption)
+    table.show()
     return 0
 
 

@@ -22,7 +22,6 @@ from skillnet_studies.report.report import (
     ComparisonReport,
     build_report,
     list_notices,
-    table_to_markdown,
 )
 from skillnet_studies.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
 from skillnet_studies.study.stored_config import read_study_config
@@ -179,7 +178,7 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     parts += list_notices(report) if len(block.studies) == 1 else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
-    parts += [table_to_markdown(known[title]) for title in block.tables if title in known]
+    parts += [known[title].to_markdown() for title in block.tables if title in known]
     return "\n\n".join(parts)
 
 
@@ -190,10 +189,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
     if options.block in (None, CHOSEN_RATES):
-        put(BESIDE_PAGE, CHOSEN_RATES, table_to_markdown(build_rates_table(RESULTS / "final")))
+        put(BESIDE_PAGE, CHOSEN_RATES, build_rates_table(RESULTS / "final").to_markdown())
     if options.block in (None, RATE_CHANGES):
         changes = build_change_table(RESULTS / "final", RESULTS / "rates")
-        put(BESIDE_PAGE, RATE_CHANGES, table_to_markdown(changes))
+        put(BESIDE_PAGE, RATE_CHANGES, changes.to_markdown())
     for name, block in BLOCKS.items():
         if options.block in (None, name):
             put(block.page, name, render_block(block))

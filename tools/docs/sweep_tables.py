@@ -7,7 +7,6 @@ the newest of each name. What the tables say is computed from the kept ``trials.
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.measure import RESULTS
+from skillnet_platform.tables import write_csv
 from sweeps.search.effects import ScoredTrial, build_effects_table, estimate_effects
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
@@ -50,10 +50,7 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     reported = {"date": last["date"], "machine": last["machine"]}
     kept = rows_of(target / TRIALS)
     light = [{k: v for k, v in row.items() if k not in PLACES} | reported for row in kept]
-    with (target / TRIALS).open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(light[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(light)
+    write_csv(target / TRIALS, light)
     return target
 
 

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipelines.training.config.run import FinetuneConfig
     from skillnet_platform import config as configuration
     from skillnet_platform import console
+    from skillnet_platform.tables import markdown_table
 
     config = configuration.parse_config(FinetuneConfig, words, "python -m tools.docs.system_costs")
     lengths = {name: _lengths(config, name) if config.data else {} for name in config.measured}
@@ -33,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     for spoken in options.systems.split(","):
         rows += _rows(spoken, config, lengths)
     if options.markdown:
-        for cells in (header, ["---"] * len(header), *rows):
-            print("| " + " | ".join(cells) + " |")
+        print(markdown_table(header, rows))
     else:
         console.print_table(
             "parameters in millions; operations per example in millions", header, rows

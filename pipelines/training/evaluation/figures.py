@@ -1,7 +1,6 @@
 """Figures of a training run: loss by task, learning rate, active skills.
 
-:func:`training_figures` draws all of them for the MLflow page of a run. Reports of sweeps share the
-palette and :func:`style_axes`.
+:func:`training_figures` draws all of them for the MLflow page of a run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,11 @@ import numpy as np
 
 from pipelines.training.evaluation.tables import activation_cells, sort_rows
 from skillnet.config import SkillNetConfig
+from skillnet_platform.plots import COLORS, make_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Colour-blind safe palette (source: Okabe & Ito 2008).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C564B")
 
 #: Metric -> (step, value) pairs.
 MetricHistory = Mapping[str, Sequence[tuple[int, float]]]
@@ -51,7 +49,7 @@ def loss_figure(history: MetricHistory) -> "Figure":
     names = [f"{task}/loss" for task in sort_rows(n.removesuffix("/loss") for n in losses)]
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
-    figure = _figure(3.2 * columns, 2.4 * lines)
+    figure = make_figure(3.2 * columns, 2.4 * lines)
     for index, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, index + 1)
         # A resumed run may log steps out of order.
@@ -75,7 +73,7 @@ def learning_rate_figure(history: MetricHistory) -> "Figure":
     Args:
         history: metric -> (step, value) pairs.
     """
-    figure = _figure(5.2, 2.4)
+    figure = make_figure(5.2, 2.4)
     axes = figure.add_subplot()
     steps, values = np.array(sorted(history["training/learning_rate"]), dtype=float).T
     axes.plot(steps, values, color=COLORS[0], linewidth=1.6)
@@ -95,7 +93,7 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
     _, cells = activation_cells(config)
     active = np.array([[bool(cell) for cell in line[1:]] for line in cells])
     rows, columns = active.shape
-    figure = _figure(2.6 + 0.75 * columns, 0.9 + 0.36 * rows)
+    figure = make_figure(2.6 + 0.75 * columns, 0.9 + 0.36 * rows)
     axes = figure.add_subplot()
     for row in range(rows):
         task = sort_rows(config.tasks).index(cells[row][0].partition(",")[0])
@@ -129,13 +127,6 @@ def smooth_series(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    # A Figure without pyplot has no global state and needs no display in a training process.
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
 def _square(column: int, row: int, color: str) -> Any:
     from matplotlib.patches import FancyBboxPatch
 
@@ -147,16 +138,3 @@ def _square(column: int, row: int, color: str) -> Any:
         color=color,
         linewidth=0,
     )
-
-
-def style_axes(axes: Any) -> None:
-    """Remove the top and right border of axes, and draw a light grid.
-
-    Args:
-        axes: of matplotlib.
-    """
-    axes.tick_params(labelsize=8, color="#999999")
-    axes.grid(True, color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

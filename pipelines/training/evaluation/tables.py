@@ -6,7 +6,6 @@ Evaluation rows are the dictionaries with the keys ``COLUMNS`` that
 :func:`run_description`.
 """
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.objectives import find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
 from skillnet_platform.storage import open_output
+from skillnet_platform.tables import markdown_table, write_csv
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
 
 #: Columns that name the measured rows, beside their split: the corpus, the digest of its manifest,
@@ -287,19 +287,6 @@ def name_metric(task: str, split: str, metric: str) -> str:
     return f"{task}/{split}_{metric}"
 
 
-def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table.
-
-    Args:
-        columns: titles.
-        cells: lines of cells; pipe characters are escaped.
-    """
-    lines = [columns, ["---"] * len(columns), *cells]
-    return "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
-    )
-
-
 def run_description(
     rows: Sequence[EvaluationRow],
     baseline_rows: Sequence[EvaluationRow],
@@ -386,17 +373,4 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
         rows: to write.
         path: of the file.
     """
-
-    with open_output(path, "w") as stream:
-        # The csv module writes CRLF by default; the other text files of a run have LF.
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: _cell(row.get(key)) for key in COLUMNS})
-
-
-def _cell(value: Any) -> Any:
-    # NaN stands for a bound that was not computed; readers of CSV expect an empty cell.
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
+    write_csv(path, rows, COLUMNS, open_file=open_output)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.training.evaluation import tables as evaluation_tables
+from skillnet_platform.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class MergeReport:
         """Return the report as Markdown."""
         parts = [f"{self.summarize()}."]
         for title, columns, cells in self.build_tables():
-            parts += [f"#### {title}", evaluation_tables.markdown_table(columns, cells)]
+            parts += [f"#### {title}", markdown_table(columns, cells)]
         return "\n\n".join(parts)
 
 

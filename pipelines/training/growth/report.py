@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.training.evaluation import tables as evaluation_tables
+from skillnet_platform.tables import markdown_table
 
 REPORT_JSON = "growth.json"
 REPORT_MARKDOWN = "growth.md"
@@ -230,7 +231,7 @@ class GrowthReport:
         """Return the report as Markdown."""
         parts = [f"{self.summarize()}."]
         for title, columns, cells in self.build_tables():
-            parts += [f"#### {title}", evaluation_tables.markdown_table(columns, cells)]
+            parts += [f"#### {title}", markdown_table(columns, cells)]
         parts += [
             f"{self.steps} steps, seed {self.seed}. All {len(self.tasks)} metrics of the old tasks "
             f"were compared, with their intervals and costs, and the outcomes of "

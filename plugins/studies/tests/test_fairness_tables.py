@@ -9,9 +9,9 @@ import yaml
 
 from pipelines.data.config.folds import FoldConfig
 from skillnet_platform import config as configuration
+from skillnet_platform.tables import TableCell
 from skillnet_studies.analysis.comparison import MEAN, SPLIT, compare_systems
 from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.report.cells import TableCell
 from skillnet_studies.report.gap_table import build_gap_table, find_longer_arms
 from skillnet_studies.report.size_table import build_size_table
 from tests.helpers.synthetic_runs import set_fold, write_run

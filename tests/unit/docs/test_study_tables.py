@@ -11,7 +11,6 @@ from skillnet_studies.analysis.claims import estimate_difference
 from skillnet_studies.analysis.comparison import MEAN, compare_systems
 from skillnet_studies.analysis.finished_runs import read_run
 from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.report.report import table_to_markdown
 from skillnet_studies.study.reserve import RESERVE_RECORD
 from skillnet_studies.study.study import read_study_ledger
 from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
@@ -99,12 +98,12 @@ def test_a_gain_from_pretraining_stands_beside_its_further_training() -> None:
 
 def test_the_page_has_the_rates_that_the_present_rule_chooses() -> None:
     table = build_rates_table(RESULTS / "final")
-    assert between(BESIDE_PAGE, CHOSEN_RATES) == table_to_markdown(table)
+    assert between(BESIDE_PAGE, CHOSEN_RATES) == table.to_markdown()
 
 
 def test_the_page_compares_the_differences_at_the_rates_of_both_studies() -> None:
     table = build_change_table(RESULTS / "final", RESULTS / "rates")
-    assert between(BESIDE_PAGE, RATE_CHANGES) == table_to_markdown(table)
+    assert between(BESIDE_PAGE, RATE_CHANGES) == table.to_markdown()
     assert "on 5 replicates that both studies have" in table.caption
     pairs = [row[0].text for row in table.rows]
     assert "skillnet-alone − skillnet" in pairs

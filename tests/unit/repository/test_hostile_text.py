@@ -92,7 +92,7 @@ def test_the_watch_sees_a_page_that_does_harm() -> None:
 def test_hostile_names_in_plots_stay_text() -> None:
     from matplotlib.figure import Figure
 
-    from skillnet_studies.report.plots import encode_svg_uri
+    from skillnet_platform.plots import encode_svg_uri
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))

@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.training.evaluation.outcomes import sum_outcomes
-from pipelines.training.evaluation.tables import SCORED_METRICS, score_metric, sort_rows
+from pipelines.training.evaluation.tables import (
+    SCORED_METRICS,
+    metric_label,
+    score_metric,
+    sort_rows,
+)
 from skillnet.unit_statistics import ScoreScale
 from skillnet_platform.errors import UserError, check_known_names
 from skillnet_studies.analysis import statistics
@@ -492,3 +497,14 @@ def _collect_costs(
             float(np.mean([cost.flops for cost in own])),
         )
     return costs
+
+
+def name_score(comparison: SystemComparison, task: str) -> str:
+    """Return the name of a task's score, of which a higher one is better.
+
+    Args:
+        comparison: computed results.
+        task: name of a task.
+    """
+    metric = comparison.metrics[task]
+    return "1 − token error" if metric == "token_error_rate" else metric_label(metric)

@@ -13,7 +13,6 @@ The entry point is :func:`interpret_model`, called by ``skillnet interpret``.
 """
 
 import base64
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +85,9 @@ class SkillInterpretation:
 
     def write(self, folder: Path) -> list[Path]:
         """Write all files to a directory; return their paths, the HTML page first."""
+        from skillnet_platform.plots import encode_png
+        from skillnet_platform.tables import write_csv
         from skillnet_studies.report.html import render_template
-        from skillnet_studies.report.plots import encode_png
 
         # PNG, because the thousands of numbers of a deep model make SVG outlines too large.
         drawn = {name: encode_png(figure) for name, figure in self.figures().items()}
@@ -104,10 +104,7 @@ class SkillInterpretation:
         with atomic_write(folder / PAGE, "w") as stream:
             stream.write(page)
         for name, (columns, rows) in self.tables().items():
-            with atomic_write(folder / name, "w") as stream:
-                writer = csv.DictWriter(stream, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(folder / name, rows, columns, digits="")
         for name, data in drawn.items():
             with atomic_write(folder / name) as stream:
                 stream.write(data)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.training.evaluation.tables import sort_rows
+from skillnet_platform.plots import make_figure
 from skillnet_studies.interpretation.ablation import ADD, REMOVE, SWAP
 from skillnet_studies.interpretation.similarity import CKA, UNTRAINED, WEIGHTS
 
@@ -66,7 +67,7 @@ def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     for row in rows:
         if row["change"] in (REMOVE, ADD):
             cells[tasks.index(row["task"]), skills.index(row["skill"])] = row
-    figure = _make_figure(2.6 + 1.05 * len(skills), 1.9 + 0.62 * len(tasks))
+    figure = make_figure(2.6 + 1.05 * len(skills), 1.9 + 0.62 * len(tasks))
     axes = figure.add_subplot()
     _draw_score_drops(
         axes, cells, len(tasks), len(skills), _largest_drop(rows), _format_drop_with_interval
@@ -98,7 +99,7 @@ def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     }
     # Panels have one row per active skill, so their heights differ.
     heights = [len(active[task]) for task in tasks]
-    figure = _make_figure(2.2 + 1.0 * len(skills), 1.0 + sum(0.55 * h + 0.75 for h in heights))
+    figure = make_figure(2.2 + 1.0 * len(skills), 1.0 + sum(0.55 * h + 0.75 for h in heights))
     panels = figure.subplots(len(tasks), 1, height_ratios=[h + 1.2 for h in heights], squeeze=False)
     largest = _largest_drop(rows)
     for axes, task in zip(panels[:, 0], tasks, strict=True):
@@ -138,7 +139,7 @@ def draw_gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
         every[down, kinds.index(row["kind"])] += row["share"]
         if row["kind"] == "skill" and row["parameters"]:
             own[down, skills.index(row["part"])] = row["of_skills"]
-    figure = _make_figure(2.6 + 0.75 * (len(skills) + len(kinds)), 1.5 + 0.5 * len(tasks))
+    figure = make_figure(2.6 + 0.75 * (len(skills) + len(kinds)), 1.5 + 0.5 * len(tasks))
     left, right = figure.subplots(1, 2, width_ratios=[len(skills), len(kinds)])
     for axes, values in ((left, own), (right, every)):
         image = _draw_image(axes, values, "Blues", 0, 1)
@@ -170,7 +171,7 @@ def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
     chosen = np.unique(np.linspace(0, len(every) - 1, min(len(every), LAYERS_SHOWN)).round())
     layers = [every[int(index)] for index in chosen]
     side = 0.9 + 0.36 * len(skills)
-    figure = _make_figure(1.2 + side * len(layers), 1.0 + (side + 0.1) * len(modules))
+    figure = make_figure(1.2 + side * len(layers), 1.0 + (side + 0.1) * len(modules))
     panels = figure.subplots(len(modules), len(layers), squeeze=False)
     # A diverging colour map only if some similarity is clearly negative.
     negative = any(row["value"] is not None and row["value"] < -0.05 for row in rows)
@@ -317,9 +318,3 @@ def _format_hundredths(value: float) -> str:
 
 def _replace_underscores(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _make_figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.analysis.comparison import MEAN, SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun
 from skillnet_studies.analysis.target_budget import BudgetRatio, estimate_budgets
-from skillnet_studies.report.cells import ReportTable, TableCell
 from sweeps.config.format import format_count, format_duration
 
 

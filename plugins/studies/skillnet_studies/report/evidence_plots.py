@@ -5,14 +5,12 @@ by ``tools.docs.draw_study``. Colours and markers both state the result of a tes
 figure is legible in grey.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from pipelines.training.evaluation.figures import COLORS, style_axes
+from skillnet_platform.plots import COLORS, MARKERS, make_figure, show_dollars, style_axes
 from skillnet_studies.analysis.finished_runs import PRETRAINED
 from skillnet_studies.report.evidence import ForestGroup, ForestRow, SystemPoint
 from sweeps.config.format import format_interval
@@ -31,8 +29,6 @@ RESULTS: dict[str, tuple[str, str, bool]] = {
     "lower": ("#B3450B", "v", True),
 }
 INK, SOFT, BAND = "#1C1D21", "#4A4E57", "#DCE9F2"
-#: One marker per family of systems, for prints in grey.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 #: Points of the text, inches of a row, and characters of a line of a title and of a note.
 FONT_PT, ROW_IN, TITLE_CHARS, NOTE_CHARS = 8.5, 0.235, 62, 78
 #: Places of a label beside its marker, in points: right, left, then further away. A line leads to
@@ -58,13 +54,13 @@ def draw_evidence(
     """
     figures = {}
     if groups:
-        figure = _make_canvas(5.2, _forest_height(groups))
-        with _show_dollars():
+        figure = make_figure(5.2, _forest_height(groups))
+        with show_dollars():
             draw_forest_panel(figure.add_subplot(), groups)
         figures["differences"] = figure
     if points:
-        figure = _make_canvas(4.6, 4.0)
-        with _show_dollars():
+        figure = make_figure(4.6, 4.0)
+        with show_dollars():
             draw_cost_panel(figure.add_subplot(), points, reference)
         figures["mean score against operations"] = figure
     return figures
@@ -84,8 +80,8 @@ def draw_joint_evidence(
         reference: mean score of the simple references, in points.
         notice: text above the figure; "" without one.
     """
-    figure = _make_canvas(11.2, max(_forest_height(groups), 4.2))
-    with _show_dollars():
+    figure = make_figure(11.2, max(_forest_height(groups), 4.2))
+    with show_dollars():
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         draw_forest_panel(left, groups)
         draw_cost_panel(right, points, reference)
@@ -229,37 +225,7 @@ def mark_cost_axis(panel: Any) -> None:
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
-def encode_svg(figure: "Figure") -> str:
-    """Return a figure as SVG; text is drawn as outlines, without external fonts.
-
-    Args:
-        figure: of matplotlib.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Dates and versions would make equal figures differ.
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "skillnet"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=metadata)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 # -- parts ---------------------------------------------------------------------------------
-
-
-def _make_canvas(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _show_dollars() -> AbstractContextManager[None]:
-    """Return a context in which dollar signs in names of systems are not parsed as formulas."""
-    import matplotlib
-
-    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def _draw_difference(panel: Any, y: float, row: ForestRow) -> None:

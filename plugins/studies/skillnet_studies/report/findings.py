@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
 from skillnet_studies.analysis.claims import (
     ClaimCondition,
@@ -18,7 +19,6 @@ from skillnet_studies.analysis.claims import (
     list_exclusions,
 )
 from skillnet_studies.analysis.comparison import MEAN, SystemComparison
-from skillnet_studies.report.cells import ReportTable, TableCell
 from skillnet_studies.report.references import ReferenceScores, average_references
 from sweeps.config.format import format_interval
 

@@ -8,11 +8,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.analysis import statistics
 from skillnet_studies.analysis.comparison import MEAN, SPLIT, SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun, find_common_replicates
 from skillnet_studies.analysis.statistics import DifferenceChange, SampleDifference
-from skillnet_studies.report.cells import ReportTable, TableCell
 from sweeps.config.format import format_signed_points
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import html_page as pages
-from skillnet_studies.report.plots import encode_png_uri, encode_svg_uri
+from skillnet_platform.plots import encode_png_uri, encode_svg_uri
 
 if TYPE_CHECKING:
     from skillnet_studies.report.report import ComparisonReport

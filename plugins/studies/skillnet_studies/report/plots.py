@@ -1,22 +1,15 @@
-"""Plots of a comparison.
+"""Plots of a comparison. Filled markers are pretrained systems, hollow ones are not."""
 
-Colours (source: Okabe & Ito 2008) are distinguishable with colour vision deficiency. Markers differ
-too, for prints in grey. Filled markers are pretrained systems, hollow ones are not.
-"""
-
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.training.evaluation.figures import COLORS, style_axes
 from pipelines.training.evaluation.tables import name_metric, score_metric
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison
+from skillnet_platform.plots import COLORS, MARKERS, make_figure, show_dollars, style_axes
+from skillnet_studies.analysis.comparison import MEAN, SystemComparison, name_score
 from skillnet_studies.analysis.finished_runs import PRETRAINED
-from skillnet_studies.report.cells import name_score
-from skillnet_studies.report.evidence_plots import MARKERS, encode_svg, mark_cost_axis
+from skillnet_studies.report.evidence_plots import mark_cost_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,10 +17,7 @@ if TYPE_CHECKING:
 
 def draw_plots(comparison: SystemComparison) -> "dict[str, Figure]":
     """Draw all plots; return name -> figure in the order of the report."""
-    import matplotlib
-
-    # Otherwise matplotlib parses dollar signs in a system's name as a formula.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with show_dollars():
         figures = {
             "scores": draw_score_figure(comparison),
             "score against FLOPs": draw_score_cost_figure(comparison),
@@ -110,7 +100,7 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
     tests = [test for test in comparison.tests if test.kind == "pretraining"]
     systems = list(dict.fromkeys(test.against for test in tests))
     tasks = [*comparison.tasks, MEAN]
-    figure = _make_figure(7.6, 2.6)
+    figure = make_figure(7.6, 2.6)
     panel = figure.add_subplot()
     panel.axhline(0, color="#777777", linewidth=0.8)
     labels = list(comparison.systems)
@@ -177,24 +167,6 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
     return figure
 
 
-def encode_svg_uri(figure: "Figure") -> str:
-    """Return a figure as SVG in a data URI; text is drawn as outlines, without external fonts."""
-    body = encode_svg(figure).encode()
-    return "data:image/svg+xml;base64," + base64.b64encode(body).decode()
-
-
-def encode_png_uri(figure: "Figure") -> str:
-    """Return a figure as PNG in a data URI."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(figure)).decode()
-
-
-def encode_png(figure: "Figure") -> bytes:
-    """Return a figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
 # -- parts ---------------------------------------------------------------------------------
 
 
@@ -256,18 +228,12 @@ def _make_panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Fig
     # Three panels per row fit the width of the page.
     across = min(len(names), 3)
     down = -(-len(names) // across)
-    figure = _make_figure(0.6 + 2.7 * across, height * down + 0.3)
+    figure = make_figure(0.6 + 2.7 * across, height * down + 0.3)
     grid = figure.subplots(down, across, squeeze=False, **more)
     panels = list(grid.flat)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     return figure, panels[: len(names)]
-
-
-def _make_figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _title(comparison: SystemComparison, task: str) -> str:

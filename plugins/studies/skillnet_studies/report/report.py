@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
+from skillnet_platform.tables import ReportTable
 from skillnet_platform.terminal_text import format_plural
 from skillnet_studies.analysis.claims import (
     ClaimCondition,
@@ -27,7 +28,6 @@ from skillnet_studies.analysis.claims import (
 from skillnet_studies.analysis.comparison import MEAN, SPLIT, SystemComparison
 from skillnet_studies.analysis.target_budget import estimate_budgets
 from skillnet_studies.config.claims import ClaimsConfig
-from skillnet_studies.report.cells import ReportTable
 from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
 from skillnet_studies.report.evidence_plots import draw_evidence
 from skillnet_studies.report.findings import (
@@ -224,31 +224,20 @@ def show_report(report: ComparisonReport) -> None:
         console.print_note(f"Notice: {notice}")
     for table in report.tables:
         if not table.collapsed:
-            lines = [[cell.to_lines() for cell in row] for row in table.rows]
-            title = f"{report.title}: {table.title}" if table is report.tables[0] else table.title
-            console.print_table(title, list(table.columns), lines, table.caption)
+            table.show(f"{report.title}: " if table is report.tables[0] else "")
     console.print_note(report.origin)
 
 
 def report_to_markdown(report: ComparisonReport) -> str:
     """Return the claims and main tables as Markdown, for the description of the MLflow run."""
     parts = [report.answer, *list_notices(report), report.lead + ".", report.origin]
-    parts += [table_to_markdown(table) for table in report.tables if not table.collapsed]
+    parts += [table.to_markdown() for table in report.tables if not table.collapsed]
     return "\n\n".join(part for part in parts if part)
 
 
 def list_notices(report: ComparisonReport) -> list[str]:
     """Return the notices of a report as paragraphs of Markdown."""
     return [f"**Notice:** {notice}" for notice in report.notices]
-
-
-def table_to_markdown(table: ReportTable) -> str:
-    """Return a table with its title and caption as Markdown."""
-    from pipelines.training.evaluation.tables import markdown_table
-
-    lines = [[cell.to_line() for cell in row] for row in table.rows]
-    parts = [f"#### {table.title}", markdown_table(list(table.columns), lines), table.caption]
-    return "\n\n".join(part for part in parts if part)
 
 
 def report_to_dict(report: ComparisonReport) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.analysis.comparison import SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun
-from skillnet_studies.report.cells import ReportTable, TableCell
 from sweeps.config.format import format_count, format_signed_points
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipelines.training.evaluation.tables import score_metric
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.analysis.comparison import (
     MEAN,
     SPLIT,
@@ -15,11 +16,11 @@ from skillnet_studies.analysis.comparison import (
     SystemComparison,
     TestVerdict,
     find_variant,
+    name_score,
 )
 from skillnet_studies.analysis.run_figures import estimate_run_figures
 from skillnet_studies.analysis.run_groups import find_differing_settings
 from skillnet_studies.analysis.statistics import ScoreEstimate
-from skillnet_studies.report.cells import ReportTable, TableCell, name_score
 from skillnet_studies.report.cost_tables import (
     build_activated_table,
     build_budget_table,

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from statistics import fmean
 
-from skillnet_studies.report.cells import ReportTable, TableCell
+from skillnet_platform.tables import ReportTable, TableCell
 from skillnet_studies.study.tuning import TuningResult, format_settings
 from sweeps.config.format import format_duration
 

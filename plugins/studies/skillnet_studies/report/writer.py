@@ -1,12 +1,11 @@
 """Write the files of a comparison report, and record them in MLflow."""
 
-import csv
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, write_json
+from skillnet_platform.tables import write_csv
 from skillnet_studies.analysis.comparison import SPLIT
 from skillnet_studies.report.references import REFERENCES_FILE, write_references
 from skillnet_studies.report.report import (
@@ -51,8 +50,8 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     rows = [dict(row) | {"system": run.label} for run in comparison.runs for row in run.rows]
     write_evaluation_csv(rows, folder / "results.csv")
     summary = build_summary_rows(comparison, report.references)
-    _write_rows(summary, SUMMARY_COLUMNS, folder / "summary.csv")
-    _write_rows(build_test_rows(comparison), TEST_COLUMNS, folder / "tests.csv")
+    write_csv(folder / "summary.csv", summary, SUMMARY_COLUMNS)
+    write_csv(folder / "tests.csv", build_test_rows(comparison), TEST_COLUMNS)
     write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
     write_references(report.references, comparison, folder)
     parts = []
@@ -100,18 +99,3 @@ def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
 def make_mlflow_name(text: str) -> str:
     """Return a valid name of an MLflow metric or tag; other characters become underscores."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in text)
-
-
-def _write_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:
-    with atomic_write(path, "w") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: _cell(row.get(key)) for key in columns})
-
-
-def _cell(value: Any) -> Any:
-    # NaN is the only value that differs from itself.
-    if value is None or value != value:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -9,6 +9,7 @@ from pipelines.training.evaluation import figures, tables
 from pipelines.training.evaluation.overall_score import compute_overall_score
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
+from skillnet_platform.tables import markdown_table
 from sweeps.config.trials import ScoreConfig
 
 
@@ -90,7 +91,7 @@ def test_a_pretraining_is_scored_by_its_masked_losses():
 
 
 def test_markdown_cells_cannot_break_the_table():
-    text = tables.markdown_table(["a", "b"], [["x|y", "z"]])
+    text = markdown_table(["a", "b"], [["x|y", "z"]])
     assert [line.replace("\\|", "").count("|") for line in text.splitlines()] == [3, 3, 3]
 
 
