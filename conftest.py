@@ -132,3 +132,43 @@ def object_store(object_store_server: Any, request: pytest.FixtureRequest) -> It
     object_store_server.uri = f"s3://{BUCKET}/{place}"
     with in_environment({**object_store_server.environment, "SKILLNET_STORE_PATIENCE": "60"}):
         yield object_store_server
+
+
+@pytest.fixture(scope="session")
+def google_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The session's only emulator of Google's store."""
+    from tests.helpers.cloud_stores import google
+
+    server = google(tmp_path_factory.mktemp("google"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The session's only emulator of Azure's store."""
+    from tests.helpers.cloud_stores import azure
+
+    server = azure(tmp_path_factory.mktemp("azure"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty folder in a store of the kind that the test's parameter names."""
+    if request.param == "s3":
+        yield request.getfixturevalue("object_store").uri
+    elif request.param in ("google", "azure"):
+        from tests.helpers.cloud_stores import reached
+
+        server = request.getfixturevalue(f"{request.param}_server")
+        with reached(server):
+            yield f"{server.uri}/{tmp_path.name}"
+    else:
+        places = {
+            "disk": f"{tmp_path}/store",
+            "file": f"file://{tmp_path}/store",
+            "memory": f"memory://{tmp_path.name}",
+        }
+        yield places[request.param]

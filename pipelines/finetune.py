@@ -86,7 +86,7 @@ def run_end_to_end(
     run = resolve_run(config, stage)
     mirror = mirror_of(run.config, run.folder)
     # SIGTERM ends every step in a state that the same command continues, not only the training.
-    with terminate_as_interrupt(), lock_run_folder(run.folder, mirror and mirror.uri):
+    with terminate_as_interrupt(), lock_run_folder(run.folder, mirror.uri if mirror else None):
         return _run_in_folder(run, mirror, stage, splits, callbacks)
 
 

@@ -64,7 +64,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         StoreUnavailableError: the store does not respond. The same command resumes the sweep.
     """
     config, folder, mirror = _resolve_config(config)
-    with terminate_as_interrupt(), lock_run_folder(folder, mirror and mirror.uri):
+    with terminate_as_interrupt(), lock_run_folder(folder, mirror.uri if mirror else None):
         return _sweep_in_folder(config, folder, mirror)
 
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from pipelines import finetune
 from pipelines.data.shards.dataset import open_corpus
-from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories, objects
-from tests.helpers.cloud_stores import CloudStore, azure, google, reached
+from skillnet_platform.storage import directories
+from tests.helpers.cloud_stores import CloudStore, reached
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.user_corpora import webdataset
 from tests.integration.test_mirror import config_of
@@ -24,17 +23,9 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[google, azure], ids=["google", "azure"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CloudStore]:
-    store = request.param(tmp_path_factory.mktemp("server"))
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def store(server: CloudStore) -> Iterator[CloudStore]:
+@pytest.fixture(params=["google", "azure"])
+def store(request: pytest.FixtureRequest) -> Iterator[CloudStore]:
+    server = request.getfixturevalue(f"{request.param}_server")
     with reached(server):
         yield server
 
@@ -51,68 +42,6 @@ def prepare(*words: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
-
-
-def test_files_and_folders(store: CloudStore, tmp_path: Path) -> None:
-    uri, folder = f"{store.uri}/files", tmp_path / "folder"
-    assert directories.list_files(uri) == []
-    assert not directories.object_exists(f"{uri}/none")
-    with pytest.raises(FileNotFoundError):
-        directories.read_bytes(f"{uri}/none")
-    directories.remove_file(f"{uri}/none")
-
-    (folder / "sub").mkdir(parents=True)
-    large = os.urandom(12_000_000)
-    (folder / "sub" / "large.bin").write_bytes(large)
-    (folder / "empty").write_bytes(b"")
-    (folder / "manifest.json").write_bytes(b"{}")
-    assert directories.put_directory(folder, f"{uri}/a")
-    assert not directories.put_directory(folder, f"{uri}/a"), "it is there already"
-    names = ["empty", "manifest.json", "sub/large.bin"]
-    assert [entry.name for entry in directories.list_files(f"{uri}/a")] == names
-    assert directories.list_folders(f"{uri}/a") == ["sub"]
-    with directories.open_file(f"{uri}/a/sub/large.bin") as stream:
-        stream.seek(7_000_000)
-        assert stream.read(100) == large[7_000_000:7_000_100]
-
-    directories.copy_files(f"{uri}/a", f"{uri}/b", names)
-    back = directories.get_directory(f"{uri}/b", tmp_path / "back")
-    assert (back / "sub" / "large.bin").read_bytes() == large
-    directories.remove_directory(f"{uri}/b")
-    assert directories.list_files(f"{uri}/b") == []
-
-
-def test_what_has_arrived_is_not_sent_again(
-    store: CloudStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, uri = tmp_path / "folder", f"{store.uri}/again"
-    folder.mkdir()
-    for name in ("same", "other", "manifest.json"):
-        (folder / name).write_bytes(name.encode())
-    directories.put_directory(folder, uri)
-    directories.write_bytes(f"{uri}/other", b"OTHER")
-    directories.remove_file(f"{uri}/manifest.json")
-    sent: list[str] = []
-    put = objects.put_file
-    monkeypatch.setattr(
-        directories, "put_file", lambda path, to: (sent.append(path.name), put(path, to))
-    )
-    assert directories.put_directory(folder, uri)
-    assert sent == ["other"]
-    assert directories.read_bytes(f"{uri}/other") == b"other"
-
-
-def test_a_bucket_that_is_not_there(store: CloudStore, tmp_path: Path) -> None:
-    nowhere = f"{store.uri.partition('://')[0]}://no-such-place/x"
-    (tmp_path / "a").write_bytes(b"a")
-    for action in (
-        lambda: directories.list_files(nowhere),
-        lambda: directories.object_exists(nowhere),
-        lambda: directories.write_bytes(nowhere, b"a"),
-        lambda: directories.put_file(tmp_path / "a", nowhere),
-    ):
-        with pytest.raises(UserError, match="no-such-place"):
-            action()
 
 
 @pytest.fixture(scope="module")

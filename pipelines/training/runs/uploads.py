@@ -168,9 +168,8 @@ def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, is_remote: boo
     """
     missing = uploads.close(None if is_remote else 0)
     if is_remote:
-        missing = (
-            retry_until("the final model", lambda: mirror.upload(*TRAINING), END_PATIENCE_S) or missing
-        )
+        left = retry_until("the final model", lambda: mirror.upload(*TRAINING), END_PATIENCE_S)
+        missing = left or missing
     if missing:
         console.print_warning(f"{mirror.uri} lacks {missing}")
 

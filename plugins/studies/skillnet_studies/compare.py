@@ -57,7 +57,7 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
         return plan_study_power(config), 0
     with (
         terminate_as_interrupt(),
-        lock_run_folder(config.folder, config.mirror and config.mirror.uri),
+        lock_run_folder(config.folder, config.mirror.uri if config.mirror else None),
     ):
         if config.read_reserve != "never":
             return _compare_on_reserve(config), 0

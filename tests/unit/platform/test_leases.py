@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,6 @@ from skillnet_studies.compare import compare
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from sweeps.config.sweep import SweepConfig
 from sweeps.sweep import sweep
-from tests.helpers.cloud_stores import azure, google, reached
 
 SYSTEMS = {name: SystemConfig(system=name) for name in ("skillnet", "dense")}
 
@@ -45,23 +44,16 @@ with leases.hold_lease(place if "://" in place else Path(place), str):
 """
 
 
-@pytest.fixture(params=["disk", "file", "memory", "s3", "azure"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
-    """The folder of a lease. Google's emulator knows no conditional writes."""
-    if request.param == "azure":
-        server = azure(tmp_path)
-        try:
-            with reached(server):
-                yield f"{server.uri}/a/.lease"
-        finally:
-            server.close()
-        return
-    yield {
-        "disk": lambda: tmp_path / "a" / ".lease",
-        "file": lambda: f"file://{tmp_path}/a/.lease",
-        "memory": lambda: f"memory://{tmp_path.name}/a/.lease",
-        "s3": lambda: f"{request.getfixturevalue('object_store').uri}/a/.lease",
-    }[request.param]()
+#: Google's emulator knows no conditional writes.
+everywhere = pytest.mark.parametrize(
+    "store_uri", ["file", "memory", "s3", "azure", "disk"], indirect=True
+)
+
+
+@pytest.fixture
+def folder(store_uri: str) -> Location:
+    """The folder of a lease, by its URI or as a path."""
+    return Path(store_uri, "a") if store_uri.startswith("/") else f"{store_uri}/a"
 
 
 class Clock:
@@ -93,6 +85,7 @@ def numbers(folder: Location) -> list[str]:
     return [name for name in location.list_location(folder) if not name.startswith(".")]
 
 
+@everywhere
 def test_one_of_two_hosts_works(
     folder: Location, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +112,7 @@ def test_one_of_two_hosts_works(
     three.release()
 
 
+@everywhere
 def test_of_many_hosts_that_take_over_one_wins(folder: Location, clock: Clock) -> None:
     host("node-0", folder).acquire()
     hosts = [host(f"node-{n}", folder) for n in range(1, 6)]
@@ -237,6 +231,7 @@ def test_a_store_without_conditional_writes_is_named(
     assert "no conditional writes. Start no second process" in capsys.readouterr().err
 
 
+@everywhere
 def test_a_create_whose_answer_was_lost_is_not_taken_for_anothers(
     folder: Location,
 ) -> None:
@@ -248,25 +243,21 @@ def test_a_create_whose_answer_was_lost_is_not_taken_for_anothers(
     assert not location.write_if_absent(place, b"another's")
 
 
-def test_google_asks_for_an_absent_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("store_uri", ["google"], indirect=True)
+def test_google_asks_for_an_absent_object(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its emulator ignores the condition, so what the client asks for is checked."""
-    server = google(tmp_path)
-    try:
-        with reached(server):
-            import gcsfs
+    import gcsfs
 
-            asked: list[Any] = []
-            call = gcsfs.GCSFileSystem._request
+    asked: list[Any] = []
+    call = gcsfs.GCSFileSystem._request
 
-            async def record(self: Any, method: str, path: str, *more: Any, **keys: Any) -> Any:
-                asked.append(keys)
-                return await call(self, method, path, *more, **keys)
+    async def record(self: Any, method: str, path: str, *more: Any, **keys: Any) -> Any:
+        asked.append(keys)
+        return await call(self, method, path, *more, **keys)
 
-            monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", record)
-            assert location.write_if_absent(f"{server.uri}/a", b"one")
-            assert any(keys.get("ifGenerationMatch") == "0" for keys in asked)
-    finally:
-        server.close()
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", record)
+    assert location.write_if_absent(f"{store_uri}/a", b"one")
+    assert any(keys.get("ifGenerationMatch") == "0" for keys in asked)
 
 
 def _mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
