@@ -161,7 +161,7 @@ def require_store(uri: SecretUri) -> None:
         engine = create_engine(uri.reveal())
         engine.connect().close()
         engine.dispose()
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, ImportError) as error:
         raise UserError(f"--store {uri}: {first_line(error)}") from None
 
 

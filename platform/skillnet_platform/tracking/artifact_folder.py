@@ -36,7 +36,9 @@ class DatabaseFolderArtifacts(LocalArtifactRepository):  # type: ignore[misc]
     ) -> None:
         path = PurePosixPath(artifact_uri.removeprefix(f"{ARTIFACT_SCHEME}:").lstrip("/"))
         if ".." in path.parts:
-            raise MlflowException(f"{artifact_uri}: leads out of the folder of its database")
+            raise MlflowException.invalid_parameter_value(
+                f"{artifact_uri}: leads out of the folder of its database"
+            )
         folder = find_database_folder(artifact_uri, tracking_uri) / path
         super().__init__(folder.as_uri(), tracking_uri, registry_uri)
 
@@ -56,7 +58,8 @@ def find_database_folder(artifact_uri: str, tracking_uri: str | None) -> Path:
     for uri in (tracking_uri or mlflow.get_tracking_uri(), os.environ.get(STORE_VARIABLE), own):
         if uri and is_sqlite(uri) and sqlite_path(uri).is_file():
             return sqlite_path(uri).parent
-    raise MlflowException(
+    # Not INTERNAL_ERROR: records would wait for a tracker that works again.
+    raise MlflowException.invalid_parameter_value(
         f"{artifact_uri}: lies beside the sqlite database of another machine. Record to another "
         "experiment of its server with --tracking.experiment"
     )

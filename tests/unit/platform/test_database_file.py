@@ -10,7 +10,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend
+from skillnet_platform.tracking import backend, spool
 from skillnet_platform.tracking.artifact_folder import DatabaseFolderArtifacts
 from skillnet_platform.tracking.backend import require_database
 
@@ -63,8 +63,11 @@ def test_artifacts_are_beside_the_database_of_the_tracker(
         return Path(DatabaseFolderArtifacts(location, tracker).artifact_dir)
 
     assert folder(f"sqlite:///{elsewhere}/mlflow.db") == elsewhere / "mlartifacts"
-    with pytest.raises(MlflowException, match="beside the sqlite database of another machine"):
+    with pytest.raises(
+        MlflowException, match="beside the sqlite database of another machine"
+    ) as caught:
         folder("http://tracker:5000")
+    assert not spool.is_away(caught.value), "the record is refused and does not wait"
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{elsewhere}/mlflow.db")
     assert folder("http://tracker:5000", f"{LOCATION}/run") == elsewhere / "mlartifacts/run"
     monkeypatch.delenv("MLFLOW_BACKEND_STORE_URI")
