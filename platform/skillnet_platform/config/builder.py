@@ -51,7 +51,7 @@ def build_config(
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
     try:
-        return typing.cast(T, _build_validator(cls).validate_python(tree))
+        return typing.cast(T, _build_validator(typing.cast("typing.Hashable", cls)).validate_python(tree))
     except ValidationError as error:
         raise _translate(cls, tree, error, origins or {}) from None
 

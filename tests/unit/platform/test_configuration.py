@@ -232,62 +232,6 @@ def test_words_of_the_command_line_become_values() -> None:
     assert parse("--", "--literal").query == "--literal"
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--model.dmi", "3"], ["'model.dmi'", "did you mean 'model.dim'"]),
-        (["--dim", "3"], ["'dim'", "did you mean 'model.dim'"]),
-        (["--parts.a.batc", "4"], ["'parts.a.batc'", "did you mean 'parts.a.batch'"]),
-        (["--model.dim", "abc"], ["model.dim", "a whole number", "'abc'"]),
-        (["--model.dim", "2.5"], ["model.dim", "a whole number", "2.5"]),
-        (["--parts.a.batch", "q"], ["parts.a.batch", "a whole number", "'q'"]),
-        (["--precision", "fp7"], ["precision", "auto, bf16", "'fp7'"]),
-        (["--model.tubelet", "[1, 2]"], ["model.tubelet", "a list of 3", "[1, 2]"]),
-        (["--parts.b.batch", "3"], ["parts.b", "corpus"]),
-        (["--parts", "3"], ["parts", "keys and values", "3"]),
-        (["--lr"], ["--lr needs a value"]),
-        (["--lr", "true"], ["lr", "a number", "true"]),
-        (["--lr.x", "1"], ["'lr.x'"]),
-        (["one", "two"], ["'two'"]),
-        (["--config", "absent.yaml"], ["absent.yaml", "neither a file nor a preset"]),
-    ],
-)
-def test_a_mistake_is_named(argv: list[str], expected: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        parse(*argv)
-    message = str(caught.value)
-    assert all(part in message for part in expected), message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("model: {dmi: 3}", ["unknown key 'model.dmi'", "did you mean 'model.dim'"]),
-        ("lrate: 1", ["unknown key 'lrate'"]),
-        ("model: {dim: wide}", ["model.dim", "a whole number", "'wide'"]),
-        (
-            "model: {tasks: {text_to_code: {towers: {query: {skill: [general]}}}}}",
-            ["did you mean 'model.tasks.text_to_code.towers.query.skills'"],
-        ),
-        ("model: [", ["not valid YAML", "line 1"]),
-        ("[1, 2]", ["expected keys and values", "a list"]),
-        ("!!python/object/apply:os.getcwd []", ["not valid YAML"]),
-    ],
-)
-def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected: list[str]) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError) as caught:
-        parse("--config", str(file))
-    assert all(part in str(caught.value) for part in [str(file), *expected]), str(caught.value)
-
-
-def test_what_the_dataclass_says_passes_through() -> None:
-    with pytest.raises(ValueError, match=r"model\.dim 192 must divide by model\.num_heads 5"):
-        parse("--model.num_heads", "5")
-
-
 def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     made = parse("--model.dim", "64", "--parts.b.corpus", "x", "--name", "名字")
     file = tmp_path / "resolved.yaml"

@@ -291,8 +291,6 @@ def test_plain_and_relative_scores() -> None:
         )
     with pytest.raises(UserError, match="did you mean 'text_to_image'"):
         ScoreConfig(tasks=["text_to_imag"]).check(["text_to_image"])
-    with pytest.raises(UserError, match="must not choose settings on a test split"):
-        ScoreConfig(split="test")
 
 
 # -- each configuration once ---------------------------------------------------------------

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.predict import PredictConfig, clue_lines
+from pipelines.predict import clue_lines
 from pipelines.serving.inputs import InputRow, read_input_rows
 from pipelines.serving.predictor import TaskPrediction
 from skillnet_platform.errors import UserError
@@ -87,8 +87,3 @@ def test_a_file_without_usable_rows_gives_one_message(
     (tmp_path / "test.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_input_rows(tmp_path / "test.json", None, clue=True)
-
-
-def test_the_clue_format_requires_one_file() -> None:
-    with pytest.raises(UserError, match="exactly one test file"):
-        PredictConfig(format="clue", text="一")

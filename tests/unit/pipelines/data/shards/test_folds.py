@@ -162,10 +162,3 @@ def test_folds_that_cannot_be_made_are_rejected(data: Path) -> None:
     with pytest.raises(UserError, match=r"fold\.count: fold .* no rows in the split"):
         for number in range(100):
             open_fold(corpus, FoldConfig(100, number))
-    for values, message in (
-        ({"count": 1}, "1 fold leaves no row"),
-        ({"count": 3, "number": 3}, "not one of 3 folds"),
-        ({"reserve_part": True}, "need folds"),
-    ):
-        with pytest.raises(UserError, match=message):
-            FoldConfig(**values)  # type: ignore[arg-type]

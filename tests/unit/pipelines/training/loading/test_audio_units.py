@@ -81,11 +81,6 @@ def test_too_few_stacks_for_the_units_are_rejected(corpus: PreparedCorpus) -> No
         find_sound_units(corpus, ("train",), STACK, 1_000_000)
 
 
-def test_negative_number_of_units_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"model\.sound_units must be from 0 to \d+, got -1"):
-        SkillNetConfig(sound_units=-1)
-
-
 def test_units_do_not_depend_on_the_location_of_shards(
     corpus: PreparedCorpus, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -154,18 +153,6 @@ def test_warmup_is_a_fraction_of_the_steps() -> None:
     assert rate(0, 0.0) == 1.0
     # 1 is no number of steps.
     assert rate(49, 1.0) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"warmup_fraction": 10}, "training.warmup_fraction: expected a number from 0 to 1"),
-        ({"warmup_fraction": -0.1}, "from 0 to 1, got -0.1"),
-    ],
-)
-def test_invalid_warmup_names_key_and_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainingConfig(**values)
 
 
 def test_all_parameters_get_the_learning_rate_of_the_step() -> None:
