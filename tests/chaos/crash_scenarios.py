@@ -303,7 +303,7 @@ def registry_violations(root: Path) -> list[str]:
     found = []
     versions = query(root, "select version, status, storage_location from model_versions")
     for version, status, location in versions:
-        folder = Path(str(location).removeprefix("file://"))
+        folder = root / str(location).removeprefix("database-folder:/")
         if status != "READY":
             found.append(f"version {version} is {status}")
             continue

@@ -1,5 +1,6 @@
 """Runs in a tracker, for tests of what is recorded there."""
 
+from pathlib import Path
 from typing import Any
 
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
@@ -13,6 +14,14 @@ def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
 def run_of(tracker: Tracker) -> Any:
     """The run as the tracker has it."""
     return backend.create_client(tracker.uri).get_run(tracker.run_id)
+
+
+def artifacts_of(tracker: Tracker) -> Path:
+    """The folder of the run's artifacts on this machine."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    location = run_of(tracker).info.artifact_uri
+    return Path(get_artifact_repository(location, str(tracker.uri)).artifact_dir)
 
 
 def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:

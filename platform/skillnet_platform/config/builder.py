@@ -50,8 +50,9 @@ def build_config(
         raise UserError(f"{absent} is missing")
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
+    validator = _build_validator(cls)  # type: ignore[arg-type]  # a class can be hashed
     try:
-        return typing.cast(T, _build_validator(typing.cast("typing.Hashable", cls)).validate_python(tree))
+        return typing.cast(T, validator.validate_python(tree))
     except ValidationError as error:
         raise _translate(cls, tree, error, origins or {}) from None
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
-from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import create_engine
 
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend, database_uri
 from tests.helpers.ports import free_port
-from tests.helpers.tracked_runs import history, run_of, where
+from tests.helpers.tracked_runs import artifacts_of, history, run_of, where
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,7 +77,7 @@ def test_a_run_records_what_made_it() -> None:
     assert manifest["digest"].startswith(given.dataset.digest)  # type: ignore[attr-defined]
     assert json.loads(given.dataset.profile)["rows"] == {"train": 7}
     assert run.data.tags["corpus.headings"] == manifest["digest"]
-    kept = Path(run.info.artifact_uri.removeprefix("file://"))
+    kept = artifacts_of(tracker)
     assert json.loads((kept / "evaluation/headings.json").read_text()) == {"confusion": [[1, 2]]}
     assert "steps: 10" in (kept / "config.yaml").read_text()
 
@@ -90,7 +89,7 @@ def test_a_figure_is_kept_as_a_picture() -> None:
     figure.subplots().plot([1, 2])
     with tracking.start_run("figure", None, where()) as tracker:
         tracker.figure(figure, "plots/loss.png")
-    kept = Path(run_of(tracker).info.artifact_uri.removeprefix("file://")) / "plots/loss.png"
+    kept = artifacts_of(tracker) / "plots/loss.png"
     assert kept.read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,7 +177,7 @@ def test_a_resumed_run_continues_and_says_what_changed() -> None:
 def test_a_resumed_run_removes_what_a_killed_upload_left() -> None:
     with tracking.start_run("first", None, where()) as first:
         first.text("whole", "folder/kept.txt")
-    folder = Path(local_file_uri_to_path(run_of(first).info.artifact_uri)) / "folder"
+    folder = artifacts_of(first) / "folder"
     # As a kill does it: MLflow has written its own file and not renamed it.
     staging, partial, _ = LocalArtifactRepository(str(folder))._create_staging_artifact("lost.txt")
     os.close(staging)
