@@ -19,7 +19,12 @@ from pathlib import PurePath
 from typing import IO, Any
 
 from skillnet_platform.secret_uri import redact_secrets
-from skillnet_platform.terminal_text import escape_controls, escape_line, escape_log
+from skillnet_platform.terminal_text import NO_BREAK_SPACE, escape_controls, escape_line, escape_log
+
+#: Columns of a terminal for the bar, the counts, the rate and the remaining time.
+COLUMNS_OF_NUMBERS = 60
+#: Columns of the shortest label.
+LEAST_LABEL = 12
 
 SECONDS_BETWEEN_LINES = 10.0
 #: Seconds after which a rate is shown.
@@ -289,11 +294,58 @@ def show_progress(
         if state.done > state.first and state._printed != (state.done, state.words):
             state._print_lines()
         return
-    from skillnet_platform.progress_bar import TerminalBar
-
-    with TerminalBar(escape_line(label), total, done) as bar:
+    with _open_bar(escape_line(label), total, done) as bar:
         state._bar = bar
         yield state
+
+
+def _open_bar(label: str, total: int | None, done: int) -> Any:
+    """Return a bar with step, rate and remaining time; losses or file names are below it.
+
+    The numbers must stay visible on every terminal, so a long label and the bar give way to them.
+
+    Args:
+        label: activity, without control characters.
+        total: number of units; ``None`` if unknown.
+        done: units of an earlier run.
+    """
+    # `skillnet --help` draws no bar, and importing rich takes longer than it.
+    from rich import progress
+    from rich.console import Console, RenderableType
+    from rich.table import Column
+    from rich.text import Text
+
+    from skillnet_platform.table_layout import wrap_words
+
+    class TerminalBar(progress.Progress):
+        words = ""
+
+        def show(self, done: int, speed: str, words: str) -> None:
+            self.words = words
+            self.update(number, completed=done, speed=speed)
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            if self.words:
+                # A line ends between two losses, not between a task and its loss.
+                phrases = (part.replace(" ", NO_BREAK_SPACE) for part in self.words.split(", "))
+                for line in wrap_words(", ".join(phrases), self.console.width):
+                    yield Text(line, no_wrap=True, overflow="ellipsis")
+
+    screen = Console(stderr=True)
+    room = max(screen.width - COLUMNS_OF_NUMBERS, LEAST_LABEL)
+    label_column = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+    bar = TerminalBar(
+        # Brackets in the name of a file are no markup.
+        progress.TextColumn("{task.description}", markup=False, table_column=label_column),
+        progress.BarColumn(None, table_column=Column(ratio=1)),
+        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        # Rich forgets steps after 30 s, so slow runs would have no remaining time.
+        progress.TextColumn("{task.fields[speed]}", markup=False),
+        console=screen,
+    )
+    number = bar.add_task(label, total=total, completed=done, speed="")
+    return bar
 
 
 def format_minutes(seconds: float) -> str:

@@ -50,9 +50,8 @@ def build_config(
         raise UserError(f"{absent} is missing")
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
-    validator = _build_validator(cls)  # type: ignore[arg-type]  # a class can be hashed
     try:
-        return typing.cast(T, validator.validate_python(tree))
+        return typing.cast(T, _build_validator(typing.cast(type, cls)).validate_python(tree))
     except ValidationError as error:
         raise _translate(cls, tree, error, origins or {}) from None
 
@@ -116,21 +115,26 @@ def _translate(
 ) -> ValueError:
     """Return the first error of pydantic in our words: KEY: expected TYPE, got VALUE."""
     first, key = error.errors(include_url=False)[0], ""
+    raised = first.get("ctx", {}).get("error")
     for part in first["loc"]:
         below = type_below(hint, part)
-        # The rest of the place is an item of a list, or names an alternative of a union.
-        if below is None or (isinstance(part, int) and child_types(below) is None):
+        # The rest of the place names an alternative of a union.
+        if below is None:
+            break
+        # A list is described as a whole.
+        if isinstance(part, int) and raised is None and child_types(below) is None:
             break
         hint, value, key = below, value[part], join_key(key, part)
-    raised = first.get("ctx", {}).get("error")
     if raised is None:
         source = f"{origins[key]}: " if key in origins else ""
         return UserError(
             f"{source}{key}: expected {describe_type(hint)}, got {format_value(value)}"
         )
+    # A message about a part of a plain value begins with the part.
+    if str(raised).startswith((".", "[", ":")):
+        return UserError(f"{key}{raised}")
     # A nested dataclass does not know its place in the tree.
     if not key or key.rpartition(".")[2] in str(raised):
         return typing.cast(ValueError, raised)
     kind = UserError if isinstance(raised, UserError) else ValueError
-    # A message about a part of a plain value begins with the part.
-    return kind(f"{key}{'' if str(raised)[0] in '.[:' else ': '}{raised}")
+    return kind(f"{key}: {raised}")

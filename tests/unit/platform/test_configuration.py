@@ -11,6 +11,7 @@ from skillnet.config import SkillNetConfig
 from skillnet_platform import config, console
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
 
@@ -414,3 +415,14 @@ def test_names_of_entries_may_have_dots(name: str) -> None:
 def test_a_wrong_key_of_an_entry_with_dots_is_named() -> None:
     with pytest.raises(UserError, match=r"did you mean 'space.training.lr.loguniform'"):
         config.parse_config(SearchedRun, ["--space.training.lr.loguniforn", "1,2"], "test")
+
+
+def test_values_keep_their_kind_on_the_way_into_a_dataclass() -> None:
+    """A worker gets the configuration with its secrets; a file may have undecodable bytes."""
+    secret = SecretUri("s3://user:word@host/place")
+    made = config.build_config(Example, {"name": secret, "sizes": (3, 4), "lr": 1})
+    assert made.name is secret
+    assert (made.sizes, made.lr, type(made.lr)) == ([3, 4], 1.0, float)
+    assert config.build_config(Example, {"name": "\udcff"}).name == "\udcff"
+    with pytest.raises(UserError, match="sizes: expected a list, each a whole number"):
+        config.build_config(Example, {"sizes": {3}})
