@@ -4,16 +4,14 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-FILES = sorted(set(re.findall(r"`([\w./-]+/[\w./-]*)`", PAGE)))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_named_file_exists(name: str) -> None:
-    assert (ROOT / name).exists()
+def test_the_files_that_the_page_names_exist() -> None:
+    names = set(re.findall(r"`([\w./-]+/[\w./-]*)`", PAGE))
+    assert len(names) > 20
+    assert sorted(name for name in names if not (ROOT / name).exists()) == []
 
 
 def test_each_flow_lists_its_files_in_order() -> None:
