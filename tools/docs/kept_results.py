@@ -16,7 +16,7 @@ def keep(source: Path, names: Iterable[str], target: Path) -> None:
 
     Args:
         source: the folder of the run or sweep.
-        names: of files; pictures are copied as they are, all else is text.
+        names: identifiers of files; pictures are copied as they are, all else is text.
         target: the folder to write, made if it is missing.
 
     Raises:

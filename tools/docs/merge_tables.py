@@ -35,7 +35,7 @@ def merge_page_text(folder: Path) -> str:
     """Return the text between the marks of the page.
 
     Args:
-        folder: of a demonstration.
+        folder: directory of a demonstration.
     """
     scores, summary = rows_of(folder / SCORES), rows_of(folder / SUMMARY)
     old = {row["task"] for row in scores if row["arm"] == BASE}

@@ -93,7 +93,7 @@ def combine_intervals(rows: Rows) -> tuple[float, float]:
     result is cautious. Bounds are NaN if a run has no interval over its units, or with one seed.
 
     Args:
-        rows: of the CSV, one figure per seed with its interval over units. All are shares.
+        rows: records of the CSV, one figure per seed with its interval over units. All are shares.
     """
     values, lows, highs = (
         np.array([float(row[key] or "nan") for row in rows]) for key in ("value", "low", "high")
@@ -113,7 +113,7 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
     """Return a Markdown table with chance, the simple baseline and SkillNet, in per cent.
 
     Args:
-        rows: of the CSV.
+        rows: parsed lines of the CSV.
         keys: (task, split, metric) of the lines; a line without a SkillNet figure is left out.
     """
     found: dict[RowKey, dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
@@ -162,7 +162,7 @@ def page_text(rows: Rows, csv_name: str) -> str:
     """Return the text between the results marks of docs/results/quickstart.md.
 
     Args:
-        rows: of the CSV.
+        rows: parsed lines of the CSV.
         csv_name: file name of that CSV below ``benchmarks/results``.
     """
     first = next(row for row in rows if row["system"] == "skillnet")

@@ -22,7 +22,7 @@ def execute_notebook(path: Path) -> Any:
     """Return the notebook with the outputs of a fresh execution.
 
     Args:
-        path: of the notebook, which stays as it is.
+        path: location of the notebook, which stays as it is.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raises.

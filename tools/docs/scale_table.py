@@ -38,8 +38,8 @@ class Plan:
     """A corpus at its full size.
 
     Args:
-        name: of the corpus.
-        kind: of its rows.
+        name: folder of the corpus below the prepared corpora.
+        kind: category of its rows.
         rows: how many.
         source: bytes of a row's file.
         units: seconds of sound or frames in a row; 1 for the others.

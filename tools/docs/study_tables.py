@@ -118,7 +118,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
     """Return the report of a block; None if a study is not complete or its reserve is closed.
 
     Args:
-        block: of a page.
+        block: tables and studies of a page.
         results: directory of the kept studies.
     """
     folders = [results / name for name in block.studies]
@@ -154,7 +154,7 @@ def select_runs(runs: Sequence[FinishedRun], systems: Sequence[str]) -> list[Fin
     """Return the runs of some systems on the folds and seeds that all of them have.
 
     Args:
-        runs: of several studies.
+        runs: finished runs of several studies.
         systems: labels.
     """
     common = find_common_replicates(runs, systems)
@@ -165,7 +165,7 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     """Return the text between the marks of a block.
 
     Args:
-        block: of a page.
+        block: tables and studies of a page.
         results: directory of the kept studies.
     """
     report = build_block_report(block, results)

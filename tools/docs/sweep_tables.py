@@ -65,7 +65,7 @@ def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
     """Markdown: a line a configuration, best first; scores in per cent, over seeds.
 
     Args:
-        rows: of the trials; those that did not finish do not count.
+        rows: records of the trials; those that did not finish do not count.
         keys: columns of settings.
         plain: key -> value where a configuration leaves it as the run has it.
     """
@@ -150,7 +150,7 @@ def draw(folder: Path) -> None:
     """Draw the plot of a kept sweep again, as ``skillnet sweep`` draws it.
 
     Args:
-        folder: of the kept sweep; its ``trials.csv`` and ``sweep.yaml`` suffice.
+        folder: directory of the kept sweep; its ``trials.csv`` and ``sweep.yaml`` suffice.
     """
     from sweeps.search.ranking import draw_ranking_figure, rank_configurations
     from sweeps.trials.trial import TrialOutcome

@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.style.names import PACKAGES, comment_shares, find_bad_names, missing_sections
+from tools.style.names import (
+    PACKAGES,
+    comment_shares,
+    find_bad_names,
+    find_empty_entries,
+    missing_sections,
+)
 from tools.style.words import find_banned_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +32,7 @@ def main(argv: list[str]) -> int:
     files = tracked_files()
     modules = [name for name in files if name.startswith(tuple(f"{p}/" for p in PACKAGES))]
     findings = [*find_banned_words(ROOT, files), *find_bad_names(ROOT, modules)]
+    findings += find_empty_entries(ROOT, files)
     if "--sections" in argv:
         findings += missing_sections(ROOT, modules)
     chosen = [f for f in findings if not paths or any(f.startswith(p) for p in paths)]

@@ -1,4 +1,7 @@
-"""Public names: unique in the repository, and of two words unless they are terms of the field."""
+"""Public names and the entries that describe them.
+
+Names are unique in the repository, and have two words unless they are terms of the field.
+"""
 
 import ast
 import re
@@ -18,13 +21,18 @@ TERMS = {
     *("Trial", "Tracker", "Finding", "Outputs", "Batch", "Tokens", "Row", "Terminated"),
 }
 
+#: Words that an entry of ``Args`` needs beside its noun.
+ARTICLES = {"a", "an", "the", "its", "this"}
+_SECTION = re.compile(r"^(?:Args|Attributes):\n((?: .*\n?|\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\*{0,2}\w[\w, *]*): (.*)$", re.MULTILINE)
+
 
 class PublicName(NamedTuple):
     """A function or class at the top level of a module.
 
     Attributes:
-        path: of the module, relative to the repository.
-        line: of its definition.
+        path: location of the module, relative to the repository.
+        line: number of the line that defines it, from 1.
         name: without the module.
         is_class: whether it is a class.
     """
@@ -83,6 +91,27 @@ def comment_shares(root: Path, files: list[str]) -> dict[str, float]:
                 comments += sum(1 for line in text if re.search(r"(^\s*|\s\s)#:? ?\S", line))
         shares[package] = comments / max(lines, 1)
     return shares
+
+
+def find_empty_entries(root: Path, files: list[str]) -> Iterator[str]:
+    """Yield one line for each entry of ``Args`` or ``Attributes`` that says no more than its name.
+
+    An entry is a noun phrase: "rank: index of this process, from 0", and neither "rank: of this
+    process" nor "rank: the rank".
+    """
+    for path in files:
+        if not path.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            for section in _SECTION.findall(text):
+                for name, entry in _ENTRY.findall(section):
+                    words = set(re.findall(r"\w+", entry.lower())) - ARTICLES
+                    named = set(re.split(r"[_\W]+", name.lower()))
+                    if entry.startswith("of ") or words <= named:
+                        yield f"{path}:{node.lineno}: {node.name}: {name}: {entry}"
 
 
 def missing_sections(root: Path, files: list[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools.style.check import ROOT, tracked_files
-from tools.style.names import PACKAGES, comment_shares, find_bad_names
+from tools.style.names import PACKAGES, comment_shares, find_bad_names, find_empty_entries
 from tools.style.words import find_banned_words
 
 FILES = tracked_files()
@@ -18,6 +18,10 @@ def test_no_banned_word_is_used() -> None:
 
 def test_public_names_are_unique_and_have_two_words() -> None:
     assert list(find_bad_names(ROOT, MODULES)) == []
+
+
+def test_entries_of_arguments_say_more_than_their_names() -> None:
+    assert list(find_empty_entries(ROOT, FILES)) == []
 
 
 def test_comments_are_frequent_enough() -> None:
@@ -58,6 +62,30 @@ def test_one_word_names_are_found(tmp_path: Path, source: str, finding: str) -> 
     (tmp_path / "module.py").write_text(source, encoding="utf-8")
     found = "\n".join(find_bad_names(tmp_path, ["module.py"]))
     assert (finding in found) if finding else found == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_empty"),
+    [
+        ("rank: of this process.", True),
+        ("rank: the rank.", True),
+        ("run_id: its run ID.", True),
+        ("**options: of the library.", True),
+        ("rank: index of this process, from 0.", False),
+        ("path: file to read.", False),
+        ("offset: often 0.", False),
+    ],
+)
+@pytest.mark.parametrize(
+    "place", ["def load_model(x):", "class CorpusJob:", "class A:\n  def b(self):"]
+)
+def test_empty_entries_are_found(tmp_path: Path, place: str, entry: str, is_empty: bool) -> None:
+    section = "Attributes" if "Job" in place else "Args"
+    lines = ["Do.", "", f"{section}:", "    x: number.", f"    {entry}", "", "Returns:"]
+    text = f'{place}\n"""' + "\n".join([*lines, "    of no use.", '"""'])
+    text = text.replace("\n", "\n" + " " * 8)
+    (tmp_path / "module.py").write_text(text, encoding="utf-8")
+    assert len(list(find_empty_entries(tmp_path, ["module.py"]))) == is_empty
 
 
 def test_repeated_names_are_found(tmp_path: Path) -> None:
