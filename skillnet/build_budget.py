@@ -47,7 +47,7 @@ def limit_weights(weights: int) -> Iterator[None]:
     """Stop building modules inside the block when they have more weights than a saved model.
 
     Args:
-        weights: of the saved model; see :func:`count_saved_weights`.
+        weights: number of elements of the saved model; see :func:`count_saved_weights`.
 
     Raises:
         ValueError: more weights, or an excessive number of modules without weights.

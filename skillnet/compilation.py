@@ -35,7 +35,7 @@ class PlanCompiler:
 
     Args:
         report: receives one line per plan that cannot be compiled: its skills, and the reason.
-        backend: of ``torch.compile``.
+        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class PlanCompiler:
             x_BTD: tokens; see :func:`pad_tokens`.
             skills: active skills, sorted.
             *rest: further inputs, tensors or None.
-            kind: of the module. Modules of one kind differ in values only, and share their graphs.
+            kind: class of the module. Modules of one kind differ in values only, and share their
+                graphs.
 
         Returns:
             None if the plan cannot be compiled.

@@ -80,7 +80,7 @@ class EncoderLayer(nn.Module):
         Args:
             x_BTD: tokens.
             skills: active skills, sorted.
-            bias_B11T: of the attention scores; None if all tokens are real.
+            bias_B11T: number added to the attention scores; None if all tokens are real.
             draw: rows that compute the branches, see :func:`draw_kept_rows`; None means all.
         """
         if self.gather_weights is None:
@@ -127,7 +127,7 @@ class EncoderLayer(nn.Module):
         """Return the input of a branch, normalized in a pre-norm layer.
 
         Args:
-            norm: of the branch.
+            norm: normalization of the branch.
             x_BTD: tokens.
         """
         if self.is_post_norm:

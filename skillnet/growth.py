@@ -15,7 +15,7 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> Skill
 
     Args:
         model: a trained model; existing tensors are not changed.
-        name: of the new skill.
+        name: key of the new skill in ``model.skills``.
         init_from: existing skill to copy; None draws random weights.
 
     Returns:
@@ -43,7 +43,7 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
 
     Args:
         model: a trained model; existing tensors are not changed.
-        name: of the new task.
+        name: key of the new task in ``model.tasks``.
         task: objective and plans, over existing skills.
 
     Returns:
@@ -97,7 +97,7 @@ def remove_task(model: TaskModel, name: str) -> TaskModel:
 
     Args:
         model: any system.
-        name: of the task.
+        name: key of the task in ``model.tasks``.
 
     Returns:
         The same model.

@@ -63,7 +63,7 @@ class TaskHead(nn.Module):
 
     Args:
         config: sizes of the model.
-        task: of the head; gives the number of outputs.
+        task: task that the head belongs to; gives the number of outputs.
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
@@ -99,7 +99,7 @@ class TaskHead(nn.Module):
         """Return the loss of this rank's rows: a sum over rows, divided by the global number.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
             inputs: targets and global batch.
         """
         raise NotImplementedError
@@ -110,8 +110,8 @@ class TaskHead(nn.Module):
 
         Args:
             config: sizes of the model.
-            task: of the head.
-            tokens: of the row.
+            task: task that the head belongs to.
+            tokens: number of tokens of the row.
         """
         return task.outputs
 
@@ -121,9 +121,9 @@ class TaskHead(nn.Module):
 
         Args:
             config: sizes of the model.
-            task: of the head.
+            task: task that the head belongs to.
             tower: name of the tower.
-            tokens: of the row.
+            tokens: number of tokens of the row.
         """
         return 2 * config.dim * cls.count_outputs(config, task, tokens)
 
@@ -132,7 +132,7 @@ class TaskHead(nn.Module):
         """Return valid targets without a meaning, to measure the memory of a step.
 
         Args:
-            task: of the head.
+            task: task that the head belongs to.
             rows: number of rows.
         """
         return {"labels": torch.zeros(rows, dtype=torch.long)}
@@ -142,7 +142,7 @@ class TaskHead(nn.Module):
         """Return predictions (B, outputs) from the outputs of :meth:`run`.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
         """
         raise NotImplementedError(f"{cls.__name__} has no predictions per row")
 

@@ -96,7 +96,7 @@ def count_linear_flops(config: SkillNetConfig, modality: str) -> int:
 
     Args:
         config: sizes of the model.
-        modality: of the tower.
+        modality: medium of the tower.
     """
     inputs = 3 * find_grid_side(config.image_size) ** 2 if modality == "image" else config.dim
     return 2 * inputs * config.embedding_dim

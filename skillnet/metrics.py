@@ -257,7 +257,7 @@ def bootstrap_interval(
         values: one row per example, (N,) or (N, k).
         statistic: maps rows to a number: ``np.mean`` of hits, :func:`median_rank`,
             :func:`ratio_of_sums` of :func:`error_counts`, :func:`macro_f1_of_rows`.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: start of the random numbers of the resampling; the same seed gives the same interval.
         samples: number of resamples.
         level: share of resamples between the bounds.
         clusters: (N,) labels. Rows of one cluster (a speaker, a package) are drawn together, which

@@ -95,7 +95,7 @@ class SkillNet(TaskModel):
 
         Args:
             report: receives a line for each plan that cannot be compiled.
-            backend: of ``torch.compile``.
+            backend: compiler that ``torch.compile`` uses, such as ``inductor``.
         """
 
         def report_plan(skills: Skills, cause: str) -> None:

@@ -43,11 +43,11 @@ class MergeParent:
 
     Args:
         name: for messages.
-        folder: of the saved model.
+        folder: directory of the saved model.
         config: shape, skills and tasks, with the new names.
-        vocabulary: of the model, with the new names of tasks.
+        vocabulary: tokenizer digest and output names of the model, with the new names of tasks.
         sources: file of the merged model -> (file of this model, old name, new name).
-        manifest: of the saved model.
+        manifest: parsed ``manifest.json`` of the saved model.
     """
 
     name: str
@@ -78,7 +78,7 @@ class MergePlan:
 
     Args:
         config: shape, skills and tasks.
-        vocabulary: of all tasks.
+        vocabulary: tokenizer digest and output names of all tasks.
         origins: file -> the parents that have it.
         averaged: files whose weights differ between the parents and are averaged.
     """
@@ -98,7 +98,7 @@ def read_parent(folder: Path, name: str, renames: Mapping[str, str] | None = Non
     """Read the configuration and the hashes of a saved model.
 
     Args:
-        folder: of the saved model.
+        folder: directory of the saved model.
         name: for messages.
         renames: old name -> new name of skills and tasks of this model.
 
@@ -268,7 +268,7 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
     """Write the merged model. Files of the parents are copied, not computed again.
 
     Args:
-        plan: of :func:`plan_merge`.
+        plan: result of :func:`plan_merge`.
         target: directory to write; an older model there is replaced at once.
         **record: entries of the manifest, such as the parents.
 

@@ -284,7 +284,7 @@ class TaskModel(RawInputModel, nn.Module):
 
         Args:
             task: a task with names in :attr:`vocabulary`.
-            names: of its outputs, in the new order.
+            names: identifiers of its outputs, in the new order.
 
         Raises:
             ValueError: these are not the names of the task's outputs.

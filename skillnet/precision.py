@@ -63,7 +63,8 @@ def find_device(weights: Iterable[Tensor]) -> torch.device:
     """Return where a model computes: the GPU that has some of its weights, else the CPU.
 
     Args:
-        weights: of the model. Training may keep those of other tasks in the host's memory.
+        weights: parameters of the model. Training may keep those of other tasks in the host's
+            memory.
     """
     devices = (weight.device for weight in weights)
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

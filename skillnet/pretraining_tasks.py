@@ -29,7 +29,7 @@ def pretrained_modalities(name: str, task: Task) -> frozenset[Modality]:
     Masked modelling, pairs within one modality and ``pairs_code`` are self-supervised.
 
     Args:
-        name: of the task.
+        name: key of the task in ``model.tasks``.
         task: its objective and towers.
     """
     modalities = frozenset(plan.modality for plan in task.towers.values())

@@ -120,8 +120,9 @@ class RawInputModel:
         """Return the best class of each input, with its probability and the next ones.
 
         Args:
-            inputs: of the modality that the task reads: texts, or media as in ``encode_image`` and
-                the like. Without ``task``, a text that names a file is refused.
+            inputs: raw values of the modality that the task reads: texts, or media as in
+                ``encode_image`` and the like. Without ``task``, a text that names a file is
+                refused.
             task: a classification task; None takes the only one.
             top: number of classes that are listed.
 
@@ -144,7 +145,8 @@ class RawInputModel:
 
         Args:
             repository: ``owner/name``; created if it does not exist.
-            **options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as ``private``.
+            **options: further arguments of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as
+                ``private``.
 
         Returns:
             URL of the commit.

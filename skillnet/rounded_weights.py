@@ -41,7 +41,7 @@ class StepMerges:
         """Return a merged weight.
 
         Args:
-            owner: of the weights.
+            owner: object that keeps the memory of the weights.
             skills: active skills.
             dtype: type of the result.
             merge: merges the weights of the owner for several plans.

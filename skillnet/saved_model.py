@@ -77,9 +77,9 @@ def require_output_names(folder: Path, config: SkillNetConfig, vocabulary: Model
     """Require as many names as outputs for each named task of a saved model.
 
     Args:
-        folder: of the model, for the message.
-        config: of the model.
-        vocabulary: of the model.
+        folder: directory of the model, for the message.
+        config: settings of the model.
+        vocabulary: tokenizer digest and output names of the model.
 
     Raises:
         ValueError: a task has another number of names.
@@ -96,9 +96,9 @@ def require_saved_shapes(folder: Path, model: SavableModel, manifest: dict[str, 
     """Require that the headers of a model's files name its weights and shapes.
 
     Args:
-        folder: of the saved model.
+        folder: directory of the saved model.
         model: built from its configuration; its weights are not read.
-        manifest: of the folder.
+        manifest: parsed ``manifest.json`` of the folder.
 
     Raises:
         ValueError: a weight is missing, unknown, or has another shape.

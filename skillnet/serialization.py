@@ -47,7 +47,7 @@ def load_tensors(
     """Read the tensors of a safetensors file.
 
     Args:
-        path: of the file.
+        path: file to read.
         device: where to load them.
         drops_integers: leave out integers and flags, which libraries save as buffers.
 
@@ -232,7 +232,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     Args:
         tensors: name -> tensor, contiguous and on the host.
-        path: of the file; replaced if it exists.
+        path: location of the file; replaced if it exists.
     """
     # safetensors makes a private file, and renames it.
     path.unlink(missing_ok=True)
@@ -306,7 +306,7 @@ def check_inside(manifest: Path | str, name: str, deep: bool = False) -> None:
 
     Args:
         manifest: path of the manifest, for the message.
-        name: of the file.
+        name: file, relative to its folder.
         deep: accept files in subdirectories.
     """
     parts = name.split("/")
@@ -320,7 +320,7 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
 
     Args:
         folder: directory of the saved model.
-        name: of the file.
+        name: file, relative to its folder.
         manifest: from :func:`read_manifest`.
 
     Returns:

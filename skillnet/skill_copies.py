@@ -32,7 +32,7 @@ def copy_to_skills(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """Return initial weights of a SkillNet whose skills are all copies of a dense model.
 
     Args:
-        weights: of the dense model, whose only skill is ``dense``.
+        weights: tensors of the dense model, whose only skill is ``dense``.
         model: the SkillNet.
 
     Returns:
@@ -72,7 +72,7 @@ def is_difference(name: str) -> bool:
     """Return whether a parameter is a factor of a low-rank difference, which starts at zero.
 
     Args:
-        name: of the parameter.
+        name: dotted path of the parameter in the module.
     """
     return name.split(".")[-2:-1] in (["left"], ["right"])
 
@@ -114,9 +114,9 @@ def separate_skills(
 
     Args:
         model: a SkillNet; its feed-forward weights are changed in place.
-        groups: of equal skills.
+        groups: names of equal skills.
         noise: standard deviation, relative to that of a weight's values.
-        seed: of the noise.
+        seed: start of the random numbers of the noise.
 
     Returns:
         The changed skills.

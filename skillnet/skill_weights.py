@@ -25,7 +25,7 @@ def find_weight_skill(name: str) -> str | None:
     """Return the skill that a parameter belongs to, ``shared`` for a layer without skills.
 
     Args:
-        name: of a parameter; None is returned if it is no weight of a skill.
+        name: identifier of a parameter; None is returned if it is no weight of a skill.
     """
     container, _, skill = name.rpartition(".")
     return skill if container.rpartition(".")[2] in _CONTAINERS else None
@@ -36,7 +36,7 @@ def require_unused_name(container: nn.Module, name: str, what: str) -> None:
 
     Args:
         container: module that gets the new entry.
-        name: of the new skill or task.
+        name: key of the new skill or task in the model's configuration.
         what: ``skill`` or ``task``, for the message.
     """
     if hasattr(container, name):
@@ -48,12 +48,12 @@ class SkillWeights(nn.Module):
 
     Args:
         skills: names of the skills.
-        *shape: of the weight of each skill.
+        *shape: size of each skill's weight.
         std: standard deviation of the initial values; 0 gives all of them the value ``mean``.
         axis: None merges by the mean; 0 or 1 merges by concatenation along this axis.
         scale_by_count: divide a concatenation by the number of active skills.
-        rank: of the differences to ``general``; 0 gives every skill a whole weight. Vectors are
-            always whole, and those of a new skill start as a copy.
+        rank: columns of A in the differences to ``general``; 0 gives every skill a whole weight.
+            Vectors are always whole, and those of a new skill start as a copy.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SkillWeights(nn.Module):
         """Add a skill with random weights, or with a copy of another skill's weights.
 
         Args:
-            name: of the new skill.
+            name: key of the new skill in ``model.skills``.
             init_from: skill to copy; None draws random weights. A low-rank skill equals ``general``
                 then.
 
@@ -157,7 +157,7 @@ class SkillWeights(nn.Module):
         """Return the whole weight of a skill.
 
         Args:
-            name: of the skill.
+            name: key of the skill in ``model.skills``.
 
         Raises:
             ValueError: an unknown skill.

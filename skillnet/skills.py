@@ -207,9 +207,9 @@ def name_task(modality: str, annotations: Collection[str]) -> str:
     """Return the name of the task that rows of a corpus are made for: a key of ``known_tasks``.
 
     Args:
-        modality: of the rows.
-        annotations: of the rows: of "labels", "label_sets", "values", "pairs", "captions",
-            "transcripts". Transcripts and captions take precedence over the others.
+        modality: medium of the rows.
+        annotations: targets of the rows, from "labels", "label_sets", "values", "pairs",
+            "captions", "transcripts". Transcripts and captions take precedence over the others.
     """
     if modality == "sound" and "transcripts" in annotations:
         return "speech_recognition"
@@ -283,7 +283,7 @@ def check_plan(plan: SkillPlan, skills: Sequence[str], where: str = "plan") -> N
     """Check that a plan names only existing skills.
 
     Args:
-        plan: the plan.
+        plan: skills that are active, and the modality.
         skills: names of all skills of the model.
         where: configuration key for the message.
 
@@ -300,7 +300,7 @@ def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
     """Return the task of a name.
 
     Args:
-        name: of the task.
+        name: key of the task in ``model.tasks``.
         tasks: name -> task.
 
     Raises:
@@ -315,7 +315,7 @@ def require_outputs(name: str, task: Task) -> None:
     """Check that a task whose outputs have names knows their number.
 
     Args:
-        name: of the task.
+        name: key of the task in ``model.tasks``.
         task: its objective and outputs.
 
     Raises:

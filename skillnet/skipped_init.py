@@ -61,7 +61,7 @@ class SkippedInit(TorchFunctionMode):
 
         Args:
             func: function of torch.
-            types: of its tensors.
+            types: classes of its tensors.
             args: its arguments.
             kwargs: its keyword arguments.
         """
@@ -84,9 +84,9 @@ def draw_truncated_normal(weight: Tensor, std: float, mean: float = 0.0) -> None
     outside of the bounds would take a quarter of the time to load a model.
 
     Args:
-        weight: of any shape.
+        weight: tensor of any shape.
         std: standard deviation before the truncation.
-        mean: mean.
+        mean: center before the truncation.
     """
     if _open_contexts.get():
         if not weight.is_meta:

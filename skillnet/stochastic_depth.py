@@ -27,7 +27,8 @@ class StepRows(NamedTuple):
     """Position of a forward pass in its step.
 
     Args:
-        generator: of the step, on the host; each tower draws from it in turn.
+        generator: source of random numbers of the step, on the host; each tower draws from it in
+            turn.
         total: rows N of all ranks and micro-batches.
         first: position of the first row.
     """
@@ -61,7 +62,7 @@ def place_rows(seed: int, total: int, first: int) -> Iterator[None]:
     """State which rows of a step the forward passes inside the block compute.
 
     Args:
-        seed: of the step, equal on all ranks.
+        seed: start of the random numbers of the step, equal on all ranks.
         total: rows of all ranks and micro-batches.
         first: position of the first row.
     """
@@ -134,7 +135,7 @@ def count_kept_rows(rows: int, drop_path: float) -> int:
     """Return the number of rows that keep a branch: at least one, so that its weights learn.
 
     Args:
-        rows: of the step.
+        rows: number of rows in the step.
         drop_path: probability of dropping a branch of a row.
     """
     return max(round(rows * (1 - drop_path)), 1)

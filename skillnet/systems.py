@@ -158,7 +158,7 @@ def build_system(
     """Build a randomly initialized model of a system.
 
     Args:
-        name: of the system.
+        name: system, such as ``dense``.
         config: configuration of the study.
         options: option name -> value.
 

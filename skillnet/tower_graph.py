@@ -37,7 +37,7 @@ class TowerGraph(nn.Module):
     Args:
         model: with the task.
         task: name of the task.
-        tower: of the task.
+        tower: tower of the task, such as ``query``.
     """
 
     def __init__(self, model: TaskModel, task: str, tower: str) -> None:
@@ -64,11 +64,11 @@ def make_example_batch(
     """Return random inputs of a tower, the first row as long as the model reads.
 
     Args:
-        plan: of the tower.
+        plan: active skills of the tower.
         config: sizes of the inputs.
         rows: B.
-        seed: of the values and lengths.
-        channels: of video frames.
+        seed: start of the random numbers of the values and lengths.
+        channels: numbers per pixel of video frames.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -97,7 +97,7 @@ def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:
     """Trace a tower for any number of rows, and texts of any length up to that of the batch.
 
     Args:
-        graph: of the tower, its model in evaluation mode.
+        graph: traceable module of the tower, its model in evaluation mode.
         batch: inputs of the longest length, at least two rows.
     """
     shapes: list[dict[int, Any]] = []

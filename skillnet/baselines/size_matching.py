@@ -102,7 +102,7 @@ def one_skill(
 
     Args:
         config: configuration of the study.
-        name: of the skill.
+        name: key of the skill in ``model.skills``.
         hidden: feed-forward width.
         layers: depth; None keeps that of the study.
     """

@@ -21,10 +21,10 @@ class CheckpointWeights:
     """Weights of a checkpoint that were not taken yet.
 
     Args:
-        folder: of the checkpoint, for messages.
+        folder: directory of the checkpoint, for messages.
         tensors: name -> weight.
-        prefixes: of the encoder's weights in different classes of the library; the first that
-            occurs is removed.
+        prefixes: beginnings of the encoder's weights in different classes of the library; the first
+            that occurs is removed.
         unused: regular expression of names that no encoder reads: heads, poolers, decoders.
     """
 

@@ -79,7 +79,7 @@ class EncoderFamily:
         """Return all weights under the names of a dense SkillNet, and its settings.
 
         Args:
-            weights: of the checkpoint; all are taken.
+            weights: tensors of the checkpoint; all are taken.
             config: the library's configuration.
 
         Raises:

@@ -74,7 +74,7 @@ def read_library_json(path: Path) -> dict[str, Any]:
     """Read a file of keys and values that a library wrote.
 
     Args:
-        path: of the file.
+        path: file to read.
 
     Raises:
         ValueError: it is missing, empty, too large, nested too deeply or no JSON; names the file.

@@ -283,7 +283,8 @@ def is_layer_weight(name: str) -> bool:
     """Return whether a parameter of a specialist belongs to the layers of an encoder.
 
     Args:
-        name: of the parameter. The libraries call the layers ``encoder``, ``blocks`` or ``layers``.
+        name: identifier of the parameter. The libraries call the layers ``encoder``, ``blocks`` or
+            ``layers``.
     """
     return not {"encoder", "blocks", "layers"}.isdisjoint(name.split("."))
 
