@@ -85,12 +85,11 @@ class ArmRun:
 
     def list_primary_rows(self) -> list[Mapping[str, Any]]:
         """Return the rows of primary metrics on test splits of the tasks."""
-        primary = {metric for metric, _ in tables.OBJECTIVE_METRICS.values()}
         return [
             row
             for row in self.evaluation
             if row["split"].startswith("test")
-            and row["metric"] in primary
+            and row["metric"] in tables.PRIMARY_METRICS
             and (self.tasks is None or row["task"] in self.tasks)
         ]
 

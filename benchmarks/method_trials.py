@@ -30,7 +30,7 @@ from pipelines.training.loop.optimizer import WeightAverage
 from pipelines.training.loop.reporter import LoopReporter, evaluate_validation
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from skillnet.multitask_model import TaskModel
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_studies.config.study import StudyConfig

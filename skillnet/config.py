@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from skillnet.bounds import MAX_LAYERS, DropProbability, LayerSize, OptionalSize, check_bounds
+from skillnet.objectives.base import find_objective
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
 
 #: Skill to which low-rank skills are differences.
@@ -149,7 +150,11 @@ class SkillNetConfig:
         for name, task in self.tasks.items():
             for tower, plan in task.towers.items():
                 check_plan(plan, self.skills, f"model.tasks.{name}.towers.{tower}")
-                if self.class_token and task.objective == "masked" and plan.modality == "image":
+                if (
+                    self.class_token
+                    and find_objective(task.objective).hides_inputs
+                    and plan.modality == "image"
+                ):
                     raise ValueError(
                         f"model.class_token: {name} predicts the patches of an image, and the "
                         "class token is none; set it to false"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.heads import head_class
+from skillnet.objectives.heads import head_class
 from skillnet.precision import find_device
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, find_task

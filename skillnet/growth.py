@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from skillnet.heads import build_head
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.heads import build_head
 from skillnet.skill_weights import SkillWeights, require_unused_name
 from skillnet.skills import Task, check_names, check_plan, find_task, nearest_hint
 from skillnet.stems import STEMS

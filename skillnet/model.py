@@ -13,9 +13,9 @@ from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.flops import task_flops
-from skillnet.heads import mean_pool
 from skillnet.layers import Skills
 from skillnet.multitask_model import Batch, TaskModel, Tokens
+from skillnet.objectives.heads import mean_pool
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from skillnet.build_budget import count_saved_weights, limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
-from skillnet.heads import TaskHead, build_head
 from skillnet.hub import find_model_folder
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import TaskHead, build_head
 from skillnet.raw_inputs import RawInputModel
 from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
 from skillnet.serialization import (
@@ -159,7 +160,7 @@ class TaskModel(RawInputModel, nn.Module):
             ValueError: an unknown task or tower, or a task of another objective.
         """
         spec = find_task(task, self.config.tasks)
-        if spec.objective != "retrieval":
+        if not find_objective(spec.objective).pairs_towers:
             raise ValueError(f"{task} is a {spec.objective} task: it has no retrieval space")
         if tower not in spec.towers:
             raise ValueError(f"{task} has the towers query and candidate, not {tower!r}")
@@ -292,8 +293,9 @@ class TaskModel(RawInputModel, nn.Module):
         order = find_order(names, self.vocabulary.outputs[task])
         if order is None:
             raise ValueError(f"{task}: the outputs have other names than {', '.join(names)}")
-        if self.config.tasks[task].objective == "ctc":
-            order = [0, *(1 + position for position in order)]  # 0 is the blank
+        # The outputs without a name, such as the blank of CTC, stay at the start.
+        first = find_objective(self.config.tasks[task].objective).unnamed_outputs
+        order = [*range(first), *(first + position for position in order)]
         for parameter in self.heads[task].parameters():
             parameter.copy_(parameter[order])
         outputs = {**self.vocabulary.outputs, task: tuple(names)}

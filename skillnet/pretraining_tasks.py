@@ -1,5 +1,6 @@
 """Self-supervised tasks, and the tasks that a pretraining knows: :func:`pretraining_tasks`."""
 
+from skillnet.objectives.base import find_objective
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 
 #: Pairs of a text and code that need no label, as a comment and the lines below it.
@@ -33,6 +34,7 @@ def pretrained_modalities(name: str, task: Task) -> frozenset[Modality]:
         task: its objective and towers.
     """
     modalities = frozenset(plan.modality for plan in task.towers.values())
-    if name == CODE_PAIRS or (task.objective in ("masked", "retrieval") and len(modalities) == 1):
+    can_pretrain = find_objective(task.objective).can_pretrain
+    if name == CODE_PAIRS or (can_pretrain and len(modalities) == 1):
         return modalities
     return frozenset()

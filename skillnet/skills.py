@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from skillnet.bounds import OptionalSize, check_bounds
-from skillnet.objectives import BUILT_IN_OBJECTIVES, find_objective, objective_names
+from skillnet.objectives.base import BUILT_IN_OBJECTIVES, PAIR, find_objective, objective_names
 
 # The names of modalities are values of configuration files and of saved models.
 Modality = Literal["text", "image", "sound", "video", "code"]
@@ -121,7 +121,7 @@ class Task:
         check_bounds(self, "")
 
     def _check_linear_path(self) -> None:
-        if self.objective != "retrieval":
+        if not find_objective(self.objective).pairs_towers:
             raise ValueError(
                 f"linear_path is for retrieval; set it to false for a {self.objective} task"
             )
@@ -143,20 +143,26 @@ class Task:
 
         The other tower reads the rows themselves. If both read text, the query reads captions.
         """
-        towers = ("query", "candidate") if self.objective == "retrieval" else ()
+        towers = PAIR if find_objective(self.objective).pairs_towers else ()
         return next((each for each in towers if self.towers[each].modality == "text"), None)
 
     @property
     def paired_tower(self) -> str | None:
         """Tower that reads the second medium of rows in two media; None for other tasks."""
         media = {plan.modality for plan in self.towers.values()}
-        is_paired = self.objective == "retrieval" and len(media) == 2 and "text" not in media
-        return "query" if is_paired else None
+        is_pair = find_objective(self.objective).pairs_towers
+        return "query" if is_pair and len(media) == 2 and "text" not in media else None
+
+    @property
+    def has_row_pairs(self) -> bool:
+        """Whether both towers read the rows of a corpus, so that rows of one group are pairs."""
+        is_pair = find_objective(self.objective).pairs_towers
+        return is_pair and self.caption_tower is None and self.paired_tower is None
 
     @property
     def row_tower(self) -> str:
         """Tower that reads the rows of the corpus, in their own modality."""
-        if self.objective != "retrieval":
+        if not find_objective(self.objective).pairs_towers:
             return next(iter(self.towers))
         return "query" if self.caption_tower == "candidate" else "candidate"
 

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import Batch, TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, find_task
 
 #: Modality -> names of its tensors, in the order of the graph's inputs.
@@ -50,7 +51,7 @@ class TowerGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the unit vectors of a retrieval tower, or the outputs of the head."""
         batch = dict(zip(self.input_names, tensors, strict=True))
-        if self.spec.objective == "retrieval":
+        if find_objective(self.spec.objective).pairs_towers:
             outputs = {"vectors": self.model.embed(self.task, self.tower, batch)}
         else:
             outputs = self.model(self.task, {self.tower: batch})

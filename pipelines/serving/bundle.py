@@ -50,6 +50,7 @@ from pipelines.training.runs.vocabulary_match import (
 )
 from skillnet import systems
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.precision import best_device
 from skillnet.saved_model import write_model
 from skillnet.serialization import (
@@ -221,7 +222,8 @@ def _make_predictor(
     check_tasks(folder / BUNDLE_MANIFEST, manifest, model.config)
     banks = {}
     for task, spec in model.config.tasks.items():
-        if spec.objective == "retrieval" and f"captions-{task}.json" in manifest["files"]:
+        has_captions = find_objective(spec.objective).pairs_towers
+        if has_captions and f"captions-{task}.json" in manifest["files"]:
             banks[task] = _read_caption_bank(folder, task, model.config.embedding_dim)
     tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER_FILE)
     check_bundle_vocabulary(folder, manifest, tokenizer, model)

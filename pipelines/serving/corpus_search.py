@@ -22,6 +22,7 @@ import numpy as np
 from pipelines.serving.bundle_facts import list_licences
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.retrieval_index import build_retrieval_index
+from skillnet.objectives.base import PAIR, find_objective
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
@@ -285,7 +286,7 @@ def find_query_tower(task: Task, modality: str) -> str | None:
         task: any task.
         modality: of the query. If both towers read it, the query tower is the one.
     """
-    towers = ("query", "candidate") if task.objective == "retrieval" else ()
+    towers = PAIR if find_objective(task.objective).pairs_towers else ()
     return next((each for each in towers if task.towers[each].modality == modality), None)
 
 
@@ -329,8 +330,8 @@ def choose_search_task(given: str | None, tasks: Mapping[str, Task], modality: s
     if given in searchable:
         return given
     reason = "is not a retrieval task"
-    if spec.objective == "retrieval":
-        media = (spec.towers[tower].modality for tower in ("query", "candidate"))
+    if find_objective(spec.objective).pairs_towers:
+        media = (spec.towers[tower].modality for tower in PAIR)
         read = " and ".join(dict.fromkeys(media))
         reason = f"reads {read}, the query is {modality}"
     raise UserError(

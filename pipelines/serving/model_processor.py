@@ -23,6 +23,7 @@ from pipelines.serving.predictor import TaskPrediction, TaskPredictor
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
 from skillnet.multitask_model import Batch, TaskModel
+from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Modality, find_task
 from skillnet_platform.errors import UserError
@@ -83,7 +84,8 @@ class ModelProcessor:
         rows = self._read(inputs, task, tower)
         batches = memory_inputs(rows, spec.towers[tower], self.model.config)
         runner = InferenceRunner(self.model)
-        infer = runner.embed if spec.objective == "retrieval" else runner.pool
+        is_pair = find_objective(spec.objective).pairs_towers
+        infer = runner.embed if is_pair else runner.pool
         vectors = torch.from_numpy(infer(task, tower, batches)).as_subclass(TaskVectors)
         vectors.task = task
         return vectors
@@ -102,7 +104,7 @@ class ModelProcessor:
             UserError: none or several such tasks, an input is damaged, or a text may be the name
                 of a file.
         """
-        return self._predict(inputs, task, ("classification", "multi_label"), top)
+        return self._predict(inputs, task, "labels", top)
 
     def transcribe(self, recordings: Sequence[Any], task: str | None = None) -> list[str]:
         """Return the transcripts of recordings.
@@ -114,7 +116,7 @@ class ModelProcessor:
         Raises:
             UserError: none or several such tasks, or an input is damaged.
         """
-        return [found.answer for found in self._predict(recordings, task, ("ctc",), 1)]
+        return [found.answer for found in self._predict(recordings, task, "symbols", 1)]
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model with its tokenizer and a model card.
@@ -139,8 +141,9 @@ class ModelProcessor:
             return push_folder(folder, repository, **options)
 
     def _predict(
-        self, inputs: Sequence[Any], task: str | None, objectives: tuple[str, ...], top: int
+        self, inputs: Sequence[Any], task: str | None, listed: str, top: int
     ) -> list[TaskPrediction]:
+        objectives = [each.name for each in list_objectives() if each.listed == listed]
         tasks, wanted = self.model.config.tasks, " or ".join(objectives)
         _require_list(inputs)
         if task is not None and find_task(task, tasks).objective not in objectives:
@@ -184,7 +187,8 @@ class ModelProcessor:
         if task is not None and find_task(task, tasks) and task not in found:
             raise UserError(f"{task} does not read {modality}; the tasks are {', '.join(tasks)}")
         # Only vectors of a retrieval task are trained to be compared.
-        names = [n for n in found if tasks[n].objective == "retrieval"] or list(found)
+        pairs = [n for n in found if find_objective(tasks[n].objective).pairs_towers]
+        names = pairs or list(found)
         name = self._choose(names, f"no task of this model reads {modality}", task)
         return name, found[name]
 

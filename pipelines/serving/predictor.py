@@ -20,9 +20,9 @@ from pipelines.serving.input_items import (
     printable_name,
 )
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.evaluation.row_scores import DECISION_THRESHOLD
 from skillnet.multitask_model import TaskModel
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import RowAnswer, head_class
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
@@ -213,9 +213,11 @@ class TaskPredictor:
                     raise UserError(NO_TIME_LEFT)
                 indices = chosen[start : start + step]
                 answers = self._run_task(*key, [inputs[i].array for i in indices], top)
-                for index, (answer, score, ranked, vector) in zip(indices, answers, strict=True):
-                    name = inputs[index].name
-                    out[index] = TaskPrediction(name, key[0], answer, score, ranked, vector)
+                for index, found in zip(indices, answers, strict=True):
+                    alternatives, vector = list(found.alternatives), list(found.embedding)
+                    out[index] = TaskPrediction(
+                        inputs[index].name, key[0], found.answer, found.score, alternatives, vector
+                    )
         return [(n.item, each) for n, each in zip(inputs, out, strict=True) if each is not None]
 
     def tokenize(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
@@ -423,52 +425,15 @@ class TaskPredictor:
 
     def _run_task(
         self, task: str, tower: str, arrays: list[np.ndarray], top: int
-    ) -> list[tuple[str, float, list[tuple[str, float]], list[float]]]:
+    ) -> list[RowAnswer]:
         spec = find_task(task, self.model.config.tasks)
         inputs = memory_inputs(arrays, spec.towers[tower], self.model.config)
-        if spec.objective == "regression":
-            values = self.runner.classify(task, inputs)[:, 0]
-            return [(f"{value:.6g}", float(value), [], []) for value in values]
-        if spec.objective == "multi_label":
-            return [
-                (
-                    _join_labels(self.names[task], row),
-                    *_rank_names(self.names[task], row, top)[1:],
-                    [],
-                )
-                for row in self.runner.classify(task, inputs)
-            ]
-        if spec.objective != "ctc" and self.names.get(task):
-            probabilities = self.runner.classify(task, inputs)
-            return [(*_rank_names(self.names[task], row, top), []) for row in probabilities]
-        if spec.objective == "ctc":
-            transcripts, confidence = self.runner.transcribe(task, inputs)
-            names = self.names[task]
-            # Single characters are joined; longer symbol names are separated by spaces.
-            space = "" if all(len(name) == 1 for name in names[1:]) else " "
-            # Symbol 0 is the blank of CTC, which decoding has removed.
-            texts = [space.join(names[symbol - 1] for symbol in row) for row in transcripts]
-            return [
-                (text, float(score), [(text, float(score))], [])
-                for text, score in zip(texts, confidence, strict=True)
-            ]
-        vectors = self.runner.embed(task, tower, inputs)
-        bank = self.banks.get(task)
-        answers: list[tuple[str, float, list[tuple[str, float]], list[float]]] = []
-        for vector in vectors:
-            if tower == spec.caption_tower or bank is None:
-                answers.append(("", float("nan"), [], vector.tolist()))
-            else:
-                # Both sides are unit vectors, so their product is the cosine similarity.
-                ranked = _rank_names(bank.captions, bank.embeddings @ vector, top)
-                answers.append((*ranked, vector.tolist()))
-        return answers
-
-
-def _join_labels(names: Sequence[str], probabilities: np.ndarray) -> str:
-    """Return the labels of a row that are more likely than not."""
-    chosen = [each for each, p in zip(names, probabilities, strict=True) if p >= DECISION_THRESHOLD]
-    return ", ".join(chosen) or "none"
+        head = head_class(spec)
+        predictions = head.infer(self.runner, task, {tower: inputs})
+        bank = self.banks.get(task) if tower != spec.caption_tower else None
+        if bank is not None:
+            return head.answer(predictions, bank.captions, top, bank.embeddings)
+        return head.answer(predictions, self.names.get(task, ()), top)
 
 
 def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str, Any]:
@@ -486,12 +451,3 @@ def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str,
         # The score of an embedding is NaN, which JSON does not have.
         values["score"] = None
     return values
-
-
-def _rank_names(
-    names: Sequence[str], scores: np.ndarray, top: int
-) -> tuple[str, float, list[tuple[str, float]]]:
-    # A stable order makes the answer reproducible if scores are equal.
-    order = np.argsort(-scores, kind="stable")[:top]
-    ranked = [(names[int(index)], float(scores[index])) for index in order]
-    return ranked[0][0], ranked[0][1], ranked

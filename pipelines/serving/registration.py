@@ -355,12 +355,12 @@ def registry_metrics(
         tasks: name -> task.
         manifest: of the bundle, with the digests of the corpora.
     """
-    from pipelines.training.evaluation.tables import OBJECTIVE_METRICS, find_row
+    from pipelines.training.evaluation.tables import find_row, primary_metric
     from skillnet_platform.tracking.promotion import MetricEstimate
 
     estimates: dict[str, MetricEstimate] = {}
     for task, spec in tasks.items():
-        metric, higher_is_better = OBJECTIVE_METRICS[spec.objective]
+        metric, higher_is_better = primary_metric(spec.objective)
         row = find_row(rows, task, metric)
         if row is not None:
             # Promotion compares a metric only with one of the same corpus (decision 4).

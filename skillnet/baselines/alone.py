@@ -15,6 +15,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.flops import task_flops
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, TaskModel, Tokens
+from skillnet.objectives.base import find_objective
 from skillnet.skill_weights import require_unused_name
 from skillnet.skills import find_task
 from skillnet.systems import System
@@ -91,7 +92,9 @@ class SeparateSkillNets(TaskModel):
 
 
 def _check_tasks(config: SkillNetConfig, options: Any) -> SkillNetConfig:
-    masked = [name for name, task in config.tasks.items() if task.objective == "masked"]
+    masked = [
+        name for name, task in config.tasks.items() if find_objective(task.objective).hides_inputs
+    ]
     if masked:
         raise ValueError(
             f"system alone has no pretraining, because a task of its own shares no weights with "

@@ -14,6 +14,7 @@ import torch
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.objectives.base import find_objective
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task
 
@@ -31,7 +32,11 @@ def reference_tasks(config: SkillNetConfig) -> dict[str, Task]:
     given = config.reference_tasks
     if given and all(set(task.skills) <= set(config.skills) for task in given.values()):
         return given
-    measured = {n: task for n, task in config.tasks.items() if task.objective != "masked"}
+    measured = {
+        name: task
+        for name, task in config.tasks.items()
+        if find_objective(task.objective).has_labels
+    }
     return measured or config.tasks
 
 

@@ -108,9 +108,9 @@ def draw_answers(
             outcomes.add(task, "test", np.where(right, 0, symbols), symbols)
         elif task.startswith("text_to_"):
             metric = "recall_at_10"
-            outcomes.add_ranks(task, "test", np.where(right, 3, 40))
+            outcomes.add(task, "test", right, np.ones(rows), np.where(right, 3, 40))
         else:
-            outcomes.add_hits(task, "test", right)
+            outcomes.add(task, "test", right, np.ones(rows))
         value = outcomes[task, "test"].value
         table += tidy_rows(
             {metric: ConfidenceInterval(value, value - 0.05, value + 0.05)},

@@ -11,7 +11,7 @@ from pipelines.training.loop.gradient_sync import (
     GradientSync,
     broadcast_parameters,
 )
-from skillnet.losses import info_nce
+from skillnet.objectives.retrieval import info_nce
 from tests.integration.ranks import run_ranks
 
 pytestmark = pytest.mark.integration

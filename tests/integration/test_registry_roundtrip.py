@@ -77,7 +77,7 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
     words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")
     rows = [np.array(words.encode(t).ids, np.int32) for t in texts]
     plan = model.config.tasks["text_classification"].towers["input"]
-    expected = runner.classify("text_classification", memory_inputs(rows, plan, model.config))
+    expected = runner.predict_rows("text_classification", memory_inputs(rows, plan, model.config))
     for number in range(2):
         order = np.argsort(-expected[number], kind="stable")[:5]
         assert answers["alternatives"][number] == [SUBJECTS[i] for i in order]

@@ -90,8 +90,7 @@ def text_of(folder: Path) -> str:
     )
     if everything is not None:
         head = ["task", "metric", "before and after growth", "after training everything"]
-        shown = {metric for metric, _ in tables.OBJECTIVE_METRICS.values()}
-        metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
+        metric_of = {e.task: e.metric for e in growth.tasks if e.metric in tables.PRIMARY_METRICS}
         cells = [
             [f"`{task}`", tables.metric_label(metric_of[task])]
             + [tables.format_metric(metric_of[task], value) for value in pair]

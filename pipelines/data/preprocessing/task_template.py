@@ -17,6 +17,7 @@ from pipelines.data.preprocessing.inspection import inspect_corpus
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.format import MANIFEST
 from skillnet.config import SkillNetConfig
+from skillnet.objectives.base import find_objective
 from skillnet.skills import check_names, known_tasks
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
@@ -133,7 +134,7 @@ def _fill_template(
         )
     own = name or kind
     check_names((own,), "name")
-    is_masked = usual.objective == "masked"
+    is_masked = not find_objective(usual.objective).has_labels
     train = rows.get("train", 0)
     batch = min(BATCH_ROWS, 1 << max(train.bit_length() - 1, 0))
     training: dict[str, Any] = {"corpus": corpus, "batch_size": batch}

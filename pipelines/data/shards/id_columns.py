@@ -21,6 +21,9 @@ from skillnet_platform.storage.location import Location
 #: Columns with tokens of texts, of code, of captions, and of code as a second medium.
 TOKEN_COLUMNS = ("tokens", "caption_tokens", "paired_tokens")
 
+#: Columns whose ids are outputs of a head.
+OUTPUT_COLUMNS = ("label", "label_set", "symbols")
+
 
 @dataclass(frozen=True)
 class IdRange:

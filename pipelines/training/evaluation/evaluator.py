@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.data.config.folds import FoldConfig, is_reserve
-from pipelines.data.shards.columns import FixedColumn, RaggedColumn, open_column
+from pipelines.data.shards.columns import FixedColumn, open_column
 from pipelines.data.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from pipelines.data.shards.folds import open_fold
-from pipelines.data.shards.id_columns import IdRange
+from pipelines.data.shards.id_columns import check_ids
 from pipelines.training.config.data import MaskConfig
 from pipelines.training.config.run import default_masked_training, default_tasks_training
 from pipelines.training.evaluation.held_out_units import read_unit_numbers
@@ -32,24 +33,20 @@ from pipelines.training.evaluation.inference import (
 from pipelines.training.evaluation.masked import masked_losses, mean_masked_length
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.evaluation.ranks import EvaluationRanks
-from pipelines.training.evaluation.row_scores import read_targets, score_predictions
 from pipelines.training.evaluation.tables import COLUMNS, sort_rows
-from pipelines.training.evaluation.task_metrics import (
-    TaskMetrics,
-    classification_metrics,
-    error_rate_metrics,
-    find_query_units,
-    mean_with_interval,
-    measure_pairs,
-    rank_metrics,
-    retrieval_metrics,
+from pipelines.training.loading.task_columns import (
+    is_row_tower,
+    take_targets,
+    target_id_ranges,
+    tower_column,
 )
-from pipelines.training.loading.task_columns import is_row_tower, tower_column
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.accounting import account_task
-from skillnet.metrics import error_counts, retrieval_ranks, unique_group_ids
+from skillnet.metrics import MetricIntervals, TaskMetrics
 from skillnet.multitask_model import TaskModel
-from skillnet.skills import find_task
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import head_class
+from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Location, join_location, parse_location
 
@@ -116,27 +113,22 @@ def evaluate_model(
         runner = InferenceRunner(model, precision, ranks=ranks)
         corpus = open_task_corpus(data, name, corpora, fold, with_reserve)
         align_outputs(model, name, corpus)
-        masked = spec.objective == "masked"
-        for split_name in choose_splits(
-            corpus, ["validation"] if masked and not splits else splits, with_reserve
-        ):
+        for split_name in choose_splits(corpus, splits, with_reserve, spec):
             split = corpus.splits[split_name]
             evaluated.add(split_name)
             if on_split is not None:
                 on_split(name, split_name, split.rows)
             limit = (limits or {}).get(name)
-            if masked:
+            if find_objective(spec.objective).hides_inputs:
                 values = masked_losses(runner, name, corpus, split_name, masks, limit)
                 metrics = {}
                 if runner.ranks.is_first:
                     units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
+                    intervals = MetricIntervals(seed, bootstrap_samples, units)
                     metrics = {
                         # A loss has no range; an accuracy is a share.
-                        metric: mean_with_interval(
-                            values_N,
-                            bootstrap_samples,
-                            units,
-                            "free" if metric.endswith("loss") else "share",
+                        metric: intervals.mean(
+                            values_N, "free" if metric.endswith("loss") else "share"
                         )
                         for metric, values_N in values.items()
                     }
@@ -207,7 +199,6 @@ def measure_split(
     """
     config = runner.model.config
     spec = find_task(task, config.tasks)
-    row_outcomes = OutcomeTable() if outcomes is None else outcomes
     table = split.table()
     inputs: dict[str, InferenceInputs] = {
         tower: split_inputs(
@@ -224,64 +215,35 @@ def measure_split(
         for tower, plan in spec.towers.items()
     }
     lengths = mean_row_lengths(inputs)
+    predictions = head_class(spec).infer(runner, task, inputs)
+    if not runner.ranks.is_first:
+        return {}, lengths
     units = read_unit_numbers(table, where)
-    if spec.objective == "classification":
-        probabilities = runner.classify(task, inputs["input"])
-        if not runner.ranks.is_first:
-            return {}, lengths
-        classes = IdRange(f"the model has {spec.outputs} outputs", spec.outputs)
-        labels = read_fixed_column(table, "label", where, classes)
-        predicted = probabilities.argmax(1)
-        metrics = classification_metrics(predicted, labels, seed, bootstrap_samples, units)
-        row_outcomes.add_hits(task, split.name, predicted == labels, units)
-    elif spec.objective == "ctc":
-        symbols, _ = runner.transcribe(task, inputs["input"])
-        if not runner.ranks.is_first:
-            return {}, lengths
-        # Metrics and stored outcomes use the same counts, so that they cannot disagree.
-        counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
-        metrics = error_rate_metrics(counts, bootstrap_samples, units)
-        row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1], unit=units)
-    elif spec.objective != "retrieval":
-        predictions = runner.classify(task, inputs["input"])
-        if not runner.ranks.is_first:
-            return {}, lengths
-        targets = read_targets(table, spec, where)
-        scored = score_predictions(spec, predictions, targets, bootstrap_samples, units)
-        metrics = scored.metrics
-        row_outcomes.add(task, split.name, scored.numerator, scored.denominator, unit=units)
-    elif spec.caption_tower is None and spec.paired_tower is None:
-        query = runner.embed(task, "query", inputs["query"])
-        candidate = runner.embed(task, "candidate", inputs["candidate"])
-        if not runner.ranks.is_first:
-            return {}, lengths
-        groups = unique_group_ids(read_fixed_column(table, "group", where))
-        metrics, paired = measure_pairs(query, candidate, groups, seed, bootstrap_samples, units)
-        row_outcomes.add_pairs(task, split.name, paired, units)
-    else:
-        query = runner.embed(task, "query", inputs["query"])
-        candidate = runner.embed(task, "candidate", inputs["candidate"])
-        if not runner.ranks.is_first:
-            return {}, lengths
-        # Rows without a group must not count as correct answers for one another.
-        groups = unique_group_ids(read_fixed_column(table, "group", where))
-        owners = inputs["query"].owners
-        query_groups = groups if owners is None else groups[owners]
-        # The outcomes need the ranks too, so this direction is not left to retrieval_metrics.
-        ranks = retrieval_ranks(query, candidate, query_groups, groups)
-        query_units = find_query_units(units, owners)
-        metrics = rank_metrics(ranks, "", seed, bootstrap_samples, query_units) | retrieval_metrics(
-            query,
-            candidate,
-            query_groups,
-            groups,
-            seed,
-            bootstrap_samples,
-            directions=("reverse_",),
-            units=units,
-        )
-        row_outcomes.add_ranks(task, split.name, ranks, owners, units)
-    return metrics, lengths
+    intervals = MetricIntervals(seed, bootstrap_samples, units)
+    found = head_class(spec).evaluate(
+        spec, predictions, read_targets(table, spec, where), intervals
+    )
+    if outcomes is not None:
+        outcomes.add(task, split.name, found.numerator, found.denominator, found.rank, units)
+    return found.metrics, lengths
+
+
+def read_targets(table: pa.Table, spec: Task, where: str) -> dict[str, np.ndarray]:
+    """Return the targets of all rows by name.
+
+    Args:
+        table: rows of a split.
+        spec: its objective names the columns.
+        where: names the split in error messages.
+
+    Raises:
+        UserError: a column is missing, holds another kind of values, or an id outside of its range.
+    """
+    ranges = target_id_ranges(spec, f"the model has {spec.outputs} outputs")
+    # A corpus without a list of classes is not checked when it is opened.
+    check_ids(table, ranges, where, "Give the model as many outputs.")
+    rows = np.arange(len(table))
+    return take_targets(spec, lambda name: open_column(table, name, where), rows, where)
 
 
 def uses_all_captions(corpus: PreparedCorpus) -> bool:
@@ -385,19 +347,25 @@ def open_task_corpus(
 
 
 def choose_splits(
-    corpus: PreparedCorpus, splits: Sequence[str] | None, with_reserve: bool = False
+    corpus: PreparedCorpus,
+    splits: Sequence[str] | None,
+    with_reserve: bool = False,
+    task: Task | None = None,
 ) -> list[str]:
     """Return those of the named splits that a corpus has.
 
     Args:
         corpus: to search.
-        splits: names; None selects all test splits.
+        splits: names; None or none selects all test splits.
         with_reserve: allow splits of the reserve.
+        task: without names, one without labels selects the split ``validation``.
 
     Raises:
         UserError: the reserve of a study is named.
     """
-    if splits is None:
+    if not splits and task is not None and not find_objective(task.objective).has_labels:
+        splits = ["validation"]
+    if not splits:
         return [name for name in corpus.splits if name.startswith("test")]
     reserved = [name for name in splits if is_reserve(name)]
     if reserved and not with_reserve:
@@ -409,37 +377,18 @@ def choose_splits(
     return [name for name in splits if name in corpus.splits]
 
 
-def read_fixed_column(table: Any, name: str, where: str, ids: IdRange | None = None) -> np.ndarray:
+def read_fixed_column(table: pa.Table, name: str, where: str) -> np.ndarray:
     """Return all values of a column with one number or array per row.
 
     Args:
         table: rows of a split.
         name: of the column.
         where: names the split in error messages.
-        ids: range of the values, if they are ids.
 
     Raises:
-        UserError: the column is missing or holds lists, or an id is outside of its range.
+        UserError: the column is missing or holds lists.
     """
-    column = open_column(table, name, where, ids)
+    column = open_column(table, name, where)
     if not isinstance(column, FixedColumn):
         raise UserError(f"{where}: column {name!r} holds lists, expected one number per row")
     return column.take(np.arange(len(table)))
-
-
-def read_ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
-    """Return all values of a column with a list of numbers per row.
-
-    Args:
-        table: rows of a split.
-        name: of the column.
-        where: names the split in error messages.
-
-    Raises:
-        UserError: the column is missing or holds single numbers.
-    """
-    column = open_column(table, name, where)
-    if not isinstance(column, RaggedColumn):
-        raise UserError(f"{where}: column {name!r} holds numbers, expected a list per row")
-    values, lengths = column.take(np.arange(len(table)))
-    return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]

@@ -24,9 +24,9 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from pipelines.training.evaluation.ranks import EvaluationRanks
 from skillnet.config import SkillNetConfig
-from skillnet.heads import head_class, mean_pool
-from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.ctc import CTCHead
+from skillnet.objectives.heads import head_class, mean_pool
 from skillnet.precision import choose_precision, find_device
 from skillnet.skills import SkillPlan, find_task
 
@@ -200,7 +200,7 @@ class InferenceRunner:
         self.max_batch_tokens = max_batch_tokens or tokens
         self.ranks = ranks or EvaluationRanks()
 
-    def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
+    def predict_rows(self, task: str, inputs: InferenceInputs) -> np.ndarray:
         """Return the predictions of the head, (N, outputs) float32.
 
         They are probabilities of classes, or the values of a regression in their own unit.
@@ -215,10 +215,10 @@ class InferenceRunner:
         mean, deviation = self.model.vocabulary.scales.get(task, (0.0, 1.0))
         out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
 
-        def classify_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        def predict_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
             return (head.predict(self.model(task, {"input": batch})),)
 
-        for rows, (predictions,) in self._infer(inputs, classify_batch):
+        for rows, (predictions,) in self._infer(inputs, predict_batch):
             out[rows] = predictions.numpy()
         merged = self.ranks.merge(out)
         if task not in self.model.vocabulary.scales:
@@ -236,6 +236,8 @@ class InferenceRunner:
         Returns:
             Symbol sequences, and the geometric mean of the path's probabilities, (N,) in (0, 1].
         """
+        head = head_class(find_task(task, self.model.config.tasks))
+        assert issubclass(head, CTCHead)
         symbols: list[list[int]] = [[] for _ in range(len(inputs))]
         confidence = np.zeros(len(inputs), dtype=np.float32)
 
@@ -244,13 +246,10 @@ class InferenceRunner:
             return outputs["log_probs"].float(), outputs["lengths"]
 
         for rows, (log_probs, lengths) in self._infer(inputs, transcribe_batch):
-            best = log_probs.amax(-1)
-            decoded = greedy_symbols(log_probs, lengths)
-            for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-                symbols[row] = decoded[index]
-                # The mean of log-probabilities does not penalise long transcripts as their sum
-                # would. Frames after the end are padding and do not count.
-                confidence[row] = best[index, : max(length, 1)].mean().exp()
+            found = head.decode(log_probs, lengths)
+            confidence[rows] = found.confidence
+            for row, symbols_of_row in zip(rows, found.symbols, strict=True):
+                symbols[row] = list(symbols_of_row)
         return self.ranks.merge_sequences(symbols), self.ranks.merge(confidence)
 
     def embed(

@@ -18,8 +18,9 @@ from pipelines.training.evaluation.ranks import EvaluationRanks
 from pipelines.training.loading.augment import BatchRandom
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.task_dataset import TaskDataset
-from skillnet.losses import masked_loss_per_row
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import head_class
 from skillnet.precision import find_device
 from skillnet.skills import find_task
 
@@ -65,8 +66,8 @@ def masked_batches(
         yield batch.to(device, dtype)
 
 
-def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
-    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
+def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]:
+    """Return the outputs of the head for the masked tokens of a batch.
 
     Args:
         runner: of the model; the training mode of the model is restored.
@@ -76,10 +77,20 @@ def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
     was_training = model.training
     model.eval()
     with torch.no_grad(), runner.precision.autocast():
-        predicted = model(batch.task, batch.towers)["predicted"]
+        outputs = model(batch.task, batch.towers)
     # Training runs evaluate between two steps and must find the mode that they left.
     model.train(was_training)
-    return predicted
+    return outputs
+
+
+def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
+    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
+
+    Args:
+        runner: of the model.
+        batch: from :func:`masked_batches`.
+    """
+    return run_masked_batch(runner, batch)["predicted"]
 
 
 def masked_losses(
@@ -101,28 +112,22 @@ def masked_losses(
         limit: maximum row length in tokens or frames.
 
     Returns:
-        ``masked_loss`` (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
+        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
     """
-    rows = corpus.splits[split].rows
+    spec, rows = find_task(task, runner.model.config.tasks), corpus.splits[split].rows
+    head = head_class(spec)
     # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
     values_N3 = np.zeros((rows, 3))
     for batch in masked_batches(
         runner.model, task, corpus, split, masks, limit, ranks=runner.ranks
     ):
-        predicted = predict_masked_tokens(runner, batch)
-        values, masked = batch.targets["values"], batch.targets["masked"]
-        # The loss is kept per row, because the bootstrap resamples rows.
-        losses = masked_loss_per_row(predicted, values, masked)
-        values_N3[batch.rows, 0] = losses.double().cpu().numpy()
-        # Only discrete targets (token ids, sound units) have an accuracy; others are regressed.
-        if not values.is_floating_point():
-            hits_M = (predicted.argmax(1) == values).double()
-            hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
-            hits_B.index_add_(0, masked.nonzero()[:, 0], hits_M)
-            values_N3[batch.rows, 1] = (hits_B / masked.sum(1)).cpu().numpy()
+        losses_B, hits_B = head.score_hidden(run_masked_batch(runner, batch), batch.targets)
+        values_N3[batch.rows, 0] = losses_B.double().cpu().numpy()
+        if hits_B is not None:
+            values_N3[batch.rows, 1] = hits_B.cpu().numpy()
             values_N3[batch.rows, 2] = 1.0
     values_N3 = runner.ranks.merge(values_N3)
-    metrics = {"masked_loss": values_N3[:, 0]}
+    metrics = {find_objective(spec.objective).metric: values_N3[:, 0]}
     if values_N3[:, 2].any():
         metrics["masked_accuracy"] = values_N3[:, 1]
     return metrics

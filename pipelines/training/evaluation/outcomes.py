@@ -33,9 +33,6 @@ OUTCOMES_FILE = "outcomes.parquet"
 #: The same columns with a line per unit; see :func:`sum_outcomes`.
 UNIT_SUMS_FILE = "unit_sums.parquet"
 
-#: A query counts as successful up to this rank of its best correct candidate.
-RECALL_RANK = 10
-
 # float32 holds integers up to 2**24 exactly, so only mean ranks are rounded in the file.
 SCHEMA = pa.schema(
     [
@@ -82,64 +79,6 @@ class OutcomeTable:
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, str], RowOutcomes] = {}
-
-    def add_hits(
-        self, task: str, split: str, hits: ArrayLike, unit: ArrayLike | None = None
-    ) -> None:
-        """Add the outcomes of classification rows.
-
-        Args:
-            task: name of the task.
-            split: name of the split.
-            hits: (N,) booleans, true for rows with the correct class.
-            unit: see :meth:`add`.
-        """
-        numerator = np.asarray(hits, np.float64)
-        self.add(task, split, numerator, np.ones(len(numerator)), unit=unit)
-
-    def add_ranks(
-        self,
-        task: str,
-        split: str,
-        ranks: ArrayLike,
-        owners: np.ndarray | None = None,
-        unit: ArrayLike | None = None,
-    ) -> None:
-        """Add the outcomes of retrieval queries.
-
-        Args:
-            task: name of the task.
-            split: name of the split.
-            ranks: (Q,) rank of the best correct candidate of each query, from 1.
-            owners: (Q,) row of each query, ascending; None if each row has one query. The rank of
-                a row is the mean rank of its queries.
-            unit: see :meth:`add`.
-        """
-        rank = np.asarray(ranks, np.float64)
-        hits: np.ndarray = (rank <= RECALL_RANK).astype(np.float64)
-        queries: np.ndarray = np.ones(len(rank))
-        # Captions of one image are not independent: a row, not a query, is the unit of tests
-        # (decision 25).
-        if owners is not None:
-            queries = np.bincount(owners).astype(np.float64)
-            hits = np.bincount(owners, hits)
-            rank = np.bincount(owners, rank) / queries
-        self.add(task, split, hits, queries, rank, unit)
-
-    def add_pairs(
-        self, task: str, split: str, ranks: np.ndarray, unit: ArrayLike | None = None
-    ) -> None:
-        """Add the outcomes of rows that search other rows of their group.
-
-        Args:
-            task: name of the task.
-            split: name of the split.
-            ranks: (N,) from 1; NaN for rows without another one of their group.
-            unit: see :meth:`add`.
-        """
-        queries = (~np.isnan(ranks)).astype(np.float64)
-        hits: np.ndarray = (ranks <= RECALL_RANK).astype(np.float64)
-        self.add(task, split, hits, queries, ranks, unit)
 
     def add(
         self,

@@ -16,14 +16,16 @@
   query; candidates are ranked by visual similarity to them.
 * Code retrieval: TF-IDF of character n-grams, docstring against code.
 
-The methods fit on at most ``MAX_TRAIN_ROWS`` evenly spaced rows of the ``train`` split. The main
-entry point is :func:`evaluate_simple_baselines`; ``skillnet evaluate`` and ``skillnet quickstart``
-call it.
+An objective names the function that measures both; a package brings one of its own, which gets
+:class:`BaselineRows`. The methods fit on at most ``MAX_TRAIN_ROWS`` evenly spaced rows of the
+``train`` split. The main entry point is :func:`evaluate_simple_baselines`; ``skillnet evaluate``
+and ``skillnet quickstart`` call it.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +40,18 @@ from pipelines.training.evaluation.evaluator import (
     describe_rows,
     open_task_corpus,
     read_fixed_column,
-    read_ragged_column,
+    read_targets,
     tidy_rows,
     uses_all_captions,
 )
 from pipelines.training.evaluation.held_out_units import read_unit_numbers
-from pipelines.training.evaluation.label_baselines import measure_label_baselines
-from pipelines.training.evaluation.row_scores import read_targets
-from pipelines.training.evaluation.task_metrics import (
-    TaskMetrics,
-    classification_metrics,
-    retrieval_metrics,
-    transcription_metrics,
-)
 from pipelines.training.runs.vocabulary_match import check_outputs
 from skillnet.config import SkillNetConfig
-from skillnet.metrics import ConfidenceInterval, unique_group_ids
+from skillnet.metrics import ConfidenceInterval, MetricIntervals, TaskMetrics
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.ctc import RowTranscripts
+from skillnet.objectives.heads import head_class
+from skillnet.objectives.retrieval import rank_metrics, retrieval_ranks, unique_group_ids
 from skillnet.skills import Task, find_task
 from skillnet_platform.config import digest_config
 from skillnet_platform.storage import read_json, run_root, write_json
@@ -63,6 +61,8 @@ from skillnet_platform.storage.location import parse_location
 BASELINES_VERSION = 3
 
 NEIGHBOURS = 5
+#: Strength of the penalty of ridge regression, on values of unit variance.
+RIDGE_PENALTY = 1.0
 #: Maximum size of a TF-IDF vocabulary in retrieval.
 FEATURES = 4096
 #: Maximum number of training rows: the nearest-neighbour methods compare with all of them.
@@ -136,63 +136,95 @@ def evaluate_simple_baselines(
     return rows
 
 
+@dataclass(frozen=True)
+class BaselineRows:
+    """Rows that the simple baselines of an objective fit and measure.
+
+    Args:
+        task: of the rows.
+        corpus: opened corpus of the task.
+        train: rows to fit, at most ``MAX_TRAIN_ROWS``.
+        test: rows of the measured split.
+        where: corpus and split, for messages.
+        intervals: of the measured rows.
+    """
+
+    task: Task
+    corpus: PreparedCorpus
+    train: pa.Table
+    test: pa.Table
+    where: str
+    intervals: MetricIntervals
+
+    @cached_property
+    def targets(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Targets of the training rows and of the split's rows, by name."""
+        train = read_targets(self.train, self.task, self.where)
+        return train, read_targets(self.test, self.task, self.where)
+
+    @cached_property
+    def features(self) -> tuple[Any, Any]:
+        """Features of training and test rows: n-grams of texts, or downsampled media."""
+        return _row_features(self.train, self.test, self.corpus.modality, self.where)
+
+    def measure(self, predictions: Any) -> TaskMetrics:
+        """Return the metrics of predictions for the split's rows.
+
+        Args:
+            predictions: as the head's ``infer`` returns them.
+        """
+        head, targets = head_class(self.task), self.targets[1]
+        return head.evaluate(self.task, predictions, targets, self.intervals).metrics
+
+
 def _measure_both(
     spec: Task, corpus: PreparedCorpus, split: str, seed: int, bootstrap_samples: int
 ) -> dict[str, TaskMetrics]:
-    """Return system -> metrics of one task on one split."""
+    """Return system -> metrics of one task on one split; none if no simple method is known."""
+    measure = find_objective(spec.objective).load_baseline()
+    if measure is None:
+        return {}
     train, test = _subsample(corpus.splits["train"].table()), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
-    if spec.objective == "classification":
-        return _classification(train, test, corpus.modality, where, seed, bootstrap_samples)
-    if spec.objective == "ctc":
-        return _transcription(train, test, where, bootstrap_samples)
-    units = read_unit_numbers(test, where)
-    if spec.objective in ("multi_label", "regression"):
-        targets = read_targets(train, spec, where), read_targets(test, spec, where)
-        features = _row_features(train, test, corpus.modality, where)
-        return measure_label_baselines(spec, features, targets, bootstrap_samples, units)
+    intervals = MetricIntervals(seed, bootstrap_samples, read_unit_numbers(test, where))
+    return measure(BaselineRows(spec, corpus, train, test, where, intervals))
+
+
+# -- retrieval -----------------------------------------------------------------------------
+
+
+def measure_search_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
+    """Return the metrics of searches by text, and of searches for text.
+
+    No simple method is known for pairs of rows.
+
+    Args:
+        rows: of a task.
+    """
+    spec, modality = rows.task, rows.corpus.modality
     if spec.caption_tower is None:
-        return {}  # no simple method is known for pairs of rows or for other packages' objectives
-    groups = unique_group_ids(read_fixed_column(test, "group", where))
-    captions = test.column("captions").to_pylist()
-    if not uses_all_captions(corpus) or spec.caption_tower == "candidate":
+        return {}
+    groups = unique_group_ids(rows.targets[1]["groups"])
+    captions = rows.test.column("captions").to_pylist()
+    if not uses_all_captions(rows.corpus) or spec.caption_tower == "candidate":
         captions = [row[:1] for row in captions]
     owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     query_groups, texts = groups[owners], [caption for row in captions for caption in row]
-    if corpus.modality == "sound":
-        return {"chance": random_ranking_metrics(groups, query_groups)}
-    if corpus.modality in ("image", "video"):
+    chance = random_ranking_metrics(groups, query_groups)
+    if modality == "sound":
+        return {"chance": chance}
+    if modality in ("image", "video"):
         query, candidate, back_query, back_candidate = _visual_vectors(
-            train, test, texts, corpus.modality, where
+            rows.train, rows.test, texts, modality, rows.where
         )
     else:
-        query, candidate = _code_vectors(train, test, texts, corpus.modality)
+        query, candidate = _code_vectors(rows.train, rows.test, texts, modality)
         back_query, back_candidate = query, candidate
-    forward = retrieval_metrics(
-        query,
-        candidate,
-        query_groups,
-        groups,
-        seed,
-        bootstrap_samples,
-        directions=("",),
-        owners=owners,
-        units=units,
-    )
-    backward = retrieval_metrics(
-        back_query,
-        back_candidate,
-        query_groups,
-        groups,
-        seed,
-        bootstrap_samples,
-        directions=("reverse_",),
-        units=units,
-    )
-    found = {
-        "chance": random_ranking_metrics(groups, query_groups),
-        "simple_baseline": forward | backward,
-    }
+    ranks = retrieval_ranks(query, candidate, query_groups, groups)
+    back = retrieval_ranks(back_candidate, back_query, groups, query_groups)
+    metrics = rank_metrics(ranks, "", rows.intervals, owners)
+    metrics |= rank_metrics(back, "reverse_", rows.intervals)
+    found = {"chance": chance, "simple_baseline": metrics}
     is_swapped = spec.caption_tower == "candidate"
     return {name: _swap_directions(each) for name, each in found.items()} if is_swapped else found
 
@@ -208,28 +240,76 @@ def _swap_directions(metrics: TaskMetrics) -> TaskMetrics:
 # -- classification ------------------------------------------------------------------------
 
 
-def _classification(
-    train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, bootstrap_samples: int
-) -> dict[str, TaskMetrics]:
+def measure_class_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
+    """Return the metrics of the most frequent class, and of logistic regression.
+
+    Args:
+        rows: of a task.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    train_labels = read_fixed_column(train, "label", where)
-    labels = read_fixed_column(test, "label", where)
-    train_features, features = _row_features(train, test, modality, where)
+    train_labels = rows.targets[0]["labels"]
+    train_features, features = rows.features
     model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
         # On thousands of dense features, 200 steps are accurate enough without convergence.
         warnings.simplefilter("ignore", ConvergenceWarning)
         predicted = model.fit(train_features, train_labels).predict(features)
-    most_frequent = np.full(len(labels), np.bincount(train_labels).argmax())
-    units = read_unit_numbers(test, where)
+    most_frequent = np.full(len(predicted), np.bincount(train_labels).argmax())
+    classes = np.eye(rows.task.outputs, dtype=np.float32)
     return {
-        "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples, units),
-        "simple_baseline": classification_metrics(
-            predicted, labels, seed, bootstrap_samples, units
-        ),
+        "chance": rows.measure(classes[most_frequent]),
+        "simple_baseline": rows.measure(classes[predicted]),
     }
+
+
+# -- labels and numbers --------------------------------------------------------------------
+
+
+def measure_label_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
+    """Return the metrics of the shares of the labels, and of logistic regression per label.
+
+    Args:
+        rows: of a task.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    truth_NC = rows.targets[0]["label_sets"] > 0
+    shares_C = truth_NC.mean(0)
+    train_features, features = rows.features
+    model = OneVsRestClassifier(LogisticRegression(C=3.0, max_iter=200, tol=1e-3))
+    with warnings.catch_warnings():
+        # A label of every training row, or of none, is predicted as such.
+        warnings.simplefilter("ignore")
+        found = model.fit(train_features, truth_NC.astype(int)).predict_proba(features)
+    return {
+        "chance": rows.measure(np.tile(shares_C, (len(rows.test), 1))),
+        "simple_baseline": rows.measure(found),
+    }
+
+
+def measure_number_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
+    """Return the metrics of the mean of the training values, and of ridge regression.
+
+    Args:
+        rows: of a task.
+    """
+    from sklearn.linear_model import Ridge
+
+    right_N = rows.targets[0]["numbers"].astype(np.float64)
+    mean, deviation = right_N.mean(), right_N.std() or 1.0
+    train_features, features = rows.features
+    model = Ridge(RIDGE_PENALTY).fit(train_features, (right_N - mean) / deviation)
+    found_N1 = mean + deviation * np.asarray(model.predict(features)).reshape(-1, 1)
+    return {
+        "chance": rows.measure(np.full((len(rows.test), 1), mean)),
+        "simple_baseline": rows.measure(found_N1),
+    }
+
+
+# -- features of rows ----------------------------------------------------------------------
 
 
 def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) -> tuple[Any, Any]:
@@ -250,12 +330,17 @@ def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) ->
 # -- speech --------------------------------------------------------------------------------
 
 
-def _transcription(
-    train: pa.Table, test: pa.Table, where: str, bootstrap_samples: int
-) -> dict[str, TaskMetrics]:
-    train_symbols = read_ragged_column(train, "symbols", where)
-    symbols = read_ragged_column(test, "symbols", where)
-    nearest = _nearest(_audio_vectors(test, where), _audio_vectors(train, where), 1)[0][:, 0]
+def measure_transcript_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
+    """Return the metrics of the most frequent symbols, and of the nearest recording.
+
+    Args:
+        rows: of a task.
+    """
+    train = rows.targets[0]
+    pairs = zip(train["symbols"], train["symbols_lengths"], strict=True)
+    train_symbols = [row[:length].tolist() for row, length in pairs]
+    vectors, train_vectors = (_audio_vectors(x, rows.where) for x in (rows.test, rows.train))
+    nearest = _nearest(vectors, train_vectors, 1)[0][:, 0]
     longest = max(len(row) for row in train_symbols)
     # A guess of mean length balances insertions and deletions.
     mean_length = round(float(np.mean([len(row) for row in train_symbols])))
@@ -263,13 +348,11 @@ def _transcription(
         int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
         for position in range(min(mean_length, longest))
     ]
-    units = read_unit_numbers(test, where)
+    confidence = np.ones(len(nearest))
     return {
-        "chance": transcription_metrics(
-            [most_frequent] * len(symbols), symbols, bootstrap_samples, units
-        ),
-        "simple_baseline": transcription_metrics(
-            [train_symbols[row] for row in nearest], symbols, bootstrap_samples, units
+        "chance": rows.measure(RowTranscripts([most_frequent] * len(nearest), confidence)),
+        "simple_baseline": rows.measure(
+            RowTranscripts([train_symbols[row] for row in nearest], confidence)
         ),
     }
 

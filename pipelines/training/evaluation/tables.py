@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from skillnet.config import SkillNetConfig
-from skillnet.objectives import find_objective, list_objectives
+from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
 from skillnet_platform.storage import open_output
 from skillnet_platform.tables import markdown_table, write_csv
@@ -44,8 +44,8 @@ COLUMNS = (
 #: One evaluation row, with the keys ``COLUMNS``.
 EvaluationRow = dict[str, Any]
 
-#: Objective -> its primary metric, and whether higher values are better.
-OBJECTIVE_METRICS = {each.name: (each.metric, each.higher_is_better) for each in list_objectives()}
+#: Primary metric -> whether higher values are better.
+PRIMARY_METRICS = {each.metric: each.higher_is_better for each in list_objectives()}
 
 #: Metric of a task with labels -> whether higher values are better.
 SCORED_METRICS = {
@@ -193,7 +193,7 @@ def summary_cells(
     columns += ["SkillNet (95 % interval)", "active"]
     cells = []
     for task in sort_rows(tasks):
-        metric, higher_is_better = OBJECTIVE_METRICS[tasks[task].objective]
+        metric, higher_is_better = primary_metric(tasks[task].objective)
         own = find_row(rows, task, metric)
         # Masked tasks and tasks that were not requested have no row on the test split.
         if own is None:
@@ -231,7 +231,7 @@ def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Ta
     """
     parts = []
     for task in sort_rows(tasks):
-        metric, _ = OBJECTIVE_METRICS[tasks[task].objective]
+        metric, _ = primary_metric(tasks[task].objective)
         row = find_row(rows, task, metric)
         if row is not None:
             value = format_metric(metric, row["value"])
@@ -273,12 +273,11 @@ def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
     Args:
         rows: of the model.
     """
-    primary = {metric for metric, _ in OBJECTIVE_METRICS.values()}
     return {
         name_metric(row["task"], row["split"], row["metric"]): float(row["value"])
         for row in rows
         if not row["split"].startswith("test")
-        or (row["split"] == "test" and row["metric"] in primary)
+        or (row["split"] == "test" and row["metric"] in PRIMARY_METRICS)
     }
 
 

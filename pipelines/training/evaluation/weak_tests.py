@@ -22,8 +22,8 @@ from pipelines.training.evaluation.evaluator import (
 from pipelines.training.evaluation.tables import metric_label
 from pipelines.training.loading.task_columns import PRETRAINING
 from pipelines.training.runs.model_source import TrainingRead
-from skillnet.metrics import unique_group_ids
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.retrieval import unique_group_ids
 from skillnet.skills import Task, find_task
 
 #: Ranks that the recalls of a retrieval count, the primary one last.
@@ -62,7 +62,7 @@ def find_weak_tests(
     weaknesses: list[WeakTest] = []
     for name in tasks:
         task = find_task(name, dict(tasks))
-        if task.objective == "masked":
+        if not find_objective(task.objective).has_labels:
             continue
         corpus = open_task_corpus(data, name, corpora, fold)
         for split in choose_splits(corpus, splits):
@@ -109,8 +109,9 @@ def _find_certain_metrics(corpus: PreparedCorpus, split: str, task: Task) -> Ite
     """Yield which metrics of a split are perfect for every model, or for a constant answer."""
     table = corpus.splits[split].table()
     rows = f"{len(table)} {'row' if len(table) == 1 else 'rows'} of {split} of {corpus.name}"
-    if task.objective != "retrieval":
-        for column in find_objective(task.objective).target_columns:
+    objective = find_objective(task.objective)
+    if not objective.pairs_towers:
+        for column in objective.target_columns:
             if column in table.column_names and is_constant(table, column):
                 yield (
                     f"the {rows} have one {column}, so a constant answer is right for all of them. "
@@ -119,7 +120,7 @@ def _find_certain_metrics(corpus: PreparedCorpus, split: str, task: Task) -> Ite
         return
     groups = unique_group_ids(read_fixed_column(table, "group", f"{corpus.name}/{split}"))
     sizes = np.unique(groups, return_counts=True)[1]
-    if task.caption_tower is None and task.paired_tower is None:
+    if task.has_row_pairs:
         sizes = sizes[sizes > 1]  # a row alone in its group is no query
     if not len(sizes):
         return

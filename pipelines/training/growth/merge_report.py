@@ -150,7 +150,7 @@ class MergeReport:
 
 def _loss(task: TaskComparison) -> float:
     """Return by how much a task became worse."""
-    higher_is_better = dict(evaluation_tables.OBJECTIVE_METRICS.values())[task.metric]
+    higher_is_better = evaluation_tables.PRIMARY_METRICS[task.metric]
     return task.before - task.after if higher_is_better else task.after - task.before
 
 

@@ -270,9 +270,9 @@ def _compare_task(
     task = settings.tasks[new]
     corpus = open_corpus(locate_task_corpus(str(settings.data), new, {new: task.corpus}))
     align_outputs(model, old, corpus)
-    objective = model.config.tasks[old].objective
-    metric, _ = tables.OBJECTIVE_METRICS[objective]
-    for split in choose_splits(corpus, ["validation"] if objective == "masked" else None):
+    spec = model.config.tasks[old]
+    metric, _ = tables.primary_metric(spec.objective)
+    for split in choose_splits(corpus, None, task=spec):
         count = corpus.splits[split].rows
         on_split(new, split, count)
         before = digest_outputs(model, old, corpus, split, task.max_length)

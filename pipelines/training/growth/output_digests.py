@@ -12,7 +12,7 @@ from pipelines.training.evaluation.evaluator import uses_all_captions
 from pipelines.training.evaluation.inference import batches_by_length, send_batch, split_inputs
 from pipelines.training.loading.task_columns import is_row_tower, tower_column
 from skillnet.multitask_model import TaskModel
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import find_task
 
 

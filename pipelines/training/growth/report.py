@@ -191,7 +191,7 @@ class GrowthReport:
 
     def build_tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Return (title, columns, cells) of each table of the report."""
-        primary = {metric for metric, _ in evaluation_tables.OBJECTIVE_METRICS.values()}
+        primary = evaluation_tables.PRIMARY_METRICS
         old_tasks = [task for task in self.tasks if task.metric in primary]
         tables = [
             (

@@ -20,7 +20,7 @@ from pipelines.training.runs.identity import digest_weights
 from pipelines.training.runs.model_source import ModelSource
 from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError

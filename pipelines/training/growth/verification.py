@@ -216,7 +216,7 @@ def _compare_transfer(
     spec: Task,
     settings: FinetuneConfig,
 ) -> list[TransferResult]:
-    metric = tables.OBJECTIVE_METRICS[spec.objective][0]
+    metric = tables.primary_metric(spec.objective)[0]
     outcomes = read_outcomes(Path(result["run"]) / OUTCOMES_FILE)
     rows = [r for r in result["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
     transfers = []
@@ -258,7 +258,7 @@ def _primary_values(
 ) -> dict[str, list[float]]:
     values = {}
     for task in settings.tasks:
-        metric = tables.OBJECTIVE_METRICS[settings.model.tasks[task].objective][0]
+        metric = tables.primary_metric(settings.model.tasks[task].objective)[0]
         one, other = (tables.find_row(rows, task, metric) for rows in (before, after))
         if one is not None and other is not None:
             values[task] = [float(one["value"]), float(other["value"])]

@@ -26,7 +26,7 @@ from pipelines.training.loading.task_columns import resolve_splits
 from pipelines.training.loading.task_dataset import TaskDataset
 from pipelines.training.loading.window_sampler import WindowedShuffleSampler
 from skillnet.config import SkillNetConfig
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
@@ -58,7 +58,7 @@ class Batch:
     Args:
         task: name of the task.
         towers: tower -> input tensors of the model.
-        targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbol_lengths`` (B,), or
+        targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbols_lengths`` (B,), or
             ``groups`` (B,), or ``masked`` (B, T) and the masked ``values`` (M, …).
         rows: (B,) row numbers in the split.
         global_rows: rows of all ranks.

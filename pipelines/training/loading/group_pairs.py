@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from skillnet.metrics import unique_group_ids
+from skillnet.objectives.retrieval import unique_group_ids
 from skillnet_platform.errors import UserError
 
 

@@ -1,14 +1,21 @@
 """Columns of the shards that a task reads: splits, inputs, targets and ranges of their ids."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipelines.data.shards.columns import INPUT_COLUMNS, PAIRED_PREFIX
-from pipelines.data.shards.id_columns import TOKEN_COLUMNS, IdRange
+from pipelines.data.shards.columns import (
+    INPUT_COLUMNS,
+    PAIRED_PREFIX,
+    Column,
+    FixedColumn,
+    RaggedColumn,
+)
+from pipelines.data.shards.id_columns import OUTPUT_COLUMNS, TOKEN_COLUMNS, IdRange
 from pipelines.training.loading.shard_table import ShardTable
 from skillnet.config import SkillNetConfig
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError
 
@@ -89,19 +96,9 @@ def check_split_columns(
     table = ShardTable([corpus.splits[split]], location, model_id_ranges(name, task, model))
     if not table.is_remote:
         table.open()
-        paired = [tower_column(task, task.paired_tower)] if task.paired_tower else []
-        for column in (INPUT_COLUMNS[corpus.modality], *paired, *list_target_columns(task)):
+        inputs = [tower_column(task, tower) for tower in task.towers]
+        for column in (*inputs, *find_objective(task.objective).target_columns):
             table.column(column)
-
-
-def list_target_columns(task: Task) -> tuple[str, ...]:
-    """Return the columns with the targets of a task.
-
-    Args:
-        task: its objective names them; a retrieval task without a text tower pairs groups.
-    """
-    is_pair = task.objective == "retrieval" and task.caption_tower is None
-    return ("group",) if is_pair else find_objective(task.objective).target_columns
 
 
 def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, IdRange]:
@@ -114,28 +111,59 @@ def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, I
     """
     tokens = IdRange(f"model.vocab_size is {model.vocab_size}", model.vocab_size)
     ranges = dict.fromkeys(TOKEN_COLUMNS, tokens)
-    source = f"model.tasks.{name}.outputs is {task.outputs}"
-    for column in {"label", "label_set"} & set(find_objective(task.objective).target_columns):
-        ranges[column] = IdRange(source, task.outputs)
-    if task.objective == "ctc":
-        ranges["symbols"] = IdRange(source, task.outputs + 1, first=1)
-    return ranges
+    return ranges | target_id_ranges(task, f"model.tasks.{name}.outputs is {task.outputs}")
 
 
-def make_indicators(ids: np.ndarray, lengths: np.ndarray, outputs: int, where: str) -> np.ndarray:
-    """Return sets of classes as (B, C) float32: 1 for the classes of a row, else 0.
+def target_id_ranges(task: Task, source: str) -> dict[str, IdRange]:
+    """Return column -> range of the ids of its targets.
 
     Args:
-        ids: (B, L) class numbers, padded with zeros.
-        lengths: (B,) classes of each row.
-        outputs: number of classes C.
+        task: its objective decides which targets it reads.
+        source: states where the number of outputs comes from, for messages.
+    """
+    objective = find_objective(task.objective)
+    first = objective.unnamed_outputs
+    columns = [each for each in OUTPUT_COLUMNS if each in objective.target_columns]
+    return dict.fromkeys(columns, IdRange(source, task.outputs + first, first))
+
+
+def take_targets(
+    task: Task, open_target: Callable[[str], Column], rows: np.ndarray, where: str
+) -> dict[str, np.ndarray]:
+    """Return the targets of rows by name, with the rows as first axis.
+
+    Args:
+        task: its objective names the columns.
+        open_target: opens a column.
+        rows: (B,) row numbers.
         where: corpus and split, for messages.
 
     Raises:
-        UserError: a class number is outside of the outputs.
+        UserError: a column holds another kind of values.
     """
-    IdRange(f"the model has {outputs} outputs", outputs).check_copy(ids, f"{where}: set of classes")
-    indicators = np.zeros((len(lengths), outputs), np.float32)
-    rows, places = np.nonzero(np.arange(ids.shape[1]) < lengths[:, None])
-    indicators[rows, ids[rows, places]] = 1
+    targets = {}
+    for target, name, kind in find_objective(task.objective).columns:
+        column = open_target(name)
+        if isinstance(column, FixedColumn) and kind == "value":
+            targets[target] = column.take(rows)
+        elif isinstance(column, RaggedColumn) and kind != "value":
+            ids, lengths = column.take(rows)
+            if kind == "set":
+                targets[target] = _make_indicators(ids, lengths, task.outputs)
+            else:
+                targets |= {target: ids, f"{target}_lengths": lengths}
+        else:
+            expected = "one number" if kind == "value" else "a list of numbers"
+            raise UserError(
+                f"{where}: column {name!r} holds other values than {expected} per row, which a "
+                f"{task.objective} task reads. Prepare the corpus again"
+            )
+    return targets
+
+
+def _make_indicators(ids_BL: np.ndarray, lengths_B: np.ndarray, outputs: int) -> np.ndarray:
+    """Return sets of classes as (B, C) float32: 1 for the classes of a row, else 0."""
+    indicators = np.zeros((len(lengths_B), outputs), np.float32)
+    rows, places = np.nonzero(np.arange(ids_BL.shape[1]) < lengths_B[:, None])
+    indicators[rows, ids_BL[rows, places]] = 1
     return indicators

@@ -29,13 +29,13 @@ from pipelines.training.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import (
     PRETRAINING,
-    make_indicators,
     model_id_ranges,
     resolve_splits,
+    take_targets,
     tower_column,
 )
 from skillnet.config import SkillNetConfig
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 
@@ -99,10 +99,13 @@ class TaskDataset:
             self._require_paired_rows(corpus)
         # The model's own limit applies first; the task may lower it.
         self.limit = min(self._model_limit(self.plan.modality), max_length or 1 << 30)
-        if task.objective == "ctc" and "max_seconds" in corpus.manifest["preprocessing"]:
+        #: What the task learns.
+        self.objective = find_objective(task.objective)
+        aligns_targets = self.objective.aligns_targets
+        if aligns_targets and "max_seconds" in corpus.manifest["preprocessing"]:
             self._reject_cropping(corpus)
-        #: Rows of a CTC task whose transcript has no alignment with the model's tokens.
-        self.unalignable_rows = self._count_unalignable() if task.objective == "ctc" else 0
+        #: Rows whose targets have no alignment with the model's tokens.
+        self.unalignable_rows = self._count_unalignable() if aligns_targets else 0
         self._value_scale = read_value_scale(corpus.manifest, task)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._first_caption_prob = settings.first_caption_prob
@@ -117,8 +120,7 @@ class TaskDataset:
             )
         #: Rows of one group, for a retrieval task that reads no captions.
         self._pairs: GroupPairs | None = None
-        is_row_pair = task.caption_tower is None and task.paired_tower is None
-        if task.objective == "retrieval" and not self.views and is_row_pair:
+        if task.has_row_pairs and not self.views:
             self._pairs = self._find_pairs()
         masks = masks or MaskConfig()
         if self.views:
@@ -163,13 +165,14 @@ class TaskDataset:
         if self.views:
             random = random or BatchRandom(("views",), len(rows), slice(None))
             return self._two_views(rows, local, random, config)
-        if self.task.objective == "masked":
+        if self.objective.hides_inputs:
             random = random or BatchRandom(("masks",), len(rows), slice(None))
             return self._masked(local, random, config)
         inputs, change = self._inputs(local, random, config)
         towers, changes = {self.own_tower: inputs}, {self.own_tower: change} if change else {}
+        # Before the rows of a second tower, which may be in other shards.
+        targets = self._row_targets(local)
         if self._pairs is not None or self.task.paired_tower is not None:
-            groups = _to_int64(self._fixed("group").take(local))
             others = local
             if self._pairs is not None:
                 drawn = self._pairs.draw(rows, random.uniform("pair") if random else None)
@@ -177,26 +180,15 @@ class TaskDataset:
             branch = random.branch("query") if random else None
             towers["query"], change = self._inputs(others, branch, config, "query")
             changes |= {"query": change} if change else {}
-            return towers, {"groups": groups}, changes
-        if self.task.objective == "retrieval":
-            assert self.task.caption_tower is not None
+        elif self.task.caption_tower is not None:
             towers[self.task.caption_tower] = self._queries(rows, local, random)
-            return towers, {"groups": _to_int64(self._fixed("group").take(local))}, changes
-        if self.task.objective == "ctc":
-            symbols, lengths = self._ragged("symbols").take(local)
-            targets = {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
-            return towers, targets, changes
-        return towers, self._row_targets(local), changes
+        return towers, targets, changes
 
     def _row_targets(self, local: np.ndarray) -> Tensors:
         """Targets by name, from the columns that the objective declares."""
         targets: Tensors = {}
-        for name, column in find_objective(self.task.objective).columns:
-            opened = self.shard_table.column(column)
-            if isinstance(opened, RaggedColumn):
-                values = make_indicators(*opened.take(local), self.task.outputs, self.location)
-            else:
-                values = self._fixed(column).take(local)
+        found = take_targets(self.task, self.shard_table.column, local, self.location)
+        for name, values in found.items():
             if self._value_scale is not None:
                 mean, deviation = self._value_scale
                 values = (values - np.float32(mean)) / np.float32(deviation)
@@ -297,7 +289,7 @@ class TaskDataset:
 
     def _find_units(self, corpus: "PreparedCorpus") -> SoundUnits | None:
         count = self._model.sound_units
-        if not count or self.plan.modality != "sound" or self.task.objective != "masked":
+        if not count or self.plan.modality != "sound" or not self.objective.hides_inputs:
             return None
         splits = resolve_splits(corpus, PRETRAINING)
         return find_sound_units(corpus, splits, self._model.mel_stack, count)

@@ -36,11 +36,12 @@ def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
 
 def check_unlabelled_tasks(config: FinetuneConfig) -> None:
     """Raise UserError if a task of the run learns from labels."""
+    from skillnet.objectives.base import find_objective
     from skillnet.skills import find_task
 
     for name in config.tasks:
         objective = find_task(name, config.model.tasks).objective
-        if objective not in ("masked", "retrieval"):
+        if not find_objective(objective).can_pretrain:
             raise UserError(
                 f"tasks.{name} learns from labels ({objective}); pretraining takes masked tasks "
                 f"and pairs. Leave it out with --tasks.{name} null, or use skillnet finetune"

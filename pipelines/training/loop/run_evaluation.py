@@ -253,9 +253,8 @@ def check_evaluation_splits(run: "ResolvedRun", splits: Sequence[str] | None) ->
     specs = {name: find_task(name, config.model.tasks) for name in config.measured}
     evaluated = {}
     for name, settings in config.measured.items():
-        # A masked task is evaluated on validation rows, the others on test rows.
-        wanted = ["validation"] if not splits and specs[name].objective == "masked" else splits
-        evaluated[name] = choose_splits(run.corpora[settings.corpus], wanted or None)
+        corpus = run.corpora[settings.corpus]
+        evaluated[name] = choose_splits(corpus, splits, task=specs[name])
     found = {split for names in evaluated.values() for split in names}
     absent = [split for split in splits or () if split not in found]
     if absent or not found:

@@ -22,8 +22,8 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch, rank_slice
 from pipelines.training.loop.gradient_sync import DistributedGather, GradientSync
 from pipelines.training.loop.task_health import TaskHealth
-from skillnet.heads import LossInputs, head_class
-from skillnet.losses import RankGather
+from skillnet.objectives.base import PAIR, find_objective
+from skillnet.objectives.heads import LossInputs, RankGather, head_class
 from skillnet.precision import ComputePrecision
 from skillnet.rounded_weights import share_merges
 from skillnet.skills import Task
@@ -79,7 +79,7 @@ def backward_step(
             loss.backward()
             return loss.detach()
         parts = list(split_batch(batch, count))
-        if task.objective == "retrieval":
+        if find_objective(task.objective).pairs_towers:
             gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
             return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
         total = torch.zeros((), device=_device_of(batch))
@@ -162,8 +162,7 @@ def _backward_contrastive(
             states.append(_read_random_state(device))
             embedded.append(_run_model(model, part))
     leaves = {
-        name: torch.cat([outputs[name] for outputs in embedded]).requires_grad_()
-        for name in ("query", "candidate")
+        name: torch.cat([outputs[name] for outputs in embedded]).requires_grad_() for name in PAIR
     }
     # The scale of the similarities is a weight; its gradient goes back with the first part.
     leaves["scale"] = embedded[0]["scale"].detach().requires_grad_()
@@ -179,10 +178,7 @@ def _backward_contrastive(
             with precision.autocast():
                 outputs = _run_model(model, part)
             # The gradient of these sums for an embedding is the one that the loss gave it.
-            sums = [
-                (outputs[name] * _gradient(leaves[name])[rows]).sum()
-                for name in ("query", "candidate")
-            ]
+            sums = [(outputs[name] * _gradient(leaves[name])[rows]).sum() for name in PAIR]
             if not start:
                 sums.append(outputs["scale"] * _gradient(leaves["scale"]))
             auxiliary = _add_auxiliary_losses(loss.new_zeros(()), model, part)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.runs.task_counts import TaskCounts, parse_task_counts
-from skillnet.losses import find_unalignable_rows
+from skillnet.objectives.heads import head_class
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError
 
@@ -69,11 +69,9 @@ class TaskHealth:
             outputs: of the model.
             batch: this rank's rows.
         """
-        if task.objective == "ctc" and not batch.is_padding:
-            rows_B = find_unalignable_rows(
-                outputs["lengths"], batch.targets["symbols"], batch.targets["symbol_lengths"]
-            )
-            self._rows[list(self.counts).index(batch.task)] += rows_B.sum()
+        untaught = head_class(task).count_untaught(outputs, batch.targets)
+        if untaught is not None and not batch.is_padding:
+            self._rows[list(self.counts).index(batch.task)] += untaught
 
     def add_step(self, batch: Batch, is_finite: Tensor, step: int) -> None:
         """Remember a step until :meth:`reduce` counts it.

@@ -6,6 +6,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from pipelines.data.transforms.sound import MELS
@@ -13,6 +14,8 @@ from pipelines.training.config.run import FinetuneConfig
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import head_class
 from skillnet.skill_copies import (
     DENSE_SKILL,
     LAYERS_TASK,
@@ -103,19 +106,17 @@ def _stems_of(source: SkillNetConfig) -> set[str]:
 
 
 def _masks_images(task: Task) -> bool:
-    return task.objective == "masked" and "patch" in task.stems
+    return find_objective(task.objective).hides_inputs and "patch" in task.stems
 
 
 def _find_head_keys(theirs: Mapping[str, Task], ours: Mapping[str, Task]) -> list[str]:
     """Return the keys that the heads of common tasks depend on, beside those of their stems."""
-    objectives = {
-        (task.objective, stem)
+    keys = (
+        head_class(task).config_keys(task)
         for name, task in ours.items()
         if name in theirs and theirs[name].objective == task.objective
-        for stem in task.stems
-    }
-    keys = ["embedding_dim"] if any(name == "retrieval" for name, _ in objectives) else []
-    return [*keys, "sound_units"] if ("masked", "log_mel") in objectives else keys
+    )
+    return sorted(set(chain.from_iterable(keys)))
 
 
 def describe_needed_settings(config: FinetuneConfig, source: SkillNetConfig, location: str) -> str:

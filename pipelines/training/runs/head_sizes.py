@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import Task
 
 

@@ -12,9 +12,9 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.task_columns import is_row_tower
 from skillnet.config import SkillNetConfig
-from skillnet.heads import head_class
-from skillnet.skills import SkillPlan, Task, find_task
-from skillnet.stems import values_of_token
+from skillnet.objectives.base import find_objective
+from skillnet.objectives.heads import head_class
+from skillnet.skills import SkillPlan, find_task
 
 Tensors = dict[str, Tensor]
 
@@ -50,19 +50,15 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
         tower: _tower_inputs(config.model, plan, rows, lengths[tower])
         for tower, plan in task.towers.items()
     }
-    counts = None
-    if task.objective == "masked":
-        targets = _masked_targets(config, task, rows, lengths["input"])
-        towers["input"]["places"] = torch.zeros(len(targets["values"]), dtype=torch.long)
-        counts = np.full(rows, len(targets["values"]) // rows)
-    elif task.objective == "ctc":
-        symbols = count_tokens(config.model, task.towers["input"], lengths["input"]) // 2 or 1
-        targets = {
-            "symbols": torch.ones(rows, symbols, dtype=torch.long),
-            "symbol_lengths": torch.ones(rows, dtype=torch.long),
-        }
-    else:
-        targets = head_class(task).example_targets(task, rows)
+    tower, counts = task.row_tower, None
+    plan = task.towers[tower]
+    tokens = count_tokens(config.model, plan, lengths[tower])
+    share: float = getattr(MASKS[config.training.masking], plan.modality)
+    hidden = max(round(share * tokens), 1)
+    targets = head_class(task).example_targets(config.model, task, rows, tokens, hidden)
+    if find_objective(task.objective).hides_inputs:
+        towers[tower]["places"] = torch.zeros(rows * hidden, dtype=torch.long)
+        counts = np.full(rows, hidden)
     return Batch(name, towers, targets, np.arange(rows), global_rows, masked_counts=counts)
 
 
@@ -100,18 +96,3 @@ def _tower_inputs(model: SkillNetConfig, plan: SkillPlan, rows: int, length: int
         return {"pixels": torch.zeros(rows, model.image_size, model.image_size, 3)}
     size = (rows, model.video_frames, model.video_size, model.video_size, 3)
     return {"frames": torch.zeros(size)}
-
-
-def _masked_targets(config: FinetuneConfig, task: Task, rows: int, length: int) -> Tensors:
-    model, plan = config.model, task.towers["input"]
-    tokens = count_tokens(model, plan, length)
-    share: float = getattr(MASKS[config.training.masking], plan.modality)
-    count = rows * max(round(share * tokens), 1)
-    is_class = plan.stem == "token" or (plan.modality == "sound" and model.sound_units)
-    values = (
-        torch.ones(count, dtype=torch.long)
-        if is_class
-        else torch.zeros(count, values_of_token(model, plan.modality))
-    )
-    masked = torch.zeros(rows, tokens, dtype=torch.bool)
-    return {"masked": masked, "values": values}

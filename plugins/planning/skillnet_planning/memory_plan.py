@@ -15,6 +15,7 @@ from torch import nn
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.replicas import count_sharing_workers
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.skills import find_task
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_planning.step_counter import PlannedModel, StepCost, measure_step
@@ -150,7 +151,7 @@ class RunPlanner:
         rows, size = self.rows_per_worker(task), options.micro_batch_size
         if size is None or size >= rows:
             return self._measure(task, rows, replace(options, micro_batch_size=None)), 1.0
-        if find_task(task, self.config.model.tasks).objective == "retrieval":
+        if find_objective(find_task(task, self.config.model.tasks).objective).pairs_towers:
             counted = min(rows, 2 * size)
             return self._measure(task, counted, options), rows / counted
         return self._measure(task, size, replace(options, micro_batch_size=None)), rows / size
@@ -204,7 +205,7 @@ class RunPlanner:
         cost, _ = self.measure(task, options)
         rows, total = self.rows_per_worker(task), self.config.tasks[task].batch_size
         more = 0
-        if find_task(task, self.config.model.tasks).objective == "retrieval":
+        if find_objective(find_task(task, self.config.model.tasks).objective).pairs_towers:
             counted = min(rows, 2 * (options.micro_batch_size or rows))
             # A worker compares its rows with those of all workers.
             more = 4 * SIMILARITY_TENSORS * (rows * total - counted * counted)

@@ -166,7 +166,7 @@ class StepCensus:
                 if spec.objective == "retrieval":
                     runner.embed(task, tower, inputs)
                 else:
-                    runner.classify(task, inputs)
+                    runner.predict_rows(task, inputs)
         return describe(watch)
 
     def grow(self, task: str) -> None:

@@ -20,8 +20,8 @@ from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.training.loading.pixel_changes import apply_changes
 from pipelines.training.loading.task_dataset import TaskDataset
 from pipelines.training.loop.resolved_run import ResolvedRun
-from skillnet.heads import LossInputs, head_class
 from skillnet.model import SkillNet
+from skillnet.objectives.heads import LossInputs, head_class
 from skillnet_platform.errors import UserError
 from tests.helpers.exchanged_files import find_buffers
 from tests.helpers.limited_child import run_limited

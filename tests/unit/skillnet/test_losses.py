@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skillnet.losses import cross_entropy, ctc_loss, info_nce, masked_loss, masked_loss_per_row
+from skillnet.objectives.classification import cross_entropy
+from skillnet.objectives.ctc import ctc_loss
+from skillnet.objectives.masked import masked_loss, masked_loss_per_row
+from skillnet.objectives.retrieval import info_nce
 
 
 def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:

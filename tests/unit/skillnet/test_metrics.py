@@ -11,7 +11,9 @@ from sklearn.metrics import f1_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skillnet import metrics
-from skillnet.metrics import bootstrap_interval, retrieval_ranks
+from skillnet.metrics import bootstrap_interval
+from skillnet.objectives import classification, ctc, retrieval
+from skillnet.objectives.retrieval import retrieval_ranks
 
 symbols = st.lists(st.integers(1, 4), max_size=8)
 
@@ -23,7 +25,7 @@ symbols = st.lists(st.integers(1, 4), max_size=8)
 def test_classification_equals_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     said, right = zip(*pairs, strict=True)
     theirs = f1_score(right, said, average="macro")
-    assert metrics.macro_f1_of_rows(np.array(pairs)) == pytest.approx(theirs, abs=1e-12)
+    assert classification.macro_f1_of_rows(np.array(pairs)) == pytest.approx(theirs, abs=1e-12)
 
 
 # -- sequences ----------------------------------
@@ -42,25 +44,30 @@ def levenshtein(a: list[int], b: list[int]) -> int:
 @given(st.lists(st.tuples(symbols, symbols), max_size=9), st.integers(1, 10))
 def test_edit_distances_equal_the_textbooks(pairs, block: int) -> None:
     said, right = [p[0] for p in pairs], [p[1] for p in pairs]
-    distances = metrics.edit_distances(said, right, block)
+    distances = ctc.edit_distances(said, right, block)
     assert distances.tolist() == [levenshtein(a, b) for a, b in pairs]
 
 
-def test_error_rate_weighs_symbols_not_rows() -> None:
-    said, right = [[1], [1, 2, 3, 4, 5, 6, 7, 8, 9]], [[2], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    counts = metrics.error_counts(said, right)
-    assert counts.tolist() == [[1, 1], [0, 9]]
-    assert metrics.ratio_of_sums(counts) == pytest.approx(0.1)
-
-
-def test_error_rate_may_exceed_one() -> None:
-    assert metrics.ratio_of_sums(metrics.error_counts([[1, 2, 3]], [[4]])) == 3.0
+@pytest.mark.parametrize(
+    ("said", "right", "rate"),
+    [
+        # Symbols weigh, not rows.
+        ([[1], [1, 2, 3, 4, 5, 6, 7, 8, 9]], [[2], [1, 2, 3, 4, 5, 6, 7, 8, 9]], 0.1),
+        ([[1, 2, 3]], [[4]], 3.0),
+    ],
+)
+def test_the_error_rate_divides_sums(said, right, rate: float) -> None:
+    lengths = np.array([len(row) for row in right])
+    padded = np.array([row + [0] * (max(lengths) - len(row)) for row in right])
+    targets = {"symbols": padded, "symbols_lengths": lengths}
+    counts = ctc.CTCHead.score_rows(ctc.RowTranscripts(said, np.ones(len(said))), targets)
+    assert metrics.ratio_of_sums(np.stack(counts, 1)) == pytest.approx(rate)
 
 
 def test_greedy_symbols_merge_repeats_and_drop_blanks() -> None:
     path = torch.tensor([[1, 1, 0, 1, 2, 2, 3], [0, 0, 0, 3, 3, 3, 3]])
     scores = torch.nn.functional.one_hot(path, 4).float().log_softmax(-1)
-    assert metrics.greedy_symbols(scores, torch.tensor([6, 3])) == [[1, 1, 2], []]
+    assert ctc.greedy_symbols(scores, torch.tensor([6, 3])) == [[1, 1, 2], []]
 
 
 # -- retrieval ----------------------------------
@@ -101,7 +108,7 @@ def test_a_model_that_maps_everything_to_one_point_ranks_last() -> None:
 
 
 def test_rows_without_a_group_are_their_own() -> None:
-    assert metrics.unique_group_ids([3, -1, 3, -1]).tolist() == [3, -2, 3, -4]
+    assert retrieval.unique_group_ids([3, -1, 3, -1]).tolist() == [3, -2, 3, -4]
 
 
 def test_ranks_refuse_what_would_mean_nothing() -> None:
@@ -132,8 +139,8 @@ def test_ranks_need_memory_for_a_block_only() -> None:
 
 def test_median_rank() -> None:
     ranks = np.array([1, 2, 5, 10, 11])
-    assert metrics.median_rank(ranks) == 5
-    assert metrics.median_rank(ranks[:4]) == 3.5
+    assert retrieval.median_rank(ranks) == 5
+    assert retrieval.median_rank(ranks[:4]) == 3.5
 
 
 # -- intervals ----------------------------------
@@ -169,9 +176,9 @@ def test_intervals_of_all_statistics_hold_their_value() -> None:
     pairs = generator.integers(0, 3, (200, 2))
     ranks = generator.integers(1, 100, 200)
     for rows, statistic in (
-        (pairs, metrics.macro_f1_of_rows),
+        (pairs, classification.macro_f1_of_rows),
         (pairs + 1, metrics.ratio_of_sums),
-        (ranks, metrics.median_rank),
+        (ranks, retrieval.median_rank),
         (torch.tensor(ranks <= 10), np.mean),
     ):
         value, low, high = bootstrap_interval(rows, statistic)

@@ -13,20 +13,20 @@ from sklearn.metrics import label_ranking_average_precision_score, r2_score
 
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
-from pipelines.training.evaluation import row_scores
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.evaluation.row_scores import score_predictions
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.runs.model_tasks import resolve_model_tasks
-from skillnet import objectives
 from skillnet.config import SkillNetConfig
-from skillnet.metrics import average_precision_of_rows
+from skillnet.metrics import MetricIntervals
 from skillnet.model import SkillNet
-from skillnet.objectives import TaskObjective
+from skillnet.objectives import base, heads
+from skillnet.objectives.base import Objective
+from skillnet.objectives.heads import head_class
+from skillnet.objectives.multi_label import average_precision_of_rows
+from skillnet.objectives.regression import RegressionHead
 from skillnet.skills import SkillPlan, Task
-from skillnet.value_heads import RegressionHead
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -58,7 +58,7 @@ def margin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: margin\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        f"[{objectives.GROUP}]\nmargin = margin_objective:MARGIN\nother = margin_objective:MARGIN\n"
+        f"[{base.GROUP}]\nmargin = margin_objective:MARGIN\nother = margin_objective:MARGIN\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     _forget_entries()
@@ -68,8 +68,8 @@ def margin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def _forget_entries() -> None:
-    objectives.find_objective.cache_clear()
-    objectives._other_entries.cache_clear()
+    base.find_objective.cache_clear()
+    base._other_entries.cache_clear()
 
 
 def run_of(data: Path, task: Task) -> FinetuneConfig:
@@ -107,7 +107,7 @@ def test_the_interval_of_another_packages_accuracy_stays_in_range(wrong: int) ->
     task = Task("margin", TEXT, outputs=2)
     labels = np.array([0] * wrong + [1] * (8 - wrong))
     predictions = np.tile([0.0, 1.0], (8, 1))
-    found = score_predictions(task, predictions, {"labels": labels})
+    found = head_class(task).evaluate(task, predictions, {"labels": labels}, MetricIntervals())
     value, low, high = found.metrics["margin_hits"]
     assert 0 <= low <= value <= high <= 1
     assert value == 1 - wrong / 8
@@ -126,24 +126,24 @@ def test_the_interval_of_another_packages_accuracy_stays_in_range(wrong: int) ->
 def test_bounds_decide_the_scale_of_a_metric(
     metric: str, bounds: tuple[float, float], scale: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = TaskObjective("made", "skillnet.value_heads:RegressionHead", metric, bounds=bounds)
+    made = Objective("made", "skillnet.objectives.heads:TaskHead", metric, bounds=bounds)
     assert made.scale == scale
-    monkeypatch.setattr(row_scores, "find_objective", lambda _: made)
+    monkeypatch.setattr(heads, "find_objective", lambda _: made)
     # Three rows of very different scores have an interval far beyond the bounds.
     monkeypatch.setattr(
-        "skillnet.value_heads.RegressionHead.score_rows",
+        "skillnet.objectives.heads.TaskHead.score_rows",
         classmethod(lambda *_: (np.array([0.9, 1.0, 0.2]), np.ones(3))),
     )
     spec = Task("regression", TEXT)
-    targets = {"numbers": np.zeros(3)}
-    value, low, high = score_predictions(spec, np.zeros((3, 1)), targets).metrics[metric]
+    found = heads.TaskHead.evaluate(spec, None, {}, MetricIntervals())
+    value, low, high = found.metrics[metric]
     assert bounds[0] <= low or low == value
     assert value <= high <= bounds[1]
 
 
 @pytest.mark.usefixtures("margin_package")
 def test_an_entry_point_names_the_objective_of_its_own_name() -> None:
-    with pytest.raises(ValueError, match=r"skillnet\.objectives:other names no TaskObjective"):
+    with pytest.raises(ValueError, match=r"skillnet\.objectives:other names no Objective"):
         Task("other", TEXT)
 
 

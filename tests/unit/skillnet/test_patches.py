@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skillnet.config import SkillNetConfig
-from skillnet.heads import MaskedHead
+from skillnet.objectives.masked import MaskedHead
 from skillnet.skills import MODALITIES, Task, masked_tasks
 from skillnet.stems import (
     PatchStem,

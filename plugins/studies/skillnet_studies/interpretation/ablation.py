@@ -22,9 +22,10 @@ from pipelines.training.evaluation.evaluator import (
 )
 from pipelines.training.evaluation.inference import InferenceRunner
 from pipelines.training.evaluation.outcomes import OutcomeTable, RowOutcomes, paired_difference
-from pipelines.training.evaluation.tables import OBJECTIVE_METRICS, sort_rows
+from pipelines.training.evaluation.tables import primary_metric, sort_rows
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.model import SkillNet
+from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
 
@@ -136,7 +137,7 @@ def measure_ablations(
     runner = InferenceRunner(model, precision)
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
-        metric, more = OBJECTIVE_METRICS[spec.objective]
+        metric, more = primary_metric(spec.objective)
         limit = (limits or {}).get(name)
         # The baseline is measured in the same way, so that differences come from the plan alone.
         baseline = _measure_outcomes(runner, name, spec, part, corpus, limit)
@@ -214,7 +215,7 @@ def find_measured_splits(
     measured: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
-        if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
+        if not find_objective(find_task(name, model.config.tasks).objective).has_labels:
             continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         align_outputs(model, name, corpus)

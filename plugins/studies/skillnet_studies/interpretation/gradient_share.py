@@ -16,14 +16,13 @@ import torch
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.evaluation.evaluator import locate_task_corpus
-from pipelines.training.evaluation.tables import OBJECTIVE_METRICS, sort_rows
+from pipelines.training.evaluation.tables import sort_rows
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop.step import task_loss
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
 from skillnet.model import SkillNet
 from skillnet.precision import choose_precision
-from skillnet.skills import find_task
 
 #: Keys of a row of :func:`measure_gradient_share`.
 COLUMNS = (
@@ -82,8 +81,6 @@ def measure_gradient_share(
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     table = []
     for name in names:
-        if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
-            continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         align_outputs(model, name, corpus)
         settings = TaskTraining(

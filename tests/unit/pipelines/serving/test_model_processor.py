@@ -22,7 +22,7 @@ from pipelines.serving.model_processor import ModelProcessor
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.runs import model_source
 from skillnet import SkillNet
-from skillnet.objectives import find_objective
+from skillnet.objectives.base import find_objective
 from skillnet.skills import known_tasks
 from skillnet_platform.cli import main
 from skillnet_platform.errors import UserError

@@ -16,7 +16,7 @@ from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.data.transforms.ctc_alignment import NO_SYMBOL, TOO_SHORT, count_alignment_tokens
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run
-from skillnet.losses import find_unalignable_rows
+from skillnet.objectives.ctc import find_unalignable_rows
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
 

@@ -11,7 +11,7 @@ from pipelines.training.evaluation.simple_baselines import (
 )
 from pipelines.training.evaluation.tables import COLUMNS
 from skillnet.config import SkillNetConfig
-from skillnet.metrics import retrieval_ranks
+from skillnet.objectives.retrieval import retrieval_ranks
 from skillnet.skills import SkillPlan, Task
 from tests.helpers import small_corpora
 from tests.helpers.readable_corpora import write_corpora

@@ -5,17 +5,33 @@ import pyarrow as pa
 import pytest
 
 from pipelines.training.evaluation.held_out_units import read_unit_numbers
-from pipelines.training.evaluation.row_scores import score_predictions
-from pipelines.training.evaluation.task_metrics import (
-    classification_metrics,
-    error_rate_metrics,
-    find_query_units,
-    rank_metrics,
-)
-from skillnet.skills import SkillPlan, Task
+from skillnet.metrics import MetricIntervals, TaskMetrics
+from skillnet.objectives.ctc import RowTranscripts
+from skillnet.objectives.heads import head_class
+from skillnet.objectives.retrieval import rank_metrics
+from skillnet.skills import SkillPlan, Task, default_tasks
 from skillnet_platform.errors import UserError
 
 UNITS = np.repeat(np.arange(20), 10)
+
+
+def classification_metrics(
+    predicted: np.ndarray, labels: np.ndarray, units: np.ndarray | None = None
+) -> TaskMetrics:
+    spec = default_tasks()["text_classification"]
+    intervals = MetricIntervals(units=units)
+    return head_class(spec).evaluate(spec, np.eye(15)[predicted], {"labels": labels}, intervals)[0]
+
+
+def error_rate_metrics(
+    errors: np.ndarray, lengths: np.ndarray, units: np.ndarray | None = None
+) -> TaskMetrics:
+    """Metrics of transcripts with too many symbols, or with none of one length."""
+    spec = default_tasks()["speech_recognition"]
+    said = [[1] * int(length + error) for length, error in zip(lengths, errors, strict=True)]
+    targets = {"symbols": np.ones((len(errors), lengths.max()), int), "symbols_lengths": lengths}
+    predictions = RowTranscripts(said, np.ones(len(said)))
+    return head_class(spec).evaluate(spec, predictions, targets, MetricIntervals(units=units))[0]
 
 
 def test_units_of_equal_rows_have_the_interval_of_as_many_rows() -> None:
@@ -35,10 +51,11 @@ def test_units_of_equal_rows_have_the_interval_of_as_many_rows() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_no_interval_has_a_width_of_zero(right: bool) -> None:
     labels = np.tile([0, 1], 100)
-    counts = np.stack([np.full(200, 0 if right else 3), np.full(200, 3)], 1)
+    errors, lengths = np.full(200, 0 if right else 3), np.full(200, 3)
     ranks = np.full(200, 1 if right else 50)
     found = classification_metrics(labels if right else 1 - labels, labels, units=UNITS)
-    found |= error_rate_metrics(counts, units=UNITS) | rank_metrics(ranks, units=UNITS)
+    found |= error_rate_metrics(errors, lengths, UNITS)
+    found |= rank_metrics(ranks, "", MetricIntervals(units=UNITS))
     for name, interval in found.items():
         # A median or a macro-F1 that no resample changes has no interval.
         if name in ("median_rank", "macro_f1"):
@@ -51,8 +68,8 @@ def test_no_interval_has_a_width_of_zero(right: bool) -> None:
 
 
 def test_an_error_rate_above_one_lies_in_its_interval() -> None:
-    counts = np.stack([np.random.default_rng(0).integers(5, 40, 50), np.full(50, 3)], 1)
-    found = error_rate_metrics(counts)["token_error_rate"]
+    errors = np.random.default_rng(0).integers(5, 40, 50)
+    found = error_rate_metrics(errors, np.full(50, 3))["token_error_rate"]
     assert 1 < found.low < found.value < found.high
 
 
@@ -64,11 +81,13 @@ def test_one_unit_has_values_and_no_intervals() -> None:
 
 
 def test_captions_of_a_row_are_one_unit_at_most() -> None:
-    owners = np.array([0, 0, 1, 2, 2])
-    assert find_query_units(None, None) is None
-    assert find_query_units(None, owners) is owners
-    assert find_query_units(np.array([0, 0, 1]), None).tolist() == [0, 0, 1]  # type: ignore[union-attr]
-    assert find_query_units(np.array([0, 0, 1]), owners).tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
+    ranks, owners = np.array([1, 1, 50, 1, 50]), np.array([0, 0, 1, 2, 2])
+    of_rows = rank_metrics(ranks, "", MetricIntervals(), owners)["recall_at_10"]
+    assert of_rows == rank_metrics(ranks, "", MetricIntervals(units=owners))["recall_at_10"]
+    together = rank_metrics(ranks, "", MetricIntervals(units=np.array([0, 0, 1])), owners)
+    units = MetricIntervals(units=np.array([0, 0, 0, 1, 1]))
+    assert together["recall_at_10"] == rank_metrics(ranks, "", units)["recall_at_10"]
+    assert together["recall_at_10"] != of_rows
 
 
 def test_rows_without_a_name_are_units_by_themselves() -> None:
@@ -86,13 +105,16 @@ def test_rows_without_labels_do_not_count_in_average_precision() -> None:
     truth = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
     spec = Task("multi_label", {"input": SkillPlan(("general", "text"), "text")}, outputs=3)
     units = np.array([0, 0, 1, 2])
-    metric = score_predictions(spec, scores, {"label_sets": truth}, 0, units).metrics
+
+    def measure(rows: np.ndarray, samples: int = 200) -> TaskMetrics:
+        intervals = MetricIntervals(samples=samples, units=units[rows])
+        targets = {"label_sets": truth[rows]}
+        return head_class(spec).evaluate(spec, scores[rows], targets, intervals).metrics
+
+    everything = np.ones(4, bool)
+    metric = measure(everything, 0)
     # The label of the first row is first, that of the third row second.
     assert metric["average_precision"].value == pytest.approx((1 + 1 / 2) / 2)
-    labelled = truth.any(1)
-    alone = score_predictions(
-        spec, scores[labelled], {"label_sets": truth[labelled]}, 200, units[labelled]
-    ).metrics["average_precision"]
-    whole = score_predictions(spec, scores, {"label_sets": truth}, 200, units).metrics
+    alone, whole = measure(truth.any(1))["average_precision"], measure(everything)
     assert whole["average_precision"].value == pytest.approx(alone.value)
     assert whole["average_precision"].low > 0

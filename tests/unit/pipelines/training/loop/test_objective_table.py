@@ -19,7 +19,7 @@ from pipelines.training.loading.group_pairs import GroupPairs
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.runs.model_tasks import resolve_model_tasks
-from skillnet.metrics import pair_ranks
+from skillnet.objectives.retrieval import pair_ranks
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError

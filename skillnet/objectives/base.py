@@ -1,0 +1,223 @@
+"""Objectives by name: what configurations and commands ask of an objective, without torch.
+
+:func:`find_objective` is the entry point. A third party adds an objective through the entry point
+group ``skillnet.objectives``, whose entries name an :class:`Objective`. Facts are fields and
+properties. All that computes belongs to the head, a :class:`skillnet.objectives.heads.TaskHead`
+that is loaded with the first model. Built-in objectives are declared in the same way.
+"""
+
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, NamedTuple
+
+GROUP = "skillnet.objectives"
+
+#: Towers whose vectors are compared.
+PAIR = ("query", "candidate")
+
+
+class TargetColumn(NamedTuple):
+    """Column of the shards that holds a target.
+
+    Args:
+        target: name of the target in a batch.
+        column: name in the shards.
+        kind: a number or array per row (``value``); a list per row as indicators of its outputs
+            (``set``); or a list per row, padded, with lengths as ``<target>_lengths``
+            (``sequence``).
+    """
+
+    target: str
+    column: str
+    kind: Literal["value", "set", "sequence"] = "value"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective: facts that need no model, and references to the code.
+
+    Args:
+        name: as in configurations and saved models.
+        head: ``module:Class`` of a subclass of :class:`skillnet.objectives.heads.TaskHead`, which
+            owns targets, forward pass, loss, predictions, scores and answers.
+        metric: primary metric, as in evaluation rows.
+        higher_is_better: direction of the primary metric.
+        bounds: lowest and highest value that the primary metric can have. Tables show a metric in
+            [0, 1] in per cent, and others as numbers unless their names end with ``rate``.
+            Intervals stay within the bounds.
+        towers: names of the towers of a task; ``PAIR`` for two towers with one vector space.
+        columns: columns of the shards that hold the targets.
+        output: raw output of the head for one row, ``""`` for an embedding per tower.
+        listed: key of a manifest that lists the names of the outputs. A task of such an objective
+            has a number of outputs.
+        unnamed_outputs: outputs before the first named one, such as the blank of CTC.
+        has_scale: whether its target is a number, standardized by the training rows.
+        has_labels: whether an evaluation compares with labels of a test split. Otherwise the
+            metric is measured on the validation split.
+        hides_inputs: whether it predicts parts of its input that the data loader masks.
+        aligns_targets: whether targets follow the tokens of a row in their order, so that a row
+            is read whole and needs enough tokens.
+        baseline: ``module:function`` that measures ``chance`` and ``simple_baseline``, see
+            :class:`pipelines.training.evaluation.simple_baselines.BaselineRows`; ``""`` if no such
+            method is known.
+    """
+
+    name: str
+    head: str
+    metric: str
+    higher_is_better: bool = True
+    bounds: tuple[float, float] = (0.0, 1.0)
+    towers: tuple[str, ...] = ("input",)
+    columns: tuple[TargetColumn, ...] = ()
+    output: str = ""
+    listed: str | None = None
+    unnamed_outputs: int = 0
+    has_scale: bool = False
+    has_labels: bool = True
+    hides_inputs: bool = False
+    aligns_targets: bool = False
+    baseline: str = ""
+
+    @property
+    def scale(self) -> Literal["share", "error_rate", "free"]:
+        """How the variance of the primary metric depends on its value."""
+        if self.bounds == (0.0, 1.0):
+            return "share"
+        is_rate = self.bounds == (0.0, math.inf) and self.metric.endswith("rate")
+        return "error_rate" if is_rate else "free"
+
+    @property
+    def target_columns(self) -> tuple[str, ...]:
+        """Columns of the shards that hold the targets."""
+        return tuple(each.column for each in self.columns)
+
+    @property
+    def pairs_towers(self) -> bool:
+        """Whether two towers map rows to one vector space, in which rows are searched."""
+        return self.towers == PAIR
+
+    @property
+    def can_pretrain(self) -> bool:
+        """Whether rows without labels can train it: hidden parts of inputs, or pairs."""
+        return not self.has_labels or self.pairs_towers
+
+    def load_head(self) -> Any:
+        """Return the class of the head; importing it imports torch."""
+        return pkgutil.resolve_name(self.head)
+
+    def load_baseline(self) -> Callable[[Any], dict[str, Any]] | None:
+        """Return the function that measures the simple baselines, None if there is none."""
+        return pkgutil.resolve_name(self.baseline) if self.baseline else None
+
+
+_BASELINES = "pipelines.training.evaluation.simple_baselines"
+
+_BUILT_IN = (
+    Objective(
+        "classification",
+        "skillnet.objectives.classification:ClassificationHead",
+        "accuracy",
+        columns=(TargetColumn("labels", "label"),),
+        output="logits",
+        listed="labels",
+        baseline=f"{_BASELINES}:measure_class_baselines",
+    ),
+    Objective(
+        "multi_label",
+        "skillnet.objectives.multi_label:MultiLabelHead",
+        "average_precision",
+        columns=(TargetColumn("label_sets", "label_set", "set"),),
+        output="logits",
+        listed="labels",
+        baseline=f"{_BASELINES}:measure_label_baselines",
+    ),
+    Objective(
+        "regression",
+        "skillnet.objectives.regression:RegressionHead",
+        "r_squared",
+        bounds=(-math.inf, 1.0),
+        columns=(TargetColumn("numbers", "value"),),
+        output="number",
+        has_scale=True,
+        baseline=f"{_BASELINES}:measure_number_baselines",
+    ),
+    Objective(
+        "ctc",
+        "skillnet.objectives.ctc:CTCHead",
+        "token_error_rate",
+        higher_is_better=False,
+        bounds=(0.0, math.inf),
+        columns=(TargetColumn("symbols", "symbols", "sequence"),),
+        output="log_probs",
+        listed="symbols",
+        unnamed_outputs=1,
+        aligns_targets=True,
+        baseline=f"{_BASELINES}:measure_transcript_baselines",
+    ),
+    Objective(
+        "retrieval",
+        "skillnet.objectives.retrieval:RetrievalHead",
+        "recall_at_10",
+        towers=PAIR,
+        columns=(TargetColumn("groups", "group"),),
+        baseline=f"{_BASELINES}:measure_search_baselines",
+    ),
+    Objective(
+        "masked",
+        "skillnet.objectives.masked:MaskedHead",
+        "masked_loss",
+        higher_is_better=False,
+        bounds=(0.0, math.inf),
+        output="predicted",
+        has_labels=False,
+        hides_inputs=True,
+    ),
+)
+
+#: Objectives of this package, so that a checkout works where the package is not installed.
+BUILT_IN_OBJECTIVES: Mapping[str, Objective] = {each.name: each for each in _BUILT_IN}
+
+
+def objective_names() -> list[str]:
+    """Return the names of all installed objectives, the built-in ones first."""
+    return [*BUILT_IN_OBJECTIVES, *_other_entries()]
+
+
+@cache
+def _other_entries() -> dict[str, EntryPoint]:
+    # Built-in names win: saved models and published figures rely on their meaning.
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {name: found[name] for name in sorted(found.keys() - BUILT_IN_OBJECTIVES.keys())}
+
+
+@cache
+def find_objective(name: str) -> Objective:
+    """Return the objective of a name.
+
+    Args:
+        name: as in a task's ``objective``.
+
+    Raises:
+        ValueError: no objective has this name, or its entry point does not name an
+            :class:`Objective` of the same name.
+    """
+    if name in BUILT_IN_OBJECTIVES:
+        return BUILT_IN_OBJECTIVES[name]
+    entry = _other_entries().get(name)
+    if entry is None:
+        raise ValueError(f"unknown objective {name!r}; known: {', '.join(objective_names())}")
+    found = entry.load()
+    if not isinstance(found, Objective) or found.name != name:
+        raise ValueError(
+            f"the entry point {GROUP}:{name} names no Objective {name!r}: {entry.value}"
+        )
+    return found
+
+
+def list_objectives() -> list[Objective]:
+    """Return all installed objectives, the built-in ones first."""
+    return [find_objective(name) for name in objective_names()]
