@@ -155,7 +155,7 @@ class RetrievalHead(TaskHead):
         # (decision 25).
         if owners is not None:
             hits, queries, ranks = (np.bincount(owners, x) for x in (hits, queries, ranks))
-            ranks = ranks / queries
+            ranks /= queries
         return TaskEvaluation(metrics, hits, queries, ranks)
 
     @classmethod
