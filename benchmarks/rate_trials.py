@@ -1,6 +1,6 @@
 """Other rates than those that a study tried: would its tuning have chosen one of them?
 
-    python -m benchmarks.rate_trials benchmarks/results/final specialist --rates 4e-3 8e-3 \\
+    python -m benchmarks.rate_trials lab/results/final specialist --rates 4e-3 8e-3 \\
         --data runs/corpora --output benchmarks/results/DATE-rate-trials.csv
 
 The best rate of a task can be the largest that the study tried. This command repeats the study's

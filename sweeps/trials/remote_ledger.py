@@ -37,6 +37,8 @@ DRIVER_FILES = (REPORTS, OUTCOME)
 STUDY_FILE, STUDY_LEDGER = "study.yaml", "study.json"
 #: Limits of a study that were found after it, in its directory; one per line.
 NOTICE = "notice.txt"
+#: Scores of the simple references of a study.
+REFERENCES_FILE = "references.json"
 #: Results of a sweep; ``result.json`` is uploaded last.
 RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 

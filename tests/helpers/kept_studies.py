@@ -31,6 +31,7 @@ def keep_study(
     """Write a finished study of three folds, and keep it.
 
     A label in ``-long`` has three times the steps; ``settings`` are further keys of the study.
+    Returns the path of the kept results.
     """
     config = StudyConfig(
         name=name,

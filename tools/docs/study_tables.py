@@ -1,7 +1,7 @@
 """Tables of kept studies for docs/results: ``python -m tools.docs.study_tables``.
 
 The final study has a page, and the studies beside it share another one. Each block belongs to one
-question and one or two studies below ``benchmarks/results``. The report is computed again from the
+question and one or two studies below ``lab/results``. The report is computed again from the
 sums of units, and its answer and some of its tables are written between the marks of its page. A
 block whose studies are not complete says so: the preregistration allows no look at a part of the
 final study.
@@ -23,7 +23,8 @@ from skillnet_studies.report.report import (
     build_report,
     list_notices,
 )
-from skillnet_studies.study.reserve import RESERVE_RECORD, collect_reserve_runs, drop_tests
+from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study
+from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
 from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
@@ -31,7 +32,7 @@ from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "lab" / "results"
 PAGES = ROOT / "docs" / "results"
 FINAL_PAGE, BESIDE_PAGE = PAGES / "final.md", PAGES / "beside.md"
 
@@ -105,6 +106,7 @@ def is_complete(folder: Path) -> bool:
     Args:
         folder: the kept study.
     """
+    folder = open_study(folder)
     # A study that is still being tuned has no ledger of final runs.
     if not all((folder / name).is_file() for name in (STUDY_FILE, STUDY_LEDGER)):
         return False
@@ -121,7 +123,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
         block: tables and studies of a page.
         results: directory of the kept studies.
     """
-    folders = [results / name for name in block.studies]
+    folders = [open_study(results / name) for name in block.studies]
     if not all(is_complete(folder) for folder in folders):
         return None
     members = [each for folder in folders for each in read_study_ledger(folder)[1]]
@@ -146,7 +148,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
 
 def is_reserve_open(folder: Path) -> bool:
     """Return whether the reserve of a kept study was read completely."""
-    path = folder / RESERVE_RECORD
+    path = open_study(folder) / RESERVE_RECORD
     return path.is_file() and any(read["finished"] for read in read_json(path)["reads"])
 
 

@@ -38,7 +38,7 @@ _NAME_BORDER = re.compile(r"_|(?<=[a-z0-9])(?=[A-Z])")
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".sh", ".cff")
 #: Data that commands have written, and the list of banned words itself.
 EXCLUDED = (
-    *("benchmarks/results/", "tests/golden/", "tools/style/", "CONTRIBUTING.md"),
+    *("benchmarks/results/", "lab/results/", "tests/golden/", "tools/style/", "CONTRIBUTING.md"),
     "tests/unit/repository/test_style.py",
 )
 #: Texts that the digest of a corpus contains, so that they cannot change.

@@ -83,9 +83,9 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
 
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from skillnet_studies.analysis.finished_runs import read_run
-    from skillnet_studies.report.references import write_references
+    from skillnet_studies.report.references import build_references
     from skillnet_studies.report.writer import REPORT_FILES
-    from skillnet_studies.study.kept_results import find_kept_folder, restore_results
+    from skillnet_studies.study.kept_results import find_kept_path, restore_results, write_document
     from skillnet_studies.study.study import (
         START_FILES,
         check_study,
@@ -93,7 +93,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
         warn_about_failures,
     )
     from sweeps.trials import remote_ledger
-    from sweeps.trials.remote_ledger import RUN
+    from sweeps.trials.remote_ledger import REFERENCES_FILE, RUN
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
@@ -127,9 +127,10 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             errors = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
             report.facts["without a result"] = "; ".join(errors)
         _write_and_record(report, output, tracker)
-        if config.keep:
+        if config.keep and report.references:
             # Another machine may not have the corpora on which they were measured.
-            write_references(report.references, report.comparison, find_kept_folder(config))
+            references = build_references(report.references, report.comparison)
+            write_document(find_kept_path(config), REFERENCES_FILE, references)
         if mirror is not None:
             mirror.upload(*REPORT_FILES)
     return report, len(study.failed_runs)
@@ -183,6 +184,7 @@ def _read_named_runs(
 ) -> tuple[list["FinishedRun"], list[tuple[Path, dict[str, "TuningResult"]]]]:
     """Read finished runs and the runs of studies; return the studies with their tuning."""
     from skillnet_studies.analysis.finished_runs import find_run, read_run
+    from skillnet_studies.study.kept_results import open_study
     from skillnet_studies.study.study import read_study_ledger
     from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished_runs
 
@@ -191,7 +193,7 @@ def _read_named_runs(
     for named in names:
         # Runs in an object store are read from a local copy.
         location = str(fetch_finished_runs(named)) if is_uri(named) else named
-        for path in (Path(location).expanduser(), run_root() / location):
+        for path in map(open_study, (Path(location).expanduser(), run_root() / location)):
             if (path / STUDY_LEDGER).is_file():
                 results, members = read_study_ledger(path.absolute())
                 studies.append((path.absolute(), results))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.config.folds import FoldConfig
@@ -15,6 +17,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.folds import open_fold
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, UNIT_SUMS_FILE, read_outcomes
 from pipelines.training.runs.layout import CONFIG
+from pipelines.training.runs.progress_log import PROGRESS
 from skillnet.model import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -34,18 +37,17 @@ from skillnet_studies.report.report import (
     show_report,
 )
 from skillnet_studies.study.kept_results import (
+    RESERVE_RECORD,
     RESERVE_SUMS,
+    TUNING,
+    KeptStudy,
     KeptTuning,
+    change_kept,
     keep_results,
-    keep_run,
+    open_study,
     restore_results,
 )
-from skillnet_studies.study.reserve import (
-    RESERVE_RECORD,
-    list_final_runs,
-    read_reserve,
-    read_reserve_record,
-)
+from skillnet_studies.study.reserve import list_final_runs, read_reserve, read_reserve_record
 from skillnet_studies.study.sealed_reserve import seal_reserve
 from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import (
@@ -101,10 +103,15 @@ def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
     assert kept.systems["moe-pretrained"][0].pretraining["training"]["lr"] == 3e-3
     assert kept.systems["moe-pretrained"][0].pretraining_seconds == 4.0
     # Kept files are committed, so they have no path of the machine.
-    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
-    assert not list((tmp_path / "kept").rglob(OUTCOMES_FILE))
-    assert len(read_outcomes(tmp_path / "kept/more" / UNIT_SUMS_FILE)[TASKS[0], "test"]) == 50
+    files = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    assert [path.name for path in files] == ["kept.parquet", "kept.yaml"]
+    assert str(tmp_path) not in files[1].read_text(encoding="utf-8")
+    unpacked = open_study(tmp_path / "kept.yaml") / "runs/more"
+    assert not list(unpacked.rglob(OUTCOMES_FILE))
+    assert len(read_outcomes(unpacked / UNIT_SUMS_FILE)[TASKS[0], "test"]) == 50
+    sums = pq.read_table(files[0])
+    assert sums.column_names[:4] == ["run", "system", "fold", "seed"]
+    assert set(sums["run"].to_pylist()) == {path.name for path in folders}
 
 
 def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
@@ -116,7 +123,7 @@ def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
     assert estimate_budgets(kept)["skillnet"].reached == 3
     assert estimate_budgets(kept)["skillnet"] == estimate_budgets(full)["skillnet"]
     # The losses of every few steps are not committed.
-    lines = (tmp_path / "kept/skillnet-seed0/progress.jsonl").read_text().splitlines()
+    lines = (open_study(tmp_path / "kept") / "runs/skillnet-seed0" / PROGRESS).open().readlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
     assert "/loss" not in "".join(lines)
 
@@ -148,6 +155,61 @@ def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
     changed = replace(other, run=replace(other.run, fold=FoldConfig(3)))
     with pytest.raises(UserError, match=r"keep: .* a study with run\.fold\.count 2, not 3"):
         restore_results(changed)
+
+
+def test_a_keep_that_is_killed_between_its_files_loses_no_run(tmp_path: Path):
+    path = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0})
+    files = [path.with_name(f"s.{suffix}") for suffix in ("parquet", "yaml")]
+    before = [file.read_bytes() for file in files]
+    again = write_run(tmp_path / "again/moe-seed0", "moe", pretrained=False)
+    complete_result(again)
+    names = set(KeptStudy(path).runs)
+    with change_kept(path) as kept:
+        kept.add_run("moe", again)
+    assert set(KeptStudy(path).runs) == names | {again.name}
+    # The Parquet file has a run more than the YAML file: the run counts as not kept.
+    files[1].write_bytes(before[1])
+    assert {folder.name for _, folder in read_study_ledger(path)[1]} == names
+    with change_kept(path) as kept:
+        kept.add_run("moe", again)
+    kept_runs = KeptStudy(path).read_sums()["run"].to_pylist()
+    assert set(kept_runs) == names | {again.name}
+    assert len(kept_runs) == len(pq.read_table(files[0])), "no sum of a run is kept twice"
+    # The other way round the files are of two commits.
+    files[0].write_bytes(before[0])
+    with pytest.raises(UserError, match=r"s\.parquet: no sums of moe-seed0, which s\.yaml names"):
+        open_study(path)
+
+
+DAMAGES = {
+    "no YAML": (b"runs: [", "no kept study"),
+    "no mapping": (b"7", "no kept study"),
+    "an object": (b"!!python/object/apply:os.system [true]", "no kept study"),
+    "a list of runs": (b"runs: [a]", "no kept study"),
+    "a run without a result": (b"runs: {a: {}}", "no kept runs"),
+    "a name that leads out": (b"runs: {../a: {result.json: {}}}", "no kept runs"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_kept_study_is_named(tmp_path: Path, content: bytes, message: str):
+    path = keep_study(tmp_path, "s", {"skillnet": 0.5})
+    path.with_name("s.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"s\.yaml: .*{message}"):
+        open_study(path)
+
+
+def test_damaged_sums_of_a_kept_study_are_named(tmp_path: Path):
+    path = keep_study(tmp_path, "s", {"skillnet": 0.5})
+    parquet = path.with_name("s.parquet")
+    table = pq.read_table(parquet)
+    for damaged in (table.slice(1), pa.concat_tables([table, table]), table.drop_columns("unit")):
+        pq.write_table(damaged, parquet)
+        with pytest.raises(UserError, match=r"s\.parquet: .*(units of .* missing|no sums of)"):
+            open_study(path)
+    parquet.write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"s\.parquet: no sums of a study"):
+        open_study(path)
 
 
 def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
@@ -197,8 +259,8 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
     )
     assert result.tuning["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
     # Each trial names the commit that trained it, also after a machine with another one.
-    lines = [json.loads(line) for line in (tmp_path / "keep/s/tuning.jsonl").open()]
-    assert sorted(line["commit"] for line in lines) == ["c1", "c1", "c2", "c2", "c3", "c4"]
+    entries = KeptStudy(tmp_path / "keep/s").content[TUNING]
+    assert sorted(entry["commit"] for entry in entries) == ["c1", "c1", "c2", "c2", "c3", "c4"]
     commits = {row["commit"] for row in result.tuning["skillnet"].trials}
     assert commits == {"c1", "c2", "c3", "c4"}
     changed = replace(other, tuning=replace(tuning, seeds=[9, 11]))
@@ -208,15 +270,17 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
     trial = build_stage_trials(other, "space", start_tuning(other))[0]
     assert KeptTuning(other).find_outcome(trial) is not None
     assert KeptTuning(other).find_outcome(replace(trial, settings={"training.lr": 9.0})) is None
-    with (tmp_path / "keep/s/tuning.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write('{"name": "x"}\n')
-    with pytest.raises(UserError, match=r"tuning\.jsonl, line 7: not the record of a trial"):
-        KeptTuning(other)
+    for damage in ({"name": "x"}, "x", None):
+        with change_kept(tmp_path / "keep/s") as kept:
+            kept.content[TUNING] = [*entries, damage]
+        with pytest.raises(UserError, match=r"s\.yaml: tuning, entry 7: not the record of a trial"):
+            KeptTuning(other)
 
 
 def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
     folder = keep_study(tmp_path, "old", {"skillnet": 0.5, "specialist": 0.0})
-    (folder / NOTICE).write_text("Rates <were> low.\n\nA baseline is broken.\n", encoding="utf-8")
+    with change_kept(folder) as kept:
+        kept.content[NOTICE] = "Rates <were> low.\n\nA baseline is broken.\n"
     runs = [read_run(path, label) for label, path in read_study_ledger(folder)[1]]
     made = build_report(compare_systems(label_runs(runs)), "old")
     assert report_to_dict(made)["notices"] == ["Rates <were> low.", "A baseline is broken."]
@@ -325,7 +389,12 @@ def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
     keep_results(config, outcomes)
     assert not read_reserve_record(config), "evaluating is no reading"
     direct = read_reserve(replace(config, read_reserve="once"), list_final_runs(config))
-    (tmp_path / "keep/s" / RESERVE_RECORD).unlink()
+    with change_kept(tmp_path / "keep/s") as kept:
+        assert len(kept.content[RESERVE_RECORD].pop("reads")) == 1
+    with pytest.raises(UserError, match=r"s\.yaml: reserve\.json: no reads"):
+        read_reserve_record(config)
+    with change_kept(tmp_path / "keep/s") as kept:
+        del kept.content[RESERVE_RECORD]
 
     other = study(tmp_path / "second", tmp_path / "keep", run=run, seeds=[0], read_reserve="once")
     restore_results(other)
@@ -343,21 +412,19 @@ def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
 
 def compare_kept(folders: Sequence[Path], target: Path) -> list[SystemComparison]:
     """Keep runs; the comparisons of the runs themselves and of what was kept."""
-    for folder in folders:
-        group_rows(folder)
-        complete_result(folder)
-        keep_run(folder, target / folder.name)
+    with change_kept(target) as kept:
+        for folder in folders:
+            group_rows(folder)
+            complete_result(folder)
+            kept.add_run("any", folder)
     return [
         compare_systems(label_runs([read_run(folder) for folder in place]))
-        for place in (folders, [target / folder.name for folder in folders])
+        for place in (folders, [open_study(target) / "runs" / folder.name for folder in folders])
     ]
 
 
 def group_rows(folder: Path) -> None:
     """Let four rows of each split be a unit."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pq.read_table(folder / OUTCOMES_FILE)
     unit = pa.array((table["row"].to_numpy() // 4).astype(np.int32))
     table = table.set_column(table.schema.get_field_index("unit"), "unit", unit)

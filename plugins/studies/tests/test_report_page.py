@@ -24,11 +24,13 @@ from skillnet_studies.report.evidence_plots import draw_joint_evidence
 from skillnet_studies.report.findings import MAX_ROWS, sort_systems
 from skillnet_studies.report.html import render_report
 from skillnet_studies.report.references import (
+    build_references,
     collect_reference_scores,
     find_reference_scores,
-    write_references,
 )
 from skillnet_studies.report.writer import write_report
+from skillnet_studies.study.kept_results import write_document
+from sweeps.trials.remote_ledger import REFERENCES_FILE
 from tests.helpers import readable_corpora, small_corpora
 from tests.helpers.synthetic_runs import (
     TASKS,
@@ -233,7 +235,8 @@ def test_references_are_measured_on_the_corpora_of_the_runs(tmp_path: Path) -> N
     (tmp_path / "study").mkdir()
     kept = replace(run, folder=tmp_path / "study/runs/skillnet", settings={})
     assert find_reference_scores(compare_systems([kept])) == {}
-    write_references(found, compare_systems([kept]), tmp_path / "study")
+    references = build_references(found, compare_systems([kept]))
+    write_document(tmp_path / "study", REFERENCES_FILE, references)
     assert find_reference_scores(compare_systems([kept])) == pytest.approx(found)
     other = replace(kept, settings={"fold": {"count": 2}})
     assert find_reference_scores(compare_systems([other])) == {}

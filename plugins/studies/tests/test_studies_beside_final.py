@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
+from pipelines.training.runs.layout import CONFIG
 from skillnet_platform import config as configuration
 from skillnet_studies.compare import check_roles
 from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.study.kept_results import KeptStudy
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from skillnet_studies.study.tuning import TuningResult, start_tuning
 from sweeps.trials.trial import Trial
 from tools.docs.study_rates import choose_rates_again
 
-FINAL = Path(__file__).parents[3] / "benchmarks/results/final"
+FINAL = Path(__file__).parents[3] / "lab/results/final"
 
 
 def parse_study(name: str) -> StudyConfig:
@@ -114,15 +116,14 @@ def test_other_dense_models_are_tuned_as_the_systems_of_the_final_study() -> Non
 
 def test_the_final_systems_train_again_at_the_rates_of_the_present_rule() -> None:
     config = parse_study("rates")
-    chosen = choose_rates_again(FINAL)
+    chosen, kept = choose_rates_again(FINAL), KeptStudy(FINAL)
     assert list(config.systems) == list(parse_study("final").systems)
     trials = build_final_trials(config, start_tuning(config))
     assert len(trials) == len(config.systems) * 5, "five folds"
     for trial in trials:
         own = flatten_trial(trial)
         # A kept run names the model of the pretraining that it started from.
-        kept = configuration.load_yaml(FINAL / "runs" / trial.name / "config.yaml")
-        other = configuration.flatten_tree(kept)
+        other = configuration.flatten_tree(kept.runs[trial.name][CONFIG])
         different = {key for key in own.keys() & other.keys() if own[key] != other[key]}
         assert different <= {"name", "init_from", *chosen[str(trial.group)].settings}
 

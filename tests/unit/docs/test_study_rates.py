@@ -7,7 +7,7 @@ import pytest
 from skillnet_studies.study.study import read_study_ledger
 from tools.docs.study_rates import build_rates_table, choose_rates_again, main
 
-FINAL = Path(__file__).parents[3] / "benchmarks/results/final"
+FINAL = Path(__file__).parents[3] / "lab/results/final"
 
 
 def test_rates_lie_beside_the_best_trials_of_the_final_study() -> None:

@@ -7,10 +7,13 @@ import pytest
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
+from pipelines.training.runs.layout import RESULT
 from skillnet_platform.storage import read_json, write_json
 from skillnet_studies.analysis.comparison import MEAN
 from skillnet_studies.analysis.finished_runs import read_corpus_digests
-from skillnet_studies.report.references import REFERENCES_FILE, collect_reference_scores
+from skillnet_studies.report.references import collect_reference_scores
+from skillnet_studies.study.kept_results import KeptStudy, change_kept, write_document
+from sweeps.trials.remote_ledger import REFERENCES_FILE
 from tests.helpers import readable_corpora
 from tests.helpers.kept_studies import keep_study
 from tests.helpers.small_corpora import MODALITY
@@ -24,16 +27,16 @@ def write_kept_study(root: Path) -> Path:
     tasks = {task: {"corpus": corpus} for corpus, (_, task) in MODALITY.items()}
     digests = read_corpus_digests({"data": str(data), "tasks": tasks})
     assert len(digests) == 5
-    for path in study.glob("runs/*/result.json"):
-        write_json(path, read_json(path) | {"corpora": digests})
+    with change_kept(study) as kept:
+        for run in kept.runs.values():
+            run[RESULT]["corpora"] = digests
     return study
 
 
 def test_references_are_the_means_over_the_folds(tmp_path: Path) -> None:
     study = write_kept_study(tmp_path)
-    (study / REFERENCES_FILE).unlink(missing_ok=True)
     assert main([str(study), "--data", str(tmp_path / "corpora")]) == 0
-    content = read_json(study / REFERENCES_FILE)
+    content = KeptStudy(study).content[REFERENCES_FILE]
     scores = {row["task"]: row["score"] for row in content["scores"] if row["split"] == "test"}
     assert {task for _, task in MODALITY.values()} < set(scores)
     by_fold = [
@@ -55,7 +58,7 @@ def test_without_the_corpora_of_the_study_nothing_is_written(
 ) -> None:
     study = write_kept_study(tmp_path)
     before = {"corpora": {}, "fold": {}, "scores": []}
-    write_json(study / REFERENCES_FILE, before)
+    write_document(study, REFERENCES_FILE, before)
     with pytest.raises(SystemExit):
         main([str(study), "--data", str(tmp_path / "nowhere")])
     assert "lacks corpora of the study" in capsys.readouterr().err
@@ -64,4 +67,4 @@ def test_without_the_corpora_of_the_study_nothing_is_written(
     write_json(manifest, read_json(manifest) | {"digest": "f" * 64})
     with pytest.raises(SystemExit):
         main([str(study), "--data", str(tmp_path / "corpora")])
-    assert read_json(study / REFERENCES_FILE) == before
+    assert KeptStudy(study).content[REFERENCES_FILE] == before

@@ -1,17 +1,15 @@
 """Blocks of the page of results: which studies they need, and what they show."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from skillnet_platform.storage import write_json
 from skillnet_studies.analysis.claims import estimate_difference
 from skillnet_studies.analysis.comparison import MEAN, compare_systems
 from skillnet_studies.analysis.finished_runs import read_run
 from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.study.reserve import RESERVE_RECORD
+from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, write_document
 from skillnet_studies.study.study import read_study_ledger
 from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
 from tests.helpers.kept_studies import CLAIM, keep_study
@@ -46,18 +44,20 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     assert render_block(FINAL, tmp_path / "results") == text
     assert "report at commit" not in text
     # Limits that were found after the study stand beside the answer.
-    (folder / NOTICE).write_text("Rates of baselines were low.\n", encoding="utf-8")
+    with change_kept(folder) as kept:
+        kept.content[NOTICE] = "Rates of baselines were low.\n"
     lines = render_block(FINAL, tmp_path / "results").splitlines()
     assert lines[:3] == [text.splitlines()[0], "", "**Notice:** Rates of baselines were low."]
     # Nobody looks at a part of a study, or at a reserve that was not opened.
     reserve = replace(FINAL, is_reserve=True)
     assert render_block(reserve, tmp_path / "results") == NOT_COMPLETE
-    write_json(folder / RESERVE_RECORD, {"reads": [{"finished": None}]})
+    write_document(folder, RESERVE_RECORD, {"reads": [{"finished": None}]})
     assert render_block(reserve, tmp_path / "results") == NOT_COMPLETE
-    ledger = json.loads((folder / STUDY_LEDGER).read_text())
-    write_json(folder / STUDY_LEDGER, ledger | {"runs": ledger["runs"][:-1]})
+    with change_kept(folder) as kept:
+        kept.content[STUDY_LEDGER]["runs"].pop()
     assert render_block(FINAL, tmp_path / "results") == NOT_COMPLETE
-    (folder / STUDY_LEDGER).unlink()
+    with change_kept(folder) as kept:
+        del kept.content[STUDY_LEDGER]
     assert render_block(FINAL, tmp_path / "results") == NOT_COMPLETE, "it is still being tuned"
 
 

@@ -14,7 +14,7 @@ from benchmarks.rate_trials import (
 )
 from skillnet_platform.errors import UserError
 
-FINAL = Path(__file__).parents[3] / "benchmarks/results/final"
+FINAL = Path(__file__).parents[3] / "lab/results/final"
 
 
 def read_kept_settings(label: str) -> dict[float, dict]:

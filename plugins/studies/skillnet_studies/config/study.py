@@ -140,9 +140,9 @@ class StudyConfig:
         systems: label -> system. A label that ends in -pretrained is compared with the other
             pretrained systems.
         tuning: search for training settings of each system.
-        keep: directory for the results of each finished replicate, without weights; the study
-            resumes from them on another machine. The models of a complete replicate are evaluated
-            on the reserve first.
+        keep: directory for NAME.parquet and NAME.yaml with the results of each finished replicate,
+            without weights; the study resumes from them on another machine. The models of a
+            complete replicate are evaluated on the reserve first.
         seal_reserve: evaluate these models on the reserve. Set it to false in a study beside
             another, whose reserve it must not read.
         read_reserve: report all final runs on the reserve of ``run.fold``: once, or again, which

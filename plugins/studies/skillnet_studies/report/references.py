@@ -14,12 +14,11 @@ from typing import Any
 from pipelines.training.evaluation.tables import SCORED_METRICS, score_metric
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.storage import read_record
 from skillnet_studies.analysis.comparison import MEAN, SPLIT, SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_corpus_digests
+from sweeps.trials.remote_ledger import REFERENCES_FILE
 
-#: File of a study with its references.
-REFERENCES_FILE = "references.json"
 #: Name of the system in evaluation rows, and its label in the report.
 REFERENCE_SYSTEM, REFERENCE_LABEL = "simple_baseline", "simple references"
 
@@ -98,19 +97,15 @@ def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str],
     return found or measure_references(comparison) or _read_references(comparison)
 
 
-def write_references(
-    references: ReferenceScores, comparison: SystemComparison, folder: Path
-) -> None:
-    """Write the scores of the simple references of a study; nothing without any.
+def build_references(references: ReferenceScores, comparison: SystemComparison) -> dict[str, Any]:
+    """Return the document of a study's simple references, which its later reports read.
 
     Args:
         references: scores by task and split.
         comparison: names the corpora and their versions.
-        folder: directory of the study.
     """
-    if references:
-        rows = build_reference_rows(references, comparison.common_tasks)
-        write_json(folder / REFERENCES_FILE, {**_identify_rows(comparison), "scores": rows})
+    rows = build_reference_rows(references, comparison.common_tasks)
+    return {**_identify_rows(comparison), "scores": rows}
 
 
 def _read_references(comparison: SystemComparison) -> dict[tuple[str, str], float]:

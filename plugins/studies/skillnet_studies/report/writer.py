@@ -7,7 +7,7 @@ from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, write_json
 from skillnet_platform.tables import write_csv
 from skillnet_studies.analysis.comparison import SPLIT
-from skillnet_studies.report.references import REFERENCES_FILE, write_references
+from skillnet_studies.report.references import build_references
 from skillnet_studies.report.report import (
     SUMMARY_COLUMNS,
     TEST_COLUMNS,
@@ -17,6 +17,7 @@ from skillnet_studies.report.report import (
     build_test_rows,
     report_to_markdown,
 )
+from sweeps.trials.remote_ledger import REFERENCES_FILE
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
@@ -53,7 +54,9 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     write_csv(folder / "summary.csv", summary, SUMMARY_COLUMNS)
     write_csv(folder / "tests.csv", build_test_rows(comparison), TEST_COLUMNS)
     write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
-    write_references(report.references, comparison, folder)
+    if report.references:
+        references = build_references(report.references, comparison)
+        write_json(folder / REFERENCES_FILE, references)
     parts = []
     for run in comparison.runs:
         table = run.outcomes.to_table()

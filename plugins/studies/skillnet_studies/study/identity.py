@@ -53,14 +53,14 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         )
 
 
-def find_study_difference(stored: Path, config: StudyConfig) -> str:
+def find_study_difference(stored: Mapping[str, Any], config: StudyConfig) -> str:
     """Return the first difference of a stored study that changes its runs; "" for none.
 
     Args:
-        stored: its ``study.yaml``; paths and addresses may differ.
+        stored: content of its ``study.yaml``; paths and addresses may differ.
         config: the study of this call.
     """
-    known = _decisive_keys(configuration.load_yaml(stored))
+    known = _decisive_keys(stored)
     now = _decisive_keys(configuration.to_dict(config))
     places = ("data", "run_dir", "name", "tracking", "storage", "corpora", "init_from")
     keys = {

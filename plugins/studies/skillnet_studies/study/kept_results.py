@@ -1,31 +1,39 @@
-"""Results of a study that outlive its machine: a study's directory without weights and rows.
+"""Results of a study that outlive its machine: two files without weights, rows and places.
 
-<keep>/<study>/
-  study.yaml, study.json     configuration and tuning, without paths of the machine
-  tuning.jsonl               scores and commits of finished tuning trials, one per line
-  notice.txt                 limits that were found later, written by hand; reports show them
-  equal_versions.json        versions of a corpus that differ by rounding errors alone
-  runs/<run>/                a finished run
-    config.yaml, trained.json, result.json, evaluation.csv
-    unit_sums.parquet        sums of the outcomes of each unit: all that the tests need
-    progress.jsonl           validation scores, of a run that computes them while it trains
-    reserve_sums.parquet, reserve.csv
-                             the same on the reserve, which ``--read_reserve once`` opens
-    pretraining/             configuration and training time of its pretraining
+<keep>/<study>.parquet   sums of the outcomes of each unit of each run: all that the tests need
+<keep>/<study>.yaml      everything else; an entry has the name of a file of the study's directory
+  study.yaml, study.json configuration and tuning, without paths of the machine
+  tuning                 scores and commits of finished tuning trials
+  notice.txt             limits that were found later, written by hand; reports show them
+  equal_versions.json    versions of a corpus that differ by rounding errors alone
+  references.json        scores of the simple references
+  reserve.json           reads of the reserve, which ``--read_reserve once`` opens
+  runs, by name          ``RUN_FILES`` of each finished run
 
-A few kilobytes per run, to be committed as runs finish. :class:`KeptTuning` writes a line after
-each tuning trial, :func:`keep_results` the others after each replicate. A study on another machine
-takes both over and runs only what is missing. ``skillnet compare <keep>/<study>`` reads them as a
-study.
+To be committed as runs finish. :class:`KeptTuning` adds an entry after each tuning trial,
+:func:`keep_results` the others after each replicate. A study on another machine takes both over and
+runs only what is missing. :func:`open_study` unpacks both files into a directory of a study, which
+``skillnet compare <keep>/<study>`` and the writers of tables read.
 """
 
+import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.data.config.folds import is_reserve
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.outcomes import (
     OUTCOMES_FILE,
@@ -33,50 +41,268 @@ from pipelines.training.evaluation.outcomes import (
     OutcomeTable,
     read_outcomes,
     sum_outcomes,
-    write_outcomes,
 )
 from pipelines.training.evaluation.tables import name_metric
 from pipelines.training.runs.layout import CONFIG, RESULT, TRAINED, read_result
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform import config as configuration
-from skillnet_platform.errors import UserError
+from skillnet_platform.config import safe_yaml
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS
 from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.study.identity import find_study_difference
-from sweeps.trials.remote_ledger import NOTICE, STUDY_FILE, STUDY_LEDGER
+from sweeps.trials.remote_ledger import NOTICE, REFERENCES_FILE, STUDY_FILE, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"
 #: Results on the reserve, in the directory of a final run. Only skillnet_studies.study.reserve
 #: reads them.
 RESERVE_SUMS, RESERVE_ROWS = "reserve_sums.parquet", "reserve.csv"
-TUNING = "tuning.jsonl"
-#: Entries of a line of it.
+#: Reads of the reserve, in the directory of a study.
+RESERVE_RECORD = "reserve.json"
+#: Directory of a kept run with its initial weights' run, and entry of the tuning trials.
+PRETRAINING, TUNING = "pretraining", "tuning"
+#: Keys of an entry of the tuning.
 TUNING_KEYS = ("name", "settings", "score", "scores", "step", "seconds")
-#: Directory of a kept run, and the place of its initial weights.
-PRETRAINING = "pretraining"
-#: Entries of a result that mean something on another machine.
-RESULT_KEYS = (
-    "name", "step", "seconds", "resumed", "world", "rows_per_second", "evaluation", "total_params",
-    "corpora",
+#: Keys of ``trained.json`` and ``result.json`` that mean something on another machine.
+TRAINED_KEYS = ("step", "resumed", "seconds", "rows_per_second", "world", "commit", "precision")
+RESULT_KEYS = ("name", "step", "seconds", "total_params", "corpora")
+#: Files that are unpacked of a study and of a run; a run with a result is complete.
+STUDY_FILES = (STUDY_FILE, STUDY_LEDGER, NOTICE, EQUAL_VERSIONS, REFERENCES_FILE, RESERVE_RECORD)
+RUN_FILES = (
+    CONFIG, TRAINED, EVALUATION, PROGRESS, RESERVE_ROWS, f"{PRETRAINING}/{CONFIG}",
+    f"{PRETRAINING}/{TRAINED}", RESULT,
 )  # fmt: skip
+SUMS_SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("system", pa.string()),
+        ("fold", pa.int32()),
+        ("seed", pa.int64()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("unit", pa.int32()),
+        ("numerator", pa.float32()),
+        ("denominator", pa.float32()),
+    ]
+)
+#: Shorter texts than this are written where they occur, longer ones once.
+SHARED_CHARACTERS = 120
+
+
+class KeptStudy:
+    """Content of the two files of a study; empty if they do not exist.
+
+    Args:
+        path: of the files, without their suffix.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.record, self.parquet = (
+            path.with_name(f"{path.name}.{suffix}") for suffix in ("yaml", "parquet")
+        )
+        self.content: dict[str, Any] = {}
+        if self.record.is_file():
+            try:
+                self.content = safe_yaml.load_record_yaml(self.record.read_text(encoding="utf-8"))
+                runs = self.content.get("runs", {})
+                is_valid = all(isinstance(each, dict) and RESULT in each for each in runs.values())
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{self.record}: no kept study ({first_line(error)})") from None
+            # Names become paths of directories.
+            if not is_valid or any(Path(str(name)).name != name for name in runs):
+                raise UserError(f"{self.record}: runs: no kept runs. Restore both files of a study")
+        self._new_sums: list[pa.Table] = []
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Name of each kept run -> its files."""
+        runs: dict[str, dict[str, Any]] = self.content.setdefault("runs", {})
+        return runs
+
+    def add_run(self, system: str, run: Path) -> None:
+        """Add a finished run without weights, rows and paths of this machine.
+
+        Args:
+            system: label of its system.
+            run: run directory; its name is that of the run.
+        """
+        config = configuration.build_config(FinetuneConfig, configuration.load_yaml(run / CONFIG))
+        record: dict[str, Any] = {TRAINED: _pick(read_json(run / TRAINED), TRAINED_KEYS)}
+        if config.init_from:
+            start = run / config.init_from
+            record |= _pack_pretraining(start if (start / CONFIG).is_file() else start.parent)
+        init_from = PRETRAINING if config.init_from else None
+        record[CONFIG] = configuration.to_dict(replace(_remove_places(config), init_from=init_from))
+        for name in (EVALUATION, RESERVE_ROWS):
+            if (run / name).is_file():
+                record[name] = (run / name).read_text(encoding="utf-8")
+        if curves := _pick_curves(run / PROGRESS):
+            record[PROGRESS] = curves
+        result = _pick(read_result(run / RESULT), RESULT_KEYS)
+        record[RESULT] = result | {"model": "not kept", "evaluation": []}
+        self.runs[run.name] = record
+        is_sum = (run / UNIT_SUMS_FILE).is_file()
+        tables = [read_outcomes(run / (UNIT_SUMS_FILE if is_sum else OUTCOMES_FILE))]
+        if (run / RESERVE_SUMS).is_file():
+            tables.append(read_outcomes(run / RESERVE_SUMS))
+        first = [run.name, system, config.fold.number, config.seed]
+        self._new_sums += [_tabulate_sums(first, sum_table(outcomes)) for outcomes in tables]
+
+    def read_sums(self) -> pa.Table:
+        """Return the sums of units of all runs, with the columns ``SUMS_SCHEMA``.
+
+        Raises:
+            UserError: the file is damaged, or lacks a run.
+        """
+        new = {name for table in self._new_sums for name in table["run"].unique().to_pylist()}
+        old = [name for name in self.runs if name not in new]
+        tables = [SUMS_SCHEMA.empty_table(), *self._new_sums]
+        if old:
+            try:
+                table = pq.read_table(self.parquet).select(SUMS_SCHEMA.names).cast(SUMS_SCHEMA)
+            except (pa.ArrowException, OSError, KeyError) as error:
+                raise UserError(
+                    f"{self.parquet}: no sums of a study ({first_line(error)}). Restore both files"
+                ) from None
+            # A keep that was killed leaves sums of runs that the other file lacks.
+            tables.insert(0, table.filter(pc.is_in(table["run"], pa.array(old))))
+            if absent := set(old) - set(tables[0]["run"].unique().to_pylist()):
+                raise UserError(
+                    f"{self.parquet}: no sums of {min(absent)}, which {self.record.name} names. "
+                    "Restore both files of one commit"
+                )
+        return pa.concat_tables(tables)
+
+    def write(self) -> None:
+        """Write both files; the second commits what the first has added."""
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        if self._new_sums:
+            table = self.read_sums()
+            with atomic_write(self.parquet) as stream:
+                pq.write_table(table, stream, compression="zstd", compression_level=19)
+            self._new_sums = []
+        with atomic_write(self.record, "w") as text:
+            text.write(safe_yaml.dump_record_yaml(_share(self.content, {})))
+
+    def unpack(self, folder: Path) -> None:
+        """Write the files of a study and of its runs; a complete run stays as it is.
+
+        Args:
+            folder: directory of the study.
+        """
+        for name in STUDY_FILES:
+            # Limits and versions may have been added since the directory was written.
+            is_new = not (folder / name).is_file() or name in (NOTICE, EQUAL_VERSIONS)
+            if name in self.content and is_new:
+                _write_file(folder / name, self.content[name])
+        absent = [name for name in self.runs if not (folder / "runs" / name / RESULT).is_file()]
+        sums = self._split_sums() if absent else {}
+        for name in absent:
+            run = folder / "runs" / name
+            # A part of the run that was lost would not fit the kept files.
+            shutil.rmtree(run, ignore_errors=True)
+            run.mkdir(parents=True)
+            for file, outcomes in sums[name].items():
+                pq.write_table(outcomes.to_table(), run / file)
+            for file in RUN_FILES:
+                if file in self.runs[name]:
+                    _write_file(run / file, self.runs[name][file])
+
+    def _split_sums(self) -> dict[str, dict[str, OutcomeTable]]:
+        """Return run -> name of a file -> its sums."""
+        runs: dict[str, dict[str, OutcomeTable]] = {}
+        columns = [column.to_numpy() for column in self.read_sums().itercolumns()]
+        name, _, _, _, task, split, unit, numerator, denominator = columns
+        keys = list(zip(name, task, split, strict=True))
+        for (run, task, split), numbers in groupby(range(len(keys)), keys.__getitem__):
+            lines = list(numbers)
+            file = RESERVE_SUMS if is_reserve(split) else UNIT_SUMS_FILE
+            target = runs.setdefault(run, {}).setdefault(file, OutcomeTable())
+            if (task, split) in target or not np.array_equal(unit[lines], np.arange(len(lines))):
+                raise UserError(
+                    f"{self.parquet}: {run}: units of {task} {split} are missing or duplicated. "
+                    "Restore both files"
+                )
+            target.add(task, split, numerator[lines], denominator[lines], unit=unit[lines])
+        return runs
+
+
+@contextlib.contextmanager
+def change_kept(path: Path) -> Iterator[KeptStudy]:
+    """Provide the kept results of a study, and write them at the end of the block.
+
+    Args:
+        path: of the files, without their suffix.
+    """
+    kept = KeptStudy(path)
+    yield kept
+    kept.write()
+
+
+def open_study(given: Path) -> Path:
+    """Return the directory of a study; kept results are unpacked into a temporary directory.
+
+    Args:
+        given: directory of a study, or the path of kept results with or without ``.yaml``. Another
+            path is returned as it is.
+
+    Raises:
+        UserError: a kept file is damaged.
+    """
+    path = given.with_name(given.name.removesuffix(".yaml")) if given.name else given
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("yaml", "parquet")]
+    if path.is_dir() or not all(file.is_file() for file in files):
+        return given
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return _unpack_once(path.absolute(), digest)
+
+
+@cache
+def _unpack_once(path: Path, digest: str) -> Path:
+    """Return the directory of unpacked files, of this process and of this content."""
+    folder = Path(_make_copies().name) / digest[:16] / path.name
+    KeptStudy(path).unpack(folder)
+    return folder
+
+
+@cache
+def _make_copies() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="skillnet-kept-")
+
+
+def write_document(study: Path, name: str, document: Mapping[str, Any]) -> None:
+    """Write a JSON document of a study: a file of its directory, or an entry of its kept results.
+
+    Args:
+        study: directory of the study, or path of its kept results.
+        name: of the file.
+        document: plain values.
+    """
+    if study.is_dir():
+        write_json(study / name, document)
+    else:
+        with change_kept(study) as kept:
+            kept.content[name] = document
 
 
 def keep_results(config: StudyConfig, outcomes: Sequence[TrialOutcome]) -> None:
-    """Copy the ledger and the finished runs that are not kept yet.
+    """Keep the ledger and the finished runs that are not kept yet.
 
     Args:
         config: the study, with ``keep``.
         outcomes: outcomes of final runs.
     """
-    kept = find_kept_folder(config)
-    for outcome in outcomes:
-        target = kept / "runs" / outcome.name
-        if outcome.status == "finished" and not target.is_dir():
-            keep_run(outcome.folder, target)
-    _keep_config(config)
-    shutil.copyfile(config.folder / STUDY_LEDGER, kept / STUDY_LEDGER)
+    with change_kept(find_kept_path(config)) as kept:
+        kept.content[STUDY_FILE] = _make_portable(config)
+        kept.content[STUDY_LEDGER] = read_json(config.folder / STUDY_LEDGER)
+        for outcome in outcomes:
+            if outcome.status == "finished" and outcome.name not in kept.runs:
+                kept.add_run(str(outcome.group), outcome.folder)
 
 
 class KeptTuning:
@@ -86,25 +312,25 @@ class KeptTuning:
         config: the study.
 
     Raises:
-        UserError: a line is damaged.
+        UserError: an entry is damaged.
     """
 
     def __init__(self, config: StudyConfig) -> None:
         self._config = config
-        self._path = find_kept_folder(config) / TUNING if config.keep else None
-        self._lines: dict[str, dict[str, Any]] = {}
-        if self._path is None or not self._path.is_file():
+        self._path = find_kept_path(config) if config.keep else None
+        self._trials: dict[str, dict[str, Any]] = {}
+        if self._path is None:
             return
-        for number, text in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
+        kept = KeptStudy(self._path)
+        for number, entry in enumerate(kept.content.get(TUNING, []), 1):
             try:
-                line = json.loads(text)
-                # The lines of the final study and of studies/dense name no commit.
-                known = {"commit": line.get("commit")}
-                self._lines[line["name"]] = {key: line[key] for key in TUNING_KEYS} | known
-            except (ValueError, KeyError, TypeError) as error:
+                # The entries of the final study and of studies/dense name no commit.
+                known = {"commit": entry.get("commit")}
+                self._trials[entry["name"]] = {key: entry[key] for key in TUNING_KEYS} | known
+            except (AttributeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self._path}, line {number}: not the record of a trial. Remove the line; "
-                    "the trial then runs again"
+                    f"{kept.record}: {TUNING}, entry {number}: not the record of a trial. Remove "
+                    "the entry; the trial then runs again"
                 ) from error
 
     def find_outcome(self, trial: Trial) -> TrialOutcome | None:
@@ -114,17 +340,17 @@ class KeptTuning:
             trial: of the tuning.
         """
         folder = self._config.folder / "tuning" / trial.name
-        line = self._lines.get(trial.name)
+        entry = self._trials.get(trial.name)
         # The run on this machine has all files, also those that are not kept.
-        if line is None or line["settings"] != dict(trial.settings) or folder.is_dir():
+        if entry is None or entry["settings"] != dict(trial.settings) or folder.is_dir():
             return None
         return TrialOutcome(
             name=trial.name,
             group=trial.group or trial.name,
             folder=folder,
             status="finished",
-            result={key: line[key] for key in ("step", "seconds", "commit")},
-            reports=[{"step": line["step"], "score": line["score"], "scores": line["scores"]}],
+            result={key: entry[key] for key in ("step", "seconds", "commit")},
+            reports=[{"step": entry["step"], "score": entry["score"], "scores": entry["scores"]}],
             settings=dict(trial.settings),
             seed=trial.config.seed,
         )
@@ -137,10 +363,10 @@ class KeptTuning:
         """
         if self._path is None or outcome.status != "finished" or not outcome.reports:
             return
-        known = self._lines.get(outcome.name)
+        known = self._trials.get(outcome.name)
         if known is not None and known["settings"] == outcome.settings:
             return
-        self._lines[outcome.name] = {
+        self._trials[outcome.name] = {
             "name": outcome.name,
             "settings": outcome.settings,
             "score": outcome.score,
@@ -149,41 +375,46 @@ class KeptTuning:
             "seconds": outcome.seconds,
             "commit": outcome.commit,
         }
-        _keep_config(self._config)
-        with atomic_write(self._path, "w") as stream:
-            stream.writelines(f"{json.dumps(line)}\n" for line in self._lines.values())
+        with change_kept(self._path) as kept:
+            kept.content[STUDY_FILE] = _make_portable(self._config)
+            kept.content[TUNING] = list(self._trials.values())
 
 
-def keep_run(run: Path, target: Path) -> None:
-    """Copy a finished run without weights, rows and paths of this machine.
+def restore_results(config: StudyConfig) -> set[str]:
+    """Unpack kept results into the study's directory, where they count as finished runs.
 
     Args:
-        run: run directory.
-        target: new directory.
+        config: the study.
+
+    Returns:
+        Names of the kept runs.
+
+    Raises:
+        UserError: the kept results are damaged, or of a study with other settings.
     """
-    # Renamed at the end: a directory with the final name is complete.
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    config = configuration.build_config(FinetuneConfig, configuration.load_yaml(run / CONFIG))
-    if config.init_from:
-        start = Path(config.init_from)
-        _keep_pretraining(start if (start / CONFIG).is_file() else start.parent, part / PRETRAINING)
-    init_from = PRETRAINING if config.init_from else None
-    _write_config(replace(_remove_places(config), init_from=init_from), part / CONFIG)
-    sealed = [name for name in (RESERVE_ROWS, RESERVE_SUMS) if (run / name).is_file()]
-    _keep_trained(run, part)
-    _keep_curves(run / PROGRESS, part / PROGRESS)
-    for name in (EVALUATION, *sealed):
-        shutil.copyfile(run / name, part / name)
-    result = read_result(run / RESULT)
-    known = {key: result[key] for key in RESULT_KEYS if key in result}
-    write_json(part / RESULT, known | {"model": "not kept"})
-    if (run / UNIT_SUMS_FILE).is_file():
-        shutil.copyfile(run / UNIT_SUMS_FILE, part / UNIT_SUMS_FILE)
-    else:
-        write_outcomes(sum_table(read_outcomes(run / OUTCOMES_FILE)), part / UNIT_SUMS_FILE)
-    part.rename(target)
+    kept = KeptStudy(find_kept_path(config)) if config.keep else None
+    if kept is None or STUDY_FILE not in kept.content:
+        return set()
+    difference = find_study_difference(kept.content[STUDY_FILE], config)
+    if difference:
+        raise UserError(
+            f"keep: {kept.record} has the results of a study with {difference}. Give another "
+            "--name, or another directory"
+        )
+    # A study that is still being tuned has no results.
+    if STUDY_LEDGER in kept.content:
+        kept.unpack(config.folder)
+    return set(kept.runs)
+
+
+def is_kept_run(run: Path) -> bool:
+    """Return whether a run directory was restored from kept results."""
+    return (run / UNIT_SUMS_FILE).is_file()
+
+
+def find_kept_path(config: StudyConfig) -> Path:
+    """Return the path of a study's kept results, without the suffix of a file."""
+    return Path(str(config.keep)).expanduser() / str(config.name)
 
 
 def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
@@ -199,91 +430,46 @@ def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
     return sums
 
 
-def restore_results(config: StudyConfig) -> set[str]:
-    """Copy kept results into the study's directory, where they count as finished runs.
+def _tabulate_sums(first: Sequence[Any], sums: OutcomeTable) -> pa.Table:
+    """Return the sums of a run as a table, with its name, system, fold and seed first."""
+    table = sums.to_table()
+    for number, value in enumerate(first):
+        column = pa.array([value] * len(table), SUMS_SCHEMA.types[number])
+        table = table.add_column(number, SUMS_SCHEMA.names[number], column)
+    return table.select(SUMS_SCHEMA.names)
 
-    Args:
-        config: the study.
 
-    Returns:
-        Names of the kept runs.
+def _share(value: Any, known: dict[str, Any]) -> Any:
+    """Return a tree in which equal mappings and lists are one object, which YAML writes once."""
+    if isinstance(value, dict):
+        value = {key: _share(below, known) for key, below in value.items()}
+    elif isinstance(value, list):
+        value = [_share(below, known) for below in value]
+    else:
+        return value
+    text = json.dumps(value, default=str)
+    return known.setdefault(text, value) if len(text) > SHARED_CHARACTERS else value
 
-    Raises:
-        UserError: the kept results are of a study with other settings.
+
+def _write_file(path: Path, content: Any) -> None:
+    """Write a text, or a tree in the format of the file's suffix.
+
+    The kept files stay, so nothing waits for the disk.
     """
-    kept = find_kept_folder(config) if config.keep else None
-    if kept is None or not (kept / STUDY_FILE).is_file():
-        return set()
-    difference = find_study_difference(kept / STUDY_FILE, config)
-    if difference:
-        raise UserError(
-            f"keep: {kept} has the results of a study with {difference}. Give another --name, or "
-            "another directory"
-        )
-    if not (kept / STUDY_LEDGER).is_file():
-        return set()
-    if not (config.folder / STUDY_LEDGER).is_file():
-        config.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept / STUDY_LEDGER, config.folder / STUDY_LEDGER)
-    for name in (EQUAL_VERSIONS, NOTICE):
-        if (kept / name).is_file():
-            shutil.copyfile(kept / name, config.folder / name)
-    names = {path.parent.name for path in kept.glob(f"runs/*/{RESULT}")}
-    for name in names:
-        run = config.folder / "runs" / name
-        if not (run / RESULT).is_file():
-            # A part of the run that was lost would not fit the kept files.
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(kept / "runs" / name, run)
-    return names
+    if path.suffix == ".json":
+        content = f"{json.dumps(content, indent=2)}\n"
+    elif not isinstance(content, str):
+        content = safe_yaml.dump_record_yaml(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
 
 
-def is_kept_run(run: Path) -> bool:
-    """Return whether a run directory was restored from kept results."""
-    return (run / UNIT_SUMS_FILE).is_file()
-
-
-def find_kept_folder(config: StudyConfig) -> Path:
-    """Return the directory of a study's kept results."""
-    return Path(str(config.keep)).expanduser() / str(config.name)
-
-
-def _keep_config(config: StudyConfig) -> None:
+def _make_portable(config: StudyConfig) -> dict[str, Any]:
     portable = replace(config, run_dir=None, keep=None, output=None)
     portable.run = _remove_places(config.run)
     portable.pretraining = _remove_places(config.pretraining)
     portable.tracking = replace(config.tracking, uri=None)
-    with atomic_write(find_kept_folder(config) / STUDY_FILE, "w") as stream:
-        stream.write(configuration.to_yaml(portable))
-
-
-def _keep_pretraining(start: Path, target: Path) -> None:
-    if not (start / CONFIG).is_file():
-        return
-    target.mkdir()
-    before = configuration.build_config(FinetuneConfig, configuration.load_yaml(start / CONFIG))
-    _write_config(replace(_remove_places(before), init_from=None), target / CONFIG)
-    if (start / TRAINED).is_file():
-        _keep_trained(start, target)
-
-
-def _keep_trained(run: Path, target: Path) -> None:
-    # The checkpoints are not kept, and their path is one of this machine.
-    write_json(target / TRAINED, read_json(run / TRAINED) | {"checkpoint": None})
-
-
-def _keep_curves(progress: Path, target: Path) -> None:
-    """Write the validation scores of a run, from which its report computes budgets."""
-    validation = name_metric("", "validation", "")  # what the names of all tasks contain
-    steps: dict[int, dict[str, float]] = {}
-    for name, points in read_metric_history(progress).items():
-        if validation in name:
-            for step, value in points:
-                steps.setdefault(step, {})[name] = value
-    if steps:
-        with atomic_write(target, "w") as stream:
-            for step, metrics in sorted(steps.items()):
-                stream.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
+    return configuration.to_dict(portable)
 
 
 def _remove_places(config: Any) -> Any:
@@ -293,6 +479,29 @@ def _remove_places(config: Any) -> Any:
     return replace(config, data=None, run_dir=None, tracking=tracking, storage=storage)
 
 
-def _write_config(config: FinetuneConfig, path: Path) -> None:
-    with atomic_write(path, "w") as stream:
-        stream.write(configuration.to_yaml(config))
+def _pack_pretraining(start: Path) -> dict[str, Any]:
+    """Return the files of the run that a kept run started from; {} if it is unknown."""
+    if not (start / CONFIG).is_file():
+        return {}
+    before = configuration.build_config(FinetuneConfig, configuration.load_yaml(start / CONFIG))
+    portable = replace(_remove_places(before), init_from=None)
+    record = {f"{PRETRAINING}/{CONFIG}": configuration.to_dict(portable)}
+    if (start / TRAINED).is_file():
+        record[f"{PRETRAINING}/{TRAINED}"] = _pick(read_json(start / TRAINED), TRAINED_KEYS)
+    return record
+
+
+def _pick(document: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: document[key] for key in keys if key in document}
+
+
+def _pick_curves(progress: Path) -> str:
+    """Return the validation scores of a run, from which its report computes budgets, as lines."""
+    validation = name_metric("", "validation", "")  # what the names of all tasks contain
+    steps: dict[int, dict[str, float]] = {}
+    for name, points in read_metric_history(progress).items():
+        if validation in name:
+            for step, value in points:
+                steps.setdefault(step, {})[name] = value
+    lines = ({"step": step, "metrics": metrics} for step, metrics in sorted(steps.items()))
+    return "".join(f"{json.dumps(line)}\n" for line in lines)

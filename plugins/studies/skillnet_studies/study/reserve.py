@@ -6,7 +6,6 @@ answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of 
 the seed only, and the comparison treats replicates and held-out units as crossed.
 """
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,14 @@ from skillnet_platform.tracking.source_commit import find_source_commit
 from skillnet_studies.analysis.comparison import SPLIT, SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from skillnet_studies.config.study import StudyConfig
-from skillnet_studies.study.kept_results import RESERVE_ROWS, RESERVE_SUMS, find_kept_folder
+from skillnet_studies.study.kept_results import (
+    RESERVE_RECORD,
+    RESERVE_ROWS,
+    RESERVE_SUMS,
+    KeptStudy,
+    find_kept_path,
+    write_document,
+)
 from skillnet_studies.study.sealed_reserve import (
     evaluate_runs,
     has_model,
@@ -32,9 +38,6 @@ from skillnet_studies.study.sealed_reserve import (
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from skillnet_studies.study.tuning import TuningResult
 from sweeps.trials.remote_ledger import STUDY_LEDGER
-
-#: Reads of the reserve, in the directory of a study and of its kept results.
-RESERVE_RECORD = "reserve.json"
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -124,11 +127,17 @@ def read_reserve_record(config: StudyConfig) -> list[dict[str, Any]]:
     Args:
         config: the study.
     """
-    folders = [config.folder, *([find_kept_folder(config)] if config.keep else [])]
-    found = [folder / RESERVE_RECORD for folder in folders if (folder / RESERVE_RECORD).is_file()]
+    path, found = config.folder / RESERVE_RECORD, []
     remedy = "restore it from a backup: it says whether the reserve was read"
-    reads = [list(read_record(path, {"reads": list}, remedy)["reads"]) for path in found]
-    return max(reads, key=len, default=[])
+    if path.is_file():
+        found.append(list(read_record(path, {"reads": list}, remedy)["reads"]))
+    if config.keep:
+        kept = KeptStudy(find_kept_path(config))
+        try:
+            found.append(list(kept.content.get(RESERVE_RECORD, {"reads": []})["reads"]))
+        except (KeyError, TypeError):
+            raise UserError(f"{kept.record}: {RESERVE_RECORD}: no reads; {remedy}") from None
+    return max(found, key=len, default=[])
 
 
 def collect_reserve_runs(runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -174,6 +183,7 @@ def _rename_split(split: str) -> str:
 
 
 def _write_record(config: StudyConfig, reads: Sequence[Mapping[str, Any]]) -> None:
-    write_json(config.folder / RESERVE_RECORD, {"reads": list(reads)})
-    if config.keep and find_kept_folder(config).is_dir():
-        shutil.copyfile(config.folder / RESERVE_RECORD, find_kept_folder(config) / RESERVE_RECORD)
+    record = {"reads": list(reads)}
+    write_json(config.folder / RESERVE_RECORD, record)
+    if config.keep:
+        write_document(find_kept_path(config), RESERVE_RECORD, record)

@@ -17,12 +17,14 @@ def read_study_config(folder: Path) -> StudyConfig:
     """Return the configuration of a stored study; a key that it lacks has its default.
 
     Args:
-        folder: directory of a study, or of its kept results.
+        folder: directory of a study, or path of its kept results.
 
     Raises:
         UserError: the file is missing or damaged.
     """
-    path = folder / STUDY_FILE
+    from skillnet_studies.study.kept_results import open_study
+
+    path = open_study(folder) / STUDY_FILE
     tree = configuration.add_defaults(StudyConfig, configuration.load_yaml(path))
     try:
         return configuration.build_config(StudyConfig, tree)

@@ -294,11 +294,14 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
     """Read ``study.json``.
 
     Args:
-        folder: directory of the study.
+        folder: directory of the study, or path of its kept results.
 
     Returns:
         Label -> tuning result, and (label, directory) of each finished run.
     """
+    from skillnet_studies.study.kept_results import open_study
+
+    folder = open_study(folder)
     ledger = read_json(folder / STUDY_LEDGER)
     # Unknown keys of a ledger are ignored.
     known = {f.name for f in fields(TuningResult)}
