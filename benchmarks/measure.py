@@ -7,14 +7,18 @@ the machine disturb least; with more threads it is the wall's.
 """
 
 import datetime
+import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from skillnet_platform.tables import write_csv
 
@@ -171,3 +175,108 @@ def write(
 
 def _rounded(row: dict[str, object]) -> dict[str, object]:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+# -- CSV files that commands only add rows to, so that an interrupted command resumes ------
+
+
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV; none if it does not exist.
+
+    Args:
+        path: of the CSV.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def append_csv_rows(
+    path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Append rows to a CSV, with a header if it is new.
+
+    Args:
+        path: of the CSV; its folder is created.
+        columns: of the CSV, in order.
+        rows: with a value for each column.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+# -- contenders in processes of their own ---------------------------------------------------
+# Neither's threads, caches and memory touch the other's.
+
+#: Makes a contender: it gets its arguments, an empty folder and a stack that ends with it, and
+#: returns what is timed.
+Maker = Callable[..., Callable[..., object]]
+
+
+@contextmanager
+def side(
+    maker: Maker, *arguments: Any, keep: bool = False, without: Sequence[str] = ()
+) -> Iterator[Callable[..., Took]]:
+    """A contender: call it to have it work, and to hear what that took.
+
+    Args:
+        maker: see ``Maker``; of a module, as it is sent by name.
+        arguments: for it.
+        keep: freed memory stays in the process, as in a training worker.
+        without: processes that do not count; see :func:`tree_cpu_time`.
+    """
+    # Not forked: what this process has set of its memory would be theirs too.
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, maker, arguments, keep, without))
+    process.start()
+    theirs.close()
+
+    def call(*words: Any) -> Took:
+        mine.send(words)
+        took: Took = mine.recv()
+        return took
+
+    try:
+        yield call
+    finally:
+        mine.close()
+        process.join(60)
+        if process.is_alive():
+            process.terminate()
+
+
+def _serve(
+    pipe: Any, maker: Maker, arguments: Sequence[Any], keep: bool, without: Sequence[str]
+) -> None:
+    if keep:
+        from skillnet.malloc import keep_freed_memory
+
+        keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = maker(*arguments, Path(folder), stack)
+        while True:
+            try:
+                words = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(timed(partial(work, *words), without))
+
+
+def rounds_of(
+    sides: dict[str, Callable[..., Took]], rounds: int, *words: Any
+) -> dict[str, list[Took]]:
+    """What each took in each round, after one to warm up; every other round in reverse order."""
+    took: dict[str, list[Took]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            one = sides[name](*words)
+            if number:
+                took[name].append(one)
+    return took

@@ -10,13 +10,15 @@ writes a folder corpus (``metadata.jsonl`` beside its media) of
   between left and right, with room noise, 32 kHz stereo, as WAV (1.3 MB);
 * video: a character being written, tinted, with noise, 40 frames of 256 x 256, as MP4 (0.6 MB).
 
-A row depends only on its kind, number and seed.
+A row depends only on its kind, number and seed. :func:`files`, which benchmarks call, makes small
+corpora unless ``SKILLNET_BENCHMARK_MEDIA`` names a folder with image/, sound/ and video/ in it.
 """
 
 import argparse
 import io
 import json
 import multiprocessing
+import os
 import sys
 import wave
 from collections.abc import Iterable, Iterator
@@ -30,14 +32,16 @@ from PIL import Image, ImageFilter
 from pipelines.data.corpora.archives import CNCHAR_DATA, iter_members
 from pipelines.data.corpora.builtin.drawings import OPENMOJI
 from pipelines.data.corpora.builtin.strokes import _paths
-from pipelines.data.transforms import sound, video
-from skillnet_platform import storage
+from pipelines.data.transforms import image, sound, video
+from skillnet_platform import console, storage
 
 ENDING = {"image": "jpg", "sound": "wav", "video": "mp4"}
 WIDTH, HEIGHT = 1600, 1200
 SECONDS, RATE = 10, 32_000
 CLIP_FRAMES, CLIP_SIDE = 40, 256
 PER_FOLDER = 1_000
+#: Side of pictures, frames of a recording, side of a clip's frames, as a model reads them.
+PICTURE, FRAMES, CLIP = 224, 1_200, 96
 #: Number of source files that each process unpacks.
 KEPT = 160
 
@@ -212,6 +216,27 @@ def _some(archive: Path, start: str, end: str, every: int) -> list[tuple[str, by
         return seen % every == 0 and seen // every <= KEPT
 
     return [(n[len(start) : -len(end)], data) for n, data in iter_members(archive, wanted)]
+
+
+def files(kind: str, rows: int) -> list[Path]:
+    """Return paths of a number of media files of a kind."""
+    root = Path(os.environ.get("SKILLNET_BENCHMARK_MEDIA") or storage.run_root() / "media")
+    folder = root / kind
+    found = sorted(folder.glob(f"*/*.{ENDING[kind]}"))[:rows]
+    if len(found) < rows:
+        console.print_note(f"making {rows} rows of {kind} in {folder}")
+        make(folder, kind, rows, storage.archive_root())
+        found = sorted(folder.glob(f"*/*.{ENDING[kind]}"))[:rows]
+    return found
+
+
+def decode(kind: str, data: bytes):  # type: ignore[no-untyped-def]
+    """A file's bytes to the array that a model reads."""
+    if kind == "image":
+        return image.load_pixels(data, PICTURE, "crop")
+    if kind == "sound":
+        return sound.load_log_mel(data, FRAMES, False)
+    return video.load_video_frames(data, 8, CLIP)
 
 
 def main(argv: list[str] | None = None) -> int:

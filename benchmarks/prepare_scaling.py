@@ -23,10 +23,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import process_time
 
-from benchmarks.measure import Result, ratio, spread
-from benchmarks.media import files
+from benchmarks.measure import Result, ratio, side, spread
+from benchmarks.media_corpus import files
 from benchmarks.prepare_speed import FILES, PAGES, Work, beyond, engine, loop, passes
-from benchmarks.sides import side
 
 CLOCK = "wall of the rows of a prepare, cpu of a reading task"
 KINDS = ("image", "sound")

@@ -23,9 +23,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from benchmarks.measure import Result, Took, clock_for, in_turns, ratio, spread
-from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
-from benchmarks.sides import side
+from benchmarks.measure import Result, Took, clock_for, in_turns, ratio, side, spread
+from benchmarks.media_corpus import CLIP, FRAMES, PICTURE, decode, files
 
 #: Different files; rows go round in them.
 FILES = {"image": 256, "sound": 128, "video": 128}

@@ -19,10 +19,9 @@ from typing import Any
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from benchmarks.measure import Result, Took, in_turns, ratio
-from benchmarks.media import decode, files
+from benchmarks.measure import Result, Took, in_turns, ratio, side
+from benchmarks.media_corpus import decode, files
 from benchmarks.prepare_speed import PAGES, Work, beyond, corpus_of, engine, loop, map_of
-from benchmarks.sides import side
 
 CLOCK = "wall"
 KINDS = ("image", "video")

@@ -19,9 +19,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from benchmarks.measure import Result, Took, ratio, spread
-from benchmarks.media import PICTURE, decode, files
-from benchmarks.sides import Maker, rounds_of, side
+from benchmarks.measure import Maker, Result, Took, ratio, rounds_of, side, spread
+from benchmarks.media_corpus import PICTURE, decode, files
 from pipelines.data.shards.columns import FixedColumn, open_column
 from pipelines.data.shards.format import write_shard
 from pipelines.data.shards.jpeg import encode_jpeg, jpeg_field

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from benchmarks.measure import Result
-from benchmarks.media import PICTURE
+from benchmarks.measure import Maker, Result, rounds_of
+from benchmarks.media_corpus import PICTURE
 from benchmarks.reading import (
     BATCH,
     OURS,
@@ -42,7 +42,6 @@ from benchmarks.reading import (
     write_shards,
     write_tars,
 )
-from benchmarks.sides import Maker, rounds_of
 
 if TYPE_CHECKING:
     from pipelines.training.loading.samplers import ShuffleSampler

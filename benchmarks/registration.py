@@ -19,8 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result, Took, ratio, spread
-from benchmarks.sides import side
+from benchmarks.measure import Result, Took, ratio, side, spread
 from skillnet_platform import console
 from skillnet_platform.storage import data_root
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
-from benchmarks.media import PICTURE, files
+from benchmarks.media_corpus import PICTURE, files
 from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loading.prefetch import prefetch_batches

@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, machine
+from benchmarks.measure import machine
+from lab import RESULTS
 from tests.chaos import node_runs as chaos_hosts
 from tests.chaos.namespaces import missing
 from tests.chaos.result_rows import Row, append, is_sound, read

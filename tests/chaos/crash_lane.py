@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.growing_csv import append_csv_rows
-from benchmarks.measure import RESULTS, machine
+from benchmarks.measure import append_csv_rows, machine
+from lab import RESULTS
 from tests.chaos.crash_points import CommandEnd, CrashLab, FileEvent, crash_lab, missing_compiler
 from tests.chaos.crash_scenarios import SCENARIOS, VARYING, CrashScenario
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.growing_csv import append_csv_rows, read_csv_rows
+from benchmarks.measure import append_csv_rows, read_csv_rows
 
 
 @dataclass

@@ -26,7 +26,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import RESULTS, machine
+from benchmarks.measure import machine
+from lab import RESULTS
 from tests.chaos.namespaces import ROOT
 from tests.chaos.result_rows import Row, append, is_sound, read
 from tests.helpers.processes import kill_family

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from tests.chaos import sweep_runs
 from tests.chaos.__main__ import FAULTS, LATER_FAULTS
 from tests.chaos.result_rows import read

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.growing_csv import read_csv_rows
-from benchmarks.measure import RESULTS
-from benchmarks.study_coverage import format_markdown
+from benchmarks.measure import read_csv_rows
+from lab import RESULTS
+from lab.study_coverage import format_markdown
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"

@@ -2,7 +2,7 @@
 ``python -m tools.docs.growth_tables [runs/NAME]``.
 
 Keeps the report of ``skillnet grow``, its configuration and the figures of all tasks below
-``benchmarks/results/<date>-growth/``; with them ``references.csv``, if ``skillnet evaluate
+``lab/results/<date>-growth/``; with them ``references.csv``, if ``skillnet evaluate
 --output`` wrote the simple references there. Without a folder only the page is written again.
 Figures are copied, none is computed here.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from pipelines.training.evaluation import tables
 from pipelines.training.growth.report import (
     GROWN,
@@ -100,7 +100,7 @@ def text_of(folder: Path) -> str:
             "If everything is trained, the old tasks change:",
             markdown_table(head, cells),
         ]
-    parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
+    parts.append(f"Files: [{folder.name}](../lab/results/{folder.name}).")
     return "\n\n".join(parts)
 
 

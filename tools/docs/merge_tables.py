@@ -1,8 +1,8 @@
 """Tables of the newest merge demonstration, for docs/results/merge.md:
 ``python -m tools.docs.merge_tables``.
 
-Reads ``scores.csv`` and ``summary.csv`` of ``benchmarks/results/<date>-merge``, which
-``python -m benchmarks.merge_demonstration`` writes. Figures are copied, none is computed here.
+Reads ``scores.csv`` and ``summary.csv`` of ``lab/results/<date>-merge``, which
+``python -m lab.merge_demonstration`` writes. Figures are copied, none is computed here.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
-from benchmarks.merge_demonstration import BASE, MERGED, SCORES, SUMMARY
+from lab import RESULTS
+from lab.merge_demonstration import BASE, MERGED, SCORES, SUMMARY
 from pipelines.training.evaluation.tables import format_metric, metric_label
 from skillnet_platform.tables import markdown_table
 from tools.docs.kept_results import rows_of
@@ -53,7 +53,7 @@ def merge_page_text(folder: Path) -> str:
             "**The tasks of the base.** Mean over seeds; *equal* is the score of the base in every "
             "seed:",
             _tabulate_old(scores, old),
-            f"All figures of each seed: [{folder.name}](../../benchmarks/results/{folder.name}).",
+            f"All figures of each seed: [{folder.name}](../../lab/results/{folder.name}).",
         ]
     )
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     folder = newest_merge()
     if folder is None:
-        parser.error("no demonstration is kept; run python -m benchmarks.merge_demonstration")
+        parser.error("no demonstration is kept; run python -m lab.merge_demonstration")
     put(PAGE, "merge", merge_page_text(folder))
     print(f"{PAGE.name} tells {folder.name}")
     return 0

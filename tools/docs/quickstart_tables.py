@@ -25,7 +25,7 @@ from skillnet_platform.tables import write_csv
 from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "lab" / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results" / "quickstart.md"
 
@@ -173,7 +173,7 @@ def page_text(rows: Rows, csv_name: str) -> str:
         f"{first['steps']} steps of `configs/quickstart.yaml` on {first['machine']}, "
         f"{first['date'][:10]}.\n"
         "All figures, each run with its intervals over held-out units: "
-        f"`benchmarks/results/{csv_name}`."
+        f"`lab/results/{csv_name}`."
     )
 
 

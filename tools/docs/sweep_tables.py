@@ -1,7 +1,7 @@
 """Finished sweeps among the results, and their tables in docs/sweeps.md:
 ``python -m tools.docs.sweep_tables [runs/NAME]``.
 
-Keeps what is light of the sweep's folder below ``benchmarks/results/<date>-sweep-<name>/``: trials,
+Keeps what is light of the sweep's folder below ``lab/results/<date>-sweep-<name>/``: trials,
 configuration, the best one, the plot. Without a folder only the page is written again, which has
 the newest of each name. What the tables say is computed from the kept ``trials.csv`` alone.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from skillnet_platform.tables import write_csv
 from sweeps.search.effects import ScoredTrial, build_effects_table, estimate_effects
 from tools.docs.kept_results import keep, rows_of
@@ -128,7 +128,7 @@ def text_of(folder: Path) -> str:
         f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
         f"splits; intervals are Student's t over seeds alone, on these rows.\n\n{ranked}\n\n"
         "Effect of each setting, fitted over all finished trials:\n\n"
-        f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
+        f"{effects(rows, space)}\n\nFiles: [{folder.name}](../lab/results/{folder.name})."
     )
 
 

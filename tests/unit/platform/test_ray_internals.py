@@ -16,7 +16,15 @@ from skillnet_platform.ray_internals.errors import InsufficientWorkersError, Wor
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "platform/skillnet_platform/ray_internals"
-SOURCES = ("platform/skillnet_platform", "pipelines", "sweeps", "skillnet", "benchmarks", "tools")
+SOURCES = (
+    "platform/skillnet_platform",
+    "pipelines",
+    "sweeps",
+    "skillnet",
+    "benchmarks",
+    "lab",
+    "tools",
+)
 
 #: Modules of Ray without a leading underscore that its documentation does not name.
 UNDOCUMENTED = ("ray.train.v2", "ray.dashboard", "ray.experimental", "ray.core")

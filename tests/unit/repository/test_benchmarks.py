@@ -16,11 +16,19 @@ import pytest
 import torch
 
 from benchmarks import reading
-from benchmarks.encoders import DenseEncoder, LoopEncoder
-from benchmarks.measure import Result, in_turns, machine, ratio, timed, tree_cpu_time, write
+from benchmarks.measure import (
+    Result,
+    in_turns,
+    machine,
+    ratio,
+    rounds_of,
+    side,
+    timed,
+    tree_cpu_time,
+    write,
+)
 from benchmarks.ray_overhead import StoppableSide, describe_sides
-from benchmarks.sides import rounds_of, side
-from benchmarks.training_step import Sizes, skillnet_step
+from benchmarks.training_step import DenseEncoder, LoopEncoder, Sizes, skillnet_step
 from pipelines.data.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
 from tests.helpers.small_models import small_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from tests.chaos import __main__ as chaos
 from tests.chaos import node_runs as chaos_hosts
 from tests.chaos import sweep_runs

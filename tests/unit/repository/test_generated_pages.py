@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from tests.chaos.result_rows import read
 from tools.docs import chaos_table, coverage_tables, merge_tables, scale_table
 from tools.docs import growth_tables as growth_result

@@ -50,7 +50,7 @@ def test_nothing_shadows_the_standard_librarys_platform() -> None:
 def test_tests_live_in_tests_only() -> None:
     strays = [
         path
-        for path in sources(*PACKAGES, "benchmarks")
+        for path in sources(*PACKAGES, "benchmarks", "lab")
         if path.name.startswith("test_") or path.name == "conftest.py"
     ]
     assert strays == []
@@ -59,7 +59,7 @@ def test_tests_live_in_tests_only() -> None:
 def test_a_file_holds_one_idea() -> None:
     lengths = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n")
-        for path in sources(*PACKAGES, "benchmarks")
+        for path in sources(*PACKAGES, "benchmarks", "lab")
     }
     too_long = {name: count for name, count in lengths.items() if count > LONGEST_FILE}
     assert too_long == {}
@@ -82,7 +82,7 @@ def test_nothing_is_unpickled() -> None:
     forbidden = re.compile(r"\btorch\.load\(|\bpickle\b\.|import pickle|\byaml\.load\(|cloudpickle")
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
-        for path in sources(*PACKAGES, "benchmarks")
+        for path in sources(*PACKAGES, "benchmarks", "lab")
         for line in path.read_text(encoding="utf-8").splitlines()
         if forbidden.search(line)
     ]

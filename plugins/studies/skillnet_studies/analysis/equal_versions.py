@@ -1,7 +1,7 @@
 """Versions of a corpus that are equal up to rounding errors.
 
 Two processors can round a feature differently, and then prepare one corpus with two digests.
-``python -m benchmarks.equal_versions`` compares such versions value by value, and records the
+``python -m lab.equal_versions`` compares such versions value by value, and records the
 result in the directory of a study. Runs of that study count as runs of one version. Without a
 record, ``skillnet compare`` rejects runs of different versions.
 """
@@ -14,7 +14,7 @@ from skillnet_platform.storage import read_record
 
 #: Record, in the directory of a study and of its kept results.
 EQUAL_VERSIONS = "equal_versions.json"
-REMEDY = "write it again with python -m benchmarks.equal_versions"
+REMEDY = "write it again with python -m lab.equal_versions"
 
 
 def list_equal_versions(study: Path) -> list[dict[str, Any]]:

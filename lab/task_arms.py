@@ -1,8 +1,8 @@
 """One task alone, on validation rows: tokens of a function, and rows of its pretraining.
 
-    python -m benchmarks.task_arms length --data runs/corpora --output benchmarks/results/NAME.csv
-    python -m benchmarks.task_arms pairs --data runs/corpora --output benchmarks/results/NAME.csv
-    python -m benchmarks.task_arms headings --data runs/corpora --output benchmarks/results/NAME.csv
+    python -m lab.task_arms length --data runs/corpora --output lab/results/NAME.csv
+    python -m lab.task_arms pairs --data runs/corpora --output lab/results/NAME.csv
+    python -m lab.task_arms headings --data runs/corpora --output lab/results/NAME.csv
 
 All arms of a comparison train one SkillNet of the headline study's size on ``functions`` or
 ``headings``, at one learning rate. The arm ``configured`` is the study's setting.
@@ -15,7 +15,7 @@ All arms of a comparison train one SkillNet of the headline study's size on ``fu
   definitions of ``headings``, against masked headings of ``headings_unused``, which has no
   definitions and 14,901 headings more for pretraining.
 
-The command appends to the CSV, in the form of :mod:`benchmarks.method_trials`, and does not repeat
+The command appends to the CSV, in the form of :mod:`lab.method_trials`, and does not repeat
 a trial that the CSV has.
 """
 
@@ -26,9 +26,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.growing_csv import append_csv_rows, read_csv_rows
-from benchmarks.measure import Result, clock_for, in_turns, machine, ratio, spread, write
-from benchmarks.method_trials import COLUMNS, CONFIGURED, summarize_trials
+from benchmarks.measure import (
+    Result,
+    append_csv_rows,
+    clock_for,
+    in_turns,
+    machine,
+    ratio,
+    read_csv_rows,
+    spread,
+    write,
+)
+from lab.method_trials import COLUMNS, CONFIGURED, summarize_trials
 from pipelines.finetune import run_end_to_end
 from pipelines.training.config.run import (
     FinetuneConfig,
@@ -219,7 +228,7 @@ def time_lengths(arms: Mapping[str, TaskArm], rounds: int, steps: int = 20) -> l
 
 def main(argv: list[str] | None = None) -> int:
     """Train all arms, append their rows to the CSV, and print the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.task_arms", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.task_arms", description=__doc__)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")

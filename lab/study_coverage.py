@@ -1,4 +1,4 @@
-"""How often a study is right, with known truth: ``python -m benchmarks.study_coverage``.
+"""How often a study is right, with known truth: ``python -m lab.study_coverage``.
 
 Nine equal systems answer the five test sets of the headline study, with its seeds. Rows of a
 held-out unit resemble each other. ``study_units.csv`` has the units of the built-in test splits,
@@ -325,10 +325,8 @@ def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``python -m benchmarks.study_coverage``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study_coverage", description=__doc__
-    )
+    """Entry point of ``python -m lab.study_coverage``."""
+    parser = argparse.ArgumentParser(prog="python -m lab.study_coverage", description=__doc__)
     parser.add_argument("--studies", type=int, default=1000, help="simulated studies per design")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     options = parser.parse_args(argv)

@@ -1,15 +1,15 @@
-"""How often a study of rotating folds is right: ``python -m benchmarks.fold_coverage``.
+"""How often a study of rotating folds is right: ``python -m lab.fold_coverage``.
 
 Eight equal systems answer the folds of the final study, each fold with one run per system.
 ``fold_units.csv`` has the units of its corpora in each fold (``--data`` writes it again), and
-:mod:`benchmarks.study_coverage` the variances of its tasks.
+:mod:`lab.study_coverage` the variances of its tasks.
 
 Runs of two folds share training rows, so a system may be better or worse in all of them. The size
 of this effect is unknown. The correction of Nadeau and Bengio assumes its variance as a share of
 the variance of one run. The simulation has no such effect, the assumed one, or twice its variance.
 Scores are drawn from the variances of units and seeds, or from the residuals that the folds of the
 final study had: each system's scores without its mean and without what all systems share in a fold.
-The measures are those of :mod:`benchmarks.study_coverage`.
+The measures are those of :mod:`lab.study_coverage`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measure import RESULTS
-from benchmarks.study_coverage import (
+from lab import RESULTS
+from lab.study_coverage import (
     EffectSpread,
     SimulatedTask,
     format_markdown,
@@ -234,8 +234,8 @@ def draw_folded_study(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``python -m benchmarks.fold_coverage``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fold_coverage", description=__doc__)
+    """Entry point of ``python -m lab.fold_coverage``."""
+    parser = argparse.ArgumentParser(prog="python -m lab.fold_coverage", description=__doc__)
     parser.add_argument("--studies", type=int, default=1000, help="simulated studies per design")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     parser.add_argument("--data", type=Path, help="prepared corpora; writes fold_units.csv only")

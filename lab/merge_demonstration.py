@@ -1,7 +1,7 @@
 """Two tasks grown apart and merged, against joint, sequential and averaged training.
 
     skillnet prepare stroke_counts radicals
-    python -m benchmarks.merge_demonstration --base my-run --steps 300 --seeds 0 1 2
+    python -m lab.merge_demonstration --base my-run --steps 300 --seeds 0 1 2
 
 For each seed, the base grows by the task ``stroke_count`` and, apart from it, by ``radical``, each
 with a skill of its own; ``skillnet merge`` joins both (``merged``). The other arms start from the
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import RESULTS
+from lab import RESULTS
 from pipelines.finetune import run_end_to_end
 from pipelines.grow import grow_model
 from pipelines.grow import main as grow_command
@@ -336,7 +336,7 @@ def write_results(runs: Sequence[ArmRun], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train all arms and write the result."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.merge_demonstration",
+        prog="python -m lab.merge_demonstration",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

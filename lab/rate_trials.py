@@ -1,7 +1,7 @@
 """Other rates than those that a study tried: would its tuning have chosen one of them?
 
-    python -m benchmarks.rate_trials lab/results/final specialist --rates 4e-3 8e-3 \\
-        --data runs/corpora --output benchmarks/results/DATE-rate-trials.csv
+    python -m lab.rate_trials lab/results/final specialist --rates 4e-3 8e-3 \\
+        --data runs/corpora --output lab/results/DATE-rate-trials.csv
 
 The best rate of a task can be the largest that the study tried. This command repeats the study's
 trials of one system with other rates: the same settings, steps, seeds, folds and validation rows.
@@ -22,8 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.growing_csv import append_csv_rows, read_csv_rows
-from benchmarks.measure import machine
+from benchmarks.measure import append_csv_rows, machine, read_csv_rows
 from pipelines.finetune import run_end_to_end
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop.loop import train_model
@@ -201,7 +200,7 @@ def _choose_rate(rows: Sequence[Mapping[str, Any]], task: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the trials that the CSV lacks, append their scores, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rate_trials")
+    parser = argparse.ArgumentParser(prog="python -m lab.rate_trials")
     parser.add_argument("study", type=Path, help="directory of a study or of its kept results")
     parser.add_argument("system", help="label of a system")
     parser.add_argument("--pretraining", action="store_true", help="rates of the pretraining")

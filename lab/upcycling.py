@@ -1,6 +1,6 @@
 """Upcycled against random initial weights, at equal steps.
 
-    python -m benchmarks.upcycling --data runs/corpora --output benchmarks/results/DATE-upcycling
+    python -m lab.upcycling --data runs/corpora --output lab/results/DATE-upcycling
 
 For each seed, a dense model is trained for ``--source_steps``. A SkillNet of the same layers then
 trains ``--steps`` from copies of it (``upcycled``), from random weights (``scratch``), and from
@@ -79,7 +79,7 @@ def train_arms(base: FinetuneConfig, seed: int, steps: int, source_steps: int) -
 
 def main(argv: list[str] | None = None) -> int:
     """Train all arms and write the CSV."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.upcycling")
+    parser = argparse.ArgumentParser(prog="python -m lab.upcycling")
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--source_steps", type=int, default=300)

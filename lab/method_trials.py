@@ -1,9 +1,9 @@
 """Changes of the method on one task of the study or the demo, with the same seeds, on validation
 rows.
 
-    python -m benchmarks.method_trials speech_recognition --steps 600 --every 25 --below 0.5 \\
+    python -m lab.method_trials speech_recognition --steps 600 --every 25 --below 0.5 \\
         --arm "constant rate" training.schedule=constant \\
-        --average 0.9 0.99 --data runs/corpora --output benchmarks/results/DATE-method-speech.csv
+        --average 0.9 0.99 --data runs/corpora --output lab/results/DATE-method-speech.csv
 
 The arm ``configured`` is the run of the headline study, or with ``--preset quickstart`` that of the
 demo; each other arm sets some keys of it. All arms train the task alone, with the auxiliary tasks
@@ -22,8 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.growing_csv import append_csv_rows, read_csv_rows
-from benchmarks.measure import machine
+from benchmarks.measure import append_csv_rows, machine, read_csv_rows
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.optimizer import WeightAverage
@@ -166,7 +165,7 @@ def _describe_differences(differences: Sequence[float]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train all arms, append their rows to the CSV, and print the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.method_trials")
+    parser = argparse.ArgumentParser(prog="python -m lab.method_trials")
     parser.add_argument("task", help="task of the preset")
     parser.add_argument("--preset", choices=[STUDY, "quickstart"], default=STUDY)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")

@@ -1,9 +1,9 @@
 """Are two prepared versions of a corpus equal up to rounding errors?
 
-    python -m benchmarks.equal_versions DATA-A/corpus DATA-B/corpus --output results/study
+    python -m lab.equal_versions DATA-A/corpus DATA-B/corpus --output results/study
 
 The order of rows and every value must be equal, but floating-point numbers may differ by
-``--tolerance``. With ``--output`` the result is recorded in the directory of a study, so that
+``--tolerance``. With ``--output`` the result is recorded in a study or its kept results, so that
 ``skillnet compare`` accepts its runs of both versions; see
 :mod:`skillnet_studies.analysis.equal_versions`.
 
@@ -24,8 +24,8 @@ import pyarrow as pa
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import write_json
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, list_equal_versions
+from skillnet_studies.study.kept_results import open_study, write_document
 
 
 @dataclass
@@ -104,11 +104,11 @@ def compare_versions(one: PreparedCorpus, other: PreparedCorpus) -> VersionDiffe
 
 def main(argv: list[str] | None = None) -> int:
     """Compare two versions, and record in a study that they are equal."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_versions")
+    parser = argparse.ArgumentParser(prog="python -m lab.equal_versions")
     parser.add_argument("first", type=Path, help="a prepared corpus")
     parser.add_argument("second", type=Path, help="another version of it")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="largest difference")
-    parser.add_argument("--output", type=Path, help="directory of the study")
+    parser.add_argument("--output", type=Path, help="directory of a study, or its kept results")
     options = parser.parse_args(argv)
     try:
         one, other = (open_corpus(path, verify=True) for path in (options.first, options.second))
@@ -130,9 +130,9 @@ def main(argv: list[str] | None = None) -> int:
             "tolerance": options.tolerance,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
-        known = list_equal_versions(options.output)
+        known = list_equal_versions(open_study(options.output))
         pairs = [each for each in known if each["versions"] != entry["versions"]]
-        write_json(options.output / EQUAL_VERSIONS, {"pairs": [*pairs, entry]})
+        write_document(options.output, EQUAL_VERSIONS, {"pairs": [*pairs, entry]})
     return 0
 
 
