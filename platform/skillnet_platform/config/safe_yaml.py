@@ -10,8 +10,8 @@ import yaml
 MAX_CHARACTERS = 512 * 2**10
 MAX_DEPTH = 50
 MAX_VALUES = 50_000
-#: Values of a record, aliases written out: fifty times those of the largest study.
-MAX_RECORD_VALUES = 10_000_000
+#: Values of a record, aliases written out: ten times those of the largest kept study.
+MAX_RECORD_VALUES = 1_000_000
 
 
 def load_plain_yaml(text: str) -> Any:

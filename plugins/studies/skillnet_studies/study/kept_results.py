@@ -24,11 +24,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -37,6 +35,7 @@ from pipelines.data.config.folds import is_reserve
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.outcomes import (
     OUTCOMES_FILE,
+    SCHEMA,
     UNIT_SUMS_FILE,
     OutcomeTable,
     read_outcomes,
@@ -74,19 +73,9 @@ RUN_FILES = (
     CONFIG, TRAINED, EVALUATION, PROGRESS, RESERVE_ROWS, f"{PRETRAINING}/{CONFIG}",
     f"{PRETRAINING}/{TRAINED}", RESULT,
 )  # fmt: skip
-SUMS_SCHEMA = pa.schema(
-    [
-        ("run", pa.string()),
-        ("system", pa.string()),
-        ("fold", pa.int32()),
-        ("seed", pa.int64()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("unit", pa.int32()),
-        ("numerator", pa.float32()),
-        ("denominator", pa.float32()),
-    ]
-)
+#: Columns of the Parquet file before those of outcomes.
+RUN_COLUMNS = {"run": pa.string(), "system": pa.string(), "fold": pa.int32(), "seed": pa.int64()}
+SUMS_SCHEMA = pa.schema([*RUN_COLUMNS.items(), *SCHEMA])
 #: Shorter texts than this are written where they occur, longer ones once.
 SHARED_CHARACTERS = 120
 
@@ -112,11 +101,13 @@ class KeptStudy:
                 runs = self.content.get("runs", {})
                 is_valid = all(isinstance(each, dict) and RESULT in each for each in runs.values())
             except (ValueError, AttributeError) as error:
-                raise UserError(f"{self.record}: no kept study ({first_line(error)})") from None
+                raise UserError(
+                    f"{self.record}: no kept study ({first_line(error)}). Restore both files"
+                ) from None
             # Names become paths of directories.
             if not is_valid or any(Path(str(name)).name != name for name in runs):
-                raise UserError(f"{self.record}: runs: no kept runs. Restore both files of a study")
-        self._new_sums: list[pa.Table] = []
+                raise UserError(f"{self.record}: no kept runs. Restore both files of the study")
+        self.sums = _read_sums(self.parquet, list(self.runs))
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -147,45 +138,23 @@ class KeptStudy:
         record[RESULT] = result | {"model": "not kept", "evaluation": []}
         self.runs[run.name] = record
         is_sum = (run / UNIT_SUMS_FILE).is_file()
-        tables = [read_outcomes(run / (UNIT_SUMS_FILE if is_sum else OUTCOMES_FILE))]
-        if (run / RESERVE_SUMS).is_file():
-            tables.append(read_outcomes(run / RESERVE_SUMS))
         first = [run.name, system, config.fold.number, config.seed]
-        self._new_sums += [_tabulate_sums(first, sum_table(outcomes)) for outcomes in tables]
-
-    def read_sums(self) -> pa.Table:
-        """Return the sums of units of all runs, with the columns ``SUMS_SCHEMA``.
-
-        Raises:
-            UserError: the file is damaged, or lacks a run.
-        """
-        new = {name for table in self._new_sums for name in table["run"].unique().to_pylist()}
-        old = [name for name in self.runs if name not in new]
-        tables = [SUMS_SCHEMA.empty_table(), *self._new_sums]
-        if old:
-            try:
-                table = pq.read_table(self.parquet).select(SUMS_SCHEMA.names).cast(SUMS_SCHEMA)
-            except (pa.ArrowException, OSError, KeyError) as error:
-                raise UserError(
-                    f"{self.parquet}: no sums of a study ({first_line(error)}). Restore both files"
-                ) from None
-            # A keep that was killed leaves sums of runs that the other file lacks.
-            tables.insert(0, table.filter(pc.is_in(table["run"], pa.array(old))))
-            if absent := set(old) - set(tables[0]["run"].unique().to_pylist()):
-                raise UserError(
-                    f"{self.parquet}: no sums of {min(absent)}, which {self.record.name} names. "
-                    "Restore both files of one commit"
-                )
-        return pa.concat_tables(tables)
+        for file in (UNIT_SUMS_FILE if is_sum else OUTCOMES_FILE, RESERVE_SUMS):
+            if (run / file).is_file():
+                table = sum_table(read_outcomes(run / file)).to_table()
+                columns = [
+                    pa.array([value] * len(table), kind)
+                    for value, kind in zip(first, RUN_COLUMNS.values(), strict=True)
+                ]
+                table = pa.table([*columns, *table.columns], SUMS_SCHEMA)
+                self.sums = pa.concat_tables([self.sums, table])
 
     def write(self) -> None:
         """Write both files; the second commits what the first has added."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        if self._new_sums:
-            table = self.read_sums()
+        if self.runs:
             with atomic_write(self.parquet) as stream:
-                pq.write_table(table, stream, compression="zstd", compression_level=19)
-            self._new_sums = []
+                pq.write_table(self.sums, stream, compression="zstd", compression_level=19)
         with atomic_write(self.record, "w") as text:
             text.write(safe_yaml.dump_record_yaml(_share(self.content, {})))
 
@@ -201,35 +170,22 @@ class KeptStudy:
             if name in self.content and is_new:
                 _write_file(folder / name, self.content[name])
         absent = [name for name in self.runs if not (folder / "runs" / name / RESULT).is_file()]
-        sums = self._split_sums() if absent else {}
         for name in absent:
             run = folder / "runs" / name
             # A part of the run that was lost would not fit the kept files.
             shutil.rmtree(run, ignore_errors=True)
             run.mkdir(parents=True)
-            for file, outcomes in sums[name].items():
-                pq.write_table(outcomes.to_table(), run / file)
+            sums = self.sums.filter(pc.equal(self.sums["run"], name)).select(SCHEMA.names)
+            is_reserved = pa.array(map(is_reserve, sums["split"].to_pylist()))
+            for file, mask in (
+                (UNIT_SUMS_FILE, pc.invert(is_reserved)),
+                (RESERVE_SUMS, is_reserved),
+            ):
+                if len(part := sums.filter(mask)):
+                    pq.write_table(part, run / file)
             for file in RUN_FILES:
                 if file in self.runs[name]:
                     _write_file(run / file, self.runs[name][file])
-
-    def _split_sums(self) -> dict[str, dict[str, OutcomeTable]]:
-        """Return run -> name of a file -> its sums."""
-        runs: dict[str, dict[str, OutcomeTable]] = {}
-        columns = [column.to_numpy() for column in self.read_sums().itercolumns()]
-        name, _, _, _, task, split, unit, numerator, denominator = columns
-        keys = list(zip(name, task, split, strict=True))
-        for (run, task, split), numbers in groupby(range(len(keys)), keys.__getitem__):
-            lines = list(numbers)
-            file = RESERVE_SUMS if is_reserve(split) else UNIT_SUMS_FILE
-            target = runs.setdefault(run, {}).setdefault(file, OutcomeTable())
-            if (task, split) in target or not np.array_equal(unit[lines], np.arange(len(lines))):
-                raise UserError(
-                    f"{self.parquet}: {run}: units of {task} {split} are missing or duplicated. "
-                    "Restore both files"
-                )
-            target.add(task, split, numerator[lines], denominator[lines], unit=unit[lines])
-        return runs
 
 
 @contextlib.contextmanager
@@ -430,13 +386,22 @@ def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
     return sums
 
 
-def _tabulate_sums(first: Sequence[Any], sums: OutcomeTable) -> pa.Table:
-    """Return the sums of a run as a table, with its name, system, fold and seed first."""
-    table = sums.to_table()
-    for number, value in enumerate(first):
-        column = pa.array([value] * len(table), SUMS_SCHEMA.types[number])
-        table = table.add_column(number, SUMS_SCHEMA.names[number], column)
-    return table.select(SUMS_SCHEMA.names)
+def _read_sums(path: Path, runs: Sequence[str]) -> pa.Table:
+    """Return the sums of some runs; a keep that was killed leaves sums of further ones."""
+    if not runs:
+        return SUMS_SCHEMA.empty_table()
+    try:
+        table = pq.read_table(path).select(SUMS_SCHEMA.names).cast(SUMS_SCHEMA)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(
+            f"{path}: no sums of a study ({first_line(error)}). Restore both files of the study"
+        ) from None
+    table = table.filter(pc.is_in(table["run"], pa.array(runs)))
+    if absent := set(runs) - set(table["run"].unique().to_pylist()):
+        raise UserError(
+            f"{path}: no sums of the run {min(absent)}. Restore both files of the study"
+        )
+    return table
 
 
 def _share(value: Any, known: dict[str, Any]) -> Any:
