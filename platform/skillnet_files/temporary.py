@@ -111,7 +111,7 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) ->
 
     Args:
         folder: that contains them.
-        name: of their final path; None removes those of all names.
+        name: identifier of their final path; None removes those of all names.
     """
     removed = []
     for path in _paths_of(_NAME, Path(folder), name):

@@ -38,7 +38,7 @@ class DoctorReport:
     """Findings about this machine or a cluster.
 
     Args:
-        title: of the table.
+        title: heading of the table.
         findings: all of them.
         shown: those that are printed.
     """

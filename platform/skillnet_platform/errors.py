@@ -26,7 +26,7 @@ class TerminatedError(KeyboardInterrupt):
 
     Args:
         message: complete for the user.
-        number: of the signal.
+        number: signal, such as 15 for SIGTERM.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:

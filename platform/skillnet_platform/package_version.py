@@ -9,7 +9,7 @@ def find_version(name: str) -> str:
     An interrupted installation leaves a ``.dist-info`` folder without metadata.
 
     Args:
-        name: of the distribution.
+        name: distribution, as pip lists it.
     """
     try:
         return version(name) or ""

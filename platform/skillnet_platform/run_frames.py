@@ -25,8 +25,8 @@ class LoadedRun:
     """A run, finished or not.
 
     Args:
-        name: of the run.
-        folder: of its files; ``folder / "model"`` is its final model.
+        name: folder of the run below the run root.
+        folder: directory of its files; ``folder / "model"`` is its final model.
         configuration: columns ``key`` (dotted) and ``value``.
         metrics: a row per logged step: ``step``, ``time`` (UTC) and a column per metric.
         evaluation: rows of the final evaluation with their intervals; empty before it.
@@ -43,7 +43,7 @@ def load_run(name: str | Path) -> LoadedRun:
     """Read the files of a run; no tracking server is asked.
 
     Args:
-        name: of a run below the run root, or the path of its folder.
+        name: identifier of a run below the run root, or the path of its folder.
 
     Raises:
         UserError: there is no such run, or its configuration is damaged.

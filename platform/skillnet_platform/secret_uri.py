@@ -218,7 +218,7 @@ class SecretUri(str):
 
         Args:
             secret: password or token.
-            user: of the password, if the user was removed too.
+            user: login of the password, if it was removed too.
         """
         word = quote(secret, safe="")
         found = self._complete

@@ -45,7 +45,7 @@ def handle_signals(
 
     Args:
         handler: as of ``signal.signal``.
-        numbers: of the signals.
+        numbers: signals, such as 15 for SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

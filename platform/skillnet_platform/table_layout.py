@@ -49,7 +49,7 @@ def draw_table(
         columns: texts of each column, the header first.
         numeric: for each column, whether it is right-aligned.
         caption: below the table; "" for none.
-        width: of the terminal, in columns.
+        width: columns of the terminal.
     """
     blocks = arrange_columns(columns, width)
     widest = max((measure_block(block.values()) for block in blocks), default=0)
@@ -80,7 +80,7 @@ def wrap_words(text: str, width: int) -> list[str]:
 
     Args:
         text: with newlines, and with :data:`NO_BREAK_SPACE` between words of one line.
-        width: of a line, in columns of a terminal.
+        width: columns of a line on a terminal.
     """
     lines = []
     for paragraph in text.split("\n"):
@@ -102,7 +102,7 @@ def arrange_columns(columns: Sequence[Sequence[str]], width: int) -> list[dict[i
 
     Args:
         columns: texts of each column, the header first.
-        width: of the terminal, in columns.
+        width: columns of the terminal.
 
     Returns:
         A mapping per block: number of a column -> its width. Later blocks begin with the first

@@ -178,8 +178,8 @@ def write_secrets(uri: SecretUri, folder: Path) -> dict[str, str]:
     """Write the configuration of MLflow's authentication, and the password of its first user.
 
     Args:
-        uri: of the database, which also holds the users.
-        folder: of the configuration and the secrets.
+        uri: address of the database, which also holds the users.
+        folder: directory of the configuration and the secrets.
 
     Returns:
         Environment variables of the server.

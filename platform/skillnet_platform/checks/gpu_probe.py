@@ -33,7 +33,7 @@ class GpuDevice:
     """One GPU as torch sees it.
 
     Args:
-        name: of the device, such as ``NVIDIA L4``.
+        name: identifier of the device, such as ``NVIDIA L4``.
         capability: compute capability.
         total_bytes: memory.
         free_bytes: free memory.
@@ -93,7 +93,7 @@ def run_sum(
     """Take part in a sum over several processes; return the error or "".
 
     Args:
-        rank: of this process.
+        rank: index of this process among the workers, from 0.
         world: number of ranks.
         address: ``HOST:PORT`` of rank 0.
         backend: ``nccl`` or ``gloo``.
@@ -183,7 +183,7 @@ def sum_ranks(rank: int, world: int, address: str, backend: str, device: int) ->
     """Add up a tensor over the ranks of a new process group; return the error or "".
 
     Args:
-        rank: of this process.
+        rank: index of this process among the workers, from 0.
         world: number of ranks.
         address: ``HOST:PORT`` of rank 0.
         backend: ``nccl`` or ``gloo``.

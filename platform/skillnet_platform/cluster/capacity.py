@@ -127,7 +127,7 @@ def describe_shortage(request: ResourceRequest, nodes: Sequence[NodeResources], 
     """Return the sentence that states the GPUs which a run needs and those which exist.
 
     Args:
-        request: of the run.
+        request: CPUs, GPUs and workers that the run needs.
         nodes: resources of each node, present and future.
         where: "the cluster" or "this machine".
     """

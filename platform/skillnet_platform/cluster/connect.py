@@ -148,7 +148,7 @@ def start_embedded_ray(ray: Any, **options: Any) -> None:
 
     Args:
         ray: the module.
-        options: of ``ray.init``.
+        options: further arguments of ``ray.init``.
 
     Raises:
         UserError: it did not start in time.

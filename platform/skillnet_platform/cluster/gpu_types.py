@@ -168,7 +168,7 @@ def describe_device(name: str, total_bytes: int, capability: tuple[int, int]) ->
     """Return the type of a device that torch has found, with the memory that torch sees.
 
     Args:
-        name: of the device, such as ``NVIDIA L4``.
+        name: identifier of the device, such as ``NVIDIA L4``.
         total_bytes: its memory.
         capability: its compute capability; bf16 needs 8.0.
     """

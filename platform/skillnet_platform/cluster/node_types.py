@@ -55,7 +55,7 @@ def list_node_types(content: Mapping[str, Any]) -> list[NodeType]:
     """Return the types of the nodes that the autoscaler may start; none of on-premise clusters.
 
     Args:
-        content: of the file of `ray up`.
+        content: parsed YAML of the file of `ray up`.
     """
     if (content.get("provider") or {}).get("type", "local") == "local":
         return []

@@ -43,7 +43,7 @@ class JobPackage:
     """Zip file of a job's code.
 
     Args:
-        path: of the zip file.
+        path: location of the zip file.
         files: number of files in it.
         size: bytes of the zip file.
         largest: (path, bytes) of the largest files before compression, largest first.

@@ -20,7 +20,7 @@ def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any
     A field of type ``list[str]`` takes all bare words, a field of type ``str`` takes one word.
 
     Args:
-        default: of the field. Without a default the command requires a word.
+        default: value without an option. Without a default the command requires a word.
         metadata: further entries of the field's metadata.
     """
     marks = {POSITIONAL: True, **metadata}

@@ -34,7 +34,7 @@ def choose_preset(name: str, prog: str) -> str:
     belong to one command.
 
     Args:
-        name: of ``--config``.
+        name: preset or file after ``--config``.
         prog: program and command, such as ``skillnet pretrain``.
     """
     own = f"{prog.rpartition(' ')[2]}/{name}"
@@ -91,7 +91,7 @@ def check_preset_command(name: str, prog: str, fits: Callable[[str], bool]) -> N
     """Raise UserError if a preset belongs to other commands and does not fit this one.
 
     Args:
-        name: of ``--config``.
+        name: preset or file after ``--config``.
         prog: program and command, such as ``skillnet compare``.
         fits: returns whether this command can use a preset.
     """

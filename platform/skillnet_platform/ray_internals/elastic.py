@@ -166,7 +166,8 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
     """Number of workers of an elastic run, and the nodes on which none may start.
 
     Args:
-        scaling_config: of the fit, with ``num_workers=(min_workers, max_workers)``.
+        scaling_config: number and resources of the fit, with ``num_workers=(min_workers,
+            max_workers)``.
         stop_requested: returns whether the driver was asked to stop.
         request_resize: asks a worker, in its process, to end with ``WorkerGroupResize``.
     """

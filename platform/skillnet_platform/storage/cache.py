@@ -43,8 +43,8 @@ class CacheKey:
     """Location, hash and size of a file in an object store.
 
     Args:
-        uri: of the file.
-        sha256: of its content, in hexadecimal.
+        uri: address of the file.
+        sha256: digest of its content, in hexadecimal.
         bytes: size of the file.
     """
 
@@ -62,7 +62,7 @@ class CacheHandle:
     """Cached file in use. The cache keeps the file until the handle is released or collected.
 
     Args:
-        path: of the file.
+        path: location of the file on the disk.
         descriptor: open file descriptor with a shared lock.
     """
 

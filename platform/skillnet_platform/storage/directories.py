@@ -105,7 +105,7 @@ def put_directory(
 
     Args:
         local: folder with a manifest.
-        uri: of the new folder.
+        uri: address of the new folder.
         manifest: name of the file that commits it.
         on_file: called with the name and size of each file that is there.
 
@@ -162,7 +162,7 @@ def get_directory(
     """Download a committed folder atomically.
 
     Args:
-        uri: of the folder.
+        uri: address of the folder.
         local: path of the new folder; an existing folder is replaced.
         manifest: name of the file that commits the folder.
         check: called with the downloaded folder before the rename; raises if it is invalid.
@@ -212,7 +212,7 @@ def copy_files(
     Args:
         source: URI of the folder with the files.
         target: URI of the other folder.
-        names: of the files.
+        names: file names, relative to their folder.
         on_file: called with the name of each copied file.
 
     Raises:

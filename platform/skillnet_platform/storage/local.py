@@ -65,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     Readers see the old file or the complete new file.
 
     Args:
-        path: of the file.
+        path: location of the file on the disk.
         mode: "wb", or "w" for UTF-8 text.
 
     Raises:
@@ -129,7 +129,7 @@ def open_output(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     :func:`atomic_write`, because a link among received files must not lead out of their folder.
 
     Args:
-        path: of the file.
+        path: file to read.
         mode: "wb", or "w" for UTF-8 text.
 
     Raises:
@@ -181,7 +181,7 @@ def read_record(
     """Read a JSON object and check some of its keys.
 
     Args:
-        path: of the file.
+        path: file to read.
         kinds: key -> type of its value.
         remedy: advice at the end of the error about a damaged file.
 
@@ -263,7 +263,7 @@ def explain_disk_error(error: BaseException) -> str | None:
     """Return the message about a disk that is full or cannot be written; None for another error.
 
     Args:
-        error: of the system, or of a library that keeps the number or the text.
+        error: exception of the system, or of a library that keeps the number or the text.
     """
     number = _find_number(error)
     named = error.filename if isinstance(error, OSError) else None

@@ -55,7 +55,7 @@ def hold_lock(
     """Hold an exclusive lock while the block runs.
 
     Args:
-        path: of the lock file. It is created with its folder if it is missing, and kept.
+        path: location of the lock file. It is created with its folder if it is missing, and kept.
         describe: returns the message about another holder, such as
             ``process 7 on node-1 (skillnet finetune, since 10:30:00)``.
         wait: wait for the other holder instead of an error, and print the message after

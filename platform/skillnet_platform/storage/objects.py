@@ -75,7 +75,7 @@ def join_uri(uri: str, *names: str) -> str:
     Names may go up, such as ``../tokenizer.json`` of a manifest, but not above the bucket.
 
     Args:
-        uri: of a folder.
+        uri: address of a folder.
         names: path components.
 
     Raises:
@@ -234,7 +234,7 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
     """Download a file to a temporary name, check its hash, and rename it.
 
     Args:
-        uri: of the object.
+        uri: address of the object.
         local: path of the file.
         sha256: expected hash in hexadecimal. ``None`` skips the check.
 

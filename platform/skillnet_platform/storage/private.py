@@ -19,8 +19,8 @@ def private_directory(path: str | os.PathLike[str], remedy: str) -> Path:
     """Create a directory of mode 0700, or check that an existing one is as private.
 
     Args:
-        path: of the directory. Its parent exists; other users may write to the parent if the
-            parent is sticky, as ``/tmp`` is.
+        path: location of the directory. Its parent exists; other users may write to the parent if
+            the parent is sticky, as ``/tmp`` is.
         remedy: what to do about a path that cannot be used, for the message.
 
     Raises:

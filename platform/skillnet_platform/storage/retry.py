@@ -108,7 +108,7 @@ def retry_transient(uri: str, action: Callable[[], Result], seconds: float | Non
     """Run an action on a store; repeat it after transient failures, with growing random pauses.
 
     Args:
-        uri: of the object, for messages.
+        uri: address of the object, for messages.
         action: idempotent function.
         seconds: time limit. ``None`` takes :func:`retry_patience`.
 

@@ -91,8 +91,8 @@ class TrackingBackend:
     """Backend that is ready, with its experiment.
 
     Args:
-        uri: of the backend.
-        experiment_id: of the experiment.
+        uri: address of the backend.
+        experiment_id: MLflow's identifier of the experiment.
     """
 
     uri: SecretUri
@@ -186,7 +186,7 @@ def run_list_link(server: str, experiment_id: str) -> str:
 
     Args:
         server: address of the MLflow server.
-        experiment_id: of the experiment.
+        experiment_id: MLflow's identifier of the experiment.
     """
     view = f"viewStateShareKey={RUN_LIST_KEY}&{TRAINING_VIEW}"
     return f"{server}/#/experiments/{experiment_id}/runs?{view}"
@@ -250,7 +250,7 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
     """Create the backend and the experiment if needed. The driver calls it before workers start.
 
     Args:
-        uri: of the backend; see :func:`resolve_uri`.
+        uri: address of the backend; see :func:`resolve_uri`.
         experiment: name of the experiment.
 
     Raises:

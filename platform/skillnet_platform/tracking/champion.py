@@ -39,8 +39,8 @@ def choose_model_name(system: str, experiment: str | None = None) -> str:
     """Return the default name of a registered model: ``skillnet``, ``skillnet-dense``.
 
     Args:
-        system: of the model.
-        experiment: of its run; None takes ``skillnet``.
+        system: registered kind of the model.
+        experiment: MLflow experiment of its run; None takes ``skillnet``.
     """
     # MLflow reserves both characters for addresses of versions.
     group = (experiment or MODEL_NAME).replace("/", "-").replace(":", "-")
@@ -52,8 +52,8 @@ def check_system(client: Any, name: str, system: str | None) -> None:
 
     Args:
         client: ``MlflowClient``.
-        name: of the registered model.
-        system: of the model that becomes a version; None if unknown.
+        name: registered model, as MLflow lists it.
+        system: registered kind of the model that becomes a version; None if unknown.
     """
     for version in client.search_model_versions(f"name = '{name}'"):
         _refuse_other_system(name, system, version)
@@ -66,8 +66,8 @@ def check_version_tasks(client: Any, name: str, tasks: Sequence[str]) -> None:
 
     Args:
         client: ``MlflowClient``.
-        name: of the registered model.
-        tasks: of the model that becomes a version.
+        name: registered model, as MLflow lists it.
+        tasks: names of the tasks of the model that becomes a version.
     """
     current = champion_of(client, name)
     missing = sorted(_unpack(current).keys() - set(tasks)) if current is not None else []
@@ -96,7 +96,7 @@ def promote_version(
 
     Args:
         number: the version.
-        name: of the registered model.
+        name: registered model, as MLflow lists it.
         uri: the tracker.
         force: make it champion regardless of the estimates; the decision records this.
 
@@ -119,7 +119,7 @@ def champion_of(client: Any, name: str) -> Any:
 
     Args:
         client: ``MlflowClient``.
-        name: of the registered model.
+        name: registered model, as MLflow lists it.
     """
     from mlflow.exceptions import MlflowException
 
@@ -140,7 +140,7 @@ def promote_in_turn(
 
     Args:
         client: ``MlflowClient``.
-        name: of the registered model.
+        name: registered model, as MLflow lists it.
         number: the version.
         force: see :func:`promote_version`.
 

@@ -31,9 +31,9 @@ class UploadedModel:
     """Uploaded files of a model.
 
     Args:
-        model_id: of the logged model.
+        model_id: MLflow's identifier of the logged model.
         uri: ``models:/m-…``.
-        digest: of all files, see :func:`digest_files`.
+        digest: SHA-256 of all files, see :func:`digest_files`.
     """
 
     model_id: str
@@ -52,7 +52,7 @@ def read_model_file(folder: Path) -> Any:
     MLflow's own ``Model.load`` reads a path as a URI, and decodes a %, ? or # in it.
 
     Args:
-        folder: of a downloaded model.
+        folder: directory of a downloaded model.
 
     Raises:
         ValueError: the file is damaged.
@@ -78,10 +78,10 @@ def upload_model(
     Args:
         mlflow: module, with the tracker as its default.
         run_id: the run that trained the model.
-        key: of the registration.
+        key: digest of weights, run, corpora and name.
         code_path: the Python file of the model.
         artifacts: name -> file or directory.
-        **options: of ``mlflow.models.Model.log``.
+        **options: further arguments of ``mlflow.models.Model.log``.
 
     Raises:
         UserError: an uploaded file differs from the local file.

@@ -66,7 +66,7 @@ def reopen_run(client: Any, run_id: str) -> None:
 
     Args:
         client: ``MlflowClient``.
-        run_id: of the run.
+        run_id: MLflow's identifier of the run.
     """
     client.update_run(run_id, status="RUNNING")
     # The old tag names an ended process, so the next start would close this run.

@@ -31,8 +31,8 @@ def registration_turn(uri: str, name: str) -> Iterator[None]:
     Processes that share a sqlite database share the lock, also on a shared disk.
 
     Args:
-        uri: of the tracker.
-        name: of the registered model.
+        uri: address of the tracker, such as ``http://host:5000``.
+        name: registered model, as MLflow lists it.
     """
     # The name may contain any character.
     file = f"registry-{hashlib.sha256(f'{uri} {name}'.encode()).hexdigest()[:16]}.lock"
@@ -56,8 +56,8 @@ def wait_for_earlier_versions(client: Any, name: str, number: int) -> None:
 
     Args:
         client: ``MlflowClient``.
-        name: of the registered model.
-        number: of the version that waits.
+        name: registered model, as MLflow lists it.
+        number: version that waits.
     """
     end: float | None = None
     while True:

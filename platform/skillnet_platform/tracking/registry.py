@@ -36,10 +36,10 @@ class RegisteredVersion:
     """Version of a registered model.
 
     Args:
-        name: of the registered model.
+        name: registered model, as MLflow lists it.
         version: counted from 1.
         uri: ``models:/name/version``.
-        run_id: of the run that trained it.
+        run_id: MLflow's identifier of the run that trained it.
         alias: that it got: champion or challenger.
         verdict: what the gate said.
     """
@@ -92,8 +92,8 @@ def register_version(
         code_path: the Python file of the model (ends with ``mlflow.models.set_model``).
         artifacts: name -> file or directory, copied into the model.
         figures: task -> estimate; stored in the tags of the version for the next comparison.
-        uri: of the tracker; see :func:`skillnet_platform.tracking.backend.resolve_uri`.
-        name: of the registered model.
+        uri: address of the tracker; see :func:`skillnet_platform.tracking.backend.resolve_uri`.
+        name: registered model, as MLflow lists it.
         signature: an ``mlflow.models.ModelSignature``.
         input_example: example input of ``predict``.
         metadata: stored in the model's MLmodel file.
@@ -143,8 +143,8 @@ def find_registration(key: str, *, name: str = champion.MODEL_NAME, uri: str | N
 
     Args:
         key: see :func:`register_version`.
-        name: of the registered model.
-        uri: of the tracker.
+        name: registered model, as MLflow lists it.
+        uri: address of the tracker, such as ``http://host:5000``.
     """
     client = backend.create_client(backend.resolve_uri(uri))
     for found in client.search_model_versions(f"name = '{name}'"):
@@ -160,8 +160,8 @@ def complete_registration(
 
     Args:
         version: from :func:`find_registration`.
-        name: of the registered model.
-        uri: of the tracker.
+        name: registered model, as MLflow lists it.
+        uri: address of the tracker, such as ``http://host:5000``.
     """
     chosen = backend.resolve_uri(uri)
     with registration_order.registration_turn(chosen, name):
@@ -226,7 +226,7 @@ def resolve_registered(
     Args:
         model: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``, ``models:/m-…`` or
             ``runs:/RUN_ID/path``.
-        uri: of the tracker.
+        uri: address of the tracker, such as ``http://host:5000``.
         check_digest: reject files that differ from the registered digest.
 
     Raises:
@@ -303,7 +303,7 @@ def load_registered(model: str, uri: str | None = None) -> Any:
 
     Args:
         model: see :func:`resolve_registered`.
-        uri: of the tracker.
+        uri: address of the tracker, such as ``http://host:5000``.
 
     Raises:
         UserError: the model does not exist.

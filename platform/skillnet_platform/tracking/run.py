@@ -73,9 +73,9 @@ class Tracker:
     """Writer to one MLflow run. An unreachable tracker raises nothing: records wait in the spool.
 
     Args:
-        run_id: of the MLflow run.
-        uri: of the tracker.
-        experiment_id: of the experiment, for links.
+        run_id: MLflow's identifier of the MLflow run.
+        uri: address of the tracker, such as ``http://host:5000``.
+        experiment_id: MLflow's identifier of the experiment, for links.
     """
 
     def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
@@ -106,8 +106,8 @@ class Tracker:
         Args:
             values: name -> value.
             step: training step.
-            time_ms: of the measurement, by default now. The same values at the same time are
-                stored once, so a resumed process may log them again.
+            time_ms: Unix time of the measurement in ms, by default now. The same values at the same
+                time are stored once, so a resumed process may log them again.
         """
         # The record may wait in the spool, so it carries the time of the measurement.
         when = int(time.time() * 1000) if time_ms is None else time_ms
@@ -243,7 +243,7 @@ def start_run(
     left RUNNING, and sends the records in its spool.
 
     Args:
-        name: of the run.
+        name: folder of the run below the run root.
         config: resolved configuration to log. ``None`` logs none.
         tracking: tracker and experiment; by default ``TrackingConfig()``.
         tags: further tags.
@@ -355,7 +355,7 @@ def start_child_run(
 
     Args:
         parent: tracker of the parent run.
-        name: of the run.
+        name: folder of the run below the run root.
         config: resolved configuration to log. ``None`` logs none.
         tags: further tags.
         run_id: run to resume instead of opening a new run.

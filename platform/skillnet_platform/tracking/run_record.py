@@ -26,7 +26,7 @@ def reserve_run(path: Path) -> tuple[str | None, str]:
     """Return the id of the recorded run, if it has one, and the key to find or create it with.
 
     Args:
-        path: of ``run.json``; written if it is missing.
+        path: location of ``run.json``; written if it is missing.
 
     Raises:
         UserError: the file is damaged.
@@ -42,9 +42,9 @@ def write_run_id(path: Path, run_id: str, uri: str) -> None:
     """Record the MLflow run of a folder.
 
     Args:
-        path: of ``run.json``, see :func:`reserve_run`.
-        run_id: of the run.
-        uri: of the tracker.
+        path: location of ``run.json``, see :func:`reserve_run`.
+        run_id: MLflow's identifier of the run.
+        uri: address of the tracker, such as ``http://host:5000``.
     """
     write_json(path, {"run_id": run_id, "key": _read(path)[1], "uri": str(uri)})
 

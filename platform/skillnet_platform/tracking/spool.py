@@ -66,7 +66,7 @@ class OperationSpool:
 
     Args:
         run_id: the MLflow run.
-        uri: of the tracker.
+        uri: address of the tracker, such as ``http://host:5000``.
         apply: sends one operation and raises the errors of the tracker's client.
     """
 
