@@ -98,7 +98,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     """Evaluate a model, write the CSV file and log the metrics to its MLflow run.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: the model, a corpus, a task or a split is missing, or a file was altered.
@@ -185,7 +185,7 @@ def log_evaluation(
 
     Args:
         rows: evaluation rows of the model.
-        path: of the CSV file.
+        path: location of the CSV file.
         source: the model, with its run.
         uri: MLflow tracking URI.
     """
@@ -251,7 +251,7 @@ def show_evaluation(result: EvaluationResult) -> None:
     """Print the tables of an evaluation.
 
     Args:
-        result: of :func:`evaluate_trained_model`.
+        result: result of :func:`evaluate_trained_model`.
     """
     from pipelines.training.evaluation.tables import SYSTEM_LABELS, result_cells
 

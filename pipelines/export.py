@@ -51,7 +51,7 @@ def show_export(report: "ExportReport") -> None:
     """Print what was written.
 
     Args:
-        report: of the export.
+        report: collected findings of the export.
     """
     console.print_note(
         f"{report.parameters / 1e6:.2f} M parameters, {', '.join(report.tasks)}; largest "

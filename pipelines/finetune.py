@@ -48,7 +48,7 @@ def finetune(
         finetune("tiny", {"name": "first", "training.steps": 200})
 
     Args:
-        config: of the run, or the name of a preset or a YAML file as after ``--config``.
+        config: settings of the run, or the name of a preset or a YAML file as after ``--config``.
         overrides: dotted key -> value, on top of a preset.
 
     Returns:
@@ -77,11 +77,11 @@ def run_end_to_end(
     """Do a run from its folder to its registration; see :func:`finetune`.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         stage: name of the command, for tags and for a generated name.
         splits: to evaluate the final model on; None takes the test splits. Without
             ``config.evaluate`` there is no evaluation.
-        callbacks: of the training loop.
+        callbacks: observers of the training loop.
     """
     run = resolve_run(config, stage)
     mirror = mirror_of(run.config, run.folder)
@@ -173,7 +173,7 @@ def register_run(
     champion was compared on other rows.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         run: its folder.
         rows: its evaluation; without rows nothing is registered.
 

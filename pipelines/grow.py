@@ -45,7 +45,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     """Grow a model, train the new part, and check that the old parts are unchanged.
 
     Args:
-        config: of the growth.
+        config: settings of the growth.
 
     Returns:
         The result of :func:`pipelines.finetune.finetune`, and ``growth``: the report.
@@ -219,7 +219,7 @@ def show_growth(result: dict[str, Any]) -> None:
     """Print the tables of the report, and the location of the model.
 
     Args:
-        result: of :func:`grow_model`.
+        result: result of :func:`grow_model`.
     """
     from pipelines.training.growth.report import GrowthReport
 

@@ -35,7 +35,7 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
     """Merge models, and compare the outputs of every task on every test row.
 
     Args:
-        config: of the merge.
+        config: settings of the merge.
 
     Returns:
         ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
@@ -185,7 +185,7 @@ def show_merge(result: dict[str, Any]) -> None:
     """Print the tables of the report, and the location of the model.
 
     Args:
-        result: of :func:`merge_trained_models`.
+        result: result of :func:`merge_trained_models`.
     """
     from pipelines.training.growth.merge_report import MergeReport
 

@@ -36,10 +36,10 @@ class PredictConfig:
             reported and skipped; it is an error if no row is usable. A folder or a URI of .jsonl
             or media files is predicted in blocks with Ray Data; the output is then a folder or a
             URI, and the same command continues an interrupted prediction.
-        format: of the output: ``jsonl`` has all fields of each prediction, ``clue`` the lines that
-            CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}, including
-            lines with an empty sentence.
-        text: a text.
+        format: layout of the output: ``jsonl`` has all fields of each prediction, ``clue`` the
+            lines that CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"},
+            including lines with an empty sentence.
+        text: text to predict on.
         task: task to run; may be left out where one task of the model reads the modality.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: prepared corpora, for a checkpoint; by default those of its run, else corpora below
@@ -112,7 +112,7 @@ def predict_rows(config: PredictConfig) -> PredictionRun:
     """Predict for the inputs of a command line.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: the model or a file is missing, an input of the command line is unreadable, or a
@@ -153,7 +153,7 @@ def predict_in_blocks(config: PredictConfig) -> "BatchSummary":
     """Predict for a folder or URI with Ray Data.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: as :func:`pipelines.serving.batch_prediction.predict_blocks`.
@@ -188,7 +188,7 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     """Return all inputs of a command line, the text first.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: a file is missing, empty or damaged.
@@ -268,7 +268,7 @@ def show_result(
     """Print predictions, or the counts of a prediction in blocks.
 
     Args:
-        result: of the command.
+        result: outcome of the command.
     """
     if isinstance(result, tuple):
         show_predictions(*result)
@@ -286,8 +286,8 @@ def show_predictions(
 
     Args:
         run: predictions and rejected rows.
-        lines: of the output file.
-        config: of the command.
+        lines: JSON records of the output file.
+        config: settings of the command.
     """
     if config.output:
         tasks = Counter(prediction.task for _, prediction in run.answered)
@@ -308,7 +308,7 @@ def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: s
 
     Args:
         run: predictions and rejected rows.
-        lines: of the output file.
+        lines: JSON records of the output file.
         output: file of the predictions.
     """
     from pipelines.data.io.json_lines import format_json_line

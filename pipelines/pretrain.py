@@ -24,7 +24,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     The name of an unfinished run resumes it. The name of a finished run returns its result.
 
     Args:
-        config: of the pretraining.
+        config: settings of the pretraining.
 
     Returns:
         As :func:`pipelines.finetune.finetune`; ``evaluation`` holds the masked loss of each task

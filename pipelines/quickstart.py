@@ -75,7 +75,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Fetch, prepare, train, evaluate and register; return one document about all stages.
 
     Args:
-        config: of the training run and the stages.
+        config: settings of the training run and the stages.
 
     Raises:
         UserError: a stage failed. Finished stages are reused by the next call.

@@ -93,7 +93,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     """Rank the rows of a task's corpus for a query, and write the page.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: the model, the corpus, a split or the file is missing, the task does not rank
@@ -137,7 +137,7 @@ def read_query(config: SearchConfig) -> "PredictionItem":
     """Return the text or the file of a command line as an item.
 
     Args:
-        config: of the command.
+        config: settings of the command.
 
     Raises:
         UserError: the file is missing, unreadable or empty.
@@ -154,7 +154,7 @@ def show_search(result: SearchResult) -> None:
     """Print the ranked table.
 
     Args:
-        result: of :func:`search_corpus`.
+        result: result of :func:`search_corpus`.
     """
     rows = [
         [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]

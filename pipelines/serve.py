@@ -103,7 +103,7 @@ def pin_version(model: str, tracking_uri: str | None) -> str:
 
     Args:
         model: address of the model.
-        tracking_uri: of the tracker.
+        tracking_uri: address of the tracker.
 
     Raises:
         UserError: there is no such model.
@@ -120,7 +120,7 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
     """Run the replicas of a model during a block, and return their handle.
 
     Args:
-        config: of the server.
+        config: settings of the server.
         served: the model.
     """
     from skillnet_platform.cluster import connect
@@ -160,7 +160,7 @@ def limits_of(config: ServeConfig) -> "ServerLimits":
     """Return the limits of a server, and let this process open a file for each connection.
 
     Args:
-        config: of the server.
+        config: settings of the server.
 
     Raises:
         UserError: the machine allows fewer files.
@@ -190,8 +190,8 @@ def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token:
     """Return the HTTP server of uvicorn for replicas.
 
     Args:
-        config: of the server.
-        handle: of the replicas.
+        config: settings of the server.
+        handle: Ray Serve's handle, which calls the replicas.
         about: description of the model.
         token: that requests must have, or None.
     """

@@ -42,7 +42,7 @@ def read_token(path: str | None, host: str) -> str | None:
     """Return the token of a server: of a file, or of the environment.
 
     Args:
-        path: of the file, or None.
+        path: location of the file, or None.
         host: interface that the server listens on.
 
     Returns:
@@ -92,7 +92,7 @@ def is_authorized(token: str | None, header: str | None) -> bool:
     password, with any user name.
 
     Args:
-        token: of the server; None accepts every request.
+        token: secret of the server; None accepts every request.
         header: value of the header, or None.
     """
     if token is None:
@@ -153,7 +153,7 @@ def describe_foreign_page(headers: "Headers", authority: RequestAuthority | None
     """Return why a browser's page of another site sent a request; None if none did.
 
     Args:
-        headers: of the request. Programs send neither of the headers of browsers.
+        headers: named fields of the request. Programs send neither of the headers of browsers.
         authority: that the client asked for.
     """
     # Browsers omit this header where a connection is neither encrypted nor local.

@@ -23,7 +23,7 @@ class PredictionBlock:
     """Rows that one worker predicts and commits together.
 
     Args:
-        index: of the block, from 0.
+        index: position of the block, from 0.
         source: path or URI of the ``.jsonl`` file; "" for media files.
         start: offset of the first line, in bytes; the line may be empty.
         line: number of this line, from 1.
@@ -45,8 +45,8 @@ class BlockPlan:
 
     Args:
         blocks: in the order of the input.
-        digest: of names, sizes and blocks of the input; the bytes of a block are hashed when it is
-            predicted.
+        digest: SHA-256 of names, sizes and blocks of the input; the bytes of a block are hashed
+            when it is predicted.
     """
 
     blocks: list[PredictionBlock]

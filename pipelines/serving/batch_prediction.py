@@ -57,8 +57,8 @@ class BatchRequest:
         task: task to run; None selects one by modality.
         top: number of alternatives.
         precision: auto, bf16, fp32 or fp64.
-        tracking_uri: of the tracker.
-        digest: of the model that the workers must load; "" accepts any.
+        tracking_uri: address of the tracker.
+        digest: SHA-256 of the model that the workers must load; "" accepts any.
     """
 
     model: str
@@ -94,7 +94,7 @@ class BlockPredictor:
     """Worker of Ray Data: predicts blocks and commits each as a part of the output.
 
     Args:
-        request: of the prediction.
+        request: files, task and limits of the prediction.
         predictor: with the model; None loads it.
     """
 
@@ -164,7 +164,7 @@ def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> B
     """Predict a large input in blocks; a call with the same arguments continues an earlier one.
 
     Args:
-        request: of the prediction.
+        request: files, task and limits of the prediction.
         where: input, see :func:`pipelines.serving.batch_plan.plan_blocks`.
         block_rows: rows of a block at most.
 
@@ -206,7 +206,7 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     """Return the predictor of a request, and the digest of all that its answers depend on.
 
     Args:
-        request: of the prediction.
+        request: files, task and limits of the prediction.
 
     Raises:
         UserError: the model is missing or damaged.

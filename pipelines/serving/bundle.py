@@ -170,7 +170,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
     """Check the hash of every file of a bundle, and return its predictor.
 
     Args:
-        folder: of the bundle.
+        folder: directory of the bundle.
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
 
     Raises:
@@ -201,7 +201,7 @@ def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
     checked when the model was loaded.
 
     Args:
-        folder: of the bundle.
+        folder: directory of the bundle.
         model: from this folder.
 
     Raises:
@@ -242,7 +242,7 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
     """Check ``serving.json`` and the hash of every file, and return the content of the former.
 
     Args:
-        folder: of the bundle.
+        folder: directory of the bundle.
 
     Raises:
         UserError: a file is missing or was altered, or the bundle has another format.
@@ -363,7 +363,7 @@ def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> li
     Args:
         model: its own names come first; a corpus may list the same in another order.
         task: name of the task.
-        corpus: of the task.
+        corpus: shards of the task.
     """
     spec = model.config.tasks[task]
     if outputs_key(spec) is None:

@@ -27,7 +27,7 @@ def check_recorded_hashes(folder: Path, manifest: Mapping[str, Any]) -> set[str]
     With equal records, one pass over the weights checks both.
 
     Args:
-        folder: of the bundle; ``manifest.json`` in it fits its hash.
+        folder: directory of the bundle; ``manifest.json`` in it fits its hash.
         manifest: content of ``serving.json``.
 
     Returns:
@@ -50,9 +50,9 @@ def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig)
     """Check that a bundle describes the tasks and outputs of its model.
 
     Args:
-        path: of the manifest.
+        path: location of the manifest.
         manifest: content of ``serving.json``.
-        config: of the model.
+        config: settings of the model.
 
     Raises:
         UserError: a task is missing, or has another number of names than outputs.
@@ -77,10 +77,10 @@ def check_bundle_vocabulary(
     """Check that the tokenizer and the names of a bundle are those of its model.
 
     Args:
-        folder: of the bundle.
+        folder: directory of the bundle.
         manifest: content of ``serving.json``.
-        tokenizer: of the bundle.
-        model: of the bundle.
+        tokenizer: text encoder of the bundle.
+        model: module with the weights of the bundle.
 
     Raises:
         UserError: another tokenizer, a token beyond the vocabulary of the model, or other names.

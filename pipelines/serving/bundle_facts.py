@@ -43,7 +43,7 @@ def select_figures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return evaluation rows with the columns ``FIGURE_COLUMNS``, as plain values.
 
     Args:
-        rows: of an evaluation, or read from its CSV file.
+        rows: records of an evaluation, or read from its CSV file.
     """
     figures = []
     for row in rows:

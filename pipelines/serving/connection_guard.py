@@ -37,8 +37,8 @@ class ServerLimits:
     """Limits of a server.
 
     Args:
-        max_bytes: of the body of a request.
-        max_rows: of a prediction request.
+        max_bytes: largest size of the body of a request.
+        max_rows: largest length of a prediction request.
         max_requests: that are in progress at the same time.
         timeout_s: seconds for the answer of a request.
         max_running: requests that the replicas have at the same time; others wait.
@@ -69,7 +69,7 @@ class ConnectionTable:
     request ends: one that waits for a request, or whose client has no token.
 
     Args:
-        limits: of the server.
+        limits: bounds of requests, connections and time.
     """
 
     def __init__(self, limits: ServerLimits) -> None:
@@ -94,7 +94,7 @@ class ConnectionTable:
         """Forget a connection that ended.
 
         Args:
-            connection: of :meth:`add`.
+            connection: result of :meth:`add`.
         """
         own = self._peers.get(connection.peer, {})
         own.pop(connection, None)
@@ -142,8 +142,8 @@ class GuardedConnection(H11Protocol):
     taking of the answer. The connection ends with the timer.
 
     Args:
-        table: of the server's connections.
-        options: of uvicorn.
+        table: register of the server's open connections.
+        options: further arguments of ``uvicorn.Config``.
     """
 
     def __init__(self, table: ConnectionTable, **options: Any) -> None:
@@ -241,10 +241,10 @@ def configure_server(
     """Return a server of uvicorn with guarded connections.
 
     Args:
-        application: of ASGI.
+        application: ASGI callable that answers requests.
         host: interface to listen on.
         port: port to listen on.
-        limits: of the server.
+        limits: bounds of requests, connections and time.
     """
     connection: Any = partial(GuardedConnection, ConnectionTable(limits))
     return uvicorn.Server(

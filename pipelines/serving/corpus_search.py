@@ -50,8 +50,8 @@ class SearchHit:
     Args:
         rank: from 1.
         score: cosine similarity to the query.
-        key: of the row, or of its partner if the second medium of rows in two media is ranked.
-        split: of the row.
+        key: name of the row, or of its partner if the second medium of rows in two media is ranked.
+        split: split that the row belongs to.
         caption: first caption of the row; its text or transcript, or its key, if it has none.
         captions: all captions of the row.
         row: number of the row in its split.
@@ -71,12 +71,12 @@ class CorpusSearch:
 
     Args:
         predictor: with the model.
-        source: of the model.
+        source: run, version or folder of the model.
         data: directory or URI of prepared corpora.
         task: a retrieval task.
         splits: to search; None takes all except pretrain.
-        modality: of the queries; a tower of the task reads it.
-        place: of this search among others, for progress; "" for a single one.
+        modality: medium of the queries; a tower of the task reads it.
+        place: position of this search among others, for progress; "" for a single one.
 
     Raises:
         UserError: the corpus or a split is missing, or the corpus is of another modality.
@@ -146,7 +146,7 @@ class CorpusSearch:
 
         Args:
             query: text or file of the modality of this search.
-            budget: of the request that asks.
+            budget: seconds and cancellation of the request that asks.
 
         Raises:
             UserError: the query is empty or damaged.
@@ -157,7 +157,7 @@ class CorpusSearch:
         """Return a warning if most of a text query occurs in no text of the corpus; "" otherwise.
 
         Args:
-            query_row: of :meth:`read_query`.
+            query_row: result of :meth:`read_query`.
         """
         if self.modality != "text" or not self._known_tokens.any():
             return ""
@@ -197,7 +197,7 @@ class CorpusSearch:
         """Return the best rows for the model input of a query, best first.
 
         Args:
-            query_row: of :meth:`read_query`.
+            query_row: result of :meth:`read_query`.
             top: number of results.
         """
         scores = self._vectors @ self.predictor.embed_row(query_row, self.task, self._query_tower)
@@ -207,9 +207,9 @@ class CorpusSearch:
         """Return what a page shows of a file as the query; None for a text.
 
         Args:
-            query: of the user.
-            query_row: of :meth:`read_query`. Pages show media as the model reads them: decoded in
-                the guard, and small.
+            query: text or file of the user.
+            query_row: result of :meth:`read_query`. Pages show media as the model reads them:
+                decoded in the guard, and small.
         """
         from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview, draw_log_mel
 
@@ -237,8 +237,8 @@ class CorpusSearch:
             hits: best first.
             tasks: modality of queries -> tasks that a server can search; the page gets inputs.
                 None without a server.
-            preview: of a file as the query.
-            doubt: of :meth:`describe_doubt`.
+            preview: picture or player of a file as the query.
+            doubt: result of :meth:`describe_doubt`.
         """
         from pipelines.serving.search_page import ResultCard, render_search_page
 
@@ -284,7 +284,7 @@ def find_query_tower(task: Task, modality: str) -> str | None:
 
     Args:
         task: any task.
-        modality: of the query. If both towers read it, the query tower is the one.
+        modality: medium of the query. If both towers read it, the query tower is the one.
     """
     towers = PAIR if find_objective(task.objective).pairs_towers else ()
     return next((each for each in towers if task.towers[each].modality == modality), None)
@@ -294,8 +294,8 @@ def list_search_tasks(tasks: Mapping[str, Task], modality: str) -> list[str]:
     """Return the names of the tasks that rank rows for a modality, best choice first.
 
     Args:
-        tasks: of the model.
-        modality: of the query. Tasks whose query tower reads it come first.
+        tasks: objective and towers of each task of the model.
+        modality: medium of the query. Tasks whose query tower reads it come first.
     """
     towers = {name: find_query_tower(task, modality) for name, task in tasks.items()}
     return [name for each in ("query", "candidate") for name in towers if towers[name] == each]
@@ -306,8 +306,8 @@ def choose_search_task(given: str | None, tasks: Mapping[str, Task], modality: s
 
     Args:
         given: name of the task, or None.
-        tasks: of the model.
-        modality: of the query.
+        tasks: objective and towers of each task of the model.
+        modality: medium of the query.
 
     Raises:
         UserError: it is no retrieval task, or reads no such query. Without a name: the model has
@@ -347,7 +347,7 @@ def choose_search_splits(
 
     Args:
         corpus: to search.
-        names: of splits, or None.
+        names: splits to read, or None for all.
         needs_captions: whether captions are ranked; without names, splits without them are left
             out.
 

@@ -58,7 +58,7 @@ class ExportReport:
     Args:
         folder: that was written.
         format: one of ``FORMATS``.
-        tasks: of the exported model.
+        tasks: names of the exported model's tasks.
         parameters: number of its weights.
         difference: largest difference of its outputs to those of the source.
     """
@@ -122,11 +122,11 @@ def write_exported_folder(
     """Write a model, a card, and the tokenizer and captions of the bundle that it comes from.
 
     Args:
-        bundle: of the source.
+        bundle: folder of the source.
         manifest: content of its ``serving.json``.
         model: its tasks are those of the source or some of them.
         folder: existing directory.
-        title: of the card.
+        title: heading of the card.
     """
     write_model(model, folder)
     tasks = {task: manifest["tasks"][task] for task in model.config.tasks}

@@ -39,7 +39,7 @@ class FairShare:
         """Take units if the client may have them now, and return whether it got them.
 
         Args:
-            client: of :func:`identify_client`.
+            client: result of :func:`identify_client`.
             amount: number of units.
         """
         has_room = self._held[client] + amount <= self._total - self.held
@@ -66,7 +66,7 @@ class FairShare:
         """Hold units during a block, after a wait if the client may not have them yet.
 
         Args:
-            client: of :func:`identify_client`.
+            client: result of :func:`identify_client`.
             amount: number of units, at most the total.
         """
         if client in self._waiting or not self.take(client, amount):

@@ -106,10 +106,10 @@ class ModelGateway:
     """Handlers of the routes.
 
     Args:
-        handle: of the replicas.
+        handle: Ray Serve's handle, which calls the replicas.
         about: description of the model, see
             :meth:`pipelines.serving.served_model.ServedModel.describe`.
-        limits: of the server.
+        limits: bounds of requests, connections and time.
         lost: exceptions that mean a dead replica.
         full: exceptions that mean that the queues are full.
     """
@@ -290,7 +290,7 @@ class RequestGuard:
         gateway: with limits and metrics.
         application: with the routes.
         token: that requests must have, or None.
-        limits: of the server.
+        limits: bounds of requests, connections and time.
     """
 
     def __init__(
@@ -375,9 +375,9 @@ class RequestExchange:
     """One request and its answer, over the functions of ASGI.
 
     Args:
-        scope: of the request.
-        receive: of the connection.
-        send: of the connection.
+        scope: ASGI scope of the request.
+        receive: ASGI callable that returns the next message.
+        send: ASGI callable that sends a message.
     """
 
     def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -461,7 +461,7 @@ def build_application(
     Args:
         gateway: with the handlers.
         token: that requests must have; None on loopback.
-        limits: of the server.
+        limits: bounds of requests, connections and time.
     """
 
     async def user_error(request: Request, error: Exception) -> Response:
@@ -509,7 +509,7 @@ def build_error(status: int, message: str, headers: Any = None) -> Response:
     """Return the answer to a rejected request.
 
     Args:
-        status: of HTTP.
+        status: HTTP status code.
         message: reason and remedy.
         headers: further headers, or None.
     """
@@ -520,6 +520,6 @@ def answer_overload(reason: str) -> Response:
     """Return the answer of an overloaded server.
 
     Args:
-        reason: of the overload.
+        reason: cause of the overload.
     """
     return build_error(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)

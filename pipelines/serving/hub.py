@@ -24,9 +24,10 @@ def push_folder(folder: Path, repository: str, **options: Any) -> str:
     """Upload an exported model; create the repository if it does not exist.
 
     Args:
-        folder: of the export.
+        folder: directory of the export.
         repository: ``owner/name``.
-        **options: of ``ModelHubMixin.push_to_hub``, such as ``private`` and ``token``.
+        **options: further arguments of ``ModelHubMixin.push_to_hub``, such as ``private`` and
+            ``token``.
 
     Returns:
         URL of the commit.

@@ -55,7 +55,7 @@ class PredictionItem:
         may_be_empty: whether an empty text is accepted.
         content: decoded media instead of bytes: a Pillow image, (samples, rate) of audio, or
             frames (N, H, W, C).
-        modality: of the input; None guesses it by the name and the first bytes.
+        modality: medium of the input; None guesses it by the name and the first bytes.
     """
 
     name: str
@@ -73,7 +73,7 @@ def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem
     """Return a file as an item.
 
     Args:
-        path: of the file.
+        path: file to read.
         task: task to run; None selects one by modality.
 
     Raises:
@@ -96,7 +96,7 @@ def read_file_bytes(
     """Return the content of a file.
 
     Args:
-        path: of the file.
+        path: file to read.
         hint: appended to the message if the file is missing.
         max_bytes: a longer file is rejected.
         allow_pipe: also read a pipe, which the user names on purpose.

@@ -37,7 +37,7 @@ class InputRow:
         line: number of the row's line in the file, from 1; 0 if the file itself is the row.
         row: the JSON object; {} if the line is not an object.
         item: to predict for; None if the row is rejected.
-        reason: of the rejection; "" if the row is usable.
+        reason: cause of the rejection; "" if the row is usable.
     """
 
     source: str = ""
@@ -62,7 +62,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
     """Read the rows of a .jsonl file; files that rows name are relative to its directory.
 
     Args:
-        path: of the file.
+        path: file to read.
         task: for rows that do not name one.
         clue: require an id in each row, and accept empty sentences.
 
@@ -97,7 +97,7 @@ def check_usable_rows(rows: Sequence[InputRow]) -> None:
     """Check that at least one row of a file is usable.
 
     Args:
-        rows: of the file.
+        rows: items that the file names, in its order.
 
     Raises:
         UserError: every row is rejected; the message gives the first reason.
@@ -111,7 +111,7 @@ def report_rejected(rows: Sequence[InputRow], remedy: str) -> None:
     """Warn about rejected rows with their reasons, and about rows with empty texts.
 
     Args:
-        rows: of all files.
+        rows: items that all files name, in their order.
         remedy: where all of them are listed, if they are too many for warnings.
     """
     lines = [f"{row.where}: {row.reason}; row skipped" for row in rows if row.reason]
@@ -139,7 +139,7 @@ def parse_input_line(
 
     Args:
         source: path or URI of the file.
-        number: of the line, from 1.
+        number: index of the line, from 1.
         line: content.
         read_file: called with the name of a file that the row names, and its task.
         task: for rows that do not name one.

@@ -22,7 +22,7 @@ def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS
     Shards are read one at a time, and none after the last returned caption.
 
     Args:
-        corpus: of a retrieval task.
+        corpus: shards of a retrieval task.
         max_captions: maximum number of captions.
     """
     # A dictionary removes duplicates and keeps the order, on which the digest of a bundle depends.

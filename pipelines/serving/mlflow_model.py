@@ -34,7 +34,7 @@ class SkillNetModel(PythonModel):
         """Open the bundle among the model's artifacts.
 
         Args:
-            context: of MLflow.
+            context: paths of the artifacts, from MLflow.
         """
         self.predictor = open_bundle(context.artifacts["bundle"])
 
@@ -47,7 +47,7 @@ class SkillNetModel(PythonModel):
         """Predict for each row.
 
         Args:
-            context: of MLflow.
+            context: paths of the artifacts, from MLflow.
             model_input: rows, see the class.
             params: ``top``, the number of alternatives.
 

@@ -17,7 +17,7 @@ def render_card(manifest: Mapping[str, Any], model: TaskModel, name: str) -> str
 
     Args:
         manifest: content of the model's ``serving.json``.
-        model: the model.
+        model: network whose weights are read.
         name: title of the card.
     """
     tasks = {task: manifest["tasks"][task] for task in sort_rows(model.config.tasks)}

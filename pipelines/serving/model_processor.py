@@ -39,7 +39,7 @@ class ModelProcessor:
     """Preprocessing of a model, with the names of its outputs and its known captions.
 
     Args:
-        predictor: of the model.
+        predictor: reader and runner of the model.
     """
 
     def __init__(self, predictor: TaskPredictor) -> None:
@@ -54,7 +54,8 @@ class ModelProcessor:
         """Return the batch of a tower for raw inputs, as ``model(task, {tower: batch})`` takes it.
 
         Args:
-            inputs: of the modality that the tower reads, see :class:`skillnet.RawInputModel`.
+            inputs: raw values of the modality that the tower reads, see
+                :class:`skillnet.RawInputModel`.
             task: name of the task.
             tower: ``input``, ``query`` or ``candidate``.
 
@@ -71,7 +72,7 @@ class ModelProcessor:
         """Return the vectors (N, E) of inputs of one modality.
 
         Args:
-            modality: of the inputs.
+            modality: medium of the inputs.
             inputs: N inputs.
             task: task of the vectors; None takes the only one that reads the modality.
 
@@ -123,7 +124,7 @@ class ModelProcessor:
 
         Args:
             repository: ``owner/name``.
-            **options: of ``huggingface_hub.ModelHubMixin.push_to_hub``.
+            **options: further arguments of ``huggingface_hub.ModelHubMixin.push_to_hub``.
 
         Returns:
             URL of the commit.
@@ -210,9 +211,9 @@ def make_item(value: Any, modality: Modality, name: str, task: str) -> Predictio
 
     Args:
         value: a text, a path, bytes of a file, or media in memory.
-        modality: of the tower that reads it.
-        name: of the input in messages.
-        task: of the tower.
+        modality: medium of the tower that reads it.
+        name: identifier of the input in messages.
+        task: task that the tower belongs to.
 
     Raises:
         UserError: a file is missing, unreadable, or of another kind.

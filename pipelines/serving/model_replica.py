@@ -35,7 +35,7 @@ class ModelReplica:
     up no other request. Clients take turns at the decoders and at the model.
 
     Args:
-        config: of the server.
+        config: settings of the server.
     """
 
     def __init__(self, config: ServedModelConfig) -> None:

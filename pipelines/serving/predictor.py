@@ -69,8 +69,8 @@ class ReadInput:
     Args:
         item: index of the item.
         task: that runs.
-        tower: of the task.
-        name: of the input in the result.
+        tower: tower of the task, such as ``query``.
+        name: identifier of the input in the result.
         array: that the tower reads.
     """
 
@@ -94,7 +94,7 @@ class TaskPredictor:
 
     Args:
         model: the trained model.
-        tokenizer: of the training corpora.
+        tokenizer: text encoder of the training corpora.
         names: task -> names of its classes or symbols (symbol 1 first).
         banks: task -> known captions.
         limits: task -> maximum length of the task's own modality, as in training.
@@ -160,8 +160,9 @@ class TaskPredictor:
         Args:
             items: see :meth:`predict_items`.
             on_error: see :meth:`predict_items`.
-            budget: of the request that the items belong to. No item but the last takes more than a
-                quarter of what is left, so that one slow file leaves time for the others.
+            budget: seconds and cancellation of the request that the items belong to. No item but
+                the last takes more than a quarter of what is left, so that one slow file leaves
+                time for the others.
 
         Raises:
             UserError: see :meth:`predict_items`.
@@ -193,9 +194,10 @@ class TaskPredictor:
         """Predict for model inputs, in order.
 
         Args:
-            inputs: of :meth:`read_items`.
+            inputs: result of :meth:`read_items`.
             top: number of alternatives.
-            budget: of the request that all inputs belong to; the model stops when it is over.
+            budget: seconds and cancellation of the request that all inputs belong to; the model
+                stops when it is over.
 
         Returns:
             Index of the item, and a prediction for it.
@@ -249,10 +251,10 @@ class TaskPredictor:
         """Return the model input of one item; of a Python file its only outermost function.
 
         Args:
-            item: of the modality that the tower reads.
+            item: text or file of the modality that the tower reads.
             task: name of the task.
-            tower: of the task.
-            budget: of the request that the item belongs to.
+            tower: tower of the task, such as ``query``.
+            budget: seconds and cancellation of the request that the item belongs to.
 
         Raises:
             UserError: the input is damaged, or a file with several functions.
@@ -264,9 +266,9 @@ class TaskPredictor:
         """Return the unit vector (E,) of one model input in a retrieval task's space.
 
         Args:
-            row: of :meth:`read_row`.
+            row: result of :meth:`read_row`.
             task: a retrieval task.
-            tower: of the task.
+            tower: tower of the task, such as ``query``.
         """
         plan = self.model.config.tasks[task].towers[tower]
         inputs = memory_inputs([row], plan, self.model.config)
@@ -341,8 +343,8 @@ class TaskPredictor:
         Args:
             item: input of the modality that the tower reads.
             task: name of the task.
-            tower: of the task.
-            budget: of the request that the item belongs to.
+            tower: tower of the task, such as ``query``.
+            budget: seconds and cancellation of the request that the item belongs to.
             is_one: whether a Python file must have one function; its inner ones do not count.
 
         Raises:
@@ -440,7 +442,7 @@ def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str,
     """Return a prediction as plain values for JSON.
 
     Args:
-        prediction: of an input.
+        prediction: answer for an input.
         top: alternatives to keep; None keeps all.
     """
     values = asdict(prediction)

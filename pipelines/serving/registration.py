@@ -59,7 +59,8 @@ def register_model(
         source: the trained model.
         data: directory of prepared corpora.
         rows: evaluation rows on the test splits; None evaluates the model now.
-        baseline_rows: of chance and the simple baselines, for the page of the version.
+        baseline_rows: evaluation rows of chance and the simple baselines, for the page of the
+            version.
         name: name of the registered model; None takes the name that its training run set, or
             derives one from the experiment and the system.
         uri: MLflow tracking URI.
@@ -137,7 +138,7 @@ def register_measured_run(
     """Register a run that was made from trained models and that was measured already.
 
     Args:
-        tracking: of the run; without ``register`` nothing is done.
+        tracking: MLflow settings of the run; without ``register`` nothing is done.
         sources: models that the run was made from. Their tasks must be trained, because they took
             no step here.
         run: its folder.
@@ -233,8 +234,8 @@ def check_given_name(tracking: "TrackingConfig", system: str) -> None:
     A run calls it before its training. A default name contains the system and is not looked up.
 
     Args:
-        tracking: of the run.
-        system: of its model.
+        tracking: MLflow settings of the run.
+        system: registered kind of its model.
 
     Raises:
         OtherSystemError: the registered model has versions of another system.
@@ -353,7 +354,7 @@ def registry_metrics(
     Args:
         rows: evaluation rows of the model.
         tasks: name -> task.
-        manifest: of the bundle, with the digests of the corpora.
+        manifest: parsed ``manifest.json`` of the bundle, with the digests of the corpora.
     """
     from pipelines.training.evaluation.tables import find_row, primary_metric
     from skillnet_platform.tracking.promotion import MetricEstimate

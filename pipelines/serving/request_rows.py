@@ -75,7 +75,7 @@ def read_request_row(row: Mapping[str, Any], number: int) -> PredictionItem:
     Args:
         row: with ``text``, or with ``file`` (base64) and its ``name``; optionally ``task`` and
             ``keywords``. None means absent.
-        number: of the row, for messages.
+        number: index of the row, for messages.
 
     Raises:
         UserError: the row has neither or both, or a value of a wrong type.
@@ -98,7 +98,7 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
     """Return the request of a JSON body: ``{"rows": [{"text": …}], "top": 5}``.
 
     Args:
-        body: of the request.
+        body: bytes of the request, without its head.
         max_rows: more rows are rejected.
 
     Raises:
@@ -128,7 +128,7 @@ def read_search_request(body: bytes) -> SearchRequest:
     Instead of the text ``query``, a request may have a ``file`` in base64 and its ``name``.
 
     Args:
-        body: of the request.
+        body: bytes of the request, without its head.
 
     Raises:
         UserError: the body is not such a request.
@@ -153,7 +153,7 @@ def read_search_form(content_type: str, body: bytes) -> SearchRequest:
 
     Args:
         content_type: ``multipart/form-data`` with its boundary.
-        body: of the request.
+        body: bytes of the request, without its head.
 
     Raises:
         UserError: the body is not such a form, or has no file.

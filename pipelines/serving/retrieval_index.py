@@ -42,13 +42,13 @@ def build_retrieval_index(
 
     Args:
         predictor: with the model.
-        source: of the model; its digest is part of the cache key.
+        source: run, version or folder of the model; its digest is part of the cache key.
         task: a retrieval task.
         corpus: to embed.
         splits: names of its splits.
         tower: that embeds the rows; the tower of captions embeds the first caption of each row.
             None takes the tower of the rows.
-        place: of this index among others, for progress.
+        place: position of this index among others, for progress.
 
     Returns:
         Unit vectors (N, E) float32, in the order of the splits and their rows.
@@ -121,7 +121,7 @@ def write_index(path: Path, key: str, vectors: np.ndarray) -> None:
     """Write embeddings with their hash.
 
     Args:
-        path: of the file.
+        path: file to write.
         key: digest of all that decides the embeddings.
         vectors: unit vectors (N, E) float32.
     """
@@ -137,7 +137,7 @@ def read_index(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
     """Read embeddings, and check their hash, key, shape and lengths.
 
     Args:
-        path: of the file.
+        path: file to read.
         key: digest of all that decides the embeddings.
         shape: expected number and width.
 

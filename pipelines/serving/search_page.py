@@ -61,7 +61,7 @@ class QueryPreview:
     """A file as the query, as the page shows it.
 
     Args:
-        modality: of the file.
+        modality: medium of the file.
         media: image (H, W, C) or video (N, H, W, C) uint8; None for text and code.
         code: text or source code, or None.
         recording: bytes of an audio file for a player, or None.
@@ -94,7 +94,7 @@ def render_search_page(
             input box and a file input.
         task: the selected one.
         problem: reason why no results are shown.
-        preview: of a file as the query.
+        preview: picture or player of a file as the query.
     """
     values = {
         "query": query,

@@ -35,7 +35,7 @@ class ServedModelConfig:
         model: address of the model, with a version instead of an alias.
         data: directory or URI of prepared corpora; None takes those of the model's run.
         precision: auto, bf16, fp32 or fp64.
-        tracking_uri: of the tracker, without its password.
+        tracking_uri: address of the tracker, without its password.
         search: whether the corpora of the retrieval tasks can be searched.
         max_batch_size: requests that one batch joins.
         batch_wait_s: seconds that a request waits for others.
@@ -55,7 +55,7 @@ class ReadRequest:
     """Prediction request whose rows were read.
 
     Args:
-        inputs: of the model, with the number of their row.
+        inputs: batch of the model, with the number of their row.
         rejected: unusable rows: ``row`` and ``reason``.
         top: number of alternatives.
     """
@@ -69,7 +69,7 @@ class ServedModel:
     """A loaded model with the indexes of its corpora.
 
     Args:
-        config: of the server.
+        config: settings of the server.
 
     Raises:
         UserError: the model or a corpus is missing or damaged.
@@ -124,8 +124,8 @@ class ServedModel:
         """Read the rows of a prediction request; several threads may do it at the same time.
 
         Args:
-            request: of a client.
-            budget: of the request.
+            request: parsed request of a client.
+            budget: seconds that the request has left, and its cancellation.
         """
         rejected: list[ServedAnswer] = []
 
@@ -144,7 +144,7 @@ class ServedModel:
 
         Args:
             requests: N requests of :meth:`read_rows`.
-            budget: of a request that runs alone, or None.
+            budget: seconds and cancellation of a request that runs alone, or None.
 
         Returns:
             N documents with ``predictions`` and ``rejected`` rows, both with the number of the row;
@@ -172,8 +172,8 @@ class ServedModel:
         """Return the search for a query and its model input; several threads may call it.
 
         Args:
-            request: of a client.
-            budget: of the request.
+            request: parsed request of a client.
+            budget: seconds that the request has left, and its cancellation.
 
         Raises:
             UserError: the query is damaged, or no task ranks rows for it.
@@ -187,9 +187,9 @@ class ServedModel:
         """Answer a search with a document of its hits.
 
         Args:
-            request: of a client.
-            search: of :meth:`read_query`.
-            row: of :meth:`read_query`.
+            request: parsed request of a client.
+            search: result of :meth:`read_query`.
+            row: result of :meth:`read_query`.
         """
         found = [asdict(hit) for hit in search.rank_rows(row, request.top)]
         answer: ServedAnswer = {"task": search.task, "searched": search.num_rows, "hits": found}
@@ -202,9 +202,9 @@ class ServedModel:
         """Answer a search with its page in ``html``.
 
         Args:
-            request: of a browser.
-            search: of :meth:`read_query`.
-            row: of :meth:`read_query`.
+            request: parsed form of a browser.
+            search: result of :meth:`read_query`.
+            row: result of :meth:`read_query`.
         """
         hits, preview = search.rank_rows(row, request.top), search.preview_query(request.query, row)
         name, doubt = printable_name(request.query.name), search.describe_doubt(row)

@@ -16,7 +16,7 @@ def check_unit_vectors(path: Path, vectors: np.ndarray, shape: tuple[int, int]) 
     """Check stored embeddings.
 
     Args:
-        path: of the file, for the message.
+        path: location of the file, for the message.
         vectors: its content.
         shape: expected number and width.
 

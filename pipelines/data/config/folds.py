@@ -88,7 +88,7 @@ def draw_unit(purpose: str, corpus: str, unit: str) -> float:
     """Return a number in [0, 1) that the names determine.
 
     Args:
-        purpose: of the number; numbers of other purposes are independent.
+        purpose: use of the number; numbers of other purposes are independent.
         corpus: name of the corpus.
         unit: name of the held-out unit.
     """

@@ -44,7 +44,7 @@ def registry_url(package: str, settings: Mapping[str, str]) -> str:
 
     Args:
         package: its name, such as ``cnchar-data`` or ``@scope/name``.
-        settings: of npm.
+        settings: configuration of npm, key to value.
 
     Raises:
         UserError: the configured registry is not an http address.

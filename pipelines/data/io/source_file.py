@@ -154,7 +154,7 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int, allow_pipe: bool 
     """Return the content of a local file that may be hostile.
 
     Args:
-        path: of the file.
+        path: file to read.
         max_bytes: a longer file is rejected before more of it is read.
         allow_pipe: also read a pipe, which the user names on purpose, such as ``/dev/stdin``.
 

@@ -59,7 +59,7 @@ def read_units(index: int, job: CorpusJob) -> Iterator[pa.Table]:
     Ray would wrap an exception beyond recognition.
 
     Args:
-        index: of the corpus among the jobs.
+        index: position of the corpus among the jobs.
         job: corpus to read.
     """
     try:

@@ -56,7 +56,7 @@ def measure_media(
     """Return facts of a media file, and the reason if prepare would reject its row.
 
     Args:
-        corpus: of the row.
+        corpus: reader that yields the row.
         data: bytes of the file.
         row: raw row.
 

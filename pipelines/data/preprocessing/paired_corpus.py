@@ -47,7 +47,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
     Several partners of a group are dealt to its rows in turn.
 
     Args:
-        name: of the new corpus.
+        name: folder of the new corpus below the prepared corpora.
         pair: ``FIRST+SECOND``, names of prepared corpora; the candidate tower of a task reads the
             medium of the first one, the query tower that of the second one.
         data: directory of prepared corpora.
@@ -113,7 +113,7 @@ def take_rows(table: pa.Table, rows_B: np.ndarray) -> pa.Table:
     ``pyarrow.Table.take`` joins the shards in memory first, for each call.
 
     Args:
-        table: of a split.
+        table: rows of a split.
         rows_B: numbers of B rows.
     """
     starts = np.cumsum([0, *map(len, table.column(0).chunks)])

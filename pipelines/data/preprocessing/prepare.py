@@ -345,7 +345,7 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
     """Return the entry of a corpus in the command's result.
 
     Args:
-        manifest: of the corpus.
+        manifest: parsed ``manifest.json`` of the corpus.
         state: ``prepared``, ``cached`` or ``paired``.
     """
     shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]

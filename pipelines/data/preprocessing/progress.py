@@ -218,7 +218,7 @@ def check_first_rows(
 
     Args:
         corpus: that was read.
-        summary: of its rows.
+        summary: counts of its rows.
         max_error_rate: allowed fraction of bad rows.
         rejected: file of the rejected rows, for the message.
 
@@ -251,7 +251,7 @@ def make_rate_error(
     """Return the error that too many rows of a corpus are bad.
 
     Args:
-        name: of the corpus.
+        name: folder of the corpus below the prepared corpora.
         max_error_rate: allowed fraction of bad rows.
         count: number of bad rows, "12 of 20".
         share: fraction of bad rows.
@@ -271,7 +271,7 @@ def make_unusable_error(
     """Return the error that no row of a corpus is left to train on.
 
     Args:
-        name: of the corpus.
+        name: folder of the corpus below the prepared corpora.
         split_rows: split -> usable rows.
         rows_in: rows that were read.
         reasons: reason -> rejected rows.

@@ -37,8 +37,8 @@ class TaskTemplate:
     """A task that can be trained, as a configuration.
 
     Args:
-        name: of the task.
-        objective: of the task.
+        name: key of the task in ``model.tasks``.
+        objective: kind of the task.
         corpus: name of the corpus, once it is prepared.
         settings: the configuration as plain values.
         commands: that prepare the corpus, if it is not prepared, and train the task.
@@ -66,7 +66,7 @@ def describe_task(
     Args:
         path: a prepared corpus, the name of one in the data directory, or user data that
             ``skillnet inspect`` reads.
-        name: of the task; None takes the usual one.
+        name: identifier of the task; None takes the usual one.
         file: path of the configuration, for the commands.
         options: format -> its options, for user data.
 

@@ -39,7 +39,7 @@ class FixedColumn:
     Args:
         column: Arrow column.
         shape: shape of a row, from the field's metadata; () for plain numbers.
-        check: of the copied values, if they are ids.
+        check: range of the copied values, if they are ids.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RaggedColumn:
 
     Args:
         column: Arrow column.
-        check: of the copied values, if they are ids.
+        check: range of the copied values, if they are ids.
     """
 
     def __init__(self, column: pa.ChunkedArray, check: IdCheck | None = None) -> None:
@@ -175,7 +175,7 @@ class NestedRaggedColumn:
 
     Args:
         column: Arrow column.
-        check: of the copied values, if they are ids.
+        check: range of the copied values, if they are ids.
     """
 
     def __init__(self, column: pa.ChunkedArray, check: IdCheck | None = None) -> None:

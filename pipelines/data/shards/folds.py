@@ -41,7 +41,7 @@ def open_fold(
 
     Args:
         corpus: opened. One that is divided already is returned as it is.
-        fold: the fold.
+        fold: number of folds, and the one that is tested.
         with_reserve: add the split ``reserve``. Only the final evaluation of a study does.
 
     Raises:
@@ -79,7 +79,7 @@ def _choose_rows(
 
     Args:
         corpus: name of the corpus.
-        fold: the fold.
+        fold: number of folds, and the one that is tested.
         names: split of each shard, as prepared.
         tables: rows of each shard.
         with_reserve: add the split ``reserve``.

@@ -45,7 +45,7 @@ class IdRange:
         It costs about 10 microseconds a batch, because the copy is in the processor's cache.
 
         Args:
-            ids: of any shape.
+            ids: integers in an array of any shape.
             column: location and name, for messages.
 
         Raises:
@@ -72,7 +72,7 @@ def manifest_id_ranges(manifest: Mapping[str, Any]) -> dict[str, IdRange]:
     """Return column -> range of its ids, from the sizes that a manifest declares.
 
     Args:
-        manifest: of a corpus; its types are checked.
+        manifest: parsed ``manifest.json`` of a corpus; its types are checked.
     """
     size = (manifest.get("tokenizer") or {}).get("vocab_size")
     tokens = IdRange(f"the tokenizer of its manifest has {size} tokens", size)
@@ -96,7 +96,7 @@ def check_ids(
     Args:
         table: rows of a shard or of a split.
         ranges: column -> range of its ids; columns that the table lacks are skipped.
-        location: of the rows, for messages.
+        location: folder or store prefix of the rows, for messages.
         remedy: last sentence of messages.
 
     Raises:

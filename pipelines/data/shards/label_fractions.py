@@ -26,8 +26,8 @@ def select_label_fraction(
     Args:
         corpus: opened, with the splits of its fold.
         splits: names of the splits that the task trains on.
-        fraction: of their rows, in (0, 1]; 1 returns the corpus as it is.
-        seed: of the choice.
+        fraction: share of their rows, in (0, 1]; 1 returns the corpus as it is.
+        seed: start of the random numbers of the choice.
 
     Raises:
         UserError: the rows have no units.

@@ -38,7 +38,7 @@ def digest_shard(table: pa.Table, modality: str) -> dict[str, Any]:
 
     Args:
         table: rows of the shard.
-        modality: of the corpus.
+        modality: medium of the corpus.
 
     Returns:
         ``inputs``, the digests of all inputs in hexadecimal digits, "" without the usual column;
@@ -98,7 +98,7 @@ def describe_row_checks(manifest: Mapping[str, Any]) -> list[str]:
     """Return sentences on splits whose rows prove less than they seem to; none for a good corpus.
 
     Args:
-        manifest: of a corpus.
+        manifest: parsed ``manifest.json`` of a corpus.
     """
     checks, splits = manifest.get(ROW_CHECKS, {}), manifest["splits"]
     sentences = []

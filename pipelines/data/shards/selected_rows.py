@@ -59,7 +59,7 @@ def select_rows(
     """Return a split with some rows of some shards.
 
     Args:
-        name: of the split.
+        name: split, such as ``test``.
         base: split that opens the shards.
         rows: entry of each shard in ``base``, its table, and the numbers of its rows, ascending.
     """

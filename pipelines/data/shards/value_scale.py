@@ -12,7 +12,7 @@ def read_value_scale(manifest: Mapping[str, Any], task: Task) -> tuple[float, fl
     """Return mean and deviation of a regression's training values; None for other tasks.
 
     Args:
-        manifest: of the corpus.
+        manifest: parsed ``manifest.json`` of the corpus.
         task: its objective decides.
 
     Raises:

@@ -75,7 +75,7 @@ def read_tokenizer_tree(path: Path) -> dict[str, Any]:
     """Read the JSON of a tokenizer file, of a bounded size.
 
     Args:
-        path: of the file.
+        path: file to read.
 
     Raises:
         ValueError: the file is too large, or no JSON object.

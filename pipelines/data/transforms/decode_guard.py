@@ -77,7 +77,7 @@ class WorkBudget:
         """Return a part of what is left as the budget of a part of the work.
 
         Args:
-            fraction: of the seconds that are left.
+            fraction: share of the seconds that are left.
         """
         return WorkBudget(fraction * self.rest, self._stopped)
 

@@ -74,8 +74,8 @@ def decode_media(
         data: bytes of the file, or the texts as JSON.
         options: further arguments of the decoder, see :func:`find_decoder`.
         seconds: wall time for the file.
-        budget: of the request that the file belongs to; it shortens the time, and ends the child
-            when it is stopped.
+        budget: seconds and cancellation of the request that the file belongs to; it shortens the
+            time, and ends the child when it is stopped.
 
     Returns:
         The result of the decoder; for ``code`` a dictionary per function, for ``tokens`` a list of
@@ -119,7 +119,7 @@ def serve_requests(descriptor: int, memory: int) -> None:
     """Answer the requests of a parent process until it closes the connection.
 
     Args:
-        descriptor: of the socket.
+        descriptor: file number of the socket.
         memory: bytes that decoders may take.
     """
     channel = socket.socket(fileno=descriptor)

@@ -25,7 +25,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     """Tokenize texts; encode unknown tokens as bytes if the tokenizer has byte tokens.
 
     Args:
-        tokenizer: of the library ``tokenizers``, or a
+        tokenizer: text encoder of the library ``tokenizers``, or a
             :class:`pipelines.data.transforms.bounded_tokenizer.BoundedTokenizer`.
         texts: B texts.
         limit: maximum number of tokens of a text.
@@ -53,7 +53,7 @@ def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]
     """Return the token ids of texts; see :func:`encode_texts`.
 
     Args:
-        tokenizer: of the library ``tokenizers``.
+        tokenizer: text encoder of the library ``tokenizers``.
         texts: B texts, already cut.
         limit: maximum number of tokens of a text.
 
@@ -75,7 +75,7 @@ def load_checked_tokenizer(path: str) -> Any:
     """Build the tokenizer of a file of checked JSON, in a child process.
 
     Args:
-        path: of the file.
+        path: file to read.
 
     Raises:
         ValueError: the library cannot build it.

@@ -228,7 +228,7 @@ def rotate_upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Args:
         frame: PyAV frame.
-        pixels: its pixels.
+        pixels: colours, uint8 (H, W, 3).
     """
     a, b, c, d = _display_matrix(frame)
     if abs(b) > abs(a):  # a quarter turn: rightward becomes downward or upward

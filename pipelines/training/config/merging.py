@@ -87,7 +87,7 @@ class MergeConfig:
         """Return the growth that trains the task of ``tune``; None without one.
 
         Args:
-            name: of the run of the merged model.
+            name: identifier of the run of the merged model.
         """
         if self.tune is None:
             return None
@@ -107,7 +107,7 @@ class MergeConfig:
         """Return the renames of a model.
 
         Args:
-            position: of the model, from 0.
+            position: index of the model, from 0.
 
         Returns:
             Old name -> (new name, whether the model must have it).

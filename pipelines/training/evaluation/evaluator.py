@@ -93,7 +93,7 @@ def evaluate_model(
         outcomes: receives the outcome of every row, on the first rank.
         masks: mask settings of masked tasks, as in training.
         ranks: that share the rows, each with an equal model; None is this process alone.
-        fold: of the training; None takes the splits of the corpora.
+        fold: fold that the training reads; None takes the splits of the corpora.
         with_reserve: allow the split ``reserve`` of the fold.
 
     Returns:
@@ -183,12 +183,12 @@ def measure_split(
     """Measure one task on one split.
 
     Args:
-        runner: of the model. Only its first rank computes metrics and outcomes.
+        runner: inference on all ranks. Only the first one computes metrics and outcomes.
         task: a task that is not masked.
         split: opened split of the task's corpus.
         where: names the split in error messages.
         limit: maximum length of the corpus' own modality; None uses the model's limit.
-        seed: of the bootstrap.
+        seed: start of the bootstrap's random numbers.
         bootstrap_samples: resamples of the intervals of macro-F1 and median rank; 0 omits all
             intervals.
         outcomes: receives the outcome of every row.
@@ -336,7 +336,7 @@ def open_task_corpus(
         data: directory of prepared corpora.
         task: name of the task.
         corpora: task -> corpus; other tasks use the built-in corpus.
-        fold: of the training; None takes the splits of the corpus.
+        fold: fold that the training reads; None takes the splits of the corpus.
         with_reserve: add the split ``reserve``.
 
     Raises:
@@ -382,7 +382,7 @@ def read_fixed_column(table: pa.Table, name: str, where: str) -> np.ndarray:
 
     Args:
         table: rows of a split.
-        name: of the column.
+        name: column of the shards.
         where: names the split in error messages.
 
     Raises:

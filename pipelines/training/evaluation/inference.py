@@ -78,7 +78,7 @@ def split_inputs(
 
     Args:
         table: rows of the split, memory-mapped.
-        plan: of the tower; its modality selects the column.
+        plan: active skills of the tower; its modality selects the column.
         config: shape of the model, for its limits.
         where: corpus and split, for error messages.
         column: that the tower reads, see
@@ -144,7 +144,7 @@ def memory_inputs(
     Args:
         items: one array per row, as a transform returns it. Text and code: (T,) token ids. Audio:
             (frames, mels). Images: (H, W, 3) uint8. Video: (N, H, W, C) uint8.
-        plan: of the tower.
+        plan: active skills of the tower.
         config: shape of the model, for its limits.
     """
     if plan.modality in ("image", "video"):
@@ -208,7 +208,7 @@ class InferenceRunner:
         Args:
             task: a task with predictions per row: classification, labels, numbers, or a task of a
                 third party's objective.
-            inputs: of its tower, N rows.
+            inputs: batch of its tower, N rows.
         """
         spec, config = find_task(task, self.model.config.tasks), self.model.config
         head = head_class(spec)
@@ -231,7 +231,7 @@ class InferenceRunner:
 
         Args:
             task: a CTC task.
-            inputs: of its tower, N rows.
+            inputs: batch of its tower, N rows.
 
         Returns:
             Symbol sequences, and the geometric mean of the path's probabilities, (N,) in (0, 1].
@@ -264,7 +264,7 @@ class InferenceRunner:
         Args:
             task: a retrieval task.
             tower: ``query`` or ``candidate``.
-            inputs: of the tower, N rows.
+            inputs: batch of the tower, N rows.
             on_rows: called with the number of rows of each batch that is done.
         """
         out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
@@ -283,8 +283,8 @@ class InferenceRunner:
 
         Args:
             task: name of the task.
-            tower: of the task.
-            inputs: of the tower, N rows.
+            tower: tower of the task, such as ``query``.
+            inputs: batch of the tower, N rows.
         """
         out = np.zeros((len(inputs), self.model.config.dim), dtype=np.float32)
 
@@ -336,7 +336,7 @@ def send_batch(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tens
 
     Args:
         batch: name -> tensor in the host's memory.
-        device: of the model.
+        device: device of the model, such as ``cuda:0``.
     """
     if device.type != "cuda":
         return {name: x.to(device) for name, x in batch.items()}

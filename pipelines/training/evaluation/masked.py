@@ -45,7 +45,7 @@ def masked_batches(
     Args:
         model: its configuration selects sizes and tasks.
         task: a masked task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of the split.
         masks: mask settings.
         limit: maximum row length in tokens or frames.
@@ -70,7 +70,7 @@ def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]
     """Return the outputs of the head for the masked tokens of a batch.
 
     Args:
-        runner: of the model; the training mode of the model is restored.
+        runner: inference on all ranks; the training mode of the model is restored.
         batch: from :func:`masked_batches`.
     """
     model = runner.model
@@ -104,9 +104,9 @@ def masked_losses(
     """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
 
     Args:
-        runner: of the model.
+        runner: inference with the model on all ranks.
         task: a masked task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of the split.
         masks: mask settings.
         limit: maximum row length in tokens or frames.
@@ -141,7 +141,7 @@ def mean_masked_length(
     Args:
         model: its configuration selects sizes and tasks.
         task: a masked task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of the split.
         limit: maximum row length in tokens or frames.
 
@@ -166,7 +166,7 @@ def open_masked_rows(
     Args:
         model: its configuration selects sizes and tasks.
         task: a masked task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of the split.
         masks: mask settings.
         limit: maximum row length in tokens or frames.

@@ -142,7 +142,7 @@ def write_outcomes(outcomes: OutcomeTable, path: str | Path) -> None:
 
     Args:
         outcomes: to write.
-        path: of the file.
+        path: file to write.
     """
     with atomic_write(path) as stream:
         pq.write_table(outcomes.to_table(), stream, compression="zstd")
@@ -152,7 +152,7 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
     """Read a file that :func:`write_outcomes` wrote.
 
     Args:
-        path: of the file.
+        path: file to read.
 
     Raises:
         UserError: the file is missing, is not Parquet, or lacks columns or rows.

@@ -26,7 +26,7 @@ class EvaluationRanks:
     """Processes that evaluate together, seen from one of them.
 
     Args:
-        rank: of this process. The first one computes the metrics.
+        rank: index of this process, from 0. The first one computes the metrics.
         world: number of processes; several have joined the process group of torch.
         device: on which the process group exchanges tensors.
     """

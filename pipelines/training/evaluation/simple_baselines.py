@@ -88,7 +88,7 @@ def evaluate_simple_baselines(
         tasks: name -> task; None selects the default five.
         splits: names; None selects every split whose name starts with ``test``.
         corpora: task -> corpus; other tasks use the built-in corpus.
-        seed: of the bootstrap.
+        seed: start of the bootstrap's random numbers.
         bootstrap_samples: resamples of each interval; 0 omits intervals.
         use_cache: read and write ``simple-baselines-<corpus>-<digest>.json`` beside the corpora.
             The digest covers the corpora, the settings and ``BASELINES_VERSION``.

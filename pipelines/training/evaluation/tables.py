@@ -84,7 +84,7 @@ def primary_metric(objective: str) -> tuple[str, bool]:
     """Return the primary metric of an objective, and whether higher values are better.
 
     Args:
-        objective: of a task; also one of another package.
+        objective: kind of a task; also one of another package.
     """
     found = find_objective(objective)
     return found.metric, found.higher_is_better
@@ -98,7 +98,7 @@ def score_metric(metric: str, value: float) -> float:
 
     Args:
         metric: name in evaluation rows.
-        value: its value.
+        value: number that evaluation rows have for it.
     """
     return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
 
@@ -152,7 +152,7 @@ def result_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[st
     """Return columns and cells of evaluation rows: one line per task, split and direction.
 
     Args:
-        rows: of one system.
+        rows: records of one system.
     """
     columns = ["task", "split", "metrics (95 % interval)"]
     groups: dict[tuple[str, str, bool], list[EvaluationRow]] = {}
@@ -182,9 +182,9 @@ def summary_cells(
     """Return columns and cells of the summary of a run: one line per task on ``test``.
 
     Args:
-        rows: of the model.
-        baseline_rows: of the systems ``chance`` and ``simple_baseline``; without rows, the table
-            has no columns for these systems.
+        rows: evaluation rows of the model.
+        baseline_rows: evaluation rows of the systems ``chance`` and ``simple_baseline``; without
+            rows, the table has no columns for these systems.
         tasks: name -> task.
         total_params: parameters of the complete model.
     """
@@ -226,7 +226,7 @@ def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Ta
     """Format the primary metric of each task in one line of Markdown.
 
     Args:
-        rows: of the model.
+        rows: evaluation rows of the model.
         tasks: name -> task.
     """
     parts = []
@@ -271,7 +271,7 @@ def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
     metric, and a final figure would be a chart of one point. The CSV file has all, with bounds.
 
     Args:
-        rows: of the model.
+        rows: evaluation rows of the model.
     """
     return {
         name_metric(row["task"], row["split"], row["metric"]): float(row["value"])
@@ -297,8 +297,8 @@ def run_description(
     """Return the Markdown description on a run's MLflow page: results, active skills and facts.
 
     Args:
-        rows: of the model; empty without an evaluation.
-        baseline_rows: of the systems ``chance`` and ``simple_baseline``.
+        rows: records of the model; empty without an evaluation.
+        baseline_rows: evaluation rows of the systems ``chance`` and ``simple_baseline``.
         config: shape of the model.
         total_params: parameters of the complete model.
         facts: name -> value to list (steps, minutes, version).
@@ -370,6 +370,6 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
 
     Args:
         rows: to write.
-        path: of the file.
+        path: file to write.
     """
     write_csv(path, rows, COLUMNS, open_file=open_output)

@@ -54,7 +54,7 @@ def find_weak_tests(
         reads: splits that the model was trained on.
         corpora: task -> corpus; other tasks use the built-in corpus.
         splits: evaluated splits; None takes the test splits.
-        fold: of the training. Its splits are not those that ``prepare`` compared.
+        fold: fold that the training reads. Its splits are not those that ``prepare`` compared.
 
     Raises:
         UserError: a corpus is missing or damaged.

@@ -36,8 +36,8 @@ class TaskComparison:
     Args:
         model: name of the model.
         task: name of the task in the merged model.
-        split: of its corpus.
-        rows: of the split.
+        split: split of its corpus, such as ``test``.
+        rows: number of rows in the split.
         is_identical: whether all outputs of all rows are equal to the bit.
         metric: primary metric of the task.
         before: its value in the model.
@@ -61,8 +61,8 @@ class MergeReport:
     Args:
         parents: name -> digest of the weights of each model.
         total_params: parameters of the merged model.
-        files: of the merged model.
-        tasks: of all models.
+        files: origin and digest of each file.
+        tasks: comparisons of outputs of all models.
     """
 
     parents: dict[str, str]
@@ -89,7 +89,7 @@ class MergeReport:
         """Return the report of :meth:`to_dict`.
 
         Args:
-            values: of the JSON file.
+            values: content of the JSON file.
         """
         return cls(
             values["parents"],

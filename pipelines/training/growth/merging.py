@@ -66,7 +66,7 @@ def open_merge_sources(config: MergeConfig, scratch: Path) -> Iterator[list[Merg
     first.
 
     Args:
-        config: of the merge.
+        config: settings of the merge.
         scratch: path beside which these models lie while the block runs.
 
     Raises:
@@ -112,9 +112,9 @@ def build_merged_config(
     """Return the configuration of the merged model's run: its tasks are evaluated, not trained.
 
     Args:
-        config: of the merge.
+        config: settings of the merge.
         sources: its models.
-        plan: of the merge.
+        plan: files and tasks of the merge.
 
     Raises:
         UserError: the corpus of a task is unknown.
@@ -154,9 +154,9 @@ def check_same_merge(
     """Check that an existing folder is of the same merge.
 
     Args:
-        config: of this call.
-        settings: of :func:`build_merged_config`.
-        folder: of the run.
+        config: settings of this call.
+        settings: result of :func:`build_merged_config`.
+        folder: directory of the run.
         parents: digests of the models, in order.
 
     Raises:
@@ -204,8 +204,8 @@ def build_merge_report(
 
     Args:
         sources: models of the merge.
-        plan: of the merge.
-        settings: of :func:`build_merged_config`.
+        plan: files and tasks of the merge.
+        settings: result of :func:`build_merged_config`.
         weights: folder of the merged model.
         on_split: called before each pass over a split with the task, the split and its rows.
         outcomes: receives the outcome of every row of the merged model.

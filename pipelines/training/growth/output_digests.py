@@ -28,7 +28,7 @@ def digest_outputs(
     Args:
         model: in evaluation mode.
         task: name of the task.
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of the split.
         limit: maximum length of a row in tokens or frames.
     """

@@ -23,7 +23,7 @@ def list_growth_runs(config: GrowConfig) -> list[PlannedRun]:
     """Return the growth, and its reference runs that train other weights.
 
     Args:
-        config: of the growth.
+        config: settings of the growth.
 
     Raises:
         UserError: the model or a corpus is missing, or the model is of another system.

@@ -74,9 +74,9 @@ class TransferResult:
 
     Args:
         system: ``grown`` or the name of a reference run.
-        split: of the corpus.
+        split: split of the corpus, such as ``test``.
         metric: primary metric of the task.
-        value: of the metric.
+        value: point estimate of the metric.
         low: lower bound of its interval over test rows.
         high: upper bound of its interval.
         difference: value of ``grown`` minus this value on the same rows, with the bounds of its
@@ -104,20 +104,20 @@ class GrowthReport:
 
     Args:
         source: name of the source model.
-        source_digest: of its weights.
+        source_digest: SHA-256 of its weights.
         skill: name of the new skill; "" if only a task was added.
         task: name of the new task.
-        corpus: of the new task.
-        objective: of the new task.
+        corpus: name of the prepared rows of the new task.
+        objective: kind of the new task.
         steps: training steps.
-        seed: of the run.
+        seed: start of the random numbers of the run.
         total_params: parameters of the grown model.
         files: weight files, compared.
         tasks: metrics of the old tasks, compared.
         rows_compared: test rows of the old tasks.
         rows_changed: number of these rows whose outcome changed.
         optimizer_files: weight files with optimizer state.
-        transfer_results: of the grown model and of the reference runs.
+        transfer_results: scores of the new task of the grown model and of the reference runs.
     """
 
     source: str
@@ -161,7 +161,7 @@ class GrowthReport:
         """Return the report of :meth:`to_dict`.
 
         Args:
-            values: of the JSON file.
+            values: content of the JSON file.
         """
         lists = ("files", "tasks", "transfer_results")
         rest = {key: value for key, value in values.items() if key not in lists}

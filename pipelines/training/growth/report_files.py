@@ -26,9 +26,9 @@ def record_growth_report(
     """Write ``<kind>.json`` and ``<kind>.md``, and log them to the MLflow run.
 
     Args:
-        report: of the command.
+        report: collected findings of the command.
         run: folder of the run.
-        tracker: of the run.
+        tracker: client of the run's MLflow run.
         kind: name of the files, of the folder of artifacts, and prefix of the tags.
         tags: name -> whether it holds.
     """

@@ -54,7 +54,7 @@ def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> Skill
     """Return a copy of the model with the new skill and task; the seed determines new weights.
 
     Args:
-        config: of the growth.
+        config: settings of the growth.
         before: the source model.
         task: the new task.
     """
@@ -94,7 +94,7 @@ def build_growth_config(
     """Return the training configuration of a growth; old tasks are evaluated, not trained.
 
     Args:
-        config: of the growth.
+        config: settings of the growth.
         source: the source model.
         before: the source model in memory.
 
@@ -138,7 +138,7 @@ def check_same_references(config: GrowConfig, stored: Path) -> None:
     Its own training is in the identity of its run, which is checked before.
 
     Args:
-        config: of this call.
+        config: settings of this call.
         stored: configuration of the finished growth.
     """
     before = build_config(GrowConfig, load_yaml(stored)).references
@@ -153,7 +153,7 @@ def resolve_new_task(config: GrowConfig) -> Task:
     """Return the new task, with the number of outputs from its corpus if it is not given.
 
     Args:
-        config: of the growth.
+        config: settings of the growth.
 
     Raises:
         UserError: the corpus has no list of classes or symbols.
@@ -176,7 +176,7 @@ def old_task_settings(task: str, config: GrowConfig, source: ModelSource) -> Tas
 
     Args:
         task: name of the old task.
-        config: of the growth.
+        config: settings of the growth.
         source: the source model.
     """
     trained = (source.settings.get("tasks") or {}).get(task) or {}
@@ -192,7 +192,7 @@ def build_reference_config(
 
     Args:
         name: kind of reference.
-        config: of the growth.
+        config: settings of the growth.
         settings: training configuration of the growth.
         source: the source model.
         run: folder of the growth.

@@ -57,7 +57,7 @@ def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[F
     Args:
         source: the source model.
         before: the source model in memory.
-        folder: of the saved model.
+        folder: directory of the saved model.
     """
     listed = read_manifest(source.weights)["files"]
     if any(name.startswith("average-") for name in listed):
@@ -76,7 +76,7 @@ def assert_files_unchanged(files: Sequence[FileState]) -> None:
     """Check that every old file has the same bytes.
 
     Args:
-        files: of :func:`compare_files`.
+        files: result of :func:`compare_files`.
 
     Raises:
         RuntimeError: a file changed. This is a defect, or another version of safetensors wrote the
@@ -93,7 +93,7 @@ def assert_frozen_unchanged(report: GrowthReport) -> None:
     """Check that only new files changed, and that all results of the old tasks are equal.
 
     Args:
-        report: of the growth.
+        report: collected findings of the growth.
 
     Raises:
         RuntimeError: names the first difference.
@@ -125,9 +125,9 @@ def build_growth_report(
     Args:
         source: the source model.
         before: the source model in memory.
-        settings: of the run.
+        settings: configuration of the run.
         run: folder of the run, with the final model and ``outcomes.parquet``.
-        result: of the run.
+        result: outcome of the run.
         references: name of each reference run -> its result.
         added: names of the new skill and the new task.
     """

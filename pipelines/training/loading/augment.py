@@ -53,7 +53,7 @@ def drop_tokens(
         tokens_BT: token ids.
         lengths_B: real tokens of each row.
         share: fraction to replace.
-        random: of these rows.
+        random: random numbers of these rows, keyed by seed, step and row.
         longest: largest number of tokens of any row; it does not depend on the batch.
 
     Returns:
@@ -85,7 +85,7 @@ def augment_audio(
             the end of a row.
         frames_B: (B,) real frames.
         config: largest changes.
-        random: of these rows.
+        random: random numbers of these rows, keyed by seed, step and row.
         longest: largest number of frames that the model reads.
         deviation: divisor of the log of power in the corpus.
 

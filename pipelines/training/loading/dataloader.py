@@ -67,7 +67,7 @@ class Batch:
         masked_counts: (B,) masked tokens of each row, in memory of the host; None without masks.
         changes: tower -> change of its pixels that is not applied yet.
         first_row: position of the first row in the global batch.
-        seed: of the random draws for the global batch, equal on all ranks.
+        seed: start of the random draws for the global batch, equal on all ranks.
     """
 
     task: str
@@ -86,7 +86,7 @@ class Batch:
 
         Args:
             device: to move to; the changes of pixels are applied there.
-            dtype: of the model's weights.
+            dtype: number type of the model's weights.
         """
 
         def move(x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def rank_slice(count: int, rank: int, world: int) -> slice:
 
     Args:
         count: rows of all ranks.
-        rank: of the process.
+        rank: index of the process among the workers, from 0.
         world: number of ranks.
     """
     base, more = divmod(count, world)
@@ -137,9 +137,9 @@ class MultiTaskDataLoader:
         corpora: corpus name -> opened corpus.
         tasks: task name -> its corpus, weight and batch size.
         model: shape of the model; its tasks name the towers.
-        seed: of order, captions and augmentation.
+        seed: start of the random numbers of order, captions and augmentation.
         augmentation: random changes of rows; None turns them off.
-        temperature: of the weights of tasks without a weight.
+        temperature: exponent of the row counts that weigh tasks without a weight.
         masks: masks of masked tasks.
         shuffle_bytes: largest size of a task's shards that are shuffled as a unit; a larger task
             is shuffled in windows of this size.
@@ -220,8 +220,8 @@ class MultiTaskDataLoader:
         """Load a rank's part of the global batch of a step.
 
         Args:
-            step: of the training.
-            rank: of the process.
+            step: number of optimizer steps so far.
+            rank: index of the process among the workers, from 0.
             world: number of ranks.
             for_gpu: leave pixels as stored; :meth:`Batch.to` changes them on the GPU.
         """
@@ -254,7 +254,7 @@ def prefetch_shards(
     Args:
         sampler: order of the rows.
         table: shards of the task.
-        batch_index: of the batch.
+        batch_index: position of the batch in the run, from 0.
         part: positions in the batch that are read.
 
     Raises:

@@ -70,7 +70,7 @@ class GroupedShuffleSampler:
         """Return the row numbers of one batch, or of a part of it.
 
         Args:
-            batch_index: of the batch.
+            batch_index: position of the batch in the run, from 0.
             part: positions in the batch; the order of other groups is not computed.
         """
         numbers = self._groups_of(part)

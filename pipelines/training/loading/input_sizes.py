@@ -16,7 +16,7 @@ def require_pixel_sizes(
 
     Args:
         modality: ``image`` or ``video``.
-        shape: of a row: (H, W, 3), or (N, H, W, C).
+        shape: dimensions of a row: (H, W, 3), or (N, H, W, C).
         model: sizes of its inputs.
         location: corpus and split, for the message.
 

@@ -126,9 +126,9 @@ class InputMasker:
         """Mask a part of text, code or sound.
 
         Args:
-            modality: of the rows; :func:`hide_pixels` masks images and videos.
-            inputs: of the model's tower.
-            random: of these rows.
+            modality: medium of the rows; :func:`hide_pixels` masks images and videos.
+            inputs: batch of the model's tower.
+            random: random numbers of these rows, keyed by seed, step and row.
 
         Returns:
             Masked inputs, with the ``places`` (M,) of masked tokens among the B T tokens of the
@@ -165,7 +165,7 @@ class InputMasker:
         Args:
             modality: ``image`` or ``video``.
             rows: B.
-            random: of these rows.
+            random: random numbers of these rows, keyed by seed, step and row.
         """
         times, across = self._model.video_frames // self._model.tubelet[0], self._model.video_size
         positions = (across // self._model.tubelet[1]) * (across // self._model.tubelet[2])

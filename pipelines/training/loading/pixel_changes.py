@@ -54,7 +54,7 @@ class PixelChange:
 
         Args:
             tensors: pixels, uint8, and drawn numbers of a tower, on one device.
-            targets: of the rows; with ``masked`` flags in a masked task.
+            targets: expected answers of the rows; with ``masked`` flags in a masked task.
         """
         stored = tensors[self.column]
         x_BNHWC = stored if stored.ndim == 5 else stored[:, None]
@@ -108,7 +108,7 @@ def draw_change(
     Args:
         modality: ``image`` or ``video``.
         config: largest changes.
-        random: of these rows.
+        random: random numbers of these rows, keyed by seed, step and row.
     """
     if modality == "video":
         change = PixelChange("frames", config.video_shift, config.video_scale)
@@ -130,7 +130,7 @@ def apply_changes(
 
     Args:
         towers: tower -> tensors, with the drawn numbers of its change.
-        targets: of the rows.
+        targets: expected answers of the rows.
         changes: tower -> its change.
     """
     inputs, found = dict(towers), dict(targets)

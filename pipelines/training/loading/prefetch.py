@@ -38,7 +38,7 @@ def prefetch_batches(
         dataloader: loads the batches.
         start: first step.
         stop: step after the last one.
-        rank: of the process.
+        rank: index of the process among the workers, from 0.
         world: number of ranks.
         processes: that load batches; 0 for a thread.
         for_gpu: put tensors into pinned memory, for asynchronous copies, and leave the changes of
@@ -88,7 +88,7 @@ class StepBatches(Dataset["Batch | Exception"]):
 
     Args:
         dataloader: loads the batches.
-        rank: of the process.
+        rank: index of the process among the workers, from 0.
         world: number of ranks.
         for_gpu: leave the changes of pixels to the GPU.
     """

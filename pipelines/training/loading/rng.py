@@ -26,9 +26,9 @@ def draw_uniform(key: Sequence[int | str], start: int, count: int) -> np.ndarray
     The numbers equal ``keyed_rng(*key).random(start + count, dtype=np.float32)[start:]``.
 
     Args:
-        key: of :func:`keyed_rng`.
+        key: parts that :func:`keyed_rng` hashes to a seed.
         start: position of the first number.
-        count: of numbers.
+        count: how many numbers to draw.
     """
     philox = _keyed_philox(key)
     philox.advance(start // NUMBERS_PER_COUNT)

@@ -47,7 +47,7 @@ class TaskSampler:
 
     Args:
         weights: fraction per task, summing to 1.
-        seed: of the shuffling.
+        seed: start of the random numbers of the shuffling.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:

@@ -30,7 +30,7 @@ def resolve_splits(corpus: "PreparedCorpus", split: str) -> tuple[str, ...]:
     """Return the splits that a task's ``split`` stands for.
 
     Args:
-        corpus: of the task.
+        corpus: shards of the task.
         split: name of a split, or ``pretraining``.
 
     Raises:
@@ -56,7 +56,7 @@ def tower_column(task: Task, tower: str) -> str:
     """Return the column that a tower reads.
 
     Args:
-        task: of the tower.
+        task: task that the tower belongs to.
         tower: its name.
     """
     if tower == task.caption_tower:
@@ -69,7 +69,7 @@ def is_row_tower(task: Task, tower: str) -> bool:
     """Return whether a tower reads the rows in the corpus' own modality.
 
     Args:
-        task: of the tower.
+        task: task that the tower belongs to.
         tower: its name.
     """
     return tower not in (task.caption_tower, task.paired_tower)

@@ -16,8 +16,8 @@ class LoopCallback(Protocol):
         """Run before the first step of this process.
 
         Args:
-            folder: of the run; None if nothing is kept on disk.
-            rank: of this worker.
+            folder: directory of the run; None if nothing is kept on disk.
+            rank: index of this worker, from 0.
         """
 
     def on_step_start(self, step: int) -> None:

@@ -50,7 +50,7 @@ class CheckpointTensors:
 
     Args:
         model: names and files of the weights.
-        optimizer: of its weights, or of their shards.
+        optimizer: state and update of its weights, or of their shards.
         average: averaged weights, or None.
         shards: this rank's part of the weights; all ranks then read the same files in turn.
     """
@@ -168,7 +168,7 @@ def write_checkpoint(
     Writing the same step again gives the same files.
 
     Args:
-        folder: of the run's checkpoints.
+        folder: directory of the run's checkpoints.
         step: steps done.
         model: its weights are written.
         optimizer: its state is written by parameter name, one file per skill.
@@ -216,7 +216,7 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, after the newest is complete.
 
     Args:
-        folder: of the checkpoints.
+        folder: directory of the checkpoints.
         keep: number that stays.
     """
     for old in list_checkpoint_folders(folder)[keep:]:

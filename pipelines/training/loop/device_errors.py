@@ -30,8 +30,8 @@ class DeviceWatch:
     """Callback of the training loop that knows the step, for messages about the device.
 
     Args:
-        config: of the run.
-        folder: of the run.
+        config: settings of the run.
+        folder: directory of the run.
     """
 
     def __init__(self, config: FinetuneConfig, folder: Path) -> None:

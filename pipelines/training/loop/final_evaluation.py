@@ -54,11 +54,11 @@ def evaluate_final(
     """Evaluate the final model; the first rank writes tables and outcomes to the run.
 
     Args:
-        run: the run.
+        run: settings with their corpora, tasks and sizes resolved.
         model: the final model, on the device of this worker.
         request: splits and extent.
         ranks: that share the rows; all call this.
-        reporter: of this rank; shows progress.
+        reporter: receiver of progress of this rank; shows progress.
         step: steps done.
 
     Returns:

@@ -18,7 +18,7 @@ def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, 
 
     Args:
         model: its ``requires_grad`` flags are set.
-        config: of the run.
+        config: settings of the run.
 
     Returns:
         Task -> names and tensors that its steps change.

@@ -263,7 +263,7 @@ class DistributedGather:
 
     Args:
         count: rows of all ranks.
-        rank: this rank.
+        rank: index of this process among the workers, from 0.
         world: number of ranks.
     """
 

@@ -87,7 +87,7 @@ class InitReport:
 
     Args:
         source: folder of the weights.
-        digest: of the weights.
+        digest: SHA-256 of the weights.
         taken: files all of whose weights came from the source.
         fresh: files that a task activates with a weight that stayed random.
         corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
@@ -131,7 +131,7 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
 
     Args:
         address: a path, a run, a registered version, or a checkpoint of transformers or timm.
-        uri: of the tracking server.
+        uri: address of the tracking server.
         run_dir: directory of runs.
 
     Raises:
@@ -199,7 +199,7 @@ def inherit_reference_tasks(config: FinetuneConfig, weights: str) -> FinetuneCon
     weights. Tasks that the configuration gives stay.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         weights: folder of the initial weights.
     """
     if config.system == "skillnet" or config.model.reference_tasks:
@@ -218,7 +218,7 @@ def load_init_weights(
     """Load the weights of ``init_from`` into a fresh model; averaged ones if its run kept them.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         model: with random weights, and the vocabulary of its corpora; it inherits the vocabulary
             of weights that the corpora do not concern.
         corpora: task -> its corpus.
@@ -372,7 +372,7 @@ def check_init_settings(config: FinetuneConfig, corpora: Mapping[str, PreparedCo
     """Check that the sizes and the tokenizer of a run are those of its initial weights.
 
     Args:
-        config: of the run; without ``init_from`` nothing is checked.
+        config: settings of the run; without ``init_from`` nothing is checked.
         corpora: task -> its corpus, as far as they are open.
 
     Raises:

@@ -96,7 +96,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, 
     """Set the learning rate of a step, :func:`compute_learning_rate`, and return it.
 
     Args:
-        optimizer: of all parameters; those outside of the step's task have no gradient.
+        optimizer: AdamW over all parameters; those outside of the step's task have no gradient.
         config: schedule of the step's task.
         step: steps done before.
     """
@@ -147,7 +147,7 @@ def update_weights(
         optimizer: a fused optimizer of torch.
         active: parameters of the step.
         max_norm: see :func:`clip_gradients`.
-        average: of the weights, or None.
+        average: running mean of the weights, or None.
         shards: see :func:`clip_gradients`.
 
     Returns:

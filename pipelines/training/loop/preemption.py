@@ -58,7 +58,7 @@ class FileStopSignal:
     """File that stands for the signal, for workers that see the driver's disk.
 
     Args:
-        path: of the file.
+        path: location of the file on the disk.
     """
 
     def __init__(self, path: Path) -> None:

@@ -58,9 +58,9 @@ def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") 
     """Compile the plans of a run; the first rank names those that cannot be compiled.
 
     Args:
-        *models: of the run: one, or with shards those of training and of evaluation.
-        rank: of this process.
-        backend: of ``torch.compile``.
+        *models: one module, or with shards those of training and of evaluation.
+        rank: index of this process among the workers, from 0.
+        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
     """
     reported = set[str]()
 
@@ -86,11 +86,11 @@ def build_replica(
     """Build the weights of a run, equal on all ranks, as ``training.sharding`` says.
 
     Args:
-        run: the run.
-        rank: of this process.
+        run: settings with their corpora, tasks and sizes resolved.
+        rank: index of this process among the workers, from 0.
         world: number of processes. One holds all weights.
-        device: of the forward pass.
-        dtype: of the weights.
+        device: device of the forward pass, such as ``cuda:0``.
+        dtype: number type of the weights.
 
     Raises:
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
@@ -122,7 +122,7 @@ def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) ->
 
     Args:
         sharding: ``training.sharding``.
-        workers: of the run.
+        workers: number of training processes of the run.
         workers_per_node: workers on each node.
     """
     shares = {"none": 1, "host": 1, "hybrid": workers_per_node, "full": workers}

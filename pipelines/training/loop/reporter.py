@@ -44,7 +44,7 @@ class LoopReporter:
         Args:
             step: steps done.
             last: step at which the loop ends.
-            settings: of the training.
+            settings: hyperparameters of the training.
         """
         if not settings.evaluate_every:
             return False
@@ -66,7 +66,7 @@ class SilentReporter(LoopReporter):
     """Reporter of the other ranks, which infer their part of each evaluation.
 
     Args:
-        config: of the run, with absolute paths.
+        config: settings of the run, with absolute paths.
         on_evaluation: called after each evaluation, or None.
         ranks: that evaluate together.
     """
@@ -87,9 +87,9 @@ class RunReporter(LoopReporter):
     """Writer of metrics to MLflow and to the run's progress file.
 
     Args:
-        config: of the run, with absolute paths.
+        config: settings of the run, with absolute paths.
         run: folder of the run.
-        tracker: of the run, or None.
+        tracker: client of the run's MLflow run, or None.
         on_evaluation: called after each evaluation, or None.
         uploads: sends checkpoints to an object store, or None.
         world: number of workers; an elastic run records it as a metric.
@@ -165,7 +165,7 @@ def evaluate_validation(
     """Evaluate a model on the validation splits, during training; all ranks call this.
 
     Args:
-        config: of the run, with absolute paths.
+        config: settings of the run, with absolute paths.
         model: in training, on the device of this worker.
         ranks: that share the rows.
 

@@ -38,9 +38,9 @@ class WeightResidency:
 
     Args:
         model: in the host's memory. Its buffers move to the device.
-        optimizer: of its parameters, with the state of a checkpoint or none.
-        average: of its weights, or None.
-        device: of the forward pass.
+        optimizer: AdamW over its parameters, with the state of a checkpoint or none.
+        average: running mean of its weights, or None.
+        device: device of the forward pass, such as ``cuda:0``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class WeightResidency:
         """Let the device wait for a step's tensors, and start to load those of the next step.
 
         Args:
-            task: of the step.
+            task: name of the task that the step trains.
             following: task of the next step; None after the last one.
         """
         self._find_new_tensors()
@@ -99,7 +99,7 @@ class WeightResidency:
         """Load the weights of a task that is evaluated, without state; store all other tensors.
 
         Args:
-            task: of the model.
+            task: name of a task of the model.
         """
         if task == self._task:
             return

@@ -32,7 +32,8 @@ class ResolvedRun:
 
     Args:
         config: with a name and absolute paths, see :func:`resolve_config`.
-        folder: of the run; checkpoints are written and resumed there. None keeps nothing on disk.
+        folder: directory of the run; checkpoints are written and resumed there. None keeps nothing
+            on disk.
         corpora: opened corpora; others are opened when they are needed.
     """
 

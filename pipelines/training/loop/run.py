@@ -110,14 +110,14 @@ def train_and_evaluate(
 
     Args:
         run: validated, see :func:`validate_run`.
-        tracker: of its MLflow run.
+        tracker: client of its MLflow run.
         splits: to evaluate the final model on; None takes the test splits if ``config.evaluate``
             is set.
         on_evaluation: called with the rows of each evaluation during training, and the step. All
             workers call it; those but the first pass no rows.
         nested: how several workers run inside a trial of Ray Tune.
         brief: write no figures and no intervals, for a run that is only ranked among others.
-        callbacks: of the training loop.
+        callbacks: observers of the training loop.
         source: folder of the model that a growth starts from, see
             :class:`pipelines.training.loop.final_evaluation.FinalEvaluation`.
 

@@ -41,13 +41,13 @@ def evaluate_run(
     """Evaluate a model on the corpora of its run.
 
     Args:
-        config: of the run, with an absolute data path.
+        config: settings of the run, with an absolute data path.
         model: on the device that it runs on.
         splits: names; None takes the test splits, and ``validation`` for masked tasks.
         step: training steps, copied into the rows.
-        precision: of the forward passes; ``auto``, bf16, fp32 or fp64.
-        bootstrap_samples: of each interval; 0 leaves intervals out.
-        tasks: of the run; None takes all that are measured.
+        precision: number type of the forward passes; ``auto``, bf16, fp32 or fp64.
+        bootstrap_samples: number of resamples of each interval; 0 leaves intervals out.
+        tasks: names of the tasks to evaluate; None takes all that are measured.
         outcomes: receives the outcome of each row.
         on_split: see :func:`pipelines.training.evaluation.evaluator.evaluate_model`.
         ranks: that share the rows; all call this.
@@ -97,10 +97,10 @@ def complete_result(
     resumes after a kill logs the same metrics with the same times, which the tracker stores once.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         run: its folder, with the model.
-        tracker: of its MLflow run.
-        result: of the training and of
+        tracker: client of its MLflow run.
+        result: outcome of the training and of
             :func:`pipelines.training.loop.final_evaluation.evaluate_final`.
         splits: that the model was evaluated on; None took the test splits.
         brief: write no figures.
@@ -185,8 +185,8 @@ def resume_evaluation(
     """Log the evaluation that a killed process left, and return its result.
 
     Args:
-        run: the run.
-        tracker: of its MLflow run.
+        run: settings with their corpora, tasks and sizes resolved.
+        tracker: client of its MLflow run.
         splits: see :func:`complete_result`.
         brief: see :func:`complete_result`.
 
@@ -239,7 +239,7 @@ def check_evaluation_splits(run: "ResolvedRun", splits: Sequence[str] | None) ->
     """Check before training that there are splits to evaluate the final model on.
 
     Args:
-        run: the run.
+        run: settings with their corpora, tasks and sizes resolved.
         splits: requested splits; None requests test splits.
 
     Raises:

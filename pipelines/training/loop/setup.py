@@ -41,7 +41,7 @@ def build_dataloader(
     """Build the batches of all trained tasks.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         corpora: corpus name -> opened corpus, see :func:`open_corpora`.
 
     Raises:
@@ -75,7 +75,7 @@ def open_corpora(
     """Open the corpora of all tasks with the splits of the run's fold; return name -> corpus.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         opened: corpora that are open already.
 
     Raises:
@@ -104,7 +104,7 @@ def build_model(
     """Build the model of a configuration: random weights from the seed, or those of init_from.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         corpora: corpus name -> opened corpus; None opens them. They have the model's vocabulary.
 
     Raises:
@@ -119,9 +119,9 @@ def build_structure(
     """Build the model of a configuration without values, on the meta device.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         corpora: corpus name -> opened corpus. They have the model's vocabulary.
-        dtype: of the weights.
+        dtype: number type of the weights.
     """
     with torch.device("meta"), SkippedInit():
         model = build_system(config.system, config.model, config.options)
@@ -136,7 +136,7 @@ def dry_run_init(
     """Load the initial weights into a model that is discarded; return the report.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         corpora: corpus name -> opened corpus; None opens them.
 
     Raises:

@@ -36,7 +36,7 @@ def find_layers(model: TaskModel) -> list[nn.Module]:
     """Return the layers of all encoders, those of SkillNet and of libraries.
 
     Args:
-        model: of any system.
+        model: module of any system.
     """
     layers: list[nn.Module] = []
     for module in model.modules():
@@ -51,7 +51,7 @@ def list_groups(layer: nn.Module, prefix: str) -> dict[str, tuple[list[nn.Module
     """Return the groups of a layer: modules that hold the weights, and names of the weights.
 
     Args:
-        layer: of any system. The norms of an encoder layer are in no group of it.
+        layer: module of any system. The norms of an encoder layer are in no group of it.
         prefix: name of the layer in the model.
 
     Returns:

@@ -52,10 +52,10 @@ class ShardedCheckpoints:
     """Writer of a run's checkpoints beside its training; at most one is being written.
 
     Args:
-        folder: of the checkpoints, on a disk that all ranks see.
+        folder: directory of the checkpoints, on a disk that all ranks see.
         model: names and files of the weights.
         shards: this rank's part of them.
-        rank: of this process.
+        rank: index of this process among the workers, from 0.
         keep: number of checkpoints that stay.
         on_written: called on the first rank, in another thread, with each complete checkpoint and
             its step.
@@ -90,8 +90,8 @@ class ShardedCheckpoints:
 
         Args:
             step: steps done.
-            optimizer: of the shards.
-            average: of the shards, or None.
+            optimizer: AdamW over the shards.
+            average: running mean of the shards, or None.
             state: further keys of ``state.json``.
 
         Raises:
@@ -174,8 +174,8 @@ class PartsWriter(HuggingFaceStorageWriter):
         """Join the parts; the first rank calls this after all ranks wrote theirs.
 
         Args:
-            metadata: of the tensors.
-            results: of the writes of each rank.
+            metadata: DCP's shapes and places of the tensors.
+            results: outcomes of the writes of each rank.
         """
         written = {str(each.storage_data.relative_path) for rank in results for each in rank}
         wait_for_files(Path(self.path), written)
@@ -186,8 +186,8 @@ def wait_for_files(folder: Path, names: set[str], timeout_s: float = VISIBLE_TIM
     """Wait until a network file system shows files that other nodes wrote.
 
     Args:
-        folder: of the files.
-        names: of all files.
+        folder: directory of the files.
+        names: file names, relative to the folder.
         timeout_s: seconds to wait.
 
     Raises:
@@ -233,12 +233,12 @@ def open_writer(
     """Return a writer, or None if the ranks see different disks; all ranks call this.
 
     Args:
-        folder: of the checkpoints; is created on the first rank.
+        folder: directory of the checkpoints; is created on the first rank.
         model: names and files of the weights.
         shards: this rank's part of them.
-        rank: of this process.
-        settings: of the training.
-        reporter: of the first rank; receives complete checkpoints.
+        rank: index of this process among the workers, from 0.
+        settings: hyperparameters of the training.
+        reporter: receiver of progress of the first rank; receives complete checkpoints.
     """
     with _probe_file(folder, rank) as name:
         names = [name]

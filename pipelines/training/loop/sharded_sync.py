@@ -25,7 +25,7 @@ class ShardedSync:
     GPUs one step later, so that no step waits.
 
     Args:
-        shards: of the model.
+        shards: divided weights of the model.
         active: task -> names and parts of the weights that its steps change.
     """
 

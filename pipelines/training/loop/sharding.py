@@ -132,7 +132,8 @@ class ModelShards:
         """Return the whole of a tensor of which each rank has a part; all ranks call this.
 
         Args:
-            name: of a weight. The tensor has its shape: the weight, or an average of AdamW.
+            name: identifier of a weight. The tensor has its shape: the weight, or an average of
+                AdamW.
             part: this rank's rows.
         """
         return self.share(name, part).full_tensor()
@@ -168,7 +169,7 @@ class ModelShards:
         """Return this rank's rows of a tensor that has the shape of a weight.
 
         Args:
-            name: of the weight.
+            name: dotted path of the weight in the module.
             whole: the tensor.
         """
         ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -180,7 +181,7 @@ class ModelShards:
         """Copy this rank's rows of a weight from the whole weight.
 
         Args:
-            name: of the weight.
+            name: dotted path of the weight in the module.
             whole: its value.
         """
         self.parameters[name].copy_(self.cut(name, whole))
@@ -189,7 +190,7 @@ class ModelShards:
         """Return this rank's part of a gradient, and forget it.
 
         Args:
-            name: of the weight.
+            name: dotted path of the weight in the module.
         """
         weight = self._distributed[name]
         gradient, weight.grad = weight.grad, None
@@ -204,7 +205,7 @@ class ModelShards:
         """Give the whole model the weights of one task, and only these; all ranks call this.
 
         Args:
-            task: of the model.
+            task: name of a task of the model.
         """
         files = self.whole.required_files(task)
         for name, parameter in list(self.whole.named_parameters()):
@@ -295,7 +296,7 @@ def build_mesh(device: torch.device, world: int, is_hybrid: bool) -> DeviceMesh:
     """Build the mesh of all ranks; all ranks call this.
 
     Args:
-        device: of the weights.
+        device: device of the weights, such as ``cuda:0``.
         world: number of ranks.
         is_hybrid: divide the weights among the ranks of a node, and replicate them over nodes.
 

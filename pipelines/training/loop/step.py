@@ -58,10 +58,10 @@ def backward_step(
     Args:
         model: in training mode.
         batch: this rank's rows, on the model's device.
-        precision: of the forward pass.
-        config: of the run.
+        precision: number type of the forward pass.
+        config: settings of the run.
         sync: reduces gradients during the backward pass of the last part.
-        rank: of this process.
+        rank: index of this process among the workers, from 0.
         world: number of processes.
         health: counts the rows that cannot be aligned.
     """
@@ -98,7 +98,7 @@ def count_parts(rows: int, world: int, size: int | None) -> int:
     one part less. Only with a size of 1, parts of some ranks have two rows then.
 
     Args:
-        rows: of all ranks.
+        rows: number of rows of all ranks together.
         world: number of ranks.
         size: largest number of rows of a part; None computes all rows at once.
     """
@@ -112,7 +112,7 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
     """Yield the rows of a batch in parts of nearly equal size, each of the same global batch.
 
     Args:
-        batch: of this rank.
+        batch: rows of this rank.
         count: number of parts, at most one for each row.
     """
     counts_B = batch.masked_counts
@@ -223,9 +223,9 @@ def step_loss(
         model: in training mode.
         task: objective of the batch.
         batch: this rank's rows, on the model's device.
-        precision: of the forward pass.
-        config: of the run.
-        rank: of this process.
+        precision: number type of the forward pass.
+        config: settings of the run.
+        rank: index of this process among the workers, from 0.
         world: number of processes.
         health: counts the rows that cannot be aligned.
     """
@@ -263,7 +263,7 @@ def task_loss(
 
     Args:
         task: its objective.
-        outputs: of the model.
+        outputs: named tensors of the model.
         batch: targets of this rank's rows.
         gather: collects rows of all ranks for contrastive losses; None with one rank.
         smoothing: label smoothing of classification.

@@ -50,7 +50,7 @@ class TaskHealth:
         tasks: names of all tasks of the run; eval_only tasks take no steps.
         remedy: second part of the message about gradients.
         world: number of ranks.
-        device: of the losses.
+        device: device of the losses, such as ``cuda:0``.
     """
 
     def __init__(self, tasks: Iterable[str], remedy: str, world: int, device: torch.device) -> None:
@@ -65,8 +65,8 @@ class TaskHealth:
         """Count this rank's rows of a batch that cannot be aligned.
 
         Args:
-            task: of the batch.
-            outputs: of the model.
+            task: task whose rows the batch has.
+            outputs: named tensors of the model.
             batch: this rank's rows.
         """
         untaught = head_class(task).count_untaught(outputs, batch.targets)
@@ -77,7 +77,7 @@ class TaskHealth:
         """Remember a step until :meth:`reduce` counts it.
 
         Args:
-            batch: of the step.
+            batch: rows of the step.
             is_finite: scalar bool, equal on all ranks; the gradient was finite, so the weights
                 were updated.
             step: number of the step.

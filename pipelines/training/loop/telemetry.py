@@ -33,7 +33,7 @@ def find_peak_flops(device: torch.device, is_bf16: bool) -> float | None:
     """Return the peak rate of a device in FLOP/s from its data sheet, or None if it is unknown.
 
     Args:
-        device: of the training.
+        device: device of the training, such as ``cuda:0``.
         is_bf16: products are in bf16; else in fp32.
     """
     if device.type != "cuda":
@@ -54,7 +54,7 @@ class CostMeter:
     neither tokens nor operations.
 
     Args:
-        model: of the run.
+        model: module with the weights of the run.
         peak_flops: peak rate of the device in FLOP/s; None if unknown.
     """
 
@@ -107,7 +107,7 @@ def measure_peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peak memory of this process so far, in GB (1e9 bytes).
 
     Args:
-        device: of the training.
+        device: device of the training, such as ``cuda:0``.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts KiB, macOS bytes.
@@ -153,9 +153,9 @@ class StepProfiler:
     """Recorder of a profile of some steps, see :func:`profile_steps`.
 
     Args:
-        path: of the trace.
+        path: location of the trace.
         steps: that are recorded.
-        activities: of ``torch.profiler``.
+        activities: devices that ``torch.profiler`` records.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ class ThroughputMeter:
     """Counter of rows, waiting time and losses of a training loop.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         world: number of ranks.
-        device: of the losses.
+        device: device of the losses, such as ``cuda:0``.
         costs: counts tokens and operations; None leaves them out.
     """
 
@@ -64,9 +64,9 @@ class ThroughputMeter:
         """Count a step, without reading a tensor of the device.
 
         Args:
-            batch: of the step.
+            batch: rows of the step.
             loss: this rank's share of the global loss.
-            norm: of the gradient.
+            norm: length of the gradient over all parameters, a scalar.
             lr: learning rate.
             is_finite: scalar bool; the gradient was finite.
         """

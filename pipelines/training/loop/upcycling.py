@@ -53,8 +53,8 @@ def starts_skills(system: str, config: FinetuneConfig) -> bool:
     """Return whether a run gives its skills copies of a dense model.
 
     Args:
-        system: of the initial weights.
-        config: of the run.
+        system: registered kind of the initial weights.
+        config: settings of the run.
     """
     return system == DENSE_SKILL and config.system == SkillNet.system
 
@@ -63,7 +63,7 @@ def find_needed_settings(config: FinetuneConfig, source: SkillNetConfig) -> dict
     """Return the settings that a run lacks to compute what a dense model computes.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         source: configuration of the dense model.
 
     Returns:
@@ -123,7 +123,7 @@ def describe_needed_settings(config: FinetuneConfig, source: SkillNetConfig, loc
     """Return how a run differs from a dense model, with all settings to give; "" if it fits.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         source: configuration of the dense model.
         location: option that names it.
 

@@ -54,7 +54,7 @@ def run_worker(
 
     Args:
         run: configuration with absolute paths, and the run's folder.
-        rank: of this worker.
+        rank: index of this worker, from 0.
         world: number of workers.
         tracked: MLflow run id and URI.
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
@@ -139,7 +139,7 @@ def remove_untrained_parts(run: ResolvedRun, model: TaskModel) -> None:
     own corpus uses two of the seven default skills.
 
     Args:
-        run: the run.
+        run: settings with their corpora, tasks and sizes resolved.
         model: at its end.
     """
     if isinstance(model, SkillNet):

@@ -20,7 +20,7 @@ def measure_baseline_size(config: FinetuneConfig) -> "SizeMatch | None":
     """Return the aimed size and the size of the run's system; None if it is not matched.
 
     Args:
-        config: of a run, with its reference tasks.
+        config: settings of a run, with its reference tasks.
 
     Raises:
         ValueError: no model has the requested size.
@@ -38,7 +38,7 @@ def find_size_mismatch(config: FinetuneConfig) -> str | None:
     """Return in a sentence how a baseline misses the size that it aims at; None within 5 %.
 
     Args:
-        config: of a run, with its reference tasks.
+        config: settings of a run, with its reference tasks.
 
     Raises:
         ValueError: no model has the requested size.

@@ -117,7 +117,7 @@ def read_bundle_manifest(path: Path) -> dict[str, Any]:
     """Read ``serving.json``, and check every key and value.
 
     Args:
-        path: of the file.
+        path: file to read.
 
     Raises:
         UserError: the file is missing or damaged, or of another format; names the key.

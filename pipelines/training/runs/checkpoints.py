@@ -42,7 +42,7 @@ def find_newest(folder: Path, most: int | None = None) -> VerifiedCheckpoint | N
     """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
-        folder: of the checkpoints.
+        folder: directory of the checkpoints.
         most: ignore checkpoints of more steps.
     """
     for path in list_checkpoint_folders(folder):

@@ -11,7 +11,7 @@ def num_outputs_of(manifest: Mapping[str, Any], task: Task) -> int | None:
     """Return the number of outputs that a task needs for a corpus; None if unknown.
 
     Args:
-        manifest: of the corpus.
+        manifest: parsed ``manifest.json`` of the corpus.
         task: its objective decides which list counts.
     """
     names = manifest.get(outputs_key(task) or "")

@@ -44,7 +44,7 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
     A run resumes only with an equal identity.
 
     Args:
-        config: of the run, with ``init_from`` as a folder of weights.
+        config: settings of the run, with ``init_from`` as a folder of weights.
     """
     training = {k: v for k, v in asdict(config.training).items() if k not in NON_IDENTITY_KEYS}
     return {
@@ -121,10 +121,10 @@ def check_corpus_digest(name: str, expected: str | None, found: str, location: L
     """Raise UserError if a corpus is not the one that the configuration names.
 
     Args:
-        name: of the corpus.
+        name: folder of the corpus below the prepared corpora.
         expected: digest in the configuration, or None for any.
         found: digest of the manifest.
-        location: of the corpus.
+        location: folder or store prefix of the corpus.
     """
     if expected is not None and expected != found:
         raise UserError(

@@ -97,7 +97,7 @@ def create_run_folder(config: FinetuneConfig, run: Path) -> None:
     Callers validate the run before: the folder reserves the run's name.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         run: its folder.
     """
     stored = run / CONFIG
@@ -110,7 +110,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read the result of a run and check the keys that commands show.
 
     Args:
-        path: of ``result.json``.
+        path: location of ``result.json``.
 
     Raises:
         UserError: the file is damaged.

@@ -144,7 +144,8 @@ class RunMirror(SyncedFolder):
         """Download the files of the run that this machine lacks, without checkpoints.
 
         Args:
-            config: of this call; its locations replace those of the downloaded configuration.
+            config: settings of this call; its locations replace those of the downloaded
+                configuration.
 
         Raises:
             UserError: files are corrupt, or the store rejects the request.
@@ -205,7 +206,7 @@ class RunMirror(SyncedFolder):
         """Replace the locations in a configuration that another machine wrote.
 
         Args:
-            config: of this call, with the locations of this machine.
+            config: settings of this call, with the locations of this machine.
             stored: the file; None takes that of the folder, if it exists.
         """
         stored = stored or self.local / CONFIG
@@ -236,7 +237,7 @@ def download_model(uri: str) -> Path:
     """Download a trained model from an object store, verify it, and cache it.
 
     Args:
-        uri: of a run's folder, a checkpoint or a saved model.
+        uri: address of a run's folder, a checkpoint or a saved model.
 
     Returns:
         Its folder on this machine, with the run's configuration beside it, if it has one.

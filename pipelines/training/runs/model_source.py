@@ -54,7 +54,7 @@ class ModelSource:
         weights: folder that ``skillnet.systems.load_model`` reads.
         bundle: folder with tokenizer and labels beside the weights, or None.
         run: the run's folder, or None.
-        run_id: of its MLflow run, or None.
+        run_id: MLflow's identifier of its MLflow run, or None.
         version: in the registry, or None.
         settings: the resolved configuration of its training, as plain values; {} if unknown.
         steps: training steps done, or None.

@@ -23,7 +23,7 @@ def resolve_model_tasks(
     validation rejects it if the corpus has another one.
 
     Args:
-        config: of a run.
+        config: settings of a run.
         manifests: corpus name -> manifest, of the corpora that could be opened.
     """
     configured, known = config.model.tasks, known_tasks()

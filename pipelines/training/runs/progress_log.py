@@ -21,7 +21,7 @@ class ProgressFile:
     joined to it, and neither could be read.
 
     Args:
-        path: of the file.
+        path: location of the file on the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
     final evaluation.
 
     Args:
-        path: of the progress file.
+        path: location of the progress file.
         steps: in total.
     """
     ended = threading.Event()

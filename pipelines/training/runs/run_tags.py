@@ -8,6 +8,6 @@ def describe_run(config: FinetuneConfig) -> dict[str, str]:
     """Return the tags of a run: its system, and the tasks that it trains, or else measures.
 
     Args:
-        config: of the run.
+        config: settings of the run.
     """
     return {SYSTEM_TAG: config.system, TASKS_TAG: ", ".join(config.trained or config.measured)}

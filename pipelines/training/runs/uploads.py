@@ -35,7 +35,7 @@ class CheckpointUploads:
     """Uploader of checkpoints to a mirror; it skips checkpoints that a newer one replaced.
 
     Args:
-        mirror: of the run.
+        mirror: upload of the run's files to its store.
         keep: number of complete checkpoints that stay in the store.
     """
 
@@ -135,7 +135,7 @@ def restore_latest(mirror: RunMirror) -> None:
     All workers of a node may call it at the same time.
 
     Args:
-        mirror: of the run.
+        mirror: upload of the run's files to its store.
 
     Raises:
         UserError: the store rejects the request.
@@ -206,7 +206,7 @@ def upload_results(mirror: RunMirror, keep: int) -> None:
     """Upload the files of a finished run that the store lacks.
 
     Args:
-        mirror: of the run.
+        mirror: upload of the run's files to its store.
         keep: number of complete checkpoints that stay in the store.
 
     Raises:
@@ -237,7 +237,7 @@ def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
     Ray's files after the fit.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         run: folder of the run.
     """
     import ray

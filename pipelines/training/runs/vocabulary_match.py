@@ -81,7 +81,7 @@ def read_corpus_names(corpus: PreparedCorpus, spec: Task) -> tuple[str, ...]:
     """Return the names of the classes or CTC symbols of a corpus; () if it lists none.
 
     Args:
-        corpus: of the task.
+        corpus: shards of the task.
         spec: the task.
     """
     return tuple(corpus.manifest.get(outputs_key(spec) or "") or ())
@@ -98,7 +98,7 @@ def check_corpus_vocabulary(model: TaskModel, task: str, corpus: PreparedCorpus)
     Args:
         model: its vocabulary is compared as far as it is known.
         task: name of a task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
 
     Raises:
         UserError: another tokenizer, other classes or symbols, or another number of them.
@@ -125,7 +125,7 @@ def align_outputs(model: TaskModel, task: str, corpus: PreparedCorpus) -> None:
     Args:
         model: changed in place if the corpus lists the same names in another order.
         task: name of a task of the model.
-        corpus: of the task.
+        corpus: shards of the task.
 
     Raises:
         UserError: as for :func:`check_corpus_vocabulary`.
@@ -141,7 +141,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
     """Check that a corpus has as many classes or symbols as the model has outputs.
 
     Args:
-        corpus: of the task.
+        corpus: shards of the task.
         task: name of the task.
         spec: the task, with its number of outputs.
 
@@ -164,10 +164,11 @@ def check_corpus_tokenizer(
     """Check that a corpus was prepared with the tokenizer of a model.
 
     Args:
-        vocabulary: of the model; without a tokenizer nothing is compared.
+        vocabulary: tokenizer digest and output names of the model; without a tokenizer nothing is
+            compared.
         corpus: whose tokens the model reads.
         origin: folder of the model, to find its tokenizer for the message.
-        name: of the model in the message, by default the folder.
+        name: identifier of the model in the message, by default the folder.
 
     Raises:
         UserError: it has another tokenizer; names both, and the command that prepares the corpus.
@@ -188,10 +189,11 @@ def describe_other_tokenizer(
     """Return which corpora have another tokenizer than a model, and the remedy; "" if none has.
 
     Args:
-        vocabulary: of the model; without a tokenizer nothing is compared.
+        vocabulary: tokenizer digest and output names of the model; without a tokenizer nothing is
+            compared.
         corpora: whose tokens the model reads.
         origin: folder of the model, to find its tokenizer.
-        name: of the model in the message, by default the folder.
+        name: identifier of the model in the message, by default the folder.
         others: further corpora that are read from the same directory.
         tokenizer: file or folder of the model's tokenizer, if it is known.
     """

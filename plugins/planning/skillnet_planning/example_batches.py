@@ -23,8 +23,8 @@ def longest_lengths(config: FinetuneConfig, name: str) -> dict[str, int]:
     """Return tower -> longest row of a task, in tokens of text or code, or frames of sound.
 
     Args:
-        config: of the run.
-        name: of the task.
+        config: settings of the run.
+        name: key of the task in ``model.tasks``.
     """
     task, settings, lengths = find_task(name, config.model.tasks), config.tasks[name], {}
     for tower, plan in task.towers.items():
@@ -40,10 +40,10 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
     """Build a batch of the longest rows of a task. Its values have no meaning.
 
     Args:
-        config: of the run.
-        name: of the task.
-        rows: of this worker.
-        global_rows: of all workers.
+        config: settings of the run.
+        name: key of the task in ``model.tasks``.
+        rows: number of rows of this worker.
+        global_rows: number of rows of all workers.
     """
     task, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     towers = {

@@ -17,7 +17,7 @@ def replace_weights(model: ModelT, device: torch.device) -> ModelT:
 
     Args:
         model: on any device, also ``meta``.
-        device: of the new tensors.
+        device: device of the new tensors, such as ``cuda:0``.
     """
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -56,7 +56,7 @@ class MemoryOptions:
 
         Args:
             before: the other options.
-            prefix: of the options of a run, such as ``run.`` in a sweep.
+            prefix: beginning of the options of a run, such as ``run.`` in a sweep.
         """
         words = []
         if self.micro_batch_size != before.micro_batch_size:
@@ -73,8 +73,8 @@ class WorkerMemory:
     """Memory of one worker by part, in bytes.
 
     Args:
-        weights: of the complete model, or of three tasks if the host keeps the others. With shards
-            those of the worker and of the largest task.
+        weights: number of elements of the complete model, or of three tasks if the host keeps the
+            others. With shards those of the worker and of the largest task.
         optimizer: AdamW's two averages of the trained weights that the worker keeps.
         gradients: those of the largest task; with shards also the worker's sums.
         average: average of the weights, with ``training.ema``.
@@ -107,7 +107,7 @@ class RunPlanner:
     """Planner of one run on one type of GPU.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         gpu: type of each worker's GPU.
         workers: number of workers.
         workers_per_node: workers that divide the weights with ``training.sharding`` hybrid.
@@ -304,7 +304,7 @@ class RunPlanner:
         """Return the options that make the run fit, or the resource that it lacks.
 
         Args:
-            prefix: of the options of the run on the command line.
+            prefix: beginning of the options of the run on the command line.
         """
         options = self.find_fitting_options()
         if options is not None:
@@ -347,9 +347,9 @@ def describe_overflow(
     """Return why a run does not fit a type of GPU, and the remedy; None if it fits.
 
     Args:
-        config: of the run, with its number of workers.
+        config: settings of the run, with its number of workers.
         gpu: smallest GPU of the cluster, or the part of it that a worker gets.
-        prefix: of the options of the run on the command line.
+        prefix: beginning of the options of the run on the command line.
 
     Raises:
         UserError: the system cannot be planned.

@@ -79,7 +79,7 @@ class TaskPlan:
         tflops: operations of a step, in 1e12.
         compute_s: time of the operations by roofline.
         network_s: time of the sum of gradients by the bandwidths within and between nodes.
-        rows_per_second: of all workers.
+        rows_per_second: rate of all workers.
         loader_cpus: CPUs of a worker that load its batches as fast as it computes.
     """
 
@@ -105,14 +105,14 @@ class RunPlan:
 
     Args:
         pool: its GPUs.
-        precision: of the products.
+        precision: number type of the products.
         options: memory options of the configuration.
-        memory: of a worker.
+        memory: bytes of a worker, by part.
         fits: whether it fits the GPU.
         advice: options that make it fit, or the GPU that it needs; empty if it fits.
         tasks: plans of the trained tasks.
-        steps: of the run.
-        hours: of all steps by roofline; tasks without a weight count equally.
+        steps: number of optimizer steps of the run.
+        hours: time bound of all steps by roofline; tasks without a weight count equally.
         equal_weights: a task has no weight, so its share of the steps is unknown.
         size_mismatch: in words, how the size of a baseline misses the size that it aims at; empty
             if it has that size.
@@ -169,9 +169,9 @@ def plan_run(config: FinetuneConfig, pool: WorkerPool, prefix: str = "") -> RunP
     """Plan a run on GPUs.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         pool: its GPUs.
-        prefix: of the options of the run on the command line.
+        prefix: beginning of the options of the run on the command line.
 
     Raises:
         UserError: the system cannot be planned.

@@ -170,7 +170,7 @@ class PlannedModel:
     """Model of a run on fake tensors.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         checkpointing: compute layers again in the backward pass.
 
     Raises:

@@ -156,7 +156,7 @@ class FoundFunction:
         """Return the raw row.
 
         Args:
-            split: of the row; ``pretrain`` has no captions.
+            split: split that the row belongs to; ``pretrain`` has no captions.
             group: number of the caption; -1 for none.
         """
         return {

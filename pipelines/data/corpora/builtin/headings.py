@@ -198,7 +198,7 @@ def find_ancestor(tree: dict[str, Any], code: str, level: int) -> str:
 
     Args:
         tree: code -> name, level and code of the parent.
-        code: of the heading.
+        code: class notation of the heading.
         level: 1 is the top class.
     """
     while tree[code]["level"] > level:

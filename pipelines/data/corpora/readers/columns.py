@@ -169,7 +169,7 @@ def shard_columns(modality: str, annotations: Sequence[str], options: Any) -> pa
 
     Args:
         modality: text, sound, image, video or code.
-        annotations: of "labels", "label_sets", "values", "captions", "transcripts".
+        annotations: kinds of target: "labels", "label_sets", "values", "captions", "transcripts".
         options: options of the reader.
     """
     tokens = pa.list_(pa.int32())

@@ -80,7 +80,7 @@ class RunningMoments:
         """Return mean and deviation; the deviation of equal numbers counts as 1.
 
         Args:
-            where: of the rows, for the message.
+            where: place of the rows, for the message.
 
         Raises:
             UserError: no number was added.
@@ -114,7 +114,7 @@ def read_label_set(value: Any, separator: str) -> list[str]:
 
     Args:
         value: a list, or a text: a JSON list, or labels with a separator between them.
-        separator: of labels in a text.
+        separator: text between two labels.
 
     Raises:
         ValueError: the value is missing, or a label is no text; the text is the reason.

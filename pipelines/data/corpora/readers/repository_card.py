@@ -37,7 +37,7 @@ class StatedConfiguration:
     """Files of a configuration, as the header lists them.
 
     Attributes:
-        name: its name.
+        name: configuration, as the header calls it.
         patterns: (split, pattern of paths in the repository); () if the names of files decide.
         folder: folder of its files, "" for the repository.
         is_default: whether it is the one to read if nobody chooses.

@@ -36,7 +36,7 @@ def media_row(
         split: split of the row.
         key: key of the row, unique in the corpus.
         reference: the media file.
-        captions: its captions.
+        captions: texts that describe the row; empty without any.
         text: its transcript.
         label: name of its class.
         unit: name of the speaker, film or file that it shares with other rows, if there is one.

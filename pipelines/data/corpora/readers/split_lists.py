@@ -79,7 +79,7 @@ class SplitLists:
         """Return the split of a media file, None if no list names it.
 
         Args:
-            path: of the file, from the directory of the corpus.
+            path: location of the file, from the directory of the corpus.
         """
         for name in _iter_names(path):
             if (split := self.splits.get(name)) is not None:

@@ -44,8 +44,8 @@ class NestedFit:
     """Settings of a fit on Ray inside a trial of Ray Tune.
 
     Args:
-        resources: of one worker, such as ``{"CPU": 1}``.
-        callbacks: of Ray Train, such as the one that forwards reports to Tune.
+        resources: reserved amounts of one worker, such as ``{"CPU": 1}``.
+        callbacks: observers of Ray Train, such as the one that forwards reports to Tune.
     """
 
     resources: dict[str, float]
@@ -113,7 +113,7 @@ def fit_on_ray(
         on_evaluation: see :func:`pipelines.training.loop.worker.run_worker`; called in the workers,
             so Ray must be able to serialize it.
         nested: how to run inside a trial of Ray Tune.
-        callbacks: of the training loop; Ray serializes them for the workers.
+        callbacks: observers of the training loop; Ray serializes them for the workers.
         final: how the workers evaluate the final model; None leaves that out.
 
     Raises:
