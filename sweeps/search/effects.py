@@ -125,7 +125,7 @@ def build_effects_table(effects: Sequence[SettingEffect]) -> tuple[list[str], li
     """Return columns, cells and the caption of the table of effects.
 
     Args:
-        effects: of a sweep.
+        effects: effect of each setting of a sweep.
     """
     cells = []
     for each in effects:

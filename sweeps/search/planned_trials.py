@@ -25,7 +25,7 @@ def list_sweep_runs(config: SweepConfig) -> list[PlannedRun]:
     """Return the runs of the points that a sweep tries. Optuna's points are not known before.
 
     Args:
-        config: of the sweep.
+        config: settings of the sweep.
 
     Raises:
         UserError: the search space is invalid.

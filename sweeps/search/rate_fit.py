@@ -21,7 +21,7 @@ class RateFit:
         rate: the chosen rate.
         low: rate one standard error of its logarithm below; None if unknown.
         high: rate one standard error above.
-        score: of the parabola at its top, or mean of the trials with the chosen rate.
+        score: value of the parabola at its top, or mean of the trials with the chosen rate.
         note: why the best trial was taken instead of a parabola; empty for a parabola.
     """
 

@@ -322,7 +322,7 @@ def warn_about_small_space(key: str, found: int, wanted: int) -> None:
     """Warn that a space has fewer distinct configurations than are asked for.
 
     Args:
-        key: of the space.
+        key: dotted setting that the space varies.
         found: configurations that are trained.
         wanted: configurations that are asked for.
     """

@@ -121,7 +121,7 @@ def check_trial(
     """Raise UserError for errors that can be found before anything starts.
 
     Args:
-        trial: the trial.
+        trial: settings, seeds and folder to run.
         folder: directory of all trials, to compare with an existing run; None skips this.
         score: computation of the score, or None.
         asha: early stopping, or None.

@@ -42,7 +42,7 @@ class LedgerEntry:
     """One trial in the ledger.
 
     Args:
-        trial: the trial.
+        trial: settings, seeds and folder to run.
         folder: run directory.
         mirror: mirror of the run directory in an object store, or None.
         tracker: its open MLflow run, or None.

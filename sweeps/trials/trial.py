@@ -319,7 +319,7 @@ def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: A
     """Write the input of a trial's process to its directory.
 
     Args:
-        trial: the trial.
+        trial: settings, seeds and folder to run.
         folder: run directory.
         score: computation of the score, or None.
         more: further entries of the file.

@@ -152,7 +152,7 @@ def build_ablation_cells(
     """Return columns and cells for the terminal: score drop in points, by task and skill.
 
     Args:
-        rows: of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
+        rows: result of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
         skills: skills of the model, in order.
 
     Returns:
@@ -180,7 +180,7 @@ def show_interpretation(
     """Print the score drop of each task, and the path of the page.
 
     Args:
-        interpretation: the interpretation.
+        interpretation: ablations, similarities and gradient shares of the model.
         files: its files; the HTML page is first.
         split: split of the ablations.
     """

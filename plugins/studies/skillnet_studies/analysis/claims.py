@@ -123,7 +123,7 @@ def evaluate_claims(
     """Return all claims: those with an order first, as they are tested, then the others.
 
     Args:
-        comparison: the comparison.
+        comparison: scores, differences and tests of the systems.
         config: claims; None states none.
 
     Returns:
@@ -150,7 +150,7 @@ def answer_in_a_sentence(comparison: SystemComparison) -> str:
     """Return the answer of a comparison of two systems, by their mean score; "" for others.
 
     Args:
-        comparison: the comparison.
+        comparison: scores, differences and tests of the systems.
     """
     if len(comparison.systems) != 2:
         return ""
@@ -174,7 +174,7 @@ def estimate_difference(
     """Return the score of one system minus that of another on the split test.
 
     Args:
-        comparison: the comparison.
+        comparison: scores, differences and tests of the systems.
         own: label of one system.
         other: label of the other system.
         task: task name, or ``mean``.

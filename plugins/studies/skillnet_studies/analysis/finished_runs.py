@@ -311,8 +311,8 @@ def find_common_replicates(runs: Sequence[FinishedRun], labels: Sequence[str]) -
     """Return the replicates that all of some systems have.
 
     Args:
-        runs: of these and other systems.
-        labels: of the systems.
+        runs: results of these and other systems.
+        labels: names of the systems in tables.
     """
     return set.intersection(
         *({run.replicate for run in runs if run.label == label} for label in labels)

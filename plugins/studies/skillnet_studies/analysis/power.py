@@ -193,7 +193,7 @@ def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list
     depend on each other in an unknown way, so it lies between two bounds (Fréchet).
 
     Args:
-        planned: of :func:`plan_power`.
+        planned: result of :func:`plan_power`.
     """
     columns = ["claim", "difference", "task", "seeds", "std error", "margin"]
     columns += [f"found at {100 * POWER:.0f} %", "shown if equal"]

@@ -73,7 +73,7 @@ def list_plan_changes(task: Task, skills: Sequence[str], swaps: bool = True) -> 
     activates it, if the other skill is active in none of these towers.
 
     Args:
-        task: the task.
+        task: objective and towers to run.
         skills: all skills of the model.
         swaps: include swaps.
     """
@@ -202,7 +202,7 @@ def find_measured_splits(
     """Return (task, split, corpus) of the tasks with a headline metric and the split.
 
     Args:
-        model: the model.
+        model: network whose weights are read.
         data: directory of prepared corpora.
         tasks: task names; None takes all tasks of the model.
         split: name of the split.

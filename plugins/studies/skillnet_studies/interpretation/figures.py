@@ -59,7 +59,7 @@ def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     """Draw task x skill: score drop after removing an active skill or adding another.
 
     Args:
-        rows: of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
+        rows: result of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
         skills: skills of the model, in the order of the columns.
     """
     tasks = sort_rows(dict.fromkeys(row["task"] for row in rows))
@@ -88,7 +88,7 @@ def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     """Draw one panel per task: score drop after swapping an active skill for another.
 
     Args:
-        rows: of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
+        rows: result of :func:`skillnet_studies.interpretation.ablation.measure_ablations`.
         skills: skills of the model, in the order of the columns.
     """
     swaps = [row for row in rows if row["change"] == SWAP]
@@ -127,7 +127,8 @@ def draw_gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     """Draw task x skill: gradient share among skills, and next to it among all parts.
 
     Args:
-        rows: of :func:`skillnet_studies.interpretation.gradient_share.measure_gradient_share`.
+        rows: result of
+            :func:`skillnet_studies.interpretation.gradient_share.measure_gradient_share`.
         skills: skills of the model, in the order of the columns.
     """
     tasks = sort_rows(dict.fromkeys(row["task"] for row in rows))
@@ -160,7 +161,7 @@ def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
     """Draw skill x skill, one panel per module (down) and layer (across).
 
     Args:
-        rows: of :func:`skillnet_studies.interpretation.similarity.measure_skill_similarity`.
+        rows: result of :func:`skillnet_studies.interpretation.similarity.measure_skill_similarity`.
         title: title of the figure.
     """
     skills = list(dict.fromkeys(row["skill"] for row in rows))

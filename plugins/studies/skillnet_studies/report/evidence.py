@@ -47,7 +47,7 @@ class ForestGroup:
     Args:
         title: text of the claim, or the two systems.
         note: verdict and what is subtracted.
-        result: of the claim, for the colour of the note; "open" without one.
+        result: outcome of the claim, for the colour of the note; "open" without one.
         rows: the differences.
     """
 

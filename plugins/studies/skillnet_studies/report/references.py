@@ -30,7 +30,7 @@ def collect_reference_scores(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[st
     """Return the scores of the simple references among evaluation rows.
 
     Args:
-        rows: of any systems; other systems and secondary metrics are skipped.
+        rows: records of any systems; other systems and secondary metrics are skipped.
     """
     return {
         (row["task"], row["split"]): score_metric(row["metric"], float(row["value"]))

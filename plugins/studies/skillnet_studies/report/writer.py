@@ -34,7 +34,7 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     """Write all files of a report.
 
     Args:
-        report: the report.
+        report: tables and figures of the comparison.
         folder: directory, created if missing.
 
     Returns:

@@ -293,7 +293,7 @@ class KeptTuning:
         """Return the outcome of a trial with these settings; None if it must run.
 
         Args:
-            trial: of the tuning.
+            trial: settings that the tuning tried.
         """
         folder = self._config.folder / "tuning" / trial.name
         entry = self._trials.get(trial.name)
@@ -315,7 +315,7 @@ class KeptTuning:
         """Write the scores of a finished trial; a trial that is kept already stays as it is.
 
         Args:
-            outcome: of a tuning trial.
+            outcome: score and status of a tuning trial.
         """
         if self._path is None or outcome.status != "finished" or not outcome.reports:
             return
@@ -377,7 +377,7 @@ def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
     """Return the sums of each unit, for each task and split.
 
     Args:
-        outcomes: of each row.
+        outcomes: numerator, denominator and unit of each row.
     """
     sums = OutcomeTable()
     for task, split in outcomes:

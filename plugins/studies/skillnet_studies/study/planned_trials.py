@@ -27,7 +27,8 @@ def list_study_runs(config: StudyConfig) -> list[PlannedRun]:
     """Return the tuning trials, final runs and pretrainings of a study.
 
     Args:
-        config: of the study. The final runs have its settings, not those that tuning will choose.
+        config: settings of the study. The final runs have its settings, not those that tuning will
+            choose.
 
     Raises:
         UserError: the study is invalid.

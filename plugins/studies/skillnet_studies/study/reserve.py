@@ -172,7 +172,7 @@ def drop_tests(comparison: SystemComparison) -> SystemComparison:
     are too few for a test.
 
     Args:
-        comparison: of runs of :func:`collect_reserve_runs`.
+        comparison: scores and tests of the runs of :func:`collect_reserve_runs`.
     """
     return replace(comparison, tests=[])
 

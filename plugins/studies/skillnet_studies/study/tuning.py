@@ -79,7 +79,7 @@ def build_stage_trials(
 
     Args:
         config: the study.
-        stage: of the tuning.
+        stage: stage of the tuning that needs the trials.
         tuning: label -> result of the stages before.
     """
     points = _build_points(config, stage)
@@ -185,9 +185,9 @@ def choose_settings(
 
     Args:
         config: the study.
-        stage: of the tuning.
+        stage: stage of the tuning that needs the trials.
         tuning: label -> result of the stages before.
-        trials: of the stage, of all systems.
+        trials: configurations of the stage, of all systems.
         outcomes: their outcomes.
 
     Raises:
@@ -254,7 +254,7 @@ def choose_rates(
     """Return the result with a rate that a parabola chooses.
 
     Args:
-        result: of the stages before.
+        result: chosen settings of the stages before.
         rows: finished trials of the stage, as in :attr:`TuningResult.trials`.
         key: setting of the rate.
         is_per_task: whether each task has a rate of its own, because the tasks share no weights.
