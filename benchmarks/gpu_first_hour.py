@@ -121,9 +121,9 @@ def measure_tasks(
     """Measure the steps of all tasks of a run, for one of its workers.
 
     Args:
-        config: of the run.
-        label: of the results.
-        device: of the model.
+        config: settings of the run.
+        label: name of the results in the table.
+        device: device of the model, such as ``cuda:0``.
         rounds: measured steps of each task.
     """
     card, training = describe_card(device), config.training
@@ -213,9 +213,9 @@ def run_commands(name: str, use_gpu: bool, options: Sequence[str] = ()) -> Itera
     """Run ``pretrain`` and ``finetune`` on the corpora of the demo.
 
     Args:
-        name: of the runs.
+        name: folder of the runs below the run root.
         use_gpu: for a run on a machine without one, in tests of this file.
-        options: of both commands, in addition.
+        options: command-line words of both commands, in addition.
     """
     program = Path(sys.executable).with_name("skillnet")
     device = ["--training.use_gpu", str(use_gpu).lower(), "--training.workers", "1"]

@@ -95,8 +95,8 @@ class Pass:
 
     Args:
         layer: whose gradients are made.
-        forward: of the layer.
-        sizes: of a batch.
+        forward: computation of the layer.
+        sizes: rows and lengths of a batch.
         batches: how many different ones to take in turn.
     """
 

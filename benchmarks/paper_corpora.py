@@ -51,7 +51,7 @@ def make_corpora(folder: Path, rows: int, archives: Path) -> None:
     """Write all five corpora.
 
     Args:
-        folder: of the corpora.
+        folder: directory of the corpora.
         rows: that train; see ``PARTS``.
         archives: directory of the downloads.
     """

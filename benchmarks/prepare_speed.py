@@ -58,8 +58,8 @@ class Work(NamedTuple):
     """What a contender prepares.
 
     Args:
-        kind: of media.
-        paths: of different files; rows go round in them.
+        kind: ``image``, ``sound`` or ``video``.
+        paths: locations of different files; rows go round in them.
         processes: to do it in.
         shard_rows: rows that are written at once.
     """

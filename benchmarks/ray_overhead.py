@@ -57,8 +57,8 @@ class TurnCallback:
     """Callback of the training loop that waits for its turn.
 
     Args:
-        folder: of the two pipes ``done`` and ``go``.
-        steps: of a turn.
+        folder: directory of the two pipes ``done`` and ``go``.
+        steps: number of optimizer steps in a turn.
     """
 
     folder: str
@@ -82,8 +82,8 @@ class StoppableSide:
     """A command in a process of its own, which trains in turns and is stopped between them.
 
     Args:
-        process: of the command.
-        folder: of its pipes.
+        process: running process of the command.
+        folder: directory of its pipes.
         seconds: wall time of each turn.
         cpu: kind of process -> CPU seconds of each turn.
         seen: process id -> process, of all that the command ever had.
@@ -281,7 +281,7 @@ def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
 
     Args:
         name: a name that begins with ``ray`` trains under Ray Train.
-        folder: of the pipes and the run.
+        folder: directory of the pipes and the run.
         data: prepared corpora.
         steps: more than the turns have.
     """

@@ -49,7 +49,7 @@ def train(tree: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
         tree: checkout.
         data: prepared corpora.
         steps: optimizer steps.
-        threads: of the process.
+        threads: number of compute threads of the process.
     """
     settings = {
         "training.steps": steps,

@@ -48,8 +48,8 @@ class VersionDifference:
         """Compare a split of both.
 
         Args:
-            one: of the first version.
-            other: of the second.
+            one: rows of the first version.
+            other: rows of the second version.
             where: name of the split, for error messages.
 
         Raises:

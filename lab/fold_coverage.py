@@ -82,7 +82,7 @@ class FoldedTask:
 
         Args:
             random: generator.
-            spread: of the effect.
+            spread: standard error of the effect, and its degrees of freedom.
         """
         by_unit, by_row = self.task.split_variance(spread)
         sum_K = random.normal(0, 1, len(self.size_K)) * self.size_K * by_unit**0.5
@@ -93,7 +93,7 @@ class FoldedTask:
         """Return the variance of such a mean, averaged over the folds.
 
         Args:
-            spread: of the effect.
+            spread: standard error of the effect, and its degrees of freedom.
         """
         by_unit, by_row = self.task.split_variance(spread)
         rows_F = np.bincount(self.fold_K, self.size_K)
@@ -198,9 +198,9 @@ def draw_folded_study(
 
     Args:
         tasks: units of the folds.
-        design: of the study.
+        design: systems, folds, units and variances of the study.
         random: generator.
-        residuals: of :func:`read_residuals`, for a design that draws from them.
+        residuals: result of :func:`read_residuals`, for a design that draws from them.
     """
     samples: dict[tuple[int, str], RunSample] = {}
     ratio = FOLDS.test_to_train

@@ -64,7 +64,7 @@ class ArmRun:
 
     Args:
         arm: name of the arm.
-        seed: of its training.
+        seed: start of the random numbers of its training.
         evaluation: evaluation rows of the model.
         outcomes: outcomes of its test rows.
         identical: task and split -> whether all outputs equal those of its parents to the bit;
@@ -100,9 +100,9 @@ class SeedDemonstration:
 
     Args:
         base: the model that grows, as in ``skillnet grow``.
-        seed: of all trainings.
+        seed: start of the random numbers of all trainings.
         steps: training steps per new task.
-        digest: of the base.
+        digest: SHA-256 of the base.
     """
 
     base: str
@@ -244,7 +244,7 @@ def build_score_rows(runs: Iterable[ArmRun]) -> list[dict[str, Any]]:
     """Return a row per model, task and test split, with the interval over held-out units.
 
     Args:
-        runs: of all arms and seeds.
+        runs: results of all arms and seeds.
     """
     rows = []
     for run in runs:
@@ -274,7 +274,7 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
     :mod:`skillnet_studies.analysis.statistics`.
 
     Args:
-        runs: of all arms and seeds.
+        runs: results of all arms and seeds.
     """
     found: dict[tuple[str, str, str], dict[str, dict[int, ArmRun]]] = {}
     for run in runs:
@@ -325,8 +325,8 @@ def write_results(runs: Sequence[ArmRun], folder: Path) -> None:
     """Write both CSV files, also with some of the arms or seeds.
 
     Args:
-        runs: of all arms and seeds so far.
-        folder: of the result.
+        runs: results of all arms and seeds so far.
+        folder: directory of the result.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in ((SCORES, build_score_rows(runs)), (SUMMARY, build_summary_rows(runs))):

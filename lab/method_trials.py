@@ -49,7 +49,7 @@ class TrialReporter(LoopReporter):
     """Evaluation of a run on its validation rows, with averages of its weights at the end.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         every: steps between two evaluations.
         averages: decays of the averages.
     """
@@ -88,7 +88,7 @@ def build_trial(task: str, steps: int, data: Path | None, preset: str = STUDY) -
 
     Args:
         task: its name.
-        steps: of the run.
+        steps: number of optimizer steps of the run.
         data: prepared corpora; None takes those of the run root.
         preset: a study, whose run is taken, or a run.
     """
@@ -127,7 +127,7 @@ def summarize_trials(
     """Return a row per arm and average: final values, and differences to the configured run.
 
     Args:
-        rows: of the CSV, of one task.
+        rows: records of the CSV, of one task.
         below: also state the first step of each seed with a value of at most this.
     """
     final: dict[tuple[str, str], dict[str, float]] = {}

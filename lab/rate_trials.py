@@ -54,7 +54,7 @@ class ScoreReporter(LoopReporter):
     """Scores of a run's tasks on its validation rows, at the last step.
 
     Args:
-        config: of the run.
+        config: settings of the run.
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
@@ -81,7 +81,7 @@ def build_rate_trials(
 
     Args:
         study: directory of a study, or of its kept results.
-        label: of the system.
+        label: name of the system in tables.
         rates: learning rates.
         data: prepared corpora; None takes those of the run root.
         stage: whose rates; ``pretraining_rates`` for those of the pretraining.
@@ -123,7 +123,7 @@ def list_study_scores(study: Path, label: str, stage: Stage = "rates") -> list[d
 
     Args:
         study: directory of the study.
-        label: of the system.
+        label: name of the system in tables.
         stage: whose rates.
     """
     known, _ = read_study_ledger(study)
@@ -159,7 +159,7 @@ def tabulate_scores(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
     The last two rows are the rates that the study chooses from its own trials and from all.
 
     Args:
-        rows: of one system.
+        rows: records of one system.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if len(tasks) > 1:

@@ -140,7 +140,7 @@ class SimulatedTask:
 
         Args:
             random: generator.
-            spread: of the effect.
+            spread: standard error of the effect, and its degrees of freedom.
             count: independent draws.
         """
         by_unit, by_row = self.split_variance(spread)
@@ -151,7 +151,7 @@ class SimulatedTask:
         """Return the variance of an effect that rows of a unit share, and of the rest of a row.
 
         Args:
-            spread: of the effect.
+            spread: standard error of the effect, and its degrees of freedom.
         """
         rows, sizes_K = len(self.unit_N), np.bincount(self.unit_N)
         # Rows of the unit of an average row.
@@ -208,7 +208,7 @@ def draw_study(
 
     Args:
         tasks: test sets.
-        design: of the study.
+        design: systems, seeds, units and variances of the study.
         random: generator.
     """
     samples: dict[tuple[int, str], RunSample] = {}
@@ -235,7 +235,7 @@ def measure_design(
 
     Args:
         tasks: test sets.
-        design: of the studies.
+        design: systems, seeds, units and variances of the studies.
         studies: simulated studies.
         start: seed of the generator.
     """
@@ -307,7 +307,7 @@ def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the results as a table with three lines per design.
 
     Args:
-        rows: of :func:`measure_studies`, or of the CSV that has them.
+        rows: result of :func:`measure_studies`, or of the CSV that has them.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     last = f"all {rows[0]['tests']}"

@@ -84,9 +84,9 @@ def build_finetuning(options: argparse.Namespace, max_length: int, steps: int) -
     """Return the run of text to code alone.
 
     Args:
-        options: of the command.
+        options: parsed words of the command.
         max_length: tokens of a function.
-        steps: of the training.
+        steps: number of optimizer steps.
     """
     return FinetuneConfig(
         data=str(options.data or data_root()),
@@ -103,7 +103,7 @@ def build_pretraining(
     """Return a pretraining for text and code.
 
     Args:
-        options: of the command.
+        options: parsed words of the command.
         shares: task -> share of the steps.
         headings: corpus of the masked headings.
     """
@@ -188,8 +188,8 @@ def train_arm(arm: TaskArm, name: str, seed: int) -> dict[str, object]:
 
     Args:
         arm: the contender.
-        name: of its runs.
-        seed: of the weights and of the order of rows, in both runs.
+        name: beginning of the names of its runs.
+        seed: start of the random numbers of the weights and of the order of rows, in both runs.
     """
     source = None
     if arm.pretraining is not None:
@@ -206,8 +206,8 @@ def time_lengths(arms: Mapping[str, TaskArm], rounds: int, steps: int = 20) -> l
 
     Args:
         arms: those of the comparison.
-        rounds: of the two in turns.
-        steps: of a round.
+        rounds: number of turns of both.
+        steps: number of optimizer steps in a round.
     """
 
     def train(label: str) -> Callable[[], object]:

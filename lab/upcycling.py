@@ -56,9 +56,9 @@ def train_arms(base: FinetuneConfig, seed: int, steps: int, source_steps: int) -
 
     Args:
         base: model, tasks and corpora.
-        seed: of the runs.
-        steps: of a SkillNet.
-        source_steps: of the dense model.
+        seed: start of the random numbers of the runs.
+        steps: number of optimizer steps of a SkillNet.
+        source_steps: number of optimizer steps of the dense model.
     """
 
     def train(arm: str, steps: int, **changes: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def kinds_of(launcher: str, root: bool, later: bool = False) -> tuple[str, ...]:
     """The faults that a launcher has; only root can have a disk to fill.
 
     Args:
-        launcher: of the workers.
+        launcher: ``ranks``, ``ray`` or ``hosts``, which starts the workers.
         root: whether the user is root.
         later: those of runs from ``LATER_RUNS`` on.
     """
@@ -141,9 +141,9 @@ class Lane:
     """Runs disturbed trainings below a folder, on one Ray or on hosts with one each.
 
     Args:
-        folder: of the runs.
+        folder: directory of the runs.
         data: prepared corpora; copied, since a bit of a shard is turned over.
-        launcher: of the workers.
+        launcher: ``ranks``, ``ray`` or ``hosts``, which starts the workers.
     """
 
     def __init__(self, folder: Path, data: Path, launcher: str) -> None:

@@ -44,10 +44,10 @@ class CrashRow:
         command: name of the scenario.
         events: number of events of the undisturbed command.
         event: number of the event of the kill.
-        kind, path: of this event, in the run that was killed.
+        kind, path: operation and file of this event, in the run that was killed.
         exits: exit codes of the killed command and of the same command again.
         violations: what was damaged after the kill, or differs after the second command.
-        seconds: of both commands and the checks.
+        seconds: time limit of both commands and the checks.
     """
 
     date: str
@@ -143,8 +143,8 @@ def choose_events(events: Sequence[FileEvent], seed: int, sample: int | None = N
     """Return the numbers of the events to kill at.
 
     Args:
-        events: of the undisturbed command.
-        seed: of the draws.
+        events: file-system changes of the undisturbed command.
+        seed: start of the random numbers of the draws.
         sample: number of events; None for all. The events are divided into this number of equal
             ranges, and one is drawn from each.
     """
@@ -173,9 +173,9 @@ def choose_kinds(events: Sequence[FileEvent], chosen: Sequence[int], seed: int) 
     versions is one path.
 
     Args:
-        events: of the undisturbed command.
+        events: file-system changes of the undisturbed command.
         chosen: numbers of events, of :func:`choose_events`.
-        seed: of the draws.
+        seed: start of the random numbers of the draws.
     """
     draw, by_kind = random.Random(seed), defaultdict[tuple[str, str], list[int]](list)
     by_number = {event.number: event for event in events}

@@ -99,7 +99,7 @@ class CrashLab:
     Args:
         folder: for the library, the control file and the run root.
         modules: loaded before the first command.
-        environment: of the commands.
+        environment: variables of the commands.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class CrashLab:
         """Run a command to its end, or to its death at an event.
 
         Args:
-            words: of the command; the first is a module with a ``main``, such as
+            words: parts of the command; the first is a module with a ``main``, such as
                 ``pipelines.finetune``.
             kill_at: number of the event; 0 for none.
         """

@@ -103,7 +103,7 @@ class FaultInjection:
     """Training callback that injects faults, see :mod:`pipelines.training.loop.callbacks`.
 
     Args:
-        faults: of all ranks.
+        faults: planned failures of all ranks.
     """
 
     def __init__(self, faults: Sequence[Fault]) -> None:
@@ -175,8 +175,8 @@ def flip_bit(folder: Path, place: float) -> tuple[Path, int]:
     """Invert one bit of the newest checkpoint in a folder; return its file and the byte's position.
 
     Args:
-        folder: of checkpoints.
-        place: of the bit, as a fraction of the bytes of all files of the checkpoint.
+        folder: directory of checkpoints.
+        place: position of the bit, as a fraction of the bytes of all files of the checkpoint.
 
     Raises:
         UserError: there is no checkpoint yet.

@@ -38,7 +38,7 @@ class RayHosts:
 
     Args:
         folder: for logs.
-        environment: of every command on a host, Ray's own processes included.
+        environment: variables of every command on a host, Ray's own processes included.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:

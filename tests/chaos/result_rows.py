@@ -22,7 +22,7 @@ class Row:
         exits: exit codes of the commands that it took, in order.
         recovered: "by itself" or "same command".
         lost_steps: steps done again.
-        lost_bytes: of committed checkpoints that could not be used.
+        lost_bytes: size of committed checkpoints that could not be used.
         lost_metrics: points that the progress file has and the tracker has not.
         doubled_metrics: points that the tracker has twice without their step being done again.
         recovery_seconds: from the last step before the fault until the run is there again, starts

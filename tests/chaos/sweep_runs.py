@@ -56,7 +56,7 @@ class SweepRuns:
     """Sweeps below one folder, with the same corpora.
 
     Args:
-        folder: of corpora and sweeps.
+        folder: directory of corpora and sweeps.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -76,7 +76,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
 
     Args:
         folder: for keys and what else the client is to have; hosts may read it, not write to it.
-        names: of the hosts beside ``client``.
+        names: hosts to start beside ``client``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _make_keys(folder)

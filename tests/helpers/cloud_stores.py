@@ -28,7 +28,7 @@ class CloudStore:
     """A server that is up, with one empty bucket or container.
 
     Args:
-        uri: of the bucket or container.
+        uri: address of the bucket or container.
         environment: with which clients find it and are let in.
     """
 

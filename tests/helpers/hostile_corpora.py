@@ -222,7 +222,7 @@ def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
 
     Args:
         folder: made.
-        kind: of the files.
+        kind: category of the files.
         cut: the metadata end in the midst of a line.
 
     Returns:

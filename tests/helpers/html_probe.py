@@ -19,7 +19,7 @@ class Page(HTMLParser):
     """Collects elements, attributes and the text that is shown.
 
     Args:
-        text: of the page.
+        text: content of the page.
     """
 
     def __init__(self, text: str) -> None:

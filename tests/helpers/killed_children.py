@@ -17,7 +17,7 @@ class EventCounter:
     """Counter of file-system events, which ends its process at one of them.
 
     Args:
-        number: of the event.
+        number: index of the event, from 1.
     """
 
     def __init__(self, number: int) -> None:
@@ -37,7 +37,7 @@ def run_killed(action: Callable[[EventCounter], None], number: int) -> bool:
 
     Args:
         action: gets the counter, for changes of files that Python does not audit.
-        number: of the event, from 1.
+        number: index of the event, from 1.
     """
     child = os.fork()
     if not child:

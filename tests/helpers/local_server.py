@@ -91,7 +91,7 @@ class Service:
     """A running server.
 
     Args:
-        url: of the server.
+        url: address of the server, with its port.
         replica: behind it.
     """
 
@@ -148,8 +148,8 @@ def run_service(model: Any, limits: ServerLimits, token: str | None = TOKEN) -> 
     """Run a server during a block.
 
     Args:
-        model: of its only replica, a ServedModel or a stub of it.
-        limits: of the server.
+        model: object of its only replica, a ServedModel or a stub of it.
+        limits: bounds of requests, connections and time.
         token: that requests must have, or None.
     """
     replica, port = LocalReplica(model), free_port()

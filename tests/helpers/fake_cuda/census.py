@@ -97,7 +97,7 @@ class StepCensus:
     """Steps of one run on fake CUDA tensors.
 
     Args:
-        config: of the run; its corpora exist.
+        config: settings of the run; its corpora exist.
         system: key of :data:`SYSTEMS`.
         mode: fake tensors.
     """

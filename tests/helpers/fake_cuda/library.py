@@ -35,7 +35,7 @@ def load_library(path: Path) -> None:
     """Load the library, import torch, and install the fake device.
 
     Args:
-        path: of the library.
+        path: location of the library.
     """
     # The library takes its symbols from these.
     for name in ("libc10.so", "libtorch_cpu.so"):

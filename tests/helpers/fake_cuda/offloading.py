@@ -78,8 +78,8 @@ def measure_offloaded_steps(
     All weights have optimizer state and an average before, as after many steps.
 
     Args:
-        config: of a run; its corpora exist.
-        batch: of a classification task.
+        config: settings of a run; its corpora exist.
+        batch: rows of a classification task.
         skills: number of skills of the model.
         world: ranks of the fake process group.
         mode: fake tensors.

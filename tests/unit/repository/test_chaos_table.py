@@ -91,7 +91,7 @@ class PlayedHosts:
     """Hosts on which a run stops as its holds say; it writes down what becomes of them.
 
     Args:
-        folder: of what they keep, in that of the runs.
+        folder: directory of what they keep, in that of the runs.
     """
 
     #: What was done, in order; whether rank 0 is on the host without the driver.

@@ -22,7 +22,7 @@ class SlowModel:
     """Model whose files and passes take until a test lets them go.
 
     Args:
-        config: of the server.
+        config: settings of the server.
     """
 
     def __init__(self, config: ServedModelConfig) -> None:
