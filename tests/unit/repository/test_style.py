@@ -1,5 +1,6 @@
 """Language and names of the repository: banned words, public names, comments."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ def test_one_word_names_are_found(tmp_path: Path, source: str, finding: str) -> 
 def test_empty_entries_are_found(tmp_path: Path, place: str, entry: str, is_empty: bool) -> None:
     section = "Attributes" if "Job" in place else "Args"
     lines = ["Do.", "", f"{section}:", "    x: number.", f"    {entry}", "", "Returns:"]
-    text = f'{place}\n"""' + "\n".join([*lines, "    of no use.", '"""'])
-    text = text.replace("\n", "\n" + " " * 8)
+    body = '"""' + "\n".join([*lines, "    of no use.", '"""'])
+    text = f"{place}\n" + textwrap.indent(body, " " * 8)
     (tmp_path / "module.py").write_text(text, encoding="utf-8")
     assert len(list(find_empty_entries(tmp_path, ["module.py"]))) == is_empty
 
