@@ -2,7 +2,7 @@
 
 A format derives from :class:`ExternalCorpus`, or from :class:`RecordCorpus` if its rows are
 mappings of named fields, and joins through the entry point group ``skillnet.corpora``. The other
-modules of this package are the built-in formats. docs/own-corpora.md contains an example.
+modules of this package are the built-in formats. docs/reference/plugins.md has an example.
 """
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash, tensor_field

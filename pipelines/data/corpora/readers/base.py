@@ -5,7 +5,7 @@ record, plus file names where files are looked up by name. It decides keys, spli
 yields references to media. Media are decoded later in ``transform``, on workers, a block at a time.
 
 Formats of other packages join through the entry point group ``skillnet.corpora``. They import from
-``pipelines.data.corpora.readers``; docs/own-corpora.md contains an example.
+``pipelines.data.corpora.readers``; docs/reference/plugins.md has an example.
 """
 
 from collections import Counter
