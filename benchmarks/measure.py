@@ -6,6 +6,7 @@ smallest and the largest. With one thread the clock is the process' CPU time, wh
 the machine disturb least; with more threads it is the wall's.
 """
 
+import csv
 import datetime
 import multiprocessing
 import os
