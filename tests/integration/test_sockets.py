@@ -185,6 +185,7 @@ def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> No
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         process.stdout.close()
+    assert process.returncode == 0
 
 
 def test_on_a_cluster_the_mode_is_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:

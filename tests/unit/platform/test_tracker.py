@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -92,10 +91,7 @@ def test_another_server_of_this_shell_is_named(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
-def test_the_pages_show_the_runs_and_leave_no_process(
-    run_root: Path, number: int, code: int
-) -> None:
+def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     with tracking.start_run("shown", None, where("skillnet")) as run:
         run.text("kept", "note.txt")
     process = subprocess.Popen(
@@ -118,9 +114,9 @@ def test_the_pages_show_the_runs_and_leave_no_process(
         assert answer.read() == b"kept"
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 2, "a server and its worker"
-    process.send_signal(number)
-    assert process.wait(30) == code
+    process.kill()
+    process.wait(30)
     process.stdout.close()
-    # After SIGKILL it is somebody else who ends them.
+    # It is somebody else who ends them. The pages in test_sockets end by SIGTERM.
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive
