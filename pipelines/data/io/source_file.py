@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar, cast
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
-from skillnet_platform.storage.objects import S3_OPTIONS, require_no_secret
+from skillnet_platform.storage.objects import open_store, require_no_secret
 from skillnet_platform.storage.retry import retry_transient
 
 Result = TypeVar("Result")
@@ -51,11 +51,8 @@ def make_read_error(path: object, error: OSError) -> SourceReadError:
 
 @lru_cache(maxsize=32)
 def _open_filesystem(root: str) -> Any:
-    import fsspec
-
-    options = S3_OPTIONS if root.startswith(("s3://", "s3a://")) else {}
     try:
-        return fsspec.core.url_to_fs(root, **options)[0]
+        return open_store(root)[0]
     except (ImportError, ValueError) as error:
         import pyarrow as pa
         from fsspec.implementations.arrow import ArrowFSWrapper

@@ -21,6 +21,7 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailableError
 from skillnet_platform.storage.locks import hold_lock
+from skillnet_platform.storage.objects import open_store
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
@@ -248,8 +249,7 @@ def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
     single_node = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
     if mirror is None or single_node:
         return {"storage_path": str(run / "ray")}
-    import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    system, path = fsspec.url_to_fs(mirror.uri_of("ray"))
+    system, path = open_store(mirror.uri_of("ray"))
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(system))}

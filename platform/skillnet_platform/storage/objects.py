@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 #: Schemes of addresses that are not object stores.
 _NOT_STORES = ("models", "runs", "http", "https")
 #: Options of the client for ``s3://``.
-S3_OPTIONS = {
+_S3_OPTIONS = {
     # Other nodes write to the same folders: a cached listing would hide their files.
     "use_listings_cache": False,
     # A hanging request ends soon: retry_transient repeats it.
@@ -117,7 +117,7 @@ def open_file(uri: str) -> IO[bytes]:
     """
 
     def opened() -> IO[bytes]:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         stream: IO[bytes] = system.open(path, "rb")
         return stream
 
@@ -133,7 +133,7 @@ def read_bytes(uri: str) -> bytes:
     """
 
     def read() -> bytes:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         return bytes(system.cat_file(path))
 
     return _in_bucket(uri, read)
@@ -143,7 +143,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write a small object; readers see the old or the complete new object."""
 
     def write() -> None:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         # A store replaces an object atomically, but a write to a disk can be cut short.
         if is_local_uri(uri):
             with local_storage.atomic_write(path) as stream:
@@ -169,7 +169,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
     """
 
     def create() -> bool:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         if is_local_uri(uri):
             return local_storage.create_file(path, data)
         try:
@@ -202,7 +202,7 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
     """
 
     def put() -> None:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         if is_local_uri(uri):
             with Path(local).open("rb") as source, local_storage.atomic_write(path) as stream:
                 shutil.copyfileobj(source, stream)
@@ -221,8 +221,8 @@ def copy_file(source: str, target: str) -> None:
     """
 
     def copy() -> None:
-        system, path = _system(source)
-        _, place = _system(target)
+        system, path = open_store(source)
+        _, place = open_store(target)
         if is_local_uri(target):
             Path(place).parent.mkdir(parents=True, exist_ok=True)
         system.cp_file(path, place)
@@ -247,7 +247,7 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def get() -> None:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         with local_storage.disk_guard(target):
             system.get_file(path, str(aside))
 
@@ -272,7 +272,7 @@ def list_files(uri: str) -> list[ObjectEntry]:
     """
 
     def found() -> list[ObjectEntry]:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         # fsspec caches listings, but other nodes add and remove files.
         system.invalidate_cache(path)
         top = path.rstrip("/") + "/"
@@ -294,7 +294,7 @@ def list_folders(uri: str) -> list[str]:
     """Return the names of the folders in a folder, sorted."""
 
     def found() -> list[str]:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         system.invalidate_cache(path)
         entries = system.ls(path, detail=True)
         return sorted(
@@ -308,7 +308,7 @@ def remove_file(uri: str) -> None:
     """Remove an object, if it exists."""
 
     def remove() -> None:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         try:
             system.rm_file(path)
         except FileNotFoundError:
@@ -325,7 +325,7 @@ def info_of(uri: str) -> dict[str, Any] | None:
     """
 
     def ask() -> dict[str, Any] | None:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         system.invalidate_cache(path)
         info: dict[str, Any] = system.info(path)
         return info if info["type"] == "file" else None
@@ -391,7 +391,7 @@ def _require_bucket(uri: str) -> None:
         return
 
     def ask() -> bool:
-        system, path = _system(uri)
+        system, path = open_store(uri)
         system.invalidate_cache()
         return bool(system.exists(path.partition("/")[0]))
 
@@ -404,11 +404,18 @@ def is_local_uri(uri: str) -> bool:
     return urlsplit(uri).scheme in ("file", "local")
 
 
-def _system(uri: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URI and the path in it; fsspec caches the systems."""
+def open_store(uri: str) -> tuple[Any, str]:
+    """Return the client of a store, a file system of fsspec, and the path of a URI in it.
+
+    Every access to a store begins here. fsspec keeps one client per store and process.
+
+    Raises:
+        UserError: the URI may hold a secret.
+        ImportError, ValueError: no client opens the URI; see :func:`explain_refusal`.
+    """
     import fsspec
 
     require_no_secret(uri)
     scheme = urlsplit(uri).scheme
-    system, path = fsspec.url_to_fs(uri, **(S3_OPTIONS if scheme in ("s3", "s3a") else {}))
+    system, path = fsspec.url_to_fs(uri, **(_S3_OPTIONS if scheme in ("s3", "s3a") else {}))
     return system, path.rstrip("/")
