@@ -15,6 +15,7 @@ several hosts that take over the same lease, one can write that file. The highes
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import threading
@@ -37,6 +38,7 @@ BEAT_S, LOOK_S = 10.0, 1.0
 #: Seconds without a beat after which a holder counts as gone.
 LEASE_S = 60.0
 _POLL_S = 0.05
+_NAME = re.compile(r"([0-9]{8})\.json")
 #: Name of the folder of a lease in the folder that it protects.
 LEASE = ".lease"
 
@@ -87,7 +89,8 @@ class HostLease:
         watched: bytes | None = None
         begin = 0.0
         while True:
-            # Taken before the file is read: a watcher that was suspended must look again.
+            # Only the time between two reads counts: a read may wait for a store, and a watcher
+            # may be suspended.
             now = monotonic()
             found = self._read_newest()
             is_gone = found is None or _has_died(found.record())
@@ -96,7 +99,7 @@ class HostLease:
                     return
                 watched = b""  # another host was faster
             elif watched is None and is_gone is None:
-                watched, begin = found.content, now
+                watched, begin = found.content, monotonic()
                 console.print_note(
                     f"{self.folder}: {describe_holder(found.record())} may hold this lease; "
                     f"watching it for up to {LEASE_S:.0f} s"
@@ -151,8 +154,8 @@ class HostLease:
         return join_location(self.folder, f"{number:08d}.json")
 
     def _list_numbers(self) -> list[int]:
-        names = [name.removesuffix(".json") for name in location.list_location(self.folder)]
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = map(_NAME.fullmatch, location.list_location(self.folder))
+        return sorted(int(name[1]) for name in names if name)
 
     def _read_newest(self) -> _LeaseFile | None:
         while numbers := self._list_numbers():

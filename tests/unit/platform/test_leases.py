@@ -145,18 +145,32 @@ def test_a_host_that_slept_through_a_change_of_hands_is_refused(
     assert not late._claim(2)
     third.renew()
     assert numbers(tmp_path) == ["00000003.json"]
-    # A watcher that was suspended must not count the time in which it did not look.
-    slept: list[int] = []
 
-    def suspend() -> None:
-        if not slept:
-            slept.append(1)
-            clock.now += 2 * leases.LEASE_S
-        third.renew()
 
-    clock.on_wait = suspend
-    with pytest.raises(LockHeldError, match="third"):
-        late.acquire()
+@pytest.mark.parametrize("where", ["between two reads", "in the first read"])
+def test_a_watcher_does_not_count_the_time_in_which_it_did_not_look(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It was suspended, or a read waited for the store; the holder shows a sign of life after."""
+    one, other = host("node-1", tmp_path), host("node-2", tmp_path)
+    one.acquire()
+    read = location.read_if_exists
+    sleeps = [2 * leases.LEASE_S]
+
+    def sleep_once() -> None:
+        clock.now += sleeps.pop() if sleeps else 0.0
+
+    def slow_read(place: Location) -> bytes | None:
+        sleep_once()
+        return read(place)
+
+    if where == "in the first read":
+        monkeypatch.setattr(location, "read_if_exists", slow_read)
+        clock.on_wait = lambda: clock.now < 1130 or one.renew()
+    else:
+        clock.on_wait = lambda: (sleep_once(), one.renew())
+    with pytest.raises(LockHeldError, match="node-1"):
+        other.acquire()
 
 
 def test_a_process_of_this_host_is_known_to_live_or_to_be_dead(tmp_path: Path) -> None:
@@ -179,10 +193,11 @@ def test_a_process_of_this_host_is_known_to_live_or_to_be_dead(tmp_path: Path) -
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": "x"}', b"\xff"])
 def test_a_damaged_lease_ends_like_any_other(tmp_path: Path, clock: Clock, content: bytes) -> None:
     (tmp_path / "00000004.json").write_bytes(content)
-    (tmp_path / "notes.txt").write_text("of a user")
+    for name in ("7.json", "notes.txt"):
+        (tmp_path / name).write_text("of a user")
     lease = HostLease(tmp_path, str)
     lease.acquire()
-    assert numbers(tmp_path) == ["00000005.json", "notes.txt"]
+    assert numbers(tmp_path) == ["00000005.json", "7.json", "notes.txt"]
 
 
 def test_a_driver_that_lost_its_run_ends_in_an_error(
