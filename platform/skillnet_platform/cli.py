@@ -59,7 +59,7 @@ OTHER_NAMES = {
 }
 
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
-OUR_PACKAGES = ("skillnet", "skillnet_platform", "skillnet_files", "pipelines", "sweeps")
+OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
 
 #: Characters of the message of an unexpected error.
 LONGEST_CAUSE = 1000
