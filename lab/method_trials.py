@@ -77,7 +77,7 @@ class TrialReporter(LoopReporter):
 
     def _add(self, model: TaskModel, step: int, decay: float) -> None:
         (task,) = self._config.measured
-        metric = find_objective(self._config.model.tasks[task].objective).metric
+        metric = find_objective(self._config.model.tasks[task].objective).primary.name
         rows = evaluate_validation(self._config, model, None)
         value = next(row["value"] for row in rows if row["metric"] == metric)
         self.values.append((step, decay, metric, round(float(value), 5)))

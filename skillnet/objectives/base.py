@@ -6,10 +6,11 @@ properties. All that computes belongs to the head, a :class:`skillnet.objectives
 that is loaded with the first model. Built-in objectives are declared in the same way.
 """
 
+import contextlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,32 @@ class TargetColumn(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NamedMetric:
+    """Metric of an objective. Intervals stay within its bounds.
+
+    Args:
+        name: as in evaluation rows.
+        label: in tables; "" takes the words of the name.
+        higher_is_better: direction.
+        bounds: lowest and highest value. Tables show a metric in [0, 1] in per cent, and others as
+            numbers unless their names end with ``rate``.
+    """
+
+    name: str
+    label: str = ""
+    higher_is_better: bool = True
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def scale(self) -> Literal["share", "error_rate", "free"]:
+        """How the variance of the metric depends on its value."""
+        if self.bounds == (0.0, 1.0):
+            return "share"
+        is_rate = self.bounds == (0.0, math.inf) and self.name.endswith("rate")
+        return "error_rate" if is_rate else "free"
+
+
+@dataclass(frozen=True)
 class Objective:
     """An objective: facts that need no model, and references to the code.
 
@@ -44,11 +71,7 @@ class Objective:
         name: as in configurations and saved models.
         head: ``module:Class`` of a subclass of :class:`skillnet.objectives.heads.TaskHead`, which
             owns targets, forward pass, loss, predictions, scores and answers.
-        metric: primary metric, as in evaluation rows.
-        higher_is_better: direction of the primary metric.
-        bounds: lowest and highest value that the primary metric can have. Tables show a metric in
-            [0, 1] in per cent, and others as numbers unless their names end with ``rate``.
-            Intervals stay within the bounds.
+        metrics: of an evaluation, the primary metric first.
         towers: names of the towers of a task; ``PAIR`` for two towers with one vector space.
         columns: columns of the shards that hold the targets.
         output: raw output of the head for one row, ``""`` for an embedding per tower.
@@ -68,9 +91,7 @@ class Objective:
 
     name: str
     head: str
-    metric: str
-    higher_is_better: bool = True
-    bounds: tuple[float, float] = (0.0, 1.0)
+    metrics: tuple[NamedMetric, ...]
     towers: tuple[str, ...] = ("input",)
     columns: tuple[TargetColumn, ...] = ()
     output: str = ""
@@ -83,12 +104,9 @@ class Objective:
     baseline: str = ""
 
     @property
-    def scale(self) -> Literal["share", "error_rate", "free"]:
-        """How the variance of the primary metric depends on its value."""
-        if self.bounds == (0.0, 1.0):
-            return "share"
-        is_rate = self.bounds == (0.0, math.inf) and self.metric.endswith("rate")
-        return "error_rate" if is_rate else "free"
+    def primary(self) -> NamedMetric:
+        """Metric that models are compared by."""
+        return self.metrics[0]
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -116,11 +134,18 @@ class Objective:
 
 _BASELINES = "pipelines.training.evaluation.simple_baselines"
 
+_RANKS = (
+    NamedMetric("recall_at_10", "R@10"),
+    NamedMetric("recall_at_5", "R@5"),
+    NamedMetric("recall_at_1", "R@1"),
+    NamedMetric("median_rank", higher_is_better=False, bounds=(1.0, math.inf)),
+)
+
 _BUILT_IN = (
     Objective(
         "classification",
         "skillnet.objectives.classification:ClassificationHead",
-        "accuracy",
+        (NamedMetric("accuracy"), NamedMetric("macro_f1", "macro-F1")),
         columns=(TargetColumn("labels", "label"),),
         output="logits",
         listed="labels",
@@ -129,7 +154,7 @@ _BUILT_IN = (
     Objective(
         "multi_label",
         "skillnet.objectives.multi_label:MultiLabelHead",
-        "average_precision",
+        (NamedMetric("average_precision"), NamedMetric("micro_f1", "micro-F1")),
         columns=(TargetColumn("label_sets", "label_set", "set"),),
         output="logits",
         listed="labels",
@@ -138,8 +163,10 @@ _BUILT_IN = (
     Objective(
         "regression",
         "skillnet.objectives.regression:RegressionHead",
-        "r_squared",
-        bounds=(-math.inf, 1.0),
+        (
+            NamedMetric("r_squared", "R²", bounds=(-math.inf, 1.0)),
+            NamedMetric("mean_absolute_error", higher_is_better=False, bounds=(0.0, math.inf)),
+        ),
         columns=(TargetColumn("numbers", "value"),),
         output="number",
         has_scale=True,
@@ -148,9 +175,10 @@ _BUILT_IN = (
     Objective(
         "ctc",
         "skillnet.objectives.ctc:CTCHead",
-        "token_error_rate",
-        higher_is_better=False,
-        bounds=(0.0, math.inf),
+        (
+            NamedMetric("token_error_rate", "token error", False, (0.0, math.inf)),
+            NamedMetric("exact_rate", "exact"),
+        ),
         columns=(TargetColumn("symbols", "symbols", "sequence"),),
         output="log_probs",
         listed="symbols",
@@ -161,7 +189,7 @@ _BUILT_IN = (
     Objective(
         "retrieval",
         "skillnet.objectives.retrieval:RetrievalHead",
-        "recall_at_10",
+        _RANKS + tuple(replace(each, name=f"reverse_{each.name}") for each in _RANKS),
         towers=PAIR,
         columns=(TargetColumn("groups", "group"),),
         baseline=f"{_BASELINES}:measure_search_baselines",
@@ -169,9 +197,10 @@ _BUILT_IN = (
     Objective(
         "masked",
         "skillnet.objectives.masked:MaskedHead",
-        "masked_loss",
-        higher_is_better=False,
-        bounds=(0.0, math.inf),
+        (
+            NamedMetric("masked_loss", higher_is_better=False, bounds=(0.0, math.inf)),
+            NamedMetric("masked_accuracy", "masked token accuracy"),
+        ),
         output="predicted",
         has_labels=False,
         hides_inputs=True,
@@ -219,5 +248,10 @@ def find_objective(name: str) -> Objective:
 
 
 def list_objectives() -> list[Objective]:
-    """Return all installed objectives, the built-in ones first."""
-    return [find_objective(name) for name in objective_names()]
+    """Return all objectives that can be loaded, the built-in ones first."""
+    found = []
+    for name in objective_names():
+        # A broken package stops its own tasks only, with the message of find_objective.
+        with contextlib.suppress(Exception):
+            found.append(find_objective(name))
+    return found

@@ -250,10 +250,10 @@ class TaskHead(nn.Module):
             targets: of all rows, as numpy arrays.
             intervals: how metrics get their intervals.
         """
-        objective = find_objective(task.objective)
+        metric = find_objective(task.objective).primary
         numerator, denominator = cls.score_rows(predictions, targets)
-        ratio = intervals.ratio(numerator, denominator, objective.scale)
-        metrics = {objective.metric: cut_to_bounds(ratio, objective.bounds)}
+        ratio = intervals.ratio(numerator, denominator, metric.scale)
+        metrics = {metric.name: cut_to_bounds(ratio, metric.bounds)}
         return TaskEvaluation(metrics, numerator, denominator)
 
     @classmethod

@@ -141,6 +141,7 @@ class RetrievalHead(TaskHead):
         query, candidate = (predictions.vectors[tower] for tower in PAIR)
         # Rows without a group must not count as correct answers for one another.
         groups = unique_group_ids(targets["groups"])
+        ranks: NDArray[Any]
         owners = predictions.owners
         query_groups = groups if owners is None else groups[owners]
         if task.has_row_pairs:

@@ -33,7 +33,7 @@ from pipelines.training.evaluation.inference import (
 from pipelines.training.evaluation.masked import masked_losses, mean_masked_length
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.evaluation.ranks import EvaluationRanks
-from pipelines.training.evaluation.tables import COLUMNS, sort_rows
+from pipelines.training.evaluation.tables import COLUMNS, METRICS, sort_rows
 from pipelines.training.loading.task_columns import (
     is_row_tower,
     take_targets,
@@ -126,10 +126,7 @@ def evaluate_model(
                     units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
                     intervals = MetricIntervals(seed, bootstrap_samples, units)
                     metrics = {
-                        # A loss has no range; an accuracy is a share.
-                        metric: intervals.mean(
-                            values_N, "free" if metric.endswith("loss") else "share"
-                        )
+                        metric: intervals.mean(values_N, METRICS[metric].scale)
                         for metric, values_N in values.items()
                     }
                 lengths = mean_masked_length(model, name, corpus, split_name, limit)

@@ -127,7 +127,7 @@ def masked_losses(
             values_N3[batch.rows, 1] = hits_B.cpu().numpy()
             values_N3[batch.rows, 2] = 1.0
     values_N3 = runner.ranks.merge(values_N3)
-    metrics = {find_objective(spec.objective).metric: values_N3[:, 0]}
+    metrics = {find_objective(spec.objective).primary.name: values_N3[:, 0]}
     if values_N3[:, 2].any():
         metrics["masked_accuracy"] = values_N3[:, 1]
     return metrics

@@ -44,40 +44,21 @@ COLUMNS = (
 #: One evaluation row, with the keys ``COLUMNS``.
 EvaluationRow = dict[str, Any]
 
+#: Metric -> its direction, bounds and label.
+METRICS = {metric.name: metric for each in list_objectives() for metric in each.metrics}
+
 #: Primary metric -> whether higher values are better.
-PRIMARY_METRICS = {each.metric: each.higher_is_better for each in list_objectives()}
+PRIMARY_METRICS = {each.primary.name: each.primary.higher_is_better for each in list_objectives()}
 
-#: Metric of a task with labels -> whether higher values are better.
+#: The same for tasks with labels.
 SCORED_METRICS = {
-    each.metric: each.higher_is_better for each in list_objectives() if each.has_labels
+    each.primary.name: each.primary.higher_is_better
+    for each in list_objectives()
+    if each.has_labels
 }
-
-#: Primary metrics of objectives that are numbers on a scale of their own.
-_FREE_METRICS = frozenset(each.metric for each in list_objectives() if each.scale == "free")
-
-#: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
-UNSCALED_SUFFIXES = ("rank", "loss", "r_squared", "absolute_error")
 
 #: System -> its label in tables.
 SYSTEM_LABELS = {"chance": "chance", "simple_baseline": "simple baseline"}
-
-#: Metric -> its label in tables.
-METRIC_LABELS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "token_error_rate": "token error",
-    "exact_rate": "exact",
-    "recall_at_1": "R@1",
-    "recall_at_5": "R@5",
-    "recall_at_10": "R@10",
-    "median_rank": "median rank",
-    "masked_loss": "masked loss",
-    "masked_accuracy": "masked token accuracy",
-    "average_precision": "average precision",
-    "micro_f1": "micro-F1",
-    "r_squared": "R²",
-    "mean_absolute_error": "mean absolute error",
-}
 
 
 def primary_metric(objective: str) -> tuple[str, bool]:
@@ -86,8 +67,8 @@ def primary_metric(objective: str) -> tuple[str, bool]:
     Args:
         objective: kind of a task; also one of another package.
     """
-    found = find_objective(objective)
-    return found.metric, found.higher_is_better
+    found = find_objective(objective).primary
+    return found.name, found.higher_is_better
 
 
 def score_metric(metric: str, value: float) -> float:
@@ -110,9 +91,8 @@ def metric_label(metric: str) -> str:
         metric: name in evaluation rows.
     """
     base = metric.removeprefix("reverse_")
-    return METRIC_LABELS.get(base, base.replace("_", " ")) + (
-        ", X to text" if base != metric else ""
-    )
+    label = METRICS[base].label if base in METRICS else ""
+    return (label or base.replace("_", " ")) + (", X to text" if base != metric else "")
 
 
 def format_metric(metric: str, value: float | None) -> str:
@@ -129,7 +109,7 @@ def format_metric(metric: str, value: float | None) -> str:
 
 def _is_unscaled(metric: str) -> bool:
     """Return whether a metric is shown as a number, and not in per cent."""
-    return metric.endswith(UNSCALED_SUFFIXES) or metric in _FREE_METRICS
+    return metric in METRICS and METRICS[metric].scale == "free"
 
 
 def format_value_with_interval(row: Mapping[str, Any]) -> str:
