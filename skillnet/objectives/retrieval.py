@@ -155,8 +155,8 @@ class RetrievalHead(TaskHead):
         # Captions of one image are not independent: a row, not a query, is the unit of tests
         # (decision 25).
         if owners is not None:
-            hits, queries, ranks = (np.bincount(owners, x) for x in (hits, queries, ranks))
-            ranks /= queries
+            hits, queries, total = (np.bincount(owners, x) for x in (hits, queries, ranks))
+            ranks = total / queries
         return TaskEvaluation(metrics, hits, queries, ranks)
 
     @classmethod

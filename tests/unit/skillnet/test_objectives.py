@@ -241,9 +241,8 @@ def test_the_interval_of_another_packages_accuracy_stays_in_range(wrong: int) ->
 def test_bounds_decide_the_scale_of_a_metric(
     metric: str, bounds: tuple[float, float], scale: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Objective(
-        "made", "skillnet.objectives.heads:TaskHead", (NamedMetric(metric, bounds=bounds),)
-    )
+    named = NamedMetric(metric, bounds=bounds)
+    made = Objective("made", "skillnet.objectives.heads:TaskHead", (named,))
     assert named.scale == scale
     monkeypatch.setattr(heads, "find_objective", lambda _: made)
     # Three rows of very different scores have an interval far beyond the bounds.
