@@ -91,7 +91,7 @@ class Task:
             the number in the manifest of the task's corpus. Retrieval and masked modelling ignore
             it.
         linear_path: add a linear map from the input of each tower to the retrieval space
-            (:mod:`skillnet.linear_path`); for retrieval between text, code and images.
+            (:mod:`skillnet.objectives.retrieval`); for retrieval between text, code and images.
 
     Raises:
         ValueError: an unknown objective, or towers or a linear path that do not fit it.

@@ -41,7 +41,6 @@ from pipelines.training.runs.bundle_manifest import (
     compute_bundle_digest,
     read_bundle_manifest,
 )
-from pipelines.training.runs.head_sizes import outputs_key
 from pipelines.training.runs.model_source import ModelSource, load_trained_tasks
 from pipelines.training.runs.vocabulary_match import (
     TOKENIZER_FILE,
@@ -366,7 +365,7 @@ def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> li
         corpus: shards of the task.
     """
     spec = model.config.tasks[task]
-    if outputs_key(spec) is None:
+    if find_objective(spec.objective).listed is None:
         return []
     names = model.vocabulary.outputs.get(task) or read_corpus_names(corpus, spec)
     # A corpus may have numbers only. Each output needs a name.

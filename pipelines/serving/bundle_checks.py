@@ -10,10 +10,10 @@ from typing import Any
 
 from pipelines.data.tokenizer.guarded_loader import largest_token_id
 from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, REMEDY
-from pipelines.training.runs.head_sizes import outputs_key
 from pipelines.training.runs.vocabulary_match import TOKENIZER_FILE
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.serialization import read_manifest
 from skillnet_platform.errors import UserError
 
@@ -64,7 +64,7 @@ def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig)
         )
     for task, spec in config.tasks.items():
         names = manifest["tasks"][task]["names"]
-        if outputs_key(spec) and len(names) != spec.outputs:
+        if find_objective(spec.objective).listed and len(names) != spec.outputs:
             raise UserError(
                 f"{path}: tasks.{task}.names has {len(names)} names; the model has {spec.outputs} "
                 f"outputs; {REMEDY}"

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple
 
+from skillnet.vocabulary import parse_scale
+
 GROUP = "skillnet.objectives"
 
 #: Towers whose vectors are compared.
@@ -122,6 +124,24 @@ class Objective:
     def can_pretrain(self) -> bool:
         """Whether rows without labels can train it: hidden parts of inputs, or pairs."""
         return not self.has_labels or self.pairs_towers
+
+    def count_names(self, manifest: Mapping[str, Any]) -> int | None:
+        """Return how many outputs the manifest of a corpus names; None if it lists none."""
+        names = manifest.get(self.listed or "")
+        return len(names) if isinstance(names, list) else None
+
+    def read_scale(self, manifest: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return mean and deviation of the training values of a corpus; None without a scale.
+
+        Args:
+            manifest: of the corpus.
+
+        Raises:
+            ValueError: the manifest has no usable scale.
+        """
+        if not self.has_scale:
+            return None
+        return parse_scale(manifest.get("value_scale"), f"{manifest.get('corpus')}: value_scale")
 
     def load_head(self) -> Any:
         """Return the class of the head; importing it imports torch."""

@@ -16,7 +16,6 @@ from pipelines.data.shards.columns import (
     NestedRaggedColumn,
     RaggedColumn,
 )
-from pipelines.data.shards.value_scale import read_value_scale
 from pipelines.data.transforms.ctc_alignment import count_alignment_tokens
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
@@ -106,7 +105,7 @@ class TaskDataset:
             self._reject_cropping(corpus)
         #: Rows whose targets have no alignment with the model's tokens.
         self.unalignable_rows = self._count_unalignable() if aligns_targets else 0
-        self._value_scale = read_value_scale(corpus.manifest, task)
+        self._value_scale = self.objective.read_scale(corpus.manifest)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._first_caption_prob = settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}

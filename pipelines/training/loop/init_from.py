@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.shards.dataset import PreparedCorpus
-from pipelines.data.shards.value_scale import read_value_scale
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.upcycling import (
     add_noise,
@@ -25,7 +24,6 @@ from pipelines.training.loop.upcycling import (
     format_options,
     starts_skills,
 )
-from pipelines.training.runs.head_sizes import outputs_key
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.model_source import (
     ModelSource,
@@ -42,6 +40,7 @@ from pipelines.training.runs.vocabulary_match import (
 )
 from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
 from skillnet.skill_copies import copy_to_skills, is_difference, is_unset_weight
@@ -337,11 +336,11 @@ def _describe_other_outputs(
     start: TaskModel, task: str, spec: Task, corpus: PreparedCorpus
 ) -> str | None:
     """Return how the outputs of a trained head differ from those of a corpus; None if they fit."""
-    old, listed = start.config.tasks[task], outputs_key(spec)
+    old, objective = start.config.tasks[task], find_objective(spec.objective)
+    listed = objective.listed
     if old.objective != spec.objective:
         return f"the model was trained for {old.objective}, this run trains {spec.objective}"
-    scale, known_scale = read_value_scale(corpus.manifest, spec), start.vocabulary.scales.get(task)
-    if scale != known_scale:
+    if objective.read_scale(corpus.manifest) != start.vocabulary.scales.get(task):
         return f"the model was trained for values of another scale than those of {corpus.name}"
     if listed is None:
         return None

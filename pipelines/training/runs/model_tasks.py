@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.head_sizes import num_outputs_of
+from skillnet.objectives.base import find_objective
 from skillnet.skills import Task, known_tasks
 from skillnet_platform import console
 
@@ -37,7 +37,7 @@ def resolve_model_tasks(
         if task is None:
             continue
         tasks[name] = task
-        outputs = num_outputs_of(manifest, task)
+        outputs = find_objective(task.objective).count_names(manifest)
         # Only defaults are replaced: a number in the configuration is a decision of the user.
         is_default = (
             not task.outputs

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.shards.dataset import PreparedCorpus
-from pipelines.data.shards.value_scale import read_value_scale
-from pipelines.training.runs.head_sizes import num_outputs_of, outputs_key
 from pipelines.training.runs.model_source import read_training_settings, resolve_model
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform.errors import UserError
@@ -46,7 +45,8 @@ def read_corpora_vocabulary(
     readers = [corpus for task, corpus in corpora.items() if reads_tokens(specs[task])]
     outputs = {task: read_corpus_names(corpus, specs[task]) for task, corpus in corpora.items()}
     scales = {
-        task: read_value_scale(corpus.manifest, specs[task]) for task, corpus in corpora.items()
+        task: find_objective(specs[task].objective).read_scale(corpus.manifest)
+        for task, corpus in corpora.items()
     }
     return ModelVocabulary(
         find_common_tokenizer({corpus.name: corpus.manifest for corpus in readers}),
@@ -84,7 +84,7 @@ def read_corpus_names(corpus: PreparedCorpus, spec: Task) -> tuple[str, ...]:
         corpus: shards of the task.
         spec: the task.
     """
-    return tuple(corpus.manifest.get(outputs_key(spec) or "") or ())
+    return tuple(corpus.manifest.get(find_objective(spec.objective).listed or "") or ())
 
 
 def reads_tokens(spec: Task) -> bool:
@@ -109,9 +109,9 @@ def check_corpus_vocabulary(model: TaskModel, task: str, corpus: PreparedCorpus)
     names, known = read_corpus_names(corpus, spec), model.vocabulary.outputs.get(task)
     if known and names and find_order(names, known) is None:
         raise UserError(
-            f"{corpus.path}: its {outputs_key(spec)} are {list_names(names)}; the task {task} "
-            f"of the model was trained for {list_names(known)}. Give a corpus with the same names, "
-            f"or train the model on this one: skillnet finetune --from MODEL "
+            f"{corpus.path}: its {find_objective(spec.objective).listed} are {list_names(names)}; "
+            f"the task {task} of the model was trained for {list_names(known)}. Give a corpus with "
+            f"the same names, or train the model on this one: skillnet finetune --from MODEL "
             f"--tasks.{task}.corpus {corpus.name}"
         )
     check_outputs(corpus, task, spec)
@@ -148,11 +148,12 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
     Raises:
         UserError: the numbers differ.
     """
-    num_outputs = num_outputs_of(corpus.manifest, spec)
+    objective = find_objective(spec.objective)
+    num_outputs = objective.count_names(corpus.manifest)
     # Without this check, outputs would get the names of other classes, without any error.
     if num_outputs is not None and num_outputs != spec.outputs:
         raise UserError(
-            f"{task}: the corpus {corpus.name} has {num_outputs} {outputs_key(spec)}, the "
+            f"{task}: the corpus {corpus.name} has {num_outputs} {objective.listed}, the "
             f"model was built for {spec.outputs}; set model.tasks.{task}.outputs to {num_outputs} "
             "and train again"
         )
