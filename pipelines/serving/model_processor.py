@@ -151,7 +151,7 @@ class ModelProcessor:
             raise UserError(f"{task}: a {tasks[task].objective} task, expected {wanted}")
         names = [name for name in tasks if tasks[name].objective in objectives]
         name = self._choose(names, f"no {wanted} task in this model", task)
-        modality = tasks[name].towers["input"].modality
+        modality = tasks[name].towers[tasks[name].row_tower].modality
         for number, value in enumerate(inputs):
             if task is None and modality == "text":
                 _reject_file_name(value, f"input {number}", name)
@@ -182,8 +182,8 @@ class ModelProcessor:
         found = {
             name: tower
             for name, spec in tasks.items()
-            for tower in ("input", "query", "candidate")
-            if tower in spec.towers and spec.towers[tower].modality == modality
+            for tower in find_objective(spec.objective).towers
+            if spec.towers[tower].modality == modality
         }
         if task is not None and find_task(task, tasks) and task not in found:
             raise UserError(f"{task} does not read {modality}; the tasks are {', '.join(tasks)}")

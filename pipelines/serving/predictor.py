@@ -302,8 +302,8 @@ class TaskPredictor:
             spec = find_task(item.task, tasks)
             if not find_objective(spec.objective).has_labels:
                 raise UserError(f"{item.name}: {item.task} has no predictions per row")
-            for tower in ("input", "candidate", "query"):
-                if tower in spec.towers and spec.towers[tower].modality == modality:
+            for tower in reversed(find_objective(spec.objective).towers):
+                if spec.towers[tower].modality == modality:
                     return item.task, tower
             modalities = sorted({plan.modality for plan in spec.towers.values()})
             raise UserError(

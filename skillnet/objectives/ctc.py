@@ -50,7 +50,8 @@ class CTCHead(TaskHead):
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        x_BTD, mask_BT = encode("input")
+        (tower,) = towers
+        x_BTD, mask_BT = encode(tower)
         # CTC needs the number of real tokens per row.
         if mask_BT is not None:
             lengths_B = mask_BT.sum(1)

@@ -130,14 +130,15 @@ class TaskHead(nn.Module):
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        """Run the task on one batch per tower. By default: ``logits`` of the pooled ``input``.
+        """Run the task on one batch per tower. By default: ``logits`` of the only tower, pooled.
 
         Args:
             towers: tower -> input tensors.
             encode: encodes the input of a tower.
             embedding: returns the token embedding (V, D) of a tower.
         """
-        return {"logits": self(mean_pool(*encode("input")))}
+        (tower,) = towers
+        return {"logits": self(mean_pool(*encode(tower)))}
 
     def embed(
         self, tower: str, inputs: TowerInputs, encode: EncodeTower, embedding: EmbeddingOf

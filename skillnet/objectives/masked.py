@@ -38,7 +38,7 @@ class MaskedHead(TaskHead):
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__(config, task)
-        plan = task.towers["input"]
+        plan = task.towers[task.row_tower]
         self.tied = plan.stem == "token"
         if self.tied:
             self.transform = nn.Linear(config.dim, config.dim)
@@ -58,15 +58,16 @@ class MaskedHead(TaskHead):
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        x_BTD, mask_BT = encode("input")
-        places_M = towers["input"].get("places")
+        ((tower, inputs),) = towers.items()
+        x_BTD, mask_BT = encode(tower)
+        places_M = inputs.get("places")
         x_MD = x_BTD.flatten(0, 1)
         if places_M is not None:
             x_MD = x_MD.index_select(0, places_M)
         elif mask_BT is not None:
             x_MD = x_BTD[mask_BT]
         # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
-        return {"predicted": self(x_MD, embedding("input") if self.tied else None)}
+        return {"predicted": self(x_MD, embedding(tower) if self.tied else None)}
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
@@ -90,13 +91,13 @@ class MaskedHead(TaskHead):
 
     @classmethod
     def config_keys(cls, task: Task) -> tuple[str, ...]:
-        return ("sound_units",) if task.towers["input"].modality == "sound" else ()
+        return ("sound_units",) if task.towers[task.row_tower].modality == "sound" else ()
 
     @classmethod
     def example_targets(
         cls, config: SkillNetConfig, task: Task, rows: int, tokens: int, hidden: int
     ) -> dict[str, Tensor]:
-        plan, count = task.towers["input"], rows * hidden
+        plan, count = task.towers[task.row_tower], rows * hidden
         is_class = plan.stem == "token" or (plan.modality == "sound" and config.sound_units)
         values = (
             torch.ones(count, dtype=torch.long)
@@ -108,7 +109,7 @@ class MaskedHead(TaskHead):
     @classmethod
     def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
         # Every token is counted, although only the masked ones are predicted.
-        plan = task.towers["input"]
+        plan = task.towers[task.row_tower]
         if plan.stem == "token":
             return tokens * (config.dim + config.vocab_size)
         return tokens * masked_outputs(config, plan.modality)

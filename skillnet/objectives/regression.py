@@ -36,7 +36,8 @@ class RegressionHead(LinearHead):
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        return {"number": self(mean_pool(*encode("input")))}
+        (tower,) = towers
+        return {"number": self(mean_pool(*encode(tower)))}
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:

@@ -216,7 +216,7 @@ class InferenceRunner:
         out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
 
         def predict_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (head.predict(self.model(task, {"input": batch})),)
+            return (head.predict(self.model(task, {spec.row_tower: batch})),)
 
         for rows, (predictions,) in self._infer(inputs, predict_batch):
             out[rows] = predictions.numpy()
@@ -236,13 +236,14 @@ class InferenceRunner:
         Returns:
             Symbol sequences, and the geometric mean of the path's probabilities, (N,) in (0, 1].
         """
-        head = head_class(find_task(task, self.model.config.tasks))
+        spec = find_task(task, self.model.config.tasks)
+        head = head_class(spec)
         assert issubclass(head, CTCHead)
         symbols: list[list[int]] = [[] for _ in range(len(inputs))]
         confidence = np.zeros(len(inputs), dtype=np.float32)
 
         def transcribe_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            outputs = self.model(task, {"input": batch})
+            outputs = self.model(task, {spec.row_tower: batch})
             return outputs["log_probs"].float(), outputs["lengths"]
 
         for rows, (log_probs, lengths) in self._infer(inputs, transcribe_batch):

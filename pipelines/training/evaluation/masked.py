@@ -146,11 +146,12 @@ def mean_masked_length(
         limit: maximum row length in tokens or frames.
 
     Returns:
-        ``{"input": length}``, or {} if all rows have one size.
+        Tower -> length, or {} if all rows have one size.
     """
     # Masks hide tokens but do not remove them, so they do not matter for lengths.
     lengths = open_masked_rows(model, task, corpus, split, None, limit).row_lengths()
-    return {} if lengths is None else {"input": max(round(float(lengths.mean())), 1)}
+    tower = find_task(task, model.config.tasks).row_tower
+    return {} if lengths is None else {tower: max(round(float(lengths.mean())), 1)}
 
 
 def open_masked_rows(

@@ -8,11 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.training.evaluation.tables import SCORED_METRICS, score_metric
-
-#: Metric of tasks without labels. Its score is the geometric mean probability of the masked
-#: tokens, exp(-loss), which is between 0 and 1 for pixels as well.
-MASKED_METRIC = "masked_loss"
+from pipelines.training.evaluation.tables import PRIMARY_METRICS, SCORED_METRICS, score_metric
 
 
 def compute_overall_score(
@@ -37,12 +33,18 @@ def compute_overall_score(
         for row in chosen
         if row["metric"] in SCORED_METRICS
     }
+    # The score of a loss is exp(-loss), between 0 and 1 for pixels as well. Of masked tokens it is
+    # the geometric mean of their probabilities.
     scores = scores or {
-        str(row["task"]): math.exp(-float(row["value"]))
+        str(row["task"]): _score_unlabelled(row["metric"], float(row["value"]))
         for row in chosen
-        if row["metric"] == MASKED_METRIC
+        if row["metric"] in PRIMARY_METRICS
     }
     return (average_scores(scores) if scores else None), scores
+
+
+def _score_unlabelled(metric: str, value: float) -> float:
+    return value if PRIMARY_METRICS[metric] else math.exp(-value)
 
 
 def average_scores(scores: Mapping[str, float]) -> float:

@@ -84,6 +84,16 @@ def score_metric(metric: str, value: float) -> float:
     return max(value if SCORED_METRICS[metric] else 1.0 - value, 0.0)
 
 
+def score_label(metric: str) -> str:
+    """Return the label of the score of a primary metric, of which a higher one is better.
+
+    Args:
+        metric: name in evaluation rows.
+    """
+    label = metric_label(metric)
+    return label if SCORED_METRICS.get(metric, True) else f"1 − {label}"
+
+
 def metric_label(metric: str) -> str:
     """Return the label of a metric: ``reverse_recall_at_10`` -> ``"R@10, X to text"``.
 
@@ -338,9 +348,9 @@ def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]
     for name in sort_rows(config.tasks):
         towers = config.tasks[name].towers
         # The query comes before the candidates, as in the name of the task.
-        for tower in sorted(towers, key=["input", "query", "candidate"].index):
+        for tower in find_objective(config.tasks[name].objective).towers:
             plan = towers[tower]
-            label = name if tower == "input" else f"{name}, {tower}"
+            label = name if len(towers) == 1 else f"{name}, {tower}"
             cells.append([label, *("●" if s in plan.skills else "" for s in config.skills)])
     return ["tower", *config.skills], cells
 

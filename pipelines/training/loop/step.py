@@ -141,7 +141,8 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
             masked = slice(first, first + int(counts_B[rows].sum()))
             targets["values"] = batch.targets["values"][masked]
             skipped = start * batch.targets["masked"].shape[1]
-            towers["input"]["places"] = batch.towers["input"]["places"][masked] - skipped
+            (tower,) = towers
+            towers[tower]["places"] = batch.towers[tower]["places"][masked] - skipped
             part.masked_counts = counts_B[rows]
         yield part
 

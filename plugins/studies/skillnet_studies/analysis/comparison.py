@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.training.evaluation.outcomes import sum_outcomes
 from pipelines.training.evaluation.tables import (
     SCORED_METRICS,
-    metric_label,
+    score_label,
     score_metric,
     sort_rows,
 )
@@ -506,5 +506,4 @@ def name_score(comparison: SystemComparison, task: str) -> str:
         comparison: computed results.
         task: name of a task.
     """
-    metric = comparison.metrics[task]
-    return "1 − token error" if metric == "token_error_rate" else metric_label(metric)
+    return score_label(comparison.metrics[task])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.training.evaluation.tables import sort_rows
+from pipelines.training.evaluation.tables import score_label, sort_rows
 from skillnet_platform.plots import make_figure
 from skillnet_studies.interpretation.ablation import ADD, REMOVE, SWAP
 from skillnet_studies.interpretation.similarity import CKA, UNTRAINED, WEIGHTS
@@ -304,9 +304,7 @@ def _format_points(value: float) -> str:
 
 def _format_basis(rows: Rows, task: str) -> str:
     row = next(row for row in rows if row["task"] == task)
-    name = {"accuracy": "accuracy", "token_error_rate": "1 − token error"}
-    metric = name.get(row["metric"], row["metric"].replace("recall_at_", "R@"))
-    return f"{metric} {100 * row['before']:.1f} %"
+    return f"{score_label(row['metric'])} {100 * row['before']:.1f} %"
 
 
 def _format_hundredths(value: float) -> str:

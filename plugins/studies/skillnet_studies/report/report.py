@@ -278,12 +278,14 @@ def build_summary_rows(
         comparison: computed results.
         references: scores of the simple references, by task and split; rows without intervals.
     """
+    from pipelines.training.evaluation.tables import SCORED_METRICS
+
     rows = build_reference_rows(references or {}, comparison.common_tasks)
     for (label, task, split), score in comparison.scores.items():
         value, low, high = score[:3]
         metric = comparison.metrics.get(task, "score")
         # Scores are inverted back to error rates, which swaps the bounds.
-        if metric == "token_error_rate":
+        if not SCORED_METRICS.get(metric, True):
             value, low, high = 1 - value, 1 - high, 1 - low
         cost = comparison.costs.get((label, task))
         rows.append(
