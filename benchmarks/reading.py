@@ -24,7 +24,7 @@ from benchmarks.media_corpus import PICTURE, decode, files
 from pipelines.data.shards.columns import FixedColumn, open_column
 from pipelines.data.shards.format import write_shard
 from pipelines.data.shards.jpeg import encode_jpeg, jpeg_field
-from pipelines.training.loading.rng import keyed_rng
+from skillnet.keyed_random import keyed_rng
 from skillnet_platform import console
 
 PICTURES, TIMES, BATCH = 64, 24, 64

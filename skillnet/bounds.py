@@ -1,8 +1,8 @@
-"""Bounds of the numbers of a dataclass, as part of their types."""
+"""Checks of values: bounds of numbers as part of their types, and hints for unknown names."""
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any
 
@@ -56,3 +56,18 @@ def _check_number(key: str, value: Any, kind: type, interval: Interval) -> None:
         end = f"to {interval.le}" if interval.le is not None else f"to below {interval.lt}"
         above = "above " if interval.gt is not None else ""
         raise ValueError(f"{key} must be from {above}{low} {end}, got {value!r}")
+
+
+def nearest_hint(name: str, known: Sequence[str]) -> str:
+    """Return a hint for an unknown name: '; did you mean …? Known: …'.
+
+    Args:
+        name: the unknown name.
+        known: the valid names.
+    """
+    # Imported here: only an error needs it.
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} Known: {', '.join(known)}"

@@ -1,11 +1,12 @@
 """Model configuration: sizes of the layers and inputs, skills and tasks."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from skillnet.bounds import MAX_LAYERS, DropProbability, LayerSize, OptionalSize, check_bounds
+from skillnet.modality import find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
 
@@ -58,6 +59,7 @@ class SkillNetConfig:
         video_size: pixels per side of a frame.
         tubelet: (frames, height, width) of one video token.
         video_motion: add the difference to the previous frame as further channels.
+        inputs: modality of another package -> its sizes.
         embedding_dim: width of the retrieval space.
         tasks: name -> task (objective, plans of its towers, outputs).
         reference_tasks: tasks over whose mean the sizes of a baseline are matched, with the skills
@@ -97,6 +99,7 @@ class SkillNetConfig:
     video_size: LayerSize = 32
     tubelet: tuple[LayerSize, LayerSize, LayerSize] = (2, 8, 8)
     video_motion: bool = field(default=True, metadata=_NO_OPTION)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     embedding_dim: LayerSize = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
     reference_tasks: dict[str, Task] = field(default_factory=dict, metadata=_NO_OPTION)
@@ -147,14 +150,14 @@ class SkillNetConfig:
                 f"model.tubelet {self.tubelet} must divide model.video_frames "
                 f"{self.video_frames} and model.video_size {self.video_size}"
             )
+        for name, given in self.inputs.items():
+            find_modality(name).build_options(given)
         for name, task in self.tasks.items():
             for tower, plan in task.towers.items():
                 check_plan(plan, self.skills, f"model.tasks.{name}.towers.{tower}")
-                if (
-                    self.class_token
-                    and find_objective(task.objective).hides_inputs
-                    and plan.modality == "image"
-                ):
+                if not self.class_token or not find_objective(task.objective).hides_inputs:
+                    continue
+                if find_modality(plan.modality).has_class_token:
                     raise ValueError(
                         f"model.class_token: {name} predicts the patches of an image, and the "
                         "class token is none; set it to false"

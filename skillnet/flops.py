@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.modality import find_modality
 from skillnet.objectives.heads import head_class
 from skillnet.precision import find_device
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, find_task
-from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
 
 
 class SupportsTasks(Protocol):
@@ -62,10 +62,12 @@ def count_flops(
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = find_task(task, model.config.tasks)
-    towers = {
-        tower: _example_batch(model, plan, (lengths or {}).get(tower))
-        for tower, plan in spec.towers.items()
-    }
+    device = find_device(model.parameters())
+    towers = {}
+    for tower, plan in spec.towers.items():
+        half, length = find_modality(plan.modality).tensor_half, (lengths or {}).get(tower)
+        batch = half.make_example(model.config, 1, length)
+        towers[tower] = {name: x.to(device) for name, x in batch.items()}
     training = model.training
     model.train(False)
     # Without gradients the counter's module tracker fails on a weight that is passed as an
@@ -112,26 +114,10 @@ def plan_flops(model: SupportsPlans, plan: SkillPlan, length: int | None = None)
 
     Returns:
         (floating-point operations, tokens).
-
-    Raises:
-        TypeError: a stem without a known formula.
     """
-    config, stem, dim = model.config, model.stems[plan.stem], model.config.dim
-    if isinstance(stem, TokenStem):
-        tokens, flops = length or config.max_tokens, 0
-    elif isinstance(stem, LogMelStem):
-        frames = length or config.max_frames
-        tokens = -(-frames // config.mel_stack)
-        first = frames * config.n_mels * stem.first.kernel_size[0]
-        second = tokens * dim * stem.second.kernel_size[0]
-        flops = 2 * dim * (first + second)
-    elif isinstance(stem, PatchStem | TubeletStem):
-        tokens = patches = stem.position.shape[0]
-        if isinstance(stem, PatchStem):
-            tokens = config.image_tokens
-        flops = 2 * patches * stem.project.in_features * dim
-    else:  # a stem of a third party
-        raise TypeError(f"no cost is known for {type(stem).__name__}")
+    config, stem = model.config, model.stems[plan.stem]
+    half = find_modality(plan.modality).tensor_half
+    tokens, flops = half.count_tokens(config, length), half.count_stem_flops(config, stem, length)
     return flops + _encoder_flops(model.encoder, plan, tokens), tokens
 
 
@@ -150,21 +136,3 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
         weights = (part for part in layer.modules() if isinstance(part, SkillWeights))
         flops += sum(part.merge_flops(plan.skills) for part in weights)
     return flops
-
-
-def _example_batch(model: SupportsTasks, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:
-    """Return a batch of one row that a plan can read. The cost does not depend on its values."""
-    config, device = model.config, find_device(model.parameters())
-    if plan.modality in ("text", "code"):
-        return {"tokens": torch.ones(1, length or config.max_tokens, dtype=torch.long).to(device)}
-    if plan.modality == "sound":
-        frames = length or config.max_frames
-        return {
-            "log_mel": torch.zeros(1, frames, config.n_mels, device=device),
-            "frames": torch.tensor([frames], device=device),
-        }
-    if plan.modality == "image":
-        size = config.image_size
-        return {"pixels": torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)}
-    shape = (1, config.video_frames, config.video_size, config.video_size, 1)
-    return {"frames": torch.zeros(shape, dtype=torch.uint8, device=device)}

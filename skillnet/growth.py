@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from skillnet.modality import find_stem
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.heads import build_head
 from skillnet.skill_weights import SkillWeights, require_unused_name
 from skillnet.skills import Task, check_names, check_plan, find_task, nearest_hint
-from skillnet.stems import STEMS
 
 
 def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:
@@ -65,7 +65,7 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
     for stem in task.stems:
         if stem not in model.stems:
-            model.stems[stem] = STEMS[stem](model.config).to(some.device, some.dtype)
+            model.stems[stem] = find_stem(stem)(model.config).to(some.device, some.dtype)
     model.heads[name] = head
     return model
 

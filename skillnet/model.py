@@ -14,11 +14,12 @@ from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.flops import task_flops
 from skillnet.layers import Skills
+from skillnet.modalities.tokens import TokenStem
+from skillnet.modality import find_stem, stem_names
 from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.objectives.heads import mean_pool
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task, find_task
-from skillnet.stems import STEMS, TokenStem
 
 
 class SkillNet(TaskModel):
@@ -34,7 +35,7 @@ class SkillNet(TaskModel):
         super().__init__(config, options)
         # Unused stems would be saved and counted although no task reads them.
         needed = {plan.stem for task in config.tasks.values() for plan in task.towers.values()}
-        self.stems = nn.ModuleDict({n: make(config) for n, make in STEMS.items() if n in needed})
+        self.stems = nn.ModuleDict({n: find_stem(n)(config) for n in stem_names() if n in needed})
         self.encoder = Encoder(config)
         self.add_heads()
 
@@ -132,7 +133,7 @@ class SkillNet(TaskModel):
         return {
             "shared",
             *(f"skill-{name}" for name in config.skills),
-            *(f"stem-{name}" for name in STEMS),
+            *(f"stem-{name}" for name in stem_names()),
             *(f"head-{task}" for task in config.tasks),
         }
 

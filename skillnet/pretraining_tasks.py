@@ -1,7 +1,8 @@
 """Self-supervised tasks, and the tasks that a pretraining knows: :func:`pretraining_tasks`."""
 
+from skillnet.modality import modality_names
 from skillnet.objectives.base import find_objective
-from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
+from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
 
 #: Pairs of a text and code that need no label, as a comment and the lines below it.
 CODE_PAIRS = "pairs_code"
@@ -13,18 +14,18 @@ def pretraining_tasks() -> dict[str, Task]:
     Pairs within a modality are two views of an image, a video or a function, or a word and its
     definition.
     """
-    pairs = {f"views_{modality}": _pair_within(modality) for modality in MODALITIES}
+    pairs = {f"views_{modality}": _pair_within(modality) for modality in modality_names()}
     pairs["text_to_definition"] = _pair_within("text")
     pairs[CODE_PAIRS] = default_tasks()["text_to_code"]
     return masked_tasks() | default_tasks() | pairs
 
 
-def _pair_within(modality: Modality) -> Task:
+def _pair_within(modality: str) -> Task:
     plan = SkillPlan(("general", modality, "alignment"), modality)
     return Task("retrieval", {"query": plan, "candidate": plan})
 
 
-def pretrained_modalities(name: str, task: Task) -> frozenset[Modality]:
+def pretrained_modalities(name: str, task: Task) -> frozenset[str]:
     """Return the modalities that a self-supervised task trains; none for other tasks.
 
     Masked modelling, pairs within one modality and ``pairs_code`` are self-supervised.

@@ -70,6 +70,18 @@ class RawInputModel:
             self._processor = pkgutil.resolve_name(PROCESSOR)(self)
         return self._processor
 
+    def encode_inputs(
+        self, modality: str, inputs: Sequence[Any], task: str | None = None
+    ) -> TaskVectors:
+        """Return the vectors (N, E) of inputs of a modality, which may be another package's.
+
+        Args:
+            modality: name of the modality; the methods below are for built-in ones.
+            inputs: paths, bytes of files, or inputs in memory that the modality accepts.
+            task: see the class.
+        """
+        return self.processor.encode(modality, inputs, task)
+
     def encode_text(self, texts: Sequence[str], task: str | None = None) -> TaskVectors:
         """Return the vectors (N, E) of texts.
 

@@ -6,27 +6,10 @@ This module is pure Python without torch. docs/skills.md gives the source of eac
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from skillnet.bounds import OptionalSize, check_bounds
+from skillnet.bounds import OptionalSize, check_bounds, nearest_hint
+from skillnet.modality import CAPTION_MODALITY, find_modality, modality_names
 from skillnet.objectives.base import BUILT_IN_OBJECTIVES, PAIR, find_objective, objective_names
-
-# The names of modalities are values of configuration files and of saved models.
-Modality = Literal["text", "image", "sound", "video", "code"]
-
-MODALITIES: tuple[Modality, ...] = ("text", "image", "sound", "video", "code")
-
-#: Text and code are both sequences of tokens of one vocabulary and share one stem.
-STEM_OF: dict[str, str] = {
-    "text": "token",
-    "code": "token",
-    "image": "patch",
-    "sound": "log_mel",
-    "video": "tubelet",
-}
-
-#: Stems whose inputs have a linear path to the retrieval space.
-LINEAR_STEMS = ("token", "patch")
 
 DEFAULT_SKILLS: tuple[str, ...] = (
     "general",
@@ -53,7 +36,7 @@ class SkillPlan:
     """
 
     skills: tuple[str, ...]
-    modality: Modality = "text"
+    modality: str = CAPTION_MODALITY
 
     def __post_init__(self) -> None:
         if isinstance(self.skills, str):
@@ -64,17 +47,15 @@ class SkillPlan:
             raise ValueError("a plan activates at least one skill; add 'general'")
         if len(names) != len(tuple(self.skills)):
             raise ValueError(f"a skill is named twice in {list(self.skills)}")
-        if self.modality not in MODALITIES:
-            raise ValueError(
-                f"unknown modality {self.modality!r}; expected one of {', '.join(MODALITIES)}"
-            )
+        if self.modality not in modality_names():
+            find_modality(self.modality)  # raises the error; others load with their first use
         # The dataclass is frozen because plans are keys of the cache of merged weights.
         object.__setattr__(self, "skills", names)
 
     @property
     def stem(self) -> str:
         """Name of the stem that turns the input of this tower into tokens."""
-        return STEM_OF[self.modality]
+        return find_modality(self.modality).stem
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,7 @@ class Task:
                 f"linear_path is for retrieval; set it to false for a {self.objective} task"
             )
         for name, plan in self.towers.items():
-            if plan.stem not in LINEAR_STEMS:
+            if not find_modality(plan.modality).has_linear_path:
                 raise ValueError(
                     f"linear_path reads text, code and images, and the tower {name} reads "
                     f"{plan.modality}; set linear_path to false"
@@ -144,14 +125,17 @@ class Task:
         The other tower reads the rows themselves. If both read text, the query reads captions.
         """
         towers = PAIR if find_objective(self.objective).pairs_towers else ()
-        return next((each for each in towers if self.towers[each].modality == "text"), None)
+        return next(
+            (each for each in towers if self.towers[each].modality == CAPTION_MODALITY), None
+        )
 
     @property
     def paired_tower(self) -> str | None:
         """Tower that reads the second medium of rows in two media; None for other tasks."""
         media = {plan.modality for plan in self.towers.values()}
         is_pair = find_objective(self.objective).pairs_towers
-        return "query" if is_pair and len(media) == 2 and "text" not in media else None
+        is_paired = is_pair and len(media) == 2 and CAPTION_MODALITY not in media
+        return "query" if is_paired else None
 
     @property
     def has_row_pairs(self) -> bool:
@@ -172,7 +156,7 @@ class Task:
         return tuple(sorted({plan.stem for plan in self.towers.values()}))
 
 
-def _retrieval(modality: Modality) -> Task:
+def _retrieval(modality: str) -> Task:
     return Task(
         "retrieval",
         {
@@ -205,7 +189,7 @@ def masked_tasks() -> dict[str, Task]:
     """
     return {
         f"masked_{name}": Task("masked", {"input": SkillPlan(("general", name), name)})
-        for name in MODALITIES
+        for name in modality_names()
     }
 
 
@@ -217,9 +201,9 @@ def name_task(modality: str, annotations: Collection[str]) -> str:
         annotations: targets of the rows, from "labels", "label_sets", "values", "pairs",
             "captions", "transcripts". Transcripts and captions take precedence over the others.
     """
-    if modality == "sound" and "transcripts" in annotations:
-        return "speech_recognition"
-    if modality != "text" and "captions" in annotations:
+    if "transcripts" in annotations and (named := find_modality(modality).transcript_task):
+        return named
+    if modality != CAPTION_MODALITY and "captions" in annotations:
         return f"text_to_{modality}"
     if "pairs" in annotations:
         return f"{modality}_to_{modality}"
@@ -239,13 +223,15 @@ def known_tasks() -> dict[str, Task]:
     labelled = {
         f"{name}_{objective}": Task(objective, {"input": SkillPlan(("general", name), name)})
         for objective in ("classification", "multi_label", "regression")
-        for name in MODALITIES
+        for name in modality_names()
     }
-    pairs = {f"text_to_{name}": _retrieval(name) for name in MODALITIES if name != "text"}
+    pairs = {
+        f"text_to_{name}": _retrieval(name) for name in modality_names() if name != CAPTION_MODALITY
+    }
     plans = {
         name: SkillPlan(("general", name, "alignment"), name)
-        for name in MODALITIES
-        if name != "text"
+        for name in modality_names()
+        if name != CAPTION_MODALITY
     }
     media = {
         f"{query}_to_{candidate}": Task(
@@ -334,18 +320,3 @@ def require_outputs(name: str, task: Task) -> None:
             f"{listed}. The manifest of its corpus provides it, if the corpus has {listed}; "
             "otherwise set it"
         )
-
-
-def nearest_hint(name: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: '; did you mean …? Known: …'.
-
-    Args:
-        name: the unknown name.
-        known: the valid names.
-    """
-    # Imported here: only an error needs it.
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} Known: {', '.join(known)}"

@@ -7,6 +7,8 @@ limit. Sound is padded to the longest length; its frames say how many are real.
 Shapes: B batch, T tokens, N frames, M mel bins.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,19 +16,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from skillnet.config import SkillNetConfig
+from skillnet.modality import find_modality
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, find_task
-
-#: Modality -> names of its tensors, in the order of the graph's inputs.
-TENSORS: dict[str, tuple[str, ...]] = {
-    "text": ("tokens",),
-    "code": ("tokens",),
-    "image": ("pixels",),
-    "sound": ("log_mel", "frames"),
-    "video": ("frames",),
-}
-
 
 #: Shortest text of a graph. Tensors of length 1 broadcast, so torch would trace another graph.
 MIN_TOKENS = 3
@@ -45,7 +38,7 @@ class TowerGraph(nn.Module):
         super().__init__()
         self.model, self.task, self.tower = model, task, tower
         self.spec = find_task(task, model.config.tasks)
-        self.input_names = TENSORS[self.spec.towers[tower].modality]
+        self.input_names = find_modality(self.spec.towers[tower].modality).batch
         self.output_names: tuple[str, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -60,7 +53,11 @@ class TowerGraph(nn.Module):
 
 
 def make_example_batch(
-    plan: SkillPlan, config: SkillNetConfig, rows: int = 3, seed: int = 0, channels: int = 1
+    plan: SkillPlan,
+    config: SkillNetConfig,
+    rows: int = 3,
+    seed: int = 0,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Batch:
     """Return random inputs of a tower, the first row as long as the model reads.
 
@@ -69,29 +66,12 @@ def make_example_batch(
         config: sizes of the inputs.
         rows: B.
         seed: start of the random numbers of the values and lengths.
-        channels: numbers per pixel of video frames.
+        settings: preprocessing of the task's corpus.
     """
     draw = torch.Generator().manual_seed(seed)
-
-    def lengths(longest: int) -> Tensor:
-        shorter = torch.randint(1, longest + 1, (rows - 1,), generator=draw)
-        return torch.cat([torch.tensor([longest]), shorter])
-
-    if plan.stem == "token":
-        longest = config.max_tokens
-        tokens_BT = torch.randint(1, config.vocab_size, (rows, longest), generator=draw)
-        return {"tokens": tokens_BT * (torch.arange(longest) < lengths(longest)[:, None])}
-    if plan.modality == "sound":
-        longest = config.max_frames
-        shape = (rows, longest, config.n_mels)
-        return {"log_mel": torch.randn(shape, generator=draw), "frames": lengths(longest)}
-    if plan.modality == "image":
-        sides = (config.image_size, config.image_size)
-        return {
-            "pixels": torch.randint(0, 256, (rows, *sides, 3), generator=draw, dtype=torch.uint8)
-        }
-    size = (config.video_frames, config.video_size, config.video_size, channels)
-    return {"frames": torch.randint(0, 256, (rows, *size), generator=draw, dtype=torch.uint8)}
+    half = find_modality(plan.modality).tensor_half
+    batch: Batch = half.make_example(config, rows, draw=draw, settings=settings)
+    return batch
 
 
 def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:

@@ -22,6 +22,7 @@ import numpy as np
 from pipelines.serving.bundle_facts import list_licences
 from pipelines.serving.input_items import PredictionItem
 from pipelines.serving.retrieval_index import build_retrieval_index
+from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.objectives.base import PAIR, find_objective
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
@@ -90,7 +91,7 @@ class CorpusSearch:
         data: str | Path,
         task: str,
         splits: Sequence[str] | None = None,
-        modality: str = "text",
+        modality: str = CAPTION_MODALITY,
         place: str = "",
     ) -> None:
         from pipelines.data.config.folds import FoldConfig
@@ -159,7 +160,7 @@ class CorpusSearch:
         Args:
             query_row: result of :meth:`read_query`.
         """
-        if self.modality != "text" or not self._known_tokens.any():
+        if self.modality != CAPTION_MODALITY or not self._known_tokens.any():
             return ""
         unknown = int((~self._known_tokens[query_row]).sum())
         if unknown < DOUBTED_FRACTION * len(query_row):
@@ -211,16 +212,16 @@ class CorpusSearch:
             query_row: result of :meth:`read_query`. Pages show media as the model reads them:
                 decoded in the guard, and small.
         """
-        from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview, draw_log_mel
+        from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview
 
         if query.data is None:
             return None
-        if self.modality in ("text", "code"):
+        modality = find_modality(self.modality)
+        if modality.reads_tokens:
             text = query.data[:MAX_PREVIEW_BYTES].decode("utf-8-sig", "ignore")
             return QueryPreview(self.modality, code=text)
-        if self.modality == "sound":
-            return QueryPreview(self.modality, draw_log_mel(query_row), recording=query.data)
-        return QueryPreview(self.modality, query_row)
+        recording = query.data if modality.file_half.is_played else None
+        return QueryPreview(self.modality, modality.file_half.draw(query_row), recording=recording)
 
     def render_hits(
         self,
@@ -262,18 +263,16 @@ class CorpusSearch:
 
     def _load_content(self, hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
         """Return the picture or the video of a hit, or its text or code."""
-        from pipelines.data.shards.columns import FixedColumn, RaggedColumn, open_column
-        from pipelines.serving.search_page import draw_log_mel
+        from pipelines.data.shards.columns import RaggedColumn, open_column
 
-        table = self.corpus.splits[hit.split].table()
-        if self._shown in ("text", "code"):
-            return None, _read_cell(table, self._prefix + self._shown, hit.row)
-        column = open_column(table, self._column, self.corpus.name)
-        rows = np.array([hit.row])
-        if isinstance(column, RaggedColumn):
-            return draw_log_mel(column.take(rows)[0][0]), None
-        assert isinstance(column, FixedColumn)
-        media = column.take(rows)[0]
+        modality, table = find_modality(self._shown), self.corpus.splits[hit.split].table()
+        if modality.reads_tokens:
+            return None, _read_cell(table, self._prefix + modality.content_column, hit.row)
+        column: Any = open_column(table, self._column, self.corpus.name)
+        taken = column.take(np.array([hit.row]))
+        # Padded rows come with their lengths.
+        row = taken[0][0] if isinstance(column, RaggedColumn) else taken[0]
+        media = modality.file_half.draw(row)
         # Pen paths are white on black for the model; the page shows them black on white.
         about = self.corpus.manifest["paired"] if self._prefix else self.corpus.manifest
         return (255 - media if "pen" in about.get("preprocessing", {}) else media), None

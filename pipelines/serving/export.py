@@ -172,8 +172,8 @@ def _write_graphs(
     runs: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
     for tower, plan in model.config.tasks[task].towers.items():
         graph = TowerGraph(model, task, tower).eval()
-        channels = manifest["tasks"][task]["preprocessing"].get("video_channels", 1)
-        batch = make_example_batch(plan, model.config, channels=channels)
+        settings = manifest["tasks"][task]["preprocessing"]
+        batch = make_example_batch(plan, model.config, settings=settings)
         program = export_tower(graph, batch)
         path = folder / f"{tower}.{to}"
         if to == "pt2":
@@ -248,10 +248,10 @@ def _compare(source: TaskModel, manifest: Mapping[str, Any], run: Towers) -> flo
     largest = 0.0
     expected = _run_model(source)
     for task, spec in source.config.tasks.items():
-        channels = manifest["tasks"][task]["preprocessing"].get("video_channels", 1)
+        settings = manifest["tasks"][task]["preprocessing"]
         for tower, plan in spec.towers.items():
             for rows in (1, 4):
-                batch = make_example_batch(plan, source.config, rows, rows, channels)
+                batch = make_example_batch(plan, source.config, rows, rows, settings)
                 tensors = tuple(batch[name] for name in TowerGraph(source, task, tower).input_names)
                 pairs = zip(expected(task, tower, tensors), run(task, tower, tensors), strict=True)
                 for wanted, found in pairs:

@@ -7,38 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.io.file_signature import find_signature
 from pipelines.data.io.media import MAX_MEDIA_BYTES
 from pipelines.data.io.source_file import read_bounded
+from skillnet.modality import CAPTION_MODALITY, find_modality, list_modalities, modality_names
 from skillnet_platform.errors import UserError
-
-MODALITY_SUFFIXES = {
-    "sound": (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac"),
-    "image": (".png", ".jpg", ".jpeg", ".svg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
-    "code": (".py", ".pyi"),
-    "text": (".txt",),
-}
 
 #: Largest file that a prediction reads: that of prepare.
 MAX_FILE_BYTES = MAX_MEDIA_BYTES
 #: Largest file with rows of predictions.
 MAX_ROWS_BYTES = 2**30
-
-#: First bytes of common formats, for data without a file name.
-MAGIC_BYTES = (
-    (b"\x89PNG", "image"),
-    (b"\xff\xd8\xff", "image"),
-    (b"GIF8", "image"),
-    (b"<svg", "image"),
-    (b"ID3", "sound"),
-    # An MP3 file without an ID3 tag starts with the sync bits of a frame.
-    (b"\xff\xfb", "sound"),
-    (b"\xff\xf3", "sound"),
-    (b"fLaC", "sound"),
-    (b"OggS", "sound"),
-    # EBML, the container of Matroska and WebM.
-    (b"\x1aE\xdf\xa3", "video"),
-)
 
 
 @dataclass(frozen=True)
@@ -118,11 +96,14 @@ def find_suffix_modality(name: str) -> str | None:
     Args:
         name: file name, or a text that may be one.
     """
-    suffix = Path(name).suffix.lower()
-    for modality, suffixes in MODALITY_SUFFIXES.items():
-        if suffix in suffixes:
-            return modality
-    return None
+    suffix = Path(name).suffix.lower().removeprefix(".")
+    known = (each.name for each in list_modalities() if suffix in each.extensions)
+    return next(known, None)
+
+
+def list_suffixes(modality: str) -> list[str]:
+    """Return the suffixes of the files of a modality, with their dots."""
+    return [f".{extension}" for extension in find_modality(modality).extensions]
 
 
 def guess_modality(name: str, data: bytes) -> str:
@@ -139,17 +120,10 @@ def guess_modality(name: str, data: bytes) -> str:
     if (named := find_suffix_modality(name)) is not None:
         return named
     # SVG is text and may start with white space.
-    head = data[:64].lstrip()
-    for magic, modality in MAGIC_BYTES:
-        if head.startswith(magic):
-            return modality
-    # WAV, WebP and AVI are RIFF files; their form type follows the size.
-    if head[:4] == b"RIFF":
-        return {b"WAVE": "sound", b"WEBP": "image"}.get(head[8:12], "video")
-    # MP4 and MOV start with the size of their first box; its type comes second.
-    if head[4:8] == b"ftyp":
-        return "video"
-    known = ", ".join(suffix for suffixes in MODALITY_SUFFIXES.values() for suffix in suffixes)
+    found = find_signature(data) or find_signature(data[:64].lstrip())
+    if found is not None:
+        return found[0]
+    known = ", ".join(suffix for each in modality_names() for suffix in list_suffixes(each))
     raise UserError(f"{name}: unknown file type; use a name with one of {known}")
 
 
@@ -164,17 +138,4 @@ def find_item_modality(item: PredictionItem) -> str:
     """
     if item.modality is not None:
         return item.modality
-    return "text" if item.data is None else guess_modality(item.name, item.data)
-
-
-def decode_text(data: bytes) -> str:
-    """Return the text of a file in UTF-8, without a byte order mark and outer white space.
-
-    Raises:
-        ValueError: the bytes are not UTF-8.
-    """
-    try:
-        # utf-8-sig also removes the byte order mark that editors on Windows write.
-        return data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise ValueError("the text is not UTF-8") from None
+    return CAPTION_MODALITY if item.data is None else guess_modality(item.name, item.data)

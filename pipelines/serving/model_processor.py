@@ -22,10 +22,11 @@ from pipelines.serving.input_items import (
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
-from skillnet.skills import Modality, find_task
+from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
 #: How to make a folder with everything that a processor reads.
@@ -153,7 +154,7 @@ class ModelProcessor:
         name = self._choose(names, f"no {wanted} task in this model", task)
         modality = tasks[name].towers[tasks[name].row_tower].modality
         for number, value in enumerate(inputs):
-            if task is None and modality == "text":
+            if task is None and modality == CAPTION_MODALITY:
                 _reject_file_name(value, f"input {number}", name)
         items = [
             replace(make_item(value, modality, f"input {number}", name), task=name)
@@ -206,7 +207,7 @@ class ModelProcessor:
         return names[0]
 
 
-def make_item(value: Any, modality: Modality, name: str, task: str) -> PredictionItem:
+def make_item(value: Any, modality: str, name: str, task: str) -> PredictionItem:
     """Return a raw input as an item. A string is a text or code where those are read, else a path.
 
     Args:
@@ -218,25 +219,23 @@ def make_item(value: Any, modality: Modality, name: str, task: str) -> Predictio
     Raises:
         UserError: a file is missing, unreadable, or of another kind.
     """
-    is_token = modality in ("text", "code")
-    if is_token and isinstance(value, str):
-        if modality == "text":
-            return PredictionItem(value, text=value, where=name, modality=modality)
-        data = value.encode("utf-8", "surrogatepass")
-        return PredictionItem(name, data=data, modality=modality)
-    if is_token and not isinstance(value, Path | bytes | bytearray):
+    found = find_modality(modality)
+    if found.reads_tokens and isinstance(value, str):
+        fields = {"where": name} | found.file_half.make_input(value, name)
+        return PredictionItem(**fields, modality=modality)
+    if found.reads_tokens and not isinstance(value, Path | bytes | bytearray):
         raise UserError(f"{name}: expected a text, not {type(value).__name__}")
     if isinstance(value, str | Path):
         data = read_file_bytes(Path(value))
         # A drawing in SVG would pass as a text. Decoders of media check their files.
-        found = find_suffix_modality(str(value)) if is_token else None
-        if found not in (None, modality):
-            raise UserError(f"{value}: {task} reads {modality}, this is {found}")
+        other = find_suffix_modality(str(value)) if found.reads_tokens else None
+        if other not in (None, modality):
+            raise UserError(f"{value}: {task} reads {modality}, this is {other}")
         return PredictionItem(str(value), data=data, modality=modality)
     if isinstance(value, bytes | bytearray):
         return PredictionItem(name, data=bytes(value), modality=modality)
-    if modality == "sound" and not (isinstance(value, tuple) and len(value) == 2):
-        raise UserError(f"{name}: expected (samples, rate in Hz), a path or bytes")
+    if wrong := found.file_half.describe_wrong_content(value):
+        raise UserError(f"{name}: {wrong}")
     return PredictionItem(name, content=value, modality=modality)
 
 

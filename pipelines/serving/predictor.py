@@ -6,20 +6,22 @@ MLflow model use it. It preprocesses inputs with the settings of the training co
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pipelines.data.transforms import image, sound, text, video
+from pipelines.data.modalities.base import InputContext, ModalityFiles
+from pipelines.data.transforms import text
 from pipelines.data.transforms.decode_guard import NO_TIME_LEFT, WorkBudget
 from pipelines.data.transforms.decoder_process import decode_media
 from pipelines.serving.input_items import (
     PredictionItem,
-    decode_text,
     find_item_modality,
     printable_name,
 )
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
+from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import RowAnswer, head_class
@@ -31,12 +33,8 @@ SLOWEST_ITEM_FRACTION = 0.25
 #: Functions that a request may have beyond one per row, and inputs between looks at its time.
 MAX_FUNCTIONS, INPUTS_PER_LOOK = 1024, 256
 TOO_MANY_FUNCTIONS = f"more than {MAX_FUNCTIONS:,} functions in a request. Split the file"
-#: Input -> keys of a corpus' preprocessing settings that limit its tokens.
-TRUNCATION_KEYS = {
-    "text": ("max_tokens", "tokens"),
-    "code": ("max_code_tokens", "code_tokens"),
-    "query": ("max_caption_tokens", "caption_tokens"),
-}
+#: Keys of a corpus' preprocessing settings that limit the tokens of its captions.
+CAPTION_KEYS = ("max_caption_tokens", "caption_tokens")
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class TaskPredictor:
         """
         spec = find_task(task, self.model.config.tasks)
         tower = spec.caption_tower or "query"
-        rows = self.tokenize([text.strip() for text in texts], self._max_tokens(task, "query"))
+        rows = self.tokenize([text.strip() for text in texts], self._max_tokens(task, CAPTION_KEYS))
         inputs = memory_inputs(rows, spec.towers[tower], self.model.config)
         return self.runner.embed(task, tower, inputs)
 
@@ -275,14 +273,14 @@ class TaskPredictor:
         vector: np.ndarray = self.runner.embed(task, tower, inputs)[0]
         return vector
 
-    def _max_tokens(self, task: str, kind: str, is_own: bool = True) -> int:
+    def _max_tokens(self, task: str, keys: Sequence[str], is_own: bool = True) -> int:
         """Return the maximum tokens of a text, of code or of a query, as in training.
 
         The limit of a task is about the corpus' own modality, not about a second medium.
         """
         settings = self.preprocessing.get(task, {})
-        limits = [settings[key] for key in TRUNCATION_KEYS[kind] if settings.get(key)]
-        if kind == "query":
+        limits = [settings[key] for key in keys if settings.get(key)]
+        if keys is CAPTION_KEYS:
             limits = limits or [text.CAPTION_TOKENS]
         elif is_own and (limit := self.limits.get(task)):
             limits.append(limit)
@@ -350,78 +348,28 @@ class TaskPredictor:
         Raises:
             UserError: the input is empty, damaged or of another kind.
         """
-        modality = find_task(task, self.model.config.tasks).towers[tower].modality
+        spec = find_task(task, self.model.config.tasks)
+        is_caption, is_own = tower == spec.caption_tower, tower == spec.row_tower
+
+        def limit_tokens(keys: Sequence[str]) -> int:
+            return self._max_tokens(task, CAPTION_KEYS if is_caption else keys, is_own)
+
+        context = InputContext(
+            self.model.config,
+            self.preprocessing.get(task, {}),
+            partial(decode_media, budget=budget),
+            self.tokenize,
+            limit_tokens,
+            is_caption,
+            is_one,
+            None if budget is None else MAX_FUNCTIONS,
+        )
+        files: ModalityFiles = find_modality(spec.towers[tower].modality).file_half
         try:
-            if modality == "text":
-                return [(item.name, self._read_text(item, task, tower))]
-            if modality == "code":
-                return self._read_functions(item, task, tower, budget, is_one)
-            return [(item.name, self._read_media(item, task, modality, budget))]
+            return files.read_inputs(item, context)
         # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
             raise UserError(f"{item.where or item.name}: {error}") from None
-
-    def _read_text(self, item: PredictionItem, task: str, tower: str) -> np.ndarray:
-        content = (item.text if item.text is not None else decode_text(item.data or b"")).strip()
-        if not content and not item.may_be_empty:
-            raise ValueError("the text is empty")
-        is_caption = tower == find_task(task, self.model.config.tasks).caption_tower
-        if self.preprocessing.get(task, {}).get("keywords") and not is_caption:
-            content = text.append_keywords(content, item.keywords)
-        limit = self._max_tokens(task, "query" if is_caption else "text")
-        return self.tokenize([content], limit)[0]
-
-    def _read_functions(
-        self,
-        item: PredictionItem,
-        task: str,
-        tower: str,
-        budget: WorkBudget | None,
-        is_one: bool,
-    ) -> list[tuple[str, np.ndarray]]:
-        # The model was trained on single functions, so a file is one input for each of them.
-        functions = decode_media("code", item.data or b"", budget=budget)
-        if not functions:
-            raise ValueError("the file has no functions")
-        if budget is not None and len(functions) > MAX_FUNCTIONS:
-            raise ValueError(TOO_MANY_FUNCTIONS)
-        if is_one:
-            # A row of a corpus is a function with its inner ones.
-            functions = [each for each in functions if not each["is_inner"]]
-            if len(functions) > 1:
-                raise ValueError(
-                    f"{len(functions)} functions, expected one. Give a file with one function; it "
-                    "may contain inner ones"
-                )
-        is_own = tower == find_task(task, self.model.config.tasks).row_tower
-        limit = self._max_tokens(task, "code", is_own)
-        rows = self.tokenize([f["code"] for f in functions], limit)
-        names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
-        return list(zip(names, rows, strict=True))
-
-    def _read_media(
-        self, item: PredictionItem, task: str, modality: str, budget: WorkBudget | None
-    ) -> np.ndarray:
-        config, settings = self.model.config, self.preprocessing.get(task, {})
-        options: tuple[Any, ...]
-        if modality == "image":
-            options = (config.image_size, settings.get("fit", "pad"))
-        elif modality == "sound":
-            seconds = settings.get("max_seconds")
-            frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
-            options = (frames, settings.get("trim", True))
-        else:
-            # A model reads grey and coloured frames; it was trained on those of its corpus.
-            channels = settings.get("video_channels", video.GREY)
-            options = (config.video_frames, config.video_size, channels)
-        if item.content is None:
-            return decode_media(modality, item.data or b"", *options, budget=budget)
-        # No decoder runs, so a child process would protect from nothing.
-        if modality == "image":
-            return image.convert_image(item.content, *options)
-        if modality == "sound":
-            return sound.compute_log_mel(sound.resample_audio(*item.content), *options)
-        return video.convert_frames(item.content, *options)
 
     # -- inference -------------------------------------------------------------------------
 

@@ -13,13 +13,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pipelines.serving.input_items import MODALITY_SUFFIXES
+from pipelines.serving.input_items import list_suffixes
 from skillnet_platform.html_page import render_page
 
 #: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.
 THUMBNAIL_PIXELS = 144
-#: Columns of a spectrogram at most; the frames of longer audio are sampled evenly.
-MAX_SPECTROGRAM_COLUMNS = 400
 #: Bytes of a text or code that the page shows as the query.
 MAX_PREVIEW_BYTES = 4000
 #: Largest recording that the page plays; a longer one is shown only.
@@ -102,7 +100,7 @@ def render_search_page(
         "facts": list(facts),
         "credit": credit,
         "tasks": tasks,
-        "suffixes": [suffix for each in tasks for suffix in MODALITY_SUFFIXES[each]],
+        "suffixes": [suffix for each in tasks for suffix in list_suffixes(each)],
         "task": task,
         "problem": problem,
         "wide": any(card.code is not None for card in cards),
@@ -141,24 +139,6 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
             buffer, "PNG", save_all=True, append_images=images[1:], duration=durations_ms, loop=0
         )
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def draw_log_mel(mel_TM: np.ndarray) -> np.ndarray:
-    """Return audio as a grey image, dark where it is loud, with low frequencies at the bottom.
-
-    Args:
-        mel_TM: log-mel frames (T, mels).
-
-    Returns:
-        Image (mels, columns, 1) uint8.
-    """
-    columns = min(len(mel_TM), MAX_SPECTROGRAM_COLUMNS)
-    chosen = np.linspace(0, len(mel_TM) - 1, columns).round().astype(np.int64)
-    picture = mel_TM[chosen].T[::-1].astype(np.float32)
-    # Percentiles ignore single loud bins.
-    low, high = np.percentile(picture, (1, 99))
-    shade = np.clip((picture - low) / max(float(high - low), 1e-6), 0, 1)
-    return (255 * (1 - shade)).astype(np.uint8)[..., None]
 
 
 def _bar_percent(score: float) -> int:

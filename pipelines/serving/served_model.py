@@ -13,7 +13,7 @@ from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.input_items import find_item_modality, printable_name
 from pipelines.serving.predictor import ReadInput, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from skillnet.skills import MODALITIES
+from skillnet.modality import modality_names
 from skillnet_platform.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ class ServedModel:
         tasks = self.predictor.model.config.tasks
         ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
         #: Modality of queries -> task -> its search; tasks made for such queries come first.
-        self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in MODALITIES}
-        pairs = [(each, name) for each in MODALITIES for name in list_search_tasks(ordered, each)]
+        self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in modality_names()}
+        pairs = [
+            (each, name) for each in modality_names() for name in list_search_tasks(ordered, each)
+        ]
         for number, (modality, task) in enumerate(pairs, 1):
             place = f", {task} for {modality}, {number} of {len(pairs)}"
             # Without captions, only the rows themselves can be ranked.

@@ -12,8 +12,8 @@ from typing import Literal
 from skillnet.baselines import size_matching
 from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
+from skillnet.modality import modality_names
 from skillnet.model import SkillNet
-from skillnet.skills import MODALITIES
 from skillnet.systems import SizeMatch, System
 
 SKILL = "dense"
@@ -99,7 +99,7 @@ def _modalities(config: SkillNetConfig) -> list[str]:
     # Those of the compared tasks too, so that pretraining and fine-tuning build one model.
     tasks = [*config.tasks.values(), *size_matching.reference_tasks(config).values()]
     read = {plan.modality for task in tasks for plan in task.towers.values()}
-    return [name for name in MODALITIES if name in read]
+    return [name for name in modality_names() if name in read]
 
 
 def measure_dense(config: SkillNetConfig, options: DenseOptions) -> SizeMatch:

@@ -14,6 +14,7 @@ import torch
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.modality import find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task
@@ -89,15 +90,8 @@ def max_tokens(config: SkillNetConfig, plan: SkillPlan) -> int:
         config: sizes of the inputs.
         plan: plan of the tower.
     """
-    if plan.modality in ("text", "code"):
-        return config.max_tokens
-    if plan.modality == "sound":
-        return -(-config.max_frames // config.mel_stack)
-    if plan.modality == "image":
-        return config.image_tokens
-    frames, height, width = config.tubelet
-    across = (config.video_size // height) * (config.video_size // width)
-    return (config.video_frames // frames) * across
+    tokens: int = find_modality(plan.modality).tensor_half.count_tokens(config)
+    return tokens
 
 
 def one_skill(

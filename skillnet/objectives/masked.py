@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
+from skillnet.modality import find_modality
 from skillnet.objectives.heads import (
     EmbeddingOf,
     EncodeTower,
@@ -20,7 +21,6 @@ from skillnet.objectives.heads import (
 )
 from skillnet.precision import to_wide_float
 from skillnet.skills import Task
-from skillnet.stems import masked_outputs, values_of_token
 
 #: Factor of the bias of masked tokens. The bias must learn token frequencies, several nats. With
 #: the common learning rate it would learn too slowly, and the tied embeddings would encode the
@@ -38,14 +38,14 @@ class MaskedHead(TaskHead):
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__(config, task)
-        plan = task.towers[task.row_tower]
-        self.tied = plan.stem == "token"
+        modality = find_modality(task.towers[task.row_tower].modality)
+        self.tied = modality.reads_tokens
         if self.tied:
             self.transform = nn.Linear(config.dim, config.dim)
             self.norm = nn.LayerNorm(config.dim)
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         else:
-            self.project = nn.Linear(config.dim, masked_outputs(config, plan.modality))
+            self.project = nn.Linear(config.dim, modality.tensor_half.count_outputs(config))
 
     def forward(self, x_MD: Tensor, embedding_VD: Tensor | None = None) -> Tensor:
         if not self.tied:
@@ -97,22 +97,20 @@ class MaskedHead(TaskHead):
     def example_targets(
         cls, config: SkillNetConfig, task: Task, rows: int, tokens: int, hidden: int
     ) -> dict[str, Tensor]:
-        plan, count = task.towers[task.row_tower], rows * hidden
-        is_class = plan.stem == "token" or (plan.modality == "sound" and config.sound_units)
+        half, count = find_modality(task.towers[task.row_tower].modality).tensor_half, rows * hidden
         values = (
             torch.ones(count, dtype=torch.long)
-            if is_class
-            else torch.zeros(count, values_of_token(config, plan.modality))
+            if half.count_classes(config)
+            else torch.zeros(count, half.count_values(config))
         )
         return {"masked": torch.zeros(rows, tokens, dtype=torch.bool), "values": values}
 
     @classmethod
     def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
         # Every token is counted, although only the masked ones are predicted.
-        plan = task.towers[task.row_tower]
-        if plan.stem == "token":
-            return tokens * (config.dim + config.vocab_size)
-        return tokens * masked_outputs(config, plan.modality)
+        modality = find_modality(task.towers[task.row_tower].modality)
+        outputs: int = modality.tensor_half.count_outputs(config)
+        return tokens * (outputs + config.dim * modality.reads_tokens)
 
 
 def masked_loss(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:

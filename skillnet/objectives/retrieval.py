@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import MetricIntervals, TaskMetrics, to_array
+from skillnet.modalities.pixels import scale_to_signed
+from skillnet.modalities.tensors import PAD
+from skillnet.modality import find_modality
 from skillnet.objectives.base import PAIR
 from skillnet.objectives.heads import (
     EmbeddingOf,
@@ -33,7 +36,6 @@ from skillnet.objectives.heads import (
 )
 from skillnet.precision import to_wide_float
 from skillnet.skills import Task
-from skillnet.stems import PAD, scale_to_signed
 
 #: A query counts as successful up to this rank of its best correct candidate.
 RECALL_RANK = 10
@@ -432,5 +434,6 @@ def count_linear_flops(config: SkillNetConfig, modality: str) -> int:
         config: sizes of the model.
         modality: of the tower.
     """
-    inputs = 3 * find_grid_side(config.image_size) ** 2 if modality == "image" else config.dim
+    reads_tokens = find_modality(modality).reads_tokens
+    inputs = config.dim if reads_tokens else 3 * find_grid_side(config.image_size) ** 2
     return 2 * inputs * config.embedding_dim

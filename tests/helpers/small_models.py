@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
-from skillnet.skills import Modality, SkillPlan, Task, default_tasks
+from skillnet.skills import SkillPlan, Task, default_tasks
 
 #: One plan per modality, with the skills of the default tasks.
 PLANS = {
@@ -61,7 +61,7 @@ def small_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: An
 
 
 def batch_of(
-    modality: Modality, config: SkillNetConfig, rows: int = 3, seed: int = 0
+    modality: str, config: SkillNetConfig, rows: int = 3, seed: int = 0
 ) -> dict[str, Tensor]:
     """A made-up batch of a modality; sequences differ in length, the first is the longest."""
     g = torch.Generator().manual_seed(seed)

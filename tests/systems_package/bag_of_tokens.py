@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from skillnet.config import SkillNetConfig
+from skillnet.modality import find_stem
 from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.skills import find_task
-from skillnet.stems import STEMS
 from skillnet.systems import System
 
 
@@ -32,7 +32,7 @@ class Bag(TaskModel):
     def __init__(self, config: SkillNetConfig, options: Any = None) -> None:
         super().__init__(config, options)
         needed = {stem for task in config.tasks.values() for stem in task.stems}
-        self.stems = nn.ModuleDict({name: STEMS[name](config) for name in sorted(needed)})
+        self.stems = nn.ModuleDict({name: find_stem(name)(config) for name in sorted(needed)})
         layers = [
             nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU())
             for _ in range((options or BagOptions()).layers)

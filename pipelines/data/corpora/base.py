@@ -194,21 +194,6 @@ class Corpus(ABC):
         )
 
 
-def tensor_field(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
-    """Return the field of a column of flattened tensors of one shape.
-
-    Args:
-        name: name of the column.
-        dtype: type of the elements.
-        shape: shape of each tensor; the metadata of the field store it.
-    """
-    size = 1
-    for length in shape:
-        size *= length
-    text = "[" + ",".join(str(length) for length in shape) + "]"
-    return pa.field(name, pa.list_(dtype, size), metadata={b"shape": text.encode()})
-
-
 def stable_hash(*parts: object) -> int:
     """Return a hash of ``parts`` in 0 … 2**64 - 1 that never changes; splits are based on it."""
     text = "\x1f".join(str(part) for part in parts)

@@ -88,33 +88,9 @@ def _check_media(
     # The checks below give the same reason, and the facts of the file.
     except ValueError:
         pass
-    facts = _measure_media(corpus.modality, data)
+    facts = corpus.modality_files.measure(data)
     block = pa.Table.from_pylist([row], schema=corpus.raw_schema)
     return facts, corpus.build_columns(block)["rejected"][0].as_py()
-
-
-def _measure_media(modality: str, data: bytes) -> dict[str, float]:
-    """Return duration in seconds or size in pixels of a media file, read from its header."""
-    if modality == "image":
-        from pipelines.data.transforms.image import read_image_size
-
-        size = read_image_size(data)
-        return {"width": float(size[0]), "height": float(size[1])} if size else {}
-    import av
-
-    from pipelines.data.transforms import containers, video
-
-    try:
-        with containers.open_container(data) as container:
-            facts = {"seconds": (container.duration or 0) / av.time_base}
-            if modality == "video" and container.streams.video:
-                stream = container.streams.video[0]
-                facts["frames"] = float(stream.frames)
-                width, height = video.read_video_size(data)
-                facts |= {"width": float(width), "height": float(height)}
-            return facts
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
 
 
 def format_range(values: list[Any]) -> str:

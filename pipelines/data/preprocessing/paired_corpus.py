@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from pipelines.data.config.corpus_options import check_pairs
 from pipelines.data.corpora.readers.row_builders import hash_caption_group
-from pipelines.data.shards.columns import INPUT_COLUMNS, PAIRED_PREFIX, FixedColumn, open_column
+from pipelines.data.shards.columns import PAIRED_PREFIX, FixedColumn, open_column
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.format import MANIFEST, manifest_digest, write_shard
 from pipelines.data.shards.row_checks import ROW_CHECKS, ShardDigests, check_rows, digest_shard
+from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import staging_directory, write_json
@@ -29,14 +30,6 @@ from skillnet_platform.storage import staging_directory, write_json
 SHARD_ROWS = 512
 #: Keys of a manifest that describe the rows of one corpus as a whole.
 _DROPPED_KEYS = ("preprocessing_digest", "queries", "truncated_files", "made_with", "digest")
-#: Medium -> settings that readers of its raw files use. A corpus of the user records the settings
-#: of all media, so those of each medium come from the corpus that holds it.
-_MEDIUM_SETTINGS = {
-    "image": ("size", "fit"),
-    "sound": ("max_seconds", "trim", "rate", "mean", "deviation"),
-    "video": ("frames", "video_size", "video_channels"),
-    "code": ("code_tokens", "max_code_tokens", "max_code_characters"),
-}
 
 
 def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
@@ -67,9 +60,9 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
         {split: _read_groups(corpus, split) for split in corpus.splits}
         for corpus in (first, second)
     )
-    column = INPUT_COLUMNS[second.modality]
+    modality = find_modality(second.modality)
     # The page of a search shows functions as text.
-    wanted = [column, "key", *(["code"] if second.modality == "code" else [])]
+    wanted = list(dict.fromkeys([modality.column, "key", modality.content_column]))
     splits, schema = {}, None
     digests: list[tuple[str, ShardDigests]] = []
     with staging_directory(data / name) as folder:
@@ -151,7 +144,7 @@ def match_groups(groups_N: np.ndarray, others_M: np.ndarray) -> np.ndarray:
 
 def _require_two_media(name: str, first: PreparedCorpus, second: PreparedCorpus) -> None:
     media = (first.modality, second.modality)
-    if media[0] == media[1] or "text" in media:
+    if media[0] == media[1] or CAPTION_MODALITY in media:
         raise UserError(
             f"--pair {name}: {first.name} holds {media[0]}, {second.name} {media[1]}. Give corpora "
             "of two media; rows with captions need no pair"
@@ -244,7 +237,8 @@ def _describe(
 
 def _join_settings(first: PreparedCorpus, second: PreparedCorpus) -> dict[str, Any]:
     """Return the settings of a corpus, with those of the second medium from the other corpus."""
-    moved = _MEDIUM_SETTINGS[second.modality]
+    # A corpus of the user records the settings of all media.
+    moved = find_modality(second.modality).file_half.list_settings()
     kept, added = (each.manifest["preprocessing"].items() for each in (first, second))
     own = {key: value for key, value in kept if key not in moved}
     return own | {key: value for key, value in added if key in moved}

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from pipelines.data.preprocessing.inspection import inspect_corpus
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.format import MANIFEST
 from skillnet.config import SkillNetConfig
+from skillnet.modality import Modality, find_modality
 from skillnet.objectives.base import find_objective
-from skillnet.skills import check_names, known_tasks
+from skillnet.skills import DEFAULT_SKILLS, check_names, known_tasks
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
@@ -27,9 +29,6 @@ from skillnet_platform.terminal_text import escape_line
 
 #: Rows of a global batch, if the training split has as many.
 BATCH_ROWS = 64
-#: Largest side of a patch, in pixels, if the default patches do not fit.
-MAX_PATCH = 16
-FRAMES_PER_SECOND = 100
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def describe_task(
         if paired := manifest.get("paired"):
             sizes |= _input_sizes(paired["modality"], paired["preprocessing"])
         vocabulary = (manifest.get("tokenizer") or {}).get("vocab_size", 0)
-        sizes |= {"vocab_size": vocabulary} if vocabulary > _default("vocab_size") else {}
+        sizes |= {"vocab_size": vocabulary} if vocabulary > SkillNetConfig.vocab_size else {}
         rows = {split: each.rows for split, each in corpus.splits.items()}
         parent = str(prepared).rpartition("/")[0]
         data = {} if Path(parent) == data_root() else {"data": parent}
@@ -144,6 +143,9 @@ def _fill_template(
         for tower, plan in usual.towers.items()
     }
     task = {"objective": usual.objective, "towers": towers}
+    # The skill of another package's modality.
+    if new := [name for name in usual.skills if name not in DEFAULT_SKILLS]:
+        sizes = {"skills": [*DEFAULT_SKILLS, *new], **sizes}
     settings = {
         **data,
         "tasks": {own: training},
@@ -154,46 +156,33 @@ def _fill_template(
     return TaskTemplate(own, usual.objective, corpus, settings, (*prepare, train_command))
 
 
-def _default(name: str) -> Any:
-    return next(each.default for each in fields(SkillNetConfig) if each.name == name)
+def _find_default(modality: Modality, key: str) -> Any:
+    """Return the default of a size of the model, of ``inputs.NAME`` for another package's."""
+    owner = modality.options if key.startswith("inputs.") else None
+    name = key.rpartition(".")[2]
+    return next(each.default for each in fields(owner or SkillNetConfig) if each.name == name)
 
 
-def _input_sizes(modality: str, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+def _input_sizes(name: str, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of a model that reads the rows, as far as they differ from the defaults."""
-    known = {
-        "image": {"image_size": "size"},
-        "video": {"video_frames": "frames", "video_size": "video_size"},
-        "text": {"max_tokens": "max_tokens"},
-        "code": {"max_tokens": "max_code_tokens"},
-    }.get(modality, {})
-    sizes = {
-        key: preprocessing[option]
-        for key, option in known.items()
-        if isinstance(preprocessing.get(option), int)
-    }
-    if modality == "sound" and isinstance(preprocessing.get("max_seconds"), int | float):
-        sizes["max_frames"] = math.ceil(FRAMES_PER_SECOND * preprocessing["max_seconds"])
-    # A model may read longer rows than a corpus has, but pictures of one size only.
-    is_limit = modality in ("text", "code", "sound")
-    sizes = {
-        key: value
-        for key, value in sizes.items()
-        if (value > _default(key) if is_limit else value != _default(key))
-    }
-    if "image_size" in sizes and sizes["image_size"] % _default("patch_size"):
-        sizes["patch_size"] = _largest_divisor(sizes["image_size"])
-    if modality == "video":
-        wanted = [sizes.get("video_frames", _default("video_frames"))]
-        wanted += 2 * [sizes.get("video_size", _default("video_size"))]
-        tubelet = _default("tubelet")
-        if any(size % part for size, part in zip(wanted, tubelet, strict=True)):
-            frames = 2 if wanted[0] % 2 == 0 else 1
-            sizes["tubelet"] = [frames, *2 * [_largest_divisor(wanted[1])]]
-    return sizes
-
-
-def _largest_divisor(size: int) -> int:
-    return max(part for part in range(1, MAX_PATCH + 1) if size % part == 0)
+    modality, sizes = find_modality(name), dict[str, Any]()
+    for size in modality.sizes:
+        value, default = preprocessing.get(size.option), _find_default(modality, size.key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        value = math.ceil(size.factor * value)
+        # A model may read longer rows than a corpus has, but pictures of one size only.
+        if value > default if size.is_limit else value != default:
+            sizes[size.key] = value
+    modality.file_half.fit_grid(sizes, partial(_find_default, modality))
+    nested: dict[str, Any] = {}
+    for key, value in sizes.items():
+        *path, last = key.split(".")
+        part = nested
+        for each in path:
+            part = part.setdefault(each, {})
+        part[last] = value
+    return nested
 
 
 def name_file(corpus: str) -> str:

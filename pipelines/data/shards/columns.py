@@ -14,14 +14,6 @@ from pipelines.data.shards.id_columns import IdRange
 from pipelines.data.shards.jpeg import ENCODING, JPEG, decode_jpegs
 from skillnet_platform.errors import UserError
 
-#: Modality -> column of its rows.
-INPUT_COLUMNS = {
-    "text": "tokens",
-    "code": "tokens",
-    "sound": "log_mel",
-    "image": "pixels",
-    "video": "frames",
-}
 #: Prefix of the columns with the second medium of rows in two media.
 PAIRED_PREFIX = "paired_"
 

@@ -10,6 +10,7 @@ its metadata keep all offsets of the footer valid.
 
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ QUARANTINE = "quarantine.jsonl"
 NOT_DIGESTED = ("digest", "made_with", ROW_CHECKS)
 _MAGIC = b"ARROW1\0\0"
 _CONTINUATION = b"\xff\xff\xff\xff"
+
+
+def tensor_field(name: str, dtype: pa.DataType, shape: Sequence[int]) -> pa.Field:
+    """Return the field of a column of flattened tensors of one shape.
+
+    Args:
+        name: name of the column.
+        dtype: type of the elements.
+        shape: shape of each tensor; the metadata of the field store it.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    text = "[" + ",".join(str(length) for length in shape) + "]"
+    return pa.field(name, pa.list_(dtype, size), metadata={b"shape": text.encode()})
 
 
 def shard_bytes(table: pa.Table) -> bytes:

@@ -14,16 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from skillnet.modality import find_modality
+
 #: Key of a manifest. The digest of a corpus omits it, because it follows from the rows.
 ROW_CHECKS = "row_checks"
-#: Modality -> column with the content of a row, as a model gets it but without truncation of texts.
-_CONTENT_COLUMNS = {
-    "text": "text",
-    "code": "code",
-    "sound": "log_mel",
-    "image": "pixels",
-    "video": "frames",
-}
 #: Columns with the right answer of a row.
 _TARGET_COLUMNS = ("label", "label_set", "value", "symbols")
 #: Digests that are compared at once, 8 bytes each. More rows are compared in several passes.
@@ -44,7 +38,7 @@ def digest_shard(table: pa.Table, modality: str) -> dict[str, Any]:
         ``inputs``, the digests of all inputs in hexadecimal digits, "" without the usual column;
         and ``targets``: column -> digests of up to two different targets.
     """
-    content = _CONTENT_COLUMNS.get(modality, "")
+    content = find_modality(modality).content_column
     inputs = _digest_column(table, content) if content in table.column_names else None
     targets = {
         name: np.unique(_digest_column(table, name))[:2].tolist()

@@ -65,3 +65,18 @@ def first_stream(streams: Any, missing: str) -> Any:
                 raise ValueError(UNKNOWN_CODEC)
             return stream
     raise ValueError(missing)
+
+
+def measure_seconds(data: bytes) -> dict[str, float]:
+    """Return the seconds that the header of a file declares.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    import av
+
+    try:
+        with open_container(data) as container:
+            return {"seconds": (container.duration or 0) / av.time_base}
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None

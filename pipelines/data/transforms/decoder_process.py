@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 
 from pipelines.data.transforms import decode_guard
 from pipelines.data.transforms.decode_guard import WorkBudget
+from skillnet.modality import find_modality, modality_names
 
 #: Memory that a child may take beyond what it needs to start.
 MEMORY_BYTES = 4 * 2**30
@@ -39,8 +39,8 @@ MEMORY_BYTES = 4 * 2**30
 GRACE_S = 5.0
 #: Seconds between looks at the budget of a request.
 LOOK_S = 0.05
-#: Bytes of the functions of a file together; a function contains the code of its inner ones.
-MAX_FUNCTION_BYTES = 64 * 2**20
+#: Kind of a list of texts, which a tokenizer reads.
+TOKENS = "tokens"
 #: Seconds until a child is ready; importing the decoders takes one on an idle machine.
 START_S = 120.0
 #: Children of this process.
@@ -70,7 +70,7 @@ def decode_media(
     """Decode a file in a child process.
 
     Args:
-        kind: ``image``, ``sound``, ``video`` or ``code``; ``tokens`` tokenizes a list of texts.
+        kind: modality of the file; ``tokens`` tokenizes a list of texts.
         data: bytes of the file, or the texts as JSON.
         options: further arguments of the decoder, see :func:`find_decoder`.
         seconds: wall time for the file.
@@ -89,30 +89,17 @@ def decode_media(
 
 
 def find_decoder(kind: str) -> Callable[..., Decoded]:
-    """Return the function that decodes a kind of file."""
-    from pipelines.data.transforms import code, image, sound, text, video
-
-    def parse(data: bytes) -> list[dict[str, Any]]:
-        functions, size = [], 0
-        for function in code.parse_functions(code.decode_source(data)):
-            functions.append(asdict(function))
-            size += len(function.code)
-            if size > MAX_FUNCTION_BYTES:
-                raise ValueError("its functions are larger than 64 MiB together. Split the file")
-        return functions
+    """Return the function that decodes a kind of file: a modality, or ``tokens``."""
+    from pipelines.data.transforms import text
 
     def tokenize(data: bytes, path: str, limit: int) -> list[list[int]]:
         tokenizer = text.load_checked_tokenizer(path)
         return text.list_ids(tokenizer, json.loads(data), limit)
 
-    decoders: dict[str, Callable[..., Decoded]] = {
-        "image": image.load_pixels,
-        "sound": sound.load_log_mel,
-        "video": video.load_video_frames,
-        "code": parse,
-        "tokens": tokenize,
-    }
-    return decoders[kind]
+    if kind == TOKENS:
+        return tokenize
+    decode: Callable[..., Decoded] = find_modality(kind).file_half.decode
+    return decode
 
 
 def serve_requests(descriptor: int, memory: int) -> None:
@@ -123,8 +110,8 @@ def serve_requests(descriptor: int, memory: int) -> None:
         memory: bytes that decoders may take.
     """
     channel = socket.socket(fileno=descriptor)
-    kinds = ("image", "sound", "video", "code", "tokens")
-    decoders = {kind: find_decoder(kind) for kind in kinds}
+    # Before the memory is limited, because importing a decoder can need more.
+    decoders = {kind: find_decoder(kind) for kind in (*modality_names(), TOKENS)}
     _limit_memory(memory)
     _send(channel, {"ready": True})
     while True:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pipelines.data.shards.columns import (
-    INPUT_COLUMNS,
     NestedRaggedColumn,
     RaggedColumn,
     open_column,
@@ -24,6 +23,7 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from pipelines.training.evaluation.ranks import EvaluationRanks
 from skillnet.config import SkillNetConfig
+from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.ctc import CTCHead
 from skillnet.objectives.heads import head_class, mean_pool
@@ -90,7 +90,8 @@ def split_inputs(
     Raises:
         UserError: the column is missing, or a token is outside of the model's vocabulary.
     """
-    name = column or INPUT_COLUMNS[plan.modality]
+    modality = find_modality(plan.modality)
+    half, name = modality.tensor_half, column or modality.column
     vocabulary = IdRange(
         f"the model's vocabulary has {config.vocab_size} tokens", config.vocab_size
     )
@@ -102,8 +103,7 @@ def split_inputs(
         where,
         "Evaluate on a corpus that was prepared with the model's tokenizer.",
     )
-    longest = config.max_frames if plan.modality == "sound" else config.max_tokens
-    longest = longest if limit is None else min(limit, longest)
+    longest = min(half.find_longest(config) or 1 << 30, limit or 1 << 30)
     owners: np.ndarray | None = None
     if isinstance(opened, NestedRaggedColumn):
         firsts = opened.first(np.arange(len(table)))
@@ -124,15 +124,15 @@ def split_inputs(
         # Only one batch is copied into memory; the split itself stays memory-mapped.
         def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
             values, lengths = ragged.take(firsts[rows], limit=longest)
-            return _ragged_batch(plan, values, lengths)
+            return half.make_batch(values, lengths)
 
-        tokens = _encoder_lengths(plan, config, row_lengths)
+        tokens = half.count_tokens(config, row_lengths)
         return InferenceInputs(tokens, load_batch, row_lengths, owners)
     fixed = opened
     assert not isinstance(fixed, NestedRaggedColumn)
     return InferenceInputs(
-        np.full(len(table), _tokens_per_row(plan, config)),
-        lambda rows: {INPUT_COLUMNS[plan.modality]: torch.from_numpy(fixed.take(rows))},
+        np.full(len(table), half.count_tokens(config)),
+        lambda rows: half.make_batch(fixed.take(rows)),
     )
 
 
@@ -147,16 +147,13 @@ def memory_inputs(
         plan: active skills of the tower.
         config: shape of the model, for its limits.
     """
-    if plan.modality in ("image", "video"):
+    half = find_modality(plan.modality).tensor_half
+    longest = half.find_longest(config)
+    if longest is None:
         return InferenceInputs(
-            np.full(len(items), _tokens_per_row(plan, config)),
-            lambda rows: {
-                INPUT_COLUMNS[plan.modality]: torch.from_numpy(
-                    np.stack([items[row] for row in rows])
-                )
-            },
+            np.full(len(items), half.count_tokens(config)),
+            lambda rows: half.make_batch(np.stack([items[row] for row in rows])),
         )
-    longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     lengths_N = np.array([min(len(item), longest) for item in items], dtype=np.int64)
 
     def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
@@ -166,9 +163,9 @@ def memory_inputs(
         values = np.zeros((len(rows), max(int(lengths.max()), 1), *sample.shape[1:]), sample.dtype)
         for index, row in enumerate(rows):
             values[index, : lengths[index]] = items[int(row)][: lengths[index]]
-        return _ragged_batch(plan, values, lengths)
+        return half.make_batch(values, lengths)
 
-    return InferenceInputs(_encoder_lengths(plan, config, lengths_N), load_batch, lengths_N)
+    return InferenceInputs(half.count_tokens(config, lengths_N), load_batch, lengths_N)
 
 
 class InferenceRunner:
@@ -391,23 +388,3 @@ def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
     """
     lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
     return {name: value for name, value in lengths.items() if value is not None}
-
-
-def _ragged_batch(plan: SkillPlan, values: np.ndarray, lengths: np.ndarray) -> dict[str, Tensor]:
-    if plan.modality == "sound":
-        return {"log_mel": torch.from_numpy(values), "frames": torch.from_numpy(lengths)}
-    return {"tokens": torch.from_numpy(values.astype(np.int64))}
-
-
-def _encoder_lengths(
-    plan: SkillPlan, config: SkillNetConfig, row_lengths: np.ndarray
-) -> np.ndarray:
-    # The audio stem joins mel_stack frames into one token.
-    return -(-row_lengths // config.mel_stack) if plan.modality == "sound" else row_lengths
-
-
-def _tokens_per_row(plan: SkillPlan, config: SkillNetConfig) -> int:
-    if plan.modality == "image":
-        return config.image_tokens
-    f, h, w = config.tubelet
-    return (config.video_frames // f) * (config.video_size // h) * (config.video_size // w)

@@ -15,9 +15,9 @@ from pipelines.training.config.data import MaskConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.evaluation.inference import InferenceRunner
 from pipelines.training.evaluation.ranks import EvaluationRanks
-from pipelines.training.loading.augment import BatchRandom
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.task_dataset import TaskDataset
+from skillnet.keyed_random import BatchRandom
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import head_class

@@ -48,6 +48,7 @@ from pipelines.training.evaluation.held_out_units import read_unit_numbers
 from pipelines.training.runs.vocabulary_match import check_outputs
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import ConfidenceInterval, MetricIntervals, TaskMetrics
+from skillnet.modality import find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.ctc import RowTranscripts
 from skillnet.objectives.heads import head_class
@@ -201,7 +202,7 @@ def measure_search_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     Args:
         rows: of a task.
     """
-    spec, modality = rows.task, rows.corpus.modality
+    spec, modality = rows.task, find_modality(rows.corpus.modality)
     if spec.caption_tower is None:
         return {}
     groups = unique_group_ids(rows.targets[1]["groups"])
@@ -211,15 +212,15 @@ def measure_search_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     query_groups, texts = groups[owners], [caption for row in captions for caption in row]
     chance = random_ranking_metrics(groups, query_groups)
-    if modality == "sound":
-        return {"chance": chance}
-    if modality in ("image", "video"):
+    if modality.reads_tokens:
+        query, candidate = _code_vectors(rows.train, rows.test, texts, modality.content_column)
+        back_query, back_candidate = query, candidate
+    elif isinstance(open_column(rows.test, modality.column, rows.where), FixedColumn):
         query, candidate, back_query, back_candidate = _visual_vectors(
-            rows.train, rows.test, texts, modality, rows.where
+            rows.train, rows.test, texts, modality.column, rows.where
         )
     else:
-        query, candidate = _code_vectors(rows.train, rows.test, texts, modality)
-        back_query, back_candidate = query, candidate
+        return {"chance": chance}
     ranks = retrieval_ranks(query, candidate, query_groups, groups)
     back = retrieval_ranks(back_candidate, back_query, groups, query_groups)
     metrics = rank_metrics(ranks, "", rows.intervals, owners)
@@ -314,17 +315,16 @@ def measure_number_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
 
 def _row_features(train: pa.Table, test: pa.Table, modality: str, where: str) -> tuple[Any, Any]:
     """Return features of training and test rows: n-grams of texts, or downsampled media."""
-    if modality in ("text", "code"):
+    found = find_modality(modality)
+    if found.reads_tokens:
         vectors = _tfidf((1, 2), 60_000)
-        train_features = vectors.fit_transform(_strings(train, modality))
-        return train_features, vectors.transform(_strings(test, modality))
-    if modality == "sound":
-        return _audio_vectors(train, where), _audio_vectors(test, where)
-    name = "pixels" if modality == "image" else "frames"
-    return (
-        _brightness(read_fixed_column(train, name, where)) / 255,
-        _brightness(read_fixed_column(test, name, where)) / 255,
-    )
+        train_features = vectors.fit_transform(_strings(train, found.content_column))
+        return train_features, vectors.transform(_strings(test, found.content_column))
+    name = found.column
+    if isinstance(open_column(test, name, where), FixedColumn):
+        train_rows, rows = (read_fixed_column(each, name, where) for each in (train, test))
+        return _brightness(train_rows) / 255, _brightness(rows) / 255
+    return _audio_vectors(train, name, where), _audio_vectors(test, name, where)
 
 
 # -- speech --------------------------------------------------------------------------------
@@ -339,7 +339,8 @@ def measure_transcript_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     train = rows.targets[0]
     pairs = zip(train["symbols"], train["symbols_lengths"], strict=True)
     train_symbols = [row[:length].tolist() for row, length in pairs]
-    vectors, train_vectors = (_audio_vectors(x, rows.where) for x in (rows.test, rows.train))
+    name = find_modality(rows.corpus.modality).column
+    vectors, train_vectors = (_audio_vectors(x, name, rows.where) for x in (rows.test, rows.train))
     nearest = _nearest(vectors, train_vectors, 1)[0][:, 0]
     longest = max(len(row) for row in train_symbols)
     # A guess of mean length balances insertions and deletions.
@@ -357,9 +358,9 @@ def measure_transcript_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     }
 
 
-def _audio_vectors(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
+def _audio_vectors(table: pa.Table, name: str, where: str, frames: int = 24) -> np.ndarray:
     """Return (N, frames * mels) unit vectors: spectrograms resampled to one length."""
-    column = open_column(table, "log_mel", where)
+    column = open_column(table, name, where)
     assert not isinstance(column, FixedColumn)
     out = []
     for row in range(len(table)):
@@ -378,7 +379,7 @@ def _audio_vectors(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
 
 
 def _visual_vectors(
-    train: pa.Table, test: pa.Table, texts: list[str], modality: str, where: str
+    train: pa.Table, test: pa.Table, texts: list[str], name: str, where: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return query and candidate vectors of text -> X, then of X -> text."""
     captions = train.column("captions").to_pylist()
@@ -387,7 +388,6 @@ def _visual_vectors(
     train_text = vectors.fit_transform([caption for row in captions for caption in row])
     train_text = train_text.toarray().astype(np.float32)
     text = vectors.transform(texts).toarray().astype(np.float32)
-    name = "pixels" if modality == "image" else "frames"
     train_visual, visual = (
         _centered_brightness(read_fixed_column(table, name, where)) for table in (train, test)
     )
@@ -401,13 +401,13 @@ def _visual_vectors(
 
 
 def _code_vectors(
-    train: pa.Table, test: pa.Table, texts: list[str], modality: str
+    train: pa.Table, test: pa.Table, texts: list[str], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return TF-IDF vectors of the queries and of the candidates: code or texts."""
     vectors = _tfidf((1, 3), FEATURES)
     # One vocabulary for both sides; otherwise their vectors could not be compared.
-    vectors.fit([*_first_captions(train), *_strings(train, modality)])
-    candidate = _strings(test, modality)
+    vectors.fit([*_first_captions(train), *_strings(train, name)])
+    candidate = _strings(test, name)
     return (
         vectors.transform(texts).toarray().astype(np.float32),
         vectors.transform(candidate).toarray().astype(np.float32),
@@ -467,7 +467,12 @@ def _centered_brightness(x: np.ndarray) -> np.ndarray:
 
 
 def _brightness(x: np.ndarray, side: int = 12) -> np.ndarray:
-    """Downsample images (N, H, W, C) or video (N, F, H, W, C) to vectors (N, E) in 0 … 255."""
+    """Downsample images (N, H, W, C) or video (N, F, H, W, C) to vectors (N, E) in 0 … 255.
+
+    Rows of another shape stay as they are.
+    """
+    if x.ndim < 4:
+        return x.reshape(len(x), -1)
     if x.ndim == 4:
         x = x[:, None]
     N, F, H, W, C = x.shape

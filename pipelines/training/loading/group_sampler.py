@@ -16,8 +16,8 @@ from functools import partial
 
 import numpy as np
 
-from pipelines.training.loading.rng import keyed_rng
 from pipelines.training.loading.window_sampler import WindowedShuffleSampler
+from skillnet.keyed_random import keyed_rng
 
 
 class GroupedShuffleSampler:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.data.shards.row_threads import map_row_slices
-from pipelines.training.config.data import AugmentConfig
-from pipelines.training.loading.augment import BatchRandom
-from pipelines.training.loading.masking import hide_pixels
+from skillnet.keyed_random import BatchRandom
+from skillnet.modalities.pixels import hide_pixels
+from skillnet.modalities.tensors import PixelScale
 
 #: Drawn numbers beside the pixels of a tower: (B, 3) in [-1, 1] for size and position, (B, 3)
 #: factors of the channels, (B, T) flags of masked tokens, and (M,) their places among B T tokens.
@@ -99,26 +99,23 @@ PixelChanges = dict[str, PixelChange]
 
 
 def draw_change(
-    modality: str, config: AugmentConfig, random: BatchRandom
+    column: str, largest: PixelScale, random: BatchRandom
 ) -> tuple[PixelChange, Tensors]:
-    """Draw shift and size of images or videos, and the tint of images: a change and its numbers.
+    """Draw shift, size and tint of pixels: a change and its numbers.
 
     All frames of a video change equally.
 
     Args:
-        modality: ``image`` or ``video``.
-        config: largest changes.
+        column: pixels of a row.
+        largest: limits of the changes.
         random: random numbers of these rows, keyed by seed, step and row.
     """
-    if modality == "video":
-        change = PixelChange("frames", config.video_shift, config.video_scale)
-    else:
-        change = PixelChange("pixels", config.image_shift, config.image_scale)
+    change = PixelChange(column, largest.shift, largest.scale)
     drawn = {}
     if change.shift or change.scale:
         drawn[GEOMETRY] = torch.from_numpy(2 * random.uniform("place", 3) - 1)
-    if modality == "image" and config.image_colour:
-        tint_B3 = 1 + config.image_colour * (2 * random.uniform("colour", 3) - 1)
+    if largest.colour:
+        tint_B3 = 1 + largest.colour * (2 * random.uniform("colour", 3) - 1)
         drawn[TINT] = torch.from_numpy(tint_B3)
     return change, drawn
 

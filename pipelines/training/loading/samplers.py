@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipelines.training.loading.rng import keyed_rng
+from skillnet.keyed_random import keyed_rng
 
 #: Steps in a block: the counts of the tasks follow their weights, and their order is shuffled.
 BLOCK = 20

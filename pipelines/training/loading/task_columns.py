@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipelines.data.shards.columns import (
-    INPUT_COLUMNS,
     PAIRED_PREFIX,
     Column,
     FixedColumn,
@@ -15,6 +14,7 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.id_columns import OUTPUT_COLUMNS, TOKEN_COLUMNS, IdRange
 from pipelines.training.loading.shard_table import ShardTable
 from skillnet.config import SkillNetConfig
+from skillnet.modality import find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError
@@ -61,7 +61,7 @@ def tower_column(task: Task, tower: str) -> str:
     """
     if tower == task.caption_tower:
         return "caption_tokens"
-    column = INPUT_COLUMNS[task.towers[tower].modality]
+    column = find_modality(task.towers[tower].modality).column
     return PAIRED_PREFIX + column if tower == task.paired_tower else column
 
 

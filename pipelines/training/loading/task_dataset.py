@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, L symbols.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pipelines.data.shards.columns import (
-    INPUT_COLUMNS,
     FixedColumn,
     NestedRaggedColumn,
     RaggedColumn,
@@ -19,11 +19,8 @@ from pipelines.data.shards.columns import (
 from pipelines.data.transforms.ctc_alignment import count_alignment_tokens
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
-from pipelines.training.loading import augment, masking, pixel_changes
-from pipelines.training.loading.audio_units import SoundUnits, find_sound_units
-from pipelines.training.loading.augment import BatchRandom
+from pipelines.training.loading import pixel_changes
 from pipelines.training.loading.group_pairs import GroupPairs
-from pipelines.training.loading.input_sizes import require_pixel_sizes
 from pipelines.training.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import (
@@ -33,7 +30,12 @@ from pipelines.training.loading.task_columns import (
     take_targets,
     tower_column,
 )
+from pipelines.training.loading.token_units import TokenUnits, find_token_units
 from skillnet.config import SkillNetConfig
+from skillnet.keyed_random import BatchRandom
+from skillnet.modalities.tensors import RowAugmentation, RowMasking, list_places
+from skillnet.modalities.tokens import TokenTensors
+from skillnet.modality import Modality, find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
@@ -45,9 +47,6 @@ ColumnT = TypeVar("ColumnT", FixedColumn, RaggedColumn, NestedRaggedColumn)
 Tensors = dict[str, Tensor]
 #: Tower -> tensors with stored pixels, targets, and the changes of the pixels.
 StoredRows = tuple[dict[str, Tensors], Tensors, PixelChanges]
-
-#: Sequences are padded to a multiple of this, for even kernels and few shapes.
-PAD_TO = 8
 
 
 class TaskDataset:
@@ -89,6 +88,7 @@ class TaskDataset:
         #: Tower of the corpus' own modality.
         self.own_tower = task.row_tower
         self.plan: SkillPlan = task.towers[self.own_tower]
+        self.modality = find_modality(self.plan.modality)
         if corpus.modality != self.plan.modality:
             raise UserError(
                 f"task {name} reads {self.plan.modality}, but corpus {corpus.name} holds "
@@ -96,8 +96,13 @@ class TaskDataset:
             )
         if task.paired_tower is not None:
             self._require_paired_rows(corpus)
+        if self.modality.tensor_half.find_longest(model) is not None:
+            # Rows of one size are checked by their shape, when they are read.
+            prepared = self.modality.list_sizes(corpus.manifest["preprocessing"])
+            wrong = {k: n for k, n in prepared.items() if n != self.modality.read_size(model, k)}
+            require_sizes(self.modality, wrong, model, self.location)
         # The model's own limit applies first; the task may lower it.
-        self.limit = min(self._model_limit(self.plan.modality), max_length or 1 << 30)
+        self.limit = min(self._model_limit(self.modality), max_length or 1 << 30)
         #: What the task learns.
         self.objective = find_objective(task.objective)
         aligns_targets = self.objective.aligns_targets
@@ -125,8 +130,16 @@ class TaskDataset:
         if self.views:
             # Views are masked lightly: both must still show the same row.
             masks = masks.for_views()
-        units = self._find_units(corpus)
-        self._mask = masking.InputMasker(model, masks, vocab_size, self.limit, units)
+        # Another package's modality has no fraction of its own in the settings.
+        share = getattr(masks, self.plan.modality, self.modality.masked_fraction)
+        self._masking = RowMasking(
+            model,
+            masks,
+            masks.views if self.views else share,
+            vocab_size,
+            self.limit,
+            self._find_units(corpus),
+        )
 
     def row_lengths(self, rows: np.ndarray | None = None) -> np.ndarray | None:
         """Return the (rows,) sequence lengths of rows; None for images and videos.
@@ -134,9 +147,9 @@ class TaskDataset:
         Args:
             rows: row numbers, whose shards are opened; None for all rows.
         """
-        column = {"text": "tokens", "code": "tokens", "sound": "log_mel"}.get(self.plan.modality)
-        if column is None:
+        if self.modality.tensor_half.find_longest(self._model) is None:
             return None
+        column = self.modality.column
         if rows is None:
             self.shard_table.open()
             return np.minimum(self._ragged(column).lengths(), self.limit)
@@ -228,10 +241,9 @@ class TaskDataset:
         self.shard_table.ensure_open(rows)
         return self.shard_table.to_local(rows)
 
-    def _model_limit(self, modality: str) -> int:
+    def _model_limit(self, modality: Modality) -> int:
         """Return the longest row of a modality that the model reads."""
-        limits = {"text": self._model.max_tokens, "code": self._model.max_tokens}
-        return (limits | {"sound": self._model.max_frames}).get(modality, 1 << 30)
+        return modality.tensor_half.find_longest(self._model) or 1 << 30
 
     def _require_paired_rows(self, corpus: "PreparedCorpus") -> None:
         """Raise UserError if the rows of a corpus lack the second medium that the task reads."""
@@ -255,7 +267,7 @@ class TaskDataset:
         if 100 * float(corpus.manifest["preprocessing"]["max_seconds"]) <= self.limit:
             return  # no audio is longer, so its column need not be read
         self.shard_table.open()
-        longest = int(self._ragged("log_mel").lengths().max())
+        longest = int(self._ragged(self.modality.column).lengths().max())
         if longest > self.limit:
             raise UserError(
                 f"{self.location}: audio of up to {longest} frames, but the model reads "
@@ -272,8 +284,8 @@ class TaskDataset:
         """
         if self.shard_table.is_remote:
             return 0  # would download all shards before the first step
-        frames = np.minimum(self._ragged("log_mel").lengths(), self.limit)
-        tokens = -(-frames // self._model.mel_stack)
+        lengths = np.minimum(self._ragged(self.modality.column).lengths(), self.limit)
+        tokens = self.modality.tensor_half.count_tokens(self._model, lengths)
         self._ragged("symbols")  # names the corpus if the column is missing
         chunks = self.shard_table.table().column("symbols").chunks
         needed = np.concatenate([count_alignment_tokens(chunk) for chunk in chunks])
@@ -286,12 +298,13 @@ class TaskDataset:
             )
         return count
 
-    def _find_units(self, corpus: "PreparedCorpus") -> SoundUnits | None:
-        count = self._model.sound_units
-        if not count or self.plan.modality != "sound" or not self.objective.hides_inputs:
+    def _find_units(self, corpus: "PreparedCorpus") -> TokenUnits | None:
+        half = self.modality.tensor_half
+        count = half.count_classes(self._model)
+        if not count or self.modality.reads_tokens or not self.objective.hides_inputs:
             return None
         splits = resolve_splits(corpus, PRETRAINING)
-        return find_sound_units(corpus, splits, self._model.mel_stack, count)
+        return find_token_units(corpus, splits, self._model)
 
     def _inputs(
         self,
@@ -301,31 +314,28 @@ class TaskDataset:
         tower: str | None = None,
     ) -> tuple[Tensors, PixelChange | None]:
         """Inputs of a tower, by default that of the rows, and a change of their pixels."""
-        modality = self.task.towers[tower or self.own_tower].modality
-        column = tower_column(self.task, tower) if tower else INPUT_COLUMNS[modality]
-        limit = self.limit if modality == self.plan.modality else self._model_limit(modality)
-        if modality in ("image", "video"):
-            name = INPUT_COLUMNS[modality]
-            x = self._fixed(column).take(local)
-            require_pixel_sizes(modality, x.shape[1:], self._model, self.location)
-            stored = {name: torch.from_numpy(x)}
-            if random is None or config is None:
-                return stored, None
-            change, drawn = pixel_changes.draw_change(modality, config, random)
-            return stored | drawn, change
-        crop = random.uniform("crop") if random is not None else None
-        if modality == "sound":
-            mel, frames = self._ragged(column).take(local, limit, crop)
-            if random is not None and config is not None:
-                mel, frames = augment.augment_audio(
-                    mel, frames, config, random, self._model.max_frames, self._deviation
-                )
-            return {"log_mel": torch.from_numpy(mel), "frames": _to_int64(frames)}, None
-        tokens, lengths = self._ragged(column).take(local, limit, crop, PAD_TO)
-        if random is not None and config is not None:
-            share = config.token_dropout if modality == "text" else config.code_dropout
-            tokens = augment.drop_tokens(tokens, lengths, share, random, limit)
-        return {"tokens": _to_int64(tokens)}, None
+        modality = find_modality(self.task.towers[tower or self.own_tower].modality)
+        half = modality.tensor_half
+        column = tower_column(self.task, tower) if tower else modality.column
+        limit = self.limit if modality == self.modality else self._model_limit(modality)
+        lengths: np.ndarray | None = None
+        if half.find_longest(self._model) is None:
+            values = self._fixed(column).take(local)
+            wrong = half.check_shape(values.shape[1:], self._model)
+            require_sizes(modality, wrong, self._model, self.location)
+        else:
+            crop = random.uniform("crop") if random is not None else None
+            values, lengths = self._ragged(column).take(local, limit, crop, half.pad_to)
+        if random is None or config is None:
+            return half.make_batch(values, lengths), None
+        change = RowAugmentation(config, random, limit, self._model, self._deviation)
+        values, lengths = half.augment(values, lengths, change)
+        batch = half.make_batch(values, lengths)
+        if not half.has_pixels:
+            return batch, None
+        scale = half.scale_pixels(config)
+        pixels, drawn = pixel_changes.draw_change(modality.column, scale, random)
+        return batch | drawn, pixels
 
     def _masked(
         self, local: np.ndarray, random: BatchRandom, config: AugmentConfig | None
@@ -337,23 +347,22 @@ class TaskDataset:
                 config, time_masks=0, frequency_masks=0, token_dropout=0.0, code_dropout=0.0
             )
         inputs, change = self._inputs(local, random, config)
-        if self.plan.modality in ("image", "video"):
+        if self.modality.tensor_half.has_pixels:
             masked_BT, change = self._draw_pixel_mask(inputs, change, random)
-            inputs[pixel_changes.PLACES] = masking.list_places(masked_BT)
+            inputs[pixel_changes.PLACES] = list_places(masked_BT)
             changes = {self.own_tower: replace(change, has_targets=True)}
             return {self.own_tower: inputs}, {pixel_changes.MASKED: masked_BT}, changes
-        inputs, targets = self._mask(self.plan.modality, inputs, random)
+        inputs, targets = self.modality.tensor_half.mask(inputs, self._masking, random)
         return {self.own_tower: inputs}, targets, {}
 
     def _draw_pixel_mask(
         self, inputs: Tensors, change: PixelChange | None, random: BatchRandom
     ) -> tuple[Tensor, PixelChange]:
-        """Return the (B, T) mask of images or videos, and their change with masked tokens."""
-        modality = self.plan.modality
-        column = INPUT_COLUMNS[modality]
-        masked_BT = self._mask.draw_pixel_mask(modality, len(inputs[column]), random)
-        change = change or PixelChange(column)
-        return masked_BT, replace(change, tubelet=self._mask.find_tubelet(modality))
+        """Return the (B, T) mask of pixels, and their change with masked tokens."""
+        half = self.modality.tensor_half
+        masked_BT = torch.from_numpy(half.draw_mask(inputs, self._masking, random))
+        change = change or PixelChange(self.modality.column)
+        return masked_BT, replace(change, tubelet=half.find_tubelet(self._model))
 
     def _two_views(
         self,
@@ -367,11 +376,11 @@ class TaskDataset:
         for tower in ("query", "candidate"):
             branch = random.branch(tower)
             inputs, change = self._inputs(local, branch, config)
-            if self.plan.modality in ("image", "video"):
+            if self.modality.tensor_half.has_pixels:
                 masked_BT, changes[tower] = self._draw_pixel_mask(inputs, change, branch)
                 inputs[pixel_changes.MASKED] = masked_BT
             else:
-                inputs, _ = self._mask(self.plan.modality, inputs, branch)
+                inputs, _ = self.modality.tensor_half.mask(inputs, self._masking, branch)
                 # A view does not mark its masked tokens for the model.
                 del inputs["places"]
             towers[tower] = inputs
@@ -387,7 +396,7 @@ class TaskDataset:
             drawn = np.floor(choice * counts).astype(np.int64)
             captions = captions + np.where(chance < self._first_caption_prob, 0, drawn)
         limit = self._model.max_tokens
-        tokens, _ = column.inner.take(captions, limit, None, PAD_TO)
+        tokens, _ = column.inner.take(captions, limit, None, TokenTensors.pad_to)
         return {"tokens": _to_int64(tokens)}
 
     def _fixed(self, name: str) -> FixedColumn:
@@ -411,3 +420,32 @@ class TaskDataset:
 
 def _to_int64(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x.astype(np.int64, copy=False))
+
+
+def require_sizes(
+    modality: Modality, wrong: Mapping[str, int], model: SkillNetConfig, location: str
+) -> None:
+    """Check that a model reads the sizes of rows.
+
+    Args:
+        modality: of the rows.
+        wrong: key of the model's sizes that differ -> size of the rows.
+        model: sizes of its inputs.
+        location: corpus and split, for the message.
+
+    Raises:
+        UserError: it reads other sizes; names the settings of the model and of the corpus.
+    """
+    if not wrong:
+        return
+    corpus = location.split("/")[0]
+    option_of = {size.key: size.option for size in modality.sizes}
+    found = ", ".join(f"{option_of[key]} {stored}" for key, stored in wrong.items())
+    settings = ", ".join(f"model.{key} {stored}" for key, stored in wrong.items())
+    options = " ".join(
+        f"--options.{corpus}.{option_of[key]} {modality.read_size(model, key)}" for key in wrong
+    )
+    raise UserError(
+        f"{location}: the rows were prepared with {found}, which the model does not read. "
+        f"Set {settings}, or prepare the corpus with {options}"
+    )

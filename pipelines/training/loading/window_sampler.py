@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.training.loading.rng import keyed_rng
 from pipelines.training.loading.samplers import bucket_by_length
+from skillnet.keyed_random import keyed_rng
 
 #: Windows whose shuffled rows stay in memory.
 MAX_SHUFFLED_WINDOWS = 3

@@ -39,6 +39,7 @@ from pipelines.training.runs.vocabulary_match import (
     reads_tokens,
 )
 from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
+from skillnet.modality import list_modalities
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.positions import resize_positions
@@ -71,12 +72,6 @@ _MUST_EQUAL = (
     "stem_norm",
     "class_token",
 )
-#: Size of the model -> modality of the corpora, and option that prepares them so.
-_PREPARED_SIZES = {
-    "model.image_size": ("image", "size"),
-    "model.video_frames": ("video", "frames"),
-    "model.video_size": ("video", "video_size"),
-}
 _NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", *INITIAL_SETTINGS)
 
 
@@ -475,10 +470,12 @@ def _describe_corpora(
             )
     sizes = []
     needed = find_needed_settings(config, start) if is_dense else {}
-    for key, (modality, option) in _PREPARED_SIZES.items():
-        names = dict.fromkeys(each.name for each in corpora.values() if each.modality == modality)
-        if key in needed:
-            sizes += [f"--options.{name}.{option} {needed[key]}" for name in names]
+    for modality in list_modalities():
+        names = dict.fromkeys(c.name for c in corpora.values() if c.modality == modality.name)
+        for size in modality.sizes:
+            wanted = None if size.is_limit else needed.get(f"model.{size.key}")
+            if wanted is not None:
+                sizes += [f"--options.{name}.{size.option} {wanted}" for name in names]
     if sizes:
         found += f" {' '.join(sizes)}" if found else f"Prepare them with {' '.join(sizes)}"
     return found

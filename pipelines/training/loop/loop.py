@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from pipelines.data.shards import row_threads
 from pipelines.training.loading.prefetch import prefetch_batches
-from pipelines.training.loading.rng import keyed_rng
 from pipelines.training.loop import checkpointing, preemption
 from pipelines.training.loop.callbacks import LoopCallback
 from pipelines.training.loop.optimizer import (
@@ -34,6 +33,7 @@ from pipelines.training.loop.telemetry import (
     profile_steps,
 )
 from pipelines.training.loop.throughput import ThroughputMeter
+from skillnet.keyed_random import keyed_rng
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
 

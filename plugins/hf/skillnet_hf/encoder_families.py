@@ -27,7 +27,6 @@ from torch import Tensor
 
 from skillnet.bounds import MAX_LAYERS
 from skillnet.skill_copies import DENSE_SKILL
-from skillnet.skills import Modality
 from skillnet_hf.checkpoint_weights import CheckpointWeights
 from skillnet_hf.hf_checkpoints import read_library_json
 
@@ -60,7 +59,7 @@ class EncoderFamily:
     """
 
     name: str
-    modality: Modality
+    modality: str
     prefixes: tuple[str, ...]
     unused: str
     layer: Mapping[str, tuple[str, ...]]

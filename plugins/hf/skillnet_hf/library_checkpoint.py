@@ -13,11 +13,12 @@ from torch import Tensor
 
 from skillnet.baselines.dense import DenseModel
 from skillnet.config import SkillNetConfig
+from skillnet.modalities.tensors import PAD
+from skillnet.modality import find_modality
 from skillnet.serialization import describe_error
 from skillnet.skill_copies import DENSE_SKILL, LAYERS_TASK
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
-from skillnet.stems import PAD
 from skillnet_hf.checkpoint_weights import CheckpointWeights, read_checkpoint_tensors
 from skillnet_hf.encoder_families import FAMILIES
 from skillnet_hf.hf_checkpoints import read_library_config
@@ -64,7 +65,7 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
         )
     family = FAMILIES[name]
     padding = config.get("pad_token_id", PAD)
-    if family.modality == "text" and token_rows is None and padding != PAD:
+    if find_modality(family.modality).reads_tokens and token_rows is None and padding != PAD:
         raise ValueError(
             f"{folder}: it pads with the id {padding}, the corpora with {PAD}. Add its "
             "tokenizer.json to the folder, and prepare the corpora with that tokenizer"

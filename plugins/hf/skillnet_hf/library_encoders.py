@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from skillnet.encoder import WrappedEncoder
 from skillnet.gpu_kernels import uses_gpu_kernels
-from skillnet.stems import PAD, Batch, Tokens, scale_to_signed, token_lengths, with_motion
+from skillnet.modalities.pixels import scale_to_signed, with_motion
+from skillnet.modalities.sound import token_lengths
+from skillnet.modalities.tensors import PAD, Batch, Tokens
 
 #: Names of the lists of layers in models of transformers and timm.
 LAYER_LISTS = frozenset({"layer", "layers", "blocks"})

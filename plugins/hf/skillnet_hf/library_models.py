@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skillnet.config import SkillNetConfig
-from skillnet.stems import PAD
+from skillnet.modalities.tensors import PAD
 from skillnet_hf import library_encoders
 from skillnet_hf.hf_checkpoints import (
     read_library_config,

@@ -19,25 +19,17 @@ from torch import Tensor, nn
 from skillnet.baselines import size_matching
 from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
+from skillnet.modality import BUILT_IN_MODALITIES, modality_names
 from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.pretraining_tasks import pretrained_modalities
 from skillnet.skill_weights import require_unused_name
-from skillnet.skills import MODALITIES, Modality, find_task, nearest_hint
+from skillnet.skills import find_task, nearest_hint
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import SizeMatch, System
 from skillnet_hf import library_models
 from skillnet_hf.hf_checkpoints import find_checkpoint
 from skillnet_hf.library_encoders import EncoderAdapter
 from skillnet_hf.library_models import FAMILIES
-
-#: Architectures of each modality; the first is the default.
-READERS: dict[str, tuple[str, ...]] = {
-    "text": ("bert", "roberta"),
-    "code": ("bert", "roberta"),
-    "image": ("vit",),
-    "sound": ("speech2text", "ast"),
-    "video": ("videomae",),
-}
 
 
 @dataclass(frozen=True)
@@ -73,22 +65,29 @@ class SpecialistOptions:
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for modality, known in READERS.items():
-            name = getattr(self, modality)
+        for each in BUILT_IN_MODALITIES.values():
+            name, known = getattr(self, each.name), each.specialists
             if name not in known:
                 raise ValueError(
-                    f"options.{modality}: no architecture {name!r}{nearest_hint(name, known)}"
+                    f"options.{each.name}: no architecture {name!r}{nearest_hint(name, known)}"
                 )
         for key in ("checkpoints", "shapes"):
             for modality in getattr(self, key):
-                if modality not in MODALITIES:
-                    hint = nearest_hint(modality, MODALITIES)
+                if modality not in modality_names():
+                    hint = nearest_hint(modality, modality_names())
                     raise ValueError(f"options.{key}: unknown modality {modality!r}{hint}")
         check_bounds(self, "options.")
 
     def family(self, modality: str) -> library_models.LibraryArchitecture:
-        """Return the architecture of a modality."""
-        return FAMILIES[getattr(self, modality)]
+        """Return the architecture of a modality.
+
+        Raises:
+            ValueError: no architecture of a library reads it.
+        """
+        name = getattr(self, modality, None)
+        if name not in FAMILIES:
+            raise ValueError(f"no library's encoder reads {modality}; use another system")
+        return FAMILIES[name]
 
 
 class SpecialistModel(TaskModel):
@@ -125,7 +124,7 @@ class SpecialistModel(TaskModel):
         used = {name: path for name, path in options.checkpoints.items() if name in options.shapes}
         return dataclasses.replace(options, checkpoints=used, download=False)
 
-    def _tower(self, modality: Modality, options: SpecialistOptions) -> EncoderAdapter:
+    def _tower(self, modality: str, options: SpecialistOptions) -> EncoderAdapter:
         family, dim = options.family(modality), self.config.dim
         if modality in options.shapes:
             return family.build(options.shapes[modality], dim)
@@ -183,7 +182,7 @@ class SpecialistModel(TaskModel):
                 for task in config.tasks
                 for each in config.tasks[task].towers
             ),
-            *(f"pretrained-{modality}" for modality in MODALITIES),
+            *(f"pretrained-{modality}" for modality in modality_names()),
         }
 
     def uses_parameter(self, name: str, task: str) -> bool:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.skills import STEM_OF, Modality
-from skillnet.stems import STEMS, with_motion
+from skillnet.modalities.pixels import with_motion
+from skillnet.modality import find_modality
 from skillnet_hf.hf_checkpoints import find_checkpoint
 from skillnet_hf.library_encoders import EncoderAdapter, PatchProduct
 from skillnet_hf.library_models import FAMILIES
 from tests.helpers.small_models import batch_of, small_config
 
-READS: dict[str, Modality] = {
+READS: dict[str, str] = {
     "bert": "text",
     "roberta": "code",
     "vit": "image",
@@ -46,7 +46,7 @@ def tower(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Enco
 @EVERY
 def test_tokens_lie_on_the_grid_of_skillnets_stem(name: str) -> None:
     batch = batch_of(READS[name], study())
-    stem = STEMS[STEM_OF[READS[name]]](study()).double()
+    stem = find_modality(READS[name]).tensor_half.stem_class(study()).double()
     expected, mask = stem(batch, READS[name])
     x, found = tower(name)(batch)
     assert x.shape == expected.shape
@@ -93,7 +93,9 @@ def test_a_token_stands_where_its_patch_lies(name: str, key: str) -> None:
     model: Any = tower(name, video_motion=False).model
     cut = model.patch_embed if name == "vit" else model.embeddings.patch_embeddings
     batch = batch_of(READS[name], study(video_motion=False), rows=1)
-    stem: Any = STEMS[STEM_OF[READS[name]]](study(video_motion=False)).double()
+    stem: Any = (
+        find_modality(READS[name]).tensor_half.stem_class(study(video_motion=False)).double()
+    )
     pieces = stem.patches if name == "vit" else stem.tubelets
     x = batch[key].double() / 255
     values = [pieces(x)]

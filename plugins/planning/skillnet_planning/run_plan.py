@@ -11,21 +11,15 @@ from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.baseline_size import find_size_mismatch
+from skillnet.modality import find_modality
 from skillnet.skills import find_task
-from skillnet_planning.example_batches import count_tokens, longest_lengths
+from skillnet_planning.example_batches import longest_lengths
 from skillnet_planning.memory_plan import MemoryOptions, RunPlanner, WorkerMemory
 from skillnet_platform.cluster.gpu_types import GB, GpuType
 
 #: Bytes that AdamW and clipping move per trained weight: weight, gradient and two averages, each
 #: read, three of them written; clipping reads the gradient, and reads and writes it again.
 OPTIMIZER_BYTES = 28 + 12
-#: CPU seconds to read and decode a pixel of an image, which the GPU then changes: 0.407 ms for
-#: 224 x 224 (benchmarks/results/2026-11-25-reading.csv). Frames are assumed to cost as much.
-SECONDS_PER_PIXEL = 0.407e-3 / 224**2
-#: CPU seconds per token of text or code, and per frame of sound: rows of the built-in corpora with
-#: augmentation (benchmarks/results/2026-11-25-stream.csv), about 24 tokens and 80 frames long.
-SECONDS_PER_TOKEN = 1 / 901_300 / 24
-SECONDS_PER_FRAME = 1 / 16_270 / 80
 
 
 @dataclass(frozen=True)
@@ -214,7 +208,8 @@ def _plan_task(planner: RunPlanner, memory: WorkerMemory, name: str, pool: Worke
     spec, lengths = find_task(name, config.model.tasks), longest_lengths(config, name)
     rows = planner.rows_per_worker(name)
     tokens = sum(
-        count_tokens(config.model, plan, lengths[tower]) for tower, plan in spec.towers.items()
+        find_modality(plan.modality).tensor_half.count_tokens(config.model, lengths[tower])
+        for tower, plan in spec.towers.items()
     )
     return TaskPlan(
         task=name,
@@ -233,12 +228,6 @@ def _loader_seconds(config: FinetuneConfig, name: str, lengths: Mapping[str, int
     """Return the CPU seconds that load one row of all towers."""
     model, seconds = config.model, 0.0
     for tower, plan in find_task(name, model.tasks).towers.items():
-        if plan.modality in ("text", "code"):
-            seconds += lengths[tower] * SECONDS_PER_TOKEN
-        elif plan.modality == "sound":
-            seconds += lengths[tower] * SECONDS_PER_FRAME
-        elif plan.modality == "image":
-            seconds += model.image_size**2 * SECONDS_PER_PIXEL
-        else:
-            seconds += model.video_frames * model.video_size**2 * SECONDS_PER_PIXEL
+        half = find_modality(plan.modality).tensor_half
+        seconds += half.count_elements(model, lengths[tower]) * half.seconds_per_element
     return seconds

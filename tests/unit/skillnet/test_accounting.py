@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from skillnet.accounting import account, account_task
+from skillnet.modality import modality_names
 from skillnet.model import SkillNet
-from skillnet.skills import MODALITIES, SkillPlan
+from skillnet.skills import SkillPlan
 from tests.helpers.small_models import (
     PLANS,
     batch_of,
@@ -43,7 +44,7 @@ def length_of(batch: dict[str, torch.Tensor], modality: str) -> int | None:
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_flops_equal_torchs_count(changes: dict[str, Any]) -> None:
     model = small_model(**changes).eval()
-    for modality in MODALITIES:
+    for modality in modality_names():
         batch = batch_of(modality, model.config, rows=2)
         for skills in (("general",), ("alignment", "code", "general", "image")):
             plan = SkillPlan(skills, PLANS[modality].modality)
@@ -75,7 +76,7 @@ def test_activated_parameters_are_those_with_a_gradient(changes: dict[str, Any])
         model.zero_grad()
         return touched
 
-    for modality in MODALITIES:
+    for modality in modality_names():
         model.encode(batch_of(modality, model.config), PLANS[modality]).sum().backward()
         cost = account(model, PLANS[modality])
         assert cost.activated == count_touched(), modality

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from skillnet.accounting import account_task
 from skillnet.encoder import SHARED, EncoderLayer, Skills
 from skillnet.growth import add_skill
+from skillnet.modalities.image import PatchStem
 from skillnet.model import SkillNet
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
-from skillnet.stems import PatchStem
 from skillnet.systems import build_system, load_model
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 

@@ -13,10 +13,10 @@ from skillnet.baselines.alone import SeparateSkillNets
 from skillnet.baselines.dense import DenseModel
 from skillnet.baselines.moe import MoE
 from skillnet.config import SkillNetConfig
+from skillnet.modalities.tensors import PAD
 from skillnet.model import SkillNet
 from skillnet.objectives.retrieval import find_grid_side
 from skillnet.skills import SkillPlan, Task
-from skillnet.stems import PAD
 from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
 from skillnet_hf.specialist import SpecialistModel
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of

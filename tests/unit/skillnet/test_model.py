@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skillnet import SkillNet, SkillPlan
-from skillnet.skills import MODALITIES
+from skillnet.modality import modality_names
 from tests.helpers.small_models import (
     PLANS,
     batch_of,
@@ -42,7 +42,7 @@ def _shortened(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", modality_names())
 def test_neither_padding_nor_neighbours_change_a_row(modality: str, training: bool) -> None:
     model = small_model().train(training)
     batch = batch_of(modality, model.config, rows=5)

@@ -35,7 +35,7 @@ from skillnet.objectives.heads import head_class
 from skillnet.objectives.multi_label import average_precision_of_rows
 from skillnet.objectives.regression import RegressionHead
 from skillnet.pretraining_tasks import pretrained_modalities
-from skillnet.skills import Modality, SkillPlan, Task
+from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main
@@ -153,7 +153,7 @@ def test_an_objective_of_another_package_walks_from_rows_to_answers(
     assert best.answer == answer["answer"]
 
 
-def two_towers(query: Modality, candidate: Modality) -> dict[str, SkillPlan]:
+def two_towers(query: str, candidate: str) -> dict[str, SkillPlan]:
     read = {"query": query, "candidate": candidate}
     return {tower: SkillPlan(("general", each), each) for tower, each in read.items()}
 

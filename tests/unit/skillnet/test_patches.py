@@ -4,18 +4,13 @@ import pytest
 import torch
 
 from skillnet.config import SkillNetConfig
+from skillnet.modalities.image import PatchStem
+from skillnet.modalities.pixels import cut_tubelets, join_tubelets, patchify
+from skillnet.modalities.sound import stack_frames, unstack_frames
+from skillnet.modalities.video import TubeletStem
+from skillnet.modality import find_modality, modality_names
 from skillnet.objectives.masked import MaskedHead
-from skillnet.skills import MODALITIES, Task, masked_tasks
-from skillnet.stems import (
-    PatchStem,
-    TubeletStem,
-    cut_tubelets,
-    join_tubelets,
-    patchify,
-    stack_frames,
-    unstack_frames,
-    values_of_token,
-)
+from skillnet.skills import Task, masked_tasks
 
 
 def test_a_patch_is_a_square() -> None:
@@ -51,10 +46,10 @@ def test_stems_and_targets_lie_on_one_grid() -> None:
     frames = torch.rand(2, 8, 32, 32, 3)
     cut = TubeletStem(config).tubelets(frames)
     assert torch.equal(cut, cut_tubelets(frames * 2 - 1, (1, 16, 16)))
-    assert cut.shape[2] == values_of_token(config, "video")
+    assert cut.shape[2] == find_modality("video").tensor_half.count_values(config)
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", modality_names())
 def test_a_head_gives_what_a_token_stands_for(modality: str) -> None:
     config = SkillNetConfig(dim=16, num_heads=2, vocab_size=30)
     head = MaskedHead(config, masked_tasks()[f"masked_{modality}"])

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from skillnet import SkillNet, serialization
 from skillnet.config import SkillNetConfig
+from skillnet.modality import modality_names
 from skillnet.serialization import config_from_dict, config_to_dict
-from skillnet.skills import DEFAULT_SKILLS, MODALITIES, SkillPlan, Task
+from skillnet.skills import DEFAULT_SKILLS, SkillPlan, Task
 from tests.helpers.small_models import small_config, small_model, towers_of
 
 TASKS = tuple(small_config().tasks)
@@ -242,7 +243,7 @@ def configs(draw: st.DrawFn) -> SkillNetConfig:
     plan = st.builds(
         SkillPlan,
         st.lists(st.sampled_from(skills), min_size=1, unique=True).map(tuple),
-        st.sampled_from(MODALITIES),
+        st.sampled_from(modality_names()),
     )
     one = st.builds(
         Task,

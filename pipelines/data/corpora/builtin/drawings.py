@@ -26,8 +26,8 @@ from pipelines.data.corpora.base import (
     Row,
     SourceArchives,
     stable_hash,
-    tensor_field,
 )
+from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import image, text
 from pipelines.data.transforms.decode_guard import decode_each
 

@@ -22,8 +22,8 @@ from pipelines.data.corpora.base import (
     Row,
     SourceArchives,
     stable_hash,
-    tensor_field,
 )
+from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import text, video
 from pipelines.data.transforms.decode_guard import decode_each
 from skillnet_platform.errors import UserError

@@ -20,6 +20,7 @@ from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.file_signature import find_signature
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
+from skillnet.modality import is_string_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -252,7 +253,7 @@ def check_unread_media(
     Raises:
         UserError: only columns with several media in a row hold media, and nobody chose texts.
     """
-    if described.nested and column is None and modality not in ("text", "code"):
+    if described.nested and column is None and not is_string_modality(modality):
         name = min(described.nested)
         raise UserError(
             f"{path}: the column {name} holds lists of media, or media in parts of its values, and "

@@ -5,30 +5,20 @@ mappings of named fields, and joins through the entry point group ``skillnet.cor
 modules of this package are the built-in formats. docs/reference/plugins.md has an example.
 """
 
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash, tensor_field
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.data.corpora.formats.record_reader import (
     BadRecord,
     read_json_entries,
     read_json_lines,
     read_records,
 )
-from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions
-from pipelines.data.corpora.readers.captions import CaptionedCorpus
-from pipelines.data.corpora.readers.columns import (
+from pipelines.data.corpora.readers.base import (
     CaptionOptions,
-    CodeOptions,
-    ImageOptions,
-    SoundOptions,
+    ExternalCorpus,
+    MediaOptions,
     SplitOptions,
-    TextOptions,
-    VideoOptions,
-    build_caption_columns,
-    build_code_columns,
-    build_image_columns,
-    build_sound_columns,
-    build_text_columns,
-    build_video_columns,
 )
+from pipelines.data.corpora.readers.captions import CaptionedCorpus
 from pipelines.data.corpora.readers.fields import RecordCorpus, RecordOptions
 from pipelines.data.corpora.readers.row_builders import (
     NoAnnotationError,
@@ -45,6 +35,12 @@ from pipelines.data.corpora.readers.row_builders import (
 )
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
+from pipelines.data.modalities.code import CodeOptions
+from pipelines.data.modalities.image import ImageOptions
+from pipelines.data.modalities.sound import SoundOptions
+from pipelines.data.modalities.text import TextOptions
+from pipelines.data.modalities.video import VideoOptions
+from pipelines.data.shards.format import tensor_field
 
 __all__ = [
     "BadRecord",
@@ -66,12 +62,6 @@ __all__ = [
     "SplitOptions",
     "TextOptions",
     "VideoOptions",
-    "build_caption_columns",
-    "build_code_columns",
-    "build_image_columns",
-    "build_sound_columns",
-    "build_text_columns",
-    "build_video_columns",
     "clean_captions",
     "clean_text",
     "error_row",

@@ -19,7 +19,6 @@ from annotated_types import Interval
 from pipelines.data.config.bounds import BoundedOptions
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.unread_files import UnreadFiles
-from pipelines.data.corpora.readers import columns
 from pipelines.data.corpora.readers.label_values import (
     RunningMoments,
     describe_numeric_labels,
@@ -34,16 +33,52 @@ from pipelines.data.io.directory import (
     to_printable,
 )
 from pipelines.data.io.media import MAX_MEDIA_BYTES
-from pipelines.data.transforms import image, sound, video
+from pipelines.data.modalities.base import ColumnArrays, ModalityFiles
+from pipelines.data.transforms import text
+from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.skills import name_task
 from skillnet_platform import console
 from skillnet_platform.config import to_dict
+from skillnet_platform.config.bounds import PartialFraction, PositiveCount
 from skillnet_platform.errors import UserError
 
 #: CTC symbol of characters that do not occur in the training transcripts.
 UNKNOWN_SYMBOL = "<unk>"
 #: Approximate size of a shard in bytes. It decides the number of rows per shard.
 TARGET_SHARD_BYTES = 32 * 2**20
+
+
+@dataclass
+class SplitOptions(BoundedOptions):
+    """Shares of splits that the corpus does not define; a hash of the key assigns each row.
+
+    Args:
+        validation: share of the rows that are held out for validation.
+        test: share of the rows that are held out for the test.
+    """
+
+    validation: PartialFraction = 0.05
+    test: PartialFraction = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                "validation and test together must be below 1, so that rows are left to train on"
+            )
+
+
+@dataclass
+class CaptionOptions(BoundedOptions):
+    """Captions.
+
+    Args:
+        max_caption_tokens: tokens kept of a caption.
+        max_caption_characters: characters kept of a caption before it is tokenized.
+    """
+
+    max_caption_tokens: PositiveCount = text.CAPTION_TOKENS
+    max_caption_characters: PositiveCount = 1_000
 
 
 @dataclass
@@ -115,15 +150,26 @@ class ExternalCorpus(Corpus):
             UserError: a file is missing without which no row can be read.
         """
 
+    @property
+    def modality_files(self) -> ModalityFiles:
+        """File half of the modality of the rows."""
+        half: ModalityFiles = find_modality(self.modality).file_half
+        return half
+
     def finalize_schema(self) -> None:
         """Set columns, task and shard size from modality, options and annotations."""
-        self.raw_schema = columns.raw_columns_schema(self.modality, self.annotations_present)
-        self.columns = columns.shard_columns(self.modality, self.annotations_present, self.options)
+        modality, annotations = find_modality(self.modality), self.annotations_present
+        self.raw_schema = make_raw_schema(self.modality_files, annotations)
+        fields = [
+            *self.modality_files.shard_fields(self.options),
+            *list_annotation_fields(annotations),
+        ]
+        self.columns = pa.schema(fields)
         self.text_columns = tuple(
-            [self.modality] * (self.modality in ("text", "code"))
-            + ["captions"] * ("captions" in self.annotations_present)
+            [modality.content_column] * modality.reads_tokens
+            + ["captions"] * ("captions" in annotations)
         )
-        size = columns.estimate_row_bytes(self.modality, self.options)
+        size = self.modality_files.estimate_row_bytes(self.options)
         # Shards of few rows are slow to open; shards of many rows need much memory.
         self.shard_rows = min(max(TARGET_SHARD_BYTES // size, 64), 8192)
         self.task = name_task(self.modality, self.annotations_present)
@@ -212,13 +258,7 @@ class ExternalCorpus(Corpus):
             tokenizer: needed for text and code.
         """
         limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_MEDIA_BYTES
-        built: dict[str, Any] = {
-            "text": lambda: columns.build_text_columns(block, tokenizer, self.options),
-            "code": lambda: columns.build_code_columns(block, tokenizer, self.options),
-            "sound": lambda: columns.build_sound_columns(block, self.options, limit),
-            "image": lambda: columns.build_image_columns(block, self.options, limit),
-            "video": lambda: columns.build_video_columns(block, self.options, limit),
-        }[self.modality]()
+        built = self.modality_files.build_columns(block, tokenizer, self.options, limit)
         return {"rejected": pa.nulls(block.num_rows, pa.string())} | built
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
@@ -226,7 +266,7 @@ class ExternalCorpus(Corpus):
         built = self.build_columns(block, tokenizer)
         rejected = built.pop("rejected").to_pylist()
         if "captions" in self.annotations_present:
-            built |= columns.build_caption_columns(block, tokenizer, self.options)
+            built |= build_caption_columns(block, tokenizer, self.options)
         if "transcripts" in self.annotations_present:
             built["text"] = block["text"]
             built["symbols"] = self._encode_symbols(block["text"].to_pylist())
@@ -252,22 +292,14 @@ class ExternalCorpus(Corpus):
         if split not in self.unlabelled_splits:
             return full
         absent = {"label", "label_set", "value", "captions", "caption_tokens", "symbols"}
-        absent |= {"text"} if self.modality != "text" else set()
+        absent |= {"text"} if self.modality != CAPTION_MODALITY else set()
         return pa.schema([field for field in full if field.name not in absent])
 
     def preprocessing(self) -> dict[str, Any]:
         """Return reader, options and the constants of the media transforms."""
         # The folder of the media does not decide the bytes; its content is part of the sources.
         chosen = {k: v for k, v in to_dict(self.options).items() if k != "media"}
-        frames = {"mean": sound.MEAN, "deviation": sound.DEVIATION, "rate": sound.RATE}
-        return {
-            "reader": type(self).name,
-            **chosen,
-            **(frames if self.modality == "sound" else {}),
-            **({"samples": sound.VERSION} if self.modality == "sound" else {}),
-            **({"pixels": image.VERSION} if self.modality == "image" else {}),
-            **({"pixels": video.VERSION} if self.modality == "video" else {}),
-        }
+        return {"reader": type(self).name, **chosen, **self.modality_files.describe_constants()}
 
     def facts(self) -> dict[str, Any]:
         """Return names of classes and symbols, the scale of values, and how captions are used."""
@@ -345,3 +377,61 @@ class ExternalCorpus(Corpus):
         unknown = ids.get(UNKNOWN_SYMBOL, 0)
         rows = [[ids.get(c, unknown) for c in text or ""] for text in transcripts]
         return pa.array(rows, pa.list_(pa.int32()))
+
+
+def make_raw_schema(files: ModalityFiles, annotations: Sequence[str] = ()) -> pa.Schema:
+    """Return the columns that ``rows`` yields after key, split and group.
+
+    Absent values are null, or empty for captions.
+
+    Args:
+        files: of the modality.
+        annotations: see :attr:`ExternalCorpus.annotations_present`.
+    """
+    targets = [("label_set", pa.list_(pa.string()))] * ("label_sets" in annotations)
+    targets += [("value", pa.float64())] * ("values" in annotations)
+    return pa.schema(
+        [
+            *files.raw_fields(),
+            ("label", pa.string()),
+            *targets,
+            ("captions", pa.list_(pa.string())),
+            ("file", pa.string()),
+            ("row", pa.int64()),
+        ]
+    )
+
+
+def list_annotation_fields(annotations: Sequence[str]) -> list[tuple[str, pa.DataType]]:
+    """Return the columns of shards after those of the modality.
+
+    Args:
+        annotations: see :attr:`ExternalCorpus.annotations_present`.
+    """
+    tokens = pa.list_(pa.int32())
+    fields: list[tuple[str, pa.DataType]] = []
+    if "transcripts" in annotations:
+        fields += [("symbols", tokens), ("text", pa.string())]
+    if "labels" in annotations:
+        fields += [("label", pa.int32())]
+    if "label_sets" in annotations:
+        fields += [("label_set", tokens)]
+    if "values" in annotations:
+        fields += [("value", pa.float32())]
+    if "captions" in annotations:
+        fields += [("captions", pa.list_(pa.string())), ("caption_tokens", pa.list_(tokens))]
+    return fields
+
+
+def build_caption_columns(block: pa.Table, tokenizer: Any, options: CaptionOptions) -> ColumnArrays:
+    """Return all captions of each row, truncated, and their tokens.
+
+    Args:
+        block: raw rows with a column ``captions``.
+        tokenizer: tokenizer of the data directory.
+        options: limits of captions.
+    """
+    longest = options.max_caption_characters
+    captions = [[c[:longest] for c in row or ()] for row in block["captions"].to_pylist()]
+    tokens = text.encode_captions(tokenizer, captions, options.max_caption_tokens)
+    return {"captions": pa.array(captions, pa.list_(pa.string())), "caption_tokens": tokens}

@@ -2,21 +2,17 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pipelines.data.corpora.base import RejectedRow, Row, stable_hash
 from pipelines.data.corpora.formats.schema_sample import SchemaSample, is_empty_value, is_minus_one
-from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions
-from pipelines.data.corpora.readers.columns import (
+from pipelines.data.corpora.readers.base import (
     CaptionOptions,
-    CodeOptions,
-    ImageOptions,
-    SoundOptions,
+    ExternalCorpus,
+    MediaOptions,
     SplitOptions,
-    TextOptions,
-    VideoOptions,
 )
 from pipelines.data.corpora.readers.field_names import (
     choose_fields,
@@ -41,30 +37,17 @@ from pipelines.data.corpora.readers.row_builders import (
 )
 from pipelines.data.io.media import MediaRef
 from pipelines.data.transforms.code import first_paragraph
-from skillnet.skills import Modality
+from skillnet.modality import BUILT_IN_MODALITIES, CAPTION_MODALITY, find_modality, list_modalities
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
-#: Modality -> endings of its media files.
-MEDIA_EXTENSIONS = {
-    "sound": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "amr", "aif",
-              "aiff"),
-    "image": ("jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "svg",
-              "heic", "heif"),
-    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "flv", "wmv"),
-}  # fmt: skip
+#: Ending of a media file -> modality.
 MODALITY_OF_EXTENSION = {
-    extension: modality for modality, each in MEDIA_EXTENSIONS.items() for extension in each
+    extension: modality.name
+    for modality in reversed(list_modalities())
+    if not modality.reads_tokens
+    for extension in modality.extensions
 }
-#: Modality -> noun for reasons of rejected rows.
-MEDIA_NOUNS = {"sound": "audio", "image": "an image", "video": "a video"}
-#: Common names of fields, the most likely one first.
-CODE_FIELDS = ("code", "function", "func_code_string", "original_string")
-CAPTION_FIELDS = (
-    "captions", "caption", "sentences", "docstring", "description", "comment", "text", "txt",
-)  # fmt: skip
-TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
-TEXT_FIELDS = ("text", "sentence", "txt", "content")
 SPEAKER_FIELDS = ("speaker_id", "speaker", "spk_id", "client_id")
 LABEL_FIELDS = ("label", "labels", "cls", "class", "category", "intent")
 LABEL_SET_FIELDS = ("labels", "tags", "categories", "classes")
@@ -86,21 +69,33 @@ JOINED_TEXTS = " to join them, or one of them"
 UNLABELLED = "unlabelled"
 
 
+def _list_options() -> Any:
+    """Return the options of all installed modalities.
+
+    Raises:
+        UserError: an option of another package's modality has the name of another option.
+    """
+    known: set[str] = set()
+    for modality in list_modalities():
+        names = {each.name for each in fields(modality.file_half.Options)}
+        if modality.name not in BUILT_IN_MODALITIES and (taken := sorted(names & known)):
+            raise UserError(
+                f"modality {modality.name}: its option {taken[0]} has the name of another option. "
+                "Rename it in the package"
+            )
+        known |= names
+    return [each.file_half.Options for each in list_modalities()]
+
+
+_MODALITY_OPTIONS = _list_options()
+
+
 @dataclass
-class RecordOptions(
-    SplitOptions,
-    TextOptions,
-    CaptionOptions,
-    SoundOptions,
-    ImageOptions,
-    VideoOptions,
-    CodeOptions,
-    MediaOptions,
-):
+class RecordOptions(SplitOptions, CaptionOptions, *_MODALITY_OPTIONS, MediaOptions):  # type: ignore[misc]
     """A corpus of any modality.
 
     Args:
-        modality: text, sound, image, video or code; detected from the first rows by default.
+        modality: of the rows, such as text or image; detected from the first rows by default.
         text: field of the text, the transcript or the captions; a common name by default. Several
             fields of texts with commas between them are joined in this order.
         label: field of the class, the classes or the number; a common name by default.
@@ -115,7 +110,7 @@ class RecordOptions(
         separator: between the classes of a row in a text, for "label_sets". A list needs none.
     """
 
-    modality: Modality | None = None
+    modality: str | None = None
     text: str | None = None
     label: str | None = None
     split: str | None = None
@@ -127,6 +122,11 @@ class RecordOptions(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.modality is not None:
+            try:
+                find_modality(self.modality)
+            except ValueError as error:
+                raise ValueError(f"modality: {error}") from None
         if not self.separator.strip():
             raise ValueError("separator is blank; give the text between two labels, such as ;")
 
@@ -157,6 +157,15 @@ class RecordCorpus(ExternalCorpus):
     test_unlabelled: bool = False
     is_preview: bool = False
 
+    @property
+    def _reads_texts(self) -> bool:
+        return self.modality == CAPTION_MODALITY
+
+    @property
+    def _reads_strings(self) -> bool:
+        """Whether the rows are texts or code, without media."""
+        return find_modality(self.modality).reads_tokens
+
     def infer_schema(
         self,
         fields: Iterable[str],
@@ -178,7 +187,7 @@ class RecordCorpus(ExternalCorpus):
         """
         names, options = list(fields), self.options
         filled = names if filled is None else filled
-        without_media = "code" if find_field(filled, CODE_FIELDS) and extension is None else "text"
+        without_media = detect_strings(filled) if extension is None else CAPTION_MODALITY
         by_extension = MODALITY_OF_EXTENSION.get(extension, "") if extension else without_media
         self.modality = options.modality or by_extension
         if not self.modality:
@@ -187,10 +196,9 @@ class RecordCorpus(ExternalCorpus):
                 f"--options.{self.name}.modality"
             )
         prefix = f"options.{self.name}"
-        common = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality)
-        common = common or CAPTION_FIELDS
+        common = self.modality_files.text_fields
         self._choose_texts(names, filled, common, sample)
-        has_text = self.modality == "text" or self.text_field is None
+        has_text = self._reads_texts or self.text_field is None
         kind = options.task if options.task in LABELLED else "labels"
         usual = {"label_sets": LABEL_SET_FIELDS, "values": VALUE_FIELDS}.get(kind, ())
         classes = (*usual, *LABEL_FIELDS, *(map(fold_name, self.class_names) if has_text else ()))
@@ -199,8 +207,8 @@ class RecordCorpus(ExternalCorpus):
             _choose_field(names, getattr(options, key), (), (), f"{prefix}.{key}")
             for key in ("split", "split_by")
         )
-        paired = "transcripts" if self.modality == "sound" else "captions"
-        annotations = [paired] * (self.modality != "text" and self.text_field is not None)
+        paired = find_modality(self.modality).paired_annotation
+        annotations = [paired] * (not self._reads_texts and self.text_field is not None)
         annotations += [kind] * (self.label_field is not None)
         if options.task is not None:
             # An explicit task selects one of several annotations.
@@ -210,9 +218,9 @@ class RecordCorpus(ExternalCorpus):
                     f"{', '.join(names) or 'no fields'}"
                 )
             annotations = [options.task]
-        if "pairs" in annotations and self.modality == "text":
+        if "pairs" in annotations and self._reads_texts:
             raise UserError(f"{prefix}.task: texts pair with captions; name their field as text")
-        if self.modality == "text" and self.text_field is None:
+        if self._reads_texts and self.text_field is None:
             further = self._list_further_texts(sample)
             if blank := find_field(names, common):
                 raise UserError(
@@ -246,7 +254,7 @@ class RecordCorpus(ExternalCorpus):
         option, wanted = f"options.{self.name}.text", self.options.text
         if wanted is not None:
             self.text_fields = choose_fields(names, wanted, option)
-            if len(self.text_fields) > 1 and self.modality != "text":
+            if len(self.text_fields) > 1 and not self._reads_texts:
                 raise UserError(
                     f"{option}: several fields are joined for texts only; give one of "
                     f"{', '.join(self.text_fields)}"
@@ -269,15 +277,14 @@ class RecordCorpus(ExternalCorpus):
     def _report_further_texts(self, sample: SchemaSample | None) -> None:
         """Say which texts of the rows are not read, unless the user chose the field."""
         further = self._list_further_texts(sample)
-        is_read = self.modality == "text" or {"captions", "transcripts"} & set(
-            self.annotations_present
-        )
-        if self.options.text is not None or self.modality == "code" or not further or not is_read:
+        is_read = self._reads_texts or {"captions", "transcripts"} & set(self.annotations_present)
+        is_chosen = self.options.text is not None or self.modality_files.row_fields
+        if is_chosen or not further or not is_read:
             return
         option = f"--options.{self.name}.text"
         joined = [n for n in sample.names if n in {*further, *self.text_fields}] if sample else []
         remedy = f"To join them: {option} {','.join(joined)}"
-        if self.modality != "text":
+        if not self._reads_texts:
             remedy = f"To read another field: {option} FIELD"
         console.print_warning(
             f"{self.source.uri}: reads the field {self.text_field}, and not the texts of "
@@ -320,7 +327,7 @@ class RecordCorpus(ExternalCorpus):
         Args:
             read_rows: reads the rows; those of media have the field ``ITEM_FIELD``.
         """
-        if "captions" in self.annotations_present and self.modality in MEDIA_EXTENSIONS:
+        if "captions" in self.annotations_present and not self._reads_strings:
             yield from join_captions(read_rows, self.is_preview)
             return
         for row in read_rows():
@@ -358,7 +365,7 @@ class RecordCorpus(ExternalCorpus):
                 read_field(fields, self.label_field) or ""
             )  # an item stays in one split
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
-        if self.modality in ("text", "code"):
+        if self._reads_strings:
             row = self._build_text_row(final, key, fields, label)
             return row | targets | {"unit": self._read_unit(fields)}
         if reference is None:
@@ -368,11 +375,11 @@ class RecordCorpus(ExternalCorpus):
         value = _unwrap_captions(read_field(fields, self.text_field))
         if "captions" in self.annotations_present:
             if unlabelled or _is_blank(value):
-                raise NoAnnotationError(f"{MEDIA_NOUNS[self.modality]} without captions")
+                raise NoAnnotationError(f"{self.modality_files.noun} without captions")
             captions = clean_captions(value)
         if "transcripts" in self.annotations_present:
             if unlabelled or _is_blank(value):
-                raise NoAnnotationError("audio without a transcript")
+                raise NoAnnotationError(f"{self.modality_files.noun} without a transcript")
             transcript = normalize_transcript(clean_text(value))
         unit = self._read_unit(fields, split_key)
         return media_row(final, key, reference, captions, transcript, label, unit) | targets
@@ -457,9 +464,11 @@ class RecordCorpus(ExternalCorpus):
         self, split: str, key: str, fields: Mapping[str, Any], label: str | None
     ) -> Row:
         row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
-        if self.modality == "text":
-            return row | {"text": self._join_texts(fields)}
-        row["code"] = clean_text(read_field(fields, find_field(fields, CODE_FIELDS)))
+        content = find_modality(self.modality).content_column
+        if self._reads_texts:
+            return row | {content: self._join_texts(fields)}
+        name = find_field(fields, self.modality_files.row_fields)
+        row[content] = clean_text(read_field(fields, name))
         if "captions" in self.annotations_present:
             value = _unwrap_captions(read_field(fields, self.text_field))
             blank = _is_blank(value) or split == UNLABELLED
@@ -489,6 +498,18 @@ def _is_blank(value: Any) -> bool:
     """Return whether a text, or every text of a list, is missing or blank."""
     texts = value if isinstance(value, list) else [value]
     return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
+
+
+def detect_strings(fields: Collection[str]) -> str:
+    """Return the modality of rows without media: that of a common field of rows, else texts.
+
+    Args:
+        fields: names of the fields.
+    """
+    for modality in list_modalities():
+        if modality.reads_tokens and find_field(fields, modality.file_half.row_fields):
+            return modality.name
+    return CAPTION_MODALITY
 
 
 def parse_split_name(name: Any) -> str | None:

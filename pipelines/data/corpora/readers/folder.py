@@ -38,7 +38,6 @@ from pipelines.data.corpora.readers.class_folders import (
 from pipelines.data.corpora.readers.field_names import fold_name, match_field, read_field
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,
-    MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
     RecordOptions,
@@ -72,6 +71,7 @@ from pipelines.data.corpora.readers.split_lists import (
 from pipelines.data.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import MediaRef
+from skillnet.modality import find_modality, is_media_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -188,7 +188,7 @@ class FolderCorpus(RecordCorpus):
         if described is not None and self.media_column is not None:
             self.file_field = self.media_column
             modality = described.described.media[self.media_column] or self.options.modality
-            extension = MEDIA_EXTENSIONS[modality or ""][0]
+            extension = find_modality(modality or "").extensions[0]
         if self.file_field is None:
             option = f"--options.{self.name}"
             ask_for_media(
@@ -199,7 +199,7 @@ class FolderCorpus(RecordCorpus):
                 option,
                 self.options.modality,
             )
-        if self.file_field is None and self.options.modality in ("sound", "image", "video"):
+        if self.file_field is None and is_media_modality(self.options.modality):
             raise UserError(
                 f"{uri}: no field of file names among {', '.join(sample.names)}; expected "
                 f"file_name. If another field names the files, give --options.{self.name}.file"
@@ -424,7 +424,8 @@ class FolderCorpus(RecordCorpus):
         )
         if found is not None:
             described, media = found
-            field = "transcription" if self.modality == "sound" else "label or caption"
+            paired = find_modality(self.modality).paired_annotation
+            field = "transcription" if paired == "transcripts" else "label or caption"
             raise UserError(
                 f"{self.source.path(described)}: describes {media}, but {classes}. Give this file "
                 f"if it is a table with a column of file names, with --options.{self.name}.media; "
@@ -494,6 +495,8 @@ class FolderCorpus(RecordCorpus):
 
     def is_unread_annotation(self, file: str) -> bool:
         """Return whether a file has the name of annotations and is not a metadata file."""
+        if self._is_media(file):
+            return False
         return is_annotation_name(file) and file not in self.annotation_files()
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:

@@ -44,6 +44,7 @@ from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
 from pipelines.data.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.source_file import make_read_error
+from skillnet.modality import is_string_modality
 from skillnet_platform.errors import UserError, first_line
 
 DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
@@ -97,7 +98,7 @@ class HfDatasetCorpus(RecordCorpus):
             file: {**self.class_names, **each.names} for file, each in classes.items()
         }
         self.media_field = next(iter(described.media), None)
-        chosen = None if self.options.modality in ("text", "code") else self.media_field
+        chosen = None if is_string_modality(self.options.modality) else self.media_field
         check_unread_media(self.source.uri, described, chosen, self.options.modality)
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:

@@ -16,6 +16,7 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_name,
 )
 from pipelines.data.io.directory import SourceDirectory
+from skillnet.modality import is_string_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -134,7 +135,7 @@ def ask_for_media(
     is_one = names.count == 1
     files = "1 media file" if is_one else f"{names.count:,} media files"
     unread = f"{source.uri}: {files} {'is' if is_one else 'are'} not read (such as {names.first})"
-    is_text = modality in ("text", "code")
+    is_text = is_string_modality(modality)
     found = names.find_field(rows)
     if is_text or (source.is_file and found is None):
         # Beside a single file anything can lie; its folder was not given.

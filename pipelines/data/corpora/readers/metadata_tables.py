@@ -28,9 +28,7 @@ from pipelines.data.corpora.readers.class_folders import find_first_media, join_
 from pipelines.data.corpora.readers.field_names import fold_name, read_field
 from pipelines.data.corpora.readers.fields import (
     LABEL_FIELDS,
-    MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
-    TEXT_FIELDS,
     file_extension,
     parse_split_name,
 )
@@ -43,6 +41,8 @@ from pipelines.data.corpora.readers.hub_repository import (
 )
 from pipelines.data.corpora.readers.repository_card import CARD, read_card
 from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from pipelines.data.modalities.text import TextFiles
+from skillnet.modality import find_modality
 from skillnet_platform.errors import UserError
 
 METADATA_NAMES = tuple(
@@ -371,11 +371,11 @@ def _open_speech_table(
     fields = {2: ("file_name", "text"), 3: ("file_name", "raw_text", "text")}
     if not rows or len(rows[0]) not in fields:
         return None
-    endings = ["", *(f".{extension}" for extension in MEDIA_EXTENSIONS["sound"])]
+    endings = ["", *(f".{extension}" for extension in find_modality("sound").extensions)]
     for name, *_ in rows:
         for folder in _SOUND_FOLDERS:
             for ending in endings:
-                is_sound = file_extension(name + ending) in MEDIA_EXTENSIONS["sound"]
+                is_sound = file_extension(name + ending) in find_modality("sound").extensions
                 if is_sound and _exists(media, join_path(folder, name + ending)):
                     return SpeechTable(split, file, folder, fields[len(rows[0])], ending)
     return None
@@ -489,6 +489,6 @@ def has_metadata_rows(source: SourceDirectory) -> bool:
         if find_file_field(first)[0] is not None:
             return True
         fields = {fold_name(name) for row in first for name in row}
-        if fields & set(TEXT_FIELDS) and fields & set(LABEL_FIELDS):
+        if fields & set(TextFiles.text_fields) and fields & set(LABEL_FIELDS):
             return True
     return False

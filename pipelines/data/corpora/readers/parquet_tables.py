@@ -20,9 +20,9 @@ from pipelines.data.corpora.formats.parquet_media import (
     read_parquet_classes,
     read_parquet_description,
 )
-from pipelines.data.corpora.readers.fields import MEDIA_EXTENSIONS
 from pipelines.data.corpora.readers.metadata_tables import MetadataTable
 from pipelines.data.io.directory import SourceDirectory
+from skillnet.modality import is_media_modality
 from skillnet_platform.errors import UserError
 
 #: Files whose schemas are read at the same time.
@@ -136,5 +136,5 @@ def choose_media_column(media: Mapping[str, str], modality: str | None) -> str |
     if modality is None:
         return next((name for name, kind in media.items() if kind), None)
     known = next((name for name, kind in media.items() if kind == modality), None)
-    unknown = (name for name, kind in media.items() if not kind and modality in MEDIA_EXTENSIONS)
+    unknown = (name for name, kind in media.items() if not kind and is_media_modality(modality))
     return known or next(unknown, None)

@@ -25,7 +25,6 @@ from pipelines.data.corpora.formats.record_reader import BadRecord, StrictJsonDe
 from pipelines.data.corpora.formats.schema_sample import SchemaSample
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,
-    MEDIA_EXTENSIONS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
     parse_split_prefix,
@@ -126,7 +125,7 @@ class WebDatasetCorpus(RecordCorpus):
         if not sampled:
             raise UserError(f"{self.source.uri}: no readable sample in its tars")
         self.infer_schema(schema.names, extension, schema.filled_fields, schema)
-        if extension is not None and self.modality not in MEDIA_EXTENSIONS:
+        if extension is not None and self._reads_strings:
             console.print_warning(
                 f"{self.source.uri}: the media in the samples (.{extension}) are not read, because "
                 f"the option modality is {self.modality}"
@@ -162,11 +161,11 @@ class WebDatasetCorpus(RecordCorpus):
                 if sample.problem:
                     yield error_row(key, sample.problem, file, number, sample.truncates_file)
                     continue
-                is_unread = sample.reference is not None and self.modality not in MEDIA_EXTENSIONS
+                is_unread = sample.reference is not None and self._reads_strings
                 if is_unread and self.options.modality is None:
                     yield error_row(key, UNREAD_MEMBER, file, number)
                     continue
-                if sample.reference is None and self.modality in MEDIA_EXTENSIONS:
+                if sample.reference is None and not self._reads_strings:
                     yield error_row(key, NO_MEDIA_MEMBER, file, number)
                     continue
                 try:

@@ -22,10 +22,9 @@ from itertools import islice
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import BadRecord, read_json_entries
-from pipelines.data.corpora.readers.base import MediaOptions
+from pipelines.data.corpora.readers.base import CaptionOptions, MediaOptions
 from pipelines.data.corpora.readers.captions import CaptionedCorpus
-from pipelines.data.corpora.readers.columns import CaptionOptions, ImageOptions
-from pipelines.data.corpora.readers.fields import MEDIA_EXTENSIONS, file_extension
+from pipelines.data.corpora.readers.fields import file_extension
 from pipelines.data.corpora.readers.row_builders import (
     clean_captions,
     error_row,
@@ -34,6 +33,8 @@ from pipelines.data.corpora.readers.row_builders import (
 )
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
+from pipelines.data.modalities.image import ImageOptions
+from skillnet.modality import find_modality
 
 ANNOTATIONS = re.compile(r"caption_(train|validation|test_?a|test_?b|test)_annotations_\w+\.json$")
 #: Images of a test that are checked for captions.
@@ -149,7 +150,8 @@ class AicIccCorpus(CaptionedCorpus):
         return ImageIndex(
             entry.name
             for entry in self.media_source.entries(folder)
-            if not entry.is_folder and file_extension(entry.name) in MEDIA_EXTENSIONS["image"]
+            if not entry.is_folder
+            and file_extension(entry.name) in find_modality("image").extensions
         )
 
 

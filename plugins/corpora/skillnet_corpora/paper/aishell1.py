@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.packed_archives import list_archives, missing_format_error
-from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions
-from pipelines.data.corpora.readers.columns import SoundOptions, SplitOptions
+from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions, SplitOptions
 from pipelines.data.corpora.readers.fields import parse_split_name
 from pipelines.data.corpora.readers.row_builders import (
     clean_text,
@@ -33,6 +32,7 @@ from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
 from pipelines.data.io.tar import TarReader, TarReadError
+from pipelines.data.modalities.sound import SoundOptions
 from skillnet_platform.errors import UserError
 
 SPEAKER_ARCHIVES = (".tar.gz", ".tgz")

@@ -14,8 +14,7 @@ from itertools import islice
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import BadRecord, read_json_lines
-from pipelines.data.corpora.readers.base import ExternalCorpus
-from pipelines.data.corpora.readers.columns import CaptionOptions, CodeOptions
+from pipelines.data.corpora.readers.base import CaptionOptions, ExternalCorpus
 from pipelines.data.corpora.readers.row_builders import (
     clean_text,
     error_row,
@@ -23,6 +22,7 @@ from pipelines.data.corpora.readers.row_builders import (
     make_key,
 )
 from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.modalities.code import CodeOptions
 from pipelines.data.transforms.code import first_paragraph
 from skillnet_platform.config.bounds import NonNegativeCount
 from skillnet_platform.errors import UserError

@@ -19,9 +19,9 @@ from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import BadRecord, read_records
 from pipelines.data.corpora.readers.base import ExternalCorpus
-from pipelines.data.corpora.readers.columns import TextOptions
 from pipelines.data.corpora.readers.row_builders import clean_text, error_row
 from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.modalities.text import TextOptions
 from pipelines.data.transforms.text import append_keywords
 from skillnet_platform.config.bounds import PartialFraction
 

@@ -20,13 +20,14 @@ from typing import Any, Literal
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import read_json_entries
-from pipelines.data.corpora.readers.base import MediaOptions
+from pipelines.data.corpora.readers.base import CaptionOptions, MediaOptions
 from pipelines.data.corpora.readers.captions import CaptionedCorpus
-from pipelines.data.corpora.readers.columns import CaptionOptions, VideoOptions
-from pipelines.data.corpora.readers.fields import MEDIA_EXTENSIONS, file_extension
+from pipelines.data.corpora.readers.fields import file_extension
 from pipelines.data.corpora.readers.row_builders import clean_captions, make_key, media_row
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
+from pipelines.data.modalities.video import VideoOptions
+from skillnet.modality import find_modality
 from skillnet_platform.errors import UserError
 
 #: Videos that are checked for captions of a language.
@@ -128,7 +129,7 @@ class VatexCorpus(CaptionedCorpus):
         """Return name without its ending -> path, of every video below the directory."""
         found: dict[str, str] = {}
         for entry in self.media_source.walk():
-            if file_extension(entry.name) in MEDIA_EXTENSIONS["video"]:
+            if file_extension(entry.name) in find_modality("video").extensions:
                 name = entry.name.rpartition("/")[2].rpartition(".")[0]
                 found.setdefault(name, entry.name)
         return found

@@ -16,9 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.data.corpora.base import tensor_field
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.data.shards.format import manifest_digest, tensor_field, write_shard
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.data.transforms.text import encode_captions
 from pipelines.data.transforms.video import draw_pen_paths
@@ -29,15 +28,15 @@ from pipelines.training.evaluation.inference import InferenceRunner, split_input
 from pipelines.training.loading.task_columns import tower_column
 from pipelines.training.runs.model_source import resolve_model
 from skillnet.model import SkillNet
-from skillnet.skills import Modality, SkillPlan, Task, default_tasks, known_tasks
+from skillnet.skills import SkillPlan, Task, default_tasks, known_tasks
 from skillnet_platform import console
 from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import STROKES, config, write_corpora
 from tests.helpers.video_files import encode_video
 
-#: Modality of the searched rows -> corpus.
-SEARCHED: dict[Modality, str] = {
+#: str of the searched rows -> corpus.
+SEARCHED: dict[str, str] = {
     "text": "headings",
     "sound": "syllables",
     "image": "drawings",
@@ -46,7 +45,7 @@ SEARCHED: dict[Modality, str] = {
 }
 
 
-def retrieval(candidate: Modality, query: Modality = "text") -> Task:
+def retrieval(candidate: str, query: str = "text") -> Task:
     towers = {"query": query, "candidate": candidate}
     return Task("retrieval", {k: SkillPlan(("general", m), m) for k, m in towers.items()})
 
@@ -101,7 +100,7 @@ def save_run(tmp_path: Path, run_root: Path) -> Callable[..., str]:
 
 @pytest.mark.parametrize("modality", SEARCHED)
 def test_rows_of_every_modality_are_ranked_and_shown(
-    modality: Modality, data: Path, tmp_path: Path, save_run: Callable[..., str]
+    modality: str, data: Path, tmp_path: Path, save_run: Callable[..., str]
 ) -> None:
     run = save_run({"searched": retrieval(modality)}, {"searched": SEARCHED[modality]})
     page = tmp_path / "page.html"
@@ -152,8 +151,8 @@ def ask(modality: str, folder: Path) -> dict[str, object]:
     ids=str,
 )
 def test_the_other_tower_ranks_rows_or_captions_for_a_file(
-    towers: tuple[Modality, Modality],
-    asked: Modality,
+    towers: tuple[str, str],
+    asked: str,
     ranked: str,
     data: Path,
     tmp_path: Path,

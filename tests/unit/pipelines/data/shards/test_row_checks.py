@@ -73,7 +73,7 @@ def test_a_target_that_never_varies_is_found(column: str, one: pa.Array, two: pa
 
 def test_columns_of_other_packages_are_no_error() -> None:
     table = pa.table({"mine": [1, 2], "label": [["a"], ["a"]]})
-    assert check_rows(lambda: [("test", digest_shard(table, "smell"))], 2) == {
+    assert check_rows(lambda: [("test", digest_shard(table, "image"))], 2) == {
         "shared": {},
         "constant": {"test": ["label"]},
     }

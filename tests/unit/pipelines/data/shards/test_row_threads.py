@@ -8,11 +8,10 @@ import torch
 
 from pipelines.data.shards import row_threads
 from pipelines.data.shards.row_threads import map_row_slices
-from pipelines.training.config.data import AugmentConfig, MaskConfig
-from pipelines.training.loading.augment import BatchRandom
-from pipelines.training.loading.masking import InputMasker
+from pipelines.training.config.data import AugmentConfig
 from skillnet.config import SkillNetConfig
-from tests.helpers.pixel_rows import augment_pixels, mask_pixels
+from skillnet.keyed_random import BatchRandom
+from tests.helpers.pixel_rows import augment_pixels, make_masking, mask_pixels
 
 
 @pytest.fixture(params=[1, 3, 8])
@@ -74,7 +73,7 @@ def test_augmentation_does_not_depend_on_the_number_of_threads(cores: int) -> No
 
 def test_masked_pixels_do_not_depend_on_the_number_of_threads(cores: int) -> None:
     pixels = torch.randint(0, 256, (37, 16, 16, 3), dtype=torch.uint8)
-    masker = InputMasker(SkillNetConfig(image_size=16, patch_size=4), MaskConfig(), 60, 24)
+    masker = make_masking(SkillNetConfig(image_size=16, patch_size=4), "image")
     whole, targets = mask_pixels(masker, "image", pixels, BatchRandom((1,), 37, slice(None)))
     parts = [
         mask_pixels(masker, "image", pixels[n : n + 1], BatchRandom((1,), 37, slice(n, n + 1)))

@@ -9,9 +9,14 @@ import polars
 import pyarrow as pa
 import pytest
 
-from pipelines.data.corpora.base import tensor_field
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
-from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, shard_bytes, write_shard
+from pipelines.data.shards.format import (
+    FORMAT_VERSION,
+    manifest_digest,
+    shard_bytes,
+    tensor_field,
+    write_shard,
+)
 from skillnet_platform.errors import UserError
 
 ROWS = 5

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.data.corpora.readers import columns
 from pipelines.data.io.source_file import SourceReadError
+from pipelines.data.modalities import code as code_files
 from pipelines.data.transforms import decode_guard
 from pipelines.data.transforms.decode_guard import (
     CRASHES_WORKER,
@@ -20,6 +20,7 @@ from pipelines.data.transforms.decode_guard import (
     DecodeAttempts,
     decode_each,
 )
+from skillnet.modality import find_modality
 from skillnet_platform.storage.retry import StoreUnavailableError
 
 
@@ -129,13 +130,13 @@ def test_code_that_cannot_be_read_rejects_its_row(monkeypatch: pytest.MonkeyPatc
             raise RecursionError
         return source
 
-    monkeypatch.setattr(columns.code, "remove_docstring", strip)
+    monkeypatch.setattr(code_files.code, "remove_docstring", strip)
     monkeypatch.setattr(
-        columns.text, "encode_texts", lambda tokenizer, texts, longest: pa.array(texts)
+        code_files.text, "encode_texts", lambda tokenizer, texts, longest: pa.array(texts)
     )
-    made = columns.build_code_columns(
-        pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, columns.CodeOptions()
-    )
+    block = pa.table({"code": ["a = 1", "deep", " ", "b = 2"]})
+    half = find_modality("code").file_half
+    made = half.build_columns(block, None, code_files.CodeOptions(), 0)
     assert made["code"].to_pylist() == ["a = 1", "", "", "b = 2"]
     assert made["rejected"].to_pylist() == [
         None,

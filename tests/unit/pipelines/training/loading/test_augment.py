@@ -4,12 +4,9 @@ import numpy as np
 import torch
 
 from pipelines.training.config.data import AugmentConfig
-from pipelines.training.loading.augment import (
-    MASK_TOKEN,
-    BatchRandom,
-    augment_audio,
-    drop_tokens,
-)
+from skillnet.keyed_random import BatchRandom
+from skillnet.modalities.sound import augment_audio
+from skillnet.modalities.tokens import MASK_TOKEN, drop_tokens
 from tests.helpers.pixel_rows import augment_pixels
 
 NONE = AugmentConfig(**dict.fromkeys(vars(AugmentConfig()), 0))

@@ -151,10 +151,13 @@ def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"image_size": 96}, "drawings/train: images .* size 48.* Set model.image_size 48, or .*"),
+        (
+            {"image_size": 96},
+            "drawings/train: the rows .* size 48.* Set model.image_size 48, or .*",
+        ),
         (
             {"video_frames": 4, "video_size": 64},
-            "strokes/train: videos were prepared with frames 8, video_size 32, which the model "
+            "strokes/train: the rows were prepared with frames 8, video_size 32, which the model "
             "does not read. Set model.video_frames 8, model.video_size 32, or prepare the corpus "
             "with --options.strokes.frames 4 --options.strokes.video_size 64",
         ),

@@ -4,19 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.training.config.data import MaskConfig
-from pipelines.training.loading.augment import MASK_TOKEN, BatchRandom
-from pipelines.training.loading.masking import (
-    FIRST_WORD,
-    InputMasker,
-    normalise_tokens,
-    sample_mask,
-    sample_span_mask,
-    sample_tube_mask,
-)
 from skillnet.config import SkillNetConfig
-from skillnet.stems import cut_tubelets, patchify, stack_frames
-from tests.helpers.pixel_rows import mask_pixels
+from skillnet.keyed_random import BatchRandom
+from skillnet.modalities.pixels import cut_tubelets, patchify
+from skillnet.modalities.sound import stack_frames
+from skillnet.modalities.tensors import Batch, normalise_tokens, sample_mask, sample_span_mask
+from skillnet.modalities.tokens import FIRST_WORD, MASK_TOKEN
+from skillnet.modalities.video import sample_tube_mask
+from skillnet.modality import find_modality
+from tests.helpers.pixel_rows import make_masking, mask_pixels
 
 MODEL = SkillNetConfig(
     dim=16,
@@ -33,8 +29,12 @@ def draws(count: int, step: int = 0) -> BatchRandom:
     return BatchRandom((0, step), count, slice(0, count))
 
 
-def hider(**changes: object) -> InputMasker:
-    return InputMasker(MODEL, MaskConfig(**changes), vocab_size=60, longest=24)  # type: ignore[arg-type]
+def hide(
+    modality: str, inputs: Batch, random: BatchRandom, **changes: float
+) -> tuple[Batch, Batch]:
+    masking = make_masking(MODEL, modality, **changes)
+    found: tuple[Batch, Batch] = find_modality(modality).tensor_half.mask(inputs, masking, random)
+    return found
 
 
 def test_mask_has_the_fraction_and_nothing_after_the_end() -> None:
@@ -82,7 +82,7 @@ def test_tokens_are_masked_as_in_bert() -> None:
     B, T = 600, 20
     tokens = torch.full((B, T), 9)
     tokens[:, 16:] = 0
-    shown, targets = hider(text=0.25)("text", {"tokens": tokens}, draws(B))
+    shown, targets = hide("text", {"tokens": tokens}, draws(B), text=0.25)
     masked = targets["masked"]
     assert torch.equal(shown["places"], masked.flatten().nonzero()[:, 0])
     assert (masked.sum(1) == 4).all()
@@ -100,7 +100,7 @@ def test_tokens_are_masked_as_in_bert() -> None:
 
 def test_masked_patches_are_filled_and_their_pixels_are_targets() -> None:
     pixels = torch.randint(0, 256, (5, 48, 48, 3), dtype=torch.uint8)
-    shown, targets = mask_pixels(hider(image=0.5), "image", pixels, draws(5))
+    shown, targets = mask_pixels(make_masking(MODEL, "image", image=0.5), "image", pixels, draws(5))
     masked = targets["masked"]
     assert masked.shape == (5, 36)
     assert (masked.sum(1) == 18).all()
@@ -130,7 +130,8 @@ def test_masked_tubelets_are_filled_and_their_pixels_are_targets(
     tubes: bool, channels: int
 ) -> None:
     frames = torch.randint(0, 256, (6, 8, 32, 32, channels), dtype=torch.uint8)
-    shown, targets = mask_pixels(hider(video_tubes=tubes), "video", frames, draws(6))
+    masking = make_masking(MODEL, "video", video_tubes=tubes)
+    shown, targets = mask_pixels(masking, "video", frames, draws(6))
     masked = targets["masked"]
     assert masked.shape == (6, 64)
     assert (masked.sum(1) == 48).all()
@@ -149,7 +150,7 @@ def test_masked_tubelets_are_filled_and_their_pixels_are_targets(
 def test_frames_are_masked_by_stacks_without_incomplete_stacks() -> None:
     mel, frames = torch.randn(4, 27, 80) + 5, torch.tensor([27, 17, 3, 8])
     mel[torch.arange(27) >= frames[:, None]] = 0
-    shown, targets = hider(sound_span=2)("sound", {"log_mel": mel, "frames": frames}, draws(4))
+    shown, targets = hide("sound", {"log_mel": mel, "frames": frames}, draws(4), sound_span=2)
     masked = targets["masked"]
     assert masked.shape == (4, 7)
     assert masked.sum(1).tolist() == [3, 2, 1, 1]
@@ -170,7 +171,7 @@ def test_frames_are_masked_by_stacks_without_incomplete_stacks() -> None:
 def test_mask_of_a_row_depends_on_no_other_row() -> None:
     frames = torch.tensor([16, 40, 24, 9])
     mel = torch.randn(4, 40, 80)
-    whole = hider()("sound", {"log_mel": mel, "frames": frames}, draws(4))[1]["masked"]
+    whole = hide("sound", {"log_mel": mel, "frames": frames}, draws(4))[1]["masked"]
     mine = BatchRandom((0, 0), 4, slice(2, 4))
-    part = hider()("sound", {"log_mel": mel[2:, :24], "frames": frames[2:]}, mine)[1]["masked"]
+    part = hide("sound", {"log_mel": mel[2:, :24], "frames": frames[2:]}, mine)[1]["masked"]
     assert torch.equal(part, whole[2:, :6])

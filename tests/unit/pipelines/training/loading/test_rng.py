@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.training.loading.augment import BatchRandom
-from pipelines.training.loading.rng import draw_uniform, keyed_rng
+from skillnet.keyed_random import BatchRandom, draw_uniform, keyed_rng
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 1001])

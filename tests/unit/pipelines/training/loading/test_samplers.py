@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.training.loading.rng import keyed_rng
 from pipelines.training.loading.samplers import (
     BLOCK,
     ShuffleSampler,
     TaskSampler,
     compute_task_weights,
 )
+from skillnet.keyed_random import keyed_rng
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 9))

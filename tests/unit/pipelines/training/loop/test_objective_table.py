@@ -19,8 +19,9 @@ from pipelines.training.loading.group_pairs import GroupPairs
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.runs.model_tasks import resolve_model_tasks
+from skillnet.modality import modality_names
 from skillnet.objectives.retrieval import pair_ranks
-from skillnet.skills import MODALITIES, Modality, SkillPlan, Task
+from skillnet.skills import SkillPlan, Task
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
 from tests.helpers.labelled_corpora import write_labelled_corpora
@@ -30,18 +31,18 @@ CORPUS_OF = {modality: corpus for corpus, modality in MODALITY.items()}
 PAGE = Path(__file__).parents[5] / "docs" / "tasks.md"
 
 
-def one_tower(objective: str, modality: Modality) -> Task:
+def one_tower(objective: str, modality: str) -> Task:
     return Task(objective, {"input": SkillPlan(("general", modality), modality)})
 
 
-def two_towers(query: Modality, candidate: Modality) -> Task:
+def two_towers(query: str, candidate: str) -> Task:
     read = {"query": query, "candidate": candidate}
     plans = {k: SkillPlan(("general", m, "alignment"), m) for k, m in read.items()}
     return Task("retrieval", plans)
 
 
-#: Modality of the rows -> their second medium in the tests.
-SECOND_MEDIUM: dict[Modality, Modality] = {
+#: str of the rows -> their second medium in the tests.
+SECOND_MEDIUM: dict[str, str] = {
     "image": "sound",
     "sound": "video",
     "video": "code",
@@ -52,7 +53,7 @@ SECOND_MEDIUM: dict[Modality, Modality] = {
 def build_cells() -> dict[tuple[str, str], Task]:
     """Return (row of the table, modality) -> task of every supported cell."""
     cells: dict[tuple[str, str], Task] = {("ctc", "sound"): one_tower("ctc", "sound")}
-    for modality in MODALITIES:
+    for modality in modality_names():
         for objective in ("classification", "multi_label", "regression", "masked"):
             cells[objective, modality] = one_tower(objective, modality)
         cells["retrieval by text", modality] = two_towers("text", modality)
@@ -88,7 +89,7 @@ def run_of(data: Path, task: Task, corpus: str, **settings: object) -> FinetuneC
 
 
 @pytest.mark.parametrize(("row", "modality"), CELLS, ids=lambda value: value.replace(" ", "-"))
-def test_a_cell_trains_and_is_evaluated(row: str, modality: Modality, data: Path) -> None:
+def test_a_cell_trains_and_is_evaluated(row: str, modality: str, data: Path) -> None:
     task = CELLS[row, modality]
     corpus = f"{modality}_rows" if row == "retrieval of media" else CORPUS_OF[modality]
     is_paired = row == "two views"
@@ -196,9 +197,9 @@ def test_the_page_shows_exactly_these_cells() -> None:
     found = set()
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 1 + len(MODALITIES) and re.fullmatch(r"`[a-z_ ]+`", cells[0]):
+        if len(cells) == 1 + len(modality_names()) and re.fullmatch(r"`[a-z_ ]+`", cells[0]):
             row = cells[0].strip("`")
             found |= {
-                (row, m) for m, cell in zip(MODALITIES, cells[1:], strict=True) if cell != "–"
+                (row, m) for m, cell in zip(modality_names(), cells[1:], strict=True) if cell != "–"
             }
     assert found == set(CELLS)

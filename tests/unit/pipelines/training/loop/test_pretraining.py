@@ -11,7 +11,6 @@ import torch
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig, TaskTraining
-from pipelines.training.loading.augment import BatchRandom
 from pipelines.training.loading.pixel_changes import apply_changes
 from pipelines.training.loading.task_columns import resolve_splits
 from pipelines.training.loop.loop import train_model
@@ -19,6 +18,7 @@ from pipelines.training.loop.pretraining import build_joint_run, check_pretraini
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model, open_corpora
 from pipelines.training.loop.step import task_loss
+from skillnet.keyed_random import BatchRandom
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_pretraining, write_corpora

@@ -176,7 +176,7 @@ class TestFolder:
             ({"split_by": "speeker"}, r"split_by: no field 'speeker'; did you mean 'speaker'\?"),
             ({"split": "part"}, r"options\.folder\.split: no field 'part'; rows have"),
             ({"task": "labels"}, r"options\.folder\.task: rows have no labels"),
-            ({"modality": "smell"}, "modality: expected one of text, image"),
+            ({"modality": "imagee"}, "modality: unknown modality 'imagee'; did you mean 'image'"),
         ],
     )
     def test_missing_fields_are_reported(self, tmp_path: Path, options: dict, message: str) -> None:

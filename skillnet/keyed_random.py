@@ -1,5 +1,6 @@
-"""Random generators keyed by seed, names and step."""
+"""Random numbers keyed by seed, names and step: generators, and those of the rows of a batch."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -46,3 +47,28 @@ def _name_word(name: str) -> int:
     from zlib import crc32
 
     return crc32(name.encode())
+
+
+class BatchRandom:
+    """Random numbers of one global batch; a rank sees those of its rows.
+
+    Args:
+        key: seed, purpose and step, which determine the numbers.
+        count: rows of the global batch.
+        part: this rank's rows among them.
+    """
+
+    def __init__(self, key: Sequence[int | str], count: int, part: slice) -> None:
+        self._key, self._count, self._part = tuple(key), count, part
+
+    def branch(self, name: str) -> "BatchRandom":
+        """Return independent random numbers of the same rows, for a second change of them."""
+        return BatchRandom((*self._key, name), self._count, self._part)
+
+    def uniform(self, name: str, *shape: int) -> np.ndarray:
+        """Return (B, *shape) float32 in [0, 1). ``shape`` must not depend on the rank's rows."""
+        start, stop, _ = self._part.indices(self._count)
+        each = math.prod(shape)
+        # The numbers of other ranks' rows are skipped, so that the cost is that of these rows.
+        numbers = draw_uniform((*self._key, name), start * each, (stop - start) * each)
+        return numbers.reshape(stop - start, *shape)

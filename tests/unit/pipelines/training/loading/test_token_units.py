@@ -1,5 +1,6 @@
 """Units of sound: deterministic, computed once, and used as targets instead of frames."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ import torch
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training.config.data import MaskConfig
 from pipelines.training.config.run import TaskTraining
-from pipelines.training.loading import audio_units
-from pipelines.training.loading.audio_units import SoundUnits, find_sound_units
-from pipelines.training.loading.augment import BatchRandom
-from pipelines.training.loading.masking import InputMasker
+from pipelines.training.loading import token_units
 from pipelines.training.loading.task_dataset import TaskDataset
+from pipelines.training.loading.token_units import TokenUnits, find_token_units
 from skillnet.config import SkillNetConfig
+from skillnet.keyed_random import BatchRandom
+from skillnet.modalities.sound import stack_frames
+from skillnet.modalities.tensors import RowMasking
+from skillnet.modality import find_modality
 from skillnet.skills import find_task, masked_tasks
-from skillnet.stems import stack_frames
 from skillnet_platform.errors import UserError
 from tests.helpers import small_corpora
 
@@ -34,10 +36,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 
 
 def test_units_are_deterministic(corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = find_sound_units(corpus, ("train",), STACK, COUNT)
-    assert find_sound_units(corpus, ("train",), STACK, COUNT) is first
-    monkeypatch.setattr(audio_units, "_units_by_key", {})
-    again = find_sound_units(corpus, ("train",), STACK, COUNT)
+    first = find_token_units(corpus, ("train",), MODEL)
+    assert find_token_units(corpus, ("train",), MODEL) is first
+    monkeypatch.setattr(token_units, "_units_by_key", {})
+    again = find_token_units(corpus, ("train",), MODEL)
     assert again is not first
     assert torch.equal(first.centres_KP, again.centres_KP)
     assert first.centres_KP.shape == (COUNT, STACK * 80)
@@ -46,18 +48,19 @@ def test_units_are_deterministic(corpus: PreparedCorpus, monkeypatch: pytest.Mon
 def test_a_stack_belongs_to_the_nearest_mean() -> None:
     random = torch.Generator().manual_seed(0)
     centres, x = torch.randn(5, 8, generator=random), torch.randn(3, 7, 8, generator=random)
-    assert torch.equal(SoundUnits(centres)(x), torch.cdist(x, centres[None]).argmin(-1))
+    assert torch.equal(TokenUnits(centres)(x), torch.cdist(x, centres[None]).argmin(-1))
 
 
 def test_targets_of_masked_sound_are_units() -> None:
     random = torch.Generator().manual_seed(0)
     log_mel, frames = torch.randn(3, 40, 80, generator=random), torch.tensor([40, 20, 9])
-    units = SoundUnits(torch.randn(COUNT, STACK * 80, generator=random))
+    units = TokenUnits(torch.randn(COUNT, STACK * 80, generator=random))
     asked = {}
     for name, given in (("frames", None), ("units", units)):
-        hide = InputMasker(MODEL, MaskConfig(), vocab_size=60, longest=24, units=given)
+        masking = RowMasking(MODEL, MaskConfig(), 0.5, vocab_size=60, longest=24, units=given)
         draws = BatchRandom((0, 0), 3, slice(0, 3))
-        inputs, asked[name] = hide.mask_frames(log_mel, frames, draws)
+        batch = {"log_mel": log_mel, "frames": frames}
+        inputs, asked[name] = find_modality("sound").tensor_half.mask(batch, masking, draws)
         asked[name + " shown"] = inputs
     masked = asked["units"]["masked"]
     assert torch.equal(masked, asked["frames"]["masked"])
@@ -66,7 +69,7 @@ def test_targets_of_masked_sound_are_units() -> None:
 
 
 def test_validation_rows_use_the_units_of_training(corpus: PreparedCorpus) -> None:
-    units = find_sound_units(corpus, ("train",), STACK, COUNT)
+    units = find_token_units(corpus, ("train",), MODEL)
     task = find_task("masked_sound", MODEL.tasks)
     rows = TaskDataset("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
     numbers = np.arange(4)
@@ -78,7 +81,7 @@ def test_validation_rows_use_the_units_of_training(corpus: PreparedCorpus) -> No
 
 def test_too_few_stacks_for_the_units_are_rejected(corpus: PreparedCorpus) -> None:
     with pytest.raises(UserError, match=r"too few for 1000000 units; lower model\.sound_units"):
-        find_sound_units(corpus, ("train",), STACK, 1_000_000)
+        find_token_units(corpus, ("train",), replace(MODEL, sound_units=1_000_000))
 
 
 def test_units_do_not_depend_on_the_location_of_shards(
@@ -88,6 +91,6 @@ def test_units_do_not_depend_on_the_location_of_shards(
     copy.mkdir()
     for file in corpus.path.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert find_sound_units(open_corpus(copy), ("train",), STACK, COUNT) is find_sound_units(
-        corpus, ("train",), STACK, COUNT
+    assert find_token_units(open_corpus(copy), ("train",), MODEL) is find_token_units(
+        corpus, ("train",), MODEL
     )

@@ -1,0 +1,1 @@
+"""File halves of the built-in modalities; :mod:`skillnet.modality` declares them."""

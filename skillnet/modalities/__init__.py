@@ -1,0 +1,1 @@
+"""Tensor halves of the built-in modalities; :mod:`skillnet.modality` declares them."""
