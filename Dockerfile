@@ -24,6 +24,7 @@ COPY platform platform
 COPY skillnet skillnet
 COPY pipelines pipelines
 COPY sweeps sweeps
+COPY plugins plugins
 # pyproject.toml bounds the versions.
 # hadolint ignore=DL3013
 RUN case "${TORCH}" in \
@@ -31,7 +32,7 @@ RUN case "${TORCH}" in \
         cuda) ;; \
         *) echo "TORCH: expected cpu or cuda, not ${TORCH}" >&2; exit 2 ;; \
     esac && \
-    pip install ".[train,${EXTRAS}]" && \
+    pip install ./plugins/evidence ".[train,${EXTRAS}]" && \
     useradd --create-home --uid 1000 skillnet && \
     install -d -o skillnet -g skillnet /data
 

@@ -34,12 +34,12 @@ from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.folds import open_fold
 from pipelines.data.shards.selected_rows import list_row_units
+from skillnet_evidence import statistics
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.scores import SPLIT
+from skillnet_evidence.statistics import RunSample
 from skillnet_platform.tables import write_csv
-from skillnet_studies.analysis import statistics
-from skillnet_studies.analysis.comparison import MEAN, SPLIT, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.analysis.statistics import RunSample
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.study.study import read_study_ledger
 
 FOLD_UNITS = Path(__file__).with_name("fold_units.csv")
@@ -175,7 +175,7 @@ def read_residuals(folder: Path = RESULTS / "final") -> dict[tuple[str, str], ND
         folder: the kept study.
     """
     runs = label_runs([read_run(path, label) for label, path in read_study_ledger(folder)[1]])
-    comparison = compare_systems(runs)
+    comparison = compare_runs(runs)
     residuals: dict[tuple[str, str], NDArray[np.float64]] = {}
     for task in comparison.common_tasks:
         score_SF = np.stack([comparison.samples[label, task, SPLIT].values for label in SYSTEMS])

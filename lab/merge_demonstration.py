@@ -38,12 +38,12 @@ from pipelines.training.evaluation import tables
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, read_outcomes
 from pipelines.training.runs.layout import SOURCE, SOURCE_ROWS
 from skillnet.skills import SkillPlan
+from skillnet_evidence import statistics
+from skillnet_evidence.statistics import RunSample
 from skillnet_platform import console
 from skillnet_platform.storage import read_json, run_root
 from skillnet_platform.tables import write_csv
 from skillnet_platform.tracking import TrackingConfig
-from skillnet_studies.analysis import statistics
-from skillnet_studies.analysis.statistics import RunSample, SampleDifference
 
 #: Arm that the others are subtracted from.
 MERGED = "merged"
@@ -271,7 +271,7 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
     """Return a row per arm, task and test split: the mean over seeds, and merged minus the arm.
 
     Intervals cover seeds and held-out units together, see
-    :mod:`skillnet_studies.analysis.statistics`.
+    :mod:`skillnet_evidence.statistics`.
 
     Args:
         runs: results of all arms and seeds.
@@ -293,7 +293,7 @@ def build_summary_rows(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
             row |= {"seeds": mean.seeds, "value": mean.value, "low": mean.low, "high": mean.high}
             is_other = arm != MERGED and MERGED in arms
             if is_other and _has_other_outcomes(arms[MERGED], arms[arm], (task, split)):
-                change = SampleDifference(samples[MERGED], sample)
+                change = samples[MERGED] - sample
                 found_change = statistics.estimate_mean(change, spread)
                 row |= {
                     "difference": found_change.value,

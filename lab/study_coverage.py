@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from skillnet.unit_statistics import ScoreScale
-from skillnet_platform.tables import markdown_table, write_csv
-from skillnet_studies.analysis import statistics
-from skillnet_studies.analysis.comparison import MEAN
-from skillnet_studies.analysis.statistics import RunSample, SampleDifference
+from skillnet_evidence import statistics
+from skillnet_evidence.cells import markdown_table
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.statistics import RunSample
+from skillnet_evidence.units import ScoreScale
+from skillnet_platform.tables import write_csv
 
 UNITS = Path(__file__).with_name("study_units.csv")
 LEVEL = 0.05
@@ -276,7 +277,7 @@ def measure_studies(
                 )
                 covered[name] += found.low <= truths[name] <= found.high
             for system, against in pairs:
-                change = SampleDifference(samples[system, name], samples[against, name])
+                change = samples[system, name] - samples[against, name]
                 found = statistics.estimate_mean(change, spread)
                 p_values.append(statistics.compute_p_value(change, spread))
                 alarms[name] += p_values[-1] <= LEVEL

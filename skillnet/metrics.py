@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from skillnet.unit_statistics import ScoreScale, bound_score, compute_unit_error, jackknife_units
+from skillnet_evidence.units import ScoreScale, bound_score, compute_unit_error, jackknife_units
 
 Statistic = Callable[[NDArray[Any]], float]
 
@@ -38,7 +38,7 @@ class MetricIntervals:
     """Metrics of the rows of a split, with intervals over held-out units.
 
     Units are the independent observations, such as speakers. Shares and error rates have the
-    interval of :func:`skillnet.unit_statistics.bound_score`. Other statistics have a bootstrap
+    interval of :func:`skillnet_evidence.units.bound_score`. Other statistics have a bootstrap
     interval, which is omitted where all resamples agree.
 
     Args:
@@ -56,7 +56,7 @@ class MetricIntervals:
 
         Args:
             values: (N,) booleans or numbers.
-            scale: of the values, see :func:`skillnet.unit_statistics.bound_score`.
+            scale: of the values, see :func:`skillnet_evidence.units.bound_score`.
         """
         amounts = np.asarray(values, np.float64)
         return self.ratio(amounts, np.ones(len(amounts)), scale)
@@ -69,7 +69,7 @@ class MetricIntervals:
         Args:
             amounts: (N,) numerators.
             weights: (N,) denominators.
-            scale: of the ratio, see :func:`skillnet.unit_statistics.bound_score`.
+            scale: of the ratio, see :func:`skillnet_evidence.units.bound_score`.
         """
         nan = float("nan")
         # The references of a split can all be empty.

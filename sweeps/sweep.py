@@ -25,6 +25,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.layout import lock_run_folder
 from pipelines.training.runs.mirror import RunMirror
 from pipelines.training.runs.run_tags import describe_run
+from skillnet_evidence.cells import markdown_table
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
@@ -33,7 +34,6 @@ from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
-from skillnet_platform.tables import markdown_table
 from skillnet_platform.tracking import Tracker
 from sweeps.config import location
 from sweeps.config.sweep import SweepConfig

@@ -7,7 +7,7 @@ import yaml
 
 from pipelines.training.evaluation.tables import result_cells, sort_rows
 from skillnet.multitask_model import TaskModel
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 
 CARD_FILE = "README.md"
 

@@ -59,7 +59,7 @@ OTHER_NAMES = {
 }
 
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
-OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
+OUR_PACKAGES = ("skillnet", "skillnet_evidence", "skillnet_platform", "pipelines", "sweeps")
 
 #: Characters of the message of an unexpected error.
 LONGEST_CAUSE = 1000
@@ -351,8 +351,9 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         # Ray's wrapper also inherits from the class of the cause, but its text has a traceback.
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):
             return str(inner)
-        # A subclass such as UnicodeDecodeError is never raised as a message to the user.
-        if type(inner) is ValueError and _raised_in(inner) in ours:
+        # A subclass of a library, such as UnicodeDecodeError, is no message to the user.
+        is_ours = type(inner) is ValueError or type(inner).__module__.partition(".")[0] in ours
+        if isinstance(inner, ValueError) and is_ours and _raised_in(inner) in ours:
             return str(inner)
         if (message := describe_missing_extra(inner)) is not None:
             return message

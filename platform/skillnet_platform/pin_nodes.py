@@ -68,9 +68,6 @@ def read_dependencies(project: Path = PROJECT) -> list[str]:
     """
     import tomllib
 
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     try:
         content = tomllib.loads(project.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,18 +75,19 @@ def read_dependencies(project: Path = PROJECT) -> list[str]:
             f"{project}: no such file; a cluster gets its code from a checkout of the repository"
         ) from None
     extras = content["project"].get("optional-dependencies", {})
+    # Nodes get the code of local distributions from the checkout, and need what these require.
+    sources = content.get("tool", {}).get("uv", {}).get("sources", {})
+    direct = [line for line in content["project"]["dependencies"] if _name(line) not in sources]
+    for source in sources.values():
+        inner = (project.parent / source["path"] / "pyproject.toml").read_text(encoding="utf-8")
+        direct += tomllib.loads(inner)["project"]["dependencies"]
     optional = [line for name in EXTRAS for line in extras.get(name, [])]
     # An extra may include another one of this project, whose code nodes get from the checkout.
-    own = canonicalize_name(content["project"].get("name", ""))
+    own = _name(content["project"].get("name", ""))
     return [
-        *map(str, content["project"]["dependencies"]),
+        *map(str, direct),
         *map(str, extras.get("train", [])),
-        *(
-            str(line)
-            for line in optional
-            if canonicalize_name(Requirement(line).name) != own
-            and find_version(Requirement(line).name)
-        ),
+        *(str(line) for line in optional if _name(line) != own and find_version(_name(line))),
     ]
 
 
@@ -114,7 +112,9 @@ def pin_packages(requirements: list[str]) -> dict[str, str]:
         version = find_version(name)
         if not version:
             if direct:
-                raise UserError(f"{wanted} is not installed here; pip install -e '.[train]'")
+                raise UserError(
+                    f"{wanted} is not installed here; pip install -e plugins/evidence -e '.[train]'"
+                )
             continue  # a requirement of another platform, or an optional one
         if direct and not wanted.specifier.contains(version, prereleases=True):
             raise UserError(f"{wanted} is needed, {version} is installed here")
@@ -138,6 +138,13 @@ def format_requirements(project: Path = PROJECT) -> str:
         f"{name}=={version}" for name, version in pin_packages(read_dependencies(project)).items()
     ]
     return "\n".join([*head, *pinned]) + "\n"
+
+
+def _name(requirement: str) -> str:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    return canonicalize_name(Requirement(requirement).name)
 
 
 def _needs(installed: Distribution, extra: str) -> list["Requirement"]:  # type: ignore[name-defined]  # noqa: F821

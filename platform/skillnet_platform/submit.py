@@ -32,7 +32,10 @@ from skillnet_platform.tracking.backend import URI_VARIABLE
 from skillnet_platform.tracking.source_commit import commit_variable
 
 #: Folders of a checkout that hold its packages; a job has no installation of them.
-SOURCE_FOLDERS = ("platform", *(f"plugins/{n}" for n in ("corpora", "hf", "planning", "studies")))
+SOURCE_FOLDERS = (
+    "platform",
+    *(f"plugins/{n}" for n in ("corpora", "evidence", "hf", "planning", "studies")),
+)
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
 #: Seconds in which a job server that does not answer is asked again.

@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from skillnet.unit_statistics import CONFIDENCE_LEVEL
-from sweeps.config.format import format_signed_points
+from skillnet_evidence.format import format_signed_points
+from skillnet_evidence.units import CONFIDENCE_LEVEL
 from sweeps.config.space import format_setting
 
 #: Seeds from which on the interval is over seeds.

@@ -230,7 +230,7 @@ def describe_settings(configuration: RankedConfiguration, short: dict[str, str])
 
 
 def _draw_cost_points(panel: Any, points: Sequence[RankedConfiguration], key: str) -> None:
-    from skillnet_platform.plots import COLORS, style_axes
+    from skillnet_evidence.plot_kit import COLORS, style_axes
 
     costs = [getattr(each, key) / 1e6 for each in points]
     for each, cost in zip(points, costs, strict=True):

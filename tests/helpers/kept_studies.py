@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.runs.layout import CONFIG
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import read_json, write_json
-from skillnet_studies.config.claims import ClaimPart, ClaimsConfig, StatedClaim
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.kept_results import keep_results
 from skillnet_studies.study.study import StudyResult, build_final_trials, write_study_ledger
@@ -17,7 +17,7 @@ from sweeps.trials.ledger import LedgerEntry
 from tests.helpers.small_corpora import small_config
 from tests.helpers.synthetic_runs import complete_result, write_run
 
-CLAIM = StatedClaim("Skills help.", [ClaimPart("skillnet", "specialist")])
+CLAIM = Claim("Skills help.", [Condition("skillnet", "specialist")])
 
 
 def keep_study(
@@ -25,7 +25,7 @@ def keep_study(
     name: str,
     skills: Mapping[str, float],
     folds: int = 3,
-    stated: Mapping[str, StatedClaim] | None = None,
+    stated: Mapping[str, Claim] | None = None,
     **settings: str,
 ) -> Path:
     """Write a finished study of three folds, and keep it.

@@ -15,9 +15,9 @@ from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, 
 from pipelines.training.evaluation.tables import write_evaluation_csv
 from pipelines.training.runs.layout import CONFIG
 from skillnet.metrics import ConfidenceInterval
+from skillnet_evidence.claims import ClaimsConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.config import presets
-from skillnet_studies.config.claims import ClaimsConfig
 from tests.helpers.small_corpora import small_config
 
 TASKS = (

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skillnet_platform.plots import encode_svg
-from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
-from skillnet_studies.report.evidence_plots import draw_joint_evidence
+from skillnet_evidence.forest import draw_joint_evidence
+from skillnet_evidence.plot_kit import encode_svg
+from skillnet_evidence.rows import collect_points, group_claims, group_tests
 from tools.docs.kept_results import rows_of
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def read_reference(summary: Sequence[dict[str, str]]) -> float | None:
     Args:
         summary: rows of ``summary.csv``.
     """
-    from skillnet_studies.analysis.comparison import MEAN
-    from skillnet_studies.report.references import REFERENCE_SYSTEM
+    from skillnet_evidence.comparison import MEAN
+    from skillnet_evidence.rows import REFERENCE_SYSTEM
 
     for row in summary:
         if (row["system"], row["task"]) == (REFERENCE_SYSTEM, MEAN):

@@ -24,7 +24,7 @@ from pipelines.training.growth.report import (
     GrowthReport,
     TransferResult,
 )
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lab import RESULTS
 from lab.merge_demonstration import BASE, MERGED, SCORES, SUMMARY
 from pipelines.training.evaluation.tables import format_metric, metric_label
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 from tools.docs.kept_results import rows_of
 from tools.docs.page_marks import put
 

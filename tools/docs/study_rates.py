@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from skillnet_evidence.cells import ReportTable, TableCell
+from skillnet_evidence.claims import estimate_difference
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.format import format_interval
 from skillnet_platform.errors import UserError
-from skillnet_platform.tables import ReportTable, TableCell
-from skillnet_studies.analysis.claims import estimate_difference
-from skillnet_studies.analysis.comparison import MEAN, compare_systems
-from skillnet_studies.analysis.finished_runs import FinishedRun, read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_platform.tables import show_table
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
 from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import read_study_ledger
 from skillnet_studies.study.tuning import (
@@ -29,7 +30,6 @@ from skillnet_studies.study.tuning import (
     choose_rates,
     name_task_rate,
 )
-from sweeps.config.format import format_interval
 from sweeps.config.space import format_setting
 
 
@@ -88,7 +88,7 @@ def build_change_table(first: Path, again: Path) -> ReportTable:
     shared = set.intersection(*({run.replicate for run in runs} for runs in studies))
     reference = read_study_config(first).reference
     compared = [
-        compare_systems([run for run in runs if run.replicate in shared], reference)
+        compare_runs([run for run in runs if run.replicate in shared], reference)
         for runs in studies
     ]
     tests = [test for test in compared[1].tests if test.task == MEAN and test.kind != "pretraining"]
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         table = build_rates_table(options.study)
     except UserError as error:
         parser.error(str(error))
-    table.show()
+    show_table(table)
     return 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from skillnet_platform.storage import data_root
-from skillnet_studies.analysis.comparison import compare_systems
+from skillnet_studies.analysis.finished_runs import compare_runs
 from skillnet_studies.report.references import build_references, measure_references
 from skillnet_studies.study.kept_results import write_document
 from skillnet_studies.study.stored_config import read_study_config
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     data = {"data": str((options.data or data_root()).absolute())}
     runs = read_kept_runs(options.study)
     runs = [replace(run, settings={**run.settings, **data}) for run in runs]
-    comparison = compare_systems(runs, read_study_config(options.study).reference)
+    comparison = compare_runs(runs, read_study_config(options.study).reference)
     scores = measure_references(comparison)
     if not scores:
         parser.error(f"{data['data']} lacks corpora of the study, or has other versions of them")

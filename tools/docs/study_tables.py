@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from skillnet_evidence.comparison import find_common_replicates
+from skillnet_evidence.tables import ReferenceScores
 from skillnet_platform.storage import read_json
-from skillnet_studies.analysis.comparison import compare_systems
-from skillnet_studies.analysis.finished_runs import FinishedRun, find_common_replicates, read_run
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.report.references import ReferenceScores
-from skillnet_studies.report.report import (
-    ComparisonReport,
-    build_report,
-    list_notices,
-)
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
+from skillnet_studies.report.report import ComparisonReport, build_report, list_notices
 from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
 from skillnet_studies.study.stored_config import read_study_config
@@ -137,7 +132,7 @@ def build_block_report(block: StudyBlock, results: Path = RESULTS) -> Comparison
         runs = select_runs(runs, block.systems)
     config = read_study_config(folders[0])
     has_claims = CLAIMS in block.tables
-    comparison = compare_systems(label_runs(runs), config.reference)
+    comparison = compare_runs(label_runs(runs), config.reference)
     if block.is_reserve:
         comparison = drop_tests(comparison)
     # The kept references are of all folds of one study.

@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     options, words = parser.parse_known_args(argv)
 
     from pipelines.training.config.run import FinetuneConfig
+    from skillnet_evidence.cells import markdown_table
     from skillnet_platform import config as configuration
     from skillnet_platform import console
-    from skillnet_platform.tables import markdown_table
 
     config = configuration.parse_config(FinetuneConfig, words, "python -m tools.docs.system_costs")
     lengths = {name: _lengths(config, name) if config.data else {} for name in config.measured}

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.training.evaluation.tables import activation_cells, sort_rows
 from skillnet.config import SkillNetConfig
-from skillnet_platform.plots import COLORS, make_figure, style_axes
+from skillnet_evidence.plot_kit import COLORS, make_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ name is a unit by itself. :func:`read_unit_numbers` is called by everything that
 import numpy as np
 import pyarrow as pa
 
-from skillnet.unit_statistics import number_units
+from skillnet_evidence.units import number_units
 from skillnet_platform.errors import UserError
 
 UNIT_COLUMN = "unit"

@@ -15,8 +15,7 @@ the column ``unit`` of the shard has their names.
 comparisons and growth reports read the file.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,18 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from skillnet.metrics import ConfidenceInterval
-from skillnet.unit_statistics import bound_score, compute_unit_error, jackknife_units
+from skillnet_evidence.units import (
+    RowOutcomes,
+    bound_score,
+    compute_unit_error,
+    has_equal_rows,
+    jackknife_units,
+)
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
 OUTCOMES_FILE = "outcomes.parquet"
-#: The same columns with a line per unit; see :func:`sum_outcomes`.
+#: The same columns with a line per unit; see :func:`skillnet_evidence.units.sum_outcomes`.
 UNIT_SUMS_FILE = "unit_sums.parquet"
 
 # float32 holds integers up to 2**24 exactly, so only mean ranks are rounded in the file.
@@ -47,35 +52,8 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class RowOutcomes:
-    """Outcomes of one task on one split, in the order of its rows.
-
-    Args:
-        numerator: (N,) float64, see the module docstring.
-        denominator: (N,) float64.
-        rank: (N,) float64, from 1; NaN for tasks without a ranking.
-        unit: (N,) int64, number of the unit of each row, from 0.
-    """
-
-    numerator: np.ndarray
-    denominator: np.ndarray
-    rank: np.ndarray
-    unit: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.numerator)
-
-    @property
-    def value(self) -> float:
-        """Primary metric of the split, a fraction; NaN if the denominators sum to 0."""
-        # The sum is 0 if all references of a split are empty.
-        total = float(self.denominator.sum())
-        return float(self.numerator.sum()) / total if total else float("nan")
-
-
-class OutcomeTable:
-    """Mapping from (task, split) to :class:`RowOutcomes`, filled while a model is evaluated."""
+class OutcomeTable(Mapping[tuple[str, str], RowOutcomes]):
+    """Outcomes by (task, split), filled while a model is evaluated."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, str], RowOutcomes] = {}
@@ -110,9 +88,6 @@ class OutcomeTable:
 
     def __getitem__(self, key: tuple[str, str]) -> RowOutcomes:
         return self._parts[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._parts
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._parts)
@@ -192,22 +167,6 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
     return outcomes
 
 
-def sum_outcomes(rows: RowOutcomes) -> RowOutcomes:
-    """Return a line per unit with the sums of its rows: all that intervals and tests need.
-
-    Sums of sums are the same sums, so outcomes and their sums give equal results.
-
-    Args:
-        rows: outcomes of a split.
-    """
-    return RowOutcomes(
-        np.bincount(rows.unit, rows.numerator),
-        np.bincount(rows.unit, rows.denominator),
-        np.full(int(rows.unit.max(initial=-1)) + 1, np.nan),
-        np.arange(int(rows.unit.max(initial=-1)) + 1),
-    )
-
-
 def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterval:
     """Return the primary metric of ``one`` minus that of ``other``, with its interval.
 
@@ -228,10 +187,3 @@ def paired_difference(one: RowOutcomes, other: RowOutcomes) -> ConfidenceInterva
     value, effects_K = float(effects.values_S[0]), effects.effects_SK[0]
     bounds = bound_score(value, compute_unit_error(effects_K), effects.dof, len(effects_K))
     return ConfidenceInterval(value, *bounds)
-
-
-def has_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
-    """Return whether two models were evaluated on rows of equal weights and units."""
-    return np.array_equal(one.denominator, other.denominator) and np.array_equal(
-        one.unit, other.unit
-    )

@@ -15,8 +15,9 @@ import numpy as np
 from skillnet.config import SkillNetConfig
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
+from skillnet_evidence.cells import markdown_table
 from skillnet_platform.storage import open_output
-from skillnet_platform.tables import markdown_table, write_csv
+from skillnet_platform.tables import write_csv
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
 
 #: Columns that name the measured rows, beside their split: the corpus, the digest of its manifest,

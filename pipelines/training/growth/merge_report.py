@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.training.evaluation import tables as evaluation_tables
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.training.evaluation import tables as evaluation_tables
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 
 REPORT_JSON = "growth.json"
 REPORT_MARKDOWN = "growth.md"

@@ -10,7 +10,6 @@ from plugins.planning.plugins.planning.tests.test_memory_plan import (
     masked_model,
     short_config,
 )
-from skillnet_studies.config.resources import request_study
 
 from pipelines.training.config.run import PretrainConfig
 from skillnet_planning.memory_check import (
@@ -23,7 +22,7 @@ from skillnet_platform.checks.gpu import check_gpu_memory
 from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_studies.config.study import StudyConfig, SystemConfig
-from skillnet_studies.study.planned_trials import list_study_runs
+from skillnet_studies.study.planned_trials import list_study_runs, request_study
 from sweeps.config.resources import request_sweep
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig

@@ -1,7 +1,7 @@
 """``skillnet compare``: compare systems by running a study or from finished runs.
 
 The entry point is :func:`compare`. A study trains its runs first (``skillnet_studies.study``). Both
-cases then compute statistics (``skillnet_studies.analysis``) and write a report
+cases then compute statistics (``skillnet_evidence``) and write a report
 (``skillnet_studies.report``).
 """
 
@@ -24,9 +24,9 @@ from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.study.planned_trials import request_study
 
 if TYPE_CHECKING:
+    from skillnet_evidence.power import PowerPlan
     from skillnet_platform.tracking import Tracker
     from skillnet_studies.analysis.finished_runs import FinishedRun
-    from skillnet_studies.analysis.power import PowerPlan
     from skillnet_studies.report.report import ComparisonReport
     from skillnet_studies.study.tuning import TuningResult
 
@@ -71,7 +71,7 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
         config: names the roles.
         labels: labels of all systems.
     """
-    from skillnet_studies.analysis.comparison import choose_roles, find_variant
+    from skillnet_evidence.comparison import choose_roles, find_variant
 
     reference, _ = choose_roles(labels, config.reference, config.specialist)
     if find_variant(reference, reference, labels) is None and len(set(labels)) > 1:
@@ -84,7 +84,7 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from skillnet_studies.analysis.finished_runs import read_run
     from skillnet_studies.report.references import build_references
-    from skillnet_studies.report.writer import REPORT_FILES
+    from skillnet_studies.report.report import REPORT_FILES
     from skillnet_studies.study.kept_results import find_kept_path, restore_results, write_document
     from skillnet_studies.study.study import (
         START_FILES,
@@ -162,17 +162,18 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
     Raises:
         UserError: a run does not exist or cannot be compared, or its variances are unknown.
     """
-    from skillnet_studies.analysis.comparison import compare_systems
-    from skillnet_studies.analysis.power import PowerPlan, estimate_time, plan_power
-    from skillnet_studies.analysis.run_groups import label_runs
+    from skillnet_evidence.power import PowerPlan, estimate_time, plan_power
+    from skillnet_studies.analysis.finished_runs import compare_runs, label_runs
     from skillnet_studies.study.system_runs import build_base_run
 
     runs, _ = _read_named_runs(config.power, config.tracking.uri)
-    earlier = compare_systems(label_runs(runs))
+    earlier = compare_runs(label_runs(runs))
     counts = {
         label: len(config.seeds_of(label)) * len(config.fold_numbers) for label in config.systems
     }
-    tests = plan_power(earlier, config.claims, counts, config.run.fold)
+    fold = config.run.fold
+    overlap = fold.test_to_train if fold.count else None
+    tests = plan_power(earlier, config.claims, counts, overlap)
     steps = {label: build_base_run(config, label, 0).training.steps for label in counts}
     time_needed = estimate_time(earlier, counts, steps)
     named = ", ".join(config.power) if len(config.power) < 4 else f"{len(config.power)} runs"
@@ -205,7 +206,7 @@ def _read_named_runs(
 
 
 def _compare_runs(config: StudyConfig) -> "ComparisonReport":
-    from skillnet_studies.analysis.run_groups import label_runs
+    from skillnet_studies.analysis.finished_runs import label_runs
     from skillnet_studies.study.stored_config import adopt_study_settings
 
     runs, studies = _read_named_runs(config.runs, config.tracking.uri)
@@ -261,18 +262,18 @@ def _build_report(
     tuning: dict[str, "TuningResult"],
     folder: Path,
 ) -> "ComparisonReport":
-    from skillnet_studies.analysis.comparison import compare_systems
+    from skillnet_studies.analysis.finished_runs import compare_runs, list_finished
     from skillnet_studies.report.report import build_report
-    from skillnet_studies.report.tuning_tables import build_tuning_tables
+    from skillnet_studies.report.run_tables import build_tuning_tables
     from skillnet_studies.study.reserve import drop_tests
 
-    comparison = compare_systems(runs, config.reference, config.specialist)
+    comparison = compare_runs(runs, config.reference, config.specialist)
     if config.read_reserve != "never":
         comparison = drop_tests(comparison)
     report = build_report(comparison, str(config.name), config.claims)
     pretrained = [
         label
-        for label, members in comparison.systems.items()
+        for label, members in list_finished(comparison).items()
         if members[0].settings.get("init_from")
     ]
     report.tables += build_tuning_tables(tuning, pretrained)
@@ -286,7 +287,8 @@ def _add_skill_figures(report: "ComparisonReport", config: StudyConfig, folder: 
 
     The files are written beside the report. ``skillnet interpret`` writes into the run directory.
     """
-    from skillnet_studies.analysis.finished_runs import PRETRAINED
+    from skillnet_evidence.comparison import PRETRAINED
+    from skillnet_studies.analysis.finished_runs import list_finished
 
     comparison = report.comparison
     labels = (comparison.reference + PRETRAINED, comparison.reference)
@@ -294,7 +296,7 @@ def _add_skill_figures(report: "ComparisonReport", config: StudyConfig, folder: 
     candidates = (
         (label, run, model)
         for label in labels
-        for run in comparison.systems.get(label, ())
+        for run in list_finished(comparison).get(label, ())
         if run.system == "skillnet" and (model := _find_model(run, config)) is not None
     )
     first = next(candidates, None)
@@ -338,7 +340,7 @@ def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
 
 
 def _write_and_record(report: "ComparisonReport", folder: Path, tracker: "Tracker") -> None:
-    from skillnet_studies.report.writer import record_report, write_report
+    from skillnet_studies.report.report import record_report, write_report
 
     write_report(report, folder)
     record_report(report, tracker)
@@ -373,7 +375,7 @@ def normalize_arguments(argv: Sequence[str]) -> list[str]:
 
 def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
     """Print the claims and the main tables, or the power of a planned study."""
-    from skillnet_studies.analysis.power import PowerPlan, tabulate_power
+    from skillnet_evidence.power import PowerPlan, tabulate_power
     from skillnet_studies.report.report import show_report
 
     if isinstance(report, PowerPlan):
@@ -389,7 +391,7 @@ def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
 
 def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
     """Return the report, or the power of a planned study, as a JSON document."""
-    from skillnet_studies.analysis.power import PowerPlan
+    from skillnet_evidence.power import PowerPlan
     from skillnet_studies.report.report import report_to_dict
 
     if isinstance(report, PowerPlan):
@@ -436,7 +438,7 @@ def report_document(report: "ComparisonReport | PowerPlan") -> dict[str, Any]:
 )
 def main(config: StudyConfig) -> tuple["ComparisonReport | PowerPlan", int]:
     """Run ``skillnet compare``."""
-    from skillnet_studies.analysis.power import PowerPlan
+    from skillnet_evidence.power import PowerPlan
 
     report, failed = compare(config)
     if config.open and not isinstance(report, PowerPlan) and report.folder is not None:

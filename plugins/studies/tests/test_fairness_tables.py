@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from pipelines.data.config.folds import FoldConfig
+from skillnet_evidence.cells import TableCell
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.scores import SPLIT
+from skillnet_evidence.tables import build_gap_table
 from skillnet_platform import config as configuration
-from skillnet_platform.tables import TableCell
-from skillnet_studies.analysis.comparison import MEAN, SPLIT, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.report.gap_table import build_gap_table, find_longer_arms
-from skillnet_studies.report.size_table import build_size_table
+from skillnet_studies.analysis.finished_runs import compare_runs, read_run
+from skillnet_studies.report.run_tables import build_size_table, find_longer_arms
 from tests.helpers.synthetic_runs import set_fold, write_run
 
 
@@ -28,13 +29,13 @@ def test_a_mismatch_of_sizes_is_listed_with_both_sizes(tmp_path: Path) -> None:
         )
         for seed in (0, 1)
     ]
-    table = build_size_table(compare_systems(runs))
+    table = build_size_table(compare_runs(runs))
     assert [row[0].text for row in table.rows] == ["dense", "dense-wide", "moe"]
     assert [row[1].text for row in table.rows] == ["activated parameters"] * 3
     assert [row[4].small for row in table.rows] == ["", "mismatch", ""]
     assert "Not the size of SkillNet, by more than 5 %: dense-wide." in table.caption
     assert not table.collapsed
-    assert not build_size_table(compare_systems(runs[:2])).rows
+    assert not build_size_table(compare_runs(runs[:2])).rows
 
 
 def lengthen(run: Path, steps: int) -> None:
@@ -59,9 +60,9 @@ def test_gaps_are_shown_at_both_numbers_of_steps(tmp_path: Path) -> None:
             long = write_run(tmp_path / f"{label}-long{seed}", label, seed, 0.5)
             lengthen(long, 36)
             runs += [read_run(short, label), read_run(long, f"{label}-long")]
-    comparison = compare_systems(runs)
+    comparison = compare_runs(runs)
     assert find_longer_arms(comparison) == {"skillnet": "skillnet-long", "dense": "dense-long"}
-    table = build_gap_table(comparison)
+    table = build_gap_table(comparison, find_longer_arms(comparison))
     assert table.columns[2:] == ["12 steps", "36 steps", "change"]
     assert {row[0].text for row in table.rows} == {"skillnet − dense"}
     mean = table.rows[-1]
@@ -72,7 +73,8 @@ def test_gaps_are_shown_at_both_numbers_of_steps(tmp_path: Path) -> None:
     low, high = (float(end) for end in mean[4].small.replace("−", "-").split(" to "))
     assert low < change < high < 0, "the gap closes"
     short_only = [run for run in runs if not run.label.endswith("-long")]
-    assert not build_gap_table(compare_systems(short_only)).rows
+    comparison = compare_runs(short_only)
+    assert not build_gap_table(comparison, find_longer_arms(comparison)).rows
 
 
 def test_the_change_of_a_gap_is_measured_on_the_folds_that_all_arms_have(tmp_path: Path) -> None:
@@ -89,8 +91,8 @@ def test_the_change_of_a_gap_is_measured_on_the_folds_that_all_arms_have(tmp_pat
             if label.endswith("-long"):
                 lengthen(run, 36)
             runs.append(read_run(run, label))
-    comparison = compare_systems(runs)
-    table = build_gap_table(comparison)
+    comparison = compare_runs(runs)
+    table = build_gap_table(comparison, find_longer_arms(comparison))
     assert "on the replicates that all four have" in table.caption
     means = {
         label: np.mean([comparison.samples[label, MEAN, SPLIT].values[i] for i in range(3)])
@@ -103,4 +105,5 @@ def test_the_change_of_a_gap_is_measured_on_the_folds_that_all_arms_have(tmp_pat
     # Each pair of systems has a fold in common, and the four have none.
     kept = {"skillnet": (0, 1), "dense": (1, 2), "skillnet-long": (0, 2)}
     rest = [run for run in runs if run.fold.number in kept.get(run.label, range(3))]
-    assert not build_gap_table(compare_systems(rest)).rows
+    comparison = compare_runs(rest)
+    assert not build_gap_table(comparison, find_longer_arms(comparison)).rows

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from skillnet_evidence.errors import EvidenceError
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.comparison import compare_systems
-from skillnet_studies.analysis.finished_runs import find_run, read_run
-from skillnet_studies.analysis.run_groups import find_differing_settings, label_runs
-from skillnet_studies.report.tables import build_settings_table
+from skillnet_studies.analysis.finished_runs import (
+    compare_runs,
+    find_differing_settings,
+    find_run,
+    label_runs,
+    read_run,
+)
+from skillnet_studies.report.run_tables import build_settings_table
 from tests.helpers.synthetic_runs import (
     write_pretraining,
     write_run,
@@ -90,7 +95,7 @@ def test_different_pretrainings_are_different_systems(tmp_path: Path, capsys):
     plain = replace(read_run(tmp_path / "plain"), label="skillnet")
     rows = find_differing_settings([plain, *named])
     assert rows == {"pretraining.training.lr": rates | {"skillnet": "–"}}
-    caption = build_settings_table(compare_systems([plain, *named])).caption
+    caption = build_settings_table(compare_runs([plain, *named])).caption
     assert "The same holds for the pretrainings" in caption
     assert "unknown" not in caption
 
@@ -104,7 +109,7 @@ def test_an_unknown_pretraining_counts_as_the_only_known_one(tmp_path: Path):
     shutil.rmtree(tmp_path / "before-a0")
     alone = label_runs([read_run(path) for path in folders[:2]])
     assert {run.label for run in alone} == {"skillnet-pretrained"}
-    caption = build_settings_table(compare_systems(alone)).caption
+    caption = build_settings_table(compare_runs(alone)).caption
     assert "The pretraining settings of skillnet-pretrained are unknown." in caption
 
 
@@ -113,12 +118,12 @@ def test_runs_on_different_rows_or_corpora_are_rejected(tmp_path: Path):
     write_run(tmp_path / "b", "dense", rows=199)
     one, other = read_run(tmp_path / "a"), read_run(tmp_path / "b")
     with pytest.raises(
-        UserError, match=r"different rows of text_classification test \(199 and 200"
+        EvidenceError, match=r"different rows of text_classification test \(199 and 200"
     ):
-        compare_systems([one, other])
+        compare_runs([one, other])
     altered = replace(one, digests={"headings": "c" * 64}, label="dense")
     with pytest.raises(UserError, match="different versions of the corpus headings"):
-        compare_systems([one, altered])
+        compare_runs([one, altered])
 
 
 def test_a_run_is_read_from_its_files(tmp_path: Path, run_root: Path):

@@ -19,19 +19,19 @@ from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, UNIT_SUMS_FILE
 from pipelines.training.runs.layout import CONFIG
 from pipelines.training.runs.progress_log import PROGRESS
 from skillnet.model import SkillNet
+from skillnet_evidence.budget import estimate_budgets
+from skillnet_evidence.claims import ClaimsConfig
+from skillnet_evidence.comparison import SystemComparison
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.comparison import SystemComparison, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.analysis.target_budget import estimate_budgets
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.compare import compare
-from skillnet_studies.config.claims import ClaimsConfig
 from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
-from skillnet_studies.report.html import render_report
 from skillnet_studies.report.report import (
     ComparisonReport,
     build_report,
+    read_validation_curves,
+    render_report,
     report_to_dict,
     report_to_markdown,
     show_report,
@@ -100,7 +100,7 @@ def test_sums_of_units_give_the_results_of_all_rows(tmp_path: Path):
     assert full.tests == kept.tests
     assert full.scores == kept.scores
     assert full.relative.keys() == kept.relative.keys()
-    assert kept.systems["moe-pretrained"][0].pretraining["training"]["lr"] == 3e-3
+    assert kept.systems["moe-pretrained"][0].source.pretraining["training"]["lr"] == 3e-3
     assert kept.systems["moe-pretrained"][0].pretraining_seconds == 4.0
     # Kept files are committed, so they have no path of the machine.
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
@@ -119,9 +119,12 @@ def test_kept_runs_give_the_budgets_of_their_validation_curves(tmp_path: Path):
     for number, folder in enumerate(folders):
         gain = 0.2 if "skillnet" in folder.name else 0.0
         write_curve(folder, {4: 0.3, 8: 0.5 + gain, 12: 0.6 + gain + number / 100})
-    full, kept = compare_kept(folders, tmp_path / "kept")
-    assert estimate_budgets(kept)["skillnet"].reached == 3
-    assert estimate_budgets(kept)["skillnet"] == estimate_budgets(full)["skillnet"]
+    full, kept = (
+        estimate_budgets(each, read_validation_curves)["skillnet"]
+        for each in compare_kept(folders, tmp_path / "kept")
+    )
+    assert kept.reached == 3
+    assert kept == full
     # The losses of every few steps are not committed.
     lines = (open_study(tmp_path / "kept") / "runs/skillnet-seed0" / PROGRESS).open().readlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
@@ -288,7 +291,7 @@ def test_a_report_of_a_kept_study_has_its_notices(tmp_path: Path, capsys):
     with change_kept(folder) as kept:
         kept.content[NOTICE] = "Rates <were> low.\n\nA baseline is broken.\n"
     runs = [read_run(path, label) for label, path in read_study_ledger(folder)[1]]
-    made = build_report(compare_systems(label_runs(runs)), "old")
+    made = build_report(compare_runs(label_runs(runs)), "old")
     assert report_to_dict(made)["notices"] == ["Rates <were> low.", "A baseline is broken."]
     page = render_report(made)
     assert page.index("A baseline is broken.") < page.index('id="results"')
@@ -342,7 +345,7 @@ def test_the_reserve_is_read_once_and_recorded(tmp_path: Path):
     assert weights.pop() >= kept.splits["reserve"].rows
     # Replicates answer the same rows, so they count as runs of one test set.
     assert [each.seed for each in found] == [0, 10_000]
-    assert compare_systems(label_runs(found)).seeds == 2
+    assert compare_runs(label_runs(found)).seeds == 2
     (read,) = read_reserve_record(config)
     assert read["finished"]
     assert read["commit"]
@@ -406,7 +409,7 @@ def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
     restore_results(other)
     assert not list(other.folder.rglob("*.safetensors"))
     found = read_reserve(other, list_final_runs(other))
-    assert compare_systems(label_runs(found)).scores == compare_systems(label_runs(direct)).scores
+    assert compare_runs(label_runs(found)).scores == compare_runs(label_runs(direct)).scores
     assert read_reserve_record(other)[0]["finished"]
     with pytest.raises(UserError, match="the reserve was read on"):
         read_reserve(other, list_final_runs(other))
@@ -424,7 +427,7 @@ def compare_kept(folders: Sequence[Path], target: Path) -> list[SystemComparison
             complete_result(folder)
             kept.add_run("any", folder)
     return [
-        compare_systems(label_runs([read_run(folder) for folder in place]))
+        compare_runs(label_runs([read_run(folder) for folder in place]))
         for place in (folders, [open_study(target) / "runs" / folder.name for folder in folders])
     ]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pipelines.data.config.folds import FoldConfig
+from skillnet_evidence import statistics as st
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.errors import EvidenceError
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis import statistics as st
-from skillnet_studies.analysis.comparison import MEAN, compare_systems
-from skillnet_studies.analysis.finished_runs import FinishedRun, read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
 from skillnet_studies.report.report import build_report
 from tests.helpers.synthetic_runs import set_fold, write_run
 
@@ -33,7 +33,7 @@ def write_folds(root: Path, system: str, skill: float, folds: int = FOLDS) -> li
 def test_replicates_have_the_variance_of_nadeau_and_bengio():
     own = st.build_fold_sample({0: 0.5, 1: 0.6, 2: 0.55, 9: 0.7}, 1 / 4)
     other = st.build_fold_sample({0: 0.45, 1: 0.56, 2: 0.5}, 1 / 4)
-    found = st.estimate_mean(st.SampleDifference(own, other))
+    found = st.estimate_mean(own - other)
     differences = np.array([0.05, 0.04, 0.05])
     assert found.value == pytest.approx(differences.mean())
     assert found.std_error == pytest.approx(np.sqrt((1 / 3 + 1 / 4) * differences.var(ddof=1)))
@@ -43,7 +43,7 @@ def test_replicates_have_the_variance_of_nadeau_and_bengio():
     # Ten folds leave 9/10 of the other rows to training, for a tenth of them is for validation.
     assert FoldConfig(10).test_to_train == pytest.approx(0.1 / (0.9 * 0.9))
     assert np.isnan(st.estimate_mean(own.select([0])).std_error)
-    equal = st.estimate_mean(st.SampleDifference(own, own))
+    equal = st.estimate_mean(own - own)
     assert equal.low < 0 < equal.high
 
 
@@ -56,7 +56,7 @@ def test_overlapping_training_sets_raise_no_false_alarms():
         scores = 0.5 + 0.01 * (common + random.normal(0, (1 - share) ** 0.5, (2, 20)))
         for ratio in alarms:
             samples = [st.build_fold_sample(dict(enumerate(own)), ratio) for own in scores]
-            alarms[ratio] += st.compute_p_value(st.SampleDifference(*samples)) <= 0.05
+            alarms[ratio] += st.compute_p_value(samples[0] - samples[1]) <= 0.05
     assert alarms[1 / 9] / trials == pytest.approx(0.05, abs=0.015)
     # As independent numbers they would give several times the level.
     assert alarms[0.0] / trials > 0.15
@@ -64,7 +64,7 @@ def test_overlapping_training_sets_raise_no_false_alarms():
 
 def test_folds_of_one_system_are_compared_replicate_by_replicate(tmp_path: Path):
     runs = write_folds(tmp_path, "skillnet", 0.5) + write_folds(tmp_path, "specialist", 0.0)
-    found = compare_systems(label_runs(runs))
+    found = compare_runs(label_runs(runs))
     assert {label: len(own) for label, own in found.systems.items()} == {
         "skillnet": 8,
         "specialist": 8,
@@ -84,8 +84,8 @@ def test_folds_of_one_system_are_compared_replicate_by_replicate(tmp_path: Path)
     with pytest.raises(UserError, match="seed 1 of fold 3 occurs twice"):
         label_runs([*runs, replace(runs[7], folder=tmp_path / "copy")])
     plain = read_run(write_run(tmp_path / "plain", "dense"), "dense")
-    with pytest.raises(UserError, match="different folds"):
-        compare_systems([*runs, plain])
+    with pytest.raises(EvidenceError, match="different folds"):
+        compare_runs([*runs, plain])
     apart = [run for run in runs if (run.fold.number > 1) == (run.label == "skillnet")]
-    with pytest.raises(UserError, match="skillnet and specialist have no fold and seed in common"):
-        compare_systems(apart)
+    with pytest.raises(EvidenceError, match="and specialist have no fold and seed in common"):
+        compare_runs(apart)

@@ -12,23 +12,29 @@ import pytest
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
+from skillnet_evidence.budget import estimate_budgets, estimate_ratio, find_crossing
+from skillnet_evidence.claims import sort_systems
+from skillnet_evidence.comparison import MEAN, SystemComparison
+from skillnet_evidence.forest import draw_joint_evidence
+from skillnet_evidence.rows import (
+    build_claim_rows,
+    build_summary_rows,
+    build_test_rows,
+    collect_points,
+    group_claims,
+    group_tests,
+)
+from skillnet_evidence.tables import MAX_ROWS
 from skillnet_platform import console
 from skillnet_platform.tracking.source_commit import find_source_commit
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.analysis.target_budget import estimate_budgets, estimate_ratio, find_crossing
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.report import report as reporting
-from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
-from skillnet_studies.report.evidence_plots import draw_joint_evidence
-from skillnet_studies.report.findings import MAX_ROWS, sort_systems
-from skillnet_studies.report.html import render_report
 from skillnet_studies.report.references import (
     build_references,
     collect_reference_scores,
     find_reference_scores,
 )
-from skillnet_studies.report.writer import write_report
+from skillnet_studies.report.report import render_report, write_report
 from skillnet_studies.study.kept_results import write_document
 from sweeps.trials.remote_ledger import REFERENCES_FILE
 from tests.helpers import readable_corpora, small_corpora
@@ -56,7 +62,7 @@ REFERENCES = {(task, "test"): 0.4 for task in TASKS}
 
 def compared(root: Path, systems: dict[str, float]) -> SystemComparison:
     folders = write_study(root, systems, seeds=(0, 1, 2))
-    return compare_systems(label_runs([read_run(folder) for folder in folders]))
+    return compare_runs(label_runs([read_run(folder) for folder in folders]))
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +229,9 @@ def test_references_are_measured_on_the_corpora_of_the_runs(tmp_path: Path) -> N
     readable_corpora.write_corpora(tmp_path / "corpora")
     (folder,) = write_study(tmp_path, {"skillnet": 0.5}, seeds=(0,))
     # Synthetic runs name other corpora, whose references are unknown.
-    assert find_reference_scores(compare_systems([read_run(folder)])) == {}
+    assert find_reference_scores(compare_runs([read_run(folder)])) == {}
     (folder / "result.json").write_text("{}")
-    found = find_reference_scores(compare_systems([read_run(folder)]))
+    found = find_reference_scores(compare_runs([read_run(folder)]))
     assert set(found) >= {(task, "test") for task in TASKS}
     assert all(0 <= score <= 1 for score in found.values())
     rows = evaluate_simple_baselines(tmp_path / "corpora", bootstrap_samples=0)
@@ -234,15 +240,15 @@ def test_references_are_measured_on_the_corpora_of_the_runs(tmp_path: Path) -> N
     run = read_run(folder)
     (tmp_path / "study").mkdir()
     kept = replace(run, folder=tmp_path / "study/runs/skillnet", settings={})
-    assert find_reference_scores(compare_systems([kept])) == {}
-    references = build_references(found, compare_systems([kept]))
+    assert find_reference_scores(compare_runs([kept])) == {}
+    references = build_references(found, compare_runs([kept]))
     write_document(tmp_path / "study", REFERENCES_FILE, references)
-    assert find_reference_scores(compare_systems([kept])) == pytest.approx(found)
+    assert find_reference_scores(compare_runs([kept])) == pytest.approx(found)
     other = replace(kept, settings={"fold": {"count": 2}})
-    assert find_reference_scores(compare_systems([other])) == {}
+    assert find_reference_scores(compare_runs([other])) == {}
     # Rows of an evaluation come first.
     row = dict(run.rows[0]) | {"system": "simple_baseline", "value": 0.25}
-    measured = compare_systems([replace(run, rows=[*run.rows, row])])
+    measured = compare_runs([replace(run, rows=[*run.rows, row])])
     assert find_reference_scores(measured) == {("text_classification", "test"): 0.25}
 
 
@@ -250,17 +256,17 @@ def test_corpora_without_raw_texts_do_not_cost_the_report(tmp_path: Path, capsys
     small_corpora.write_corpora(tmp_path / "corpora")
     (folder,) = write_study(tmp_path, {"skillnet": 0.5}, seeds=(0,))
     (folder / "result.json").write_text("{}")
-    assert find_reference_scores(compare_systems([read_run(folder)])) == {}
+    assert find_reference_scores(compare_runs([read_run(folder)])) == {}
     assert "the report has no simple references" in capsys.readouterr().err
 
 
 def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonReport) -> None:
-    claims = reporting.build_claim_rows(report.claims)
+    claims = build_claim_rows(report.claims)
     groups = group_claims(claims)
     assert [len(group.rows) for group in groups] == [5, 5, 4]
     assert {row.margin for row in groups[0].rows} == {0.02}
     assert groups[0].note == "holds: skillnet-pretrained − specialist-pretrained"
-    tests = reporting.build_test_rows(report.comparison)
+    tests = build_test_rows(report.comparison)
     # Six pairs: only their means are listed, as reference less other.
     (means,) = group_tests(tests)
     assert len(means.rows) == 6
@@ -268,7 +274,7 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     dense = next(row for row in means.rows if row.label == "skillnet − dense")
     assert dense.result == "higher"
     assert dense.change[1] < dense.change[0] < dense.change[2]
-    points = collect_points(reporting.build_summary_rows(report.comparison))
+    points = collect_points(build_summary_rows(report.comparison))
     assert {point.label for point in points} == set(SYSTEMS)
     figure = draw_joint_evidence(groups, points, 40.0, "under revision")
     left, right = figure.axes
@@ -298,7 +304,7 @@ def test_a_study_of_few_labels_without_specialists(tmp_path: Path) -> None:
     paths = write_study(tmp_path, {"skillnet": 0.5, "dense": 0.0}, seeds=(0, 1, 2))
     runs = [read_run(path) for path in paths]
     few = {"tasks": {TASKS[0]: {"label_fraction": 0.1}, TASKS[1]: None}}
-    comparison = compare_systems(
+    comparison = compare_runs(
         label_runs([replace(run, settings={**run.settings, **few}) for run in runs])
     )
     scores = {(task, "test"): 0.5 for task in TASKS}
@@ -340,8 +346,8 @@ def test_systems_are_timed_until_the_score_of_dense(tmp_path: Path) -> None:
         steps = (0, 4, 12) if system == "skillnet" else (0, 12)
         write_curve(folder, {step: end * min(step / 6.6, 1.0) for step in steps})
     runs = label_runs([read_run(folder) for folder in folders])
-    comparison = compare_systems(runs)
-    budgets = estimate_budgets(comparison)
+    comparison = compare_runs(runs)
+    budgets = estimate_budgets(comparison, reporting.read_validation_curves)
     assert set(budgets) == {"skillnet", "dense", "moe"}
     own = budgets["skillnet"]
     assert (own.reached, own.runs, own.is_bound) == (3, 3, False)
@@ -371,6 +377,6 @@ def test_budgets_of_folds_are_paired_within_a_fold(tmp_path: Path) -> None:
             # The folds differ by more than the systems.
             write_curve(folder, {0: 0.0, 12: 0.2 * (1 + number)})
             runs.append(read_run(folder, system))
-    own = estimate_budgets(compare_systems(runs))["skillnet"]
+    own = estimate_budgets(compare_runs(runs), reporting.read_validation_curves)["skillnet"]
     assert (own.reached, own.runs) == (3, 3)
     assert own.steps.value == pytest.approx(1.0)

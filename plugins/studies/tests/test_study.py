@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pipelines.training.config.run import PretrainConfig
+from skillnet_evidence.comparison import choose_roles
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.comparison import choose_roles
 from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig
-from skillnet_studies.report.tuning_tables import build_tuning_tables
+from skillnet_studies.report.run_tables import build_tuning_tables
 from skillnet_studies.study import study as st
 from skillnet_studies.study import tuning as tn
 from skillnet_studies.study.system_runs import build_base_run

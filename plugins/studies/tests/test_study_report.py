@@ -11,22 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.training.evaluation.tables import COLUMNS
+from skillnet_evidence.cells import TableCell
+from skillnet_evidence.comparison import MEAN
+from skillnet_evidence.figures import draw_plots
+from skillnet_evidence.format import format_count, format_duration, format_p_value
+from skillnet_evidence.tables import build_score_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_studies import compare as command
-from skillnet_studies.analysis.comparison import MEAN, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.interpret import InterpretConfig
 from skillnet_studies.report import report as report_report
-from skillnet_studies.report import writer
-from skillnet_studies.report.html import render_template
-from skillnet_studies.report.plots import draw_plots
-from skillnet_studies.report.report import ComparisonReport
-from skillnet_studies.report.tables import TableCell, build_score_table
+from skillnet_studies.report.report import ComparisonReport, render_template, write_report
 from skillnet_studies.study.tuning import TuningResult
-from sweeps.config.format import format_count, format_duration, format_p_value
 from tests.helpers.synthetic_runs import TASKS, paper_claims, write_study
 
 SYSTEMS = {
@@ -46,9 +44,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ComparisonReport:
     made = report_report.build_report(
-        compare_systems(label_runs([read_run(f) for f in folders])), "five systems", paper_claims()
+        compare_runs(label_runs([read_run(f) for f in folders])), "five systems", paper_claims()
     )
-    writer.write_report(made, tmp_path_factory.mktemp("report"))
+    write_report(made, tmp_path_factory.mktemp("report"))
     return made
 
 
@@ -98,11 +96,11 @@ def test_the_page_is_self_contained(written: ComparisonReport):
 def test_external_text_is_escaped(folders: list[Path], tmp_path: Path):
     bad = "<img src=x onerror=alert(1)>$x_{$ & \"'"
     names = [f"{bad}{place}" for place in range(len(SYSTEMS))]
-    of = compare_systems(label_runs([read_run(f) for f in folders], names), names[0], names[2])
+    of = compare_runs(label_runs([read_run(f) for f in folders], names), names[0], names[2])
     made = report_report.build_report(of, bad, facts={bad: bad})
     made.texts[bad] = bad
     made.captions["scores"] = bad
-    writer.write_report(made, tmp_path)
+    write_report(made, tmp_path)
     page = page_of(made)
     assert "<img src=x" not in page
     found = Links(page)
@@ -133,7 +131,8 @@ def test_files_agree_with_the_comparison(written: ComparisonReport):
     assert {row["system"] for row in results} == set(SYSTEMS)
     summary = {(r["system"], r["task"], r["metric"]): r for r in rows("summary.csv")}
     for (label, task, _), found in of.scores.items():
-        row = summary[label, task, of.metrics.get(task, "score")]
+        metric = of.metrics[task].name if task in of.metrics else "score"
+        row = summary[label, task, metric]
         assert float(row["score"]) == pytest.approx(found.value, rel=1e-4)
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
     error = summary["dense", "speech_recognition", "token_error_rate"]
@@ -307,7 +306,7 @@ def test_skill_figures_are_written_beside_the_report(
     monkeypatch.setattr("skillnet_studies.interpret.interpret_source", refuse)
     runs = [read_run(folder) for folder in folders if folder.name == "skillnet-seed0"]
     (runs[0].folder / "model" / "manifest.json").write_text("{}")
-    made = report_report.build_report(compare_systems(runs), "one")
+    made = report_report.build_report(compare_runs(runs), "one")
     command._add_skill_figures(made, StudyConfig(runs=["x"]), tmp_path / "report")
     assert [each.output for each in asked] == [str(tmp_path / "report" / "interpretation")]
     assert asked[0].split == "validation"

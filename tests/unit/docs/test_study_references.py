@@ -8,8 +8,8 @@ import pytest
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from pipelines.training.runs.layout import RESULT
+from skillnet_evidence.comparison import MEAN
 from skillnet_platform.storage import read_json, write_json
-from skillnet_studies.analysis.comparison import MEAN
 from skillnet_studies.analysis.finished_runs import read_corpus_digests
 from skillnet_studies.report.references import collect_reference_scores
 from skillnet_studies.study.kept_results import KeptStudy, change_kept, write_document

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_studies.analysis.claims import estimate_difference
-from skillnet_studies.analysis.comparison import MEAN, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_evidence.claims import estimate_difference
+from skillnet_evidence.comparison import MEAN
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, write_document
 from skillnet_studies.study.study import read_study_ledger
 from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
@@ -84,7 +83,7 @@ def test_a_gain_from_pretraining_stands_beside_its_further_training() -> None:
     ]
     runs = label_runs([read_run(folder, label) for label, folder in members])
     systems = ("skillnet-long", "skillnet-pretrained")
-    compared = compare_systems(select_runs(runs, systems), "skillnet-long")
+    compared = compare_runs(select_runs(runs, systems), "skillnet-long")
     more = estimate_difference(compared, *systems, MEAN)
     number = f"{100 * more.value:.1f}"
     bounds = [f"{sign}{100 * more.low:.1f} to {sign}{100 * more.high:.1f}" for sign in ("+", "")]

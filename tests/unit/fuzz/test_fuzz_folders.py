@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import BUNDLE_FORMAT, compute_bundle_digest
-from skillnet_studies.analysis.finished_runs import check_comparable, read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome
@@ -117,7 +116,7 @@ def copied(run: Path, place: Path) -> Path:
 def read_compared(folder: Path) -> None:
     """What ``compare`` does with each run before it computes."""
     runs = label_runs([read_run(folder)])
-    check_comparable(runs)
+    compare_runs(runs)
     assert runs[0].seconds is not None
 
 

@@ -240,7 +240,8 @@ def test_requirements_are_this_environment(tmp_path: Path) -> None:
     assert {"aiohttp", "grpcio", "ray"} <= set(pins), "what ray[default] brings is pinned too"
     # What the stores and the tracker of a cluster need, as far as it is here.
     assert {"boto3", "s3fs", "psycopg-binary", "flask-wtf"} <= set(pins)
-    assert not {"skillnet-platform", "pytest", "ruff"} & set(pins), "no code of ours, no tools"
+    ours = {"skillnet-platform", "skillnet-evidence"}
+    assert not (ours | {"pytest", "ruff"}) & set(pins), "no code of ours, no tools"
 
 
 def test_requirements_name_what_is_not_there(
@@ -254,5 +255,13 @@ def test_requirements_name_what_is_not_there(
         pin_nodes.pin_packages(["no-such-package>=1"])
     with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):
         pin_nodes.pin_packages(["pytest<1"])
+    # The code of a local distribution comes with the checkout, and what it requires is installed.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/pyproject.toml").write_text('[project]\nname = "own"\ndependencies = ["a>1"]')
+    (tmp_path / "project.toml").write_text(
+        '[project]\nname = "x"\ndependencies = ["own>=1", "b"]\n'
+        '[tool.uv.sources]\nown = { path = "own" }\n'
+    )
+    assert pin_nodes.read_dependencies(tmp_path / "project.toml") == ["b", "a>1"]
     with pytest.raises(UserError, match="a checkout of the repository"):
         pin_nodes.read_dependencies(tmp_path / "pyproject.toml")

@@ -21,7 +21,7 @@ from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.storage import directories, location
 from skillnet_platform.tracking import TrackingConfig, backend
 from skillnet_platform.tracking import run as tracking_run
-from skillnet_studies.report import provenance
+from skillnet_studies.report.report import describe_command
 
 SECRET = "Hu7-s3cret"  # noqa: S105 - made up
 
@@ -254,7 +254,7 @@ def test_addresses_of_a_cluster_lack_their_secrets(
 def test_records_of_the_command_line_lack_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", f"--tracking.uri=http://{SECRET}@host"])
     tag = tracking_run._first_tags(None)["mlflow.source.name"]
-    command = provenance.describe_command()
+    command = describe_command()
     for text in (tag, command):
         assert SECRET not in text
         assert "http://***@host" in text

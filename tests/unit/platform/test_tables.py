@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from skillnet_evidence.cells import ReportTable, TableCell, markdown_table
 from skillnet_platform import storage
-from skillnet_platform.tables import ReportTable, TableCell, markdown_table, write_csv
+from skillnet_platform.tables import show_table, write_csv
 
 
 def test_a_table_is_the_same_for_the_terminal_and_markdown(
@@ -13,7 +14,7 @@ def test_a_table_is_the_same_for_the_terminal_and_markdown(
 ) -> None:
     cells = [TableCell("a|b"), TableCell("61.2", "59.0 to 63.1", mark="▲")]
     table = ReportTable("Scores", ["system", "score"], [cells], "In percent.")
-    table.show("Study: ")
+    show_table(table, "Study: ")
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert (shown[0], shown[-1]) == (["Study:", "Scores"], ["In", "percent."])
     assert ["a|b", "61.2▲"] in shown

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.serving.search_page import ResultCard
 from pipelines.serving.search_page import render_search_page as gallery
-from skillnet_studies.report.html import render_template
+from skillnet_studies.report.report import render_template
 from tests.helpers.html_probe import HOSTILE, NASTY, assert_harmless
 
 PICTURE = "data:image/png;base64,"
@@ -35,7 +35,7 @@ def comparison_page() -> str:
         text=NASTY,
         undecided_reason=NASTY,
         conditions=[condition],
-        find_result=lambda _: "shown",
+        find_state=lambda _: "shown",
         rule=NASTY,
     )
     cell = SimpleNamespace(text=NASTY, is_best=True, is_prose=True, mark=NASTY, small=NASTY)
@@ -92,7 +92,7 @@ def test_the_watch_sees_a_page_that_does_harm() -> None:
 def test_hostile_names_in_plots_stay_text() -> None:
     from matplotlib.figure import Figure
 
-    from skillnet_platform.plots import encode_svg_uri
+    from skillnet_evidence.plot_kit import encode_svg_uri
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -202,19 +203,23 @@ def run(python: Path, *words: str, cwd: Path) -> str:
 
 WHERE = (
     "import platform, skillnet_files.commit, skillnet_platform.errors, pipelines, sweeps\n"
+    "import skillnet_evidence\n"
     "platform.system()\n"
-    "for module in (skillnet_files.commit, skillnet_platform.errors, pipelines, sweeps):\n"
-    "    print(module.__file__)"
+    "for each in (skillnet_files.commit, skillnet_platform.errors, pipelines, skillnet_evidence):\n"
+    "    print(each.__file__)"
 )
 
 
 @pytest.mark.integration
 def test_the_wheel_installs_alone(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
+    both = [str(ROOT), str(ROOT / "plugins" / "evidence")]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), *both], check=True, timeout=300)
+    evidence, wheel = sorted(map(str, tmp_path.glob("*.whl")))
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith("skillnet_evidence")]
     python = bare_environment(tmp_path / "environment")
-    install(python, str(wheel))
+    install(python, evidence, wheel)
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
     assert all(place.startswith(str(tmp_path / "environment")) for place in places), places
     shell = run(python.with_name("skillnet"), "--help", cwd=tmp_path)
@@ -230,11 +235,13 @@ def test_the_editable_install_follows_the_checkout(tmp_path: Path) -> None:
     python = bare_environment(tmp_path / "environment")
     # What `pip install --editable` asks of the build backend, which the bare environment lacks.
     code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
-    made = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    install(python, str(tmp_path / made.stdout.split()[-1]))
+    for project in (ROOT, ROOT / "plugins" / "evidence"):
+        made = subprocess.run(
+            [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
+        )
+        install(python, str(tmp_path / made.stdout.split()[-1]))
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
     assert places[0] == str(ROOT / "platform" / "skillnet_files" / "commit.py")
     assert places[1] == str(ROOT / "platform" / "skillnet_platform" / "errors.py")
+    assert places[3].startswith(str(ROOT / "plugins" / "evidence"))
     assert "finetune" in run(python.with_name("skillnet"), "--help", cwd=tmp_path)

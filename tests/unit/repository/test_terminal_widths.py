@@ -19,9 +19,7 @@ from skillnet.skills import default_tasks
 from skillnet_platform import console
 from skillnet_platform.checks import Finding
 from skillnet_platform.doctor import DoctorReport, show_findings
-from skillnet_studies.analysis.comparison import compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.report.report import build_report, show_report
 from sweeps.search.ranking import RankedConfiguration, build_ranking_table
 from tests.helpers import user_corpora
@@ -75,7 +73,7 @@ def show_ranking(folder: Path) -> None:
 
 def show_comparison(folder: Path) -> None:
     runs = write_study(folder / "runs", SYSTEMS, seeds=(0, 1, 2))
-    show_report(build_report(compare_systems(label_runs([read_run(f) for f in runs])), "four"))
+    show_report(build_report(compare_runs(label_runs([read_run(f) for f in runs])), "four"))
 
 
 def show_inspected_folder(folder: Path) -> None:

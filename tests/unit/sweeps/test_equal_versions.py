@@ -7,10 +7,8 @@ import pytest
 
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.comparison import compare_systems
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.run_groups import label_runs
+from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from tests.helpers.synthetic_runs import write_run
 
 
@@ -33,12 +31,12 @@ def write_study(folder: Path) -> list[Path]:
 def test_a_study_with_two_versions_is_compared_if_they_are_recorded(tmp_path: Path):
     paths = write_study(tmp_path)
     with pytest.raises(UserError, match="different versions of the corpus voices"):
-        compare_systems([read_run(path) for path in paths])
+        compare_runs([read_run(path) for path in paths])
     record = {"pairs": [{"corpus": "voices", "versions": ["a", "b"]}]}
     (tmp_path / EQUAL_VERSIONS).write_text(json.dumps(record))
     # Runs of both versions are runs of one configuration.
     runs = label_runs([read_run(path) for path in paths])
-    assert set(compare_systems(runs).systems) == {"skillnet", "dense"}
+    assert set(compare_runs(runs).systems) == {"skillnet", "dense"}
     assert {run.digests["voices"] for run in runs} == {"a"}
     (tmp_path / EQUAL_VERSIONS).write_text('{"pairs": [{"versions": ["a"]}]}')
     with pytest.raises(UserError, match=r"equal_versions.json is damaged: a pair has not two"):

@@ -1,14 +1,16 @@
-"""Read finished runs from their directories.
+"""Finished runs: read from their directories, grouped by configuration, and compared.
 
-:func:`read_run` reads one run, and :func:`check_comparable` checks that several were evaluated on
-the same rows. Called by ``skillnet compare``.
+:func:`read_run` reads one run. :func:`label_runs` gives runs of one configuration one label.
+:func:`compare_runs` converts runs to plain scores and compares their systems with
+:mod:`skillnet_evidence`. Called by ``skillnet compare``.
 """
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -18,27 +20,36 @@ import numpy as np
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
-from pipelines.training.evaluation.outcomes import (
-    UNIT_SUMS_FILE,
-    OutcomeTable,
-    RowOutcomes,
-    has_equal_rows,
-    read_outcomes,
-    sum_outcomes,
+from pipelines.training.evaluation.outcomes import UNIT_SUMS_FILE, OutcomeTable, read_outcomes
+from pipelines.training.evaluation.tables import (
+    COLUMNS,
+    ORIGIN_COLUMNS,
+    SCORED_METRICS,
+    score_label,
+    sort_rows,
 )
 from pipelines.training.runs.layout import TRAINED
+from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
+from skillnet_evidence.comparison import PRETRAINED, SystemComparison, compare_systems
+from skillnet_evidence.plot_kit import MetricHistory
+from skillnet_evidence.scores import (
+    REPLICATE_BASE,
+    SPLIT,
+    RunFold,
+    ScoredMetric,
+    ScoredRun,
+    TaskCost,
+)
 from skillnet_platform import config as configuration
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
 from skillnet_studies.analysis.equal_versions import read_equal_versions
 
-#: Above every seed.
-REPLICATE_BASE = 2**32
-
-#: Suffix of the label of a system whose runs start from a pretraining.
-PRETRAINED = "-pretrained"
 #: Last part of the error message about a damaged file of a run.
 REMEDY = "leave this run out, or run it again"
+#: Keys of a run's configuration that do not describe the training: names, paths and the seed.
+UNCOMPARED_KEYS = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class FinishedRun:
         """Name of the system in the configuration."""
         return str(self.settings.get("system", "skillnet"))
 
-    @property
+    @cached_property
     def fold(self) -> FoldConfig:
         """Fold of the corpora that the run read."""
         return configuration.build_config(FoldConfig, self.settings.get("fold") or {})
@@ -104,6 +115,86 @@ class FinishedRun:
             if path.is_file():
                 return total_training_seconds(read_trained(path))
         return None
+
+    @cached_property
+    def history(self) -> MetricHistory:
+        """What the run logged; {} without a log."""
+        return read_metric_history(self.folder / PROGRESS)
+
+    def to_scores(self) -> ScoredRun:
+        """Return the scores, costs and times of the run as plain data."""
+        rows = [row for row in self.rows if row["split"] == SPLIT]
+        costs = {}
+        for task in dict.fromkeys(row["task"] for row in rows):
+            keys = ("activated_params", "flops_per_example")
+            own = [[row[key] for key in keys] for row in rows if row["task"] == task]
+            costs[task] = TaskCost(*(float(np.mean(each)) for each in zip(*own, strict=True)))
+        has_folds = bool(self.fold.count)
+        return ScoredRun(
+            self.label,
+            self.seed,
+            self.outcomes,
+            # A row with another metric, such as macro F1, is not the primary score of its task.
+            {
+                row["task"]: find_metric(row["metric"])
+                for row in self.rows
+                if row["metric"] in SCORED_METRICS
+            },
+            str(self.folder),
+            RunFold(
+                self.fold.number,
+                self.fold.test_to_train if has_folds else None,
+                repr(replace(self.fold, number=0)),
+            ),
+            costs,
+            self.system,
+            int(self.trained["step"]),
+            self.seconds,
+            self.pretraining_seconds,
+            self,
+        )
+
+
+def find_metric(name: str) -> ScoredMetric:
+    """Return a primary metric with the label of its scores.
+
+    Args:
+        name: name in evaluation rows.
+    """
+    return ScoredMetric(name, SCORED_METRICS[name], score_label(name))
+
+
+def compare_runs(
+    runs: Sequence[FinishedRun], reference: str | None = None, specialist: str | None = None
+) -> SystemComparison:
+    """Compare the systems of finished runs; the source of each scored run is the finished one.
+
+    Args:
+        runs: runs of all systems and seeds; the runs of one system have one label.
+        reference: see :func:`skillnet_evidence.comparison.compare_systems`.
+        specialist: label of the system whose scores count as 1.
+
+    Raises:
+        UserError: the runs used different versions of a corpus.
+        EvidenceError: the runs cannot be compared, or a label is unknown.
+    """
+    corpora: dict[str, tuple[str, FinishedRun]] = {}
+    for run in runs:
+        for name, digest in run.digests.items():
+            # The first run with a corpus defines the version that the others must have.
+            known, other = corpora.setdefault(name, (digest, run))
+            if known != digest:
+                raise UserError(
+                    f"{run.folder} and {other.folder} used different versions of the corpus {name} "
+                    f"({digest[:12]} and {known[:12]}); compare runs of one version"
+                )
+    tasks = sort_rows(dict.fromkeys(task for run in runs for task, _ in run.outcomes))
+    return compare_systems([run.to_scores() for run in runs], reference, specialist, tasks)
+
+
+def list_finished(comparison: SystemComparison) -> dict[str, list[FinishedRun]]:
+    """Return label -> finished runs of a comparison of :func:`compare_runs`."""
+    return {label: [run.source for run in runs] for label, runs in comparison.systems.items()}
 
 
 def read_trained(path: Path) -> dict[str, Any]:
@@ -228,8 +319,6 @@ def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a column is missing or holds no number.
     """
-    from pipelines.training.evaluation.tables import COLUMNS, ORIGIN_COLUMNS
-
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows: list[dict[str, Any]] = list(csv.DictReader(stream))
@@ -307,54 +396,127 @@ def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
     return digests
 
 
-def find_common_replicates(runs: Sequence[FinishedRun], labels: Sequence[str]) -> set[int]:
-    """Return the replicates that all of some systems have.
+# -- groups --------------------------------------------------------------------------------
+
+
+def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:
+    """Give runs of one configuration one label, and different configurations different labels.
 
     Args:
-        runs: results of these and other systems.
-        labels: names of the systems in tables.
+        runs: finished runs.
+        names: labels of the configurations, in the order of their first run; empty keeps the
+            labels of the runs and numbers duplicates.
+
+    Raises:
+        UserError: the number of names differs from the number of configurations, or two runs of
+            one configuration have the same seed.
     """
-    return set.intersection(
-        *({run.replicate for run in runs if run.label == label} for label in labels)
-    )
+    groups = _group_by_configuration(runs)
+    if names and len(names) != len(groups):
+        counts = ", ".join(f"{group[0].label} ({len(group)} runs)" for group in groups.values())
+        raise UserError(
+            f"{len(names)} names for {len(groups)} configurations: {counts}; give one name for each"
+        )
+    # Equal labels would merge two configurations into one system of the report.
+    if len(set(names)) < len(names):
+        raise UserError(f"names must differ, got {', '.join(names)}")
+    labels: list[str] = []
+    named: list[FinishedRun] = []
+    for index, members in enumerate(groups.values()):
+        label = names[index] if names else _make_unique(members[0].label, labels)
+        labels.append(label)
+        replicates = [run.replicate for run in members]
+        for run in members:
+            # A run that counts twice would make the seeds look more alike than they are.
+            if replicates.count(run.replicate) > 1:
+                equal = [str(each.folder) for each in members if each.replicate == run.replicate]
+                fold = f" of fold {run.fold.number}" if run.fold.count else ""
+                raise UserError(
+                    f"{label}: seed {run.seed}{fold} occurs twice ({' and '.join(equal[:2])}); "
+                    "leave one run out"
+                )
+        named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.replicate)]
+        if not names and label != members[0].label:
+            console.print_note(
+                f"{label}: {members[0].label} with other settings; set another name with --names"
+            )
+    return named
 
 
-def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Raise UserError unless all runs were evaluated on the same rows of the same corpora."""
-    plan = replace(runs[0].fold, number=0) if runs else FoldConfig()
-    for run in runs:
-        if replace(run.fold, number=0) != plan:
-            raise UserError(
-                f"{run.folder} and {runs[0].folder} were evaluated on different folds: the keys of "
-                "fold differ. Compare runs of one study"
-            )
-    # Runs of folds are paired by replicate.
-    labels = dict.fromkeys(run.label for run in runs)
-    for label, further in combinations(labels, 2) if plan.count else ():
-        if not find_common_replicates(runs, (label, further)):
-            raise UserError(
-                f"{label} and {further} have no fold and seed in common, so no row was answered by "
-                "both; run one of them on folds and seeds of the other"
-            )
-    corpora: dict[str, tuple[str, FinishedRun]] = {}
-    rows: dict[tuple[int, str, str], tuple[RowOutcomes, FinishedRun]] = {}
-    for run in runs:
-        for name, digest in run.digests.items():
-            # The first run with a corpus defines the version that the others must have.
-            known, other = corpora.setdefault(name, (digest, run))
-            if known != digest:
-                raise UserError(
-                    f"{run.folder} and {other.folder} used different versions of the corpus {name} "
-                    f"({digest[:12]} and {known[:12]}); compare runs of one version"
-                )
-        for key in run.outcomes:
-            own = sum_outcomes(run.outcomes[key])
-            # Each fold has test rows of its own.
-            known_rows, first = rows.setdefault((run.fold.number, *key), (own, run))
-            # Each row contributes its number of symbols or queries, and its unit.
-            if not has_equal_rows(own, known_rows):
-                raise UserError(
-                    f"{run.folder} and {first.folder} were evaluated on different rows of "
-                    f"{key[0]} {key[1]} ({len(own)} and {len(known_rows)} units); compare runs of "
-                    "one version"
-                )
+def find_differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
+    """Return flat key -> label -> value for the settings in which the systems differ.
+
+    Settings of pretrainings are compared among pretrained systems, as ``pretraining.KEY``.
+    """
+    own = _flat_differences({run.label: run.settings for run in runs})
+    before = _flat_differences({run.label: run.pretraining for run in runs if run.pretraining})
+    labels = [run.label for run in runs]
+    # A pretraining has the system and sizes of its run, which the run's own rows show already.
+    added = {
+        f"pretraining.{key}": {label: values.get(label, "–") for label in labels}
+        for key, values in before.items()
+        if any(own.get(key, {}).get(label) != value for label, value in values.items())
+    }
+    return own | added
+
+
+def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    flat: dict[str, dict[str, str]] = {}
+    for label, settings in trees.items():
+        tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
+        tree = _without_fold_number(tree)
+        flat[label] = {
+            key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+            for key, value in configuration.flatten_tree(tree).items()
+        }
+    # dict.fromkeys keeps the order of the configuration, which a set would lose.
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    return {
+        key: {label: values.get(key, "–") for label, values in flat.items()}
+        for key in keys
+        if len({values.get(key, "–") for values in flat.values()}) > 1
+    }
+
+
+def _group_by_configuration(
+    runs: Sequence[FinishedRun],
+) -> dict[tuple[str, str], list[FinishedRun]]:
+    """Group runs that differ only in the seed; pretrained runs also by their pretraining.
+
+    A run with an unknown pretraining joins the only known one of its configuration, if any.
+    """
+    own = [
+        _configuration_digest(
+            run.settings, label=run.label, pretrained=bool(run.settings.get("init_from"))
+        )
+        for run in runs
+    ]
+    before = [_configuration_digest(run.pretraining) if run.pretraining else "" for run in runs]
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run, key, start in zip(runs, own, before, strict=True):
+        # Known pretrainings of runs with the same settings.
+        known = {b for k, b in zip(own, before, strict=True) if k == key and b}
+        groups.setdefault((key, start or (known.pop() if len(known) == 1 else "")), []).append(run)
+    return groups
+
+
+def _configuration_digest(settings: Mapping[str, Any], **more: Any) -> str:
+    """Return a digest that is equal for configurations that train the same model."""
+    from pipelines.training.runs.identity import NON_IDENTITY_KEYS
+
+    tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
+    tree = _without_fold_number(tree)
+    training = {k: v for k, v in (tree.get("training") or {}).items() if k not in NON_IDENTITY_KEYS}
+    return configuration.digest_config({"settings": tree | {"training": training}, **more})
+
+
+def _without_fold_number(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which replicates of one study do not differ."""
+    fold = {k: v for k, v in (tree.get("fold") or {}).items() if k != "number"}
+    return {**tree, "fold": fold} if fold else dict(tree)
+
+
+def _make_unique(label: str, taken: Sequence[str]) -> str:
+    if label not in taken:
+        return label
+    return next(f"{label}-{n}" for n in range(2, len(taken) + 3) if f"{label}-{n}" not in taken)

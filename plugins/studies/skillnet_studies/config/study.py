@@ -8,6 +8,7 @@ from annotated_types import Interval
 
 from pipelines.training.config.run import FinetuneConfig, LearningRate, PretrainConfig
 from pipelines.training.runs.mirror import RunMirror
+from skillnet_evidence.claims import ClaimsConfig
 from skillnet_platform.config import command_field, positional_field
 from skillnet_platform.config.bounds import (
     NonNegativeCount,
@@ -19,7 +20,6 @@ from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_platform.tracking.backend import STUDY_EXPERIMENT
-from skillnet_studies.config.claims import ClaimsConfig
 from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig

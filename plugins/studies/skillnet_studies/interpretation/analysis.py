@@ -85,9 +85,9 @@ class SkillInterpretation:
 
     def write(self, folder: Path) -> list[Path]:
         """Write all files to a directory; return their paths, the HTML page first."""
-        from skillnet_platform.plots import encode_png
+        from skillnet_evidence.plot_kit import encode_png
         from skillnet_platform.tables import write_csv
-        from skillnet_studies.report.html import render_template
+        from skillnet_studies.report.report import render_template
 
         # PNG, because the thousands of numbers of a deep model make SVG outlines too large.
         drawn = {name: encode_png(figure) for name, figure in self.figures().items()}

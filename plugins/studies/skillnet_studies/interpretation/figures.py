@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.training.evaluation.tables import score_label, sort_rows
-from skillnet_platform.plots import make_figure
+from skillnet_evidence.plot_kit import make_figure
 from skillnet_studies.interpretation.ablation import ADD, REMOVE, SWAP
 from skillnet_studies.interpretation.similarity import CKA, UNTRAINED, WEIGHTS
 
@@ -72,7 +72,7 @@ def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     _draw_score_drops(
         axes, cells, len(tasks), len(skills), _largest_drop(rows), _format_drop_with_interval
     )
-    labels = [f"{_replace_underscores(task)}\n{_format_basis(rows, task)}" for task in tasks]
+    labels = [f"{task.replace('_', ' ')}\n{_format_basis(rows, task)}" for task in tasks]
     _label_axes(axes, labels, skills)
     split = rows[0]["split"]
     axes.set_title(
@@ -112,7 +112,7 @@ def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
         _label_axes(axes, active[task], skills)
         axes.set_ylabel("removed", fontsize=8)
         axes.set_title(
-            f"{_replace_underscores(task)} ({_format_basis(rows, task)}), added:",
+            f"{task.replace('_', ' ')} ({_format_basis(rows, task)}), added:",
             fontsize=9,
             loc="left",
         )
@@ -150,7 +150,7 @@ def draw_gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
             else:
                 text = f"{100 * values[cell]:.1f} %" if values[cell] >= 0.01 else "< 1 %"
                 _write_value(axes, cell, text, image, float(values[cell]))
-    _label_axes(left, [_replace_underscores(task) for task in tasks], skills)
+    _label_axes(left, [task.replace("_", " ") for task in tasks], skills)
     _label_axes(right, [""] * len(tasks), ["all skills", "shared", "stems", "head"])
     left.set_title("Squared gradient by skill; empty: not active", fontsize=9, loc="left")
     right.set_title("… and by all parts", fontsize=9, loc="left")
@@ -313,7 +313,3 @@ def _format_hundredths(value: float) -> str:
     if text in ("0.00", "-0.00", "1.00"):
         return text[-4]
     return text.replace("0.", ".").replace("-", "−")
-
-
-def _replace_underscores(name: str) -> str:
-    return name.replace("_", " ")

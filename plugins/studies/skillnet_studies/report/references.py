@@ -12,18 +12,14 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.training.evaluation.tables import SCORED_METRICS, score_metric
+from skillnet_evidence.comparison import MEAN, SystemComparison
+from skillnet_evidence.rows import REFERENCE_SYSTEM, build_reference_rows
+from skillnet_evidence.tables import ReferenceScores
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record
-from skillnet_studies.analysis.comparison import MEAN, SPLIT, SystemComparison
-from skillnet_studies.analysis.finished_runs import FinishedRun, read_corpus_digests
+from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished, read_corpus_digests
 from sweeps.trials.remote_ledger import REFERENCES_FILE
-
-#: Name of the system in evaluation rows, and its label in the report.
-REFERENCE_SYSTEM, REFERENCE_LABEL = "simple_baseline", "simple references"
-
-#: (task, split) -> score as a fraction, where higher is better.
-ReferenceScores = Mapping[tuple[str, str], float]
 
 
 def collect_reference_scores(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
@@ -39,40 +35,12 @@ def collect_reference_scores(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[st
     }
 
 
-def average_references(references: ReferenceScores, tasks: Sequence[str]) -> float | None:
-    """Return the mean score over tasks on the split test; None if a task has no reference.
-
-    Args:
-        references: scores by task and split.
-        tasks: tasks that all systems have.
-    """
-    scores = [references.get((task, SPLIT)) for task in tasks]
-    known = [score for score in scores if score is not None]
-    return fmean(known) if scores and len(known) == len(scores) else None
-
-
-def build_reference_rows(references: ReferenceScores, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Return rows of ``summary.csv`` for the simple references, and for their mean.
-
-    Args:
-        references: scores by task and split.
-        tasks: tasks that all systems have.
-    """
-    mean = average_references(references, tasks)
-    scores = dict(references) | ({(MEAN, SPLIT): mean} if mean is not None else {})
-    return [
-        {"system": REFERENCE_SYSTEM, "task": task, "split": split, "metric": "score"}
-        | {"value": score, "score": score}
-        for (task, split), score in scores.items()
-    ]
-
-
 def describe_references(comparison: SystemComparison) -> str:
     """Return the sentence about the simple references in the caption of a table."""
     # They are measured on the corpora, which know nothing of the fractions of single runs.
     has_few_labels = any(
         task.get("label_fraction", 1.0) < 1
-        for run in comparison.runs
+        for run in _list_runs(comparison)
         for task in (run.settings.get("tasks") or {}).values()
         if task
     )
@@ -93,7 +61,7 @@ def find_reference_scores(comparison: SystemComparison) -> dict[tuple[str, str],
     Args:
         comparison: computed results.
     """
-    found = collect_reference_scores([row for run in comparison.runs for row in run.rows])
+    found = collect_reference_scores([row for run in _list_runs(comparison) for row in run.rows])
     return found or measure_references(comparison) or _read_references(comparison)
 
 
@@ -110,7 +78,7 @@ def build_references(references: ReferenceScores, comparison: SystemComparison) 
 
 def _read_references(comparison: SystemComparison) -> dict[tuple[str, str], float]:
     """Return the scores of the study of the runs, if they are of the same corpora."""
-    for folder in dict.fromkeys(run.folder.parent.parent for run in comparison.runs):
+    for folder in dict.fromkeys(run.folder.parent.parent for run in _list_runs(comparison)):
         path = folder / REFERENCES_FILE
         if not path.is_file():
             continue
@@ -127,8 +95,10 @@ def _read_references(comparison: SystemComparison) -> dict[tuple[str, str], floa
 
 def _identify_rows(comparison: SystemComparison) -> dict[str, Any]:
     """Return what determines the test rows; a report on the reserve has no fold."""
-    digests = {name: digest for run in comparison.runs for name, digest in run.digests.items()}
-    return {"corpora": digests, "fold": asdict(replace(comparison.runs[0].fold, number=0))}
+    digests = {
+        name: digest for run in _list_runs(comparison) for name, digest in run.digests.items()
+    }
+    return {"corpora": digests, "fold": asdict(replace(_list_runs(comparison)[0].fold, number=0))}
 
 
 def measure_references(comparison: SystemComparison) -> dict[tuple[str, str], float]:
@@ -138,9 +108,9 @@ def measure_references(comparison: SystemComparison) -> dict[tuple[str, str], fl
         comparison: computed results; the settings of its runs name the prepared corpora.
     """
     # Of each fold the run with the most tasks, because systems may lack some.
-    ordered = sorted(comparison.runs, key=lambda run: len(run.outcomes))
+    ordered = sorted(_list_runs(comparison), key=lambda run: len(run.outcomes))
     folds = {run.fold.number: run for run in ordered if _has_corpora(run)}
-    if {run.fold.number for run in comparison.runs} != set(folds):
+    if {run.fold.number for run in _list_runs(comparison)} != set(folds):
         return {}
     try:
         parts = [
@@ -153,6 +123,10 @@ def measure_references(comparison: SystemComparison) -> dict[tuple[str, str], fl
         return {}
     common = [key for key in parts[0] if all(key in part for part in parts)]
     return {key: fmean(part[key] for part in parts) for key in common}
+
+
+def _list_runs(comparison: SystemComparison) -> list[FinishedRun]:
+    return [run for runs in list_finished(comparison).values() for run in runs]
 
 
 def _has_corpora(run: FinishedRun) -> bool:

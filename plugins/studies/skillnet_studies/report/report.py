@@ -8,57 +8,94 @@
   claims.json       claims with their conditions
   outcomes.parquet  outcome of each test row in each run
 
-:func:`build_report` is called by ``skillnet compare``.
+:func:`build_report` is called by ``skillnet compare``. Scores, tests and figures are those of
+:mod:`skillnet_evidence`.
 """
 
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillnet_platform import console
-from skillnet_platform.tables import ReportTable
-from skillnet_platform.terminal_text import format_plural
-from skillnet_studies.analysis.claims import (
-    ClaimCondition,
-    ConditionResult,
-    EvaluatedClaim,
-    evaluate_claims,
-)
-from skillnet_studies.analysis.comparison import MEAN, SPLIT, SystemComparison
-from skillnet_studies.analysis.target_budget import estimate_budgets
-from skillnet_studies.config.claims import ClaimsConfig
-from skillnet_studies.report.evidence import collect_points, group_claims, group_tests
-from skillnet_studies.report.evidence_plots import draw_evidence
-from skillnet_studies.report.findings import (
-    MAX_ROWS,
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.training.evaluation.tables import name_metric, write_evaluation_csv
+from skillnet_evidence.budget import TargetBudget, TaskCurves, estimate_budgets
+from skillnet_evidence.cells import ReportTable
+from skillnet_evidence.claims import (
+    ClaimResult,
+    ClaimsConfig,
     answer_comparison,
-    build_claim_table,
+    evaluate_claims,
     sort_systems,
 )
-from skillnet_studies.report.plots import draw_plots
-from skillnet_studies.report.provenance import MAIN_FACTS, collect_facts, read_notices
-from skillnet_studies.report.references import (
+from skillnet_evidence.comparison import SystemComparison
+from skillnet_evidence.figures import draw_plots
+from skillnet_evidence.forest import draw_evidence
+from skillnet_evidence.plot_kit import encode_png_uri, encode_svg_uri
+from skillnet_evidence.rows import (
+    SUMMARY_COLUMNS,
+    TEST_COLUMNS,
+    build_claim_rows,
+    build_reference_rows,
+    build_summary_rows,
+    build_test_rows,
+    collect_points,
+    group_claims,
+    group_tests,
+)
+from skillnet_evidence.scores import SPLIT, ScoredRun
+from skillnet_evidence.tables import (
+    MAX_ROWS,
     ReferenceScores,
     average_references,
-    build_reference_rows,
+    build_claim_table,
+    build_tables,
+    name_sources,
+)
+from skillnet_platform import console
+from skillnet_platform import html_page as pages
+from skillnet_platform.package_version import find_version
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.storage import atomic_write, write_json
+from skillnet_platform.tables import show_table, write_csv
+from skillnet_platform.terminal_text import format_plural
+from skillnet_platform.tracking.source_commit import find_source_commit
+from skillnet_studies.analysis.equal_versions import read_equal_versions
+from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished
+from skillnet_studies.report.references import (
+    build_references,
+    describe_references,
     find_reference_scores,
 )
-from skillnet_studies.report.tables import build_tables
-from skillnet_studies.report.variance_notes import name_sources
+from skillnet_studies.report.run_tables import (
+    build_cost_tables,
+    build_seed_table,
+    build_settings_table,
+)
+from sweeps.trials.remote_ledger import NOTICE, REFERENCES_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from skillnet_platform.tracking import Tracker
 
-SUMMARY_COLUMNS = (
-    "system", "task", "split", "metric", "value", "low", "high", "score", "std_error", "dof",
-    "seeds", "activated_params", "flops_per_example",
+#: Files of a report's directory; the last two belong to studies.
+REPORT_FILES = (
+    "report.html", "results.csv", "summary.csv", "tests.csv", "claims.json", "outcomes.parquet",
+    REFERENCES_FILE,
+    "study.yaml", "study.json",
 )  # fmt: skip
-TEST_COLUMNS = (
-    "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
-    "p", "p_corrected", "verdict",
-)  # fmt: skip
+#: Packages whose versions are listed.
+PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
+#: Facts that the page and the terminal show beside the answer.
+MAIN_FACTS = ("runs at commit", "report at commit", "runs evaluated", "machine")
 #: Name of a figure -> caption, with places for the sources of variance and the noun of a run.
 CAPTIONS = {
     "differences": "Paired differences of scores with their 95 % intervals over {sources}. Grey, "
@@ -91,6 +128,7 @@ class ComparisonReport:
         skills: name -> figure about the skills of the reference.
         skills_note: text that names the model of these figures.
         references: scores of the simple references, by task and split.
+        budgets: label -> what the system spends until dense's final score.
         facts: name -> value of the provenance.
         texts: name -> longer text of the provenance.
         notices: limits of the studies, which stand beside the answer.
@@ -99,7 +137,7 @@ class ComparisonReport:
 
     title: str
     comparison: SystemComparison
-    claims: Sequence[EvaluatedClaim]
+    claims: Sequence[ClaimResult]
     tables: list[ReportTable]
     evidence: "dict[str, Figure]"
     figures: "dict[str, Figure]"
@@ -107,6 +145,7 @@ class ComparisonReport:
     skills: "dict[str, Figure]" = field(default_factory=dict)
     skills_note: str = ""
     references: ReferenceScores = field(default_factory=dict)
+    budgets: Mapping[str, TargetBudget] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -156,11 +195,22 @@ def build_report(
         facts: additional provenance, listed first.
         references: scores of the simple references, by task and split; None finds them.
     """
-    order = sort_systems(comparison)
-    comparison = _sort_results(comparison, order)
+    comparison = comparison.sort(sort_systems(comparison))
     known = find_reference_scores(comparison) if references is None else references
     claims = evaluate_claims(comparison, rules)
-    tables = build_tables(comparison, known)
+    budgets = estimate_budgets(comparison, read_validation_curves)
+    tables = [
+        *build_tables(
+            comparison,
+            known,
+            describe_references(comparison),
+            budgets,
+            build_cost_tables(comparison),
+        ),
+        build_seed_table(comparison),
+        build_settings_table(comparison),
+    ]
+    tables = [table for table in tables if table.rows]
     if claims:
         tables.insert(0, build_claim_table(claims, comparison, known))
     elif len(tables[0].rows) > MAX_ROWS:
@@ -171,25 +221,23 @@ def build_report(
         claims,
         tables,
         _draw_evidence(comparison, claims, known),
-        draw_plots(comparison),
+        draw_plots(
+            comparison,
+            {label: [r.history for r in runs] for label, runs in list_finished(comparison).items()},
+        ),
         captions=_build_captions(comparison),
         references=known,
+        budgets=budgets,
         facts=dict(facts or {}) | collect_facts(comparison),
         notices=read_notices(comparison),
     )
 
 
-def _sort_results(comparison: SystemComparison, order: Sequence[str]) -> SystemComparison:
-    """Return a comparison whose systems, relative scores and tests have one order of labels."""
-    kinds = list(dict.fromkeys(test.kind for test in comparison.tests))
-    return replace(
-        comparison,
-        systems={label: comparison.systems[label] for label in order},
-        relative={each: comparison.relative[each] for each in order if each in comparison.relative},
-        tests=sorted(
-            comparison.tests, key=lambda test: (kinds.index(test.kind), order.index(test.system))
-        ),
-    )
+def read_validation_curves(run: ScoredRun) -> TaskCurves:
+    """Return the validation scores that a finished run logged."""
+    history = run.source.history
+    names = {task: name_metric(task, "validation", each.name) for task, each in run.metrics.items()}
+    return {task: history.get(name, ()) for task, name in names.items()}
 
 
 def _build_captions(comparison: SystemComparison) -> dict[str, str]:
@@ -205,7 +253,7 @@ def _shorten_table(table: ReportTable) -> ReportTable:
 
 
 def _draw_evidence(
-    comparison: SystemComparison, claims: Sequence[EvaluatedClaim], references: ReferenceScores
+    comparison: SystemComparison, claims: Sequence[ClaimResult], references: ReferenceScores
 ) -> "dict[str, Figure]":
     groups = group_claims(build_claim_rows(claims)) or group_tests(build_test_rows(comparison))
     mean = average_references(references, comparison.common_tasks)
@@ -224,7 +272,7 @@ def show_report(report: ComparisonReport) -> None:
         console.print_note(f"Notice: {notice}")
     for table in report.tables:
         if not table.collapsed:
-            table.show(f"{report.title}: " if table is report.tables[0] else "")
+            show_table(table, f"{report.title}: " if table is report.tables[0] else "")
     console.print_note(report.origin)
 
 
@@ -260,107 +308,190 @@ def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
             for label, relative in comparison.relative.items()
         },
         "references": build_reference_rows(report.references, comparison.common_tasks),
-        "budgets": {label: asdict(own) for label, own in estimate_budgets(comparison).items()},
+        "budgets": {label: asdict(own) for label, own in report.budgets.items()},
         "runs": [
             {"system": r.label, "seed": r.seed, "folder": r.folder, "run_id": r.run_id}
-            for r in comparison.runs
+            for runs in list_finished(comparison).values()
+            for r in runs
         ],
         "facts": report.facts,
     }
 
 
-def build_summary_rows(
-    comparison: SystemComparison, references: ReferenceScores | None = None
-) -> list[dict[str, Any]]:
-    """Return one row per system, task and test set, plus the mean and relative scores.
+# -- files ---------------------------------------------------------------------------------
+
+
+def write_report(report: ComparisonReport, folder: Path) -> Path:
+    """Write all files of a report.
+
+    Args:
+        report: tables and figures of the comparison.
+        folder: directory, created if missing.
+
+    Returns:
+        Path of the HTML page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison = report.comparison
+    finished = [run for runs in list_finished(comparison).values() for run in runs]
+    rows = [dict(row) | {"system": run.label} for run in finished for row in run.rows]
+    write_evaluation_csv(rows, folder / "results.csv")
+    summary = build_summary_rows(comparison, report.references)
+    write_csv(folder / "summary.csv", summary, SUMMARY_COLUMNS)
+    write_csv(folder / "tests.csv", build_test_rows(comparison), TEST_COLUMNS)
+    write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
+    if report.references:
+        references = build_references(report.references, comparison)
+        write_json(folder / REFERENCES_FILE, references)
+    parts = []
+    for run in finished:
+        table = run.outcomes.to_table()
+        count = table.num_rows
+        table = table.add_column(0, "system", pa.array([run.label] * count))
+        # System and seed come first, because readers group by them.
+        parts.append(table.add_column(1, "seed", pa.array([run.seed] * count, pa.int64())))
+    with atomic_write(folder / "outcomes.parquet") as stream:
+        pq.write_table(pa.concat_tables(parts), stream, compression="zstd")
+    with atomic_write(folder / "report.html", "w") as text:
+        text.write(render_report(report))
+    report.folder = folder
+    return folder / "report.html"
+
+
+def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
+    """Log the files, plots and scores of a written report to an MLflow run.
+
+    Args:
+        report: the report; it must have been written.
+        tracker: the open MLflow run.
+    """
+    assert report.folder is not None
+    for name in REPORT_FILES:
+        if (report.folder / name).is_file():
+            tracker.artifact(report.folder / name, "comparison")
+    for name, figure in (report.evidence | report.figures | report.skills).items():
+        tracker.figure(figure, f"plots/{name.removesuffix('.png').replace(' ', '_')}.png")
+    comparison = report.comparison
+    values = {}
+    for (label, task, split), score in comparison.scores.items():
+        if split == SPLIT:
+            values[make_mlflow_name(f"{label}/{task}_score")] = score.value
+    for label, relative in comparison.relative.items():
+        values[make_mlflow_name(f"{label}/relative_score")] = relative.value.value
+    tracker.metrics(values)
+    tracker.tags(
+        {make_mlflow_name(f"claim.{claim.name}"): claim.verdict for claim in report.claims}
+    )
+    tracker.note(report_to_markdown(report))
+
+
+def make_mlflow_name(text: str) -> str:
+    """Return a valid name of an MLflow metric or tag; other characters become underscores."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in text)
+
+
+def render_report(report: ComparisonReport) -> str:
+    """Return the report as the text of an HTML page, with its plots as data URIs."""
+    values: dict[str, Any] = {"report": report}
+    for key, figures, encode in (
+        ("evidence", report.evidence, encode_svg_uri),
+        ("figures", report.figures, encode_svg_uri),
+        # These figures hold thousands of numbers: as SVG outlines they make the page too large.
+        ("skills", report.skills, encode_png_uri),
+    ):
+        values[key] = [
+            {"name": name, "uri": encode(figure), "caption": report.captions.get(name, name)}
+            for name, figure in figures.items()
+        ]
+    return render_template("report.html", values)
+
+
+def render_template(template: str, values: Mapping[str, Any]) -> str:
+    """Fill in and escape a template of this package.
+
+    Args:
+        template: file name below ``plugins/studies/skillnet_studies/report/templates``.
+        values: variables of the template.
+    """
+    return pages.render_page(template, values, "skillnet_studies.report")
+
+
+# -- provenance ----------------------------------------------------------------------------
+
+
+def describe_command() -> str:
+    """Return the command line of this process without the secrets of URIs in it."""
+    return shlex.join([Path(sys.argv[0]).name, *map(SecretUri, sys.argv[1:])])
+
+
+def collect_facts(comparison: SystemComparison) -> dict[str, str]:
+    """Return name -> value of the provenance of the runs and the report."""
+    finished = [run for runs in list_finished(comparison).values() for run in runs]
+    corpora: dict[str, str] = {}
+    for run in finished:
+        corpora |= run.digests
+    equal: dict[str, list[str]] = {}
+    for study in dict.fromkeys(run.folder.parent.parent for run in finished):
+        for second, first in read_equal_versions(study).items():
+            equal.setdefault(first, []).append(second)
+    rows = [row for run in finished for row in run.rows]
+    dates = sorted({str(row["date"]) for row in rows})
+    # Not every installation has all optional packages.
+    versions = [f"{name} {found}" for name in PACKAGES if (found := find_version(name))]
+    return {
+        "command": describe_command(),
+        "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "runs at commit": ", ".join(
+            dict.fromkeys(str(run.trained.get("commit", "unknown")) for run in finished)
+        ),
+        "report at commit": find_source_commit(),
+        "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "seeds": "; ".join(
+            f"{label}: {', '.join(str(run.seed) for run in runs)}"
+            for label, runs in comparison.systems.items()
+        ),
+        "test rows, queries or symbols": _count_test_rows(comparison),
+        "corpora (digests)": ", ".join(
+            " = ".join([f"{name} {digest}", *equal.get(digest, ())])
+            for name, digest in corpora.items()
+        ),
+        "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
+        "runs by precision": _count_precisions(finished),
+        "software": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "MLflow runs": ", ".join(run.run_id for run in finished if run.run_id) or "–",
+    }
+
+
+def read_notices(comparison: SystemComparison) -> list[str]:
+    """Return the lines of ``notice.txt`` of the studies of all runs: limits that were found later.
 
     Args:
         comparison: computed results.
-        references: scores of the simple references, by task and split; rows without intervals.
     """
-    from pipelines.training.evaluation.tables import SCORED_METRICS
-
-    rows = build_reference_rows(references or {}, comparison.common_tasks)
-    for (label, task, split), score in comparison.scores.items():
-        value, low, high = score[:3]
-        metric = comparison.metrics.get(task, "score")
-        # Scores are inverted back to error rates, which swaps the bounds.
-        if not SCORED_METRICS.get(metric, True):
-            value, low, high = 1 - value, 1 - high, 1 - low
-        cost = comparison.costs.get((label, task))
-        rows.append(
-            {
-                "system": label,
-                "task": task,
-                "split": split,
-                "metric": metric,
-                "value": value,
-                "low": low,
-                "high": high,
-                "score": score.value,
-                "std_error": score.std_error,
-                "dof": score.dof,
-                "seeds": score.seeds,
-                "activated_params": cost.activated if cost else None,
-                "flops_per_example": cost.flops if cost else None,
-            }
-        )
-    for label, relative in comparison.relative.items():
-        own = relative.value
-        rows.append(
-            # The relative score has its own metric name, so that rows stay tidy.
-            {"system": label, "task": MEAN, "split": SPLIT, "score": own.value}
-            | {"metric": f"relative_to_{relative.against}", **own._asdict()}
-        )
-        if relative.without_one is not None:
-            # Bounds of the value if any task is left out, not an interval.
-            low, high = relative.without_one
-            name = f"relative_to_{relative.against}_without_one_task"
-            row = {"system": label, "task": MEAN, "split": SPLIT, "metric": name}
-            rows.append(row | {"low": low, "high": high})
-    return rows
+    studies = dict.fromkeys(run.source.folder.parent.parent for run in comparison.runs)
+    paths = [study / NOTICE for study in studies if (study / NOTICE).is_file()]
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line.strip() for line in dict.fromkeys(lines) if line.strip()]
 
 
-def build_test_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
-    """Return one row per paired test."""
-    return [
-        {
-            "kind": test.kind,
-            "system": test.system,
-            "against": test.against,
-            "task": test.task,
-            "difference": test.difference.value,
-            **{k: v for k, v in test.difference._asdict().items() if k != "value"},
-            "p": test.p,
-            "p_corrected": test.p_corrected,
-            "verdict": test.verdict,
-        }
-        for test in comparison.tests
-    ]
+def _count_test_rows(comparison: SystemComparison) -> str:
+    """Return "text classification 900, ...": the test rows of all folds, each counted once.
+
+    A row of speech counts with its symbols, and one of retrieval with its queries.
+    """
+    counts: dict[str, dict[int, int]] = {task: {} for task in comparison.tasks}
+    for run in comparison.runs:
+        for task, folds in counts.items():
+            if (task, SPLIT) in run.outcomes:
+                folds[run.fold.number] = round(run.outcomes[task, SPLIT].denominator.sum())
+    return ", ".join(
+        f"{task.replace('_', ' ')} {sum(folds.values()):,}"
+        for task, folds in counts.items()
+        if folds
+    )
 
 
-def build_claim_rows(claims: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
-    """Return the claims as plain values, with their verdicts."""
-    return [
-        {
-            "name": claim.name,
-            "claim": claim.text,
-            "rule": claim.rule,
-            "verdict": claim.verdict,
-            "undecided_reason": claim.undecided_reason,
-            "conditions": [
-                _build_condition_row(each, claim.find_result(each)) for each in claim.conditions
-            ],
-        }
-        for claim in claims
-    ]
-
-
-def _build_condition_row(condition: ClaimCondition, result: ConditionResult) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": condition.text, "result": result}
-    tested = condition.tested
-    if tested is not None:
-        row |= {"system": tested.system, "against": tested.against, "task": tested.task}
-        row |= {"margin": tested.margin, "difference": tested.change.value}
-        row |= {"low": tested.change.low, "high": tested.change.high}
-    return row
+def _count_precisions(runs: Sequence[FinishedRun]) -> str:
+    """Return "bf16 6, fp32 3": ``precision: auto`` takes what the machine of a run supports."""
+    counts = Counter(str(run.trained.get("precision", "unknown")) for run in runs)
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

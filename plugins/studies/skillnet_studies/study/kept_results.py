@@ -39,11 +39,11 @@ from pipelines.training.evaluation.outcomes import (
     UNIT_SUMS_FILE,
     OutcomeTable,
     read_outcomes,
-    sum_outcomes,
 )
 from pipelines.training.evaluation.tables import name_metric
 from pipelines.training.runs.layout import CONFIG, RESULT, TRAINED, read_result
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
+from skillnet_evidence.units import sum_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError, first_line

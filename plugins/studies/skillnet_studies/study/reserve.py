@@ -14,11 +14,12 @@ from typing import Any
 
 from pipelines.data.config.folds import RESERVE_SPLIT
 from pipelines.training.evaluation.outcomes import OutcomeTable, read_outcomes
+from skillnet_evidence.comparison import SystemComparison
+from skillnet_evidence.scores import SPLIT
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
-from skillnet_studies.analysis.comparison import SPLIT, SystemComparison
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
 from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.study.kept_results import (

@@ -9,7 +9,7 @@ from pipelines.training.evaluation import figures, tables
 from pipelines.training.evaluation.overall_score import compute_overall_score
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
-from skillnet_platform.tables import markdown_table
+from skillnet_evidence.cells import markdown_table
 from sweeps.config.trials import ScoreConfig
 
 

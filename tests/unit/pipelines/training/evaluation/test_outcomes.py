@@ -12,12 +12,12 @@ from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import (
     SCHEMA,
     OutcomeTable,
-    RowOutcomes,
     paired_difference,
     read_outcomes,
     write_outcomes,
 )
 from skillnet.model import SkillNet
+from skillnet_evidence.units import RowOutcomes
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import config, write_corpora
 

@@ -8,39 +8,28 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes, write_outcomes
-from pipelines.training.evaluation.tables import score_metric
-from skillnet_platform.errors import UserError
-from skillnet_studies.analysis import claims as cl
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison, compare_systems
-from skillnet_studies.analysis.finished_runs import FinishedRun, read_run
-from skillnet_studies.analysis.run_figures import compute_chance, estimate_run_figures
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.analysis.statistics import compute_p_value
-from skillnet_studies.config.claims import ClaimPart, ClaimsConfig, StatedClaim
-from skillnet_studies.report import findings
-from skillnet_studies.report import report as reporting
-from skillnet_studies.report.evidence import group_claims, group_tests
-from skillnet_studies.report.html import render_report
-from skillnet_studies.report.tables import build_score_table, build_tables
-from sweeps.config.format import format_signed_points
-from tests.helpers.synthetic_runs import (
-    TASKS,
-    draw_answers,
-    paper_claims,
-    write_run,
-    write_study,
+from plugins.evidence.tests.drawn_runs import TASKS, compared, draw_run
+from skillnet_evidence import claims as cl
+from skillnet_evidence.__main__ import read_claims
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
+from skillnet_evidence.comparison import (
+    MEAN,
+    SystemComparison,
+    compare_systems,
+    compute_chance,
+    estimate_run_figures,
 )
+from skillnet_evidence.errors import EvidenceError
+from skillnet_evidence.format import format_signed_points
+from skillnet_evidence.rows import build_claim_rows, build_test_rows, group_claims, group_tests
+from skillnet_evidence.statistics import compute_p_value
+from skillnet_evidence.tables import build_claim_table, build_score_table, build_tables
 
-
-def compared(root: Path, systems: dict, **more) -> SystemComparison:
-    return compare_systems(
-        label_runs([read_run(path) for path in write_study(root, systems, **more)])
-    )
+PAPER = Path(__file__).parents[3] / "configs" / "claims" / "paper.yaml"
 
 
 @pytest.fixture(scope="module")
-def clear(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
+def clear() -> SystemComparison:
     """Build a comparison where SkillNet leads, more so if pretrained, and dense is last."""
     systems = {
         "skillnet": 0.6,
@@ -50,7 +39,7 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
         "dense": -0.3,
         "moe": -0.2,
     }
-    return compared(tmp_path_factory.mktemp("clear"), systems)
+    return compared(systems)
 
 
 def verdicts(of: SystemComparison, config: ClaimsConfig) -> dict[str, str]:
@@ -59,17 +48,17 @@ def verdicts(of: SystemComparison, config: ClaimsConfig) -> dict[str, str]:
 
 def one_claim(**part: object) -> ClaimsConfig:
     """Return the configuration of a claim about skillnet and specialist."""
-    stated = ClaimPart("skillnet", "specialist", **part)  # type: ignore[arg-type]
-    return ClaimsConfig({"it": StatedClaim("It is so.", [stated])})
+    stated = Condition("skillnet", "specialist", **part)  # type: ignore[arg-type]
+    return ClaimsConfig({"it": Claim("It is so.", [stated])})
 
 
 def test_estimates_are_means_over_the_seeds_of_the_runs(clear: SystemComparison):
     for label, runs in clear.systems.items():
         for task in TASKS:
-            values = [r["value"] for run in runs for r in run.rows if r["task"] == task]
+            values = [run.outcomes[task, "test"].value for run in runs]
             wanted = 1 - np.mean(values) if task == "speech_recognition" else np.mean(values)
             found = clear.scores[label, task, "test"]
-            assert found.value == pytest.approx(wanted, abs=1e-5)
+            assert found.value == pytest.approx(wanted)
             assert found.low < found.value < found.high
         mean = np.mean([clear.scores[label, task, "test"].value for task in TASKS])
         assert clear.scores[label, MEAN, "test"].value == pytest.approx(mean)
@@ -114,7 +103,7 @@ def test_tests_cover_each_system_once_and_are_corrected_together(clear: SystemCo
 
 
 def test_the_claims_of_the_paper_hold_with_a_large_difference(clear: SystemComparison):
-    found = cl.evaluate_claims(clear, paper_claims())
+    found = cl.evaluate_claims(clear, read_claims(PAPER))
     assert [(claim.name, claim.verdict) for claim in found] == [
         ("pretrained specialists", "holds"),
         ("specialists", "holds"),
@@ -127,17 +116,17 @@ def test_the_claims_of_the_paper_hold_with_a_large_difference(clear: SystemCompa
     assert "on each task: the 95 % interval lies above −2 points" in found[0].rule
 
 
-def test_a_clear_loss_refutes_and_closes_the_gate(tmp_path: Path):
+def test_a_clear_loss_refutes_and_closes_the_gate():
     lost = {"text_to_image": -0.9, "text_to_code": 0.4}
     systems = {"skillnet": lost, "specialist": 0.0, "dense": 0.6, "moe": 0.9}
-    found = compared(tmp_path, systems)
+    found = compared(systems)
     parts = {
-        "specialists": [ClaimPart("skillnet", "specialist", "not_lower")],
-        "dense": [ClaimPart("dense", "skillnet", tasks=[MEAN])],
-        "moe": [ClaimPart("moe", "skillnet", tasks=[MEAN])],
+        "specialists": [Condition("skillnet", "specialist", "not_lower")],
+        "dense": [Condition("dense", "skillnet", tasks=[MEAN])],
+        "moe": [Condition("moe", "skillnet", tasks=[MEAN])],
     }
     # The study states them in another order than it tests them.
-    stated = {name: StatedClaim(f"{name}.", parts[name]) for name in reversed(parts)}
+    stated = {name: Claim(f"{name}.", parts[name]) for name in reversed(parts)}
     rules = ClaimsConfig(stated, order=["specialists", "dense"])
     claims = {claim.name: claim for claim in cl.evaluate_claims(found, rules)}
     assert list(claims) == ["specialists", "dense", "moe"]
@@ -154,16 +143,16 @@ def test_a_clear_loss_refutes_and_closes_the_gate(tmp_path: Path):
     assert claims["moe"].verdict == "holds"
     # The answer has the score that refutes, and not the one whose interval is widest.
     refuted = [each for each in claims["specialists"].conditions if each.shown is False]
-    closest = findings.find_closest(claims["specialists"])
-    assert closest in [each.tested for each in refuted]
-    answer = findings.answer_comparison(found, list(claims.values()))
+    closest = claims["specialists"].find_closest()
+    assert closest in refuted
+    answer = cl.answer_comparison(found, list(claims.values()))
     assert answer.startswith("Refuted: specialists; least favourable of 5 scores: text to image")
 
 
-def test_equal_systems_can_be_shown_to_be_no_worse(tmp_path: Path):
+def test_equal_systems_can_be_shown_to_be_no_worse():
     """Equal systems reached "holds" with probability 0: comparability was asked to beat."""
     systems = {"skillnet": 0.0, "specialist": 0.0}
-    found = compared(tmp_path, systems, rows=2000, by_seed=0.0)
+    found = compared(systems, rows=2000, by_seed=0.0)
     narrow = one_claim(test="not_lower")
     narrow.margin = 0.0005
     assert verdicts(found, narrow) == {"it": "not decided"}
@@ -182,13 +171,13 @@ def test_equal_systems_can_be_shown_to_be_no_worse(tmp_path: Path):
     assert "(text_to_code −0.01)" in claim.rule
     # The answer and the table say what is excluded, too.
     pattern = r"no loss above \d\.\d points, no gain above \d\.\d"
-    assert re.search(rf"{pattern}\.$", findings.answer_comparison(found, [claim]))
-    assert re.search(pattern, findings.build_claim_table([claim], found).rows[0][-1].text)
+    assert re.search(rf"{pattern}\.$", cl.answer_comparison(found, [claim]))
+    assert re.search(pattern, build_claim_table([claim], found).rows[0][-1].text)
 
 
-def test_a_small_loss_within_the_margin_does_not_refute(tmp_path: Path):
+def test_a_small_loss_within_the_margin_does_not_refute():
     """A significant loss of one point does not refute a claim about a loss of three."""
-    found = compared(tmp_path, {"skillnet": -0.05, "specialist": 0.0}, rows=4000, by_seed=0.001)
+    found = compared({"skillnet": -0.05, "specialist": 0.0}, rows=4000, by_seed=0.001)
     rules = one_claim(test="not_lower", tasks=[MEAN])
     rules.margin = 0.06
     assert cl.estimate_difference(found, "skillnet", "specialist", MEAN).high < 0
@@ -196,16 +185,16 @@ def test_a_small_loss_within_the_margin_does_not_refute(tmp_path: Path):
     assert verdicts(found, one_claim(tasks=[MEAN])) == {"it": "does not hold"}
 
 
-def test_claims_without_an_order_are_corrected_together_and_conjunctions_are_not(tmp_path: Path):
-    found = compared(tmp_path, {"skillnet": 0.04, "specialist": 0.0, "dense": 0.0})
+def test_claims_without_an_order_are_corrected_together_and_conjunctions_are_not():
+    found = compared({"skillnet": 0.04, "specialist": 0.0, "dense": 0.0})
     change = cl.estimate_difference(found, "skillnet", "specialist", MEAN)
     p = compute_p_value(*found.subtract_scores("skillnet", "specialist", MEAN))
     assert change.low > 0
-    part = ClaimPart("skillnet", "specialist", tasks=[MEAN])
+    part = Condition("skillnet", "specialist", tasks=[MEAN])
     # The same part ten times is one conjunction at the same level.
-    assert verdicts(found, ClaimsConfig({"it": StatedClaim("x", [part] * 10)})) == {"it": "holds"}
+    assert verdicts(found, ClaimsConfig({"it": Claim("x", [part] * 10)})) == {"it": "holds"}
     count = int(0.05 / p) + 1
-    many = ClaimsConfig({f"{n}": StatedClaim("x", [part]) for n in range(count)})
+    many = ClaimsConfig({f"{n}": Claim("x", [part]) for n in range(count)})
     claims = cl.evaluate_claims(found, many)
     assert {claim.verdict for claim in claims} == {"not decided"}
     assert claims[0].undecided_reason.startswith(f"shown alone, but not among {count} claims")
@@ -213,8 +202,8 @@ def test_claims_without_an_order_are_corrected_together_and_conjunctions_are_not
     assert set(verdicts(found, many).values()) == {"holds"}
 
 
-def test_two_seeds_decide_nothing(tmp_path: Path):
-    two = compared(tmp_path, {"skillnet": 1.5, "specialist": 0.0}, seeds=(0, 1))
+def test_two_seeds_decide_nothing():
+    two = compared({"skillnet": 1.5, "specialist": 0.0}, seeds=(0, 1))
     (claim,) = cl.evaluate_claims(two, one_claim())
     assert claim.verdict == "not decided"
     assert claim.undecided_reason.startswith("2 seeds per system")
@@ -224,21 +213,16 @@ def test_two_seeds_decide_nothing(tmp_path: Path):
     )
 
 
-def test_a_comparison_of_two_systems_answers_in_a_sentence(tmp_path: Path):
-    ahead = compared(tmp_path / "ahead", {"dense": 0.0, "skillnet": 0.8})
+def test_a_comparison_of_two_systems_answers_in_a_sentence():
+    ahead = compared({"dense": 0.0, "skillnet": 0.8})
     assert re.fullmatch(
         r"skillnet scores higher than dense on 5 tasks: \+\d+\.\d points \(\+.* to \+.*\)\.",
         cl.answer_in_a_sentence(ahead),
     )
-    level = compared(tmp_path / "level", {"skillnet": 0.0, "dense": 0.0})
+    level = compared({"skillnet": 0.0, "dense": 0.0})
     text = cl.answer_in_a_sentence(level)
     assert re.match(r"Not decided: skillnet − dense is .* points \(.*\) on 5 tasks; no loss", text)
     assert "no loss above" in text
-    made = reporting.build_report(level, "alike")
-    assert text in reporting.report_to_markdown(made)
-    page = render_report(made)
-    assert 'class="answer"' in page
-    assert 'id="claims"' not in page
 
 
 def test_a_claim_about_operations_needs_no_test(clear: SystemComparison):
@@ -247,32 +231,32 @@ def test_a_claim_about_operations_needs_no_test(clear: SystemComparison):
     assert claim.verdict == "does not hold"
     assert claim.conditions[-1].text == "1.00 of the FLOPs of specialist, at most 0.5"
     # Costs alone refute it, so no score stands in the answer.
-    answer = findings.answer_comparison(clear, [claim])
+    answer = cl.answer_comparison(clear, [claim])
     assert answer.endswith("; 1.00 of the FLOPs of specialist, at most 0.5.")
     assert "least favourable" not in answer
     # The table keeps the score of a claim with one.
     (claim,) = cl.evaluate_claims(clear, one_claim(tasks=[MEAN], flops_at_most=0.5))
-    result = findings.build_claim_table([claim], clear).rows[0][-1].text
+    result = build_claim_table([claim], clear).rows[0][-1].text
     assert re.match(r"mean \+\d+\.\d.*; 1\.00 of the FLOPs of specialist", result)
 
 
 def test_names_in_claims_are_checked_before_a_study_starts() -> None:
     rules = one_claim(tasks=["text_to_image"])
     rules.check_names(["skillnet", "specialist"], TASKS)
-    with pytest.raises(UserError, match=r"claims.stated.it: unknown system 'specialist'"):
+    with pytest.raises(EvidenceError, match=r"claims.stated.it: unknown system 'specialist'"):
         rules.check_names(["skillnet", "specialists"], TASKS)
-    with pytest.raises(UserError, match=r"claims.stated.it: unknown task 'text_to_image'"):
+    with pytest.raises(EvidenceError, match=r"claims.stated.it: unknown task 'text_to_image'"):
         rules.check_names(["skillnet", "specialist"], TASKS[:2])
-    with pytest.raises(UserError, match=r"claims.order: unknown claim 'its'; did you mean 'it'"):
+    with pytest.raises(EvidenceError, match=r"order: unknown claim 'its'; did you mean 'it'"):
         ClaimsConfig(rules.stated, order=["its"])
-    with pytest.raises(UserError, match="compared with itself"):
-        ClaimPart("skillnet", "skillnet")
-    with pytest.raises(UserError, match="has no parts"):
-        StatedClaim("x", [])
+    with pytest.raises(EvidenceError, match="compared with itself"):
+        Condition("skillnet", "skillnet")
+    with pytest.raises(EvidenceError, match="has no parts"):
+        Claim("x", [])
 
 
-def test_a_specialist_with_score_zero_leaves_the_relative_score_unknown(tmp_path: Path):
-    found = compared(tmp_path, {"skillnet": 0.5, "specialist": {"text_to_code": -50.0}})
+def test_a_specialist_with_score_zero_leaves_the_relative_score_unknown():
+    found = compared({"skillnet": 0.5, "specialist": {"text_to_code": -50.0}})
     assert np.isnan(found.relative["skillnet"].value.value)
     rows = build_score_table(found).rows
     assert [row[-1].text for row in rows] == ["–", "1"]
@@ -281,20 +265,17 @@ def test_a_specialist_with_score_zero_leaves_the_relative_score_unknown(tmp_path
     )
 
 
-def test_a_missing_task_keeps_the_others(tmp_path: Path):
-    write_study(tmp_path, {"skillnet": 0.5, "specialist": 0.0}, seeds=(0, 1, 2))
-    write_study(tmp_path, {"dense": 0.0}, seeds=(0, 1, 2), tasks=TASKS[:2])
-    found = compare_systems(
-        label_runs([read_run(path) for path in sorted(tmp_path.glob("*-seed*"))])
-    )
+def test_a_missing_task_keeps_the_others():
+    skills = {"skillnet": 0.5, "specialist": 0.0}
+    runs = [draw_run(label, seed, x) for label, x in skills.items() for seed in range(3)]
+    few = [draw_run("dense", seed, tasks=TASKS[:2]) for seed in range(3)]
+    found = compare_systems([*few, *runs], first_tasks=TASKS)
     assert list(found.tasks) == list(TASKS)
     assert list(found.common_tasks) == list(TASKS[:2])
     assert found.find_score("dense", "text_to_image") is None
     assert found.find_test("dense", "skillnet", "text_to_image") is None
-    with pytest.raises(UserError, match="no task in common"):
-        write_run(tmp_path / "other", "moe", tasks=TASKS[3:])
-        runs = [read_run(tmp_path / "other"), read_run(tmp_path / "dense-seed0")]
-        compare_systems(label_runs(runs))
+    with pytest.raises(EvidenceError, match="no task in common"):
+        compare_systems([few[0], draw_run("moe", tasks=TASKS[3:])])
 
 
 def test_differences_have_signs():
@@ -306,30 +287,28 @@ def test_differences_have_signs():
     ]
 
 
-def test_one_seed_and_one_system_give_a_table(tmp_path: Path):
-    found = compared(tmp_path, {"skillnet": 0.0}, seeds=(3,))
+def test_one_seed_and_one_system_give_a_table():
+    found = compared({"skillnet": 0.0}, seeds=(3,))
     assert found.seeds == 1
     assert not found.tests
     assert found.scores["skillnet", MEAN, "test"].low > 0
-    assert set(verdicts(found, paper_claims()).values()) == {"not decided"}
-    with pytest.raises(UserError, match="no finished runs"):
+    assert set(verdicts(found, read_claims(PAPER)).values()) == {"not decided"}
+    with pytest.raises(EvidenceError, match="no finished runs"):
         compare_systems([])
 
 
-def test_a_mean_score_lies_within_its_interval(tmp_path: Path):
+def test_a_mean_score_lies_within_its_interval():
     """A token error far above 1 gave a mean of -29.7 with the interval 0.0 to 0.0."""
-    for seed in range(3):
-        run = write_run(tmp_path / f"run{seed}", seed=seed)
-        outcomes = read_outcomes(run / OUTCOMES_FILE)
-        wrong = outcomes["speech_recognition", "test"]
-        outcomes.add("speech_recognition", "test", 150 * wrong.denominator, wrong.denominator)
-        write_outcomes(outcomes, run / OUTCOMES_FILE)
-    found = compare_systems(label_runs([read_run(tmp_path / f"run{seed}") for seed in range(3)]))
+    runs = [draw_run("skillnet", seed) for seed in range(3)]
+    for run in runs:
+        wrong = run.outcomes["speech_recognition", "test"]
+        wrong.numerator[:] = 150 * wrong.denominator
+    found = compare_systems(runs)
     for score in found.scores.values():
         assert 0 <= score.low <= score.value <= score.high <= 1
         assert score.low < score.high
     speech = found.scores["skillnet", "speech_recognition", "test"]
-    assert (speech.value, score_metric("token_error_rate", 150.0)) == (0, 0)
+    assert (speech.value, found.metrics["speech_recognition"].score(150.0)) == (0, 0)
     assert found.scores["skillnet", MEAN, "test"].value > 0.4
 
 
@@ -348,7 +327,7 @@ def test_runs_are_compared_by_chance_and_interquartile_mean(clear: SystemCompari
 # -- one verdict in every place ------------------------------------------------------------
 
 
-def draw_comparison(template: FinishedRun, place: int) -> SystemComparison:
+def draw_comparison(place: int) -> SystemComparison:
     """Compare a random study: 1 to 5 seeds and tasks, 2 to 4 systems, some far apart."""
     random = np.random.default_rng([7, place])
     labels = ["skillnet", *random.choice(["dense", "moe", "specialist"], 3, replace=False)]
@@ -358,9 +337,7 @@ def draw_comparison(template: FinishedRun, place: int) -> SystemComparison:
         skill = {task: float(random.normal(0, random.choice([0.02, 0.2]))) for task in tasks}
         # The systems of a report may differ in their number of seeds.
         for seed in range(max(1, most - int(random.integers(0, 2)))):
-            outcomes, rows = draw_answers(label, label, seed, skill, tasks, rows=80)
-            drawn = {"label": label, "seed": seed, "outcomes": outcomes, "rows": rows}
-            runs.append(replace(template, **drawn))
+            runs.append(draw_run(label, seed, skill, tasks=tasks, rows=80))
     return compare_systems(runs)
 
 
@@ -371,15 +348,14 @@ def draw_claims(of: SystemComparison, place: int) -> ClaimsConfig:
     for number in range(random.integers(1, 4)):
         own, other = map(str, random.choice(list(of.systems), 2, replace=False))
         tasks = [[], [MEAN], [of.common_tasks[0]]][random.integers(0, 3)]
-        part = ClaimPart(own, other, random.choice(["higher", "not_lower"]), tasks)
-        stated[f"claim {number}"] = StatedClaim(f"Claim {number}.", [part])
+        part = Condition(own, other, random.choice(["higher", "not_lower"]), tasks)
+        stated[f"claim {number}"] = Claim(f"Claim {number}.", [part])
     return ClaimsConfig(stated, list(stated)[: random.integers(0, len(stated) + 1)])
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[SystemComparison]:
-    template = read_run(write_run(tmp_path_factory.mktemp("template") / "run"))
-    return [draw_comparison(template, place) for place in range(40)]
+def drawn() -> list[SystemComparison]:
+    return [draw_comparison(place) for place in range(40)]
 
 
 def test_sentence_mark_figure_and_json_state_one_verdict(drawn: list[SystemComparison]):
@@ -389,9 +365,9 @@ def test_sentence_mark_figure_and_json_state_one_verdict(drawn: list[SystemCompa
     seen = set()
     for of in drawn:
         table = {row[0].text: row[2:] for row in build_score_table(of).rows}
-        rows = reporting.build_test_rows(of)
+        rows = build_test_rows(of)
         groups = {group.title: group.rows for group in group_tests(rows)}
-        answer = findings.answer_comparison(of, [])
+        answer = cl.answer_comparison(of, [])
         assert not any(cell.mark for cell in table["skillnet"])
         for label in [label for label in of.systems if label != "skillnet"]:
             own = {row["task"]: row for row in rows if row["system"] == label}
@@ -422,10 +398,10 @@ def test_a_claim_has_one_verdict_in_every_place(drawn: list[SystemComparison]):
     seen = set()
     for place, of in enumerate(drawn):
         claims = cl.evaluate_claims(of, draw_claims(of, place))
-        rows = reporting.build_claim_rows(claims)
-        table = findings.build_claim_table(claims, of).rows
+        rows = build_claim_rows(claims)
+        table = build_claim_table(claims, of).rows
         assert [cells[0].text for cells in table] == [row["verdict"] for row in rows]
-        answer = findings.answer_comparison(of, claims)
+        answer = cl.answer_comparison(of, claims)
         assert answer.startswith(openings[rows[0]["verdict"]] + ": ")
         for row, group, cells in zip(rows, group_claims(rows), table, strict=True):
             results = [each["result"] for each in row["conditions"]]
@@ -446,9 +422,9 @@ def test_a_claim_has_one_verdict_in_every_place(drawn: list[SystemComparison]):
     assert seen >= {*openings, "1", "2", "it", "shown", ""}
 
 
-def test_two_systems_without_a_reference_have_no_verdict(tmp_path: Path):
+def test_two_systems_without_a_reference_have_no_verdict():
     """The sentence said "scores higher" where nothing was tested."""
-    of = compared(tmp_path, {"dense": 0.8, "moe": 0.0})
+    of = compared({"dense": 0.8, "moe": 0.0})
     answer = cl.answer_in_a_sentence(of)
     assert answer.startswith("Not decided: dense − moe is +")
     assert answer.endswith("; no system is named skillnet, so nothing is tested; give --reference.")
@@ -459,9 +435,9 @@ def test_two_systems_without_a_reference_have_no_verdict(tmp_path: Path):
     assert untested.endswith("; these systems are not tested against each other.")
 
 
-def test_a_mean_over_one_task_is_not_a_second_test(tmp_path: Path):
+def test_a_mean_over_one_task_is_not_a_second_test():
     systems = {"skillnet": 0.0, "dense": -0.2}
-    of = compared(tmp_path, systems, tasks=TASKS[:1])
+    of = compared(systems, tasks=TASKS[:1])
     (test,) = of.tests
     assert test.p_corrected == test.p
     assert of.find_test("dense", "skillnet", MEAN) == test
@@ -471,10 +447,9 @@ def test_a_mean_over_one_task_is_not_a_second_test(tmp_path: Path):
     assert turned.difference.low == -test.difference.high
 
 
-def test_a_variant_as_reference_is_not_tested_against_itself(tmp_path: Path):
+def test_a_variant_as_reference_is_not_tested_against_itself():
     systems = {"skillnet": 0.0, "skillnet-pretrained": 0.4, "dense": 0.1}
-    runs = label_runs([read_run(path) for path in write_study(tmp_path, systems)])
-    of = compare_systems(runs, "skillnet-pretrained")
+    of = compared(systems, reference="skillnet-pretrained")
     pairs = [(each.system, each.against) for each in of.tests if each.task == MEAN]
     assert pairs == [("skillnet", "skillnet-pretrained"), ("dense", "skillnet-pretrained")]
 
@@ -483,9 +458,9 @@ def test_a_variant_as_reference_is_not_tested_against_itself(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def near(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
+def near() -> SystemComparison:
     """Build a comparison of two systems that are close to each other."""
-    return compared(tmp_path_factory.mktemp("near"), {"skillnet": 0.1, "dense": 0.0})
+    return compared({"skillnet": 0.1, "dense": 0.0})
 
 
 @pytest.mark.parametrize("test", ["higher", "not_lower"])
@@ -495,8 +470,8 @@ def test_the_p_of_a_claim_is_one_sided_and_counts_its_margin(
     test: str, margin: float, systems: tuple[str, str], near: SystemComparison
 ):
     of = near
-    part = ClaimPart(*systems, test=test, tasks=[MEAN])  # type: ignore[arg-type]
-    rules = ClaimsConfig({"it": StatedClaim("It is so.", [part])}, margin=margin)
+    part = Condition(*systems, test=test, tasks=[MEAN])  # type: ignore[arg-type]
+    rules = ClaimsConfig({"it": Claim("It is so.", [part])}, margin=margin)
     (claim,) = cl.evaluate_claims(of, rules)
     change = cl.estimate_difference(of, *systems, MEAN)
     limit = margin if test == "not_lower" else 0.0
@@ -507,15 +482,15 @@ def test_the_p_of_a_claim_is_one_sided_and_counts_its_margin(
     assert (claim.p > 0.975) == (claim.conditions[0].shown is False)
 
 
-def test_a_refuted_claim_does_not_weaken_the_correction_of_the_others(tmp_path: Path):
+def test_a_refuted_claim_does_not_weaken_the_correction_of_the_others():
     """With the p of a wrong sign halved, it came first and Holm's factor fell from 2 to 1."""
-    of = compared(tmp_path, {"skillnet": 0.3, "dense": 0.0, "moe": -0.5})
+    of = compared({"skillnet": 0.3, "dense": 0.0, "moe": -0.5})
     lead = cl.estimate_difference(of, "skillnet", "dense", MEAN)
     claims = {
-        "lead": [ClaimPart("skillnet", "dense", "not_lower", [MEAN])],
-        "wrong": [ClaimPart("moe", "skillnet", tasks=[MEAN])],
+        "lead": [Condition("skillnet", "dense", "not_lower", [MEAN])],
+        "wrong": [Condition("moe", "skillnet", tasks=[MEAN])],
     }
-    stated = {name: StatedClaim(f"{name}.", parts) for name, parts in claims.items()}
+    stated = {name: Claim(f"{name}.", parts) for name, parts in claims.items()}
     p = stats.t.sf(lead.value / lead.std_error, lead.dof)
     # Shown alone, and not among two: the level lies between p and 2 p.
     for alpha, wanted in ((2 * 1.5 * p, "not decided"), (2 * 2.5 * p, "holds")):
@@ -526,19 +501,19 @@ def test_a_refuted_claim_does_not_weaken_the_correction_of_the_others(tmp_path: 
 
 def test_the_p_of_a_conjunction_is_its_largest(near: SystemComparison):
     of = near
-    parts = [ClaimPart("skillnet", "dense", tasks=[task]) for task in TASKS]
+    parts = [Condition("skillnet", "dense", tasks=[task]) for task in TASKS]
     single = [
-        cl.evaluate_claims(of, ClaimsConfig({"x": StatedClaim("x", [part])}))[0].p for part in parts
+        cl.evaluate_claims(of, ClaimsConfig({"x": Claim("x", [part])}))[0].p for part in parts
     ]
-    (claim,) = cl.evaluate_claims(of, ClaimsConfig({"x": StatedClaim("x", parts)}))
+    (claim,) = cl.evaluate_claims(of, ClaimsConfig({"x": Claim("x", parts)}))
     assert claim.p == max(single) > min(single)
 
 
 def test_a_clear_loss_of_about_the_margin_is_open(near: SystemComparison):
     change = cl.estimate_difference(near, "dense", "skillnet", MEAN)
     assert change.high < 0
-    part = ClaimPart("dense", "skillnet", "not_lower", [MEAN])
-    rules = ClaimsConfig({"it": StatedClaim("It is so.", [part])}, margin=-change.value)
+    part = Condition("dense", "skillnet", "not_lower", [MEAN])
+    rules = ClaimsConfig({"it": Claim("It is so.", [part])}, margin=-change.value)
     (claim,) = cl.evaluate_claims(near, rules)
     assert claim.verdict == "not decided"
     assert claim.conditions[0].shown is None

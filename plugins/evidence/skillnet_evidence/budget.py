@@ -8,42 +8,33 @@ Each run is paired with one dense run, of the same fold and seed or in the order
 the pairs are independent and an interval covers the runs of both systems. Replicates share training
 rows, and the variance is corrected for it as that of scores. The dense runs themselves are paired
 with the next dense run: their ratio is below 1 as far as curves are noisy or flat at the end.
-:func:`estimate_budgets` is called by ``skillnet_studies.report.cost_tables``.
+:func:`estimate_budgets` is called by the report of ``skillnet compare``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
-from pipelines.training.evaluation.tables import name_metric, score_metric
-from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
-from skillnet.unit_statistics import CONFIDENCE_LEVEL
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison, find_variant
-from skillnet_studies.analysis.finished_runs import PRETRAINED, FinishedRun
+from skillnet_evidence.comparison import (
+    MEAN,
+    PRETRAINED,
+    SystemComparison,
+    find_variant,
+)
+from skillnet_evidence.scores import ScoredRun
+from skillnet_evidence.statistics import ScoreRange
+from skillnet_evidence.units import CONFIDENCE_LEVEL
 
 #: Label of the system whose final score is the target.
 DENSE = "dense"
 
+#: Task -> (step, value of its metric on validation rows).
+TaskCurves = Mapping[str, Sequence[tuple[int, float]]]
+
 #: A run and its (step, mean validation score), by step.
-RunCurve = tuple[FinishedRun, list[tuple[int, float]]]
-
-
-@dataclass(frozen=True)
-class BudgetRatio:
-    """Geometric mean of a ratio over runs.
-
-    Args:
-        value: the ratio. If runs do not reach the target, they count with all that they spent, so
-            the ratio is a lower bound.
-        low: lower bound of the 95 % interval over runs; NaN with one run, with equal ratios of all
-            runs, or with unreached targets.
-        high: upper bound.
-    """
-
-    value: float
-    low: float
-    high: float
+RunCurve = tuple[ScoredRun, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,8 @@ class TargetBudget:
         against: label of the dense system.
         reached: runs that reach it.
         runs: all runs with curves.
-        steps: ratio of the steps.
+        steps: ratio of the steps. If runs do not reach the target, they count with all that they
+            spent, and the ratios are lower bounds without an interval.
         flops: ratio of the operations of all examples, forward passes.
         seconds: ratio of the time in the training loop.
     """
@@ -62,9 +54,9 @@ class TargetBudget:
     against: str
     reached: int
     runs: int
-    steps: BudgetRatio
-    flops: BudgetRatio
-    seconds: BudgetRatio
+    steps: ScoreRange
+    flops: ScoreRange
+    seconds: ScoreRange
 
     @property
     def is_bound(self) -> bool:
@@ -72,16 +64,21 @@ class TargetBudget:
         return self.reached < self.runs
 
 
-def estimate_budgets(comparison: SystemComparison, dense: str = DENSE) -> dict[str, TargetBudget]:
+def estimate_budgets(
+    comparison: SystemComparison,
+    read_curves: Callable[[ScoredRun], TaskCurves],
+    dense: str = DENSE,
+) -> dict[str, TargetBudget]:
     """Return label -> budget, for each system whose runs have logged validation curves.
 
     Args:
-        comparison: finished runs and their costs.
+        comparison: runs and their costs.
+        read_curves: returns the validation curves of a run.
         dense: label of the dense system. A pretrained system is compared with the pretrained one.
     """
     labels = list(comparison.systems)
     curves = {
-        label: [(run, curve) for run in runs if (curve := read_score_curve(run, comparison))]
+        label: [(run, curve) for run in runs if (curve := _average(comparison, read_curves(run)))]
         for label, runs in comparison.systems.items()
     }
     found = {}
@@ -103,26 +100,19 @@ def _pair_runs(
     if is_same:
         # A run reaches its own final score by definition; the next run's is a target.
         other = [*other[1:], *other[:1]] if len(other) > 1 else []
-    elif own and own[0][0].fold.count:
+    elif own and own[0][0].fold.test_to_train is not None:
         # Folds have validation rows of their own, so a target of another fold is another one.
         known = {run.replicate: (run, curve) for run, curve in other}
         return [(each, known[each[0].replicate]) for each in own if each[0].replicate in known]
     return list(zip(own, other, strict=False))
 
 
-def read_score_curve(run: FinishedRun, comparison: SystemComparison) -> list[tuple[int, float]]:
-    """Return (step, mean validation score over the common tasks) of a run; [] without a log.
-
-    Args:
-        run: a finished run.
-        comparison: names the common tasks and their metrics.
-    """
-    history = read_metric_history(run.folder / PROGRESS)
-    scores: list[Mapping[int, float]] = []
-    for task in comparison.common_tasks:
-        metric = comparison.metrics[task]
-        points = history.get(name_metric(task, "validation", metric), [])
-        scores.append({step: score_metric(metric, value) for step, value in points})
+def _average(comparison: SystemComparison, curves: TaskCurves) -> list[tuple[int, float]]:
+    """Return (step, mean validation score over the common tasks); [] without a log."""
+    scores: list[Mapping[int, float]] = [
+        {step: comparison.metrics[task].score(value) for step, value in curves.get(task, ())}
+        for task in comparison.common_tasks
+    ]
     steps = sorted(set.intersection(*(set(each) for each in scores)))
     return [(step, float(np.mean([each[step] for each in scores]))) for step in steps]
 
@@ -150,7 +140,7 @@ def find_crossing(curve: Sequence[tuple[int, float]], target: float) -> float | 
 
 def estimate_ratio(
     ratios: Sequence[float], is_bound: bool = False, test_to_train: float = 0.0
-) -> BudgetRatio:
+) -> ScoreRange:
     """Return the geometric mean of ratios with its interval over runs (Student's t).
 
     Args:
@@ -158,16 +148,14 @@ def estimate_ratio(
         is_bound: whether some are lower bounds, so that no interval is known.
         test_to_train: test rows per training row of runs that test folds; 0 without folds.
     """
-    from scipy import stats
-
     logs = np.log(np.asarray(ratios, np.float64))
     mean, nan = float(logs.mean()), float("nan")
     # Equal ratios do not show a spread, for instance if all curves begin above the target.
     if is_bound or np.ptp(logs) < 1e-12:
-        return BudgetRatio(float(np.exp(mean)), nan, nan)
+        return ScoreRange(float(np.exp(mean)), nan, nan)
     error = float(logs.std(ddof=1) * np.sqrt(1 / len(logs) + test_to_train))
     half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(logs) - 1)) * error
-    return BudgetRatio(*(float(np.exp(x)) for x in (mean, mean - half, mean + half)))
+    return ScoreRange(*(float(np.exp(x)) for x in (mean, mean - half, mean + half)))
 
 
 def _estimate_budget(
@@ -175,7 +163,7 @@ def _estimate_budget(
 ) -> TargetBudget:
     steps, seconds, reached = [], [], 0
     for (run, curve), (dense, target) in pairs:
-        total, dense_total = (int(each.trained["step"]) for each in (run, dense))
+        total, dense_total = run.steps, dense.steps
         crossing = find_crossing(curve, target[-1][1])
         reached += crossing is not None
         spent = total if crossing is None else crossing
@@ -183,7 +171,7 @@ def _estimate_budget(
         seconds.append(run.seconds * spent / total / dense.seconds)
     is_bound = reached < len(pairs)
     (first, _), _ = pairs[0]
-    overlap = first.fold.test_to_train
+    overlap = first.fold.test_to_train or 0.0
     return TargetBudget(
         against,
         reached,

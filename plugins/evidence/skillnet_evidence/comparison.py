@@ -1,42 +1,36 @@
 """Compare systems: score estimates, paired tests, relative scores and costs.
 
 All computations use scores where higher is better: accuracy, 1 − token error rate (at least 0),
-recall at 10; see :func:`pipelines.training.evaluation.tables.score_metric`.
-Only the split ``test`` is tested; other test splits get intervals. :func:`compare_systems` is
-called by ``skillnet compare``.
+recall at 10; see :class:`skillnet_evidence.scores.ScoredMetric`. Only the split ``test`` is tested;
+other test splits get intervals. :func:`compare_systems` takes plain runs and is called by
+``skillnet compare`` and ``skillnet-evidence compare``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.training.evaluation.outcomes import sum_outcomes
-from pipelines.training.evaluation.tables import (
-    SCORED_METRICS,
-    score_label,
-    score_metric,
-    sort_rows,
-)
-from skillnet.unit_statistics import ScoreScale
-from skillnet_platform.errors import UserError, check_known_names
-from skillnet_studies.analysis import statistics
-from skillnet_studies.analysis.finished_runs import PRETRAINED, FinishedRun, check_comparable
-from skillnet_studies.analysis.statistics import (
+from skillnet_evidence import statistics
+from skillnet_evidence.errors import EvidenceError, require_known
+from skillnet_evidence.scores import SPLIT, ScoredMetric, ScoredRun, TaskCost
+from skillnet_evidence.statistics import (
+    Contrast,
     RunSample,
-    SampleDifference,
     ScoreEstimate,
+    ScoreRange,
     SeedVariance,
 )
-from skillnet_studies.config.claims import MEAN_TASK
-
-#: Split of significance tests, scores and costs.
-SPLIT = "test"
+from skillnet_evidence.units import RowOutcomes, ScoreScale, has_equal_rows, sum_outcomes
 
 #: Pseudo-task: the mean over the tasks that all systems have.
-MEAN = MEAN_TASK
+MEAN = "mean"
+
+#: Suffix of the label of a system whose runs start from a pretraining.
+PRETRAINED = "-pretrained"
 
 #: Significance level after correction.
 ALPHA = 0.05
@@ -61,18 +55,6 @@ class SystemRoles(NamedTuple):
 
     reference: str
     specialist: str
-
-
-class TaskCost(NamedTuple):
-    """Cost of one example of a task in one system.
-
-    Args:
-        activated: parameters that the example reads.
-        flops: floating-point operations of the forward pass.
-    """
-
-    activated: float
-    flops: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +113,7 @@ class RelativeScore:
 
 @dataclass(frozen=True)
 class SystemComparison:
-    """All results that are computed from a set of finished runs.
+    """All results that are computed from a set of runs.
 
     Args:
         systems: label -> its runs, by seed.
@@ -149,12 +131,12 @@ class SystemComparison:
         spreads: (task, split) -> variance over seeds, pooled over systems.
     """
 
-    systems: Mapping[str, Sequence[FinishedRun]]
+    systems: Mapping[str, Sequence[ScoredRun]]
     reference: str
     specialist: str
     tasks: Sequence[str]
     common_tasks: Sequence[str]
-    metrics: Mapping[str, str]
+    metrics: Mapping[str, ScoredMetric]
     splits: Mapping[str, Sequence[str]]
     samples: Mapping[tuple[str, str, str], RunSample]
     scores: Mapping[tuple[str, str, str], ScoreEstimate]
@@ -164,14 +146,19 @@ class SystemComparison:
     spreads: Mapping[tuple[str, str], SeedVariance | None]
 
     @property
-    def runs(self) -> list[FinishedRun]:
+    def runs(self) -> list[ScoredRun]:
         """All runs of all systems."""
         return [run for runs in self.systems.values() for run in runs]
 
     @property
     def has_folds(self) -> bool:
         """Whether each run tests a fold of its own."""
-        return any(run.fold.count for run in self.runs)
+        return self.test_to_train is not None
+
+    @property
+    def test_to_train(self) -> float | None:
+        """Test rows per training row of each fold; None without folds."""
+        return next(iter(self.systems.values()))[0].fold.test_to_train
 
     @property
     def repeat_noun(self) -> str:
@@ -188,6 +175,22 @@ class SystemComparison:
         """Tasks with tests, and the mean; one common task is its own mean and is tested once."""
         return list_tested_tasks(self.tasks, self.common_tasks)
 
+    def sort(self, order: Sequence[str]) -> "SystemComparison":
+        """Return a comparison whose systems, relative scores and tests have one order of labels.
+
+        Args:
+            order: all labels.
+        """
+        kinds = list(dict.fromkeys(test.kind for test in self.tests))
+        return replace(
+            self,
+            systems={label: self.systems[label] for label in order},
+            relative={each: self.relative[each] for each in order if each in self.relative},
+            tests=sorted(
+                self.tests, key=lambda test: (kinds.index(test.kind), order.index(test.system))
+            ),
+        )
+
     def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:
         """Return the estimate of a score, or None if the system lacks the task."""
         return self.scores.get((label, task, split))
@@ -198,7 +201,7 @@ class SystemComparison:
 
     def subtract_scores(
         self, own: str, other: str, task: str
-    ) -> tuple[SampleDifference, SeedVariance | None]:
+    ) -> tuple[Contrast, SeedVariance | None]:
         """Return the score of one system minus that of another, and the pooled seed variance.
 
         Args:
@@ -207,7 +210,7 @@ class SystemComparison:
             task: task name, or ``mean``.
         """
         left, right = self.samples[own, task, SPLIT], self.samples[other, task, SPLIT]
-        return SampleDifference(left, right), self.spreads[task, SPLIT]
+        return left - right, self.spreads[task, SPLIT]
 
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
         """Return the test of two systems on a task, in either order; None if there is none.
@@ -236,56 +239,60 @@ def choose_roles(
         specialist: label that the user named; None takes ``specialist``.
 
     Raises:
-        UserError: a named label is unknown, or both are the same.
+        EvidenceError: a named label is unknown, or both are the same.
     """
     # The name without the suffix stands for both variants.
     known = [*labels, *(label.removesuffix(PRETRAINED) for label in labels)]
     for option, label in (("--reference", reference), ("--specialist", specialist)):
         # An unknown name would drop all tests or relative scores from the report.
         if label is not None:
-            check_known_names([label], known, option, "system")
+            require_known([label], known, option, "system")
     roles = SystemRoles(reference or DEFAULT_REFERENCE, specialist or DEFAULT_SPECIALIST)
     if roles.reference == roles.specialist:
-        raise UserError(f"reference and specialist are both {roles.reference!r}; name two systems")
+        raise EvidenceError(
+            f"reference and specialist are both {roles.reference!r}; name two systems"
+        )
     return roles
 
 
 def compare_systems(
-    runs: Sequence[FinishedRun], reference: str | None = None, specialist: str | None = None
+    runs: Sequence[ScoredRun],
+    reference: str | None = None,
+    specialist: str | None = None,
+    first_tasks: Sequence[str] = (),
 ) -> SystemComparison:
-    """Compare the systems of finished runs.
+    """Compare the systems of runs.
 
     Args:
         runs: runs of all systems and seeds; the runs of one system have one label.
         reference: label of the system that the others are tested against. A system whose label
             ends in ``-pretrained`` is tested against the pretrained variant of the reference.
         specialist: label of the system whose scores count as 1; same rule for variants.
+        first_tasks: tasks that come first, in this order.
 
     Raises:
-        UserError: no runs, runs evaluated on different rows, no common task, or an unknown label.
+        EvidenceError: no runs, runs evaluated on different rows, no common task, or an unknown
+            label.
     """
     if not runs:
-        raise UserError("there are no finished runs to compare; name at least one")
+        raise EvidenceError("there are no finished runs to compare; name at least one")
     roles = choose_roles([run.label for run in runs], reference, specialist)
-    check_comparable(runs)
-    systems: dict[str, list[FinishedRun]] = {}
+    _check_rows(runs)
+    systems: dict[str, list[ScoredRun]] = {}
+    splits: dict[str, list[str]] = {}
+    metrics: dict[str, ScoredMetric] = {}
     for run in runs:
         systems.setdefault(run.label, []).append(run)
-    splits: dict[str, list[str]] = {}
-    metrics: dict[str, str] = {}
-    for run in runs:
+        metrics |= run.metrics
         for task, split in run.outcomes:
             if split not in splits.setdefault(task, []):
                 splits[task].append(split)
-        # A row with another metric, such as macro F1, is not the primary score of its task.
-        metrics |= {
-            row["task"]: row["metric"] for row in run.rows if row["metric"] in SCORED_METRICS
-        }
-    tasks = [task for task in sort_rows(splits) if task in metrics]
+    ordered = [*(task for task in first_tasks if task in splits), *splits]
+    tasks = [task for task in dict.fromkeys(ordered) if task in metrics]
     samples = _build_samples(systems, tasks, splits, metrics)
     common = [t for t in tasks if all((label, t, SPLIT) in samples for label in systems)]
     if not common:
-        raise UserError(
+        raise EvidenceError(
             "the systems have no task in common that was evaluated on the split test; compare "
             "systems that share a task"
         )
@@ -327,6 +334,50 @@ def compare_systems(
     )
 
 
+def _check_rows(runs: Sequence[ScoredRun]) -> None:
+    """Raise EvidenceError unless all runs were evaluated on the same rows, fold by fold."""
+    first = runs[0]
+    for run in runs:
+        if run.fold[1:] != first.fold[1:]:
+            raise EvidenceError(
+                f"{run.name} and {first.name} were evaluated on different folds: the keys of fold "
+                "differ. Compare runs of one study"
+            )
+    # Runs of folds are paired by replicate.
+    has_folds = first.fold.test_to_train is not None
+    for pair in combinations(dict.fromkeys(run.label for run in runs), 2) if has_folds else ():
+        if not find_common_replicates(runs, pair):
+            raise EvidenceError(
+                f"{' and '.join(pair)} have no fold and seed in common, so no row was answered by "
+                "both; run one of them on folds and seeds of the other"
+            )
+    known: dict[tuple[int, str, str], tuple[RowOutcomes, ScoredRun]] = {}
+    for run in runs:
+        for key, outcomes in run.outcomes.items():
+            own = sum_outcomes(outcomes)
+            # Each fold has test rows of its own.
+            rows, other = known.setdefault((run.fold.number, *key), (own, run))
+            # Each row contributes its number of symbols or queries, and its unit.
+            if not has_equal_rows(own, rows):
+                raise EvidenceError(
+                    f"{run.name} and {other.name} were evaluated on different rows of "
+                    f"{' '.join(key)} ({len(own)} and {len(rows)} units); compare runs of one "
+                    "version"
+                )
+
+
+def find_common_replicates(runs: Sequence[Any], labels: Sequence[str]) -> set[int]:
+    """Return the replicates that all of some systems have.
+
+    Args:
+        runs: results of these and other systems, with a label and a replicate each.
+        labels: names of the systems in tables.
+    """
+    return set.intersection(
+        *({run.replicate for run in runs if run.label == label} for label in labels)
+    )
+
+
 def list_tested_tasks(tasks: Sequence[str], common: Sequence[str]) -> list[str]:
     """Return the tasks that are tested, with ``mean`` if it is not the score of one of them.
 
@@ -355,46 +406,42 @@ def find_variant(base: str, label: str, labels: Sequence[str]) -> str | None:
 
 
 def _build_samples(
-    systems: Mapping[str, Sequence[FinishedRun]],
+    systems: Mapping[str, Sequence[ScoredRun]],
     tasks: Sequence[str],
     splits: Mapping[str, Sequence[str]],
-    metrics: Mapping[str, str],
+    metrics: Mapping[str, ScoredMetric],
 ) -> dict[tuple[str, str, str], RunSample]:
-    samples = {}
+    samples, keys = {}, [(task, split) for task in tasks for split in splits[task]]
     for label, runs in systems.items():
-        for task in tasks:
-            for split in splits[task]:
-                having = [run for run in runs if (task, split) in run.outcomes]
-                if not having:
-                    continue
-                parts = {run.replicate: sum_outcomes(run.outcomes[task, split]) for run in having}
-                if having[0].fold.count:
-                    scores = {
-                        replicate: score_metric(metrics[task], part.value)
-                        for replicate, part in parts.items()
-                    }
-                    ratio = having[0].fold.test_to_train
-                    samples[label, task, split] = statistics.build_fold_sample(scores, ratio)
-                    continue
-                weight = next(iter(parts.values())).denominator
-                more_is_better = SCORED_METRICS[metrics[task]]
-                # Scores count what is right, so errors are subtracted from the weights.
-                amounts = {
-                    seed: part.numerator if more_is_better else weight - part.numerator
-                    for seed, part in parts.items()
-                }
-                # All runs have equal units, see check_comparable.
-                units = next(iter(parts.values())).unit
-                sample = statistics.build_sample(amounts, weight, (task, split), units)
-                samples[label, task, split] = statistics.clip_sample(sample)
+        for task, split in keys:
+            having = [run for run in runs if (task, split) in run.outcomes]
+            if not having:
+                continue
+            parts = {run.replicate: sum_outcomes(run.outcomes[task, split]) for run in having}
+            ratio = having[0].fold.test_to_train
+            if ratio is not None:
+                scores = {each: metrics[task].score(part.value) for each, part in parts.items()}
+                samples[label, task, split] = statistics.build_fold_sample(scores, ratio)
+                continue
+            # All runs have equal weights and units.
+            first = next(iter(parts.values()))
+            # Scores count what is right, so errors are subtracted from the weights.
+            amounts = {
+                seed: part.numerator
+                if metrics[task].is_higher_better
+                else first.denominator - part.numerator
+                for seed, part in parts.items()
+            }
+            sample = statistics.build_sample(amounts, first.denominator, (task, split), first.unit)
+            samples[label, task, split] = statistics.clip_sample(sample)
     return samples
 
 
-def _find_scale(metric: str | None) -> ScoreScale:
+def _find_scale(metric: ScoredMetric | None) -> ScoreScale:
     # A mean over tasks is neither a share nor a rate.
     if metric is None:
         return "free"
-    return "share" if SCORED_METRICS[metric] else "error_rate"
+    return "share" if metric.is_higher_better else "error_rate"
 
 
 def _estimate_relative_scores(
@@ -421,8 +468,8 @@ def _estimate_relative_scores(
             estimate = ScoreEstimate(1.0, nan, nan, nan, nan, len(means[label].seeds))
             found[label] = RelativeScore(against, estimate, None)
         elif against is not None:
-            log = statistics.estimate_mean(SampleDifference(means[label], means[against]), spread)
-            each = [SampleDifference(logs[label, t], logs[against, t]).value for t in common]
+            log = statistics.estimate_mean(means[label] - means[against], spread)
+            each = [(logs[label, t] - logs[against, t]).value for t in common]
             found[label] = _build_relative_score(against, log, np.array(each))
     return found
 
@@ -464,7 +511,7 @@ def _run_tests(
             left, right = samples.get((label, task, SPLIT)), samples.get((against, task, SPLIT))
             if left is None or right is None:
                 continue
-            change, spread = SampleDifference(left, right), spreads[task, SPLIT]
+            change, spread = left - right, spreads[task, SPLIT]
             estimate = statistics.estimate_mean(change, spread)
             p = statistics.compute_p_value(change, spread)
             tests.append((kind, label, against, task, estimate, p))
@@ -474,36 +521,113 @@ def _run_tests(
 
 
 def _collect_costs(
-    systems: Mapping[str, Sequence[FinishedRun]], tasks: Sequence[str], common: Sequence[str]
+    systems: Mapping[str, Sequence[ScoredRun]], tasks: Sequence[str], common: Sequence[str]
 ) -> dict[tuple[str, str], TaskCost]:
     costs = {}
     for label, runs in systems.items():
         for task in tasks:
-            rows = [
-                row
-                for run in runs
-                for row in run.rows
-                if (row["task"], row["split"]) == (task, SPLIT)
-            ]
-            if rows:
-                costs[label, task] = TaskCost(
-                    float(np.mean([row["activated_params"] for row in rows])),
-                    float(np.mean([row["flops_per_example"] for row in rows])),
-                )
+            known = [run.costs[task] for run in runs if task in run.costs]
+            if known:
+                costs[label, task] = _average_costs(known)
         # The mean is over common tasks, so that systems with fewer tasks are comparable.
-        own = [costs[label, task] for task in common]
-        costs[label, MEAN] = TaskCost(
-            float(np.mean([cost.activated for cost in own])),
-            float(np.mean([cost.flops for cost in own])),
-        )
+        if all((label, task) in costs for task in common):
+            costs[label, MEAN] = _average_costs([costs[label, task] for task in common])
     return costs
 
 
-def name_score(comparison: SystemComparison, task: str) -> str:
-    """Return the name of a task's score, of which a higher one is better.
+def _average_costs(costs: Sequence[TaskCost]) -> TaskCost:
+    return TaskCost(*(float(np.mean(each)) for each in zip(*costs, strict=True)))
+
+
+# -- figures over runs --------------------------------------------------------------------
+
+#: Draws of the bootstrap, of all runs of a system at a time.
+DRAWS = 2000
+
+
+class RunFigures(NamedTuple):
+    """Figures of one system against the specialists, over its runs.
 
     Args:
-        comparison: computed results.
-        task: name of a task.
+        against: label of the specialists.
+        chance: probability that a run has a higher score than a run of the specialists, mean over
+            tasks; equal scores count half (source: Bouthillier et al. 2021).
+        middle: interquartile mean, over tasks and runs, of the score relative to the mean score of
+            the specialists (source: Agarwal et al. 2021).
     """
-    return score_label(comparison.metrics[task])
+
+    against: str
+    chance: ScoreRange
+    middle: ScoreRange
+
+
+def estimate_run_figures(comparison: SystemComparison) -> dict[str, RunFigures]:
+    """Return label -> figures, for each system that has specialists and several runs.
+
+    They are additional to the estimates of a comparison. Their intervals resample runs and hold
+    for these test rows only. Shapes: T tasks, S runs of one system, D bootstrap draws.
+    """
+    labels = list(comparison.systems)
+    figures = {}
+    for label in labels:
+        against = find_variant(comparison.specialist, label, labels)
+        if against is None or against == label:
+            continue
+        own, other = (_scores_TS(comparison, name) for name in (label, against))
+        # One run has no spread to resample.
+        if min(own.shape[1], other.shape[1]) > 1:
+            figures[label] = _estimate_figures(against, own, other)
+    return figures
+
+
+def compute_chance(own_DTS: NDArray[np.float64], other_DTS: NDArray[np.float64]) -> NDArray:
+    """Return the probability that a run of one system scores above a run of the other, (D,).
+
+    Args:
+        own_DTS: scores of the system.
+        other_DTS: scores of the other system; the numbers of runs may differ.
+    """
+    above = np.sign(own_DTS[..., :, None] - other_DTS[..., None, :])
+    return (1 + above.mean((1, 2, 3))) / 2
+
+
+def compute_middle_ratio(own_DTS: NDArray[np.float64], other_DTS: NDArray[np.float64]) -> NDArray:
+    """Return the interquartile mean of scores relative to the other system's means, (D,).
+
+    Args:
+        own_DTS: scores of the system.
+        other_DTS: scores of the other system.
+    """
+    from scipy import stats
+
+    below = other_DTS.mean(2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(below > 0, own_DTS / below, np.nan)
+    return stats.trim_mean(ratios.reshape(len(ratios), -1), 0.25, axis=1)
+
+
+def _scores_TS(comparison: SystemComparison, label: str) -> NDArray[np.float64]:
+    parts = [comparison.samples[label, task, SPLIT] for task in comparison.common_tasks]
+    seeds = sorted(set.intersection(*(set(part.seeds) for part in parts)))
+    return np.stack([part.select([part.seeds.index(s) for s in seeds]).values for part in parts])
+
+
+def _estimate_figures(
+    against: str, own_TS: NDArray[np.float64], other_TS: NDArray[np.float64]
+) -> RunFigures:
+    random = np.random.default_rng(0)
+    drawn = [_draw_runs(scores_TS, random) for scores_TS in (own_TS, other_TS)]
+    found = []
+    for figure in (compute_chance, compute_middle_ratio):
+        value = float(figure(own_TS[None], other_TS[None])[0])
+        low, high = (float(x) for x in np.quantile(figure(*drawn), [0.025, 0.975]))
+        # Systems that never overlap give equal draws, which are no certainty.
+        nan = float("nan")
+        found.append(ScoreRange(value, *((low, high) if low < high else (nan, nan))))
+    return RunFigures(against, *found)
+
+
+def _draw_runs(scores_TS: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+    """Return as many runs, drawn with replacement; a run keeps the scores of all of its tasks."""
+    runs = scores_TS.shape[1]
+    return scores_TS[:, random.integers(0, runs, (DRAWS, runs))].transpose(1, 0, 2)

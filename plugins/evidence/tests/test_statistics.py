@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from skillnet.unit_statistics import compute_least_error
-from skillnet_studies.analysis import statistics as st
+from skillnet_evidence import statistics as st
+from skillnet_evidence.units import compute_least_error
 
 ROWS = 150
 
@@ -62,7 +62,7 @@ def p_values(trials: int, shift: float, seeds: int = 4, start: int = 0) -> np.nd
         one, other = world(random, seeds, row_N=row_N), world(random, seeds, row_N=row_N)
         if shift:
             one = world(random, seeds, shift=shift, row_N=row_N)
-        found.append(st.compute_p_value(st.SampleDifference(as_sample(one), as_sample(other))))
+        found.append(st.compute_p_value(as_sample(one) - as_sample(other)))
     return np.array(found)
 
 
@@ -79,7 +79,7 @@ def test_a_large_effect_is_found_and_pairing_by_row_helps():
     row_N = random.normal(0, 2, ROWS)
     one = as_sample(world(random, 4, shift=0.2, rest=0.3, row_N=row_N))
     other = as_sample(world(random, 4, rest=0.3, row_N=row_N))
-    paired = st.estimate_mean(st.SampleDifference(one, other)).std_error
+    paired = st.estimate_mean(one - other).std_error
     apart = np.hypot(st.estimate_mean(one).std_error, st.estimate_mean(other).std_error)
     assert paired < 0.7 * apart
 
@@ -93,9 +93,7 @@ def false_alarms(level: float, trials: int = 400) -> float:
         study = [as_sample(world(random, 3, by_seed=0.15, row_N=row_N)) for _ in range(6)]
         spread = st.pool_seed_variance(study)
         assert spread is not None
-        alarms += [
-            st.compute_p_value(st.SampleDifference(x, study[0]), spread) <= level for x in study[1:]
-        ]
+        alarms += [st.compute_p_value(x - study[0], spread) <= level for x in study[1:]]
     return float(np.mean(alarms))
 
 
@@ -128,7 +126,7 @@ def test_few_seeds_take_the_pooled_variance_and_ten_their_own():
     assert own.std_error == pytest.approx(np.std(ten.values, ddof=1) / 10**0.5)
     assert own.dof == pytest.approx(9)
     # Welch: the variances of both systems add, with their own degrees of freedom.
-    both = st.estimate_mean(st.SampleDifference(ten, one), spread)
+    both = st.estimate_mean(ten - one, spread)
     parts = (own.std_error**2, 0.01 / 3)
     assert both.std_error == pytest.approx(np.sqrt(sum(parts)))
     assert both.dof == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 9 + parts[1] ** 2 / 2))
@@ -144,7 +142,7 @@ def test_systems_that_vary_unequally_are_tested_at_their_level():
             effects_SK = np.tile(random.normal(0, 0.01, 200), (5, 1))
             samples.append(st.RunSample((0, 1, 2, 3, 4), values, {"t": effects_SK}, {"t": 199.0}))
         spread = st.pool_seed_variance(samples)
-        change = st.SampleDifference(samples[0], samples[1])
+        change = samples[0] - samples[1]
         alarms += st.compute_p_value(change, spread) <= 0.05
     assert alarms / trials <= 0.07
 
@@ -194,7 +192,7 @@ def test_ratios_and_means_agree_with_a_bootstrap_of_rows():
         )
         for name in ("a", "b")
     }
-    log = st.SampleDifference(logs["a"], logs["b"])
+    log = logs["a"] - logs["b"]
     direct = [systems["a"][k].mean() / systems["b"][k].mean() for k in ("x", "y")]
     assert np.exp(log.value) == pytest.approx(np.sqrt(np.prod(direct)))
     draws = []
@@ -217,14 +215,14 @@ def test_a_ratio_of_means_has_no_bias_from_low_denominators():
     rows = np.zeros((2, 10))
     rows[0, :4] = rows[1, :6] = 1
     own, other = (st.take_logarithm(as_sample(each)) for each in (rows, rows[::-1]))
-    assert st.SampleDifference(own, other).value == pytest.approx(0.0)
+    assert (own - other).value == pytest.approx(0.0)
     assert np.mean([0.4 / 0.6, 0.6 / 0.4]) > 1.08
 
 
 def test_equal_systems_do_not_differ():
     random = np.random.default_rng(0)
     answers = as_sample(world(random, 3))
-    none = st.SampleDifference(answers, answers)
+    none = answers - answers
     assert st.compute_p_value(none) == 1.0
     # Equal answers to all rows do not prove that the systems answer every row alike.
     found = st.estimate_mean(none)
@@ -239,8 +237,8 @@ def test_estimates_without_variance():
         assert found.low < found.value == found.high == 1
         found = st.estimate_mean(wrong, least=0, most=1, scale=scale)
         assert found.low == found.value == 0 < found.high
-    assert 0 < st.compute_p_value(st.SampleDifference(right, wrong)) < 0.1
-    ratio = st.SampleDifference(st.take_logarithm(right), st.take_logarithm(wrong))
+    assert 0 < st.compute_p_value(right - wrong) < 0.1
+    ratio = st.take_logarithm(right) - st.take_logarithm(wrong)
     assert np.isnan([st.compute_p_value(ratio), st.estimate_mean(ratio).low]).all()
 
 
@@ -294,7 +292,7 @@ def test_a_difference_uses_all_runs_of_both_systems():
     answers = world(random, 5)
     one = st.build_sample(dict(enumerate(answers)), np.ones(ROWS), "t")
     two = st.build_sample({7: answers[0], 8: answers[1]}, np.ones(ROWS), "t")
-    found = st.estimate_mean(st.SampleDifference(one, two))
+    found = st.estimate_mean(one - two)
     assert found.value == pytest.approx(answers.mean() - answers[:2].mean())
     assert found.seeds == 2
 
@@ -302,7 +300,7 @@ def test_a_difference_uses_all_runs_of_both_systems():
 def test_different_rows_are_rejected():
     random = np.random.default_rng(0)
     with pytest.raises(ValueError, match="150 units cannot be paired with 149"):
-        st.SampleDifference(as_sample(world(random, 2)), as_sample(world(random, 2, rows=149)))
+        as_sample(world(random, 2)) - as_sample(world(random, 2, rows=149))
     with pytest.raises(ValueError, match="at least one run"):
         st.RunSample((), np.zeros(0), {}, {})
     with pytest.raises(ValueError, match="at least one sample"):

@@ -14,18 +14,17 @@ from itertools import groupby
 import numpy as np
 from scipy import stats
 
-from pipelines.data.config.folds import FoldConfig
-from skillnet_platform.errors import UserError
-from skillnet_studies.analysis import statistics
-from skillnet_studies.analysis.comparison import (
+from skillnet_evidence import statistics
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
+from skillnet_evidence.comparison import (
+    PRETRAINED,
     SPLIT,
     SystemComparison,
     find_variant,
     list_tested_tasks,
 )
-from skillnet_studies.analysis.finished_runs import PRETRAINED
-from skillnet_studies.config.claims import ClaimPart, ClaimsConfig, StatedClaim
-from sweeps.config.format import format_signed_points
+from skillnet_evidence.errors import EvidenceError
+from skillnet_evidence.format import format_signed_points
 
 #: Share of studies in which a detectable difference is found.
 POWER = 0.8
@@ -102,7 +101,7 @@ def plan_power(
     earlier: SystemComparison,
     claims: ClaimsConfig,
     replicates: Mapping[str, int],
-    fold: FoldConfig | None = None,
+    test_to_train: float | None = None,
 ) -> list[PlannedTest]:
     """Return what each part of each claim could decide, per task.
 
@@ -110,20 +109,20 @@ def plan_power(
         earlier: comparison whose variances are expected again.
         claims: claims of the planned study.
         replicates: label -> planned runs: one for each seed, or for each fold and seed.
-        fold: folds of the planned study. The test set of a fold is expected to vary as that of the
-            earlier study.
+        test_to_train: test rows per training row of the folds of the planned study; None without
+            folds. The test set of a fold is expected to vary as that of the earlier study.
 
     Raises:
-        UserError: the earlier comparison has one seed per system, or lacks a task.
+        EvidenceError: the earlier comparison has one seed per system, or lacks a task.
     """
-    planned, folds = [], fold or FoldConfig()
+    planned = []
     stated = claims.stated or _state_differences(earlier, list(replicates))
     for name, claim in stated.items():
         for part in claim.parts:
             counts = (replicates[part.system], replicates[part.against])
             for task in part.tasks or earlier.common_tasks:
                 margin = claims.find_margin(task) if part.test == "not_lower" else 0.0
-                error, dof = _expect_error(earlier, part, task, counts, folds)
+                error, dof = _expect_error(earlier, part, task, counts, test_to_train)
                 quantile = float(stats.t.ppf(1 - claims.alpha / 2, dof))
                 planned.append(
                     PlannedTest(
@@ -154,7 +153,7 @@ def estimate_time(
     known = {}
     for label, runs in earlier.systems.items():
         if label in replicates:
-            rate = float(np.mean([run.seconds / int(run.trained["step"]) for run in runs]))
+            rate = float(np.mean([run.seconds / run.steps for run in runs]))
             before = [run.pretraining_seconds or 0.0 for run in runs]
             known[label] = rate * steps[label] + float(np.mean(before))
     mean = float(np.mean(list(known.values()))) if known else float("nan")
@@ -168,21 +167,21 @@ def _expect_fold_error(
     pairs: Sequence[tuple[str, str]],
     task: str,
     count: int,
-    fold: FoldConfig,
+    test_to_train: float | None,
 ) -> tuple[float, float]:
     """Return the error of a study of folds, from the variance of the replicates of another one."""
-    if not fold.count:
-        raise UserError(
+    if test_to_train is None:
+        raise EvidenceError(
             "--power: the earlier study has folds, so the variances of seeds and units are not "
             "known apart. Name a study without folds, or plan one with folds"
         )
-    once, test_to_train = [], earlier.runs[0].fold.test_to_train
+    once, overlap = [], earlier.test_to_train or 0.0
     for own, other in pairs:
         found = statistics.estimate_mean(*earlier.subtract_scores(own, other, task))
-        once.append(found.std_error**2 / (1 / found.seeds + test_to_train))
+        once.append(found.std_error**2 / (1 / found.seeds + overlap))
     if np.isnan(once).any():
-        raise UserError("--power: the earlier study has one replicate; name one with more")
-    error = np.sqrt((1 / count + fold.test_to_train) * float(np.mean(once)))
+        raise EvidenceError("--power: the earlier study has one replicate; name one with more")
+    error = np.sqrt((1 / count + test_to_train) * float(np.mean(once)))
     return float(error), float(max(count - 1, 1))
 
 
@@ -221,7 +220,7 @@ def tabulate_power(planned: Sequence[PlannedTest]) -> tuple[list[str], list[list
     return columns, cells
 
 
-def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict[str, StatedClaim]:
+def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict[str, Claim]:
     """Return claims about each system and the reference, for a study that states none."""
     tasks = list_tested_tasks(earlier.common_tasks, earlier.common_tasks)
     claims = {}
@@ -231,25 +230,25 @@ def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict
             # The reference itself is compared with its variant without pretraining.
             against = label.removesuffix(PRETRAINED)
         if label != against and against in labels:
-            part = ClaimPart(label, against, tasks=tasks)
-            claims[label] = StatedClaim(f"{label} scores higher than {against}.", [part])
+            part = Condition(label, against, tasks=tasks)
+            claims[label] = Claim(f"{label} scores higher than {against}.", [part])
     return claims
 
 
 def _expect_error(
     earlier: SystemComparison,
-    part: ClaimPart,
+    part: Condition,
     task: str,
     counts: Sequence[int],
-    fold: FoldConfig,
+    test_to_train: float | None,
 ) -> tuple[float, float]:
     """Return the expected standard error of a difference, and its degrees of freedom."""
     if (task, SPLIT) not in earlier.spreads:
-        raise UserError(f"--power: the earlier study has no task {task}; name one that has")
+        raise EvidenceError(f"--power: the earlier study has no task {task}; name one that has")
     spread = earlier.spreads[task, SPLIT]
-    has_folds = bool(earlier.runs[0].fold.count)
+    has_folds = earlier.has_folds
     if spread is None and not has_folds:
-        raise UserError(
+        raise EvidenceError(
             "--power: the earlier study has one seed per system, so the variance over seeds is "
             "unknown; name one with more seeds"
         )
@@ -259,9 +258,9 @@ def _expect_error(
         labels = [label for label in earlier.systems if earlier.has_task(task, label)]
         pairs = [(a, b) for i, a in enumerate(labels) for b in labels[:i]]
     if not pairs:
-        raise UserError(f"--power: the earlier study has one system with the task {task}")
+        raise EvidenceError(f"--power: the earlier study has one system with the task {task}")
     if has_folds:
-        return _expect_fold_error(earlier, pairs, task, min(counts), fold)
+        return _expect_fold_error(earlier, pairs, task, min(counts), test_to_train)
     assert spread is not None
     by_unit, dofs = [], []
     for own, other in pairs:
@@ -269,11 +268,11 @@ def _expect_error(
         variance, dof = statistics.estimate_unit_variance(change)
         by_unit.append(variance)
         dofs.append(dof)
-    if fold.count:
+    if test_to_train is not None:
         # A replicate varies by both systems' seeds and by the units of its fold.
         count = min(counts)
         once = 2 * spread.variance + float(np.mean(by_unit))
-        return float(np.sqrt((1 / count + fold.test_to_train) * once)), float(count - 1)
+        return float(np.sqrt((1 / count + test_to_train) * once)), float(count - 1)
     # Each system has its own variance over seeds, as in the planned analysis.
     terms = [(spread.variance / count, float(max(count - 1, 1))) for count in counts]
     terms.append((float(np.mean(by_unit)), min(dofs)))

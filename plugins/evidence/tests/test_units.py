@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skillnet.unit_statistics import (
+from skillnet_evidence.units import (
     bound_score,
     compute_least_error,
     compute_unit_error,

@@ -1,8 +1,8 @@
 """The figure of a comparison: paired differences beside mean score against operations.
 
-:func:`draw_evidence` is called by ``skillnet_studies.report.report``, :func:`draw_joint_evidence`
-by ``tools.docs.draw_study``. Colours and markers both state the result of a test, so that the
-figure is legible in grey.
+:func:`draw_evidence` is called by the report of ``skillnet compare``, :func:`draw_joint_evidence`
+by ``tools.docs.draw_study``; :mod:`skillnet_evidence.rows` has the content.
+Colours and markers both state the result of a test, so that the figure is legible in grey.
 """
 
 import math
@@ -10,13 +10,21 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from skillnet_platform.plots import COLORS, MARKERS, make_figure, show_dollars, style_axes
-from skillnet_studies.analysis.finished_runs import PRETRAINED
-from skillnet_studies.report.evidence import ForestGroup, ForestRow, SystemPoint
-from sweeps.config.format import format_interval
+from skillnet_evidence.comparison import PRETRAINED
+from skillnet_evidence.format import format_interval
+from skillnet_evidence.plot_kit import (
+    COLORS,
+    MARKERS,
+    make_figure,
+    mark_cost_axis,
+    show_dollars,
+    style_axes,
+)
+from skillnet_evidence.rows import ForestGroup, ForestRow, SystemPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 #: Result of a test -> colour, marker and whether the marker is filled.
 RESULTS: dict[str, tuple[str, str, bool]] = {
@@ -198,31 +206,6 @@ def draw_cost_panel(
         loc="left",
     )
     _label_points(panel, points)
-
-
-def mark_cost_axis(panel: Any) -> None:
-    """Set the ticks of a logarithmic axis of costs: a few round numbers with units.
-
-    Args:
-        panel: axes of matplotlib, whose limits are set.
-    """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-
-    from sweeps.config.format import format_count
-
-    low, high = panel.get_xlim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    # The coarsest set of round numbers with at least three ticks.
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        ticks = [step * 10.0**power for power in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) > 2:
-            break
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 # -- parts ---------------------------------------------------------------------------------

@@ -1,38 +1,26 @@
 """Power of a planned study: from an earlier one, and as simulated."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from pipelines.data.config.folds import FoldConfig
-from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison, compare_systems
-from skillnet_studies.analysis.finished_runs import read_run
-from skillnet_studies.analysis.power import estimate_time, plan_power, tabulate_power
-from skillnet_studies.analysis.run_groups import label_runs
-from skillnet_studies.analysis.statistics import (
-    RunSample,
-    SampleDifference,
-    compute_p_value,
-    estimate_mean,
-)
-from skillnet_studies.config.claims import ClaimPart, ClaimsConfig, StatedClaim
-from tests.helpers.synthetic_runs import TASKS, set_fold, write_run, write_study
+from plugins.evidence.tests.drawn_runs import TASKS, compared, draw_run
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
+from skillnet_evidence.comparison import MEAN, SystemComparison, compare_systems
+from skillnet_evidence.errors import EvidenceError
+from skillnet_evidence.power import estimate_time, plan_power, tabulate_power
+from skillnet_evidence.scores import RunFold
+from skillnet_evidence.statistics import RunSample, compute_p_value, estimate_mean
 
 
 @pytest.fixture(scope="module")
-def earlier(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
+def earlier() -> SystemComparison:
     """Build a comparison of two equal systems with six seeds."""
-    paths = write_study(
-        tmp_path_factory.mktemp("runs"), {"skillnet": 0.0, "dense": 0.0}, seeds=range(6)
-    )
-    return compare_systems(label_runs([read_run(path) for path in paths]))
+    return compared({"skillnet": 0.0, "dense": 0.0}, seeds=range(6))
 
 
 def claims(test: str, margin: float = 0.05) -> ClaimsConfig:
-    part = ClaimPart("skillnet", "specialist", test, [MEAN])  # type: ignore[arg-type]
-    return ClaimsConfig({"it": StatedClaim("x", [part])}, margin=margin)
+    part = Condition("skillnet", "specialist", test, [MEAN])  # type: ignore[arg-type]
+    return ClaimsConfig({"it": Claim("x", [part])}, margin=margin)
 
 
 def test_more_seeds_find_smaller_differences(earlier: SystemComparison) -> None:
@@ -72,7 +60,7 @@ def test_the_power_is_that_of_simulated_studies(earlier: SystemComparison) -> No
         )
         # The units of this study, whose effects the scores contain.
         own = RunSample(own.seeds, own.values + common_K.mean(), own.effects, own.dofs)
-        change = SampleDifference(own, other)
+        change = own - other
         shown += estimate_mean(change).low > -0.02
         found += compute_p_value(change, null=-plan.detectable) <= 0.05
     assert shown / trials == pytest.approx(plan.shown_if_equal, abs=0.05)
@@ -86,18 +74,17 @@ def test_a_study_without_claims_plans_its_differences(earlier: SystemComparison)
     ]
     columns, cells = tabulate_power(planned)
     assert all(len(row) == len(columns) for row in cells)
-    with pytest.raises(UserError, match="--power: the earlier study has no task reading"):
+    with pytest.raises(EvidenceError, match="--power: the earlier study has no task reading"):
         plan_power(
             earlier,
-            ClaimsConfig({"it": StatedClaim("x", [ClaimPart("a", "b", tasks=["reading"])])}),
+            ClaimsConfig({"it": Claim("x", [Condition("a", "b", tasks=["reading"])])}),
             {"a": 3, "b": 3},
         )
 
 
-def test_one_seed_has_no_known_variance(tmp_path: Path) -> None:
-    paths = write_study(tmp_path, {"skillnet": 0.0, "dense": 0.0}, seeds=(0,))
-    single = compare_systems(label_runs([read_run(path) for path in paths]))
-    with pytest.raises(UserError, match="one seed per system, so the variance over seeds is unkn"):
+def test_one_seed_has_no_known_variance() -> None:
+    single = compared({"skillnet": 0.0, "dense": 0.0}, seeds=(0,))
+    with pytest.raises(EvidenceError, match="one seed per system, so the variance over seeds"):
         plan_power(single, ClaimsConfig(), {"skillnet": 3, "dense": 3})
 
 
@@ -107,7 +94,7 @@ def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
             earlier,
             claims("not_lower", 0.02),
             {"skillnet": 2 * count, "specialist": 2 * count},
-            FoldConfig(count),
+            1 / (count - 1),
         )[0]
         for count in (5, 10)
     ]
@@ -123,31 +110,27 @@ def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
     assert time.describe().endswith("assumed for moe")
 
 
-def test_a_study_of_folds_is_planned_from_another_one(tmp_path: Path) -> None:
+def test_a_study_of_folds_is_planned_from_another_one() -> None:
     labels = ("skillnet", "specialist")
-    paths = []
-    for number in range(5):
-        for label in labels:
-            run = write_run(tmp_path / f"{label}-{number}", label, seed=number)
-            paths.append(set_fold(run, FoldConfig(5, number)))
-    earlier = compare_systems(label_runs([read_run(path) for path in paths]))
+    runs = [draw_run(x, number, fold=RunFold(number, 0.25)) for x in labels for number in range(5)]
+    earlier = compare_systems(runs)
     counts = dict.fromkeys(labels, 5)
-    (same,) = plan_power(earlier, claims("not_lower", 0.02), counts, FoldConfig(5))
+    (same,) = plan_power(earlier, claims("not_lower", 0.02), counts, 0.25)
     # The same plan expects the error that the earlier study has.
     change = estimate_mean(*earlier.subtract_scores("skillnet", "specialist", MEAN))
     assert same.error == pytest.approx(change.std_error)
     twice = dict.fromkeys(labels, 10)
-    (more,) = plan_power(earlier, claims("not_lower", 0.02), twice, FoldConfig(5))
+    (more,) = plan_power(earlier, claims("not_lower", 0.02), twice, 0.25)
     assert more.error < same.error
     # Runs that share training rows do not become independent by their number.
     assert more.error > same.error / 2**0.5
-    with pytest.raises(UserError, match="or plan one with folds"):
+    with pytest.raises(EvidenceError, match="or plan one with folds"):
         plan_power(earlier, claims("not_lower", 0.02), counts)
 
 
 def test_a_conjunction_has_bounds_for_all_of_its_tests(earlier: SystemComparison) -> None:
-    part = ClaimPart("skillnet", "dense", "not_lower", [])
-    config = ClaimsConfig({"it": StatedClaim("x", [part])}, margin=0.05)
+    part = Condition("skillnet", "dense", "not_lower", [])
+    config = ClaimsConfig({"it": Claim("x", [part])}, margin=0.05)
     planned = plan_power(earlier, config, {"skillnet": 6, "dense": 6})
     _, cells = tabulate_power(planned)
     assert len(cells) == len(planned) + 1 == len(TASKS) + 1

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def format_plural(number: int, noun: str) -> str:
+    """Return a number with its noun: ``2, "seed" -> "2 seeds"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def format_count(value: float) -> str:
     """Return a number with three digits and a unit: ``4,200,000 -> "4.2 M"``."""
     if np.isnan(value):

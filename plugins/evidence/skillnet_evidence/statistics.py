@@ -22,9 +22,9 @@ With rotating folds each run has test rows of its own, and the corrected varianc
 Bengio takes the place of this model: see :func:`_correct_error`.
 
 A :class:`RunSample` is a number per run with the effect of each unit. Means over tasks and
-logarithms are samples too. A :class:`SampleDifference` is paired by unit. It is not paired by seed:
-runs of different systems with equal seeds have nothing in common that was measurable, and so all
-runs of both systems count.
+logarithms are samples too. ``one - other`` is a :class:`Contrast`, paired by unit. It is not paired
+by seed: runs of different systems with equal seeds have nothing in common that was measurable, and
+so all runs of both systems count. A difference of contrasts is a contrast, too.
 
 Shapes: S seeds, N test rows of one split, K units.
 """
@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from skillnet.unit_statistics import (
+from skillnet_evidence.units import (
     CONFIDENCE_LEVEL,
     ScoreScale,
     bound_score,
@@ -71,6 +71,21 @@ class ScoreEstimate(NamedTuple):
     seeds: int
 
 
+@dataclass(frozen=True)
+class ScoreRange:
+    """A value with an interval over runs.
+
+    Args:
+        value: mean or ratio over runs.
+        low: lower bound; NaN if it is unknown.
+        high: upper bound.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
 class SeedVariance(NamedTuple):
     """Variance over seeds of one run's score, pooled over several systems.
 
@@ -83,15 +98,45 @@ class SeedVariance(NamedTuple):
     dof: float
 
 
+class Contrast:
+    """A signed sum of the scores of systems, which has a mean, a standard error and an interval.
+
+    Args:
+        terms: each sample with its sign; samples with the same split have the same units.
+    """
+
+    def __init__(self, terms: Sequence[tuple["RunSample", float]]) -> None:
+        self._terms = tuple(terms)
+        units: dict[Hashable, int] = {}
+        for sample, _ in terms:
+            for key, part in sample.effects.items():
+                known = units.setdefault(key, part.shape[1])
+                if known != part.shape[1]:
+                    raise ValueError(f"{key}: {known} units cannot be paired with {part.shape[1]}")
+
+    @property
+    def terms(self) -> Sequence[tuple["RunSample", float]]:
+        """Each sample with its sign."""
+        return self._terms
+
+    @property
+    def value(self) -> float:
+        """The signed sum of the means over seeds."""
+        return sum(sign * float(sample.values.mean()) for sample, sign in self.terms)
+
+    def __sub__(self, other: "Contrast") -> "Contrast":
+        return Contrast([*self.terms, *((each, -sign) for each, sign in other.terms)])
+
+
 @dataclass(frozen=True)
-class RunSample:
+class RunSample(Contrast):
     """A score of every run of one system, with the effect of each held-out unit.
 
     Args:
         seeds: seeds of the runs, ascending; with folds, numbers of the replicates.
         values: (S,) score of each run.
         effects: split -> (S, K) jackknife effects of its units, see
-            :func:`skillnet.unit_statistics.jackknife_units`. Splits are independent of each other.
+            :func:`skillnet_evidence.units.jackknife_units`. Splits are independent of each other.
         dofs: split -> degrees of freedom of the variance over its units.
         test_to_train: test rows per training row, if each run tests a fold of its own. Such a
             sample has no effects of units, because its runs have no unit in common.
@@ -114,6 +159,11 @@ class RunSample:
                 )
 
     @property
+    def terms(self) -> Sequence[tuple["RunSample", float]]:
+        """The sample itself."""
+        return [(self, 1.0)]
+
+    @property
     def units(self) -> int:
         """The smallest number of units of its splits, or its replicates."""
         return min((part.shape[1] for part in self.effects.values()), default=len(self.seeds))
@@ -123,48 +173,7 @@ class RunSample:
         chosen = list(indices)
         effects = {key: part[chosen] for key, part in self.effects.items()}
         seeds = tuple(self.seeds[i] for i in chosen)
-        return RunSample(seeds, self.values[chosen], effects, self.dofs, self.test_to_train)
-
-
-@dataclass(frozen=True)
-class SampleDifference:
-    """The scores of one system minus those of another.
-
-    Args:
-        left: scores of one system.
-        right: scores of another system, with the same units.
-    """
-
-    left: RunSample
-    right: RunSample
-
-    def __post_init__(self) -> None:
-        for key in self.left.effects.keys() & self.right.effects.keys():
-            own, other = (each.effects[key].shape[1] for each in (self.left, self.right))
-            if own != other:
-                raise ValueError(f"{key}: {own} units cannot be paired with {other}")
-
-    @property
-    def value(self) -> float:
-        """Difference of the means over seeds."""
-        return sum(sign * float(each.values.mean()) for each, sign in _list_terms(self))
-
-
-@dataclass(frozen=True)
-class DifferenceChange:
-    """One difference between systems minus another, such as after more steps minus before.
-
-    Args:
-        after: difference from which the other is subtracted.
-        before: difference between other systems, on the same units.
-    """
-
-    after: SampleDifference
-    before: SampleDifference
-
-
-#: What has a mean, a standard error and an interval.
-Estimable = RunSample | SampleDifference | DifferenceChange
+        return replace(self, seeds=seeds, values=self.values[chosen], effects=effects)
 
 
 def build_sample(
@@ -264,7 +273,7 @@ def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
 
 
 def estimate_mean(
-    sample: Estimable,
+    sample: Contrast,
     spread: SeedVariance | None = None,
     level: float = CONFIDENCE_LEVEL,
     least: float = -np.inf,
@@ -280,7 +289,7 @@ def estimate_mean(
         least: lower end of the score's range.
         most: upper end of the score's range.
         scale: how the variance depends on the score, see
-            :func:`skillnet.unit_statistics.bound_score`; "error_rate" is about 1 - score.
+            :func:`skillnet_evidence.units.bound_score`; "error_rate" is about 1 - score.
     """
     terms = _list_terms(sample)
     value, error, dof = _mean_and_error(terms, spread)
@@ -294,7 +303,7 @@ def estimate_mean(
 
 
 def compute_p_value(
-    sample: RunSample | SampleDifference, spread: SeedVariance | None = None, null: float = 0.0
+    sample: Contrast, spread: SeedVariance | None = None, null: float = 0.0
 ) -> float:
     """Return the two-sided p-value of "the mean is ``null``" (Student's t).
 
@@ -308,7 +317,7 @@ def compute_p_value(
     return float(2 * stats.t.sf(abs(value - null) / error, dof))
 
 
-def estimate_unit_variance(sample: RunSample | SampleDifference) -> tuple[float, float]:
+def estimate_unit_variance(sample: Contrast) -> tuple[float, float]:
     """Return the variance of the mean over units alone, which more seeds do not reduce.
 
     Args:
@@ -324,22 +333,13 @@ def estimate_unit_variance(sample: RunSample | SampleDifference) -> tuple[float,
     return sum(variance for variance, _ in parts), _combine_dofs(parts)
 
 
-def _list_terms(sample: Estimable) -> list[tuple[RunSample, float]]:
-    terms = _list_signed_samples(sample)
+def _list_terms(sample: Contrast) -> Sequence[tuple[RunSample, float]]:
+    terms = sample.terms
     if len(terms) > 1 and terms[0][0].test_to_train is not None:
         # All answer the rows of the same fold, and folds differ more than systems.
         common = select_common_seeds([each for each, _ in terms])
         return [(each, sign) for each, (_, sign) in zip(common, terms, strict=True)]
     return terms
-
-
-def _list_signed_samples(sample: Estimable) -> list[tuple[RunSample, float]]:
-    if isinstance(sample, RunSample):
-        return [(sample, 1.0)]
-    if isinstance(sample, SampleDifference):
-        return [(sample.left, 1.0), (sample.right, -1.0)]
-    before = _list_signed_samples(sample.before)
-    return [*_list_signed_samples(sample.after), *((each, -sign) for each, sign in before)]
 
 
 def _variance(values_S: NDArray[np.float64]) -> float:
@@ -354,7 +354,7 @@ def _mean_and_error(
     terms: Sequence[tuple[RunSample, float]], spread: SeedVariance | None
 ) -> tuple[float, float, float]:
     """Return the mean of a sum of systems' scores, its standard error and degrees of freedom."""
-    value = sum(sign * float(sample.values.mean()) for sample, sign in terms)
+    value = Contrast(terms).value
     if terms[0][0].test_to_train is not None:
         return value, *_correct_error(terms, terms[0][0].test_to_train)
     if min(sample.units for sample, _ in terms) < 2:

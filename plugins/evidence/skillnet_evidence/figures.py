@@ -1,22 +1,40 @@
-"""Plots of a comparison. Filled markers are pretrained systems, hollow ones are not."""
+"""Figures of scores, gains from pretraining and learning curves, a panel per task.
+
+:func:`draw_plots` is called by the report of ``skillnet compare``. Filled markers are pretrained
+systems, hollow ones are not.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.training.evaluation.tables import name_metric, score_metric
-from skillnet_platform.plots import COLORS, MARKERS, make_figure, show_dollars, style_axes
-from skillnet_studies.analysis.comparison import MEAN, SystemComparison, name_score
-from skillnet_studies.analysis.finished_runs import PRETRAINED
-from skillnet_studies.report.evidence_plots import mark_cost_axis
+from skillnet_evidence.comparison import MEAN, PRETRAINED, SystemComparison
+from skillnet_evidence.plot_kit import (
+    COLORS,
+    MARKERS,
+    MetricHistory,
+    make_figure,
+    mark_cost_axis,
+    show_dollars,
+    smooth_series,
+    style_axes,
+)
+from skillnet_evidence.tables import name_column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_plots(comparison: SystemComparison) -> "dict[str, Figure]":
-    """Draw all plots; return name -> figure in the order of the report."""
+def draw_plots(
+    comparison: SystemComparison, histories: "Mapping[str, Sequence[MetricHistory]] | None" = None
+) -> "dict[str, Figure]":
+    """Draw all plots; return name -> figure in the order of the report.
+
+    Args:
+        comparison: computed results.
+        histories: label -> what each run logged; None draws no curves.
+    """
     with show_dollars():
         figures = {
             "scores": draw_score_figure(comparison),
@@ -24,7 +42,7 @@ def draw_plots(comparison: SystemComparison) -> "dict[str, Figure]":
         }
         if any(test.kind == "pretraining" for test in comparison.tests):
             figures["gain from pretraining"] = draw_pretraining_figure(comparison)
-        learning = draw_learning_figure(comparison)
+        learning = draw_learning_figure(comparison, histories or {})
         if learning is not None:
             figures["learning"] = learning
     return figures
@@ -121,20 +139,21 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
     return figure
 
 
-def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
-    """Draw the mean validation metric over steps, or the training loss; None without logs."""
-    from pipelines.training.evaluation.figures import smooth_series
-    from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
+def draw_learning_figure(
+    comparison: SystemComparison, histories: "Mapping[str, Sequence[MetricHistory]]"
+) -> "Figure | None":
+    """Draw the mean validation metric over steps, or the training loss; None without logs.
 
-    histories = {
-        label: [read_metric_history(run.folder / PROGRESS) for run in runs]
-        for label, runs in comparison.systems.items()
-    }
+    Args:
+        comparison: names the tasks.
+        histories: label -> what each run logged.
+    """
     labels = list(comparison.systems)
     figure, axes = _make_panels(comparison.tasks, 2.2)
     has_curve = False
     for task, panel in zip(comparison.tasks, axes, strict=True):
-        validation = name_metric(task, "validation", comparison.metrics[task])
+        metric = comparison.metrics[task]
+        validation = f"{task}/validation_{metric.name}"
         is_validated = any(validation in each for runs in histories.values() for each in runs)
         name = validation if is_validated else f"{task}/loss"
         for label, runs in histories.items():
@@ -142,20 +161,17 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
             if curve is None:
                 continue
             steps, values = curve
-            style = _style(label, labels)
-            panel.plot(
-                steps,
-                100 * _score_values(comparison.metrics[task], values)
-                if is_validated
-                else smooth_series(values),
-                color=style["color"],
-                linestyle="-" if label.endswith(PRETRAINED) else "--",
-                linewidth=1.2,
-            )
+            if is_validated:
+                values = 100 * np.array([metric.score(float(value)) for value in values])
+            else:
+                values = smooth_series(values)
+            style = "-" if label.endswith(PRETRAINED) else "--"
+            colour = _style(label, labels)["color"]
+            panel.plot(steps, values, color=colour, linestyle=style, linewidth=1.2)
             has_curve = True
-        metric = f"{name_score(comparison, task)}, percent" if is_validated else "training loss"
         panel.set_title(task.replace("_", " "), fontsize=9)
-        panel.set_ylabel(metric, fontsize=8)
+        text = f"{metric.label}, percent" if is_validated else "training loss"
+        panel.set_ylabel(text, fontsize=8)
         if is_validated:
             panel.set_ylim(*_widen_limits(panel.get_ylim()))
         style_axes(panel)
@@ -165,9 +181,6 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
         return None
     _legend(figure, axes[0], labels, lines=True)
     return figure
-
-
-# -- parts ---------------------------------------------------------------------------------
 
 
 def _base_label(label: str) -> str:
@@ -239,11 +252,7 @@ def _make_panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Fig
 def _title(comparison: SystemComparison, task: str) -> str:
     if task == MEAN:
         return "mean over tasks"
-    return f"{task.replace('_', ' ')}, {name_score(comparison, task)}"
-
-
-def _score_values(metric: str, values_N: np.ndarray) -> np.ndarray:
-    return np.array([score_metric(metric, float(value)) for value in values_N])
+    return name_column(comparison, task)
 
 
 def _mean_curve(

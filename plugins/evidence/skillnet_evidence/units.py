@@ -4,10 +4,12 @@ A split draws units: a module of functions, a subtree of headings, a speaker. Ro
 resemble each other, so units and not rows are the independent observations of a test split.
 :func:`jackknife_units` returns a score and the effect of each unit on it; :func:`bound_score`
 turns a standard error into an interval. Evaluations and comparisons use both.
+:class:`RowOutcomes` has the rows of one task; :func:`sum_outcomes` sums them by unit.
 
 Shapes: S runs, N rows, K units.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +21,60 @@ ScoreScale = Literal["share", "error_rate", "free"]
 
 #: Confidence level of intervals.
 CONFIDENCE_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class RowOutcomes:
+    """Outcomes of one task on one split, in the order of its rows.
+
+    The metric of the task is sum(numerator) / sum(denominator): hits and rows of an accuracy,
+    edits and symbols of an error rate.
+
+    Args:
+        numerator: (N,) float64.
+        denominator: (N,) float64.
+        rank: (N,) float64, from 1; NaN for tasks without a ranking.
+        unit: (N,) int64, number of the unit of each row, from 0.
+    """
+
+    numerator: np.ndarray
+    denominator: np.ndarray
+    rank: np.ndarray
+    unit: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numerator)
+
+    @property
+    def value(self) -> float:
+        """Primary metric of the split, a fraction; NaN if the denominators sum to 0."""
+        # The sum is 0 if all references of a split are empty.
+        total = float(self.denominator.sum())
+        return float(self.numerator.sum()) / total if total else float("nan")
+
+
+def sum_outcomes(rows: RowOutcomes) -> RowOutcomes:
+    """Return a line per unit with the sums of its rows: all that intervals and tests need.
+
+    Sums of sums are the same sums, so outcomes and their sums give equal results.
+
+    Args:
+        rows: outcomes of a split.
+    """
+    count = int(rows.unit.max(initial=-1)) + 1
+    return RowOutcomes(
+        np.bincount(rows.unit, rows.numerator),
+        np.bincount(rows.unit, rows.denominator),
+        np.full(count, np.nan),
+        np.arange(count),
+    )
+
+
+def has_equal_rows(one: RowOutcomes, other: RowOutcomes) -> bool:
+    """Return whether two models were evaluated on rows of equal weights and units."""
+    return np.array_equal(one.denominator, other.denominator) and np.array_equal(
+        one.unit, other.unit
+    )
 
 
 class UnitEffects(NamedTuple):

@@ -1,0 +1,178 @@
+"""``skillnet-evidence compare scores.csv``: intervals, tests, claims and power from scores."""
+
+import argparse
+import reprlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from skillnet_evidence.claims import (
+    Claim,
+    ClaimsConfig,
+    Condition,
+    answer_comparison,
+    evaluate_claims,
+    sort_systems,
+)
+from skillnet_evidence.comparison import SystemComparison, compare_systems
+from skillnet_evidence.errors import EvidenceError, require_known
+from skillnet_evidence.power import plan_power, tabulate_power
+from skillnet_evidence.scores import FILE_FORMAT, read_scores
+from skillnet_evidence.tables import ReportTable, build_claim_table, build_tables, make_table
+
+#: Characters of a file of claims, far more than any has.
+MAX_CHARACTERS = 512 * 2**10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 2 after an error in the scores, the claims or the options."""
+    parser = argparse.ArgumentParser(
+        prog="skillnet-evidence",
+        description="Compare systems from the scores of their test rows, with intervals over seeds "
+        "and held-out units.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser(
+        "compare",
+        help="paired differences with intervals, corrected tests, claims and power",
+        description=FILE_FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("scores", type=Path, help="CSV or Parquet file")
+    compare.add_argument("--reference", help="system that the others are tested against")
+    compare.add_argument("--specialist", help="system whose scores count as 1")
+    compare.add_argument("--claims", type=Path, help="YAML file with claims")
+    compare.add_argument(
+        "--power",
+        type=int,
+        metavar="SEEDS",
+        help="what a study of SEEDS seeds could decide",
+    )
+    options = parser.parse_args(argv)
+    try:
+        text = "\n\n".join(_describe(options))
+    except EvidenceError as error:
+        print(f"error: {_escape(str(error)).replace(chr(10), ' ')}", file=sys.stderr)
+        return 2
+    print(_escape(text))
+    return 0
+
+
+def _escape(text: str) -> str:
+    # Names are data of others: an escape sequence could write to the clipboard or hide text.
+    return "".join(
+        c if c.isprintable() or c in "\n\u00a0" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+class _ClaimsLoader(yaml.SafeLoader):
+    """Safe loader without aliases, by which a short text stands for a huge one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node that is written out."""
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Build a mapping whose keys are unique."""
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise yaml.YAMLError(f"a key occurs twice, line {node.start_mark.line + 1} or below")
+        return made
+
+
+def _describe(options: argparse.Namespace) -> list[str]:
+    """Return the paragraphs and tables of a comparison as Markdown."""
+    runs = read_scores(options.scores)
+    labels = list(dict.fromkeys(run.label for run in runs))
+    # The first system of the file is a reference that every project has.
+    reference = options.reference or ("skillnet" if "skillnet" in labels else labels[0])
+    comparison = compare_systems(runs, reference, options.specialist)
+    rules = ClaimsConfig() if options.claims is None else read_claims(options.claims)
+    try:
+        rules.check_names(labels, comparison.tasks)
+    except EvidenceError as error:
+        raise EvidenceError(f"{options.claims}: {error}") from None
+    comparison = comparison.sort(sort_systems(comparison))
+    claims = evaluate_claims(comparison, rules)
+    parts = [answer_comparison(comparison, claims)]
+    tables = [build_claim_table(claims, comparison)] if claims else []
+    tables += build_tables(comparison)
+    if options.power is not None:
+        tables.append(_plan_power(comparison, rules, options.power))
+    return [part for part in [*parts, *(table.to_markdown() for table in tables)] if part]
+
+
+def _plan_power(comparison: SystemComparison, rules: ClaimsConfig, seeds: int) -> ReportTable:
+    if seeds < 2:
+        raise EvidenceError(f"--power: expected two seeds or more, got {seeds}")
+    counts = dict.fromkeys(comparison.systems, seeds)
+    planned = plan_power(comparison, rules, counts, comparison.test_to_train)
+    return make_table(
+        f"What {seeds} {comparison.repeat_noun}s could decide", *tabulate_power(planned)
+    )
+
+
+def read_claims(path: Path) -> ClaimsConfig:
+    """Read claims from a YAML file: the keys of :class:`ClaimsConfig`, also below ``claims``.
+
+    Args:
+        path: the file; it may be of untrusted origin.
+
+    Raises:
+        EvidenceError: the file is missing, is not YAML, or has a wrong key or value.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise EvidenceError(f"more than {MAX_CHARACTERS} characters")
+        tree = yaml.load(text, _ClaimsLoader)  # noqa: S506 - a safe loader
+        if isinstance(tree, dict) and set(tree) == {"claims"}:
+            tree = tree["claims"]
+        return _build(ClaimsConfig, tree, "claims")
+    except FileNotFoundError:
+        raise EvidenceError(f"{path}: no such file") from None
+    except RecursionError:
+        raise EvidenceError(f"{path}: nested too deeply") from None
+    except (yaml.YAMLError, OSError, ValueError, OverflowError) as error:
+        raise EvidenceError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _build(hint: Any, value: Any, key: str) -> Any:
+    """Return a value of YAML as the type of a field of the claims."""
+    if get_origin(hint) is Annotated:
+        return _build(get_args(hint)[0], value, key)
+    if get_origin(hint) in (UnionType, Union):
+        return None if value is None else _build(get_args(hint)[0], value, key)
+    if hint in (ClaimsConfig, Claim, Condition):
+        if not isinstance(value, dict):
+            raise EvidenceError(f"{key}: expected keys and values, got {reprlib.repr(value)}")
+        hints = get_type_hints(hint, include_extras=True)
+        require_known(map(str, value), hints, key, "key")
+        required = {"text", "parts", "system", "against"} & set(hints)
+        if absent := sorted(required - set(value)):
+            raise EvidenceError(f"{key}: the key {absent[0]!r} is missing")
+        return hint(**{k: _build(hints[k], v, f"{key}.{k}") for k, v in value.items()})
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is dict and isinstance(value, dict):
+        return {str(k): _build(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if kind is list and isinstance(value, list):
+        return [_build(args[0], each, key) for each in value]
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if (kind is str and isinstance(value, str)) or (kind is Literal and value in args):
+        return value
+    names = {dict: "keys and values", list: "a list", float: "a number", str: "text"}
+    expected = names.get(kind) or f"one of {', '.join(args)}"
+    raise EvidenceError(f"{key}: expected {expected}, got {reprlib.repr(value)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
