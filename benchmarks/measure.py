@@ -185,7 +185,7 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV; none if it does not exist.
 
     Args:
-        path: of the CSV.
+        path: place of the CSV.
     """
     if not path.is_file():
         return []
@@ -199,8 +199,8 @@ def append_csv_rows(
     """Append rows to a CSV, with a header if it is new.
 
     Args:
-        path: of the CSV; its folder is created.
-        columns: of the CSV, in order.
+        path: place of the CSV; its folder is created.
+        columns: names of the CSV, in order.
         rows: with a value for each column.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ class MetricIntervals:
     interval, which is omitted where all resamples agree.
 
     Args:
-        seed: of the bootstrap.
+        seed: start of the random numbers of the bootstrap.
         samples: resamples of each bootstrap interval; 0 omits all intervals.
         units: (N,) number of the unit of each row; None counts each row as a unit.
     """
@@ -56,7 +56,7 @@ class MetricIntervals:
 
         Args:
             values: (N,) booleans or numbers.
-            scale: of the values, see :func:`skillnet_evidence.units.bound_score`.
+            scale: kind of the values, see :func:`skillnet_evidence.units.bound_score`.
         """
         amounts = np.asarray(values, np.float64)
         return self.ratio(amounts, np.ones(len(amounts)), scale)
@@ -69,7 +69,7 @@ class MetricIntervals:
         Args:
             amounts: (N,) numerators.
             weights: (N,) denominators.
-            scale: of the ratio, see :func:`skillnet_evidence.units.bound_score`.
+            scale: kind of the ratio, see :func:`skillnet_evidence.units.bound_score`.
         """
         nan = float("nan")
         # The references of a split can all be empty.
@@ -107,7 +107,7 @@ def cut_to_bounds(interval: ConfidenceInterval, bounds: tuple[float, float]) -> 
     """Return an interval within the bounds of its metric; few rows give wide intervals.
 
     Args:
-        interval: of a metric.
+        interval: bounds of a metric.
         bounds: lowest and highest value of the metric.
     """
     value, low, high = interval

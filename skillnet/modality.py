@@ -57,8 +57,8 @@ class InputSize:
     """Size of the model's inputs that the preparation of a corpus decides.
 
     Args:
-        key: of the model's configuration.
-        option: of the reader, and of the manifest's preprocessing settings.
+        key: name of the model's configuration.
+        option: name of the reader, and of the manifest's preprocessing settings.
         factor: units of the model per unit of the option.
         is_limit: whether the model may read longer rows; otherwise both sizes are equal.
     """
@@ -148,7 +148,7 @@ class Modality:
 
         Args:
             config: ``SkillNetConfig`` of the model.
-            key: of the size; ``inputs.NAME.KEY`` for one of ``options``.
+            key: name of the size; ``inputs.NAME.KEY`` for one of ``options``.
         """
         *path, name = key.split(".")
         owner = self.build_options(config.inputs.get(self.name, {})) if path else config
@@ -330,7 +330,7 @@ def is_string_modality(name: str | None) -> bool:
     """Return whether a modality that a user chose reads strings, such as texts, and no files.
 
     Args:
-        name: of the modality, or None without a choice.
+        name: name of the modality, or None without a choice.
     """
     return name is not None and find_modality(name).reads_tokens
 
@@ -350,7 +350,7 @@ def find_stem(name: str) -> Any:
     """Return the class of a stem: a module that is built from the configuration of the model.
 
     Args:
-        name: of the stem.
+        name: name of the stem.
 
     Raises:
         ValueError: no installed modality has this stem.

@@ -81,8 +81,8 @@ def is_unset_weight(name: str, config: SkillNetConfig) -> bool:
     """Return whether a weight of a stem is zero because the checkpoint's reads another input.
 
     Args:
-        name: of the weight.
-        config: of the model that it belongs to; other models have no such weights.
+        name: name of the weight.
+        config: settings of the model that it belongs to; other models have no such weights.
     """
     is_stem = name.startswith("stems.") and not name.startswith("stems.log_mel.norm.")
     return is_stem and set(config.tasks) == {LAYERS_TASK}

@@ -32,7 +32,7 @@ def write_csv(
     """Write rows as CSV; missing values and NaN are empty cells.
 
     Args:
-        path: of the file.
+        path: place of the file.
         rows: column -> value.
         columns: to write; by default all in the order of the rows.
         digits: format of floating-point numbers; "" for all their digits.

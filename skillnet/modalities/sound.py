@@ -188,7 +188,7 @@ def augment_audio(
             the end of a row.
         frames_B: (B,) real frames.
         config: largest changes.
-        random: of these rows.
+        random: random numbers of these rows.
         longest: largest number of frames that the model reads.
         deviation: divisor of the log of power in the corpus.
 

@@ -35,7 +35,8 @@ class RowAugmentation:
 
     Args:
         settings: ``pipelines.training.config.data.AugmentConfig``.
-        random: of these rows; ``uniform(name, *shape)`` returns (B, *shape) in [0, 1).
+        random: random numbers of these rows; ``uniform(name, *shape)`` returns (B, *shape) in [0,
+            1).
         limit: largest length of a row of the task; it does not depend on the batch.
         model: sizes of the inputs.
         deviation: divisor of the values in the corpus.
@@ -117,7 +118,8 @@ class ModalityTensors:
 
         Args:
             config: sizes of the inputs.
-            length: of the row in its own unit, a number or an array; None takes the longest.
+            length: number of units of the row in its own unit, a number or an array; None takes the
+                longest.
         """
         raise NotImplementedError
 
@@ -138,7 +140,7 @@ class ModalityTensors:
 
         Args:
             config: sizes of the inputs.
-            length: of the row in its own unit; None for rows of one size.
+            length: number of units of the row in its own unit; None for rows of one size.
         """
         return length or 0
 
@@ -147,8 +149,8 @@ class ModalityTensors:
 
         Args:
             config: sizes of the inputs.
-            stem: of the model.
-            length: of the row; None takes the longest.
+            stem: module of the model.
+            length: number of units of the row; None takes the longest.
         """
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,9 +175,9 @@ class ModalityTensors:
         Args:
             config: sizes of the inputs.
             rows: B.
-            length: of the rows; None takes the longest.
-            draw: of random values, and of random lengths after the first row; None gives constant
-                values.
+            length: number of units of the rows; None takes the longest.
+            draw: source of random values, and of random lengths after the first row; None gives
+                constant values.
             settings: preprocessing of a corpus.
         """
         raise NotImplementedError
@@ -197,7 +199,7 @@ class ModalityTensors:
         """Return the key of each size of the model that differs from rows of one size.
 
         Args:
-            shape: of a row.
+            shape: sizes of a row.
             config: sizes of the inputs.
 
         Returns:
@@ -256,7 +258,7 @@ class ModalityTensors:
 
         Args:
             x_BTP: values of tokens, or one flag per value.
-            shape: of the rows.
+            shape: sizes of the rows.
             config: sizes of the inputs.
         """
         raise ValueError(f"no masked task can read {self.modality.name}")

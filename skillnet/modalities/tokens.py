@@ -177,7 +177,7 @@ def drop_tokens(
         tokens_BT: token ids.
         lengths_B: real tokens of each row.
         share: fraction to replace.
-        random: of these rows.
+        random: random numbers of these rows.
         longest: largest number of tokens of any row; it does not depend on the batch.
 
     Returns:

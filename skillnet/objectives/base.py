@@ -73,7 +73,7 @@ class Objective:
         name: as in configurations and saved models.
         head: ``module:Class`` of a subclass of :class:`skillnet.objectives.heads.TaskHead`, which
             owns targets, forward pass, loss, predictions, scores and answers.
-        metrics: of an evaluation, the primary metric first.
+        metrics: measures of an evaluation, the primary metric first.
         towers: names of the towers of a task; ``PAIR`` for two towers with one vector space.
         columns: columns of the shards that hold the targets.
         output: raw output of the head for one row, ``""`` for an embedding per tower.
@@ -134,7 +134,7 @@ class Objective:
         """Return mean and deviation of the training values of a corpus; None without a scale.
 
         Args:
-            manifest: of the corpus.
+            manifest: parsed description of the corpus.
 
         Raises:
             ValueError: the manifest has no usable scale.

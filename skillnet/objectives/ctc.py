@@ -97,7 +97,7 @@ class CTCHead(TaskHead):
         """Return the symbols of the best paths, and their confidence.
 
         Args:
-            log_probs_BTS: of :meth:`run`.
+            log_probs_BTS: output of :meth:`run`.
             lengths_B: tokens of each row.
         """
         best_BT = log_probs_BTS.amax(-1)

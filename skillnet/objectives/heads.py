@@ -89,7 +89,7 @@ class RowAnswer(NamedTuple):
     Args:
         answer: best class, labels, transcript, number, or nearest known caption; "" if the vector
             is the result.
-        score: of the answer, such as its probability; NaN without one.
+        score: value of the answer, such as its probability; NaN without one.
         alternatives: best answers with their scores, including the first.
         embedding: unit vector of the input, if the task has one.
     """
@@ -121,7 +121,7 @@ class TaskHead(nn.Module):
 
     Args:
         config: sizes of the model.
-        task: of the head; gives the number of outputs.
+        task: objective and towers of the head; gives the number of outputs.
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
@@ -158,7 +158,7 @@ class TaskHead(nn.Module):
         """Return the loss of this rank's rows: a sum over rows, divided by the global number.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
             inputs: targets and global batch.
         """
         raise NotImplementedError
@@ -170,7 +170,7 @@ class TaskHead(nn.Module):
         """Return the number of rows whose loss is zero by definition; None if there are none.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
             targets: name of a target -> tensor, first axis B.
         """
         return None
@@ -186,8 +186,8 @@ class TaskHead(nn.Module):
 
         Args:
             config: sizes of the model.
-            task: of the head.
-            tokens: of the row.
+            task: objective and towers of the head.
+            tokens: number of tokens of the row.
         """
         return task.outputs
 
@@ -197,9 +197,9 @@ class TaskHead(nn.Module):
 
         Args:
             config: sizes of the model.
-            task: of the head.
+            task: objective and towers of the head.
             tower: name of the tower.
-            tokens: of the row.
+            tokens: number of tokens of the row.
         """
         return 2 * config.dim * cls.count_outputs(config, task, tokens)
 
@@ -211,9 +211,9 @@ class TaskHead(nn.Module):
 
         Args:
             config: sizes of the model.
-            task: of the head.
+            task: objective and towers of the head.
             rows: number of rows.
-            tokens: of each row.
+            tokens: number of tokens of each row.
             hidden: masked tokens of each row, for an objective that hides inputs.
         """
         return {"labels": torch.zeros(rows, dtype=torch.long)}
@@ -223,7 +223,7 @@ class TaskHead(nn.Module):
         """Return predictions (B, outputs) from the outputs of :meth:`run`.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
         """
         raise NotImplementedError(f"{cls.__name__} has no predictions per row")
 
@@ -232,7 +232,7 @@ class TaskHead(nn.Module):
         """Return the predictions of N rows. By default: :meth:`predict` of the only tower.
 
         Args:
-            runner: of the model.
+            runner: forward passes of the model.
             task: name of the task.
             inputs: tower -> its N rows; also one tower of two.
         """
@@ -246,9 +246,9 @@ class TaskHead(nn.Module):
         """Return the metrics of predictions, and the outcome of each row.
 
         Args:
-            task: of the head.
-            predictions: of :meth:`infer`, numbers in their own unit.
-            targets: of all rows, as numpy arrays.
+            task: objective and towers of the head.
+            predictions: result of :meth:`infer`, numbers in their own unit.
+            targets: expected values of all rows, as numpy arrays.
             intervals: how metrics get their intervals.
         """
         metric = find_objective(task.objective).primary
@@ -265,7 +265,7 @@ class TaskHead(nn.Module):
         depend on the targets only, so that two models are compared row by row.
 
         Args:
-            predictions: of :meth:`infer`.
+            predictions: result of :meth:`infer`.
             targets: name of a target -> (N, …) numpy array.
         """
         raise NotImplementedError(f"{cls.__name__} has no score per row")
@@ -279,7 +279,7 @@ class TaskHead(nn.Module):
         The accuracy is None if the hidden values are no tokens.
 
         Args:
-            outputs: of :meth:`run`.
+            outputs: result of :meth:`run`.
             targets: made by the masks of the data loader.
         """
         raise NotImplementedError(f"{cls.__name__} has no hidden values")
@@ -295,8 +295,8 @@ class TaskHead(nn.Module):
         """Return what a person gets for each row. By default: the best names, or else the number.
 
         Args:
-            predictions: of :meth:`infer` for one tower.
-            names: of the outputs, or known captions.
+            predictions: result of :meth:`infer` for one tower.
+            names: labels of the outputs, or known captions.
             top: number of alternatives.
             vectors: (N, E) of the known captions; None without any.
         """
@@ -323,8 +323,8 @@ def rank_names(names: Sequence[str], scores: NDArray[Any], top: int) -> RowAnswe
     """Return the best name, its score, and the best ``top`` names with theirs.
 
     Args:
-        names: of the outputs, or known captions.
-        scores: of the names; higher is better.
+        names: labels of the outputs, or known captions.
+        scores: values of the names; higher is better.
         top: number of alternatives.
     """
     # A stable order makes the answer reproducible if scores are equal.

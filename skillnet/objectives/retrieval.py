@@ -238,8 +238,9 @@ def rank_metrics(
 
     Args:
         ranks: (Q,) from 1; NaN for rows that are no queries.
-        prefix: of the metric names: "" finds candidates of queries, ``reverse_`` the opposite.
-        intervals: of the rows.
+        prefix: beginning of the metric names: "" finds candidates of queries, ``reverse_`` the
+            opposite.
+        intervals: bootstrap of the rows.
         owners: (Q,) row of each query; None if each row has one query.
     """
     if owners is not None:
@@ -432,7 +433,7 @@ def count_linear_flops(config: SkillNetConfig, modality: str) -> int:
 
     Args:
         config: sizes of the model.
-        modality: of the tower.
+        modality: name of the modality of the tower.
     """
     reads_tokens = find_modality(modality).reads_tokens
     inputs = config.dim if reads_tokens else 3 * find_grid_side(config.image_size) ** 2

@@ -93,7 +93,7 @@ class ModalityFiles:
         """Return the shape of a row; the first size is None if rows differ in length.
 
         Args:
-            options: of the reader.
+            options: choices of the reader.
         """
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class ModalityFiles:
         Args:
             data: bytes of its file.
             text: its transcript, or None.
-            options: of the reader.
+            options: choices of the reader.
 
         Raises:
             ValueError: the row is rejected; the text is the reason.
@@ -135,7 +135,7 @@ class ModalityFiles:
         """Return the columns of shards: the numbers of a row, and its length.
 
         Args:
-            options: of the reader.
+            options: choices of the reader.
         """
         shape, kind = self.find_shape(options), pa.from_numpy_dtype(np.dtype(self.dtype))
         names = self.modality.batch
@@ -155,8 +155,8 @@ class ModalityFiles:
 
         Args:
             block: raw rows.
-            tokenizer: of the data directory; None for media.
-            options: of the reader.
+            tokenizer: vocabulary of the data directory; None for media.
+            options: choices of the reader.
             max_bytes: a larger file is rejected.
         """
         shape = self.find_shape(options)
@@ -226,7 +226,7 @@ class ModalityFiles:
         """Return the array of an input in memory, as :meth:`decode` returns that of a file.
 
         Args:
-            content: of a type that :meth:`describe_content` names.
+            content: value of a type that :meth:`describe_content` names.
             arguments: see :meth:`decode`.
 
         Raises:

@@ -44,7 +44,7 @@ class StringFiles(ModalityFiles):
 
         Args:
             value: the row.
-            name: of the input in messages.
+            name: name of the input in messages.
         """
         raise NotImplementedError
 

@@ -21,9 +21,9 @@ class PlannedRun:
     """One training run of a command.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         label: its name among the runs of the command; empty for the only run.
-        prefix: of its options on the command line, such as ``run.``.
+        prefix: beginning of its options on the command line, such as ``run.``.
         share: GPUs of each worker; several trials share a GPU if it is below 1.
     """
 

@@ -102,8 +102,8 @@ class TrainingConfig:
         schedule: decay after the warmup: ``cosine`` or ``linear`` to 2 % of ``lr`` at the last
             step; ``wsd`` keeps the peak and decays linearly in the last 30 % of the steps;
             ``constant``.
-        weight_decay: of AdamW, for weight matrices of active skills; none for biases, norms and
-            embeddings.
+        weight_decay: strength of the decay of AdamW, for weight matrices of active skills; none for
+            biases, norms and embeddings.
         max_grad_norm: largest global norm of the active gradients; 0 does not clip.
         temperature: a task without a weight gets rows ** (1 / temperature).
         ema: decay per step of an average of the weights, used for evaluation and the final model;

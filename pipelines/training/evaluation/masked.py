@@ -87,7 +87,7 @@ def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
     """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
 
     Args:
-        runner: of the model.
+        runner: forward passes of the model.
         batch: from :func:`masked_batches`.
     """
     return run_masked_batch(runner, batch)["predicted"]

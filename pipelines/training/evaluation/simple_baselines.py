@@ -142,12 +142,12 @@ class BaselineRows:
     """Rows that the simple baselines of an objective fit and measure.
 
     Args:
-        task: of the rows.
+        task: objective and towers of the rows.
         corpus: opened corpus of the task.
         train: rows to fit, at most ``MAX_TRAIN_ROWS``.
         test: rows of the measured split.
         where: corpus and split, for messages.
-        intervals: of the measured rows.
+        intervals: bootstrap of the measured rows.
     """
 
     task: Task
@@ -200,7 +200,7 @@ def measure_search_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     No simple method is known for pairs of rows.
 
     Args:
-        rows: of a task.
+        rows: prepared rows of a task.
     """
     spec, modality = rows.task, find_modality(rows.corpus.modality)
     if spec.caption_tower is None:
@@ -245,7 +245,7 @@ def measure_class_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     """Return the metrics of the most frequent class, and of logistic regression.
 
     Args:
-        rows: of a task.
+        rows: prepared rows of a task.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -272,7 +272,7 @@ def measure_label_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     """Return the metrics of the shares of the labels, and of logistic regression per label.
 
     Args:
-        rows: of a task.
+        rows: prepared rows of a task.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -295,7 +295,7 @@ def measure_number_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     """Return the metrics of the mean of the training values, and of ridge regression.
 
     Args:
-        rows: of a task.
+        rows: prepared rows of a task.
     """
     from sklearn.linear_model import Ridge
 
@@ -334,7 +334,7 @@ def measure_transcript_baselines(rows: BaselineRows) -> dict[str, TaskMetrics]:
     """Return the metrics of the most frequent symbols, and of the nearest recording.
 
     Args:
-        rows: of a task.
+        rows: prepared rows of a task.
     """
     train = rows.targets[0]
     pairs = zip(train["symbols"], train["symbols_lengths"], strict=True)

@@ -428,7 +428,7 @@ def require_sizes(
     """Check that a model reads the sizes of rows.
 
     Args:
-        modality: of the rows.
+        modality: name of the modality of the rows.
         wrong: key of the model's sizes that differ -> size of the rows.
         model: sizes of its inputs.
         location: corpus and split, for the message.

@@ -107,7 +107,7 @@ class ModelShards:
     Args:
         runner: computes steps.
         whole: the model without values; evaluation gives it those of one task at a time.
-        mesh: of all ranks; its last dimension shares one replica.
+        mesh: ranks of all ranks; its last dimension shares one replica.
     """
 
     def __init__(self, runner: ShardedModel, whole: TaskModel, mesh: DeviceMesh) -> None:

@@ -197,9 +197,9 @@ def profile_steps(
 
     Args:
         settings: first of the recorded steps.
-        folder: of the run; without one there is no profile.
-        rank: of this process.
-        device: of the training.
+        folder: directory of the run; without one there is no profile.
+        rank: number of this process.
+        device: place of the tensors of the training.
     """
     start, activities = settings.profile_start, [torch.profiler.ProfilerActivity.CPU]
     steps = range(0)

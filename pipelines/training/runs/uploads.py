@@ -163,8 +163,8 @@ def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, is_remote: boo
     The driver uploads again what is missing after this.
 
     Args:
-        mirror: of the run.
-        uploads: of the checkpoints.
+        mirror: copy in the store of the run.
+        uploads: queue of the checkpoints.
         is_remote: the driver does not see this worker's disk.
     """
     missing = uploads.close(None if is_remote else 0)

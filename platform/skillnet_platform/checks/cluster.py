@@ -374,7 +374,7 @@ def add_up_on_node(address: str, roles: Mapping[str, SumRole]) -> str:
     """Take part in a sum as one node; return the error or "".
 
     Args:
-        address: of this node.
+        address: address of this node.
         roles: node -> its role.
     """
     role = roles[address]

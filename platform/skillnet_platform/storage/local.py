@@ -94,7 +94,7 @@ def create_file(path: str | os.PathLike[str], data: bytes) -> bool:
     A link has one winner on every host that sees the disk, also on NFS.
 
     Args:
-        path: of the file.
+        path: place of the file.
         data: content that no other writer has.
 
     Raises:

@@ -23,8 +23,8 @@ class DatabaseFolderArtifacts(LocalArtifactRepository):  # type: ignore[misc]
 
     Args:
         artifact_uri: such as ``database-folder:/mlartifacts/RUN/artifacts``.
-        tracking_uri: of the database; by default that of MLflow.
-        registry_uri: of the registry.
+        tracking_uri: location of the database; by default that of MLflow.
+        registry_uri: location of the registry.
 
     Raises:
         MlflowException: the database is on another machine, or the location leads out of its
@@ -48,8 +48,8 @@ def find_database_folder(artifact_uri: str, tracking_uri: str | None) -> Path:
 
     Args:
         artifact_uri: for the message.
-        tracking_uri: of the database; by default that of MLflow, that of this process' server, or
-            the database of the run root.
+        tracking_uri: location of the database; by default that of MLflow, that of this process'
+            server, or the database of the run root.
 
     Raises:
         MlflowException: none of them is a file of this machine.

@@ -68,7 +68,7 @@ def import_checkpoint(folder: Path, run_dir: str) -> Path:
     The ids of a tokenizer in the folder are mapped as ``skillnet prepare --tokenizer`` maps them.
 
     Args:
-        folder: of the checkpoint.
+        folder: directory of the checkpoint.
         run_dir: directory of runs.
 
     Returns:

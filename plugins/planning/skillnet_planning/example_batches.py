@@ -55,11 +55,11 @@ def build_example_batch(config: FinetuneConfig, name: str, rows: int, global_row
     }
     tower, counts = task.row_tower, None
     modality = find_modality(task.towers[tower].modality)
-    tokens = modality.tensor_half.count_tokens(config.model, lengths[tower])
-    share = getattr(MASKS[config.training.masking], modality.name, modality.masked_fraction)
-    hidden = max(round(share * tokens), 1)
-    targets = head_class(task).example_targets(config.model, task, rows, tokens, hidden)
+    tokens, hidden = modality.tensor_half.count_tokens(config.model, lengths[tower]), 0
     if find_objective(task.objective).hides_inputs:
+        share = getattr(MASKS[config.training.masking], modality.name, modality.masked_fraction)
+        hidden = max(round(share * tokens), 1)
         towers[tower]["places"] = torch.zeros(rows * hidden, dtype=torch.long)
         counts = np.full(rows, hidden)
+    targets = head_class(task).example_targets(config.model, task, rows, tokens, hidden)
     return Batch(name, towers, targets, np.arange(rows), global_rows, masked_counts=counts)

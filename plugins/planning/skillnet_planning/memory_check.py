@@ -20,7 +20,7 @@ def find_memory_problem(runs: Sequence[PlannedRun], gpu: GpuType) -> tuple[str, 
     """Return why a run does not fit a type of GPU, and the remedy; None if all fit.
 
     Args:
-        runs: of one command.
+        runs: training runs of one command.
         gpu: smallest GPU of the cluster.
 
     Raises:

@@ -105,7 +105,7 @@ def list_runs() -> list[ArmRun]:
     return [*found, make_run("averaged", 0, {"text_to_code": 10, "stroke_count": 6}, False)]
 
 
-def test_a_part_of_the_arms_is_written_and_told(tmp_path: Path) -> None:
+def test_a_part_of_the_arms_is_written_and_stated(tmp_path: Path) -> None:
     folder = tmp_path / "2026-01-02-merge"
     merge_demonstration.write_results(list_runs()[:1], folder)
     merge_demonstration.write_results(list_runs(), folder)

@@ -290,7 +290,7 @@ def _mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     ("kind", "is_shared"),
     [("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("cifs", True), ("xfs", False)],
 )
-def test_a_disk_of_several_hosts_is_told_from_an_own_one(
+def test_a_disk_of_several_hosts_is_reported_from_an_own_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_shared: bool
 ) -> None:
     _mounts(tmp_path / "my disk", monkeypatch, kind)
@@ -363,7 +363,7 @@ def test_each_command_that_writes_to_a_store_is_refused(
     assert [entry.name for entry in directories.list_files(uri)] == [f"{lease}/00000001.json"]
 
 
-def test_a_run_on_this_machine_goes_on_while_its_store_is_away(
+def test_a_run_on_this_machine_continues_while_its_store_is_away(
     object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")

@@ -385,7 +385,7 @@ def make_raw_schema(files: ModalityFiles, annotations: Sequence[str] = ()) -> pa
     Absent values are null, or empty for captions.
 
     Args:
-        files: of the modality.
+        files: raw files of the modality.
         annotations: see :attr:`ExternalCorpus.annotations_present`.
     """
     targets = [("label_set", pa.list_(pa.string()))] * ("label_sets" in annotations)

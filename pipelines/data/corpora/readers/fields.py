@@ -95,7 +95,8 @@ class RecordOptions(SplitOptions, CaptionOptions, *_MODALITY_OPTIONS, MediaOptio
     """A corpus of any modality.
 
     Args:
-        modality: of the rows, such as text or image; detected from the first rows by default.
+        modality: name of the modality of the rows, such as text or image; detected from the first
+            rows by default.
         text: field of the text, the transcript or the captions; a common name by default. Several
             fields of texts with commas between them are joined in this order.
         label: field of the class, the classes or the number; a common name by default.

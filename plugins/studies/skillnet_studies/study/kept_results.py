@@ -84,7 +84,7 @@ class KeptStudy:
     """Content of the two files of a study; empty if they do not exist.
 
     Args:
-        path: of the files, without their suffix.
+        path: place of the files, without their suffix.
 
     Raises:
         UserError: a file is damaged.
@@ -193,7 +193,7 @@ def change_kept(path: Path) -> Iterator[KeptStudy]:
     """Provide the kept results of a study, and write them at the end of the block.
 
     Args:
-        path: of the files, without their suffix.
+        path: place of the files, without their suffix.
     """
     kept = KeptStudy(path)
     yield kept
@@ -236,7 +236,7 @@ def write_document(study: Path, name: str, document: Mapping[str, Any]) -> None:
 
     Args:
         study: directory of the study, or path of its kept results.
-        name: of the file.
+        name: name of the file.
         document: plain values.
     """
     if study.is_dir():
