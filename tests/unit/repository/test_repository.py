@@ -34,9 +34,9 @@ def sources(*folders: str) -> list[Path]:
 
 def module_file(module: str) -> Path:
     relative = module.replace(".", "/") + ".py"
-    found = (ROOT / folder / relative for folder in
-    PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"]) return next((path for path in found if
-    path.is_file()), ROOT / relative)
+    folders = PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"]
+    found = (ROOT / folder / relative for folder in folders)
+    return next((path for path in found if path.is_file()), ROOT / relative)
 
 
 def test_nothing_shadows_the_standard_librarys_platform() -> None:
