@@ -290,7 +290,7 @@ def _mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     ("kind", "is_shared"),
     [("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("cifs", True), ("xfs", False)],
 )
-def test_a_disk_of_several_hosts_is_reported_from_an_own_one(
+def test_a_disk_of_several_hosts_is_distinguished_from_a_local_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_shared: bool
 ) -> None:
     _mounts(tmp_path / "my disk", monkeypatch, kind)
