@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from tests.cluster.lab import Host
+from tests.cluster.cluster_lab import Host
 from tests.helpers.waiting import wait_until
 
 JOB = "occupied-head"

@@ -20,7 +20,7 @@ import yaml
 from skillnet_platform import config as configuration
 from skillnet_platform import pin_nodes
 from tests.chaos.namespaces import ROOT, missing
-from tests.cluster.lab import HOST_HOME, NEEDED, Host, lab
+from tests.cluster.cluster_lab import HOST_HOME, NEEDED, Host, lab
 from tests.cluster.occupied_head import occupied_head
 from tests.helpers.object_store import KEYS
 from tests.helpers.small_corpora import small_config

@@ -33,7 +33,7 @@ import os, sys
 from importlib import import_module
 from skillnet_platform import cluster
 here, there, command, *words = sys.argv[1:]
-main = import_module(f"sweeps.{command}").main
+main = import_module(command).main
 os.environ["SKILLNET_HOME"] = there
 with cluster.ray_session(cpus=2):
     os.environ["SKILLNET_HOME"] = here
@@ -105,7 +105,7 @@ def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
         checkpoint = "001-seed0/checkpoints/step-00000010/manifest.json"
         return there("000-seed0/outcome.json") and there(checkpoint)
 
-    driver = start(tmp_path / "first", "sweep", words)
+    driver = start(tmp_path / "first", "sweeps.sweep", words)
     try:
         wait_until(has_second_checkpoint, 240, process=driver, pause=0.25)
     finally:
@@ -114,7 +114,7 @@ def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
     finished = directories.read_bytes(f"{kept}/trials/000-seed0/result.json")
     shutil.rmtree(tmp_path / "first")
 
-    again = start(tmp_path / "second", "sweep", words)
+    again = start(tmp_path / "second", "sweeps.sweep", words)
     output, errors = again.communicate(timeout=400)
     assert again.returncode == 0, errors
     assert f"kept is resumed from {kept}" in errors
@@ -217,7 +217,7 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     tracked = ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--json"]
     words = ["--config", str(path), "--run_dir", runs, *tracked]
 
-    driver = start(tmp_path / "first", "compare", words)
+    driver = start(tmp_path / "first", "skillnet_studies.compare", words)
     try:
         wait_until(
             lambda: directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"),
@@ -235,7 +235,7 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     assert len(finished) >= 4, "a trial, two pretrainings, and a final run"
     shutil.rmtree(tmp_path / "first")
 
-    again = start(tmp_path / "second", "compare", words)
+    again = start(tmp_path / "second", "skillnet_studies.compare", words)
     output, errors = again.communicate(timeout=400)
     assert again.returncode == 0, errors
     assert f"kept is resumed from {kept}" in errors

@@ -14,6 +14,7 @@ from pipelines.data.tokenizer.conversion import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.pretrain import main as pretraining
 from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop import upcycling
 from pipelines.training.loop.init_from import InitReport, resolve_init_weights
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.pretraining import build_joint_run
@@ -21,7 +22,6 @@ from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
 from skillnet.systems import build_system, load_model
-from skillnet_hf import upcycling
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora

@@ -5,13 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plugins.planning.plugins.planning.tests.test_memory_plan import (
-    MASKED,
-    masked_model,
-    short_config,
-)
 
 from pipelines.training.config.run import PretrainConfig
+from plugins.planning.tests.test_memory_plan import MASKED, masked_model, short_config
 from skillnet_planning.memory_check import (
     MAX_PLANNED_RUNS,
     find_memory_problem,
@@ -23,11 +19,10 @@ from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.planned_trials import list_study_runs, request_study
-from sweeps.config.resources import request_sweep
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import ResourceConfig
-from sweeps.search.planned_trials import list_sweep_runs
+from sweeps.search.planned_trials import list_sweep_runs, request_sweep
 from tests.helpers.small_models import small_config
 
 L4 = NodeType("gpu", {"GPU": 1}, 1, "g6.2xlarge")
