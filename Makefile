@@ -13,7 +13,7 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # compete for memory and save no time.
 JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
-.PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench gpu clean help
+.PHONY: demo docs check-lock lock test test-all test-cluster test-node chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,8 +22,13 @@ demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one mo
 	$(BIN)/skillnet quickstart
 
 # In directory order. The default order runs the few slow files last, one after the other.
-test: $(VENV)/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+test: $(VENV)/.installed-dev  ## run the tests, without slow ones that a cheaper test stands for
+	$(TESTS) -m "not cluster and not bare and not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev  ## run all tests that need no nodes, with the slow ones
+	$(TESTS) $(PYTEST_ARGS)
 
 # The test nodes end with this command. Without root the tests are skipped with the reason. The steps
 # build on each other, so the first failure (-x) ends the run.

@@ -23,7 +23,10 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["google", "azure"])
+AZURE = pytest.mark.slow("test_stores.py::test_a_folder_goes_up_and_comes_down")
+
+
+@pytest.fixture(params=["google", pytest.param("azure", marks=AZURE)])
 def store(request: pytest.FixtureRequest) -> Iterator[CloudStore]:
     server = request.getfixturevalue(f"{request.param}_server")
     with reached(server):

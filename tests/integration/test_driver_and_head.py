@@ -51,6 +51,7 @@ def command(config: FinetuneConfig, root: Path, **environment: str) -> tuple[int
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow("test_preemption.py::test_file_of_the_driver_requests_a_stop")
 def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: Path) -> None:
     """This machine is one host; two workers apart never find a place."""
     waits = {"workers": 3, "min_workers": 2, "placement_strategy": "strict_spread"}
@@ -117,6 +118,7 @@ RAY_ADDRESS=127.0.0.1:6379 "$@"; echo second $?
     os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None,
     reason="needs root, unshare and iproute2: it ends every Ray of its process namespace",
 )
+@pytest.mark.slow("test_driver_and_head.py::test_a_driver_killed")
 def test_the_raylet_killed_and_the_head_started_again(
     data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
 ) -> None:

@@ -75,24 +75,39 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch
     return weights(run)
 
 
-def test_workers_and_the_controller_killed_in_one_run(
+#: Faults of one run. Each is a restart of the workers, which takes a quarter of a minute or more.
+FAULTS = (
+    {"rank": 1, "step": 3, "kind": "kill"},
+    {"rank": None, "step": 5, "kind": "kill"},
+    {"rank": 0, "step": 7, "kind": "kill", "victim": "controller"},
+    {"rank": 0, "step": 9, "kind": "raise"},
+)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(FAULTS[:1], id="a worker"),
+        pytest.param(
+            FAULTS,
+            id="workers, all workers, the controller",
+            marks=pytest.mark.slow("test_faults.py::test_killed_processes_of_one_run"),
+        ),
+    ],
+)
+def test_killed_processes_of_one_run(
     data: Path,
     tmp_path: Path,
     ray_session: Any,
     two: dict[str, torch.Tensor],
+    faults: tuple[dict[str, Any], ...],
 ) -> None:
-    config = config_for(data, tmp_path, "killed", workers=2)
-    result = finetune_with_faults(
-        config,
-        {"rank": 1, "step": 3, "kind": "kill"},
-        {"rank": None, "step": 5, "kind": "kill"},
-        {"rank": 0, "step": 7, "kind": "kill", "victim": "controller"},
-        {"rank": 0, "step": 9, "kind": "raise"},
-    )
+    result = finetune_with_faults(config_for(data, tmp_path, "killed", workers=2), *faults)
     run = Path(result["run"])
     done = {path.name for path in (run / "faults").iterdir()}
-    assert done == {"0-kill-3", "1-kill-5", "2-kill-7", "3-raise-9"}
-    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 8)
+    assert done == {f"{n}-{fault['kind']}-{fault['step']}" for n, fault in enumerate(faults)}
+    assert (result["step"], result["world"]) == (STEPS, 2)
+    assert result["resumed"] == faults[-1]["step"] - 1
     assert same(weights(run), two)
     steps = [
         step for step, _ in read_metric_history(run / "progress.jsonl")["training/learning_rate"]
@@ -100,6 +115,7 @@ def test_workers_and_the_controller_killed_in_one_run(
     assert steps == list(range(1, STEPS + 1)), "each step is on record"
 
 
+@pytest.mark.slow("test_faults.py::test_killed_processes_of_one_run")
 def test_a_stopped_worker_leads_to_a_restart_from_the_last_checkpoint(
     data: Path,
     tmp_path: Path,
@@ -113,6 +129,9 @@ def test_a_stopped_worker_leads_to_a_restart_from_the_last_checkpoint(
     assert same(weights(Path(result["run"])), two)
 
 
+@pytest.mark.slow(
+    "test_mirror.py::test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes"
+)
 def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     data: Path,
     tmp_path: Path,
@@ -163,6 +182,7 @@ cp -r "$RUN/checkpoints" "$RUN/model" "$KEPT"
 """
 
 
+@pytest.mark.slow("test_checkpoints.py::test_full_disk_keeps_the_previous_checkpoint")
 @needs_root
 def test_a_disk_that_is_full_at_a_checkpoint(
     data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]

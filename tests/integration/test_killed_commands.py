@@ -16,6 +16,17 @@ pytestmark = pytest.mark.integration
 #: Kills of each command. A kill of ``prepare`` takes a second; the others train a model.
 KILLS = {"prepare": 6, "finetune": 1, "register": 1, "sweep": 1}
 SEED = 0
+#: Kills of the other commands have cheaper tests.
+LANES = {
+    "prepare": (),
+    "finetune": pytest.mark.slow(
+        "test_run_folder.py::test_a_run_that_is_killed_while_it_finishes_is_recorded_once"
+    ),
+    "register": pytest.mark.slow(
+        "test_registration.py::test_a_registration_killed_after_any_write_is_completed_once"
+    ),
+    "sweep": pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +37,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CrashLab]:
         yield made
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(each, marks=LANES[each.name], id=each.name) for each in SCENARIOS]
+)
 def test_a_command_killed_at_a_file_event_leaves_complete_files_and_resumes(
     lab: CrashLab, scenario: type[CrashScenario]
 ) -> None:

@@ -179,6 +179,7 @@ def test_training_outlives_the_store(
         assert weights(kept) == weights(expected)
 
 
+@pytest.mark.slow("test_mirror.py::test_training_outlives_the_store")
 def test_a_store_that_never_comes_back_loses_nothing(
     data: Path, run_root: Path, quick: None, tmp_path: Path
 ) -> None:

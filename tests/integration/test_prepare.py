@@ -182,6 +182,9 @@ def wait_for_shards(data: Path, count: int, process: "subprocess.Popen[str]") ->
     wait_until(has_shards, 300, process=process)
 
 
+@pytest.mark.slow(
+    "test_killed_commands.py::test_a_command_killed_at_a_file_event_leaves_complete_files_and_resumes"
+)
 def test_a_killed_prepare_resumes_with_its_finished_shards(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:

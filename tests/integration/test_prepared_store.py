@@ -58,6 +58,7 @@ def staged_shards(uri: str) -> list[str]:
     return [name for name in found if ".made.partial-" in name and name.endswith(".json")]
 
 
+@pytest.mark.slow("test_cloud_stores.py::test_a_users_corpus_goes_from_the_store_into_the_store")
 def test_a_corpus_goes_to_the_store_shard_by_shard(
     object_store: ObjectStore,
     run_root: Path,

@@ -110,6 +110,7 @@ def test_command_line(
     assert not (run_root / "x").exists()
 
 
+@pytest.mark.slow("test_pretrain.py::test_two_workers_reach_the_weights_of_one")
 def test_two_ray_workers(data: Path, run_root: Path, ray_session: Any) -> None:
     alone = pretrain(small_pretraining(data, steps=5))
     config = small_pretraining(data, steps=5, workers=2, sharding="full")

@@ -156,6 +156,7 @@ def logged_models(name: str) -> list[Any]:
     return [m for m in client.search_logged_models([place.experiment_id]) if m.name == name]
 
 
+@pytest.mark.slow("test_registry.py::test_a_version_waits_for_an_earlier_one_of_another_machine")
 def test_two_processes_register_their_own_weights_and_one_is_first(root: Path) -> None:
     processes = [start(root, "one", "two"), start(root, "two", "one")]
     for process in processes:
@@ -202,6 +203,9 @@ def test_predict_refuses_a_bundle_that_is_whole_but_not_the_registered_one(
     assert predict.main(["--text", "古代文学研究"]) == 0
 
 
+@pytest.mark.slow(
+    "test_registration.py::test_a_registration_killed_after_any_write_is_completed_once"
+)
 def test_sigterm_ends_a_registration_which_the_same_command_completes_once(root: Path) -> None:
     torch.manual_seed(2)
     SkillNet(config()).save_pretrained(root / "ended")

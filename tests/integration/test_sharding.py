@@ -156,6 +156,7 @@ def finish_systems(rank: int, world: int, config: FinetuneConfig, folder: str) -
         finish_run(rank, world, own, f"{folder}/{system}")
 
 
+@pytest.mark.slow("test_sharding.py::test_two_then_four_ranks_equal_one_process")
 def test_other_systems_equal_one_process(data: Path, tmp_path: Path) -> None:
     """Experts, a model for each task, and encoders of libraries."""
     config = small_config(data, steps=5)

@@ -46,6 +46,7 @@ def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, r
     monkeypatch.setattr(fit, "_trainer", trainer)
 
 
+@pytest.mark.slow("test_mirror.py::test_a_worker_apart_sends_its_model_to_the_driver")
 def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     object_store: ObjectStore,
     data: Path,
@@ -77,6 +78,7 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
 
 
+@pytest.mark.slow("test_mirror.py::test_training_outlives_the_store")
 def test_a_store_that_is_away_while_workers_read_from_it(
     object_store: ObjectStore,
     data: Path,

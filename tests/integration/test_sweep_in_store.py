@@ -88,6 +88,7 @@ def put_corpus(place: ObjectStore, tmp_path: Path) -> str:
     return f"{place.uri}/corpora"
 
 
+@pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep")
 def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -207,6 +208,7 @@ def study_file(path: Path, data: str) -> Path:
     return path
 
 
+@pytest.mark.slow("test_compare.py::test_a_study_runs_and_resumes")
 def test_a_study_resumes_and_is_compared_from_the_store(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_asha_a_failure_and_a_resumed_sweep(
         )
 
 
+@pytest.mark.slow("test_trial_engine.py::test_asha_replays_reports_from_before_a_kill")
 def test_a_bad_trial_is_stopped_and_stays_stopped(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_bad_trial_is_stopped_and_stays_stopped(
     assert (behind.folder / "outcome.json").stat().st_mtime_ns == written, "not run again"
 
 
+@pytest.mark.slow("test_finetune.py::test_two_ray_workers_reach_the_same_weights")
 def test_nested_workers_train_like_one_process(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
@@ -220,6 +222,7 @@ def test_nested_workers_train_like_one_process(
         )
 
 
+@pytest.mark.slow("test_compare.py::test_a_study_runs_and_resumes")
 def test_trials_share_a_pretraining(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
@@ -338,6 +341,7 @@ with cluster.ray_session(cpus=2):
 """
 
 
+@pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep")
 def test_a_killed_driver_and_an_interrupted_one(
     data: Path, run_root: Path, ray_session: Any, tmp_path: Path
 ) -> None:

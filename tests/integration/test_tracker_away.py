@@ -93,6 +93,7 @@ def test_away_for_a_while(data: Path, tmp_path: Path, run_root: Path, server: Se
     assert list((run_root / "spool").iterdir()) == []
 
 
+@pytest.mark.slow("test_tracker_away.py::test_away_for_a_while")
 def test_away_at_the_end(data: Path, tmp_path: Path, run_root: Path, server: Server) -> None:
     config = config_for(data, tmp_path, "the-end")
     config.tracking.uri = server.uri

@@ -74,6 +74,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
         log.close()
 
 
+@pytest.mark.slow("test_tracker.py::test_a_killed_process_leaves_no_server")
 def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_command(
     run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in found)
 
 
+@pytest.mark.slow("test_spool.py::test_a_run_outlives_its_tracker_and_nothing_is_lost")
 @needs_postgres
 def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
     run_root: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
