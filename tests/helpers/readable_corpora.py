@@ -4,7 +4,6 @@ Drawn, spoken and written by rule, so that simple methods find what belongs toge
 """
 
 import hashlib
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from pipelines.data.tokenizer import training as tokenizer_training
 from pipelines.data.transforms import text, video
 from skillnet.config import SkillNetConfig
+from tests.helpers.prepared_corpora import change_corpus, write_corpus
 from tests.helpers.small_corpora import shaped_table
 
 COLOURS = {
@@ -37,6 +36,8 @@ SUBJECTS = "文学 历史 数学 化学 医药 农业 交通 军事 艺术 法�
 ENDINGS = ("研究", "概论", "教程", "史料", "手册", "论文集", "年鉴", "方法")
 VERBS = {"读取": "read", "写入": "write", "删除": "delete", "发送": "send", "计算": "compute"}
 NOUNS = {"文件": "file", "消息": "message", "用户": "user", "日期": "date", "价格": "price"}
+
+LABELS = ("odd", "third", "late")
 
 MODALITY = {
     "headings": "text",
@@ -81,6 +82,49 @@ def write_corpora(folder: Path) -> Path:
     for name, each in rows.items():
         _write(folder, name, MODALITY[name], each, words)
     return folder
+
+
+def write_labelled_corpora(folder: Path) -> Path:
+    """Write the five corpora, with classes, sets of classes, a number and captions in every row.
+
+    The targets of a row follow from its place, so that each split has all of them.
+    """
+    write_corpora(folder)
+
+    def add(split: str, table: pa.Table) -> pa.Table:
+        for column, values in _targets(folder, len(table)).items() if split != "pretrain" else ():
+            # The given groups have too few rows per split, and captions of no other corpus.
+            if column in ("group", "captions", "caption_tokens") and column in table.column_names:
+                table = table.set_column(table.column_names.index(column), column, values)
+            elif column not in table.column_names:
+                table = table.append_column(column, values)
+        return table
+
+    def describe(manifest: dict[str, Any]) -> None:
+        rows = manifest["splits"]["train"]["rows"]
+        values = _targets(folder, rows)["value"].to_numpy().astype(float)
+        manifest |= {"value_scale": [float(values.mean()), float(values.std())]}
+        manifest |= {"pretraining": ["train"]}
+        manifest.setdefault("labels", list(LABELS))
+
+    for name in MODALITY:
+        change_corpus(folder / name, add, describe)
+    return folder
+
+
+def _targets(folder: Path, rows: int) -> dict[str, Any]:
+    numbers = np.arange(rows)
+    sets = [[kind for kind in range(3) if number % (kind + 2) == 0] for number in numbers]
+    captions = [[f"第{number // 3}个的说明"] for number in numbers]
+    words = tokenizer_training.load_tokenizer(folder / "tokenizer.json")
+    return {
+        "group": pa.array(numbers // 3, pa.int64()),
+        "label": pa.array(numbers % 3, pa.int32()),
+        "label_set": pa.array(sets, pa.list_(pa.int32())),
+        "value": pa.array(100 + 10.0 * numbers, pa.float32()),
+        "captions": pa.array(captions),
+        "caption_tokens": text.encode_captions(words, captions),
+    }
 
 
 Row = dict[str, Any]
@@ -157,39 +201,20 @@ def _texts(row: Row) -> list[str]:
 
 
 def _write(folder: Path, name: str, modality: str, rows: list[Row], words: Any) -> None:
-    home = folder / name
-    home.mkdir()
-    splits = {}
-    for split in dict.fromkeys(row["split"] for row in rows):
-        table = _table([row for row in rows if row["split"] == split], split, words)
-        entry = write_shard(table, home / f"{split}-00000.arrow")
-        splits[split] = {"rows": table.num_rows, "shards": [entry]}
-    tokens = (folder / "tokenizer.json").read_bytes()
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "corpus": name,
-        "modality": modality,
-        "task": "",
-        "schema": {field.name: str(field.type) for field in table.schema},
-        "splits": splits,
-        "sources": [],
-        "preprocessing": {"made": "by rule"},
-        "preprocessing_digest": "",
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": hashlib.sha256(tokens).hexdigest(),
-            "vocab_size": words.get_vocab_size(),
-        },
-        "rows_in": len(rows),
-        "rows_out": len(rows),
-        "quarantine": {},
+    splits = {
+        split: [_table([row for row in rows if row["split"] == split], split, words)]
+        for split in dict.fromkeys(row["split"] for row in rows)
     }
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    about: dict[str, Any] = {"preprocessing": {"made": "by rule"}, "task": ""}
     if name == "headings":
-        manifest["labels"] = list(SUBJECTS)
+        about["labels"] = list(SUBJECTS)
     if name == "syllables":
-        manifest["symbols"] = [f"p{number}" for number in range(1, 62)]
-    manifest["digest"] = manifest_digest(manifest)
-    (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        about["symbols"] = [f"p{number}" for number in range(1, 62)]
+    size = words.get_vocab_size()
+    tokenizer = {"file": "tokenizer.json", "sha256": digest, "vocab_size": size}
+    names = {"corpus": name, "modality": modality, "tokenizer": tokenizer}
+    write_corpus(folder / name, splits, **names, **about)
 
 
 def _table(rows: list[Row], split: str, words: Any) -> pa.Table:

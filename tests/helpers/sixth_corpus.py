@@ -1,17 +1,16 @@
 """A sixth corpus for tests of growth: the clips of ``strokes``, each with a class."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.training.config.growth import GrowConfig, NewSkill, NewTask
 from pipelines.training.config.run import TaskTraining, TrainingConfig
 from skillnet.skills import SkillPlan
 from skillnet_platform.tracking import TrackingConfig
+from tests.helpers.prepared_corpora import write_corpus
 
 CLASSES = 3
 
@@ -22,28 +21,17 @@ def write_labelled_clips(data: Path, name: str = "counts", named: bool = True) -
     ``named`` gives the classes names.
     """
     strokes = open_corpus(data / "strokes")
-    folder = data / name
-    folder.mkdir()
     splits = {}
     for split in ("train", "validation", "test"):
         table = strokes.splits[split].table().combine_chunks()
         frames = table["frames"].combine_chunks()
         ink = frames.flatten().to_numpy().reshape(len(table), -1).mean(1)
         label = np.argsort(np.argsort(ink)) * CLASSES // len(table)
-        fields = [table.schema.field(name) for name in ("key", "group", "unit")]
-        fields += [table.schema.field("frames"), pa.field("label", pa.int32())]
-        columns = [table["key"], table["group"], table["unit"], frames, pa.array(label, pa.int32())]
-        made = pa.Table.from_arrays(columns, schema=pa.schema(fields))
-        splits[split] = {
-            "rows": len(made),
-            "shards": [write_shard(made, folder / f"{split}-00000.arrow")],
-        }
-    manifest = {key: value for key, value in strokes.manifest.items() if key != "symbols"}
-    manifest |= {"corpus": name, "task": "counting", "splits": splits, "tokenizer": None}
-    manifest |= {"labels": ["little", "some", "much"] if named else []}
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
+        made = table.select(["key", "group", "unit", "frames"])
+        splits[split] = [made.append_column("label", pa.array(label, pa.int32()))]
+    same = {key: strokes.manifest[key] for key in ("modality", "pretraining", "preprocessing")}
+    labels = ["little", "some", "much"] if named else []
+    return write_corpus(data / name, splits, **same, corpus=name, task="counting", labels=labels)
 
 
 def grow_config(source: str, data: Path, **training: object) -> GrowConfig:

@@ -4,6 +4,7 @@ The content is made up but learnable: a label, a caption, a symbol sequence foll
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
 from pipelines.training.config.run import (
     FinetuneConfig,
     PretrainConfig,
@@ -22,6 +22,7 @@ from pipelines.training.config.run import (
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import TrackingConfig
+from tests.helpers.prepared_corpora import change_corpus, write_corpus
 
 VOCABULARY = 64
 MODALITY = {
@@ -100,23 +101,16 @@ def add_linear_paths(config: FinetuneConfig) -> FinetuneConfig:
 
 def write_scaled_sound(source: Path, folder: Path, deviation: float) -> None:
     """Write a corpus of recordings again, its log-mel values divided by ``deviation``."""
-    folder.mkdir(parents=True)
-    manifest = json.loads((source / "manifest.json").read_text(encoding="utf-8"))
-    for split in manifest["splits"].values():
-        files = []
-        for shard in split["shards"]:
-            table = pa.ipc.open_file(source / shard["file"]).read_all()
-            (old,) = table.column("log_mel").chunks
-            scaled = old.values.flatten().to_numpy() / np.float32(deviation)
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(scaled), 80)
-            new = pa.ListArray.from_arrays(old.offsets, flat)
-            place = table.schema.get_field_index("log_mel")
-            table = table.set_column(place, "log_mel", new)
-            files.append(write_shard(table, folder / shard["file"]))
-        split["shards"] = files
-    manifest["preprocessing"] = {"deviation": deviation}
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.copytree(source, folder)
+
+    def scale(_: str, table: pa.Table) -> pa.Table:
+        (old,) = table.column("log_mel").chunks
+        scaled = old.values.flatten().to_numpy() / np.float32(deviation)
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(scaled), 80)
+        new = pa.ListArray.from_arrays(old.offsets, flat)
+        return table.set_column(table.schema.get_field_index("log_mel"), "log_mel", new)
+
+    change_corpus(folder, scale, preprocessing={"deviation": deviation})
 
 
 def small_pretraining(data: Path, **training: object) -> PretrainConfig:
@@ -139,37 +133,23 @@ def _write(
     random: np.random.Generator,
     video_channels: int,
 ) -> None:
-    folder.mkdir(parents=True)
     modality, task = MODALITY[name]
-    described = {}
+    tables = {}
     for split, (rows, shards) in splits.items():
         table = _table(name, split, rows, random, video_channels)
-        files = []
-        for index, part in enumerate(np.array_split(np.arange(rows), shards)):
-            piece = table.slice(int(part[0]), len(part))
-            files.append(write_shard(piece, folder / f"{split}-{index:05d}.arrow"))
-        described[split] = {"rows": rows, "shards": files}
-    total = sum(rows for rows, _ in splits.values())
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "corpus": name,
-        "modality": modality,
-        "task": task,
-        "pretraining": ["train"] if name == "syllables" else ["pretrain", "train"],
-        "schema": {field.name: str(field.type) for field in table.schema},
-        "splits": described,
-        "sources": [],
-        "preprocessing": {},
-        "preprocessing_digest": "",
-        "tokenizer": {"file": "../tokenizer.json", "sha256": "", "vocab_size": VOCABULARY},
-        "rows_in": total,
-        "rows_out": total,
-        "quarantine": {},
-        "labels": [f"class {index}" for index in range(15)],
-        "symbols": [f"symbol {index}" for index in range(61)],
-    }
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        parts = np.array_split(np.arange(rows), shards)
+        tables[split] = [table.slice(int(part[0]), len(part)) for part in parts]
+    write_corpus(
+        folder,
+        tables,
+        corpus=name,
+        modality=modality,
+        task=task,
+        pretraining=["train"] if name == "syllables" else ["pretrain", "train"],
+        tokenizer={"file": "../tokenizer.json", "sha256": "", "vocab_size": VOCABULARY},
+        labels=[f"class {index}" for index in range(15)],
+        symbols=[f"symbol {index}" for index in range(61)],
+    )
 
 
 def _table(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipelines import evaluate, predict, register, search
-from pipelines.data.shards.format import manifest_digest
 from pipelines.finetune import finetune, main
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
@@ -24,6 +23,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.source_commit import find_source_commit
 from tests.helpers import readable_corpora
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -214,13 +214,10 @@ def test_a_run_that_cannot_be_evaluated_ends_before_its_training(
 ) -> None:
     here = tmp_path / "data"
     shutil.copytree(data, here)
-    for manifest in here.glob("*/manifest.json"):
-        reported = json.loads(manifest.read_text(encoding="utf-8"))
-        reported["splits"] = {
-            n: s for n, s in reported["splits"].items() if not n.startswith("test")
-        }
-        reported["digest"] = manifest_digest(reported)
-        manifest.write_text(json.dumps(reported), encoding="utf-8")
+    for path in here.glob("*/manifest.json"):
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        kept = {n: s for n, s in splits.items() if not n.startswith("test")}
+        change_corpus(path.parent, splits=kept)
     config = config_for(here)
     config.evaluate = True
     with pytest.raises(UserError, match=r"has a split 'test' .* --evaluate false"):

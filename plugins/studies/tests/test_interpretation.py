@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.data.shards.format import manifest_digest
 from pipelines.training.evaluation.evaluator import evaluate_model
 from skillnet.growth import add_skill
 from skillnet.model import SkillNet
@@ -32,6 +31,7 @@ from skillnet_studies.interpretation.similarity import (
     compute_linear_cka,
     measure_skill_similarity,
 )
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import small_config, write_corpora
 
 FIVE = {
@@ -144,9 +144,7 @@ def test_ablations_use_all_captions_where_the_evaluation_does(
     model: SkillNet, tmp_path: Path
 ) -> None:
     own = write_corpora(tmp_path / "data", rows=20, test_rows=12)
-    path = own / "drawings" / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) | {"queries": "all"}
-    path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), encoding="utf-8")
+    change_corpus(own / "drawings", queries="all")
     evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], bootstrap_samples=0)
     (recall,) = (row["value"] for row in evaluated if row["metric"] == "recall_at_10")
     table = measure_ablations(model, own, ["text_to_image"], swaps=False)

@@ -19,11 +19,11 @@ from lab.rate_trials import build_rate_trials
 from lab.study_coverage import StudyDesign, measure_design, measure_studies, read_tasks
 from lab.task_arms import list_length_arms
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import MANIFEST, manifest_digest, write_shard
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
 from skillnet_studies.study.kept_results import TUNING, KeptStudy, open_study
 from tests.helpers.kept_studies import keep_study
+from tests.helpers.prepared_corpora import write_corpus
 from tools.docs.kept_results import rows_of
 from tools.docs.merge_tables import merge_page_text, newest_merge
 
@@ -162,22 +162,12 @@ def test_shared_training_rows_beyond_the_assumed_effect_cause_false_alarms() -> 
 
 def write_version(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
     """Write a corpus of one shard whose features are changed."""
-    folder.mkdir(parents=True)
     features = change(np.linspace(0, 1, 12, dtype=np.float32))
     frames = pa.FixedSizeListArray.from_arrays(pa.array(features), 2)
-    table = pa.table(
-        {
-            "key": ["a", "b", "c"],
-            "log_mel": pa.ListArray.from_arrays(pa.array([0, 1, 4, 6], pa.int32()), frames),
-        }
-    )
-    shard = write_shard(table, folder / "train-00000.arrow")
-    manifest = {"format_version": 2, "corpus": "voices", "modality": "sound", "task": "speech"}
-    manifest |= {"pretraining": [], "symbols": ["a"]}
-    manifest |= {"splits": {"train": {"rows": 3, "shards": [shard]}}}
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return folder
+    mel = pa.ListArray.from_arrays(pa.array([0, 1, 4, 6], pa.int32()), frames)
+    splits = {"train": [pa.table({"key": ["a", "b", "c"], "log_mel": mel})]}
+    about = {"modality": "sound", "task": "speech", "pretraining": [], "symbols": ["a"]}
+    return write_corpus(folder, splits, corpus="voices", **about)
 
 
 def shift_first(by: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -12,7 +12,7 @@ from skillnet.growth import remove_task
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
-from tests.helpers.empty_corpora import write_empty_corpus
+from tests.helpers.prepared_corpora import write_empty_corpus
 from tests.helpers.small_models import small_model
 
 

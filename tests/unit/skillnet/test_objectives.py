@@ -39,9 +39,8 @@ from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main
-from tests.helpers.labelled_corpora import write_labelled_corpora
 from tests.helpers.local_server import run_service
-from tests.helpers.readable_corpora import config
+from tests.helpers.readable_corpora import config, write_labelled_corpora
 
 Rows = list[tuple[Any, ...]]
 TEXT = {"input": SkillPlan(("general", "text"), "text")}

@@ -8,10 +8,9 @@ import pytest
 
 from pipelines.data.corpora import ExternalCorpus, open_external_corpus
 from pipelines.data.preprocessing import prepare as preparing
-from pipelines.data.shards.format import manifest_digest
 from skillnet_platform import cluster
 from tests.helpers import user_corpora
-from tests.helpers.empty_corpora import write_empty_corpus
+from tests.helpers.prepared_corpora import change_corpus, write_empty_corpus
 
 
 class Started(Exception):
@@ -69,10 +68,9 @@ def test_added_file_is_read(place: str, tmp_path: Path) -> None:
 def test_labels_of_other_options_are_not_reused(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_empty_corpus(data, open_external_corpus("mine", place))
-    before = json.loads((data / "mine" / "manifest.json").read_text())
-    changed = before | {"preprocessing_digest": "of other options", "labels": [], "symbols": []}
-    changed["digest"] = manifest_digest(changed)
-    (data / "mine" / "manifest.json").write_text(json.dumps(changed))
+    before = change_corpus(data / "mine")
+    other = {"preprocessing_digest": "of other options", "labels": [], "symbols": []}
+    change_corpus(data / "mine", **other)
     corpus = open_external_corpus("mine", place)
     with pytest.raises(Started):
         preparing.prepare([], data, tmp_path, external=[corpus])

@@ -4,7 +4,6 @@ The old or the new corpus is complete after each kill, and no finished shard is 
 the complete command: ``tests/integration/test_killed_commands.py``.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import pytest
 
 from pipelines.data.preprocessing import staging
 from pipelines.data.shards.dataset import verify_corpus
-from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, QUARANTINE, manifest_digest
+from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, QUARANTINE
 from skillnet_files import commit
 from skillnet_platform.errors import UserError
 from tests.helpers.killed_children import EventCounter, run_killed
+from tests.helpers.prepared_corpora import write_manifest
 
 SHARDS = 3
 
@@ -33,16 +33,14 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
         files.append(entry["file"])
     for name in (staging.REJECTED_ROWS, staging.READ_SUMMARY, staging.LOCK, QUARANTINE):
         (folder / name).write_text("", encoding="utf-8")
+    splits = {"train": {"rows": rows * SHARDS, "shards": files}}
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "corpus": "made",
-        "modality": "text",
-        "task": "text_classification",
-        "splits": {"train": {"rows": rows * SHARDS, "shards": files}},
+        "splits": splits,
     }
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    return folder, manifest["digest"]
+    manifest |= {"modality": "text", "task": "text_classification"}
+    return write_manifest(folder, manifest), manifest["digest"]
 
 
 def publish(folder: Path, final: Path, counter: EventCounter | None = None) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +16,6 @@ from PIL import Image
 from pipelines import export, prepare
 from pipelines.data.preprocessing.paired_corpus import take_rows, write_paired_corpus
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.search import SearchConfig, search_corpus
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.bundle_facts import list_licences
@@ -27,8 +24,8 @@ from pipelines.training.runs.model_source import resolve_model
 from skillnet import SkillNet
 from skillnet.skills import known_tasks
 from skillnet_platform.errors import UserError
-from tests.helpers.labelled_corpora import write_labelled_corpora
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.prepared_corpora import change_corpus
+from tests.helpers.readable_corpora import config, write_corpora, write_labelled_corpora
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +33,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_labelled_corpora(tmp_path_factory.mktemp("paired") / "corpora")
 
 
-def edit_corpus(
-    folder: Path, edit: Callable[[str, pa.Table], pa.Table] | None = None, **entries: Any
-) -> None:
-    """Change the rows of each split, and entries of the manifest."""
-    corpus = open_corpus(folder)
-    manifest = corpus.manifest | entries
-    for split, opened in corpus.splits.items() if edit else ():
-        assert edit is not None
-        table = edit(split, opened.table().combine_chunks())
-        # A new file: the present one is mapped.
-        shard = write_shard(table, folder / f"{split}-{len(list(folder.iterdir()))}.arrow")
-        manifest["splits"][split] = {"rows": len(table), "shards": [shard]}
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-
 def test_a_pair_is_prepared_searched_and_exported(
     data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # One sound for the three drawings of a group.
-    edit_corpus(data / "syllables", lambda _, table: table.take(list(range(0, len(table), 3))))
+    change_corpus(data / "syllables", lambda _, table: table.take(list(range(0, len(table), 3))))
     given = ["--pair", "both=drawings+syllables", "--data", str(data)]
     assert prepare.main(given) == 0
     capsys.readouterr()
@@ -139,8 +120,8 @@ def test_settings_of_a_medium_come_from_its_corpus(tmp_path: Path) -> None:
     folder = write_labelled_corpora(tmp_path / "corpora")
     image = {"reader": "folder", "size": 32, "fit": "pad", "max_seconds": 20.0, "trim": False}
     sound = {"reader": "folder", "size": 64, "fit": "crop", "max_seconds": 1.5, "deviation": 2.0}
-    edit_corpus(folder / "drawings", preprocessing=image)
-    edit_corpus(folder / "syllables", preprocessing=sound)
+    change_corpus(folder / "drawings", preprocessing=image)
+    change_corpus(folder / "syllables", preprocessing=sound)
     for pair in ("drawings+syllables", "syllables+drawings"):
         found = write_paired_corpus("both", pair, folder)["preprocessing"]
         wanted = {"size": 32, "fit": "pad", "max_seconds": 1.5, "deviation": 2.0}
@@ -158,13 +139,13 @@ def test_partners_in_another_split_are_reported(
         captions = pa.array([[each] for each in others[split]])
         return chosen.set_column(table.column_names.index("captions"), "captions", captions)
 
-    edit_corpus(folder / "syllables", caption_rows)
+    change_corpus(folder / "syllables", caption_rows)
     others |= {"train": ["a", "d", "e"]}
-    edit_corpus(folder / "strokes", caption_rows)
+    change_corpus(folder / "strokes", caption_rows)
     manifest = write_paired_corpus("both", "syllables+strokes", folder)
     assert manifest["splits"].keys() == {"train", "validation", "test"}
     others |= {"train": ["d", "d", "d"], "validation": ["a"], "test": ["x"]}
-    edit_corpus(folder / "strokes", caption_rows)
+    change_corpus(folder / "strokes", caption_rows)
     with pytest.raises(UserError, match="2 rows have their partner in another split"):
         write_paired_corpus("both", "syllables+strokes", folder)
 

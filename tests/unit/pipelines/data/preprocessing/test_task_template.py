@@ -1,6 +1,7 @@
 """``skillnet init-task``: its file trains the task of a corpus, without another setting."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,13 @@ import pytest
 from PIL import Image
 
 from pipelines import init_task
-from pipelines.data.shards.format import manifest_digest
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run
 from skillnet_platform.config import parse_config
 from tests.helpers import user_corpora
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import MODALITY, write_corpora
 
 SMALL = ("--model.dim", "16", "--model.num_layers", "1", "--model.num_heads", "2")
@@ -54,14 +55,9 @@ def test_outputs_and_sizes_follow_the_manifest(
     data: Path, tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = tmp_path / "corpora" / "headings"
-    copied.mkdir(parents=True)
-    for file in (data / "headings").iterdir():
-        (copied / file.name).write_bytes(file.read_bytes())
-    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
-    manifest["labels"] = [f"class {number}" for number in range(33)]
-    manifest["preprocessing"] = {"max_tokens": 300}
-    manifest["digest"] = manifest_digest(manifest)
-    (copied / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.copytree(data / "headings", copied)
+    labels = [f"class {number}" for number in range(33)]
+    change_corpus(copied, labels=labels, preprocessing={"max_tokens": 300})
     init(str(copied), capsys=capsys)
     assert "outputs:" not in Path("headings.yaml").read_text(encoding="utf-8")
     words = ["--config", "headings.yaml", *SMALL]

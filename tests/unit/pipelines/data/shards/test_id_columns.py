@@ -1,6 +1,5 @@
 """Ids outside their table are rejected where shards are read, although all hashes are right."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -14,13 +13,14 @@ import pytest
 
 from pipelines.data.shards.columns import NestedRaggedColumn, open_column
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
-from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.data.shards.format import write_shard
 from pipelines.data.shards.id_columns import IdRange
 from pipelines.training.evaluation.inference import split_inputs
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 from tests.helpers.exchanged_files import overwrite_offsets, overwrite_values
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import (
     VOCABULARY,
     small_config,
@@ -51,14 +51,6 @@ def data(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "data"))
 
 
-def reseal(corpus: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest and write it with a right digest, as an attacker can."""
-    manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
-    change(manifest)
-    manifest["digest"] = manifest_digest(manifest)
-    (corpus / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-
 def rewrite_shard(corpus: Path, column: str, change: Callable[[pa.Array], pa.Array]) -> Path:
     """Change a column of the second training shard; return its path."""
     path = corpus / "train-00001.arrow"
@@ -71,7 +63,7 @@ def rewrite_shard(corpus: Path, column: str, change: Callable[[pa.Array], pa.Arr
     def replace_entry(manifest: dict[str, Any]) -> None:
         manifest["splits"]["train"]["shards"][1] = entry
 
-    reseal(corpus, replace_entry)
+    change_corpus(corpus, change=replace_entry)
     return path
 
 
@@ -125,7 +117,7 @@ def test_an_id_outside_the_models_range_is_rejected_before_a_batch(
         manifest["tokenizer"] = None
         del manifest["labels"], manifest["symbols"]
 
-    reseal(data / name, declare_nothing)
+    change_corpus(data / name, change=declare_nothing)
     with pytest.raises(UserError, match=re.escape(f"{path}: column '{column}', row {ROW}: ")):
         loader = ResolvedRun(small_config(data)).dataloader
         for dataset in loader.datasets.values():
@@ -171,7 +163,7 @@ def test_offsets_outside_of_the_values_are_rejected(data: Path) -> None:
     def rehash(manifest: dict[str, Any]) -> None:
         manifest["splits"]["train"]["shards"][1]["sha256"] = sha256_file(path)
 
-    reseal(data / "syllables", rehash)
+    change_corpus(data / "syllables", change=rehash)
     with pytest.raises(UserError, match=re.escape(f"{path}: not a readable shard")):
         open_corpus(data / "syllables").splits["train"].table()
 
@@ -187,7 +179,7 @@ def test_offsets_outside_of_the_values_are_rejected(data: Path) -> None:
     ],
 )
 def test_a_manifest_with_a_damaged_size_is_rejected(data: Path, key: str, value: object) -> None:
-    reseal(data / "headings", lambda manifest: manifest.update({key: value}))
+    change_corpus(data / "headings", **{key: value})
     with pytest.raises(UserError, match=rf"{key}.* is missing or damaged"):
         open_corpus(data / "headings")
 

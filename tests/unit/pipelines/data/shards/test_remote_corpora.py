@@ -1,6 +1,5 @@
 """Corpora in a store give the same batches as on a disk, with a cache smaller than they are."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
-from pipelines.data.shards.format import manifest_digest
 from pipelines.training.config.data import AUGMENTATIONS
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader
@@ -19,6 +17,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB, FileCache
 from tests.helpers.object_store import BUCKET, ObjectStore, in_environment
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import MODALITY, small_config, write_corpora
 
 
@@ -167,10 +166,11 @@ def test_manifest_cannot_lead_out_of_the_cache(
 ) -> None:
     folder = tmp_path / "evil"
     shutil.copytree(data / "headings", folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["sha256"] = "../" * 21 + "x"
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    def lead_out(manifest: dict) -> None:
+        manifest["splits"]["train"]["shards"][0]["sha256"] = "../" * 21 + "x"
+
+    change_corpus(folder, change=lead_out)
     directories.put_directory(folder, f"{object_store.uri}/evil")
     with pytest.raises(UserError, match="expected a SHA-256 in its manifest"):
         open_corpus(f"{object_store.uri}/evil").splits["train"].table()

@@ -11,13 +11,13 @@ import pytest
 
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.shards.format import (
-    FORMAT_VERSION,
     manifest_digest,
     shard_bytes,
     tensor_field,
     write_shard,
 )
 from skillnet_platform.errors import UserError
+from tests.helpers.prepared_corpora import write_corpus
 
 ROWS = 5
 
@@ -45,20 +45,8 @@ def table() -> pa.Table:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Write a corpus of two shards in one split."""
-    directory = tmp_path / "made"
-    directory.mkdir()
-    shards = [write_shard(table(), directory / f"train-0000{n}.arrow") for n in range(2)]
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "corpus": "made",
-        "modality": "image",
-        "task": "text_to_image",
-        "splits": {"train": {"rows": 2 * ROWS, "shards": shards}},
-        "made_with": {"pyarrow": "any"},
-    }
-    manifest["digest"] = manifest_digest(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return directory
+    about = {"modality": "image", "task": "text_to_image", "made_with": {"pyarrow": "any"}}
+    return write_corpus(tmp_path / "made", {"train": [table()] * 2}, **about)
 
 
 def test_a_shard_opens_in_pyarrow_polars_and_datasets(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Rows without a CTC alignment are rejected by prepare and counted by the loader."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 
 from pipelines.data.corpora.base import Corpus
 from pipelines.data.preprocessing.transform_task import split_rejected, transform_block
-from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.data.transforms.ctc_alignment import NO_SYMBOL, TOO_SHORT, count_alignment_tokens
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run
 from skillnet.objectives.ctc import find_unalignable_rows
 from skillnet_platform.errors import UserError
+from tests.helpers.prepared_corpora import change_corpus, set_column
 from tests.helpers.small_corpora import small_config, write_corpora
 
 #: Symbols of a row, its frames, and why prepare rejects it.
@@ -79,19 +78,13 @@ def test_the_count_of_tokens_agrees_with_the_loss() -> None:
 
 def give_symbols(corpus: Path, rows: int, symbols: list[int]) -> None:
     """Replace the symbols of the first rows of each training shard."""
-    path = corpus / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    entries = []
-    for entry in manifest["splits"]["train"]["shards"]:
-        table = pa.ipc.open_file(pa.py_buffer((corpus / entry["file"]).read_bytes())).read_all()
+
+    def replace_first(split: str, table: pa.Table) -> pa.Table:
         cells = table.column("symbols").to_pylist()
         cells[:rows] = [symbols] * min(rows, len(cells))
-        place = table.schema.get_field_index("symbols")
-        table = table.set_column(place, "symbols", pa.array(cells, pa.list_(pa.int32())))
-        entries.append(write_shard(table, corpus / entry["file"]))
-    manifest["splits"]["train"]["shards"] = entries
-    manifest["digest"] = manifest_digest(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+        return set_column(table, "symbols", cells) if split == "train" else table
+
+    change_corpus(corpus, replace_first)
 
 
 def test_training_reports_rows_that_do_not_fit_the_models_tokens(

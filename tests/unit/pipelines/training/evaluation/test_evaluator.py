@@ -25,6 +25,7 @@ from skillnet.accounting import account_task
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
+from tests.helpers.prepared_corpora import change_corpus, swap_test
 from tests.helpers.readable_corpora import config, write_corpora
 from tests.helpers.tracked_runs import run_of, where
 
@@ -253,18 +254,13 @@ def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
 
 def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
     """Several captions per row are several queries; intervals and outcomes are per row."""
-    from pipelines.data.shards.format import manifest_digest
     from pipelines.training.evaluation.outcomes import OutcomeTable
     from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 
     data = write_corpora(tmp_path / "corpora")
-    path = data / "drawings" / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
     found = {}
     for queries in ("first", "all"):
-        manifest["queries"] = queries
-        manifest["digest"] = manifest_digest(manifest)
-        path.write_text(json.dumps(manifest), encoding="utf-8")
+        change_corpus(data / "drawings", queries=queries)
         outcomes = OutcomeTable()
         rows = evaluate_model(
             model, data, ["text_to_image"], ["test"], bootstrap_samples=20, outcomes=outcomes
@@ -297,7 +293,6 @@ def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) 
 def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(
     data: Path, tmp_path: Path, run_root: Path
 ) -> None:
-    from pipelines.data.shards.format import manifest_digest
     from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from skillnet_platform.tracking import start_run
 
@@ -329,14 +324,9 @@ def test_an_evaluation_on_other_data_leaves_the_metrics_of_the_run(
 
     # Another corpus, a corpus of the same name with other rows, and unknown training data.
     before = metrics()
-    changed = json.loads((corpora / "headings" / "manifest.json").read_text(encoding="utf-8"))
-    changed["splits"]["test"] = changed["splits"]["validation"]
-    changed["digest"] = manifest_digest(changed)
-    (corpora / "headings" / "manifest.json").write_text(json.dumps(changed), encoding="utf-8")
+    changed = change_corpus(corpora / "headings", change=swap_test)
     shutil.copytree(corpora / "headings", corpora / "letters")
-    letters = changed | {"corpus": "letters"}
-    letters["digest"] = manifest_digest(letters)
-    (corpora / "letters" / "manifest.json").write_text(json.dumps(letters), encoding="utf-8")
+    letters = change_corpus(corpora / "letters", corpus="letters")
     for number, (options, corpus, digest) in enumerate(
         (
             (

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.config.folds import FoldConfig
-from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.serving.registration import WeakTestError, register_model
 from pipelines.training.evaluation.tables import run_description
 from pipelines.training.evaluation.weak_tests import find_weak_tests
@@ -17,6 +16,7 @@ from pipelines.training.runs.model_source import ModelSource, TrainingRead, list
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks
 from skillnet_platform.errors import UserError
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.readable_corpora import config, write_corpora
 
 TEXTS, CLIPS = "text_classification", "text_to_video"
@@ -27,20 +27,9 @@ def data(tmp_path: Path) -> Path:
     return write_corpora(tmp_path / "corpora")
 
 
-def change_manifest(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) | changes
-    manifest["digest"] = manifest_digest(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-
-
 def change_rows(folder: Path, split: str, change: Any) -> None:
     """Write the only shard of a split again."""
-    path = folder / f"{split}-00000.arrow"
-    entry = write_shard(change(pa.ipc.open_file(path).read_all()), path)
-    splits = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["splits"]
-    splits[split] = {"rows": entry["rows"], "shards": [entry]}
-    change_manifest(folder, splits=splits)
+    change_corpus(folder, lambda name, table: change(table) if name == split else table)
 
 
 def find(data: Path, task: str, *reads: tuple[str, str, str], **options: Any) -> list[str]:
@@ -71,7 +60,7 @@ def test_a_good_test_is_not_weak(data: Path) -> None:
 def test_rows_of_the_training_are_found(
     data: Path, read: tuple[str, str, str], splits: list[str], sentence: str
 ) -> None:
-    change_manifest(
+    change_corpus(
         data / "headings",
         row_checks={"shared": {"test": {"train": 5}}},
         pretraining=["pretrain", "train"],
@@ -82,7 +71,7 @@ def test_rows_of_the_training_are_found(
 
 
 def test_a_fold_has_other_splits_than_prepare_compared(data: Path) -> None:
-    change_manifest(data / "headings", row_checks={"shared": {"test": {"train": 5}}})
+    change_corpus(data / "headings", row_checks={"shared": {"test": {"train": 5}}})
     fold = FoldConfig(count=3, number=0)
     read = (TEXTS, "headings", "train")
     assert find(data, TEXTS, read, splits=["test"])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.data.shards.format import manifest_digest
 from pipelines.merge import merge_trained_models
 from pipelines.serving.registration import register_model
 from pipelines.training.config.merging import MergeConfig
@@ -21,6 +19,7 @@ from skillnet.skills import Task
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.champion import OtherTasksError
+from tests.helpers.prepared_corpora import change_corpus, swap_test
 from tests.helpers.readable_corpora import config, write_corpora
 from tests.helpers.tracked_runs import where
 
@@ -61,11 +60,8 @@ def test_a_used_name_is_refused_for_another_merge(place: Path) -> None:
     for again in (("one", "two"), ("one", "copy")):
         assert merge(place, *again)["seconds"] == first["seconds"]
     kept = {path: path.read_bytes() for path in (place / "both").rglob("[!.]*") if path.is_file()}
-    changed = json.loads((place / "corpora/headings/manifest.json").read_text(encoding="utf-8"))
-    changed["splits"]["test"] = changed["splits"]["validation"]
-    changed["digest"] = manifest_digest(changed)
     moved = shutil.copytree(place / "corpora", place / "moved")
-    (moved / "headings" / "manifest.json").write_text(json.dumps(changed), encoding="utf-8")
+    change_corpus(moved / "headings", change=swap_test)
     for models, options, words in (
         (("one", "two"), {"rename": ["2:two=other"]}, "rename"),
         (("one", "two"), {"average_shared": True}, "average_shared"),

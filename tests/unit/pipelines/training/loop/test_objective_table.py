@@ -24,8 +24,7 @@ from skillnet.objectives.retrieval import pair_ranks
 from skillnet.skills import SkillPlan, Task
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
-from tests.helpers.labelled_corpora import write_labelled_corpora
-from tests.helpers.readable_corpora import MODALITY, config
+from tests.helpers.readable_corpora import MODALITY, config, write_labelled_corpora
 
 CORPUS_OF = {modality: corpus for corpus, modality in MODALITY.items()}
 PAGE = Path(__file__).parents[5] / "docs" / "tasks.md"

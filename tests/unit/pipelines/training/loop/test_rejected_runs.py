@@ -1,6 +1,5 @@
 """A run that is rejected for its data leaves no folder and no MLflow run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import finetune
-from pipelines.data.shards.format import manifest_digest, write_shard
+from tests.helpers.prepared_corpora import change_corpus, set_column
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.small_run import SMALL_RUN, option_arguments
 
@@ -21,24 +20,9 @@ def replace_values(name: str, value: object) -> Callable[[pa.Table], pa.Table]:
     """Return an edit that gives the last row another value."""
 
     def edit(table: pa.Table) -> pa.Table:
-        field = table.schema.field(name)
-        values = [*table.column(name).to_pylist()[:-1], value]
-        index = table.schema.get_field_index(name)
-        return table.set_column(index, field, pa.array(values, field.type))
+        return set_column(table, name, [*table.column(name).to_pylist()[:-1], value])
 
     return edit
-
-
-def rewrite_split(corpus: Path, split: str, edit: Callable[[pa.Table], pa.Table]) -> None:
-    """Rewrite the shards of a split, with a manifest that agrees with them."""
-    manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
-    for entry in manifest["splits"][split]["shards"]:
-        path = corpus / entry["file"]
-        table = edit(pa.ipc.open_file(path.read_bytes()).read_all())
-        path.unlink()
-        entry.update(write_shard(table, path))
-    manifest["digest"] = manifest_digest(manifest)
-    (corpus / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +45,7 @@ def test_a_run_with_unreadable_rows_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_corpora(tmp_path / "data")
-    rewrite_split(data / corpus, split, edit)
+    change_corpus(data / corpus, lambda name, rows: edit(rows) if name == split else rows)
     words = ["--name", "rejected", "--data", str(data), *option_arguments(SMALL_RUN)]
     assert finetune.main(words) == 2
     assert message in capsys.readouterr().err

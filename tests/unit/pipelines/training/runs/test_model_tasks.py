@@ -1,26 +1,17 @@
 """Tasks of a run's model: only those that the run names, with the outputs of their corpora."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from pipelines.data.shards.format import manifest_digest
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
 from skillnet.skills import known_tasks
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
+from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import write_corpora
-
-
-def has(folder: Path, corpus: str, **reported: object) -> None:
-    """Add keys to the manifest of a prepared corpus."""
-    path = folder / corpus / "manifest.json"
-    manifest = json.loads(path.read_text()) | reported
-    manifest["digest"] = manifest_digest(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -30,9 +21,9 @@ def data(tmp_path: Path) -> Path:
     names = {"headings": "tnews", "syllables": "aishell1", "drawings": "aic_icc"}
     for old, new in (names | {"strokes": "vatex", "functions": "pytorrent"}).items():
         (folder / old).rename(folder / new)
-    has(folder, "tnews", labels=[f"{number} news" for number in range(15)])
+    change_corpus(folder / "tnews", labels=[f"{number} news" for number in range(15)])
     symbols = "一二三四五六七八九十百千万亿东南西北中上下左右天地人日月水火"
-    has(folder, "aishell1", symbols=list(symbols))
+    change_corpus(folder / "aishell1", symbols=list(symbols))
     return folder
 
 
@@ -73,7 +64,7 @@ def own(data: Path, *words: str) -> FinetuneConfig:
 
 
 def test_a_run_on_an_own_corpus_needs_no_other_corpus(data: Path, run_root: Path) -> None:
-    has(data, "tnews", labels=["gut", "schlecht", "neutral", "unklar"])
+    change_corpus(data / "tnews", labels=["gut", "schlecht", "neutral", "unklar"])
     run = resolve_run(own(data, "--tasks.text_classification.corpus", "tnews"))
     assert set(run.config.tasks) == {"text_classification"}
     # The head of a task that no step trains is not built, so it is not saved either.
@@ -84,7 +75,7 @@ def test_a_run_on_an_own_corpus_needs_no_other_corpus(data: Path, run_root: Path
 
 
 def test_a_task_needs_no_plan_if_its_kind_is_known(data: Path, run_root: Path) -> None:
-    has(data, "aic_icc", task="image_classification", labels=["a", "b", "c"])
+    change_corpus(data / "aic_icc", task="image_classification", labels=["a", "b", "c"])
     named = resolve_run(own(data, "--tasks.image_classification.corpus", "aic_icc"))
     expected = known_tasks()["image_classification"]
     assert named.config.model.tasks["image_classification"].towers == expected.towers
@@ -96,7 +87,7 @@ def test_a_task_needs_no_plan_if_its_kind_is_known(data: Path, run_root: Path) -
 
 
 def test_unknown_task_is_rejected_by_name(data: Path, run_root: Path) -> None:
-    has(data, "aic_icc", task="something")
+    change_corpus(data / "aic_icc", task="something")
     run = resolve_run(own(data, "--tasks.photos.corpus", "aic_icc"))
     with pytest.raises(ValueError, match="unknown task 'photos'"):
         validate_run(run)
@@ -105,7 +96,7 @@ def test_unknown_task_is_rejected_by_name(data: Path, run_root: Path) -> None:
 def test_a_stored_configuration_resolves_to_itself(
     data: Path, run_root: Path, tmp_path: Path
 ) -> None:
-    has(data, "tnews", labels=["gut", "schlecht"])
+    change_corpus(data / "tnews", labels=["gut", "schlecht"])
     first = resolve_run(own(data, "--tasks.mood.corpus", "tnews", "--name", "mine"))
     path = tmp_path / "config.yaml"
     path.write_text(configuration.to_yaml(first.config), encoding="utf-8")

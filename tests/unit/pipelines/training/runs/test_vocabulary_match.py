@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.shards.format import manifest_digest, write_shard
 from pipelines.data.tokenizer.conversion import convert_tokenizer
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
@@ -32,6 +31,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 from skillnet_studies.interpretation.ablation import find_measured_splits
 from skillnet_studies.interpretation.gradient_share import measure_gradient_share
+from tests.helpers.prepared_corpora import change_corpus, set_column
 from tests.helpers.small_corpora import small_config, write_corpora
 
 TASK = "text_classification"
@@ -48,34 +48,27 @@ def derive_corpus(
     Names that the source lacks get the ids of its names at their positions.
     """
     shutil.copytree(data / source, data / name)
-    manifest = json.loads((data / name / "manifest.json").read_text(encoding="utf-8"))
     # Symbols are counted from 1.
     key, column, first = ("symbols", "symbols", 1)
     if source != "syllables":
         key, column, first = ("labels", "label", 0)
-    if names:
-        old = manifest[key]
-        ids = {
-            first + number: first + (names.index(own) if own in names else number % len(names))
-            for number, own in enumerate(old)
-        }
-        for split in manifest["splits"].values():
-            for shard in split["shards"]:
-                path = data / name / shard["file"]
-                table = pa.ipc.open_file(path).read_all()
-                values = [
-                    [ids[each] for each in row] if isinstance(row, list) else ids[row]
-                    for row in table.column(column).to_pylist()
-                ]
-                place = table.schema.get_field_index(column)
-                kind = table.schema.field(column)
-                table = table.set_column(place, kind, pa.array(values, kind.type))
-                path.unlink()
-                shard |= write_shard(table, path)
-        manifest[key] = list(names)
-    manifest |= {"corpus": name, **changes}
-    manifest["digest"] = manifest_digest(manifest)
-    (data / name / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    if not names:
+        change_corpus(data / name, corpus=name, **changes)
+        return
+    old = change_corpus(data / name)[key]
+    ids = {
+        first + number: first + (names.index(own) if own in names else number % len(names))
+        for number, own in enumerate(old)
+    }
+
+    def rename(_: str, table: pa.Table) -> pa.Table:
+        values = [
+            [ids[each] for each in row] if isinstance(row, list) else ids[row]
+            for row in table.column(column).to_pylist()
+        ]
+        return set_column(table, column, values)
+
+    change_corpus(data / name, rename, **{key: list(names), "corpus": name, **changes})
 
 
 def tokenizer_entry(sha256: str) -> dict[str, Any]:
@@ -184,11 +177,7 @@ def other_texts(data: Path, **more: Any) -> Path:
     other = data.with_name("other")
     for name in ("texts", "pictures"):
         shutil.copytree(data / name, other / name)
-        path = other / name / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest |= {"tokenizer": tokenizer_entry("b" * 64), **more}
-        manifest["digest"] = manifest_digest(manifest)
-        path.write_text(json.dumps(manifest), encoding="utf-8")
+        change_corpus(other / name, tokenizer=tokenizer_entry("b" * 64), **more)
     return other
 
 
