@@ -61,7 +61,7 @@ def change_corpus(
         folder: directory of the corpus.
         edit: (split, rows of a shard) -> other rows.
         change: alters the manifest.
-        entries: of the manifest.
+        entries: keys and values of the manifest.
     """
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for split, described in manifest["splits"].items() if edit else ():
