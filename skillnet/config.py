@@ -99,7 +99,7 @@ class SkillNetConfig:
     video_size: LayerSize = 32
     tubelet: tuple[LayerSize, LayerSize, LayerSize] = (2, 8, 8)
     video_motion: bool = field(default=True, metadata=_NO_OPTION)
-    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=_NO_OPTION)
     embedding_dim: LayerSize = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
     reference_tasks: dict[str, Task] = field(default_factory=dict, metadata=_NO_OPTION)

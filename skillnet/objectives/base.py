@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 from skillnet.vocabulary import parse_scale
 
 GROUP = "skillnet.objectives"
+#: Entries name a :class:`RowMetric`, which every task of its objective gets.
+METRICS_GROUP = "skillnet.metrics"
 
 #: Towers whose vectors are compared.
 PAIR = ("query", "candidate")
@@ -66,6 +68,30 @@ class NamedMetric:
 
 
 @dataclass(frozen=True)
+class RowMetric:
+    """Further metric of an objective, from another package.
+
+    Args:
+        objective: name of the objective whose tasks are measured.
+        metric: name, label, direction and bounds.
+        score_rows: ``module:function`` of (predictions, targets) as in
+            :meth:`skillnet.objectives.heads.TaskHead.score_rows`; returns numerator and
+            denominator of each row, (N,) each. The metric is the ratio of their sums.
+    """
+
+    objective: str
+    metric: NamedMetric
+    score_rows: str
+
+    def load(self) -> Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]:
+        """Return the function."""
+        function: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]] = pkgutil.resolve_name(
+            self.score_rows
+        )
+        return function
+
+
+@dataclass(frozen=True)
 class Objective:
     """An objective: facts that need no model, and references to the code.
 
@@ -89,6 +115,7 @@ class Objective:
         baseline: ``module:function`` that measures ``chance`` and ``simple_baseline``, see
             :class:`pipelines.training.evaluation.simple_baselines.BaselineRows`; ``""`` if no such
             method is known.
+        further: metrics of other packages; they follow ``metrics``.
     """
 
     name: str
@@ -104,6 +131,7 @@ class Objective:
     hides_inputs: bool = False
     aligns_targets: bool = False
     baseline: str = ""
+    further: tuple[RowMetric, ...] = ()
 
     @property
     def primary(self) -> NamedMetric:
@@ -255,7 +283,7 @@ def find_objective(name: str) -> Objective:
             :class:`Objective` of the same name.
     """
     if name in BUILT_IN_OBJECTIVES:
-        return BUILT_IN_OBJECTIVES[name]
+        return _add_metrics(BUILT_IN_OBJECTIVES[name])
     entry = _other_entries().get(name)
     if entry is None:
         raise ValueError(f"unknown objective {name!r}; known: {', '.join(objective_names())}")
@@ -264,7 +292,30 @@ def find_objective(name: str) -> Objective:
         raise ValueError(
             f"the entry point {GROUP}:{name} names no Objective {name!r}: {entry.value}"
         )
-    return found
+    return _add_metrics(found)
+
+
+def _add_metrics(objective: Objective) -> Objective:
+    """Return an objective with the metrics that other packages add to it."""
+    taken = {each.name for each in objective.metrics}
+    further = []
+    for entry in sorted(entry_points(group=METRICS_GROUP), key=lambda each: each.name):
+        found = entry.load()
+        if not isinstance(found, RowMetric):
+            raise ValueError(
+                f"the entry point {METRICS_GROUP}:{entry.name} names no RowMetric: {entry.value}"
+            )
+        if found.objective != objective.name:
+            continue
+        if found.metric.name in taken:
+            raise ValueError(
+                f"the entry point {METRICS_GROUP}:{entry.name} adds {found.metric.name}, which "
+                f"{objective.name} has; give its metric another name"
+            )
+        taken.add(found.metric.name)
+        further.append(found)
+    metrics = (*objective.metrics, *(each.metric for each in further))
+    return replace(objective, metrics=metrics, further=tuple(further)) if further else objective
 
 
 def list_objectives() -> list[Objective]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
+from skillnet_platform.config import fixed_field
 from skillnet_platform.config.bounds import require_bounds
 from skillnet_platform.errors import UserError
 
@@ -39,7 +40,7 @@ class FoldConfig:
     count: Annotated[int, Interval(ge=0, le=100)] = 0
     number: Annotated[int, Interval(ge=0, le=99)] = 0
     validation_share: Annotated[float, Interval(gt=0, le=0.5)] = 0.1
-    reserve_part: bool = False
+    reserve_part: bool = fixed_field(False)
     reserve_units: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

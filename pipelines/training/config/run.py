@@ -157,6 +157,7 @@ class TrainingConfig:
         shard_groups: groups of shards from which each batch takes equal parts; a rank then reads
             the shards of its groups only. Choose a multiple of the largest number of workers; it
             determines the order of rows. Null lets each rank read all shards.
+        callbacks: names of entry points ``skillnet.callbacks`` that the training loop calls.
     """
 
     steps: PositiveCount = 2000
@@ -169,7 +170,7 @@ class TrainingConfig:
     ema: PartialFraction = 0.0
     workers: ProcessCount = 1
     min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
-    resize_interval_s: PositiveAmount = 60.0
+    resize_interval_s: PositiveAmount = fixed_field(60.0)
     threads_per_worker: ProcessCount = 0
     dataloader_num_workers: ProcessCount = 0
     use_gpu: bool = False
@@ -190,7 +191,8 @@ class TrainingConfig:
     augment: AugmentationName = "default"
     masking: MaskingName = "default"
     shuffle_gb: PositiveAmount = 4.0
-    shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = None
+    shard_groups: Annotated[int, Interval(ge=1, le=100_000)] | None = fixed_field(None)
+    callbacks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_bounds(self, "training.")

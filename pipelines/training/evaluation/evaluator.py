@@ -42,7 +42,7 @@ from pipelines.training.loading.task_columns import (
 )
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.accounting import account_task
-from skillnet.metrics import MetricIntervals, TaskMetrics
+from skillnet.metrics import MetricIntervals, TaskMetrics, cut_to_bounds
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import head_class
@@ -217,9 +217,12 @@ def measure_split(
         return {}, lengths
     units = read_unit_numbers(table, where)
     intervals = MetricIntervals(seed, bootstrap_samples, units)
-    found = head_class(spec).evaluate(
-        spec, predictions, read_targets(table, spec, where), intervals
-    )
+    targets = read_targets(table, spec, where)
+    found = head_class(spec).evaluate(spec, predictions, targets, intervals)
+    for further in find_objective(spec.objective).further:
+        numerator, denominator = further.load()(predictions, targets)
+        ratio = intervals.ratio(numerator, denominator, further.metric.scale)
+        found = found.add(**{further.metric.name: cut_to_bounds(ratio, further.metric.bounds)})
     if outcomes is not None:
         outcomes.add(task, split.name, found.numerator, found.denominator, found.rank, units)
     return found.metrics, lengths

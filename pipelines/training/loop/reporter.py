@@ -7,9 +7,11 @@ from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.loop.callbacks import LOGGERS, RunLogger, find_observers
 from pipelines.training.runs.progress_log import PROGRESS, ProgressFile
 from pipelines.training.runs.uploads import CheckpointUploads
 from skillnet.multitask_model import TaskModel
+from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.tracking import Tracker
 
@@ -116,6 +118,10 @@ class RunReporter(LoopReporter):
         self._on_evaluation = on_evaluation
         self.evaluates_last = on_evaluation is None
         self._file = ProgressFile(run / PROGRESS)
+        named = find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
+        self._loggers: list[RunLogger] = [kind() for kind in named]
+        for logger in self._loggers:
+            logger.start(run, configuration.to_dict(config))
 
     def start(self, step: int) -> None:
         self.progress(step, "")
@@ -126,6 +132,8 @@ class RunReporter(LoopReporter):
         self._file.append(step=step, metrics=values)
         if self._tracker is not None:
             self._tracker.metrics(values, step)
+        for logger in self._loggers:
+            logger.log_metrics(values, step)
 
     def progress(self, step: int, losses: str) -> None:
         self._file.append(step=step, losses=losses)
@@ -152,8 +160,23 @@ class RunReporter(LoopReporter):
             self._next_note = time.monotonic() + PROGRESS_NOTE_S
             console.print_note(f"evaluating: {name}, {rows} rows")
 
+    def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Give the evaluation of the final model to the loggers; the driver records it in MLflow.
+
+        Args:
+            rows: tidy rows of the evaluation; none if the run was preempted.
+            step: steps done.
+        """
+        from pipelines.training.evaluation.tables import name_metric
+
+        values = {name_metric(r["task"], r["split"], r["metric"]): float(r["value"]) for r in rows}
+        for logger in self._loggers if values else ():
+            logger.log_metrics(values, step)
+
     def close(self) -> None:
-        """Send buffered metrics and close the progress file."""
+        """Send buffered metrics, end the loggers and close the progress file."""
+        for logger in self._loggers:
+            logger.finish()
         if self._tracker is not None:
             self._tracker.flush()
         self._file.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.runs.baseline_size import find_size_mismatch
 from pipelines.training.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
@@ -43,6 +44,8 @@ def validate_run(run: ResolvedRun) -> None:
     config = run.config
     check_batch_sizes(config)
     run.check_init_settings()
+    find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
+    find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
     mismatch = find_size_mismatch(config)

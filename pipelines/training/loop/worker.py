@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipelines.training.evaluation.ranks import EvaluationRanks
 from pipelines.training.loop import preemption
-from pipelines.training.loop.callbacks import LoopCallback
+from pipelines.training.loop.callbacks import CALLBACKS, LoopCallback, find_observers
 from pipelines.training.loop.final_evaluation import (
     EvaluationStoppedError,
     FinalEvaluation,
@@ -72,6 +72,8 @@ def run_worker(
     mirror = mirror_of(config, folder)
     if mirror is not None:
         restore_latest(mirror)
+    named = find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
+    callbacks = [*callbacks, *(kind() for kind in named)]
     ranks = EvaluationRanks(rank, world, pick_device(config.training.use_gpu))
     if rank:
         silent = SilentReporter(config, on_evaluation, ranks)
@@ -98,6 +100,7 @@ def run_worker(
             read = None if result.shards is None else result.shards.gather_weight
             save_model(result.model, folder / MODEL, read)
         rows = _evaluate(run, result, final, ranks, reporter) if final is not None else []
+        reporter.log_final(rows, result.step)
         if result.preempted and node_id is not None:
             if uploads is not None:
                 uploads.close()

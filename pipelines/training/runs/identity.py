@@ -35,6 +35,7 @@ NON_IDENTITY_KEYS = (
     "sharding",
     "max_failures",
     "collective_timeout_s",
+    "callbacks",
 )
 
 

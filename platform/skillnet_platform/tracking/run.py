@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class TrackingConfig:
             are trained.
         registered_model: name of the registered model; by default the experiment, followed by the
             system if that is not skillnet.
+        loggers: names of entry points ``skillnet.loggers`` that get the metrics beside MLflow.
         system_metrics: whether CPU, memory, disk and GPU are recorded along.
 
     A password in ``uri`` is kept in memory only: no file and no message shows it.
@@ -63,6 +64,7 @@ class TrackingConfig:
     experiment: str = "skillnet"
     register: bool = True
     registered_model: str | None = None
+    loggers: list[str] = field(default_factory=list)
     system_metrics: bool = fixed_field(True)
 
     def __setattr__(self, name: str, value: Any) -> None:

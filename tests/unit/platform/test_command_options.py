@@ -131,7 +131,6 @@ WRONG: list[tuple[str, str]] = [
     ("finetune --training.steps 0", "training.steps: expected a whole number from 1 to 1000000000"),
     ("finetune --tasks.text_to_code.weight -1", "text_to_code.weight: expected a number above 0"),
     ("finetune --training.warmup_fraction 10", "warmup_fraction: expected a number from 0 to 1"),
-    ("finetune --training.resize_interval_s 0", "resize_interval_s: expected a number above 0"),
     ("finetune --training.min_workers 0", "expected a whole number from 1 to 10000 or null"),
     ("merge a b --training.steps 0", "training.steps: expected a whole number from 1"),
     ("compare --tuning.trials -1", "tuning.trials: expected a whole number from 0"),
@@ -142,7 +141,7 @@ WRONG: list[tuple[str, str]] = [
     ("finetune --training.workers 0 --training.min_workers 1", "min_workers must be between 1"),
     ("finetune --fold.count 1", "fold.count: 1 fold leaves no row"),
     ("finetune --fold.count 3 --fold.number 3", "fold.number: 3 is not one of 3 folds"),
-    ("finetune --fold.reserve_part", "the other keys of fold need folds"),
+    ("finetune --fold.number 1", "the other keys of fold need folds"),
     ("compare --tuning.trials 2", "tuning.trials needs a tuning.space"),
     ("compare --tuning.rates 0.1,0.1,0.2", "three or more different rates"),
     ("compare --tuning.rates 0.1,0.2,0.3 --tuning.space.training.lr.uniform 0.1,0.2", "remove one"),
@@ -239,7 +238,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
     assert not unbounded
     assert all(issubclass(each, ExternalCorpus) for each in READERS.values())
     owners = {owner for owner, _, _, _ in NUMBERS}
-    assert {"reader folder", "system moe", "sweep", "compare", "ui"} <= owners
+    assert {"reader folder", "system moe", "sweep", "compare", "tracker"} <= owners
     assert len({key for _, key, _, _ in NUMBERS}) > 130
 
 
