@@ -5,6 +5,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
 
 #: Far larger than any configuration; a text at the limits is read within seconds.
 MAX_CHARACTERS = 512 * 2**10
@@ -24,9 +26,13 @@ def load_plain_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters, more than {MAX_CHARACTERS}")
     try:
-        value = _Loader(text).get_single_data()  # type: ignore[no-untyped-call]
+        try:
+            value = _FastLoader(text).get_single_data()  # type: ignore[no-untyped-call]
+        except yaml.YAMLError:
+            # libyaml rejects `{a:[1]}`, and its messages quote nothing.
+            value = _Loader(text).get_single_data()  # type: ignore[no-untyped-call]
         # Aliases share one object, so a short text can stand for a huge tree.
-        _count(value, [MAX_VALUES])
+        _check_size(value, MAX_VALUES)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
@@ -51,7 +57,7 @@ def load_record_yaml(text: str) -> Any:
     """
     try:
         value = _RecordLoader(text).get_single_data()
-        _count(value, [MAX_RECORD_VALUES])
+        _check_size(value, MAX_RECORD_VALUES)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
@@ -87,25 +93,19 @@ class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes a text if the loader would read it as a number."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe loader with limits that rejects duplicate keys."""
+class _PlainRules(Composer, SafeConstructor):
+    """Limits of a loader, and its check of keys."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
+    depth = 0
+
+    def __init__(self) -> None:
         self.flattened: dict[int, Any] = {}
-
-    def fetch_flow_collection_start(self, token: Any) -> None:
-        """Limit open brackets: the scanner's lookahead gets slower with each of them."""
-        super().fetch_flow_collection_start(token)  # type: ignore[no-untyped-call]
-        if self.flow_level > MAX_DEPTH:
-            raise self._problem(f"nested deeper than {MAX_DEPTH}")
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node with its descendants, up to :data:`MAX_DEPTH` levels."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise self._problem(f"nested deeper than {MAX_DEPTH}")
+            raise self._problem(f"nested deeper than {MAX_DEPTH}", self.peek_event())
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -138,20 +138,55 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, OverflowError, AttributeError) as error:
             raise self._problem(str(error), node) from None
 
-    def _problem(self, words: str, node: Any = None) -> yaml.MarkedYAMLError:
-        mark = node.start_mark if node is not None else self.get_mark()  # type: ignore[no-untyped-call]
-        return yaml.MarkedYAMLError(problem=words, problem_mark=mark)
+    def _problem(self, words: str, place: Any) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=words, problem_mark=place.start_mark)
 
 
-def _count(value: Any, left: list[int]) -> None:
-    """Raise ValueError if a tree holds more than ``left`` values, aliases expanded."""
-    left[0] -= 1
-    if left[0] < 0:
-        raise ValueError("too many values, aliases written out")
-    below = value.values() if isinstance(value, dict) else value
-    if isinstance(value, (dict, list, tuple, set)):
-        for each in below:
-            _count(each, left)
+class _Loader(_PlainRules, yaml.SafeLoader):
+    """Safe loader in Python: its messages quote the line."""
+
+    def __init__(self, text: str) -> None:
+        yaml.SafeLoader.__init__(self, text)
+        _PlainRules.__init__(self)
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Limit open brackets: the scanner's lookahead gets slower with each of them."""
+        super().fetch_flow_collection_start(token)  # type: ignore[no-untyped-call]
+        if self.flow_level > MAX_DEPTH:
+            raise self._problem(f"nested deeper than {MAX_DEPTH}", self.tokens[-1])
+
+
+# Not every PyYAML is built with libyaml.
+if yaml.__with_libyaml__:
+
+    class _FastLoader(_PlainRules, yaml.CSafeLoader):
+        """Loader of libyaml's events, five times faster.
+
+        The nodes are made in Python: libyaml's own would be deeper than the limit.
+        """
+
+        def __init__(self, text: str) -> None:
+            yaml.CSafeLoader.__init__(self, text)
+            Composer.__init__(self)
+            _PlainRules.__init__(self)
+else:
+    _FastLoader = _Loader  # type: ignore[misc, assignment]
+
+
+def _check_size(tree: Any, most: int) -> None:
+    """Raise ValueError if a tree holds more than ``most`` values, aliases expanded."""
+    left = most
+
+    def count(value: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"more than {most} values, aliases written out")
+        if isinstance(value, (dict, list, tuple, set)):
+            for each in value.values() if isinstance(value, dict) else value:
+                count(each)
+
+    count(tree)
 
 
 # A URI with a redacted secret is a subclass of str.
@@ -159,7 +194,7 @@ _Dumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 _RecordDumper.add_multi_representer(str, _RecordDumper.represent_text)
 _RecordDumper.add_representer(str, _RecordDumper.represent_text)
 # PyYAML follows YAML 1.1, where 1e-4 is text; JSON, YAML 1.2 and people mean the number.
-for _each in (_Loader, _Dumper, _RecordLoader, _RecordDumper):
+for _each in (_FastLoader, _Loader, _Dumper, _RecordLoader, _RecordDumper):
     _each.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"),

@@ -29,6 +29,7 @@ HOSTILE = {
     "nested lists": ("a: " + "[" * 10_000, "nested deeper than 50"),
     "nested mappings": ("{a: " * 10_000, "nested deeper than 50"),
     "nested blocks": ("\n".join(" " * n + "a:" for n in range(60)), "nested deeper than 50"),
+    "nested block lists": ("- " * 200_000 + "a", "nested deeper than 50"),
     "a key twice": ("lr: 1\nname: x\nlr: 2", "key 'lr' occurs twice.*line 3"),
     "a key twice below": ("model: {dim: 1, dim: 2}", "key 'dim' occurs twice"),
     "a key that is a number": ("parts: {1: {corpus: x}}", "key 1 is not text"),
@@ -74,11 +75,19 @@ def test_merges_of_merges_hold_each_key_once() -> None:
         assert len(loaded["j"]) == 10
 
 
-def test_aliases_and_merges_of_honest_files_work() -> None:
+@pytest.mark.parametrize("has_libyaml", [True, False])
+def test_aliases_and_merges_of_honest_files_work(
+    has_libyaml: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_libyaml:
+        monkeypatch.setattr(safe_yaml, "_FastLoader", safe_yaml._Loader)
     text = "base: &base {a: 1, b: [1, 2]}\nother: {<<: *base, a: 2}\nagain: *base\n"
     loaded = safe_yaml.load_plain_yaml(text)
     assert loaded["other"] == {"a": 2, "b": [1, 2]}
     assert loaded["again"] == loaded["base"]
+    # libyaml alone takes the second for an error.
+    assert safe_yaml.load_plain_yaml("{a: [1e-4], b: 1_0}") == {"a": [1e-4], "b": 10}
+    assert safe_yaml.load_plain_yaml("{a:[1,{b:[2]}]}") == {"a": [1, {"b": [2]}]}
 
 
 def test_values_of_the_command_line_are_read_alike() -> None:
