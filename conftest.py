@@ -83,6 +83,32 @@ def empty_tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def copied_databases(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A database that a test's client would create is a copy of the empty one."""
+    from skillnet_platform.tracking import backend
+
+    require = backend.require_database
+    is_making = False
+
+    def require_and_copy(path: Path) -> None:
+        nonlocal is_making
+        require(path)
+        if not is_making and not path.exists() and path.parent.is_dir():
+            is_making = True
+            try:
+                empty = request.getfixturevalue("empty_tracking_database")
+            finally:
+                is_making = False
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            shutil.copyfile(empty, part)
+            part.replace(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "require_database", require_and_copy)
+        yield
+
+
 @pytest.fixture
 def run_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -441,8 +441,10 @@ def group_rows(folder: Path) -> None:
 
 
 def test_the_report_of_a_kept_study_has_its_claims_and_roles(
-    tmp_path: Path, run_root: Path
+    tmp_path: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Pages are tests of their own.
+    monkeypatch.setattr("skillnet_studies.compare._write_and_record", lambda *_: None)
     stated = {"skills": CLAIM}
     kept = keep_study(tmp_path, "s", {"skillnet": 0.5, "specialist": 0.0}, stated=stated)
     report, _ = compare(StudyConfig(runs=[str(kept)], interpret=False))
