@@ -3,7 +3,7 @@
 import gc
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,53 +72,48 @@ def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["SKILLNET_HOME"] = before
 
 
-@pytest.fixture(scope="session")
-def empty_tracking_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a run. Their creation takes two seconds, a copy none."""
-    from skillnet_platform.tracking.backend import create_client
+@pytest.fixture(scope="session", autouse=True)
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+    """Return MLflow's tables without a run; a database that a test's client creates is a copy.
+
+    Their creation takes two seconds, a copy none.
+    """
+    from skillnet_platform.tracking import backend
     from skillnet_platform.tracking.database_uri import sqlite_uri
 
-    path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    create_client(sqlite_uri(path)).search_experiments()
-    return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def copied_databases(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A database that a test's client would create is a copy of the empty one."""
-    from skillnet_platform.tracking import backend
-
+    empty = tmp_path_factory.mktemp("tracking") / "mlflow.db"
     require = backend.require_database
-    is_making = False
+
+    def find_empty() -> Path:
+        if not empty.exists():
+            backend.create_client(sqlite_uri(empty)).search_experiments()
+        return empty
 
     def require_and_copy(path: Path) -> None:
-        nonlocal is_making
         require(path)
-        if not is_making and not path.exists() and path.parent.is_dir():
-            is_making = True
-            try:
-                empty = request.getfixturevalue("empty_tracking_database")
-            finally:
-                is_making = False
+        if path != empty and not path.exists() and path.parent.is_dir():
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            shutil.copyfile(empty, part)
+            shutil.copyfile(find_empty(), part)
             part.replace(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "require_database", require_and_copy)
-        yield
+        yield find_empty
 
 
 @pytest.fixture
 def run_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    empty_database: Callable[[], Path],
 ) -> Path:
     """A run root for one test. Ray's workers keep the session's: pass them paths."""
     root = tmp_path / "runs"
     root.mkdir()
     monkeypatch.setenv("SKILLNET_HOME", str(root))
     if request.node.get_closest_marker("integration"):
-        shutil.copyfile(request.getfixturevalue("empty_tracking_database"), root / "mlflow.db")
+        shutil.copyfile(empty_database(), root / "mlflow.db")
     return root
 
 

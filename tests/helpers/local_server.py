@@ -5,7 +5,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +17,7 @@ from pipelines.serving.connection_guard import ServerLimits, configure_server
 from pipelines.serving.http_server import ModelGateway, build_application
 from skillnet_platform.errors import UserError
 from tests.helpers.ports import free_port
+from tests.helpers.waiting import wait_until
 
 TOKEN = "correct-horse-battery"  # noqa: S105
 
@@ -157,8 +157,7 @@ def run_service(model: Any, limits: ServerLimits, token: str | None = TOKEN) -> 
     server = configure_server(build_application(gateway, token, limits), "127.0.0.1", port, limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started, 60, pause=0.01)
     try:
         yield Service(f"http://127.0.0.1:{port}", replica)
     finally:

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import pytest
 import requests
+
+from tests.helpers.waiting import wait_until
 
 pytest.importorskip("moto", reason="moto is not installed: pip install -e '.[dev]'")
 boto3 = pytest.importorskip("boto3")
@@ -234,16 +235,19 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     scaler = second.Autoscaler("test", reader, reported)
 
     def until(wanted: list[str]) -> list[dict[str, Any]]:
-        end = time.monotonic() + 120
-        while True:
+        found: list[dict[str, Any]] = []
+        states: list[Any] = []
+
+        def has_wanted() -> bool:
             planned = scaler.update_autoscaling_state()
-            found = [each for each in instances() if each["InstanceId"] != reported.head]
+            found[:] = [each for each in instances() if each["InstanceId"] != reported.head]
             tags = [{tag["Key"]: tag["Value"] for tag in each["Tags"]} for each in found]
+            states[:] = [tags, planned]
             ready = all(each["ray-node-status"] == "up-to-date" for each in tags)
-            if ready and sorted(each["ray-user-node-type"] for each in tags) == wanted:
-                return found
-            assert time.monotonic() < end, (tags, planned)
-            time.sleep(0.2)
+            return ready and sorted(each["ray-user-node-type"] for each in tags) == wanted
+
+        wait_until(has_wanted, 120, lambda: states, pause=0.2)
+        return found
 
     # Training with two workers of a GPU each, and preparation that fills a machine.
     reported.waiting = [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}]

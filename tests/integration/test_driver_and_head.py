@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: 
     assert not (tmp_path / "waiting" / "model").exists()
 
 
-def test_a_driver_killed(data: Path, tmp_path: Path, two: dict[str, torch.Tensor]) -> None:
+def test_a_driver_killed(
+    data: Path, tmp_path: Path, ray_session: Any, two: dict[str, torch.Tensor]
+) -> None:
+    """The killed driver has a Ray of its own; the second one joins the session's."""
     config = config_for(data, tmp_path, "driver", workers=2)
     run = tmp_path / "driver"
     fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}

@@ -150,6 +150,7 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     assert same(weights(run), two)
 
 
+@pytest.mark.slow("test_cli.py::test_mistakes_inside_ray_are_still_mistakes")
 def test_a_user_error_in_a_worker_is_reported_and_not_tried_again(
     data: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

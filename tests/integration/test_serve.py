@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +43,7 @@ def url(tmp_path: Path, ray_session: Any) -> Iterator[str]:
         server = build_server(options, handle, about, None)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started, 60, pause=0.01)
         yield f"http://127.0.0.1:{options.port}"
         server.should_exit = True
         thread.join(timeout=20)

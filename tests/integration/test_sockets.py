@@ -167,6 +167,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(
     assert Elsewhere.ended
 
 
+@pytest.mark.slow("test_tracker.py::test_the_pages_show_the_runs_and_leave_no_process")
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
     backend.setup_backend(experiment="shown")
     process = subprocess.Popen(

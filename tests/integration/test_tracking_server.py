@@ -1,4 +1,4 @@
-"""A tracking server on PostgreSQL: many write at once, the database goes away, and none is lost."""
+"""A tracking server: load and outages of PostgreSQL lose no record, and nobody sees a password."""
 
 import contextlib
 import json
@@ -13,13 +13,18 @@ import psutil
 import pytest
 import yaml
 
-from skillnet_platform import config, tracker, tracking
+from pipelines import finetune
+from skillnet_platform import config as configuration
+from skillnet_platform import tracker, tracking
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.helpers import postgres, tracked_trials
 from tests.helpers.object_store import ObjectStore, in_environment
 from tests.helpers.ports import free_port
+from tests.helpers.readable_corpora import write_corpora
+from tests.helpers.small_corpora import small_config
 from tests.helpers.tracked_trials import PATIENCE_S, STEPS
 from tests.helpers.waiting import wait_for_answer, wait_until
 
@@ -162,7 +167,7 @@ def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
     run = client.get_run(trial.run_id)
     assert run.data.tags["seed"] == str(number)
     setting, report = tracked_trials.setting(number), tracked_trials.report(number)
-    flat = config.flatten_tree(setting)
+    flat = configuration.flatten_tree(setting)
     assert run.data.params == {key: str(value) for key, value in flat.items()}
     files = {"config.yaml": setting, "reports/trial.json": report}
     mine = f"{folder}/{trial.run_id}/artifacts"
@@ -180,43 +185,110 @@ def spools(run_root: Path) -> list[Path]:
     return list((run_root / "spool").glob("*.jsonl"))
 
 
-def test_a_call_without_credentials_is_rejected(
-    run_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address and home of a server with authentication."""
     pytest.importorskip("flask_wtf", reason="needs Flask-WTF: pip install '.[tracker]'")
+    home = tmp_path_factory.mktemp("guarded")
+    with served("--auth", "true", home=home) as uri:
+        yield uri, home
+
+
+def test_a_call_without_credentials_is_rejected(
+    guarded: tuple[str, Path], run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import requests
 
-    with served("--auth", "true", home=run_root) as uri:
-        call = f"{uri}/api/2.0/mlflow/experiments/search"
-        for credentials in (None, ("admin", "password1234"), ("nobody", "")):
-            answer = requests.post(call, json={"max_results": 1}, auth=credentials, timeout=30)
-            assert answer.status_code == 401, credentials
-        assert requests.get(f"{uri}/", timeout=30).status_code == 401
-        kept = run_root / "tracker"
-        assert {path.name: path.stat().st_mode & 0o777 for path in kept.iterdir()} == {
-            "auth.ini": 0o600,
-            "admin-password": 0o600,
-            "session-key": 0o600,
-        }
-        with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME"):
-            backend.setup_backend(uri)
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        password = (kept / "admin-password").read_text().strip()
-        assert password not in (run_root / "tracker.log").read_text()
+    uri, home = guarded
+    call = f"{uri}/api/2.0/mlflow/experiments/search"
+    for credentials in (None, ("admin", "password1234"), ("nobody", "")):
+        answer = requests.post(call, json={"max_results": 1}, auth=credentials, timeout=30)
+        assert answer.status_code == 401, credentials
+    assert requests.get(f"{uri}/", timeout=30).status_code == 401
+    kept = home / "tracker"
+    assert {path.name: path.stat().st_mode & 0o777 for path in kept.iterdir()} == {
+        "auth.ini": 0o600,
+        "admin-password": 0o600,
+        "session-key": 0o600,
+    }
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME"):
+        backend.setup_backend(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    password = (kept / "admin-password").read_text().strip()
+    assert password not in (home / "tracker.log").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    where = TrackingConfig(uri=uri, system_metrics=False)
+    with tracking.start_run("with a password", None, where) as run:
+        run.metrics({"loss": 1.0}, 1)
+        run.text("hello", "notes.txt")
+        # A password that is changed meanwhile holds records up, and loses none.
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another one")
+        run.metrics({"loss": 2.0}, 2)
+        assert not run.flush()
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        where = TrackingConfig(uri=uri, system_metrics=False)
-        with tracking.start_run("with a password", None, where) as run:
-            run.metrics({"loss": 1.0}, 1)
-            run.text("hello", "notes.txt")
-            # A password that is changed meanwhile holds records up, and loses none.
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another one")
-            run.metrics({"loss": 2.0}, 2)
-            assert not run.flush()
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-            assert run.flush()
-        assert steps_of(run) == [(1, 1.0), (2, 2.0)]
-        names = [each.path for each in backend.create_client(uri).list_artifacts(run.run_id)]
-        assert names == ["notes.txt"]
+        assert run.flush()
+    assert steps_of(run) == [(1, 1.0), (2, 2.0)]
+    names = [each.path for each in backend.create_client(uri).list_artifacts(run.run_id)]
+    assert names == ["notes.txt"]
+
+
+def holders(folder: Path, secret: str) -> list[str]:
+    """The files below a folder that hold a text, or are named by it."""
+    found = []
+    for path in folder.rglob("*"):
+        in_file = path.is_file() and secret.encode() in path.read_bytes()
+        if in_file or secret in path.name:
+            found.append(str(path.relative_to(folder)))
+    return sorted(found)
+
+
+def test_no_file_no_parameter_and_no_output_of_a_run_holds_the_password(
+    guarded: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri, server_home = guarded
+    secret = (server_home / "tracker/admin-password").read_text().strip()
+    tracker = SecretUri(uri.replace("://", f"://admin:{secret}@"))
+    home = tmp_path / "runs"
+    config = small_config(write_corpora(tmp_path / "data"), steps=6, log_every=1)
+    config.model.vocab_size = 1200
+    config.name, config.evaluate, config.tracking.register = "secretive", True, True
+    path = tmp_path / "run.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "skillnet_platform.cli", "finetune"]
+    done = subprocess.run(
+        [*command, "--config", str(path), "--tracking.uri", tracker.reveal()],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+            "SKILLNET_HOME": str(home),
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    assert "other users of this machine can read command lines" in done.stderr
+    assert holders(tmp_path, secret) == []
+    assert f"uri: {tracker}" in (home / "secretive/config.yaml").read_text(encoding="utf-8")
+
+    client = backend.create_client(tracker)
+    run_id = configuration.load_yaml(home / "secretive/run.json")["run_id"]
+    run = client.get_run(run_id)
+    assert run.data.params["tracking.uri"] == str(tracker)
+    assert secret not in repr(run.to_dictionary())
+    for version in client.search_model_versions("name = 'skillnet'"):
+        assert secret not in repr(dict(version))
+    assert {"loss", "training/learning_rate"} & set(run.data.metrics)
+    assert client.search_model_versions("name = 'skillnet'"), "the bundle is among the files"
+    assert holders(server_home, secret) == ["tracker/admin-password"]
+    # A URI from the written configuration needs the password again, and says so.
+    capfd.readouterr()
+    words = ["--config", str(home / "secretive/config.yaml"), "--run_dir", str(home)]
+    assert finetune.main([*words, "--name", "again"]) == 2
+    assert "Set MLFLOW_TRACKING_URI to the complete URI" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 import json
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.chaos.crash_lane import choose_events, choose_kinds, describe_difference
 from tests.chaos.crash_points import CrashLab, FileEvent, crash_lab, missing_compiler
+from tests.helpers.waiting import wait_until
 
 MODULES = ("numpy", "pyarrow", "safetensors.numpy", "sqlite3", "tests.unit.chaos.file_writers")
 WRITERS = "tests.unit.chaos.file_writers"
@@ -80,8 +81,14 @@ def test_both_processes_of_a_killed_command_die(lab: CrashLab, root: Path) -> No
     end = lab.run([WRITERS, "processes"], kill_at=5)
     assert (end.code, len(end.events)) == (-9, 5)
     before = {path.name: path.read_bytes() for path in root.iterdir()}
-    time.sleep(0.3)
+    # A process that lives on ends by itself, and has written until then.
+    wait_until(lambda: not processes_that_name(root), 60)
     assert before == {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def processes_that_name(root: Path) -> list[int]:
+    found = psutil.process_iter(["cmdline"])
+    return [each.pid for each in found if str(root / "child") in (each.info["cmdline"] or ())]
 
 
 def test_one_event_of_each_transaction_is_chosen() -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import CacheKey, FileCache, cache_folder, cache_limit
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,10 +70,7 @@ def test_prefetching_brings_what_fits(place: str, tmp_path: Path) -> None:
     cache.prefetch([put(place, 2)])
     wanted = put(place, 3, size=50)
     cache.prefetch([wanted])
-    for _ in range(600):
-        if wanted.sha256 in names(cache):
-            break
-        time.sleep(0.05)
+    wait_until(lambda: wanted.sha256 in names(cache), 30)
     assert len(names(cache)) == 3
     assert cache.used() == 250
 

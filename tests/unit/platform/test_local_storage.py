@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -193,7 +192,6 @@ def test_processes_are_distinguished_from_ended_ones() -> None:
     assert storage.process_is_alive(os.getpid())
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    time.sleep(0.01)
     assert not storage.process_is_alive(process.pid)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from skillnet_platform import tracker, tracking
 from skillnet_platform.tracking.database_uri import sqlite_path
+from tests.helpers.sockets import listening, reachable
 from tests.helpers.tracked_runs import where
 
 ROOT = Path(__file__).parents[3]
@@ -104,6 +105,9 @@ def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     url, _, page = process.stdout.readline().strip().partition("/#/")
     assert page.startswith("experiments/")
     assert url.startswith("http://127.0.0.1:")
+    sockets = listening(process.pid)
+    assert sockets
+    assert reachable(sockets) == []
     request = urllib.request.Request(
         f"{url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=skillnet"
     )

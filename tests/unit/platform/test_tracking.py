@@ -287,6 +287,7 @@ def test_a_deleted_experiment_is_named() -> None:
 
 @pytest.mark.integration
 def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
+    (run_root / "mlflow.db").unlink()
     code = (
         "from skillnet_platform.tracking import backend\n"
         "print(backend.setup_backend().experiment_id)"

@@ -29,7 +29,18 @@ def find_uv() -> str | None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("import_first", [False, True])
+@pytest.mark.parametrize(
+    "import_first",
+    [
+        pytest.param(
+            False,
+            marks=pytest.mark.slow(
+                "test_uv_run.py::test_workers_keep_their_interpreter_under_uv_run"
+            ),
+        ),
+        True,
+    ],
+)
 def test_workers_keep_their_interpreter_under_uv_run(tmp_path: Path, import_first: bool) -> None:
     uv = find_uv()
     if uv is None:

@@ -122,8 +122,8 @@ def test_cpu_time_is_that_of_processes_started_and_ended_too() -> None:
         [sys.executable, "-c", f"{burn}\ninput()", "left out"], stdin=subprocess.PIPE
     ) as child:
         assert child.stdin is not None
-        while sum(psutil.Process(child.pid).cpu_times()[:2]) < 0.15:
-            time.sleep(0.02)
+        burned = psutil.Process(child.pid)
+        wait_until(lambda: sum(burned.cpu_times()[:2]) >= 0.15, 60, pause=0.02)
         assert tree_cpu_time(["left out"]) - begin < 0.15
         # Sums of clock ticks of 0.01 s are not exact in binary.
         assert tree_cpu_time() - begin > 0.14

@@ -257,6 +257,7 @@ def test_input_and_output_may_be_in_a_store(
 
 
 @pytest.mark.integration
+@pytest.mark.slow("test_batch_prediction.py::test_input_and_output_may_be_in_a_store")
 def test_ray_data_predicts_from_a_store_into_a_store(
     served: dict[str, str], rows: Path, object_store: Any
 ) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from pipelines.training.runs.progress_log import ProgressFile, follow_progress, read_metric_history
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from tests.helpers.waiting import wait_until
 
 
 def test_partial_last_line_is_removed_before_the_next(tmp_path: Path) -> None:
@@ -90,13 +90,16 @@ def test_progress_ends_with_the_training(
         file.append(step=reached, losses="loss 2.0")
         if reached < 10:
             (tmp_path / "trained.json").write_text("{ }", encoding="utf-8")
-        seen, deadline = "", time.monotonic() + 10
-        while "training" not in seen and time.monotonic() < deadline:
-            time.sleep(0.02)
-            seen += capsys.readouterr().err
+        said: list[str] = []
+
+        def is_said() -> bool:
+            said.append(capsys.readouterr().err)
+            return "training" in "".join(said)
+
+        wait_until(is_said, 60)
         console.print_note("evaluating")
     file.close()
-    assert seen.startswith(f"training: {reached}/10 steps")
+    assert "".join(said).startswith(f"training: {reached}/10 steps")
     assert capsys.readouterr().err == "evaluating\n"
 
 
