@@ -118,6 +118,14 @@ def run_root(
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The five small corpora, made once. Tests only read them."""
+    from tests.helpers.small_corpora import write_corpora
+
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture(scope="session")
 def ray_session(session_root: Path) -> Iterator[Any]:
     """The session's only Ray, with more slots than cores so that two workers always fit.
 

@@ -17,16 +17,10 @@ from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
-from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import ROOT, STEPS, apart, config_for, same, weights
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 @pytest.fixture(scope="module")

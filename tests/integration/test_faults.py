@@ -21,18 +21,13 @@ from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import TerminatedError
 from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 from tests.integration.ranks import run_ranks, train_and_save
 
 pytestmark = pytest.mark.integration
 
 STEPS = 12
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def config_for(data: Path, root: Path, name: str, **training: Any) -> FinetuneConfig:

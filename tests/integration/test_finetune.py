@@ -24,14 +24,9 @@ from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.source_commit import find_source_commit
 from tests.helpers import readable_corpora
 from tests.helpers.prepared_corpora import change_corpus
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def config_for(data: Path, **training: object) -> FinetuneConfig:

@@ -15,7 +15,6 @@ from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.namespaces import missing
 from tests.chaos.ray_nodes import ray_hosts
-from tests.helpers.small_corpora import write_corpora
 from tests.helpers.waiting import wait_until
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
@@ -37,11 +36,6 @@ def hosts_can_be_made() -> None:
     """Looked at here and not above: every collection of tests would make a host."""
     if reason := missing():
         pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def near(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:

@@ -25,14 +25,9 @@ from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
 from tests.chaos.fault_injection import Fault, FaultInjection
 from tests.helpers.object_store import BUCKET, ObjectStore
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 @pytest.fixture

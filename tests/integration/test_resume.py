@@ -9,16 +9,11 @@ from safetensors.torch import load_file
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 from tests.helpers.small_models import drop_tokens
 from tests.integration.ranks import run_ranks, train_and_save
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:

@@ -27,16 +27,10 @@ from tests.helpers.small_corpora import (
     add_linear_paths,
     small_config,
     small_pretraining,
-    write_corpora,
 )
 from tests.integration.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 class GatheredBytes(TorchDispatchMode):

@@ -29,17 +29,12 @@ from sweeps.trials import placement_groups
 from sweeps.trials.engine import run_trials
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.processes import kill_family
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
 TASKS = ("text_classification", "text_to_image")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def base(data: Path, **training: object) -> FinetuneConfig:

@@ -17,7 +17,6 @@ from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.tracking_server import Server
-from tests.helpers.small_corpora import write_corpora
 from tests.helpers.waiting import wait_until
 from tests.integration.test_faults import ROOT, STEPS, config_for
 
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.integration
 #: Seconds without a tracker; `make chaos` waits a minute.
 OUTAGE_S = float(os.environ.get("SKILLNET_TEST_OUTAGE_S", "3"))
 PATIENCE_S = 300.0
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 @pytest.fixture

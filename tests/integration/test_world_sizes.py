@@ -12,15 +12,10 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
-from tests.helpers.small_corpora import add_linear_paths, small_config, write_corpora
+from tests.helpers.small_corpora import add_linear_paths, small_config
 from tests.integration.ranks import run_ranks, train_and_save
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def weights_of(config: FinetuneConfig, world: int, out: Path) -> dict[str, torch.Tensor]:

@@ -15,12 +15,7 @@ from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, ra
 from pipelines.training.loading.prefetch import prefetch_batches
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config, write_scaled_sound
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipelines.training.loading.dataloader import MultiTaskDataLoader, rank_slic
 from pipelines.training.loading.group_sampler import GroupedShuffleSampler, divide_shards
 from pipelines.training.loop.setup import open_corpora
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config
 
 ROWS = (5, 7, 6, 5, 9, 4, 6, 8, 5, 5, 7, 6)
 SIZES = tuple(10 * rows for rows in ROWS)
@@ -76,11 +76,6 @@ def test_groups_have_all_shards_and_about_equal_numbers_of_rows() -> None:
     assert max(sizes) - min(sizes) <= min(ROWS)
     assert divide_shards(ROWS, 4, (0, "order")) == groups
     assert divide_shards(ROWS, 4, (1, "order")) != groups
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
 def loader(data: Path, batch_size: int, groups: int) -> MultiTaskDataLoader:

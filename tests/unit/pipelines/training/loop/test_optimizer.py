@@ -22,12 +22,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
 from skillnet.precision import choose_precision
-from tests.helpers.small_corpora import small_config, write_corpora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config
 
 
 def test_weight_matrices_decay_and_vectors_do_not() -> None:

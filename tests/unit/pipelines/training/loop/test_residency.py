@@ -16,12 +16,7 @@ from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from skillnet.multitask_model import TaskModel
-from tests.helpers.small_corpora import small_config, write_corpora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config
 
 
 class Evaluations(LoopReporter):

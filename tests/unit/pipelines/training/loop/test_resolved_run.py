@@ -10,12 +10,7 @@ from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import find_finished_result, validate_run
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config
 
 
 def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(

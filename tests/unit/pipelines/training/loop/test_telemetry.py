@@ -23,12 +23,7 @@ from pipelines.training.loop.telemetry import (
     measure_peak_memory,
 )
 from skillnet.multitask_model import TaskModel
-from tests.helpers.small_corpora import small_config, write_corpora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config
 
 
 class RecordingReporter(LoopReporter):

@@ -17,12 +17,7 @@ from pipelines.training.loop.setup import build_model
 from pipelines.training.runs import checkpoints, model_source
 from skillnet import SkillNet
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_corpora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+from tests.helpers.small_corpora import small_config
 
 
 @pytest.fixture(scope="module")
