@@ -4,42 +4,28 @@
 places of stored files.
 """
 
-import json
 import os
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.data.shards.format import FORMAT_VERSION, write_shard
-from pipelines.data.tokenizer.guarded_loader import parse_tokenizer, read_tokenizer_tree
-from pipelines.serving.bundle_checks import check_tasks
-from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.resolved_run import resolve_run
-from pipelines.training.loop.run import find_finished_result
-from pipelines.training.runs.bundle_manifest import read_bundle_manifest
-from skillnet import systems
-from skillnet.serialization import write_manifest, write_parts
 from skillnet_platform import config
 from skillnet_platform.cli import CliCommand, find_commands
 from skillnet_platform.config.schema import child_types
-from sweeps.trials.trial import TRIAL, read_trial
-from tests.helpers import readable_corpora
 from tests.helpers.limited_child import run_limited
 from tests.helpers.module_names import NAMES, VALUES
 from tests.helpers.random_damage import budget, named
-from tests.helpers.small_models import small_model
-from tests.unit.fuzz import test_fuzz_borders, test_fuzz_files
+from tests.helpers.stored_files import STORED, read_trees, write_trees
 
 pytestmark = pytest.mark.fuzz
 
@@ -170,79 +156,22 @@ def _trees_with_names(tree: Any) -> Iterator[Any]:
                 yield copy
 
 
-def _run(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    own = FinetuneConfig(name="mine", run_dir=str(folder), init_from=None)
-    stored = folder / "mine" / "config.yaml"
-    stored.parent.mkdir()
-
-    def read(tree: Any) -> None:
-        stored.write_text(yaml.safe_dump(tree))
-        find_finished_result(resolve_run(own))
-
-    return config.to_dict(own), read
-
-
-def _trial(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    tree = {"name": "x", "config": config.to_dict(FinetuneConfig()), "splits": "test"}
-    tree |= {"group": "x", "settings": {"a": "b"}, "brief": "x", "score": {"tasks": ["x"]}}
-
-    def read(tree: Any) -> None:
-        (folder / TRIAL).write_text(json.dumps(tree))
-        read_trial(folder)
-
-    return tree, read
-
-
-def _model(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    files = write_parts(small_model(), folder)
-
-    def read(tree: Any) -> None:
-        (folder / "config.json").write_text(json.dumps(tree))
-        write_manifest(folder, files)
-        systems.load_model(folder)
-
-    return json.loads((folder / "config.json").read_text()), read
-
-
-def _bundle(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    def read(tree: Any) -> None:
-        (folder / "serving.json").write_text(json.dumps(tree))
-        found = read_bundle_manifest(folder / "serving.json")
-        named(lambda: check_tasks(folder, found, readable_corpora.config()))
-
-    return test_fuzz_borders.manifest(), read
-
-
-def _corpus(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    entry = write_shard(pa.table({"key": ["a"], "text": ["b"]}), folder / "train-00000.arrow")
-    tree = {"format_version": FORMAT_VERSION, "corpus": "made", "modality": "text"}
-    tree |= {"task": "text_classification", "labels": ["a"], "preprocessing": {"reader": "folder"}}
-    tree |= {"splits": {"train": {"rows": 1, "shards": [entry]}}, "source": {"uri": "x"}}
-
-    def read(tree: Any) -> None:
-        test_fuzz_files.reseal(folder, tree)
-        test_fuzz_files.read_all(folder)
-
-    return tree, read
-
-
-def _tokenizer(folder: Path) -> tuple[Any, Callable[[Any], object]]:
-    def read(tree: Any) -> None:
-        (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
-        parse_tokenizer(read_tokenizer_tree(folder / "tokenizer.json"))
-
-    tree = json.loads(test_fuzz_borders.tokenizer_text())
-    return tree | {"model": tree["model"] | {"vocab": {"a": 0}, "merges": []}}, read
-
-
-@pytest.mark.parametrize("stored", [_run, _trial, _model, _bundle, _corpus, _tokenizer])
-def test_a_stored_file_imports_nothing(
-    stored: Callable[[Path], tuple[Any, Callable[[Any], object]]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", [name for name, each in STORED.items() if each.trees])
+def test_a_stored_file_imports_nothing(name: str, tmp_path: Path) -> None:
     """Each text of a file that a command wrote earlier becomes a name of the module."""
-    tree, read = stored(tmp_path)
-    read(tree)
-    altered = list(_trees_with_names(tree))
+    stored = STORED[name]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    stored.write(folder)
+    altered = 0
+    for path in stored.list_files(folder, stored.trees):
+        whole = read_trees(path)
+        for trees in _trees_with_names(whole):
+            altered += 1
+            write_trees(path, trees)
+            if stored.seal:
+                stored.seal(folder, path)
+            for read in stored.reads:
+                named(partial(read, folder, path))
+        write_trees(path, whole)
     assert altered
-    for each in altered:
-        named(partial(read, each))
