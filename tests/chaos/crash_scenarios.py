@@ -23,31 +23,16 @@ from pipelines.training.runs.checkpoints import list_checkpoint_folders, verify_
 from skillnet.serialization import check_file, read_manifest
 from tests.chaos.crash_points import CrashLab, FileEvent
 from tests.helpers import readable_corpora, user_corpora
+from tests.helpers.small_run import SIZES
 from tests.helpers.synthetic_corpora import put_archive
 
 TASKS = {"text_classification": {"batch_size": 4}, "text_to_image": {"batch_size": 3}}
 ABSENT_TASKS = ("speech_recognition", "text_to_video", "text_to_code")
 #: A model of some ten thousand weights, trained for a second in float64.
 RUN: dict[str, Any] = {
-    "model": {
-        "dim": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "ffn_dim": 16,
-        "vocab_size": 1200,
-        "max_tokens": 48,
-        "max_frames": 40,
-        "embedding_dim": 8,
-        "patch_size": 16,
-        "tubelet": [4, 16, 16],
-    },
-    "training": {
-        "steps": 4,
-        "precision": "fp64",
-        "log_every": 1,
-        "workers": 0,
-        "checkpoint_every": 2,
-    },
+    "model": {**SIZES, "tubelet": [4, 16, 16], "max_tokens": 48, "max_frames": 40},
+    "training": {"steps": 4, "log_every": 1, "checkpoint_every": 2, "precision": "fp64"}
+    | {"workers": 0},
     "tracking": {"system_metrics": False},
     "tasks": {**TASKS, **dict.fromkeys(ABSENT_TASKS)},
 }
@@ -350,6 +335,12 @@ def run_status(root: Path, run: Path) -> str | None:
     return None
 
 
+TAGS = """select version, key, value from model_version_tags
+where key in ('gate', 'skillnet.state')"""
+DOUBLED = """select key, count(*) from metrics where key like '%/test_%' or key = 'score'
+group by run_uuid, key having count(*) > 1"""
+
+
 def records(root: Path) -> dict[str, Any]:
     """Return what tracker and registry hold, without ids and times."""
     names = dict(query(root, "select run_uuid, name from runs"))
@@ -368,6 +359,9 @@ def records(root: Path) -> dict[str, Any]:
                 "select source_run_id, status from logged_models where lifecycle_stage = 'active'",
             )
         ),
+        "tags of versions": sorted(query(root, TAGS)),
+        # Losses of steps that were done again are logged again; figures of an evaluation are not.
+        "doubled figures": query(root, DOUBLED),
         "metrics": {
             run: {key: sorted(steps) for key, steps in sorted(keys.items())}
             for run, keys in sorted(metrics.items())

@@ -49,9 +49,26 @@ class Row:
     equal_weights: bool = False
 
 
+#: Fault -> exit codes of the commands of its run. After other faults the last one is 0.
+EXITS = {
+    "disk full": "2 0",
+    "bit of a shard flipped": "2 0",
+    "driver killed": "-9 0",
+    "head's host killed": "-9 0",
+}
+#: Notices of an end: the checkpoint is that of the last step.
+NOTICES = ("worker asked to leave", "driver asked to leave", "spot notice")
+EXITS |= dict.fromkeys(NOTICES, "143 0")
+
+
 def is_sound(row: Mapping[str, str]) -> bool:
-    """Whether a run of the CSV came through and lost nothing: every metric is there, once."""
-    ends = row["exits"].split()[-1:] == ["0"]
+    """Whether a run of the CSV came through and lost nothing: every metric is there, once.
+
+    A run ends with the exit codes of its fault, and a notice costs no step.
+    """
+    ends = row["exits"] == EXITS.get(row["fault"], row["exits"])
+    ends &= row["exits"].split()[-1:] == ["0"]
+    ends &= row["fault"] not in NOTICES or row["lost_steps"] == "0"
     reported = (row["equal_weights"], row["lost_metrics"], row["doubled_metrics"])
     return ends and reported == ("True", "0", "0")
 

@@ -16,6 +16,7 @@ from pipelines.data.transforms import text, video
 from skillnet.config import SkillNetConfig
 from tests.helpers.prepared_corpora import change_corpus, write_corpus
 from tests.helpers.small_corpora import shaped_table
+from tests.helpers.small_run import SIZES
 
 COLOURS = {
     "红色": (220, 40, 50),
@@ -50,18 +51,7 @@ MODALITY = {
 
 def config() -> SkillNetConfig:
     """A model of some ten thousand weights that reads these corpora."""
-    return SkillNetConfig(
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        ffn_dim=16,
-        vocab_size=1200,
-        max_tokens=48,
-        max_frames=40,
-        embedding_dim=8,
-        patch_size=16,
-        tubelet=(4, 16, 16),
-    )
+    return SkillNetConfig(**SIZES, max_tokens=48, max_frames=40)
 
 
 def write_corpora(folder: Path) -> Path:

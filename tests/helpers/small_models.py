@@ -1,5 +1,6 @@
 """Small models and made-up batches for tests of skillnet."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.serialization import write_manifest
 from skillnet.skills import SkillPlan, Task, default_tasks
 
 #: One plan per modality, with the skills of the default tasks.
@@ -58,6 +60,12 @@ def small_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: An
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def reseal_model(folder: Path) -> Path:
+    """Write a manifest of what is in a saved model now, as an attacker would."""
+    write_manifest(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
+    return folder
 
 
 def batch_of(

@@ -47,7 +47,7 @@ from sweeps.trials.trial import TRIAL, Trial
 from sweeps.trials.trial import read_trial as read_order
 from tests.helpers import prepared_corpora, readable_corpora
 from tests.helpers.archive_files import packaged, tarred, zipped
-from tests.helpers.small_models import small_model
+from tests.helpers.small_models import reseal_model, small_model
 from tests.helpers.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -171,8 +171,7 @@ def write_checkpoint(folder: Path) -> None:
 
 def seal_model(folder: Path, path: Path) -> None:
     if path.name != "manifest.json":
-        names = [each.name for each in folder.iterdir() if each.name != "manifest.json"]
-        write_manifest(folder, sorted(names))
+        reseal_model(folder)
 
 
 def write_model(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines import finetune
+from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.config.storage import StorageConfig
 from pipelines.training.loop import preemption
+from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_config
 from pipelines.training.loop.worker import run_worker
 from pipelines.training.runs import checkpoints, model_source, uploads
 from pipelines.training.runs.mirror import RunMirror
 from pipelines.training.runs.uploads import CheckpointUploads
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
-from tests.chaos.fault_injection import Fault, FaultInjection
+from skillnet_platform.storage.cache import GB
+from skillnet_platform.tracking import backend
+from tests.chaos.fault_injection import Fault, FaultInjection, finetune_with_faults
 from tests.helpers.object_store import BUCKET, ObjectStore
-from tests.helpers.small_corpora import small_config
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 
@@ -37,13 +42,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.training.runs.uploads.LONGEST_PAUSE_S", 1.0)
 
 
-def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
+def config_of(data: Path, store: ObjectStore | None = None, **training: object) -> FinetuneConfig:
     config = small_config(
         data, **({"steps": 12, "checkpoint_every": 4, "keep_checkpoints": 2} | training)
     )
     tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
-    return replace(config, name="a", run_dir=store.uri, tasks=tasks, model=model)
+    return replace(config, name="a", run_dir=store and store.uri, tasks=tasks, model=model)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run on a disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(tmp_path_factory.mktemp("whole")))
+        return Path(finetune.finetune(replace(config_of(data), name="whole"))["run"])
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -107,10 +120,12 @@ def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int
 
 
 def test_an_empty_disk_resumes_to_the_bit(
-    object_store: ObjectStore, data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
+    object_store: ObjectStore,
+    data: Path,
+    whole: Path,
+    run_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
-    expected = weights(Path(whole["model"]))
     config = config_of(data, object_store)
     for step in (5, 9):
         run_until(monkeypatch, config, step)
@@ -126,7 +141,7 @@ def test_an_empty_disk_resumes_to_the_bit(
     result = finetune.finetune(config)
     # Of step 8 the upload may have been overtaken by that of step 9.
     assert result["resumed"] in (5, 8)
-    assert weights(Path(result["model"])) == expected
+    assert weights(Path(result["model"])) == weights(whole / "model")
     left = directories.list_folders(place)
     assert left[-1] == "step-00000012"
     assert not {"step-00000009", "step-00000011"} & set(left)
@@ -135,13 +150,13 @@ def test_an_empty_disk_resumes_to_the_bit(
 def test_training_outlives_the_store(
     object_store: ObjectStore,
     data: Path,
+    whole: Path,
     run_root: Path,
     tmp_path: Path,
     quick: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The store goes after the first steps and comes back when training is over."""
-    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = config_of(data, object_store)
     original = RunMirror.check_writable
 
@@ -168,8 +183,7 @@ def test_training_outlives_the_store(
     assert directories.object_exists(f"{object_store.uri}/a/result.json")
     there = f"{object_store.uri}/a"
     last = "checkpoints/step-00000012"
-    undisturbed = Path(whole["run"])
-    for name, expected in (("model", undisturbed / "model"), (last, undisturbed / last)):
+    for name, expected in (("model", whole / "model"), (last, whole / last)):
         kept = directories.get_directory(f"{there}/{name}", tmp_path / name)
         assert weights(kept) == weights(expected)
 
@@ -263,12 +277,12 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
 def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     object_store: ObjectStore,
     data: Path,
+    whole: Path,
     run_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two folders stand for two machines: another one resumes from the last step, bitwise."""
-    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = resolve_config(config_of(data, object_store))
     callbacks = [FaultInjection([Fault(step=5, kind="term")])]
     before = signal.getsignal(signal.SIGTERM)
@@ -286,4 +300,112 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     run_worker(ResolvedRun(config, tmp_path / "another" / "a"), is_remote=True, node_id="another")
     trained = json.loads((tmp_path / "another" / "a" / "trained.json").read_text())
     assert (trained["resumed"], trained["step"]) == (6, 12)
-    assert weights(tmp_path / "another" / "a" / "model") == weights(Path(whole["model"]))
+    assert weights(tmp_path / "another" / "a" / "model") == weights(whole / "model")
+
+
+# -- workers on Ray that share a store with the driver, and no disk ------------------------------
+
+#: Seconds without a store: the steps that need none take less.
+AWAY_S = 5.0
+
+
+@pytest.fixture
+def many_shards(tmp_path: Path) -> Path:
+    return write_corpora(tmp_path / "data", rows=120, shards=12)
+
+
+def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, run: Path) -> None:
+    """Ray's workers work in another folder than the driver, as on a disk of their own."""
+    for name, value in store.environment.items():
+        monkeypatch.setitem(fit.WORKER_ENVIRONMENT, name, value)
+    monkeypatch.setitem(fit.WORKER_ENVIRONMENT, "SKILLNET_HOME", str(run.parent))
+    original = fit._trainer
+
+    def trainer(config: FinetuneConfig, mine: Path, loop: dict[str, Any], *more: Any) -> Any:
+        return original(config, mine, loop | {"run": str(run), "driver_node": "another"}, *more)
+
+    monkeypatch.setattr(fit, "_trainer", trainer)
+
+
+@pytest.mark.slow("test_mirror.py::test_a_worker_apart_sends_its_model_to_the_driver")
+def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
+    object_store: ObjectStore,
+    data: Path,
+    whole: Path,
+    run_root: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of(data, object_store, workers=1, checkpoint_every=0, threads_per_worker=1)
+    config = replace(config, evaluate=True, tracking=replace(config.tracking, register=False))
+    apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
+    order = {"step": 5, "kind": "term", "victim": "driver"}
+    said = rf"ended by SIGTERM after step 6 of 12, .* the same command with --name {config.name}"
+    with pytest.raises(TerminatedError, match=said):
+        finetune_with_faults(config, order)
+    assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
+    run_id = json.loads((run_root / "a" / "run.json").read_text(encoding="utf-8"))["run_id"]
+    client = backend.create_client(backend.resolve_uri(None))
+    assert client.get_run(run_id).info.status == "KILLED"
+    # Another machine, and another one for the worker.
+    for place in (run_root / "a", tmp_path / "worker"):
+        shutil.rmtree(place)
+    result = finetune.finetune(config)
+    assert (result["resumed"], result["step"]) == (6, 12)
+    # The worker has evaluated, and sent its tables with the model.
+    assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+    assert (run_root / "a" / "outcomes.parquet").is_file()
+    assert weights(Path(result["model"])) == weights(whole / "model")
+
+
+@pytest.mark.slow("test_mirror.py::test_training_outlives_the_store")
+def test_a_store_that_is_away_while_workers_read_from_it(
+    object_store: ObjectStore,
+    many_shards: Path,
+    run_root: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shards of later windows are fetched when their turn comes; by then the store is gone."""
+    data = many_shards
+    shard = max(entry["bytes"] for entry in open_corpus(data / "drawings").splits["train"].shards)
+    settings = {"steps": 30, "checkpoint_every": 10, "shuffle_gb": 2.1 * shard / GB}
+    alone = replace(config_of(data, object_store, **settings), name="whole", run_dir=None)
+    whole = finetune.finetune(alone)
+    for name in ("headings", "drawings"):
+        directories.put_directory(data / name, f"{object_store.uri}/corpora/{name}")
+    config = config_of(data, object_store, **settings, workers=1, threads_per_worker=1)
+    config = replace(config, data=f"{object_store.uri}/corpora")
+    run = tmp_path / "worker" / "a"
+    apart_from_the_driver(monkeypatch, object_store, run)
+    held = run / "faults" / "0-hold-2"
+    shards: list[int] = []
+    over = threading.Event()
+
+    def fetched() -> int:
+        return len(
+            [path for path in (tmp_path / "worker/cache/shards").rglob("*") if path.is_file()]
+        )
+
+    def take_the_store_away() -> None:
+        while not held.exists():
+            if over.wait(0.05):
+                return
+        object_store.door.shut()
+        held.unlink()
+        time.sleep(AWAY_S)
+        shards.append(fetched())
+        object_store.door.unshut()
+
+    thread = threading.Thread(target=take_the_store_away, daemon=True)
+    thread.start()
+    try:
+        result = finetune_with_faults(config, {"step": 2, "kind": "hold"})
+    finally:
+        over.set()
+        thread.join()
+    assert shards[0] < fetched(), "the rest came when the store was back"
+    assert (result["resumed"], result["step"]) == (0, 30), "nothing was started again"
+    assert weights(Path(result["model"])) == weights(Path(whole["model"]))

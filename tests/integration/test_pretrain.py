@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipelines.finetune import finetune
 from pipelines.pretrain import main, pretrain
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.init_from import resolve_init_weights
-from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import compute_identity
@@ -28,7 +25,6 @@ from skillnet_platform.tracking import backend
 from tests.helpers.readable_corpora import config as readable_config
 from tests.helpers.registered_model import Place, registered
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
-from tests.integration.ranks import run_ranks, train_and_save
 
 pytestmark = pytest.mark.integration
 
@@ -45,37 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def saved(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(SkillNet.from_pretrained(path).named_parameters())
-
-
-# -- the stream over workers and time -------------------------------------------------------------
-
-
-def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> None:
-    config = small_pretraining(data, steps=12)
-    # A batch of one leaves the second worker without a row.
-    config.tasks["masked_video"].batch_size = config.tasks["masked_text"].batch_size = 1
-    found = []
-    for world in (1, 2):
-        out = tmp_path / f"{world}.safetensors"
-        run_ranks(world, train_and_save, build_joint_run(config), None, str(out))
-        found.append(load_file(out))
-    alone, two = found
-    assert any(name.endswith("masked_text/loss") for name in alone)
-    for name in alone.keys() - {"bytes_reduced"}:
-        torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
-
-
-def test_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
-    config = build_joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
-    config.model.drop_path = 0.3
-    whole = train_model(ResolvedRun(config, tmp_path / "whole"))
-    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=4)
-    parts = train_model(ResolvedRun(config, tmp_path / "parts"))
-    assert parts.resumed == 4
-    for (name, one), (_, other) in zip(
-        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(one, other), name
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -110,7 +75,7 @@ def test_command_line(
     assert not (run_root / "x").exists()
 
 
-@pytest.mark.slow("test_pretrain.py::test_two_workers_reach_the_weights_of_one")
+@pytest.mark.slow("test_resume.py::test_a_run_in_parts_on_any_workers_equals_a_whole_one")
 def test_two_ray_workers(data: Path, run_root: Path, ray_session: Any) -> None:
     alone = pretrain(small_pretraining(data, steps=5))
     config = small_pretraining(data, steps=5, workers=2, sharding="full")

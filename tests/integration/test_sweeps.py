@@ -28,6 +28,7 @@ from sweeps.sweep import main
 from sweeps.trials import placement_groups
 from sweeps.trials.engine import run_trials
 from sweeps.trials.trial import Trial, TrialOutcome
+from tests.chaos.sweep_runs import DRIVER
 from tests.helpers.processes import kill_family
 from tests.helpers.small_corpora import small_config
 from tests.helpers.waiting import wait_until
@@ -325,15 +326,6 @@ def test_an_invalid_sweep_is_rejected_before_anything_starts(
     assert "set training.evaluate_every between 1 and training.steps" in capsys.readouterr().err
     # The database of the fixture is all there is.
     assert [path.name for path in run_root.iterdir()] == ["mlflow.db"]
-
-
-DRIVER = """
-import sys
-from skillnet_platform import cluster
-from sweeps.sweep import main
-with cluster.ray_session(cpus=2):
-    sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.slow("test_sweeps.py::test_asha_a_failure_and_a_resumed_sweep")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,12 @@ import pytest
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.progress_log import read_metric_history
-from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.tracking_server import Server
 from tests.helpers.waiting import wait_until
-from tests.integration.test_faults import ROOT, STEPS, config_for
+from tests.integration.test_faults import STEPS, config_for, start_run, steps_of
 
 pytestmark = pytest.mark.integration
 
@@ -37,26 +35,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subprocess.Popen[str]":
     """Start a run that stops after each of ``steps`` until the test has acted."""
-    path = root / f"{config.name}.yaml"
-    path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-            "SKILLNET_HOME": str(home),
-            VARIABLE: json.dumps([{"step": step, "kind": "hold"} for step in steps]),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    orders = json.dumps([{"step": step, "kind": "hold"} for step in steps])
+    return start_run(config, root, **{"SKILLNET_HOME": str(home), VARIABLE: orders})
 
 
 def arrived(config: FinetuneConfig, run: Path) -> None:
     """Check that the tracker has each metric of the run at each of its steps, once."""
     reported = read_metric_history(run / "progress.jsonl")
-    assert [step for step, _ in reported["training/learning_rate"]] == list(range(1, STEPS + 1))
+    assert steps_of(run) == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     client = backend.create_client(str(config.tracking.uri))
     for name, points in reported.items():

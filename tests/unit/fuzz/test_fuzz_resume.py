@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
 from skillnet.serialization import write_manifest
 from tests.chaos.fault_injection import finetune_with_faults
+from tests.chaos.run_measures import same, tensors
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -46,7 +45,7 @@ class Run:
         shutil.copytree(self.folder, self._kept / "stopped")
         finetune(config)
         shutil.copytree(self.folder, self._kept / "finished")
-        self._weights = weights(self.folder)
+        self._weights = tensors(self.folder, STEPS)
 
     def be(self, state: str) -> list[Path]:
         """Make the folder what it was: ``stopped`` or ``finished``. Its files."""
@@ -62,19 +61,7 @@ class Run:
             AssertionError: it resumed to other weights.
         """
         finetune(self.config)
-        found = weights(self.folder)
-        assert found.keys() == self._weights.keys()
-        assert all(torch.equal(found[name], self._weights[name]) for name in found)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Of a run's last checkpoint: model and optimiser."""
-    last = run / "checkpoints" / f"step-{STEPS:08d}"
-    return {
-        f"{path.name}:{name}": tensor
-        for path in sorted(last.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+        assert same(tensors(self.folder, STEPS), self._weights)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,9 @@ def row_of(launcher: str = "ranks", fault: str = "worker killed", **values: Any)
         ({"lost_metrics": 2}, 1),
         ({"doubled_metrics": 3}, 1),
         ({"exits": "143 0"}, 0),
+        ({"exits": "143 0", "fault": "spot notice"}, 0),
+        ({"exits": "143 0", "fault": "spot notice", "lost_steps": 1}, 1),
+        ({"exits": "2 0", "fault": "driver killed"}, 1),
         ({"exits": "-9 -11"}, 1),
     ],
 )

@@ -18,12 +18,11 @@ from skillnet.serialization import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
     read_tensor_shapes,
-    write_manifest,
 )
 from skillnet.skills import SkillPlan, check_names, check_plan
 from skillnet_hf import specialist
 from skillnet_hf.specialist import SpecialistOptions
-from tests.helpers.small_models import small_config
+from tests.helpers.small_models import reseal_model, small_config
 
 #: Inputs that all encoders of the specialists can divide.
 SPECIALIST_INPUTS = {"mel_stack": 4, "n_mels": 16, "image_size": 16, "video_size": 16}
@@ -41,15 +40,9 @@ def save_system(system: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def resealed(folder: Path) -> Path:
-    """With a manifest of what is there now, as an attacker would write it."""
-    write_manifest(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
-    return folder
-
-
 def expect_rejection_at_once(saved: Path, about: dict[str, Any], message: str) -> None:
     (saved / "config.json").write_text(json.dumps(about))
-    resealed(saved)
+    reseal_model(saved)
     begin = time.process_time()
     with pytest.raises(ValueError, match=message):
         systems.load_model(saved)
@@ -122,7 +115,7 @@ def test_a_saved_model_looks_up_no_checkpoint(
     about["options"] |= {"checkpoints": {"text": str(tmp_path)}, "download": True}
     (saved / "config.json").write_text(json.dumps(about))
     monkeypatch.setattr(specialist, "find_checkpoint", None)
-    assert systems.load_model(resealed(saved)).options["checkpoints"] == {}
+    assert systems.load_model(reseal_model(saved)).options["checkpoints"] == {}
 
 
 def test_names_of_many_skills_are_checked_in_linear_time() -> None:

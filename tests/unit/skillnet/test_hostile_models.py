@@ -4,6 +4,7 @@ An attacker who makes a directory also makes its manifest, so the hashes below a
 """
 
 import json
+import math
 import pickle
 import struct
 import time
@@ -23,10 +24,10 @@ from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
 from pipelines.training.runs import bundle_manifest, checkpoints, model_source
 from skillnet import systems
 from skillnet.multitask_model import TaskModel
-from skillnet.serialization import hash_file, read_manifest, write_manifest
+from skillnet.serialization import hash_file, read_manifest
 from skillnet_hf import library_models
 from skillnet_hf.hf_checkpoints import find_checkpoint, require_finite
-from tests.helpers.small_models import small_model
+from tests.helpers.small_models import reseal_model, small_model
 
 WEIGHTS = "skill-general.safetensors"
 
@@ -64,12 +65,6 @@ def saved(model: TaskModel, tmp_path: Path) -> Path:
     )
 
 
-def resealed(folder: Path) -> Path:
-    """With a manifest of what is there now."""
-    write_manifest(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
-    return folder
-
-
 LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
     "load": lambda folder, model: systems.load_model(folder),
     "checkpoint": lambda folder, model: checkpoints.load_weights(folder, model),
@@ -77,13 +72,6 @@ LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
         model_source.resolve_model(str(folder))
     ),
 }
-
-loaders = pytest.mark.parametrize("loader", LOADERS)
-
-
-def refused(folder: Path, model: TaskModel, loader: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        LOADERS[loader](folder, model)
 
 
 def pickled(path: Path, mark: Path) -> None:
@@ -94,14 +82,81 @@ def saved_by_torch(path: Path, mark: Path) -> None:
     torch.save({"weights": Harm(mark)}, path)
 
 
-@loaders
-@pytest.mark.parametrize("write", [pickled, saved_by_torch])
-def test_a_pickle_with_a_safetensors_name(
-    saved: Path, model: TaskModel, loader: str, write: Callable[[Path, Path], None]
+def give_pickle(ending: str) -> Callable[[Path, Path], None]:
+    """Return a change of weights into a pickle of another name."""
+
+    def change(path: Path, mark: Path) -> None:
+        pickled(path.with_suffix(ending), mark)
+        path.unlink()
+
+    return change
+
+
+def give_number(number: float) -> Callable[[Path, Path], None]:
+    """Return a change of the last number of the weights."""
+
+    def change(path: Path, _: Path) -> None:
+        tensors = load_file(path)
+        tensors[min(tensors)].view(-1)[-1] = number
+        save_file(tensors, path)
+
+    return change
+
+
+def give_integers(path: Path, _: Path) -> None:
+    save_file({name: x.to(torch.int32) for name, x in load_file(path).items()}, path)
+
+
+def give_huge_shape(path: Path, _: Path) -> None:
+    """The header is right but for one shape; the file is as short as before."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header[min(header)]["shape"] = [2**40, 2**20]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+NO_NUMBER = rf"{WEIGHTS}: \S+ holds infinities or not-a-number"
+#: Changes of a file of weights, and why it is rejected.
+BAD_WEIGHTS: list[tuple[Callable[[Path, Path], object], str]] = [
+    *(
+        (write, rf"{WEIGHTS} is no safetensors file .*run code")
+        for write in (pickled, saved_by_torch)
+    ),
+    *(
+        (give_pickle(ending), rf"incomplete: {WEIGHTS} is missing")
+        for ending in (".bin", ".pt", ".pth")
+    ),
+    *((give_number(number), NO_NUMBER) for number in (math.nan, math.inf, -math.inf)),
+    (give_integers, rf"{WEIGHTS}: .* of type torch.int32, expected floating"),
+    (give_huge_shape, rf"{WEIGHTS} (does not fit|is no safetensors)"),
+    *(
+        (
+            lambda path, _, start=start: path.write_bytes(start),
+            rf"{WEIGHTS} (is no safetensors|holds other weights)",
+        )
+        for start in (
+            struct.pack("<Q", 2**63),  # a header of exabytes
+            struct.pack("<Q", 2**31) + b"{}",
+            struct.pack("<Q", 2) + b"[]",
+            struct.pack("<Q", 100_000) + b"[" * 100_000,
+            struct.pack("<Q", 60) + b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,9e9]}}    ',
+            b"",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("change", "words"), BAD_WEIGHTS)
+def test_bad_weights_are_rejected_by_every_loader(
+    saved: Path, model: TaskModel, loader: str, change: Callable[[Path, Path], object], words: str
 ) -> None:
     mark = saved.parent / "mark"
-    write(saved / WEIGHTS, mark)
-    refused(resealed(saved), model, loader, rf"{WEIGHTS} is no safetensors file .*run code")
+    change(saved / WEIGHTS, mark)
+    with pytest.raises(ValueError, match=words):
+        LOADERS[loader](reseal_model(saved), model)
     assert not mark.exists()
 
 
@@ -111,32 +166,10 @@ def test_a_pickle_among_the_state_of_the_optimiser(
 ) -> None:
     mark = saved.parent / "mark"
     write(saved / "optimizer-shared.safetensors", mark)
-    found = checkpoints.verify_checkpoint(resealed(saved))
+    found = checkpoints.verify_checkpoint(reseal_model(saved))
     with pytest.raises(ValueError, match=r"optimizer-shared\.safetensors is no safetensors file"):
         checkpointing.load_checkpoint(found, model, adamw(model))
     assert not mark.exists()
-
-
-@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
-def test_pickles_are_no_weights_of_ours(saved: Path, model: TaskModel, ending: str) -> None:
-    mark = saved.parent / "mark"
-    pickled((saved / WEIGHTS).with_suffix(ending), mark)
-    (saved / WEIGHTS).unlink()
-    for loader in LOADERS:
-        refused(resealed(saved), model, loader, rf"incomplete: {WEIGHTS} is missing")
-    assert not mark.exists()
-
-
-@loaders
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers(
-    saved: Path, model: TaskModel, loader: str, number: float
-) -> None:
-    tensors = load_file(saved / WEIGHTS)
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[-1] = number
-    save_file(tensors, saved / WEIGHTS)
-    refused(resealed(saved), model, loader, rf"{WEIGHTS}: {name} holds infinities or not-a-number")
 
 
 def test_large_weights_are_numbers(saved: Path) -> None:
@@ -144,53 +177,14 @@ def test_large_weights_are_numbers(saved: Path) -> None:
     for tensor in tensors.values():
         tensor.fill_(3e38)  # whose sum is infinite
     save_file(tensors, saved / WEIGHTS)
-    systems.load_model(resealed(saved))
-
-
-@loaders
-def test_weights_of_another_type(saved: Path, model: TaskModel, loader: str) -> None:
-    tensors = {name: x.to(torch.int32) for name, x in load_file(saved / WEIGHTS).items()}
-    save_file(tensors, saved / WEIGHTS)
-    refused(
-        resealed(saved), model, loader, rf"{WEIGHTS}: .* of type torch.int32, expected floating"
-    )
+    systems.load_model(reseal_model(saved))
 
 
 def test_weights_of_several_types(saved: Path) -> None:
     tensors = {name: x.double() for name, x in load_file(saved / WEIGHTS).items()}
     save_file(tensors, saved / WEIGHTS)
     with pytest.raises(ValueError, match="weights of several types"):
-        systems.load_model(resealed(saved))
-
-
-@loaders
-@pytest.mark.parametrize(
-    "start",
-    [
-        struct.pack("<Q", 2**63),  # a header of exabytes
-        struct.pack("<Q", 2**31) + b"{}",
-        struct.pack("<Q", 2) + b"[]",
-        struct.pack("<Q", 100_000) + b"[" * 100_000,
-        struct.pack("<Q", 60) + b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,9e9]}}    ',
-        b"",
-    ],
-)
-def test_headers_that_lie(saved: Path, model: TaskModel, loader: str, start: bytes) -> None:
-    (saved / WEIGHTS).write_bytes(start)
-    refused(resealed(saved), model, loader, rf"{WEIGHTS} (is no safetensors|holds other weights)")
-
-
-@loaders
-def test_a_tensor_larger_than_memory(saved: Path, model: TaskModel, loader: str) -> None:
-    """The header is right but for one shape; the file is as short as before."""
-    data = (saved / WEIGHTS).read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    name = sorted(header)[0]
-    header[name]["shape"] = [2**40, 2**20]
-    text = json.dumps(header).encode()
-    (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    refused(resealed(saved), model, loader, rf"{WEIGHTS} (does not fit|is no safetensors)")
+        systems.load_model(reseal_model(saved))
 
 
 # -- the manifest and the configuration ----------------------------------
@@ -203,18 +197,20 @@ def test_a_manifest_that_names_files_elsewhere(saved: Path, model: TaskModel, na
     manifest = read_manifest(saved)
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    for loader in LOADERS:
-        refused(saved, model, loader, "no file of this folder")
+    for load in LOADERS.values():
+        with pytest.raises(ValueError, match="no file of this folder"):
+            load(saved, model)
     with pytest.raises(ValueError, match="no file of this folder"):
         checkpoints.verify_checkpoint(saved)
 
 
-@loaders
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_link_in_place_of_weights(saved: Path, model: TaskModel, loader: str) -> None:
     elsewhere = saved.parent / "elsewhere"
     (saved / WEIGHTS).rename(elsewhere)
     (saved / WEIGHTS).symlink_to(elsewhere)
-    refused(saved, model, loader, f"{WEIGHTS} is a link")
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is a link"):
+        LOADERS[loader](saved, model)
 
 
 def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: TaskModel) -> None:
@@ -229,7 +225,7 @@ def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: T
 def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
     path = saved / "optimizer-shared.safetensors"
     save_file(load_file(path) | {key: torch.zeros(())}, path)
-    found = checkpoints.verify_checkpoint(resealed(saved))
+    found = checkpoints.verify_checkpoint(reseal_model(saved))
     with pytest.raises(ValueError, match="not the state of a parameter of this model"):
         checkpointing.load_checkpoint(found, model, adamw(model))
 
@@ -238,7 +234,7 @@ def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
 def test_a_state_file_that_tells_no_step(saved: Path, text: str) -> None:
     (saved / "state.json").write_text(text)
     with pytest.raises(ValueError, match=r"state\.json"):
-        checkpoints.verify_checkpoint(resealed(saved))
+        checkpoints.verify_checkpoint(reseal_model(saved))
     assert checkpoints.find_newest(saved.parent) is None
 
 
@@ -274,7 +270,7 @@ def test_a_configuration_that_asks_for_too_much_or_makes_no_sense(
 ) -> None:
     about = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(about | {key: value}))
-    resealed(saved)
+    reseal_model(saved)
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=r"\w"):
@@ -291,7 +287,7 @@ def test_a_small_configuration_of_millions_of_weights_is_rejected_at_once(saved:
     plan = about["tasks"]["text_classification"]["towers"]["input"]
     plan["skills"] = [*plan["skills"], *about["skills"][-3000:]]
     (saved / "config.json").write_text(json.dumps(about))
-    resealed(saved)
+    reseal_model(saved)
     begin = time.process_time()
     with pytest.raises(ValueError, match=r"more than the \d+ weights of its files"):
         systems.load_model(saved)
@@ -302,7 +298,7 @@ def test_a_small_configuration_of_millions_of_weights_is_rejected_at_once(saved:
 def test_a_configuration_that_is_none(saved: Path, model: TaskModel, text: str) -> None:
     (saved / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json"):
-        systems.load_model(resealed(saved))
+        systems.load_model(reseal_model(saved))
 
 
 # -- bundles of the registry ----------------------------------
@@ -314,17 +310,9 @@ def bundled(model: TaskModel, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
     reported = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    about = {
-        "format": bundle_manifest.BUNDLE_FORMAT,
-        "package": "0",
-        "weights_digest": "0",
-        "run_id": None,
-        "steps": None,
-        "settings": {},
-        "evaluation": [],
-        "tasks": {},
-        "files": reported,
-    }
+    about: dict[str, Any] = {"format": bundle_manifest.BUNDLE_FORMAT, "package": "0", "tasks": {}}
+    about |= {"weights_digest": "0", "run_id": None, "steps": None, "settings": {}}
+    about |= {"evaluation": [], "files": reported}
     write_serving(folder, about)
     return folder
 
