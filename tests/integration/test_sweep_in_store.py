@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def sweep_file(path: Path, data: str) -> Path:
     return path
 
 
-def start(disks: Path, command: str, words: list[str], **options: Any) -> "subprocess.Popen[str]":
+def start(disks: Path, command: str, words: list[str]) -> "subprocess.Popen[str]":
     places = [str(disks / name) for name in ("driver", "trials")]
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, *places, command, *words],
@@ -75,8 +76,28 @@ def start(disks: Path, command: str, words: list[str], **options: Any) -> "subpr
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
     )
+
+
+def kill_and_lose_disks(
+    tmp_path: Path, command: str, words: list[str], is_due: Callable[[], bool]
+) -> None:
+    """Kill the driver and all below it when it is due, and remove their disks."""
+    driver = start(tmp_path / "first", command, words)
+    try:
+        wait_until(is_due, 300, process=driver, pause=0.25)
+    finally:
+        kill_family(driver)
+    shutil.rmtree(tmp_path / "first")
+
+
+def resume_elsewhere(tmp_path: Path, command: str, words: list[str], kept: str) -> dict[str, Any]:
+    """Give the same command on other disks; return its result."""
+    again = start(tmp_path / "second", command, words)
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, errors
+    assert f"kept is resumed from {kept}" in errors
+    return dict(json.loads(output))
 
 
 def put_corpus(place: ObjectStore, tmp_path: Path) -> str:
@@ -106,20 +127,10 @@ def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
         checkpoint = "001-seed0/checkpoints/step-00000010/manifest.json"
         return there("000-seed0/outcome.json") and there(checkpoint)
 
-    driver = start(tmp_path / "first", "sweeps.sweep", words)
-    try:
-        wait_until(has_second_checkpoint, 240, process=driver, pause=0.25)
-    finally:
-        kill_family(driver)
+    kill_and_lose_disks(tmp_path, "sweeps.sweep", words, has_second_checkpoint)
     assert not there("001-seed0/result.json")
     finished = directories.read_bytes(f"{kept}/trials/000-seed0/result.json")
-    shutil.rmtree(tmp_path / "first")
-
-    again = start(tmp_path / "second", "sweeps.sweep", words)
-    output, errors = again.communicate(timeout=400)
-    assert again.returncode == 0, errors
-    assert f"kept is resumed from {kept}" in errors
-    result = json.loads(output)
+    result = resume_elsewhere(tmp_path, "sweeps.sweep", words, kept)
     assert result["counts"] == {"finished": 2, "stopped": 0, "failed": 1}
     assert result["mirror"] == kept
     assert directories.read_bytes(f"{kept}/trials/000-seed0/result.json") == finished, (
@@ -219,31 +230,19 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     tracked = ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--json"]
     words = ["--config", str(path), "--run_dir", runs, *tracked]
 
-    driver = start(tmp_path / "first", "skillnet_studies.compare", words)
-    try:
-        wait_until(
-            lambda: directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"),
-            300,
-            process=driver,
-            pause=0.25,
-        )
-    finally:
-        kill_family(driver)
+    ended = f"{kept}/runs/skillnet-seed0/outcome.json"
+    kill_and_lose_disks(
+        tmp_path, "skillnet_studies.compare", words, lambda: directories.object_exists(ended)
+    )
     finished = {
         entry.name: directories.read_bytes(f"{kept}/{entry.name}")
         for entry in directories.list_files(kept)
         if entry.name.endswith("/result.json")
     }
     assert len(finished) >= 4, "a trial, two pretrainings, and a final run"
-    shutil.rmtree(tmp_path / "first")
-
-    again = start(tmp_path / "second", "skillnet_studies.compare", words)
-    output, errors = again.communicate(timeout=400)
-    assert again.returncode == 0, errors
-    assert f"kept is resumed from {kept}" in errors
+    result = resume_elsewhere(tmp_path, "skillnet_studies.compare", words, kept)
     for name, content in finished.items():
         assert directories.read_bytes(f"{kept}/{name}") == content, "not run again"
-    result = json.loads(output)
     assert {(run["system"], run["seed"]) for run in result["runs"]} == {
         ("skillnet", 0), ("skillnet-pretrained", 0), ("skillnet-pretrained", 1)
     }  # fmt: skip
