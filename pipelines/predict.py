@@ -1,7 +1,7 @@
 """``skillnet predict``: predictions of a trained model for texts and files."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +18,7 @@ from skillnet_platform.storage.location import parse_location
 if TYPE_CHECKING:
     from pipelines.serving.batch_prediction import BatchSummary
     from pipelines.serving.inputs import InputRow
-    from pipelines.serving.predictor import TaskPrediction
-
-ROW_SUFFIXES = (".jsonl", ".ndjson")
+    from pipelines.serving.predictor import RowAnswers, TaskPrediction
 
 
 @dataclass
@@ -95,20 +93,7 @@ class PredictConfig:
         return any(map(is_uri, given)) or bool(self.input and Path(self.input).is_dir())
 
 
-@dataclass(frozen=True)
-class PredictionRun:
-    """Result of :func:`predict_rows`.
-
-    Args:
-        answered: inputs with their predictions, in order; a Python file has several.
-        rejected: unusable rows with their reasons, in order.
-    """
-
-    answered: "list[tuple[InputRow, TaskPrediction]]"
-    rejected: "list[InputRow]" = field(default_factory=list)
-
-
-def predict_rows(config: PredictConfig) -> PredictionRun:
+def predict_rows(config: PredictConfig) -> "RowAnswers":
     """Predict for the inputs of a command line.
 
     Args:
@@ -121,32 +106,21 @@ def predict_rows(config: PredictConfig) -> PredictionRun:
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.inputs import check_usable_rows, report_rejected
+    from pipelines.serving.predictor import RowAnswers
     from pipelines.training.runs import model_source
 
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
-    inputs = gather_inputs(config)
+    rows = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     predictor = open_predictor(source, source.find_corpora(config.data), config.precision)
-    usable = [number for number, row in enumerate(inputs) if row.item]
-
-    def reject(index: int, message: str) -> None:
-        row = inputs[usable[index]]
-        # An input of the command line must not be skipped; a row of a file may be.
-        if not row.where:
-            raise UserError(message)
-        reason = message.removeprefix(f"{row.where}: ")
-        inputs[usable[index]] = replace(row, item=None, reason=reason)
-
-    items = [item for row in inputs if (item := row.item)]
-    predictions = predictor.predict_items(items, config.top, reject)
-    # Inputs of the command line have no position here; they have failed above.
-    check_usable_rows([row for row in inputs if row.where])
+    parts = list(predictor.answer_rows(rows, config.top))
+    answered = [each for part in parts for each in part.answered]
+    rejected = [row for part in parts for row in part.rejected]
+    check_usable_rows(rejected, sum(not row.is_required for row in rows))
     listed = choose_rejected_path(config.output) if config.output else None
-    report_rejected(inputs, f"see {listed}" if listed else "--output FILE lists all of them")
-    return PredictionRun(
-        [(inputs[usable[index]], prediction) for index, prediction in predictions],
-        [row for row in inputs if row.reason],
-    )
+    remedy = f"see {listed}" if listed else "--output FILE lists all of them"
+    report_rejected(rejected, [row for row, _ in answered], remedy)
+    return RowAnswers(answered, rejected)
 
 
 def predict_in_blocks(config: PredictConfig) -> "BatchSummary":
@@ -193,21 +167,27 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     Raises:
         UserError: a file is missing, empty or damaged.
     """
-    from pipelines.serving.input_items import PredictionItem, read_input_item
-    from pipelines.serving.inputs import InputRow, read_input_rows
+    from pipelines.serving.inputs import (
+        InputRow,
+        PredictionItem,
+        has_rows,
+        read_input_item,
+        read_input_rows,
+    )
 
-    inputs: list[InputRow] = []
+    rows: list[InputRow] = []
     if config.text is not None:
-        item = PredictionItem(config.text, config.text, None, config.task, where="--text")
-        inputs.append(InputRow(item=item))
+        item = PredictionItem(config.text, config.text, None, config.task)
+        rows.append(InputRow("--text", {}, item, is_required=True))
     if config.input is not None:
-        inputs += read_input_rows(Path(config.input), config.task, config.format == "clue")
+        rows += read_input_rows(Path(config.input), config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
-        if Path(name).suffix.lower() in ROW_SUFFIXES:
-            inputs += read_input_rows(Path(name), config.task)
+        if has_rows(name):
+            rows += read_input_rows(Path(name), config.task)
         else:
-            inputs.append(InputRow(item=read_input_item(name, config.task)))
-    return inputs
+            item = read_input_item(name, config.task)
+            rows.append(InputRow(name, {}, item, is_required=True))
+    return rows
 
 
 def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dict[str, Any]]:
@@ -228,7 +208,7 @@ def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dic
                 f"--format clue: {prediction.answer!r} is not a class of TNEWS; use a model that "
                 "was trained on a corpus of --corpus tnews=PATH"
             )
-        lines.append({"id": row.row["id"], "label": code, "label_desc": description})
+        lines.append({"id": row.place["id"], "label": code, "label_desc": description})
     return lines
 
 
@@ -245,7 +225,7 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
                 continue
             answer, score = p.answer or f"(embedding of width {len(p.embedding)})", f"{p.score:.3f}"
             others = "\n".join(f"{_short(n, 32)} {v:.3f}" for n, v in p.alternatives[1:])
-            label = [str(row.row.get("id", "")), row.line or ""]
+            label = [str(row.place.get("id", "")), row.place.get("line", "")]
             rows.append([*label, _short(p.input), answer, score if p.answer else "–", others])
             if not p.answer and p.embedding:
                 queries.add('"…"' if row.item and row.item.text is not None else "--file FILE")
@@ -263,7 +243,7 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
 
 
 def show_result(
-    result: "tuple[PredictionRun, list[dict[str, Any]], PredictConfig] | BatchSummary",
+    result: "tuple[RowAnswers, list[dict[str, Any]], PredictConfig] | BatchSummary",
 ) -> None:
     """Print predictions, or the counts of a prediction in blocks.
 
@@ -279,9 +259,7 @@ def show_result(
     )
 
 
-def show_predictions(
-    run: PredictionRun, lines: list[dict[str, Any]], config: PredictConfig
-) -> None:
+def show_predictions(run: "RowAnswers", lines: list[dict[str, Any]], config: PredictConfig) -> None:
     """Print predictions, or a summary if they are in a file.
 
     Args:
@@ -303,7 +281,7 @@ def show_predictions(
         console.print_note(f"{len(run.rejected)} rejected rows{where}")
 
 
-def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: str) -> None:
+def write_predictions(run: "RowAnswers", lines: list[dict[str, Any]], output: str) -> None:
     """Write predictions, and the rejected rows beside them.
 
     Args:
@@ -319,9 +297,7 @@ def write_predictions(run: PredictionRun, lines: list[dict[str, Any]], output: s
     listed = choose_rejected_path(output)
     if listed is not None and run.rejected:
         with open_output(listed, "w") as stream:
-            stream.writelines(
-                format_json_line(row.locate() | {"reason": row.reason}) for row in run.rejected
-            )
+            stream.writelines(map(format_json_line, run.list_reasons()))
     elif listed is not None:
         # The list of an earlier command would describe other predictions.
         listed.unlink(missing_ok=True)
@@ -348,17 +324,12 @@ def _short(text: str, max_length: int = 48) -> str:
 )
 def main(
     config: PredictConfig,
-) -> "tuple[PredictionRun, list[dict[str, Any]], PredictConfig] | BatchSummary":
+) -> "tuple[RowAnswers, list[dict[str, Any]], PredictConfig] | BatchSummary":
     """Run ``skillnet predict``."""
     if config.is_batch:
         return predict_in_blocks(config)
-    from pipelines.serving.predictor import to_document
-
     run = predict_rows(config)
-    if config.format == "clue":
-        lines = clue_lines(run.answered)
-    else:
-        lines = [row.locate() | to_document(prediction) for row, prediction in run.answered]
+    lines = clue_lines(run.answered) if config.format == "clue" else run.list_documents()
     if config.output:
         write_predictions(run, lines, config.output)
     return run, lines, config

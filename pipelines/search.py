@@ -17,7 +17,7 @@ from skillnet_platform.storage import open_output, run_root
 
 if TYPE_CHECKING:
     from pipelines.serving.corpus_search import SearchHit
-    from pipelines.serving.input_items import PredictionItem
+    from pipelines.serving.inputs import PredictionItem
 
 
 @dataclass
@@ -106,11 +106,12 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         choose_search_task,
         find_query_tower,
     )
-    from pipelines.serving.input_items import find_item_modality, printable_name
+    from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
     from pipelines.training.runs import model_source
 
     item = read_query(config)
-    modality = find_item_modality(item)
+    with named_errors(item.label):
+        modality = find_item_modality(item)
     query = item.text or printable_name(Path(item.name).name)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = source.find_corpora(config.data)
@@ -142,7 +143,7 @@ def read_query(config: SearchConfig) -> "PredictionItem":
     Raises:
         UserError: the file is missing, unreadable or empty.
     """
-    from pipelines.serving.input_items import PredictionItem, read_input_item
+    from pipelines.serving.inputs import PredictionItem, read_input_item
 
     if config.file is not None:
         return read_input_item(config.file)

@@ -1,5 +1,8 @@
 """Predictions of large inputs with Ray Data: blocks flow through workers that hold the model.
 
+A block is a range of lines of a ``.jsonl`` file, or a group of media files. The same input gives
+the same blocks, so a prediction that was interrupted continues with the blocks that are missing.
+
     plan: blocks ──> workers: read, predict, write a part ──> driver: counts
 
     <output>/plan.json                    what the parts belong to; written first
@@ -8,12 +11,12 @@
     <output>/done/part-000000.json        counts and hashes; written last, commits the block
     <output>/summary.json                 counts of all blocks; written when all are done
 
-Input and output are folders or URIs. Only the rows of a few blocks are in memory. A prediction that
-was interrupted continues with the blocks that have no file in ``done``, if the bytes of the others
-are still those that were predicted.
+Input and output are folders or URIs. Only the rows of a few blocks are in memory. Blocks that have
+a file in ``done`` are not predicted again, if their bytes are still those that were predicted.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +26,18 @@ from typing import Any
 from pipelines.data.io.directory import iter_lines
 from pipelines.data.io.json_lines import format_json_line
 from pipelines.data.io.source_file import open_stream
-from pipelines.serving.batch_plan import BlockPlan, PredictionBlock, plan_blocks
-from pipelines.serving.input_items import MAX_FILE_BYTES, PredictionItem
-from pipelines.serving.inputs import InputRow, parse_input_line
-from pipelines.serving.predictor import TaskPredictor, to_document
+from pipelines.serving.inputs import (
+    InputRow,
+    PredictionItem,
+    has_rows,
+    parse_input_line,
+    read_file_bytes,
+)
+from pipelines.serving.predictor import TaskPredictor
 from skillnet_platform import cluster, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import (
     Location,
     join_location,
@@ -41,9 +49,41 @@ from skillnet_platform.storage.location import (
 from skillnet_platform.storage.retry import StoreUnavailableError
 
 PLAN, SUMMARY, DONE = "plan.json", "summary.json", "done"
-#: Rows, and bytes of media, that are in memory of a worker at the same time.
-CHUNK_ROWS = 64
-CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class PredictionBlock:
+    """Rows that one worker predicts and commits together.
+
+    Args:
+        index: position of the block, from 0.
+        source: path or URI of the ``.jsonl`` file; "" for media files.
+        start: offset of the first line, in bytes; the line may be empty.
+        line: number of this line, from 1.
+        rows: number of rows.
+        files: paths or URIs of media files.
+    """
+
+    index: int
+    source: str = ""
+    start: int = 0
+    line: int = 1
+    rows: int = 0
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """All blocks of an input.
+
+    Args:
+        blocks: in the order of the input.
+        digest: SHA-256 of names, sizes and blocks of the input; the bytes of a block are hashed
+            when it is predicted.
+    """
+
+    blocks: list[PredictionBlock]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -121,8 +161,10 @@ class BlockPredictor:
         lines: list[bytes] = []
         rejected: list[bytes] = []
         seen = hashlib.sha256()
-        for rows in _read_chunks(block, self._request.task, seen):
-            self._predict_chunk(rows, lines, rejected)
+        rows = _read_rows(block, self._request.task, seen)
+        for part in self._predictor.answer_rows(rows, self._request.top):
+            lines += [format_json_line(each).encode() for each in part.list_documents()]
+            rejected += [format_json_line(each).encode() for each in part.list_reasons()]
         name, data = f"part-{block.index:06d}", b"".join(lines)
         write_location(join_location(self._output, f"{name}.jsonl"), data)
         if rejected:
@@ -141,31 +183,13 @@ class BlockPredictor:
         write_location(done, json.dumps(counts).encode())
         return counts
 
-    def _predict_chunk(
-        self, rows: list[InputRow], lines: list[bytes], rejected: list[bytes]
-    ) -> None:
-        reasons = {n: row.reason for n, row in enumerate(rows) if row.reason}
-        usable = [n for n, row in enumerate(rows) if row.item is not None]
-
-        def reject(index: int, message: str) -> None:
-            row = rows[usable[index]]
-            reasons[usable[index]] = message.removeprefix(f"{row.where}: ")
-
-        items = [item for row in rows if (item := row.item) is not None]
-        for index, prediction in self._predictor.predict_items(items, self._request.top, reject):
-            document = rows[usable[index]].locate() | to_document(prediction)
-            lines.append(format_json_line(document).encode())
-        for number in sorted(reasons):
-            document = rows[number].locate() | {"reason": reasons[number]}
-            rejected.append(format_json_line(document).encode())
-
 
 def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> BatchSummary:
     """Predict a large input in blocks; a call with the same arguments continues an earlier one.
 
     Args:
         request: files, task and limits of the prediction.
-        where: input, see :func:`pipelines.serving.batch_plan.plan_blocks`.
+        where: input, see :func:`plan_blocks`.
         block_rows: rows of a block at most.
 
     Raises:
@@ -267,73 +291,41 @@ def _parse_block(text: str) -> PredictionBlock:
     return PredictionBlock(**(values | {"files": tuple(values["files"])}))
 
 
-def _read_chunks(
-    block: PredictionBlock, task: str | None, seen: "hashlib._Hash"
-) -> Iterator[list[InputRow]]:
-    """Yield the rows of a block in parts that fit into memory."""
-    rows: list[InputRow] = []
-    size = 0
-    for row in _read_rows(block, task, seen):
-        rows.append(row)
-        size += len(row.item.data or b"") if row.item is not None else 0
-        if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
-
-
 def _read_rows(
     block: PredictionBlock, task: str | None, seen: "hashlib._Hash"
 ) -> Iterator[InputRow]:
     """Yield the rows of a block; ``seen`` hashes their bytes, also of files that they name."""
+
+    def see(data: bytes) -> bytes:
+        # With its length, so that bytes do not move between two files unnoticed.
+        seen.update(len(data).to_bytes(8, "big"))
+        seen.update(data)
+        return data
+
     for name in block.files:
         try:
-            yield InputRow(name, 0, {}, _read_item(name, name, task, seen))
-        except (ValueError, OSError) as error:
-            yield InputRow(name, 0, {}, None, _reason(error, name))
+            item = PredictionItem(name, None, see(read_file_bytes(name)), task)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{name}: ")
+            yield InputRow(name, {"source": name}, None, reason)
+        else:
+            reason = "" if item.data else "the file is empty"
+            yield InputRow(name, {"source": name}, item if item.data else None, reason)
     if not block.source:
         return
     folder: Location = (
         block.source.rpartition("/")[0] if "://" in block.source else Path(block.source).parent
     )
 
-    def read_file(name: str, own: str | None) -> PredictionItem:
-        return _read_item(str(join_location(folder, name)), name, own, seen)
+    def read_file(name: str) -> bytes:
+        return see(read_file_bytes(str(join_location(folder, name))))
 
     with open_stream(block.source) as stream:
         stream.seek(block.start)
-        left = block.rows
-        for number, line in iter_lines(stream):
-            _hash_part(seen, line)
-            yield parse_input_line(block.source, block.line - 1 + number, line, read_file, task)
-            left -= 1
-            if not left:
-                return
-
-
-def _hash_part(seen: "hashlib._Hash", data: bytes) -> None:
-    # With its length, so that bytes do not move between two files unnoticed.
-    seen.update(len(data).to_bytes(8, "big"))
-    seen.update(data)
-
-
-def _read_item(where: str, name: str, task: str | None, seen: "hashlib._Hash") -> PredictionItem:
-    """Return a media file of a disk or store as an item."""
-    with open_stream(where) as stream:
-        data = stream.read(MAX_FILE_BYTES + 1)
-    _hash_part(seen, data)
-    if len(data) > MAX_FILE_BYTES:
-        raise UserError(f"{name}: larger than {MAX_FILE_BYTES} bytes; give a smaller file")
-    if not data:
-        raise UserError(f"{name}: the file is empty")
-    return PredictionItem(name, None, data, task)
-
-
-def _reason(error: Exception, name: str) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return str(error).removeprefix(f"{name}: ")
+        lines = itertools.islice(iter_lines(stream), block.rows)
+        for number, line in lines:
+            line_number = block.line - 1 + number
+            yield parse_input_line(block.source, line_number, see(line), read_file, task)
 
 
 def _claim_output(
@@ -399,3 +391,77 @@ def _read_done(output: Location, plan: BlockPlan) -> dict[int, dict[str, Any]]:
         if 0 <= index < len(plan.blocks) and usable["rows"] == plan.blocks[index].rows:
             counts[index] = found
     return counts
+
+
+def plan_blocks(where: Location, block_rows: int) -> BlockPlan:
+    """Return the blocks of a file or folder; ``.jsonl`` files are read once to find their lines.
+
+    Args:
+        where: a ``.jsonl`` file, or a folder of ``.jsonl`` or media files.
+        block_rows: rows of a block at most.
+
+    Raises:
+        UserError: there is no file, or a file cannot be read.
+    """
+    listed = _list_input(where)
+    blocks: list[PredictionBlock] = []
+    media: list[str] = []
+    for name, _ in listed:
+        if has_rows(name):
+            blocks += _cut_lines(name, block_rows)
+        else:
+            media.append(name)
+    for first in range(0, len(media), block_rows):
+        group = tuple(media[first : first + block_rows])
+        blocks.append(PredictionBlock(0, rows=len(group), files=group))
+    if not blocks:
+        raise UserError(f"{where}: no rows")
+    numbered = [
+        PredictionBlock(index, each.source, each.start, each.line, each.rows, each.files)
+        for index, each in enumerate(blocks)
+    ]
+    return BlockPlan(numbered, digest_config([listed, [(b.start, b.rows) for b in numbered]]))
+
+
+def _list_input(where: Location) -> list[tuple[str, int]]:
+    """Return paths or URIs with sizes, sorted; hidden files are left out."""
+    if isinstance(where, Path):
+        if where.is_file():
+            return [(str(where), where.stat().st_size)]
+        if not where.is_dir():
+            raise UserError(f"{where}: no such file or folder")
+        found = [(str(p), p.stat().st_size) for p in where.rglob("*") if p.is_file()]
+        kept = [each for each in found if not _is_hidden(Path(each[0]).relative_to(where).parts)]
+    elif has_rows(where):
+        with open_stream(where) as stream:
+            kept = [(where, stream.seek(0, 2))]
+    else:
+        kept = [
+            (str(join_location(where, entry.name)), entry.bytes)
+            for entry in directories.list_files(where)
+            if not _is_hidden(tuple(entry.name.split("/")))
+        ]
+    if not kept:
+        raise UserError(f"{where}: no files")
+    return sorted(kept)
+
+
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "_")) for part in parts)
+
+
+def _cut_lines(name: str, block_rows: int) -> Iterator[PredictionBlock]:
+    """Yield the blocks of a ``.jsonl`` file."""
+    try:
+        with open_stream(name) as stream:
+            start, first, rows = 0, 1, 0
+            for number, _ in iter_lines(stream):
+                rows += 1
+                if rows == block_rows:
+                    yield PredictionBlock(0, name, start, first, rows)
+                    # The stream is buffered, and its position is that of the next line.
+                    start, first, rows = stream.tell(), number + 1, 0
+            if rows:
+                yield PredictionBlock(0, name, start, first, rows)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None

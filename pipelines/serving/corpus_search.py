@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.serving.bundle_facts import list_licences
-from pipelines.serving.input_items import PredictionItem
+from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.retrieval_index import build_retrieval_index
 from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.objectives.base import PAIR, find_objective

@@ -33,6 +33,7 @@ from starlette.routing import Route
 from pipelines.serving.access_token import describe_foreign_page, is_authorized, parse_authority
 from pipelines.serving.connection_guard import ADMITTED, ServerLimits
 from pipelines.serving.fair_share import FairShare, identify_client
+from pipelines.serving.inputs import NONE_USABLE
 from pipelines.serving.request_rows import (
     PredictionRequest,
     SearchRequest,
@@ -150,9 +151,8 @@ class ModelGateway:
             self.metrics.rows.labels(each["task"]).inc()
         rejected = answer["rejected"]
         self.metrics.rejected.inc(len(rejected))
-        if len(rejected) == len(asked.items):
-            first = rejected[0]
-            raise UserError(f"row {first['row']}: {first['reason']}; none of the rows is usable")
+        if len(rejected) == len(asked.rows):
+            raise UserError(f"row 0: {rejected[0]['reason']}; {NONE_USABLE}")
         return JSONResponse(answer)
 
     async def search(self, request: Request) -> Response:

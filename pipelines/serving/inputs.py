@@ -1,130 +1,335 @@
-"""Rows of a JSON lines file as inputs of predictions; unusable rows have a reason instead.
+"""Inputs of predictions: rows of files and requests, files of a command line, values of Python.
 
-An unusable row is reported with its file and line; the other rows are predicted. CLUE scores a
-prediction of every line, so in its format a line with an empty sentence is predicted as well: from
-the empty text, or from its keywords. ``skillnet predict`` calls :func:`read_input_rows`.
+:class:`PredictionItem` is a text or a medium; :class:`InputRow` is the row that names it. Every
+entry makes rows here, by one rule (:func:`parse_row`), so an unusable row has one sentence
+everywhere. :mod:`pipelines.serving.predictor` reads them.
+
+CLUE scores a prediction of every line, so in its format a line with an empty sentence is predicted
+as well: from the empty text, or from its keywords.
 """
 
+import base64
+import contextlib
+import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.io.directory import iter_lines
+from pipelines.data.io.file_signature import find_signature
+from pipelines.data.io.media import MAX_MEDIA_BYTES
+from pipelines.data.io.source_file import is_remote, open_stream, read_bounded
 from pipelines.data.transforms.text import check_unicode
-from pipelines.serving.input_items import (
-    MAX_ROWS_BYTES,
-    PredictionItem,
-    read_file_bytes,
-    read_input_item,
-)
+from skillnet.modality import CAPTION_MODALITY, find_modality, list_modalities, modality_names
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import human_bytes
 
+#: Largest file that a prediction reads: that of prepare.
+MAX_FILE_BYTES = MAX_MEDIA_BYTES
+#: Largest file with rows of predictions.
+MAX_ROWS_BYTES = 2**30
+ROW_SUFFIXES = (".jsonl", ".ndjson")
 #: Maximum number of rows that are reported individually.
 MAX_REPORTED = 20
-#: Reader of a file that a row names: its name and its task -> the item.
-FileReader = Callable[[str, str | None], PredictionItem]
+#: Keys of rows that are read. Rows of files may have others, such as an id; requests may not.
+TEXT_KEYS = ("text", "sentence")
+FILE_ROW_KEYS = (*TEXT_KEYS, "file", "task", "keywords")
+REQUEST_ROW_KEYS = ("text", "file", "name", "task", "keywords")
 EXPECTED_ROW = 'expected {"text": …} or {"file": …}'
+NONE_USABLE = "none of the rows is usable"
+#: Returns the content of a file that a row names, or holds in base64.
+FileReader = Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class PredictionItem:
+    """Input of a prediction: a text, the bytes of a media file, or decoded media.
+
+    Args:
+        name: name in the result: a path, or the text itself.
+        text: the text, or None.
+        data: the bytes, or None.
+        task: task to run; None selects the only task that reads the modality.
+        keywords: keywords of the text, for corpora that were prepared with them.
+        where: position of the input in error messages; "" uses the name.
+        may_be_empty: whether an empty text is accepted.
+        content: decoded media instead of bytes: a Pillow image, (samples, rate) of audio, or
+            frames (N, H, W, C).
+        modality: medium of the input; None guesses it by the name and the first bytes.
+    """
+
+    name: str
+    text: str | None = None
+    data: bytes | None = None
+    task: str | None = None
+    keywords: str | None = None
+    where: str = ""
+    may_be_empty: bool = False
+    content: Any = None
+    modality: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the input in error messages."""
+        return self.where or self.name
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """Input of a prediction: a row of a file, usable or rejected, or an input of the command line.
+    """Row that an entry asks a prediction for: usable, or rejected with a reason.
 
     Args:
-        source: file of the row; "" for an input of the command line.
-        line: number of the row's line in the file, from 1; 0 if the file itself is the row.
-        row: the JSON object; {} if the line is not an object.
+        where: position in messages, such as ``rows.jsonl, line 3``, ``row 0`` or ``--text``.
+        place: fields that join an answer with its row: id, source and line, or row.
         item: to predict for; None if the row is rejected.
         reason: cause of the rejection; "" if the row is usable.
+        is_required: whether the row must not be skipped, as the inputs of a command line.
     """
 
-    source: str = ""
-    line: int = 0
-    row: dict[str, Any] = field(default_factory=dict)
+    where: str
+    place: dict[str, Any] = field(default_factory=dict)
     item: PredictionItem | None = None
     reason: str = ""
-
-    @property
-    def where(self) -> str:
-        """File and line for messages; "" for an input of the command line."""
-        return f"{self.source}, line {self.line}" if self.line else self.source
-
-    def locate(self) -> dict[str, Any]:
-        """Return the fields that join an output with its input: id if given, file and line."""
-        identity = {"id": self.row["id"]} if "id" in self.row else {}
-        line = {"line": self.line} if self.line else {}
-        return {**identity, "source": self.source, **line} if self.source else {}
+    is_required: bool = False
 
 
-def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
-    """Read the rows of a .jsonl file; files that rows name are relative to its directory.
+@contextlib.contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Raise errors of a block with the place of the input before their reason.
+
+    Args:
+        where: position of the input in messages.
+
+    Raises:
+        UserError: the block raised ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# -- files and their modality ----------------------------------------------------------------
+
+
+def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem:
+    """Return a file as an item.
 
     Args:
         path: file to read.
-        task: for rows that do not name one.
-        clue: require an id in each row, and accept empty sentences.
+        task: task to run; None selects one by modality.
 
     Raises:
-        UserError: the file is missing, is a JSON array, or has no usable row.
+        UserError: the file is missing, unreadable or empty.
     """
-    # Editors on Windows write a byte order mark, which the JSON parser rejects.
-    data = read_file_bytes(path, max_bytes=MAX_ROWS_BYTES, allow_pipe=True)
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    # Otherwise the only message would be that line 1 is not an object.
-    if data.lstrip().startswith(b"["):
-        raise UserError(
-            f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
-        )
-
-    def read_file(name: str, own: str | None) -> PredictionItem:
-        return read_input_item(path.parent / name, own)
-
-    rows = [
-        parse_input_line(str(path), number, line, read_file, task, clue)
-        # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
-        for number, line in enumerate(data.split(b"\n"), 1)
-        if line.strip()
-    ]
-    if not rows:
-        raise UserError(f"{path}: the file has no rows")
-    check_usable_rows(rows)
-    return rows
+    data = read_file_bytes(path, "; use --text for a text")
+    if not data:
+        raise UserError(f"{path}: the file is empty")
+    return PredictionItem(str(path), None, data, task)
 
 
-def check_usable_rows(rows: Sequence[InputRow]) -> None:
-    """Check that at least one row of a file is usable.
+def printable_name(name: str) -> str:
+    """Return a name that every output can encode; file names may be no Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_file_bytes(
+    path: str | Path, hint: str = "", max_bytes: int = MAX_FILE_BYTES, allow_pipe: bool = False
+) -> bytes:
+    """Return the content of a file of a disk or store.
 
     Args:
-        rows: items that the file names, in its order.
+        path: file or URI to read.
+        hint: appended to the message if the file is missing.
+        max_bytes: a longer file is rejected.
+        allow_pipe: also read a pipe, which the user names on purpose.
 
     Raises:
-        UserError: every row is rejected; the message gives the first reason.
+        UserError: the file is missing, unreadable, too large or not a regular file.
     """
-    # All rows fail for one cause, such as the wrong file or format; an empty result would hide it.
-    if rows and all(row.reason for row in rows):
-        raise UserError(f"{rows[0].where}: {rows[0].reason}; none of its rows is usable")
+    try:
+        if not is_remote(str(path)):
+            return read_bounded(path, max_bytes, allow_pipe)
+        with open_stream(str(path)) as stream:
+            data = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: larger than {human_bytes(max_bytes)}; give a smaller file")
+    return data
 
 
-def report_rejected(rows: Sequence[InputRow], remedy: str) -> None:
-    """Warn about rejected rows with their reasons, and about rows with empty texts.
+def has_rows(name: str) -> bool:
+    """Return whether a file of this name holds rows as JSON lines."""
+    return name.lower().endswith(ROW_SUFFIXES)
+
+
+def find_suffix_modality(name: str) -> str | None:
+    """Return the modality of a file name by its suffix; None for an unknown suffix.
 
     Args:
-        rows: items that all files name, in their order.
-        remedy: where all of them are listed, if they are too many for warnings.
+        name: file name, or a text that may be one.
     """
-    lines = [f"{row.where}: {row.reason}; row skipped" for row in rows if row.reason]
-    lines += [
-        f"{row.where}: the text is empty; the row is predicted from the empty text"
-        for row in rows
-        if row.item is not None and row.item.text is not None and not row.item.text.strip()
-    ]
-    # A wrong encoding rejects every row; thousands of warnings would hide the first one.
-    for line in lines[:MAX_REPORTED]:
-        console.print_warning(line)
-    if len(lines) > MAX_REPORTED:
-        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with problems; {remedy}")
+    suffix = Path(name).suffix.lower().removeprefix(".")
+    known = (each.name for each in list_modalities() if suffix in each.extensions)
+    return next(known, None)
+
+
+def list_suffixes(modality: str) -> list[str]:
+    """Return the suffixes of the files of a modality, with their dots."""
+    return [f".{extension}" for extension in find_modality(modality).extensions]
+
+
+def guess_modality(name: str, data: bytes) -> str:
+    """Return the modality of a file by its suffix, or else by its first bytes.
+
+    Args:
+        name: file name.
+        data: content.
+
+    Raises:
+        UserError: the modality is unknown.
+    """
+    # The suffix decides first: texts and Python code have no magic bytes.
+    if (named := find_suffix_modality(name)) is not None:
+        return named
+    # SVG is text and may start with white space.
+    found = find_signature(data) or find_signature(data[:64].lstrip())
+    if found is not None:
+        return found[0]
+    known = ", ".join(suffix for each in modality_names() for suffix in list_suffixes(each))
+    raise UserError(f"unknown file type; use a name with one of {known}")
+
+
+def find_item_modality(item: PredictionItem) -> str:
+    """Return the modality of an input: the given one, text, or that of the file.
+
+    Args:
+        item: the input.
+
+    Raises:
+        UserError: it is a file of an unknown type; the message does not name it.
+    """
+    if item.modality is not None:
+        return item.modality
+    return CAPTION_MODALITY if item.data is None else guess_modality(item.name, item.data)
+
+
+def make_item(value: Any, modality: str, name: str, task: str) -> PredictionItem:
+    """Return a value of Python as an item. A string is a text or code where those are read.
+
+    Args:
+        value: a text, a path, bytes of a file, or media in memory.
+        modality: medium of the tower that reads it.
+        name: identifier of the input in messages.
+        task: task that the tower belongs to.
+
+    Raises:
+        UserError: a file is missing, unreadable, or of another kind.
+    """
+    found = find_modality(modality)
+    if found.reads_tokens and isinstance(value, str):
+        fields = {"where": name} | found.file_half.make_input(value, name)
+        return PredictionItem(**fields, modality=modality)
+    if found.reads_tokens and not isinstance(value, Path | bytes | bytearray):
+        raise UserError(f"{name}: expected a text, not {type(value).__name__}")
+    if isinstance(value, str | Path):
+        data = read_file_bytes(Path(value))
+        # A drawing in SVG would pass as a text. Decoders of media check their files.
+        other = find_suffix_modality(str(value)) if found.reads_tokens else None
+        if other not in (None, modality):
+            raise UserError(f"{value}: {task} reads {modality}, this is {other}")
+        return PredictionItem(str(value), data=data, modality=modality)
+    if isinstance(value, bytes | bytearray):
+        return PredictionItem(name, data=bytes(value), modality=modality)
+    if wrong := found.file_half.describe_wrong_content(value):
+        raise UserError(f"{name}: {wrong}")
+    return PredictionItem(name, content=value, modality=modality)
+
+
+# -- rows ------------------------------------------------------------------------------------
+
+
+def parse_row(
+    row: Any,
+    keys: Sequence[str],
+    read_file: FileReader,
+    name: str = "",
+    task: str | None = None,
+    clue: bool = False,
+) -> PredictionItem:
+    """Return the item of a row of a file or of a request.
+
+    Args:
+        row: with a text, or with ``file``; optionally ``task`` and ``keywords``. None means absent.
+        keys: that are read.
+        read_file: returns the content for the value of ``file``.
+        name: of a file without ``name``; "" takes the value of ``file``.
+        task: of a row that names none.
+        clue: require an id, and accept an empty text.
+
+    Raises:
+        UserError: the row is unusable; the message is the reason alone.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(EXPECTED_ROW)
+    given = {key: row.get(key) for key in keys}
+    for key, value in given.items():
+        if not isinstance(value, str | None):
+            raise UserError(f"{key} must be a string")
+    texts = [text for key in TEXT_KEYS if (text := given.get(key)) is not None]
+    # With both, the answer would depend on an arbitrary choice.
+    if len(texts) + (given["file"] is not None) != 1:
+        raise UserError(EXPECTED_ROW)
+    if clue and "id" not in row:
+        raise UserError('no "id"; CLUE identifies predictions by it')
+    task = given["task"] or task
+    if given["file"] is not None:
+        data = read_file(given["file"])
+        if not data:
+            raise UserError("the file is empty")
+        return PredictionItem(given.get("name") or name or given["file"], None, data, task)
+    (text,) = texts
+    if not text.strip() and not clue:
+        raise UserError("the text is empty")
+    name = given.get("name") or text
+    return PredictionItem(name, text, None, task, given["keywords"], may_be_empty=clue)
+
+
+def parse_request_row(row: Any, number: int, is_required: bool = False) -> InputRow:
+    """Return a row of a request; an unusable row has its reason.
+
+    Args:
+        row: see :func:`parse_row`; ``file`` is in base64.
+        number: index of the row, from 0.
+        is_required: see :class:`InputRow`.
+    """
+    where, place = f"row {number}", {"row": number}
+    try:
+        if unknown := sorted(row.keys() - set(REQUEST_ROW_KEYS)) if isinstance(row, dict) else []:
+            raise UserError(f"unknown key {unknown[0]!r}; use {', '.join(REQUEST_ROW_KEYS)}")
+        item = parse_row(row, REQUEST_ROW_KEYS, decode_file, where)
+    except UserError as error:
+        return InputRow(where, place, None, str(error), is_required)
+    return InputRow(where, place, item, is_required=is_required)
+
+
+def decode_file(text: str) -> bytes:
+    """Return the content of a file that a request holds in base64.
+
+    Raises:
+        UserError: it is not base64.
+    """
+    try:
+        # Without validation, foreign characters are skipped and the result is garbage.
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError("file is not base64") from None
 
 
 def parse_input_line(
@@ -141,51 +346,94 @@ def parse_input_line(
         source: path or URI of the file.
         number: index of the line, from 1.
         line: content.
-        read_file: called with the name of a file that the row names, and its task.
+        read_file: called with the name of a file that the row names.
         task: for rows that do not name one.
-        clue: require an id in each row, and accept empty sentences.
+        clue: see :func:`parse_row`.
     """
-    where = f"{source}, line {number}"
-    row: Any = None
+    row, item, reason = None, None, ""
     try:
         row = json.loads(line.decode("utf-8"))
         # JSON can escape half a character. An id or a task with it could not be written.
         check_unicode(json.dumps(row, ensure_ascii=False))
-        return InputRow(source, number, row, _parse_item(where, row, read_file, task, clue))
+        # Opening such a path raises ValueError, not UserError.
+        if isinstance(row, dict) and "\0" in str(row.get("file")):
+            raise UserError("the file name contains a null character")
+        item = parse_row(row, FILE_ROW_KEYS, read_file, "", task, clue)
     # These errors are ValueErrors, so the order of the handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
-    except OSError as error:
-        reason = f"{row['file']}: cannot be read ({error.strerror or 'no such file'})"
     # json raises RecursionError for deeply nested input.
     except (json.JSONDecodeError, RecursionError) as error:
         reason = f"not JSON ({error})"
     except ValueError as error:
-        reason = str(error).removeprefix(f"{where}: ")
-    return InputRow(source, number, row if isinstance(row, dict) else {}, None, reason)
+        reason = str(error)
+    identity = {"id": row["id"]} if isinstance(row, dict) and "id" in row else {}
+    place = identity | {"source": source, "line": number}
+    return InputRow(f"{source}, line {number}", place, item, reason)
 
 
-def _parse_item(
-    where: str, row: Any, read_file: FileReader, task: str | None, clue: bool
-) -> PredictionItem:
-    if not isinstance(row, dict):
-        raise UserError(EXPECTED_ROW)
-    texts = [row[key] for key in ("text", "sentence") if key in row]
-    if len(texts) + ("file" in row) != 1:
-        raise UserError(EXPECTED_ROW)
-    task = row.get("task", task)
-    if not all(isinstance(value, str) for value in (*texts, row.get("file", ""), task or "")):
-        raise UserError("text, file and task must be strings")
-    if clue and "id" not in row:
-        raise UserError('no "id"; CLUE identifies predictions by it')
-    if not texts:
-        # Opening such a path raises ValueError, not OSError, and would be reported as broken JSON.
-        if "\0" in row["file"]:
-            raise UserError("the file name contains a null character")
-        return replace(read_file(row["file"], task), where=where)
-    if not texts[0].strip() and not clue:
-        raise UserError("the text is empty")
-    value = row.get("keywords")
-    keywords = value if isinstance(value, str) else None
-    # CLUE expects a line for each id, so empty sentences are predicted in its format.
-    return PredictionItem(texts[0], texts[0], None, task, keywords, where, may_be_empty=clue)
+def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
+    """Read the rows of a .jsonl file; files that rows name are relative to its directory.
+
+    Args:
+        path: file to read.
+        task: for rows that do not name one.
+        clue: see :func:`parse_row`.
+
+    Raises:
+        UserError: the file is missing, is a JSON array, or has no usable row.
+    """
+    data = read_file_bytes(path, max_bytes=MAX_ROWS_BYTES, allow_pipe=True)
+    # Otherwise the only message would be that line 1 is not an object.
+    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise UserError(
+            f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
+        )
+    rows = [
+        parse_input_line(
+            str(path), number, line, lambda name: read_file_bytes(path.parent / name), task, clue
+        )
+        for number, line in iter_lines(io.BytesIO(data))
+    ]
+    if not rows:
+        raise UserError(f"{path}: the file has no rows")
+    check_usable_rows([row for row in rows if row.reason], len(rows))
+    return rows
+
+
+def check_usable_rows(rejected: Sequence[InputRow], count: int) -> None:
+    """Check that at least one row is usable.
+
+    Args:
+        rejected: the unusable rows.
+        count: number of all rows.
+
+    Raises:
+        UserError: every row is rejected; the message gives the first reason.
+    """
+    # All rows fail for one cause, such as the wrong file or format; an empty result would hide it.
+    if rejected and len(rejected) == count:
+        raise UserError(f"{rejected[0].where}: {rejected[0].reason}; {NONE_USABLE}")
+
+
+def report_rejected(
+    rejected: Sequence[InputRow], answered: Sequence[InputRow], remedy: str
+) -> None:
+    """Warn about rejected rows with their reasons, and about rows with empty texts.
+
+    Args:
+        rejected: the unusable rows.
+        answered: rows with a prediction.
+        remedy: where all of them are listed, if they are too many for warnings.
+    """
+    lines = [f"{row.where}: {row.reason}; row skipped" for row in rejected]
+    lines += [
+        f"{row.where}: the text is empty; the row is predicted from the empty text"
+        for row in answered
+        if row.item is not None and row.item.text is not None and not row.item.text.strip()
+    ]
+    # A wrong encoding rejects every row; thousands of warnings would hide the first one.
+    for line in lines[:MAX_REPORTED]:
+        console.print_warning(line)
+    if len(lines) > MAX_REPORTED:
+        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with problems; {remedy}")

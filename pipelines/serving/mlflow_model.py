@@ -15,8 +15,9 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.serving.bundle import open_bundle
+from pipelines.serving.inputs import parse_request_row
 from pipelines.serving.predictor import TaskPrediction
-from pipelines.serving.request_rows import DEFAULT_TOP, read_request_row
+from pipelines.serving.request_rows import DEFAULT_TOP
 from skillnet_platform.errors import UserError
 
 
@@ -54,9 +55,10 @@ class SkillNetModel(PythonModel):
         Raises:
             UserError: a row is unusable, or the input is a list of texts or has other columns.
         """
-        items = [read_request_row(row, number) for number, row in enumerate(_records(model_input))]
-        top = int((params or {}).get("top", DEFAULT_TOP))
-        return prediction_frame(self.predictor.predict(items, top))
+        # A table of answers has no place for the reason of a rejected row.
+        rows = [parse_request_row(row, n, True) for n, row in enumerate(_records(model_input))]
+        answers = self.predictor.answer_rows(rows, int((params or {}).get("top", DEFAULT_TOP)))
+        return prediction_frame([made for each in answers for _, made in each.answered])
 
 
 def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:

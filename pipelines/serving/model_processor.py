@@ -14,19 +14,15 @@ import numpy as np
 import torch
 
 from pipelines.serving.bundle import read_predictor
-from pipelines.serving.input_items import (
-    PredictionItem,
-    find_suffix_modality,
-    read_file_bytes,
-)
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor
+from pipelines.serving.inputs import find_suffix_modality, make_item
+from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
-from skillnet.modality import CAPTION_MODALITY, find_modality
+from skillnet.modality import CAPTION_MODALITY
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
-from skillnet.skills import find_task
+from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
 #: How to make a folder with everything that a processor reads.
@@ -146,13 +142,11 @@ class ModelProcessor:
         self, inputs: Sequence[Any], task: str | None, listed: str, top: int
     ) -> list[TaskPrediction]:
         objectives = [each.name for each in list_objectives() if each.listed == listed]
-        tasks, wanted = self.model.config.tasks, " or ".join(objectives)
         _require_list(inputs)
-        if task is not None and find_task(task, tasks).objective not in objectives:
-            raise UserError(f"{task}: a {tasks[task].objective} task, expected {wanted}")
-        names = [name for name in tasks if tasks[name].objective in objectives]
-        name = self._choose(names, f"no {wanted} task in this model", task)
-        modality = tasks[name].towers[tasks[name].row_tower].modality
+        tasks = self.model.config.tasks
+        # Any string may be a path, so the modality is that of the task.
+        name, tower = choose_tower(tasks, None, task, objectives, [lambda spec: spec.row_tower])
+        modality = tasks[name].towers[tower].modality
         for number, value in enumerate(inputs):
             if task is None and modality == CAPTION_MODALITY:
                 _reject_file_name(value, f"input {number}", name)
@@ -179,64 +173,18 @@ class ModelProcessor:
 
     def _select(self, modality: str, task: str | None) -> tuple[str, str]:
         """Return the task and tower that encode a modality."""
-        tasks = self.model.config.tasks
-        found = {
-            name: tower
-            for name, spec in tasks.items()
-            for tower in find_objective(spec.objective).towers
-            if spec.towers[tower].modality == modality
-        }
-        if task is not None and find_task(task, tasks) and task not in found:
-            raise UserError(f"{task} does not read {modality}; the tasks are {', '.join(tasks)}")
+
+        def reading(spec: Task) -> str | None:
+            towers = reversed(find_objective(spec.objective).towers)
+            return next((t for t in towers if spec.towers[t].modality == modality), None)
+
+        def paired(spec: Task) -> str | None:
+            return reading(spec) if find_objective(spec.objective).pairs_towers else None
+
+        objectives = [each.name for each in list_objectives()]
         # Only vectors of a retrieval task are trained to be compared.
-        pairs = [n for n in found if find_objective(tasks[n].objective).pairs_towers]
-        names = pairs or list(found)
-        name = self._choose(names, f"no task of this model reads {modality}", task)
-        return name, found[name]
-
-    def _choose(self, names: Sequence[str], none: str, task: str | None) -> str:
-        """Return the given task, or else the only one of a method's tasks."""
-        if task is not None:
-            return task
-        if not names:
-            raise UserError(f"{none}; it has {', '.join(self.model.config.tasks)}")
-        if len(names) > 1:
-            raise UserError(
-                f"several tasks fit: {', '.join(names)}. Choose one, for example task={names[0]!r}"
-            )
-        return names[0]
-
-
-def make_item(value: Any, modality: str, name: str, task: str) -> PredictionItem:
-    """Return a raw input as an item. A string is a text or code where those are read, else a path.
-
-    Args:
-        value: a text, a path, bytes of a file, or media in memory.
-        modality: medium of the tower that reads it.
-        name: identifier of the input in messages.
-        task: task that the tower belongs to.
-
-    Raises:
-        UserError: a file is missing, unreadable, or of another kind.
-    """
-    found = find_modality(modality)
-    if found.reads_tokens and isinstance(value, str):
-        fields = {"where": name} | found.file_half.make_input(value, name)
-        return PredictionItem(**fields, modality=modality)
-    if found.reads_tokens and not isinstance(value, Path | bytes | bytearray):
-        raise UserError(f"{name}: expected a text, not {type(value).__name__}")
-    if isinstance(value, str | Path):
-        data = read_file_bytes(Path(value))
-        # A drawing in SVG would pass as a text. Decoders of media check their files.
-        other = find_suffix_modality(str(value)) if found.reads_tokens else None
-        if other not in (None, modality):
-            raise UserError(f"{value}: {task} reads {modality}, this is {other}")
-        return PredictionItem(str(value), data=data, modality=modality)
-    if isinstance(value, bytes | bytearray):
-        return PredictionItem(name, data=bytes(value), modality=modality)
-    if wrong := found.file_half.describe_wrong_content(value):
-        raise UserError(f"{name}: {wrong}")
-    return PredictionItem(name, content=value, modality=modality)
+        tasks, ranks = self.model.config.tasks, (paired, reading)
+        return choose_tower(tasks, modality, task, objectives, ranks)
 
 
 def open_processor(model: TaskModel) -> ModelProcessor:

@@ -49,7 +49,7 @@ class ModelReplica:
     async def predict(self, request: PredictionRequest) -> ServedAnswer:
         """Answer a prediction request, together with others that arrive at the same time."""
         with _budget_of(request) as budget:
-            has_files = any(item.data is not None for item in request.items)
+            has_files = any(row.item and row.item.data is not None for row in request.rows)
             read = await self._read(self._model.read_rows, request, budget, has_files)
             if len(read.inputs) > MAX_JOINED_INPUTS:
                 (answer,) = await self._run(request.client, self._model.predict, [read], budget)

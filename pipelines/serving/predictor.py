@@ -1,11 +1,14 @@
 """Predictions of a trained model for raw inputs: texts and the bytes of media files.
 
-:class:`TaskPredictor` is the main entry point; ``skillnet predict``, ``skillnet search`` and the
-MLflow model use it. It preprocesses inputs with the settings of the training corpora.
+    rows ── choose_tower, preprocess ──> inputs ── batches per task and tower ──> answers
+
+:class:`TaskPredictor` is the path of every entry: ``skillnet predict`` with files and with blocks,
+``skillnet serve``, the MLflow model, and the methods of a model in Python. It preprocesses inputs
+with the settings of the training corpora.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +18,19 @@ from pipelines.data.modalities.base import InputContext, ModalityFiles
 from pipelines.data.transforms import text
 from pipelines.data.transforms.decode_guard import NO_TIME_LEFT, WorkBudget
 from pipelines.data.transforms.decoder_process import decode_media
-from pipelines.serving.input_items import (
+from pipelines.serving.inputs import (
+    InputRow,
     PredictionItem,
     find_item_modality,
+    named_errors,
     printable_name,
 )
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
-from skillnet.objectives.base import find_objective
+from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.objectives.heads import RowAnswer, head_class
-from skillnet.skills import find_task
+from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
 #: Share of a request's time that one of its items may take.
@@ -33,6 +38,8 @@ SLOWEST_ITEM_FRACTION = 0.25
 #: Functions that a request may have beyond one per row, and inputs between looks at its time.
 MAX_FUNCTIONS, INPUTS_PER_LOOK = 1024, 256
 TOO_MANY_FUNCTIONS = f"more than {MAX_FUNCTIONS:,} functions in a request. Split the file"
+#: Rows, and bytes of media, that are in memory at the same time.
+CHUNK_ROWS, CHUNK_BYTES = 64, 64 * 2**20
 #: Keys of a corpus' preprocessing settings that limit the tokens of its captions.
 CAPTION_KEYS = ("max_caption_tokens", "caption_tokens")
 
@@ -65,14 +72,14 @@ class ReadInput:
     """Model input that was read from an item.
 
     Args:
-        item: index of the item.
+        row: index of the row.
         task: that runs.
         tower: tower of the task, such as ``query``.
         name: identifier of the input in the result.
         array: that the tower reads.
     """
 
-    item: int
+    row: int
     task: str
     tower: str
     name: str
@@ -85,6 +92,27 @@ class CaptionBank:
 
     captions: list[str]
     embeddings: np.ndarray
+
+
+@dataclass(frozen=True)
+class RowAnswers:
+    """Answers to rows.
+
+    Args:
+        answered: rows with their predictions, in order; a Python file has several.
+        rejected: unusable rows with their reasons, in order.
+    """
+
+    answered: list[tuple[InputRow, TaskPrediction]]
+    rejected: list[InputRow]
+
+    def list_documents(self) -> list[dict[str, Any]]:
+        """Return the predictions as plain values, with the place of their rows."""
+        return [row.place | to_document(prediction) for row, prediction in self.answered]
+
+    def list_reasons(self) -> list[dict[str, Any]]:
+        """Return the rejected rows as plain values."""
+        return [row.place | {"reason": row.reason} for row in self.rejected]
 
 
 class TaskPredictor:
@@ -115,76 +143,71 @@ class TaskPredictor:
         self.preprocessing = dict(preprocessing or {})
         self.runner = InferenceRunner(model, precision)
 
-    def predict(
-        self,
-        items: Sequence[PredictionItem],
-        top: int = 5,
-        on_error: Callable[[int, str], None] | None = None,
-    ) -> list[TaskPrediction]:
-        """Predict for each item, in order; see :meth:`predict_items`."""
-        return [prediction for _, prediction in self.predict_items(items, top, on_error)]
-
-    def predict_items(
-        self,
-        items: Sequence[PredictionItem],
-        top: int = 5,
-        on_error: Callable[[int, str], None] | None = None,
-    ) -> list[tuple[int, TaskPrediction]]:
+    def predict(self, items: Sequence[PredictionItem], top: int = 5) -> list[TaskPrediction]:
         """Predict for each item, in order; a Python file gives one prediction per function.
 
         Args:
             items: inputs.
             top: number of alternatives.
-            on_error: called with the index and the message of an unreadable item. It may raise;
-                otherwise the item is skipped. None raises the error.
-
-        Returns:
-            Index of the item, and a prediction for it.
 
         Raises:
             UserError: an input is unreadable, or no task of the model reads its modality.
         """
-        # Everything is read before the model runs, so that a damaged file fails early.
-        return self.predict_inputs(self.read_items(items, on_error), top)
+        rows = [InputRow(item.label, {}, item, is_required=True) for item in items]
+        return [made for each in self.answer_rows(rows, top) for _, made in each.answered]
 
-    def read_items(
-        self,
-        items: Sequence[PredictionItem],
-        on_error: Callable[[int, str], None] | None = None,
-        budget: WorkBudget | None = None,
-    ) -> list[ReadInput]:
-        """Return the model inputs of items, in order.
+    def answer_rows(self, rows: Iterable[InputRow], top: int = 5) -> "Iterator[RowAnswers]":
+        """Yield the answers to rows, in parts whose rows fit into memory.
 
         Args:
-            items: see :meth:`predict_items`.
-            on_error: see :meth:`predict_items`.
-            budget: seconds and cancellation of the request that the items belong to. No item but
+            rows: usable and rejected ones.
+            top: number of alternatives.
+
+        Raises:
+            UserError: a required row is unusable.
+        """
+        for part in _cut_rows(rows):
+            # A part is read before the model runs, so that a damaged file fails early.
+            inputs, rejected = self.read_rows(part)
+            found = self.predict_inputs(inputs, top)
+            yield RowAnswers([(part[number], made) for number, made in found], rejected)
+
+    def read_rows(
+        self, rows: Sequence[InputRow], budget: WorkBudget | None = None
+    ) -> tuple[list[ReadInput], list[InputRow]]:
+        """Return the model inputs of rows, in order, and the unusable rows with their reasons.
+
+        Args:
+            rows: usable and rejected ones.
+            budget: seconds and cancellation of the request that the rows belong to. No row but
                 the last takes more than a quarter of what is left, so that one slow file leaves
                 time for the others.
 
         Raises:
-            UserError: see :meth:`predict_items`.
+            UserError: a required row is unusable.
         """
         inputs: list[ReadInput] = []
-        for number, item in enumerate(items):
-            is_last = number == len(items) - 1
+        rejected: list[InputRow] = []
+        for number, row in enumerate(rows):
+            is_last = number == len(rows) - 1
             own = budget if budget is None or is_last else budget.part(SLOWEST_ITEM_FRACTION)
             try:
-                task, tower = self._select_task(item)
-                arrays = self.preprocess(item, task, tower, own)
-                if budget is not None and len(inputs) + len(arrays) > len(items) + MAX_FUNCTIONS:
-                    raise ValueError(TOO_MANY_FUNCTIONS)
-            # An unknown task of a row is a plain ValueError.
+                if row.item is None:
+                    raise UserError(row.reason)
+                task, tower = self._select_task(row.item)
+                arrays = self.preprocess(row.item, task, tower, own)
+                if budget is not None and len(inputs) + len(arrays) > len(rows) + MAX_FUNCTIONS:
+                    raise UserError(TOO_MANY_FUNCTIONS)
             except ValueError as error:
-                if on_error is None:
-                    raise
-                on_error(number, str(error))
+                if row.is_required:
+                    raise UserError(f"{row.where}: {error}") from None
+                rejected.append(replace(row, item=None, reason=str(error)))
                 continue
             inputs += [
                 ReadInput(number, task, tower, printable_name(name), array)
                 for name, array in arrays
             ]
-        return inputs
+        return inputs, rejected
 
     def predict_inputs(
         self, inputs: Sequence[ReadInput], top: int, budget: WorkBudget | None = None
@@ -192,13 +215,13 @@ class TaskPredictor:
         """Predict for model inputs, in order.
 
         Args:
-            inputs: result of :meth:`read_items`.
+            inputs: result of :meth:`read_rows`.
             top: number of alternatives.
             budget: seconds and cancellation of the request that all inputs belong to; the model
                 stops when it is over.
 
         Returns:
-            Index of the item, and a prediction for it.
+            Index of the row, and a prediction for it.
 
         Raises:
             UserError: the budget is over.
@@ -218,7 +241,7 @@ class TaskPredictor:
                     out[index] = TaskPrediction(
                         inputs[index].name, key[0], found.answer, found.score, alternatives, vector
                     )
-        return [(n.item, each) for n, each in zip(inputs, out, strict=True) if each is not None]
+        return [(n.row, each) for n, each in zip(inputs, out, strict=True) if each is not None]
 
     def tokenize(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         """Return the token ids of each text, truncated to ``limit``.
@@ -257,7 +280,8 @@ class TaskPredictor:
         Raises:
             UserError: the input is damaged, or a file with several functions.
         """
-        ((_, row),) = self.preprocess(item, task, tower, budget, is_one=True)
+        with named_errors(item.label):
+            ((_, row),) = self.preprocess(item, task, tower, budget, is_one=True)
         return row
 
     def embed_row(self, row: np.ndarray, task: str, tower: str) -> np.ndarray:
@@ -294,39 +318,11 @@ class TaskPredictor:
 
     def _select_task(self, item: PredictionItem) -> tuple[str, str]:
         """Return task and tower for an item."""
-        tasks = self.model.config.tasks
-        modality = find_item_modality(item)
-        if item.task is not None:
-            spec = find_task(item.task, tasks)
-            if not find_objective(spec.objective).has_labels:
-                raise UserError(f"{item.name}: {item.task} has no predictions per row")
-            for tower in reversed(find_objective(spec.objective).towers):
-                if spec.towers[tower].modality == modality:
-                    return item.task, tower
-            modalities = sorted({plan.modality for plan in spec.towers.values()})
-            raise UserError(
-                f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
-            )
+        answering = [each.name for each in list_objectives() if each.has_labels]
         # A text without a task is classified; the embedding of a query needs an explicit task.
-        names = [name for name in tasks if find_objective(tasks[name].objective).has_labels]
-        for towers in (
-            {name: tasks[name].row_tower for name in names},
-            {name: each for name in names if (each := tasks[name].paired_tower)},
-        ):
-            found = [
-                n for n, tower in towers.items() if tasks[n].towers[tower].modality == modality
-            ]
-            # Each of them would answer, and the user wants one answer.
-            if len(found) > 1:
-                raise UserError(
-                    f"{item.name}: several tasks of this model read {modality}: "
-                    f"{', '.join(found)}. Choose one by its name as task"
-                )
-            if found:
-                return found[0], towers[found[0]]
-        raise UserError(
-            f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
-        )
+        ranks = (lambda spec: spec.row_tower, lambda spec: spec.paired_tower)
+        tasks, modality = self.model.config.tasks, find_item_modality(item)
+        return choose_tower(tasks, modality, item.task, answering, ranks)
 
     def preprocess(
         self,
@@ -346,7 +342,8 @@ class TaskPredictor:
             is_one: whether a Python file must have one function; its inner ones do not count.
 
         Raises:
-            UserError: the input is empty, damaged or of another kind.
+            ValueError: the input is empty, damaged or of another kind; the message is the reason
+                alone.
         """
         spec = find_task(task, self.model.config.tasks)
         is_caption, is_own = tower == spec.caption_tower, tower == spec.row_tower
@@ -365,11 +362,7 @@ class TaskPredictor:
             None if budget is None else MAX_FUNCTIONS,
         )
         files: ModalityFiles = find_modality(spec.towers[tower].modality).file_half
-        try:
-            return files.read_inputs(item, context)
-        # Transforms raise ValueError for damaged media and do not know the file's name.
-        except ValueError as error:
-            raise UserError(f"{item.where or item.name}: {error}") from None
+        return files.read_inputs(item, context)
 
     # -- inference -------------------------------------------------------------------------
 
@@ -401,3 +394,66 @@ def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str,
         # The score of an embedding is NaN, which JSON does not have.
         values["score"] = None
     return values
+
+
+def choose_tower(
+    tasks: Mapping[str, Task],
+    modality: str | None,
+    given: str | None,
+    objectives: Collection[str],
+    ranks: Sequence[Callable[[Task], str | None]],
+) -> tuple[str, str]:
+    """Return the task and the tower that read an input: the rule of every entry.
+
+    Args:
+        tasks: of the model.
+        modality: medium of the input; None if any may be meant, as for a value of Python.
+        given: name of the task; None selects the only one.
+        objectives: names of those that give the wanted answer.
+        ranks: tower of a task that may read an input without ``given``, the first choice first.
+
+    Raises:
+        UserError: the task does not read the input or has another objective; or no task, or
+            several ones of the first rank, read it.
+    """
+
+    def reads(tower: str | None, spec: Task) -> bool:
+        return tower is not None and modality in (None, spec.towers[tower].modality)
+
+    wanted = " or ".join(objectives)
+    if given is not None:
+        spec = find_task(given, tasks)
+        if spec.objective not in objectives:
+            raise UserError(f"{given} is a {spec.objective} task, expected {wanted}")
+        for tower in reversed(find_objective(spec.objective).towers):
+            if reads(tower, spec):
+                return given, tower
+        media = sorted({plan.modality for plan in spec.towers.values()})
+        raise UserError(f"{given} reads {' or '.join(media)}, this is {modality}")
+    for rank in ranks:
+        towers = {n: rank(spec) for n, spec in tasks.items() if spec.objective in objectives}
+        found = {n: tower for n, tower in towers.items() if tower and reads(tower, tasks[n])}
+        # Each of them would answer, and the user wants one answer.
+        if len(found) > 1:
+            raise UserError(
+                f"several tasks of this model {f'read {modality}' if modality else 'fit'}: "
+                f"{', '.join(found)}. Choose one, for example task={next(iter(found))!r}"
+            )
+        if found:
+            return next(iter(found.items()))
+    missing = f"task of this model reads {modality}" if modality else f"{wanted} task in this model"
+    raise UserError(f"no {missing}; it has {', '.join(tasks)}")
+
+
+def _cut_rows(rows: Iterable[InputRow]) -> Iterator[list[InputRow]]:
+    """Yield rows in parts that fit into memory."""
+    part: list[InputRow] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += len(row.item.data or b"") if row.item is not None else 0
+        if len(part) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

@@ -1,19 +1,26 @@
-"""Rows and queries of a request as inputs, for servers: texts, and files in base64.
+"""Requests of ``skillnet serve``: the body is checked before Python builds objects of it.
 
-The MLflow model and ``skillnet serve`` call :func:`read_request_row`; the latter reads complete
-requests with :func:`read_prediction_request`.
+:mod:`pipelines.serving.http_server` calls :func:`read_prediction_request`,
+:func:`read_search_request` and :func:`read_search_form`.
 """
 
-import base64
 import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.data.transforms.text import check_unicode
-from pipelines.serving.input_items import PredictionItem
+from pipelines.serving.inputs import (
+    REQUEST_ROW_KEYS,
+    InputRow,
+    PredictionItem,
+    decode_file,
+    named_errors,
+    parse_request_row,
+    parse_row,
+)
 from skillnet_platform.errors import UserError
 
 DEFAULT_TOP = 5
@@ -30,7 +37,6 @@ MAX_TOP = 100
 MAX_QUERY_LENGTH = 1000
 #: Bytes of the headers and of the short fields of a form.
 MAX_FIELD_BYTES = 2**18
-ROW_KEYS = ("text", "file", "name", "task", "keywords")
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,13 @@ class PredictionRequest:
     """Request of ``POST /v1/predict``.
 
     Args:
-        items: inputs, in the order of the rows.
+        rows: usable and unusable ones, in the order of the request.
         top: number of alternatives.
         client: that sent the request; clients share a replica.
         seconds: that the answer may take.
     """
 
-    items: list[PredictionItem]
+    rows: list[InputRow]
     top: int = DEFAULT_TOP
     client: str = ""
     seconds: float = DEFAULT_SECONDS
@@ -69,31 +75,6 @@ class SearchRequest:
     seconds: float = DEFAULT_SECONDS
 
 
-def read_request_row(row: Mapping[str, Any], number: int) -> PredictionItem:
-    """Return a row of a request as an item.
-
-    Args:
-        row: with ``text``, or with ``file`` (base64) and its ``name``; optionally ``task`` and
-            ``keywords``. None means absent.
-        number: index of the row, for messages.
-
-    Raises:
-        UserError: the row has neither or both, or a value of a wrong type.
-    """
-    text, data = row.get("text"), row.get("file")
-    # With both, the answer would depend on an arbitrary choice.
-    if (text is None) == (data is None):
-        raise UserError(f"row {number}: give either text or file")
-    for key in ROW_KEYS:
-        if not isinstance(row.get(key), str | None):
-            raise UserError(f"row {number}: {key} must be a string")
-    name = row.get("name") or (text if text is not None else f"row {number}")
-    task, where = row.get("task") or None, f"row {number}"
-    if text is not None:
-        return PredictionItem(name, text, None, task, row.get("keywords"), where)
-    return PredictionItem(name, None, _decode_file(str(data), where), task, None, where)
-
-
 def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
     """Return the request of a JSON body: ``{"rows": [{"text": …}], "top": 5}``.
 
@@ -112,14 +93,8 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
         raise UserError(
             f"rows: {len(rows)} rows, at most {max_rows} are allowed; send them in parts"
         )
-    items = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"row {number}: expected an object with text or file")
-        if unknown := sorted(row.keys() - set(ROW_KEYS)):
-            raise UserError(f"row {number}: unknown key {unknown[0]!r}; use {', '.join(ROW_KEYS)}")
-        items.append(read_request_row(row, number))
-    return PredictionRequest(items, _read_top(document, DEFAULT_TOP))
+    parsed = [parse_request_row(row, number) for number, row in enumerate(rows)]
+    return PredictionRequest(parsed, _read_top(document, DEFAULT_TOP))
 
 
 def read_search_request(body: bytes) -> SearchRequest:
@@ -144,7 +119,9 @@ def read_search_request(body: bytes) -> SearchRequest:
     top = _read_top(document, SearchRequest.top)
     if query is not None:
         return build_search_request(query, task, top)
-    item = PredictionItem(name or "file", data=_decode_file(str(file), "file"), where="file")
+    with named_errors("file"):
+        item = parse_row({"file": file, "name": name}, REQUEST_ROW_KEYS, decode_file, "file")
+    item = replace(item, where="file")
     return SearchRequest(item, task or None, top)
 
 
@@ -201,17 +178,6 @@ def build_search_request(
     if len(query) > MAX_QUERY_LENGTH:
         raise UserError(f"query: {len(query)} characters, at most {MAX_QUERY_LENGTH} are allowed")
     return SearchRequest(PredictionItem(query, text=query, where="query"), task or None, top)
-
-
-def _decode_file(text: str, where: str) -> bytes:
-    try:
-        # Without validation, foreign characters are skipped and the result is garbage.
-        content = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise UserError(f"{where}: file is not base64") from None
-    if not content:
-        raise UserError(f"{where}: the file is empty")
-    return content
 
 
 def _check_structure(body: bytes, most: int) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pipelines.serving.input_items import list_suffixes
+from pipelines.serving.inputs import list_suffixes
 from skillnet_platform.html_page import render_page
 
 #: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving.input_items import find_item_modality, printable_name
-from pipelines.serving.predictor import ReadInput, to_document
+from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
+from pipelines.serving.predictor import ReadInput, RowAnswers, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from skillnet.modality import modality_names
 from skillnet_platform.errors import UserError, suggest_name
@@ -129,15 +129,9 @@ class ServedModel:
             request: parsed request of a client.
             budget: seconds that the request has left, and its cancellation.
         """
-        rejected: list[ServedAnswer] = []
-
-        def reject(row: int, reason: str) -> None:
-            rejected.append({"row": row, "reason": reason.removeprefix(f"row {row}: ")})
-
         # The model needs the rest of the time.
-        part = budget.part(READING_FRACTION)
-        inputs = self.predictor.read_items(request.items, reject, part)
-        return ReadRequest(inputs, rejected, request.top)
+        inputs, rejected = self.predictor.read_rows(request.rows, budget.part(READING_FRACTION))
+        return ReadRequest(inputs, RowAnswers([], rejected).list_reasons(), request.top)
 
     def predict(
         self, requests: Sequence[ReadRequest], budget: WorkBudget | None = None
@@ -156,7 +150,7 @@ class ServedModel:
             {"predictions": [], "rejected": each.rejected} for each in requests
         ]
         owners = [(n, each) for n, request in enumerate(requests) for each in request.inputs]
-        inputs = [replace(each, item=index) for index, (_, each) in enumerate(owners)]
+        inputs = [replace(each, row=index) for index, (_, each) in enumerate(owners)]
         top = max(request.top for request in requests)
         try:
             predictions = self.predictor.predict_inputs(inputs, top, budget)
@@ -165,7 +159,7 @@ class ServedModel:
         for index, prediction in predictions:
             number, read = owners[index]
             document = to_document(prediction, requests[number].top)
-            answers[number]["predictions"].append({"row": read.item, **document})
+            answers[number]["predictions"].append({"row": read.row, **document})
         return answers
 
     def read_query(
@@ -213,7 +207,8 @@ class ServedModel:
         return {"html": search.render_hits(name, hits, self._list_searches(), preview, doubt)}
 
     def _find_search(self, request: SearchRequest) -> "CorpusSearch":
-        modality = find_item_modality(request.query)
+        with named_errors(request.query.label):
+            modality = find_item_modality(request.query)
         searches = self.searches[modality]
         if not searches:
             raise UserError(f"this server has no task that ranks rows for {modality}")

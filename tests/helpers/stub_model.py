@@ -21,8 +21,8 @@ class StubModel:
         return [
             {
                 "predictions": [
-                    {"row": row, "task": "stub", "answer": item.text}
-                    for row, item in enumerate(each.items)
+                    {"row": row, "task": "stub", "answer": each_row.item.text}
+                    for row, each_row in enumerate(each.rows)
                 ],
                 "rejected": [],
             }

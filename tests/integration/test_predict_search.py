@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines import predict, search
 from pipelines.data.transforms import video
 from pipelines.serving.bundle import open_predictor
-from pipelines.serving.input_items import PredictionItem, guess_modality
+from pipelines.serving.inputs import PredictionItem, guess_modality
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError

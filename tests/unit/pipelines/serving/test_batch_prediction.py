@@ -17,9 +17,13 @@ from PIL import Image
 
 from pipelines import predict
 from pipelines.data.shards.format import manifest_digest
-from pipelines.serving import batch_prediction
-from pipelines.serving.batch_plan import plan_blocks
-from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, predict_blocks
+from pipelines.serving import batch_prediction, predictor
+from pipelines.serving.batch_prediction import (
+    BatchRequest,
+    BlockPredictor,
+    plan_blocks,
+    predict_blocks,
+)
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -215,7 +219,7 @@ def test_memory_does_not_grow_with_the_input(
     served: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block of many files holds the bytes of a few at a time, and nothing after its end."""
-    monkeypatch.setattr(batch_prediction, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(predictor, "CHUNK_BYTES", 2**20)
     draw = np.random.default_rng(0)
     for count in (12, 36):
         (tmp_path / f"{count}").mkdir()

@@ -18,8 +18,7 @@ from PIL import Image
 
 from pipelines import predict
 from pipelines.serving import bundle
-from pipelines.serving.input_items import PredictionItem
-from pipelines.serving.inputs import read_input_rows
+from pipelines.serving.inputs import PredictionItem, read_input_rows
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import compute_bundle_digest, read_bundle_manifest

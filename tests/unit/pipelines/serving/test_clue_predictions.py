@@ -54,10 +54,10 @@ def test_unusable_lines_have_reasons_and_an_empty_sentence_is_predicted(tmp_path
     reasons = (
         "not UTF-8",
         'no "id"',
-        "strings",
+        "sentence must be a string",
         "not JSON",
         "null character",
-        "strings",
+        "task must be a string",
         "expected",
     )
     for row, reason in zip(rows[2:], reasons, strict=True):

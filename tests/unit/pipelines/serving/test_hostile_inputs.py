@@ -10,8 +10,7 @@ import pytest
 
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.data.transforms.text import encode_captions, encode_texts
-from pipelines.serving.input_items import MAX_FILE_BYTES, read_input_item
-from pipelines.serving.inputs import read_input_rows
+from pipelines.serving.inputs import MAX_FILE_BYTES, read_input_item, read_input_rows
 from skillnet_platform.errors import UserError
 
 #: 30 MB of text, one word or many.

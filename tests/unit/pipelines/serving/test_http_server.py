@@ -61,12 +61,12 @@ def test_it_answers_for_texts_files_and_unusable_rows(service: Service) -> None:
 
 
 def test_requests_that_run_together_get_their_own_answers(model: ServedModel) -> None:
-    from pipelines.serving.input_items import PredictionItem
+    from pipelines.serving.inputs import parse_request_row
     from pipelines.serving.request_rows import PredictionRequest
 
     texts = [["文学研究"], ["历史概论", "  "], ["医药手册"]]
     requests = [
-        PredictionRequest([PredictionItem(t, t, where=f"row {n}") for n, t in enumerate(each)], top)
+        PredictionRequest([parse_request_row({"text": t}, n) for n, t in enumerate(each)], top)
         for top, each in enumerate(texts, 1)
     ]
     read = [model.read_rows(each, WorkBudget(60)) for each in requests]
@@ -95,7 +95,7 @@ def test_requests_that_run_together_get_their_own_answers(model: ServedModel) ->
         (b'{"rows": []}', 422, "rows: expected a list"),
         (b'{"row": [{"text": "a"}]}', 422, "unknown key 'row'"),
         (b'{"rows": [{"text": "a"}], "top": 0}', 422, "top: expected a number"),
-        (b'{"rows": [{"text": "a", "file": "aa"}]}', 422, "row 0: give either text or file"),
+        (b'{"rows": [{"text": "a", "file": "aa"}]}', 422, "row 0: expected {"),
         (b'{"rows": [{"text": 3}]}', 422, "row 0: text must be a string"),
         (b'{"rows": [{"file": "not base64!"}]}', 422, "row 0: file is not base64"),
         (b'{"rows": [{"text": "a", "tusk": "b"}]}', 422, "row 0: unknown key 'tusk'"),

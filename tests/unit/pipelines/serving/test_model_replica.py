@@ -12,7 +12,7 @@ from ray import serve
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import model_replica
-from pipelines.serving.input_items import PredictionItem
+from pipelines.serving.inputs import InputRow, PredictionItem
 from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
 from pipelines.serving.request_rows import PredictionRequest
 from pipelines.serving.served_model import ServedModelConfig
@@ -32,12 +32,12 @@ class SlowModel:
         self.can_pass.set()
 
     def read_rows(self, request: PredictionRequest, budget: WorkBudget) -> Any:
-        if any(item.data for item in request.items):
+        if any(row.item and row.item.data for row in request.rows):
             self.budgets.append(budget)
             # As a decoder that takes longer than the request may.
             while budget.rest:
                 threading.Event().wait(0.01)
-        return SimpleNamespace(inputs=[1] * len(request.items), client=request.client)
+        return SimpleNamespace(inputs=[1] * len(request.rows), client=request.client)
 
     def predict(self, requests: Any, budget: WorkBudget | None = None) -> Any:
         self.passes.append([each.client for each in requests])
@@ -72,7 +72,7 @@ def run(loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 def ask(client: str, files: int = 0, texts: int = 0, seconds: float = 30.0) -> PredictionRequest:
     items = [PredictionItem("a.svg", data=b"<svg")] * files + [PredictionItem("a", "a")] * texts
-    return PredictionRequest(items, client=client, seconds=seconds)
+    return PredictionRequest([InputRow("", {}, item) for item in items], client=client, seconds=seconds)
 
 
 async def until(condition: Callable[[], object]) -> None:

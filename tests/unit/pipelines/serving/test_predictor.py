@@ -13,8 +13,7 @@ from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.transforms import video
 from pipelines.serving import bundle
-from pipelines.serving.input_items import PredictionItem
-from pipelines.serving.inputs import read_input_rows
+from pipelines.serving.inputs import PredictionItem, read_input_rows
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.evaluation.inference import memory_inputs
 from skillnet.model import SkillNet

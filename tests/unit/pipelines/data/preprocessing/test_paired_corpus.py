@@ -19,7 +19,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.search import SearchConfig, search_corpus
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.bundle_facts import list_licences
-from pipelines.serving.input_items import read_input_item
+from pipelines.serving.inputs import read_input_item
 from pipelines.training.runs.model_source import resolve_model
 from skillnet import SkillNet
 from skillnet.skills import known_tasks
