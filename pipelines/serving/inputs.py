@@ -239,13 +239,15 @@ def make_item(value: Any, modality: str, name: str, task: str) -> PredictionItem
     if found.reads_tokens and not isinstance(value, Path | bytes | bytearray):
         raise UserError(f"{name}: expected a text, not {type(value).__name__}")
     if isinstance(value, str | Path):
-        data = read_file_bytes(Path(value))
+        data = read_input_item(value).data
         # A drawing in SVG would pass as a text. Decoders of media check their files.
         other = find_suffix_modality(str(value)) if found.reads_tokens else None
         if other not in (None, modality):
             raise UserError(f"{value}: {task} reads {modality}, this is {other}")
         return PredictionItem(str(value), data=data, modality=modality)
     if isinstance(value, bytes | bytearray):
+        if not value:
+            raise UserError(f"{name}: the file is empty")
         return PredictionItem(name, data=bytes(value), modality=modality)
     if wrong := found.file_half.describe_wrong_content(value):
         raise UserError(f"{name}: {wrong}")

@@ -135,8 +135,14 @@ def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
         (lambda: model.encode_video([np.zeros((2, 3), np.uint8)]), "input 0: frames are uint8"),
         (lambda: model.encode_code(["x = 1"]), "input 0: the file has no functions"),
         (lambda: model.encode_code([CODE + CODE]), "input 0: 2 functions"),
-        (lambda: model.encode_image([b"x"], task="text_to_code"), "text_to_code reads code or text, this is image"),
-        (lambda: model.classify(["a"], task="text_to_code"), "is a retrieval task, expected classification or multi_label"),
+        (
+            lambda: model.encode_image([b"x"], task="text_to_code"),
+            "text_to_code reads code or text, this is image",
+        ),
+        (
+            lambda: model.classify(["a"], task="text_to_code"),
+            "is a retrieval task, expected classification or multi_label",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -279,7 +285,11 @@ def test_each_method_reads_or_refuses_each_kind_of_input(
         ((TEXT, "text_to_image"), PredictionItem("x", "x"), TEXT),
         (("text_to_image", "masked_text"), PredictionItem("x", "x"), "no task .* reads text"),
         ((IMAGE, "masked_image"), PredictionItem("a.png", data=b"png"), IMAGE),
-        (("masked_text",), PredictionItem("x", "x", task="masked_text"), "is a masked task, expected classification"),
+        (
+            ("masked_text",),
+            PredictionItem("x", "x", task="masked_text"),
+            "is a masked task, expected classification",
+        ),
         (("image_to_video", "image_to_sound"), PredictionItem("a.png", data=b"png"), "several"),
     ],
 )

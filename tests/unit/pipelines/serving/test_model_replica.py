@@ -72,7 +72,9 @@ def run(loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 def ask(client: str, files: int = 0, texts: int = 0, seconds: float = 30.0) -> PredictionRequest:
     items = [PredictionItem("a.svg", data=b"<svg")] * files + [PredictionItem("a", "a")] * texts
-    return PredictionRequest([InputRow("", {}, item) for item in items], client=client, seconds=seconds)
+    return PredictionRequest(
+        [InputRow("", {}, item) for item in items], client=client, seconds=seconds
+    )
 
 
 async def until(condition: Callable[[], object]) -> None:

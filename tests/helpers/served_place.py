@@ -1,0 +1,86 @@
+"""A model of every objective and modality with its corpora and its folder, made once a session."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipelines.serving import bundle
+from pipelines.serving.predictor import TaskPredictor
+from pipelines.training.runs import model_source
+from skillnet.model import SkillNet
+from skillnet.skills import default_tasks, known_tasks
+from tests.helpers.labelled_corpora import write_labelled_corpora
+from tests.helpers.readable_corpora import config, write_corpora
+
+#: Task of the model of every objective -> (corpus, outputs); None keeps the default number.
+TASKS = {
+    "text_classification": ("headings", 15),
+    "image_classification": ("drawings", 3),
+    "video_multi_label": ("strokes", 3),
+    "code_regression": ("functions", 1),
+    "speech_recognition": ("syllables", None),
+    "text_to_image": ("drawings", None),
+}
+
+
+class ServedPlace:
+    """Prepared corpora, a saved model and the folder that serves it, in a run root.
+
+    Args:
+        root: run root.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = write_corpora(root / "corpora")
+        torch.manual_seed(0)
+        SkillNet(config()).save_pretrained(root / "saved")
+        self.source = model_source.resolve_model(str(root / "saved"))
+
+    @cached_property
+    def bundle(self) -> Path:
+        """Folder of the model of the paper's five tasks."""
+        return bundle.build_bundle(self.source, self.data, self.root / "bundle")
+
+    @cached_property
+    def predictor(self) -> TaskPredictor:
+        """Predictor of :attr:`bundle`."""
+        return bundle.open_bundle(self.bundle)
+
+    @cached_property
+    def every_objective(self) -> Path:
+        """Folder of a model with the tasks ``TASKS``."""
+        data = write_labelled_corpora(self.root / "labelled")
+        known = known_tasks() | default_tasks()
+        tasks = {
+            name: known[name] if outputs is None else replace(known[name], outputs=outputs)
+            for name, (_, outputs) in TASKS.items()
+        }
+        torch.manual_seed(0)
+        run = self.root / "every"
+        SkillNet(replace(config(), tasks=tasks)).save_pretrained(run / "model")
+        settings = {
+            "training": {},
+            "tasks": {name: {"corpus": corpus} for name, (corpus, _) in TASKS.items()},
+        }
+        (run / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        source = model_source.resolve_model(str(run))
+        return bundle.build_bundle(source, data, self.root / "every-bundle")
+
+
+@lru_cache(maxsize=1)
+def _made(root: Path) -> ServedPlace:
+    return ServedPlace(root)
+
+
+def served_place(factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
+    """The place, with the environment pointing at it; for a module's fixture."""
+    root = factory.getbasetemp() / "served"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root))
+        yield _made(root)
