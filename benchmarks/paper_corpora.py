@@ -32,7 +32,7 @@ from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.corpora.builtin.strokes import _paths
 from pipelines.data.transforms import sound, video
 from pipelines.data.transforms.image import decode_image
-from skillnet_corpora.paper.tnews import LABELS
+from skillnet_corpora.paper import LABELS
 from skillnet_platform import storage
 
 #: Parts of a corpus; the second number divides the rows of the first part.

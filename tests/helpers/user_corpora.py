@@ -18,7 +18,7 @@ import numpy as np
 
 from pipelines.data.corpora.archives import iter_members
 from pipelines.data.transforms import sound, video
-from skillnet_corpora.paper.tnews import LABELS
+from skillnet_corpora.paper import LABELS
 from tests.helpers.archive_files import tarred
 from tests.helpers.readable_corpora import COLOURS, ENDINGS, NOUNS, SHAPES, STROKES, VERBS
 from tests.helpers.video_files import encode_video

@@ -11,7 +11,7 @@ from pipelines import evaluate, finetune, inspect, predict, prepare
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.preprocessing import prepare as preparation
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
-from skillnet_corpora.paper.tnews import LABELS
+from skillnet_corpora.paper import LABELS
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 

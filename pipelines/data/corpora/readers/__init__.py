@@ -15,13 +15,13 @@ from pipelines.data.corpora.formats.record_reader import (
 from pipelines.data.corpora.readers.base import (
     CaptionOptions,
     ExternalCorpus,
+    FileRecord,
     MediaOptions,
     SplitOptions,
 )
-from pipelines.data.corpora.readers.captions import CaptionedCorpus
 from pipelines.data.corpora.readers.fields import RecordCorpus, RecordOptions
 from pipelines.data.corpora.readers.row_builders import (
-    NoAnnotationError,
+    UnwantedRowError,
     clean_captions,
     clean_text,
     error_row,
@@ -30,7 +30,6 @@ from pipelines.data.corpora.readers.row_builders import (
     make_key,
     media_row,
     normalize_transcript,
-    rejected_row,
     val_or_test,
 )
 from pipelines.data.io.directory import SourceDirectory
@@ -45,13 +44,12 @@ from pipelines.data.shards.format import tensor_field
 __all__ = [
     "BadRecord",
     "CaptionOptions",
-    "CaptionedCorpus",
     "CodeOptions",
     "ExternalCorpus",
+    "FileRecord",
     "ImageOptions",
     "MediaOptions",
     "MediaRef",
-    "NoAnnotationError",
     "RecordCorpus",
     "RecordOptions",
     "RejectedRow",
@@ -61,6 +59,7 @@ __all__ = [
     "SourceDirectory",
     "SplitOptions",
     "TextOptions",
+    "UnwantedRowError",
     "VideoOptions",
     "clean_captions",
     "clean_text",
@@ -73,7 +72,6 @@ __all__ = [
     "read_json_entries",
     "read_json_lines",
     "read_records",
-    "rejected_row",
     "stable_hash",
     "tensor_field",
     "val_or_test",

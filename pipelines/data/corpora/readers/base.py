@@ -11,13 +11,14 @@ Formats of other packages join through the entry point group ``skillnet.corpora`
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 from annotated_types import Interval
 
 from pipelines.data.config.bounds import BoundedOptions
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.formats.encoding import BadRecord
 from pipelines.data.corpora.formats.unread_files import UnreadFiles
 from pipelines.data.corpora.readers.label_values import (
     RunningMoments,
@@ -26,6 +27,7 @@ from pipelines.data.corpora.readers.label_values import (
     parse_label,
     sort_labels,
 )
+from pipelines.data.corpora.readers.row_builders import UnwantedRowError, error_row, make_key
 from pipelines.data.io.directory import (
     DirectoryEntry,
     SourceDirectory,
@@ -94,8 +96,30 @@ class MediaOptions(BoundedOptions):
     max_megabytes: Annotated[int, Interval(ge=1, le=2**20)] = MAX_MEDIA_BYTES // 2**20
 
 
+class FileRecord(NamedTuple):
+    """A record of a file, of which a reader builds one row.
+
+    Args:
+        file: the file, as the report of rejected rows names it.
+        number: number of the record in the file, from 1; None if the file is the record.
+        value: content of the record, or why it cannot be read.
+        split: split that the file names, if it names one.
+        key: key of the row; by default file and number.
+        origin: further facts about the file that the reader needs.
+    """
+
+    file: str
+    number: int | None
+    value: Any
+    split: str | None = None
+    key: str = ""
+    origin: Any = None
+
+
 class ExternalCorpus(Corpus):
     """A corpus in one format, read from a path or URI of the user.
+
+    A reader yields records in ``read_records`` and makes a row of one record in ``build_record``.
 
     Args:
         place: path or URI of the corpus.
@@ -248,6 +272,42 @@ class ExternalCorpus(Corpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield every row, in an order that depends only on the corpus; see ``Corpus.rows``."""
+        yield from self.build_rows()
+
+    def build_rows(self) -> Iterator[Row | RejectedRow]:
+        """Yield the rows of all records, and one rejected row for each that cannot be used."""
+        for record in self.read_records():
+            if isinstance(record, RejectedRow):
+                yield record
+                continue
+            file, number, value, _, key, _ = record
+            if not key:
+                record = record._replace(key=(key := make_key(f"{file}:{number}")))
+            if isinstance(value, BadRecord):
+                yield error_row(key, value.reason, file, number, value.truncates_file)
+                continue
+            try:
+                row = self.build_record(record)
+            except ValueError as error:
+                is_error = not isinstance(error, UnwantedRowError)
+                yield RejectedRow(key, str(error), file, number, counts_as_error=is_error)
+                continue
+            yield row if number is None else row | {"file": file, "row": number}
+
+    def read_records(self) -> Iterator[FileRecord | RejectedRow]:
+        """Yield the records of all files; those that are rejected without a look as such."""
+        raise NotImplementedError
+
+    def build_record(self, record: FileRecord) -> Row:
+        """Return the row of a record.
+
+        Args:
+            record: its value can be read, and its key is set.
+
+        Raises:
+            UnwantedRowError: the record is no row by choice; the text is the reason.
+            ValueError: the record cannot be used; the text is the reason.
+        """
         raise NotImplementedError
 
     def build_columns(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pipelines.data.corpora.base import RejectedRow, Row, stable_hash
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.data.corpora.formats.schema_sample import SchemaSample, is_empty_value, is_minus_one
 from pipelines.data.corpora.readers.base import (
     CaptionOptions,
@@ -22,10 +22,10 @@ from pipelines.data.corpora.readers.field_names import (
     match_field,
     read_field,
 )
-from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD, RowReader, join_captions
+from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD, join_captions
 from pipelines.data.corpora.readers.label_values import read_label_set, read_number
 from pipelines.data.corpora.readers.row_builders import (
-    NoAnnotationError,
+    UnwantedRowError,
     clean_captions,
     clean_text,
     hash_caption_group,
@@ -322,16 +322,15 @@ class RecordCorpus(ExternalCorpus):
         """Make the split ``unlabelled`` of rows to classify that have no label."""
         self.unlabelled_splits = (UNLABELLED,) if self._has_labels_only() else ()
 
-    def join_items(self, read_rows: RowReader) -> Iterator[Row | RejectedRow]:
-        """Yield rows, the captions of one media file in one row; see :func:`join_captions`.
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+        """Yield the rows of all records, the captions of one media file in one row.
 
-        Args:
-            read_rows: reads the rows; those of media have the field ``ITEM_FIELD``.
+        The rows of :meth:`build_rows` have ``ITEM_FIELD`` where several can be of one media file.
         """
         if "captions" in self.annotations_present and not self._reads_strings:
-            yield from join_captions(read_rows, self.is_preview)
+            yield from join_captions(self.build_rows, self.is_preview)
             return
-        for row in read_rows():
+        for row in self.build_rows():
             if not isinstance(row, RejectedRow):
                 row.pop(ITEM_FIELD, None)
             yield row
@@ -354,7 +353,7 @@ class RecordCorpus(ExternalCorpus):
             split_key: value that decides a split that is made; by default the key.
 
         Raises:
-            NoAnnotationError: a media file has no captions or transcript.
+            UnwantedRowError: a media file has no captions or transcript.
             ValueError: a field is missing or cannot be used; the text is the reason.
         """
         split = split or self._read_split(fields)
@@ -376,11 +375,11 @@ class RecordCorpus(ExternalCorpus):
         value = _unwrap_captions(read_field(fields, self.text_field))
         if "captions" in self.annotations_present:
             if unlabelled or _is_blank(value):
-                raise NoAnnotationError(f"{self.modality_files.noun} without captions")
+                raise UnwantedRowError(f"{self.modality_files.noun} without captions")
             captions = clean_captions(value)
         if "transcripts" in self.annotations_present:
             if unlabelled or _is_blank(value):
-                raise NoAnnotationError(f"{self.modality_files.noun} without a transcript")
+                raise UnwantedRowError(f"{self.modality_files.noun} without a transcript")
             transcript = normalize_transcript(clean_text(value))
         unit = self._read_unit(fields, split_key)
         return media_row(final, key, reference, captions, transcript, label, unit) | targets
@@ -475,7 +474,7 @@ class RecordCorpus(ExternalCorpus):
             blank = _is_blank(value) or split == UNLABELLED
             captions = [] if blank else [first_paragraph(c) for c in clean_captions(value)]
             if _is_blank(captions):
-                raise NoAnnotationError("a function without a docstring")
+                raise UnwantedRowError("a function without a docstring")
             row["captions"] = clean_captions(captions)
             row["group"] = hash_caption_group(row["captions"])
         return row

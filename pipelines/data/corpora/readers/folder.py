@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import RejectedRow, Row
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.parquet_media import EmbeddedMedia
-from pipelines.data.corpora.formats.record_reader import BadRecord, describe_first_error
+from pipelines.data.corpora.formats.record_reader import describe_first_error
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import (
     BOXES,
@@ -30,6 +30,7 @@ from pipelines.data.corpora.formats.unread_files import (
     refuse_unread_layout,
     refuse_unread_table,
 )
+from pipelines.data.corpora.readers.base import FileRecord
 from pipelines.data.corpora.readers.class_folders import (
     find_first_media,
     find_split_root,
@@ -61,7 +62,7 @@ from pipelines.data.corpora.readers.metadata_tables import (
 )
 from pipelines.data.corpora.readers.parquet_tables import ParquetTable, describe_tables
 from pipelines.data.corpora.readers.repository_card import CARD
-from pipelines.data.corpora.readers.row_builders import error_row, make_key, rejected_row
+from pipelines.data.corpora.readers.row_builders import UnwantedRowError, make_key
 from pipelines.data.corpora.readers.split_lists import (
     SplitLists,
     are_storage_folders,
@@ -499,34 +500,29 @@ class FolderCorpus(RecordCorpus):
             return False
         return is_annotation_name(file) and file not in self.annotation_files()
 
-    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Yield rows in the order of the metadata, then media that no row refers to."""
-        yield from self.join_items(self._read_rows)
-
-    def _read_rows(self) -> Iterator[Row | RejectedRow]:
+    def read_records(self) -> Iterator[FileRecord | RejectedRow]:
+        """Yield records in the order of the metadata, then media that no row refers to."""
         if not self.tables:
-            yield from self._class_rows()
+            for entry in self.source.walk():
+                if file_extension(entry.name) in MODALITY_OF_EXTENSION:
+                    yield FileRecord(entry.name, None, None, key=make_key(entry.name))
             return
         with KeySet() as referenced:
             for table in self.tables:
                 name = table.file or self.source.name
-                for number, record in table.read(self.source):
-                    key = make_key(f"{name}:{number}")
-                    if isinstance(record, BadRecord):
-                        yield error_row(key, record.reason, name, number, record.truncates_file)
-                        continue
-                    try:
-                        row = self._metadata_row(key, table, record, referenced)
-                    except ValueError as error:
-                        yield rejected_row(key, error, name, number)
-                        continue
-                    yield row | {"file": name, "row": number}
+                for number, value in table.read(self.source):
+                    yield FileRecord(name, number, value, origin=(table, referenced))
             # After all tables, because several of them can name files of one folder.
             is_named = self.file_field is not None and self.media_column is None
             if is_named and not self.source.is_file:
                 yield from self._unreferenced_media(referenced)
 
-    def _metadata_row(self, key: str, table: MetadataTable, record: Row, referenced: KeySet) -> Row:
+    def build_record(self, found: FileRecord) -> Row:
+        """Return the row of a record of metadata, or of a media file in the folder of a class."""
+        key, record = found.key, found.value
+        if found.origin is None:
+            return self._class_row(found.file, key)
+        table, referenced = found.origin
         if self.file_field is None:
             return self.build_row(key, record, None, table.split)
         value = read_field(record, self.file_field)
@@ -574,33 +570,21 @@ class FolderCorpus(RecordCorpus):
                 reason = "a media file that no row refers to"
                 yield RejectedRow(make_key(entry.name), reason, entry.name)
 
-    def _class_rows(self) -> Iterator[Row | RejectedRow]:
-        for entry in self.source.walk():
-            kind, key = MODALITY_OF_EXTENSION.get(file_extension(entry.name)), make_key(entry.name)
-            if kind is None:
-                continue
-            if kind != self.modality:
-                article = "an" if kind[0] in "aeiou" else "a"
-                reason = f"{article} {kind} file in folders of {self.modality} files"
-                yield RejectedRow(key, f"{reason}; the option modality chooses", entry.name)
-                continue
-            split, label = self._split_and_class(entry.name)
-            if any(name.startswith("_") for name in entry.name.split("/")[:-1]):
-                reason = "in a folder whose name begins with _, which is no class"
-                yield RejectedRow(key, reason, entry.name)
-                continue
-            if split is None and self.split_lists.files:
-                yield RejectedRow(key, "a media file that no list of splits names", entry.name)
-                continue
-            is_unlabelled = self.test_unlabelled and split == "test"
-            if label is None and "labels" in self.annotations_present and not is_unlabelled:
-                yield error_row(key, "not in a folder that names a class", entry.name)
-                continue
-            reference = MediaRef(self.source.path(entry.name))
-            try:
-                yield self.build_row(key, {"label": label}, reference, split)
-            except ValueError as error:  # a name that is not UTF-8
-                yield rejected_row(key, error, entry.name, None)
+    def _class_row(self, file: str, key: str) -> Row:
+        kind = MODALITY_OF_EXTENSION[file_extension(file)]
+        if kind != self.modality:
+            article = "an" if kind[0] in "aeiou" else "a"
+            reason = f"{article} {kind} file in folders of {self.modality} files"
+            raise UnwantedRowError(f"{reason}; the option modality chooses")
+        split, label = self._split_and_class(file)
+        if any(name.startswith("_") for name in file.split("/")[:-1]):
+            raise UnwantedRowError("in a folder whose name begins with _, which is no class")
+        if split is None and self.split_lists.files:
+            raise UnwantedRowError("a media file that no list of splits names")
+        is_unlabelled = self.test_unlabelled and split == "test"
+        if label is None and "labels" in self.annotations_present and not is_unlabelled:
+            raise ValueError("not in a folder that names a class")
+        return self.build_row(key, {"label": label}, MediaRef(self.source.path(file)), split)
 
 
 def _are_split_names(found: list[str | None]) -> bool:

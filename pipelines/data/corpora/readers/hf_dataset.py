@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Row
 from pipelines.data.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
 from pipelines.data.corpora.formats.encoding import find_repeated_column
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
@@ -34,6 +34,7 @@ from pipelines.data.corpora.readers.arrow_media import (
     media_column_error,
     read_stream_schema,
 )
+from pipelines.data.corpora.readers.base import FileRecord
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,
     RecordCorpus,
@@ -41,7 +42,6 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_prefix,
 )
 from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
-from pipelines.data.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.source_file import make_read_error
 from skillnet.modality import is_string_modality
@@ -164,28 +164,21 @@ class HfDatasetCorpus(RecordCorpus):
         """Return the number of Arrow files."""
         return sum(len(_list_files(self.source, folder)) for _, folder in self.folders) or 1
 
-    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Yield rows in the order of splits and files."""
-        yield from self.join_items(self._read_rows)
-
-    def _read_rows(self) -> Iterator[Row | RejectedRow]:
+    def read_records(self) -> Iterator[FileRecord]:
+        """Yield records in the order of splits and files."""
         for split, folder in self.folders:
             for file in _list_files(self.source, folder):
-                for number, record in enumerate(self._records(file), start=1):
-                    key = make_key(f"{file}:{number}")
-                    if isinstance(record, BadRecord):
-                        yield error_row(key, record.reason, file, number, record.truncates_file)
-                        continue
-                    try:
-                        media = record.pop(self.media_field) if self.media_field else None
-                        item = (media.item if media else "") or key
-                        reference = media.reference if media else None
-                        name_classes(self.file_classes[file], record)
-                        row = self.build_row(key, record, reference, split, item)
-                    except ValueError as error:
-                        yield rejected_row(key, error, file, number)
-                        continue
-                    yield row | {"file": file, "row": number, ITEM_FIELD: item}
+                for number, value in enumerate(self._records(file), start=1):
+                    yield FileRecord(file, number, value, split)
+
+    def build_record(self, record: FileRecord) -> Row:
+        """Return the row of a record, with the media inside or beside its Arrow file."""
+        fields, key = record.value, record.key
+        media = fields.pop(self.media_field) if self.media_field else None
+        item = (media.item if media else "") or key
+        name_classes(self.file_classes[record.file], fields)
+        reference = media.reference if media else None
+        return self.build_row(key, fields, reference, record.split, item) | {ITEM_FIELD: item}
 
     def _records(self, file: str) -> Iterator[dict[str, Any] | BadRecord]:
         """Yield the rows of an Arrow file; the media field holds a reference."""

@@ -73,21 +73,8 @@ def error_row(
     return RejectedRow(key, reason, file, row, counts_as_error=True, truncates_file=truncates_file)
 
 
-class NoAnnotationError(ValueError):
-    """A media file without caption or transcript. Its row is rejected by choice."""
-
-
-def rejected_row(key: str, error: ValueError, file: str | None, row: int | None) -> RejectedRow:
-    """Return the rejected row of an error; every error but ``NoAnnotationError`` counts as one.
-
-    Args:
-        key: key of the row.
-        error: its text is the reason.
-        file: the file that holds the row.
-        row: number of the row in the file, from 1.
-    """
-    is_error = not isinstance(error, NoAnnotationError)
-    return RejectedRow(key, str(error), file, row, counts_as_error=is_error)
+class UnwantedRowError(ValueError):
+    """A row that is rejected by choice, such as a media file without a caption."""
 
 
 def hash_caption_group(captions: Sequence[str]) -> int:

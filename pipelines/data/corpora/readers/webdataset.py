@@ -23,6 +23,7 @@ from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import BadRecord, StrictJsonDecoder
 from pipelines.data.corpora.formats.schema_sample import SchemaSample
+from pipelines.data.corpora.readers.base import FileRecord
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,
     MODALITY_OF_EXTENSION,
@@ -31,7 +32,7 @@ from pipelines.data.corpora.readers.fields import (
 )
 from pipelines.data.corpora.readers.hub_repository import require_all_shards
 from pipelines.data.corpora.readers.metadata_tables import has_metadata_rows
-from pipelines.data.corpora.readers.row_builders import error_row, make_key, rejected_row
+from pipelines.data.corpora.readers.row_builders import make_key
 from pipelines.data.io.archive import detect_compression
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
@@ -142,7 +143,11 @@ class WebDatasetCorpus(RecordCorpus):
         return len(self.tars)
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Yield samples in the order of tars and members."""
+        """Yield the rows of all samples, none of which shares its media file with another."""
+        yield from self.build_rows()
+
+    def read_records(self) -> Iterator[FileRecord | RejectedRow]:
+        """Yield samples in the order of tars and members, after their surplus members."""
         for tar in self.tars:
             split, file = _split_of_tar(tar), tar or self.source.name
             for number, sample in enumerate(_iter_samples(self.source, tar), start=1):
@@ -158,22 +163,17 @@ class WebDatasetCorpus(RecordCorpus):
                         number,
                         counts_as_error=is_error,
                     )
-                if sample.problem:
-                    yield error_row(key, sample.problem, file, number, sample.truncates_file)
-                    continue
-                is_unread = sample.reference is not None and self._reads_strings
-                if is_unread and self.options.modality is None:
-                    yield error_row(key, UNREAD_MEMBER, file, number)
-                    continue
-                if sample.reference is None and not self._reads_strings:
-                    yield error_row(key, NO_MEDIA_MEMBER, file, number)
-                    continue
-                try:
-                    row = self.build_row(key, sample.fields, sample.reference, split)
-                except ValueError as error:
-                    yield rejected_row(key, error, file, number)
-                    continue
-                yield row | {"file": file, "row": number}
+                bad = BadRecord(sample.problem, sample.truncates_file)
+                yield FileRecord(file, number, bad if sample.problem else sample, split, key)
+
+    def build_record(self, record: FileRecord) -> Row:
+        """Return the row of a sample."""
+        reference = record.value.reference
+        if reference is None and not self._reads_strings:
+            raise ValueError(NO_MEDIA_MEMBER)
+        if reference is not None and self._reads_strings and self.options.modality is None:
+            raise ValueError(UNREAD_MEMBER)
+        return self.build_row(record.key, record.value.fields, reference, record.split)
 
 
 def _list_tars(source: SourceDirectory) -> list[str]:

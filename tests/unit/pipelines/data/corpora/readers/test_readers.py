@@ -15,8 +15,7 @@ from pipelines.data.corpora import (
 )
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
 from pipelines.data.io.media import MediaReadError, MediaRef, read_media
-from skillnet_corpora.paper.tnews import LABELS
-from skillnet_corpora.paper.vatex import parse_youtube_id
+from skillnet_corpora.paper import LABELS, parse_youtube_id
 from tests.helpers import user_corpora
 
 Rows = dict[str, list[dict[str, Any]]]

@@ -16,13 +16,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Row
+from pipelines.data.corpora.formats.encoding import DAMAGED_COMPRESSION, BadRecord
 from pipelines.data.corpora.formats.packed_archives import list_archives, missing_format_error
-from pipelines.data.corpora.readers.base import ExternalCorpus, MediaOptions, SplitOptions
+from pipelines.data.corpora.readers.base import (
+    ExternalCorpus,
+    FileRecord,
+    MediaOptions,
+    SplitOptions,
+)
 from pipelines.data.corpora.readers.fields import parse_split_name
 from pipelines.data.corpora.readers.row_builders import (
+    UnwantedRowError,
     clean_text,
-    error_row,
     hash_split,
     make_key,
     media_row,
@@ -120,52 +126,51 @@ class AishellCorpus(ExternalCorpus):
                 speakers.add(_speaker_of(path))
         spoken = self._read_transcripts()
         # The utterance BAC009S0002W0122 is of the speaker S0002.
-        texts = (line.text for name, line in spoken.items() if name[6:11] in speakers)
-        self.set_labels((), sorted({c for text in texts for c in text or ""}))
+        texts = (text for name, (_, text) in spoken.items() if name[6:11] in speakers)
+        self.set_labels((), sorted({c for text in texts if isinstance(text, str) for c in text}))
 
     def num_source_files(self) -> int:
         """Return the number of folders and archives of speakers."""
         return len(self._list_speakers()) or 1
 
-    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+    def read_records(self) -> Iterator[FileRecord]:
         """Yield utterances in the order of speakers, folders before archives."""
         spoken = self._read_transcripts()
         heard: set[str] = set()
-        for name, each in spoken.items():
-            if each.text is None:
-                key = make_key("transcript", name)
-                yield error_row(
-                    key, each.problem, self.transcript, each.number, each.truncates_file
-                )
+        for name, (number, text) in spoken.items():
+            if isinstance(text, BadRecord):
+                yield self._report_line(name, number, text)
         unpacked = set()
         for split, path in self._list_speakers():
+            speaker = _speaker_of(path)
             if not path.endswith(SPEAKER_ARCHIVES):
-                unpacked.add(_speaker_of(path))
-            for name, inside, reference in self._iter_audio(path):
-                key, line = make_key(inside), spoken.get(name)
-                named = split or _split_in_path(inside.split("/"))
-                final = self._assign_split(named, path)
-                if isinstance(reference, str):
-                    # A damaged archive does not matter if the speaker is unpacked too.
-                    if _speaker_of(path) not in unpacked:
-                        yield error_row(key, reference, inside, truncates_file=True)
-                    continue
-                if name in heard:
-                    continue
-                heard.add(name)
-                if final is None:
-                    yield error_row(key, "neither train, dev nor test in its path", inside)
-                elif line is None or line.text is None:
-                    # Rejected by choice: 360 utterances of the corpus have no transcript.
-                    yield RejectedRow(key, "audio without a transcript", inside)
-                else:
-                    speaker = make_key(_speaker_of(path))
-                    row = media_row(final, key, reference, text=line.text, unit=speaker)
-                    yield row | {"file": self.transcript, "row": line.number}
-        for name, each in spoken.items():
-            if each.text is not None and name not in heard:
-                key = make_key("transcript", name)
-                yield error_row(key, "a transcript without audio", self.transcript, each.number)
+                unpacked.add(speaker)
+            for name, inside, found in self._iter_audio(path):
+                # A damaged archive does not matter if the speaker is unpacked too.
+                is_repeated = speaker in unpacked if isinstance(found, BadRecord) else name in heard
+                if not is_repeated:
+                    named = split or _split_in_path(inside.split("/"))
+                    final, origin = self._assign_split(named, path), (speaker, spoken.get(name))
+                    yield FileRecord(inside, None, found, final, make_key(inside), origin)
+                    heard |= set() if isinstance(found, BadRecord) else {name}
+        for name, (number, text) in spoken.items():
+            if not isinstance(text, BadRecord) and name not in heard:
+                yield self._report_line(name, number, BadRecord("a transcript without audio"))
+
+    def build_record(self, record: FileRecord) -> Row:
+        """Return the row of an utterance."""
+        speaker, (number, text) = record.origin[0], record.origin[1] or (None, None)
+        if record.split is None:
+            raise ValueError("neither train, dev nor test in its path")
+        if not isinstance(text, str):
+            # Rejected by choice: 360 utterances of the corpus have no transcript.
+            raise UnwantedRowError("audio without a transcript")
+        unit = make_key(speaker)
+        row = media_row(record.split, record.key, record.value, text=text, unit=unit)
+        return row | {"file": self.transcript, "row": number}
+
+    def _report_line(self, name: str, number: int, problem: BadRecord) -> FileRecord:
+        return FileRecord(self.transcript, number, problem, key=make_key("transcript", name))
 
     def _assign_split(self, named: str | None, path: str) -> str | None:
         """Return the split of a speaker: as named, or made of the speaker's name alone."""
@@ -182,25 +187,23 @@ class AishellCorpus(ExternalCorpus):
                 return _split_in_path(first.split("/"))
         return None
 
-    def _read_transcripts(self) -> "dict[str, TranscriptLine]":
-        """Return utterance -> its line; about 30 MB of memory for the entire corpus."""
-        found: dict[str, TranscriptLine] = {}
+    def _read_transcripts(self) -> dict[str, tuple[int, str | BadRecord]]:
+        """Return utterance -> (number of its line, text or why the line cannot be used).
+
+        The entire corpus takes about 30 MB of memory.
+        """
+        found: dict[str, tuple[int, str | BadRecord]] = {}
         number = 0
         try:
             for number, line in self.source.lines(self.transcript):
                 # Some copies have a tab after the name.
                 name, words, *_ = [*line.decode("utf-8", "replace").split(maxsplit=1), "", ""]
                 try:
-                    text = normalize_transcript(clean_text(words))
-                    found[name] = TranscriptLine(number, text)
+                    found[name] = number, normalize_transcript(clean_text(words))
                 except ValueError:
-                    problem = "an empty or damaged transcript"
-                    found[name] = TranscriptLine(number, None, problem)
+                    found[name] = number, BadRecord("an empty or damaged transcript")
         except DAMAGE_ERRORS:
-            problem = "the compressed file is cut short or damaged"
-            found[f"line {number + 1}"] = TranscriptLine(
-                number + 1, None, problem, truncates_file=True
-            )
+            found[f"line {number + 1}"] = number + 1, DAMAGED_COMPRESSION
         return found
 
     def _list_speakers(self) -> list[tuple[str | None, str]]:
@@ -220,8 +223,8 @@ class AishellCorpus(ExternalCorpus):
                 found.append((None, path))
         return sorted(found, key=lambda speaker: speaker[1].endswith(SPEAKER_ARCHIVES))
 
-    def _iter_audio(self, path: str) -> Iterator[tuple[str, str, MediaRef | str]]:
-        """Yield (utterance, path, reference); a reason as reference if an archive is damaged."""
+    def _iter_audio(self, path: str) -> Iterator[tuple[str, str, MediaRef | BadRecord]]:
+        """Yield (utterance, path, reference); a bad record if an archive is damaged."""
         source = self.media_source
         if not path.endswith(SPEAKER_ARCHIVES):
             for entry in source.walk(path):
@@ -235,26 +238,10 @@ class AishellCorpus(ExternalCorpus):
                     reference = MediaRef(archive, member=member)
                     yield _utterance_of(member), f"{path}/{member}", reference
         except TarReadError:
-            yield "", path, "the speaker's archive is cut short or damaged"
+            reason = "the speaker's archive is cut short or damaged"
+            yield "", path, BadRecord(reason, truncates_file=True)
         except PER_FILE_ERRORS:
-            yield "", path, "the speaker's archive cannot be opened"
-
-
-@dataclass(frozen=True)
-class TranscriptLine:
-    """A line of the transcript file.
-
-    Attributes:
-        number: number of the line, from 1.
-        text: the transcript, None if the line cannot be used.
-        problem: why it cannot be used.
-        truncates_file: whether the rest of the file cannot be read.
-    """
-
-    number: int
-    text: str | None
-    problem: str = ""
-    truncates_file: bool = False
+            yield "", path, BadRecord("the speaker's archive cannot be opened", truncates_file=True)
 
 
 def _utterance_of(path: str) -> str:

@@ -1,1 +1,0 @@
-"""Readers of the five corpora of the paper, as their owners publish them."""
