@@ -16,10 +16,10 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from skillnet.bounds import nearest_hint
+from skillnet_files.entry_points import find_entries, load_named
 
 GROUP = "skillnet.modalities"
 
@@ -285,16 +285,10 @@ BUILT_IN_MODALITIES: Mapping[str, Modality] = {each.name: each for each in _BUIL
 _STEM_ORDER = ("token", "patch", "tubelet", "log_mel")
 
 
-@cache
-def _other_entries() -> dict[str, EntryPoint]:
-    # Built-in names win: saved models and prepared corpora rely on their meaning.
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return {name: found[name] for name in sorted(found.keys() - BUILT_IN_MODALITIES.keys())}
-
-
 def modality_names() -> tuple[str, ...]:
     """Return the names of all installed modalities, the built-in ones first."""
-    return (*BUILT_IN_MODALITIES, *_other_entries())
+    others = find_entries(GROUP).keys() - BUILT_IN_MODALITIES.keys()
+    return (*BUILT_IN_MODALITIES, *sorted(others))
 
 
 @cache
@@ -308,16 +302,12 @@ def find_modality(name: str) -> Modality:
         ValueError: no modality has this name (with the nearest one), or its entry point does not
             name a :class:`Modality` of the same name.
     """
+    # Saved models and prepared corpora rely on the meaning of built-in names.
     if name in BUILT_IN_MODALITIES:
         return BUILT_IN_MODALITIES[name]
-    entry = _other_entries().get(name)
-    if entry is None:
+    found = load_named(GROUP, name, Modality)
+    if found is None:
         raise ValueError(f"unknown modality {name!r}{nearest_hint(name, modality_names())}")
-    found = entry.load()
-    if not isinstance(found, Modality) or found.name != name:
-        raise ValueError(
-            f"the entry point {GROUP}:{name} names no Modality {name!r}: {entry.value}"
-        )
     return found
 
 

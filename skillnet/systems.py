@@ -6,7 +6,6 @@ adds one through the entry point group ``skillnet.systems``, whose entries name 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,9 @@ from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_config, read_manifest
 from skillnet.skills import nearest_hint
+from skillnet_files.entry_points import find_entries, load_named
 
 GROUP = "skillnet.systems"
-
-#: Entry points of the baselines. They are repeated here so that a checkout works where the
-#: package is not installed, as in a job on a cluster.
-BUILT_IN = {
-    "alone": "skillnet.baselines.alone:ALONE",
-    "dense": "skillnet.baselines.dense:DENSE",
-    "moe": "skillnet.baselines.moe:MOE",
-    "specialist": "skillnet_hf.specialist:SPECIALIST",
-}
 
 
 def _keep_config(config: SkillNetConfig, options: Any) -> SkillNetConfig:
@@ -125,13 +116,7 @@ SKILLNET = System("skillnet", SkillNet, summary="one encoder, its skills activat
 
 def system_names() -> list[str]:
     """Return the names of all installed systems."""
-    return sorted({SKILLNET.name, *_system_entries()})
-
-
-def _system_entries() -> dict[str, EntryPoint]:
-    # Built-in names win, so that a third party cannot replace a baseline of a comparison.
-    others = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    return sorted({SKILLNET.name, *find_entries(GROUP)})
 
 
 def find_system(name: str) -> System:
@@ -139,17 +124,14 @@ def find_system(name: str) -> System:
 
     Raises:
         ValueError: no system has this name (with the nearest valid one), or its entry point does
-            not name a :class:`System`.
+            not name a :class:`System` of the same name.
     """
     if name == SKILLNET.name:
         return SKILLNET
-    entry = _system_entries().get(name)
-    if entry is not None:
-        found = entry.load()
-        if not isinstance(found, System):
-            raise ValueError(f"the entry point {GROUP}:{name} names no System: {entry.value}")
-        return found
-    raise ValueError(f"unknown system {name!r}{nearest_hint(name, system_names())}")
+    found = load_named(GROUP, name, System)
+    if found is None:
+        raise ValueError(f"unknown system {name!r}{nearest_hint(name, system_names())}")
+    return found
 
 
 def build_system(

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
+from skillnet_files.entry_points import find_entries
 from skillnet_platform import __version__, console, signals
-from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
 from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri

@@ -12,10 +12,10 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple
 
 from skillnet.vocabulary import parse_scale
+from skillnet_files.entry_points import find_entries, load_named
 
 GROUP = "skillnet.objectives"
 #: Entries name a :class:`RowMetric`, which every task of its objective gets.
@@ -261,14 +261,8 @@ BUILT_IN_OBJECTIVES: Mapping[str, Objective] = {each.name: each for each in _BUI
 
 def objective_names() -> list[str]:
     """Return the names of all installed objectives, the built-in ones first."""
-    return [*BUILT_IN_OBJECTIVES, *_other_entries()]
-
-
-@cache
-def _other_entries() -> dict[str, EntryPoint]:
-    # Built-in names win: saved models and published figures rely on their meaning.
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return {name: found[name] for name in sorted(found.keys() - BUILT_IN_OBJECTIVES.keys())}
+    others = find_entries(GROUP).keys() - BUILT_IN_OBJECTIVES.keys()
+    return [*BUILT_IN_OBJECTIVES, *sorted(others)]
 
 
 @cache
@@ -282,16 +276,12 @@ def find_objective(name: str) -> Objective:
         ValueError: no objective has this name, or its entry point does not name an
             :class:`Objective` of the same name.
     """
+    # Saved models and published figures rely on the meaning of built-in names.
     if name in BUILT_IN_OBJECTIVES:
         return _add_metrics(BUILT_IN_OBJECTIVES[name])
-    entry = _other_entries().get(name)
-    if entry is None:
+    found = load_named(GROUP, name, Objective)
+    if found is None:
         raise ValueError(f"unknown objective {name!r}; known: {', '.join(objective_names())}")
-    found = entry.load()
-    if not isinstance(found, Objective) or found.name != name:
-        raise ValueError(
-            f"the entry point {GROUP}:{name} names no Objective {name!r}: {entry.value}"
-        )
     return _add_metrics(found)
 
 
@@ -299,17 +289,15 @@ def _add_metrics(objective: Objective) -> Objective:
     """Return an objective with the metrics that other packages add to it."""
     taken = {each.name for each in objective.metrics}
     further = []
-    for entry in sorted(entry_points(group=METRICS_GROUP), key=lambda each: each.name):
-        found = entry.load()
+    for name in sorted(find_entries(METRICS_GROUP)):
+        found = find_entries(METRICS_GROUP)[name].load()
         if not isinstance(found, RowMetric):
-            raise ValueError(
-                f"the entry point {METRICS_GROUP}:{entry.name} names no RowMetric: {entry.value}"
-            )
+            raise ValueError(f"the entry point {METRICS_GROUP}:{name} names no RowMetric")
         if found.objective != objective.name:
             continue
         if found.metric.name in taken:
             raise ValueError(
-                f"the entry point {METRICS_GROUP}:{entry.name} adds {found.metric.name}, which "
+                f"the entry point {METRICS_GROUP}:{name} adds {found.metric.name}, which "
                 f"{objective.name} has; give its metric another name"
             )
         taken.add(found.metric.name)

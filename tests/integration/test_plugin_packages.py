@@ -28,12 +28,13 @@ from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_dataloader
 from pipelines.training.runs import model_source
-from skillnet import SkillNet, modality
+from skillnet import SkillNet
 from skillnet.config import SkillNetConfig
 from skillnet.skills import DEFAULT_SKILLS, known_tasks
 from skillnet.systems import build_system
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
+from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.small_corpora import small_config
 
@@ -147,15 +148,10 @@ def test_files_of_a_modality_are_recognised(installed: Path, waves: Path) -> Non
 def series(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The modality in this process."""
     monkeypatch.syspath_prepend(installed)
-    _forget_entries()
+    forget_entries()
     yield
     sys.modules.pop("time_series", None)
-    _forget_entries()
-
-
-def _forget_entries() -> None:
-    modality.find_modality.cache_clear()
-    modality._other_entries.cache_clear()
+    forget_entries()
 
 
 @pytest.mark.usefixtures("series", "run_root")

@@ -13,9 +13,9 @@ from pipelines.data.corpora.base import Corpus
 from pipelines.data.corpora.readers.base import ExternalCorpus
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.source_file import SourceReadError, make_read_error
+from skillnet_files.entry_points import find_entries
 from skillnet_platform import config
 from skillnet_platform.config.schema import check_keys
-from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import UserError, suggest_name
 
 ENTRY_POINT_GROUP = "skillnet.corpora"

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipelines.data.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from pipelines.data.shards.id_columns import IdRange, check_ids, manifest_id_ranges
-from skillnet_platform.entry_points import find_entries
+from skillnet_files.entry_points import find_entries
 from skillnet_platform.errors import UserError, find_nearest_name
 from skillnet_platform.storage.cache import FileCache
 from skillnet_platform.storage.location import Location, join_location, parse_location

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from skillnet_platform.entry_points import find_entries
+from skillnet_files.entry_points import find_entries
 from skillnet_platform.errors import UserError, suggest_name
 
 CALLBACKS, LOGGERS = "skillnet.callbacks", "skillnet.loggers"

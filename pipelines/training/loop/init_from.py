@@ -47,9 +47,9 @@ from skillnet.serialization import read_about, read_config, read_manifest, read_
 from skillnet.skill_copies import copy_to_skills, is_difference, is_unset_weight
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
+from skillnet_files.entry_points import find_entries
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
-from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.objects import is_uri

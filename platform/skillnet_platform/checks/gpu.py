@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from skillnet_files.entry_points import find_entries
 from skillnet_platform.checks import GIB, Finding
 from skillnet_platform.checks.gpu_probe import GpuDevice
 from skillnet_platform.checks.node_probe import AGAIN, NodeProbe
 from skillnet_platform.cluster.gpu_types import describe_device
 from skillnet_platform.cluster.node_types import NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
-from skillnet_platform.entry_points import find_entries
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.terminal_text import format_plural
 

@@ -30,7 +30,7 @@ from skillnet_corpora.study.functions_packages import FunctionPackagesCorpus
 from skillnet_corpora.study.further_splits import MORE, PAIRS, RESERVE
 from skillnet_corpora.study.headings_unused import UnusedHeadingsCorpus
 from skillnet_corpora.study.syllables_voices import SyllableVoicesCorpus, parse_zhuyin
-from skillnet_platform.entry_points import find_own_entries
+from skillnet_files.entry_points import find_own_entries
 from tests.helpers.archive_files import packaged, tarred, zipped
 from tests.helpers.archive_rows import (
     made_classification,

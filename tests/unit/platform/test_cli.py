@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from skillnet_platform import cli, console
 from skillnet_platform.errors import UserError
+from tests.helpers.installed_entries import forget_entries
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,6 +81,7 @@ def test_commands_of_other_packages_are_listed_and_run(
         "def main(argv=None):\n    print(argv)\n    return 7\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    forget_entries()
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^  extra +Do more with runs\. \(other\)$", shown, re.MULTILINE)
@@ -89,6 +91,7 @@ def test_commands_of_other_packages_are_listed_and_run(
     assert "['--x']" in capsys.readouterr().out
     assert cli.main(["broken"]) == 1
     assert "absent_module" in capsys.readouterr().err
+    forget_entries()
 
 
 @pytest.mark.parametrize(

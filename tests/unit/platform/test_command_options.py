@@ -221,7 +221,8 @@ def _all_numbers() -> list[tuple[str, str, Any, dict[str, float]]]:
     owners = {name: each.config_class for name, each in COMMANDS.items()}
     owners |= {f"reader {name}": each.Options for name, each in READERS.items()}
     owners |= {
-        f"system {name}": systems.find_system(name).model.options_class for name in systems.BUILT_IN
+        f"system {name}": systems.find_system(name).model.options_class
+        for name in systems.system_names()
     }
     return [(name, *each) for name, cls in sorted(owners.items()) for each in _numbers(cls, "")]
 

@@ -39,6 +39,7 @@ from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main
+from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.readable_corpora import config, write_labelled_corpora
 
@@ -68,7 +69,7 @@ def install(place: Path, entries: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: made\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[{base.GROUP}]\n{entries}\n")
     monkeypatch.syspath_prepend(place)
-    _forget_entries()
+    forget_entries()
 
 
 @pytest.fixture
@@ -80,12 +81,7 @@ def margin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     install(tmp_path / "site", f"{name} = {value}\nother = {value}", monkeypatch)
     yield
     sys.modules.pop("margin_objective", None)
-    _forget_entries()
-
-
-def _forget_entries() -> None:
-    base.find_objective.cache_clear()
-    base._other_entries.cache_clear()
+    forget_entries()
 
 
 def run_of(data: Path, task: Task, corpus: str = "headings") -> FinetuneConfig:
@@ -209,7 +205,7 @@ def test_a_built_in_objective_works_as_well_under_another_name(
         # NaN differs from itself, so the texts are compared.
         found.append(repr((result.losses, rows, answers, pretrained, shapes)))
     sys.modules.pop("copies", None)
-    _forget_entries()
+    forget_entries()
     assert found[0] == found[1]
 
 

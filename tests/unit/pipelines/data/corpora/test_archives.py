@@ -1,12 +1,10 @@
 """Archives: verification against the pins, and errors of missing or damaged files."""
 
 import hashlib
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from pipelines.data import corpora
 from pipelines.data.corpora import find_corpus
 from pipelines.data.corpora.archives import Archive, check_archive, iter_members, read_member
 from pipelines.data.corpora.base import SourceArchives
@@ -76,26 +74,6 @@ def test_an_unknown_corpus_name_suggests_the_nearest() -> None:
         find_corpus("heading")
     with pytest.raises(UserError, match=r"unknown corpus 'pathlib:Path': .* by its entry point"):
         find_corpus("pathlib:Path")
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [("pathlib:Path", "not a subclass"), ("nowhere.at_all:Corpus", "cannot be loaded")],
-)
-def test_an_entry_point_must_name_a_corpus(
-    value: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    point = EntryPoint("mine", value, corpora.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(corpora, "entry_points", lambda group: [point])
-    with pytest.raises(UserError, match=message):
-        find_corpus("mine")
-
-
-def test_an_entry_point_replaces_no_built_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = corpora.ENTRY_POINT_GROUP
-    points = [EntryPoint(name, "pathlib:Path", group) for name in ("headings", "radicals")]
-    monkeypatch.setattr(corpora, "entry_points", lambda group: points)
-    assert [find_corpus(name).name for name in ("headings", "radicals")] == ["headings", "radicals"]
 
 
 def test_an_unsafe_or_damaged_debian_package_is_rejected(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pipelines.data.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers import video_files as clips
+from tests.helpers.installed_entries import forget_entries, install_entries
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.data.transforms.test_transforms import held
 
@@ -28,12 +29,13 @@ POEMS = EntryPoint("poems", "tests.corpora_package.poem_files:Poems", corpora.EN
 
 
 @pytest.fixture
-def poems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(corpora, "entry_points", lambda group: [POEMS])
+def poems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    install_entries(monkeypatch, POEMS)
     for number in range(12):
         text = f"{'唐宋'[number % 2]}\n白日依山尽{number}\n黄河入海流\n"
         (tmp_path / f"{number:02d}.poem").write_text(text, encoding="utf-8")
-    return tmp_path
+    yield tmp_path
+    forget_entries()
 
 
 def test_image_sizes_are_reported(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.worker import run_worker
 from skillnet.objectives import base
 from skillnet.skills import Task
-from skillnet_platform import entry_points
 from skillnet_platform.errors import UserError
+from tests.helpers.installed_entries import forget_entries
 from tests.unit.skillnet.test_objectives import PLUGINS, TEXT, run_of, write_labelled_corpora
 
 ENTRIES = f"""\
@@ -30,11 +30,6 @@ broken = run_observers:Missing
 """
 
 
-def forget() -> None:
-    base.find_objective.cache_clear()
-    entry_points.find_entries.cache_clear()
-
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     site = tmp_path / "site"
@@ -44,10 +39,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (about / "entry_points.txt").write_text(ENTRIES)
     (site / "run_observers.py").write_text(PLUGINS["run_observers.py"], "utf-8")
     monkeypatch.syspath_prepend(site)
-    forget()
+    forget_entries()
     yield site
     sys.modules.pop("run_observers", None)
-    forget()
+    forget_entries()
 
 
 def observed_run(data: Path) -> FinetuneConfig:
