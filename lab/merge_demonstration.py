@@ -31,8 +31,7 @@ from pipelines.finetune import run_end_to_end
 from pipelines.grow import grow_model
 from pipelines.grow import main as grow_command
 from pipelines.merge import merge_trained_models
-from pipelines.training.config.growth import GrowConfig, Reference
-from pipelines.training.config.merging import MergeConfig
+from pipelines.training.config.growth import GrowConfig, MergeConfig, Reference
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.evaluation import tables
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, read_outcomes

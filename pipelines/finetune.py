@@ -22,12 +22,17 @@ from pipelines.training.config.resources import request_training
 from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import find_finished_result, train_and_evaluate, validate_run
-from pipelines.training.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
+from pipelines.training.runs.layout import (
+    CONFIG,
+    RESULT,
+    create_run_folder,
+    lock_run_folder,
+    track_run,
+)
 from pipelines.training.runs.mirror import RunMirror, mirror_of
 from pipelines.training.runs.progress_log import PROGRESS, follow_progress
-from pipelines.training.runs.run_tags import describe_run
 from pipelines.training.runs.task_counts import parse_task_counts
-from skillnet_platform import console, tracking
+from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
@@ -124,13 +129,7 @@ def _run_in_folder(
     if mirror is not None:
         mirror.check_writable(exists)
     with (
-        tracking.start_run(
-            str(config.name),
-            config,
-            config.tracking,
-            tags={"run_dir": str(folder), "stage": stage, **describe_run(config)},
-            record=folder / RUN,
-        ) as tracker,
+        track_run(config, folder, stage) as tracker,
         follow_progress(folder / PROGRESS, config.training.steps),
     ):
         requested = splits if config.evaluate else None
@@ -180,19 +179,11 @@ def register_run(
     Returns:
         Name, version, alias and address; None if nothing is registered.
     """
-    if not config.tracking.register or not rows or config.fold.count:
+    if not rows or config.fold.count:
         return None
-    from pipelines.serving.registration import UntrainedTaskError, WeakTestError, register_model
-    from pipelines.training.runs.model_source import resolve_model
-    from skillnet_platform.tracking.champion import OtherModelError
+    from pipelines.serving.registration import register_measured_run
 
-    source = resolve_model(str(run), config.tracking.uri)
-    try:
-        made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
-    except (UntrainedTaskError, WeakTestError, OtherModelError) as error:
-        console.print_warning(str(error))
-        return None
-    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+    return register_measured_run(config.tracking, [], run, str(config.data), rows)
 
 
 @command(

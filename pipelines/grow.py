@@ -9,8 +9,7 @@ A growth is a run of the ordinary training loop. It starts from the grown model 
 beside the runs), and its ``training.trainable`` lists the new files. It resumes like any run.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +28,15 @@ from skillnet_platform.cluster.resource_request import (
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.location import require_local_folder
+from skillnet_platform.tracking import TrackingConfig
 
 #: Resolved configuration of a growth, in the folder of its run.
 GROW_FILE = "grow.yaml"
 
 if TYPE_CHECKING:
+    from pipelines.training.config.growth import MergeConfig
     from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.growth.report import ChangeReport
     from pipelines.training.loop.resolved_run import ResolvedRun
     from pipelines.training.runs.model_source import ModelSource
     from skillnet.model import SkillNet
@@ -72,9 +74,8 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
 def _grow_in_folder(
     config: GrowConfig, source: "ModelSource", before: "SkillNet", resolved: "ResolvedRun"
 ) -> dict[str, Any]:
-    from pipelines.serving.registration import check_given_name, register_measured_run
+    from pipelines.serving.registration import check_given_name
     from pipelines.training.growth import runs, verification
-    from pipelines.training.growth.report_files import record_growth_report
     from pipelines.training.loop import run as training_run
     from pipelines.training.loop.init_from import read_training_corpora, record_origin
     from pipelines.training.loop.setup import require_devices
@@ -106,11 +107,8 @@ def _grow_in_folder(
     training_run.validate_run(resolved)
     check_given_name(config.tracking, settings.system)
     references = _resolve_references(config, settings, source, run)
-    layout.create_run_folder(settings, run)
-    # Written after validation, so that a rejected config does not reserve the name.
-    with atomic_write(run / GROW_FILE, "w") as stream:
-        stream.write(configuration.to_yaml(config))
-    with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
+    create_derived_run(config, settings, run, GROW_FILE)
+    with layout.track_run(settings, run, "grow", {"grown_from": source.digest}) as tracker:
         if finished is None:
             with follow_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(
@@ -127,20 +125,10 @@ def _grow_in_folder(
         report = verification.build_growth_report(
             source, before, settings, run, result, trained, (_name_skill(config), config.task.name)
         )
-        record_growth_report(report, run, tracker, "growth", {"is_unchanged": report.is_unchanged})
+        report.record(run, tracker)
     # The report is written first, so that it shows what changed if the check fails.
     verification.assert_frozen_unchanged(report)
-    result["registered"] = register_measured_run(
-        config.tracking,
-        [source],
-        run,
-        str(settings.data),
-        result["evaluation"],
-        report.summarize(),
-    )
-    result["growth"] = report.to_dict()
-    write_json(run / layout.RESULT, result)
-    return result
+    return finish_result(result, report, [source], settings, config.tracking)
 
 
 def _name_skill(config: GrowConfig) -> str:
@@ -185,7 +173,9 @@ def _train_references(
         if finished is None:
             console.print_note(f"training the reference {name}")
             with (
-                _open_tracker(other, folder, {"reference": name}, tracker.run_id) as child,
+                layout.track_run(
+                    other, folder, "grow", {"reference": name}, tracker.run_id
+                ) as child,
                 follow_progress(folder / PROGRESS, other.training.steps),
             ):
                 finished = training_run.train_and_evaluate(resolved, child)
@@ -194,25 +184,51 @@ def _train_references(
     return results
 
 
-@contextlib.contextmanager
-def _open_tracker(
-    settings: "FinetuneConfig", run: Path, tags: dict[str, str], parent: str | None = None
-) -> "Iterator[Tracker]":
-    """Open the MLflow run of a folder: the recorded one if the run resumes, or a new one."""
-    from pipelines.training.runs.layout import RUN
-    from pipelines.training.runs.run_tags import describe_run
-    from skillnet_platform import tracking
+def finish_result(
+    result: dict[str, Any],
+    report: "ChangeReport",
+    sources: "Sequence[ModelSource]",
+    settings: "FinetuneConfig",
+    tracking: TrackingConfig,
+) -> dict[str, Any]:
+    """Register the model of a growth or merge, and write its result with the report.
 
-    assert settings.name is not None
-    with tracking.start_run(
-        settings.name,
-        settings,
-        settings.tracking,
-        tags={"run_dir": str(run), "stage": "grow", **describe_run(settings), **tags},
-        record=run / RUN,
-        parent=parent,
-    ) as tracker:
-        yield tracker
+    Args:
+        result: result of the command so far, with ``run`` and ``evaluation``.
+        report: its report.
+        sources: models that it was made from.
+        settings: configuration of its run.
+        tracking: MLflow settings of the command.
+    """
+    from pipelines.serving.registration import register_measured_run
+    from pipelines.training.runs import layout
+
+    folder, rows = Path(result["run"]), result["evaluation"]
+    result["registered"] = register_measured_run(
+        tracking, sources, folder, str(settings.data), rows, report.summarize()
+    )
+    result[report.kind] = report.to_dict()
+    write_json(folder / layout.RESULT, result)
+    return result
+
+
+def create_derived_run(
+    config: "GrowConfig | MergeConfig", settings: "FinetuneConfig", folder: Path, file: str
+) -> None:
+    """Create the folder of a run that a growth or merge makes.
+
+    Args:
+        config: configuration of the command.
+        settings: configuration of the run.
+        folder: location of the run.
+        file: name of the file with ``config``.
+    """
+    from pipelines.training.runs import layout
+
+    layout.create_run_folder(settings, folder)
+    # Written after validation, so that a rejected config does not reserve the name.
+    with atomic_write(folder / file, "w") as stream:
+        stream.write(configuration.to_yaml(config))
 
 
 def show_growth(result: dict[str, Any]) -> None:
@@ -223,20 +239,14 @@ def show_growth(result: dict[str, Any]) -> None:
     """
     from pipelines.training.growth.report import GrowthReport
 
-    report = GrowthReport.from_dict(result["growth"])
-    for title, columns, cells in report.build_tables():
-        console.print_table(title, columns, cells)
-    console.print_note(report.summarize())
-    console.print_note(f"the model is in {result['model']}")
-    if result.get("registered"):
-        console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+    GrowthReport.show(result)
 
 
 def request_growth(config: GrowConfig) -> ResourceRequest:
     """Return the resources of a growth; its runs follow from the model that grows."""
 
     def list_runs() -> list[PlannedRun]:
-        from pipelines.training.growth.planned_runs import list_growth_runs
+        from pipelines.training.growth.runs import list_growth_runs
 
         return list_growth_runs(config)
 

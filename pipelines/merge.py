@@ -14,15 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.grow import grow_model, show_growth
-from pipelines.training.config.merging import MergeConfig
+from pipelines.grow import create_derived_run, finish_result, grow_model, show_growth
+from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.resources import request_model
-from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.signals import terminate_as_interrupt
-from skillnet_platform.storage import atomic_write, data_root, run_root, write_json
+from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location, require_local_folder
 
 if TYPE_CHECKING:
@@ -82,18 +81,14 @@ def _merge_in_folder(
         check_given_name,
         check_trained_tasks,
         find_unregistered,
-        register_measured_run,
     )
     from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
     from pipelines.training.evaluation.overall_score import compute_overall_score
     from pipelines.training.evaluation.tables import flat_metrics, write_evaluation_csv
     from pipelines.training.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
-    from pipelines.training.growth.report_files import record_growth_report
     from pipelines.training.loop.run_evaluation import EVALUATION_CSV
     from pipelines.training.runs import layout
-    from pipelines.training.runs.run_tags import describe_run
     from skillnet.model_merging import merge_models
-    from skillnet_platform import tracking
     from skillnet_platform.tracking.backend import SCORE_METRIC
 
     began = time.monotonic()
@@ -107,19 +102,11 @@ def _merge_in_folder(
     for source in sources:
         check_trained_tasks(source.source)
     check_given_name(config.tracking, settings.system)
-    layout.create_run_folder(settings, folder)
-    with atomic_write(folder / MERGE_FILE, "w") as stream:
-        stream.write(configuration.to_yaml(config))
+    create_derived_run(config, settings, folder, MERGE_FILE)
     merge_models(plan, folder / "model", parents=parents)
     tags = {f"merged_from.{index}": each["digest"] for index, each in enumerate(parents, 1)}
     with (
-        tracking.start_run(
-            str(settings.name),
-            settings,
-            settings.tracking,
-            tags={"run_dir": str(folder), "stage": "merge", **describe_run(settings), **tags},
-            record=folder / layout.RUN,
-        ) as tracker,
+        layout.track_run(settings, folder, "merge", tags) as tracker,
         console.show_progress("comparing outputs", None, "rows") as bar,
     ):
         outcomes = OutcomeTable()
@@ -140,9 +127,7 @@ def _merge_in_folder(
         )
         for file in (EVALUATION_CSV, OUTCOMES_FILE):
             tracker.artifact(folder / file, "evaluation")
-        record_growth_report(
-            report, folder, tracker, "merge", {"is_identical": report.is_identical}
-        )
+        report.record(folder, tracker)
     # The report is written first, so that it shows the difference.
     changed = [task for task in report.tasks if not task.is_identical]
     if plan.is_exact and changed:
@@ -167,18 +152,9 @@ def _merge_in_folder(
         "evaluation": rows,
         "step": max(source.source.steps or 0 for source in sources),
         "seconds": time.monotonic() - began,
-        "registered": register_measured_run(
-            replace(config.tracking, register=config.tracking.register and not left_out),
-            [source.source for source in sources],
-            folder,
-            str(settings.data),
-            rows,
-            report.summarize(),
-        ),
-        "merge": report.to_dict(),
     }
-    write_json(folder / layout.RESULT, console.to_json_types(result))
-    return result
+    tracking = replace(config.tracking, register=config.tracking.register and not left_out)
+    return finish_result(result, report, [each.source for each in sources], settings, tracking)
 
 
 def show_merge(result: dict[str, Any]) -> None:
@@ -187,15 +163,9 @@ def show_merge(result: dict[str, Any]) -> None:
     Args:
         result: result of :func:`merge_trained_models`.
     """
-    from pipelines.training.growth.merge_report import MergeReport
+    from pipelines.training.growth.report import MergeReport
 
-    report = MergeReport.from_dict(result["merge"])
-    for title, columns, cells in report.build_tables():
-        console.print_table(title, columns, cells)
-    console.print_note(report.summarize())
-    console.print_note(f"the model is in {result['model']}")
-    if result.get("registered"):
-        console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+    MergeReport.show(result)
     if "tuned" in result:
         show_growth(result["tuned"])
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.layout import lock_run_folder
+from pipelines.training.runs.layout import describe_run, lock_run_folder
 from pipelines.training.runs.mirror import RunMirror
-from pipelines.training.runs.run_tags import describe_run
 from skillnet_evidence.cells import markdown_table
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
@@ -85,7 +84,7 @@ def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None
         folder.name,
         config,
         config.tracking,
-        tags={"run_dir": str(folder), "stage": "sweep", **describe_run(run)},
+        tags=describe_run(run, folder, "sweep"),
         record=folder / RUN,
     ) as parent:
         if mirror is not None:

@@ -133,7 +133,7 @@ def register_measured_run(
     run: Path,
     data: str,
     rows: Sequence[dict[str, Any]],
-    description: str,
+    description: str = "",
 ) -> dict[str, Any] | None:
     """Register a run that was made from trained models and that was measured already.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipelines.training.runs.layout import RUN
+from pipelines.training.runs.layout import RUN, describe_run
 from pipelines.training.runs.mirror import RunMirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
@@ -166,7 +166,6 @@ class TrialDriver:
         """Create the trial's directory and open its MLflow run."""
         from pipelines.training.loop.resolved_run import resolve_run
         from pipelines.training.loop.run import open_run_folder, validate_run
-        from pipelines.training.runs.run_tags import describe_run
 
         # A stop file of an earlier part would end the trial at its first check.
         entry.clear_failure()
@@ -178,9 +177,8 @@ class TrialDriver:
         # A sampled point, or a trial with a pretrained model, is not known before it starts.
         validate_run(run)
         open_run_folder(run)
-        tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
+        tags = describe_run(config, entry.folder, "trial") | {"group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
-        tags |= describe_run(config)
         parent = self.options.parent
         record = entry.folder / RUN
         entry.tracker = tracking.start_child_run(

@@ -16,8 +16,7 @@ from pipelines.grow import grow_model
 from pipelines.training.config.growth import NewSkill
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.training.growth import verification
-from pipelines.training.growth.merge_report import MergeReport
-from pipelines.training.growth.report import GrowthReport
+from pipelines.training.growth.report import GrowthReport, MergeReport
 from pipelines.training.loop.reporter import RunReporter
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet

@@ -1,13 +1,16 @@
 """Configuration of ``skillnet grow``: the new skill, the new task and their training."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from pipelines.training.config.run import TaskTraining, TrainingConfig
+from pipelines.training.config.run import LearningRate, ProcessCount, TaskTraining, TrainingConfig
 from skillnet.bounds import OptionalSize
 from skillnet.skills import SkillPlan
 from skillnet_platform.config import ALIAS, positional_field
-from skillnet_platform.config.bounds import RandomSeed
+from skillnet_platform.config.bounds import PositiveCount, RandomSeed, require_bounds
+from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
 
 Reference = Literal["without_skill", "fresh", "everything"]
@@ -94,3 +97,115 @@ class GrowConfig:
                 "task.training: the new task must be trained and evaluated; remove auxiliary and "
                 "eval_only"
             )
+
+
+RENAME = re.compile(r"(?:(?P<model>\d+):)?(?P<old>[^=:]+)=(?P<new>[^=:]+)")
+
+
+@dataclass
+class HeadTraining:
+    """Training of the head of ``tune``; all other settings are the defaults of a run.
+
+    Args:
+        steps: global steps.
+        lr: peak learning rate of AdamW.
+        workers: Ray workers; 0 trains in this process without Ray.
+        use_gpu: give each worker a GPU.
+    """
+
+    steps: PositiveCount = 600
+    lr: LearningRate = 1e-3
+    workers: ProcessCount = 1
+    use_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        require_bounds(self, "training.")
+
+
+@dataclass
+class MergeConfig:
+    """Configuration of a merge of models that grew from one base.
+
+    Args:
+        models: at least two models: registry addresses, names, ids or folders of runs, or saved
+            models.
+        rename: ``OLD=NEW`` renames a skill or a task of every model after the first that has it;
+            ``2:OLD=NEW`` only of the second model.
+        without: skills that the merged model leaves out. No task may need them.
+        average_shared: average the files that differ between the models, heads of one task
+            included; the report then measures the loss of each task.
+        name: name of the run and of its directory.
+        run_dir: directory of runs; null takes the run root.
+        data: directory of prepared corpora; null takes ``corpora`` in the run root.
+        corpora: task -> corpus, if it differs from that of the training run; with the new names.
+        tune: a task that the merged model gets, over skills of several models; only its head is
+            trained, in a run of its own.
+        training: steps, learning rate and workers of that run.
+        tracking: MLflow server, experiment and registration.
+    """
+
+    models: list[str] = positional_field([])
+    rename: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+    average_shared: bool = False
+    name: str | None = None
+    run_dir: str | None = None
+    data: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
+    tune: NewTask | None = None
+    training: HeadTraining = field(default_factory=HeadTraining)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        # A task that no growth may have is found before the merge, which takes minutes.
+        self.growth_of("merged")
+        if len(self.models) < 2:
+            raise UserError("give at least two models to merge: skillnet merge MODEL MODEL")
+        for entry in self.rename:
+            found = RENAME.fullmatch(entry)
+            if found is None:
+                raise UserError(f"rename {entry!r}: write OLD=NEW, or 2:OLD=NEW for the 2nd model")
+            model = found["model"]
+            if model is not None and not 1 <= int(model) <= len(self.models):
+                raise UserError(
+                    f"rename {entry!r}: there are {len(self.models)} models, numbered from 1"
+                )
+
+    def growth_of(self, name: str) -> GrowConfig | None:
+        """Return the growth that trains the task of ``tune``; None without one.
+
+        Args:
+            name: identifier of the run of the merged model.
+        """
+        if self.tune is None:
+            return None
+        return GrowConfig(
+            self.tune,
+            source=str(Path(str(self.run_dir)) / name),
+            name=f"{name}-{self.tune.name}",
+            run_dir=self.run_dir,
+            data=self.data,
+            corpora=self.corpora,
+            training=TrainingConfig(**vars(self.training)),
+            references=[],
+            tracking=self.tracking,
+        )
+
+    def renames_of(self, position: int) -> dict[str, tuple[str, bool]]:
+        """Return the renames of a model.
+
+        Args:
+            position: index of the model, from 0.
+
+        Returns:
+            Old name -> (new name, whether the model must have it).
+        """
+        names: dict[str, tuple[str, bool]] = {}
+        for entry in self.rename:
+            found = RENAME.fullmatch(entry)
+            assert found is not None
+            if found["model"] is not None and int(found["model"]) == position + 1:
+                names[found["old"]] = found["new"], True
+            elif found["model"] is None and position:
+                names[found["old"]] = found["new"], False
+        return names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.training.config.merging import MergeConfig
+from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.evaluation import tables
 from pipelines.training.evaluation.evaluator import (
@@ -18,8 +18,8 @@ from pipelines.training.evaluation.evaluator import (
     locate_task_corpus,
 )
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.growth.merge_report import MergedFile, MergeReport, TaskComparison
-from pipelines.training.growth.output_digests import digest_outputs
+from pipelines.training.growth.report import MergedFile, MergeReport, TaskComparison
+from pipelines.training.growth.verification import digest_outputs
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import find_identity_differences
 from pipelines.training.runs.layout import CONFIG, RESULT, read_result

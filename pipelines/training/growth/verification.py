@@ -6,12 +6,19 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.shards.dataset import PreparedCorpus
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation import tables
+from pipelines.training.evaluation.evaluator import uses_all_captions
+from pipelines.training.evaluation.inference import batches_by_length, send_batch, split_inputs
 from pipelines.training.evaluation.outcomes import (
     OUTCOMES_FILE,
     OutcomeTable,
@@ -25,12 +32,15 @@ from pipelines.training.growth.report import (
     TaskState,
     TransferResult,
 )
+from pipelines.training.loading.task_columns import is_row_tower, tower_column
 from pipelines.training.runs.layout import SOURCE, SOURCE_ROWS
 from pipelines.training.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.serialization import hash_file, read_manifest, read_tensor_shapes
-from skillnet.skills import Task
+from skillnet.skills import Task, find_task
 from skillnet_platform.storage import read_json
 
 #: Columns of an evaluation row that must not change; the others describe the measurement.
@@ -275,3 +285,52 @@ def _hash_parameters(model: SkillNet, names: Sequence[str]) -> str:
 
 def _equal(one: Any, other: Any) -> bool:
     return bool(one == other) or (one != one and other != other)  # NaN is equal to NaN here
+
+
+@torch.no_grad()
+def digest_outputs(
+    model: TaskModel, task: str, corpus: PreparedCorpus, split: str, limit: int | None = None
+) -> str:
+    """Return the SHA-256 of the raw outputs of a task on every row of a split.
+
+    The outputs are logits, log-probabilities or unit vectors in full precision, before any
+    decision that hides a difference.
+
+    Args:
+        model: in evaluation mode.
+        task: name of the task.
+        corpus: shards of the task.
+        split: name of the split.
+        limit: maximum length of a row in tokens or frames.
+    """
+    digest = hashlib.sha256()
+    for rows, outputs in _iterate_outputs(model, task, corpus, split, limit):
+        digest.update(rows.tobytes())
+        digest.update(outputs.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _iterate_outputs(
+    model: TaskModel, task: str, corpus: PreparedCorpus, split: str, limit: int | None
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    spec = find_task(task, model.config.tasks)
+    device = next(model.parameters()).device
+    output = find_objective(spec.objective).output
+    table = corpus.splits[split].table()
+    for tower, plan in spec.towers.items():
+        inputs = split_inputs(
+            table,
+            plan,
+            model.config,
+            f"{corpus.name}/{split}",
+            column=tower_column(spec, tower),
+            all_captions=uses_all_captions(corpus),
+            # The limit is about the corpus' own modality.
+            limit=limit if is_row_tower(spec, tower) else None,
+        )
+        for rows in batches_by_length(inputs.lengths, 4096):
+            batch = send_batch(inputs.load_batch(rows), device)
+            if output:
+                yield rows, model(task, {tower: batch})[output]
+            else:
+                yield rows, model.embed(task, tower, batch)

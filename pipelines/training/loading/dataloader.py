@@ -16,13 +16,17 @@ from torch import Tensor
 from pipelines.data.shards.label_fractions import select_label_fraction
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
-from pipelines.training.loading.group_sampler import GroupedShuffleSampler
 from pipelines.training.loading.pixel_changes import PixelChanges, apply_changes
-from pipelines.training.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
+from pipelines.training.loading.samplers import (
+    GroupedShuffleSampler,
+    ShuffleSampler,
+    TaskSampler,
+    WindowedShuffleSampler,
+    compute_task_weights,
+)
 from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import resolve_splits
 from pipelines.training.loading.task_dataset import TaskDataset
-from pipelines.training.loading.window_sampler import WindowedShuffleSampler
 from skillnet.config import SkillNetConfig
 from skillnet.keyed_random import BatchRandom, keyed_rng
 from skillnet.objectives.base import find_objective

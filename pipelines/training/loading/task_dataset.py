@@ -15,12 +15,12 @@ from pipelines.data.shards.columns import (
     FixedColumn,
     NestedRaggedColumn,
     RaggedColumn,
+    open_column,
 )
 from pipelines.data.transforms.ctc_alignment import count_alignment_tokens
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.loading import pixel_changes
-from pipelines.training.loading.group_pairs import GroupPairs
 from pipelines.training.loading.pixel_changes import PixelChange, PixelChanges
 from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import (
@@ -30,23 +30,150 @@ from pipelines.training.loading.task_columns import (
     take_targets,
     tower_column,
 )
-from pipelines.training.loading.token_units import TokenUnits, find_token_units
 from skillnet.config import SkillNetConfig
 from skillnet.keyed_random import BatchRandom
 from skillnet.modalities.tensors import RowAugmentation, RowMasking, list_places
 from skillnet.modalities.tokens import TokenTensors
 from skillnet.modality import Modality, find_modality
 from skillnet.objectives.base import find_objective
+from skillnet.objectives.retrieval import unique_group_ids
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
 
+
+class GroupPairs:
+    """Rows of one group, such as photographs of one product.
+
+    Args:
+        groups: (N,) group of each row; negative numbers mean a group of one row.
+        location: corpus and splits, for the message.
+
+    Raises:
+        UserError: no group has two rows.
+    """
+
+    def __init__(self, groups: np.ndarray, location: str) -> None:
+        ids = unique_group_ids(groups)
+        self._order = np.argsort(ids, kind="stable")
+        _, first, inverse, counts = np.unique(
+            ids[self._order], return_index=True, return_inverse=True, return_counts=True
+        )
+        if not (counts > 1).any():
+            raise UserError(
+                f"{location}: no two rows have one group, so a row has no other one to find. "
+                "Prepare the corpus with its option task: pairs; the label names the item of a row"
+            )
+        self._start, self._count = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        self._start[self._order], self._count[self._order] = first[inverse], counts[inverse]
+        self._place = np.empty(len(ids), np.int64)
+        self._place[self._order] = np.arange(len(ids)) - first[inverse]
+
+    def draw(self, rows: np.ndarray, choice: np.ndarray | None = None) -> np.ndarray:
+        """Return another row of each row's group, (B,); the row itself if it is alone.
+
+        Args:
+            rows: (B,) row numbers.
+            choice: (B,) numbers in [0, 1) that choose among the others; None takes the next one.
+        """
+        others = np.maximum(self._count[rows] - 1, 1)
+        steps = 1 if choice is None else 1 + np.floor(choice * others).astype(np.int64)
+        places = (self._place[rows] + steps) % self._count[rows]
+        return self._order[self._start[rows] + places]
+
+
 ColumnT = TypeVar("ColumnT", FixedColumn, RaggedColumn, NestedRaggedColumn)
 Tensors = dict[str, Tensor]
 #: Tower -> tensors with stored pixels, targets, and the changes of the pixels.
 StoredRows = tuple[dict[str, Tensors], Tensors, PixelChanges]
+
+
+#: Largest number of tokens for k-means, spread evenly over the rows.
+MAX_TOKENS = 100_000
+KMEANS_ITERATIONS = 50
+KMEANS_SEED = 0
+
+
+class TokenUnits:
+    """Mean values of the units, and assignment of tokens to them.
+
+    Args:
+        centres_KP: mean values, float32.
+    """
+
+    def __init__(self, centres_KP: Tensor) -> None:
+        self.centres_KP = centres_KP
+        self._squares_K = centres_KP.square().sum(1)
+
+    def __call__(self, x_BTP: Tensor) -> Tensor:
+        """Return the (B, T) number of the nearest unit of each token of (B, T, P) values."""
+        x = x_BTP.to(self.centres_KP.dtype)
+        return (self._squares_K - 2 * x @ self.centres_KP.T).argmin(-1)
+
+
+_units_by_key: dict[tuple[str, int, int], TokenUnits] = {}
+
+
+def find_token_units(
+    corpus: "PreparedCorpus", splits: tuple[str, ...], model: SkillNetConfig
+) -> TokenUnits:
+    """Return the units of a corpus, computed once per process.
+
+    Args:
+        corpus: opened.
+        splits: its splits that pretraining reads.
+        model: grid of tokens, and the number of units, K.
+
+    Raises:
+        UserError: the rows have fewer complete tokens than that.
+    """
+    half = find_modality(corpus.modality).tensor_half
+    count = half.count_classes(model)
+    key = (corpus.digest, half.count_values(model), count)
+    if key not in _units_by_key:
+        tokens_NP = _collect_tokens(corpus, splits, model)
+        if len(tokens_NP) < count:
+            raise UserError(
+                f"corpus {corpus.name} has {len(tokens_NP)} tokens of {corpus.modality} in "
+                f"{'+'.join(splits)}: too few for {count} units; lower model.sound_units"
+            )
+        _units_by_key[key] = TokenUnits(torch.from_numpy(_means(tokens_NP, count)))
+    return _units_by_key[key]
+
+
+def _collect_tokens(
+    corpus: "PreparedCorpus", splits: tuple[str, ...], model: SkillNetConfig
+) -> np.ndarray:
+    """(N, P) values of complete tokens of padded rows, at most about ``MAX_TOKENS``."""
+    modality, parts = find_modality(corpus.modality), []
+    half = modality.tensor_half
+    for split in splits:
+        table = corpus.splits[split].table()
+        column = open_column(table, modality.column, f"{corpus.name}/{split}")
+        assert isinstance(column, RaggedColumn)
+        every = max(1, -(-int(half.count_tokens(model, column.lengths()).sum()) // MAX_TOKENS))
+        for rows in np.array_split(np.arange(len(column))[::every], max(1, len(column) // 256)):
+            if len(rows):
+                batch = half.make_batch(*column.take(rows))
+                x = batch[modality.column]
+                is_real = half.find_visible(batch).expand(x.shape).to(x.dtype)
+                is_complete = half.cut(is_real, model).amin(-1) == 1
+                parts.append(half.cut(x, model)[is_complete].numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+
+
+def _means(tokens_NP: np.ndarray, count: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    # One thread: the sums of several threads have varying order, and differ in the last bits.
+    with threadpool_limits(1):
+        kmeans = KMeans(count, n_init=1, max_iter=KMEANS_ITERATIONS, random_state=KMEANS_SEED).fit(
+            tokens_NP
+        )
+    return kmeans.cluster_centers_.astype(np.float32)
 
 
 class TaskDataset:

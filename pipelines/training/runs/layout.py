@@ -1,7 +1,7 @@
 """Files in the folder of a run, and reading, creating and locking them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from typing import Any
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_files.temporary import is_temporary, remove_leftovers
 from skillnet_platform import config as configuration
-from skillnet_platform import console
+from skillnet_platform import console, tracking
 from skillnet_platform.storage import atomic_write, read_record
 from skillnet_platform.storage.directories import StoreUnavailableError
 from skillnet_platform.storage.leases import LEASE, hold_lease, is_shared_disk
 from skillnet_platform.storage.location import Location, join_location
 from skillnet_platform.storage.locks import hold_lock
+from skillnet_platform.tracking.backend import SYSTEM_TAG, TASKS_TAG
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -124,3 +125,41 @@ def read_result(path: Path) -> dict[str, Any]:
     }
     remedy = "remove it, and the same command resumes from the newest checkpoint"
     return read_record(path, required, remedy)
+
+
+def describe_run(config: FinetuneConfig, run: Path, stage: str) -> dict[str, str]:
+    """Return the tags of an MLflow run, which the list of runs shows.
+
+    Args:
+        config: settings of the run, whose tasks are those that it trains, or else measures.
+        run: its folder.
+        stage: command that makes it.
+    """
+    tasks = ", ".join(config.trained or config.measured)
+    return {"run_dir": str(run), "stage": stage, SYSTEM_TAG: config.system, TASKS_TAG: tasks}
+
+
+def track_run(
+    config: FinetuneConfig,
+    run: Path,
+    stage: str,
+    tags: Mapping[str, str] | None = None,
+    parent: str | None = None,
+) -> contextlib.AbstractContextManager[tracking.Tracker]:
+    """Open the MLflow run of a folder for a block; a resumed run continues the recorded one.
+
+    Args:
+        config: settings of the run.
+        run: its folder.
+        stage: command that makes it.
+        tags: further tags.
+        parent: id of the parent run.
+    """
+    return tracking.start_run(
+        str(config.name),
+        config,
+        config.tracking,
+        tags={**describe_run(config, run, stage), **(tags or {})},
+        record=run / RUN,
+        parent=parent,
+    )

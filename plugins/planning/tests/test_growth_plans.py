@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pipelines.grow import request_growth
-from pipelines.training.growth.planned_runs import list_growth_runs
+from pipelines.training.growth.runs import list_growth_runs
 from skillnet.model import SkillNet
 from skillnet_planning.memory_check import find_memory_problem
 from skillnet_planning.memory_plan import RunPlanner

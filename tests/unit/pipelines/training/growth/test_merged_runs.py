@@ -11,7 +11,7 @@ import torch
 
 from pipelines.merge import merge_trained_models
 from pipelines.serving.registration import register_model
-from pipelines.training.config.merging import MergeConfig
+from pipelines.training.config.growth import MergeConfig
 from pipelines.training.runs import model_source
 from skillnet.growth import add_task
 from skillnet.model import SkillNet

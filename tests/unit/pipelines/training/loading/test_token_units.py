@@ -10,9 +10,8 @@ import torch
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training.config.data import MaskConfig
 from pipelines.training.config.run import TaskTraining
-from pipelines.training.loading import token_units
-from pipelines.training.loading.task_dataset import TaskDataset
-from pipelines.training.loading.token_units import TokenUnits, find_token_units
+from pipelines.training.loading import task_dataset
+from pipelines.training.loading.task_dataset import TaskDataset, TokenUnits, find_token_units
 from skillnet.config import SkillNetConfig
 from skillnet.keyed_random import BatchRandom
 from skillnet.modalities.sound import stack_frames
@@ -38,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 def test_units_are_deterministic(corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     first = find_token_units(corpus, ("train",), MODEL)
     assert find_token_units(corpus, ("train",), MODEL) is first
-    monkeypatch.setattr(token_units, "_units_by_key", {})
+    monkeypatch.setattr(task_dataset, "_units_by_key", {})
     again = find_token_units(corpus, ("train",), MODEL)
     assert again is not first
     assert torch.equal(first.centres_KP, again.centres_KP)

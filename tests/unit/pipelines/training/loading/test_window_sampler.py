@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.training.loading.window_sampler import WindowedShuffleSampler
+from pipelines.training.loading.samplers import WindowedShuffleSampler
 
 
 def make(

@@ -15,7 +15,7 @@ from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from pipelines.training.evaluation.tables import primary_metric
-from pipelines.training.loading.group_pairs import GroupPairs
+from pipelines.training.loading.task_dataset import GroupPairs
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.runs.model_tasks import resolve_model_tasks
