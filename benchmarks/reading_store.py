@@ -140,7 +140,7 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
     def epoch(cache: Path, number: int) -> None:
         corpus = open_corpus(f"s3://{BUCKET}/{PREFIX}{os.getpid()}", cache=FileCache(cache, 10**9))
         held, key = ShardTable([corpus.splits["train"]], "made"), (number, "order")
-        take(_held_batches(held, ShuffleSampler(len(held), BATCH, None, key)), len(cells))
+        take(_held_batches(held, ShuffleSampler(len(held), BATCH, key)), len(cells))
 
     return _afresh(epoch)
 
@@ -150,11 +150,10 @@ def _held_batches(held: "ShardTable", order: "ShuffleSampler") -> Batches:
     import torch
 
     from pipelines.data.shards.columns import FixedColumn
-    from pipelines.training.loading.dataloader import prefetch_shards
 
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)
-        prefetch_shards(order, held, occurrence)
+        order.open_shards(held, occurrence)
         held.ensure_open(rows)
         pixels, labels = (held.column(name) for name in ("pixels", "label"))
         assert isinstance(pixels, FixedColumn)

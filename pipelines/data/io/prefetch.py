@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -67,6 +67,8 @@ class OrderedPrefetcher(Generic[Result]):
             with the number of bytes that it will hold, and that returns when there is room.
         streams: results that are computed at once.
         held: bytes that may wait, besides the next result.
+        ahead: results that are computed or wait; at least ``streams``.
+        initializer: called by each thread when it starts.
     """
 
     def __init__(
@@ -75,16 +77,18 @@ class OrderedPrefetcher(Generic[Result]):
         fetch: Callable[[int, Callable[[int], None]], Result],
         streams: int = MAX_FETCHES,
         held: int = MAX_WAITING_BYTES,
+        ahead: int = 0,
+        initializer: Callable[[], None] | None = None,
     ) -> None:
         self._count, self._fetch, self._max_held = count, fetch, held
         self._room = threading.Condition()
         self._sizes: dict[int, int] = {}
         self._next = 0
         self._closed = False
-        self._pool = ThreadPoolExecutor(streams, "prefetch")
+        self._pool = ThreadPoolExecutor(streams, "prefetch", initializer)
         self._waiting: deque[Future[Result]] = deque()
         self._submitted = 0
-        for _ in range(streams):
+        for _ in range(max(streams, ahead)):
             self._submit()
 
     def next_result(self) -> Result:
@@ -99,12 +103,16 @@ class OrderedPrefetcher(Generic[Result]):
                 self._room.notify_all()
             self._submit()
 
-    def close(self) -> None:
-        """Let running fetches end in the background, and drop their results."""
+    def __iter__(self) -> Iterator[Result]:
+        for _ in range(self._count):
+            yield self.next_result()
+
+    def close(self, wait: bool = False) -> None:
+        """Drop the results of running fetches, which end in the background or are waited for."""
         with self._room:
             self._closed = True
             self._room.notify_all()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait, cancel_futures=True)
 
     def _submit(self) -> None:
         if self._submitted < self._count:

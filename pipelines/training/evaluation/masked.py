@@ -149,7 +149,8 @@ def mean_masked_length(
         Tower -> length, or {} if all rows have one size.
     """
     # Masks hide tokens but do not remove them, so they do not matter for lengths.
-    lengths = open_masked_rows(model, task, corpus, split, None, limit).row_lengths()
+    dataset = open_masked_rows(model, task, corpus, split, None, limit)
+    lengths = dataset.row_lengths(np.arange(dataset.num_rows))
     tower = find_task(task, model.config.tasks).row_tower
     return {} if lengths is None else {tower: max(round(float(lengths.mean())), 1)}
 

@@ -24,7 +24,6 @@ from pipelines.training.loading.samplers import (
     WindowedShuffleSampler,
     compute_task_weights,
 )
-from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import resolve_splits
 from pipelines.training.loading.task_dataset import TaskDataset
 from skillnet.config import SkillNetConfig
@@ -36,7 +35,7 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
 
-RowSampler = ShuffleSampler | WindowedShuffleSampler | GroupedShuffleSampler
+RowSampler = ShuffleSampler | GroupedShuffleSampler
 
 
 @dataclass(frozen=True)
@@ -207,10 +206,8 @@ class MultiTaskDataLoader:
         for name, dataset in self.datasets.items():
             table = dataset.shard_table
             if table.is_remote:
-                sampler, total = self._samplers[name], sum(table.bytes)
-                size = total
-                if not isinstance(sampler, ShuffleSampler):
-                    size = sampler.max_open_bytes()
+                total = sum(table.bytes)
+                size = int(min(self._samplers[name].max_open_bytes(), total))
                 # Tasks that read all of the same rows share the files.
                 sizes[dataset.location, name if size < total else ""] = size
         return sum(sizes.values())
@@ -236,7 +233,7 @@ class MultiTaskDataLoader:
         # The first row stands in; its loss has zero weight.
         if is_padding:
             part = slice(0, 1)
-        prefetch_shards(sampler, dataset.shard_table, batch_index, part)
+        sampler.open_shards(dataset.shard_table, batch_index, part)
         rows = sampler.batch(batch_index, part)
         random = BatchRandom((self.seed, "rows", step), count, part)
         towers, targets, changes = dataset.load(rows, random, self._augmentation)
@@ -247,29 +244,6 @@ class MultiTaskDataLoader:
             task, towers, targets, rows, count, is_padding, counts, changes, part.start, seed
         )
         return batch if for_gpu else batch.apply_changes()
-
-
-def prefetch_shards(
-    sampler: RowSampler, table: ShardTable, batch_index: int, part: slice = slice(None)
-) -> None:
-    """Open the shards of a batch and prefetch the next ones in the background.
-
-    Args:
-        sampler: order of the rows.
-        table: shards of the task.
-        batch_index: position of the batch in the run, from 0.
-        part: positions in the batch that are read.
-
-    Raises:
-        UserError, StoreUnavailableError: see :meth:`ShardTable.open`.
-    """
-    if isinstance(sampler, GroupedShuffleSampler):
-        table.open(sampler.shards(batch_index, part), sampler.next_shards(batch_index, part))
-    elif isinstance(sampler, WindowedShuffleSampler):
-        table.open(sampler.shards(batch_index), sampler.next_shards(batch_index))
-    elif table.is_remote:
-        # Loading the batch opens its own shards.
-        table.prefetch(sampler.remaining(batch_index))
 
 
 def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
@@ -300,11 +274,10 @@ def _build_sampler(
         return WindowedShuffleSampler(
             table.rows, table.bytes, batch_size, shuffle_bytes, key, lengths
         )
-    if table.is_remote:
-        return ShuffleSampler(dataset.num_rows, batch_size, lengths, key)
     # Local shards are cheap to open, and a missing one is reported before training starts.
-    table.open()
-    return ShuffleSampler(dataset.num_rows, batch_size, lengths(), key)
+    if not table.is_remote:
+        table.open()
+    return ShuffleSampler(dataset.num_rows, batch_size, key, lengths)
 
 
 def _check_groups(dataset: TaskDataset, batch_size: int, groups: int) -> None:

@@ -6,23 +6,23 @@ thousands of operations a step on a GPU; processes do not.
 """
 
 import contextlib
+import functools
 import multiprocessing
-import queue
 import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipelines.data.io.prefetch import OrderedPrefetcher
 from pipelines.data.shards.row_threads import limit_row_threads
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader
 
-#: Batches that each process loads ahead.
-BATCHES_PER_PROCESS = 2
+#: Batches that each process, or the thread, loads ahead.
+BATCHES_PER_PROCESS, BATCHES_OF_THREAD = 2, 4
 
 
+@contextlib.contextmanager
 def prefetch_batches(
     dataloader: MultiTaskDataLoader,
     start: int,
@@ -31,8 +31,8 @@ def prefetch_batches(
     world: int = 1,
     processes: int = 0,
     for_gpu: bool = False,
-) -> AbstractContextManager[Iterable[Batch]]:
-    """Return a context manager of the batches of steps ``start`` to ``stop``, loaded ahead.
+) -> Iterator[Iterator[Batch]]:
+    """Load the batches of steps ``start`` to ``stop`` ahead of a block.
 
     Args:
         dataloader: loads the batches.
@@ -44,21 +44,39 @@ def prefetch_batches(
         for_gpu: put tensors into pinned memory, for asynchronous copies, and leave the changes of
             pixels to the GPU.
     """
-    batches, steps = StepBatches(dataloader, rank, world, for_gpu), range(start, stop)
+    batches = StepBatches(dataloader, rank, world, for_gpu)
     if processes:
-        return _prefetch_in_processes(batches, steps, processes, for_gpu)
-    return BatchPrefetcher(batches, steps, for_gpu)
+        loaded = _raise_errors(_open_processes(batches, range(start, stop), processes, for_gpu))
+        try:
+            yield loaded
+        finally:
+            # The processes end with the iterator that the generator holds.
+            loaded.close()
+        return
+
+    def load(number: int, grant: Callable[[int], None]) -> Batch | Exception:
+        batch = batches[start + number]
+        return batch.pin_memory() if for_gpu and isinstance(batch, Batch) else batch
+
+    # One compute thread: the others belong to the model.
+    use_one_thread = functools.partial(torch.set_num_threads, 1)
+    ahead = OrderedPrefetcher(
+        stop - start, load, streams=1, ahead=BATCHES_OF_THREAD, initializer=use_one_thread
+    )
+    try:
+        yield _raise_errors(ahead)
+    finally:
+        ahead.close(wait=True)
 
 
-@contextlib.contextmanager
-def _prefetch_in_processes(
+def _open_processes(
     batches: "StepBatches", steps: range, processes: int, pin: bool
-) -> Iterator[Iterable[Batch]]:
+) -> "DataLoader[Batch | Exception]":
     # A fork would copy the locks of threads, and a process with a GPU must not fork. A server that
     # has imported torch forks the processes instead.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    loader: DataLoader[Batch | Exception] = DataLoader(
+    return DataLoader(
         batches,
         batch_size=None,
         sampler=steps,
@@ -68,12 +86,6 @@ def _prefetch_in_processes(
         worker_init_fn=_start_process,
         multiprocessing_context=context,
     )
-    loaded = _raise_errors(loader)
-    try:
-        yield loaded
-    finally:
-        # The processes end with the iterator that the generator holds.
-        loaded.close()
 
 
 def _raise_errors(items: Iterable[Batch | Exception]) -> Generator[Batch, None, None]:
@@ -113,66 +125,3 @@ def _start_process(number: int) -> None:
     limit_row_threads(1)
     # Ctrl+C is for the training process, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class BatchPrefetcher:
-    """Batches that a thread loads ahead.
-
-    Close it, or leave its ``with`` block, to end the thread. An error in the thread is raised
-    where the batch is requested.
-
-    Args:
-        batches: batches by step.
-        steps: to load, in order.
-        pin: put tensors into pinned memory.
-        depth: batches that are loaded ahead.
-    """
-
-    def __init__(
-        self, batches: StepBatches, steps: range, pin: bool = False, depth: int = 4
-    ) -> None:
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._fill, args=(batches, steps, pin), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _fill(self, batches: StepBatches, steps: range, pin: bool) -> None:
-        # One compute thread: the others belong to the model.
-        torch.set_num_threads(1)
-        try:
-            for step in steps:
-                batch = batches[step]
-                if pin and isinstance(batch, Batch):
-                    batch.pin_memory()
-                if not self._put(batch):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            item = self._queue.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def __enter__(self) -> "BatchPrefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()

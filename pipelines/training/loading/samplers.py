@@ -3,14 +3,20 @@
 They do not depend on the number of workers or on earlier steps, so resuming needs only the step.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skillnet.keyed_random import keyed_rng
 
+if TYPE_CHECKING:
+    from pipelines.training.loading.shard_table import ShardTable
+
+#: Returns the (B,) lengths of (B,) rows; None for rows of one length.
+RowLengths = Callable[[np.ndarray], np.ndarray | None]
 #: Steps in a block: the counts of the tasks follow their weights, and their order is shuffled.
 BLOCK = 20
 
@@ -93,74 +99,6 @@ class TaskSampler:
         self._tasks, self._batch_indices = tasks, batch_indices
 
 
-class ShuffleSampler:
-    """Endless order of one task's rows: a new permutation each epoch, cut into batches.
-
-    A batch may cross the border of two epochs, so every row occurs once per epoch. Within windows
-    of ``window`` batches rows are sorted by length, so that a batch has rows of similar length;
-    the batches of a window are shuffled.
-
-    Args:
-        rows: rows of the split.
-        batch: rows of a global batch.
-        lengths: (rows,) length of each row for bucketing; a function that returns them at their
-            first use; or None.
-        key: seed and names that determine the order.
-        window: batches in a window.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        batch: int,
-        lengths: np.ndarray | Callable[[], np.ndarray | None] | None,
-        key: Sequence[int | str],
-        window: int = 16,
-    ) -> None:
-        self._rows, self._batch, self._lengths = rows, batch, lengths
-        self._key, self._window = tuple(key), window
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def batch(self, batch_index: int, part: slice = slice(None)) -> np.ndarray:
-        """Return the row numbers of one batch of the task, or of a part of it."""
-        start = batch_index * self._batch
-        epoch, offset = divmod(start, self._rows)
-        parts: list[np.ndarray] = []
-        missing = self._batch
-        while missing:
-            rows = self._epoch(epoch)[offset : offset + missing]
-            parts.append(rows)
-            missing -= len(rows)
-            epoch, offset = epoch + 1, 0
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[part]
-
-    def remaining(self, batch_index: int) -> np.ndarray:
-        """Return the row numbers of a batch and of the rest of its epoch, in their order."""
-        epoch, offset = divmod(batch_index * self._batch, self._rows)
-        return self._epoch(epoch)[offset:]
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            # A batch may touch two epochs; older permutations are not needed again.
-            for old in [known for known in self._epochs if known < epoch - 1]:
-                del self._epochs[old]
-            self._epochs[epoch] = self._permutation(epoch)
-        return self._epochs[epoch]
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        random = keyed_rng(*self._key, epoch)
-        order = random.permutation(self._rows)
-        # Lengths of a remote corpus are read at the first batch, not when training starts.
-        if callable(self._lengths):
-            self._lengths = self._lengths()
-        if self._lengths is None:
-            return order
-        lengths = self._lengths[order]
-        return bucket_by_length(
-            order, lengths, epoch * self._rows, self._batch, self._window, random
-        )
-
-
 def bucket_by_length(
     order: np.ndarray,
     lengths: np.ndarray,
@@ -198,40 +136,35 @@ def bucket_by_length(
     return np.concatenate(parts)
 
 
-#: Windows whose shuffled rows stay in memory.
-MAX_SHUFFLED_WINDOWS = 3
+class ShuffleSampler:
+    """Endless order of one task's rows: a new permutation each epoch, cut into batches.
 
-
-class WindowedShuffleSampler:
-    """Endless order of one task's rows: all rows once per epoch, window after window.
+    A batch may cross the border of two epochs, so every row occurs once per epoch. Among
+    ``bucket`` batches rows are sorted by length, so that a batch has rows of similar length; these
+    batches are shuffled. Subclasses divide an epoch into windows, and shuffle each of them.
 
     Args:
-        rows: (shards,) rows of each shard.
-        sizes: (shards,) bytes of each shard.
+        rows: rows of the split.
         batch: rows of a global batch.
-        limit: bytes of the shards of a window; a window has one shard at least.
         key: seed and names that determine the order.
-        lengths: returns the lengths of some rows; the rows of one shard stand together. None
-            turns bucketing off.
-        window: batches within which rows are sorted by length.
+        lengths: returns the lengths of some rows, or None, which turns bucketing off. It is called
+            at the first batch, so that training starts before a remote corpus is read.
+        bucket: batches within which rows are sorted by length.
     """
+
+    #: Shuffled windows in memory: a batch may touch two, rarely more.
+    kept_windows = 2
 
     def __init__(
         self,
-        rows: Sequence[int],
-        sizes: Sequence[int],
+        rows: int,
         batch: int,
-        limit: float,
         key: Sequence[int | str],
-        lengths: Callable[[np.ndarray], np.ndarray | None] | None = None,
-        window: int = 16,
+        lengths: RowLengths | None = None,
+        bucket: int = 16,
     ) -> None:
-        self._rows, self._sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(self._rows)])
-        self._total = int(self._starts[-1])
-        self._batch, self._limit, self._key = batch, limit, tuple(key)
-        self._lengths, self._window = lengths, window
-        self._layouts: dict[int, _EpochLayout] = {}
+        self._total, self._batch, self._key = rows, batch, tuple(key)
+        self._lengths, self._bucket = lengths, bucket
         self._shuffled_windows: dict[tuple[int, int], np.ndarray] = {}
 
     def batch(self, batch_index: int, part: slice = slice(None)) -> np.ndarray:
@@ -242,32 +175,37 @@ class WindowedShuffleSampler:
         ]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts))[part]
 
-    def shards(self, batch_index: int) -> list[int]:
-        """Return the shards of the windows that a batch reads, in the order of their use."""
-        used: dict[int, None] = {}
-        for epoch, window, _, _ in self._touched(batch_index):
-            used |= dict.fromkeys(self._layout(epoch).windows[window])
-        return list(used)
+    def open_shards(self, table: "ShardTable", batch_index: int, part: slice = slice(None)) -> None:
+        """Open the shards of a batch, or of a part of it, and fetch those that follow.
 
-    def next_shards(self, batch_index: int) -> list[int]:
-        """Return the shards of the window after those that a batch reads."""
-        epoch, window, _, _ = self._touched(batch_index)[-1]
-        windows = self._layout(epoch).windows
-        # The last window of an epoch is followed by the first of the next epoch.
-        if window + 1 < len(windows):
-            return windows[window + 1]
-        return self._layout(epoch + 1).windows[0]
+        Args:
+            table: shards of the rows.
+            batch_index: number of the batch of the task.
+            part: rows of the batch that this rank reads.
+        """
+        # Loading the batch opens its own shards.
+        if table.is_remote:
+            epoch, window, begin, _ = self._touched(batch_index)[0]
+            table.prefetch(self._shuffled(epoch, window)[begin:])
 
-    def max_open_bytes(self) -> int:
-        """Return the bytes of shards that may be in use at once: two windows, or all shards."""
-        return int(min(2 * max(self._limit, int(self._sizes.max())), int(self._sizes.sum())))
+    def max_open_bytes(self) -> float:
+        """Return the bytes of shards that may be in use at once."""
+        return math.inf
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        """(windows + 1,) rows before each window of an epoch."""
+        return np.array([0, self._total])
+
+    def _list_rows(self, epoch: int, window: int) -> tuple[np.ndarray, tuple[int | str, ...]]:
+        """Return the rows of a window, and the key of their order."""
+        return np.arange(self._total), (*self._key, epoch)
 
     def _touched(self, batch_index: int) -> list[tuple[int, int, int, int]]:
         """(epoch, window, first row in it, end) of the windows that a batch takes rows from."""
         epoch, offset = divmod(batch_index * self._batch, self._total)
         missing, touched = self._batch, []
         while missing:
-            starts = self._layout(epoch).starts
+            starts = self._starts(epoch)
             window = int(np.searchsorted(starts, offset, side="right")) - 1
             begin = offset - int(starts[window])
             end = min(int(starts[window + 1] - starts[window]), begin + missing)
@@ -278,7 +216,92 @@ class WindowedShuffleSampler:
                 epoch, offset = epoch + 1, 0
         return touched
 
-    def _layout(self, epoch: int) -> "_EpochLayout":
+    def _shuffled(self, epoch: int, window: int) -> np.ndarray:
+        """Rows of a window in their order."""
+        place = (epoch, window)
+        if place not in self._shuffled_windows:
+            rows, key = self._list_rows(epoch, window)
+            random = keyed_rng(*key)
+            permutation = random.permutation(len(rows))
+            order = rows[permutation]
+            lengths = self._lengths(rows) if self._lengths else None
+            if lengths is not None:
+                before = epoch * self._total + int(self._starts(epoch)[window])
+                order = bucket_by_length(
+                    order, lengths[permutation], before, self._batch, self._bucket, random
+                )
+            self._shuffled_windows[place] = order
+            while len(self._shuffled_windows) > self.kept_windows:
+                del self._shuffled_windows[next(iter(self._shuffled_windows))]
+        return self._shuffled_windows[place]
+
+
+class WindowedShuffleSampler(ShuffleSampler):
+    """Endless order of one task's rows: all rows once per epoch, window after window.
+
+    Args:
+        rows: (shards,) rows of each shard.
+        sizes: (shards,) bytes of each shard.
+        batch: rows of a global batch.
+        limit: bytes of the shards of a window; a window has one shard at least.
+        key: seed and names that determine the order.
+        lengths: returns the lengths of some rows; the rows of one shard stand together. None
+            turns bucketing off.
+        bucket: batches within which rows are sorted by length.
+    """
+
+    kept_windows = 3
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        sizes: Sequence[int],
+        batch: int,
+        limit: float,
+        key: Sequence[int | str],
+        lengths: RowLengths | None = None,
+        bucket: int = 16,
+    ) -> None:
+        super().__init__(int(sum(rows)), batch, key, lengths, bucket)
+        self._rows, self._sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
+        self._first_rows = np.concatenate([[0], np.cumsum(self._rows)])
+        self._limit = limit
+        #: Epoch -> the shards of each window, and the rows before each window.
+        self._layouts: dict[int, tuple[list[list[int]], np.ndarray]] = {}
+
+    def open_shards(self, table: "ShardTable", batch_index: int, part: slice = slice(None)) -> None:
+        """Open the shards of a batch, and fetch those that follow."""
+        table.open(self.shards(batch_index), self.next_shards(batch_index))
+
+    def shards(self, batch_index: int) -> list[int]:
+        """Return the shards of the windows that a batch reads, in the order of their use."""
+        used: dict[int, None] = {}
+        for epoch, window, _, _ in self._touched(batch_index):
+            used |= dict.fromkeys(self._layout(epoch)[0][window])
+        return list(used)
+
+    def next_shards(self, batch_index: int) -> list[int]:
+        """Return the shards of the window after those that a batch reads."""
+        epoch, window, _, _ = self._touched(batch_index)[-1]
+        windows = self._layout(epoch)[0]
+        # The last window of an epoch is followed by the first of the next epoch.
+        if window + 1 < len(windows):
+            return windows[window + 1]
+        return self._layout(epoch + 1)[0][0]
+
+    def max_open_bytes(self) -> float:
+        """Return the bytes of shards that may be in use at once: two windows, or all shards."""
+        return min(2 * max(self._limit, int(self._sizes.max())), int(self._sizes.sum()))
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        return self._layout(epoch)[1]
+
+    def _list_rows(self, epoch: int, window: int) -> tuple[np.ndarray, tuple[int | str, ...]]:
+        firsts = self._first_rows
+        rows = [np.arange(firsts[n], firsts[n + 1]) for n in self._layout(epoch)[0][window]]
+        return np.concatenate(rows), (*self._key, "window", epoch, window)
+
+    def _layout(self, epoch: int) -> tuple[list[list[int]], np.ndarray]:
         if epoch not in self._layouts:
             for old in [known for known in self._layouts if known < epoch - 1]:
                 del self._layouts[old]
@@ -291,47 +314,8 @@ class WindowedShuffleSampler:
                 windows[-1].append(int(shard))
                 filled += int(self._sizes[shard])
             rows = [int(self._rows[window].sum()) for window in windows]
-            self._layouts[epoch] = _EpochLayout(windows, np.concatenate([[0], np.cumsum(rows)]))
+            self._layouts[epoch] = windows, np.concatenate([[0], np.cumsum(rows)])
         return self._layouts[epoch]
-
-    def _shuffled(self, epoch: int, window: int) -> np.ndarray:
-        """Rows of a window in their order."""
-        key = (epoch, window)
-        if key not in self._shuffled_windows:
-            layout = self._layout(epoch)
-            rows = np.concatenate(
-                [
-                    np.arange(self._starts[shard], self._starts[shard + 1])
-                    for shard in layout.windows[window]
-                ]
-            )
-            random = keyed_rng(*self._key, "window", epoch, window)
-            permutation = random.permutation(len(rows))
-            order = rows[permutation]
-            lengths = self._lengths(rows) if self._lengths else None
-            if lengths is not None:
-                before = epoch * self._total + int(layout.starts[window])
-                order = bucket_by_length(
-                    order, lengths[permutation], before, self._batch, self._window, random
-                )
-            self._shuffled_windows[key] = order
-            # A batch may touch two windows, rarely more; older windows are not needed again.
-            while len(self._shuffled_windows) > MAX_SHUFFLED_WINDOWS:
-                del self._shuffled_windows[next(iter(self._shuffled_windows))]
-        return self._shuffled_windows[key]
-
-
-@dataclass(frozen=True)
-class _EpochLayout:
-    """Windows of one epoch.
-
-    Args:
-        windows: shards of each window.
-        starts: (windows + 1,) rows before each window.
-    """
-
-    windows: list[list[int]]
-    starts: np.ndarray
 
 
 class GroupedShuffleSampler:
@@ -359,7 +343,7 @@ class GroupedShuffleSampler:
         groups: int,
         limit: float,
         key: Sequence[int | str],
-        lengths: Callable[[np.ndarray], np.ndarray | None] | None = None,
+        lengths: RowLengths | None = None,
     ) -> None:
         starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self._share = batch // groups
@@ -395,6 +379,10 @@ class GroupedShuffleSampler:
         before = numbers.start * self._share
         return rows[start - before : stop - before]
 
+    def open_shards(self, table: "ShardTable", batch_index: int, part: slice = slice(None)) -> None:
+        """Open the shards of a part of a batch, and fetch those that follow."""
+        table.open(self.shards(batch_index, part), self.next_shards(batch_index, part))
+
     def shards(self, batch_index: int, part: slice = slice(None)) -> list[int]:
         """Return the shards of the windows that a part of a batch reads."""
         return [
@@ -411,7 +399,7 @@ class GroupedShuffleSampler:
             for shard in self._samplers[number].next_shards(batch_index)
         ]
 
-    def max_open_bytes(self) -> int:
+    def max_open_bytes(self) -> float:
         """Return the bytes of shards that may be in use at once on a node that reads all groups."""
         return sum(sampler.max_open_bytes() for sampler in self._samplers)
 
@@ -442,7 +430,5 @@ def divide_shards(rows: Sequence[int], groups: int, key: Sequence[int | str]) ->
     return [sorted(group) for group in found]
 
 
-def _lengths_of(
-    lengths: Callable[[np.ndarray], np.ndarray | None], numbers: np.ndarray, rows: np.ndarray
-) -> np.ndarray | None:
+def _lengths_of(lengths: RowLengths, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
     return lengths(numbers[rows])

@@ -268,20 +268,16 @@ class TaskDataset:
             self._find_units(corpus),
         )
 
-    def row_lengths(self, rows: np.ndarray | None = None) -> np.ndarray | None:
+    def row_lengths(self, rows: np.ndarray) -> np.ndarray | None:
         """Return the (rows,) sequence lengths of rows; None for images and videos.
 
         Args:
-            rows: row numbers, whose shards are opened; None for all rows.
+            rows: row numbers, whose shards are opened.
         """
         if self.modality.tensor_half.find_longest(self._model) is None:
             return None
-        column = self.modality.column
-        if rows is None:
-            self.shard_table.open()
-            return np.minimum(self._ragged(column).lengths(), self.limit)
         local = self._open_rows(rows)
-        return np.minimum(self._ragged(column).lengths(local), self.limit)
+        return np.minimum(self._ragged(self.modality.column).lengths(local), self.limit)
 
     def load(
         self,

@@ -15,7 +15,7 @@ def make(
     lengths = np.random.default_rng(0).integers(1, 50, total)
     return WindowedShuffleSampler(
         rows, [10 * count for count in rows], batch, limit, (1, "x"),
-        (lambda wanted: lengths[wanted]) if bucketed else None, window=3,
+        (lambda wanted: lengths[wanted]) if bucketed else None, bucket=3,
     )  # fmt: skip
 
 
