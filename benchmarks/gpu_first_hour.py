@@ -29,12 +29,11 @@ from benchmarks.measure import Result, spread
 from pipelines.finetune import main as finetune
 from pipelines.pretrain import main as pretrain
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.freezing import trainable_parameters
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.optimizer import build_optimizer, update_weights
-from pipelines.training.loop.replicas import compile_plans
 from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.setup import compile_plans, trainable_parameters
 from pipelines.training.loop.step import backward_step
 from skillnet.precision import choose_precision
 from skillnet.systems import build_system

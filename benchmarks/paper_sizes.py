@@ -185,7 +185,7 @@ class StepClock:
 def _read_config(folder: Path) -> Any:
     """Return the configuration of ``finetune --config paper`` with small batches on the CPU."""
     from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.runs.model_tasks import resolve_model_tasks
+    from pipelines.training.loop.resolved_run import resolve_model_tasks
     from skillnet_platform.config import parser
 
     words = ["--config", "paper", "--data", str(folder / "corpora")]

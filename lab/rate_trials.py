@@ -26,9 +26,8 @@ from benchmarks.measure import append_csv_rows, machine, read_csv_rows
 from pipelines.finetune import run_end_to_end
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.pretraining import build_joint_run
 from pipelines.training.loop.reporter import LoopReporter, evaluate_validation
-from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, resolve_run
 from skillnet.multitask_model import TaskModel
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

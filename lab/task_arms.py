@@ -46,8 +46,7 @@ from pipelines.training.config.run import (
     TrainingConfig,
 )
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from skillnet.config import SkillNetConfig
 from skillnet.pretraining_tasks import pretraining_tasks
 from skillnet_platform import console

@@ -191,8 +191,7 @@ def log_evaluation(
     """
     from mlflow.exceptions import MlflowException
 
-    from pipelines.training.evaluation.overall_score import compute_overall_score
-    from pipelines.training.evaluation.tables import flat_metrics
+    from pipelines.training.evaluation.tables import compute_overall_score, flat_metrics
     from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
     from pipelines.training.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend, start_child_run

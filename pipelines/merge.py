@@ -83,8 +83,11 @@ def _merge_in_folder(
         find_unregistered,
     )
     from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
-    from pipelines.training.evaluation.overall_score import compute_overall_score
-    from pipelines.training.evaluation.tables import flat_metrics, write_evaluation_csv
+    from pipelines.training.evaluation.tables import (
+        compute_overall_score,
+        flat_metrics,
+        write_evaluation_csv,
+    )
     from pipelines.training.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
     from pipelines.training.loop.run_evaluation import EVALUATION_CSV
     from pipelines.training.runs import layout

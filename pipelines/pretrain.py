@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.finetune import print_result, run_end_to_end
 from pipelines.training.config.resources import request_training
 from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, PretrainConfig
-from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import build_joint_run
 from skillnet_platform.cli import command
 
 #: Pretraining never reads a test split; it evaluates on this split.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from pipelines.training.evaluation.overall_score import average_scores, compute_overall_score
+from pipelines.training.evaluation.tables import average_scores, compute_overall_score
 from skillnet_platform.config.bounds import NonNegativeCount, PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 

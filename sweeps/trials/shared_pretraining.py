@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import build_joint_run
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories

@@ -100,7 +100,7 @@ def finetune_with_faults(config: FinetuneConfig, *faults: dict[str, Any]) -> dic
 
 
 class FaultInjection:
-    """Training callback that injects faults, see :mod:`pipelines.training.loop.callbacks`.
+    """Training callback that injects faults, see :mod:`pipelines.training.loop.reporter`.
 
     Args:
         faults: planned failures of all ranks.

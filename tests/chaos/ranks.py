@@ -19,9 +19,8 @@ import torch.distributed as dist
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop import preemption
 from pipelines.training.loop.callbacks import LoopCallback
-from pipelines.training.loop.final_evaluation import FinalEvaluation
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.worker import run_worker
+from pipelines.training.loop.worker import FinalEvaluation, run_worker
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -17,7 +17,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun
 
 # Imported here, the libraries of sharding are loaded once for all ranks.
 from pipelines.training.loop.sharded_checkpoints import ShardedCheckpoints  # noqa: F401
-from pipelines.training.loop.sharded_sync import ShardedSync  # noqa: F401
+from pipelines.training.loop.sharding import ShardedSync  # noqa: F401
 from tests.helpers.ports import free_port
 
 

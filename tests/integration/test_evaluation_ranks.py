@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipelines.training.evaluation import inference, masked
+from pipelines.training.evaluation import inference
 from pipelines.training.evaluation.evaluator import evaluate_model
+from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.evaluation.ranks import EvaluationRanks
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks, masked_tasks
 from tests.helpers.readable_corpora import config, write_corpora
@@ -40,7 +40,7 @@ def evaluate(ranks: EvaluationRanks | None, data: str) -> tuple[list[dict], dict
     model = SkillNet(replace(config(), tasks=default_tasks() | masked_tasks())).eval()
     # Batches of unequal numbers of rows, not a multiple of the ranks.
     inference.BATCH_LIMITS["cpu"] = (70, 4)
-    masked.BATCH_ROWS = 7
+    inference.BATCH_ROWS = 7
     outcomes = OutcomeTable()
     corpora = {f"masked_{m}": c for m, c in MASKED.items()}
     rows = evaluate_model(
@@ -69,7 +69,7 @@ def compare_with_one_process(rank: int, world: int, data: str) -> None:
     object.__setattr__(ranks, "counted", [])
     found, outcomes = evaluate(ranks, data)
     counted: list[Any] = [None] * world
-    dist.all_gather_object(counted, ranks.counted)
+    dist.all_gather_object(counted, inference.counted)
     assert len({len(lists) for lists in counted}) == 1
     for parts in zip(*counted, strict=True):
         rows = sorted(row for part in parts for row in part)

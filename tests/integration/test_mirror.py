@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from pipelines import finetune
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.config.storage import StorageConfig
+from pipelines.training.config.run import FinetuneConfig, StorageConfig
 from pipelines.training.loop import preemption
 from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_config

@@ -14,7 +14,7 @@ from pipelines.finetune import finetune
 from pipelines.pretrain import main, pretrain
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.init_from import resolve_init_weights
-from pipelines.training.loop.pretraining import build_joint_run
+from pipelines.training.loop.resolved_run import build_joint_run
 from pipelines.training.loop.setup import build_model
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import compute_identity

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop import replicas
-from pipelines.training.loop.final_evaluation import FinalEvaluation
+from pipelines.training.loop import setup
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
-from pipelines.training.loop.worker import MODEL, run_worker
+from pipelines.training.loop.worker import MODEL, FinalEvaluation, run_worker
 from pipelines.training.runs.layout import TRAINED
 from skillnet.serialization import check_file, read_manifest
 from skillnet.systems import load_model
@@ -171,7 +170,7 @@ def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
     from torch._dynamo.utils import counters
 
     expected = train_model(ResolvedRun(config), rank=rank, world=world)
-    replicas.compile_plans = partial(replicas.compile_plans, backend="aot_eager")
+    setup.compile_plans = partial(setup.compile_plans, backend="aot_eager")
     config.training.compile = True
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = train_model(ResolvedRun(config), rank=rank, world=world)

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from pipelines.training.loop.setup import build_model, dry_run_init
 from pipelines.training.runs.progress_log import read_metric_history
 from skillnet.systems import build_system, load_model, system_names

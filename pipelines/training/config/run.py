@@ -7,7 +7,6 @@ from annotated_types import Interval
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.data import AugmentationName, MaskingName
-from pipelines.training.config.storage import StorageConfig
 from skillnet.config import SkillNetConfig
 from skillnet.pretraining_tasks import pretrained_modalities, pretraining_tasks
 from skillnet.skills import known_tasks
@@ -22,8 +21,30 @@ from skillnet_platform.config.bounds import (
     UnitFraction,
     require_bounds,
 )
+from skillnet_platform.storage.objects import is_uri, require_no_secret
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
+
+
+@dataclass
+class StorageConfig:
+    """Settings of object stores: the mirror of a run.
+
+    Args:
+        mirror: URI to which the run's folder is copied, and from which it is restored; null keeps
+            it on this machine. A ``run_dir`` that is a URI sets it.
+    """
+
+    mirror: str | None = fixed_field(None)
+
+    def __post_init__(self) -> None:
+        if self.mirror is not None and not is_uri(self.mirror):
+            raise ValueError(
+                f"storage.mirror must be a URI such as s3://bucket/runs, got {self.mirror!r}"
+            )
+        if self.mirror is not None:
+            require_no_secret(self.mirror)
+
 
 #: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
 ESSENTIAL_TRAINING_OPTIONS = (

@@ -23,16 +23,16 @@ from pipelines.data.shards.folds import open_fold
 from pipelines.data.shards.id_columns import check_ids
 from pipelines.training.config.data import MaskConfig
 from pipelines.training.config.run import default_masked_training, default_tasks_training
-from pipelines.training.evaluation.held_out_units import read_unit_numbers
 from pipelines.training.evaluation.inference import (
+    EvaluationRanks,
     InferenceInputs,
     InferenceRunner,
+    masked_losses,
+    mean_masked_length,
     mean_row_lengths,
     split_inputs,
 )
-from pipelines.training.evaluation.masked import masked_losses, mean_masked_length
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.evaluation.ranks import EvaluationRanks
 from pipelines.training.evaluation.tables import COLUMNS, METRICS, sort_rows
 from pipelines.training.loading.task_columns import (
     is_row_tower,
@@ -47,8 +47,29 @@ from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import head_class
 from skillnet.skills import Task, find_task
+from skillnet_evidence.units import number_units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Location, join_location, parse_location
+
+UNIT_COLUMN = "unit"
+
+
+def read_unit_numbers(table: pa.Table, where: str) -> np.ndarray:
+    """Return the number of each row's unit, in the order of the units' first rows, (N,) int64.
+
+    Args:
+        table: rows of a split.
+        where: names the split in error messages.
+
+    Raises:
+        UserError: the column is missing.
+    """
+    if UNIT_COLUMN not in table.column_names:
+        raise UserError(f"{where}: no column {UNIT_COLUMN!r}. Prepare the corpus again.")
+    codes = table.column(UNIT_COLUMN).combine_chunks().dictionary_encode().indices
+    known = codes.fill_null(-1).to_numpy().astype(np.int64)
+    # Negative numbers cannot be those of a name.
+    return number_units(np.where(known < 0, -1 - np.arange(len(known)), known))
 
 
 def evaluate_model(

@@ -7,12 +7,15 @@ Shapes: N rows, C classes, E width of the retrieval space.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.data.shards.columns import (
@@ -21,14 +24,90 @@ from pipelines.data.shards.columns import (
     open_column,
 )
 from pipelines.data.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
-from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.config.data import MaskConfig
+from pipelines.training.config.run import TaskTraining
+from pipelines.training.loading.dataloader import Batch
+from pipelines.training.loading.task_dataset import TaskDataset
 from skillnet.config import SkillNetConfig
+from skillnet.keyed_random import BatchRandom
 from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.objectives.ctc import CTCHead
 from skillnet.objectives.heads import head_class, mean_pool
 from skillnet.precision import choose_precision, find_device
 from skillnet.skills import SkillPlan, find_task
+
+if TYPE_CHECKING:
+    from pipelines.data.shards.dataset import PreparedCorpus
+
+T = TypeVar("T")
+
+#: Bytes of a result that are on the device at a time while ranks exchange it.
+EXCHANGED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class EvaluationRanks:
+    """Processes that evaluate together, seen from one of them.
+
+    Args:
+        rank: index of this process, from 0. The first one computes the metrics.
+        world: number of processes; several have joined the process group of torch.
+        device: on which the process group exchanges tensors.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank computes and records the metrics."""
+        return self.rank == 0
+
+    def select(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches of this rank: every ``world``-th one."""
+        return islice(batches, self.rank, None, self.world)
+
+    def merge(self, rows_N: np.ndarray) -> np.ndarray:
+        """Return the rows of all ranks; every rank calls this for the same results.
+
+        Args:
+            rows_N: (N, …) rows that this rank computed, and zeros for all others.
+        """
+        if self.world == 1:
+            return rows_N
+        # A sum with zeros keeps the bits of a row, and needs neither pickle nor equal parts.
+        step = max(1, EXCHANGED_BYTES // max(rows_N[:1].nbytes, 1))
+        merged = np.empty_like(rows_N)
+        for start in range(0, len(rows_N), step):
+            part = torch.from_numpy(rows_N[start : start + step]).to(self.device, copy=True)
+            dist.all_reduce(part)
+            merged[start : start + step] = part.cpu().numpy()
+        return merged
+
+    def merge_sequences(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the sequences of all ranks; every rank calls this for the same results.
+
+        Args:
+            rows: N sequences; this rank's own, and empty ones for all others.
+        """
+        if self.world == 1:
+            return [list(row) for row in rows]
+        lengths_N = self.merge(np.array([len(row) for row in rows], dtype=np.int64))
+        padded_NL = np.zeros((len(rows), int(lengths_N.max(initial=0))), dtype=np.int32)
+        for index, row in enumerate(rows):
+            padded_NL[index, : len(row)] = row
+        merged_NL = self.merge(padded_NL)
+        return [
+            row[:length].tolist() for row, length in zip(merged_NL, lengths_N.tolist(), strict=True)
+        ]
+
+    def is_any(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank; every rank calls this at the same place."""
+        return bool(self.merge(np.array([flag], dtype=np.int64)).any())
+
 
 #: Type of device -> rows x tokens of one batch, and rows of one batch. On a CPU a batch is large
 #: enough for two cores and small in memory. A GPU computes 4096 tokens faster than the host reads
@@ -388,3 +467,155 @@ def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
     """
     lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
     return {name: value for name, value in lengths.items() if value is not None}
+
+
+#: Rows of one forward pass.
+BATCH_ROWS = 64
+
+
+def masked_batches(
+    model: TaskModel,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None = None,
+    limit: int | None = None,
+    ranks: EvaluationRanks | None = None,
+) -> Iterator[Batch]:
+    """Yield the rows of a split in order, with masked tokens, on the model's device.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: shards of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+        ranks: that share the batches; None yields all batches.
+    """
+    dataset = open_masked_rows(model, task, corpus, split, masks, limit)
+    device, dtype = find_device(model.parameters()), next(model.parameters()).dtype
+    rows_N = np.arange(dataset.num_rows)
+    starts = range(0, len(rows_N), BATCH_ROWS)
+    for start in (ranks or EvaluationRanks()).select(starts):
+        part = rows_N[start : start + BATCH_ROWS]
+        # The key of the generator is constant, so that each evaluation masks the same tokens.
+        draws = BatchRandom(("evaluation", start), len(part), slice(None))
+        towers, targets, changes = dataset.load(part, draws)
+        batch = Batch(task, towers, targets, part, len(part), changes=changes)
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        yield batch.to(device, dtype)
+
+
+def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]:
+    """Return the outputs of the head for the masked tokens of a batch.
+
+    Args:
+        runner: inference on all ranks; the training mode of the model is restored.
+        batch: from :func:`masked_batches`.
+    """
+    model = runner.model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), runner.precision.autocast():
+        outputs = model(batch.task, batch.towers)
+    # Training runs evaluate between two steps and must find the mode that they left.
+    model.train(was_training)
+    return outputs
+
+
+def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
+    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
+
+    Args:
+        runner: of the model.
+        batch: from :func:`masked_batches`.
+    """
+    return run_masked_batch(runner, batch)["predicted"]
+
+
+def masked_losses(
+    runner: InferenceRunner,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None = None,
+    limit: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
+
+    Args:
+        runner: inference with the model on all ranks.
+        task: a masked task of the model.
+        corpus: shards of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
+    """
+    spec, rows = find_task(task, runner.model.config.tasks), corpus.splits[split].rows
+    head = head_class(spec)
+    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
+    values_N3 = np.zeros((rows, 3))
+    for batch in masked_batches(
+        runner.model, task, corpus, split, masks, limit, ranks=runner.ranks
+    ):
+        losses_B, hits_B = head.score_hidden(run_masked_batch(runner, batch), batch.targets)
+        values_N3[batch.rows, 0] = losses_B.double().cpu().numpy()
+        if hits_B is not None:
+            values_N3[batch.rows, 1] = hits_B.cpu().numpy()
+            values_N3[batch.rows, 2] = 1.0
+    values_N3 = runner.ranks.merge(values_N3)
+    metrics = {find_objective(spec.objective).primary.name: values_N3[:, 0]}
+    if values_N3[:, 2].any():
+        metrics["masked_accuracy"] = values_N3[:, 1]
+    return metrics
+
+
+def mean_masked_length(
+    model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
+) -> dict[str, int]:
+    """Return the mean row length of a masked task's tower, for cost accounting.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: shards of the task.
+        split: name of the split.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        Tower -> length, or {} if all rows have one size.
+    """
+    # Masks hide tokens but do not remove them, so they do not matter for lengths.
+    dataset = open_masked_rows(model, task, corpus, split, None, limit)
+    lengths = dataset.row_lengths(np.arange(dataset.num_rows))
+    tower = find_task(task, model.config.tasks).row_tower
+    return {} if lengths is None else {tower: max(round(float(lengths.mean())), 1)}
+
+
+def open_masked_rows(
+    model: TaskModel,
+    task: str,
+    corpus: "PreparedCorpus",
+    split: str,
+    masks: MaskConfig | None,
+    limit: int | None,
+) -> TaskDataset:
+    """Return the rows of a split as a masked task of the model reads them.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: shards of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+    """
+    settings = TaskTraining(corpus.name, split=split, max_length=limit)
+    return TaskDataset(
+        task, find_task(task, model.config.tasks), corpus, model.config, settings, masks
+    )

@@ -41,10 +41,10 @@ from pipelines.training.evaluation.evaluator import (
     open_task_corpus,
     read_fixed_column,
     read_targets,
+    read_unit_numbers,
     tidy_rows,
     uses_all_captions,
 )
-from pipelines.training.evaluation.held_out_units import read_unit_numbers
 from pipelines.training.runs.vocabulary_match import check_outputs
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import ConfidenceInterval, MetricIntervals, TaskMetrics

@@ -19,20 +19,19 @@ from pipelines.training.loop.optimizer import (
     set_learning_rate,
     update_weights,
 )
-from pipelines.training.loop.replicas import TrainingReplica, build_replica
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.setup import pick_device, resume_run
+from pipelines.training.loop.setup import TrainingReplica, build_replica, pick_device, resume_run
 from pipelines.training.loop.step import backward_step
 from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.loop.telemetry import (
     CostMeter,
     GaugePublisher,
+    ThroughputMeter,
     find_peak_flops,
     profile_steps,
 )
-from pipelines.training.loop.throughput import ThroughputMeter
 from skillnet.keyed_random import keyed_rng
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
@@ -117,7 +116,7 @@ def train_model(
         torch.set_num_threads(settings.threads_per_worker)
     row_threads.limit_row_threads(torch.get_num_threads())
 
-    replica = build_replica(run, rank, world, device, precision.weights)
+    replica = build_replica(config, run.corpora, rank, world, device, precision.weights)
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
     optimizer = build_optimizer(replica.owner.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None

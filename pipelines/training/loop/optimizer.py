@@ -5,7 +5,9 @@ parameter without a gradient: it gets no update, no weight decay and no optimize
 step count, which corrects the bias of the averages, stays as it is.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +16,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.training.config.run import TrainingConfig
-from pipelines.training.loop.eager_adamw import EagerAdamW
 from skillnet.skill_weights import find_weight_skill
+
+#: Attribute in which torch keeps the excluded variant of a function, for all later calls.
+_EXCLUDED = "__dynamo_disable"
+
+
+class EagerAdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` without the import of torch's compiler.
+
+    A version of torch that keeps excluded functions elsewhere imports the compiler as before.
+
+    Args:
+        args, options: see :class:`torch.optim.AdamW`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if "torch._dynamo" not in sys.modules:
+            for method in vars(torch.optim.Optimizer).values():
+                wrapped = getattr(method, "__wrapped__", None)
+                if wrapped is not None:
+                    setattr(wrapped, _EXCLUDED, wrapped)
+        super().__init__(*args, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; see :meth:`torch.optim.AdamW.step`."""
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
-from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.loop.callbacks import LOGGERS, RunLogger, find_observers
 from pipelines.training.runs.progress_log import PROGRESS, ProgressFile
 from pipelines.training.runs.uploads import CheckpointUploads

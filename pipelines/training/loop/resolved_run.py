@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
+from skillnet.objectives.base import find_objective
+from skillnet.skills import Task, known_tasks
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import join_location, parse_location
@@ -150,7 +153,6 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     """
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.training.runs.identity import corpora_of
-    from pipelines.training.runs.model_tasks import resolve_model_tasks
 
     folder, storage = parse_location(config.run_dir, run_root()), config.storage
     if isinstance(folder, str):
@@ -207,3 +209,99 @@ def _pin_corpora(
 def resolve_config(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
     """Return the configuration of :func:`resolve_run`."""
     return resolve_run(config, stage).config
+
+
+#: A split of this name is for pretraining too, but only for tasks that name it: masked tasks do not
+#: read its rows, which repeat those of the other splits.
+PAIRS_PREFIX = "pretrain_"
+
+
+def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the training run of a pretraining, after checks of its tasks and splits.
+
+    Args:
+        config: a pretraining, or the joint run of one.
+
+    Raises:
+        UserError: a task learns from labels, or a split is not allowed for pretraining.
+    """
+    from pipelines.training.loop.setup import open_corpora
+
+    joint = config.joint()
+    check_unlabelled_tasks(joint)
+    check_pretraining_splits(joint, open_corpora(joint))
+    return joint
+
+
+def check_unlabelled_tasks(config: FinetuneConfig) -> None:
+    """Raise UserError if a task of the run learns from labels."""
+    from skillnet.objectives.base import find_objective
+    from skillnet.skills import find_task
+
+    for name in config.tasks:
+        objective = find_task(name, config.model.tasks).objective
+        if not find_objective(objective).can_pretrain:
+            raise UserError(
+                f"tasks.{name} learns from labels ({objective}); pretraining takes masked tasks "
+                f"and pairs. Leave it out with --tasks.{name} null, or use skillnet finetune"
+            )
+
+
+def check_pretraining_splits(
+    config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
+) -> None:
+    """Raise UserError if a run reads a split that its corpus reserves, such as test.
+
+    Args:
+        config: the joint run.
+        corpora: name -> prepared corpus; each manifest lists the splits for pretraining.
+    """
+    from pipelines.training.loading.task_columns import PRETRAINING, resolve_splits
+
+    for name, settings in config.tasks.items():
+        corpus = corpora[settings.corpus]
+        allowed = resolve_splits(corpus, PRETRAINING)
+        for split in resolve_splits(corpus, settings.split):
+            if split not in allowed and not split.startswith(PAIRS_PREFIX):
+                raise UserError(
+                    f"tasks.{name}.split: the manifest of {corpus.name} allows "
+                    f"{', '.join(allowed)} for pretraining, not {split}"
+                )
+
+
+def resolve_model_tasks(
+    config: FinetuneConfig, manifests: Mapping[str, Mapping[str, Any]]
+) -> FinetuneConfig:
+    """Give the model the tasks of the run, and no others, with the outputs of their corpora.
+
+    A task without a plan in ``model.tasks`` gets the plan of the known task of its name, or of the
+    task that its corpus was prepared for. A number of outputs in the configuration stays, and
+    validation rejects it if the corpus has another one.
+
+    Args:
+        config: settings of a run.
+        manifests: corpus name -> manifest, of the corpora that could be opened.
+    """
+    configured, known = config.model.tasks, known_tasks()
+    tasks: dict[str, Task] = {}
+    # The order of ``model.tasks`` decides the order of initialization.
+    for name in sorted(config.tasks, key=[*configured, *config.tasks].index):
+        corpus = config.tasks[name].corpus
+        manifest = manifests.get(corpus, {})
+        usual = known.get(name) or known.get(str(manifest.get("task")))
+        task = configured.get(name) or usual
+        if task is None:
+            continue
+        tasks[name] = task
+        outputs = find_objective(task.objective).count_names(manifest)
+        # Only defaults are replaced: a number in the configuration is a decision of the user.
+        is_default = (
+            not task.outputs
+            or name not in configured
+            or (name in known and task.outputs == known[name].outputs)
+        )
+        if outputs and outputs != task.outputs and is_default:
+            console.print_note(f"{name}: {outputs} outputs, as in {corpus}")
+            tasks[name] = replace(task, outputs=outputs)
+    # Validation reports a task without a plan.
+    return replace(config, model=replace(config.model, tasks=tasks)) if tasks else config

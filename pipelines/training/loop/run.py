@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.runs.baseline_size import find_size_mismatch
+from pipelines.training.loop.run_evaluation import find_size_mismatch
 from pipelines.training.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
 from pipelines.training.runs.task_counts import parse_task_counts
 from skillnet_platform import config as configuration
@@ -21,9 +21,9 @@ MAX_CHECKED_STEPS = 4096
 
 if TYPE_CHECKING:
     from pipelines.training.loop.callbacks import LoopCallback
-    from pipelines.training.loop.final_evaluation import FinalEvaluation
     from pipelines.training.loop.ray_train.fit import NestedFit
     from pipelines.training.loop.reporter import OnEvaluation
+    from pipelines.training.loop.worker import FinalEvaluation
     from skillnet_platform.tracking import Tracker
 
 
@@ -122,7 +122,7 @@ def train_and_evaluate(
         brief: write no figures and no intervals, for a run that is only ranked among others.
         callbacks: observers of the training loop.
         source: folder of the model that a growth starts from, see
-            :class:`pipelines.training.loop.final_evaluation.FinalEvaluation`.
+            :class:`pipelines.training.loop.worker.FinalEvaluation`.
 
     Returns:
         The result of :func:`pipelines.finetune.finetune` before registration. The caller writes
@@ -131,8 +131,8 @@ def train_and_evaluate(
     Raises:
         TerminatedError: the run was preempted, after a checkpoint.
     """
-    from pipelines.training.loop.final_evaluation import FinalEvaluation
     from pipelines.training.loop.run_evaluation import complete_result, resume_evaluation
+    from pipelines.training.loop.worker import FinalEvaluation
 
     config, report = run.config, run.init_report
     tracker.inputs(run.manifests)
@@ -215,9 +215,8 @@ def _train(
     final: "FinalEvaluation",
 ) -> None:
     from pipelines.training.loop import preemption
-    from pipelines.training.loop.device_errors import DeviceWatch
     from pipelines.training.loop.ray_train.fit import fit_on_ray
-    from pipelines.training.loop.worker import run_worker
+    from pipelines.training.loop.worker import DeviceWatch, run_worker
     from pipelines.training.runs.mirror import mirror_of
     from skillnet.malloc import keep_freed_memory
 

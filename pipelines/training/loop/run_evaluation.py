@@ -7,18 +7,62 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.data import MASKS
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.baseline_size import measure_baseline_size
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, write_json
 
 if TYPE_CHECKING:
+    from pipelines.training.evaluation.inference import EvaluationRanks
     from pipelines.training.evaluation.outcomes import OutcomeTable
-    from pipelines.training.evaluation.ranks import EvaluationRanks
     from pipelines.training.loop.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
+    from skillnet.systems import SizeMatch
     from skillnet_platform.tracking import Tracker
+
+#: Sizes of this process' runs: models are built for them, which can take seconds. Checks, plans,
+#: each evaluation and reports ask for the same one.
+_measured: "dict[str, SizeMatch | None]" = {}
+
+
+def measure_baseline_size(config: FinetuneConfig) -> "SizeMatch | None":
+    """Return the aimed size and the size of the run's system; None if it is not matched.
+
+    Args:
+        config: settings of a run, with its reference tasks.
+
+    Raises:
+        ValueError: no model has the requested size.
+    """
+    from skillnet.systems import find_system
+
+    key = repr((config.system, config.model, config.options))
+    if key not in _measured:
+        system = find_system(config.system)
+        _measured[key] = system.measure_size(config.model, config.options)
+    return _measured[key]
+
+
+def find_size_mismatch(config: FinetuneConfig) -> str | None:
+    """Return in a sentence how a baseline misses the size that it aims at; None within 5 %.
+
+    Args:
+        config: settings of a run, with its reference tasks.
+
+    Raises:
+        ValueError: no model has the requested size.
+    """
+    from skillnet.baselines.size_matching import reference_tasks
+
+    size = measure_baseline_size(config)
+    if size is None or not size.is_mismatch:
+        return None
+    tasks = ", ".join(reference_tasks(config.model))
+    return (
+        f"the layers of {config.system} miss SkillNet's size by {size.describe()}, on average over "
+        f"{tasks}"
+    )
+
 
 #: Result of the evaluation before it is logged and registered; ``result.json`` follows.
 EVALUATED = "evaluated.json"
@@ -101,7 +145,7 @@ def complete_result(
         run: its folder, with the model.
         tracker: client of its MLflow run.
         result: outcome of the training and of
-            :func:`pipelines.training.loop.final_evaluation.evaluate_final`.
+            :func:`pipelines.training.loop.run_evaluation.evaluate_final`.
         splits: that the model was evaluated on; None took the test splits.
         brief: write no figures.
 
@@ -172,7 +216,7 @@ def _find_score(
     rows: list[dict[str, Any]], splits: Sequence[str] | None, brief: bool
 ) -> dict[str, float]:
     """Return the metric by which lists of runs are sorted; the driver of a sweep logs its own."""
-    from pipelines.training.evaluation.overall_score import compute_overall_score
+    from pipelines.training.evaluation.tables import compute_overall_score
     from skillnet_platform.tracking.backend import SCORE_METRIC
 
     score, _ = compute_overall_score(rows, splits[0] if splits else "test")

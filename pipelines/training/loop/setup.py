@@ -4,11 +4,13 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.folds import open_fold
@@ -17,22 +19,24 @@ from pipelines.training.config.resources import request_workers
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop import checkpointing
+from pipelines.training.loop.gradient_sync import BUCKET_BYTES, GradientSync, broadcast_parameters
 from pipelines.training.loop.init_from import InitReport, load_init_weights
 from pipelines.training.loop.optimizer import WeightAverage
 from pipelines.training.runs import checkpoints
 from pipelines.training.runs.identity import check_corpus_digest, corpora_of
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
+from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
-from skillnet_platform import storage
+from skillnet_platform import console, storage
 from skillnet_platform.cluster.capacity import require_gpus
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.cache import GB, LIMIT_VARIABLE, shared_cache
 from skillnet_platform.storage.location import join_location, parse_location
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.sharding import ModelShards
+    from pipelines.training.loop.sharding import ModelShards, ShardedModel, ShardedSync
 
 
 def build_dataloader(
@@ -270,3 +274,183 @@ def count_threads(cpus: float, local_workers: int) -> int:
     # beside other programs on the node, so the worker uses these.
     mine = int(cpus) if cpus > 1 else (cores or 1) // local_workers
     return max(1, min(mine, cores or 1))
+
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, NamedParameters]:
+    """Freeze the files outside ``training.trainable``; return the trainable parameters by task.
+
+    Args:
+        model: its ``requires_grad`` flags are set.
+        config: settings of the run.
+
+    Returns:
+        Task -> names and tensors that its steps change.
+
+    Raises:
+        UserError: the model has no such file, or a task has no weight to train.
+    """
+    trainable = set(config.training.trainable)
+    files = model.files_of()
+    for file in sorted(trainable - files.keys()):
+        suggestion = suggest_name(file, files)
+        raise UserError(f"training.trainable: the model has no file {file!r}{suggestion}")
+    for file, names in files.items():
+        for name in names:
+            model.get_parameter(name).requires_grad_(not trainable or file in trainable)
+    active = {
+        task: [(name, p) for name, p in model.active_parameters(task) if p.requires_grad]
+        for task in config.trained
+    }
+    for task, named in active.items():
+        if not named:
+            required = ", ".join(sorted(model.required_files(task)))
+            raise UserError(
+                f"training.trainable leaves nothing to train for {task}, which activates {required}"
+            )
+    return active
+
+
+@dataclass
+class TrainingReplica:
+    """Weights of a run on one rank.
+
+    Args:
+        model: is evaluated and saved. With shards it holds only weights that were gathered for it.
+        runner: computes steps.
+        active: task -> weights that its steps change, as the optimizer sees them.
+        sync: sums gradients over ranks.
+        shards: this rank's part of the weights; None if it holds them whole.
+    """
+
+    model: TaskModel
+    runner: "TaskModel | ShardedModel"
+    active: dict[str, NamedParameters]
+    sync: "GradientSync | ShardedSync"
+    shards: "ModelShards | None" = None
+
+    @property
+    def owner(self) -> "TaskModel | ModelShards":
+        """Holder of the weights that the optimizer updates."""
+        return self.model if self.shards is None else self.shards
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """Ranks that each have a part of every weight; None if each has the whole."""
+        return None if self.shards is None else self.shards.group
+
+
+def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
+    """Compile the plans of a run; the first rank names those that cannot be compiled.
+
+    Args:
+        *models: one module, or with shards those of training and of evaluation.
+        rank: index of this process among the workers, from 0.
+        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
+    """
+    reported = set[str]()
+
+    def report(line: str) -> None:
+        if rank == 0 and line not in reported:
+            reported.add(line)
+            console.print_warning(f"training.compile: {line}")
+
+    for model in models:
+        if isinstance(model, SkillNet):
+            model.enable_compilation(report, backend)
+        else:
+            report(f"the system {model.system} runs without compilation")
+
+
+def build_replica(
+    config: FinetuneConfig,
+    corpora: Mapping[str, PreparedCorpus],
+    rank: int,
+    world: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TrainingReplica:
+    """Build the weights of a run, equal on all ranks, as ``training.sharding`` says.
+
+    Args:
+        run: settings with their corpora, tasks and sizes resolved.
+        rank: index of this process among the workers, from 0.
+        world: number of processes. One holds all weights.
+        device: device of the forward pass, such as ``cuda:0``.
+        dtype: number type of the weights.
+
+    Raises:
+        UserError: corpora or initial weights do not fit, or the system cannot be sharded.
+    """
+    settings = config.training
+    if settings.sharding in ("full", "hybrid") and world > 1:
+        return _build_shards(config, corpora, rank, world, device, dtype)
+    # Weights that are not in use stay in the host's memory.
+    place = torch.device("cpu") if settings.sharding == "host" else device
+    # Each rank builds the model from the seed or the initial weights.
+    model = build_model(config, corpora).to(place, dtype)
+    if settings.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    if settings.compile:
+        compile_plans(model, rank=rank)
+    # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
+    if world > 1:
+        broadcast_parameters(model.parameters(), BUCKET_BYTES, device)
+    active = trainable_parameters(model, config)
+    sync = GradientSync(active, world)
+    return TrainingReplica(model, model, active, sync)
+
+
+def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) -> int:
+    """Return the number of workers that divide one replica of the weights among themselves.
+
+    A worker holds this fraction of all weights, optimizer states and averages. During a step it
+    also holds the weights and gradients of the step's task as a whole.
+
+    Args:
+        sharding: ``training.sharding``.
+        workers: number of training processes of the run.
+        workers_per_node: workers on each node.
+    """
+    shares = {"none": 1, "host": 1, "hybrid": workers_per_node, "full": workers}
+    return max(1, min(shares[sharding], workers))
+
+
+def _build_shards(
+    config: FinetuneConfig,
+    corpora: Mapping[str, PreparedCorpus],
+    rank: int,
+    world: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TrainingReplica:
+    # Other runs start faster without these libraries.
+    from pipelines.training.loop.sharding import (
+        ShardedSync,
+        build_mesh,
+        require_sharding,
+        shard_model,
+    )
+
+    settings = config.training
+    structure, whole = (build_structure(config, corpora, dtype) for _ in range(2))
+    require_sharding(structure)
+    if settings.activation_checkpointing:
+        structure.enable_activation_checkpointing()
+    if settings.compile:
+        compile_plans(structure, whole, rank=rank)
+    active = trainable_parameters(structure, config)
+    # The first rank alone holds the whole model, on the host, until it has sent all parts.
+    source = build_model(config, corpora) if rank == 0 else None
+    shards = shard_model(
+        structure,
+        whole,
+        source,
+        build_mesh(device, world, settings.sharding == "hybrid"),
+        frees_early=settings.activation_checkpointing,
+    )
+    whole.weight_loader = shards.load_task
+    own = {task: [(n, shards.parameters[n]) for n, _ in named] for task, named in active.items()}
+    return TrainingReplica(whole, shards.runner, own, ShardedSync(shards, own), shards)

@@ -11,13 +11,14 @@ that a skill has in one layer form one group, and so does each stem and each hea
     norms                                           1 group
 
 A step therefore gathers only the skills, stems and heads that its task activates.
-:mod:`pipelines.training.loop.shard_groups` has the groups of other layers. The weights of a file
+:mod:`pipelines.training.loop.sharding` has the groups of other layers. The weights of a file
 that are in no layer are one more group.
 :func:`shard_model` is called by the training loop.
 """
 
+import contextlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,69 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pipelines.training.loop.shard_groups import ALWAYS, find_layers, list_groups, require_sharding
-from skillnet.encoder import EncoderLayer, LayerCall
-from skillnet.layers import Skills
+from pipelines.training.loop.gradient_sync import FlagReader
+from skillnet.baselines.moe_layers import ExpertFeedForward
+from skillnet.encoder import EncoderLayer, LayerCall, WrappedEncoder
+from skillnet.layers import Skills, SkillWeights
 from skillnet.multitask_model import Batch, Outputs, TaskModel
 from skillnet_platform.errors import UserError
+
+#: Name of the group of a layer that each of its calls uses: that of its experts, or all weights of
+#: a library's layer. No skill has this name.
+ALWAYS = ""
+
+
+def require_sharding(model: TaskModel) -> None:
+    """Raise UserError unless the weights of a model can be gathered in groups."""
+    if any(isinstance(part, SkillWeights) and part.is_low_rank for part in model.modules()):
+        raise UserError(
+            "training.sharding: low-rank skills read the weights of general as well, so a skill is "
+            "no group of its own; set sharding to none, or model.skill_rank to 0"
+        )
+    if any(getattr(part, "layerdrop", 0) for part in model.modules()):
+        raise UserError(
+            "training.sharding: the library's encoder leaves out layers at random (layerdrop), on "
+            "each worker others; set sharding to none, or layerdrop of the checkpoint to 0"
+        )
+
+
+def find_layers(model: TaskModel) -> list[nn.Module]:
+    """Return the layers of all encoders, those of SkillNet and of libraries.
+
+    Args:
+        model: module of any system.
+    """
+    layers: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, EncoderLayer):
+            layers.append(module)
+        elif isinstance(module, WrappedEncoder):
+            layers += module.list_layers()
+    return layers
+
+
+def list_groups(layer: nn.Module, prefix: str) -> dict[str, tuple[list[nn.Module], list[str]]]:
+    """Return the groups of a layer: modules that hold the weights, and names of the weights.
+
+    Args:
+        layer: module of any system. The norms of an encoder layer are in no group of it.
+        prefix: name of the layer in the model.
+
+    Returns:
+        Skill -> its group; and that of :data:`ALWAYS`.
+    """
+    groups: dict[str, tuple[list[nn.Module], list[str]]] = {}
+    is_library = not isinstance(layer, EncoderLayer)
+    for path, module in layer.named_modules(prefix=prefix):
+        if isinstance(module, SkillWeights):
+            for name in module.weights:
+                owners, names = groups.setdefault(name, ([], []))
+                owners.append(module.weights)
+                names.append(f"{path}.weights.{name}")
+        elif isinstance(module, ExpertFeedForward) or (is_library and module is layer):
+            groups[ALWAYS] = [module], [f"{path}.{name}" for name, _ in module.named_parameters()]
+    return groups
+
 
 #: Names of the two dimensions of a mesh: replicas, and the ranks that share one replica.
 REPLICATE, SHARD = "replicate", "shard"
@@ -388,3 +447,68 @@ def _replace_parameter(
 ) -> None:
     path, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(path), attribute, nn.Parameter(value, requires_grad))
+
+
+class ShardedSync:
+    """Sum of the active weights' gradients over all ranks; each rank keeps its part.
+
+    Call ``begin(task)`` before the backward pass and ``finish()`` after it. A flag of each rank is
+    summed beside the step, so all ranks know after it whether one of them requested a stop; on
+    GPUs one step later, so that no step waits.
+
+    Args:
+        shards: divided weights of the model.
+        active: task -> names and parts of the weights that its steps change.
+    """
+
+    def __init__(
+        self, shards: ModelShards, active: Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+    ) -> None:
+        self._shards, self._active = shards, active
+        self.bytes_reduced = 0
+        self._task = ""
+        self._flag = torch.zeros(1, device=shards.device)
+        self._handle: Any = None
+        self._flag_reader = FlagReader()
+
+    def begin(self, task: str, flag: bool = False) -> None:
+        """Prepare for a backward pass of a task, with this rank's flag."""
+        self._task = task
+        self._flag.fill_(float(flag))
+        self._handle = dist.all_reduce(self._flag, async_op=True)
+
+    @contextlib.contextmanager
+    def paused(self, is_paused: bool = True) -> Iterator[None]:
+        """Let backward passes inside the block add to the gradients without starting a reduction.
+
+        The gathered weights stay for the next pass.
+
+        Args:
+            is_paused: False changes nothing.
+        """
+        runner = self._shards.runner
+        assert isinstance(runner, FSDPModule)
+        if not is_paused:
+            yield
+            return
+        runner.set_requires_gradient_sync(False)
+        runner.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            runner.set_requires_gradient_sync(True)
+            runner.set_reshard_after_backward(True)
+
+    def finish(self) -> bool:
+        """Give the parts of the active weights their gradients, which are sums.
+
+        Returns:
+            Whether the flag of any rank was set; see :meth:`GradientSync.finish`.
+        """
+        for name, part in self._active[self._task]:
+            gradient = self._shards.take_gradient(name)
+            # Weights without a gradient in this step have that of zero, as without shards.
+            part.grad = torch.zeros_like(part) if gradient is None else gradient
+            self.bytes_reduced += self._shards.count_bytes(name)
+        self._handle.wait()
+        return self._flag_reader.read(self._flag)

@@ -30,7 +30,7 @@ from skillnet.skills import Task
 from skillnet.stochastic_depth import place_rows
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.sharded_sync import ShardedSync
+    from pipelines.training.loop.sharding import ShardedSync
 
 
 class StepModel(Protocol):

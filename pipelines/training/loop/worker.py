@@ -4,39 +4,240 @@ Rank 0 logs metrics to MLflow by run id and appends them to ``progress.jsonl`` i
 The driver follows that file, so its output is the same for any number of workers.
 """
 
-from collections.abc import Sequence
+import contextlib
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.evaluation.inference import EvaluationRanks
+from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
+from pipelines.training.evaluation.tables import write_evaluation_csv
 from pipelines.training.loop import preemption
 from pipelines.training.loop.callbacks import CALLBACKS, LoopCallback, find_observers
-from pipelines.training.loop.final_evaluation import (
-    EvaluationStoppedError,
-    FinalEvaluation,
-    evaluate_final,
-)
 from pipelines.training.loop.loop import TrainResult, train_model
-from pipelines.training.loop.reporter import LoopReporter, OnEvaluation, RunReporter, SilentReporter
+from pipelines.training.loop.reporter import (
+    LoopReporter,
+    OnEvaluation,
+    RunReporter,
+    SilentReporter,
+)
 from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.run_evaluation import EVALUATION_CSV, evaluate_run
 from pipelines.training.loop.setup import pick_device
-from pipelines.training.runs.layout import TRAINED
+from pipelines.training.runs import layout
+from pipelines.training.runs.checkpoints import step_of
 from pipelines.training.runs.mirror import mirror_of
+from pipelines.training.runs.model_source import ModelSource, load_source_model
 from pipelines.training.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from skillnet.growth import remove_skill, remove_task
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.saved_model import save_model
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 from skillnet_platform.tracking.source_commit import find_source_commit
 
+#: Texts of CUDA and its libraries in exceptions without a class of their own.
+_DEVICE_TEXTS = re.compile(r"CUDA error|CUDA driver error|CUBLAS_STATUS|CUDNN_STATUS|ECC error")
+
+
+class DeviceLostError(RuntimeError):
+    """Loss of a device during training. The message states what was saved and what to do."""
+
+
+class DeviceWatch:
+    """Callback of the training loop that knows the step, for messages about the device.
+
+    Args:
+        config: settings of the run.
+        folder: directory of the run.
+    """
+
+    def __init__(self, config: FinetuneConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._step: int | None = None
+
+    def on_train_start(self, folder: Path | None, rank: int) -> None:
+        """Do nothing: the folder is known."""
+
+    def on_step_start(self, step: int) -> None:
+        """Keep the number of the step."""
+        self._step = step
+
+    @contextlib.contextmanager
+    def explain_errors(self) -> Iterator[None]:
+        """Explain errors of the device inside the block.
+
+        Raises:
+            UserError: the memory of the device is too small; a restart would not help.
+            DeviceLostError: the device failed; Ray restarts the workers.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{self._place()}: out of memory. {self._memory_remedy()}") from error
+        except RuntimeError as error:
+            is_known = isinstance(error, torch.AcceleratorError)
+            if not is_known and not _DEVICE_TEXTS.search(str(error)):
+                raise
+            raise DeviceLostError(
+                f"{self._place()}: the device failed ({first_line(error)}). {self._saved()}. Check "
+                "the card with `nvidia-smi` and `dmesg`, and run the same command with --name "
+                f"{self._config.name} to resume"
+            ) from error
+
+    def _place(self) -> str:
+        when = "before the first step" if self._step is None else f"in step {self._step + 1}"
+        return f"{platform.node()}, {_describe_device()}, {when}"
+
+    def _memory_remedy(self) -> str:
+        training = self._config.training
+        workers = max(training.workers, 1)
+        largest = max(task.batch_size for task in self._config.tasks.values())
+        rows = min(-(-largest // workers), training.micro_batch_size or largest)
+        # Options that a resumed run may change: none of them belongs to its identity.
+        remedies = [f"--training.micro_batch_size {rows // 2}"] if rows > 1 else []
+        if not training.activation_checkpointing:
+            remedies.append("--training.activation_checkpointing true")
+        if not remedies:
+            return f"{self._saved()}. It needs a larger GPU, or more of them; see `skillnet plan`"
+        return (
+            f"{self._saved()}. Use {' or '.join(remedies)} with --name {self._config.name}; see "
+            "`skillnet plan`"
+        )
+
+    def _saved(self) -> str:
+        steps = [step_of(path.name) for path in (self._folder / "checkpoints").glob("step-*")]
+        if not steps:
+            return "No checkpoint exists yet, so the run starts again"
+        return f"The checkpoint of step {max(steps)} is kept"
+
+
+def _describe_device() -> str:
+    # A lost device may not answer, but its number is known without it.
+    with contextlib.suppress(Exception):
+        if torch.cuda.is_available():
+            return f"GPU {torch.cuda.current_device()}"
+    return "its device"
+
+
 MODEL = "model"
 
 #: Seconds that a worker without the driver's disk waits for the tracker at its end.
 TRACKER_PATIENCE_S = 60.0
+
+
+#: Bootstrap samples of a confidence interval.
+BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """Request to evaluate the final model of a run. Its values are plain, for Ray.
+
+    Args:
+        splits: to evaluate on; None takes the test splits if ``config.evaluate`` is set.
+        brief: write no intervals, for a run that is only ranked among others.
+        source: folder of a model that is evaluated too, on the tasks that take no steps; the run
+            grew from it.
+    """
+
+    splits: tuple[str, ...] | None = None
+    brief: bool = False
+    source: str | None = None
+
+
+class EvaluationStoppedError(Exception):
+    """The final evaluation was asked to stop; the same command repeats it."""
+
+
+def evaluate_final(
+    run: ResolvedRun,
+    model: TaskModel,
+    request: FinalEvaluation,
+    ranks: EvaluationRanks,
+    reporter: LoopReporter,
+    step: int,
+) -> list[dict[str, Any]]:
+    """Evaluate the final model; the first rank writes tables and outcomes to the run.
+
+    Args:
+        run: settings with their corpora, tasks and sizes resolved.
+        model: the final model, on the device of this worker.
+        request: splits and extent.
+        ranks: that share the rows; all call this.
+        reporter: receiver of progress of this rank; shows progress.
+        step: steps done.
+
+    Returns:
+        Tidy rows; none without an evaluation, or on ranks other than the first.
+
+    Raises:
+        EvaluationStoppedError: on all ranks, if one of them was asked to stop.
+    """
+    config, folder = run.config, run.folder
+
+    def begin_split(task: str, split: str, rows: int) -> None:
+        # All ranks stop before the same split.
+        if ranks.is_any(preemption.stop_requested()):
+            raise EvaluationStoppedError
+        reporter.begin_split(f"{task} {split}", rows, step)
+
+    if not config.evaluate and request.splits is None:
+        return []
+    outcomes = OutcomeTable()
+    rows = evaluate_run(
+        config,
+        model,
+        request.splits,
+        step=step,
+        bootstrap_samples=0 if request.brief else BOOTSTRAP_SAMPLES,
+        outcomes=outcomes,
+        on_split=begin_split,
+        ranks=ranks,
+    )
+    if ranks.is_first:
+        write_evaluation_csv(rows, folder / EVALUATION_CSV)
+        write_outcomes(outcomes, folder / OUTCOMES_FILE)
+    kept = [name for name, task in config.measured.items() if task.eval_only]
+    if request.source is not None and kept:
+        _evaluate_source(run, request.source, kept, ranks, begin_split)
+    return rows
+
+
+def _evaluate_source(
+    run: ResolvedRun,
+    source: str,
+    tasks: list[str],
+    ranks: EvaluationRanks,
+    begin_split: Any,
+) -> None:
+    """Evaluate the source of a growth as the grown model was, because both must be equal."""
+    device = pick_device(run.config.training.use_gpu)
+    model = load_source_model(ModelSource(source, Path(source))).to(device)
+    outcomes = OutcomeTable()
+    rows = evaluate_run(
+        run.config,
+        model,
+        None,
+        bootstrap_samples=BOOTSTRAP_SAMPLES,
+        tasks=tasks,
+        outcomes=outcomes,
+        on_split=begin_split,
+        ranks=ranks,
+    )
+    if ranks.is_first:
+        write_outcomes(outcomes, run.folder / f"{layout.SOURCE}-{OUTCOMES_FILE}")
+        write_json(run.folder / layout.SOURCE_ROWS, rows)
 
 
 def run_worker(
@@ -108,7 +309,7 @@ def run_worker(
         summary = {"world": world, "seed": config.seed, "evaluation": rows}
         # A report states it, also where the tracker of the run is gone.
         summary["commit"] = find_source_commit()
-        write_json(folder / TRAINED, result.to_dict() | summary)
+        write_json(folder / layout.TRAINED, result.to_dict() | summary)
     finally:
         reporter.close()
     if is_remote and tracker is not None:

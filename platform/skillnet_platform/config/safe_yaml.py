@@ -105,7 +105,7 @@ class _PlainRules(Composer, SafeConstructor):
         """Compose a node with its descendants, up to :data:`MAX_DEPTH` levels."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise self._problem(f"nested deeper than {MAX_DEPTH}", self.peek_event())
+            raise self._problem(f"nested deeper than {MAX_DEPTH}", self.peek_event())  # type: ignore[attr-defined]  # of the parser
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

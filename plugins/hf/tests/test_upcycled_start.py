@@ -17,8 +17,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop import upcycling
 from pipelines.training.loop.init_from import InitReport, resolve_init_weights
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
 from skillnet.systems import build_system, load_model

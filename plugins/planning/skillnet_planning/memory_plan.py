@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import nn
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.replicas import count_sharing_workers
+from pipelines.training.loop.setup import count_sharing_workers
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.skills import find_task
@@ -324,7 +324,7 @@ class RunPlanner:
 def can_shard(model: TaskModel) -> bool:
     """Return whether ``training.sharding`` takes a model."""
     # Only a run that does not fit asks.
-    from pipelines.training.loop.shard_groups import require_sharding
+    from pipelines.training.loop.sharding import require_sharding
 
     try:
         require_sharding(model)

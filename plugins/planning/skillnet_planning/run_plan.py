@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.baseline_size import find_size_mismatch
+from pipelines.training.loop.run_evaluation import find_size_mismatch
 from skillnet.modality import find_modality
 from skillnet.skills import find_task
 from skillnet_planning.example_batches import longest_lengths

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch
-from pipelines.training.loop.freezing import NamedParameters, trainable_parameters
 from pipelines.training.loop.gradient_sync import GradientSync
+from pipelines.training.loop.setup import NamedParameters, trainable_parameters
 from pipelines.training.loop.step import backward_step, count_parts, step_loss
 from skillnet.gpu_kernels import assume_gpu
 from skillnet.multitask_model import TaskModel

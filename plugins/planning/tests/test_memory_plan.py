@@ -12,7 +12,7 @@ from pipelines.pretrain import main as pretrain
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import build_optimizer
-from pipelines.training.loop.pretraining import check_unlabelled_tasks
+from pipelines.training.loop.resolved_run import check_unlabelled_tasks
 from pipelines.training.loop.step import backward_step, step_loss
 from skillnet.config import SkillNetConfig
 from skillnet.gpu_kernels import assume_gpu

@@ -29,17 +29,19 @@ from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.evaluation.masked import predict_masked_tokens
+from pipelines.training.evaluation.inference import (
+    InferenceRunner,
+    memory_inputs,
+    predict_masked_tokens,
+)
 from pipelines.training.loading.dataloader import Batch
-from pipelines.training.loop.freezing import trainable_parameters
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import WeightAverage, build_optimizer, update_weights
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
+from pipelines.training.loop.setup import trainable_parameters
 from pipelines.training.loop.step import backward_step
 from pipelines.training.loop.task_health import TaskHealth
-from pipelines.training.loop.throughput import ThroughputMeter
+from pipelines.training.loop.telemetry import ThroughputMeter
 from skillnet.config import SkillNetConfig
 from skillnet.growth import add_skill, add_task
 from skillnet.multitask_model import TaskModel

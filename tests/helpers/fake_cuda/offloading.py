@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch
-from pipelines.training.loop.freezing import trainable_parameters
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import WeightAverage, build_optimizer, update_weights
 from pipelines.training.loop.residency import CopyStream, TensorKey, WeightResidency
+from pipelines.training.loop.setup import trainable_parameters
 from pipelines.training.loop.step import backward_step
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipelines.data.io.directory import SourceDirectory
-from pipelines.training.config.storage import StorageConfig
+from pipelines.training.config.run import StorageConfig
 from skillnet_platform import config, console, doctor, submit, tracker
 from skillnet_platform.checks import Finding
 from skillnet_platform.cluster import connect

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipelines.training.loop.replicas import compile_plans
+from pipelines.training.loop.setup import compile_plans
 from skillnet.baselines.moe import MoE, MoEOptions
 from skillnet.compilation import PlanCompiler
 from skillnet.model import SkillNet

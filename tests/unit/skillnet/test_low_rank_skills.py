@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.loop.shard_groups import require_sharding
+from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
 from skillnet.accounting import account, account_task
 from skillnet.growth import add_skill, remove_skill

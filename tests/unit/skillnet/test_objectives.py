@@ -23,8 +23,7 @@ from pipelines.training.evaluation.inference import InferenceRunner, split_input
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.runs.model_tasks import resolve_model_tasks
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_model_tasks
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import MetricIntervals
 from skillnet.model import SkillNet

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.config.storage import StorageConfig
+from pipelines.training.config.run import FinetuneConfig, StorageConfig
 from pipelines.training.runs.mirror import RunMirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json

@@ -103,7 +103,7 @@ def _resolve_tasks(now: FinetuneConfig, before: FinetuneConfig) -> FinetuneConfi
     The start reads plans and numbers of outputs from the corpora. Here they are those of the run
     that was started, because a run with other outputs than its corpus is rejected.
     """
-    from pipelines.training.runs.model_tasks import resolve_model_tasks
+    from pipelines.training.loop.resolved_run import resolve_model_tasks
 
     tasks = dict(resolve_model_tasks(now, {}).model.tasks)
     for name in before.model.tasks.keys() & now.tasks.keys():

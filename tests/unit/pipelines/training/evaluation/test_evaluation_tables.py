@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.training.evaluation import figures, tables
-from pipelines.training.evaluation.overall_score import compute_overall_score
+from pipelines.training.evaluation.tables import compute_overall_score
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
 from skillnet_evidence.cells import markdown_table

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.training.evaluation.held_out_units import read_unit_numbers
+from pipelines.training.evaluation.evaluator import read_unit_numbers
 from skillnet.metrics import MetricIntervals, TaskMetrics
 from skillnet.objectives.ctc import RowTranscripts
 from skillnet.objectives.heads import head_class

@@ -11,8 +11,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading import pixel_changes
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loading.prefetch import prefetch_batches
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 
 PIXELS = {"image": "pixels", "video": "frames"}

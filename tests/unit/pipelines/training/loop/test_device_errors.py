@@ -12,10 +12,10 @@ import torch
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop import step
-from pipelines.training.loop.device_errors import DeviceLostError, DeviceWatch
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run import find_finished_result
+from pipelines.training.loop.worker import DeviceLostError, DeviceWatch
 from pipelines.training.runs.layout import CONFIG, create_run_folder
 from skillnet_platform.config import parse_config
 from skillnet_platform.errors import UserError

@@ -6,12 +6,12 @@ import sys
 import torch
 from torch import nn
 
-from pipelines.training.loop.eager_adamw import EagerAdamW
+from pipelines.training.loop.optimizer import EagerAdamW
 
 STEP = """
 import sys
 import torch
-from pipelines.training.loop.eager_adamw import EagerAdamW
+from pipelines.training.loop.optimizer import EagerAdamW
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = EagerAdamW([weight], fused=True)
 weight.sum().backward()

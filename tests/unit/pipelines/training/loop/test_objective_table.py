@@ -17,8 +17,7 @@ from pipelines.training.evaluation.simple_baselines import evaluate_simple_basel
 from pipelines.training.evaluation.tables import primary_metric
 from pipelines.training.loading.task_dataset import GroupPairs
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.runs.model_tasks import resolve_model_tasks
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_model_tasks
 from skillnet.modality import modality_names
 from skillnet.objectives.retrieval import pair_ranks
 from skillnet.skills import SkillPlan, Task

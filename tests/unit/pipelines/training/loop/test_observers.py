@@ -9,10 +9,9 @@ import pytest
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
-from pipelines.training.loop.final_evaluation import FinalEvaluation
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run import validate_run
-from pipelines.training.loop.worker import run_worker
+from pipelines.training.loop.worker import FinalEvaluation, run_worker
 from skillnet.objectives import base
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError

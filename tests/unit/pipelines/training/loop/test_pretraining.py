@@ -14,8 +14,11 @@ from pipelines.training.config.run import FinetuneConfig, PretrainConfig, TaskTr
 from pipelines.training.loading.pixel_changes import apply_changes
 from pipelines.training.loading.task_columns import resolve_splits
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.pretraining import build_joint_run, check_pretraining_splits
-from pipelines.training.loop.resolved_run import ResolvedRun
+from pipelines.training.loop.resolved_run import (
+    ResolvedRun,
+    build_joint_run,
+    check_pretraining_splits,
+)
 from pipelines.training.loop.setup import build_model, open_corpora
 from pipelines.training.loop.step import task_loss
 from skillnet.keyed_random import BatchRandom

@@ -1,7 +1,7 @@
 """Steps after which a run is evaluated on its validation rows."""
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
-from pipelines.training.evaluation.ranks import EvaluationRanks
+from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.loop.reporter import LoopReporter, SilentReporter
 
 

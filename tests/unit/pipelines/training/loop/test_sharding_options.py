@@ -7,9 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
-from pipelines.training.loop.replicas import count_sharing_workers
-from pipelines.training.loop.shard_groups import find_layers, require_sharding
-from pipelines.training.loop.sharding import ModelShards, count_ranks_per_node
+from pipelines.training.loop.setup import count_sharing_workers
+from pipelines.training.loop.sharding import (
+    ModelShards,
+    count_ranks_per_node,
+    find_layers,
+    require_sharding,
+)
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
 from skillnet_platform.errors import UserError

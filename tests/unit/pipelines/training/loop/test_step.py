@@ -11,11 +11,9 @@ import torch
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch, rank_slice
-from pipelines.training.loop.freezing import trainable_parameters
 from pipelines.training.loop.gradient_sync import GradientSync
-from pipelines.training.loop.pretraining import build_joint_run
-from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.setup import build_model
+from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
+from pipelines.training.loop.setup import build_model, trainable_parameters
 from pipelines.training.loop.step import backward_step, count_parts, split_batch
 from skillnet import skill_weights
 from skillnet.gpu_kernels import assume_gpu

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.training.loop import run_evaluation
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
-from pipelines.training.loop.run_evaluation import evaluate_run
-from pipelines.training.runs import baseline_size
-from pipelines.training.runs.baseline_size import find_size_mismatch
+from pipelines.training.loop.run_evaluation import evaluate_run, find_size_mismatch
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system, find_system
 from skillnet_planning.plan import main
@@ -86,12 +85,14 @@ def test_a_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return find_system(name)
 
     monkeypatch.setattr("skillnet.systems.find_system", find)
-    monkeypatch.setattr(baseline_size, "_measured", {})
+    monkeypatch.setattr(run_evaluation, "_measured", {})
     config = replace(small_config(Path("corpora")), system="dense").joint()
-    assert len({baseline_size.measure_baseline_size(replace(config, seed=s)) for s in (1, 2)}) == 1
+    assert len({run_evaluation.measure_baseline_size(replace(config, seed=s)) for s in (1, 2)}) == 1
     assert asked == ["dense"]
     wide = replace(config, options={"ffn_dim": 200})
-    assert baseline_size.measure_baseline_size(wide) != baseline_size.measure_baseline_size(config)
+    assert run_evaluation.measure_baseline_size(wide) != run_evaluation.measure_baseline_size(
+        config
+    )
     assert asked == ["dense", "dense"]
 
 
