@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Before torch is imported.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from skillnet.malloc import keep_freed_memory
+    from skillnet.precision import keep_freed_memory
 
     keep_freed_memory()
     import torch

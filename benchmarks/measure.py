@@ -257,7 +257,7 @@ def _serve(
     pipe: Any, maker: Maker, arguments: Sequence[Any], keep: bool, without: Sequence[str]
 ) -> None:
     if keep:
-        from skillnet.malloc import keep_freed_memory
+        from skillnet.precision import keep_freed_memory
 
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

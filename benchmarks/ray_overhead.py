@@ -302,7 +302,7 @@ def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
 
     from pipelines.training.loop.loop import train_model
     from pipelines.training.loop.resolved_run import ResolvedRun
-    from skillnet.malloc import keep_freed_memory
+    from skillnet.precision import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop.optimizer import build_optimizer, clip_gradients
-from skillnet.attention import multihead_attention
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.layers import SkillLinear, Skills, compute_dtype
+from skillnet.layers import SkillLinear, Skills, compute_dtype, multihead_attention
 from skillnet.precision import native_bf16
 from skillnet.skills import DEFAULT_SKILLS
 

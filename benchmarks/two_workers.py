@@ -24,9 +24,8 @@ from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import build_optimizer, clip_gradients
 from skillnet.config import SkillNetConfig
-from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
-from skillnet.precision import native_bf16
+from skillnet.precision import KEEP_FREED_MEMORY, native_bf16
 from skillnet.skills import SkillPlan, Task
 
 TASK = "text_classification"

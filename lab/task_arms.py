@@ -48,7 +48,7 @@ from pipelines.training.config.run import (
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from skillnet.config import SkillNetConfig
-from skillnet.pretraining_tasks import pretraining_tasks
+from skillnet.skills import pretraining_tasks
 from skillnet_platform import console
 from skillnet_platform.storage import data_root
 from skillnet_platform.tracking import TrackingConfig

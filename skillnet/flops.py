@@ -1,6 +1,6 @@
 """Floating-point operations of one example: closed formulas for SkillNet, a counter for others.
 
-:mod:`skillnet.accounting` reports the results. The models are described by protocols, so that
+:mod:`skillnet.flops` reports the results. The models are described by protocols, so that
 the base class of all systems can import this module. One multiply-add is two operations.
 """
 

@@ -8,33 +8,105 @@ Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the r
 M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from skillnet.build_budget import count_saved_weights, limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
-from skillnet.hub import find_model_folder
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import TaskHead, build_head
-from skillnet.raw_inputs import RawInputModel
-from skillnet.saved_model import require_output_names, require_saved_shapes, save_model
+from skillnet.raw_inputs import RawInputModel, find_model_folder
 from skillnet.serialization import (
     describe_error,
     load_tensors,
     read_config,
     read_manifest,
+    read_tensor_shapes,
     read_vocabulary,
+    require_output_names,
+    require_saved_shapes,
+    save_model,
 )
 from skillnet.skill_weights import require_unused_name
 from skillnet.skills import find_task, nearest_hint, require_outputs
 from skillnet.skipped_init import SkippedInit
 from skillnet.vocabulary import ModelVocabulary, find_order
+
+#: Registrations per weight: a module that replaces another one registers the same weights again.
+REGISTRATIONS_PER_WEIGHT = 4
+#: Modules per weight. Those without weights, such as activations, are fewer than the others.
+MODULES_PER_WEIGHT = 8
+#: Registrations that every model may have.
+FREE_REGISTRATIONS = 1000
+
+
+def count_saved_weights(files: Iterable[Path]) -> int:
+    """Return the number of weights with data in safetensors files.
+
+    Args:
+        files: paths. A file that is missing or damaged counts as empty: who needs it reports it.
+    """
+    total = 0
+    for file in files:
+        if file.is_file():
+            with contextlib.suppress(ValueError):
+                total += sum(0 not in shape for shape in read_tensor_shapes(file).values())
+    return total
+
+
+@contextlib.contextmanager
+def limit_weights(weights: int) -> Iterator[None]:
+    """Stop building modules inside the block when they have more weights than a saved model.
+
+    Args:
+        weights: number of elements of the saved model; see :func:`count_saved_weights`.
+
+    Raises:
+        ValueError: more weights, or an excessive number of modules without weights.
+    """
+    owner = threading.get_ident()
+    built = {"weights": 0, "modules": 0}
+    most = {
+        "weights": FREE_REGISTRATIONS + REGISTRATIONS_PER_WEIGHT * weights,
+        "modules": FREE_REGISTRATIONS + MODULES_PER_WEIGHT * weights,
+    }
+
+    def count(kind: str) -> None:
+        # The hooks are global: other threads may build models of their own.
+        if threading.get_ident() != owner:
+            return
+        built[kind] += 1
+        if built[kind] > most[kind]:
+            raise ValueError(f"it describes more than the {weights} weights of its files")
+
+    def on_weight(module: nn.Module, name: str, weight: Any) -> None:
+        if weight is not None:
+            count("weights")
+
+    def on_module(module: nn.Module, name: str, child: Any) -> None:
+        count("modules")
+
+    hooks = [
+        register_module_parameter_registration_hook(on_weight),
+        register_module_module_registration_hook(on_module),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -402,3 +474,37 @@ class TaskModel(RawInputModel, nn.Module):
                 f"{folder / 'config.json'}: cannot build a {cls.system} model from it: "
                 f"{describe_error(error)}"
             ) from error
+
+
+class Account(NamedTuple):
+    """Cost of one example of a task.
+
+    Attributes:
+        total: parameters of the complete model.
+        activated: parameters that the task reads, and that training it can change.
+        flops_per_example: floating-point operations of a forward pass, per example.
+        tokens: length of the example in tokens, summed over towers.
+    """
+
+    total: int
+    activated: int
+    flops_per_example: int
+    tokens: int
+
+
+def account_task(model: TaskModel, task: str, lengths: Mapping[str, int] | None = None) -> Account:
+    """Compute the cost of one example of a task, for any system: all towers and the head.
+
+    Args:
+        model: any system.
+        task: name of the task.
+        lengths: tower -> tokens of text or code, or frames of sound; the longest supported input by
+            default. Images and videos have one size.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    find_task(task, model.config.tasks)
+    flops, tokens = model.flops(task, lengths)
+    total = sum(p.numel() for p in model.parameters())
+    return Account(total, model.activated_parameters(task), flops, tokens)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skillnet.config import BASE_SKILL
-from skillnet.gpu_kernels import uses_gpu_kernels
+from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
 from skillnet.skipped_init import draw_truncated_normal

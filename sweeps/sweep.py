@@ -34,8 +34,8 @@ from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import Tracker
-from sweeps.config import location
 from sweeps.config.sweep import SweepConfig
+from sweeps.config.trials import resolve_result_folder
 from sweeps.search.planned_trials import request_sweep
 from sweeps.trials import remote_ledger
 from sweeps.trials.remote_ledger import RUN
@@ -123,7 +123,7 @@ def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror |
             "s3://… instead"
         )
     root = parse_location(config.run_dir, run_root())
-    folder, mirror = location.resolve_result_folder(root, name)
+    folder, mirror = resolve_result_folder(root, name)
     return replace(config, name=name, run_dir=str(root)), folder, mirror
 
 
@@ -170,7 +170,7 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """Return the list or source of the trials, and their base run."""
     from pipelines.training.loop.resolved_run import resolve_config
-    from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
+    from sweeps.search.planned_trials import compute_model_cost, fit_fixed_cost
     from sweeps.search.space import SearchSpace, warn_about_small_space
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 

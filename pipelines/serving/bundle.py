@@ -51,13 +51,13 @@ from skillnet import systems
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.precision import best_device
-from skillnet.saved_model import write_model
 from skillnet.serialization import (
     check_inside,
     load_tensors,
     read_config,
     read_manifest,
     save_tensors,
+    write_model,
 )
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config

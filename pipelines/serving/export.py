@@ -27,12 +27,11 @@ from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, compute_bun
 from pipelines.training.runs.model_source import ModelSource
 from pipelines.training.runs.vocabulary_match import TOKENIZER_FILE
 from skillnet import systems
-from skillnet.dense_export import merge_task_skills
+from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
-from skillnet.saved_model import write_model
+from skillnet.serialization import write_model
 from skillnet.skills import find_task
-from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.storage import sha256_file, staging_directory, write_json

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.layers import compute_dtype
+from skillnet.precision import uses_gpu_kernels
 from skillnet.skipped_init import draw_truncated_normal
 
 #: Rows of an expert are padded to a multiple of this number in bf16 on CPUs.

@@ -1,14 +1,26 @@
 """Configuration of trials: resources, early stopping, score and fixed cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Interval
 
+from pipelines.training.config.resources import request_workers
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.evaluation.tables import average_scores, compute_overall_score
+from pipelines.training.runs.mirror import RunMirror
+from skillnet_platform.cluster.resource_request import (
+    ResourceRequest,
+    collect_locations,
+    local_run_dir,
+    select_model_paths,
+)
 from skillnet_platform.config.bounds import NonNegativeCount, PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.storage import directories, run_root
+from skillnet_platform.storage.location import Location
 
 TrialStatus = Literal["finished", "stopped", "failed", "interrupted"]
 
@@ -153,3 +165,58 @@ class ScoreConfig:
         if not scores:
             raise UserError(f"no evaluated task has a metric on the split {self.split!r}")
         return average_scores(scores), scores
+
+
+class TrialsConfig(Protocol):
+    """Configuration of a command that runs trials: a sweep or a study."""
+
+    name: str | None
+    run_dir: str | None
+    resources: ResourceConfig
+
+    @property
+    def run(self) -> FinetuneConfig:
+        """Configuration of a trial."""
+
+
+def request_trial(config: TrialsConfig, training: TrainingConfig) -> ResourceRequest:
+    """Return the workers of one trial.
+
+    Args:
+        config: of the sweep or study.
+        training: settings of the trial's training.
+    """
+    return request_workers(training, config.resources.cpus, config.resources.gpus)
+
+
+def request_run(config: TrialsConfig, training: TrainingConfig) -> ResourceRequest:
+    """Return the workers of one trial, with the places of its corpora, models and results.
+
+    Args:
+        config: of the sweep or study.
+        training: settings of the trial's training.
+    """
+    return replace(
+        request_trial(config, training),
+        locations=collect_locations(config.run.data, config.run_dir, config.run.storage.mirror),
+        models=select_model_paths(config.run.init_from),
+        run_dir=local_run_dir(config.run_dir),
+        run_name=config.name or "",
+    )
+
+
+def resolve_result_folder(root: Location, name: str) -> tuple[Path, RunMirror | None]:
+    """Return the local directory of a sweep or study, and its mirror in an object store.
+
+    Args:
+        root: directory or URI that contains the results.
+        name: name of the sweep or study.
+
+    Returns:
+        The local directory, and the mirror; None if ``root`` is a directory.
+    """
+    if isinstance(root, Path):
+        return root / name, None
+    # Files are written locally first, then mirrored to the object store.
+    folder = run_root() / name
+    return folder, RunMirror(directories.join_uri(root, name), folder)

@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from pipelines.training.loop import preemption
-from skillnet.malloc import give_back_freed_memory
+from skillnet.precision import give_back_freed_memory
 from skillnet_platform import console, signals
 from skillnet_platform.cluster.own_node import OwnNodeCheck
 from skillnet_platform.errors import TerminatedError

@@ -19,7 +19,7 @@ from pipelines.data.shards.row_checks import digest_shard
 from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.transforms import decode_guard
 from pipelines.data.transforms.ctc_alignment import find_ctc_problems
-from skillnet.malloc import keep_freed_memory
+from skillnet.precision import keep_freed_memory
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage.directories import StoreUnavailableError
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 from xml.parsers import expat
 
-from skillnet.rust_panics import panics_as_errors
+from skillnet.serialization import panics_as_errors
 
 #: Bytes of an SVG file.
 MAX_BYTES = 8 * 2**20

@@ -8,8 +8,7 @@ from annotated_types import Interval
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.data import AugmentationName, MaskingName
 from skillnet.config import SkillNetConfig
-from skillnet.pretraining_tasks import pretrained_modalities, pretraining_tasks
-from skillnet.skills import known_tasks
+from skillnet.skills import known_tasks, pretrained_modalities, pretraining_tasks
 from skillnet_platform.config import aliased_field, choices_field, fixed_field
 from skillnet_platform.config.bounds import (
     NonNegativeAmount,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from skillnet.accounting import account_task
 
 from pipelines.data.config.folds import FoldConfig, is_reserve
 from pipelines.data.shards.columns import FixedColumn, open_column
@@ -41,7 +42,6 @@ from pipelines.training.loading.task_columns import (
     tower_column,
 )
 from pipelines.training.runs.vocabulary_match import align_outputs
-from skillnet.accounting import account_task
 from skillnet.metrics import MetricIntervals, TaskMetrics, cut_to_bounds
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective

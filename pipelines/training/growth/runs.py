@@ -21,8 +21,8 @@ from pipelines.training.growth.verification import added_files
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import digest_weights
 from pipelines.training.runs.model_source import ModelSource, resolve_model
-from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_skill, add_task
 from skillnet.objectives.base import find_objective
 from skillnet.serialization import read_config, read_manifest
 from skillnet.skills import SkillPlan, Task

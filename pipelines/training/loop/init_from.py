@@ -40,7 +40,6 @@ from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import head_class
-from skillnet.positions import resize_positions
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
 from skillnet.skill_copies import (
     DENSE_SKILL,
@@ -49,6 +48,7 @@ from skillnet.skill_copies import (
     find_inseparable_skills,
     is_difference,
     is_unset_weight,
+    resize_positions,
     separate_skills,
 )
 from skillnet.skills import Task, find_task

@@ -218,7 +218,7 @@ def _train(
     from pipelines.training.loop.ray_train.fit import fit_on_ray
     from pipelines.training.loop.worker import DeviceWatch, run_worker
     from pipelines.training.runs.mirror import mirror_of
-    from skillnet.malloc import keep_freed_memory
+    from skillnet.precision import keep_freed_memory
 
     config, folder = run.config, run.folder
     tracked = (tracker.run_id, tracker.uri)

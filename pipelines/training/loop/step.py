@@ -22,12 +22,12 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import Batch, rank_slice
 from pipelines.training.loop.gradient_sync import DistributedGather, GradientSync
 from pipelines.training.loop.task_health import TaskHealth
+from skillnet.encoder import place_rows
 from skillnet.objectives.base import PAIR, find_objective
 from skillnet.objectives.heads import LossInputs, RankGather, head_class
 from skillnet.precision import ComputePrecision
 from skillnet.rounded_weights import share_merges
 from skillnet.skills import Task
-from skillnet.stochastic_depth import place_rows
 
 if TYPE_CHECKING:
     from pipelines.training.loop.sharding import ShardedSync

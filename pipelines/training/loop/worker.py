@@ -36,10 +36,10 @@ from pipelines.training.runs.checkpoints import step_of
 from pipelines.training.runs.mirror import mirror_of
 from pipelines.training.runs.model_source import ModelSource, load_source_model
 from pipelines.training.runs.uploads import CheckpointUploads, restore_latest, upload_trained
-from skillnet.growth import remove_skill, remove_task
 from skillnet.model import SkillNet
+from skillnet.model_merging import remove_skill, remove_task
 from skillnet.multitask_model import TaskModel
-from skillnet.saved_model import save_model
+from skillnet.serialization import save_model
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json

@@ -21,7 +21,7 @@ from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
 from skillnet import systems
-from skillnet.growth import remove_task
+from skillnet.model_merging import remove_task
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import best_device
 from skillnet.serialization import check_file, load_tensors, read_config, read_manifest

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.encoder import WrappedEncoder
-from skillnet.gpu_kernels import uses_gpu_kernels
 from skillnet.modalities.pixels import scale_to_signed, with_motion
 from skillnet.modalities.sound import token_lengths
 from skillnet.modalities.tensors import PAD, Batch, Tokens
+from skillnet.precision import uses_gpu_kernels
 
 #: Names of the lists of layers in models of transformers and timm.
 LAYER_LISTS = frozenset({"layer", "layers", "blocks"})
@@ -69,7 +69,7 @@ class EncoderAdapter(WrappedEncoder):
 
     def attend_for(self, x: Tensor) -> None:
         """Select the attention implementation of transformers for the device of ``x``."""
-        # torch's fused attention has a slow backward pass on CPUs; see skillnet/attention.py.
+        # torch's fused attention has a slow backward pass on CPUs; see skillnet/layers.py.
         self.model.config._attn_implementation = "sdpa" if uses_gpu_kernels(x) else "eager"
 
 

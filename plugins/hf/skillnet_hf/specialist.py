@@ -21,9 +21,8 @@ from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.modality import BUILT_IN_MODALITIES, modality_names
 from skillnet.multitask_model import Batch, TaskModel, Tokens
-from skillnet.pretraining_tasks import pretrained_modalities
 from skillnet.skill_weights import require_unused_name
-from skillnet.skills import find_task, nearest_hint
+from skillnet.skills import find_task, nearest_hint, pretrained_modalities
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import SizeMatch, System
 from skillnet_hf import library_models

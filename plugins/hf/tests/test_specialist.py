@@ -18,12 +18,11 @@ from pipelines.training.loop.optimizer import (
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
-from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
-from skillnet.growth import remove_task
+from skillnet.model_merging import remove_task
+from skillnet.multitask_model import account_task
 from skillnet.precision import choose_precision
-from skillnet.pretraining_tasks import pretraining_tasks
-from skillnet.skills import SkillPlan, Task, masked_tasks
+from skillnet.skills import SkillPlan, Task, masked_tasks, pretraining_tasks
 from skillnet.systems import build_system, load_model
 from skillnet_hf.specialist import (
     SPECIALIST,

@@ -22,9 +22,8 @@ from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.setup import NamedParameters, trainable_parameters
 from pipelines.training.loop.step import backward_step, count_parts, step_loss
-from skillnet.gpu_kernels import assume_gpu
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import ComputePrecision
+from skillnet.precision import ComputePrecision, assume_gpu
 from skillnet.skills import find_task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system

@@ -15,8 +15,7 @@ from pipelines.training.loop.optimizer import build_optimizer
 from pipelines.training.loop.resolved_run import check_unlabelled_tasks
 from pipelines.training.loop.step import backward_step, step_loss
 from skillnet.config import SkillNetConfig
-from skillnet.gpu_kernels import assume_gpu
-from skillnet.precision import ComputePrecision
+from skillnet.precision import ComputePrecision, assume_gpu
 from skillnet.skills import masked_tasks
 from skillnet.systems import build_system
 from skillnet_planning.example_batches import build_example_batch

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pipelines.training.evaluation.evaluator import evaluate_model
-from skillnet.growth import add_skill
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_skill
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 from skillnet_studies.interpret import build_ablation_cells, main

@@ -43,7 +43,7 @@ from pipelines.training.loop.step import backward_step
 from pipelines.training.loop.task_health import TaskHealth
 from pipelines.training.loop.telemetry import ThroughputMeter
 from skillnet.config import SkillNetConfig
-from skillnet.growth import add_skill, add_task
+from skillnet.model_merging import add_skill, add_task
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision
 from skillnet.skills import SkillPlan, Task

@@ -8,8 +8,8 @@ import torch
 
 from pipelines import verify
 from pipelines.data.corpora import open_external_corpus
-from skillnet.growth import remove_task
 from skillnet.model import SkillNet
+from skillnet.model_merging import remove_task
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.prepared_corpora import write_empty_corpus

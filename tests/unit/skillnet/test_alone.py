@@ -11,9 +11,9 @@ from pipelines.training.loop.optimizer import build_optimizer, clip_gradients, s
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
-from skillnet.accounting import account_task
-from skillnet.growth import remove_task
 from skillnet.model import SkillNet
+from skillnet.model_merging import remove_task
+from skillnet.multitask_model import account_task
 from skillnet.precision import choose_precision
 from skillnet.skills import masked_tasks
 from skillnet.systems import build_system, load_model

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from skillnet import serialization, systems
-from skillnet.build_budget import FREE_REGISTRATIONS, limit_weights
+from skillnet.multitask_model import FREE_REGISTRATIONS, limit_weights
 from skillnet.serialization import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,

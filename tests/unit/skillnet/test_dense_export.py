@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from skillnet.dense_export import merge_task_skills
+from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
 from skillnet.skills import default_tasks
-from skillnet.tower_graph import TowerGraph, export_tower, make_example_batch
 from tests.helpers.small_models import small_model, towers_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skillnet import SkillNet, SkillPlan
-from skillnet.growth import add_skill, add_task, remove_skill, remove_task
+from skillnet.model_merging import add_skill, add_task, remove_skill, remove_task
 from skillnet.skills import Task
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 

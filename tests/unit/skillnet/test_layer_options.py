@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skillnet.accounting import account_task
 from skillnet.encoder import SHARED, EncoderLayer, Skills
-from skillnet.growth import add_skill
 from skillnet.modalities.image import PatchStem
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_skill
+from skillnet.multitask_model import account_task
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model

@@ -10,12 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skillnet.attention import PLAIN_TOKENS, multihead_attention, padding_bias
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import SHARED, Encoder, EncoderLayer
-from skillnet.gpu_kernels import assume_gpu
-from skillnet.layers import SkillAttention, SkillFeedForward, SkillLinear, Skills, SkillWeights
-from skillnet.stochastic_depth import draw_kept_rows, place_rows
+from skillnet.encoder import SHARED, Encoder, EncoderLayer, draw_kept_rows, place_rows
+from skillnet.layers import (
+    PLAIN_TOKENS,
+    SkillAttention,
+    SkillFeedForward,
+    SkillLinear,
+    Skills,
+    SkillWeights,
+    multihead_attention,
+    padding_bias,
+)
+from skillnet.precision import assume_gpu
 from tests.helpers.small_models import small_config
 
 SKILLS = ("general", "text", "image", "sound", "video", "code", "alignment")

@@ -9,10 +9,10 @@ import torch
 
 from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
-from skillnet.accounting import account, account_task
-from skillnet.growth import add_skill, remove_skill
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_skill, remove_skill
+from skillnet.multitask_model import account_task
 from skillnet.skill_copies import copy_to_skills, is_difference
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
@@ -104,9 +104,10 @@ def test_files_costs_and_loading(tmp_path: Path) -> None:
     assert low.activated < full.activated
     assert low.total < full.total
     # A plan without `general` reads it as well.
-    text = SkillPlan(("text",))
+    alone = {"alone": Task("classification", {"input": SkillPlan(("text",))}, 3)}
+    model = small_model(**LOW, tasks=alone)
     size = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".general"))
-    assert account(model, text).activated > size
+    assert account_task(model, "alone").activated > size
 
 
 def test_growth_copies_a_difference_or_starts_from_general() -> None:

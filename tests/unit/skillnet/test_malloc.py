@@ -8,7 +8,7 @@ import pytest
 #: In MB what two threads, one after the other, have left with the process, before and after.
 LEAVES = """
 import threading, psutil
-from skillnet.malloc import give_back_freed_memory, keep_freed_memory
+from skillnet.precision import give_back_freed_memory, keep_freed_memory
 
 assert keep_freed_memory()
 held = lambda: psutil.Process().memory_info().rss >> 20

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
-from skillnet.model_merging import merge_models, plan_merge, read_parent
+from skillnet.model_merging import add_skill, add_task, merge_models, plan_merge, read_parent
 from skillnet.serialization import read_manifest
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import load_model

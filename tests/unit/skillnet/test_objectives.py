@@ -33,8 +33,7 @@ from skillnet.objectives.base import NamedMetric, Objective
 from skillnet.objectives.heads import head_class
 from skillnet.objectives.multi_label import average_precision_of_rows
 from skillnet.objectives.regression import RegressionHead
-from skillnet.pretraining_tasks import pretrained_modalities
-from skillnet.skills import SkillPlan, Task
+from skillnet.skills import SkillPlan, Task, pretrained_modalities
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main

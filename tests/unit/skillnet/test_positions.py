@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skillnet.positions import (
+from skillnet.skill_copies import (
     IMAGE_POSITIONS,
     VIDEO_POSITIONS,
     position_grids,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillFeedForward, SkillWeights
+from skillnet.precision import assume_gpu
 from skillnet.rounded_weights import Skills, merge_rounded, share_merges
 
 PLANS: tuple[Skills, ...] = (("alignment", "general", "text"), ("alignment", "general", "image"))

@@ -27,7 +27,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import count_threads
 from pipelines.training.loop.worker import DeviceLostError, DeviceWatch, FinalEvaluation, run_worker
 from pipelines.training.runs.uploads import fit_storage
-from skillnet.malloc import KEEP_FREED_MEMORY
+from skillnet.precision import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cluster import capacity, loopback

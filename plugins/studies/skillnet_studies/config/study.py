@@ -20,9 +20,8 @@ from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_platform.tracking.backend import STUDY_EXPERIMENT
-from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
-from sweeps.config.trials import ResourceConfig
+from sweeps.config.trials import ResourceConfig, resolve_result_folder
 
 #: Smallest fraction of the steps of a run after which its settings are judged.
 MIN_STEP_FRACTION = 0.6

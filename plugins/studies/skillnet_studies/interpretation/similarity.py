@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from pipelines.training.evaluation.inference import batches_by_length, split_inputs
 from skillnet.encoder import EncoderLayer
-from skillnet.growth import add_skill
 from skillnet.layers import SkillAttention, SkillWeights
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_skill
 from skillnet.skills import SkillPlan
 from skillnet_studies.interpretation.ablation import find_measured_splits
 

@@ -7,7 +7,7 @@ from skillnet_platform.cluster.resource_request import ResourceRequest, select_m
 from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.study.study import build_final_trials
 from skillnet_studies.study.tuning import STAGES, build_stage_trials, start_tuning
-from sweeps.config.resources import request_run, request_trial
+from sweeps.config.trials import request_run, request_trial
 
 
 def request_study(config: StudyConfig) -> ResourceRequest:

@@ -21,8 +21,8 @@ from pipelines.training.evaluation.inference import (
     split_inputs,
 )
 from pipelines.training.evaluation.tables import COLUMNS
-from skillnet.accounting import account_task
 from skillnet.model import SkillNet
+from skillnet.multitask_model import account_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from tests.helpers.prepared_corpora import change_corpus, swap_test
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
 ):
     from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from pipelines.training.runs import model_source
-    from skillnet.growth import add_task
+    from skillnet.model_merging import add_task
     from skillnet.skills import SkillPlan, Task
 
     plan = SkillPlan(("general", "text"), "text")

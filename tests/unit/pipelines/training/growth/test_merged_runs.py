@@ -13,8 +13,8 @@ from pipelines.merge import merge_trained_models
 from pipelines.serving.registration import register_model
 from pipelines.training.config.growth import MergeConfig
 from pipelines.training.runs import model_source
-from skillnet.growth import add_task
 from skillnet.model import SkillNet
+from skillnet.model_merging import add_task
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend

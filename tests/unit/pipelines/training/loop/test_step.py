@@ -16,10 +16,9 @@ from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from pipelines.training.loop.setup import build_model, trainable_parameters
 from pipelines.training.loop.step import backward_step, count_parts, split_batch
 from skillnet import skill_weights
-from skillnet.gpu_kernels import assume_gpu
 from skillnet.layers import SkillWeights
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import ComputePrecision, choose_precision
+from skillnet.precision import ComputePrecision, assume_gpu, choose_precision
 from skillnet.rounded_weights import merge_rounded
 from skillnet.skills import default_tasks, masked_tasks
 from skillnet_platform.errors import UserError
