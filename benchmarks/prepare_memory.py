@@ -134,7 +134,7 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
     from pipelines.data.corpora.base import SourceArchives
     from pipelines.data.preprocessing.corpus_job import CorpusJob
     from pipelines.data.preprocessing.datasource import read_units
-    from pipelines.data.preprocessing.transform_task import write_block
+    from pipelines.data.preprocessing.pipeline import write_block
 
     if corpus.text_columns:
         corpus.annotations_present = ()  # no tokenizer is learnt here

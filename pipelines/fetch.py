@@ -17,8 +17,12 @@ from typing import Any
 
 from pipelines.data.corpora import DEMO, find_corpus
 from pipelines.data.corpora.archives import Archive, check_archive
-from pipelines.data.corpora.debian_download import download_debian_package
-from pipelines.data.corpora.npm_download import download_package, read_npm_settings, registry_url
+from pipelines.data.corpora.http_download import (
+    download_debian_package,
+    download_package,
+    read_npm_settings,
+    registry_url,
+)
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field

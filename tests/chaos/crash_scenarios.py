@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.data.shards.checksums import VERIFIED_NOTES
 from pipelines.data.shards.dataset import verify_corpus
+from pipelines.data.shards.files import VERIFIED_NOTES
 from pipelines.serving.bundle import BUNDLE_MANIFEST, check_bundle
 from pipelines.training.runs.checkpoints import list_checkpoint_folders, verify_checkpoint
 from skillnet.serialization import check_file, read_manifest

@@ -16,7 +16,7 @@ from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preparation
 from pipelines.data.preprocessing.corpus_job import CorpusJob
 from pipelines.data.preprocessing.datasource import read_units
-from pipelines.data.preprocessing.transform_task import write_block
+from pipelines.data.preprocessing.pipeline import write_block
 
 
 class LocalTask:

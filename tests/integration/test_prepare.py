@@ -19,7 +19,7 @@ from pipelines.data.corpora.builtin.syllables import WEB_PAGE, SyllablesCorpus
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preprocessing_prepare
 from pipelines.data.preprocessing.prepare import prepare
-from pipelines.data.shards import checksums
+from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_platform.errors import UserError
@@ -43,7 +43,7 @@ def installed() -> Iterator[None]:
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Name -> content of a corpus directory, without the notes of who read it."""
-    found = (path for path in sorted(directory.iterdir()) if path.name != checksums.VERIFIED_NOTES)
+    found = (path for path in sorted(directory.iterdir()) if path.name != files.VERIFIED_NOTES)
     return {path.name: path.read_bytes() for path in found}
 
 

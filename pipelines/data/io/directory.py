@@ -1,7 +1,7 @@
 """Source directory of a corpus, on a disk or behind a URI: sorted listings and open files.
 
 Nothing is written. No file name leads out of the directory. Symbolic links may lead out of it,
-because the owner of the directory created them.
+because the owner of the directory created them. A :class:`SymlinkGuard` ends circular walks.
 """
 
 import codecs
@@ -12,7 +12,9 @@ import os
 import posixpath
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,9 +28,50 @@ from pipelines.data.io.source_file import (
     query_store,
     strip_file_scheme,
 )
-from pipelines.data.io.symlink_guard import SymlinkGuard
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.objects import require_no_secret
+
+#: Links that may lead into one directory. A few links that each lead to the next one twice are
+#: a thousand paths to the same files.
+MAX_LINKS_PER_FOLDER = 16
+
+
+class SymlinkGuard:
+    """Directories between the root and the position of a walk, and links into each directory."""
+
+    def __init__(self) -> None:
+        self._ancestors: list[tuple[int, int]] = []
+        self._links: Counter[tuple[int, int]] = Counter()
+
+    @contextmanager
+    def enter(self, folder: str) -> Iterator[bool]:
+        """Enter a local directory while the block runs; yield ``False`` if the walk is in it.
+
+        Args:
+            folder: path of the directory.
+
+        Raises:
+            UserError: too many links lead to the directory.
+            OSError: see ``os.stat``.
+        """
+        info = os.stat(folder)  # noqa: PTH116 - called for many folders
+        identity = info.st_dev, info.st_ino
+        if identity in self._ancestors:
+            yield False
+            return
+        if os.path.islink(folder):  # noqa: PTH114 - the same
+            self._links[identity] += 1
+            if self._links[identity] > MAX_LINKS_PER_FOLDER:
+                raise UserError(
+                    f"{folder}: more than {MAX_LINKS_PER_FOLDER} links lead to this directory, and "
+                    "its files would be read through each of them; remove the links"
+                )
+        self._ancestors.append(identity)
+        try:
+            yield True
+        finally:
+            self._ancestors.pop()
+
 
 #: Errors of a compressed file that is truncated or damaged, raised while it is read.
 DAMAGE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)

@@ -27,25 +27,24 @@ from pipelines.data.corpora import (
     parse_reader_prefix,
 )
 from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.formats.packed_archives import (
+from pipelines.data.corpora.formats.record_reader import read_json_entries, read_records
+from pipelines.data.corpora.formats.unread_files import (
+    describe_unread_format,
     is_empty_folder,
     list_archives,
     unpack_hint,
 )
-from pipelines.data.corpora.formats.record_reader import read_json_entries, read_records
-from pipelines.data.corpora.formats.unread_files import describe_unread_format
+from pipelines.data.corpora.readers.base import count_labels, describe_numeric_labels
 from pipelines.data.corpora.readers.fields import RecordCorpus
 from pipelines.data.corpora.readers.folder import FolderCorpus
-from pipelines.data.corpora.readers.label_values import count_labels, describe_numeric_labels
 from pipelines.data.io.directory import SourceDirectory, to_printable
 from pipelines.data.io.file_signature import describe_bytes
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import read_media
 from pipelines.data.io.source_file import is_remote
 from pipelines.data.preprocessing.blocks import check_row
-from pipelines.data.preprocessing.media_sample import describe_media, format_range
+from pipelines.data.preprocessing.media_sample import describe_media, format_range, run_within
 from pipelines.data.preprocessing.prepare import MAX_ERROR_RATE
-from pipelines.data.preprocessing.time_limit import run_within
 from pipelines.data.shards.row_checks import ROW_CHECKS, describe_row_checks
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

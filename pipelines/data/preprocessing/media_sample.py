@@ -3,8 +3,10 @@
 ``skillnet inspect`` describes the sample; ``skillnet prepare`` checks it before Ray starts.
 """
 
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -97,3 +99,29 @@ def format_range(values: list[Any]) -> str:
     """Return one number if all values are equal, else "1 to 9, median 4"."""
     low, middle, high = (float(np.quantile(values, q)) for q in (0, 0.5, 1))
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, median {middle:.4g}"
+
+
+def run_within(seconds: float, work: Callable[[threading.Event], None]) -> bool:
+    """Run work in a thread, and return whether it ended in time.
+
+    After the time limit an event is set. A thread that does not check it is abandoned.
+    """
+    is_late, errors = threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            work(is_late)
+        except BaseException as error:
+            errors.append(error)
+
+    # A daemon thread does not keep the process alive if it hangs.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    in_time = not thread.is_alive()
+    is_late.set()
+    # The thread checks the event after each row. Then its counts no longer change.
+    thread.join(0.5)
+    if errors:
+        raise errors[0]
+    return in_time

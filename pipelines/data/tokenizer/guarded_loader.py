@@ -4,6 +4,9 @@ The library does what a file says. A file of a few bytes can pad each text to a 
 double it in each of a hundred normalizers, or match it with a pattern of exponential cost. So
 :func:`parse_tokenizer` checks the JSON first: only known components, and bounds of their sizes. A
 tokenizer with a pattern that is not known runs in a child process, with a limit of time.
+
+The time of a known pattern grows linearly with any text: each alternative repeats classes of
+characters of which a text fits one way only.
 """
 
 import base64
@@ -15,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.tokenizer.known_patterns import KNOWN_PATTERNS
 from pipelines.data.transforms.bounded_tokenizer import TEXT_PARTS, BoundedTokenizer
 from skillnet.serialization import panics_as_errors
 
@@ -366,3 +368,29 @@ def _check_keys(where: str, part: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(str(key)[:40] for key in part.keys() - known)
     if unknown:
         raise ValueError(f"{where} has unknown keys: {', '.join(unknown[:5])}")
+
+
+#: Chinese characters and their radicals, as the inside of a class.
+CJK = (
+    r"\u2e80-\u2fdf\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WHITE_SPACE = r"\s+"
+WORDS = rf"[{CJK}]|[a-z]+|[0-9]{{1,3}}|_+|[^\s\w]+|[^\s{CJK}a-z0-9_]+"
+#: Places before the capitals of an identifier.
+CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+
+_SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_OTHER = r"[^\r\n\p{L}\p{N}]?"
+#: GPT-2, Llama 3, Qwen 2, o200k, CLIP, and runs of spaces (XLM-RoBERTa).
+PUBLISHED = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    rf"{_SUFFIX}|{_OTHER}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    rf"{_SUFFIX}|{_OTHER}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    rf"{_OTHER}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_OTHER}{_UPPER}+{_LOWER}*{_SUFFIX}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    " {2,}",
+)
+KNOWN_PATTERNS = frozenset((WHITE_SPACE, WORDS, CAMEL, *PUBLISHED))

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.tokenizer.known_patterns import CAMEL, CJK, WHITE_SPACE, WORDS
+from pipelines.data.tokenizer.guarded_loader import CAMEL, CJK, WHITE_SPACE, WORDS
 
 #: Files of the tokenizer that the corpora of a directory share, and of its origin.
 TOKENIZER = "tokenizer.json"

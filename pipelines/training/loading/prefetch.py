@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.data.io.prefetch import OrderedPrefetcher
+from pipelines.data.io.media import OrderedPrefetcher
 from pipelines.data.shards.row_threads import limit_row_threads
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader
 

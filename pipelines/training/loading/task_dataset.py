@@ -17,7 +17,7 @@ from pipelines.data.shards.columns import (
     RaggedColumn,
     open_column,
 )
-from pipelines.data.transforms.ctc_alignment import count_alignment_tokens
+from pipelines.data.transforms.sound import count_alignment_tokens
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.loading import pixel_changes

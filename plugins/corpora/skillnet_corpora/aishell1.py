@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pipelines.data.corpora.base import Row
 from pipelines.data.corpora.formats.encoding import DAMAGED_COMPRESSION, BadRecord
-from pipelines.data.corpora.formats.packed_archives import list_archives, missing_format_error
+from pipelines.data.corpora.formats.unread_files import list_archives, missing_format_error
 from pipelines.data.corpora.readers.base import (
     ExternalCorpus,
     FileRecord,

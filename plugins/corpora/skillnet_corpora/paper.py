@@ -19,19 +19,18 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from pipelines.data.corpora.base import RejectedRow, Row, stable_hash
-from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import (
     read_json_entries,
     read_json_lines,
     read_records,
 )
+from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import (
     CaptionOptions,
     ExternalCorpus,
     FileRecord,
     MediaOptions,
 )
-from pipelines.data.corpora.readers.class_folders import join_path
 from pipelines.data.corpora.readers.fields import file_extension
 from pipelines.data.corpora.readers.row_builders import (
     UnwantedRowError,
@@ -42,6 +41,7 @@ from pipelines.data.corpora.readers.row_builders import (
     media_row,
     val_or_test,
 )
+from pipelines.data.corpora.readers.split_lists import join_path
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.modalities.code import CodeOptions

@@ -20,32 +20,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipelines.data.corpora.base import RejectedRow, Row
-from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.parquet_media import EmbeddedMedia
 from pipelines.data.corpora.formats.record_reader import describe_first_error
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import (
     BOXES,
     is_annotation_name,
+    missing_format_error,
     refuse_unread_layout,
     refuse_unread_table,
 )
 from pipelines.data.corpora.readers.base import FileRecord
-from pipelines.data.corpora.readers.class_folders import (
-    find_first_media,
-    find_split_root,
-    join_path,
-)
-from pipelines.data.corpora.readers.field_names import fold_name, match_field, read_field
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
     RecordOptions,
     file_extension,
+    fold_name,
+    match_field,
     parse_split_name,
+    read_field,
 )
-from pipelines.data.corpora.readers.hub_repository import SeveralConfigurationsError
+from pipelines.data.corpora.readers.hub_repository import CARD, SeveralConfigurationsError
 from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
 from pipelines.data.corpora.readers.media_names import MediaNames, ask_for_media
 from pipelines.data.corpora.readers.metadata_tables import (
@@ -54,20 +51,23 @@ from pipelines.data.corpora.readers.metadata_tables import (
     ROW_SUFFIXES,
     CocoTable,
     MetadataTable,
+    ParquetTable,
+    describe_tables,
     find_file_field,
     find_tables,
     is_caption_file,
     list_row_files,
     locate_media,
 )
-from pipelines.data.corpora.readers.parquet_tables import ParquetTable, describe_tables
-from pipelines.data.corpora.readers.repository_card import CARD
 from pipelines.data.corpora.readers.row_builders import UnwantedRowError, make_key
 from pipelines.data.corpora.readers.split_lists import (
     SplitLists,
     are_storage_folders,
+    find_first_media,
     find_other_annotations,
     find_split_lists,
+    find_split_root,
+    join_path,
 )
 from pipelines.data.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.data.io.key_set import KeySet

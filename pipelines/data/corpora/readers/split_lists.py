@@ -1,4 +1,4 @@
-"""Files beside media in folders: lists of splits, and descriptions of single files.
+"""Media in folders that name splits and classes, and the files beside them.
 
     testing_list.txt                    "right/a69b9b3e_nohash_0.wav" (Speech Commands)
     meta/train.txt                      "apple_pie/1005649" (Food-101)
@@ -7,7 +7,8 @@
     images.txt, train_test_split.txt    "1 001.Auk/1.jpg" and "1 0" (CUB-200)
 
 :func:`find_split_lists` reads the lists, and :func:`find_other_annotations` finds files that
-describe the media one by one: transcripts, boxes, tables of labels.
+describe the media one by one: transcripts, boxes, tables of labels. :func:`find_split_root` finds
+folders that name the splits.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from pipelines.data.corpora.formats.unread_files import is_annotation_name
-from pipelines.data.corpora.readers.class_folders import join_path
 from pipelines.data.corpora.readers.fields import (
     MODALITY_OF_EXTENSION,
     file_extension,
@@ -309,3 +309,46 @@ def _read_tokens(source: SourceDirectory, file: str) -> Iterator[set[str]]:
             words = re.split(r"[\s,;|\"'<>\[\]{}]+|:\s", line)
             words += [word.strip(" \"'") for word in re.split(r"[,;|\t]", line)]
             yield {*words} - {""}
+
+
+def find_first_media(source: SourceDirectory) -> str | None:
+    """Return the first media file that lies in a folder below the directory, or None."""
+    for entry in source.walk(depth=5):
+        if "/" in entry.name and file_extension(entry.name) in MODALITY_OF_EXTENSION:
+            return entry.name
+    return None
+
+
+def find_split_root(source: SourceDirectory) -> str:
+    """Return the folder that holds the split folders, "" for the directory itself.
+
+    Unpacking often puts everything into a single folder; such folders are entered. Without split
+    folders the result is "".
+
+    Raises:
+        UserError: split folders lie further down, in one of several folders.
+    """
+    root, folders = "", list[str]()
+    for _ in range(3):
+        folders = [e.name for e in source.entries(root) if e.is_folder and e.name != "__MACOSX"]
+        if any(parse_split_name(name) for name in folders):
+            return root
+        if len(folders) != 1:
+            break
+        root = join_path(root, folders[0])
+    for name in folders[:3]:
+        inside = [e.name for e in source.entries(join_path(root, name)) if e.is_folder]
+        named = [each for each in inside if parse_split_name(each)]
+        if len({parse_split_name(each) for each in named}) > 1:
+            here = join_path(root, name)
+            raise UserError(
+                f"{source.uri}: {here}/{named[0]} and {here}/{named[1]} name splits, but other "
+                f"folders do not. Give the folder {here}; or sort the files as "
+                f"{named[0]}/CLASS/… and {named[1]}/CLASS/…"
+            )
+    return ""
+
+
+def join_path(folder: str, name: str) -> str:
+    """Return the path of a name in a folder; "" is the directory itself."""
+    return f"{folder}/{name}" if folder else name

@@ -20,9 +20,9 @@ from itertools import islice
 from typing import Any
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.formats.packed_archives import missing_format_error
 from pipelines.data.corpora.formats.record_reader import BadRecord, StrictJsonDecoder
 from pipelines.data.corpora.formats.schema_sample import SchemaSample
+from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import FileRecord
 from pipelines.data.corpora.readers.fields import (
     ALL_SPLITS,

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from pipelines import fetch as fetching
-from pipelines.data.corpora import npm_download
+from pipelines.data.corpora import http_download
 from pipelines.data.corpora.archives import Archive
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
@@ -164,7 +164,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in [name for name in os.environ if name.lower().startswith("npm_config_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(npm_download, "_GLOBAL_FILES", ())
+    monkeypatch.setattr(http_download, "_GLOBAL_FILES", ())
     Registry.data, Registry.requests = WHEEL, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -203,9 +203,9 @@ def test_the_environment_names_the_registry_before_the_files(
     (tmp_path / "home/.npmrc").write_text("registry=https://first.example/\n")
     secret = registry.replace("://", "://me:pa55w0rd@")
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", secret)
-    assert npm_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
+    assert http_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
     assert (tmp_path / "tiny-1.0.tgz").read_bytes() == WHEEL
-    error = npm_download.download_package("other@1.0", tmp_path, 10**6)
+    error = http_download.download_package("other@1.0", tmp_path, 10**6)
     assert "://***@127.0.0.1" in error
     assert "404" in error
     assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
@@ -218,7 +218,7 @@ def test_a_redirect_does_not_take_the_token_along(
     (tmp_path / "home/.npmrc").write_text(
         f"@made:registry={registry}\n//other.example/:_authToken=not-for-you\n{place}:_auth=bWU6eA==\n"
     )
-    assert npm_download.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
+    assert http_download.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
     assert Registry.requests == [
         ("/npm/@made/tiny/-/tiny-1.0.tgz", "Basic bWU6eA=="),
         ("/elsewhere/tiny-1.0.tgz", None),
@@ -271,10 +271,10 @@ def test_a_registry_cannot_send_another_or_a_larger_file(
 
 
 def test_the_default_registry_is_the_public_one(registry: str) -> None:
-    settings = npm_download.read_npm_settings()
-    assert npm_download.registry_url("tiny", settings) == "https://registry.npmjs.org/"
+    settings = http_download.read_npm_settings()
+    assert http_download.registry_url("tiny", settings) == "https://registry.npmjs.org/"
     with pytest.raises(UserError, match="is no web address"):
-        npm_download.registry_url("tiny", {"registry": "file:///etc"})
+        http_download.registry_url("tiny", {"registry": "file:///etc"})
 
 
 def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

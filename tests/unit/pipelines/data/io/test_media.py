@@ -11,7 +11,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines.data.io import media, prefetch
+from pipelines.data.io import media
 from pipelines.data.io.archive import ArchiveLimits
 from pipelines.data.io.media import MEDIA, MediaReadError, MediaRef, read_media
 from skillnet_platform.errors import UserError
@@ -230,6 +230,6 @@ def test_no_device_or_pipe_is_opened_ahead_of_need(
         return original(path, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", recording_open)
-    names = [str(tmp_path / "pipe.png"), "/dev/zero"] * (prefetch.ADVISED_FILES + 1)
+    names = [str(tmp_path / "pipe.png"), "/dev/zero"] * (media.ADVISED_FILES + 1)
     assert read(*map(MediaRef, names)) == ["not a regular file"] * len(names)
     assert not {*names} & {*map(str, opened)}

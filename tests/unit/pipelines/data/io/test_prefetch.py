@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.io import prefetch
-from pipelines.data.io.media import MediaReadError, MediaRef, read_media
-from pipelines.data.io.prefetch import OrderedPrefetcher
+from pipelines.data.io import media
+from pipelines.data.io.media import MediaReadError, MediaRef, OrderedPrefetcher, read_media
 
 
 def test_results_and_errors_are_returned_in_order() -> None:
@@ -71,7 +70,7 @@ def test_close_releases_threads_that_wait_for_room() -> None:
     def fetch(number: int, grant: Callable[[int], None]) -> int:
         try:
             grant(10)
-        except prefetch.PrefetchClosedError:
+        except media.PrefetchClosedError:
             let_go.set()
             raise
         return number
@@ -86,8 +85,8 @@ def test_advice_ignores_missing_files_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"abc")
     for name in ("pipe", "none", "file", "with\0null"):
-        prefetch.advise_kernel(f"{tmp_path}/{name}", 0, None)
-    prefetch.advise_kernel(f"{tmp_path}/file", 2**62, 2**62)
+        media.advise_kernel(f"{tmp_path}/{name}", 0, None)
+    media.advise_kernel(f"{tmp_path}/file", 2**62, 2**62)
 
 
 def test_files_and_objects_in_one_block_are_read(
@@ -107,7 +106,7 @@ def test_files_and_objects_in_one_block_are_read(
         MediaRef("memory://read-ahead/both", 2, 3),
     ]
     reported: list[str] = []
-    monkeypatch.setattr(prefetch, "advise_kernel", lambda path, *_: reported.append(path))
+    monkeypatch.setattr(media, "advise_kernel", lambda path, *_: reported.append(path))
     found = list(read_media([None, *(reference.row() for reference in references)]))
     missing = MediaReadError("the media file is missing")
     assert found == [MediaReadError("no media file"), b"one", b"three", missing, missing, b"two"]

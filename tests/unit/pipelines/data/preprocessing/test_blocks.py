@@ -21,6 +21,7 @@ from pipelines.data.preprocessing.blocks import (
 )
 from pipelines.data.preprocessing.corpus_job import CorpusJob
 from pipelines.data.preprocessing.datasource import read_units
+from pipelines.data.preprocessing.pipeline import split_rejected
 from pipelines.data.preprocessing.progress import MAX_REASONS, count_reasons
 from pipelines.data.preprocessing.spool import (
     pack_unit,
@@ -30,7 +31,6 @@ from pipelines.data.preprocessing.spool import (
     write_spool,
 )
 from pipelines.data.preprocessing.staging import REJECTED_ROWS, staging_dir, write_shard_entry
-from pipelines.data.preprocessing.transform_task import split_rejected
 from skillnet_platform.errors import UserError
 from tests.helpers.synthetic_corpora import Made, put_archive
 

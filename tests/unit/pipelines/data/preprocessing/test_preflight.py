@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import pytest
 
 from pipelines import prepare
-from pipelines.data.preprocessing import preflight
+from pipelines.data.preprocessing import prepare as preparation
 from skillnet_platform import cluster
 from tests.helpers import user_corpora
 
@@ -83,8 +83,8 @@ def test_a_corpus_of_many_rows_is_checked_while_it_is_prepared(
     """The first rows can all be bad: they lie close together."""
     write_images(tmp_path / "mine", 40, None)
     words = [f"--corpus=mine=folder:{tmp_path / 'mine'}", "--data", str(tmp_path / "data")]
-    monkeypatch.setattr(preflight, "MAX_FIRST_ROWS", 39)
+    monkeypatch.setattr(preparation, "MAX_FIRST_ROWS", 39)
     assert prepare.main(words) == 1
     assert "RayStartedError" in capsys.readouterr().err
-    monkeypatch.setattr(preflight, "MAX_FIRST_ROWS", 40)
+    monkeypatch.setattr(preparation, "MAX_FIRST_ROWS", 40)
     assert prepare.main(words) == 2

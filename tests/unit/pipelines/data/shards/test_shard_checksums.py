@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.shards import checksums
+from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import write_corpora
@@ -20,13 +20,13 @@ def corpus(tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of hashed shards."""
     names: list[str] = []
-    real = checksums.sha256_file
+    real = files.sha256_file
 
     def counting(path: Path) -> str:
         names.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(checksums, "sha256_file", counting)
+    monkeypatch.setattr(files, "sha256_file", counting)
     return names
 
 
@@ -71,14 +71,14 @@ def test_possibly_changed_shard_is_hashed_again(corpus: Path, hashed: list[str])
 def test_lost_records_only_cost_time(
     corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (corpus / checksums.VERIFIED_NOTES).write_text('{"train-')
+    (corpus / files.VERIFIED_NOTES).write_text('{"train-')
     open_corpus(corpus).splits["train"].table()
-    (corpus / checksums.VERIFIED_NOTES).unlink()
+    (corpus / files.VERIFIED_NOTES).unlink()
 
     def refused(path: Path, mode: str) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr(checksums, "atomic_write", refused)
+    monkeypatch.setattr(files, "atomic_write", refused)
     for _ in range(2):
         assert open_corpus(corpus).splits["train"].table().num_rows == 45
     assert len(hashed) == 6

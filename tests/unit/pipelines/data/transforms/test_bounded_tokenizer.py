@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.tokenizer.guarded_loader import largest_token_id, parse_tokenizer
-from pipelines.data.tokenizer.known_patterns import KNOWN_PATTERNS
+from pipelines.data.tokenizer.guarded_loader import (
+    KNOWN_PATTERNS,
+    largest_token_id,
+    parse_tokenizer,
+)
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.data.transforms import bounded_tokenizer, decoder_process
 from pipelines.data.transforms.bounded_tokenizer import BoundedTokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.transforms import drawing, image
+from pipelines.data.transforms import image
 
 NAMES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
@@ -78,7 +78,7 @@ def test_svg_in_an_svg_is_rejected(secret: str) -> None:
 
 def test_unchecked_reference_finds_no_file(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(secret).parent)
-    monkeypatch.setattr(drawing, "_check_svg", lambda data: None)
+    monkeypatch.setattr(image, "_check_svg", lambda data: None)
     pixels = image.load_pixels(svg('<image width="64" height="64" href="secret.png"/>'))
     assert (pixels == 255).all()
 
@@ -129,8 +129,8 @@ def test_illustrator_file_is_drawn() -> None:
 )
 def test_drawn_size_is_limited(about: str) -> None:
     body = '<rect width="1" height="1000000"/>'
-    with Image.open(io.BytesIO(drawing.draw_svg(svg(body, about), 96))) as drawn:
-        assert drawn.width * drawn.height <= drawing.MAX_DRAWN_PIXELS
+    with Image.open(io.BytesIO(image.draw_svg(svg(body, about), 96))) as drawn:
+        assert drawn.width * drawn.height <= image.MAX_DRAWN_PIXELS
 
 
 def test_sizes_may_have_any_unit() -> None:
@@ -144,7 +144,7 @@ def test_sizes_may_have_any_unit() -> None:
 @pytest.mark.parametrize(("width", "height"), [(30, 30), (90, 30), (30, 90), (7, 250)])
 def test_drawn_width_is_the_requested_width(width: int, height: int) -> None:
     data = svg('<rect width="9" height="9"/>', f'width="{width}" height="{height}"')
-    with Image.open(io.BytesIO(drawing.draw_svg(data, 96))) as drawn:
+    with Image.open(io.BytesIO(image.draw_svg(data, 96))) as drawn:
         assert drawn.size == (96, int(np.ceil(96 * height / width)))
 
 

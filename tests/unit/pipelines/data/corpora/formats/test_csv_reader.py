@@ -8,10 +8,9 @@ import pytest
 
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
-from pipelines.data.corpora.formats import csv_reader
-from pipelines.data.corpora.formats.csv_reader import UNCLOSED_QUOTE
+from pipelines.data.corpora.formats import record_reader
 from pipelines.data.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
-from pipelines.data.corpora.formats.record_reader import read_records
+from pipelines.data.corpora.formats.record_reader import UNCLOSED_QUOTE, read_records
 from pipelines.data.io.directory import SourceDirectory
 
 HEAD = "text,label\n"
@@ -82,8 +81,8 @@ def test_a_bad_header_rejects_the_file(tmp_path: Path) -> None:
 def test_oversized_input_ends_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(csv_reader, "MAX_LINE_BYTES", 2000)
-    monkeypatch.setattr(csv_reader, "MAX_EMPTY_LINES", 2000)
+    monkeypatch.setattr(record_reader, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(record_reader, "MAX_EMPTY_LINES", 2000)
     first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{text}\n乙,a\n", "rows.csv.gz")
     assert first == (2, row("甲", "a"))
     assert broken.truncates_file

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.corpora.formats.csv_reader import detect_separator, read_csv_rows
 from pipelines.data.corpora.formats.encoding import BadRecord
-from pipelines.data.corpora.formats.record_reader import read_records
+from pipelines.data.corpora.formats.record_reader import (
+    detect_separator,
+    read_csv_rows,
+    read_records,
+)
 from pipelines.data.io.directory import SourceDirectory
 
 

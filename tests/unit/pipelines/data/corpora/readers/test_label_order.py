@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.corpora import open_external_corpus
-from pipelines.data.corpora.readers.label_values import sort_labels
+from pipelines.data.corpora.readers.base import sort_labels
 
 
 @pytest.mark.parametrize(

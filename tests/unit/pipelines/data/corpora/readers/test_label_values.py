@@ -9,8 +9,7 @@ from tokenizers import Tokenizer
 
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
-from pipelines.data.corpora.readers.base import ExternalCorpus
-from pipelines.data.corpora.readers.label_values import merge_equal_labels, parse_label
+from pipelines.data.corpora.readers.base import ExternalCorpus, merge_equal_labels, parse_label
 from pipelines.data.tokenizer import training as tokenizers
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipelines.data.corpora import detect_reader, open_external_corpus
-from pipelines.data.corpora.readers.repository_card import match_pattern
+from pipelines.data.corpora.readers.hub_repository import match_pattern
 from pipelines.data.io.directory import SourceDirectory
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
