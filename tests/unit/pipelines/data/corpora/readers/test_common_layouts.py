@@ -11,7 +11,6 @@ from pipelines.data.corpora.readers.base import ExternalCorpus
 from pipelines.data.corpora.readers.fields import parse_split_name, parse_split_prefix
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing import inspection
-from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.unit.pipelines.data.corpora.readers.test_readers import Rows, media, read, sizes
 
@@ -64,17 +63,6 @@ def test_a_split_name_can_have_a_year_or_number(name: str, split: str | None) ->
 def test_a_split_prefix_can_have_a_year() -> None:
     found = [parse_split_prefix(name) for name in ("train2017-000.tar", "training_1", "trains-1")]
     assert found == ["train", "train", None]
-
-
-def test_split_folders_with_years_are_not_classes(tmp_path: Path) -> None:
-    write_files(tmp_path, b"x", *(f"train2017/{n}.jpg" for n in range(8)))
-    write_files(tmp_path, b"x", *(f"val2017/v{n}.jpg" for n in range(8)))
-    corpus = detected(tmp_path)
-    assert (corpus.task, corpus.annotations_present) == ("masked_image", ())
-    rows, reasons = read(corpus)
-    assert not reasons
-    assert len(rows["train"]) == 8
-    assert sum(sizes(rows).values()) == 16
 
 
 def coco(home: Path, below: str = "", prefix: str = "", train: int = 6, val: int = 24) -> Path:
@@ -171,49 +159,6 @@ def test_flickr_captions(tmp_path: Path, images: str, file: str, head: str, line
     assert unread(corpus) == "ExpertAnnotations.txt"
 
 
-@pytest.mark.parametrize("file", ["Flickr8k.token.txt", "captions.txt"])
-def test_lists_of_flickr8k_define_the_splits(tmp_path: Path, file: str) -> None:
-    for number in range(30):
-        write_files(tmp_path / "Flicker8k_Dataset", user_corpora.jpg(number), f"{number}.jpg")
-    home = tmp_path / ("Flickr8k_text" if file.endswith("token.txt") else "")
-    home.mkdir(exist_ok=True)
-    lines = (f"{name}#0\t{caption}\n" for name, caption in TOKENS)
-    if file == "captions.txt":
-        lines = (f'{name},"{caption}"\n' for name, caption in (("image", "caption"), *TOKENS))
-    (home / file).write_text("".join(lines), "utf-8")
-    for split, numbers in {"train": range(20), "dev": range(20, 24), "test": range(24, 29)}.items():
-        listed = "".join(f"{number}.jpg\n" for number in numbers)
-        (home / f"Flickr_8k.{split}Images.txt").write_text(listed)
-    corpus = detected(tmp_path)
-    rows, reasons = read(corpus)
-    assert {split: len(names(rows, split)) for split in rows} == {
-        "train": 20,
-        "validation": 4,
-        "test": 5,
-    }
-    assert reasons["a split that is not train, validation or test"] == 2  # the captions of one
-    assert unread(corpus) == ""
-
-
-def test_common_voice(tmp_path: Path) -> None:
-    """Three files of rows share one folder of clips."""
-    head = "client_id\tpath\tsentence\tup_votes\tlocale\n"
-    splits = {"train": range(8), "dev": range(8, 11), "test": range(11, 14), "other": range(14, 16)}
-    for split, numbers in splits.items():
-        for number in numbers:
-            write_files(tmp_path, user_corpora.wav(number), f"clips/common_voice_{number}.mp3")
-        lines = (f'abc\tcommon_voice_{n}.mp3\t"Satz" Nummer {n}\t2\tde\n' for n in numbers)
-        (tmp_path / f"{split}.tsv").write_text(head + "".join(lines), "utf-8")
-    corpus = detected(tmp_path)
-    assert corpus.task == "speech_recognition"
-    rows, reasons = read(corpus)
-    assert sizes(rows) == {"test": 3, "train": 8, "validation": 3}
-    assert reasons == {"a media file that no row refers to": 2}
-    assert rows["train"][0]["text"] == '"Satz" Nummer 0'
-    assert media(rows["train"][0])[:4] == b"RIFF"
-    assert unread(corpus) == "other.tsv"
-
-
 @pytest.mark.parametrize("fields", [2, 3])
 def test_ljspeech(tmp_path: Path, fields: int) -> None:
     lines = []
@@ -235,53 +180,3 @@ def test_ljspeech(tmp_path: Path, fields: int) -> None:
     source = inspection.inspect_corpus(str(tmp_path))["source"]
     assert source["file_name"] == "LJ001-0000.wav"
     assert source["text"] == f'"{word} 0, he said'
-
-
-def test_csv_with_semicolons(tmp_path: Path) -> None:
-    lines = [f"{n};Satz {n}, und mehr;{'gut' if n % 2 else 'schlecht'}\n" for n in range(40)]
-    (tmp_path / "train.csv").write_text("id;text;label\n" + "".join(lines), "utf-8-sig")
-    corpus = detected(tmp_path)
-    corpus.scan_labels()
-    assert corpus.labels == ("gut", "schlecht")
-    rows, reasons = read(corpus)
-    assert not reasons
-    assert sum(sizes(rows).values()) == 40
-    assert any(row["text"] == "Satz 7, und mehr" for each in rows.values() for row in each)
-
-
-def test_unread_annotation_files_are_named(tmp_path: Path) -> None:
-    write_files(tmp_path, b"x", "cat/1.jpg", "dog/2.jpg", "README.md", "LICENSE.txt")
-    write_files(tmp_path, b"x", "labels.csv", "a/b.json.gz", *(f"xml/x{n}.xml" for n in range(11)))
-    corpus = detected(tmp_path)
-    assert corpus.annotations_present == ("labels",)
-    assert unread(corpus) == "a/b.json.gz, labels.csv, xml/*.xml (11 files)"
-
-
-def write_image_table(home: Path, split: str, *folders: str) -> None:
-    """Write a table of four images, and an image of each name in each folder."""
-    for number in range(4):
-        write_files(home, user_corpora.jpg(number), *(f"{each}/{number}.jpg" for each in folders))
-    rows = (f"{number}.jpg,{split} {number}\n" for number in range(4))
-    (home / f"{split}.csv").write_text("image,caption\n" + "".join(rows), "utf-8")
-
-
-def test_splits_with_files_of_equal_names(tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        write_image_table(tmp_path, split, f"{split}2014", "old-train")
-    rows, reasons = read(detected(tmp_path))
-    assert sizes(rows) == {"test": 4, "train": 4, "validation": 4}
-    assert reasons == {"a media file that no row refers to": 4}
-    for split, folder in (("train", "train"), ("validation", "val"), ("test", "test")):
-        for row in rows[split]:
-            assert f"/{folder}2014/" in row["media"]["path"]
-            assert row["captions"][0].startswith(folder)
-
-
-def test_an_unclear_folder_of_media_is_asked_for(tmp_path: Path) -> None:
-    """Masks have the names of their images."""
-    write_image_table(tmp_path, "train", "images", "masks")
-    with pytest.raises(UserError, match=r"the folders images, masks .*--options\.mine\.media "):
-        detected(tmp_path)
-    corpus = detected(tmp_path, {"media": str(tmp_path / "masks")})
-    rows, _ = read(corpus)
-    assert all("/masks/" in row["media"]["path"] for each in rows.values() for row in each)

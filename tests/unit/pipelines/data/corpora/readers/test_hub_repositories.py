@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.data.corpora import detect_reader, open_external_corpus
 from pipelines.data.corpora.base import JOINED_ROW, SourceArchives
+from pipelines.data.corpora.readers.hub_repository import match_pattern
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
 from pipelines.data.preprocessing.inspection import inspect_corpus
@@ -232,3 +233,22 @@ def test_prepared_counts_are_complete(tmp_path: Path) -> None:
     reasons = [reason for each in built for reason in each]
     assert len(reasons) == 11
     assert sum(reason is not None for reason in reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "file", "is_match"),
+    [
+        ("**", "a/b/c.csv", True),
+        ("**/*.csv", "c.csv", True),
+        ("a/**/c.csv", "a/c.csv", True),
+        ("a/**/c.csv", "a/x/y/c.csv", True),
+        ("*.csv", "a/c.csv", False),
+        ("a/*", "a/b/c.csv", False),
+        ("a/?.csv", "a/b.csv", True),
+        ("a/**/b/**/d", "a/b/c/c/d", True),
+        ("a/**/b", "b", False),
+        ("/".join(["**", "a*"] * 40) + "/b", "/".join(["a"] * 200), False),
+    ],
+)
+def test_patterns_match_as_in_glob(pattern: str, file: str, is_match: bool) -> None:
+    assert match_pattern(pattern, file) == is_match

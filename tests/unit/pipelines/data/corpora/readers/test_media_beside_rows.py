@@ -16,7 +16,7 @@ from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.hub_repositories import MEDIA_STRUCT, embed
 from tests.unit.pipelines.data.corpora.readers.test_field_names import write
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
+from tests.unit.pipelines.data.corpora.readers.test_readers import media, read
 
 
 def write_pictures(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -75,89 +75,6 @@ def test_the_field_that_names_media_is_asked_for(
     assert sorted(pairs) == sorted(expected)
 
 
-def test_the_rows_alone_can_be_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_pictures(tmp_path, [f"train/{n}.jpg" for n in range(6)])
-    write(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"modality": "text"})
-    assert corpus.modality == "text"
-    assert "6 media files are not read" in " ".join("".join(capsys.readouterr()).split())
-
-
-def test_media_that_no_field_names_are_asked_about(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"pictures/IMG_{n}.jpg" for n in range(6)])
-    write(tmp_path / "train.csv", [{"id": n, "text": f"words {n}"} for n in range(6)])
-    with pytest.raises(UserError, match=r"6 media files .*no field names them.*id, text.*modality"):
-        open_external_corpus("mine", f"folder:{tmp_path}")
-
-
-def test_a_few_pictures_beside_many_texts_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A repository can hold a logo."""
-    write_pictures(tmp_path, ["assets/logo.jpg", "banner.jpg"])
-    rows = [{"text": f"words {n}", "label": n % 2} for n in range(50)]
-    write(tmp_path / "train.csv", rows)
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
-    assert corpus.task == "text_classification"
-    assert "2 media files are not read" in " ".join("".join(capsys.readouterr()).split())
-
-
-def test_equal_names_are_divided_by_split_or_rejected(tmp_path: Path) -> None:
-    made = {}
-    for split in ("train", "test"):
-        made |= write_pictures(tmp_path, [f"{split}/{n}.jpg" for n in range(4)])
-        rows = [{"id": n, "label": f"{split}{n % 2}"} for n in range(4)]
-        write(tmp_path / f"{split}.csv", rows)
-    options = {"file": "id", "validation": 0.0}
-    rows_by_split, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
-    assert not reasons
-    assert sizes(rows_by_split) == {"test": 4, "train": 4}
-    assert all(
-        row["label"].startswith(split) for split in rows_by_split for row in rows_by_split[split]
-    )
-    write_pictures(tmp_path, ["train/more/1.jpg"])
-    _, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
-    assert reasons == {
-        "several media files of this name": 1,
-        "a media file that no row refers to": 2,
-    }
-
-
-def test_the_option_opens_rows_of_any_name_beside_media_in_folders(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"images/{n % 3}/{n}.jpg" for n in range(12)])
-    options = {"file": "image_id", "label": "breed"}
-    with pytest.raises(UserError, match=r"options\.mine\.file: .* no single file of rows \(none\)"):
-        open_external_corpus("mine", f"folder:{tmp_path}", options)
-    rows = [{"image_id": n, "breed": f"breed {n % 2}"} for n in range(12)]
-    write(tmp_path / "labels.csv", rows)
-    found, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}", options))
-    assert not reasons
-    assert {row["label"] for each in found.values() for row in each} == {"breed 0", "breed 1"}
-
-
-def test_folders_of_splits_decide_the_splits_of_ids(tmp_path: Path) -> None:
-    names = [f"{'train' if n < 8 else 'test'}/{n}.jpg" for n in range(12)]
-    write_pictures(tmp_path, names)
-    write(tmp_path / "labels.csv", [{"id": n, "label": n % 2} for n in range(12)])
-    options = {"file": "id", "validation": 0.0}
-    place = f"folder:{tmp_path}/labels.csv"
-    found, reasons = read(open_external_corpus("mine", place, options))
-    assert not reasons
-    assert sizes(found) == {"test": 4, "train": 8}
-
-
-def test_media_of_other_kinds_are_counted(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{n}.jpg" for n in range(4)])
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "a.wav").write_bytes(user_corpora.wav(1))
-    rows = [{"file_name": f"{n}.jpg", "label": n % 2} for n in range(4)]
-    write(tmp_path / "metadata.jsonl", rows)
-    _, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
-    assert reasons == {"a media file that no row refers to": 1}
-
-
 def embedded_lists(kind: str) -> pa.Table:
     pictures = [[embed(user_corpora.jpg(2 * n + k)) for k in range(2)] for n in range(24)]
     columns: dict[str, Any] = {"text": [f"words {n}" for n in range(24)], "label": list("ab" * 12)}
@@ -208,14 +125,6 @@ def test_several_media_in_a_saved_dataset(
     assert "media in the column images are not read" in " ".join(capsys.readouterr().err.split())
 
 
-def test_lists_of_file_names_are_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"pictures/{n}.jpg" for n in range(12)])
-    rows = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"w {n}"} for n in range(6)]
-    write(tmp_path / "train.jsonl", rows)
-    with pytest.raises(UserError, match=r"the field images names several .*one row per media file"):
-        open_external_corpus("mine", f"folder:{tmp_path}")
-
-
 def test_a_tar_of_texts_with_media_further_on(tmp_path: Path) -> None:
     files = {f"{n:04d}.txt": b"words" for n in range(120)}
     files |= {f"{n:04d}.cls": b"1" for n in range(120)}
@@ -237,16 +146,3 @@ def test_a_tar_of_media_read_as_texts_says_so(
     assert "the media in the samples (.jpg) are not read" in " ".join(
         capsys.readouterr().err.split()
     )
-
-
-def test_media_of_another_kind_in_class_folders_are_counted(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{name}/{number}.jpg" for name in "xy" for number in range(3)])
-    (tmp_path / "x" / "clip.mp4").write_bytes(b"clip")
-    (tmp_path / "y" / "sound.wav").write_bytes(b"sound")
-    (tmp_path / "y" / "notes.txt").write_text("no medium")
-    rows, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
-    assert sum(sizes(rows).values()) == 6
-    assert {reason.partition(";")[0]: count for reason, count in reasons.items()} == {
-        "a video file in folders of image files": 1,
-        "a sound file in folders of image files": 1,
-    }

@@ -122,34 +122,3 @@ def test_every_option_is_documented(name: str) -> None:
     for option in fields(kind):
         assert f"`{option.name}`" in guide, option.name
         assert f"        {option.name}: " in explained, option.name
-
-
-def test_the_only_file_of_rows_can_have_any_name(tmp_path: Path) -> None:
-    """People have a folder with one CSV file, and need not rename it."""
-    rows = "text;label\n" + "".join(f"row {number};{number % 2}\n" for number in range(4))
-    (tmp_path / "reviews.csv").write_text(rows, "utf-8")
-    (tmp_path / "README.md").write_text("about the rows", "utf-8")
-    found = detect_reader(SourceDirectory(str(tmp_path)))
-    assert found == ("folder", "reviews.csv names files or holds rows")
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
-    assert len(list(corpus.rows(SourceArchives.none()))) == 4
-    (tmp_path / "more.csv").write_text(rows, "utf-8")
-    assert detect_reader(SourceDirectory(str(tmp_path))) is None
-    with pytest.raises(UserError, match=r"several files of rows: more\.csv, reviews\.csv\. Give"):
-        open_external_corpus("mine", f"folder:{tmp_path}")
-
-
-def test_a_file_of_rows_beside_class_folders_is_asked_for(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.jpg").write_bytes(user_corpora.jpg(1))
-    (tmp_path / "index.csv").write_text("file_name,label\ncat/1.jpg,a\n", "utf-8")
-    with pytest.raises(UserError, match=r"index\.csv: describes cat/1\.jpg.*task labels"):
-        open_external_corpus("mine", f"folder:{tmp_path}")
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}", {"task": "labels"})
-    assert {
-        row["label"] for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)
-    } == {
-        "cat",
-        "dog",
-    }

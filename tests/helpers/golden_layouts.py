@@ -1,0 +1,111 @@
+"""What the readers make of a folder, as JSON: the cases of ``tests/golden/readers``."""
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from pipelines.data.corpora import detect_reader, open_external_corpus
+from pipelines.data.corpora.base import RejectedRow, SourceArchives
+from pipelines.data.io.directory import SourceDirectory
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+
+#: Files of cases, one per subject.
+SUBJECTS = sorted((Path(__file__).parents[1] / "golden" / "readers").glob("*.json"))
+#: Columns of a row that a case lists if they have a value.
+SHOWN = ("split", "key", "label", "label_set", "value", "text", "code", "captions", "unit", "row")
+
+
+def write_files(home: Path, files: dict[str, str | None]) -> Path:
+    """Write files; one without a text is a medium that no reader opens."""
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("not looked at" if text is None else text, encoding="utf-8")
+    return home
+
+
+def read_cases(file: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> place, options, files and expected outcome of each case of a subject."""
+    cases: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return cases
+
+
+def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
+    """Return detection, schema, classes, rows, rejected rows and messages of a folder.
+
+    Args:
+        home: folder of the corpus; messages have ``{home}`` for it.
+        place: READER:PATH relative to it.
+        options: of the reader.
+    """
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(str(home), "{home}")
+        return [relative(each) for each in value] if isinstance(value, list) else value
+
+    with mock.patch.object(console, "print_warning") as warn:
+        reader, _, path = place.partition(":")
+        below = f"{home}/{path}".rstrip("/")
+        told: dict[str, Any] = {}
+        try:
+            found = detect_reader(SourceDirectory(below))
+            told["detected"] = relative(list(found)) if found else None
+            given = {k: v.format(home=home) if k == "media" else v for k, v in options.items()}
+            corpus: Any = open_external_corpus("mine", f"{reader}:{below}", given)
+            told["task"], told["named"] = corpus.task, sorted(corpus.named_splits)
+            told["annotations"] = list(corpus.annotations_present)
+            rows = list(corpus.rows(SourceArchives.none()))
+            kept = [row for row in rows if not isinstance(row, RejectedRow)]
+            told["rows"] = [
+                {name: relative(row[name]) for name in SHOWN if row.get(name) not in (None, [])}
+                | ({"media": relative(row["media"]["path"])} if row.get("media") else {})
+                for row in kept
+            ]
+            reasons = Counter(row.reason for row in rows if isinstance(row, RejectedRow))
+            told["rejected"] = dict(sorted(reasons.items()))
+            told["columns"] = {each: corpus.schema(each).names for each in corpus.unlabelled_splits}
+            corpus.extra_sources()
+            told["unread"] = corpus.unread_files.describe()
+            corpus.scan_labels()
+            told["labels"] = list(corpus.labels)
+        except UserError as error:
+            told["error"] = relative(str(error))
+    told["warnings"] = [relative(call.args[0]) for call in warn.call_args_list]
+    return {key: value for key, value in told.items() if value not in (None, [], {}, "")}
+
+
+def _write_cases(file: Path) -> None:
+    """Write the outcomes of a file of cases again, a row per line."""
+    cases = read_cases(file)
+    for case in cases.values():
+        with tempfile.TemporaryDirectory() as folder:
+            home = write_files(Path(folder).resolve(), case["files"])
+            case["expected"] = describe_layout(home, case["place"], case["options"])
+    file.write_text(_format(cases, 3) + "\n", encoding="utf-8")
+
+
+def _format(value: Any, depth: int, indent: str = "") -> str:
+    """Return JSON with the entries of the outer levels on lines of their own."""
+    inner = indent + " "
+    if depth == 0 and isinstance(value, list) and value and isinstance(value[0], dict | str):
+        lines = [inner + json.dumps(each, ensure_ascii=False) for each in value]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]" if len(lines) > 1 else _plain(value)
+    if depth == 0 or not isinstance(value, dict) or not value:
+        return _plain(value)
+    lines = [
+        f"{inner}{_plain(key)}: {_format(each, depth - 1, inner)}" for key, each in value.items()
+    ]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    for subject in SUBJECTS:
+        _write_cases(subject)
