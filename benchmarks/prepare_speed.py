@@ -243,7 +243,7 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.ray_session(given.processes)))
-        from pipelines.data.preprocessing.corpus_job import CorpusJob
+        from pipelines.data.preprocessing.datasource import CorpusJob
         from pipelines.data.preprocessing.pipeline import SchedulingOptions, write_corpora
         from pipelines.data.preprocessing.prepare import build_corpus_identity
 

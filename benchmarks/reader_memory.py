@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.measure import Result, write
 from pipelines.data.corpora import ExternalCorpus, open_external_corpus
 from pipelines.data.corpora.base import SourceArchives
-from pipelines.data.preprocessing.spool import write_spool
+from pipelines.data.preprocessing.blocks import write_spool
 
 SIZES = (1_000, 7_000)
 #: A caption of AIC-ICC has 17 characters on average, an utterance of AISHELL-1 14.

@@ -289,7 +289,7 @@ def write_predictions(run: "RowAnswers", lines: list[dict[str, Any]], output: st
         lines: JSON records of the output file.
         output: file of the predictions.
     """
-    from pipelines.data.io.json_lines import format_json_line
+    from pipelines.data.io.source_file import format_json_line
 
     # A killed command must not leave half a file that looks complete.
     with open_output(output, "w") as stream:

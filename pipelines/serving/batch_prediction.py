@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.io.directory import iter_lines
-from pipelines.data.io.json_lines import format_json_line
-from pipelines.data.io.source_file import open_stream
+from pipelines.data.io.source_file import format_json_line, open_stream
 from pipelines.serving.inputs import (
     InputRow,
     PredictionItem,

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.io.directory import iter_lines
-from pipelines.data.io.file_signature import find_signature
-from pipelines.data.io.media import MAX_MEDIA_BYTES
+from pipelines.data.io.media import MAX_MEDIA_BYTES, find_signature
 from pipelines.data.io.source_file import is_remote, open_stream, read_bounded
 from pipelines.data.transforms.text import check_unicode
 from skillnet.modality import CAPTION_MODALITY, find_modality, list_modalities, modality_names

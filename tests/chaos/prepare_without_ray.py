@@ -14,8 +14,7 @@ import ray
 from pipelines import prepare as command
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preparation
-from pipelines.data.preprocessing.corpus_job import CorpusJob
-from pipelines.data.preprocessing.datasource import read_units
+from pipelines.data.preprocessing.datasource import CorpusJob, read_units
 from pipelines.data.preprocessing.pipeline import write_block
 
 

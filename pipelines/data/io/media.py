@@ -47,6 +47,7 @@ from pipelines.data.io.source_file import (
     strip_file_scheme,
 )
 from pipelines.data.io.tar import TarReader, TarReadError
+from skillnet.modality import list_modalities
 from skillnet_platform.storage import human_bytes
 
 Result = TypeVar("Result")
@@ -455,3 +456,22 @@ def _take_reader(kind: type[Reader]) -> Iterator[Reader]:
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise _RejectedError(f"a media file larger than {human_bytes(max_bytes)}")
+
+
+def find_signature(data: bytes) -> tuple[str, str] | None:
+    """Return (modality, format) of a media file, or None if its first bytes are unknown.
+
+    Args:
+        data: its first 16 bytes, or more.
+    """
+    for modality in list_modalities():
+        for signature in modality.signatures:
+            if signature.matches(data):
+                return modality.name, signature.format
+    return None
+
+
+def describe_bytes(data: bytes) -> str:
+    """Return the size of a file and its format if known, as ``"4,364 bytes, JPEG"``."""
+    found = find_signature(data)
+    return f"{len(data):,} bytes, {found[1]}" if found else f"{len(data):,} bytes"

@@ -8,6 +8,7 @@ catch ``OSError`` and would reject rows.
 
 import contextlib
 import io
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -286,3 +287,9 @@ class _StoreFile(io.RawIOBase):
         if file is not None:
             with contextlib.suppress(Exception):  # the connection may be broken already
                 file.close()
+
+
+def format_json_line(line: dict[str, Any]) -> str:
+    """Return an object as one line. Characters that UTF-8 cannot encode are escaped."""
+    text = json.dumps(line, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"

@@ -9,23 +9,59 @@ import functools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipelines.data.preprocessing.blocks import read_blocks
-from pipelines.data.preprocessing.corpus_job import CorpusJob
-from pipelines.data.preprocessing.spool import (
+from pipelines.data.corpora.base import Corpus, SourceArchives
+from pipelines.data.preprocessing.blocks import (
     UNIT_SCHEMA,
     pack_unit,
+    read_blocks,
     read_spool_units,
     rejected_rows_path,
 )
+from pipelines.data.preprocessing.remote_staging import RemoteStaging
 from pipelines.data.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS, shard_stem
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage import disk_guard, write_json
 from skillnet_platform.storage.directories import StoreUnavailableError
+
+
+@dataclass(frozen=True)
+class CorpusJob:
+    """One corpus to prepare: its sources, its destination and its state before the run.
+
+    ``prepare`` fills the first six fields. ``pipeline.write_corpora`` adds the others.
+
+    Args:
+        corpus: reads and transforms the rows.
+        sources: downloaded archives of the corpus.
+        final_dir: directory of the finished corpus.
+        identity: part of the manifest that is known before the work and that decides the bytes;
+            see ``prepare.build_corpus_identity``.
+        tokenizer: tokenizer file on this node, if the corpus has text columns.
+        spool: file of blocks that were read before, if the tokenizer was trained on them.
+        staging_dir: directory of unfinished work; all nodes see it unless ``remote`` is set.
+        finished_keys: stem of a finished shard -> digest of the keys of its rows. Blocks with an
+            equal digest are not prepared again.
+        remote: destination of the shards, if the corpus is prepared into an object store.
+    """
+
+    corpus: Corpus
+    sources: SourceArchives
+    final_dir: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    spool: Path | None = None
+    staging_dir: Path = Path()
+    finished_keys: dict[str, str] = field(default_factory=dict)
+    remote: RemoteStaging | None = None
+
 
 #: Values of ``shard`` in units that carry an error message instead of rows.
 USER_ERROR, STORE_UNAVAILABLE = -1, -2

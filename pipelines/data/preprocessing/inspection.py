@@ -38,9 +38,8 @@ from pipelines.data.corpora.readers.base import count_labels, describe_numeric_l
 from pipelines.data.corpora.readers.fields import RecordCorpus
 from pipelines.data.corpora.readers.folder import FolderCorpus
 from pipelines.data.io.directory import SourceDirectory, to_printable
-from pipelines.data.io.file_signature import describe_bytes
 from pipelines.data.io.key_set import KeySet
-from pipelines.data.io.media import read_media
+from pipelines.data.io.media import describe_bytes, read_media
 from pipelines.data.io.source_file import is_remote
 from pipelines.data.preprocessing.blocks import check_row
 from pipelines.data.preprocessing.media_sample import describe_media, format_range, run_within

@@ -29,12 +29,15 @@ import pyarrow as pa
 from pipelines.data.corpora.base import ROW_COLUMNS, Corpus, SourceArchives
 from pipelines.data.io.media import MEDIA, MediaRef
 from pipelines.data.preprocessing import staging
-from pipelines.data.preprocessing.blocks import SOURCE_COLUMNS
-from pipelines.data.preprocessing.corpus_job import CorpusJob
-from pipelines.data.preprocessing.datasource import STORE_UNAVAILABLE, USER_ERROR, CorpusDatasource
+from pipelines.data.preprocessing.blocks import SOURCE_COLUMNS, iter_texts, unpack_unit, write_spool
+from pipelines.data.preprocessing.datasource import (
+    STORE_UNAVAILABLE,
+    USER_ERROR,
+    CorpusDatasource,
+    CorpusJob,
+)
 from pipelines.data.preprocessing.progress import CorpusProgress
 from pipelines.data.preprocessing.remote_staging import RemoteStaging, clear_staging
-from pipelines.data.preprocessing.spool import iter_texts, unpack_unit, write_spool
 from pipelines.data.shards.row_checks import digest_shard
 from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.transforms import decode_guard

@@ -24,7 +24,7 @@ from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.unread_files import unpack_hint
 from pipelines.data.io.media import MediaReadError, read_media
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
-from pipelines.data.preprocessing.corpus_job import CorpusJob
+from pipelines.data.preprocessing.datasource import CorpusJob
 from pipelines.data.preprocessing.media_sample import run_within, try_media
 from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pipelines.data.corpora.base import Corpus
 from pipelines.data.preprocessing import staging
 from pipelines.data.preprocessing.blocks import ReadSummary
-from pipelines.data.preprocessing.corpus_job import CorpusJob
+from pipelines.data.preprocessing.datasource import CorpusJob
 from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from pipelines.data.shards.row_checks import ROW_CHECKS, check_rows
 from skillnet_platform.errors import UserError

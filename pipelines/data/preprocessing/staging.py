@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.io.json_lines import format_json_line
+from pipelines.data.io.source_file import format_json_line
 from pipelines.data.shards.format import MANIFEST, QUARANTINE, write_shard
 from pipelines.data.shards.row_checks import ShardDigests
 from skillnet_files.temporary import temporary_file

@@ -13,12 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.corpora.formats.arrow_reader import read_parquet_rows
 from pipelines.data.corpora.formats.class_names import FileClasses, find_class_names
 from pipelines.data.corpora.formats.encoding import BadRecord, NumberedRecord
+from pipelines.data.corpora.formats.record_reader import read_parquet_rows
 from pipelines.data.io.directory import SourceDirectory
-from pipelines.data.io.file_signature import find_signature
-from pipelines.data.io.media import MediaRef
+from pipelines.data.io.media import MediaRef, find_signature
 from pipelines.data.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
 from skillnet.modality import is_string_modality
 from skillnet_platform import console

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.corpora.base import Row
-from pipelines.data.corpora.formats.arrow_reader import iter_batch_rows
 from pipelines.data.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
 from pipelines.data.corpora.formats.encoding import BadRecord, find_repeated_column
 from pipelines.data.corpora.formats.parquet_media import (
@@ -30,7 +29,7 @@ from pipelines.data.corpora.formats.parquet_media import (
     describe_features,
     digest_media,
 )
-from pipelines.data.corpora.formats.record_reader import MAX_ENTRY_CHARS
+from pipelines.data.corpora.formats.record_reader import MAX_ENTRY_CHARS, iter_batch_rows
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import FileRecord

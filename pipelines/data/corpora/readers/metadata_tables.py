@@ -22,7 +22,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipelines.data.corpora.base import Row
-from pipelines.data.corpora.formats.arrow_reader import read_parquet_rows
 from pipelines.data.corpora.formats.class_names import (
     NO_CLASSES,
     FileClasses,
@@ -40,6 +39,7 @@ from pipelines.data.corpora.formats.parquet_media import (
 from pipelines.data.corpora.formats.record_reader import (
     read_csv_rows,
     read_json_arrays,
+    read_parquet_rows,
     read_records,
 )
 from pipelines.data.corpora.readers.fields import (

@@ -17,19 +17,16 @@ from pipelines.data.preprocessing.blocks import (
     DUPLICATE_KEY,
     ReadSummary,
     RowBlock,
-    read_blocks,
-)
-from pipelines.data.preprocessing.corpus_job import CorpusJob
-from pipelines.data.preprocessing.datasource import read_units
-from pipelines.data.preprocessing.pipeline import split_rejected
-from pipelines.data.preprocessing.progress import MAX_REASONS, count_reasons
-from pipelines.data.preprocessing.spool import (
     pack_unit,
+    read_blocks,
     read_spool_units,
     rejected_rows_path,
     unpack_unit,
     write_spool,
 )
+from pipelines.data.preprocessing.datasource import CorpusJob, read_units
+from pipelines.data.preprocessing.pipeline import split_rejected
+from pipelines.data.preprocessing.progress import MAX_REASONS, count_reasons
 from pipelines.data.preprocessing.staging import REJECTED_ROWS, staging_dir, write_shard_entry
 from skillnet_platform.errors import UserError
 from tests.helpers.synthetic_corpora import Made, put_archive

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.preprocessing import pipeline
-from pipelines.data.preprocessing.corpus_job import CorpusJob
+from pipelines.data.preprocessing.datasource import CorpusJob
 from pipelines.data.preprocessing.progress import MIN_ROWS_TO_STOP, CorpusProgress
 from pipelines.data.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS
 from skillnet_platform import signals

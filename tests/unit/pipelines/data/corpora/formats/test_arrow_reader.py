@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.corpora.formats.arrow_reader import iter_batch_rows
 from pipelines.data.corpora.formats.encoding import BadRecord
-from pipelines.data.corpora.formats.record_reader import read_records
+from pipelines.data.corpora.formats.record_reader import iter_batch_rows, read_records
 from pipelines.data.io.directory import SourceDirectory
 
 NOT_UTF8 = BadRecord("not UTF-8")
