@@ -150,7 +150,7 @@ def _is_healthy(port: int) -> bool:
 
 def _write_model(data: Path, place: Path) -> Path:
     from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.loop.resolved_run import resolve_config
+    from pipelines.training.loop.resolved_run import resolve_run
     from skillnet.model import SkillNet
     from skillnet_platform.config import parse_config
 
@@ -158,7 +158,7 @@ def _write_model(data: Path, place: Path) -> Path:
     # A trained model has no auxiliary tasks.
     words += ["--tasks.text_to_definition", "null", "--model.tasks.text_to_definition", "null"]
     config = parse_config(FinetuneConfig, words, "skillnet finetune")
-    SkillNet(resolve_config(config).model).save_pretrained(place / "model")
+    SkillNet(resolve_run(config).config.model).save_pretrained(place / "model")
     return place / "model"
 
 

@@ -38,10 +38,10 @@ from skillnet_studies.study.tuning import (
     Stage,
     TuningResult,
     build_stage_trials,
+    fit_best_rate,
     name_task_rate,
 )
 from sweeps.config.trials import ScoreConfig
-from sweeps.search.rate_fit import fit_best_rate
 from sweeps.trials.trial import Trial
 
 COLUMNS = ("system", "task", "rate", "seed", "source", "score", "steps", "date", "machine")

@@ -122,17 +122,14 @@ def _grow_in_folder(
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         trained = _train_references(references, tracker)
+        added = (config.skill.name if config.skill is not None else "", config.task.name)
         report = verification.build_growth_report(
-            source, before, settings, run, result, trained, (_name_skill(config), config.task.name)
+            source, before, settings, run, result, trained, added
         )
         report.record(run, tracker)
     # The report is written first, so that it shows what changed if the check fails.
     verification.assert_frozen_unchanged(report)
     return finish_result(result, report, [source], settings, config.tracking)
-
-
-def _name_skill(config: GrowConfig) -> str:
-    return config.skill.name if config.skill is not None else ""
 
 
 def _resolve_references(
@@ -195,7 +192,7 @@ def finish_result(
 
     Args:
         result: result of the command so far, with ``run`` and ``evaluation``.
-        report: its report.
+        report: comparison with the models that it was made from.
         sources: models that it was made from.
         settings: configuration of its run.
         tracking: MLflow settings of the command.

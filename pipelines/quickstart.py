@@ -114,7 +114,12 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         result = finetune(training)
     rows = result["evaluation"]
     with stages.stage("register", "registering the model"):
-        registered = _register(config, data, result, rows, baselines)
+        from pipelines.serving.registration import register_model
+        from pipelines.training.runs import model_source
+
+        uri = config.tracking.uri
+        source = model_source.resolve_model(result["run"], uri)
+        registered = register_model(source, data, rows=rows, baseline_rows=baselines, uri=uri)
         total = _record_baselines(config, result, rows, baselines)
     return {
         "name": result["name"],
@@ -152,21 +157,6 @@ def _evaluate_baselines(config: QuickstartConfig, data: Path) -> list[dict[str, 
         return evaluate_simple_baselines(
             data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name)
         )
-
-
-def _register(
-    config: QuickstartConfig,
-    data: Path,
-    result: dict[str, Any],
-    rows: list[dict[str, Any]],
-    baselines: list[dict[str, Any]],
-) -> Any:
-    from pipelines.serving.registration import register_model
-    from pipelines.training.runs import model_source
-
-    uri = config.tracking.uri
-    source = model_source.resolve_model(result["run"], uri)
-    return register_model(source, data, rows=rows, baseline_rows=baselines, uri=uri)
 
 
 def _record_baselines(

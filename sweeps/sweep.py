@@ -169,14 +169,14 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """Return the list or source of the trials, and their base run."""
-    from pipelines.training.loop.resolved_run import resolve_config
+    from pipelines.training.loop.resolved_run import resolve_run
     from sweeps.search.planned_trials import compute_model_cost, fit_fixed_cost
     from sweeps.search.space import SearchSpace, warn_about_small_space
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
-    run = resolve_config(replace(named, run_dir=str(folder.parent)))
+    run = resolve_run(replace(named, run_dir=str(folder.parent))).config
     if not config.space:
         raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     space = SearchSpace(config.space, run)

@@ -183,7 +183,7 @@ def request_trial(config: TrialsConfig, training: TrainingConfig) -> ResourceReq
     """Return the workers of one trial.
 
     Args:
-        config: of the sweep or study.
+        config: settings of the sweep or study.
         training: settings of the trial's training.
     """
     return request_workers(training, config.resources.cpus, config.resources.gpus)
@@ -193,7 +193,7 @@ def request_run(config: TrialsConfig, training: TrainingConfig) -> ResourceReque
     """Return the workers of one trial, with the places of its corpora, models and results.
 
     Args:
-        config: of the sweep or study.
+        config: settings of the sweep or study.
         training: settings of the trial's training.
     """
     return replace(

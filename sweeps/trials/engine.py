@@ -163,9 +163,9 @@ def run_trials(
 
 
 def _resolve_trial(trial: Trial) -> Trial:
-    from pipelines.training.loop.resolved_run import resolve_config
+    from pipelines.training.loop.resolved_run import resolve_run
 
-    return replace(trial, config=resolve_config(replace(trial.config, name=trial.name)))
+    return replace(trial, config=resolve_run(replace(trial.config, name=trial.name)).config)
 
 
 def _check_names(trials: Sequence[Trial]) -> None:

@@ -17,7 +17,7 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.run import FinetuneConfig, StorageConfig
 from pipelines.training.loop import preemption
 from pipelines.training.loop.ray_train import fit
-from pipelines.training.loop.resolved_run import ResolvedRun, resolve_config
+from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.worker import run_worker
 from pipelines.training.runs import checkpoints, model_source, uploads
 from pipelines.training.runs.mirror import RunMirror
@@ -258,7 +258,7 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
-    config = resolve_config(config_of(data, object_store))
+    config = resolve_run(config_of(data, object_store)).config
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
     monkeypatch.setattr("pipelines.training.loop.reporter.PROGRESS_NOTE_S", 0.0)
     run_worker(ResolvedRun(config, theirs), is_remote=True)
@@ -282,7 +282,7 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two folders stand for two machines: another one resumes from the last step, bitwise."""
-    config = resolve_config(config_of(data, object_store))
+    config = resolve_run(config_of(data, object_store)).config
     callbacks = [FaultInjection([Fault(step=5, kind="term")])]
     before = signal.getsignal(signal.SIGTERM)
     preemption.listen_in_worker()

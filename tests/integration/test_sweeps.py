@@ -17,7 +17,7 @@ import torch
 
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.resolved_run import resolve_config
+from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.setup import build_model
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
@@ -48,7 +48,7 @@ def base(data: Path, **training: object) -> FinetuneConfig:
 
 def save_overflowing(config: FinetuneConfig, folder: Path) -> str:
     """Save a model of a run whose weights are finite and whose outputs are not."""
-    model = build_model(resolve_config(config))
+    model = build_model(resolve_run(config).config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e38)

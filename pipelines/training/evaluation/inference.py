@@ -384,7 +384,7 @@ class InferenceRunner:
         """
         batches = batches_by_length(inputs.lengths, self.max_batch_tokens, self.max_batch_rows)
         waiting: tuple[np.ndarray, tuple[Tensor, ...], Callable[[], None]] | None = None
-        with self._inference():
+        with self.inference():
             for rows in self.ranks.select(batches):
                 batch = send_batch(inputs.load_batch(rows), self.device)
                 results, wait = fetch_results(infer_batch(batch))
@@ -397,7 +397,8 @@ class InferenceRunner:
                 yield waiting[0], waiting[1]
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
+        """Compute without gradients, in the precision and without dropout, in a block."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -515,24 +516,8 @@ def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]
         runner: inference on all ranks; the training mode of the model is restored.
         batch: from :func:`masked_batches`.
     """
-    model = runner.model
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), runner.precision.autocast():
-        outputs = model(batch.task, batch.towers)
-    # Training runs evaluate between two steps and must find the mode that they left.
-    model.train(was_training)
-    return outputs
-
-
-def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
-    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
-
-    Args:
-        runner: of the model.
-        batch: from :func:`masked_batches`.
-    """
-    return run_masked_batch(runner, batch)["predicted"]
+    with runner.inference():
+        return runner.model(batch.task, batch.towers)
 
 
 def masked_losses(

@@ -333,6 +333,7 @@ def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
         "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
         "rows per second": f"{result['rows_per_second']:.0f}",
         "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "seed": f"{result['seed']}",
         "folder": f"`{result['run']}`",
     }
     if result.get("stopped_early"):

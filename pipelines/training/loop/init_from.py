@@ -215,7 +215,7 @@ def add_noise(config: FinetuneConfig, model: TaskModel) -> list[str]:
     """Add noise to copies that training would keep equal; return a line for each of them.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         model: whose skills are copies.
     """
     plans = [

@@ -34,7 +34,7 @@ class ResolvedRun:
     Inputs are opened at their first use and at most once. A finished run needs none of them.
 
     Args:
-        config: with a name and absolute paths, see :func:`resolve_config`.
+        config: with a name and absolute paths, see :func:`resolve_run`.
         folder: directory of the run; checkpoints are written and resumed there. None keeps nothing
             on disk.
         corpora: opened corpora; others are opened when they are needed.
@@ -204,11 +204,6 @@ def _pin_corpora(
     }
     pinned = {name: config.corpora.get(name) or opened[name] for name in opened}
     return {name: digest for name, digest in pinned.items() if digest}
-
-
-def resolve_config(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
-    """Return the configuration of :func:`resolve_run`."""
-    return resolve_run(config, stage).config
 
 
 #: A split of this name is for pretraining too, but only for tasks that name it: masked tasks do not

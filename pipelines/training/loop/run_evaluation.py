@@ -167,14 +167,6 @@ def complete_result(
     rows = result["evaluation"]
     weak = _find_weak_tests(config, rows, splits) if not brief else []
     costs = {task: account_task(model, task) for task in config.measured}
-    facts = {
-        "steps": result["step"],
-        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
-        "rows per second": f"{result['rows_per_second']:.0f}",
-        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
-        "seed": config.seed,
-        "folder": f"`{run}`",
-    }
     record: dict[str, Any] = {
         "result": result | {"total_params": total} | ({"weak_tests": weak} if weak else {}),
         "splits": list(splits) if splits is not None else None,
@@ -183,7 +175,9 @@ def complete_result(
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total},
         "metrics": tables.flat_metrics(rows) | _find_score(rows, splits, brief),
-        "note": tables.run_description(rows, [], model.config, total, facts, weak),
+        "note": tables.run_description(
+            rows, [], model.config, total, tables.run_facts(result), weak
+        ),
     }
     # Another machine may have evaluated the run before, and logged the same numbers.
     before = read_json(run / EVALUATED) if (run / EVALUATED).is_file() else {}

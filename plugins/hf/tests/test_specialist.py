@@ -20,7 +20,6 @@ from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
 from skillnet.baselines import size_matching
 from skillnet.model_merging import remove_task
-from skillnet.multitask_model import account_task
 from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, Task, masked_tasks, pretraining_tasks
 from skillnet.systems import build_system, load_model

@@ -14,7 +14,7 @@ from pipelines.data.tokenizer.conversion import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.pretrain import main as pretraining
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop import upcycling
+from pipelines.training.loop import init_from
 from pipelines.training.loop.init_from import InitReport, resolve_init_weights
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, resolve_run
@@ -46,7 +46,7 @@ def test_a_run_starts_from_a_dense_run(
     dense = build_system("dense", config.joint().model, {"ffn_dim": 24})
     dense.save_pretrained(tmp_path / "dense")
     with monkeypatch.context() as exact:
-        exact.setattr(upcycling, "INIT_NOISE", 0.0)
+        exact.setattr(init_from, "INIT_NOISE", 0.0)
         model, report = start(config, tmp_path / "dense")
     assert report.fresh == []
     assert {"skill-general", "skill-text", "skill-video"} <= set(report.taken)
@@ -186,7 +186,7 @@ def save_bert(folder: Path) -> Any:
 def test_a_run_starts_from_a_checkpoint_of_a_library(
     config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upcycling, "INIT_NOISE", 0.0)
+    monkeypatch.setattr(init_from, "INIT_NOISE", 0.0)
     bert = save_bert(tmp_path / "bert")
     with pytest.raises(UserError) as error:
         start(config, tmp_path / "bert")

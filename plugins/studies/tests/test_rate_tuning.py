@@ -14,7 +14,7 @@ from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfi
 from skillnet_studies.study import tuning as tn
 from skillnet_studies.study.study import build_final_trial
 from skillnet_studies.study.system_runs import build_base_run
-from sweeps.search.rate_fit import fit_best_rate
+from skillnet_studies.study.tuning import fit_best_rate
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config
 

@@ -32,7 +32,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import (
     InferenceRunner,
     memory_inputs,
-    predict_masked_tokens,
+    run_masked_batch,
 )
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loop.gradient_sync import GradientSync
@@ -155,7 +155,7 @@ class StepCensus:
         spec = self.config.model.tasks[task]
         with self._mode, DeviceWatch() as watch:
             if spec.objective == "masked":
-                predict_masked_tokens(runner, batch.to(CUDA)).cpu()
+                run_masked_batch(runner, batch.to(CUDA))["predicted"].cpu()
             elif spec.objective == "ctc":
                 with torch.no_grad(), runner.precision.autocast():
                     self.model(task, batch.to(CUDA).towers)["log_probs"].cpu()

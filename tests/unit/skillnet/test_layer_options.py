@@ -12,7 +12,6 @@ from skillnet.encoder import SHARED, EncoderLayer, Skills
 from skillnet.modalities.image import PatchStem
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill
-from skillnet.multitask_model import account_task
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from skillnet.accounting import account_task
 
 from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill, remove_skill
-from skillnet.multitask_model import account_task
 from skillnet.skill_copies import copy_to_skills, is_difference
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task

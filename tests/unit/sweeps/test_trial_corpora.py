@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.training.config.run import PretrainConfig
-from pipelines.training.loop.resolved_run import resolve_config
+from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.runs.layout import CONFIG, RESULT
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -28,7 +28,7 @@ ENDS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def trial(tmp_path: Path, run_root: Path) -> Trial:
     data = write_corpora(tmp_path / "data")
-    return Trial("a", resolve_config(replace(small_config(data, steps=4), name="a")))
+    return Trial("a", resolve_run(replace(small_config(data, steps=4), name="a")).config)
 
 
 def end_trial(trial: Trial, folder: Path, end: str, corpora: dict[str, str | None]) -> None:

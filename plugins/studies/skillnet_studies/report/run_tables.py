@@ -99,7 +99,7 @@ def build_size_table(comparison: SystemComparison) -> ReportTable:
 def _measure_size(run: FinishedRun) -> "SizeMatch | None":
     """Return the sizes of a run's system; None if it is not matched or not installed here."""
     from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.runs.baseline_size import measure_baseline_size
+    from pipelines.training.loop.run_evaluation import measure_baseline_size
     from skillnet_platform import config as configuration
 
     try:

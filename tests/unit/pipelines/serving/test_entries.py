@@ -62,7 +62,7 @@ class Request:
     Args:
         row: with a text, or with the name of one of ``FILES``.
         expected: task, or start of the reason.
-        method: of a model in Python; None if its methods cannot ask this.
+        method: value of a model in Python; None if its methods cannot ask this.
         entries: that can ask it.
     """
 
