@@ -13,7 +13,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -474,37 +474,3 @@ class TaskModel(RawInputModel, nn.Module):
                 f"{folder / 'config.json'}: cannot build a {cls.system} model from it: "
                 f"{describe_error(error)}"
             ) from error
-
-
-class Account(NamedTuple):
-    """Cost of one example of a task.
-
-    Attributes:
-        total: parameters of the complete model.
-        activated: parameters that the task reads, and that training it can change.
-        flops_per_example: floating-point operations of a forward pass, per example.
-        tokens: length of the example in tokens, summed over towers.
-    """
-
-    total: int
-    activated: int
-    flops_per_example: int
-    tokens: int
-
-
-def account_task(model: TaskModel, task: str, lengths: Mapping[str, int] | None = None) -> Account:
-    """Compute the cost of one example of a task, for any system: all towers and the head.
-
-    Args:
-        model: any system.
-        task: name of the task.
-        lengths: tower -> tokens of text or code, or frames of sound; the longest supported input by
-            default. Images and videos have one size.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    find_task(task, model.config.tasks)
-    flops, tokens = model.flops(task, lengths)
-    total = sum(p.numel() for p in model.parameters())
-    return Account(total, model.activated_parameters(task), flops, tokens)

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.helpers.labelled_corpora import write_labelled_corpora
 
 from pipelines.serving import bundle
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks, known_tasks
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.readable_corpora import config, write_corpora, write_labelled_corpora
 
 #: Task of the model of every objective -> (corpus, outputs); None keeps the default number.
 TASKS = {

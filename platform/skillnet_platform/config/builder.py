@@ -5,6 +5,7 @@ field alone decides what its value becomes. No value names a class or a function
 configuration of any origin runs nothing. A field of type ``Any`` takes plain values only.
 """
 
+import dataclasses
 import functools
 import math
 import typing
@@ -83,9 +84,18 @@ def _tighten(node: Any) -> Any:
         return core_schema.is_instance_schema(str)
     elif kind == "any":
         return core_schema.no_info_plain_validator_function(_copy_plain)
+    elif kind == "dataclass" and "__setattr__" in vars(node["cls"]):
+        # pydantic sets fields past this method, which hides the secret of a URI.
+        return core_schema.no_info_after_validator_function(_set_fields, node)
     elif kind in ("list", "tuple"):
         return core_schema.no_info_before_validator_function(_require_list, node)
     return node
+
+
+def _set_fields(made: Any) -> Any:
+    for field in dataclasses.fields(made):
+        setattr(made, field.name, getattr(made, field.name))
+    return made
 
 
 def _require_list(value: Any) -> Any:

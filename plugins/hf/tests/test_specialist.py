@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from skillnet.accounting import account_task
 
 from pipelines.training.config.run import PretrainConfig, TaskTraining
 from pipelines.training.loop.loop import seed_dropout, train_model

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from skillnet.accounting import account_task
 from torch import Tensor, nn
 
 from skillnet.encoder import SHARED, EncoderLayer, Skills
