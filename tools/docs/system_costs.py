@@ -53,7 +53,7 @@ def read_system(spoken: str) -> tuple[str, dict[str, Any]]:
 
 def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[list[str]]:
     """Two rows of a system: parameters that a task activates, and operations of an example."""
-    from skillnet.multitask_model import account_task
+    from skillnet.accounting import account_task
     from skillnet.systems import build_system
 
     name, options = read_system(spoken)

@@ -154,7 +154,7 @@ def complete_result(
     """
     from pipelines.training.evaluation import figures, tables
     from skillnet import systems
-    from skillnet.multitask_model import account_task
+    from skillnet.accounting import account_task
 
     model = systems.load_model(run / "model")
     # A comparison of runs reads this number: it may not have their models.

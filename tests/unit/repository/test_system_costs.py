@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.training.config.run import FinetuneConfig
-from skillnet.multitask_model import account_task
+from skillnet.accounting import account_task
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system
 from skillnet_platform import config as configuration

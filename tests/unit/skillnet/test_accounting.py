@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from skillnet.accounting import account_task
 from skillnet.flops import plan_flops
 from skillnet.modality import modality_names
 from skillnet.model import SkillNet
-from skillnet.multitask_model import account_task
 from skillnet.skills import SkillPlan
 from tests.helpers.small_models import (
     PLANS,

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
 from skillnet.model import SkillNet
-from skillnet.multitask_model import TaskModel, account_task
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
 from skillnet.systems import build_system, find_system, load_model, system_names
 from tests.helpers.small_models import small_config, towers_of

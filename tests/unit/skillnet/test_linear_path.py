@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from skillnet.accounting import account_task
 from skillnet.baselines.alone import SeparateSkillNets
 from skillnet.baselines.dense import DenseModel
 from skillnet.baselines.moe import MoE
@@ -15,7 +16,6 @@ from skillnet.config import SkillNetConfig
 from skillnet.dense_export import TowerGraph, export_tower, make_example_batch
 from skillnet.modalities.tensors import PAD
 from skillnet.model import SkillNet
-from skillnet.multitask_model import account_task
 from skillnet.objectives.retrieval import find_grid_side
 from skillnet.skills import SkillPlan, Task
 from skillnet_hf.specialist import SpecialistModel

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.moe import Sizes, ours, theirs
+from skillnet.accounting import account_task
 from skillnet.baselines import moe_layers
 from skillnet.baselines.moe import MoE, MoEOptions
 from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
-from skillnet.multitask_model import account_task
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system, load_model
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of

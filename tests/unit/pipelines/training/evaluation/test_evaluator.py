@@ -21,8 +21,8 @@ from pipelines.training.evaluation.inference import (
     split_inputs,
 )
 from pipelines.training.evaluation.tables import COLUMNS
+from skillnet.accounting import account_task
 from skillnet.model import SkillNet
-from skillnet.multitask_model import account_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from tests.helpers.prepared_corpora import change_corpus, swap_test
