@@ -84,12 +84,18 @@ def _tighten(node: Any) -> Any:
         return core_schema.is_instance_schema(str)
     elif kind == "any":
         return core_schema.no_info_plain_validator_function(_copy_plain)
-    elif kind == "dataclass" and "__setattr__" in vars(node["cls"]):
+    elif kind == "dataclass" and _sets_attributes(node["cls"]):
         # pydantic sets fields past this method, which hides the secret of a URI.
-        return core_schema.no_info_after_validator_function(_set_fields, node)
+        return core_schema.no_info_after_validator_function(
+            _set_fields, node, ref=node.pop("ref", None)
+        )
     elif kind in ("list", "tuple"):
         return core_schema.no_info_before_validator_function(_require_list, node)
     return node
+
+
+def _sets_attributes(cls: Any) -> bool:
+    return "__setattr__" in vars(cls) and not cls.__dataclass_params__.frozen
 
 
 def _set_fields(made: Any) -> Any:
