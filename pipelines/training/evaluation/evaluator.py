@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from skillnet.accounting import account_task
 
 from pipelines.data.config.folds import FoldConfig, is_reserve
 from pipelines.data.shards.columns import FixedColumn, open_column
