@@ -29,7 +29,8 @@ def write_labelled_clips(data: Path, name: str = "counts", named: bool = True) -
         label = np.argsort(np.argsort(ink)) * CLASSES // len(table)
         made = table.select(["key", "group", "unit", "frames"])
         splits[split] = [made.append_column("label", pa.array(label, pa.int32()))]
-    same = {key: strokes.manifest[key] for key in ("modality", "pretraining", "preprocessing")}
+    keys = ("modality", "pretraining", "preprocessing")
+    same = {key: strokes.manifest[key] for key in keys if key in strokes.manifest}
     labels = ["little", "some", "much"] if named else []
     return write_corpus(data / name, splits, **same, corpus=name, task="counting", labels=labels)
 
