@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 from pipelines.data.corpora.readers import (
     ExternalCorpus,
-    RejectedRow,
+    FileRecord,
     Row,
-    SourceArchives,
     SourceDirectory,
     SplitOptions,
     TextOptions,
     clean_text,
-    error_row,
     hash_split,
 )
 
@@ -42,22 +40,26 @@ class Poems(ExternalCorpus):
         found = next((e.name for e in source.walk() if e.name.endswith(".poem")), None)
         return f"{found} is a poem" if found else None
 
-    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
+    def read_records(self) -> Iterator[FileRecord]:
         """Yield poems in the order of their names."""
         for entry in self.source.walk():
-            if not entry.name.endswith(".poem"):
-                continue
-            lines = [line.decode("utf-8", "replace") for _, line in self.source.lines(entry.name)]
-            try:
-                text = clean_text("，".join(lines[1 : 1 + self.options.verses]))
-                yield {
-                    "split": hash_split(entry.name, self.options),
-                    "key": entry.name,
-                    "group": -1,
-                    "text": text,
-                    "label": clean_text(lines[0]),
-                    "captions": [],
-                    "file": entry.name,
-                }
-            except (ValueError, IndexError):
-                yield error_row(entry.name, "a poem without a dynasty or verses", entry.name)
+            if entry.name.endswith(".poem"):
+                lines = [
+                    each.decode("utf-8", "replace") for _, each in self.source.lines(entry.name)
+                ]
+                yield FileRecord(entry.name, None, lines, key=entry.name)
+
+    def build_record(self, record: FileRecord) -> Row:
+        """Return the row of a poem."""
+        lines = record.value[: 1 + self.options.verses]
+        if len(lines) < 2 or not all(map(str.strip, lines[:2])):
+            raise ValueError("a poem without a dynasty or verses")
+        return {
+            "split": hash_split(record.key, self.options),
+            "key": record.key,
+            "group": -1,
+            "text": clean_text("，".join(lines[1:])),
+            "label": clean_text(lines[0]),
+            "captions": [],
+            "file": record.file,
+        }

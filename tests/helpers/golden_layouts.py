@@ -39,7 +39,7 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
     Args:
         home: folder of the corpus; messages have ``{home}`` for it.
         place: READER:PATH relative to it.
-        options: choices of the reader.
+        options: settings that the reader gets.
     """
 
     def relative(value: Any) -> Any:
