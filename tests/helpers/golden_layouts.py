@@ -50,34 +50,34 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
     with mock.patch.object(console, "print_warning") as warn:
         reader, _, path = place.partition(":")
         below = f"{home}/{path}".rstrip("/")
-        report: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         try:
             found = detect_reader(SourceDirectory(below))
-            report["detected"] = relative(list(found)) if found else None
+            outcome["detected"] = relative(list(found)) if found else None
             given = {k: v.format(home=home) if k == "media" else v for k, v in options.items()}
             corpus: Any = open_external_corpus("mine", f"{reader}:{below}", given)
-            report["task"], report["named"] = corpus.task, sorted(corpus.named_splits)
-            report["annotations"] = list(corpus.annotations_present)
+            outcome["task"], outcome["named"] = corpus.task, sorted(corpus.named_splits)
+            outcome["annotations"] = list(corpus.annotations_present)
             rows = list(corpus.rows(SourceArchives.none()))
             kept = [row for row in rows if not isinstance(row, RejectedRow)]
-            report["rows"] = [
+            outcome["rows"] = [
                 {name: relative(row[name]) for name in SHOWN if row.get(name) not in (None, [])}
                 | ({"media": relative(row["media"]["path"])} if row.get("media") else {})
                 for row in kept
             ]
             reasons = Counter(row.reason for row in rows if isinstance(row, RejectedRow))
-            report["rejected"] = dict(sorted(reasons.items()))
-            report["columns"] = {
+            outcome["rejected"] = dict(sorted(reasons.items()))
+            outcome["columns"] = {
                 each: corpus.schema(each).names for each in corpus.unlabelled_splits
             }
             corpus.extra_sources()
-            report["unread"] = corpus.unread_files.describe()
+            outcome["unread"] = corpus.unread_files.describe()
             corpus.scan_labels()
-            report["labels"] = list(corpus.labels)
+            outcome["labels"] = list(corpus.labels)
         except UserError as error:
-            report["error"] = relative(str(error))
-    report["warnings"] = [relative(call.args[0]) for call in warn.call_args_list]
-    return {key: value for key, value in report.items() if value not in (None, [], {}, "")}
+            outcome["error"] = relative(str(error))
+    outcome["warnings"] = [relative(call.args[0]) for call in warn.call_args_list]
+    return {key: value for key, value in outcome.items() if value not in (None, [], {}, "")}
 
 
 def _write_cases(file: Path) -> None:
