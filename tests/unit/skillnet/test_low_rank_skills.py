@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from skillnet.accounting import account_task
 
 from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
