@@ -41,6 +41,7 @@ from pipelines.training.loading.task_columns import (
     tower_column,
 )
 from pipelines.training.runs.vocabulary_match import align_outputs
+from skillnet.accounting import account_task
 from skillnet.metrics import MetricIntervals, TaskMetrics, cut_to_bounds
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective

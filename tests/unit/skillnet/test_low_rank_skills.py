@@ -9,6 +9,7 @@ import torch
 
 from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
+from skillnet.accounting import account_task
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill, remove_skill
