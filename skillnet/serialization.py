@@ -12,13 +12,12 @@ directory without a manifest, or with a file that does not match it, is rejected
 knows no model class: :mod:`skillnet.multitask_model` builds models from these files.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,32 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skillnet.config import SkillNetConfig
+from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_files.commit import commit_directory, make_scratch_directory
-
-
-@contextlib.contextmanager
-def panics_as_errors(problem: str) -> Iterator[None]:
-    """Turn a panic inside the block into ValueError; other exceptions pass.
-
-    Args:
-        problem: start of the message, such as the path and what is wrong with the file.
-
-    Raises:
-        ValueError: the library panicked.
-    """
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException as error:
-        # The class is not importable: each library has its own, created by pyo3.
-        if type(error).__name__ != "PanicException":
-            raise
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        raise ValueError(f"{problem} (the library failed: {reason})") from None
-
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Longest accepted header, in bytes. Headers of models with thousands of tensors take 4 % of it.

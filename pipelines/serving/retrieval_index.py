@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipelines.serving.unit_vectors import check_unit_vectors
-from skillnet.serialization import panics_as_errors
+from skillnet.rust_panics import panics_as_errors
 from skillnet_platform import console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line

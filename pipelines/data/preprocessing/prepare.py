@@ -24,7 +24,6 @@ from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.unread_files import unpack_hint
 from pipelines.data.io.media import MediaReadError, read_media
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
-from pipelines.data.preprocessing.datasource import CorpusJob
 from pipelines.data.preprocessing.media_sample import run_within, try_media
 from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
@@ -194,6 +193,9 @@ def _prepare(
                     reuse_if_current(corpus, data, sources[corpus.name], done, store)
         if store is not None:
             upload_shared_files(data, store)  # before the manifests, which name its hash
+        # Ray loads with it, which --help does not need.
+        from pipelines.data.preprocessing.datasource import CorpusJob
+
         jobs = [
             CorpusJob(
                 corpus,

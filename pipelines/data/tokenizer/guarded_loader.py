@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.transforms.bounded_tokenizer import TEXT_PARTS, BoundedTokenizer
-from skillnet.serialization import panics_as_errors
+from skillnet.rust_panics import panics_as_errors
 
 #: Bytes of a file. The largest known vocabularies (256,000 tokens) take 35 MB.
 MAX_FILE_BYTES = 64 * 2**20

@@ -19,7 +19,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from skillnet.serialization import panics_as_errors
+from skillnet.rust_panics import panics_as_errors
 
 #: Increase it when a change of this file or of drawing.py changes the pixels of any file.
 VERSION = 4

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from skillnet.serialization import panics_as_errors
+from skillnet.rust_panics import panics_as_errors
 
 #: Start of the messages about a text.
 UNTOKENIZED = "the text cannot be tokenized"

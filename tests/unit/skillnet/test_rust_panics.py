@@ -2,7 +2,7 @@
 
 import pytest
 
-from skillnet.serialization import panics_as_errors
+from skillnet.rust_panics import panics_as_errors
 
 
 class PanicException(BaseException):
