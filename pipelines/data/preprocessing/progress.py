@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines.data.corpora.base import Corpus
 from pipelines.data.preprocessing import staging
 from pipelines.data.preprocessing.blocks import ReadSummary
-from pipelines.data.preprocessing.datasource import CorpusJob
 from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from pipelines.data.shards.row_checks import ROW_CHECKS, check_rows
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import find_version
 from skillnet_platform.storage import atomic_write, write_json
+
+if TYPE_CHECKING:
+    from pipelines.data.preprocessing.datasource import CorpusJob
 
 #: Packages whose versions the manifest records.
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
@@ -45,7 +47,7 @@ class CorpusProgress:
         errors: reason -> rows that the transform rejected.
     """
 
-    job: CorpusJob
+    job: "CorpusJob"
     finished_before: dict[str, dict[str, Any]]
     summary: ReadSummary | None = None
     units: int = 0
