@@ -4,6 +4,7 @@ A name only selects an entry. Nothing that a user hands in is imported. All grou
 corpora, systems, objectives, modalities, planners and weights) are looked up here.
 """
 
+import sys
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 Named = TypeVar("Named")
 
 
-@cache
 def find_entries(group: str) -> dict[str, EntryPoint]:
     """Return name -> entry point of installed packages and of this checkout, whose names win.
 
@@ -22,6 +22,12 @@ def find_entries(group: str) -> dict[str, EntryPoint]:
     Args:
         group: such as ``skillnet.commands``.
     """
+    # A package that joins the import path later is found, as in a worker of a cluster.
+    return _scan(group, tuple(sys.path))
+
+
+@cache
+def _scan(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)} | find_own_entries(group)
 
 

@@ -11,7 +11,7 @@ from skillnet_files import entry_points
 
 def forget_entries() -> None:
     """Look all entry points up again."""
-    for each in (entry_points.find_entries, find_modality, find_objective):
+    for each in (entry_points._scan, find_modality, find_objective):
         each.cache_clear()
 
 

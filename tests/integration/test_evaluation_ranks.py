@@ -69,7 +69,7 @@ def compare_with_one_process(rank: int, world: int, data: str) -> None:
     object.__setattr__(ranks, "counted", [])
     found, outcomes = evaluate(ranks, data)
     counted: list[Any] = [None] * world
-    dist.all_gather_object(counted, inference.counted)
+    dist.all_gather_object(counted, ranks.counted)
     assert len({len(lists) for lists in counted}) == 1
     for parts in zip(*counted, strict=True):
         rows = sorted(row for part in parts for row in part)

@@ -31,7 +31,7 @@ KILLS = """
 import os, sys
 from pathlib import Path
 from pipelines import finetune
-from pipelines.training import run_evaluation
+from pipelines.training.loop import run_evaluation
 from skillnet_platform.tracking import run_record
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
