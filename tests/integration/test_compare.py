@@ -15,6 +15,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
 from skillnet_studies import compare as command
 from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig
+from skillnet_studies.study.kept_results import TUNING, KeptStudy
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -68,8 +69,8 @@ def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Pa
     folder = run_root / "study"
     ledger = json.loads((folder / "study.json").read_text())
     assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [1, 0]
-    kept = (tmp_path / "kept/study/tuning.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["score"] for line in kept] == [ledger["tuning"]["skillnet"]["score"]]
+    kept = KeptStudy(tmp_path / "kept/study").content[TUNING]
+    assert [entry["score"] for entry in kept] == [ledger["tuning"]["skillnet"]["score"]]
     chosen = ledger["tuning"]["skillnet"]["settings"]
     for label in labels:
         run = folder / "runs" / f"{label}-fold1-seed10000"

@@ -1,6 +1,7 @@
 """``skillnet serve`` on Ray Serve: requests survive the death of a replica."""
 
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -96,8 +97,12 @@ def leave_a_slow_file(port: int, server: int) -> None:
     """Send a drawing that takes as long as a request may, leave, and wait for its decoder's end."""
 
     def decoders() -> set[int]:
-        found = psutil.Process(server).children(recursive=True)
-        return {each.pid for each in found if "serve_requests" in " ".join(each.cmdline())}
+        found = set()
+        for each in psutil.Process(server).children(recursive=True):
+            # A decoder that was killed is a zombie for a moment.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {each.pid} if "serve_requests" in " ".join(each.cmdline()) else set()
+        return found
 
     rows = [{"file": base64.b64encode(SLOW_SVG).decode(), "name": "a.svg"}]
     body = json.dumps({"rows": rows}).encode()
