@@ -50,14 +50,14 @@ def _together(settings: dict[str, Any]) -> None:
 def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_path: Path) -> None:
     from ray.train import RunConfig, ScalingConfig
 
-    from pipelines.training.loop.ray_train import fit
+    from pipelines.training.loop.ray_train import rendezvous
     from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
 
     with watched() as seen:
         PolicyTrainer(
             _together,
             scaling_config=ScalingConfig(num_workers=2),
-            backend_config=fit.build_process_group_config(False, timeout_s=60),
+            backend_config=rendezvous.build_process_group_config(False, timeout_s=60),
             run_config=RunConfig(storage_path=str(tmp_path)),
         ).fit()
     whole = " ".join(each.process for each in seen)

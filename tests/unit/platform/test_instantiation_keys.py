@@ -25,7 +25,7 @@ from skillnet_studies.study.system_runs import override_run
 from sweeps.trials.trial import TRIAL, read_trial
 from tests.helpers.small_models import small_model
 
-REJECTED = r"(?s)class_path.*(creates|unknown key)"
+REJECTED = r"(?s)class_path.*(creates|unknown key)|is no option"
 
 
 def _loaded(name: str) -> CliCommand[Any]:

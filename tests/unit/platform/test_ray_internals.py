@@ -175,7 +175,7 @@ def test_the_controller_of_a_training_does_not_import_torch() -> None:
     """Its process would start two seconds later and need 500 MB more."""
     modules = "elastic", "failure_policy", "worker_callback"
     names = [f"skillnet_platform.ray_internals.{name}" for name in modules]
-    imports = ", ".join(["sys", *names, "pipelines.training.loop.ray_train.fit"])
+    imports = ", ".join(["sys", *names, "pipelines.training.loop.ray_train.rendezvous"])
     script = (
         f"import {imports}; assert 'ray.train' in sys.modules; sys.exit('torch' in sys.modules)"
     )

@@ -2,26 +2,20 @@
 
 import contextlib
 import functools
-import math
 import os
-import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import torch
-from ray.train.backend import Backend, BackendConfig
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import preemption
 from pipelines.training.loop.callbacks import LoopCallback
+from pipelines.training.loop.ray_train.rendezvous import build_process_group_config
 from pipelines.training.loop.reporter import OnEvaluation
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import count_threads
@@ -30,216 +24,12 @@ from pipelines.training.runs.uploads import fit_storage
 from skillnet.precision import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from skillnet_platform.cluster import capacity, loopback
+from skillnet_platform.cluster import capacity
 from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
-from skillnet_platform.ray_internals.failure_policy import hide_user_errors
 
 if TYPE_CHECKING:
     from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
-
-
-@dataclass
-class ProcessGroupConfig(BackendConfig):
-    """Process group of the workers.
-
-    Args:
-        backend: ``gloo`` or ``nccl``.
-        timeout_s: longest wait in a collective operation, in seconds.
-    """
-
-    backend: str
-    timeout_s: int
-
-
-@dataclass
-class SingleNodeConfig(ProcessGroupConfig):
-    """Process group of workers on one node, which meet in a file."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Class that Ray Train instantiates."""
-        return _FileRendezvous
-
-
-@dataclass
-class ClusterConfig(ProcessGroupConfig):
-    """Process group of workers on several nodes, which meet at the address of the first."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Class that Ray Train instantiates."""
-        return _AddressRendezvous
-
-
-def build_process_group_config(use_gpu: bool, timeout_s: float) -> ProcessGroupConfig:
-    """Return the process group configuration for the Ray that this process is connected to.
-
-    Args:
-        use_gpu: NCCL instead of gloo.
-        timeout_s: longest wait in a collective operation. A worker that is stopped, or whose
-            network is cut, is only noticed by this timeout.
-    """
-    is_embedded = loopback.listens_on_loopback(ray)
-    config_class = SingleNodeConfig if is_embedded else ClusterConfig
-    backend = "nccl" if use_gpu else "gloo"
-    # Ray's setting is a whole number of seconds, and 0 would fail at once.
-    return config_class(backend=backend, timeout_s=math.ceil(timeout_s))
-
-
-@dataclass(frozen=True)
-class WorkerBuild:
-    """Build of torch of a worker.
-
-    Args:
-        node: name of its node.
-        build: version of torch, with the build, such as ``2.13.0+cu128``.
-        problem: why the worker has no GPU, if it needs one.
-    """
-
-    node: str
-    build: str
-    problem: str | None = None
-
-
-def describe_build(use_gpu: bool) -> WorkerBuild:
-    """Return the build of torch of this worker.
-
-    Args:
-        use_gpu: the worker needs a GPU.
-    """
-    import torch
-
-    from pipelines.training.loop.setup import pick_device
-
-    # An object of torch's own type would make the controller import torch to read it.
-    build = str(torch.__version__)
-    try:
-        pick_device(use_gpu)
-    except UserError as error:
-        return WorkerBuild(platform.node(), build, str(error))
-    return WorkerBuild(platform.node(), build)
-
-
-def check_builds(workers: Sequence[WorkerBuild], use_gpu: bool) -> None:
-    """Check that the workers can form a process group.
-
-    Args:
-        workers: their builds.
-        use_gpu: the sums of GPUs need equal builds; those of CPUs need equal versions.
-
-    Raises:
-        UserError: a worker finds no GPU, or the builds differ; names the nodes.
-    """
-    for each in workers:
-        if each.problem is not None:
-            raise UserError(each.problem)
-    nodes: dict[str, set[str]] = {}
-    for each in workers:
-        build = each.build if use_gpu else each.build.partition("+")[0]
-        nodes.setdefault(build, set()).add(each.node)
-    if len(nodes) > 1:
-        listed = "; ".join(
-            f"torch {build} on {', '.join(sorted(on))}" for build, on in nodes.items()
-        )
-        raise UserError(
-            f"training.workers: the nodes have different builds of torch ({listed}). Install one "
-            "build on all nodes; `skillnet doctor` compares them"
-        )
-
-
-def _compare_workers(worker_group: Any, backend_config: BackendConfig) -> None:
-    assert isinstance(backend_config, ProcessGroupConfig)
-    use_gpu = backend_config.backend == "nccl"
-    hide_user_errors()
-    found = [
-        worker_group.execute_single_async(rank, describe_build, use_gpu)
-        for rank in range(len(worker_group))
-    ]
-    check_builds(ray.get(found), use_gpu)
-
-
-class _AddressRendezvous(Backend):
-    share_cuda_visible_devices = True
-
-    def __init__(self) -> None:
-        from ray.train.torch import TorchConfig
-
-        self._ray_backend = TorchConfig().backend_cls()
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Compare and join the workers; the controller calls this after each start of them."""
-        from ray.train.torch import TorchConfig
-
-        assert isinstance(backend_config, ProcessGroupConfig)
-        _compare_workers(worker_group, backend_config)
-        ray_config = TorchConfig(backend=backend_config.backend, timeout_s=backend_config.timeout_s)
-        self._ray_backend.on_start(worker_group, ray_config)
-
-    def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Set the variables of torch."""
-        self._ray_backend.on_training_start(worker_group, backend_config)
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Leave the process group."""
-        self._ray_backend.on_shutdown(worker_group, backend_config)
-
-
-class _FileRendezvous(Backend):
-    share_cuda_visible_devices = True
-
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Join the workers; the controller calls this after each start of the workers."""
-        assert isinstance(backend_config, SingleNodeConfig)
-        self._clean()
-        _compare_workers(worker_group, backend_config)
-        # Only this user can open the folder. It stays, because NCCL reads the file later too.
-        self._folder = Path(tempfile.mkdtemp(prefix="skillnet-rendezvous-"))
-        joining = [
-            worker_group.execute_single_async(
-                rank,
-                _join,
-                backend_config.backend,
-                (self._folder / "store").as_uri(),
-                rank,
-                len(worker_group),
-                backend_config.timeout_s,
-            )
-            for rank in range(len(worker_group))
-        ]
-        ray.get(joining)
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Leave the process group without waiting for a rank that hangs; the workers end next."""
-        leaving = worker_group.execute_async(_leave)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_TIMEOUT_S)
-        self._clean()
-
-    def _clean(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-#: Seconds for the workers to leave their process group.
-LEAVE_TIMEOUT_S = 30.0
-
-
-def _join(backend: str, url: str, rank: int, world: int, timeout_s: int) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        backend, init_method=url, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-    )
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 #: Counter of the fits of this process, for their names.

@@ -17,8 +17,8 @@ from torch import distributed as dist
 from pipelines.quickstart import QuickstartConfig, quickstart
 from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop import setup
-from pipelines.training.loop.ray_train import fit
-from pipelines.training.loop.ray_train.fit import WorkerBuild
+from pipelines.training.loop.ray_train import fit, rendezvous
+from pipelines.training.loop.ray_train.rendezvous import WorkerBuild
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.worker import DeviceLostError
@@ -170,24 +170,24 @@ def test_a_gpu_worker_reserves_its_share_of_the_cpus_of_a_node() -> None:
 def test_workers_with_different_builds_of_torch_do_not_start() -> None:
     mixed = [WorkerBuild("a", "2.13.0+cu128"), WorkerBuild("b", "2.13.0+cu126")]
     with pytest.raises(UserError) as caught:
-        fit.check_builds(mixed, use_gpu=True)
+        rendezvous.check_builds(mixed, use_gpu=True)
     for part in ("torch 2.13.0+cu128 on a", "torch 2.13.0+cu126 on b", "one build on all nodes"):
         assert part in str(caught.value)
     # The sums of CPUs need equal versions only.
-    fit.check_builds(mixed, use_gpu=False)
+    rendezvous.check_builds(mixed, use_gpu=False)
     with pytest.raises(UserError, match=r"torch 2.13.0 on a; torch 2.12.1 on b"):
-        fit.check_builds([mixed[0], WorkerBuild("b", "2.12.1+cu128")], use_gpu=False)
+        rendezvous.check_builds([mixed[0], WorkerBuild("b", "2.12.1+cu128")], use_gpu=False)
 
 
 def test_the_controller_reads_a_worker_without_torch() -> None:
-    assert b"torch" not in pickle.dumps(fit.describe_build(use_gpu=False).build)
+    assert b"torch" not in pickle.dumps(rendezvous.describe_build(use_gpu=False).build)
 
 
 def test_a_worker_without_a_gpu_is_named_before_the_process_group() -> None:
-    found = fit.describe_build(use_gpu=True)
+    found = rendezvous.describe_build(use_gpu=True)
     with pytest.raises(UserError, match=f"finds no GPU on {platform.node()}"):
-        fit.check_builds([WorkerBuild("other", found.build), found], use_gpu=True)
-    fit.check_builds([fit.describe_build(use_gpu=False)], use_gpu=False)
+        rendezvous.check_builds([WorkerBuild("other", found.build), found], use_gpu=True)
+    rendezvous.check_builds([rendezvous.describe_build(use_gpu=False)], use_gpu=False)
 
 
 def test_an_error_before_the_start_of_the_workers_ends_the_run() -> None:
@@ -220,7 +220,7 @@ def test_each_worker_needs_a_row_of_each_batch(tmp_path: Path) -> None:
 
 def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skillnet_platform.cluster.loopback.listens_on_loopback", lambda ray: True)
-    config = fit.build_process_group_config(use_gpu=False, timeout_s=12.5)
+    config = rendezvous.build_process_group_config(use_gpu=False, timeout_s=12.5)
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: asked.update(options)
