@@ -225,5 +225,5 @@ def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: asked.update(options)
     )
-    fit._join("gloo", "file:///x", 0, 2, config.timeout_s)
+    rendezvous._join("gloo", "file:///x", 0, 2, config.timeout_s)
     assert asked["timeout"].total_seconds() == 13
