@@ -11,10 +11,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.modalities.pixels import SECONDS_PER_PIXEL, patchify, scale_to_signed
+from skillnet.modalities.pixels import PixelTensors, patchify, scale_to_signed
 from skillnet.modalities.tensors import (
     Batch,
-    ModalityTensors,
     PixelScale,
     Tokens,
     build_stem_norm,
@@ -59,25 +58,16 @@ class PatchStem(nn.Module):
         return self.norm(x_BTD), None
 
 
-class ImageTensors(ModalityTensors):
-    """Tensor half of images: a device changes and masks their pixels."""
+class ImageTensors(PixelTensors):
+    """Tensor half of images."""
 
     stem_class = PatchStem
-    has_pixels = True
-    seconds_per_element = SECONDS_PER_PIXEL
 
     def count_tokens(self, config: SkillNetConfig, length: Any = None) -> int:
         return config.image_tokens
 
-    def count_values(self, config: SkillNetConfig) -> int:
-        return 3 * config.patch_size**2
-
     def count_elements(self, config: SkillNetConfig, length: int | None = None) -> int:
         return config.image_size**2
-
-    def count_stem_flops(self, config: SkillNetConfig, stem: nn.Module, length: int | None) -> int:
-        assert isinstance(stem, PatchStem)
-        return 2 * stem.position.shape[0] * stem.project.in_features * config.dim
 
     def make_example(
         self,

@@ -3,14 +3,41 @@
 Shapes: B batch, T tokens, N frames, C channels, M masked tokens of all rows, P values of a token.
 """
 
-import torch
-from torch import Tensor
+import math
+from typing import Any
 
-from skillnet.modalities.tensors import fill_masked, normalise_tokens, spread_flags
+import torch
+from torch import Tensor, nn
+
+from skillnet.config import SkillNetConfig
+from skillnet.modalities.tensors import (
+    ModalityTensors,
+    fill_masked,
+    normalise_tokens,
+    spread_flags,
+)
 
 #: CPU seconds to read and decode a pixel, which the GPU then changes: 0.407 ms for 224 x 224
 #: (benchmarks/results/2026-11-25-reading.csv). Frames are assumed to cost as much.
 SECONDS_PER_PIXEL = 0.407e-3 / 224**2
+
+
+class PixelTensors(ModalityTensors):
+    """Tensor half of images or videos: a device changes and masks their pixels.
+
+    A linear layer of the stem makes a token of the pixels of each tubelet.
+    """
+
+    has_pixels = True
+    seconds_per_element = SECONDS_PER_PIXEL
+
+    def count_values(self, config: SkillNetConfig) -> int:
+        return 3 * math.prod(self.find_tubelet(config))
+
+    def count_stem_flops(self, config: SkillNetConfig, stem: nn.Module, length: int | None) -> int:
+        assert isinstance(stem, self.stem_class)
+        own: Any = stem
+        return int(2 * len(own.position) * own.project.in_features * config.dim)
 
 
 def patchify(x_BHWC: Tensor, side: int) -> Tensor:

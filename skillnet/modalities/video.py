@@ -12,10 +12,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.modalities.pixels import SECONDS_PER_PIXEL, cut_tubelets, scale_to_signed, with_motion
+from skillnet.modalities.pixels import PixelTensors, cut_tubelets, scale_to_signed, with_motion
 from skillnet.modalities.tensors import (
     Batch,
-    ModalityTensors,
     PixelScale,
     RowMasking,
     Tokens,
@@ -67,27 +66,17 @@ class TubeletStem(nn.Module):
         return self.norm(x_BTD), None
 
 
-class VideoTensors(ModalityTensors):
-    """Tensor half of videos: a device changes and masks their pixels."""
+class VideoTensors(PixelTensors):
+    """Tensor half of videos."""
 
     stem_class = TubeletStem
-    has_pixels = True
-    seconds_per_element = SECONDS_PER_PIXEL
 
     def count_tokens(self, config: SkillNetConfig, length: Any = None) -> int:
         f, h, w = config.tubelet
         return (config.video_frames // f) * (config.video_size // h) * (config.video_size // w)
 
-    def count_values(self, config: SkillNetConfig) -> int:
-        f, h, w = config.tubelet
-        return 3 * f * h * w
-
     def count_elements(self, config: SkillNetConfig, length: int | None = None) -> int:
         return config.video_frames * config.video_size**2
-
-    def count_stem_flops(self, config: SkillNetConfig, stem: nn.Module, length: int | None) -> int:
-        assert isinstance(stem, TubeletStem)
-        return 2 * stem.position.shape[0] * stem.project.in_features * config.dim
 
     def make_example(
         self,

@@ -289,8 +289,8 @@ def _add_metrics(objective: Objective) -> Objective:
     """Return an objective with the metrics that other packages add to it."""
     taken = {each.name for each in objective.metrics}
     further = []
-    for name in sorted(find_entries(METRICS_GROUP)):
-        found = find_entries(METRICS_GROUP)[name].load()
+    for name, entry in sorted(find_entries(METRICS_GROUP).items()):
+        found = entry.load()
         if not isinstance(found, RowMetric):
             raise ValueError(f"the entry point {METRICS_GROUP}:{name} names no RowMetric")
         if found.objective != objective.name:

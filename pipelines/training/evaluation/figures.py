@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.training.evaluation.tables import activation_cells, sort_rows
 from skillnet.config import SkillNetConfig
-from skillnet_evidence.plot_kit import COLORS, make_figure, style_axes
+from skillnet_evidence.plot_kit import COLORS, make_figure, smooth_series, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,21 +110,6 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
-
-
-def smooth_series(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
-    """Return the centred running mean of a series; the window is shorter at both ends.
-
-    Args:
-        values: (N,)
-        fraction: window length as a fraction of N.
-    """
-    half = max(int(len(values) * fraction / 2), 1)
-    # Prefix sums: the work does not grow with the window.
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
 
 
 def _square(column: int, row: int, color: str) -> Any:
