@@ -30,8 +30,8 @@ def compute_model_cost(
         by: activated parameters, or FLOPs per example.
     """
     import torch
-    from skillnet.accounting import account_task
 
+    from skillnet.accounting import account_task
     from skillnet.systems import build_system
 
     config = config.joint()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from skillnet.accounting import account_task
 
 from pipelines.training.config.run import PretrainConfig, TaskTraining
 from pipelines.training.loop.loop import seed_dropout, train_model
@@ -19,6 +18,7 @@ from pipelines.training.loop.optimizer import (
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
+from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
 from skillnet.model_merging import remove_task
 from skillnet.precision import choose_precision

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from skillnet.accounting import account_task
 
 from pipelines.training.loop.loop import seed_dropout, train_model
 from pipelines.training.loop.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import step_loss
+from skillnet.accounting import account_task
 from skillnet.model import SkillNet
 from skillnet.model_merging import remove_task
 from skillnet.precision import choose_precision

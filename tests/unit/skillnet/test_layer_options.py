@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from skillnet.accounting import account_task
 from torch import Tensor, nn
 
+from skillnet.accounting import account_task
 from skillnet.encoder import SHARED, EncoderLayer, Skills
 from skillnet.modalities.image import PatchStem
 from skillnet.model import SkillNet
