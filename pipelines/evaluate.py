@@ -192,7 +192,7 @@ def log_evaluation(
     from mlflow.exceptions import MlflowException
 
     from pipelines.training.evaluation.tables import compute_overall_score, flat_metrics
-    from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+    from pipelines.training.runs.bundle_manifest import read_bundle_manifest
     from pipelines.training.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend, start_child_run
 
@@ -206,7 +206,7 @@ def log_evaluation(
     digests = {task: trained.get(corpus) for task, corpus in source.corpora.items()}
     if not trained and source.bundle is not None:
         # A model without a training run was measured when it was registered.
-        entries = read_bundle_manifest(source.bundle / BUNDLE_MANIFEST)["tasks"]
+        entries = read_bundle_manifest(source.bundle)["tasks"]
         digests = {task: entry["corpus_digest"] for task, entry in entries.items()}
     is_own = [digests.get(row["task"]) == row["corpus_digest"] for row in rows]
     own = [row for row, each in zip(rows, is_own, strict=True) if each]

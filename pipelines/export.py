@@ -74,7 +74,7 @@ def main(config: ExportConfig) -> "ExportReport":
     """Run ``skillnet export``."""
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.serving.bundle import find_bundle
-    from pipelines.serving.export import export_bundle
+    from pipelines.serving.export import export_bundle, push_folder
     from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
@@ -83,8 +83,6 @@ def main(config: ExportConfig) -> "ExportReport":
     target = Path(config.output or f"{config.task or 'skillnet'}-{config.to}")
     report = export_bundle(bundle, manifest, target, config.to, config.task)
     if config.push is not None:
-        from pipelines.serving.hub import push_folder
-
         console.print_note(f"pushed: {push_folder(target, config.push)}")
     return report
 

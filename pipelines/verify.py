@@ -1,6 +1,6 @@
 """``skillnet verify``: hash all files of a model again, from the weights back to the downloads.
 
-    registry version ─ tag ─> serving.json ─> weights, tokenizer, captions
+    registry version ─ tag ─> manifest.json ─> weights, tokenizer, captions
                                     │
                                     ├─> corpora (manifest digest) ─> shards ─> archives
                                     └─> MLflow run (digests of its dataset inputs)
@@ -97,10 +97,10 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     recorded: dict[str, str] = {}
     if source.bundle is not None:
         checks += _check_bundle(source, config.tracking_uri)
-        from pipelines.serving.bundle import BUNDLE_MANIFEST
+        from pipelines.training.runs.bundle_manifest import read_bundle_manifest
 
-        about = read_json(source.bundle / BUNDLE_MANIFEST)
-        recorded = {e["corpus"]: e["corpus_digest"] for e in about["tasks"].values()}
+        tasks = read_bundle_manifest(source.bundle)["tasks"].values()
+        recorded = {entry["corpus"]: entry["corpus_digest"] for entry in tasks}
     names = list(recorded) or sorted(set(source.corpora.values()))
     if source.run_id is not None:
         checks += _check_run(source, recorded, config.tracking_uri)
@@ -155,7 +155,9 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
     folder = source.bundle
 
     def files() -> str:
-        about = bundle.check_bundle(folder)
+        about = bundle.read_bundle_manifest(folder)
+        # The files of the weights have a check of their own.
+        bundle.check_files(folder, about, about["files"])
         return f"{len(about['files'])} files, written by skillnet-platform {about['package']}"
 
     yield _make_check("bundle", files)
@@ -169,7 +171,7 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
         name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
         tags = client.get_model_version(name or champion.MODEL_NAME, str(source.version)).tags
         _require_equal(
-            "serving.json", sha256_file(folder / bundle.BUNDLE_MANIFEST), tags.get("serving_sha256")
+            "manifest.json", sha256_file(folder / bundle.MANIFEST), tags.get("manifest_sha256")
         )
         _require_equal("weights", source.digest, tags.get("weights_digest"))
         found = model_upload.digest_files(folder.parents[1])

@@ -196,7 +196,7 @@ class RawInputModel:
 #: ``owner/name`` of a repository.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: Files of a model beside its weights; the manifest first.
-ABOUT = ("manifest.json", "config.json", "serving.json", "tokenizer.json")
+ABOUT = ("manifest.json", "config.json", "tokenizer.json")
 
 
 def find_model_folder(

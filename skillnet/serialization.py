@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -36,8 +36,9 @@ from skillnet_files.commit import commit_directory, make_scratch_directory
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Longest accepted header, in bytes. Headers of models with thousands of tensors take 4 % of it.
 LONGEST_HEADER = 8 * 2**20
-#: Bytes and files of a manifest. A model of a thousand skills and its optimizer take a tenth.
-MAX_MANIFEST_BYTES = 8 * 2**20
+#: Bytes and files of a manifest. A model of a thousand skills and its optimizer take a thirtieth;
+#: names of outputs take more.
+MAX_MANIFEST_BYTES = 32 * 2**20
 MAX_FILES = 20_000
 #: Bytes of a configuration, most of which are the names of outputs.
 MAX_CONFIG_BYTES = 64 * 2**20
@@ -252,11 +253,29 @@ def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
         files: their names.
         **extra: further entries.
     """
-    entries = {
+    commit_manifest(folder, {"format": FORMAT, **extra, "files": describe_files(folder, files)})
+
+
+def describe_files(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return name -> size and sha256 of files.
+
+    Args:
+        folder: directory of the files.
+        files: their names.
+    """
+    return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
         for name in sorted(files)
     }
-    manifest = {"format": FORMAT, **extra, "files": entries}
+
+
+def commit_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``, and flush it to disk.
+
+    Args:
+        folder: directory of the files.
+        manifest: content.
+    """
     with (folder / "manifest.json").open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, sort_keys=True)
         file.write("\n")

@@ -1,58 +1,51 @@
 """Bundle of a model: one directory with everything that predictions need, and its hashes.
 
-    config.json, manifest.json, *.safetensors
-                               weights, as save_pretrained writes them
+    config.json, *.safetensors weights, as save_pretrained writes them
     tokenizer.json             of the corpora that the model was trained on
     captions-TASK.safetensors  embeddings of known captions, one row each
     captions-TASK.json         the captions
-    serving.json               names of classes and symbols, limits, preprocessing settings,
-                               digests of the corpora, hashes of all other files
+    manifest.json              hashes of all other files; its entry "serving" has names of classes
+                               and symbols, limits, preprocessing settings, digests of the corpora
 
 The registry stores bundles. A bundle opens without the corpora and without a network.
 :func:`build_bundle` writes one, :func:`open_bundle` checks and opens one, and
 :func:`open_predictor` opens any model.
 """
 
+import csv
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.tokenizer import training as tokenizers
+from pipelines.data.tokenizer.guarded_loader import largest_token_id
 from pipelines.data.transforms.text import is_unicode
-from pipelines.serving.bundle_checks import (
-    MODEL_MANIFEST,
-    check_bundle_vocabulary,
-    check_recorded_hashes,
-    check_tasks,
-)
-from pipelines.serving.bundle_facts import list_licences, read_run_figures, select_figures
-from pipelines.serving.known_captions import embed_captions, read_known_captions
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
-from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.training.evaluation.evaluator import locate_task_corpus
 from pipelines.training.runs.bundle_manifest import (
     BUNDLE_FORMAT,
-    BUNDLE_MANIFEST,
-    compute_bundle_digest,
+    MANIFEST,
+    REMEDY,
+    TOKENIZER_FILE,
+    add_bundle_manifest,
     read_bundle_manifest,
 )
 from pipelines.training.runs.model_source import ModelSource, load_trained_tasks
-from pipelines.training.runs.vocabulary_match import (
-    TOKENIZER_FILE,
-    check_corpus_vocabulary,
-    read_corpus_names,
-)
+from pipelines.training.runs.vocabulary_match import check_corpus_vocabulary, read_corpus_names
 from skillnet import systems
+from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.precision import best_device
 from skillnet.serialization import (
-    check_inside,
+    check_file,
     load_tensors,
     read_config,
     read_manifest,
@@ -65,7 +58,6 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import (
     read_json,
     run_root,
-    sha256_file,
     staging_directory,
     write_json,
 )
@@ -78,6 +70,19 @@ from skillnet_platform.storage.location import (
 
 #: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
 VECTORS_VERSION = 2
+#: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in
+#: the memory of a predictor.
+MAX_CAPTIONS = 100_000
+#: Captions that are read or embedded in one batch.
+BATCH_CAPTIONS = 8192
+#: Deviation of a length from 1 that rounding can cause: bf16 has 8 bits.
+TOLERANCE = 0.02
+#: Vectors whose lengths are computed at once.
+BLOCK_ROWS = 65_536
+#: Evaluation rows in the folder of a run.
+EVALUATION_CSV = "evaluation.csv"
+#: Columns of evaluation rows that a bundle keeps.
+FIGURE_COLUMNS = ("task", "split", "metric", "value", "low", "high")
 
 Content = TypeVar("Content")
 
@@ -137,10 +142,7 @@ def build_bundle(
                     folder / f"captions-{task}.safetensors",
                 )
                 write_json(folder / f"captions-{task}.json", captions)
-        # Listed after everything is written, so that the hashes cover every file.
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        manifest = {
-            "format": BUNDLE_FORMAT,
+        about = {
             "package": __version__,
             "weights_digest": source.digest,
             "run_id": source.run_id,
@@ -158,10 +160,10 @@ def build_bundle(
                 }
                 for task, corpus in corpora.items()
             },
-            "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
         }
-        manifest["digest"] = compute_bundle_digest(manifest)
-        write_json(folder / BUNDLE_MANIFEST, manifest)
+        # Listed after everything is written, so that the hashes cover every file.
+        files = [TOKENIZER_FILE, *(path.name for path in folder.glob("captions-*"))]
+        add_bundle_manifest(folder, about, files)
     return target
 
 
@@ -181,15 +183,13 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
 
 def _load_checked_bundle(folder: Path) -> tuple[dict[str, Any], TaskModel]:
     """Return the manifest and the model of a bundle; each file is hashed once, before its use."""
-    manifest = _read_required_manifest(folder)
-    files = manifest["files"].keys()
-    _check_hashes(folder, manifest, [MODEL_MANIFEST])
-    weights = check_recorded_hashes(folder, manifest)
-    _check_hashes(folder, manifest, files - weights - {MODEL_MANIFEST})
+    manifest = read_bundle_manifest(folder)
+    check_files(folder, manifest, manifest["files"])
     # Loading hashes the files that it reads: reading the weights twice would double the start.
     model = systems.load_model(folder)
     read = {"config.json", *(f"{file}.safetensors" for file in model.files_of())}
-    _check_hashes(folder, manifest, weights - read)
+    weights = read_manifest(folder)
+    check_files(folder, weights, weights["files"].keys() - read)
     return manifest, model.to(best_device())
 
 
@@ -204,21 +204,19 @@ def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
         model: from this folder.
 
     Raises:
-        UserError: a file is missing or was altered, or the manifests record other hashes.
+        UserError: a file is missing or was altered.
     """
-    manifest = _read_required_manifest(folder)
+    manifest = read_bundle_manifest(folder)
     tasks = {name: each for name, each in manifest["tasks"].items() if name in model.config.tasks}
     banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    wanted = {TOKENIZER_FILE, MODEL_MANIFEST, *banks}
-    _check_hashes(folder, manifest, wanted & manifest["files"].keys())
-    check_recorded_hashes(folder, manifest)
+    check_files(folder, manifest, {TOKENIZER_FILE, *banks} & manifest["files"].keys())
     return _make_predictor(folder, manifest | {"tasks": tasks}, model, "auto")
 
 
 def _make_predictor(
     folder: Path, manifest: dict[str, Any], model: TaskModel, precision: str
 ) -> TaskPredictor:
-    check_tasks(folder / BUNDLE_MANIFEST, manifest, model.config)
+    check_tasks(folder / MANIFEST, manifest, model.config)
     banks = {}
     for task, spec in model.config.tasks.items():
         has_captions = find_objective(spec.objective).pairs_towers
@@ -238,7 +236,7 @@ def _make_predictor(
 
 
 def check_bundle(folder: str | Path) -> dict[str, Any]:
-    """Check ``serving.json`` and the hash of every file, and return the content of the former.
+    """Check the manifest of a bundle and the hash of every file, and return its ``serving``.
 
     Args:
         folder: directory of the bundle.
@@ -247,34 +245,86 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
         UserError: a file is missing or was altered, or the bundle has another format.
     """
     folder = Path(folder)
-    manifest = _read_required_manifest(folder)
-    _check_hashes(folder, manifest, manifest["files"])
-    check_recorded_hashes(folder, manifest)
+    manifest = read_bundle_manifest(folder)
+    for listed in (manifest, read_manifest(folder)):
+        check_files(folder, listed, listed["files"])
     return manifest
 
 
-def _read_required_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / BUNDLE_MANIFEST
-    manifest = read_bundle_manifest(path)
-    # A manifest without files would otherwise pass, because it has nothing to compare.
-    missing = {TOKENIZER_FILE, MODEL_MANIFEST} - manifest["files"].keys()
-    if missing:
-        raise UserError(f"{path} does not list {', '.join(sorted(missing))}")
-    return manifest
+def check_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Compare files of a bundle with their sizes and hashes.
 
+    Args:
+        folder: directory of the bundle.
+        manifest: that lists them: of the weights, or its entry ``serving``.
+        names: of the files.
 
-def _check_hashes(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
-    path = folder / BUNDLE_MANIFEST
+    Raises:
+        UserError: a file is missing, a link, or was altered.
+    """
     for name in sorted(names):
-        # A bundle may come from elsewhere; a name like ../x must not reach other files.
-        check_inside(path, name, deep=True)
-        # The target of a link may change after its hash was checked.
-        if (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is a link; a bundle must contain the file itself")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; register the model again")
-        if sha256_file(folder / name) != manifest["files"][name]:
-            raise UserError(f"{folder / name} was altered after the model was registered")
+        try:
+            check_file(folder, name, manifest)
+        except ValueError as error:
+            raise UserError(f"{error}; {REMEDY}") from None
+
+
+def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig) -> None:
+    """Check that a bundle describes the tasks and outputs of its model.
+
+    Args:
+        path: location of the manifest.
+        manifest: result of :func:`read_bundle_manifest`.
+        config: settings of the model.
+
+    Raises:
+        UserError: a task is missing, or has another number of names than outputs.
+    """
+    if manifest["tasks"].keys() != config.tasks.keys():
+        raise UserError(
+            f"{path}: tasks are {', '.join(manifest['tasks'])}; the model has "
+            f"{', '.join(config.tasks)}; {REMEDY}"
+        )
+    for task, spec in config.tasks.items():
+        names = manifest["tasks"][task]["names"]
+        if find_objective(spec.objective).listed and len(names) != spec.outputs:
+            raise UserError(
+                f"{path}: tasks.{task}.names has {len(names)} names; the model has {spec.outputs} "
+                f"outputs; {REMEDY}"
+            )
+
+
+def check_bundle_vocabulary(
+    folder: Path, manifest: Mapping[str, Any], tokenizer: Any, model: TaskModel
+) -> None:
+    """Check that the tokenizer and the names of a bundle are those of its model.
+
+    Args:
+        folder: directory of the bundle.
+        manifest: result of :func:`read_bundle_manifest`.
+        tokenizer: text encoder of the bundle.
+        model: module with the weights of the bundle.
+
+    Raises:
+        UserError: another tokenizer, a token beyond the vocabulary of the model, or other names.
+    """
+    path, size = folder / TOKENIZER_FILE, model.config.vocab_size
+    largest = largest_token_id(tokenizer)
+    if largest >= size:
+        raise UserError(
+            f"{path}: it has the token id {largest}; the model has {size} tokens; use "
+            "the tokenizer of its training"
+        )
+    expected, found = model.vocabulary.tokenizer, manifest["files"][TOKENIZER_FILE]["sha256"]
+    if expected is not None and found != expected:
+        raise UserError(
+            f"{path}: sha256 {found}; the model was trained with the tokenizer {expected}; {REMEDY}"
+        )
+    for task, names in model.vocabulary.outputs.items():
+        if list(names) != manifest["tasks"][task]["names"]:
+            raise UserError(
+                f"{folder / MANIFEST}: tasks.{task}.names are not those of the model; {REMEDY}"
+            )
 
 
 def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
@@ -343,7 +393,7 @@ def _find_bundle(
     )
     target = run_root() / "cache" / "bundles" / key[:16]
     # build_bundle publishes a complete directory or none, so this file proves completeness.
-    if (target / BUNDLE_MANIFEST).is_file():
+    if (target / MANIFEST).is_file():
         try:
             content = read(target)
         # A cache holds nothing of its own, so a damaged entry is built again.
@@ -406,3 +456,121 @@ def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> byt
                 "`skillnet prepare`"
             )
     return content
+
+
+def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS) -> list[str]:
+    """Return the distinct first captions of all splits except ``pretrain``, in order.
+
+    Shards are read one at a time, and none after the last returned caption.
+
+    Args:
+        corpus: shards of a retrieval task.
+        max_captions: maximum number of captions.
+    """
+    # A dictionary removes duplicates and keeps the order, on which the digest of a bundle depends.
+    captions: dict[str, None] = {}
+    for name, split in corpus.splits.items():
+        for shard in split.shards if name != "pretrain" else ():
+            # The handle keeps the shard in the cache while it is read.
+            opened = split.open_shard(shard)
+            if "captions" not in opened.table.column_names:
+                break  # rows without captions, for prediction only
+            column = opened.table["captions"]
+            for start in range(0, len(column), BATCH_CAPTIONS):
+                rows = column.slice(start, BATCH_CAPTIONS).to_pylist()
+                captions |= dict.fromkeys(row[0] for row in rows if row)
+                if len(captions) > max_captions:
+                    console.print_note(
+                        f"{corpus.name} has more than {max_captions:,} captions; predictions "
+                        "choose among the first ones only"
+                    )
+                    return list(captions)[:max_captions]
+    return list(captions)
+
+
+def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> np.ndarray:
+    """Return the embeddings of captions, (N, E), computed in batches.
+
+    Args:
+        predictor: with the model and its tokenizer.
+        task: a retrieval task.
+        captions: N texts.
+    """
+    # Batches bound the memory of the tokenized texts.
+    parts = [
+        predictor.embed_texts(task, captions[start : start + BATCH_CAPTIONS])
+        for start in range(0, len(captions), BATCH_CAPTIONS)
+    ]
+    return np.concatenate(parts) if parts else predictor.embed_texts(task, [])
+
+
+def check_unit_vectors(path: Path, vectors: np.ndarray, shape: tuple[int, int]) -> None:
+    """Check stored embeddings.
+
+    Args:
+        path: location of the file, for the message.
+        vectors: its content.
+        shape: expected number and width.
+
+    Raises:
+        UserError: another shape or type, or a vector whose length is neither 1 nor 0.
+    """
+    if vectors.shape != shape or vectors.dtype != np.float32:
+        raise UserError(
+            f"{path} is damaged: it holds {vectors.shape} numbers of type {vectors.dtype}, "
+            f"expected {shape} of type float32"
+        )
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        lengths = np.linalg.norm(vectors[start : start + BLOCK_ROWS], axis=1)
+        # A row without any real token has the vector zero. NaN fails both comparisons.
+        is_unit = (np.abs(lengths - 1) <= TOLERANCE) | (lengths == 0)
+        if not is_unit.all():
+            row = start + int(np.argmin(is_unit))
+            raise UserError(
+                f"{path} is damaged: row {row} has the length {lengths[row - start]:.3g}, "
+                "so its similarities would be no cosines"
+            )
+
+
+def list_licences(corpora: Iterable[str]) -> list[str]:
+    """Return ``source: licence`` of the data of built-in corpora; [] for other corpora.
+
+    Args:
+        corpora: names of the corpora that rows come from.
+    """
+    from pipelines.data.corpora import find_corpus, is_built_in
+
+    known = [name for name in corpora if is_built_in(name)]
+    archives = [each for name in known for each in find_corpus(name).archives]
+    # Two corpora may come from one archive.
+    return list(dict.fromkeys(f"{each.requirement}: {each.licence}" for each in archives))
+
+
+def read_run_figures(run: Path | None) -> list[dict[str, Any]]:
+    """Return the evaluation rows of a run's folder; [] if it has none.
+
+    Args:
+        run: folder of the run, or None.
+    """
+    path = run / EVALUATION_CSV if run is not None else None
+    if path is None or not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def select_figures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return evaluation rows with the columns ``FIGURE_COLUMNS``, as plain values.
+
+    Args:
+        rows: records of an evaluation, or read from its CSV file.
+    """
+    figures = []
+    for row in rows:
+        figure: dict[str, Any] = {key: str(row[key]) for key in FIGURE_COLUMNS[:3]}
+        for key in FIGURE_COLUMNS[3:]:
+            # An empty cell is a figure without an interval; JSON has no NaN.
+            value = float(row[key]) if row.get(key) not in (None, "") else math.nan
+            figure[key] = value if math.isfinite(value) else None
+        figures.append(figure)
+    return figures

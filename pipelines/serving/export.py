@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from pipelines.serving.model_card import CARD_FILE, render_card
-from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, compute_bundle_digest
+from pipelines.training.evaluation.tables import result_cells, sort_rows
+from pipelines.training.runs.bundle_manifest import TOKENIZER_FILE, add_bundle_manifest, is_bundle
 from pipelines.training.runs.model_source import ModelSource
-from pipelines.training.runs.vocabulary_match import TOKENIZER_FILE
 from skillnet import systems
 from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
 from skillnet.model import SkillNet
@@ -34,14 +35,15 @@ from skillnet.serialization import write_model
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_extras import describe_missing_extra
-from skillnet_platform.storage import sha256_file, staging_directory, write_json
+from skillnet_platform.storage import staging_directory
+from skillnet_platform.tables import markdown_table
 
 FORMATS = ("hf", "dense", "pt2", "onnx")
 #: Largest difference of an output in float32, relative to the largest output or 1.
 TOLERANCE = 1e-5
 #: Version of the ONNX operators: attention and normalization exist since 18.
 OPSET = 18
-GRAPH_MANIFEST = "graph.json"
+GRAPH_MANIFEST, CARD_FILE = "graph.json", "README.md"
 #: Settings of the training that an export repeats. The others name folders and servers.
 PUBLIC_SETTINGS = frozenset(
     ("seed", "system", "options", "model", "tasks", "corpora", "fold", "training")
@@ -76,7 +78,7 @@ def export_bundle(
 
     Args:
         bundle: checked bundle of the model.
-        manifest: content of its ``serving.json``.
+        manifest: entry ``serving`` of its manifest.
         target: directory to create.
         to: one of ``FORMATS``.
         task: to export; None exports all tasks, which only ``hf`` can.
@@ -122,7 +124,7 @@ def write_exported_folder(
 
     Args:
         bundle: folder of the source.
-        manifest: content of its ``serving.json``.
+        manifest: entry ``serving`` of its manifest.
         model: its tasks are those of the source or some of them.
         folder: existing directory.
         title: heading of the card.
@@ -130,12 +132,11 @@ def write_exported_folder(
     write_model(model, folder)
     tasks = {task: manifest["tasks"][task] for task in model.config.tasks}
     banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    for name in (TOKENIZER_FILE, *banks):
-        if name in manifest["files"]:
-            shutil.copyfile(bundle / name, folder / name)
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [name for name in (TOKENIZER_FILE, *banks) if name in manifest["files"]]
+    for name in files:
+        shutil.copyfile(bundle / name, folder / name)
     settings = {k: v for k, v in manifest["settings"].items() if k in PUBLIC_SETTINGS}
-    content = {key: value for key, value in manifest.items() if key != "digest"} | {
+    content = {key: value for key, value in manifest.items() if key not in ("digest", "files")} | {
         "settings": _shorten_paths(settings),
         "tasks": {
             task: entry | {"preprocessing": _shorten_paths(entry["preprocessing"])}
@@ -143,10 +144,8 @@ def write_exported_folder(
         },
         "weights_digest": ModelSource(str(folder), folder).digest,
         "evaluation": [row for row in manifest["evaluation"] if row["task"] in tasks],
-        "files": {path.name: sha256_file(path) for path in files},
     }
-    content["digest"] = compute_bundle_digest(content)
-    write_json(folder / BUNDLE_MANIFEST, content)
+    add_bundle_manifest(folder, content, files)
     # Not listed in the manifest: people edit the card.
     (folder / CARD_FILE).write_text(render_card(content, model, title), encoding="utf-8")
 
@@ -257,3 +256,116 @@ def _compare(source: TaskModel, manifest: Mapping[str, Any], run: Towers) -> flo
                     scale = max(float(wanted.abs().max()), 1.0)
                     largest = max(largest, float((wanted - found).abs().max()) / scale)
     return largest
+
+
+# -- card and upload ----------------------------------------------------------------------------
+
+
+def render_card(manifest: Mapping[str, Any], model: TaskModel, name: str) -> str:
+    """Return the card as Markdown with a YAML header, as the Hugging Face Hub reads it.
+
+    Args:
+        manifest: entry ``serving`` of the model's manifest.
+        model: network whose weights are read.
+        name: title of the card.
+    """
+    tasks = {task: manifest["tasks"][task] for task in sort_rows(model.config.tasks)}
+    header = {
+        "library_name": "skillnet-platform",
+        "tags": ["skillnet", *sorted({spec.objective for spec in model.config.tasks.values()})],
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {_one_line(name)}",
+        f"A model of the system {model.system} with {total / 1e6:.1f} M parameters and the tasks "
+        f"{', '.join(tasks)}.",
+        "```python\nfrom skillnet import SkillNet\n\n"
+        'model = SkillNet.from_pretrained("PATH or owner/name")\n```',
+        "## Data",
+        markdown_table(
+            ["task", "corpus", "digest of the corpus", "licences of its sources"],
+            [
+                [
+                    task,
+                    _one_line(entry["corpus"]),
+                    f"`{_one_line(entry['corpus_digest'])[:16]}`",
+                    _one_line("; ".join(entry["licences"])) or "not recorded",
+                ]
+                for task, entry in tasks.items()
+            ],
+        ),
+        "## Figures",
+    ]
+    rows = [row for row in manifest["evaluation"] if row["task"] in tasks]
+    rows = [row for row in rows if row["value"] is not None]
+    parts.append(markdown_table(*result_cells(rows)) if rows else "This model was not evaluated.")
+    if rows:
+        parts.append("Intervals of 95 % over held-out units of the test.")
+    parts += ["## Cost", markdown_table(*_cost_cells(model, list(tasks), total))]
+    steps = "an unknown number of" if manifest["steps"] is None else f"{manifest['steps']}"
+    parts += [
+        "## Training",
+        f"Trained for {steps} steps. Written by skillnet-platform "
+        f"{_one_line(manifest['package'])}; `manifest.json` has all settings and hashes.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cost_cells(
+    model: TaskModel, tasks: list[str], total: int
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of what one example of a task reads and computes."""
+    cells = []
+    for task in tasks:
+        active = model.activated_parameters(task)
+        flops, tokens = model.flops(task)
+        share = f"{active / 1e6:.1f} M ({100 * active / total:.0f} %)"
+        cells.append([task, share, f"{flops / 1e9:.3g}", str(tokens)])
+    return ["task", "activated parameters", "GFLOPs of the longest example", "tokens"], cells
+
+
+def _one_line(text: str) -> str:
+    # A name with a line break or markup could write other parts of the card.
+    return " ".join(text.replace("<", "‹").replace("`", "'").split())
+
+
+class ExportedFolder(ModelHubMixin):
+    """Folder of ``skillnet export --to hf`` with the Hub's methods for models."""
+
+    #: Folder of the export; not an argument, because the mixin would save it as configuration.
+    folder: Path
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
+
+
+def push_folder(folder: Path, repository: str, **options: Any) -> str:
+    """Upload an exported model; create the repository if it does not exist.
+
+    Args:
+        folder: directory of the export.
+        repository: ``owner/name``.
+        **options: further arguments of ``ModelHubMixin.push_to_hub``, such as ``private`` and
+            ``token``.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        UserError: the folder is no export, or the Hub refuses it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if not is_bundle(folder):
+        raise UserError(f"{folder}: no exported model. Write one: skillnet export --to hf")
+    exported = ExportedFolder()
+    exported.folder = folder
+    try:
+        return str(exported.push_to_hub(repository, **options))
+    # Connection errors are OSErrors. The text of an HTTP error may hold the request's URL only.
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{repository}: the Hub refuses the upload ({type(error).__name__}). Check the name, "
+            "the connection and HF_TOKEN"
+        ) from None

@@ -17,7 +17,7 @@ from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from pipelines.training.runs.bundle_manifest import is_bundle, read_bundle_manifest
 from skillnet.modality import CAPTION_MODALITY
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
@@ -126,14 +126,13 @@ class ModelProcessor:
         Returns:
             URL of the commit.
         """
-        from pipelines.serving.export import write_exported_folder
-        from pipelines.serving.hub import push_folder
+        from pipelines.serving.export import push_folder, write_exported_folder
 
         assert self.model.origin is not None
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            manifest = read_bundle_manifest(self.model.origin / BUNDLE_MANIFEST)
+            manifest = read_bundle_manifest(self.model.origin)
             title = repository.rpartition("/")[2]
             write_exported_folder(self.model.origin, manifest, self.model, folder, title)
             return push_folder(folder, repository, **options)
@@ -202,9 +201,9 @@ def open_processor(model: TaskModel) -> ModelProcessor:
             'are those of its corpora. Save it: model.save_pretrained("my-weights"). '
             + EXPORT_REMEDY.format("my-weights", "my-model")
         )
-    if not (model.origin / BUNDLE_MANIFEST).is_file():
+    if not is_bundle(model.origin):
         raise UserError(
-            f"{model.origin}: weights without tokenizer and output names ({BUNDLE_MANIFEST}). "
+            f"{model.origin}: weights without tokenizer and output names. "
             + EXPORT_REMEDY.format(model.origin, f"{model.origin}-exported")
         )
     return ModelProcessor(read_predictor(model.origin, model))

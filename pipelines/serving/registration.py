@@ -322,7 +322,7 @@ def _register_bundle(
             name=name,
             signature=model_signature(),
             input_example=None,
-            metadata={"serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST)},
+            metadata={"manifest_sha256": sha256_file(folder / bundle.MANIFEST)},
             requirements=[
                 # Another version may not read this bundle format, so the requirement is exact.
                 f"skillnet-platform=={__version__}",
@@ -333,7 +333,7 @@ def _register_bundle(
                 # `skillnet verify` compares these digests with the present files.
                 champion.SYSTEM_TAG: model.system,
                 WEIGHTS_TAG: source.digest,
-                "serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST),
+                "manifest_sha256": sha256_file(folder / bundle.MANIFEST),
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},
             },
@@ -354,7 +354,7 @@ def registry_metrics(
     Args:
         rows: evaluation rows of the model.
         tasks: name -> task.
-        manifest: parsed ``manifest.json`` of the bundle, with the digests of the corpora.
+        manifest: entry ``serving`` of the bundle's manifest, with the digests of the corpora.
     """
     from pipelines.training.evaluation.tables import find_row, primary_metric
     from skillnet_platform.tracking.promotion import MetricEstimate

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pipelines.data.shards.dataset import verify_corpus
 from pipelines.data.shards.files import VERIFIED_NOTES
-from pipelines.serving.bundle import BUNDLE_MANIFEST, check_bundle
+from pipelines.serving.bundle import MANIFEST, check_bundle
 from pipelines.training.runs.checkpoints import list_checkpoint_folders, verify_checkpoint
 from skillnet.serialization import check_file, read_manifest
 from tests.chaos.crash_points import CrashLab, FileEvent
@@ -292,7 +292,7 @@ def registry_violations(root: Path) -> list[str]:
         if status != "READY":
             found.append(f"version {version} is {status}")
             continue
-        bundles = [path.parent for path in folder.rglob(BUNDLE_MANIFEST)]
+        bundles = [path.parent for path in folder.rglob(MANIFEST)]
         if len(bundles) != 1:
             found.append(f"version {version} has {len(bundles)} bundles")
         for bundle in bundles:

@@ -24,8 +24,8 @@ from pipelines.data.tokenizer.guarded_loader import (
 )
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.data.transforms.text import encode_texts
-from pipelines.serving.bundle_checks import check_tasks
-from pipelines.serving.retrieval_index import read_index, write_index
+from pipelines.serving.bundle import check_tasks
+from pipelines.serving.corpus_search import read_index, write_index
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import checkpointing
 from pipelines.training.loop.optimizer import build_optimizer
@@ -184,15 +184,16 @@ FOUND = ("a", 4, 3, {"text_to_code": "functions"})
 
 
 def serving_manifest(**entries: Any) -> dict[str, Any]:
-    """Return a manifest of a bundle with its digest."""
+    """Return the manifest of a bundle with its digest."""
     made = {"format": BUNDLE_FORMAT, "package": "0.1.0", "weights_digest": "a", "run_id": "a"}
-    made |= {"settings": SETTINGS, "steps": 4, "evaluation": [], "tasks": {}, "files": {}}
-    made |= entries
-    return made | {"digest": compute_bundle_digest(made)}
+    made |= {"settings": SETTINGS, "steps": 4, "evaluation": [], "tasks": {}}
+    made |= {"files": {"tokenizer.json": {"bytes": 1, "sha256": "0" * 64}}, **entries}
+    whole = {"format": 3, "files": {}, "serving": made}
+    return whole | {"serving": made | {"digest": compute_bundle_digest(whole)}}
 
 
 def served_tasks() -> dict[str, Any]:
-    """Return a manifest of a bundle with all tasks."""
+    """Return the manifest of a bundle with all tasks."""
     preprocessing = {"max_tokens": 48, "fit": "pad", "trim": True, "max_seconds": 3.5}
     entry = {"corpus": "headings", "corpus_digest": "0" * 64, "licences": []}
     entry |= {"limit": 48, "preprocessing": preprocessing}
@@ -200,11 +201,11 @@ def served_tasks() -> dict[str, Any]:
         name: entry | {"names": [f"红{number}" for number in range(task.outputs or 0)]}
         for name, task in readable_corpora.config().tasks.items()
     }
-    return serving_manifest(tasks=tasks, files={"tokenizer.json": "0" * 64}, run_id=None)
+    return serving_manifest(tasks=tasks, run_id=None)
 
 
-def read_served(folder: Path, path: Path) -> None:
-    check_tasks(folder, read_bundle_manifest(path), readable_corpora.config())
+def read_served(folder: Path, _: Path) -> None:
+    check_tasks(folder, read_bundle_manifest(folder), readable_corpora.config())
 
 
 def find_model(folder: Path, _: Path) -> tuple[Any, ...]:
@@ -330,7 +331,7 @@ STORED = {
         seal=seal_model,
     ),
     "served tasks": StoredFiles(
-        _writes("serving.json", served_tasks), [read_served], trees=("*",), is_limited=True
+        _writes("manifest.json", served_tasks), [read_served], trees=("*",), is_limited=True
     ),
     "index": StoredFiles(
         lambda folder: write_index(folder / "a.index", "key", VECTORS),
@@ -338,7 +339,7 @@ STORED = {
         is_limited=True,
     ),
     "bundle": StoredFiles(
-        _writes("serving.json", serving_manifest),
+        _writes("manifest.json", serving_manifest),
         [find_model],
         (60, 1000),
         trees=("*",),

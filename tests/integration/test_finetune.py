@@ -16,6 +16,7 @@ from pipelines.training.evaluation.inference import InferenceRunner
 from pipelines.training.loop import worker
 from pipelines.training.loop.run_evaluation import evaluate_run
 from pipelines.training.runs import model_source
+from pipelines.training.runs.bundle_manifest import read_bundle_manifest
 from pipelines.training.runs.progress_log import read_metric_history
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
@@ -161,7 +162,7 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
     shutil.rmtree(here / config.tasks.pop("speech_recognition").corpus)
     result = finetune(config)
     assert result["registered"]["alias"] == "champion"
-    bundle = json.loads((Path(registered(result)) / "serving.json").read_text(encoding="utf-8"))
+    bundle = read_bundle_manifest(Path(registered(result)))
     assert set(bundle["tasks"]) == set(config.tasks)
     words = ["--model", result["run"], "--data", str(here), "--simple_baselines", "false", "--json"]
     assert evaluate.main(words) == 0

@@ -1,25 +1,32 @@
-"""Schema of ``serving.json``, the manifest of a bundle: one reader for every command.
+"""Entry ``serving`` of a saved model's manifest, which makes its folder a bundle.
 
-The digest in the file protects against damage. The author of a bundle also writes its digest, so
+``manifest.json`` lists the files of the weights. Its entry ``serving`` lists the other files of a
+bundle, and has what predictions need: names, limits and settings of each task. Every command reads
+it with :func:`read_bundle_manifest`.
+
+The digest in the entry protects against damage. The author of a bundle also writes its digest, so
 each value is checked as well: a wrong one is named here, not by an exception of a later step.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.transforms.text import is_unicode
+from skillnet.serialization import check_inside, commit_manifest, describe_files, read_manifest
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_json
 
-BUNDLE_MANIFEST = "serving.json"
-BUNDLE_FORMAT = 3
+MANIFEST, SERVING = "manifest.json", "serving"
+BUNDLE_FORMAT = 4
 #: Largest accepted limit of tokens or frames, and number of seconds.
 MAX_LIMIT = 10**6
 REMEDY = "register the model again"
+#: File of a tokenizer, beside prepared corpora and in a bundle.
+TOKENIZER_FILE = "tokenizer.json"
 
 ValueCheck = Callable[[Any], bool]
 
@@ -63,6 +70,15 @@ def _is_figures(value: Any) -> bool:
     )
 
 
+def _is_file(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"bytes", "sha256"}
+        and _is_count(value["bytes"])
+        and _is_text(value["sha256"])
+    )
+
+
 def _or_none(check: ValueCheck) -> ValueCheck:
     return lambda value: value is None or check(value)
 
@@ -81,7 +97,7 @@ MANIFEST_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "settings": (_is_tree, "keys and values"),
     "evaluation": (_is_figures, "evaluation rows"),
     "tasks": (_is_tree, "an entry per task"),
-    "files": (_is_tree, "a hash per file"),
+    "files": (_is_tree, "size and hash per file"),
     "digest": (_is_text, "a text"),
 }
 TASK_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
@@ -113,16 +129,33 @@ PREPROCESSING_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
 }
 
 
-def read_bundle_manifest(path: Path) -> dict[str, Any]:
-    """Read ``serving.json``, and check every key and value.
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder holds a saved model with all that predictions need.
 
     Args:
-        path: file to read.
+        folder: any directory.
+    """
+    # A damaged manifest is reported where the model is read.
+    with contextlib.suppress(ValueError):
+        return SERVING in read_manifest(folder)
+    return False
+
+
+def read_bundle_manifest(folder: Path) -> dict[str, Any]:
+    """Read the entry ``serving`` of a bundle's manifest, and check every key and value.
+
+    Args:
+        folder: directory of the bundle.
 
     Raises:
-        UserError: the file is missing or damaged, or of another format; names the key.
+        UserError: the manifest is missing or damaged, or of another format; names the key.
     """
-    document = read_json(path)
+    path = folder / MANIFEST
+    try:
+        whole = read_manifest(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    document = whole.get(SERVING)
     manifest = document if isinstance(document, dict) else {}
     if manifest.get("format") != BUNDLE_FORMAT:
         raise UserError(
@@ -138,18 +171,45 @@ def read_bundle_manifest(path: Path) -> dict[str, Any]:
         known = {key: rule for key, rule in PREPROCESSING_KEYS.items() if key in settings}
         used = {key: settings[key] for key in known}
         _check_entries(path, f"tasks.{task}.preprocessing.", used, known)
-    for name, sha256 in manifest["files"].items():
-        if not isinstance(sha256, str):
-            raise UserError(f"{path}: files.{name} is no hash; {REMEDY}")
-    if manifest["digest"] != compute_bundle_digest(manifest):
+    for name, file in manifest["files"].items():
+        if not _is_file(file):
+            raise UserError(f"{path}: files.{name} is no size and hash; {REMEDY}")
+        check_inside(path, name)
+    if TOKENIZER_FILE not in manifest["files"]:
+        raise UserError(f"{path} does not list {TOKENIZER_FILE}")
+    if manifest["digest"] != compute_bundle_digest(whole):
         raise UserError(f"{path} was altered: it does not fit its digest; {REMEDY}")
     return manifest
 
 
+def add_bundle_manifest(folder: Path, about: Mapping[str, Any], files: Iterable[str]) -> None:
+    """Add the entry ``serving`` to the manifest of a saved model that nobody reads yet.
+
+    Args:
+        folder: directory of the model.
+        about: the entry without its format, files and digest.
+        files: names of the files beside the weights.
+    """
+    content = {"format": BUNDLE_FORMAT, **about, "files": describe_files(folder, files)}
+    write_sealed(folder, read_manifest(folder) | {SERVING: content})
+
+
+def write_sealed(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a bundle with the digest that fits it.
+
+    Args:
+        folder: directory of the bundle.
+        manifest: content of the file.
+    """
+    digest = compute_bundle_digest(manifest)
+    commit_manifest(folder, {**manifest, SERVING: manifest[SERVING] | {"digest": digest}})
+
+
 def compute_bundle_digest(manifest: Mapping[str, Any]) -> str:
-    """Return the digest of a manifest without its own entry ``digest``."""
-    content = {key: value for key, value in manifest.items() if key != "digest"}
+    """Return the digest of a manifest without its own entry ``serving.digest``."""
+    serving = {key: value for key, value in manifest[SERVING].items() if key != "digest"}
     # ASCII: the settings of a damaged file may hold texts that no encoding represents.
+    content = {**manifest, SERVING: serving}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

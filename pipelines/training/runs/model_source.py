@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipelines.data.config.folds import FoldConfig
-from pipelines.training.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from pipelines.training.runs.bundle_manifest import MANIFEST, is_bundle, read_bundle_manifest
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
 from skillnet import systems
@@ -311,13 +311,13 @@ def _registered(address: str, uri: str | None, check_digest: bool) -> ModelSourc
 
 
 def _bundle(folder: Path, address: str) -> ModelSource:
-    about = read_bundle_manifest(folder / BUNDLE_MANIFEST)
+    about = read_bundle_manifest(folder)
     return ModelSource(
         name=address,
         weights=folder,
         bundle=folder,
         run_id=about["run_id"],
-        settings=_check_settings(about["settings"], folder / BUNDLE_MANIFEST),
+        settings=_check_settings(about["settings"], folder / MANIFEST),
         steps=about["steps"],
     )
 
@@ -337,14 +337,14 @@ def _check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _resolve_folder(path: Path, address: str) -> ModelSource:
-    if (path / BUNDLE_MANIFEST).is_file():
+    if is_bundle(path):
         return _bundle(path, address)
     if (path / "artifacts" / BUNDLE).is_dir():
         return _bundle(path / "artifacts" / BUNDLE, address)
-    if (path / "manifest.json").is_file() and (path / "config.json").is_file():
+    if (path / MANIFEST).is_file() and (path / "config.json").is_file():
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return _with_run(path, run if (run / "config.yaml").is_file() else None, address)
-    if (path / "model" / "manifest.json").is_file():
+    if (path / "model" / MANIFEST).is_file():
         return _with_run(path / "model", path, address)
     if (path / "checkpoints").is_dir():
         from pipelines.training.runs import checkpoints

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.shards.dataset import PreparedCorpus
+from pipelines.training.runs.bundle_manifest import TOKENIZER_FILE
 from pipelines.training.runs.model_source import read_training_settings, resolve_model
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
@@ -21,8 +22,6 @@ from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 
-#: File of a tokenizer, beside prepared corpora and in a bundle.
-TOKENIZER_FILE = "tokenizer.json"
 #: Longest printed list of names, in characters.
 MAX_LISTED = 200
 #: Printed hexadecimal digits of a digest.

@@ -24,7 +24,7 @@ from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
 from pipelines.training.runs import bundle_manifest, checkpoints, model_source
 from skillnet import systems
 from skillnet.multitask_model import TaskModel
-from skillnet.serialization import hash_file, read_manifest
+from skillnet.serialization import read_manifest, write_manifest
 from skillnet_hf import library_models
 from skillnet_hf.hf_checkpoints import find_checkpoint, require_finite
 from tests.helpers.small_models import reseal_model, small_model
@@ -308,44 +308,39 @@ def bundled(model: TaskModel, folder: Path) -> Path:
     """As far as it is looked at before the tokenizer."""
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    reported = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    about: dict[str, Any] = {"format": bundle_manifest.BUNDLE_FORMAT, "package": "0", "tasks": {}}
-    about |= {"weights_digest": "0", "run_id": None, "steps": None, "settings": {}}
-    about |= {"evaluation": [], "files": reported}
-    write_serving(folder, about)
+    about = {"package": "0", "weights_digest": "0", "run_id": None, "steps": None}
+    about |= {"settings": {}, "evaluation": [], "tasks": {}}
+    bundle_manifest.add_bundle_manifest(folder, about, ["tokenizer.json"])
     return folder
-
-
-def write_serving(folder: Path, about: dict[str, Any]) -> None:
-    """Write a manifest whose digest fits, as its author can."""
-    digest = bundle_manifest.compute_bundle_digest(about)
-    (folder / "serving.json").write_text(json.dumps(about | {"digest": digest}))
 
 
 def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     folder = bundled(model, tmp_path / "bundle")
-    about = bundle.check_bundle(folder)
+    about, whole = bundle.check_bundle(folder), read_manifest(folder)
 
     def refused(words: str, **changes: object) -> None:
-        write_serving(folder, about | changes)
+        # With a digest that fits, as its author can write it.
+        bundle_manifest.write_sealed(folder, whole | {"serving": about | changes})
         with pytest.raises(ValueError, match=words):
             bundle.open_bundle(folder)
 
     files = about["files"]
-    refused("names '../x'", files=files | {"../x": "0"})
-    refused("names '/etc/passwd'", files=files | {"/etc/passwd": "0"})
-    refused("does not list manifest.json", files={"tokenizer.json": files["tokenizer.json"]})
-    refused(r"files is \[1\], expected a hash per file", files=[1])
+    entry = files["tokenizer.json"]
+    refused("names '../x'", files=files | {"../x": entry})
+    refused("names '/etc/passwd'", files=files | {"/etc/passwd": entry})
+    refused("does not list tokenizer.json", files={})
+    refused("files.tokenizer.json is no size and hash", files={"tokenizer.json": "0"})
+    refused(r"files is \[1\], expected size and hash per file", files=[1])
     refused("tasks.x is no entry of a task", tasks={"x": 1})
     refused("format None", format=None)
     refused("tasks are ; the model has")
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     refused("is a link")
-    (folder / "serving.json").write_text("[]")
-    with pytest.raises(ValueError, match="format None"):
-        bundle.check_bundle(folder)
+    for serving in ([], None):
+        (folder / "manifest.json").write_text(json.dumps(whole | {"serving": serving}))
+        with pytest.raises(ValueError, match="format None"):
+            bundle.check_bundle(folder)
 
 
 def test_a_bank_of_captions_fits_its_vectors(tmp_path: Path) -> None:

@@ -6,58 +6,37 @@ import json
 import shutil
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pipelines import predict
 from pipelines.serving import bundle
 from pipelines.serving.inputs import PredictionItem, read_input_rows
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor
+from pipelines.serving.predictor import TaskPrediction
 from pipelines.training.runs import model_source
-from pipelines.training.runs.bundle_manifest import compute_bundle_digest, read_bundle_manifest
-from skillnet.model import SkillNet
-from skillnet.serialization import hash_file
+from pipelines.training.runs.bundle_manifest import read_bundle_manifest, write_sealed
+from skillnet.serialization import describe_files, read_manifest
 from skillnet_platform.errors import UserError
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.served_place import ServedPlace
 
 
-class Place:
-    """Prepared corpora, a saved model and its bundle, in a run root."""
-
-    def __init__(self, root: Path) -> None:
-        self.data = write_corpora(root / "corpora")
-        torch.manual_seed(0)
-        SkillNet(config()).save_pretrained(root / "saved")
-        self.source = model_source.resolve_model(str(root / "saved"))
-        self.bundle = bundle.build_bundle(self.source, self.data, root / "bundle")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    root = tmp_path_factory.mktemp("bundles")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKILLNET_HOME", str(root))
-        yield Place(root)
-
-
-def copy_bundle(place: Place, tmp_path: Path) -> Path:
+def copy_bundle(place: ServedPlace, tmp_path: Path) -> Path:
     return shutil.copytree(place.bundle, tmp_path / "copy")
 
 
-def seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with hashes and digest that fit, as an attacker would."""
-    for name in manifest["files"]:
-        if (folder / name).is_file():
-            manifest["files"][name] = hash_file(folder / name)
-    manifest["digest"] = compute_bundle_digest(manifest)
-    (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
+def seal(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Change the entry of a bundle; write hashes and a digest that fit, as an attacker would."""
+    manifest = read_manifest(folder)
+    listed = manifest["serving"]["files"]
+    listed |= describe_files(folder, listed)
+    change(manifest["serving"])
+    write_sealed(folder, manifest)
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -100,57 +79,41 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "steps": (lambda m: m.update(steps="many"), "steps is 'many'"),
     "run_id": (lambda m: m.update(run_id=3), "run_id is 3, expected a text or null"),
     "settings": (lambda m: m.update(settings=[1]), r"settings is \[1\], expected keys"),
-    "files": (lambda m: m["files"].update({"manifest.json": 3}), "is no hash"),
+    "files": (lambda m: m["files"].update({"manifest.json": 3}), "is no size and hash"),
     "extra key": (lambda m: m.update(code="import os"), "code is no known key"),
-    "format": (lambda m: m.update(format=99), "format 99, this program reads 3"),
+    "format": (lambda m: m.update(format=99), "format 99, this program reads 4"),
 }
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_wrong_value_of_the_manifest_is_named(place: Place, tmp_path: Path, kind: str) -> None:
+def test_wrong_value_of_the_manifest_is_named(
+    place: ServedPlace, tmp_path: Path, kind: str
+) -> None:
     folder = copy_bundle(place, tmp_path)
     change, message = CHANGES[kind]
-    manifest = json.loads((folder / "serving.json").read_text(encoding="utf-8"))
-    before = dict(manifest["files"])
-    change(manifest)
-    if manifest["files"].keys() == before.keys() and kind != "files":
-        seal(folder, manifest)
-    else:
-        (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
+    seal(folder, change)
     with pytest.raises(UserError, match=message) as caught:
         bundle.open_bundle(folder)
-    assert str(caught.value).startswith(str(folder / "serving.json"))
+    assert str(caught.value).startswith(str(folder / "manifest.json"))
 
 
 def test_change_of_the_manifest_that_fits_its_schema_is_noticed(
-    place: Place, tmp_path: Path
+    place: ServedPlace, tmp_path: Path
 ) -> None:
     folder = copy_bundle(place, tmp_path)
-    path = folder / "serving.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    names = manifest["tasks"][TASK]["names"]
+    whole = read_manifest(folder)
+    names = whole["serving"]["tasks"][TASK]["names"]
     names[0], names[1] = names[1], names[0]
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    for read in (read_bundle_manifest, lambda p: model_source.resolve_model(str(p.parent))):
-        with pytest.raises(UserError, match="was altered: it does not fit its digest"):
-            read(path)
+    weights = read_manifest(folder)
+    weights["files"]["shared.safetensors"]["sha256"] = "0" * 64
+    for changed in (whole, weights):
+        (folder / "manifest.json").write_text(json.dumps(changed), encoding="utf-8")
+        for read in (read_bundle_manifest, lambda path: model_source.resolve_model(str(path))):
+            with pytest.raises(UserError, match="was altered: it does not fit its digest"):
+                read(folder)
 
 
-def test_hash_that_differs_from_that_of_the_saved_model_is_named(
-    place: Place, tmp_path: Path
-) -> None:
-    folder = copy_bundle(place, tmp_path)
-    manifest = json.loads((folder / "serving.json").read_text(encoding="utf-8"))
-    manifest["files"]["shared.safetensors"] = "0" * 64
-    manifest["digest"] = compute_bundle_digest(manifest)
-    (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
-    model = SkillNet.from_pretrained(folder)
-    for read in (lambda: model.processor, lambda: bundle.open_bundle(folder)):
-        with pytest.raises(UserError, match=r"files\.shared\.safetensors is not the hash"):
-            read()
-
-
-def test_weights_are_hashed_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_hashed_once(place: ServedPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: Counter[str] = Counter()
     digest = hashlib.file_digest
 
@@ -160,24 +123,24 @@ def test_weights_are_hashed_once(place: Place, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(hashlib, "file_digest", count)
     bundle.open_predictor(model_source.resolve_model(str(place.bundle)), None)
-    listed = {path.name for path in place.bundle.iterdir()} - {"serving.json"}
+    listed = {path.name for path in place.bundle.iterdir()} - {"manifest.json"}
     assert hashed.keys() == listed
     assert {count for name, count in hashed.items() if name.endswith(".safetensors")} == {1}
 
 
 def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
-    place: Place, tmp_path: Path
+    place: ServedPlace, tmp_path: Path
 ) -> None:
     folder = copy_bundle(place, tmp_path)
     tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tree["model"]["vocab"]["zzz"] = 1200
     (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
-    seal(folder, json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    seal(folder)
     with pytest.raises(UserError, match="has the token id 1200; the model has 1200 tokens"):
         bundle.open_bundle(folder)
 
 
-def test_captions_that_are_no_unit_vectors_are_rejected(place: Place, tmp_path: Path) -> None:
+def test_captions_that_are_no_unit_vectors_are_rejected(place: ServedPlace, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     folder = copy_bundle(place, tmp_path)
@@ -185,20 +148,20 @@ def test_captions_that_are_no_unit_vectors_are_rejected(place: Place, tmp_path: 
     vectors = load_file(path)["embeddings"]
     vectors[3] *= 5.18
     save_file({"embeddings": vectors}, path)
-    seal(folder, json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    seal(folder)
     with pytest.raises(UserError, match=r"row 3 has the length 5\.18"):
         bundle.open_bundle(folder)
 
 
 def test_damaged_cache_of_a_checkpoint_is_built_again(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
     item = PredictionItem("x", "数学教程")
     expected = bundle.open_predictor(place.source, place.data).predict([item])
     (cached,) = (tmp_path / "cache" / "bundles").iterdir()
     banks = "captions-text_to_image.safetensors"
-    for name in ("serving.json", "tokenizer.json", banks, "shared.safetensors"):
+    for name in ("manifest.json", "tokenizer.json", banks, "shared.safetensors"):
         data = (cached / name).read_bytes()
         (cached / name).write_bytes(data[:-9] + b"000000000")
         capsys.readouterr()
@@ -224,7 +187,7 @@ ROWS = (
 
 
 def test_bad_rows_are_rejected_and_the_others_are_answered(
-    place: Place, tmp_path: Path, capsys: Any
+    place: ServedPlace, tmp_path: Path, capsys: Any
 ) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_bytes(ROWS)
@@ -240,7 +203,7 @@ def test_bad_rows_are_rejected_and_the_others_are_answered(
 
 
 def test_predictions_and_rejected_rows_are_joined_with_their_input(
-    place: Place, tmp_path: Path, capsys: Any
+    place: ServedPlace, tmp_path: Path, capsys: Any
 ) -> None:
     """Rejected rows and files with several functions leave no prediction without its row."""
     (tmp_path / "two.py").write_text("def a():\n    pass\n\n\ndef b():\n    pass\n")
@@ -278,7 +241,7 @@ def test_predictions_and_rejected_rows_are_joined_with_their_input(
 
 
 def test_text_of_the_command_line_with_half_a_character_is_an_error(
-    place: Place, capsys: Any
+    place: ServedPlace, capsys: Any
 ) -> None:
     assert predict.main(["--text", "a\udc80", "--model", str(place.bundle)]) == 2
     assert "--text: the text has a lone surrogate" in " ".join(capsys.readouterr().err.split())
@@ -317,16 +280,15 @@ def equal(one: list[TaskPrediction], other: list[TaskPrediction]) -> bool:
     )
 
 
-def test_concurrent_predictions_equal_those_one_by_one(place: Place) -> None:
-    predictor: TaskPredictor = bundle.open_bundle(place.bundle)
-    given = requests()
+def test_concurrent_predictions_equal_those_one_by_one(place: ServedPlace) -> None:
+    predictor, given = place.predictor, requests()
     expected = [predictor.predict(items) for items in given]
     with ThreadPoolExecutor(REQUESTS) as threads:
         found = list(threads.map(predictor.predict, given))
     assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_concurrent_requests_of_the_mlflow_model_equal_those_one_by_one(place: Place) -> None:
+def test_concurrent_requests_of_the_mlflow_model_equal_those_one_by_one(place: ServedPlace) -> None:
     import base64
 
     import pandas as pd

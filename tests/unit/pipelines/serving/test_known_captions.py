@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.files import LocalShardStore
-from pipelines.serving import known_captions, retrieval_index
+from pipelines.serving import bundle, corpus_search
 from skillnet.skills import default_tasks, find_task
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import write_corpora
@@ -27,8 +27,8 @@ def firsts(corpus: PreparedCorpus) -> list[str]:
 def test_all_captions_are_known_below_the_limit(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_captions, "BATCH_CAPTIONS", 3)
-    assert known_captions.read_known_captions(corpus) == firsts(corpus)
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
+    assert bundle.read_known_captions(corpus) == firsts(corpus)
 
 
 def test_no_shard_is_opened_after_the_last_returned_caption(
@@ -43,13 +43,13 @@ def test_no_shard_is_opened_after_the_last_returned_caption(
         return before(self, shard)
 
     monkeypatch.setattr(LocalShardStore, "open", recording_open)
-    assert known_captions.read_known_captions(corpus, 2) == expected[:2]
+    assert bundle.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "choose among the first ones only" in capsys.readouterr().err
 
 
 def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_captions, "BATCH_CAPTIONS", 4)
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
     sizes: list[int] = []
 
     def embed_texts(task: str, texts: list[str]) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> No
         return np.array([[float(text)] for text in texts])
 
     predictor = SimpleNamespace(embed_texts=embed_texts)
-    vectors = known_captions.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
     assert vectors[:, 0].tolist() == list(range(10))
     assert sizes == [4, 4, 2]
 
@@ -66,7 +66,7 @@ def test_a_search_above_the_memory_limit_names_a_split(
     corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
-    monkeypatch.setattr(retrieval_index, "MAX_INDEX_BYTES", rows * 16 * 4 - 1)
+    monkeypatch.setattr(corpus_search, "MAX_INDEX_BYTES", rows * 16 * 4 - 1)
     tasks = {"text_to_image": find_task("text_to_image", default_tasks())}
     predictor = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16, tasks=tasks)),
@@ -77,4 +77,4 @@ def test_a_search_above_the_memory_limit_names_a_split(
     with pytest.raises(
         UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
     ):
-        retrieval_index.build_retrieval_index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]
+        corpus_search.build_retrieval_index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
-from pipelines.serving.retrieval_index import build_retrieval_index, read_index, write_index
+from pipelines.serving.corpus_search import build_retrieval_index, read_index, write_index
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError

@@ -17,8 +17,7 @@ from pipelines import export, prepare
 from pipelines.data.preprocessing.paired_corpus import take_rows, write_paired_corpus
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.search import SearchConfig, search_corpus
-from pipelines.serving.bundle import open_predictor
-from pipelines.serving.bundle_facts import list_licences
+from pipelines.serving.bundle import list_licences, open_predictor
 from pipelines.serving.inputs import read_input_item
 from pipelines.training.runs.model_source import resolve_model
 from skillnet import SkillNet

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
-from pipelines.training.runs.bundle_manifest import compute_bundle_digest
+from pipelines.training.runs.bundle_manifest import write_sealed
 from pipelines.training.runs.layout import create_run_folder
 from pipelines.training.runs.model_source import resolve_model
 from pipelines.training.runs.vocabulary_match import list_names
-from skillnet.serialization import read_manifest, read_vocabulary
+from skillnet.serialization import describe_files, read_manifest, read_vocabulary
 from skillnet.systems import load_model
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
@@ -236,17 +236,12 @@ def test_a_bundle_with_another_tokenizer_is_rejected(
     folder = bundle.build_bundle(resolve_model(str(texts)), data, texts / "bundle")
     predictor = bundle.open_bundle(folder)
     assert predictor.names[TASK] == CLASSES
-    manifest = json.loads((folder / "serving.json").read_text(encoding="utf-8"))
     (folder / "tokenizer.json").write_text(train_tokenizer(["天"], [], size=400), "utf-8")
-    manifest["files"]["tokenizer.json"] = sha256_file(folder / "tokenizer.json")
-    rewrite_bundle(folder, manifest)
+    manifest = read_manifest(folder)
+    manifest["serving"]["files"] |= describe_files(folder, ["tokenizer.json"])
+    write_sealed(folder, manifest)
     with pytest.raises(UserError, match="the model was trained with the tokenizer"):
         bundle.open_bundle(folder)
-
-
-def rewrite_bundle(folder: Path, manifest: Mapping[str, Any]) -> None:
-    content = {**manifest, "digest": compute_bundle_digest(manifest)}
-    (folder / "serving.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_a_bundle_names_the_outputs_of_its_model(data: Path, texts: Path, run_root: Path) -> None:
