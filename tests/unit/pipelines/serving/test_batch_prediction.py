@@ -24,22 +24,17 @@ from pipelines.serving.batch_prediction import (
     plan_blocks,
     predict_blocks,
 )
-from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from tests.helpers.readable_corpora import SUBJECTS, config, write_corpora
+from tests.helpers.readable_corpora import SUBJECTS
+from tests.helpers.served_place import ServedPlace
 
 TEXTS = [f"{subject}研究" for subject in SUBJECTS]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    place = tmp_path_factory.mktemp("batch")
-    write_corpora(place / "corpora")
-    SkillNet(config()).save_pretrained(place / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKILLNET_HOME", str(place / "runs"))
-        yield {"model": str(place / "model"), "data": str(place / "corpora")}
+@pytest.fixture
+def served(place: ServedPlace) -> dict[str, str]:
+    return {"model": str(place.root / "saved"), "data": str(place.data)}
 
 
 @pytest.fixture

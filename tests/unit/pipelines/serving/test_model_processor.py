@@ -5,8 +5,6 @@ import io
 import re
 import subprocess
 import sys
-import wave
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +14,21 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pipelines.data.tokenizer.training import train_tokenizer
-from pipelines.serving import bundle
 from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.model_processor import ModelProcessor
 from pipelines.serving.predictor import TaskPredictor
-from pipelines.training.runs import model_source
 from skillnet import SkillNet
 from skillnet.objectives.base import find_objective
 from skillnet.skills import known_tasks
 from skillnet_platform.cli import main
 from skillnet_platform.errors import UserError
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.readable_corpora import config
+from tests.helpers.served_place import ServedPlace
 
 CODE = "def send(message):\n    return client.post(message)\n"
-#: Compares the methods of a model with the command's predictions, in one process.
-COMPARED = """
+#: Uses a model and the command without the packages of the extras, such as Ray and MLflow.
+BARE = """
 import sys
-from pathlib import Path
 from skillnet_platform.package_extras import EXTRA_OF_PACKAGE
 
 class Blocked:
@@ -41,50 +37,23 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-import numpy as np
-from PIL import Image
 from pipelines.predict import PredictConfig, predict_rows
 from skillnet import SkillNet
-
-folder, media = Path(sys.argv[1]), Path(sys.argv[2])
-model = SkillNet.from_pretrained(folder)
-files = [str(media / name) for name in ("a.png", "a.wav", "a.py", "a.txt")]
-answered = predict_rows(PredictConfig(files=files, model=str(folder))).answered
-image, sound, code, text = [found for _, found in answered]
-with Image.open(files[0]) as picture:
-    np.testing.assert_array_equal(model.encode_image([picture])[0], np.float32(image.embedding))
-np.testing.assert_array_equal(model.encode_code([CODE])[0], np.float32(code.embedding))
-samples = np.load(media / "a.npy")
-assert model.transcribe([(samples, 8000)]) == [sound.answer]
-assert model.classify(["红色方块"]) == [text.__class__(**{**vars(text), "input": "红色方块"})]
-assert model.encode_audio([(samples, 8000)]).shape == (1, model.config.dim)
 from skillnet_platform.cli import main
+
+((_, found),) = predict_rows(PredictConfig(text="红色方块", model=sys.argv[1])).answered
+assert SkillNet.from_pretrained(sys.argv[1]).classify(["红色方块"]) == [found]
 assert main(["predict", "--text", "x", "--model", "models:/skillnet@champion"]) == 2
-""".replace("[CODE]", f"[{CODE!r}]")
+"""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("processor")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKILLNET_HOME", str(root))
-        torch.manual_seed(0)
-        SkillNet(config()).save_pretrained(root / "saved")
-        source = model_source.resolve_model(str(root / "saved"))
-        yield bundle.build_bundle(source, write_corpora(root / "corpora"), root / "bundle")
+@pytest.fixture
+def folder(place: ServedPlace) -> Path:
+    return place.bundle
 
 
-def test_methods_equal_predictions_without_ray_and_mlflow(folder: Path, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    (tmp_path / "a.py").write_text(CODE, encoding="utf-8")
-    (tmp_path / "a.txt").write_text("红色方块", encoding="utf-8")
-    samples = (np.sin(np.arange(4000) / 5) * 9000).astype(np.int16)
-    np.save(tmp_path / "a.npy", samples)
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", ""))
-        file.writeframes(samples.tobytes())
-    command = [sys.executable, "-c", COMPARED, str(folder), str(tmp_path)]
+def test_methods_equal_predictions_without_ray_and_mlflow(folder: Path) -> None:
+    command = [sys.executable, "-c", BARE, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "Install the extra train: pip install 'skillnet-platform[train]'" in done.stderr

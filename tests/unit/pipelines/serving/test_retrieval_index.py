@@ -1,19 +1,18 @@
-"""The index of a search is verified when it is read; a damaged one is computed again."""
+"""Embeddings are verified when they are read, and computed again if damaged; memory has limits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save, save_file
 
-from pipelines.data.shards.dataset import open_corpus
-from pipelines.serving import bundle
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.files import LocalShardStore
+from pipelines.serving import bundle, corpus_search
 from pipelines.serving.corpus_search import build_retrieval_index, read_index, write_index
-from pipelines.training.runs import model_source
-from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.served_place import ServedPlace
 
 
 def unit_vectors(rows: int = 9, width: int = 4) -> np.ndarray:
@@ -59,16 +58,14 @@ def test_altered_index_is_rejected(tmp_path: Path) -> None:
 
 
 def test_damaged_index_is_built_again(
-    tmp_path: Path, run_root: Path, capsys: pytest.CaptureFixture[str]
+    place: ServedPlace, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_corpora(tmp_path / "corpora")
-    torch.manual_seed(0)
-    SkillNet(config()).save_pretrained(tmp_path / "saved")
-    source = model_source.resolve_model(str(tmp_path / "saved"))
-    predictor, corpus = bundle.open_predictor(source, data), open_corpus(data / "drawings")
+    corpus = open_corpus(place.data / "drawings")
 
     def build() -> np.ndarray:
-        return build_retrieval_index(predictor, source, "text_to_image", corpus, ["test"])
+        return build_retrieval_index(
+            place.predictor, place.source, "text_to_image", corpus, ["test"]
+        )
 
     vectors = build()
     (path,) = (run_root / "cache" / "indexes").iterdir()
@@ -82,3 +79,66 @@ def test_damaged_index_is_built_again(
     assert reported.count("it is built again") == 1
     assert np.array_equal(build(), vectors)
     assert "damaged" not in capsys.readouterr().err
+
+
+# -- known captions --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(place: ServedPlace) -> PreparedCorpus:
+    return open_corpus(place.data / "drawings")
+
+
+def firsts(corpus: PreparedCorpus) -> list[str]:
+    rows = [row for split in corpus.splits.values() for row in split.column("captions").to_pylist()]
+    return list(dict.fromkeys(row[0] for row in rows))
+
+
+def test_all_captions_are_known_below_the_limit(
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
+    assert bundle.read_known_captions(corpus) == firsts(corpus)
+
+
+def test_no_shard_is_opened_after_the_last_returned_caption(
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = firsts(corpus)
+    opened: list[str] = []
+    before = LocalShardStore.open
+
+    def recording_open(self: LocalShardStore, shard: dict[str, str]) -> object:
+        opened.append(shard["file"])
+        return before(self, shard)
+
+    monkeypatch.setattr(LocalShardStore, "open", recording_open)
+    assert bundle.read_known_captions(corpus, 2) == expected[:2]
+    assert len(opened) == 1
+    assert "choose among the first ones only" in capsys.readouterr().err
+
+
+def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
+    sizes: list[int] = []
+
+    def embed_texts(task: str, texts: list[str]) -> np.ndarray:
+        sizes.append(len(texts))
+        return np.array([[float(text)] for text in texts])
+
+    predictor = SimpleNamespace(embed_texts=embed_texts)
+    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    assert vectors[:, 0].tolist() == list(range(10))
+    assert sizes == [4, 4, 2]
+
+
+def test_a_search_above_the_memory_limit_names_a_split(
+    place: ServedPlace, corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sum(split.rows for split in corpus.splits.values())
+    monkeypatch.setattr(corpus_search, "MAX_INDEX_BYTES", rows * 8 * 4 - 1)
+    splits = list(corpus.splits)
+    with pytest.raises(
+        UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
+    ):
+        build_retrieval_index(place.predictor, place.source, "text_to_image", corpus, splits)
