@@ -9,14 +9,29 @@ each value is checked as well: a wrong one is named here, not by an exception of
 """
 
 import contextlib
+import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pipelines.data.transforms.text import is_unicode
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+
+from pipelines.data.transforms.text import check_unicode
 from skillnet.serialization import check_inside, commit_manifest, describe_files, read_manifest
 from skillnet_platform.errors import UserError
 
@@ -28,105 +43,94 @@ REMEDY = "register the model again"
 #: File of a tokenizer, beside prepared corpora and in a bundle.
 TOKENIZER_FILE = "tokenizer.json"
 
-ValueCheck = Callable[[Any], bool]
+
+def _check_text(text: str) -> str:
+    check_unicode(text)
+    return text
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and is_unicode(value)
+def _check_channels(count: int) -> int:
+    if count not in (1, 3):
+        raise ValueError("it should be 1 or 3")
+    return count
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+Text = Annotated[StrictStr, AfterValidator(_check_text)]
+Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+Limit = Annotated[StrictInt, Field(ge=1, le=MAX_LIMIT)] | None
+#: Types of pydantic's errors with a sentence of our own.
+_PROBLEMS = {"missing": "is missing", "unexpected_keyword_argument": "is no known key"}
+_CLOSED = ConfigDict(allow_inf_nan=False, extra="forbid")
 
 
-def _is_limit(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_LIMIT
+@with_config(_CLOSED)
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: Count
+    sha256: Text
 
 
-def _is_duration(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 < value <= MAX_LIMIT
+@with_config(_CLOSED)
+@dataclass(frozen=True)
+class FigureEntry:
+    """Evaluation row; None for an absent number."""
+
+    task: Text
+    split: Text
+    metric: Text
+    value: StrictFloat | None
+    low: StrictFloat | None
+    high: StrictFloat | None
 
 
-def _is_tree(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(key) for key in value)
+@with_config(ConfigDict(allow_inf_nan=False, extra="allow"))
+@dataclass(frozen=True)
+class PreprocessingEntry:
+    """Settings that predictions use; a corpus may have others."""
+
+    fit: Literal["pad", "crop"] = "pad"
+    trim: StrictBool = False
+    keywords: StrictBool = False
+    video_channels: Annotated[StrictInt, AfterValidator(_check_channels)] = 1
+    max_seconds: Annotated[StrictFloat, Field(gt=0, le=MAX_LIMIT)] | None = None
+    max_tokens: Limit = None
+    tokens: Limit = None
+    max_code_tokens: Limit = None
+    code_tokens: Limit = None
+    max_caption_tokens: Limit = None
+    caption_tokens: Limit = None
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_text(name) for name in value)
+@with_config(_CLOSED)
+@dataclass(frozen=True)
+class TaskEntry:
+    """What predictions of a task need, and the corpus that it was trained on."""
+
+    corpus: Text
+    corpus_digest: Text
+    licences: list[Text]
+    names: list[Text]
+    limit: Limit
+    preprocessing: PreprocessingEntry
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+@with_config(_CLOSED)
+@dataclass(frozen=True)
+class ServingEntry:
+    """Entry ``serving`` of a manifest; ``files`` are those beside the weights."""
 
-
-def _is_figures(value: Any) -> bool:
-    texts, numbers = ("task", "split", "metric"), ("value", "low", "high")
-    return isinstance(value, list) and all(
-        isinstance(row, dict)
-        and row.keys() == {*texts, *numbers}
-        and all(_is_text(row[key]) for key in texts)
-        and all(row[key] is None or _is_number(row[key]) for key in numbers)
-        for row in value
-    )
-
-
-def _is_file(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"bytes", "sha256"}
-        and _is_count(value["bytes"])
-        and _is_text(value["sha256"])
-    )
-
-
-def _or_none(check: ValueCheck) -> ValueCheck:
-    return lambda value: value is None or check(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
-#: Key -> (check, what is expected).
-MANIFEST_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
-    "format": (_is_count, "a number"),
-    "package": (_is_text, "a text"),
-    "weights_digest": (_is_text, "a text"),
-    "run_id": (_or_none(_is_text), "a text or null"),
-    "steps": (_or_none(_is_count), "a number of steps or null"),
-    "settings": (_is_tree, "keys and values"),
-    "evaluation": (_is_figures, "evaluation rows"),
-    "tasks": (_is_tree, "an entry per task"),
-    "files": (_is_tree, "size and hash per file"),
-    "digest": (_is_text, "a text"),
-}
-TASK_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
-    "corpus": (_is_text, "a text"),
-    "corpus_digest": (_is_text, "a text"),
-    "licences": (_is_names, "a list of texts"),
-    "names": (_is_names, "a list of texts"),
-    "limit": (_or_none(_is_limit), f"a number from 1 to {MAX_LIMIT} or null"),
-    "preprocessing": (_is_tree, "keys and values"),
-}
-#: Settings that predictions use; a corpus may have others.
-PREPROCESSING_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
-    "fit": (lambda value: value in ("pad", "crop"), "pad or crop"),
-    "trim": (_is_flag, "true or false"),
-    "keywords": (_is_flag, "true or false"),
-    "video_channels": (lambda value: type(value) is int and value in (1, 3), "1 or 3"),
-    "max_seconds": (_or_none(_is_duration), "a number of seconds or null"),
-    **{
-        key: (_or_none(_is_limit), f"a number from 1 to {MAX_LIMIT} or null")
-        for key in (
-            "max_tokens",
-            "tokens",
-            "max_code_tokens",
-            "code_tokens",
-            "max_caption_tokens",
-            "caption_tokens",
-        )
-    },
-}
+    format: Count
+    package: Text
+    weights_digest: Text
+    run_id: Text | None
+    steps: Count | None
+    settings: dict[Text, Any]
+    evaluation: list[FigureEntry]
+    tasks: dict[Text, TaskEntry]
+    files: dict[Text, FileEntry]
+    digest: Text
 
 
 def is_bundle(folder: Path) -> bool:
@@ -162,18 +166,11 @@ def read_bundle_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format {_short(manifest.get('format'))}, this program reads {BUNDLE_FORMAT}; "
             f"it was written by skillnet-platform {_short(manifest.get('package'))}"
         )
-    _check_entries(path, "", manifest, MANIFEST_KEYS)
-    for task, entry in manifest["tasks"].items():
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: tasks.{task} is no entry of a task; {REMEDY}")
-        _check_entries(path, f"tasks.{task}.", entry, TASK_KEYS)
-        settings = entry["preprocessing"]
-        known = {key: rule for key, rule in PREPROCESSING_KEYS.items() if key in settings}
-        used = {key: settings[key] for key in known}
-        _check_entries(path, f"tasks.{task}.preprocessing.", used, known)
-    for name, file in manifest["files"].items():
-        if not _is_file(file):
-            raise UserError(f"{path}: files.{name} is no size and hash; {REMEDY}")
+    try:
+        _make_adapter().validate_python(manifest)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe_wrong_value(error)}; {REMEDY}") from None
+    for name in manifest["files"]:
         check_inside(path, name)
     if TOKENIZER_FILE not in manifest["files"]:
         raise UserError(f"{path} does not list {TOKENIZER_FILE}")
@@ -214,19 +211,19 @@ def compute_bundle_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_entries(
-    path: Path, prefix: str, values: Mapping[str, Any], keys: Mapping[str, tuple[ValueCheck, str]]
-) -> None:
-    for key in sorted(keys.keys() | values.keys()):
-        if key not in keys:
-            raise UserError(f"{path}: {prefix}{key[:40]} is no known key; {REMEDY}")
-        if key not in values:
-            raise UserError(f"{path}: {prefix}{key} is missing; {REMEDY}")
-        check, expected = keys[key]
-        if not check(values[key]):
-            raise UserError(
-                f"{path}: {prefix}{key} is {_short(values[key])}, expected {expected}; {REMEDY}"
-            )
+@functools.cache
+def _make_adapter() -> TypeAdapter[ServingEntry]:
+    return TypeAdapter(ServingEntry)
+
+
+def _describe_wrong_value(error: ValidationError) -> str:
+    """Return key and value of the first problem."""
+    found = error.errors(include_url=False)[0]
+    key = ".".join(map(str, found["loc"])).encode("utf-8", "backslashreplace").decode()[:120]
+    problem = _PROBLEMS.get(found["type"])
+    wanted = re.sub(" or an instance of .*|Value error, ", "", found["msg"])
+    wanted = wanted.replace("Input should", "it should")
+    return f"{key} {problem}" if problem else f"{key} is {_short(found['input'])}; {wanted}"
 
 
 def _short(value: Any) -> str:
