@@ -256,8 +256,8 @@ def check_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) ->
 
     Args:
         folder: directory of the bundle.
-        manifest: that lists them: of the weights, or its entry ``serving``.
-        names: of the files.
+        manifest: document that lists them: of the weights, or its entry ``serving``.
+        names: files to compare.
 
     Raises:
         UserError: a file is missing, a link, or was altered.

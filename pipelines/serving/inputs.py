@@ -270,8 +270,8 @@ def parse_row(
         row: with a text, or with ``file``; optionally ``task`` and ``keywords``. None means absent.
         keys: that are read.
         read_file: returns the content for the value of ``file``.
-        name: name of a file without ``name``; "" takes the value of ``file``.
-        task: objective and towers of a row that names none.
+        name: identifier of a file without ``name``; "" takes the value of ``file``.
+        task: default for a row that names none.
         clue: require an id, and accept an empty text.
 
     Raises:

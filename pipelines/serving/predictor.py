@@ -406,7 +406,7 @@ def choose_tower(
     """Return the task and the tower that read an input: the rule of every entry.
 
     Args:
-        tasks: value of the model.
+        tasks: all tasks that the model has.
         modality: medium of the input; None if any may be meant, as for a value of Python.
         given: name of the task; None selects the only one.
         objectives: names of those that give the wanted answer.

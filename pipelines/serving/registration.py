@@ -89,8 +89,9 @@ def register_model(
         weak = _find_weak_tests([source, *parents], model, data, allow_weak_test)
         backend.setup_backend(uri)
         client = backend.create_client(backend.resolve_uri(uri))
-        given = name or (source.settings.get("tracking") or {}).get("registered_model")
-        name = given or _choose_name(source, model.system)
+        settings = source.settings.get("tracking") or {}
+        given = name or settings.get("registered_model")
+        name = given or champion.choose_model_name(model.system, settings.get("experiment"))
         # Refused before the evaluation, which can take minutes.
         champion.check_system(client, name, model.system)
         if not given:
@@ -253,15 +254,6 @@ def check_given_name(tracking: "TrackingConfig", system: str) -> None:
         # The run starts without its tracker, too; the registration compares again.
         if not is_away(error):
             raise
-
-
-def _choose_name(source: "ModelSource", system: str) -> str:
-    from skillnet_platform.tracking import champion
-
-    tracking = source.settings.get("tracking") or {}
-    return tracking.get("registered_model") or champion.choose_model_name(
-        system, tracking.get("experiment")
-    )
 
 
 def _registration_key(

@@ -62,7 +62,7 @@ class Request:
     Args:
         row: with a text, or with the name of one of ``FILES``.
         expected: task, or start of the reason.
-        method: value of a model in Python; None if its methods cannot ask this.
+        method: call on a model in Python; None if no method can ask this.
         entries: that can ask it.
     """
 

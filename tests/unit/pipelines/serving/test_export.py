@@ -18,11 +18,10 @@ import torch
 from pipelines import export as command
 from pipelines.serving import bundle
 from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
-from pipelines.training.runs import model_source
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from tests.helpers.hub_server import serve_hub
-from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.served_place import ServedPlace, served_place
 
 FIGURE = {"task": "text_to_image", "split": "test", "metric": "recall_at_10", "value": 0.5}
 #: Pushes a model, downloads one task of it, and then all tasks.
@@ -55,14 +54,15 @@ for address, revision in (("owner/tags", "v2"), (sys.argv[1], "v1")):
 
 
 class ExportPlace:
-    """A bundle with an evaluation row, and its manifest."""
+    """A bundle with an evaluation row, and its manifest.
 
-    def __init__(self, root: Path) -> None:
-        torch.manual_seed(0)
-        SkillNet(config()).save_pretrained(root / "saved")
-        source = model_source.resolve_model(str(root / "saved"))
+    Args:
+        served: model and corpora.
+        root: directory of the bundle.
+    """
+
+    def __init__(self, served: ServedPlace, root: Path) -> None:
         # Settings of a run name folders and servers of the machine that trained it.
-        tasks = {"speech_recognition": {"corpus": "syllables"}}
         settings = {
             "seed": 3,
             "run_dir": str(root / "runs"),
@@ -71,12 +71,11 @@ class ExportPlace:
             "storage": {"mirror": "s3://bucket/secret", "cache": str(root)},
             "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
             "options": {"checkpoint": str(root / "bert-base"), "width": 3},
-            "tasks": tasks,
+            "tasks": {"speech_recognition": {"corpus": "syllables"}},
         }
-        source = dataclasses.replace(source, settings=settings)
+        source = dataclasses.replace(served.source, settings=settings)
         rows = [FIGURE | {"low": 0.4, "high": 0.6}]
-        data = write_corpora(root / "corpora")
-        self.bundle = bundle.build_bundle(source, data, root / "bundle", rows)
+        self.bundle = bundle.build_bundle(source, served.data, root / "bundle", rows)
         self.manifest = bundle.check_bundle(self.bundle)
 
     def export(self, target: Path, to: str, task: str | None = None) -> Any:
@@ -85,10 +84,8 @@ class ExportPlace:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportPlace]:
-    root = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKILLNET_HOME", str(root))
-        yield ExportPlace(root)
+    for served in served_place(tmp_path_factory):
+        yield ExportPlace(served, tmp_path_factory.mktemp("export"))
 
 
 def test_folder_for_the_hub_loads_again_and_has_a_card(place: ExportPlace, tmp_path: Path) -> None:
