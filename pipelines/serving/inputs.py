@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.data.io.directory import iter_lines
 from pipelines.data.io.media import MAX_MEDIA_BYTES, find_signature
-from pipelines.data.io.source_file import is_remote, open_stream, read_bounded
+from pipelines.data.io.source_file import is_remote, open_stream, read_bounded, strip_file_scheme
 from pipelines.data.transforms.text import check_unicode
 from skillnet.modality import CAPTION_MODALITY, find_modality, list_modalities, modality_names
 from skillnet_platform import console
@@ -151,7 +151,7 @@ def read_file_bytes(
     """
     try:
         if not is_remote(str(path)):
-            return read_bounded(path, max_bytes, allow_pipe)
+            return read_bounded(strip_file_scheme(str(path)), max_bytes, allow_pipe)
         with open_stream(str(path)) as stream:
             data = stream.read(max_bytes + 1)
     except FileNotFoundError:
@@ -238,7 +238,9 @@ def make_item(value: Any, modality: str, name: str, task: str) -> PredictionItem
     if found.reads_tokens and not isinstance(value, Path | bytes | bytearray):
         raise UserError(f"{name}: expected a text, not {type(value).__name__}")
     if isinstance(value, str | Path):
-        data = read_input_item(value).data
+        data = read_file_bytes(Path(value))
+        if not data:
+            raise UserError(f"{value}: the file is empty")
         # A drawing in SVG would pass as a text. Decoders of media check their files.
         other = find_suffix_modality(str(value)) if found.reads_tokens else None
         if other not in (None, modality):
