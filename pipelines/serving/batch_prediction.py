@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.io.directory import iter_lines
+from pipelines.data.io.directory import OversizedInputError, iter_lines
 from pipelines.data.io.source_file import format_json_line, open_stream
 from pipelines.serving.inputs import (
     InputRow,
@@ -464,3 +464,5 @@ def _cut_lines(name: str, block_rows: int) -> Iterator[PredictionBlock]:
                 yield PredictionBlock(0, name, start, first, rows)
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
+    except OversizedInputError as error:
+        raise UserError(f"{name}: {error}. Give a file of JSON lines") from None

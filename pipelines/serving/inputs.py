@@ -10,7 +10,6 @@ as well: from the empty text, or from its keywords.
 
 import base64
 import contextlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -387,8 +386,10 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
         UserError: the file is missing, is a JSON array, or has no usable row.
     """
     data = read_file_bytes(path, max_bytes=MAX_ROWS_BYTES, allow_pipe=True)
+    # Editors on Windows write a byte order mark, which the JSON parser rejects.
+    data = data.removeprefix(b"\xef\xbb\xbf")
     # Otherwise the only message would be that line 1 is not an object.
-    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if data.lstrip().startswith(b"["):
         raise UserError(
             f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
@@ -396,7 +397,9 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
         parse_input_line(
             str(path), number, line, lambda name: read_file_bytes(path.parent / name), task, clue
         )
-        for number, line in iter_lines(io.BytesIO(data))
+        # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
+        for number, line in enumerate(data.split(b"\n"), 1)
+        if line.strip()
     ]
     if not rows:
         raise UserError(f"{path}: the file has no rows")

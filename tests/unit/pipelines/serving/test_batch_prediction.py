@@ -55,7 +55,7 @@ def read_parts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
 
 
-def test_blocks_cover_every_line_once(rows: Path) -> None:
+def test_blocks_cover_every_line_once(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_blocks(rows, 3)
     assert [block.rows for block in plan.blocks] == [3, 3, 2, 3, 3, 1]
     assert [block.line for block in plan.blocks[:3]] == [1, 6, 12]
@@ -64,6 +64,11 @@ def test_blocks_cover_every_line_once(rows: Path) -> None:
     assert plan_blocks(rows, 3).digest != plan.digest
     with pytest.raises(UserError, match="no such file or folder"):
         plan_blocks(rows / "none", 3)
+    monkeypatch.setattr("pipelines.data.io.directory.MAX_LINE_BYTES", 9)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: a line longer than 64 MiB\. Give a file of JSON"
+    ):
+        plan_blocks(rows, 3)
 
 
 def test_parts_equal_a_prediction_at_once_and_name_every_row(
