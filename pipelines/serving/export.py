@@ -33,10 +33,10 @@ from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import write_model
 from skillnet.skills import find_task
+from skillnet_evidence.cells import markdown_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_extras import describe_missing_extra
 from skillnet_platform.storage import staging_directory
-from skillnet_platform.tables import markdown_table
 
 FORMATS = ("hf", "dense", "pt2", "onnx")
 #: Largest difference of an output in float32, relative to the largest output or 1.

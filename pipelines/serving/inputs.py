@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.io.directory import iter_lines
 from pipelines.data.io.media import MAX_MEDIA_BYTES, find_signature
 from pipelines.data.io.source_file import is_remote, open_stream, read_bounded, strip_file_scheme
 from pipelines.data.transforms.text import check_unicode

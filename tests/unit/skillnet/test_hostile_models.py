@@ -24,7 +24,7 @@ from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
 from pipelines.training.runs import bundle_manifest, checkpoints, model_source
 from skillnet import systems
 from skillnet.multitask_model import TaskModel
-from skillnet.serialization import read_manifest, write_manifest
+from skillnet.serialization import read_manifest
 from skillnet_hf import library_models
 from skillnet_hf.hf_checkpoints import find_checkpoint, require_finite
 from tests.helpers.small_models import reseal_model, small_model

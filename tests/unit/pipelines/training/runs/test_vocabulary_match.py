@@ -1,6 +1,5 @@
 """Every command that reads a corpus with a model compares their tokenizers and names."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
