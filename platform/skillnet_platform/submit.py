@@ -15,7 +15,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,14 @@ def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
     return f"{shlex.join(look)} && {run}"
 
 
-def job_environment() -> dict[str, str]:
-    """Return the variables of every job: the import path of its code, and the versions here."""
-    path = os.pathsep.join(SOURCE_FOLDERS)
-    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **version_variable()}
+def job_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a job: import path of its code, versions here, and the given ones.
+
+    Args:
+        given: variables by name; folders of ``PYTHONPATH`` follow those of our code.
+    """
+    path = os.pathsep.join([*SOURCE_FOLDERS, *filter(None, [given.get("PYTHONPATH")])])
+    return {"PYTHONUNBUFFERED": "1", **version_variable(), **given, "PYTHONPATH": path}
 
 
 def read_variables(names: Sequence[str]) -> dict[str, str]:
@@ -212,7 +216,7 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
     if options.check:
         request_resources(options.entry)  # invalid arguments fail before the upload
     given = {**options.env, **read_variables(options.env_from)}
-    variables = {**job_environment(), **commit_variable(), **given}
+    variables = {**commit_variable(), **job_environment(given)}
     for name in options.env:
         if SECRET.search(name.upper()):
             console.print_warning(

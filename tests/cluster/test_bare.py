@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from skillnet_platform import config as configuration
 from skillnet_platform import pin_nodes
+from skillnet_platform.submit import SOURCE_FOLDERS
 from tests.chaos.namespaces import ROOT, SEARCH, missing
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -34,14 +35,15 @@ VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY
 RUNS = "/mnt/skillnet"
 INSTALL = f"SKILLNET_HOME={RUNS} bash ~/.skillnet/deploy/setup_node.sh install"
 #: The lines of on_prem.yaml that start a head, and a job by plain Ray.
-TRAIN = """
+TRAIN = f"""
 . ~/.skillnet/env.sh
 export SKILLNET_INTERFACE=lo RAY_ADDRESS=http://127.0.0.1:8265
 settings="$(bash ~/.skillnet/deploy/setup_node.sh settings)" && eval "$settings"
 ray start --head --port=6379 --node-ip-address=$SKILLNET_NODE_IP --dashboard-host=127.0.0.1 \\
     --num-cpus=2
 cd /code
-ray job submit --working-dir . --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform"}}' \\
+ray job submit --working-dir . --runtime-env-json \\
+    '{{"env_vars": {{"PYTHONPATH": "{os.pathsep.join(SOURCE_FOLDERS)}"}}}}' \\
     -- python -m skillnet_platform.cli finetune --config /mnt/skillnet/run.yaml
 """
 

@@ -19,6 +19,7 @@ import yaml
 
 from skillnet_platform import config as configuration
 from skillnet_platform import pin_nodes
+from skillnet_platform.submit import SOURCE_FOLDERS
 from tests.chaos.namespaces import ROOT, missing
 from tests.cluster.cluster_lab import HOST_HOME, NEEDED, Host, lab
 from tests.cluster.occupied_head import occupied_head
@@ -36,6 +37,7 @@ SKILLNET = (sys.executable, "-m", "skillnet_platform.cli")
 HOME = f"{HOST_HOME}/runs"
 TRACKS = f"sqlite:///{HOME}/mlflow.db"
 BUCKET = "skillnet"
+SOURCES = os.pathsep.join(SOURCE_FOLDERS)
 CORPORA, RUNS = f"s3://{BUCKET}/corpora", f"s3://{BUCKET}/runs"
 #: Run on the client: makes the bucket, and puts small prepared corpora there.
 FILL = f"""
@@ -181,7 +183,7 @@ def tracked(hosts: dict[str, Host]) -> list[str]:
 
 def plain(client: Host, environment: dict[str, str], *words: str) -> str:
     """Plain ``ray job submit`` of one of our commands, as the guide has it: the job's log."""
-    runtime = json.dumps({"env_vars": {"PYTHONPATH": "platform", **environment}})
+    runtime = json.dumps({"env_vars": {"PYTHONPATH": SOURCES, **environment}})
     return client.run(
         *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", runtime),
         *("--", "python", "-m", "skillnet_platform.cli", *words),
@@ -291,10 +293,9 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     put_archive(folder / "archives")
     client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
     words = ("prepare", "made", "--data", f"s3://{BUCKET}/made")
-    path = "platform:tests/made_corpora"  # its entry points name the corpus
-    plain(
-        client, {SLOW: "500", "PYTHONPATH": path}, *words
-    )  # blocks take a moment each, so that both hosts get some
+    path = "tests/made_corpora"  # its entry points name the corpus
+    # Blocks take a moment each, so that both hosts get some.
+    plain(client, {SLOW: "500", "PYTHONPATH": f"{SOURCES}:{path}"}, *words)
     manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100
     made = hosts["worker"].run("ls", "-A", f"{HOME}/staging/visiting").stdout

@@ -344,7 +344,8 @@ def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPa
 def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     server = Server()
-    options = submit.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
+    env = {"SKILLNET_HOME": "s3://b", "PYTHONPATH": "mine"}
+    options = submit.SubmitConfig(["finetune", "--config", "tiny"], env=env)
     job, package = submit.submit_job(server, options)
     sent = server.sent
     assert sent["submission_id"] == job
@@ -355,7 +356,9 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
     assert package.files == len(sent["files"])
     variables = sent["runtime_env"]["env_vars"]
-    folders = variables["PYTHONPATH"].split(":")
+    *folders, given = variables["PYTHONPATH"].split(":")
+    assert given == "mine"
+    assert f"FOLDERS={':'.join(folders)}\n" in Path("docs/cluster.md").read_text(encoding="utf-8")
     project = tomllib.loads(
         (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     )
