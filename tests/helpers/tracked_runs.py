@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform.tracking import Tracker, TrackingConfig, backend
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend, champion
 
 
 def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
@@ -28,3 +28,8 @@ def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
     """(Step, value) of each point of a metric."""
     points = backend.create_client(tracker.uri).get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value) for point in points)
+
+
+def find_champion(name: str = champion.MODEL_NAME, uri: str | None = None) -> Any:
+    """The champion of a registered model, or None."""
+    return champion.champion_of(backend.create_client(backend.resolve_uri(uri)), name)

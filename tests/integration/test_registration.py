@@ -16,8 +16,9 @@ from pipelines import predict
 from pipelines.serving import bundle
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
-from skillnet_platform.tracking import backend, champion, registry
+from skillnet_platform.tracking import backend, registry
 from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.tracked_runs import find_champion
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.integration
@@ -171,7 +172,7 @@ def test_two_processes_register_their_own_weights_and_one_is_first(root: Path) -
         assert source.bundle is not None
         bundle.check_bundle(source.bundle)
     first = [version for version in found if version.tags["gate"] == "the first version"]
-    current = champion.find_champion()
+    current = find_champion()
     assert [version.version for version in first] == [current.version]
     assert not list((root / "cache").glob(".registering*"))
 
@@ -181,7 +182,7 @@ def test_predict_refuses_a_bundle_that_is_whole_but_not_the_registered_one(
 ) -> None:
     if not versions():
         assert start(root, "one").wait(300) == 0
-    current = champion.find_champion()
+    current = find_champion()
     folder = registry.resolve_registered("models:/skillnet@champion").path / "artifacts/bundle"
     name = next(
         name
@@ -240,7 +241,7 @@ def test_a_registration_killed_after_any_write_is_completed_once(root: Path) -> 
         [version] = versions(name)
         assert version.tags["gate"] == "the first version", name
         assert version.tags["skillnet.state"] == "done", name
-        assert champion.find_champion(name=name).version == version.version
+        assert find_champion(name=name).version == version.version
         [model] = logged_models(name)
         assert (model.status, f"models:/{model.model_id}") == ("READY", version.source), name
         assert registry.resolve_registered(f"models:/{name}@champion").version == 1

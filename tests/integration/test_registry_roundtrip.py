@@ -32,6 +32,7 @@ from skillnet_platform.tracking import TrackingConfig, backend, champion, regist
 from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
 from tests.helpers.small_run import SMALL_RUN, option_arguments
+from tests.helpers.tracked_runs import find_champion
 
 pytestmark = pytest.mark.integration
 CHAMPION = "models:/skillnet@champion"
@@ -57,7 +58,7 @@ def heart() -> bytes:
 def test_the_first_version_is_champion(place: Place):
     assert place.made.uri == "models:/skillnet/1"
     assert place.made.alias == "champion"
-    version = champion.find_champion()
+    version = find_champion()
     assert int(version.version) == 1
     assert "A first try." in version.description
     assert "text_to_image" in version.description
@@ -146,14 +147,14 @@ def test_an_equal_model_stays_challenger(place: Place, tmp_path: Path):
     again = registration.register_model(source, place.data, bootstrap_samples=50)
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
-    assert int(champion.find_champion().version) == 1
+    assert int(find_champion().version) == 1
     forced = registration.register_model(source, place.data, bootstrap_samples=50, force=True)
     assert (forced.alias, forced.version) == ("champion", again.version)
-    assert int(champion.find_champion().version) == forced.version
+    assert int(find_champion().version) == forced.version
 
 
 def test_a_baseline_is_registered_under_its_own_name(place: Place, tmp_path: Path, capsys):
-    before = champion.find_champion().version
+    before = find_champion().version
     build_system("dense", config()).save_pretrained(tmp_path / "dense" / "model")
     (tmp_path / "dense" / "config.yaml").write_text("system: dense\n")
     source = model_source.resolve_model(str(tmp_path / "dense"))
@@ -161,7 +162,7 @@ def test_a_baseline_is_registered_under_its_own_name(place: Place, tmp_path: Pat
         registration.register_model(source, place.data, name="skillnet", rows=[])
     made = registration.register_model(source, place.data, rows=[])
     assert (made.uri, made.alias) == ("models:/skillnet-dense/1", "champion")
-    assert champion.find_champion().version == before
+    assert find_champion().version == before
     chosen = {"registered_model": "mine", "experiment": "clue"}
     for tracking, name in ((chosen, "mine"), ({"experiment": "clue"}, "clue-dense")):
         source = dataclasses.replace(source, settings={"tracking": tracking})

@@ -4,13 +4,46 @@ import sqlite3
 import tempfile
 from hashlib import blake2b
 from pathlib import Path
+from typing import Self
 
 #: Digests that are kept in memory. More of them are moved to a file.
 MAX_KEYS_IN_MEMORY = 1 << 16
 
 
-class KeySet:
-    """Set of any number of keys. Leave its ``with`` block to remove its file.
+class ScratchDatabase:
+    """Database file that nobody reads after this process. Leave its ``with`` block to remove it.
+
+    Args:
+        table: SQL statement that creates the table.
+    """
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.database is not None:
+            self.database.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def open(self) -> sqlite3.Connection:
+        """Return the database; create its file at the first call, without a journal."""
+        if self.database is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="skillnet-keys-")
+            self.database = sqlite3.connect(Path(self._folder.name) / "keys", isolation_level=None)
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):
+                self.database.execute(f"PRAGMA {setting}")
+            self.database.execute(self._table)
+        return self.database
+
+
+class KeySet(ScratchDatabase):
+    """Set of any number of keys.
 
     The set stores digests of 128 bits: among 100 million keys, two different keys share a digest
     with a probability below 1e-22.
@@ -20,19 +53,9 @@ class KeySet:
     """
 
     def __init__(self, in_memory: int = MAX_KEYS_IN_MEMORY) -> None:
+        super().__init__("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
         self._recent: set[bytes] = set()
         self._in_memory = in_memory
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._table: sqlite3.Connection | None = None
-
-    def __enter__(self) -> "KeySet":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._table is not None:
-            self._table.close()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def add(self, key: str) -> bool:
         """Add a key; return ``False`` if the set had it already."""
@@ -49,35 +72,19 @@ class KeySet:
         return digest in self._recent or self._is_in_file(digest)
 
     def _is_in_file(self, digest: bytes) -> bool:
-        if self._table is None:
+        if self.database is None:
             return False
-        rows = self._table.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
+        rows = self.database.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
         return rows.fetchone() is not None
 
     def _flush(self) -> None:
-        if self._table is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="skillnet-keys-")
-            self._table = open_scratch_database(Path(self._folder.name) / "keys")
-            self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._table.execute("BEGIN")
+        database = self.open()
+        database.execute("BEGIN")
         # Sorted keys fill the pages of the B-tree in order, which is much faster.
         rows = ((digest,) for digest in sorted(self._recent))
-        self._table.executemany("INSERT INTO seen VALUES (?)", rows)
-        self._table.execute("COMMIT")
+        database.executemany("INSERT INTO seen VALUES (?)", rows)
+        database.execute("COMMIT")
         self._recent.clear()
-
-
-def open_scratch_database(path: Path) -> sqlite3.Connection:
-    """Create a database that nobody reads after this process: without a journal.
-
-    Args:
-        path: file of the database.
-    """
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("PRAGMA journal_mode = OFF")
-    database.execute("PRAGMA synchronous = OFF")
-    database.execute("PRAGMA cache_size = -16384")
-    return database
 
 
 def digest_key(key: str) -> bytes:

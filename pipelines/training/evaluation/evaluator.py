@@ -30,6 +30,7 @@ from pipelines.training.evaluation.inference import (
     masked_losses,
     mean_masked_length,
     mean_row_lengths,
+    open_masked_rows,
     split_inputs,
 )
 from pipelines.training.evaluation.outcomes import OutcomeTable
@@ -141,7 +142,8 @@ def evaluate_model(
                 on_split(name, split_name, split.rows)
             limit = (limits or {}).get(name)
             if find_objective(spec.objective).hides_inputs:
-                values = masked_losses(runner, name, corpus, split_name, masks, limit)
+                hidden = open_masked_rows(model, name, corpus, split_name, masks, limit)
+                values = masked_losses(runner, name, hidden)
                 metrics = {}
                 if runner.ranks.is_first:
                     units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
@@ -150,7 +152,7 @@ def evaluate_model(
                         metric: intervals.mean(values_N, METRICS[metric].scale)
                         for metric, values_N in values.items()
                     }
-                lengths = mean_masked_length(model, name, corpus, split_name, limit)
+                lengths = mean_masked_length(hidden)
             else:
                 metrics, lengths = measure_split(
                     runner,

@@ -474,114 +474,6 @@ def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
 BATCH_ROWS = 64
 
 
-def masked_batches(
-    model: TaskModel,
-    task: str,
-    corpus: "PreparedCorpus",
-    split: str,
-    masks: MaskConfig | None = None,
-    limit: int | None = None,
-    ranks: EvaluationRanks | None = None,
-) -> Iterator[Batch]:
-    """Yield the rows of a split in order, with masked tokens, on the model's device.
-
-    Args:
-        model: its configuration selects sizes and tasks.
-        task: a masked task of the model.
-        corpus: shards of the task.
-        split: name of the split.
-        masks: mask settings.
-        limit: maximum row length in tokens or frames.
-        ranks: that share the batches; None yields all batches.
-    """
-    dataset = open_masked_rows(model, task, corpus, split, masks, limit)
-    device, dtype = find_device(model.parameters()), next(model.parameters()).dtype
-    rows_N = np.arange(dataset.num_rows)
-    starts = range(0, len(rows_N), BATCH_ROWS)
-    for start in (ranks or EvaluationRanks()).select(starts):
-        part = rows_N[start : start + BATCH_ROWS]
-        # The key of the generator is constant, so that each evaluation masks the same tokens.
-        draws = BatchRandom(("evaluation", start), len(part), slice(None))
-        towers, targets, changes = dataset.load(part, draws)
-        batch = Batch(task, towers, targets, part, len(part), changes=changes)
-        if device.type == "cuda":
-            batch = batch.pin_memory()
-        yield batch.to(device, dtype)
-
-
-def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]:
-    """Return the outputs of the head for the masked tokens of a batch.
-
-    Args:
-        runner: inference on all ranks; the training mode of the model is restored.
-        batch: from :func:`masked_batches`.
-    """
-    with runner.inference():
-        return runner.model(batch.task, batch.towers)
-
-
-def masked_losses(
-    runner: InferenceRunner,
-    task: str,
-    corpus: "PreparedCorpus",
-    split: str,
-    masks: MaskConfig | None = None,
-    limit: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
-
-    Args:
-        runner: inference with the model on all ranks.
-        task: a masked task of the model.
-        corpus: shards of the task.
-        split: name of the split.
-        masks: mask settings.
-        limit: maximum row length in tokens or frames.
-
-    Returns:
-        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
-    """
-    spec, rows = find_task(task, runner.model.config.tasks), corpus.splits[split].rows
-    head = head_class(spec)
-    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
-    values_N3 = np.zeros((rows, 3))
-    for batch in masked_batches(
-        runner.model, task, corpus, split, masks, limit, ranks=runner.ranks
-    ):
-        losses_B, hits_B = head.score_hidden(run_masked_batch(runner, batch), batch.targets)
-        values_N3[batch.rows, 0] = losses_B.double().cpu().numpy()
-        if hits_B is not None:
-            values_N3[batch.rows, 1] = hits_B.cpu().numpy()
-            values_N3[batch.rows, 2] = 1.0
-    values_N3 = runner.ranks.merge(values_N3)
-    metrics = {find_objective(spec.objective).primary.name: values_N3[:, 0]}
-    if values_N3[:, 2].any():
-        metrics["masked_accuracy"] = values_N3[:, 1]
-    return metrics
-
-
-def mean_masked_length(
-    model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
-) -> dict[str, int]:
-    """Return the mean row length of a masked task's tower, for cost accounting.
-
-    Args:
-        model: its configuration selects sizes and tasks.
-        task: a masked task of the model.
-        corpus: shards of the task.
-        split: name of the split.
-        limit: maximum row length in tokens or frames.
-
-    Returns:
-        Tower -> length, or {} if all rows have one size.
-    """
-    # Masks hide tokens but do not remove them, so they do not matter for lengths.
-    dataset = open_masked_rows(model, task, corpus, split, None, limit)
-    lengths = dataset.row_lengths(np.arange(dataset.num_rows))
-    tower = find_task(task, model.config.tasks).row_tower
-    return {} if lengths is None else {tower: max(round(float(lengths.mean())), 1)}
-
-
 def open_masked_rows(
     model: TaskModel,
     task: str,
@@ -604,3 +496,80 @@ def open_masked_rows(
     return TaskDataset(
         task, find_task(task, model.config.tasks), corpus, model.config, settings, masks
     )
+
+
+def masked_batches(runner: InferenceRunner, task: str, dataset: TaskDataset) -> Iterator[Batch]:
+    """Yield this rank's share of the rows in order, with masked tokens, on the model's device.
+
+    Args:
+        runner: inference with the model on all ranks.
+        task: a masked task of the model.
+        dataset: from :func:`open_masked_rows`.
+    """
+    parameters = list(runner.model.parameters())
+    device, dtype = find_device(parameters), parameters[0].dtype
+    rows_N = np.arange(dataset.num_rows)
+    for start in runner.ranks.select(range(0, len(rows_N), BATCH_ROWS)):
+        part = rows_N[start : start + BATCH_ROWS]
+        # The key of the generator is constant, so that each evaluation masks the same tokens.
+        draws = BatchRandom(("evaluation", start), len(part), slice(None))
+        towers, targets, changes = dataset.load(part, draws)
+        batch = Batch(task, towers, targets, part, len(part), changes=changes)
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        yield batch.to(device, dtype)
+
+
+def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]:
+    """Return the outputs of the head for the masked tokens of a batch.
+
+    Args:
+        runner: inference on all ranks; the training mode of the model is restored.
+        batch: from :func:`masked_batches`.
+    """
+    with runner.inference():
+        return runner.model(batch.task, batch.towers)
+
+
+def masked_losses(
+    runner: InferenceRunner, task: str, dataset: TaskDataset
+) -> dict[str, np.ndarray]:
+    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
+
+    Args:
+        runner: inference with the model on all ranks.
+        task: a masked task of the model.
+        dataset: from :func:`open_masked_rows`.
+
+    Returns:
+        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
+    """
+    head = head_class(dataset.task)
+    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
+    values_N3 = np.zeros((dataset.num_rows, 3))
+    for batch in masked_batches(runner, task, dataset):
+        losses_B, hits_B = head.score_hidden(run_masked_batch(runner, batch), batch.targets)
+        values_N3[batch.rows, 0] = losses_B.double().cpu().numpy()
+        if hits_B is not None:
+            values_N3[batch.rows, 1] = hits_B.cpu().numpy()
+            values_N3[batch.rows, 2] = 1.0
+    values_N3 = runner.ranks.merge(values_N3)
+    metrics = {find_objective(dataset.task.objective).primary.name: values_N3[:, 0]}
+    if values_N3[:, 2].any():
+        metrics["masked_accuracy"] = values_N3[:, 1]
+    return metrics
+
+
+def mean_masked_length(dataset: TaskDataset) -> dict[str, int]:
+    """Return the mean row length of a masked task's tower, for cost accounting.
+
+    Masks hide tokens but do not remove them, so they do not matter for lengths.
+
+    Args:
+        dataset: from :func:`open_masked_rows`.
+
+    Returns:
+        Tower -> length, or {} if all rows have one size.
+    """
+    lengths = dataset.row_lengths(np.arange(dataset.num_rows))
+    return {} if lengths is None else {dataset.task.row_tower: max(round(float(lengths.mean())), 1)}

@@ -38,16 +38,13 @@ class VerifiedCheckpoint:
         return int(self.state["step"])
 
 
-def find_newest(folder: Path, most: int | None = None) -> VerifiedCheckpoint | None:
+def find_newest(folder: Path) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
         folder: directory of the checkpoints.
-        most: ignore checkpoints of more steps.
     """
     for path in list_checkpoint_folders(folder):
-        if most is not None and step_of(path.name) > most:
-            continue
         try:
             return verify_checkpoint(path)
         except ValueError as error:

@@ -233,7 +233,7 @@ def list_training_reads(
     return reads
 
 
-def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel:
+def load_source_model(source: ModelSource) -> TaskModel:
     """Load a model in evaluation mode, on the GPU if there is one.
 
     A checkpoint of a run that keeps averaged weights is loaded with those, and without the heads
@@ -241,12 +241,11 @@ def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel
 
     Args:
         source: resolved model.
-        task: load only the parameters that this task activates; None loads all.
 
     Raises:
         ValueError: files are missing or corrupt.
     """
-    model = systems.load_model(source.weights, task)
+    model = systems.load_model(source.weights)
     manifest = read_manifest(source.weights)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -260,9 +259,8 @@ def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel
                     raise UserError(f"{path}: {key} is not the average of a weight of this model")
                 parameters[key].copy_(value)
     # A checkpoint still has the heads of auxiliary tasks; a final model does not.
-    if task is None:
-        for name in source.auxiliary & set(model.config.tasks):
-            remove_task(model, name)
+    for name in source.auxiliary & set(model.config.tasks):
+        remove_task(model, name)
     return model.to(best_device())
 
 

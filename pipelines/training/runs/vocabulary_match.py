@@ -159,7 +159,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
 
 
 def check_corpus_tokenizer(
-    vocabulary: ModelVocabulary, corpus: PreparedCorpus, origin: Path | None, name: str = ""
+    vocabulary: ModelVocabulary, corpus: PreparedCorpus, origin: Path | None
 ) -> None:
     """Check that a corpus was prepared with the tokenizer of a model.
 
@@ -168,12 +168,11 @@ def check_corpus_tokenizer(
             compared.
         corpus: whose tokens the model reads.
         origin: folder of the model, to find its tokenizer for the message.
-        name: identifier of the model in the message, by default the folder.
 
     Raises:
         UserError: it has another tokenizer; names both, and the command that prepares the corpus.
     """
-    found = describe_other_tokenizer(vocabulary, [corpus], origin, name)
+    found = describe_other_tokenizer(vocabulary, [corpus], origin)
     if found:
         raise UserError(found)
 

@@ -4,7 +4,6 @@
 """
 
 from skillnet_platform.cluster.connect import (
-    OBJECT_STORE_BYTES,
     ensure_ray,
     halt_if_asked,
     pin_to_this_node,
@@ -13,7 +12,6 @@ from skillnet_platform.cluster.connect import (
 )
 
 __all__ = [
-    "OBJECT_STORE_BYTES",
     "ensure_ray",
     "halt_if_asked",
     "pin_to_this_node",

@@ -53,6 +53,7 @@ DEFAULTS = {
 #: The same on a cluster. Ray Train waits one minute for workers to start, four times. A node that
 #: the autoscaler starts needs several minutes.
 ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
+#: Shared memory of the embedded Ray.
 OBJECT_STORE_BYTES = 512 * 2**20
 #: Part of Ray's message if its processes need more than 30 s to start, which is a fixed time.
 STARTUP_TIMEOUT = "timed out during startup"
@@ -83,13 +84,12 @@ def _share_import_path() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(kept))
 
 
-def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Any:
+def ensure_ray(cpus: int | None = None) -> Any:
     """Initialize Ray once and return the ``ray`` module; later calls use the running Ray.
 
     Args:
         cpus: CPUs of the embedded Ray, by default all CPUs of this process. A larger number is
             allowed and means slots. Ignored on a cluster.
-        object_store_bytes: shared memory of the embedded Ray, in bytes.
 
     Raises:
         UserError: ``RAY_ADDRESS`` does not answer, or is the address of a job server; or the
@@ -134,7 +134,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             # can stall without a message.
             include_dashboard=True,
             dashboard_host=loopback.ADDRESS,
-            object_store_memory=max(object_store_bytes, 80 * 2**20),
+            object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=True,
         )

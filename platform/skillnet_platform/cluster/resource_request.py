@@ -72,16 +72,13 @@ class ResourceRequest:
         return " ".join(parts)
 
 
-def split_own_options(
-    argv: Sequence[str], valueless: Sequence[str] = VALUELESS_OPTIONS
-) -> tuple[list[str], list[str]]:
+def split_own_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into own options and the command that they are about.
 
     ``--detach finetune --config tiny`` gives ``[--detach]`` and ``[finetune, --config, tiny]``.
 
     Args:
         argv: arguments of ``doctor`` or ``submit``.
-        valueless: options that take no value.
 
     Returns:
         The options before the first bare word, and the rest.
@@ -93,7 +90,7 @@ def split_own_options(
         own.append(word)
         if word == "--help" and rest[:1] == ["all"]:
             own.append(rest.pop(0))
-        if "=" not in word and word[2:] not in valueless and rest:
+        if "=" not in word and word[2:] not in VALUELESS_OPTIONS and rest:
             own.append(rest.pop(0))
     return own, rest[1:] if rest[:1] == ["--"] else rest
 

@@ -185,19 +185,18 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
     return loaded
 
 
-def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, Any]:
+def load_layer(path: str | PurePath) -> dict[str, Any]:
     """Read a file of ``--config``, in which a mapping may include another file or preset.
 
     ``run: {include: small, training: {steps: 100}}`` is ``small`` with another number of steps.
 
     Args:
         path: the file.
-        inside: files that include this file.
 
     Raises:
         UserError: as :func:`load_yaml`, or a file that includes itself.
     """
-    return _join_parts(_load_parts(path, inside))
+    return _join_parts(_load_parts(path))
 
 
 def _join_parts(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

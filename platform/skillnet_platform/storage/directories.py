@@ -70,12 +70,12 @@ MANIFEST = "manifest.json"
 STREAMS = 4
 
 
-def is_committed(uri: str, manifest: str = MANIFEST) -> bool:
+def is_committed(uri: str) -> bool:
     """Whether the folder's manifest is there, so that all of it is."""
-    return object_exists(join_uri(uri, manifest))
+    return object_exists(join_uri(uri, MANIFEST))
 
 
-def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
+def remove_directory(uri: str) -> None:
     """Remove a folder, its manifest first: what is left of a removal cut short counts as nothing.
 
     Raises:
@@ -84,18 +84,13 @@ def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
     # A mistyped URI must not delete a complete bucket.
     if not urlsplit(uri).path.strip("/") and not is_local_uri(uri):
         raise UserError(f"{uri}: a whole bucket is not removed")
-    remove_file(join_uri(uri, manifest))
+    remove_file(join_uri(uri, MANIFEST))
     _each(lambda entry: remove_file(join_uri(uri, entry.name)), list_files(uri))
     if is_local_uri(uri):
         shutil.rmtree(urlsplit(uri).path, ignore_errors=True)
 
 
-def put_directory(
-    local: str | os.PathLike[str],
-    uri: str,
-    manifest: str = MANIFEST,
-    on_file: Callable[[str, int], None] | None = None,
-) -> bool:
+def put_directory(local: str | os.PathLike[str], uri: str) -> bool:
     """Upload a folder and commit it by its manifest, which is written last.
 
     A folder with the same manifest and files of the same size is not changed. A folder with another
@@ -106,8 +101,6 @@ def put_directory(
     Args:
         local: folder with a manifest.
         uri: address of the new folder.
-        manifest: name of the file that commits it.
-        on_file: called with the name and size of each file that is there.
 
     Returns:
         Whether anything had to be sent.
@@ -118,63 +111,54 @@ def put_directory(
         StoreUnavailableError: the folder is not committed; do it again later.
     """
     folder = Path(local)
-    if not (folder / manifest).is_file():
-        raise UserError(f"{folder} has no {manifest}, so it is not whole and is not uploaded")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} has no {MANIFEST}, so it is not whole and is not uploaded")
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).as_posix() != manifest
+        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
     )
     there = {entry.name: entry.bytes for entry in list_files(uri)}
     # Read once, so that the manifest that is committed is the one that was compared.
-    mine = (folder / manifest).read_bytes()
-    if manifest in there:
+    mine = (folder / MANIFEST).read_bytes()
+    if MANIFEST in there:
         sizes = {name: (folder / name).stat().st_size for name in names}
-        same = there == sizes | {manifest: len(mine)}
-        if same and read_bytes(join_uri(uri, manifest)) == mine:
+        same = there == sizes | {MANIFEST: len(mine)}
+        if same and read_bytes(join_uri(uri, MANIFEST)) == mine:
             return False
         # Readers must never see the old manifest together with new files.
-        remove_file(join_uri(uri, manifest))
+        remove_file(join_uri(uri, MANIFEST))
 
     def send(name: str) -> None:
         path, target = folder / name, join_uri(uri, name)
-        size = path.stat().st_size
-        if there.get(name) != size or not _is_there(target, path):
+        if there.get(name) != path.stat().st_size or not _is_there(target, path):
             put_file(path, target)
-        if on_file is not None:
-            on_file(name, size)
 
     _each(send, names)
     # Leftovers of another upload would become part of the committed folder.
-    _each(lambda name: remove_file(join_uri(uri, name)), there.keys() - {*names, manifest})
+    _each(lambda name: remove_file(join_uri(uri, name)), there.keys() - {*names, MANIFEST})
     # Last: from here on readers accept the folder.
-    write_bytes(join_uri(uri, manifest), mine)
+    write_bytes(join_uri(uri, MANIFEST), mine)
     return True
 
 
 def get_directory(
-    uri: str,
-    local: str | os.PathLike[str],
-    manifest: str = MANIFEST,
-    check: Callable[[Path], Any] | None = None,
-    on_file: Callable[[str, int], None] | None = None,
+    uri: str, local: str | os.PathLike[str], check: Callable[[Path], Any] | None = None
 ) -> Path:
     """Download a committed folder atomically.
 
     Args:
         uri: address of the folder.
         local: path of the new folder; an existing folder is replaced.
-        manifest: name of the file that commits the folder.
         check: called with the downloaded folder before the rename; raises if it is invalid.
-        on_file: called with the name and size of each downloaded file.
 
     Raises:
         UserError: the folder is not committed; the disk is full; what ``check`` raises; see also
             :func:`retry_transient`.
     """
     entries = list_files(uri)
-    if manifest not in {entry.name for entry in entries}:
-        what = f"has no {manifest}: its upload is incomplete" if entries else "does not exist"
+    if MANIFEST not in {entry.name for entry in entries}:
+        what = f"has no {MANIFEST}: its upload is incomplete" if entries else "does not exist"
         raise UserError(f"{uri} {what}")
     target = Path(local)
     total = sum(entry.bytes for entry in entries)
@@ -191,8 +175,6 @@ def get_directory(
                 get_file(join_uri(uri, entry.name), place)
             except FileNotFoundError:
                 raise UserError(f"{uri}: {entry.name} was removed while it was read") from None
-            if on_file is not None:
-                on_file(entry.name, entry.bytes)
 
         _each(fetch, entries)
         if check is not None:

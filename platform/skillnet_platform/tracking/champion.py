@@ -109,11 +109,6 @@ def promote_version(
         return promote_in_turn(backend.create_client(chosen), name, number, force)
 
 
-def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
-    """Return the champion as an MLflow ModelVersion, or ``None``."""
-    return champion_of(backend.create_client(backend.resolve_uri(uri)), name)
-
-
 def champion_of(client: Any, name: str) -> Any:
     """Return the champion as an MLflow ModelVersion, or ``None``.
 

@@ -75,7 +75,6 @@ def register_version(
     input_example: Any = None,
     metadata: Mapping[str, Any] | None = None,
     requirements: Sequence[str] | None = None,
-    code_paths: Sequence[str] | None = None,
     description: str = "",
     tags: Mapping[str, Any] | None = None,
     key: str | None = None,
@@ -98,7 +97,6 @@ def register_version(
         input_example: example input of ``predict``.
         metadata: stored in the model's MLmodel file.
         requirements: pip requirements; by default the installed versions of the needed packages.
-        code_paths: packages shipped inside the model; by default none.
         description: markdown for the page of the version.
         tags: more tags of the version.
         key: identifies the registration; by default each call is another one.
@@ -130,7 +128,6 @@ def register_version(
                     "input_example": input_example,
                     "metadata": dict(metadata or {}),
                     "pip_requirements": list(requirements or installed_requirements(REQUIREMENTS)),
-                    "code_paths": list(code_paths) if code_paths else None,
                 },
                 {**(tags or {}), champion.FIGURES_TAG: champion.pack_estimates(figures)},
                 description,

@@ -135,12 +135,11 @@ class Tracker:
         short = {key: _short(value, LONGEST_PARAMETER) for key, value in values.items()}
         self._spool.send({"kind": "params", "values": short})
 
-    def inputs(self, manifests: Mapping[str, Mapping[str, Any]], context: str = "training") -> None:
+    def inputs(self, manifests: Mapping[str, Mapping[str, Any]]) -> None:
         """Log corpora as dataset inputs.
 
         Args:
             manifests: corpus name -> its manifest (``digest``, ``splits``, ``schema`` are read).
-            context: purpose of the corpora.
         """
         for name, manifest in manifests.items():
             digest = str(manifest["digest"])
@@ -156,7 +155,7 @@ class Tracker:
                     "source": json.dumps({"corpus": name, "sources": manifest.get("sources", [])}),
                     "schema": json.dumps(manifest.get("schema", {})),
                     "profile": json.dumps(profile),
-                    "context": context,
+                    "context": "training",
                 }
             )
             # MLflow shows a shortened digest of an input; the tag has all of it.
@@ -348,7 +347,6 @@ def start_child_run(
     name: str,
     config: Any = None,
     tags: Mapping[str, Any] | None = None,
-    run_id: str | None = None,
     record: Path | None = None,
 ) -> Tracker:
     """Open a run nested in another run, on the driver, which must call ``end``.
@@ -360,7 +358,6 @@ def start_child_run(
         name: folder of the run below the run root.
         config: resolved configuration to log. ``None`` logs none.
         tags: further tags.
-        run_id: run to resume instead of opening a new run.
         record: ``run.json`` of the run, see :func:`start_run`.
 
     Raises:
@@ -369,7 +366,7 @@ def start_child_run(
     """
     client = backend.create_client(parent.uri)
     tracker = _open_run(
-        client, parent.uri, parent.experiment_id, name, parent.run_id, run_id, None, record
+        client, parent.uri, parent.experiment_id, name, parent.run_id, None, None, record
     )
     if tags:
         tracker.tags(tags)

@@ -19,6 +19,7 @@ from skillnet_platform.tracking import (
     registry,
 )
 from skillnet_platform.tracking.promotion import MetricEstimate
+from tests.helpers.tracked_runs import find_champion
 
 CODE = """
 import json
@@ -216,7 +217,7 @@ def test_a_folder_is_a_model_too(files: Path) -> None:
 def test_a_model_that_is_not_there_is_named(
     run: tracking.Tracker, files: Path, uri: str, says: str
 ) -> None:
-    if champion.find_champion(name="present", uri=run.uri) is None:
+    if find_champion(name="present", uri=run.uri) is None:
         put(run, files, "present", 0.5)
     with pytest.raises(UserError) as caught:
         registry.resolve_registered(uri, run.uri)
@@ -260,7 +261,7 @@ def test_a_registered_model_has_one_system_and_one_experiment(
 def test_a_missing_artefact_is_named_before_anything_is_logged(run: tracking.Tracker) -> None:
     with pytest.raises(UserError, match=r"absent\.py: no such file"):
         registry.register_version(run.run_id, "absent.py", {}, {}, uri=run.uri, name="never")
-    assert champion.find_champion(name="never", uri=run.uri) is None
+    assert find_champion(name="never", uri=run.uri) is None
 
 
 def test_the_process_keeps_its_own_mlflow_settings(

@@ -89,18 +89,22 @@ def test_a_folder_goes_up_and_comes_down(store_uri: str, tmp_path: Path) -> None
 
 
 @every_store
-def test_a_folder_exists_only_with_its_manifest(store_uri: str, tmp_path: Path) -> None:
+def test_a_folder_exists_only_with_its_manifest(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, uri = folder(tmp_path / "mine", a=b"one", gone=b"x"), f"{store_uri}/x"
 
-    def break_off(name: str, size: int) -> None:
+    def break_off(path: Path, target: str) -> None:
+        objects.put_file(path, target)
         raise KeyboardInterrupt
 
     def refuse(path: Path) -> None:
         assert (path / "a").is_file()
         raise UserError("not what I wanted")
 
-    with pytest.raises(KeyboardInterrupt):
-        directories.put_directory(mine, uri, on_file=break_off)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(directories, "put_file", break_off)
+        directories.put_directory(mine, uri)
     assert directories.list_files(uri)
     assert not directories.is_committed(uri)
     with pytest.raises(UserError, match="its upload is incomplete"):

@@ -8,15 +8,12 @@ Rows of an item need not be adjacent. A first pass over the rows collects the ca
 occur again later, in a file. So memory does not grow with the corpus.
 """
 
-import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 
 from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, find_long_text
 from pipelines.data.corpora.readers.row_builders import MAX_CAPTIONS, error_row, hash_caption_group
-from pipelines.data.io.key_set import KeySet, digest_key, open_scratch_database
+from pipelines.data.io.key_set import KeySet, ScratchDatabase, digest_key
 
 #: Adjacent rows of one item that are in memory at once.
 MAX_RUN_ROWS = MAX_CAPTIONS
@@ -60,24 +57,11 @@ def join_captions(read_rows: RowReader, is_preview: bool) -> Iterator[Row | Reje
                 yield RejectedRow(row["key"], JOINED_ROW, row.get("file"), row.get("row"))
 
 
-class LaterCaptions:
-    """Captions of rows whose item occurred before, but not in the row before, in a file.
-
-    Leave its ``with`` block to remove the file.
-    """
+class LaterCaptions(ScratchDatabase):
+    """Captions of rows whose item occurred before, but not in the row before, in a file."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._database: sqlite3.Connection | None = None
-
-    def __enter__(self) -> "LaterCaptions":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._database is not None:
-            self._database.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        super().__init__("CREATE TABLE later (item BLOB, caption TEXT)")
 
     def collect(self, rows: Iterator[Row | RejectedRow]) -> None:
         """Keep the captions of all rows after the first run of an item."""
@@ -87,26 +71,20 @@ class LaterCaptions:
                     continue
                 number = digest_key(item)
                 texts = ((number, caption) for row in run for caption in row["captions"])
-                self._open().executemany("INSERT INTO later VALUES (?, ?)", texts)
-        if self._database is not None:
-            self._database.execute("CREATE INDEX items ON later (item)")
-            self._database.execute("COMMIT")
+                if self.database is None:
+                    self.open().execute("BEGIN")
+                self.open().executemany("INSERT INTO later VALUES (?, ?)", texts)
+        if self.database is not None:
+            self.database.execute("COMMIT")
+            self.database.execute("CREATE INDEX items ON later (item)")
 
     def captions(self, item: str) -> list[str]:
         """Return the captions of an item in the order of their rows, one more than allowed."""
-        if self._database is None:
+        if self.database is None:
             return []
         query = "SELECT caption FROM later WHERE item = ? ORDER BY rowid LIMIT ?"
-        found = self._database.execute(query, (digest_key(item), MAX_CAPTIONS + 1))
+        found = self.database.execute(query, (digest_key(item), MAX_CAPTIONS + 1))
         return [caption for (caption,) in found]
-
-    def _open(self) -> sqlite3.Connection:
-        if self._database is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="skillnet-captions-")
-            self._database = open_scratch_database(Path(self._folder.name) / "captions")
-            self._database.execute("CREATE TABLE later (item BLOB, caption TEXT)")
-            self._database.execute("BEGIN")
-        return self._database
 
 
 def _iter_runs(rows: Iterator[Row | RejectedRow]) -> Iterator[list[Row] | RejectedRow]:
