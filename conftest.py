@@ -79,7 +79,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     Their creation takes two seconds, a copy none.
     """
     from skillnet_platform.tracking import backend
-    from skillnet_platform.tracking.database_uri import sqlite_uri
+    from skillnet_platform.tracking.backend import sqlite_uri
 
     empty = tmp_path_factory.mktemp("tracking") / "mlflow.db"
     require = backend.require_database

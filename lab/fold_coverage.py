@@ -32,8 +32,7 @@ from lab.study_coverage import (
 )
 from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.folds import open_fold
-from pipelines.data.shards.selected_rows import list_row_units
+from pipelines.data.shards.folds import list_row_units, open_fold
 from skillnet_evidence import statistics
 from skillnet_evidence.comparison import MEAN
 from skillnet_evidence.scores import SPLIT

@@ -164,7 +164,7 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
     # Only the registry has tags to compare; a folder has none.
     if source.version is None:
         return
-    from skillnet_platform.tracking import backend, champion, model_upload
+    from skillnet_platform.tracking import backend, champion, registry
 
     def tag() -> str:
         client = backend.create_client(backend.resolve_uri(uri))
@@ -174,8 +174,8 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
             "manifest.json", sha256_file(folder / bundle.MANIFEST), tags.get("manifest_sha256")
         )
         _require_equal("weights", source.digest, tags.get("weights_digest"))
-        found = model_upload.digest_files(folder.parents[1])
-        _require_equal("a file of the version", found, tags.get(model_upload.DIGEST_TAG))
+        found = registry.digest_files(folder.parents[1])
+        _require_equal("a file of the version", found, tags.get(registry.DIGEST_TAG))
         return f"version {source.version} names these files"
 
     yield _make_check("registry", tag)

@@ -36,7 +36,7 @@ from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import Tracker
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import resolve_result_folder
-from sweeps.search.planned_trials import request_sweep
+from sweeps.search.space import request_sweep
 from sweeps.trials import remote_ledger
 from sweeps.trials.remote_ledger import RUN
 from sweeps.trials.trial import TrialOutcome
@@ -170,8 +170,12 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """Return the list or source of the trials, and their base run."""
     from pipelines.training.loop.resolved_run import resolve_run
-    from sweeps.search.planned_trials import compute_model_cost, fit_fixed_cost
-    from sweeps.search.space import SearchSpace, warn_about_small_space
+    from sweeps.search.space import (
+        SearchSpace,
+        compute_model_cost,
+        fit_fixed_cost,
+        warn_about_small_space,
+    )
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
@@ -219,7 +223,7 @@ def _rank_and_record(
 ) -> dict[str, Any]:
     """Rank the configurations, write the files, and record them in the parent run."""
     from sweeps.search import ranking
-    from sweeps.search.effects import build_effects_table, estimate_effects
+    from sweeps.search.ranking import build_effects_table, estimate_effects
     from sweeps.trials.ledger import outcome_to_dict
 
     configurations = ranking.rank_configurations(outcomes)
@@ -300,7 +304,7 @@ def _format_cell(value: Any) -> str:
 def show_sweep(result: dict[str, Any]) -> None:
     """Print the ranking, the effects and the command that trains the best configuration."""
     from sweeps.search import ranking
-    from sweeps.search.effects import build_effects_table
+    from sweeps.search.ranking import build_effects_table
 
     console.print_table(result["name"], *ranking.build_ranking_table(result["configurations"]))
     if result["effects"]:

@@ -35,7 +35,7 @@ from skillnet.serialization import write_model
 from skillnet.skills import find_task
 from skillnet_evidence.cells import markdown_table
 from skillnet_platform.errors import UserError
-from skillnet_platform.package_extras import describe_missing_extra
+from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.storage import staging_directory
 
 FORMATS = ("hf", "dense", "pt2", "onnx")

@@ -1,7 +1,7 @@
 """Registration of a trained model in the MLflow registry, and its promotion to champion.
 
 :func:`register_model` builds the bundle, logs it to the run of the model, and lets
-:mod:`skillnet_platform.tracking.promotion` decide about the alias. ``skillnet register``, training
+:mod:`skillnet_platform.tracking.champion` decide about the alias. ``skillnet register``, training
 runs, ``skillnet grow`` and ``skillnet quickstart`` call it.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillnet_files.temporary import remove_leftovers
+from skillnet_files.commit import remove_leftovers
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
@@ -20,7 +20,7 @@ from skillnet_platform.storage import run_root, scratch_directory, sha256_file
 if TYPE_CHECKING:
     from pipelines.training.runs.model_source import ModelSource
     from skillnet_platform.tracking import TrackingConfig
-    from skillnet_platform.tracking.promotion import MetricEstimate
+    from skillnet_platform.tracking.champion import MetricEstimate
     from skillnet_platform.tracking.registry import RegisteredVersion
 
 
@@ -81,7 +81,7 @@ def register_model(
     source.require_own_splits("Registration")
     # These modules load torch and MLflow, which --help of the commands must not do.
     from pipelines.training.runs.model_source import load_trained_tasks
-    from skillnet_platform.tracking import backend, champion, registration_order, registry
+    from skillnet_platform.tracking import backend, champion, registry
 
     # SIGTERM may interrupt any step: the same command completes the registration.
     with terminate_as_interrupt():
@@ -98,7 +98,7 @@ def register_model(
             champion.check_version_tasks(client, name, list(model.config.tasks))
         key = _registration_key(source, model, data, name, uri)
         known = registry.find_registration(key, name=name, uri=uri)
-        if known is not None and registration_order.is_done(known):
+        if known is not None and champion.is_done(known):
             registered = registry.complete_registration(known, name=name, uri=uri)
             # A kill at the end of that registration left its bundle.
             remove_leftovers(_bundle_place().parent, _bundle_place().name)
@@ -349,7 +349,7 @@ def registry_metrics(
         manifest: entry ``serving`` of the bundle's manifest, with the digests of the corpora.
     """
     from pipelines.training.evaluation.tables import find_row, primary_metric
-    from skillnet_platform.tracking.promotion import MetricEstimate
+    from skillnet_platform.tracking.champion import MetricEstimate
 
     estimates: dict[str, MetricEstimate] = {}
     for task, spec in tasks.items():

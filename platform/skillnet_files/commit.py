@@ -1,4 +1,6 @@
-"""Commit of a finished directory: its name leads to the old or the new content, also after a kill.
+"""Locks, temporary files and the commit of a finished directory, all of which a kill may cut short.
+
+After a commit the name of a directory leads to the old or the new content, also after a kill.
 
 ``rename`` cannot replace a directory that has files. Two renames leave a moment without the name,
 and a process that is killed then leaves it missing. Linux and macOS can exchange two names.
@@ -7,18 +9,237 @@ and a process that is killed then leaves it missing. Linux and macOS can exchang
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from skillnet_files.temporary import (
-    remove_leftovers,
-    replaced_directory,
-    restore_replaced,
-    temporary_directory,
-)
+#: Errors of a file system that has no locks, such as some mounts of object stores.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def lock_file(file: int | IO[bytes], *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file, or change the kind of its lock.
+
+    Args:
+        file: descriptor or stream.
+        shared: several processes may hold a shared lock, and one an exclusive lock.
+        wait: wait for other holders.
+
+    Returns:
+        Whether the lock is held now; False if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def unlock_file(file: int | IO[bytes]) -> None:
+    """Release the lock of an open file, also for forked processes that share it."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+#: Age in seconds at which a leftover is removed if the file system has no locks.
+LEFTOVER_AGE_S = 24 * 3600.0
+#: No other program uses such names, so nothing of a user is removed.
+_NAME = re.compile(r"\.(?P<final>.+)\.sn-[0-9a-f]{16}\.tmp")
+_REPLACED_NAME = re.compile(r"\.(?P<final>.+)\.sn-[0-9a-f]{16}\.old\.tmp")
+_SWEPT: set[tuple[int, str]] = set()
+
+
+def temporary_file(final: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+    """Create an empty file beside ``final``, and remove it at the end unless it was renamed.
+
+    Args:
+        final: path that the caller renames the file to.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    return _held(Path(final), is_directory=False)
+
+
+def temporary_directory(final: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+    """Create an empty directory beside ``final``, and remove it at the end unless it was renamed.
+
+    Args:
+        final: path that the caller renames the directory to.
+
+    Raises:
+        OSError: the directory cannot be created.
+    """
+    return _held(Path(final), is_directory=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path has the name of a temporary file or directory of this module.
+
+    Args:
+        path: it need not exist.
+    """
+    return _NAME.fullmatch(path.name) is not None
+
+
+@contextlib.contextmanager
+def replaced_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Move a directory aside while the block replaces it, and remove it at the end.
+
+    After an error it gets its name back. After a kill, :func:`restore_replaced` does that.
+
+    Args:
+        final: path of the directory.
+
+    Raises:
+        OSError: the directory cannot be moved.
+    """
+    target = Path(final)
+    old = _new_path(target, "old.tmp")
+    # The lock stays with the directory under its new name.
+    descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            lock_file(descriptor, shared=True, wait=True)
+        target.rename(old)
+        try:
+            yield old
+        except BaseException:
+            if not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def restore_replaced(final: str | os.PathLike[str]) -> None:
+    """Restore the directory that a killed process moved away, or remove it if it was replaced.
+
+    Args:
+        final: path of the directory.
+    """
+    target = Path(final)
+    for left in _paths_of(_REPLACED_NAME, target.parent, target.name):
+        # Without locks this is safe too: no directory is removed that has not been replaced.
+        with contextlib.suppress(OSError), _claim(left, age_s=0.0) as is_abandoned:
+            if is_abandoned and not target.exists():
+                left.rename(target)
+            elif is_abandoned:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
+    """Remove temporary files and directories whose writer is dead; return their paths.
+
+    Args:
+        folder: that contains them.
+        name: identifier of their final path; None removes those of all names.
+    """
+    removed = []
+    for path in _paths_of(_NAME, Path(folder), name):
+        # The entry of another user, or one that vanished, is left alone.
+        with contextlib.suppress(OSError), _claim(path, LEFTOVER_AGE_S) as is_abandoned:
+            if is_abandoned:
+                _remove(path)
+                removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def _held(final: Path, is_directory: bool) -> Iterator[Path]:
+    # A forked process shares the set, but not the folders that it writes to later.
+    key = (os.getpid(), str(final.parent))
+    if key not in _SWEPT:
+        _SWEPT.add(key)
+        remove_leftovers(final.parent)
+    path, descriptor = _create(final, is_directory)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        os.close(descriptor)
+
+
+def _new_path(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}.sn-{secrets.token_hex(8)}.{suffix}")
+
+
+def _create(final: Path, is_directory: bool) -> tuple[Path, int]:
+    while True:
+        path = _new_path(final, "tmp")
+        if is_directory:
+            path.mkdir()
+            flags = os.O_RDONLY | os.O_DIRECTORY
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            continue  # removed as a leftover before it was locked
+        # A shared lock needs no write access, which NFS requires for an exclusive one. Some file
+        # systems have no locks: there the age decides.
+        with contextlib.suppress(OSError):
+            lock_file(descriptor, shared=True, wait=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return path, descriptor
+        os.close(descriptor)
+
+
+def _paths_of(pattern: re.Pattern[str], folder: Path, name: str | None) -> list[Path]:
+    """Return the paths in a folder that match, of one final name or of all."""
+    with contextlib.suppress(OSError):
+        matches = ((path, pattern.fullmatch(path.name)) for path in folder.iterdir())
+        return [path for path, match in matches if match and name in (None, match["final"])]
+    return []
+
+
+@contextlib.contextmanager
+def _claim(path: Path, age_s: float) -> Iterator[bool]:
+    """Lock a path for a block; the value is False if its writer lives.
+
+    The lock is held until the path is gone: a writer that was just about to lock it then sees that
+    it must create another one.
+
+    Args:
+        path: file or directory.
+        age_s: age at which it counts as abandoned on a file system without locks.
+    """
+    about = path.lstat()
+    if not stat.S_ISDIR(about.st_mode) and not stat.S_ISREG(about.st_mode):
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        try:
+            is_abandoned = lock_file(descriptor)
+        except OSError:
+            is_abandoned = time.time() - about.st_mtime >= age_s
+        yield is_abandoned
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from skillnet_files.entry_points import find_entries
 from skillnet_platform import __version__, console, signals
 from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
-from skillnet_platform.package_extras import describe_missing_extra
+from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri
 
 GROUP = "skillnet.commands"
@@ -277,7 +277,7 @@ def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, .
     try:
         if not {"HOME", "LOGNAME"} <= os.environ.keys():
             # Imported here because `skillnet --help` is to be quick.
-            from skillnet_platform.storage.user_environment import prepare_user_environment
+            from skillnet_platform.storage.local import prepare_user_environment
 
             prepare_user_environment()
         with signals.terminate_as_interrupt("run the same command again"):

@@ -1,5 +1,11 @@
-"""Version of an installed package, also where its metadata is damaged."""
+"""Installed packages: their versions, and the extras of this project that install them.
 
+A model is loaded and run without the extras. The command line names the extra of a missing package.
+"""
+
+import json
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -17,3 +23,67 @@ def find_version(name: str) -> str:
     # MLflow is imported, raises its own FileNotFoundError.
     except (PackageNotFoundError, FileNotFoundError):
         return ""
+
+
+PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
+#: Environment variable with the versions of the job's sender, for the checks inside the job.
+VARIABLE = "SKILLNET_VERSIONS"
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and the packages in this process; "" if not installed.
+
+    A local part such as +cpu is dropped: it marks the same code for another device.
+    """
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        found[name] = find_version(name).partition("+")[0]
+    return found
+
+
+def version_variable() -> dict[str, str]:
+    """Return the environment variable with the versions installed here, for a job."""
+    return {VARIABLE: json.dumps(installed_versions())}
+
+
+def expected_versions() -> dict[str, str]:
+    """Return the versions of the sender of this job; empty outside of a job."""
+    sent = json.loads(os.environ.get(VARIABLE) or "{}")
+    return {str(key): str(value) for key, value in sent.items()}
+
+
+#: Package -> extra that installs it.
+EXTRA_OF_PACKAGE = {
+    "ray": "train",
+    "mlflow": "train",
+    "sqlalchemy": "train",
+    "psutil": "train",
+    "pandas": "train",
+    "transformers": "train",
+    "timm": "train",
+    "optuna": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "jinja2": "train",
+    "boto3": "cluster",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+}
+
+
+def describe_missing_extra(error: BaseException) -> str | None:
+    """Return which extra to install, if an error is the absence of a package of one.
+
+    Args:
+        error: the exception.
+    """
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = (name or "").partition(".")[0]
+    extra = EXTRA_OF_PACKAGE.get(package)
+    if extra is None:
+        return None
+    return (
+        f"the package {package} is not installed. Install the extra {extra}: "
+        f"pip install 'skillnet-platform[{extra}]'"
+    )

@@ -24,9 +24,9 @@ from skillnet_platform import cli, cluster, console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import working_dir
 from skillnet_platform.cluster.resource_request import request_resources, split_own_options
-from skillnet_platform.cluster.versions import version_variable
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
+from skillnet_platform.package_version import version_variable
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking.backend import URI_VARIABLE
 from skillnet_platform.tracking.source_commit import commit_variable

@@ -25,7 +25,7 @@ from ray.tune.stopper import Stopper
 from pipelines.training.loop import preemption
 from skillnet.precision import give_back_freed_memory
 from skillnet_platform import console, signals
-from skillnet_platform.cluster.own_node import OwnNodeCheck
+from skillnet_platform.cluster.connect import OwnNodeCheck
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories, run_root
 from sweeps.trials.ledger import prune_trial

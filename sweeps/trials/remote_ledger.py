@@ -22,8 +22,7 @@ from pipelines.training.runs.mirror import CONFIG, RESULT, START, STATE, RunMirr
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root
-from skillnet_platform.storage.directories import StoreUnavailableError
-from skillnet_platform.storage.synced_folder import SyncedFolder
+from skillnet_platform.storage.directories import StoreUnavailableError, SyncedFolder
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 

@@ -16,12 +16,12 @@ import torch
 
 from pipelines.data.corpora.archives import iter_members
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.tokenizer.conversion import convert_tokenizer
 from pipelines.data.tokenizer.guarded_loader import (
     largest_token_id,
     parse_tokenizer,
     read_tokenizer_tree,
 )
+from pipelines.data.tokenizer.selection import convert_tokenizer
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.data.transforms.text import encode_texts
 from pipelines.serving.bundle import check_tasks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines.data.corpora.archives import Archive, check_archive
-from pipelines.data.tokenizer.conversion import map_token_ids
+from pipelines.data.tokenizer.selection import map_token_ids
 from skillnet.serialization import load_tensors
 from skillnet.skill_copies import DENSE_SKILL
 from skillnet.skills import SkillPlan

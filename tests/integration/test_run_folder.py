@@ -32,7 +32,7 @@ import os, sys
 from pathlib import Path
 from pipelines import finetune
 from pipelines.training.loop import run_evaluation
-from skillnet_platform.tracking import run_record
+from skillnet_platform.tracking import run as tracking_run
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 def kill(*args, **options):
@@ -44,7 +44,7 @@ def kill_at_result(path, value, write=finetune.write_json):
     write(path, value)
 
 POINTS = [
-    (run_record, "write_run_id", kill),
+    (tracking_run, "write_run_id", kill),
     (run_evaluation, "_log_evaluation", kill),
     (SqlAlchemyStore, "set_registered_model_alias", kill),
     (finetune, "write_json", kill_at_result),

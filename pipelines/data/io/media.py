@@ -35,6 +35,7 @@ from typing import IO, Any, Generic, TypeVar
 
 import pyarrow as pa
 
+from pipelines.data.io.archive import TarReader, TarReadError
 from pipelines.data.io.parquet_cells import CellReadError, ParquetCells
 from pipelines.data.io.source_file import (
     PER_FILE_ERRORS,
@@ -46,7 +47,6 @@ from pipelines.data.io.source_file import (
     query_store,
     strip_file_scheme,
 )
-from pipelines.data.io.tar import TarReader, TarReadError
 from skillnet.modality import list_modalities
 from skillnet_platform.storage import human_bytes
 

@@ -37,7 +37,7 @@ from pipelines.data.shards.row_checks import ROW_CHECKS, describe_row_checks
 from pipelines.data.tokenizer import selection
 from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
-from skillnet_files.temporary import remove_leftovers
+from skillnet_files.commit import remove_leftovers
 from skillnet_platform import cluster, config, console, signals, storage
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.errors import UserError

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pipelines.data.io.source_file import format_json_line
 from pipelines.data.shards.format import MANIFEST, QUARANTINE, write_shard
 from pipelines.data.shards.row_checks import ShardDigests
-from skillnet_files.temporary import temporary_file
+from skillnet_files.commit import temporary_file
 from skillnet_platform import storage
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError

@@ -26,7 +26,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
 
     Args:
         tokenizer: text encoder of the library ``tokenizers``, or a
-            :class:`pipelines.data.transforms.bounded_tokenizer.BoundedTokenizer`.
+            :class:`pipelines.data.tokenizer.guarded_loader.BoundedTokenizer`.
         texts: B texts.
         limit: maximum number of tokens of a text.
 

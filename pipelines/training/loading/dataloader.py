@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.shards.selected_rows import select_label_fraction
+from pipelines.data.shards.folds import select_label_fraction
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.loading.pixel_changes import PixelChanges, apply_changes

@@ -152,7 +152,7 @@ def complete_result(
     Returns:
         The result with ``total_params``, the parameters of the complete model.
     """
-    from pipelines.training.evaluation import figures, tables
+    from pipelines.training.evaluation import tables
     from skillnet import systems
     from skillnet.accounting import account_task
 
@@ -162,7 +162,7 @@ def complete_result(
     # Figures take seconds each, which a sweep of many short runs cannot afford.
     if not brief:
         past = read_metric_history(run / PROGRESS)
-        for name, figure in figures.training_figures(past, config.model).items():
+        for name, figure in tables.training_figures(past, config.model).items():
             tracker.figure(figure, name)
     rows = result["evaluation"]
     weak = _find_weak_tests(config, rows, splits) if not brief else []

@@ -24,8 +24,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories, run_root, write_json
-from skillnet_platform.storage.directories import StoreUnavailableError
-from skillnet_platform.storage.synced_folder import SyncedFolder
+from skillnet_platform.storage.directories import StoreUnavailableError, SyncedFolder
 
 CONFIG = "config.yaml"
 RESULT = "result.json"

@@ -14,9 +14,8 @@ from skillnet_platform.cluster.resource_request import (
     estimate_checkpoint_bytes,
     runs_directory,
 )
-from skillnet_platform.cluster.versions import PACKAGES
 from skillnet_platform.errors import UserError
-from skillnet_platform.package_version import find_version
+from skillnet_platform.package_version import PACKAGES, find_version
 from skillnet_platform.tracking import backend
 
 DISTRIBUTION = "skillnet-platform"

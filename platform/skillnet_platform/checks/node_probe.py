@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import storage
+from skillnet_platform import package_version, storage
 from skillnet_platform.checks import Finding
 from skillnet_platform.checks.gpu_probe import GpuProbe, probe_gpus
-from skillnet_platform.cluster import versions
 from skillnet_platform.cluster.loopback import choose_port
 from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line
@@ -21,7 +20,7 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import join_location, parse_location
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
-from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path
+from skillnet_platform.tracking.backend import is_sqlite, sqlite_path
 
 #: Seconds for a node's answer. Its first task starts a process and imports packages.
 NODE_TIMEOUT_S = 300.0
@@ -169,7 +168,7 @@ def _look_around(
     away, access = _tracker_problems()
     return {
         "node": address,
-        "versions": versions.installed_versions(),
+        "versions": package_version.installed_versions(),
         "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
         "files_seen": {where: _files_in(where, folder) for where in storage_roots(places)},

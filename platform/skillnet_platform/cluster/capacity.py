@@ -13,7 +13,7 @@ from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.cluster.connect import prepare_ray_environment, ray_session
-from skillnet_platform.cluster.node_types import NodeType, read_node_types
+from skillnet_platform.cluster.gpu_types import NodeType, read_node_types
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError
 

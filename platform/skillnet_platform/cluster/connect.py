@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 from skillnet_platform import console, signals
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.ray_internals.single_node import halt_own_node, make_job_config
-from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
+from skillnet_platform.ray_internals.single_node import (
+    UV_RUN_VARIABLE,
+    apply_uv_run_setting,
+    halt_own_node,
+    make_job_config,
+)
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage.private import (
+from skillnet_platform.storage.local import (
     is_private,
     name_user_directory,
+    prepare_user_environment,
     private_directory,
 )
-from skillnet_platform.storage.user_environment import prepare_user_environment
 
 #: Ray's variable: it keeps sessions in ``$RAY_TMPDIR/ray``, and locks beside that directory.
 DIRECTORY_VARIABLE = "RAY_TMPDIR"
@@ -274,3 +279,32 @@ def prepare_session_directory() -> Path:
 
 def _socket_bytes(directory: Path) -> int:
     return len(os.fsencode(f"{directory}/ray{_SOCKET}"))
+
+
+#: Seconds between two questions to Ray's head.
+INTERVAL_S = 5.0
+
+
+class OwnNodeCheck:
+    """Asks Ray's head from time to time whether the node of this process is alive."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + INTERVAL_S
+
+    def require_alive(self) -> None:
+        """Raise an error if the node is lost; at most one question in :data:`INTERVAL_S`.
+
+        Raises:
+            UserError: Ray's head counts the node as dead.
+        """
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + INTERVAL_S
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        if any(node["NodeID"] == own and not node["Alive"] for node in ray.nodes()):
+            raise UserError(
+                "Ray lost the node of this command: its raylet ended, so nothing more can run on "
+                "it. Run the same command again; finished parts are kept"
+            )

@@ -10,7 +10,7 @@ classes and functions of these modules:
 - :mod:`~skillnet_platform.ray_internals.stop_signal`: a stop signal for all processes of a cluster.
 - :mod:`~skillnet_platform.ray_internals.worker_callback`: a function that runs first in a worker.
 - :mod:`~skillnet_platform.ray_internals.single_node`: start and end of a Ray on loopback.
-- :mod:`~skillnet_platform.ray_internals.uv_run`: workers that keep their interpreter.
+- :mod:`~skillnet_platform.ray_internals.single_node`: workers that keep their interpreter.
 - :mod:`~skillnet_platform.ray_internals.job_server`: client and URL of a cluster's job server.
 
 All modules but ``errors``, ``single_node`` and ``uv_run`` import Ray: import those inside

@@ -1,6 +1,11 @@
-"""Start of a Ray that stays on one node and listens on loopback only, and its abrupt end."""
+"""Start of a Ray that stays on one node and listens on loopback only, and its abrupt end.
+
+Ray 2.47 and later detects ``uv run`` as the driver's parent. It then uploads the working directory
+and starts every worker through ``uv run``, which may install other versions or fail.
+"""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -79,3 +84,17 @@ def make_job_config() -> Any:
             return super()._serialize()
 
     return InstalledCodeJobConfig()
+
+
+UV_RUN_VARIABLE = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+
+
+def apply_uv_run_setting() -> None:
+    """Apply ``RAY_ENABLE_UV_RUN_RUNTIME_ENV`` in a process that imported Ray before it was set.
+
+    Ray reads the variable at import.
+    """
+    from ray._private import ray_constants
+
+    if os.environ.get(UV_RUN_VARIABLE) == "0":
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False

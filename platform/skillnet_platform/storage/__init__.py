@@ -4,7 +4,7 @@
 ``location`` parses paths and URIs, ``retry`` repeats transient failures, ``cache`` keeps shards.
 """
 
-from skillnet_files.temporary import restore_replaced
+from skillnet_files.commit import restore_replaced
 from skillnet_platform.storage.local import (
     HOME_VARIABLE,
     archive_root,

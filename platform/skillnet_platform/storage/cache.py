@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillnet_files.kernel_lock import lock_file
+from skillnet_files.commit import lock_file
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-from skillnet_files.temporary import temporary_file
+from skillnet_files.commit import temporary_file
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri

@@ -8,11 +8,11 @@ from skillnet_platform.tracking.run import (
     LONGEST_TAG,
     Tracker,
     TrackingConfig,
+    read_run_id,
     send_leftover_spools,
     start_child_run,
     start_run,
 )
-from skillnet_platform.tracking.run_record import read_run_id
 
 __all__ = [
     "LONGEST_PARAMETER",

@@ -14,8 +14,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from skillnet_platform.storage import run_root
-from skillnet_platform.tracking.backend import ARTIFACT_SCHEME, STORE_VARIABLE
-from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
+from skillnet_platform.tracking.backend import (
+    ARTIFACT_SCHEME,
+    STORE_VARIABLE,
+    is_sqlite,
+    sqlite_path,
+    sqlite_uri,
+)
 
 
 class DatabaseFolderArtifacts(LocalArtifactRepository):  # type: ignore[misc]

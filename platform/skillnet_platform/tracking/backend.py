@@ -18,9 +18,48 @@ from typing import Any
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.storage.local import prepare_user_environment
 from skillnet_platform.storage.locks import hold_lock
-from skillnet_platform.storage.user_environment import prepare_user_environment
-from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
+
+_PLAIN = "sqlite:///"
+#: Names the driver. MLflow makes the folder of a ``sqlite:///`` database from the encoded path,
+#: and would leave an empty folder with a wrong name.
+_WITH_DRIVER = "sqlite+pysqlite:///"
+
+
+def is_sqlite(uri: str) -> bool:
+    """Return whether a URI names a sqlite database."""
+    return uri.partition(":")[0].partition("+")[0] == "sqlite"
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a database file; characters that SQLAlchemy decodes are encoded."""
+    from sqlalchemy.engine import URL
+
+    complete = str(path.absolute())
+    encoded = URL.create("sqlite", database=complete).render_as_string(hide_password=False)
+    plain = f"{_PLAIN}{complete}"
+    return plain if encoded == plain else encoded.replace(_PLAIN, _WITH_DRIVER, 1)
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the absolute path of the database file of a sqlite URI.
+
+    Raises:
+        UserError: the URI names no file, or has options.
+    """
+    from sqlalchemy.engine import make_url
+
+    found = make_url(uri)
+    if "?" in uri:
+        raise UserError(
+            f"{uri}: a ? starts options of the database, and none are supported. Write %3F for a ? "
+            "in the path, and %25 for a %"
+        )
+    if not found.database or found.database == ":memory:" or found.host:
+        raise UserError(f"{uri}: names no file. Write sqlite:///PATH/mlflow.db")
+    return Path(found.database).absolute()
+
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 #: Names the database of a server; in a command line, others could read its password.
@@ -57,6 +96,8 @@ PRETRAINING_EXPERIMENT = "skillnet-pretraining"
 SWEEP_EXPERIMENT = "skillnet-sweeps"
 STUDY_EXPERIMENT = "skillnet-studies"
 
+#: Tag of a run and of a version: the process that writes it.
+PROCESS_TAG = "skillnet.process"
 #: Tags and metric of each run that the list of runs shows, see ``RUN_LIST_VIEW``.
 SYSTEM_TAG, TASKS_TAG, SCORE_METRIC = "system", "tasks", "score"
 

@@ -3,14 +3,225 @@
 The alias ``champion`` marks the best version, ``challenger`` the latest version that was not
 promoted. MLflow has no conditional write: the order of the decisions and a comparison before and
 after each write keep two processes from promoting a version against an outdated champion.
+
+A challenger becomes champion if it is worse on no task and better on one.
+
+Both are decided by the confidence interval of the difference. The two systems are measured
+separately, each with a 95 % interval. The interval of the difference has the half-width
+sqrt(a² + b²) of the two half-widths: the normal approximation for independent estimates. On shared
+test rows it is wider than a paired interval, so it errs towards "no difference". Worse means that
+the interval lies below zero, better that it lies above zero.
+
+Registrations of one model take turns.
+
+On one machine a kernel lock admits one process. Across machines the tracker gives each version the
+next number, so the number is a ticket: a version's promotion is decided after those of all earlier
+versions. A version is ``pending`` from its creation until its alias is set.
 """
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, promotion, registration_order
+from skillnet_platform.storage.locks import has_ended, hold_lock
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking.backend import is_sqlite, sqlite_path
+
+#: Tag of a version: where its registration stands.
+STATE_TAG = "skillnet.state"
+PENDING, DONE, ABANDONED = "pending", "done", "abandoned"
+#: Seconds that a registration waits for an earlier one on another machine, which may be dead.
+EARLIER_PATIENCE_S = 60.0
+_PAUSE_S = 0.5
+
+
+@contextlib.contextmanager
+def registration_turn(uri: str, name: str) -> Iterator[None]:
+    """Hold the lock of a registered model on this machine while the block runs.
+
+    Processes that share a sqlite database share the lock, also on a shared disk.
+
+    Args:
+        uri: address of the tracker, such as ``http://host:5000``.
+        name: registered model, as MLflow lists it.
+    """
+    # The name may contain any character.
+    file = f"registry-{hashlib.sha256(f'{uri} {name}'.encode()).hexdigest()[:16]}.lock"
+    folder = sqlite_path(uri).parent if is_sqlite(uri) else storage.run_root() / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def describe(holder: str) -> str:
+        return f"{name}: waiting for {holder}, which registers a version of this model"
+
+    with hold_lock(folder / f".{file}", describe, wait=True):
+        yield
+
+
+def is_done(version: Any) -> bool:
+    """Return whether the registration of a version is complete: its alias was set."""
+    return bool(version.tags.get(STATE_TAG) == DONE)
+
+
+def wait_for_earlier_versions(client: Any, name: str, number: int) -> None:
+    """Wait until the promotion of every earlier version is decided, or its process is dead.
+
+    Args:
+        client: ``MlflowClient``.
+        name: registered model, as MLflow lists it.
+        number: version that waits.
+    """
+    end: float | None = None
+    while True:
+        pending = [
+            version
+            for version in client.search_model_versions(f"name = '{name}'")
+            if int(version.version) < number
+            and version.tags.get(STATE_TAG) == PENDING
+            and not has_ended(version.tags.get(backend.PROCESS_TAG, ""))
+        ]
+        if not pending:
+            return
+        # MLflow returns numbers or texts, depending on the tracker.
+        waited_for = sorted(int(version.version) for version in pending)
+        numbers = ", ".join(map(str, waited_for))
+        if end is None:
+            console.print_note(f"{name}: waiting for the registration of version {numbers}")
+            end = time.monotonic() + EARLIER_PATIENCE_S
+        if time.monotonic() >= end:
+            console.print_warning(
+                f"{name}: the registration of version {numbers} did not end in "
+                f"{EARLIER_PATIENCE_S:.0f} s. Register that model again"
+            )
+            # Marked, so that later registrations do not wait for it again.
+            for earlier in waited_for:
+                client.set_model_version_tag(name, str(earlier), STATE_TAG, ABANDONED)
+            return
+        time.sleep(_PAUSE_S)
+
+
+#: End of the reason of a task that was not compared. A tag of the version keeps the reasons.
+THAN_THE_CHAMPION = "than the champion, so not compared"
+
+
+@dataclass(frozen=True)
+class MetricEstimate:
+    """Estimate of one metric of one system on one task.
+
+    Args:
+        metric: name. Estimates of different metrics are not compared.
+        value: the estimate.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+        higher_is_better: False for error rates.
+        data: digest of the corpus. Estimates on different corpora are not compared.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    higher_is_better: bool = True
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class PromotionDecision:
+    """Decision about a challenger, with one reason per task.
+
+    Args:
+        passed: whether the challenger becomes the champion.
+        reasons: one line per task.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons)
+
+    @property
+    def is_incomparable(self) -> bool:
+        """Whether a task stops the promotion because the two were measured differently."""
+        return any(THAN_THE_CHAMPION in reason for reason in self.reasons)
+
+
+def decide_promotion(
+    challenger: Mapping[str, MetricEstimate], champion: Mapping[str, MetricEstimate]
+) -> PromotionDecision:
+    """Compare the estimates of a challenger with those of the champion, task by task.
+
+    A task that only the champion has counts as worse. A task that only the challenger has counts
+    as better.
+
+    Args:
+        challenger: task -> estimate.
+        champion: task -> estimate.
+    """
+    reasons: list[str] = []
+    worse = better = False
+    for task in sorted({*challenger, *champion}):
+        new, old = challenger.get(task), champion.get(task)
+        if old is None:
+            better = True
+            reasons.append(f"{task}: new")
+        elif new is None:
+            # A model that lost a task must not replace one that has it.
+            worse = True
+            reasons.append(f"{task}: missing in the challenger")
+        elif (new.metric, new.data) != (old.metric, old.data):
+            # Other metrics or data allow no comparison, so the champion stays.
+            worse = True
+            how = "by another metric" if new.metric != old.metric else "on other data"
+            reasons.append(f"{task}: measured {how} {THAN_THE_CHAMPION}")
+        else:
+            low, high = _difference(new, old)
+            worse |= high < 0
+            better |= low > 0
+            word = "worse" if high < 0 else "better" if low > 0 else "no difference"
+            gain = f"gain {low:+.4g} to {high:+.4g}"
+            # A test of one held-out unit has no interval, so it shows nothing.
+            if math.isnan(low):
+                gain = "no interval"
+            reasons.append(
+                f"{task}: {word} ({new.metric} {new.value:.4g} against {old.value:.4g}, {gain})"
+            )
+    if not worse and not better:
+        reasons.append("better on no task")
+    return PromotionDecision(better and not worse, tuple(reasons))
+
+
+def estimates_to_json(estimates: Mapping[str, MetricEstimate]) -> dict[str, dict[str, Any]]:
+    """Return task -> estimate as plain mappings."""
+    return {task: asdict(estimate) for task, estimate in estimates.items()}
+
+
+def estimates_from_json(obj: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricEstimate]:
+    """Return task -> estimate from plain mappings: the inverse of :func:`estimates_to_json`."""
+    return {task: MetricEstimate(**fields) for task, fields in obj.items()}
+
+
+def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]:
+    """Return the interval of the gain; a positive gain is an improvement for every metric."""
+    sign = 1.0 if new.higher_is_better else -1.0
+    gain = sign * (new.value - old.value)
+    below_new, above_new = _spread(new)
+    below_old, above_old = _spread(old)
+    # The gain is smallest with the new value at its worst and the old one at its best.
+    return gain - math.hypot(below_new, above_old), gain + math.hypot(above_new, below_old)
+
+
+def _spread(figure: MetricEstimate) -> tuple[float, float]:
+    """Return the lengths of the interval towards worse and towards better."""
+    down, up = figure.value - figure.low, figure.high - figure.value
+    return (down, up) if figure.higher_is_better else (up, down)
+
 
 MODEL_NAME = "skillnet"
 CHAMPION = "champion"
@@ -91,7 +302,7 @@ def _refuse_other_system(name: str, system: str | None, version: Any) -> None:
 
 def promote_version(
     number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
-) -> promotion.PromotionDecision:
+) -> PromotionDecision:
     """Compare a version with the champion and set its alias.
 
     Args:
@@ -105,7 +316,7 @@ def promote_version(
         UserError: other machines changed the champion during every attempt.
     """
     chosen = backend.resolve_uri(uri)
-    with registration_order.registration_turn(chosen, name):
+    with registration_turn(chosen, name):
         return promote_in_turn(backend.create_client(chosen), name, number, force)
 
 
@@ -128,9 +339,7 @@ def champion_of(client: Any, name: str) -> Any:
         raise
 
 
-def promote_in_turn(
-    client: Any, name: str, number: int, force: bool = False
-) -> promotion.PromotionDecision:
+def promote_in_turn(client: Any, name: str, number: int, force: bool = False) -> PromotionDecision:
     """Decide and set the alias of a version; the caller has the turn on this machine.
 
     Args:
@@ -142,7 +351,7 @@ def promote_in_turn(
     Raises:
         UserError: see :func:`promote_version`.
     """
-    registration_order.wait_for_earlier_versions(client, name, number)
+    wait_for_earlier_versions(client, name, number)
     version = client.get_model_version(name, str(number))
     for _ in range(DECISION_ATTEMPTS):
         current = champion_of(client, name)
@@ -150,7 +359,7 @@ def promote_in_turn(
             _refuse_other_system(name, version.tags.get(SYSTEM_TAG), current)
         verdict = _decide(version, current)
         if force and not verdict.passed:
-            verdict = promotion.PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
+            verdict = PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
         client.set_model_version_tag(name, str(number), GATE_TAG, str(verdict)[:5000])
         # The tracker has no conditional write, so the champion is compared before and after it.
         if _number_of(champion_of(client, name)) != _number_of(current):
@@ -162,8 +371,8 @@ def promote_in_turn(
         if verdict.passed:
             # One version must not carry both aliases.
             _drop_alias(client, name, CHALLENGER, number)
-        state = registration_order.STATE_TAG
-        client.set_model_version_tag(name, str(number), state, registration_order.DONE)
+        state = STATE_TAG
+        client.set_model_version_tag(name, str(number), state, DONE)
         return verdict
     raise UserError(
         f"models:/{name}/{number}: other machines changed the champion {DECISION_ATTEMPTS} times "
@@ -171,19 +380,19 @@ def promote_in_turn(
     )
 
 
-def _decide(version: Any, current: Any) -> promotion.PromotionDecision:
+def _decide(version: Any, current: Any) -> PromotionDecision:
     if current is None:
-        return promotion.PromotionDecision(True, ("the first version",))
+        return PromotionDecision(True, ("the first version",))
     if _number_of(current) == _number_of(version):
         # A kill after the alias was set left the reasons of that decision.
-        reasons = () if registration_order.is_done(version) else recorded_reasons(version)
-        return promotion.PromotionDecision(True, reasons or ("already the champion",))
+        reasons = () if is_done(version) else recorded_reasons(version)
+        return PromotionDecision(True, reasons or ("already the champion",))
     own, other = (each.tags.get(SYSTEM_TAG) for each in (version, current))
     # Another machine can register a first version of another system at the same time.
     if own and other and own != other:
         reason = f"system: {own} is not compared with the champion, a {other} model"
-        return promotion.PromotionDecision(False, (reason,))
-    return promotion.decide_promotion(_unpack(version), _unpack(current))
+        return PromotionDecision(False, (reason,))
+    return decide_promotion(_unpack(version), _unpack(current))
 
 
 def recorded_reasons(version: Any) -> tuple[str, ...]:
@@ -202,10 +411,10 @@ def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
         client.delete_registered_model_alias(name, alias)
 
 
-def pack_estimates(figures: Mapping[str, promotion.MetricEstimate]) -> str:
+def pack_estimates(figures: Mapping[str, MetricEstimate]) -> str:
     """Return estimates as the text of a tag."""
-    return json.dumps(promotion.estimates_to_json(figures), separators=(",", ":"))
+    return json.dumps(estimates_to_json(figures), separators=(",", ":"))
 
 
-def _unpack(found: Any) -> dict[str, promotion.MetricEstimate]:
-    return promotion.estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
+def _unpack(found: Any) -> dict[str, MetricEstimate]:
+    return estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))

@@ -3,10 +3,14 @@
 A model is a Python file that calls ``mlflow.models.set_model``, with artifacts (safetensors, JSON)
 that it reads in ``load_context(self, context)``. Nothing is pickled. The alias ``champion`` marks
 the best version, ``challenger`` the latest version that was not promoted.
+
+MLflow calls the uploaded files a logged model. A registration tags it with its key, so that the
+same command finds it again after a kill, and with the digest of all its files.
 """
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import uuid
@@ -16,17 +20,177 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skillnet_platform.config import digest_config
+from skillnet_platform.config.safe_yaml import load_plain_yaml
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.package_version import find_version
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.tracking import (
-    backend,
-    champion,
-    model_upload,
-    orphans,
-    promotion,
-    registration_order,
-)
+from skillnet_platform.storage import sha256_file
+from skillnet_platform.storage.locks import this_process
+from skillnet_platform.tracking import backend, champion
+
+#: Tag of a registration: equal for every attempt of one command.
+KEY_TAG = "skillnet.registration"
+#: Tag with the digest of all files of a registered model.
+DIGEST_TAG = "files_sha256"
+#: Files that MLflow and Python write into a local artifact store after the registration.
+_WRITTEN_LATER = ("registered_model_meta", "__pycache__")
+
+
+@dataclass(frozen=True)
+class UploadedModel:
+    """Uploaded files of a model.
+
+    Args:
+        model_id: MLflow's identifier of the logged model.
+        uri: ``models:/m-…``.
+        digest: SHA-256 of all files, see :func:`digest_files`.
+    """
+
+    model_id: str
+    uri: str
+    digest: str
+
+
+def digest_files(folder: Path) -> str:
+    """Return the SHA-256 over the names and hashes of all files of a model."""
+    return digest_config(_hash_files(folder))
+
+
+def read_model_file(folder: Path) -> Any:
+    """Return MLflow's ``Model`` of a folder with an MLmodel file.
+
+    MLflow's own ``Model.load`` reads a path as a URI, and decodes a %, ? or # in it.
+
+    Args:
+        folder: directory of a downloaded model.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: the folder has no such file.
+    """
+    from mlflow.models import Model
+
+    return Model.from_dict(load_plain_yaml((folder / "MLmodel").read_text(encoding="utf-8")))
+
+
+def upload_model(
+    mlflow: Any,
+    run_id: str,
+    key: str,
+    code_path: str | os.PathLike[str],
+    artifacts: Mapping[str, str | os.PathLike[str]],
+    **options: Any,
+) -> UploadedModel:
+    """Upload a model once, read it back, and compare it with the local files.
+
+    A complete upload of an earlier attempt is used again; an incomplete one is deleted.
+
+    Args:
+        mlflow: module, with the tracker as its default.
+        run_id: the run that trained the model.
+        key: digest of weights, run, corpora and name.
+        code_path: the Python file of the model.
+        artifacts: name -> file or directory.
+        **options: further arguments of ``mlflow.models.Model.log``.
+
+    Raises:
+        UserError: an uploaded file differs from the local file.
+    """
+    client = mlflow.MlflowClient()
+    experiment_id = client.get_run(run_id).info.experiment_id
+    for earlier in _find_logged_models(client, experiment_id, key):
+        with contextlib.suppress(UserError, OSError, mlflow.exceptions.MlflowException):
+            if earlier.status == "READY":
+                return _verify_upload(mlflow, earlier.model_id, code_path, artifacts)
+        _delete_upload(client, earlier, with_files=earlier.status != "READY")
+    try:
+        # pyfunc.log_model would open the run again and end it as FINISHED.
+        info = mlflow.models.Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            python_model=str(code_path),
+            # MLflow reads a plain path as a URI: a %, ? or # in it would lead elsewhere.
+            artifacts={name: Path(path).absolute().as_uri() for name, path in artifacts.items()},
+            tags={KEY_TAG: key},
+            **options,
+        )
+        uploaded = _verify_upload(mlflow, info.model_id, code_path, artifacts)
+        client.set_logged_model_tags(uploaded.model_id, {DIGEST_TAG: uploaded.digest})
+        return uploaded
+    except BaseException:
+        # MLflow leaves the logged model behind. After a kill the next attempt deletes it.
+        with contextlib.suppress(Exception):
+            for unfinished in _find_logged_models(client, experiment_id, key):
+                _delete_upload(client, unfinished, with_files=True)
+        raise
+
+
+def _find_logged_models(client: Any, experiment_id: str, key: str) -> list[Any]:
+    query = f"tags.`{KEY_TAG}` = '{key}'"
+    return list(client.search_logged_models([experiment_id], filter_string=query))
+
+
+def _delete_upload(client: Any, model: Any, with_files: bool) -> None:
+    """Delete a logged model, and its files, which MLflow keeps.
+
+    Args:
+        client: ``MlflowClient``.
+        model: logged model.
+        with_files: False for a complete upload, which a version may use.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    # The location comes from the tracker, so it must be a folder that MLflow makes for the model.
+    is_own = re.fullmatch(r"m-[0-9a-f]{32}", model.model_id) is not None
+    is_own = is_own and model.artifact_location.endswith(f"/models/{model.model_id}/artifacts")
+    if with_files and is_own:
+        # Before the record: after a kill the next attempt finds the record again.
+        with contextlib.suppress(Exception):
+            get_artifact_repository(model.artifact_location).delete_artifacts()
+    client.delete_logged_model(model.model_id)
+
+
+def _verify_upload(
+    mlflow: Any,
+    model_id: str,
+    code_path: str | os.PathLike[str],
+    artifacts: Mapping[str, str | os.PathLike[str]],
+) -> UploadedModel:
+    uri = f"models:/{model_id}"
+    with tempfile.TemporaryDirectory(prefix="skillnet-") as place:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+        flavor = read_model_file(folder).flavors["python_function"]
+        names = {name: entry["path"] for name, entry in flavor["artifacts"].items()}
+        _require_equal_files(uri, Path(code_path), folder / flavor["model_code_path"])
+        for name, local in artifacts.items():
+            _require_equal_files(uri, Path(local), folder / names[name])
+        return UploadedModel(model_id, uri, digest_files(folder))
+
+
+def _require_equal_files(uri: str, local: Path, downloaded: Path) -> None:
+    expected, found = _hash_files(local), _hash_files(downloaded)
+    for file in sorted(expected.keys() | found.keys()):
+        if expected.get(file) != found.get(file):
+            raise UserError(
+                f"{uri}: {local / file} arrived altered or incomplete. Run the same command again"
+            )
+
+
+def _hash_files(path: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the files of a folder; "" -> SHA-256 for a single file."""
+    if path.is_file():
+        return {"": sha256_file(path)}
+    return {str(file.relative_to(path)): sha256_file(file) for file in _walk_files(path)}
+
+
+def _walk_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and parts[0] not in _WRITTEN_LATER and "__pycache__" not in parts:
+            yield path
+
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tokenizers", "pyarrow", "pillow")
 
@@ -49,7 +213,7 @@ class RegisteredVersion:
     uri: str
     run_id: str
     alias: str
-    verdict: promotion.PromotionDecision
+    verdict: champion.PromotionDecision
 
 
 @dataclass(frozen=True)
@@ -67,7 +231,7 @@ def register_version(
     run_id: str,
     code_path: str | os.PathLike[str],
     artifacts: Mapping[str, str | os.PathLike[str]],
-    figures: Mapping[str, promotion.MetricEstimate],
+    figures: Mapping[str, champion.MetricEstimate],
     *,
     uri: str | None = None,
     name: str = champion.MODEL_NAME,
@@ -111,7 +275,7 @@ def register_version(
     chosen = backend.resolve_uri(uri)
     client = backend.create_client(chosen)
     key = key or uuid.uuid4().hex
-    with registration_order.registration_turn(chosen, name):
+    with champion.registration_turn(chosen, name):
         found = find_registration(key, name=name, uri=chosen)
         if found is None:
             champion.check_system(client, name, (tags or {}).get(champion.SYSTEM_TAG))
@@ -145,7 +309,7 @@ def find_registration(key: str, *, name: str = champion.MODEL_NAME, uri: str | N
     """
     client = backend.create_client(backend.resolve_uri(uri))
     for found in client.search_model_versions(f"name = '{name}'"):
-        if found.tags.get(model_upload.KEY_TAG) == key:
+        if found.tags.get(KEY_TAG) == key:
             return found
     return None
 
@@ -161,7 +325,7 @@ def complete_registration(
         uri: address of the tracker, such as ``http://host:5000``.
     """
     chosen = backend.resolve_uri(uri)
-    with registration_order.registration_turn(chosen, name):
+    with champion.registration_turn(chosen, name):
         return _settle_version(backend.create_client(chosen), name, version)
 
 
@@ -179,14 +343,14 @@ def _create_version(
     with _as_default(uri, experiment_id) as mlflow:
         # The registered model may have any name; the list of runs shows the name of the files.
         logged = str(tags.get(champion.SYSTEM_TAG) or name)
-        uploaded = model_upload.upload_model(mlflow, run_id, key, name=logged, **options)
+        uploaded = upload_model(mlflow, run_id, key, name=logged, **options)
         _ensure_model(client, name)
         # All tags at once: a version without them could not be found again after a kill.
         own = {
-            model_upload.KEY_TAG: key,
-            model_upload.DIGEST_TAG: uploaded.digest,
-            registration_order.STATE_TAG: registration_order.PENDING,
-            orphans.PROCESS_TAG: orphans.this_process(),
+            KEY_TAG: key,
+            DIGEST_TAG: uploaded.digest,
+            champion.STATE_TAG: champion.PENDING,
+            backend.PROCESS_TAG: this_process(),
         }
         return client.create_model_version(
             name,
@@ -200,10 +364,10 @@ def _create_version(
 
 def _settle_version(client: Any, name: str, version: Any) -> RegisteredVersion:
     number = int(version.version)
-    if registration_order.is_done(version):
+    if champion.is_done(version):
         current = champion.champion_of(client, name)
         is_champion = current is not None and int(current.version) == number
-        verdict = promotion.PromotionDecision(is_champion, champion.recorded_reasons(version))
+        verdict = champion.PromotionDecision(is_champion, champion.recorded_reasons(version))
     else:
         verdict = champion.promote_in_turn(client, name, number)
     alias = champion.CHAMPION if verdict.passed else champion.CHALLENGER
@@ -251,7 +415,7 @@ def resolve_registered(
         )
     if check_digest:
         _check_digest(client, model, path, found)
-    metadata = model_upload.read_model_file(path).metadata if (path / "MLmodel").is_file() else {}
+    metadata = read_model_file(path).metadata if (path / "MLmodel").is_file() else {}
     return ResolvedModel(
         model,
         path,
@@ -264,13 +428,13 @@ def resolve_registered(
 def _check_digest(client: Any, model: str, path: Path, found: Any) -> None:
     """Compare the files of a model with the tag of its version or logged model."""
     tags = found.tags if found is not None else _logged_tags(client, model, path)
-    recorded = tags.get(model_upload.DIGEST_TAG)
+    recorded = tags.get(DIGEST_TAG)
     if recorded is None:
         raise UserError(
-            f"{model}: the registry has no digest of its files (tag {model_upload.DIGEST_TAG}). "
+            f"{model}: the registry has no digest of its files (tag {DIGEST_TAG}). "
             "Register the model again: skillnet register"
         )
-    digest = model_upload.digest_files(path)
+    digest = digest_files(path)
     if digest != recorded:
         raise UserError(
             f"{model}: a file in {path} was altered after its registration (digest {digest[:12]}, "
@@ -285,9 +449,7 @@ def _logged_tags(client: Any, model: str, path: Path) -> Mapping[str, str]:
     try:
         # The files of a run name their logged model, which must be of that run.
         logged = client.get_logged_model(
-            model_upload.read_model_file(path).model_id
-            if run_id
-            else model.removeprefix("models:/")
+            read_model_file(path).model_id if run_id else model.removeprefix("models:/")
         )
     except (MlflowException, ValueError, OSError):
         return {}

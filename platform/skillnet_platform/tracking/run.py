@@ -2,6 +2,10 @@
 
 The driver calls ``start``; it alone opens and ends the run. Rank 0, in a worker, writes to it
 through ``Tracker.by_id``. MLflow is imported on first use, not with this module.
+
+``run.json`` names the MLflow run of a folder. The file gets a random key before the MLflow run is
+created, and the run carries the key as a tag. A command that was killed between the two steps finds
+its run by the key. Runs whose process was killed are found by a process tag and closed.
 """
 
 import contextlib
@@ -12,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +27,9 @@ from skillnet_platform import console, signals
 from skillnet_platform.config import fixed_field
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
-from skillnet_platform.tracking import (
-    backend,
-    operations,
-    orphans,
-    run_record,
-    source_commit,
-    spool,
-)
+from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.storage.locks import has_ended, this_process
+from skillnet_platform.tracking import backend, source_commit, spool
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
@@ -41,6 +41,12 @@ SETTLE_PAUSE_S = 2.0
 DATASET_DIGEST = 12
 #: Tag of a run that its opener must find again after a kill.
 KEY_TAG = "skillnet.key"
+#: Tag of a run that ended without success: the cause.
+FAILURE_TAG = "failure"
+#: MLflow writes an artifact under such a name first, and hides these files.
+_PARTIAL_UPLOADS = ".artifact.uploading.*"
+#: Advice about a ``run.json`` that names no usable run.
+REMEDY = "remove that file, and the same command records into a new run"
 
 
 @dataclass
@@ -84,7 +90,7 @@ class Tracker:
         self.run_id, self.uri, self.experiment_id = run_id, SecretUri(uri), experiment_id
         client = backend.create_client(uri)
         self._spool = spool.OperationSpool(
-            run_id, uri, lambda op: operations.apply_operation(client, run_id, op)
+            run_id, uri, lambda op: spool.apply_operation(client, run_id, op)
         )
 
     @classmethod
@@ -263,7 +269,7 @@ def start_run(
     client = backend.create_client(place.uri)
     send_leftover_spools(place.uri)
     # A killed process could not end its run, which would stay RUNNING.
-    orphans.close_abandoned(client, place.experiment_id)
+    close_abandoned(client, place.experiment_id)
     tracker = _open_run(client, place.uri, place.experiment_id, name, parent, run_id, key, record)
     run_id = tracker.run_id
     status = "FINISHED"
@@ -288,7 +294,7 @@ def start_run(
         raise
     except BaseException as error:
         status = "FAILED"
-        tracker.tags({orphans.FAILURE_TAG: redact_secrets(f"{type(error).__name__}: {error}")})
+        tracker.tags({FAILURE_TAG: redact_secrets(f"{type(error).__name__}: {error}")})
         raise
     finally:
         tracker.end(status)
@@ -387,7 +393,7 @@ def _open_run(
 ) -> Tracker:
     """Resume the run of an id, of a record or of a key; create and record it if there is none."""
     if record is not None and run_id is None:
-        run_id, key = run_record.reserve_run(record)
+        run_id, key = reserve_run(record)
     run_id = run_id or _find_run(client, experiment_id, key)
     if run_id is None:
         run = client.create_run(experiment_id, run_name=name, tags=_first_tags(parent, key))
@@ -395,7 +401,7 @@ def _open_run(
     else:
         _resume(client, run_id, uri, record)
     if record is not None:
-        run_record.write_run_id(record, run_id, uri)
+        write_run_id(record, run_id, uri)
     return Tracker(run_id, uri, experiment_id)
 
 
@@ -403,14 +409,14 @@ def _resume(client: Any, run_id: str, uri: str, record: Path | None) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        orphans.reopen_run(client, run_id)
+        reopen_run(client, run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         source = f"{record}: " if record else ""
         raise UserError(
             f"{source}the tracker {uri} cannot resume the run {run_id}: {first_line(error)}; "
-            f"{run_record.REMEDY}"
+            f"{REMEDY}"
         ) from None
 
 
@@ -435,7 +441,7 @@ def _first_tags(parent: str | None, key: str | None = None) -> dict[str, str]:
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": redact_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])),
         "mlflow.source.type": "LOCAL",
-        orphans.PROCESS_TAG: orphans.this_process(),
+        backend.PROCESS_TAG: this_process(),
         **source_commit.commit_tags(),
     }
     if parent:
@@ -450,3 +456,95 @@ def _short(value: Any, longest: int) -> str:
         str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     )
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def close_abandoned(client: Any, experiment_id: str) -> int:
+    """Close as KILLED the RUNNING runs whose process on this machine ended; return their number.
+
+    Args:
+        client: ``MlflowClient``.
+        experiment_id: experiment to search.
+    """
+    closed = 0
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        if has_ended(run.data.tags.get(backend.PROCESS_TAG, "")):
+            client.set_tag(run.info.run_id, FAILURE_TAG, "the process was killed")
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed += 1
+    return closed
+
+
+def reopen_run(client: Any, run_id: str) -> None:
+    """Set a run to RUNNING for this process, and remove the cause of its earlier end.
+
+    Args:
+        client: ``MlflowClient``.
+        run_id: MLflow's identifier of the run.
+    """
+    client.update_run(run_id, status="RUNNING")
+    # The old tag names an ended process, so the next start would close this run.
+    client.set_tag(run_id, backend.PROCESS_TAG, this_process())
+    # Otherwise a run that finishes after a kill would still show the kill as its failure.
+    run = client.get_run(run_id)
+    if FAILURE_TAG in run.data.tags:
+        client.delete_tag(run_id, FAILURE_TAG)
+    _remove_partial_uploads(run.info.artifact_uri, client.tracking_uri)
+
+
+def _remove_partial_uploads(artifact_uri: str, tracking_uri: str) -> None:
+    """Remove the files that a killed process began to store as artifacts of a run.
+
+    Only a folder of this machine has such files. The run belongs to this process, so no other
+    process is storing one.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    folder = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+    if isinstance(folder, LocalArtifactRepository):
+        for path in Path(folder.artifact_dir).rglob(_PARTIAL_UPLOADS):
+            path.unlink(missing_ok=True)
+
+
+def read_run_id(path: Path) -> str | None:
+    """Return the id of the MLflow run in a ``run.json``; None without a file or a run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_record(path)[0] if path.is_file() else None
+
+
+def reserve_run(path: Path) -> tuple[str | None, str]:
+    """Return the id of the recorded run, if it has one, and the key to find or create it with.
+
+    Args:
+        path: location of ``run.json``; written if it is missing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if path.is_file():
+        return _read_record(path)
+    key = uuid.uuid4().hex
+    write_json(path, {"run_id": None, "key": key})
+    return None, key
+
+
+def write_run_id(path: Path, run_id: str, uri: str) -> None:
+    """Record the MLflow run of a folder.
+
+    Args:
+        path: location of ``run.json``, see :func:`reserve_run`.
+        run_id: MLflow's identifier of the run.
+        uri: address of the tracker, such as ``http://host:5000``.
+    """
+    write_json(path, {"run_id": run_id, "key": _read_record(path)[1], "uri": str(uri)})
+
+
+def _read_record(path: Path) -> tuple[str | None, str]:
+    record = read_record(path, {"run_id": (str, type(None))}, REMEDY)
+    run_id, key = record.get("run_id"), record.get("key", "")
+    if run_id == "" or not isinstance(key, str) or not (run_id or key):
+        raise UserError(f"{path} is damaged: it names no MLflow run; {REMEDY}")
+    return run_id, key

@@ -34,10 +34,10 @@ from pipelines.data.corpora.readers.row_builders import (
     media_row,
     normalize_transcript,
 )
+from pipelines.data.io.archive import TarReader, TarReadError
 from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
-from pipelines.data.io.tar import TarReader, TarReadError
 from pipelines.data.modalities.sound import SoundOptions
 from skillnet_platform.errors import UserError
 

@@ -7,7 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from pipelines.data.tokenizer.conversion import map_token_ids
+from pipelines.data.tokenizer.selection import map_token_ids
 from skillnet.vocabulary import ModelVocabulary
 from skillnet_hf.hf_checkpoints import find_checkpoint
 from skillnet_hf.library_checkpoint import convert_checkpoint, is_library_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.data.shards.format import manifest_digest
-from pipelines.data.tokenizer.conversion import map_token_ids
+from pipelines.data.tokenizer.selection import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.pretrain import main as pretraining
 from pipelines.training.config.run import FinetuneConfig

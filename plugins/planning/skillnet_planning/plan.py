@@ -10,8 +10,7 @@ from pipelines.training.config.resources import PlannedRun
 from skillnet_planning.memory_check import select_largest_runs
 from skillnet_platform import cli, console
 from skillnet_platform.cli import command
-from skillnet_platform.cluster.gpu_types import GB, find_gpu_type, find_instance
-from skillnet_platform.cluster.node_types import read_node_types
+from skillnet_platform.cluster.gpu_types import GB, find_gpu_type, find_instance, read_node_types
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveAmount, require_bounds

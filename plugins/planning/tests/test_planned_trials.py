@@ -14,15 +14,14 @@ from skillnet_planning.memory_check import (
     select_largest_runs,
 )
 from skillnet_planning.plan import main as plan
-from skillnet_platform.checks.gpu import check_gpu_memory
-from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType
-from skillnet_platform.cluster.node_types import NodeType
+from skillnet_platform.checks.cluster import check_gpu_memory
+from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType, NodeType
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.planned_trials import list_study_runs, request_study
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import ResourceConfig
-from sweeps.search.planned_trials import list_sweep_runs, request_sweep
+from sweeps.search.space import list_sweep_runs, request_sweep
 from tests.helpers.small_models import small_config
 
 L4 = NodeType("gpu", {"GPU": 1}, 1, "g6.2xlarge")

@@ -17,9 +17,13 @@ from skillnet_planning.plan import (
     split_plan_arguments,
 )
 from skillnet_planning.run_plan import OPTIMIZER_BYTES, WorkerPool, plan_run
-from skillnet_platform.checks.gpu import check_gpu_memory
-from skillnet_platform.cluster.gpu_types import GPU_TYPES, describe_device, find_gpu_type
-from skillnet_platform.cluster.node_types import read_node_types
+from skillnet_platform.checks.cluster import check_gpu_memory
+from skillnet_platform.cluster.gpu_types import (
+    GPU_TYPES,
+    describe_device,
+    find_gpu_type,
+    read_node_types,
+)
 from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[3]

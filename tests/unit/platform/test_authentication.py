@@ -14,7 +14,7 @@ from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 from werkzeug.security import check_password_hash
 
 from skillnet_platform import tracker
-from skillnet_platform.tracking.database_uri import sqlite_uri
+from skillnet_platform.tracking.backend import sqlite_uri
 
 
 @pytest.fixture(scope="module")

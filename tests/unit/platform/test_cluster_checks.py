@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import storage
+from skillnet_platform import package_version, storage
 from skillnet_platform.checks import GIB, Finding, node_probe
 from skillnet_platform.checks import cluster as checks
 from skillnet_platform.checks import machine as machine_checks
 from skillnet_platform.checks.node_probe import NodeProbe
-from skillnet_platform.cluster import capacity, versions
+from skillnet_platform.cluster import capacity
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     estimate_checkpoint_bytes,
@@ -24,7 +24,7 @@ from tests.helpers.object_store import ObjectStore
 
 ONE = NodeProbe(
     node="10.0.0.1",
-    versions=versions.installed_versions(),
+    versions=package_version.installed_versions(),
     auth_mode="token",
     home="/mnt/runs",
     write_problem="",
@@ -58,7 +58,7 @@ def test_a_sound_cluster_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_version_of_the_sender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(versions.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
+    monkeypatch.setenv(package_version.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
     reported = checks.check_node_versions([ONE, TWO])
     assert [each.level for each in reported] == ["warning", "warning"]
     assert "9.9 where the job was sent" in reported[1].seen

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 from skillnet_platform.checks import cluster as cluster_checks
-from skillnet_platform.checks import gpu as gpu_checks
 from skillnet_platform.checks import gpu_probe
-from skillnet_platform.checks.cluster import SumRole, add_up_on_node, check_sums, pair_nodes
-from skillnet_platform.checks.gpu import check_gpu_memory, check_gpus, gpu_nodes
+from skillnet_platform.checks.cluster import (
+    SumRole,
+    add_up_on_node,
+    check_gpu_memory,
+    check_gpus,
+    check_sums,
+    gpu_nodes,
+    pair_nodes,
+)
 from skillnet_platform.checks.gpu_probe import GpuDevice, GpuProbe, multiply_ones, probe_gpus
-from skillnet_platform.cluster.gpu_types import GpuType
-from skillnet_platform.cluster.node_types import NodeType
+from skillnet_platform.cluster.gpu_types import GpuType, NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError
 from tests.helpers.ports import free_port
@@ -95,7 +100,7 @@ def test_the_run_must_fit_the_smallest_gpu_of_the_cluster(monkeypatch: pytest.Mo
 
     def install(planner: Callable[[list[str], GpuType], tuple[str, str] | None]) -> None:
         entry = SimpleNamespace(load=lambda: planner)
-        monkeypatch.setattr(gpu_checks, "find_entries", lambda group: {"memory": entry})
+        monkeypatch.setattr(cluster_checks, "find_entries", lambda group: {"memory": entry})
 
     install(problem)
     request = replace(ASKED, list_runs=lambda: ["a run"])

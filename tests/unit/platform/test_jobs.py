@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import requests
 
-from skillnet_platform import cluster, config, submit
-from skillnet_platform.cluster import versions, working_dir
+from skillnet_platform import cluster, config, package_version, submit
+from skillnet_platform.cluster import working_dir
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     request_resources,
@@ -366,7 +366,10 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {*project["tool"]["hatch"]["build"]["dev-mode-dirs"], "plugins/evidence"}
     assert {".", *folders} == packages
     assert variables["SKILLNET_HOME"] == "s3://b"
-    assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed_versions()["ray"]
+    assert (
+        json.loads(variables[package_version.VARIABLE])["ray"]
+        == package_version.installed_versions()["ray"]
+    )
     check, run = sent["entrypoint"].split(" && ")
     assert "skillnet_platform.doctor --only problems finetune --config tiny" in check
     assert run.endswith("skillnet_platform.cli finetune --config tiny")

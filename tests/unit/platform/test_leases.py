@@ -18,10 +18,9 @@ from pipelines import finetune
 from pipelines.data.preprocessing import pipeline
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.layout import lock_run_folder
-from skillnet_platform.storage import directories, leases, location, run_root
-from skillnet_platform.storage.leases import HostLease, hold_lease, is_shared_disk
+from skillnet_platform.storage import directories, location, locks, run_root
 from skillnet_platform.storage.location import Location, join_location
-from skillnet_platform.storage.locks import LockHeldError
+from skillnet_platform.storage.locks import HostLease, LockHeldError, hold_lease, is_shared_disk
 from skillnet_studies.compare import compare
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from sweeps.config.sweep import SweepConfig
@@ -34,11 +33,11 @@ HOLD = """
 import socket, sys, time
 from pathlib import Path
 socket.gethostname = lambda: "node-1"
-from skillnet_platform.storage import leases
-leases._identify_process = lambda: {"system": "node-1", "started": "1"}
-leases.BEAT_S = 0.05
+from skillnet_platform.storage import locks
+locks.this_process = lambda: "node-1:boot:1:7:1"
+locks.BEAT_S = 0.05
 place = sys.argv[1]
-with leases.hold_lease(place if "://" in place else Path(place), str):
+with locks.hold_lease(place if "://" in place else Path(place), str):
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -61,8 +60,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.on_wait = 1000.0, lambda: None
-        monkeypatch.setattr(leases, "monotonic", lambda: self.now)
-        monkeypatch.setattr(leases, "sleep", self._wait)
+        monkeypatch.setattr(locks, "monotonic", lambda: self.now)
+        monkeypatch.setattr(locks, "sleep", self._wait)
 
     def _wait(self, seconds: float) -> None:
         self.now += seconds
@@ -77,7 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def host(name: str, folder: Location) -> HostLease:
     """The lease as a process of that host asks for it."""
     lease = HostLease(folder, lambda holder: f"{folder}: {holder} works here")
-    lease._record |= {"host": name, "system": name, "pid": 7}
+    lease._record |= {"host": name, "process": f"{name}:boot:1:7:1", "pid": 7}
     return lease
 
 
@@ -103,7 +102,7 @@ def test_one_of_two_hosts_works(
     clock.on_wait = lambda: None  # the host is gone: its file stays as it is
     before = clock.now
     three.acquire()
-    assert clock.now - before >= leases.LEASE_S
+    assert clock.now - before >= locks.LEASE_S
     assert numbers(folder) == ["00000002.json"]
     with pytest.raises(LockHeldError, match=r"node-3.*took over"):
         two.renew()
@@ -155,7 +154,7 @@ def test_a_watcher_does_not_count_the_time_in_which_it_did_not_look(
     one, other = host("node-1", tmp_path), host("node-2", tmp_path)
     one.acquire()
     read = location.read_if_exists
-    sleeps = [2 * leases.LEASE_S]
+    sleeps = [2 * locks.LEASE_S]
 
     def sleep_once() -> None:
         clock.now += sleeps.pop() if sleeps else 0.0
@@ -184,8 +183,9 @@ def test_a_process_of_this_host_is_known_to_live_or_to_be_dead(tmp_path: Path) -
         assert numbers(tmp_path / "other") == ["00000001.json"]
     (file,) = folder.iterdir()
     record = json.loads(file.read_text())
-    for change in ({"started": "1"}, {"pid": 2**22 + 1}):
-        file.write_text(json.dumps(record | change))
+    where, pid, start = locks.this_process().rsplit(":", 2)
+    for dead in (f"{where}:{pid}:1", f"{where}:{2**22 + 1}:{start}"):
+        file.write_text(json.dumps(record | {"process": dead}))
         HostLease(folder, str).acquire()
         (file,) = folder.iterdir()
 
@@ -205,8 +205,8 @@ def test_a_driver_that_lost_its_run_ends_in_an_error(
 ) -> None:
     """The one that was cut off is stopped when it looks again."""
     stopped = threading.Event()
-    monkeypatch.setattr(leases, "interrupt_main", lambda _: stopped.set())
-    monkeypatch.setattr(leases, "BEAT_S", 0.01)
+    monkeypatch.setattr(locks, "interrupt_main", lambda _: stopped.set())
+    monkeypatch.setattr(locks, "BEAT_S", 0.01)
     with (
         pytest.raises(LockHeldError, match=r"node-2.*took over, because this host gave no sign"),
         hold_lease(tmp_path, str),
@@ -316,7 +316,7 @@ def test_the_second_of_two_drivers_is_refused(
 ) -> None:
     """Two hosts, two disks or one without locks between them, one run."""
     run, mirror = place(tmp_path, monkeypatch, object_store)
-    folder = str(join_location(mirror or run, leases.LEASE))
+    folder = str(join_location(mirror or run, locks.LEASE))
     words = [sys.executable, "-c", HOLD, folder]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
@@ -327,10 +327,10 @@ def test_the_second_of_two_drivers_is_refused(
         ):
             raise AssertionError("two at once")
         driver.kill()
-    monkeypatch.setattr(leases, "LEASE_S", 0.0)
+    monkeypatch.setattr(locks, "LEASE_S", 0.0)
     with lock_run_folder(run, mirror):
         (run / "config.yaml").write_text("seed: 0")
-    assert location.list_location(join_location(mirror or run, leases.LEASE)) == []
+    assert location.list_location(join_location(mirror or run, locks.LEASE)) == []
 
 
 def _prepare(uri: str) -> None:
@@ -370,7 +370,7 @@ def test_a_run_on_this_machine_continues_while_its_store_is_away(
     object_store.door.shut()
     try:
         with (
-            pytest.raises(leases.StoreUnavailableError),
+            pytest.raises(locks.StoreUnavailableError),
             lock_run_folder(tmp_path / "new", f"{object_store.uri}/new"),
         ):
             raise AssertionError("the store is away")

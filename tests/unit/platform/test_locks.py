@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_files.temporary import remove_leftovers, temporary_directory
+from skillnet_files.commit import remove_leftovers, temporary_directory
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import locks

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform.tracking import orphans
+from skillnet_platform.storage import locks
 
 ROOT = Path(__file__).parents[3]
-_PRINT = "from skillnet_platform.tracking import orphans; print(orphans.this_process())"
+_PRINT = "from skillnet_platform.storage import locks; print(locks.this_process())"
 
 
 def identity_of_child(*prefix: str) -> str:
@@ -28,11 +28,11 @@ def identity_of_child(*prefix: str) -> str:
 
 
 def test_a_process_has_ended_when_its_id_is_gone_or_used_again() -> None:
-    assert not orphans.has_ended(orphans.this_process())
-    assert orphans.has_ended(identity_of_child())
-    same_id = orphans.this_process().rpartition(":")[0] + ":1"
-    assert orphans.has_ended(same_id)
-    assert not orphans.has_ended("")
+    assert not locks.has_ended(locks.this_process())
+    assert locks.has_ended(identity_of_child())
+    same_id = locks.this_process().rpartition(":")[0] + ":1"
+    assert locks.has_ended(same_id)
+    assert not locks.has_ended("")
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
@@ -41,11 +41,11 @@ def test_a_process_of_a_container_with_the_same_host_name_is_not_closed() -> Non
     if os.geteuid() != 0:
         new_namespace = (new_namespace[0], "--user", "--map-root-user", *new_namespace[1:])
     other = identity_of_child(*new_namespace)
-    assert other.partition(":")[0] == orphans.this_process().partition(":")[0]
-    assert not orphans.has_ended(other)
+    assert other.partition(":")[0] == locks.this_process().partition(":")[0]
+    assert not locks.has_ended(other)
 
 
 def test_a_process_of_another_machine_with_the_same_host_name_is_not_closed() -> None:
-    host, boot, *rest = orphans.this_process().split(":")
+    host, boot, *rest = locks.this_process().split(":")
     assert boot
-    assert not orphans.has_ended(":".join([host, "0" + boot[1:] + "0", *rest[:-1], "1"]))
+    assert not locks.has_ended(":".join([host, "0" + boot[1:] + "0", *rest[:-1], "1"]))

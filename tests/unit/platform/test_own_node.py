@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ray
 
-from skillnet_platform.cluster import own_node
+from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError
 from sweeps.trials.ray_tune import TrialListener
 
@@ -16,7 +16,7 @@ def test_a_lost_node_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(get_node_id=lambda: "a")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(own_node, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(connect, "INTERVAL_S", 0.0)
     listener = TrialListener(lambda *_: None, lambda *_: None)
     # The loss of another node is not that of the command.
     listener.on_step_begin(0, [])
@@ -27,4 +27,4 @@ def test_a_lost_node_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_head_is_asked_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("asked"))
-    own_node.OwnNodeCheck().require_alive()
+    connect.OwnNodeCheck().require_alive()

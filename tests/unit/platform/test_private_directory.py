@@ -13,7 +13,7 @@ from skillnet_platform.cluster.connect import (
     prepare_session_directory,
 )
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.private import is_private, private_directory
+from skillnet_platform.storage.local import is_private, private_directory
 
 OTHER_UID = 54321
 ADVICE = "Choose another"

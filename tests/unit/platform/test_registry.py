@@ -10,15 +10,8 @@ import pytest
 from pipelines.serving import registration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import (
-    backend,
-    champion,
-    orphans,
-    promotion,
-    registration_order,
-    registry,
-)
-from skillnet_platform.tracking.promotion import MetricEstimate
+from skillnet_platform.tracking import backend, champion, registry
+from skillnet_platform.tracking.champion import MetricEstimate
 from tests.helpers.tracked_runs import find_champion
 
 CODE = """
@@ -65,8 +58,8 @@ def error(value: float, half: float = 0.02) -> MetricEstimate:
     ],
 )
 def test_the_gate(challenger: dict[str, MetricEstimate], passes: bool, says: str) -> None:
-    champion = {"a": accuracy(0.5), "b": error(0.2)}
-    verdict = promotion.decide_promotion(challenger, champion)
+    before = {"a": accuracy(0.5), "b": error(0.2)}
+    verdict = champion.decide_promotion(challenger, before)
     assert verdict.passed is passes
     assert says in str(verdict)
 
@@ -79,9 +72,9 @@ def test_a_champion_on_other_data_is_named_with_the_way_to_replace_it(
         ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, True),
         ({"a": accuracy(0.8), "b": error(0.2)}, False),
     ):
-        verdict = promotion.decide_promotion(figures, before)
+        verdict = champion.decide_promotion(figures, before)
         # A call after a kill has the reasons from the version's tag.
-        stored = promotion.PromotionDecision(False, tuple(str(verdict).split("; ")))
+        stored = champion.PromotionDecision(False, tuple(str(verdict).split("; ")))
         for known in (verdict, stored):
             made = registry.RegisteredVersion("s", 2, "models:/s/2", "run", "challenger", known)
             registration._warn_if_incomparable(made, "my-run")
@@ -95,18 +88,18 @@ def test_a_champion_on_other_data_is_named_with_the_way_to_replace_it(
 
 def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
     old = MetricEstimate("accuracy", 0.50, 0.49, 0.59)
-    assert not promotion.decide_promotion(
+    assert not champion.decide_promotion(
         {"a": MetricEstimate("accuracy", 0.56, 0.55, 0.57)}, {"a": old}
     ).passed
     mirrored = MetricEstimate("accuracy", 0.50, 0.41, 0.51)
-    assert promotion.decide_promotion(
+    assert champion.decide_promotion(
         {"a": MetricEstimate("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}
     ).passed
 
 
 def test_figures_survive_json() -> None:
     figures = {"a": accuracy(0.5, data="d"), "b": error(0.1)}
-    assert promotion.estimates_from_json(promotion.estimates_to_json(figures)) == figures
+    assert champion.estimates_from_json(champion.estimates_to_json(figures)) == figures
 
 
 @pytest.fixture(scope="module")
@@ -367,10 +360,10 @@ def test_a_version_waits_for_an_earlier_one_of_another_machine(
 ) -> None:
     put(run, files, "queue", 0.5)
     client = backend.create_client(run.uri)
-    client.set_model_version_tag("queue", "1", registration_order.STATE_TAG, "pending")
-    client.set_model_version_tag("queue", "1", orphans.PROCESS_TAG, "elsewhere:boot:1:2:3")
-    monkeypatch.setattr(registration_order, "EARLIER_PATIENCE_S", 1.0)
+    client.set_model_version_tag("queue", "1", champion.STATE_TAG, "pending")
+    client.set_model_version_tag("queue", "1", backend.PROCESS_TAG, "elsewhere:boot:1:2:3")
+    monkeypatch.setattr(champion, "EARLIER_PATIENCE_S", 1.0)
     put(run, files, "queue", 0.6)
     assert "waiting for the registration of version 1" in capsys.readouterr().err
-    state = client.get_model_version("queue", "1").tags[registration_order.STATE_TAG]
+    state = client.get_model_version("queue", "1").tags[champion.STATE_TAG]
     assert state == "abandoned", "the next version does not wait for it again"

@@ -83,7 +83,7 @@ RECORD = """
 import sys
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
-from skillnet_platform.tracking.registration_order import registration_turn
+from skillnet_platform.tracking.champion import registration_turn
 where = tracking.TrackingConfig(system_metrics=False)
 with tracking.start_run("there", None, where, run_id=sys.argv[1]) as tracker:
     tracker.text("new", "new.txt")

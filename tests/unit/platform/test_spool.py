@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker, backend, operations, spool
+from skillnet_platform.tracking import Tracker, backend, spool
 from skillnet_platform.tracking import (
     run as tracking_run,
 )
@@ -25,14 +25,14 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     run_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "FIRST_PAUSE_S", 3600.0)
-    apply, asked = operations.apply_operation, 0
+    apply, asked = spool.apply_operation, 0
 
     def counted(client: Any, run_id: str, operation: spool.Operation) -> None:
         nonlocal asked
         asked += 1
         apply(client, run_id, operation)
 
-    monkeypatch.setattr(operations, "apply_operation", counted)
+    monkeypatch.setattr(spool, "apply_operation", counted)
     server = Server(run_root / "server.db")
     with contextlib.ExitStack() as stack:
         with server as uri:
@@ -65,7 +65,7 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
 
 
 def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    apply, refused = operations.apply_operation, 0
+    apply, refused = spool.apply_operation, 0
 
     def busy(client: Any, run_id: str, operation: spool.Operation) -> None:
         nonlocal refused
@@ -74,7 +74,7 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
             raise ConnectionError("Read timed out.")
         apply(client, run_id, operation)
 
-    monkeypatch.setattr(operations, "apply_operation", busy)
+    monkeypatch.setattr(spool, "apply_operation", busy)
     monkeypatch.setattr(tracking_run, "SETTLE_PAUSE_S", 0.01)
     with tracking_run.start_run("busy", None, where()) as tracker:
         tracker.metrics({"loss": 1.0}, step=1)

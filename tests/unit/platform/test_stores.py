@@ -14,6 +14,7 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, objects
+from skillnet_platform.storage.directories import SyncedFolder
 from skillnet_platform.storage.objects import md5_of
 from skillnet_platform.storage.retry import (
     explain_refusal,
@@ -21,7 +22,6 @@ from skillnet_platform.storage.retry import (
     retry_patience,
     retry_transient,
 )
-from skillnet_platform.storage.synced_folder import SyncedFolder
 from tests.helpers.object_store import KEYS, ObjectStore, in_environment
 
 every_store = pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from skillnet_platform import tracker, tracking
-from skillnet_platform.tracking.database_uri import sqlite_path
+from skillnet_platform.tracking.backend import sqlite_path
 from tests.helpers.sockets import listening, reachable
 from tests.helpers.tracked_runs import where
 

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine
 
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker, TrackingConfig, backend, database_uri
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.helpers.ports import free_port
 from tests.helpers.tracked_runs import artifacts_of, history, run_of, where
 
@@ -234,7 +234,7 @@ def test_every_name_of_a_folder_may_hold_the_database(
     monkeypatch.setenv("SKILLNET_HOME", str(root))
     uri = backend.resolve_uri()
     assert backend.resolve_uri(uri) == uri
-    assert database_uri.sqlite_path(uri) == root / "mlflow.db"
+    assert backend.sqlite_path(uri) == root / "mlflow.db"
     root.mkdir(parents=True)
     # SQLAlchemy and MLflow make what they misread beside the folder.
     create_engine(uri.reveal()).connect().close()
@@ -311,7 +311,7 @@ def test_an_error_of_the_database_is_raised_without_a_traceback(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A table that is gone, in place of a disk that is full: both end the same call."""
-    uri = database_uri.sqlite_uri(tmp_path / "mlflow.db")
+    uri = backend.sqlite_uri(tmp_path / "mlflow.db")
     backend.setup_backend(uri)
     client = backend.create_client(uri)
     run = client.create_run("0")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform.storage.user_environment import prepare_user_environment
+from skillnet_platform.storage.local import prepare_user_environment
 from tests.helpers.other_user import UNKNOWN_UID, run_as_unknown_user
 
 _RUN = """

@@ -16,8 +16,7 @@ from skillnet_platform.errors import UserError
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import FixedCostConfig, ScoreConfig
-from sweeps.search.planned_trials import compute_model_cost, fit_fixed_cost
-from sweeps.search.space import SearchSpace
+from sweeps.search.space import SearchSpace, compute_model_cost, fit_fixed_cost
 from sweeps.search.strategies import OptunaSource, configurations_from_points
 from sweeps.sweep import _build_source
 from sweeps.trials.source import PROPOSALS

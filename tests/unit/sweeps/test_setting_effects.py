@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from sweeps.search.effects import ScoredTrial, build_effects_table, estimate_effects
-from sweeps.search.ranking import draw_ranking_figure, list_scored_trials, rank_configurations
+from sweeps.search.ranking import (
+    ScoredTrial,
+    build_effects_table,
+    draw_ranking_figure,
+    estimate_effects,
+    list_scored_trials,
+    rank_configurations,
+)
 from sweeps.trials.trial import TrialOutcome
 
 

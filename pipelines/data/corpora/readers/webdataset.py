@@ -33,11 +33,10 @@ from pipelines.data.corpora.readers.fields import (
 from pipelines.data.corpora.readers.hub_repository import require_all_shards
 from pipelines.data.corpora.readers.metadata_tables import has_metadata_rows
 from pipelines.data.corpora.readers.row_builders import make_key
-from pipelines.data.io.archive import detect_compression
+from pipelines.data.io.archive import TarReader, TarReadError, detect_compression
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
-from pipelines.data.io.tar import TarReader, TarReadError
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

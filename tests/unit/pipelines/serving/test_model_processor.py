@@ -29,7 +29,7 @@ CODE = "def send(message):\n    return client.post(message)\n"
 #: Uses a model and the command without the packages of the extras, such as Ray and MLflow.
 BARE = """
 import sys
-from skillnet_platform.package_extras import EXTRA_OF_PACKAGE
+from skillnet_platform.package_version import EXTRA_OF_PACKAGE
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):

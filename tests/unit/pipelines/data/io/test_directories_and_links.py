@@ -10,8 +10,8 @@ import pytest
 
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.io.archive import TarReader, TarReadError
 from pipelines.data.io.directory import MAX_LINKS_PER_FOLDER, SourceDirectory
-from pipelines.data.io.tar import TarReader, TarReadError
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
 from pipelines.data.preprocessing.inspection import inspect_corpus
 from skillnet_platform.errors import UserError

@@ -96,7 +96,7 @@ def test_hostile_tar_rejects_its_rows_and_needs_no_memory(
 ) -> None:
     path = flooded(tmp_path)
     monkeypatch.setattr(
-        "pipelines.data.io.tar.TAR_LIMITS", ArchiveLimits(2**62, 2**62, 2**62, 2000)
+        "pipelines.data.io.archive.TAR_LIMITS", ArchiveLimits(2**62, 2**62, 2**62, 2000)
     )
     tracemalloc.start()
     try:

@@ -9,8 +9,7 @@ import pytest
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.data.shards.folds import open_fold
-from pipelines.data.shards.selected_rows import list_row_units, select_label_fraction
+from pipelines.data.shards.folds import list_row_units, open_fold, select_label_fraction
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop.setup import open_corpora

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pipelines.data.tokenizer import training as tokenizers
-from pipelines.data.tokenizer.conversion import convert_tokenizer
 from pipelines.data.tokenizer.guarded_loader import (
     MAX_FILE_BYTES,
     check_pattern,
@@ -18,6 +17,7 @@ from pipelines.data.tokenizer.guarded_loader import (
     largest_token_id,
     parse_tokenizer,
 )
+from pipelines.data.tokenizer.selection import convert_tokenizer
 from pipelines.data.transforms import text
 
 Tree = dict[str, Any]

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipelines.data.tokenizer import training as tokenizers
-from pipelines.data.tokenizer.conversion import BYTE_TOKENS, convert_tokenizer
+from pipelines.data.tokenizer.selection import BYTE_TOKENS, convert_tokenizer
 from pipelines.data.transforms import text
 from skillnet_platform.errors import UserError
 

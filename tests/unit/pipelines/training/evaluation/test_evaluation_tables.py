@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.training.evaluation import figures, tables
+from pipelines.training.evaluation import tables
 from pipelines.training.evaluation.tables import compute_overall_score
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
@@ -111,7 +111,7 @@ def test_the_activation_figure_has_a_square_for_every_tower_and_skill():
         "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
     }
     config = SkillNetConfig(tasks=tasks)
-    (axes,) = figures.activation_figure(config).axes
+    (axes,) = tables.activation_figure(config).axes
     assert len(axes.patches) == 9 * 7
     grey = sum(min(patch.get_facecolor()[:3]) > 0.9 for patch in axes.patches)
     active = sum(len(plan.skills) for task in tasks.values() for plan in task.towers.values())
@@ -121,7 +121,7 @@ def test_the_activation_figure_has_a_square_for_every_tower_and_skill():
 def test_the_loss_figure_has_a_panel_per_task():
     history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
     history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
-    drawn = figures.training_figures(history, SkillNetConfig())
+    drawn = tables.training_figures(history, SkillNetConfig())
     assert set(drawn) == {
         "plots/activation.png",
         "plots/loss_by_task.png",
@@ -132,13 +132,13 @@ def test_the_loss_figure_has_a_panel_per_task():
         t.replace("_", " ") for t in default_tasks()
     ]
     np.testing.assert_array_equal(loss.axes[0].lines[0].get_xdata(), [10, 20, 30])
-    assert set(figures.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
+    assert set(tables.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
 
 
 def test_smoothing_keeps_a_constant_and_the_length():
-    np.testing.assert_allclose(figures.smooth_series(np.full(50, 2.5)), 2.5)
+    np.testing.assert_allclose(tables.smooth_series(np.full(50, 2.5)), 2.5)
     values = np.random.default_rng(0).standard_normal(200)
-    smoothed = figures.smooth_series(values)
+    smoothed = tables.smooth_series(values)
     assert len(smoothed) == 200
     assert smoothed.std() < values.std()
     np.testing.assert_allclose(smoothed[100], values[95:106].mean())

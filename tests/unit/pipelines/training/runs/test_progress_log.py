@@ -1,4 +1,7 @@
-"""Progress file: a line truncated by a full disk or a kill does not damage later lines."""
+"""Progress file: a line truncated by a full disk or a kill does not damage later lines.
+
+The name of a run whose first process was killed early stays free; a user's folder does not.
+"""
 
 import errno
 import json
@@ -6,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.training.runs.layout import CONFIG, LOCK, is_unused, lock_run_folder
 from pipelines.training.runs.progress_log import ProgressFile, follow_progress, read_metric_history
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write
 from tests.helpers.waiting import wait_until
 
 
@@ -117,3 +122,29 @@ def test_the_final_evaluation_has_a_bar_of_its_own(
     assert lines[0].startswith("training: 2/2 steps")
     assert lines[-1].startswith("evaluating: 42 rows")
     assert "text_to_code test" in lines[-1]
+
+
+def test_a_kill_before_the_configuration_leaves_the_name_free(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOCK).touch()
+    (run / f".{CONFIG}.sn-{'0' * 16}.tmp").write_text("na", encoding="utf-8")
+    assert is_unused(run)
+    with lock_run_folder(run), atomic_write(run / CONFIG, "w") as stream:
+        stream.write("name: run")
+    assert {path.name for path in run.iterdir()} == {CONFIG, LOCK}
+    assert not is_unused(run)
+
+
+def test_a_rejected_command_removes_the_leftovers_of_a_killed_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f".{CONFIG}.sn-{'0' * 16}.tmp").touch()
+    with lock_run_folder(run):
+        pass
+    assert not run.exists()
+
+
+def test_a_folder_with_a_file_of_a_user_is_used(tmp_path: Path) -> None:
+    (tmp_path / ".diary.tmp").touch()
+    assert not is_unused(tmp_path)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.tokenizer.conversion import convert_tokenizer
+from pipelines.data.tokenizer.selection import convert_tokenizer
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
 from pipelines.search import SearchConfig, search_corpus

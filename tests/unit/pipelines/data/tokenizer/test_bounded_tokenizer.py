@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
+from pipelines.data.tokenizer import guarded_loader
 from pipelines.data.tokenizer.guarded_loader import (
     KNOWN_PATTERNS,
+    BoundedTokenizer,
     largest_token_id,
     parse_tokenizer,
 )
 from pipelines.data.tokenizer.training import train_tokenizer
-from pipelines.data.transforms import bounded_tokenizer, decoder_process
-from pipelines.data.transforms.bounded_tokenizer import BoundedTokenizer
+from pipelines.data.transforms import decoder_process
 from pipelines.data.transforms.text import encode_texts
 
 #: Patterns that the check of their syntax accepts, and texts that take them minutes. The library
@@ -39,7 +40,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pool = decoder_process.DecoderPool()
     monkeypatch.setattr(decoder_process, "_shared", pool)
     monkeypatch.setattr(decoder_process, "GRACE_S", 0.2)
-    monkeypatch.setattr(bounded_tokenizer, "SECONDS", 20.0)
+    monkeypatch.setattr(guarded_loader, "SECONDS", 20.0)
     yield
     pool.close()
 
@@ -61,12 +62,12 @@ def test_a_costly_pattern_is_an_error_of_its_text(
     part = "normalizer" if "#" in pattern else "pre_tokenizer"
     made = parse_tokenizer(with_pattern(text, part, pattern))
     (honest,) = encode_texts(made, ["红 read 1"], 9).to_pylist()
-    monkeypatch.setattr(bounded_tokenizer, "SECONDS", 0.5)
+    monkeypatch.setattr(guarded_loader, "SECONDS", 0.5)
     with pytest.raises(
         ValueError, match=r"cannot be tokenized: its tokenizer took longer than 0\.5 s"
     ):
         encode_texts(made, ["red", COSTLY[pattern]], 9)
-    monkeypatch.setattr(bounded_tokenizer, "SECONDS", 20.0)
+    monkeypatch.setattr(guarded_loader, "SECONDS", 20.0)
     assert encode_texts(made, ["红 read 1"], 9).to_pylist() == [honest]
 
 
@@ -77,7 +78,7 @@ def test_ids_are_those_of_the_library(text: str, monkeypatch: pytest.MonkeyPatch
     tree = with_pattern(text, "pre_tokenizer", r"\p{L}+|\d")
     made, own = parse_tokenizer(tree), Tokenizer.from_str(json.dumps(tree))
     assert isinstance(made, BoundedTokenizer)
-    monkeypatch.setattr(bounded_tokenizer, "REQUEST_CHARACTERS", 20)
+    monkeypatch.setattr(guarded_loader, "REQUEST_CHARACTERS", 20)
     texts = ["readFile 12", "红色 🎉", "", "a" * 50, "\n"]
     expected = encode_texts(own, texts, 12)
     assert encode_texts(made, texts, 12).equals(expected)
@@ -102,6 +103,6 @@ def test_known_patterns_need_no_child(
     def forbid(*_: object, **__: object) -> None:
         raise AssertionError("a child process")
 
-    monkeypatch.setattr(bounded_tokenizer, "decode_media", forbid)
+    monkeypatch.setattr(guarded_loader, "decode_media", forbid)
     made = parse_tokenizer(with_pattern(text, "pre_tokenizer", pattern))
     assert encode_texts(made, ["red"], 9).to_pylist() != [[]]
