@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.data.corpora.archives import CNCHAR_DATA, iter_members
-from pipelines.data.corpora.builtin.drawings import OPENMOJI
-from pipelines.data.corpora.builtin.strokes import _paths
+from pipelines.data.corpora.archives import iter_members
 from pipelines.data.transforms import image, sound, video
+from skillnet_corpora.demo import CNCHAR_DATA
+from skillnet_corpora.demo.drawings import OPENMOJI
+from skillnet_corpora.demo.strokes import _paths
 from skillnet_platform import console, storage
 
 ENDING = {"image": "jpg", "sound": "wav", "video": "mp4"}

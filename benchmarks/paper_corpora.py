@@ -29,9 +29,9 @@ from PIL import Image
 from benchmarks.media_corpus import encode_mp4
 from pipelines.data.corpora import find_corpus
 from pipelines.data.corpora.base import SourceArchives
-from pipelines.data.corpora.builtin.strokes import _paths
 from pipelines.data.transforms import sound, video
 from pipelines.data.transforms.image import decode_image
+from skillnet_corpora.demo.strokes import _paths
 from skillnet_corpora.paper import LABELS
 from skillnet_platform import storage
 

@@ -15,13 +15,13 @@ import pytest
 
 from pipelines import prepare as preparing
 from pipelines.data.corpora import find_corpus
-from pipelines.data.corpora.builtin.syllables import WEB_PAGE, SyllablesCorpus
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preprocessing_prepare
 from pipelines.data.preprocessing.prepare import prepare
 from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.transforms.containers import UNSUPPORTED_FORMAT
+from skillnet_corpora.demo.syllables import WEB_PAGE, SyllablesCorpus
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
 from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, Made, put_archive

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus
+from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus, is_built_in
 from pipelines.data.corpora.archives import check_archive
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.unread_files import unpack_hint
@@ -266,7 +266,8 @@ def tokenizer_training_corpora(
     manifest = tokenizer.with_name(TOKENIZER_MANIFEST)
     if not readers or (tokenizer.is_file() and selection.is_custom_tokenizer(manifest)):
         return []
-    built_in = [c for name in DEMO if (c := find_corpus(name)).text_columns]
+    installed = [find_corpus(name) for name in DEMO if is_built_in(name)]
+    built_in = [corpus for corpus in installed if corpus.text_columns]
     files = [archives / archive.file for corpus in built_in for archive in corpus.archives]
     if tokenizer.is_file() and not all(file.is_file() for file in files):
         return []

@@ -12,19 +12,25 @@ from typing import Any
 import pytest
 
 from pipelines.data.corpora import DEMO, find_corpus, is_built_in
-from pipelines.data.corpora.builtin import functions, headings
-from pipelines.data.corpora.builtin.drawings import DrawingsCorpus
-from pipelines.data.corpora.builtin.functions import FunctionsCorpus
-from pipelines.data.corpora.builtin.headings import HeadingsCorpus
-from pipelines.data.corpora.builtin.syllables import (
+from pipelines.data.preprocessing.blocks import rows_to_table
+from pipelines.data.shards.dataset import PreparedCorpus
+from pipelines.serving.corpus_search import credit_line
+from plugins.corpora.tests.demo_archives import (
+    made_classification,
+    read_rows,
+    require_real_archives,
+    write_archive,
+)
+from skillnet_corpora.demo import functions, headings
+from skillnet_corpora.demo.drawings import DrawingsCorpus
+from skillnet_corpora.demo.functions import FunctionsCorpus
+from skillnet_corpora.demo.headings import HeadingsCorpus
+from skillnet_corpora.demo.syllables import (
     FINALS,
     SyllablesCorpus,
     join_pinyin,
     split_pinyin,
 )
-from pipelines.data.preprocessing.blocks import rows_to_table
-from pipelines.data.shards.dataset import PreparedCorpus
-from pipelines.serving.corpus_search import credit_line
 from skillnet_corpora.study.drawings_artists import DrawingArtistsCorpus
 from skillnet_corpora.study.functions_packages import FunctionPackagesCorpus
 from skillnet_corpora.study.further_splits import MORE, PAIRS, RESERVE
@@ -32,12 +38,6 @@ from skillnet_corpora.study.headings_unused import UnusedHeadingsCorpus
 from skillnet_corpora.study.syllables_voices import SyllableVoicesCorpus, parse_zhuyin
 from skillnet_files.entry_points import find_own_entries
 from tests.helpers.archive_files import packaged, tarred, zipped
-from tests.helpers.archive_rows import (
-    made_classification,
-    read_rows,
-    require_real_archives,
-    write_archive,
-)
 
 Rows = dict[str, dict[str, Any]]
 

@@ -7,13 +7,13 @@ import pytest
 
 from pipelines.data.corpora import DEMO, find_corpus
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin import strokes
-from pipelines.data.corpora.builtin.strokes import StrokesCorpus
 from pipelines.data.preprocessing.blocks import rows_to_table
 from pipelines.data.preprocessing.pipeline import transform_block
+from plugins.corpora.tests.demo_archives import write_stroke_archives
+from skillnet_corpora.demo import strokes
+from skillnet_corpora.demo.strokes import StrokesCorpus
 from skillnet_corpora.study.radicals import RADICALS, RadicalsCorpus
 from skillnet_corpora.study.stroke_counts import LABELS, StrokeCountsCorpus, stroke_count_class
-from tests.helpers.stroke_archives import write_stroke_archives
 
 ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "szjsj", "二": "jj", "叶": "szjjs"}
 DRAWN = {"一": 1, "十": 2, "三": 3, "田": 5, "二": 7, "龘": 4, "叶": 5}

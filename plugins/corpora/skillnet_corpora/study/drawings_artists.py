@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin.drawings import DrawingsCorpus, code_of_characters, is_flag
+from skillnet_corpora.demo.drawings import DrawingsCorpus, code_of_characters, is_flag
 from skillnet_corpora.study.further_splits import RESERVE
 
 ARTIST = "emojione"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.corpora.base import IdAllocator, RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin.functions import (
+from skillnet_corpora.demo.functions import (
     ARCHIVES,
     STANDARD_LIBRARY,
     TWIN,

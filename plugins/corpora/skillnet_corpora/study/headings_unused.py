@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin.headings import (
+from pipelines.data.transforms import text
+from skillnet_corpora.demo.headings import (
     CLASS_FULL,
     CLASSIFICATION,
     LABEL_OF,
@@ -24,7 +25,6 @@ from pipelines.data.corpora.builtin.headings import (
     find_subtree,
     select_headings,
 )
-from pipelines.data.transforms import text
 from skillnet_corpora.study.further_splits import MORE
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin.strokes import StrokesCorpus, render_clips
+from skillnet_corpora.demo.strokes import StrokesCorpus, render_clips
 
 #: Returns the class of a row of ``strokes``, or why it has none.
 ClipLabeller = Callable[[Row], int | str]

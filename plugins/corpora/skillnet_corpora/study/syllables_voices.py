@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.builtin.syllables import (
+from skillnet_corpora.demo.syllables import (
     INITIALS,
     SyllablesCorpus,
     join_pinyin,

@@ -1,5 +1,7 @@
-"""Rows of the built-in corpora, read from archives that a test writes or from the real ones."""
+"""Archives of the demo's corpora that a test writes, or the real ones, and the rows in them."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 from pipelines.data.corpora import Corpus
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
+from skillnet_corpora.demo.strokes import StrokesCorpus
+from tests.helpers.archive_files import tarred
 
 #: Archives of a checkout after ``skillnet fetch``.
-REAL_ARCHIVES = Path(__file__).parents[2] / "runs" / "archives"
+REAL_ARCHIVES = Path(__file__).parents[3] / "runs" / "archives"
 
 
 def read_rows(corpus: Corpus, directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -58,3 +62,38 @@ def made_classification() -> dict[str, dict[str, Any]]:
     entries["B100.1"]["name"] = entries["D100.1"]["name"] = "两处都有"
     entries["F100.1"]["name"] = entries["F100.2"]["name"] = "同类重复"
     return entries
+
+
+STROKE_NAMES = {"j": "横", "s": "竖", "z": "横折"}
+
+
+def write_stroke_archives(
+    folder: Path,
+    order: Mapping[str, str],
+    drawn: Mapping[str, int],
+    radicals: Mapping[str, Sequence[int]] | None = None,
+) -> SourceArchives:
+    """Write both archives.
+
+    Args:
+        folder: to write to.
+        order: character -> letters of its strokes, keys of ``STROKE_NAMES``.
+        drawn: character -> number of its pen paths.
+        radicals: character -> numbers of the strokes of its radical, from 0.
+    """
+    names = {letter: {"name": name} for letter, name in STROKE_NAMES.items()}
+    script = f"f(JSON.parse('{json.dumps(order)}'),JSON.parse('{json.dumps(names)}'))"
+    files = {}
+    for char, count in drawn.items():
+        paths = [[[100, 800 - 90 * line], [900, 800 - 90 * line]] for line in range(count)]
+        entry: dict[str, object] = {"medians": paths}
+        if radicals and char in radicals:
+            entry["radStrokes"] = list(radicals[char])
+        files[f"package/draw/{char}.json"] = json.dumps(entry).encode()
+    content = {
+        "cnchar-order": tarred({"package/cnchar.order.min.js": script.encode()}),
+        "cnchar-data": tarred(files),
+    }
+    for start, data in content.items():
+        write_archive(folder, start, data, StrokesCorpus.archives)
+    return SourceArchives(folder, StrokesCorpus.archives)

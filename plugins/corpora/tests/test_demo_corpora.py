@@ -8,8 +8,9 @@ import pytest
 
 from pipelines.data.corpora import DEMO, find_corpus
 from pipelines.data.corpora.base import stable_hash
-from pipelines.data.corpora.builtin import drawings, functions, headings, strokes
-from pipelines.data.corpora.builtin.syllables import (
+from plugins.corpora.tests.demo_archives import made_classification, read_rows, write_archive
+from skillnet_corpora.demo import drawings, functions, headings, strokes
+from skillnet_corpora.demo.syllables import (
     SYMBOLS,
     WEB_PAGE,
     SyllablesCorpus,
@@ -17,7 +18,6 @@ from pipelines.data.corpora.builtin.syllables import (
     split_pinyin,
 )
 from tests.helpers.archive_files import tarred, zipped
-from tests.helpers.archive_rows import made_classification, read_rows, write_archive
 
 NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import CNCHAR_DATA, Archive
+from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
     Corpus,
     IdAllocator,
@@ -26,6 +26,7 @@ from pipelines.data.corpora.base import (
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import text, video
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.demo import CNCHAR_DATA
 from skillnet_platform.errors import UserError
 
 #: Numbers of characters in the evaluated splits.

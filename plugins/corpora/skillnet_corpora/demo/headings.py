@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import CNCHAR_DATA, Archive
+from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.data.transforms import text
+from skillnet_corpora.demo import CNCHAR_DATA
 
 #: Minimum length of a heading in characters.
 SHORTEST = 3

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import CNCHAR_DATA, Archive
+from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.data.transforms import sound
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.demo import CNCHAR_DATA
 
 #: One syllable in VALIDATION_EVERY gives a second tone to validation.
 VALIDATION_EVERY = 4

