@@ -33,7 +33,7 @@ from pipelines.data.corpora.archives import iter_members
 from pipelines.data.transforms import image, sound, video
 from skillnet_corpora.demo import CNCHAR_DATA
 from skillnet_corpora.demo.drawings import OPENMOJI
-from skillnet_corpora.demo.strokes import _paths
+from skillnet_corpora.demo.strokes import _paths, draw_pen_paths
 from skillnet_platform import console, storage
 
 ENDING = {"image": "jpg", "sound": "wav", "video": "mp4"}
@@ -137,7 +137,7 @@ def film(random: np.random.Generator, archives: Path) -> tuple[bytes, str]:
     """(MP4, caption)."""
     characters = _characters(archives)
     name, paths = characters[int(random.integers(len(characters)))]
-    drawn = video.draw_pen_paths(paths, CLIP_FRAMES, CLIP_SIDE // 4)
+    drawn = draw_pen_paths(paths, CLIP_FRAMES, CLIP_SIDE // 4)
     large = drawn.repeat(4, axis=1).repeat(4, axis=2).astype(np.int16)
     colour = random.uniform(0.5, 1.0, 3).astype(np.float32)
 

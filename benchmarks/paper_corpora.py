@@ -29,9 +29,9 @@ from PIL import Image
 from benchmarks.media_corpus import encode_mp4
 from pipelines.data.corpora import find_corpus
 from pipelines.data.corpora.base import SourceArchives
-from pipelines.data.transforms import sound, video
+from pipelines.data.transforms import sound
 from pipelines.data.transforms.image import decode_image
-from skillnet_corpora.demo.strokes import _paths
+from skillnet_corpora.demo.strokes import _paths, draw_pen_paths
 from skillnet_corpora.paper import LABELS
 from skillnet_platform import storage
 
@@ -225,7 +225,7 @@ def _film(paths: list[Any], random: np.random.Generator) -> bytes:
     """Return an MP4 of pen paths being drawn, in a colour on another one."""
     width, height = FILM
     ink, paper = random.integers(128, 256, 3), random.integers(0, 128, 3)
-    drawn = video.draw_pen_paths(paths, FILM_FRAMES, height // 4).repeat(4, 1).repeat(4, 2)
+    drawn = draw_pen_paths(paths, FILM_FRAMES, height // 4).repeat(4, 1).repeat(4, 2)
 
     def frames() -> Iterator[np.ndarray]:
         left = (width - height) // 2

@@ -14,15 +14,13 @@ A study has two directories of trials, ``tuning`` and ``runs``, and its own file
 process uses the disk of its node. A driver with an empty disk restores the ledger from the store.
 """
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
 
 from pipelines.training.runs.mirror import CONFIG, RESULT, START, STATE, RunMirror
 from skillnet_platform import console
-from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories, read_json, run_root
-from skillnet_platform.storage.directories import StoreUnavailableError, SyncedFolder
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import SyncedFolder
+from skillnet_platform.storage.retry import StoreUnavailableError
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
@@ -32,12 +30,6 @@ RUN = "run.json"
 PROCESS_FILES = (LOG, ERROR)
 #: Files of a trial that the driver writes.
 DRIVER_FILES = (REPORTS, OUTCOME)
-#: Configuration of a study, and its tuning results and run status.
-STUDY_FILE, STUDY_LEDGER = "study.yaml", "study.json"
-#: Limits of a study that were found after it, in its directory; one per line.
-NOTICE = "notice.txt"
-#: Scores of the simple references of a study.
-REFERENCES_FILE = "references.json"
 #: Results of a sweep; ``result.json`` is uploaded last.
 RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 
@@ -102,37 +94,3 @@ def restore_ledger(ledger: RunMirror, start_files: Sequence[str], groups: Sequen
                 fetch_trial(trial)
     if not known:
         console.print_note(f"{folder.name} is resumed from {ledger.uri}")
-
-
-def fetch_finished_runs(uri: str) -> Path:
-    """Download a finished run, or all finished runs of a study, without models.
-
-    Args:
-        uri: URI of the directory of a run or study.
-
-    Returns:
-        Local directory of the copy.
-
-    Raises:
-        UserError: there is no finished run, or the store rejects the request.
-        StoreUnavailableError: the store does not respond.
-    """
-    cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    ledger = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
-    if not ledger.has(STUDY_LEDGER):
-        _fetch_run(ledger)
-        return ledger.local
-    ledger.download(STUDY_FILE, STUDY_LEDGER)
-    for entry in read_json(ledger.local / STUDY_LEDGER)["runs"]:
-        # The name comes from the store: it must not lead out of the directory.
-        names = PurePosixPath(str(entry["folder"])).parts
-        if entry["status"] == "finished" and ".." not in names and "/" not in names:
-            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.local.joinpath(*names)))
-    return ledger.local
-
-
-def _fetch_run(run: RunMirror) -> None:
-    if not run.has(RESULT):
-        raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
-    run.download(*START)
-    run.download_results()

@@ -18,8 +18,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
-from pipelines.data.transforms import video
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.data.transforms.test_transforms import PATHS, encoded, mp3, tone, wav
 
@@ -75,7 +75,7 @@ def not_numbers() -> bytes:
 
 def clip() -> bytes:
     """A character being written, as an MP4 without sound."""
-    return encode_video(video.draw_pen_paths(PATHS))
+    return encode_video(draw_pen_paths(PATHS))
 
 
 def repacked(data: bytes, ending: str) -> bytes:

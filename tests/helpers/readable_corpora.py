@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.tokenizer import training as tokenizer_training
-from pipelines.data.transforms import text, video
+from pipelines.data.transforms import text
 from skillnet.config import SkillNetConfig
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from tests.helpers.prepared_corpora import change_corpus, write_corpus
 from tests.helpers.small_corpora import shaped_table
 from tests.helpers.small_run import SIZES
@@ -172,7 +173,7 @@ def _drawings() -> list[Row]:
 def _strokes() -> list[Row]:
     rows: list[Row] = []
     for i, names in enumerate(product(STROKES, repeat=3)):
-        clip = video.draw_pen_paths([STROKES[name] for name in names])
+        clip = draw_pen_paths([STROKES[name] for name in names])
         captions = ["、".join(names)]
         rows.append({"split": _split(i), "group": i, "frames": clip, "captions": captions})
     return rows

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.corpora.archives import iter_members
-from pipelines.data.transforms import sound, video
+from pipelines.data.transforms import sound
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_corpora.paper import LABELS
 from tests.helpers.archive_files import tarred
 from tests.helpers.readable_corpora import COLOURS, ENDINGS, NOUNS, SHAPES, STROKES, VERBS
@@ -71,7 +72,7 @@ def jpg(number: int, size: tuple[int, int] = (80, 60)) -> bytes:
 def mp4(number: int, frames: int = 12) -> bytes:
     """A clip of strokes being drawn as an mp4 file."""
     paths = [STROKES[name] for name in _strokes(number)]
-    return encode_video(video.draw_pen_paths(paths, frames, 48))
+    return encode_video(draw_pen_paths(paths, frames, 48))
 
 
 def _drawing(number: int) -> tuple[str, str]:

@@ -17,12 +17,12 @@ from skillnet_evidence.comparison import find_common_replicates
 from skillnet_evidence.tables import ReferenceScores
 from skillnet_platform.storage import read_json
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
+from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER
 from skillnet_studies.report.report import ComparisonReport, build_report, list_notices
 from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
 from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
-from sweeps.trials.remote_ledger import STUDY_FILE, STUDY_LEDGER
 from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table
 

@@ -8,7 +8,7 @@ on blocks of rows in parallel. A third-party corpus that reads data by path deri
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,14 +200,3 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(
         hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big"
     )
-
-
-@dataclass
-class IdAllocator:
-    """Consecutive integer ids for names, in the order of their first use."""
-
-    numbers: dict[str, int] = field(default_factory=dict)
-
-    def __call__(self, name: str) -> int:
-        """Return the id of ``name``; a new name gets the next id."""
-        return self.numbers.setdefault(name, len(self.numbers))

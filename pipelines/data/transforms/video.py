@@ -1,9 +1,8 @@
-"""Transform of videos: a fixed number of square, upright frames; and pen paths as videos."""
+"""Transform of videos: a fixed number of square, upright frames."""
 
 import contextlib
 import struct
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -18,19 +17,12 @@ FRAMES = 8
 SIZE = 32
 #: Channels of a grey pixel; a coloured one has 3.
 GREY: Final = 1
-#: Pen paths are drawn this many times larger and then reduced, for smooth edges.
-SUPERSAMPLE = 4
-#: Pen width as a fraction of the frame's side.
-PEN = 0.055
 #: Ten minutes at 30 frames a second.
 MAX_FRAMES_READ = 18_000
 TOO_LONG = f"more than {MAX_FRAMES_READ} frames"
 #: Pixels of a frame; 8K has 33 million.
 MAX_PIXELS = 36 * 2**20
 CUT_SHORT = "cut short: the file ends before its video does"
-
-#: Points (x, y) of a pen path on a square of side 1, y downward.
-PenPath = Sequence[tuple[float, float]]
 
 
 def count_frames(data: bytes) -> int:
@@ -248,64 +240,3 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
         return 1, 0, 0, 1
     a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
     return a, b, c, d
-
-
-def draw_pen_paths(
-    paths: Sequence[PenPath], count: int = FRAMES, size: int = SIZE
-) -> NDArray[np.uint8]:
-    """Render a video of pen paths being written, white on black.
-
-    Frame i shows the paths up to the fraction (i + 1) / count of their total length. Moves with the
-    pen lifted take no time.
-
-    Args:
-        paths: pen paths in their order.
-        count: number of frames.
-        size: side of a frame in pixels.
-
-    Returns:
-        uint8 (count, size, size, 1).
-
-    Raises:
-        ValueError: no path has a length.
-    """
-    from PIL import Image, ImageDraw
-
-    pieces = [(a, b) for path in paths for a, b in pairwise(path)]
-    lengths = np.array([np.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pieces])
-    total = float(lengths.sum()) if pieces else 0.0
-    if total <= 0:
-        raise ValueError("no pen path to draw")
-    side = size * SUPERSAMPLE
-    canvas = Image.new("L", (side, side))
-    pen = _Pen(ImageDraw.Draw(canvas), side)
-    ends = np.cumsum(lengths)
-    frames, current = [], 0
-    for index in range(count):
-        until = total * (index + 1) / count
-        while current < len(pieces) and ends[current] <= until * (1 + 1e-12):
-            pen.line(*pieces[current])
-            current += 1
-        if current < len(pieces):
-            start = ends[current] - lengths[current]
-            if until > start:
-                (ax, ay), (bx, by) = pieces[current]
-                share = (until - start) / lengths[current]
-                pen.line((ax, ay), (ax + share * (bx - ax), ay + share * (by - ay)))
-        frames.append(np.asarray(canvas.reduce(SUPERSAMPLE)))
-    return np.stack(frames)[..., None]
-
-
-class _Pen:
-    """Pen for lines with round ends on the unit square."""
-
-    def __init__(self, canvas: Any, side: int) -> None:
-        self.canvas, self.side, self.width = canvas, side, max(1, round(PEN * side))
-
-    def line(self, a: tuple[float, float], b: tuple[float, float]) -> None:
-        ends = [(x * self.side, y * self.side) for x, y in (a, b)]
-        self.canvas.line(ends, fill=255, width=self.width)
-        radius = self.width / 2
-        for x, y in ends:
-            box = (x - radius, y - radius, x + radius, y + radius)
-            self.canvas.ellipse(box, fill=255)

@@ -152,23 +152,6 @@ def find_gpu_type(name: str) -> GpuType:
     return GPU_TYPES[known[wanted]]
 
 
-def find_instance(gpu: GpuType, gpus: int) -> InstanceType:
-    """Return the smallest instance that holds all GPUs, or else the largest one of their type.
-
-    Args:
-        gpu: type of the GPUs.
-        gpus: their number.
-
-    Returns:
-        Of equal instances the one with the slower network; :data:`OTHER_NODE` for a type of GPU
-        that no listed instance has.
-    """
-    known = [each for each in INSTANCE_TYPES.values() if each.gpu == gpu.name] or [OTHER_NODE]
-    most = max(each.gpus for each in known)
-    enough = [each for each in known if each.gpus >= min(gpus, most)]
-    return min(enough, key=lambda each: (each.gpus, each.network_gbit_s))
-
-
 def describe_device(name: str, total_bytes: int, capability: tuple[int, int]) -> GpuType:
     """Return the type of a device that torch has found, with the memory that torch sees.
 

@@ -6,7 +6,6 @@
 from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.fields import (
     ALIAS,
-    add_defaults,
     aliased_field,
     choices_field,
     command_field,
@@ -30,7 +29,6 @@ from skillnet_platform.config.schema import check_keys
 
 __all__ = [
     "ALIAS",
-    "add_defaults",
     "aliased_field",
     "build_config",
     "check_keys",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from skillnet_platform.config.schema import FIXED, child_types, without_none
+from skillnet_platform.config.schema import FIXED
 
 T = TypeVar("T")
 POSITIONAL = "skillnet_positional"
@@ -73,28 +73,6 @@ def default_values(cls: type) -> dict[str, Any]:
         elif f.default_factory is not dataclasses.MISSING:
             tree[f.name] = _tree(f.default_factory())
     return tree
-
-
-def add_defaults(hint: Any, tree: Any) -> Any:
-    """Return a stored configuration with today's keys: defaults for those that it lacks.
-
-    A version that stored it may not have known these keys, or have had others, which are left out,
-    as are keys below an option that has none. No value is checked.
-
-    Args:
-        hint: the dataclass, or the type of a part.
-        tree: the stored configuration, or the part.
-    """
-    types = child_types(hint)
-    if types is None or not isinstance(tree, Mapping):
-        return tree
-    known = {name: types.get(name, types.get("*")) for name in tree if {name, "*"} & types.keys()}
-    own = {
-        name: add_defaults(below, tree[name])
-        for name, below in known.items()
-        if not isinstance(tree[name], dict) or below is Any or child_types(below) is not None
-    }
-    return own if "*" in types else {**default_values(without_none(hint)), **own}
 
 
 def to_dict(obj: Any) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from yaml.constructor import SafeConstructor
 MAX_CHARACTERS = 512 * 2**10
 MAX_DEPTH = 50
 MAX_VALUES = 50_000
-#: Values of a record, aliases written out: ten times those of the largest kept study.
-MAX_RECORD_VALUES = 1_000_000
 
 
 def load_plain_yaml(text: str) -> Any:
@@ -32,7 +30,7 @@ def load_plain_yaml(text: str) -> Any:
             # libyaml rejects `{a:[1]}`, and its messages quote nothing.
             value = _Loader(text).get_single_data()  # type: ignore[no-untyped-call]
         # Aliases share one object, so a short text can stand for a huge tree.
-        _check_size(value, MAX_VALUES)
+        check_tree_size(value, MAX_VALUES)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
@@ -44,49 +42,6 @@ def dump_plain_yaml(tree: Any) -> str:
     """Return the YAML text of plain values, which :func:`load_plain_yaml` reads back unchanged."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
-
-
-def load_record_yaml(text: str) -> Any:
-    """Return the value of a long YAML text that :func:`dump_record_yaml` wrote.
-
-    libyaml reads it, which is ten times faster and limits the depth itself. Duplicate keys are not
-    rejected.
-
-    Raises:
-        ValueError: not YAML, a tag that creates an object, or aliases that stand for a huge tree.
-    """
-    try:
-        value = _RecordLoader(text).get_single_data()
-        _check_size(value, MAX_RECORD_VALUES)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("a value holds itself") from None
-    return value
-
-
-def dump_record_yaml(tree: Any) -> str:
-    """Return the YAML text of a record: objects that occur twice as aliases, lines as blocks."""
-    text: str = yaml.dump(
-        tree, Dumper=_RecordDumper, sort_keys=False, allow_unicode=True, default_flow_style=None,
-        width=120,
-    )  # fmt: skip
-    return text
-
-
-# Not every PyYAML is built with libyaml.
-class _RecordLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe loader of records."""
-
-
-class _RecordDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Safe dumper that writes a text of several lines as a block."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Return the node of a text."""
-        style = "|" if "\n" in text else None
-        node: yaml.ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", text, style)
-        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -173,8 +128,29 @@ else:
     _FastLoader = _Loader  # type: ignore[misc, assignment]
 
 
-def _check_size(tree: Any, most: int) -> None:
-    """Raise ValueError if a tree holds more than ``most`` values, aliases expanded."""
+def resolve_exponents(*kinds: Any) -> None:
+    """Make classes of PyYAML take ``1e-4`` for a number.
+
+    PyYAML follows YAML 1.1, where it is text; JSON, YAML 1.2 and people mean the number.
+
+    Args:
+        kinds: loaders and dumpers.
+    """
+    for kind in kinds:
+        kind.add_implicit_resolver(
+            "tag:yaml.org,2002:float",
+            re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
+            list("-+.0123456789"),
+        )
+
+
+def check_tree_size(tree: Any, most: int) -> None:
+    """Raise ValueError if a tree holds more than ``most`` values, aliases expanded.
+
+    Args:
+        tree: plain values.
+        most: largest number of them.
+    """
     left = most
 
     def count(value: Any) -> None:
@@ -191,12 +167,4 @@ def _check_size(tree: Any, most: int) -> None:
 
 # A URI with a redacted secret is a subclass of str.
 _Dumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
-_RecordDumper.add_multi_representer(str, _RecordDumper.represent_text)
-_RecordDumper.add_representer(str, _RecordDumper.represent_text)
-# PyYAML follows YAML 1.1, where 1e-4 is text; JSON, YAML 1.2 and people mean the number.
-for _each in (_FastLoader, _Loader, _Dumper, _RecordLoader, _RecordDumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
-        list("-+.0123456789"),
-    )
+resolve_exponents(_FastLoader, _Loader, _Dumper)

@@ -4,6 +4,7 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.data.corpora import DEMO, find_corpus
@@ -18,6 +19,7 @@ from skillnet_corpora.demo.syllables import (
     split_pinyin,
 )
 from tests.helpers.archive_files import tarred, zipped
+from tests.unit.pipelines.data.transforms.test_transforms import PATHS
 
 NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'
 
@@ -316,3 +318,20 @@ def test_near_twins_of_training_functions_are_found() -> None:
         near.key: "near twin of a training function",
         same.key: "docstring of a training function",
     }
+
+
+def test_pen_paths_appear_in_order_and_stay() -> None:
+    frames = strokes.draw_pen_paths(PATHS)
+    assert frames.shape == (8, 32, 32, 1)
+    ink = frames.reshape(8, -1).astype(int)
+    assert (np.diff(ink, axis=0) >= 0).all()
+    assert (np.diff(ink.sum(axis=1)) > 0).all()
+    first, last = frames[3, ..., 0], frames[7, ..., 0]
+    assert first[6, 10] == 255
+    assert first[20, 16] == 0  # the second path has not begun: 4 / 8 of the length is in the first
+    assert last[20, 16] == 255
+
+
+def test_drawing_without_a_path_is_rejected() -> None:
+    with pytest.raises(ValueError, match="no pen path"):
+        strokes.draw_pen_paths([[(0.5, 0.5)]])

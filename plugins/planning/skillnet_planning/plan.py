@@ -10,7 +10,15 @@ from pipelines.training.config.resources import PlannedRun
 from skillnet_planning.memory_check import select_largest_runs
 from skillnet_platform import cli, console
 from skillnet_platform.cli import command
-from skillnet_platform.cluster.gpu_types import GB, find_gpu_type, find_instance, read_node_types
+from skillnet_platform.cluster.gpu_types import (
+    GB,
+    INSTANCE_TYPES,
+    OTHER_NODE,
+    GpuType,
+    InstanceType,
+    find_gpu_type,
+    read_node_types,
+)
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveAmount, require_bounds
@@ -254,6 +262,23 @@ def show_plan(plan: "RunPlan") -> None:
         console.print_warning(f"it does not fit. Use {plan.advice}")
     if plan.size_mismatch:
         console.print_warning(plan.size_mismatch)
+
+
+def find_instance(gpu: GpuType, gpus: int) -> InstanceType:
+    """Return the smallest instance that holds all GPUs, or else the largest one of their type.
+
+    Args:
+        gpu: type of the GPUs.
+        gpus: their number.
+
+    Returns:
+        Of equal instances the one with the slower network; :data:`OTHER_NODE` for a type of GPU
+        that no listed instance has.
+    """
+    known = [each for each in INSTANCE_TYPES.values() if each.gpu == gpu.name] or [OTHER_NODE]
+    most = max(each.gpus for each in known)
+    enough = [each for each in known if each.gpus >= min(gpus, most)]
+    return min(enough, key=lambda each: (each.gpus, each.network_gbit_s))
 
 
 @command(

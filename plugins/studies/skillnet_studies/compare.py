@@ -83,6 +83,7 @@ def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
 
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from skillnet_studies.analysis.finished_runs import read_run
+    from skillnet_studies.config.study import REFERENCES_FILE
     from skillnet_studies.report.references import build_references
     from skillnet_studies.report.report import REPORT_FILES
     from skillnet_studies.study.kept_results import find_kept_path, restore_results, write_document
@@ -93,7 +94,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
         warn_about_failures,
     )
     from sweeps.trials import remote_ledger
-    from sweeps.trials.remote_ledger import REFERENCES_FILE, RUN
+    from sweeps.trials.remote_ledger import RUN
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
@@ -185,9 +186,10 @@ def _read_named_runs(
 ) -> tuple[list["FinishedRun"], list[tuple[Path, dict[str, "TuningResult"]]]]:
     """Read finished runs and the runs of studies; return the studies with their tuning."""
     from skillnet_studies.analysis.finished_runs import find_run, read_run
+    from skillnet_studies.config.study import STUDY_LEDGER
     from skillnet_studies.study.kept_results import open_study
+    from skillnet_studies.study.stored_config import fetch_finished_runs
     from skillnet_studies.study.study import read_study_ledger
-    from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished_runs
 
     runs: list[FinishedRun] = []
     studies: list[tuple[Path, dict[str, TuningResult]]] = []

@@ -11,6 +11,7 @@ from skillnet_evidence.errors import EvidenceError
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_studies.analysis.finished_runs import (
+    add_defaults,
     compare_runs,
     find_differing_settings,
     find_run,
@@ -22,6 +23,7 @@ from tests.helpers.synthetic_runs import (
     write_pretraining,
     write_run,
 )
+from tests.unit.platform.test_configuration import Example
 
 
 def test_a_key_that_a_run_lacks_has_its_default(tmp_path: Path):
@@ -163,3 +165,21 @@ def test_a_digest_that_is_no_text_is_rejected(tmp_path: Path):
     path.write_text(json.dumps({"run_id": None, "corpora": {"headings": []}}))
     with pytest.raises(UserError, match=r"result\.json is damaged: corpora has a digest"):
         read_run(tmp_path / "a")
+
+
+def test_a_stored_configuration_gets_the_defaults_of_keys_that_it_lacks() -> None:
+    stored = {
+        "lr": "high",
+        "precision": {"bits": 16},
+        "unknown": 1,
+        "model": {"dim": 64},
+        "parts": {"b": {"corpus": "x", "weight": None}, "c": None},
+    }
+    found = add_defaults(Example, stored)
+    defaults = configuration.to_dict(Example())
+    kept = {"lr": "high"}  # a wrong value stays; keys that are no more do not
+    assert found == defaults | kept | {
+        "model": defaults["model"] | {"dim": 64},
+        "parts": {"b": {"corpus": "x", "weight": None, "batch": 32}, "c": None},
+    }
+    assert stored["model"] == {"dim": 64}, "unchanged"

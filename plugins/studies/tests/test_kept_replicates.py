@@ -18,6 +18,7 @@ from pipelines.data.shards.folds import open_fold
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, UNIT_SUMS_FILE, read_outcomes
 from pipelines.training.runs.layout import CONFIG
 from pipelines.training.runs.progress_log import PROGRESS
+from plugins.studies.tests.kept_studies import CLAIM, keep_study
 from skillnet.model import SkillNet
 from skillnet_evidence.budget import estimate_budgets
 from skillnet_evidence.claims import ClaimsConfig
@@ -26,7 +27,13 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.compare import compare
-from skillnet_studies.config.study import StudyConfig, SystemConfig, TuningConfig, shift_seed
+from skillnet_studies.config.study import (
+    NOTICE,
+    StudyConfig,
+    SystemConfig,
+    TuningConfig,
+    shift_seed,
+)
 from skillnet_studies.report.report import (
     ComparisonReport,
     build_report,
@@ -62,9 +69,7 @@ from skillnet_studies.study.study import (
 from skillnet_studies.study.tuning import TuningResult, build_stage_trials, start_tuning
 from sweeps.config.space import SearchDimension
 from sweeps.trials.ledger import LedgerEntry
-from sweeps.trials.remote_ledger import NOTICE
 from sweeps.trials.trial import Trial, TrialOutcome
-from tests.helpers.kept_studies import CLAIM, keep_study
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.helpers.synthetic_runs import (
     TASKS,

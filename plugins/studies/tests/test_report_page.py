@@ -28,6 +28,7 @@ from skillnet_evidence.tables import MAX_ROWS
 from skillnet_platform import console
 from skillnet_platform.tracking.source_commit import find_source_commit
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
+from skillnet_studies.config.study import REFERENCES_FILE
 from skillnet_studies.report import report as reporting
 from skillnet_studies.report.references import (
     build_references,
@@ -36,7 +37,6 @@ from skillnet_studies.report.references import (
 )
 from skillnet_studies.report.report import render_report, write_report
 from skillnet_studies.study.kept_results import write_document
-from sweeps.trials.remote_ledger import REFERENCES_FILE
 from tests.helpers import readable_corpora, small_corpora
 from tests.helpers.synthetic_runs import (
     TASKS,

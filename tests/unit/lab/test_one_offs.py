@@ -20,9 +20,9 @@ from lab.study_coverage import StudyDesign, measure_design, measure_studies, rea
 from lab.task_arms import list_length_arms
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.evaluation.outcomes import OutcomeTable
+from plugins.studies.tests.kept_studies import keep_study
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
 from skillnet_studies.study.kept_results import TUNING, KeptStudy, open_study
-from tests.helpers.kept_studies import keep_study
 from tests.helpers.prepared_corpora import write_corpus
 from tools.docs.kept_results import rows_of
 from tools.docs.merge_tables import merge_page_text, newest_merge

@@ -363,24 +363,6 @@ def test_merge_joins_mappings_and_replaces_the_rest() -> None:
     assert merged == {"a": {"x": 1, "y": 2}, "b": [3]}
 
 
-def test_a_stored_configuration_gets_the_defaults_of_keys_that_it_lacks() -> None:
-    stored = {
-        "lr": "high",
-        "precision": {"bits": 16},
-        "unknown": 1,
-        "model": {"dim": 64},
-        "parts": {"b": {"corpus": "x", "weight": None}, "c": None},
-    }
-    found = config.add_defaults(Example, stored)
-    defaults = config.to_dict(Example())
-    kept = {"lr": "high"}  # a wrong value stays; keys that are no more do not
-    assert found == defaults | kept | {
-        "model": defaults["model"] | {"dim": 64},
-        "parts": {"b": {"corpus": "x", "weight": None, "batch": 32}, "c": None},
-    }
-    assert stored["model"] == {"dim": 64}, "unchanged"
-
-
 def test_a_null_where_none_may_be_is_named() -> None:
     with pytest.raises(UserError, match="lr: expected a number, got null"):
         parse("--lr", "null")

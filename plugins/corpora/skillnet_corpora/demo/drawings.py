@@ -21,7 +21,6 @@ import pyarrow as pa
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
     Corpus,
-    IdAllocator,
     RejectedRow,
     Row,
     SourceArchives,
@@ -30,6 +29,7 @@ from pipelines.data.corpora.base import (
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import image, text
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.demo import IdAllocator
 
 TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
 #: Larger families are used for training: a test of one family measures little.

@@ -21,7 +21,6 @@ import pyarrow as pa
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
     Corpus,
-    IdAllocator,
     RejectedRow,
     Row,
     SourceArchives,
@@ -29,6 +28,7 @@ from pipelines.data.corpora.base import (
 )
 from pipelines.data.transforms import code as source_code
 from pipelines.data.transforms import text
+from skillnet_corpora.demo import IdAllocator
 from skillnet_platform.config import digest_config
 from skillnet_platform.storage import sha256_file
 

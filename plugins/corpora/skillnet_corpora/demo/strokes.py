@@ -8,16 +8,17 @@ A group lies in one split.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
     Corpus,
-    IdAllocator,
     RejectedRow,
     Row,
     SourceArchives,
@@ -26,7 +27,7 @@ from pipelines.data.corpora.base import (
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import text, video
 from pipelines.data.transforms.decode_guard import decode_each
-from skillnet_corpora.demo import CNCHAR_DATA
+from skillnet_corpora.demo import CNCHAR_DATA, IdAllocator
 from skillnet_platform.errors import UserError
 
 #: Numbers of characters in the evaluated splits.
@@ -45,6 +46,12 @@ CNCHAR_ORDER = Archive(
 )
 #: JSON literals in the minified script of cnchar-order.
 _LITERAL = re.compile(r"JSON\.parse\('((?:[^'\\]|\\.)*)'\)")
+#: Pen paths are drawn this many times larger and then reduced, for smooth edges.
+SUPERSAMPLE = 4
+#: Pen width as a fraction of the frame's side.
+PEN = 0.055
+#: Points (x, y) of a pen path on a square of side 1, y downward.
+PenPath = Sequence[tuple[float, float]]
 
 
 class StrokesCorpus(Corpus):
@@ -126,8 +133,8 @@ class StrokesCorpus(Corpus):
         return {
             "frames": video.FRAMES,
             "size": video.SIZE,
-            "supersample": video.SUPERSAMPLE,
-            "pen": video.PEN,
+            "supersample": SUPERSAMPLE,
+            "pen": PEN,
             "test": TEST,
             "validation": VALIDATION,
             "caption_tokens": CAPTION_TOKENS,
@@ -145,7 +152,7 @@ def render_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
     rendered = np.zeros((block.num_rows, size), np.uint8)
     rejected: list[str | None] = []
     rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
-    for frames, reason in decode_each(rows, lambda row: video.draw_pen_paths(_paths(*row))):
+    for frames, reason in decode_each(rows, lambda row: draw_pen_paths(_paths(*row))):
         if frames is not None:
             rendered[len(rejected)] = frames.reshape(-1)
         rejected.append(reason)
@@ -196,3 +203,64 @@ def _paths(points: list[int], counts: list[int]) -> list[list[tuple[float, float
         paths.append(pairs[start : start + count])
         start += count
     return paths
+
+
+def draw_pen_paths(
+    paths: Sequence[PenPath], count: int = video.FRAMES, size: int = video.SIZE
+) -> NDArray[np.uint8]:
+    """Render a video of pen paths being written, white on black.
+
+    Frame i shows the paths up to the fraction (i + 1) / count of their total length. Moves with the
+    pen lifted take no time.
+
+    Args:
+        paths: pen paths in their order.
+        count: number of frames.
+        size: side of a frame in pixels.
+
+    Returns:
+        uint8 (count, size, size, 1).
+
+    Raises:
+        ValueError: no path has a length.
+    """
+    from PIL import Image, ImageDraw
+
+    pieces = [(a, b) for path in paths for a, b in pairwise(path)]
+    lengths = np.array([np.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pieces])
+    total = float(lengths.sum()) if pieces else 0.0
+    if total <= 0:
+        raise ValueError("no pen path to draw")
+    side = size * SUPERSAMPLE
+    canvas = Image.new("L", (side, side))
+    pen = _Pen(ImageDraw.Draw(canvas), side)
+    ends = np.cumsum(lengths)
+    frames, current = [], 0
+    for index in range(count):
+        until = total * (index + 1) / count
+        while current < len(pieces) and ends[current] <= until * (1 + 1e-12):
+            pen.line(*pieces[current])
+            current += 1
+        if current < len(pieces):
+            start = ends[current] - lengths[current]
+            if until > start:
+                (ax, ay), (bx, by) = pieces[current]
+                share = (until - start) / lengths[current]
+                pen.line((ax, ay), (ax + share * (bx - ax), ay + share * (by - ay)))
+        frames.append(np.asarray(canvas.reduce(SUPERSAMPLE)))
+    return np.stack(frames)[..., None]
+
+
+class _Pen:
+    """Pen for lines with round ends on the unit square."""
+
+    def __init__(self, canvas: Any, side: int) -> None:
+        self.canvas, self.side, self.width = canvas, side, max(1, round(PEN * side))
+
+    def line(self, a: tuple[float, float], b: tuple[float, float]) -> None:
+        ends = [(x * self.side, y * self.side) for x, y in (a, b)]
+        self.canvas.line(ends, fill=255, width=self.width)
+        radius = self.width / 2
+        for x, y in ends:
+            box = (x - radius, y - radius, x + radius, y + radius)
+            self.canvas.ellipse(box, fill=255)

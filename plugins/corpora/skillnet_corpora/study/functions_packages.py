@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.corpora.base import IdAllocator, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from skillnet_corpora.demo import IdAllocator
 from skillnet_corpora.demo.functions import (
     ARCHIVES,
     STANDARD_LIBRARY,

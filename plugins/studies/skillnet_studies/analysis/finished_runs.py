@@ -42,6 +42,7 @@ from skillnet_evidence.scores import (
 )
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.config.schema import child_types, without_none
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
 from skillnet_studies.analysis.equal_versions import read_equal_versions
@@ -257,9 +258,7 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
     """
     # A run of an earlier version lacks keys that were added since. Without their defaults, runs of
     # one configuration would be different systems.
-    settings = configuration.add_defaults(
-        FinetuneConfig, configuration.load_yaml(folder / "config.yaml")
-    )
+    settings = add_defaults(FinetuneConfig, configuration.load_yaml(folder / "config.yaml"))
     # A kept run has sums in place of the outcome of each row.
     answers = OUTCOMES if (folder / OUTCOMES).is_file() else UNIT_SUMS_FILE
     for name in (TRAINED, "evaluation.csv", answers):
@@ -368,7 +367,7 @@ def read_pretraining_settings(settings: Mapping[str, Any], folder: Path) -> dict
 
 
 def _complete_pretraining(settings: Mapping[str, Any]) -> dict[str, Any]:
-    completed: dict[str, Any] = configuration.add_defaults(PretrainConfig, settings)
+    completed: dict[str, Any] = add_defaults(PretrainConfig, settings)
     return completed
 
 
@@ -520,3 +519,25 @@ def _make_unique(label: str, taken: Sequence[str]) -> str:
     if label not in taken:
         return label
     return next(f"{label}-{n}" for n in range(2, len(taken) + 3) if f"{label}-{n}" not in taken)
+
+
+def add_defaults(hint: Any, tree: Any) -> Any:
+    """Return a stored configuration with today's keys: defaults for those that it lacks.
+
+    A version that stored it may not have known these keys, or have had others, which are left out,
+    as are keys below an option that has none. No value is checked.
+
+    Args:
+        hint: the dataclass, or the type of a part.
+        tree: the stored configuration, or the part.
+    """
+    types = child_types(hint)
+    if types is None or not isinstance(tree, Mapping):
+        return tree
+    known = {name: types.get(name, types.get("*")) for name in tree if {name, "*"} & types.keys()}
+    own = {
+        name: add_defaults(below, tree[name])
+        for name, below in known.items()
+        if not isinstance(tree[name], dict) or below is Any or child_types(below) is not None
+    }
+    return own if "*" in types else {**configuration.default_values(without_none(hint)), **own}

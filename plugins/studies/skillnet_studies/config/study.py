@@ -23,6 +23,12 @@ from skillnet_platform.tracking.backend import STUDY_EXPERIMENT
 from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig, resolve_result_folder
 
+#: Configuration of a study, and its tuning results and run status.
+STUDY_FILE, STUDY_LEDGER = "study.yaml", "study.json"
+#: Limits of a study that were found after it, in its directory; one per line.
+NOTICE = "notice.txt"
+#: Scores of the simple references of a study.
+REFERENCES_FILE = "references.json"
 #: Smallest fraction of the steps of a run after which its settings are judged.
 MIN_STEP_FRACTION = 0.6
 #: Distance between the seeds of two folds.

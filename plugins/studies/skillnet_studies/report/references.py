@@ -19,7 +19,7 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record
 from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished, read_corpus_digests
-from sweeps.trials.remote_ledger import REFERENCES_FILE
+from skillnet_studies.config.study import REFERENCES_FILE
 
 
 def collect_reference_scores(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:

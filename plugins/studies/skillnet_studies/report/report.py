@@ -69,6 +69,7 @@ from skillnet_platform.terminal_text import format_plural
 from skillnet_platform.tracking.source_commit import find_source_commit
 from skillnet_studies.analysis.equal_versions import read_equal_versions
 from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished
+from skillnet_studies.config.study import NOTICE, REFERENCES_FILE
 from skillnet_studies.report.references import (
     build_references,
     describe_references,
@@ -79,7 +80,6 @@ from skillnet_studies.report.run_tables import (
     build_seed_table,
     build_settings_table,
 )
-from sweeps.trials.remote_ledger import NOTICE, REFERENCES_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

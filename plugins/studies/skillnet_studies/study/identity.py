@@ -13,8 +13,7 @@ from pipelines.training.runs.layout import CONFIG
 from skillnet.skills import Task
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.config.study import StudyConfig
-from sweeps.trials.remote_ledger import STUDY_FILE
+from skillnet_studies.config.study import STUDY_FILE, StudyConfig
 from sweeps.trials.trial import Trial
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 from pipelines.data.config.folds import is_reserve
 from pipelines.training.config.run import FinetuneConfig
@@ -49,9 +50,14 @@ from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS
-from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.config.study import (
+    NOTICE,
+    REFERENCES_FILE,
+    STUDY_FILE,
+    STUDY_LEDGER,
+    StudyConfig,
+)
 from skillnet_studies.study.identity import find_study_difference
-from sweeps.trials.remote_ledger import NOTICE, REFERENCES_FILE, STUDY_FILE, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 EVALUATION = "evaluation.csv"
@@ -78,6 +84,8 @@ RUN_COLUMNS = {"run": pa.string(), "system": pa.string(), "fold": pa.int32(), "s
 SUMS_SCHEMA = pa.schema([*RUN_COLUMNS.items(), *SCHEMA])
 #: Shorter texts than this are written where they occur, longer ones once.
 SHARED_CHARACTERS = 120
+#: Values of a record, aliases written out: ten times those of the largest kept study.
+MAX_RECORD_VALUES = 1_000_000
 
 
 class KeptStudy:
@@ -97,7 +105,7 @@ class KeptStudy:
         self.content: dict[str, Any] = {}
         if self.record.is_file():
             try:
-                self.content = safe_yaml.load_record_yaml(self.record.read_text(encoding="utf-8"))
+                self.content = load_record_yaml(self.record.read_text(encoding="utf-8"))
                 runs = self.content.get("runs", {})
                 is_valid = all(isinstance(each, dict) and RESULT in each for each in runs.values())
             except (ValueError, AttributeError) as error:
@@ -156,7 +164,7 @@ class KeptStudy:
             with atomic_write(self.parquet) as stream:
                 pq.write_table(self.sums, stream, compression="zstd", compression_level=19)
         with atomic_write(self.record, "w") as text:
-            text.write(safe_yaml.dump_record_yaml(_share(self.content, {})))
+            text.write(dump_record_yaml(_share(self.content, {})))
 
     def unpack(self, folder: Path) -> None:
         """Write the files of a study and of its runs; a complete run stays as it is.
@@ -424,7 +432,7 @@ def _write_file(path: Path, content: Any) -> None:
     if path.suffix == ".json":
         content = f"{json.dumps(content, indent=2)}\n"
     elif not isinstance(content, str):
-        content = safe_yaml.dump_record_yaml(content)
+        content = dump_record_yaml(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
 
@@ -470,3 +478,51 @@ def _pick_curves(progress: Path) -> str:
                 steps.setdefault(step, {})[name] = value
     lines = ({"step": step, "metrics": metrics} for step, metrics in sorted(steps.items()))
     return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+def load_record_yaml(text: str) -> Any:
+    """Return the value of a long YAML text that :func:`dump_record_yaml` wrote.
+
+    libyaml reads it, which is ten times faster and limits the depth itself. Duplicate keys are not
+    rejected.
+
+    Raises:
+        ValueError: not YAML, a tag that creates an object, or aliases that stand for a huge tree.
+    """
+    try:
+        value = _RecordLoader(text).get_single_data()
+        safe_yaml.check_tree_size(value, MAX_RECORD_VALUES)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("a value holds itself") from None
+    return value
+
+
+def dump_record_yaml(tree: Any) -> str:
+    """Return the YAML text of a record: objects that occur twice as aliases, lines as blocks."""
+    text: str = yaml.dump(
+        tree, Dumper=_RecordDumper, sort_keys=False, allow_unicode=True, default_flow_style=None,
+        width=120,
+    )  # fmt: skip
+    return text
+
+
+# Not every PyYAML is built with libyaml.
+class _RecordLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe loader of records."""
+
+
+class _RecordDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Safe dumper that writes a text of several lines as a block."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the node of a text."""
+        style = "|" if "\n" in text else None
+        node: yaml.ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", text, style)
+        return node
+
+
+_RecordDumper.add_multi_representer(str, _RecordDumper.represent_text)
+_RecordDumper.add_representer(str, _RecordDumper.represent_text)
+safe_yaml.resolve_exponents(_RecordLoader, _RecordDumper)

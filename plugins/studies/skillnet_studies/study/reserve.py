@@ -21,7 +21,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
-from skillnet_studies.config.study import StudyConfig
+from skillnet_studies.config.study import STUDY_LEDGER, StudyConfig
 from skillnet_studies.study.kept_results import (
     RESERVE_RECORD,
     RESERVE_ROWS,
@@ -38,7 +38,6 @@ from skillnet_studies.study.sealed_reserve import (
 )
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from skillnet_studies.study.tuning import TuningResult
-from sweeps.trials.remote_ledger import STUDY_LEDGER
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:

@@ -1,16 +1,20 @@
-"""The configuration that a study stored: for a report of its finished runs.
+"""The configuration that a study stored, and its finished runs in a store: for a report of them.
 
-:func:`adopt_study_settings` is called by ``skillnet compare KEPT-STUDY``.
+:func:`adopt_study_settings` is called by ``skillnet compare KEPT-STUDY``, and
+:func:`fetch_finished_runs` for a URI.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from pipelines.training.runs.mirror import RESULT, START, RunMirror
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.config.study import StudyConfig
-from sweeps.trials.remote_ledger import STUDY_FILE
+from skillnet_platform.storage import read_json, run_root
+from skillnet_studies.analysis.finished_runs import add_defaults
+from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER, StudyConfig
 
 
 def read_study_config(folder: Path) -> StudyConfig:
@@ -25,7 +29,7 @@ def read_study_config(folder: Path) -> StudyConfig:
     from skillnet_studies.study.kept_results import open_study
 
     path = open_study(folder) / STUDY_FILE
-    tree = configuration.add_defaults(StudyConfig, configuration.load_yaml(path))
+    tree = add_defaults(StudyConfig, configuration.load_yaml(path))
     try:
         return configuration.build_config(StudyConfig, tree)
     except ValueError as error:
@@ -51,3 +55,37 @@ def adopt_study_settings(config: StudyConfig, studies: Sequence[Path]) -> StudyC
         reference=config.reference or stored.reference,
         specialist=config.specialist or stored.specialist,
     )
+
+
+def fetch_finished_runs(uri: str) -> Path:
+    """Download a finished run, or all finished runs of a study, without models.
+
+    Args:
+        uri: URI of the directory of a run or study.
+
+    Returns:
+        Local directory of the copy.
+
+    Raises:
+        UserError: there is no finished run, or the store rejects the request.
+        StoreUnavailableError: the store does not respond.
+    """
+    cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    ledger = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
+    if not ledger.has(STUDY_LEDGER):
+        _fetch_run(ledger)
+        return ledger.local
+    ledger.download(STUDY_FILE, STUDY_LEDGER)
+    for entry in read_json(ledger.local / STUDY_LEDGER)["runs"]:
+        # The name comes from the store: it must not lead out of the directory.
+        names = PurePosixPath(str(entry["folder"])).parts
+        if entry["status"] == "finished" and ".." not in names and "/" not in names:
+            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.local.joinpath(*names)))
+    return ledger.local
+
+
+def _fetch_run(run: RunMirror) -> None:
+    if not run.has(RESULT):
+        raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
+    run.download(*START)
+    run.download_results()

@@ -22,7 +22,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
-from skillnet_studies.config.study import StudyConfig, shift_seed
+from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER, StudyConfig, shift_seed
 from skillnet_studies.study.identity import check_unchanged
 from skillnet_studies.study.system_runs import apply_settings, build_base_run, build_pretraining
 from skillnet_studies.study.tuning import (
@@ -35,7 +35,7 @@ from skillnet_studies.study.tuning import (
 )
 from sweeps.config.trials import ScoreConfig
 from sweeps.search.space import warn_about_small_space
-from sweeps.trials.remote_ledger import RUN, STUDY_FILE, STUDY_LEDGER
+from sweeps.trials.remote_ledger import RUN
 from sweeps.trials.trial import Trial, TrialOutcome
 
 if TYPE_CHECKING:

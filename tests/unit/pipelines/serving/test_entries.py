@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 
 from pipelines import predict
-from pipelines.data.transforms.video import draw_pen_paths
 from pipelines.serving import bundle
 from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, plan_blocks
 from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.mlflow_model import SkillNetModel
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet import SkillNet
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform.errors import UserError
 from tests.helpers.file_forms import draw_png
 from tests.helpers.local_server import run_service

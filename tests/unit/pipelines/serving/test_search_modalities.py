@@ -20,7 +20,6 @@ from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.format import manifest_digest, tensor_field, write_shard
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.data.transforms.text import encode_captions
-from pipelines.data.transforms.video import draw_pen_paths
 from pipelines.search import SearchConfig, read_query, search_corpus, show_search
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.corpus_search import choose_search_task
@@ -29,6 +28,7 @@ from pipelines.training.loading.task_columns import tower_column
 from pipelines.training.runs.model_source import resolve_model
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, default_tasks, known_tasks
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform import console
 from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError

@@ -15,7 +15,7 @@ from pipelines.data.preprocessing.blocks import rows_to_table
 from pipelines.data.preprocessing.pipeline import transform_block
 from pipelines.data.shards.columns import FixedColumn, JpegColumn, open_column
 from pipelines.data.shards.jpeg import decode_jpegs, encode_jpeg, jpeg_field, uses_jpeg
-from pipelines.data.transforms import video
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform.errors import UserError
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.data.transforms.test_transforms import PATHS
@@ -92,7 +92,7 @@ def test_folder_is_prepared_as_jpeg_without_its_bad_rows(tmp_path: Path, kind: s
     if kind == "image":
         Image.fromarray(smooth((300, 400, 3), 3)).save(good, "JPEG", quality=95)
     else:
-        white = video.draw_pen_paths(PATHS, 8, 64)
+        white = draw_pen_paths(PATHS, 8, 64)
         good.write(encode_video(white // np.array([1, 2, 4], np.uint8)))
     lines = []
     for number, data in enumerate([good.getvalue(), b"rubbish", good.getvalue()]):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.transforms import code, image, sound, video
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from tests.helpers import video_files as clips
 from tests.helpers.video_files import encode_video
 
@@ -228,25 +229,8 @@ def test_silence_is_rejected() -> None:
 PATHS = [[(0.1, 0.2), (0.9, 0.2)], [(0.5, 0.3), (0.5, 0.9)]]
 
 
-def test_pen_paths_appear_in_order_and_stay() -> None:
-    frames = video.draw_pen_paths(PATHS)
-    assert frames.shape == (8, 32, 32, 1)
-    ink = frames.reshape(8, -1).astype(int)
-    assert (np.diff(ink, axis=0) >= 0).all()
-    assert (np.diff(ink.sum(axis=1)) > 0).all()
-    first, last = frames[3, ..., 0], frames[7, ..., 0]
-    assert first[6, 10] == 255
-    assert first[20, 16] == 0  # the second path has not begun: 4 / 8 of the length is in the first
-    assert last[20, 16] == 255
-
-
-def test_drawing_without_a_path_is_rejected() -> None:
-    with pytest.raises(ValueError, match="no pen path"):
-        video.draw_pen_paths([[(0.5, 0.5)]])
-
-
 def test_video_survives_an_mp4_file() -> None:
-    frames = video.draw_pen_paths(PATHS)
+    frames = draw_pen_paths(PATHS)
     read = video.load_video_frames(encode_video(frames))
     assert read.shape == frames.shape
     assert np.abs(read.astype(int) - frames.astype(int)).mean() < 6

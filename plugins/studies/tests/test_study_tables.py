@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from plugins.studies.tests.kept_studies import CLAIM, keep_study
 from skillnet_evidence.claims import estimate_difference
 from skillnet_evidence.comparison import MEAN
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
+from skillnet_studies.config.study import NOTICE, STUDY_LEDGER
 from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, write_document
 from skillnet_studies.study.study import read_study_ledger
-from sweeps.trials.remote_ledger import NOTICE, STUDY_LEDGER
-from tests.helpers.kept_studies import CLAIM, keep_study
 from tools.docs import study_tables
 from tools.docs.page_marks import between
 from tools.docs.study_rates import build_change_table, build_rates_table

@@ -8,14 +8,14 @@ import pytest
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from pipelines.training.runs.layout import RESULT
+from plugins.studies.tests.kept_studies import keep_study
 from skillnet_evidence.comparison import MEAN
 from skillnet_platform.storage import read_json, write_json
 from skillnet_studies.analysis.finished_runs import read_corpus_digests
+from skillnet_studies.config.study import REFERENCES_FILE
 from skillnet_studies.report.references import collect_reference_scores
 from skillnet_studies.study.kept_results import KeptStudy, change_kept, write_document
-from sweeps.trials.remote_ledger import REFERENCES_FILE
 from tests.helpers import readable_corpora
-from tests.helpers.kept_studies import keep_study
 from tests.helpers.small_corpora import MODALITY
 from tools.docs.study_references import main
 
