@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
@@ -95,36 +96,28 @@ def main(argv: list[str] | None = None) -> int:
     return _load_and_run(known[name], rest)
 
 
+@dataclass(eq=False, repr=False)
 class CliCommand(Generic[ConfigT]):
     """Command of ``skillnet`` that is called with the arguments of its command line.
 
-    Made by :func:`command`. ``python -m MODULE`` and the entry point call the same object.
+    Made by :func:`command`, which states the fields. ``python -m MODULE`` and the entry point call
+    the same object.
     """
 
-    __name__: str
+    function: Callable[[ConfigT], Any]
+    config_class: type[ConfigT]
+    description: str
+    example: str
+    name: str
+    show: Callable[[Any], None] | None
+    to_json: Callable[[Any], Any] | None
+    exit_code: Callable[[Any], int] | None
+    rewrite_arguments: Callable[[Sequence[str]], list[str]] | None
+    resources: Callable[[ConfigT], Any] | None
+    essential: Sequence[str]
 
-    def __init__(
-        self,
-        function: Callable[[ConfigT], Any],
-        config_class: type[ConfigT],
-        *,
-        description: str,
-        example: str,
-        name: str,
-        show: Callable[[Any], None] | None,
-        to_json: Callable[[Any], Any] | None,
-        exit_code: Callable[[Any], int] | None,
-        rewrite_arguments: Callable[[Sequence[str]], list[str]] | None,
-        resources: Callable[[ConfigT], Any] | None,
-        essential: Sequence[str],
-    ) -> None:
-        self.config_class = config_class
-        self.description, self.example, self.name = description, example, name
-        self._function, self._show = function, show
-        self._to_json, self._exit_code = to_json, exit_code
-        self.essential = essential
-        self._rewrite_arguments, self._resources = rewrite_arguments, resources
-        functools.update_wrapper(self, function)
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.function)
 
     def __call__(self, argv: list[str] | None = None) -> int:
         """Run the command and return its exit code.
@@ -145,7 +138,7 @@ class CliCommand(Generic[ConfigT]):
         # Imported here because `skillnet --help` and `--version` need no parser.
         from skillnet_platform.config import parse_config
 
-        words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
+        words = self.rewrite_arguments(argv) if self.rewrite_arguments else list(argv)
         for word in words:
             if SecretUri(word).has_secret:
                 console.print_warning(
@@ -171,20 +164,20 @@ class CliCommand(Generic[ConfigT]):
         Raises:
             UserError: arguments that the command rejects.
         """
-        if self._resources is None:
+        if self.resources is None:
             return None
-        return self._resources(self.parse_arguments([word for word in argv if word != "--json"]))
+        return self.resources(self.parse_arguments([word for word in argv if word != "--json"]))
 
     def _run(self, argv: list[str] | None) -> int:
         config = self.parse_arguments(argv or [])
-        result = self._function(config)
+        result = self.function(config)
         if result is None or isinstance(result, int):
             return int(result or 0)
         if console.json_wanted():
-            console.emit_json(self._to_json(result) if self._to_json else result)
-        elif self._show is not None:
-            self._show(result)
-        return self._exit_code(result) if self._exit_code else 0
+            console.emit_json(self.to_json(result) if self.to_json else result)
+        elif self.show is not None:
+            self.show(result)
+        return self.exit_code(result) if self.exit_code else 0
 
 
 def command(

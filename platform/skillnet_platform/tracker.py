@@ -26,7 +26,7 @@ from skillnet_platform.cluster import loopback
 from skillnet_platform.config.bounds import PortNumber
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage.objects import require_no_secret
+from skillnet_platform.storage.directories import require_no_secret
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.backend import STORE_VARIABLE, is_sqlite, sqlite_path, sqlite_uri
 

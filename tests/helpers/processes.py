@@ -1,9 +1,51 @@
 """Processes that tests start, and end."""
 
 import contextlib
+import os
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import psutil
+
+ROOT = Path(__file__).parents[2]
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def child_environment(variables: Mapping[str, str] = NOTHING) -> dict[str, str]:
+    """The environment of this process with the checkout on Python's path, and more variables."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **variables}
+
+
+def run_python(
+    *words: object,
+    before: Sequence[str] = (),
+    variables: Mapping[str, str] = NOTHING,
+    **options: Any,
+) -> "subprocess.CompletedProcess[str]":
+    """Run Python to its end, after the words of another program; its output is text."""
+    settings = {"capture_output": True, "text": True, "timeout": 600} | options
+    command = [*before, sys.executable, *map(str, words)]
+    return subprocess.run(command, env=child_environment(variables), **settings)
+
+
+def start_python(
+    *words: object,
+    until: str = "",
+    before: Sequence[str] = (),
+    variables: Mapping[str, str] = NOTHING,
+    **options: Any,
+) -> "subprocess.Popen[str]":
+    """Start Python with a pipe for its output, and wait for its first line ``until``, if given."""
+    settings = {"stdout": subprocess.PIPE, "text": True} | options
+    command = [*before, sys.executable, *map(str, words)]
+    process = subprocess.Popen(command, env=child_environment(variables), **settings)
+    if until:
+        assert process.stdout.readline() == f"{until}\n"
+    return process
 
 
 def kill_family(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> str:

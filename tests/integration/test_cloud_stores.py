@@ -1,9 +1,6 @@
 """Corpora and runs in Google's and Azure's stores, as their emulators play them."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from pipelines import finetune
 from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.cloud_stores import CloudStore, reached
+from tests.helpers.processes import run_python
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.user_corpora import webdataset
 from tests.integration.test_mirror import config_of
@@ -35,14 +33,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[CloudStore]:
 
 def prepare(*words: str) -> str:
     """``skillnet prepare`` with a Ray of its own, whose processes know the store."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "2", "--tokenizer", "learn"],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-m", "pipelines.prepare", *words, "--cpus", "2", "--tokenizer", "learn")
     assert done.returncode == 0, done.stderr
     return done.stderr
 

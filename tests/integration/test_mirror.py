@@ -26,6 +26,7 @@ from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
+from skillnet_platform.storage.retry import StoreUnavailableError
 from skillnet_platform.tracking import backend
 from tests.chaos.fault_injection import Fault, FaultInjection, finetune_with_faults
 from tests.helpers.object_store import BUCKET, ObjectStore
@@ -207,7 +208,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
             with (
                 pytest.MonkeyPatch.context() as patch,
                 pytest.raises(
-                    directories.StoreUnavailableError,
+                    StoreUnavailableError,
                     match=r"finished and complete in .*lacks its last checkpoint .*and its results",
                 ),
             ):
@@ -240,7 +241,7 @@ def test_mistakes_are_found_before_the_work(
     object_store.door.shut()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     try:
-        with pytest.raises(directories.StoreUnavailableError, match="did not answer"):
+        with pytest.raises(StoreUnavailableError, match="did not answer"):
             finetune.finetune(config)
     finally:
         object_store.door.unshut()

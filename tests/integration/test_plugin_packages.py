@@ -36,6 +36,7 @@ from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
 from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
+from tests.helpers.processes import run_python
 from tests.helpers.small_corpora import small_config
 
 pytestmark = pytest.mark.integration
@@ -101,15 +102,8 @@ def data(
 
 def run_command(installed: Path, command: str, *words: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "platform")))
-    return subprocess.run(
-        [sys.executable, "-m", f"pipelines.{command}", *words, "--json"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    given = {"PYTHONPATH": path}
+    return run_python("-m", f"pipelines.{command}", *words, "--json", cwd=ROOT, variables=given)
 
 
 def test_a_format_is_prepared_by_its_name(data: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from pipelines.data.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_corpora.demo.syllables import WEB_PAGE, SyllablesCorpus
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
+from tests.helpers.processes import start_python
 from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, Made, put_archive
 from tests.helpers.waiting import wait_until
 from tests.unit.pipelines.data.transforms.test_transforms import mp3, tone
@@ -49,16 +49,10 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def command(data: Path, archives: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """Start ``python -m pipelines.prepare`` on the made-up corpus with a Ray of its own."""
-    words = [sys.executable, "-m", "pipelines.prepare", MADE, "--data", str(data)]
+    words = ["-m", "pipelines.prepare", MADE, "--data", data, "--archives", archives, "--json"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "platform"), ENTRY_POINTS])
-    return subprocess.Popen(
-        [*words, "--archives", str(archives), "--json", *more],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    given = {"PYTHONPATH": path, **environment}
+    return start_python(*words, *more, cwd=ROOT, variables=given, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """``skillnet prepare --data s3://…``: the corpus as on the disk, shard by shard, through faults."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from pipelines.data.preprocessing.remote_staging import local_staging_dir
 from pipelines.data.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.object_store import ObjectStore
-from tests.helpers.processes import kill_family
+from tests.helpers.processes import kill_family, start_python
 from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, put_archive
 from tests.helpers.waiting import wait_until
 
@@ -31,16 +29,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
     """A prepare with a Ray of its own, whose processes know the store."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "1"],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}:{ENTRY_POINTS}",
-            **environment,
-        },
+    path = f"{ROOT}:{ROOT / 'platform'}:{ENTRY_POINTS}"
+    return start_python(
+        *("-m", "pipelines.prepare", *words, "--cpus", "1"),
+        variables={"PYTHONPATH": path, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pipelines.serving import bundle
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.tracking import backend, registry
+from tests.helpers.processes import run_python, start_python
 from tests.helpers.readable_corpora import config, write_corpora
 from tests.helpers.tracked_runs import find_champion
 from tests.helpers.waiting import wait_until
@@ -140,9 +140,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def start(root: Path, name: str, *others: str) -> subprocess.Popen[str]:
     paths = [root / name, root / "corpora", *(root / f"{each}.ready" for each in (name, *others))]
-    return subprocess.Popen(
-        [sys.executable, "-c", REGISTER, *map(str, paths)], stderr=subprocess.PIPE, text=True
-    )
+    return start_python("-c", REGISTER, *paths, stdout=None, stderr=subprocess.PIPE)
 
 
 def versions(name: str = "skillnet") -> list[Any]:
@@ -231,9 +229,7 @@ def test_a_registration_killed_after_any_write_is_completed_once(root: Path) -> 
     (root / "weights").mkdir()
     (root / "weights" / "offset.json").write_text("5")
     (root / "code.py").write_text(CODE)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(root)], capture_output=True, text=True, timeout=500
-    )
+    done = run_python("-c", KILLS, root)
     assert done.returncode == 0, done.stderr
     writes = json.loads(done.stdout.splitlines()[-1])
     assert writes > 8

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ from pipelines import finetune
 from pipelines.training.runs.layout import lock_run_folder
 from skillnet_platform.tracking import backend
 from sweeps import sweep
+from tests.helpers.processes import run_python
 from tests.helpers.readable_corpora import write_corpora
 from tests.helpers.small_run import SMALL_RUN, option_arguments
 
@@ -98,9 +97,7 @@ def test_a_second_process_gets_a_message_that_names_the_first(
 
 def test_a_run_that_is_killed_while_it_finishes_is_recorded_once(run_root: Path) -> None:
     data = write_corpora(run_root / "corpora")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, *words(data)], capture_output=True, text=True, timeout=500
-    )
+    done = run_python("-c", KILLS, *words(data))
     assert done.returncode == 0, done.stderr
     place = backend.setup_backend()
     client = backend.create_client(place.uri)

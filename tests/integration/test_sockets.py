@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,6 +14,7 @@ from skillnet_platform import cluster
 from skillnet_platform.cluster import connect, loopback
 from skillnet_platform.tracking import backend
 from tests.helpers.other_user import run_as_other_user
+from tests.helpers.processes import run_python, start_python
 from tests.helpers.sockets import Listening, listening, reachable, watched
 
 ROOT = Path(__file__).parents[2]
@@ -82,13 +81,8 @@ def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
 
     knocking = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
     for theirs in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        refused = subprocess.run(
-            [sys.executable, "-c", knocking, ray_session.get_runtime_context().gcs_address],
-            env={**os.environ, **theirs},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        address = ray_session.get_runtime_context().gcs_address
+        refused = run_python("-c", knocking, address, variables=theirs)
         assert refused.returncode != 0
         assert "Authentication token is missing or incorrect" in refused.stderr
 
@@ -170,12 +164,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(
 @pytest.mark.slow("test_tracker.py::test_the_pages_show_the_runs_and_leave_no_process")
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
     backend.setup_backend(experiment="shown")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skillnet_platform.tracker", "--port", "0"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python("-m", "skillnet_platform.tracker", "--port", "0")
     try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("http://127.0.0.1:")

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,9 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import backend
-from sweeps.trials import remote_ledger
+from skillnet_studies.study.stored_config import fetch_finished_runs
 from tests.helpers.object_store import ObjectStore
-from tests.helpers.processes import kill_family
+from tests.helpers.processes import kill_family, run_python, start_python
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.helpers.waiting import wait_until
 
@@ -70,13 +68,8 @@ def sweep_file(path: Path, data: str) -> Path:
 
 def start(disks: Path, command: str, words: list[str]) -> "subprocess.Popen[str]":
     places = [str(disks / name) for name in ("driver", "trials")]
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *places, command, *words],
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    program = ("-c", DRIVER, *places, command, *words)
+    return start_python(*program, start_new_session=True, stderr=subprocess.PIPE)
 
 
 def kill_and_lose_disks(
@@ -178,13 +171,7 @@ def test_a_missing_bucket_is_reported_before_anything_starts(
 ) -> None:
     path = sweep_file(tmp_path / "sweep.yaml", f"{object_store.uri}/corpora")
     words = ["--config", str(path), "--run_dir", "s3://no-such-bucket/runs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sweeps.sweep", *words],
-        env={**os.environ, "SKILLNET_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-m", "sweeps.sweep", *words, variables={"SKILLNET_HOME": str(tmp_path)})
     assert done.returncode == 2
     assert "there is no bucket 'no-such-bucket'" in done.stderr
     assert not (tmp_path / "mlflow.db").exists()
@@ -260,12 +247,9 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     assert (start_of_it / "trained.json").is_file(), "the report states the cost of pretraining"
 
     # A comparison of finished runs needs no Ray.
-    third = subprocess.run(
-        [sys.executable, "-m", "skillnet_studies.compare", kept, "--name", "once-more", *tracked],
-        env={**os.environ, "SKILLNET_HOME": str(tmp_path / "third")},
-        capture_output=True,
-        text=True,
-        timeout=200,
+    third = run_python(
+        *("-m", "skillnet_studies.compare", kept, "--name", "once-more", *tracked),
+        variables={"SKILLNET_HOME": str(tmp_path / "third")},
     )
     assert third.returncode == 0, third.stderr
     assert json.loads(third.stdout)["summary"] == result["summary"]
@@ -274,4 +258,4 @@ def test_a_study_resumes_and_is_compared_from_the_store(
 def test_a_missing_run_is_named(object_store: ObjectStore, run_root: Path) -> None:
     directories.write_bytes(f"{object_store.uri}/marker", b"")
     with pytest.raises(UserError, match="holds no finished run"):
-        remote_ledger.fetch_finished_runs(f"{object_store.uri}/no-such-run")
+        fetch_finished_runs(f"{object_store.uri}/no-such-run")

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.helpers import postgres, tracked_trials
 from tests.helpers.object_store import ObjectStore, in_environment
 from tests.helpers.ports import free_port
+from tests.helpers.processes import run_python, start_python
 from tests.helpers.readable_corpora import write_corpora
 from tests.helpers.small_corpora import small_config
 from tests.helpers.tracked_trials import PATIENCE_S, STEPS
@@ -51,16 +51,10 @@ needs_postgres = pytest.mark.skipif(
 def served(*words: str, home: Path) -> Iterator[str]:
     """``skillnet tracker`` for the length of a block; its address."""
     port = words[words.index("--port") + 1] if "--port" in words else str(free_port())
-    command = [sys.executable, "-m", "skillnet_platform.tracker", "--port", port]
     log = (home / "tracker.log").open("w")
-    process = subprocess.Popen(
-        [*command, *words],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-            "SKILLNET_HOME": str(home),
-            "MLFLOW_WORKERS": "1",
-        },
+    process = start_python(
+        *("-m", "skillnet_platform.tracker", "--port", port, *words),
+        variables={"SKILLNET_HOME": str(home), "MLFLOW_WORKERS": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -254,20 +248,9 @@ def test_no_file_no_parameter_and_no_output_of_a_run_holds_the_password(
     config.name, config.evaluate, config.tracking.register = "secretive", True, True
     path = tmp_path / "run.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "skillnet_platform.cli", "finetune"]
-    done = subprocess.run(
-        [*command, "--config", str(path), "--tracking.uri", tracker.reveal()],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-            "SKILLNET_HOME": str(home),
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    given = {"SKILLNET_HOME": str(home), "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+    words = ("finetune", "--config", path, "--tracking.uri", tracker.reveal())
+    done = run_python("-m", "skillnet_platform.cli", *words, variables=given)
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
     assert "other users of this machine can read command lines" in done.stderr

@@ -29,7 +29,7 @@ from pipelines.data.io.source_file import (
     strip_file_scheme,
 )
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.objects import require_no_secret
+from skillnet_platform.storage.directories import require_no_secret
 
 #: Links that may lead into one directory. A few links that each lead to the next one twice are
 #: a thousand paths to the same files.

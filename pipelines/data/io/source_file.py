@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar, cast
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
-from skillnet_platform.storage.objects import open_store, require_no_secret
+from skillnet_platform.storage.directories import open_store, require_no_secret
 from skillnet_platform.storage.retry import retry_transient
 
 Result = TypeVar("Result")

@@ -29,7 +29,7 @@ from pipelines.data.preprocessing.remote_staging import RemoteStaging
 from pipelines.data.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS, shard_stem
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage import disk_guard, write_json
-from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ from skillnet_platform import cluster, console
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import require_space
-from skillnet_platform.storage.directories import StoreUnavailableError
 from skillnet_platform.storage.location import join_location
 from skillnet_platform.storage.locks import LEASE, hold_lease, is_shared_disk
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 #: With fewer free bytes than this, no corpus is started.
 MIN_FREE_BYTES = 2**20

@@ -25,8 +25,7 @@ from pipelines.data.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root
-from skillnet_platform.storage.directories import SyncedFolder
-from skillnet_platform.storage.location import Location, read_if_exists
+from skillnet_platform.storage.location import Location, SyncedFolder, read_if_exists
 
 #: Files that the corpora of a folder share. They are uploaded first: manifests name their hash.
 SHARED_FILES = (TOKENIZER_MANIFEST, TOKENIZER)

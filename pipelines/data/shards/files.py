@@ -104,9 +104,7 @@ class LocalShardStore:
     def open(self, shard: ShardEntry) -> OpenShard:
         path = self._folder / shard["file"]
         if not path.is_file():
-            raise UserError(
-                f"{path}: this shard is missing. Run `skillnet prepare {self._folder.name}`."
-            )
+            raise UserError(f"{path}: this shard is missing. {self.repair_hint}")
         self.prefetch([shard])  # verifies the shard
         return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
 
@@ -310,15 +308,9 @@ def check_shards(directory: Path, shards: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _hash_shard(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
-    path = directory / shard["file"]
     # The state is read before hashing: a later change of the file then invalidates the record.
     before = _read_state(directory, shard)
-    sha256 = sha256_file(path)
-    if sha256 != shard["sha256"]:
-        raise UserError(
-            f"{path}: this shard was altered: sha256 {sha256}, expected {shard['sha256']}. "
-            f"Delete {directory} and run `skillnet prepare {directory.name}`."
-        )
+    LocalShardStore(directory).check_digests([shard])
     return before
 
 

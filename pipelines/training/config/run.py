@@ -20,7 +20,7 @@ from skillnet_platform.config.bounds import (
     UnitFraction,
     require_bounds,
 )
-from skillnet_platform.storage.objects import is_uri, require_no_secret
+from skillnet_platform.storage.directories import is_uri, require_no_secret
 from skillnet_platform.tracking import TrackingConfig
 from skillnet_platform.tracking.backend import PRETRAINING_EXPERIMENT
 

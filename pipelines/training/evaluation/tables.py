@@ -20,7 +20,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.skills import Task, default_tasks
 from skillnet_evidence.cells import markdown_table
-from skillnet_evidence.plot_kit import COLORS, make_figure, smooth_series, style_axes
+from skillnet_evidence.plot_kit import COLORS, MetricHistory, make_figure, smooth_series, style_axes
 from skillnet_platform.storage import open_output
 from skillnet_platform.tables import write_csv
 from skillnet_platform.terminal_text import NO_BREAK_SPACE
@@ -418,10 +418,6 @@ def average_scores(scores: Mapping[str, float]) -> float:
         scores: task -> score; at least one.
     """
     return sum(scores.values()) / len(scores)
-
-
-#: Metric -> (step, value) pairs.
-MetricHistory = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def training_figures(history: MetricHistory, config: SkillNetConfig) -> "dict[str, Figure]":

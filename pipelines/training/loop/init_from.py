@@ -58,7 +58,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage.objects import is_uri
+from skillnet_platform.storage.directories import is_uri
 
 #: Noise on copies that training would keep equal, because their skills are always active together:
 #: its deviation, relative to that of the weights.

@@ -11,9 +11,9 @@ from skillnet_files.commit import is_temporary, remove_leftovers
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.storage import atomic_write, read_record
-from skillnet_platform.storage.directories import StoreUnavailableError
 from skillnet_platform.storage.location import Location, join_location
 from skillnet_platform.storage.locks import LEASE, hold_lease, hold_lock, is_shared_disk
+from skillnet_platform.storage.retry import StoreUnavailableError
 from skillnet_platform.tracking.backend import SYSTEM_TAG, TASKS_TAG
 
 CONFIG = "config.yaml"

@@ -24,7 +24,8 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories, run_root, write_json
-from skillnet_platform.storage.directories import StoreUnavailableError, SyncedFolder
+from skillnet_platform.storage.location import SyncedFolder
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 CONFIG = "config.yaml"
 RESULT = "result.json"

@@ -29,8 +29,8 @@ from skillnet_platform import tracking
 from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, read_json, read_record, run_root
+from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import Location, parse_location
-from skillnet_platform.storage.objects import is_uri
 
 DEFAULT_MODEL = "models:/skillnet@champion"
 BUNDLE = "bundle"

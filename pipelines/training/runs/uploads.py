@@ -19,9 +19,9 @@ from pipelines.training.runs.mirror import (
 )
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.directories import open_store
 from skillnet_platform.storage.locks import hold_lock
-from skillnet_platform.storage.objects import open_store
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0

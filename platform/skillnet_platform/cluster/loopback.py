@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage.local import environment_variables
 
 ADDRESS = "127.0.0.1"
 
@@ -41,17 +42,8 @@ def loopback_environment(variables: Mapping[str, str] | None = None) -> Iterator
     if os.environ.get(_MODE) != "disabled" and not _has_token():
         values[_TOKEN] = _own_token()
     # A later connection to a cluster must not get the settings of loopback.
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        with disable_clusters():
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with environment_variables(values), disable_clusters():
+        yield
 
 
 def is_loopback_host(host: str) -> bool:

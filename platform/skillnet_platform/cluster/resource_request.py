@@ -12,7 +12,7 @@ from typing import Any
 
 from skillnet_platform import cli, storage
 from skillnet_platform.errors import UserError, suggest_name
-from skillnet_platform.storage.objects import is_uri
+from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.terminal_text import format_plural
 
 #: Options of ``doctor`` and ``submit`` that take no value.

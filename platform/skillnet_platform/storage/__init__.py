@@ -1,6 +1,6 @@
 """Files on the local disk and in object stores.
 
-``local`` writes files atomically, ``objects`` and ``directories`` read and write object stores,
+``local`` writes files atomically, ``directories`` reads and writes object stores,
 ``location`` parses paths and URIs, ``retry`` repeats transient failures, ``cache`` keeps shards.
 """
 

@@ -9,73 +9,411 @@ leftover of an interrupted upload and is ignored.
     get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify_checkpoint)
 
 Every function repeats transient failures: see :func:`retry_transient`.
-
-A :class:`SyncedFolder` is a folder on this machine and its copy in an object store.
-
-Runs, sweeps, studies and corpora declare which of their files are stored, in the order of commit:
-
-    RUN = ("model/", "config.yaml", "result.json")
-    folder = SyncedFolder("s3://bucket/runs/a", Path("runs/a"))
-    folder.upload(*RUN)
-
-A reader that finds a name in the store also finds the names before it. A name that ends in "/" is
-a folder, which its manifest commits.
 """
 
-import contextlib
+import base64
+import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from skillnet_files.commit import temporary_file
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import local as local_storage
-from skillnet_platform.storage.objects import (
-    ObjectEntry,
-    copy_file,
-    get_file,
-    info_of,
-    is_local_uri,
-    is_uri,
-    join_uri,
-    last_name,
-    list_files,
-    list_folders,
-    md5_of,
-    object_exists,
-    open_file,
-    put_file,
-    read_bytes,
-    remove_file,
-    write_bytes,
-)
-from skillnet_platform.storage.retry import StoreUnavailableError
+from skillnet_platform.storage.retry import AZURE, missing_bucket, retry_transient
 
-__all__ = [
-    "ObjectEntry",
-    "StoreUnavailableError",
-    "copy_files",
-    "get_directory",
-    "get_file",
-    "is_committed",
-    "is_uri",
-    "join_uri",
-    "last_name",
-    "list_files",
-    "list_folders",
-    "object_exists",
-    "open_file",
-    "put_directory",
-    "put_file",
-    "read_bytes",
-    "remove_directory",
-    "remove_file",
-    "write_bytes",
-]
+Result = TypeVar("Result")
+
+#: Schemes of addresses that are not object stores.
+_NOT_STORES = ("models", "runs", "http", "https")
+#: Options of the client for ``s3://``.
+_S3_OPTIONS = {
+    # Other nodes write to the same folders: a cached listing would hide their files.
+    "use_listings_cache": False,
+    # A hanging request ends soon: retry_transient repeats it.
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "max_attempts": 2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ObjectEntry:
+    """File in an object store.
+
+    Args:
+        name: relative to the listed folder.
+        bytes: size of the file.
+    """
+
+    name: str
+    bytes: int
+
+
+def is_uri(place: str | os.PathLike[str] | None) -> bool:
+    """Return whether a text is the URI of an object store, not a path or registry address."""
+    scheme, mark, _ = str(place or "").partition("://")
+    return bool(mark) and scheme.isidentifier() and scheme not in _NOT_STORES
+
+
+def require_no_secret(uri: str) -> None:
+    """Check that a location can hold no password, key or token: manifests and logs show it.
+
+    Raises:
+        UserError: it holds one.
+    """
+    shown = SecretUri(uri)
+    if shown.has_secret or shown.is_redacted:
+        raise UserError(
+            f"{shown}: the hidden part may be a password, a key or a token, which manifests and "
+            "logs would show. Remove it, and give it to the store's client in the environment, "
+            "such as AWS_SECRET_ACCESS_KEY or FSSPEC_SFTP_PASSWORD"
+        )
+
+
+def join_uri(uri: str, *names: str) -> str:
+    """Return a URI below another: ``("s3://b/x/", "y", "z.json") -> "s3://b/x/y/z.json"``.
+
+    Names may go up, such as ``../tokenizer.json`` of a manifest, but not above the bucket.
+
+    Args:
+        uri: address of a folder.
+        names: path components.
+
+    Raises:
+        UserError: a name leads above the bucket.
+    """
+    scheme, _, place = uri.partition("://")
+    parts: list[str] = []
+    for part in PurePosixPath("/".join([place.rstrip("/"), *names])).parts:
+        # Resolved here: a store would treat `..` as a part of the object's name.
+        if part == "..":
+            if len([p for p in parts if p != "/"]) < 2:
+                raise UserError(f"{'/'.join(names)} leads out of {uri}")
+            parts.pop()
+        else:
+            parts.append(part)
+    return f"{scheme}://{PurePosixPath(*parts)}"
+
+
+def last_name(uri: str) -> str:
+    """Return the last component of a URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def object_exists(uri: str) -> bool:
+    """Return whether an object exists (folders are not objects).
+
+    Raises:
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+    return info_of(uri) is not None
+
+
+def open_file(uri: str) -> IO[bytes]:
+    """Open an object for reading with random access; the caller closes it.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+    stream: IO[bytes] = _in_bucket(uri, lambda system, path: system.open(path, "rb"))
+    return stream
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return the content of a small object.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+    return _in_bucket(uri, lambda system, path: bytes(system.cat_file(path)))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a small object; readers see the old or the complete new object."""
+
+    def write(system: Any, path: str) -> None:
+        # A store replaces an object atomically, but a write to a disk can be cut short.
+        if is_local_uri(uri):
+            with local_storage.atomic_write(path) as stream:
+                stream.write(data)
+        else:
+            system.pipe_file(path, data)
+
+    _in_bucket(uri, write)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a small object unless it exists; of several writers at most one succeeds.
+
+    Args:
+        uri: URI of the object.
+        data: content that no other writer has, such as one with a random part.
+
+    Returns:
+        Whether the object is that of this call.
+
+    Raises:
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def create(system: Any, path: str) -> bool:
+        if is_local_uri(uri):
+            return local_storage.create_file(path, data)
+        try:
+            system.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            console.print_warning(
+                f"{uri}: this store has no conditional writes. Start no second process for the "
+                "same work"
+            )
+            system.pipe_file(path, data)
+        return True
+
+    try:
+        return _in_bucket(uri, create)
+    except (FileExistsError, UserError):
+        # Clients differ in the error. A repeated request may also meet its own first attempt.
+        if not object_exists(uri):
+            raise
+        return read_bytes(uri) == data
+
+
+def put_file(local: str | os.PathLike[str], uri: str) -> None:
+    """Upload a file; readers see the old or the complete new object.
+
+    Raises:
+        FileNotFoundError: the local file does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def put(system: Any, path: str) -> None:
+        if is_local_uri(uri):
+            with Path(local).open("rb") as source, local_storage.atomic_write(path) as stream:
+                shutil.copyfileobj(source, stream)
+        else:
+            system.put_file(str(local), path)
+
+    _in_bucket(uri, put)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy an object within a store, without a transfer through this machine.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def copy(system: Any, place: str) -> None:
+        if is_local_uri(target):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+        system.cp_file(open_store(source)[1], place)
+
+    _in_bucket(target, copy)
+
+
+def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None) -> None:
+    """Download a file to a temporary name, check its hash, and rename it.
+
+    Args:
+        uri: address of the object.
+        local: path of the file.
+        sha256: expected hash in hexadecimal. ``None`` skips the check.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError: the content has another hash, or the disk is full; see also
+            :func:`retry_transient`.
+    """
+    target = Path(local)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def get(system: Any, path: str) -> None:
+        with local_storage.disk_guard(target):
+            system.get_file(path, str(aside))
+
+    with temporary_file(target) as aside:
+        _in_bucket(uri, get)
+        if sha256 is not None:
+            found = local_storage.sha256_file(aside)
+            if found != sha256:
+                raise UserError(
+                    f"{uri}: altered or cut short: sha256 {found}, expected {sha256}. "
+                    "Put the right file there again"
+                )
+        aside.replace(target)
+
+
+def list_files(uri: str) -> list[ObjectEntry]:
+    """Return all files below a folder, sorted by name; empty if there are none.
+
+    Raises:
+        UserError: the bucket does not exist, or may not be listed.
+        StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def found(system: Any, path: str) -> list[ObjectEntry]:
+        # fsspec caches listings, but other nodes add and remove files.
+        system.invalidate_cache(path)
+        top = path.rstrip("/") + "/"
+        entries = system.find(path, detail=True)
+        return sorted(
+            (
+                ObjectEntry(name.removeprefix(top), int(info["size"]))
+                for name, info in entries.items()
+                # `find` of a file returns the file itself, which is not below a folder.
+                if name.startswith(top)
+            ),
+            key=lambda entry: entry.name,
+        )
+
+    return _or_nothing(uri, found)
+
+
+def list_folders(uri: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted."""
+
+    def found(system: Any, path: str) -> list[str]:
+        system.invalidate_cache(path)
+        entries = system.ls(path, detail=True)
+        return sorted(
+            PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory"
+        )
+
+    return _or_nothing(uri, found)
+
+
+def remove_file(uri: str) -> None:
+    """Remove an object, if it exists."""
+
+    def remove() -> None:
+        system, path = open_store(uri)
+        try:
+            system.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    retry_transient(uri, remove)
+
+
+def info_of(uri: str) -> dict[str, Any] | None:
+    """Return the metadata of an object, or ``None`` if the object does not exist.
+
+    Raises:
+        UserError: the bucket does not exist; see also :func:`retry_transient`.
+    """
+
+    def ask(system: Any, path: str) -> dict[str, Any] | None:
+        system.invalidate_cache(path)
+        info: dict[str, Any] = system.info(path)
+        return info if info["type"] == "file" else None
+
+    try:
+        return _in_bucket(uri, ask)
+    except FileNotFoundError:
+        return None
+
+
+def md5_of(info: Mapping[str, Any]) -> bytes | None:
+    """Return the MD5 of an object from the metadata of :func:`info_of`, or ``None``.
+
+    S3 has it as the tag of an object that was uploaded in one part and is not encrypted by a key.
+    GCS has it in base64, except for composed objects. Azure has it for one block, or if the client
+    sent it.
+    """
+    tag = str(info.get("ETag") or "").strip('"')
+    if re.fullmatch("[0-9a-f]{32}", tag):
+        return bytes.fromhex(tag)
+    if isinstance(given := info.get("md5Hash"), str):
+        return base64.b64decode(given)
+    # Azure's mapping type is not a Mapping of Python.
+    given = (info.get("content_settings") or {}).get("content_md5")
+    return bytes(given) if given else None
+
+
+def _in_bucket(uri: str, action: Callable[[Any, str], Result]) -> Result:
+    """Run an action on a store and a path with retries; a missing bucket is a user error.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+    try:
+        return retry_transient(uri, lambda: action(*open_store(uri)))
+    except FileNotFoundError:
+        # Clients report a missing bucket like a missing object.
+        _require_bucket(uri)
+        raise
+
+
+def _or_nothing(uri: str, found: Callable[[Any, str], list[Any]]) -> list[Any]:
+    try:
+        entries = retry_transient(uri, lambda: found(*open_store(uri)))
+    except FileNotFoundError:
+        entries = []
+    if not entries:
+        # An empty listing can also mean that the bucket does not exist.
+        _require_bucket(uri)
+    return entries
+
+
+def _require_bucket(uri: str) -> None:
+    """Distinguish a missing bucket from a missing object.
+
+    Raises:
+        UserError: the bucket does not exist.
+    """
+    parts = urlsplit(uri)
+    # Other schemes, such as file://, have no buckets.
+    if parts.scheme not in ("s3", "gs", "gcs", *AZURE):
+        return
+
+    def ask() -> bool:
+        system, path = open_store(uri)
+        system.invalidate_cache()
+        return bool(system.exists(path.partition("/")[0]))
+
+    if not retry_transient(uri, ask):
+        raise UserError(missing_bucket(uri))
+
+
+def is_local_uri(uri: str) -> bool:
+    """Return whether a URI names a path on this machine's disk."""
+    return urlsplit(uri).scheme in ("file", "local")
+
+
+def open_store(uri: str) -> tuple[Any, str]:
+    """Return the client of a store, a file system of fsspec, and the path of a URI in it.
+
+    Every access to a store begins here. fsspec keeps one client per store and process.
+
+    Raises:
+        UserError: the URI may hold a secret.
+        ImportError, ValueError: no client opens the URI; see :func:`explain_refusal`.
+    """
+    import fsspec
+
+    require_no_secret(uri)
+    scheme = urlsplit(uri).scheme
+    system, path = fsspec.url_to_fs(uri, **(_S3_OPTIONS if scheme in ("s3", "s3a") else {}))
+    return system, path.rstrip("/")
+
 
 MANIFEST = "manifest.json"
 #: Concurrent transfers of one folder. The transfer of a large file uses several connections.
@@ -252,93 +590,3 @@ def _is_there(uri: str, local: Path) -> bool:
         # Stores report MD5. Here it only saves a transfer and protects against nobody.
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
     return found.digest() == digest
-
-
-class SyncedFolder:
-    """Folder on this machine and its copy in an object store.
-
-    Every method raises ``UserError`` if the store rejects a request, and
-    ``StoreUnavailableError`` if it does not answer.
-
-    Args:
-        uri: URI of the copy.
-        local: path on this machine.
-        check: raises if a downloaded folder is invalid; it then gets no name on the disk.
-    """
-
-    def __init__(self, uri: str, local: Path, check: Callable[[Path], Any] | None = None) -> None:
-        self.uri, self.local, self._check = uri, local, check
-
-    def uri_of(self, *names: str) -> str:
-        """Return the URI of a path in the folder."""
-        return join_uri(self.uri, *names)
-
-    def has(self, name: str) -> bool:
-        """Return whether the store has a file, or a complete folder."""
-        uri = self.uri_of(name)
-        return is_committed(uri) if _is_folder(name) else object_exists(uri)
-
-    def upload(self, *names: str, move: bool = False) -> None:
-        """Upload those of the names that exist on this machine, one after the other.
-
-        Args:
-            names: in the order of commit. A folder without its manifest counts as missing.
-            move: remove each file here once the store has it.
-        """
-        for name in names:
-            path = self.local / name
-            if _is_folder(name):
-                if (path / MANIFEST).is_file():
-                    put_directory(path, self.uri_of(name))
-            elif path.is_file():
-                put_file(path, self.uri_of(name))
-                if move:
-                    path.unlink()
-
-    def download(self, *names: str, missing_only: bool = False) -> None:
-        """Download those of the names that the store has, one after the other.
-
-        Args:
-            names: in the order in which they appear on this machine.
-            missing_only: leave what this machine has: its copy may be newer.
-        """
-        for name in names:
-            path = self.local / name
-            if missing_only and path.exists():
-                continue
-            if not _is_folder(name):
-                with contextlib.suppress(FileNotFoundError):
-                    get_file(self.uri_of(name), path)
-            elif self.has(name):
-                get_directory(self.uri_of(name), path, check=self._check)
-
-    def publish(
-        self,
-        target: str,
-        stored: Sequence[str],
-        local: Sequence[str],
-        on_file: Callable[[str], None] | None = None,
-    ) -> None:
-        """Replace a folder of the store by files of this one, then remove this one everywhere.
-
-        Args:
-            target: URI of the folder to replace; it does not exist for readers meanwhile.
-            stored: names of uploaded files, which are copied within the store.
-            local: names of files on this machine; the last one commits the target.
-            on_file: called with the name of each copied file.
-        """
-        final = SyncedFolder(target, self.local)
-        old = {entry.name for entry in list_files(target)}
-        # Readers must never see the old commit together with new files.
-        remove_file(final.uri_of(local[-1]))
-        copy_files(self.uri, target, stored, on_file)
-        final.upload(*local[:-1])
-        for name in old - {*stored, *local}:
-            remove_file(final.uri_of(name))
-        final.upload(local[-1])
-        remove_directory(self.uri)
-        shutil.rmtree(self.local)
-
-
-def _is_folder(name: str) -> bool:
-    return name.endswith("/")

@@ -412,6 +412,25 @@ def _find_replaceable(parent: Path) -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables during a block, for its processes and libraries.
+
+    Args:
+        values: variable -> value.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def prepare_user_environment() -> None:
     """Set LOGNAME and HOME if this process has no user name or no home directory.
 

@@ -18,7 +18,7 @@ from typing import Any
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage.local import prepare_user_environment
+from skillnet_platform.storage.local import environment_variables, prepare_user_environment
 from skillnet_platform.storage.locks import hold_lock
 
 _PLAIN = "sqlite:///"
@@ -208,18 +208,8 @@ def share_secret(uri: SecretUri) -> Iterator[None]:
     Files of a run name its tracker without the password. Only this user can read the environment
     of a process; command lines and Ray's records are visible to others.
     """
-    if not uri.has_secret:
+    with environment_variables({URI_VARIABLE: uri.reveal()} if uri.has_secret else {}):
         yield
-        return
-    before = os.environ.get(URI_VARIABLE)
-    os.environ[URI_VARIABLE] = uri.reveal()
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(URI_VARIABLE, None)
-        else:
-            os.environ[URI_VARIABLE] = before
 
 
 def run_list_link(server: str, experiment_id: str) -> str:

@@ -26,6 +26,7 @@ from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.package_version import find_version
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import sha256_file
+from skillnet_platform.storage.local import environment_variables
 from skillnet_platform.storage.locks import this_process
 from skillnet_platform.tracking import backend, champion
 
@@ -533,27 +534,22 @@ def _what_there_is(client: Any, model: str) -> str:
 def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
     """Set MLflow's process-wide settings for a block: its functions take no URI."""
     backend.prepare_mlflow_environment()
-    names = (backend.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
-    before = {name: os.environ.get(name) for name in names}
-    complete = SecretUri(uri).reveal()
-    os.environ[backend.URI_VARIABLE] = complete
-    if experiment_id is not None:
-        os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
     import mlflow
 
-    mlflow.set_tracking_uri(complete)
-    mlflow.set_registry_uri(complete)
-    try:
-        with _without_advice():
-            yield mlflow
-    finally:
-        mlflow.set_tracking_uri("")
-        mlflow.set_registry_uri("")
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    complete = SecretUri(uri).reveal()
+    # MLflow's setters change the first two.
+    values = {backend.URI_VARIABLE: complete, "MLFLOW_REGISTRY_URI": complete}
+    if experiment_id is not None:
+        values["MLFLOW_EXPERIMENT_ID"] = experiment_id
+    with environment_variables(values):
+        mlflow.set_tracking_uri(complete)
+        mlflow.set_registry_uri(complete)
+        try:
+            with _without_advice():
+                yield mlflow
+        finally:
+            mlflow.set_tracking_uri("")
+            mlflow.set_registry_uri("")
 
 
 @contextlib.contextmanager

@@ -108,8 +108,8 @@ def test_a_value_of_any_text_key_imports_nothing_when_it_is_read(name: str) -> N
     def read(key: str, value: Any) -> None:
         tree = _tree(key, value)
         built = config.build_config(cls, config.merge_trees(config.default_values(cls), tree))
-        if COMMANDS[name]._resources is not None:
-            COMMANDS[name]._resources(built)
+        if COMMANDS[name].resources is not None:
+            COMMANDS[name].resources(built)
 
     # The keys of a study's pretraining are those of its runs.
     keys = [key for each, key in KEYS if each == name and not key.startswith("pretraining.")]

@@ -1,7 +1,6 @@
 """The shell: quick help, entry points, nearest names, exit codes."""
 
 import errno
-import os
 import re
 import resource
 import signal
@@ -16,15 +15,9 @@ from safetensors import SafetensorError
 from skillnet_platform import cli, console
 from skillnet_platform.errors import UserError
 from tests.helpers.installed_entries import forget_entries
+from tests.helpers.processes import child_environment, run_python, start_python
 
-ROOT = Path(__file__).parents[3]
-
-
-def python(*words: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **(env or {})}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=120
-    )
+COMMAND = f"{sys.executable} -m skillnet_platform.cli"
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
@@ -39,7 +32,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     best = 99.0
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = python("-c", code)
+        done = run_python("-c", code)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0
         assert "heavy set()" in done.stderr
@@ -215,20 +208,14 @@ def test_json_output_holds_back_child_processes_too() -> None:
         "console.begin_json(); os.system('echo child'); print('noise')\n"
         "console.emit_json([1]); console.end_json(); print('after')"
     )
-    done = python("-c", code)
+    done = run_python("-c", code)
     assert done.stdout == "[\n  1\n]\nafter\n"
     assert "child" in done.stderr
     assert "noise" in done.stderr
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "from skillnet_platform.cli import main; raise SystemExit(main(['--help']))"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
-    shell = f'{sys.executable} -c "{code}" | true'
-    done = subprocess.run(
-        shell, shell=True, capture_output=True, text=True, env=environment, timeout=60
-    )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in run_in_shell(f"{COMMAND} --help | true").stderr
 
 
 @pytest.mark.integration
@@ -258,15 +245,9 @@ def test_interrupt_from_outside_exits_with_130() -> None:
         "    print('ready', flush=True); time.sleep(60)\n"
         "raise SystemExit(run_command(main, []))"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
-    process.stdout.close()
+    with start_python("-c", code, until="ready") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
 
 
 #: A program whose Ray is connected, and aborts the process in its teardown.
@@ -314,21 +295,13 @@ raise SystemExit(cli._run_as_program(lambda: cli.run_command(main, [])))
 def test_no_teardown_of_ray_decides_the_end_of_a_program(
     number: int, code: int, message: str
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
     handlers = (
         "import signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", handlers + PROGRAM, "wait" if number else "fail"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    words = ("-c", handlers + PROGRAM, "wait" if number else "fail")
+    process = start_python(*words, until="ready", stderr=subprocess.PIPE)
     if number:
         process.send_signal(number)
     _, err = process.communicate(timeout=120)
@@ -339,7 +312,7 @@ def test_no_teardown_of_ray_decides_the_end_of_a_program(
 @pytest.mark.parametrize("words", ["--help", "finetune --help", "pin-nodes /dev/null --json"])
 @pytest.mark.parametrize("stdout", [">/dev/full", ">&-"])
 def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout: str) -> None:
-    done = run_in_shell(f"{words} {stdout}")
+    done = run_in_shell(f"{COMMAND} {words} {stdout}")
     assert done.returncode == 1
     cause = "No space left on device" if "full" in stdout else "Bad file descriptor"
     assert f"error: standard output: cannot be written ({cause})" in done.stderr
@@ -348,18 +321,14 @@ def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout:
 
 
 def test_a_command_without_standard_streams_succeeds(tmp_path: Path) -> None:
-    done = run_in_shell(f"pin-nodes {tmp_path}/pins <&- >&- 2>&-")
+    done = run_in_shell(f"{COMMAND} pin-nodes {tmp_path}/pins <&- >&- 2>&-")
     assert done.returncode == 0
     assert "ray==" in (tmp_path / "pins").read_text()
 
 
 def run_in_shell(words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m skillnet_platform.cli {words}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-        timeout=120,
+        ["bash", "-c", words], capture_output=True, text=True, env=child_environment(), timeout=120
     )
 
 

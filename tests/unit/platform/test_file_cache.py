@@ -4,7 +4,6 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import CacheKey, FileCache, cache_folder, cache_limit
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.processes import start_python
 from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -120,16 +120,7 @@ def test_processes_share_it(object_store: ObjectStore, tmp_path: Path) -> None:
         "    assert cache.used() <= 500_000, cache.used()\n"
         "    held.release()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(seed)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for seed in range(4)
-    ]
+    readers = [start_python("-c", code, seed, stderr=subprocess.PIPE) for seed in range(4)]
     said = [reader.communicate(timeout=300)[1] for reader in readers]
     assert [reader.returncode for reader in readers] == [0] * 4, said
     assert "over it" not in "".join(said)
@@ -151,12 +142,7 @@ def test_a_killed_download_leaves_no_debt(
         "directories.get_file = stuck\n"
         f"FileCache({str(folder)!r}, 250).hold(CacheKey(*{(wanted.uri, wanted.sha256, 100)!r}))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "on its way\n"
+    process = start_python("-c", code, until="on its way")
     cache = FileCache(folder, 250)
     assert cache.used() == 100
     process.send_signal(signal.SIGKILL)

@@ -4,8 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from skillnet_studies.compare import compare
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from sweeps.config.sweep import SweepConfig
 from sweeps.sweep import sweep
+from tests.helpers.processes import start_python
 
 SYSTEMS = {name: SystemConfig(system=name) for name in ("skillnet", "dense")}
 
@@ -317,10 +316,7 @@ def test_the_second_of_two_drivers_is_refused(
     """Two hosts, two disks or one without locks between them, one run."""
     run, mirror = place(tmp_path, monkeypatch, object_store)
     folder = str(join_location(mirror or run, locks.LEASE))
-    words = [sys.executable, "-c", HOLD, folder]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == "ready\n"
+    with start_python("-c", HOLD, folder, until="ready") as driver:
         with (
             pytest.raises(LockHeldError, match=r"process \d+ on node-1 .*works in this folder now"),
             lock_run_folder(run, mirror),

@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from skillnet_files import commit
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from tests.helpers.processes import start_python
 
 ROOT = Path(__file__).parents[3]
 #: A command in a PID namespace of its own, as in a container: its process has the id 1.
@@ -77,12 +77,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
         f"with storage.staging_directory({str(final)!r}) as aside:\n"
         "    (aside / 'part').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = start_python("-c", code, until="ready")
     with storage.staging_directory(tmp_path / "corpus2"):
         pass
     assert len(list(tmp_path.glob(".corpus.*"))) == 1, "a living writer is left alone"
@@ -105,15 +100,8 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text(name)
     final = tmp_path / "corpus[1]"
-    process = subprocess.Popen(
-        [*namespace, sys.executable, "-c", REPLACE, str(tmp_path / "new"), str(final)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    words = ("-c", REPLACE, tmp_path / "new", final)
+    with start_python(*words, until="ready", before=namespace) as process:
         storage.restore_replaced(final)
         assert not final.exists(), "a living writer is left alone"
         process.kill()
@@ -190,8 +178,8 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_processes_are_distinguished_from_ended_ones() -> None:
     assert storage.process_is_alive(os.getpid())
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
+    with start_python("-c", "") as process:
+        process.wait()
     assert not storage.process_is_alive(process.pid)
 
 

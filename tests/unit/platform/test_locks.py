@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import locks
 from skillnet_platform.storage.locks import LockHeldError, hold_lock
+from tests.helpers.processes import run_python, start_python
 
 #: Holds a lock or writes a file, and sleeps in the middle.
 HOLD = """
@@ -53,13 +53,8 @@ def _no_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "QUIET_S", 0.0)
 
 
-def start(program: str, path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+def start(program: str, path: Path) -> "subprocess.Popen[str]":
+    return start_python("-c", program, path, until="ready")
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
@@ -112,13 +107,7 @@ def test_a_thread_takes_its_lock_again_by_any_path_and_another_process_waits(
         with hold_lock(tmp_path / "link" / "." / ".lock", str, wait=True):
             pass
         # The inner block has not released the lock of the outer one.
-        held = subprocess.run(
-            [sys.executable, "-c", TRY, str(tmp_path / "root" / ".lock")],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
+        held = run_python("-c", TRY, tmp_path / "root" / ".lock")
         assert held.stdout == f"held by process {os.getpid()}\n"
         with ThreadPoolExecutor(1) as pool, pytest.raises(LockHeldError):
             pool.submit(try_lock, tmp_path / "root" / ".lock").result()

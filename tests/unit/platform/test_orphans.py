@@ -2,26 +2,19 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from skillnet_platform.storage import locks
+from tests.helpers.processes import run_python
 
 ROOT = Path(__file__).parents[3]
 _PRINT = "from skillnet_platform.storage import locks; print(locks.this_process())"
 
 
 def identity_of_child(*prefix: str) -> str:
-    done = subprocess.run(
-        [*prefix, sys.executable, "-c", _PRINT],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-c", _PRINT, before=prefix)
     if done.returncode and prefix:
         pytest.skip(f"no PID namespaces here: {done.stderr[-200:]}")
     return done.stdout.strip()

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from skillnet_platform.tracking import (
     run as tracking_run,
 )
 from tests.chaos.tracking_server import Server
+from tests.helpers.processes import start_python
 from tests.helpers.tracked_runs import history, run_of, where
 
 
@@ -47,10 +46,9 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
         assert asked == 2, "each of the two asks an absent tracker once, not for each record"
         assert "does not answer" in capsys.readouterr().err
         # As if that process had ended: the next start of a run sends what it left.
-        ended = subprocess.Popen([sys.executable, "-c", ""])
-        ended.wait()
+        ended = dead_process()
         (path,) = [p for p in spool.spool_root().glob("*.jsonl") if '"other"' in p.read_text()]
-        path.rename(str(path).replace(f".{os.getpid()}-", f".{ended.pid}-"))
+        path.rename(str(path).replace(f".{os.getpid()}-", f".{ended}-"))
         with server:
             assert tracker.flush()
             assert tracker.flush()
@@ -107,9 +105,8 @@ def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
 
 
 def dead_process() -> int:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    return ended.pid
+    with start_python("-c", "") as ended:
+        return ended.pid
 
 
 @pytest.mark.parametrize("text", ["", '{"run_id": "r", "ur', "[]\n", "\x80"])

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories, objects
-from skillnet_platform.storage.directories import SyncedFolder
-from skillnet_platform.storage.objects import md5_of
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.directories import md5_of
+from skillnet_platform.storage.location import SyncedFolder
 from skillnet_platform.storage.retry import (
+    StoreUnavailableError,
     explain_refusal,
     is_transient,
     retry_patience,
@@ -93,9 +94,10 @@ def test_a_folder_exists_only_with_its_manifest(
     store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, uri = folder(tmp_path / "mine", a=b"one", gone=b"x"), f"{store_uri}/x"
+    put = directories.put_file
 
     def break_off(path: Path, target: str) -> None:
-        objects.put_file(path, target)
+        put(path, target)
         raise KeyboardInterrupt
 
     def refuse(path: Path) -> None:
@@ -137,7 +139,7 @@ def test_what_has_arrived_is_not_sent_again(
     for name in ("new", "manifest.json"):
         directories.remove_file(f"{uri}/{name}")
     sent: list[str] = []
-    put = objects.put_file
+    put = directories.put_file
     monkeypatch.setattr(directories, "put_file", lambda a, b: (sent.append(a.name), put(a, b)))
     assert directories.put_directory(mine, uri)
     assert sorted(sent) == ["new", "other"]
@@ -154,7 +156,7 @@ def test_a_bucket_that_is_not_there(store_uri: str, tmp_path: Path) -> None:
         lambda: directories.object_exists(nowhere),
         lambda: directories.write_bytes(nowhere, b"a"),
         lambda: directories.put_file(tmp_path / "a", nowhere),
-        lambda: objects.create_bytes(nowhere, b"a"),
+        lambda: directories.create_bytes(nowhere, b"a"),
     ):
         with pytest.raises(UserError, match=r"no (bucket|container) 'no-such-place'.*create it"):
             action()
@@ -201,7 +203,7 @@ class KilledAtRequest:
     def __init__(self, number: int, patch: pytest.MonkeyPatch) -> None:
         self._left = number
         for name in ("put_file", "remove_file", "copy_file"):
-            patch.setattr(directories, name, partial(self._change, getattr(objects, name)))
+            patch.setattr(directories, name, partial(self._change, getattr(directories, name)))
 
     def _change(self, change: Callable[..., None], *places: Any) -> None:
         self._left -= 1
@@ -273,7 +275,7 @@ def test_an_outage_that_lasts_says_so(
     object_store.door.shut()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     try:
-        with pytest.raises(directories.StoreUnavailableError, match="did not answer for 1 s"):
+        with pytest.raises(StoreUnavailableError, match="did not answer for 1 s"):
             directories.put_directory(folder(tmp_path / "mine"), object_store.uri)
     finally:
         object_store.door.unshut()
@@ -338,7 +340,7 @@ def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
         tries.append(1)
         raise problem
 
-    with pytest.raises(directories.StoreUnavailableError, match="did not answer"):
+    with pytest.raises(StoreUnavailableError, match="did not answer"):
         retry_transient("abfs://skillnet/x", fail, seconds=0.2)
     assert tries
 

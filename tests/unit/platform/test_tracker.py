@@ -13,6 +13,7 @@ import pytest
 
 from skillnet_platform import tracker, tracking
 from skillnet_platform.tracking.backend import sqlite_path
+from tests.helpers.processes import start_python
 from tests.helpers.sockets import listening, reachable
 from tests.helpers.tracked_runs import where
 
@@ -95,12 +96,7 @@ def test_another_server_of_this_shell_is_named(
 def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     with tracking.start_run("shown", None, where("skillnet")) as run:
         run.text("kept", "note.txt")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skillnet_platform.tracker", "--port", "0"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python("-m", "skillnet_platform.tracker", "--port", "0")
     assert process.stdout is not None
     url, _, page = process.stdout.readline().strip().partition("/#/")
     assert page.startswith("experiments/")

@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.helpers.ports import free_port
+from tests.helpers.processes import start_python
 from tests.helpers.tracked_runs import artifacts_of, history, run_of, where
 
 ROOT = Path(__file__).parents[3]
@@ -118,18 +118,8 @@ def child(run_root: Path) -> "subprocess.Popen[str]":
         "with tracking.start_run('child', None, where) as tracker:\n"
         "    print(tracker.run_id, flush=True); time.sleep(60)"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "platform"),
-        "SKILLNET_HOME": str(run_root),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    given = {"SKILLNET_HOME": str(run_root)}
+    return start_python("-c", code, variables=given, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.integration
@@ -292,16 +282,8 @@ def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
         "from skillnet_platform.tracking import backend\n"
         "print(backend.setup_backend().experiment_id)"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "platform"),
-        "SKILLNET_HOME": str(run_root),
-    }
-    command = [sys.executable, "-c", code]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    given = {"SKILLNET_HOME": str(run_root)}
+    processes = [start_python("-c", code, variables=given) for _ in range(3)]
     answers = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 3
     assert len(answers) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform import cli, config
+from tests.helpers.processes import child_environment, run_python
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -43,10 +44,7 @@ def test_nothing_shadows_the_standard_librarys_platform() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert not (ROOT / "platform.py").exists()
     code = "import sys; sys.path.insert(0, '.'); import platform; print(platform.system())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == "Linux"
+    assert run_python("-c", code, cwd=ROOT).stdout.strip() == "Linux"
 
 
 def test_tests_live_in_tests_only() -> None:
@@ -94,12 +92,7 @@ def test_nothing_is_unpickled() -> None:
 def test_the_floors_hold() -> None:
     program = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(
-        [str(program)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+        [str(program)], cwd=ROOT, capture_output=True, text=True, env=child_environment()
     )
     assert done.returncode == 0, done.stdout
 
@@ -129,13 +122,7 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
         "heavy = {'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "usage: skillnet " + name in done.stdout
     assert "example:" in done.stdout

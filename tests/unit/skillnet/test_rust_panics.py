@@ -3,12 +3,12 @@
 A process that runs several trials returns the memory of each to the system.
 """
 
-import subprocess
 import sys
 
 import pytest
 
 from skillnet.rust_panics import panics_as_errors
+from tests.helpers.processes import run_python
 
 
 class PanicException(BaseException):
@@ -63,9 +63,7 @@ print(kept - before, held() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_what_threads_freed_goes_back_to_the_system() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", LEAVES, check=True)
     kept, left = map(int, done.stdout.split())
     assert kept > 150
     assert left < 50

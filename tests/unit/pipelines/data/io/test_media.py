@@ -15,7 +15,7 @@ from pipelines.data.io import media
 from pipelines.data.io.archive import ArchiveLimits
 from pipelines.data.io.media import MEDIA, MediaReadError, MediaRef, read_media
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.helpers.archive_files import tarred
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.data.io import parquet_cells
 from pipelines.data.io.media import MediaRef
-from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.unit.pipelines.data.io.test_media import read
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

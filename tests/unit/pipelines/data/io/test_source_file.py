@@ -21,7 +21,7 @@ from pipelines.data.preprocessing.blocks import ReadSummary, read_blocks
 from pipelines.data.preprocessing.datasource import STORE_UNAVAILABLE, CorpusJob, read_units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.directories import StoreUnavailableError
+from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.flaky_store import reads_fail

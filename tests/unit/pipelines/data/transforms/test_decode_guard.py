@@ -6,8 +6,6 @@ A file that hangs its decoder or takes all memory costs itself, not the process 
 import ast
 import io
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +36,7 @@ from pipelines.data.transforms.decoder_process import (
 from skillnet.modality import find_modality
 from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.helpers.hostile_corpora import SLOW_SVG, picture
+from tests.helpers.processes import run_python
 from tests.helpers.waiting import wait_until
 
 
@@ -115,8 +114,7 @@ with watch_block("test-" + sys.argv[1], "train-00000"):
 
 def test_row_that_ended_two_processes_is_skipped(tmp_path: Path) -> None:
     name = tmp_path.name
-    run = [subprocess.run([sys.executable, "-c", CRASH, name], capture_output=True, text=True,
-                          check=False) for _ in range(3)]  # fmt: skip
+    run = [run_python("-c", CRASH, name) for _ in range(3)]
     assert [done.returncode for done in run] == [9, 9, 0], run[-1].stderr
     assert ast.literal_eval(run[-1].stdout) == [
         (0, None),

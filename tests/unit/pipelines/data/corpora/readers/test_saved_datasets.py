@@ -7,8 +7,6 @@ No byte of an Arrow file ends the process.
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from tests.helpers import user_corpora
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.processes import run_python
 from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
 
 
@@ -348,8 +347,6 @@ def test_no_damage_ends_the_process(tmp_path: Path) -> None:
             for _ in range(draw.randrange(1, 4)):
                 data[draw.randrange(len(data))] ^= draw.randrange(1, 256)
             (tmp_path / name / f"copy-{number:03}").write_bytes(data)
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True
-    )
+    done = run_python("-c", READ, tmp_path)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-1000:]
     assert done.stdout.count("copy-") == 200
