@@ -5,14 +5,13 @@ tested minor version, and a test lists the names in use. The rest of the project
 classes and functions of these modules:
 
 - :mod:`~skillnet_platform.ray_internals.errors`: exceptions that end an elastic worker group.
-- :mod:`~skillnet_platform.ray_internals.failure_policy`: what Ray Train does when workers fail.
+- :mod:`~skillnet_platform.ray_internals.failure_policy`: what Ray Train does when workers fail, and
+  a function that runs first in a worker.
 - :mod:`~skillnet_platform.ray_internals.elastic`: how many workers an elastic run gets, and where.
 - :mod:`~skillnet_platform.ray_internals.stop_signal`: a stop signal for all processes of a cluster.
-- :mod:`~skillnet_platform.ray_internals.worker_callback`: a function that runs first in a worker.
-- :mod:`~skillnet_platform.ray_internals.single_node`: start and end of a Ray on loopback.
-- :mod:`~skillnet_platform.ray_internals.single_node`: workers that keep their interpreter.
+- :mod:`~skillnet_platform.ray_internals.single_node`: start and end of a Ray on loopback, and
+  workers that keep their interpreter.
 - :mod:`~skillnet_platform.ray_internals.job_server`: client and URL of a cluster's job server.
 
-All modules but ``errors``, ``single_node`` and ``uv_run`` import Ray: import those inside
-functions.
+All modules but ``errors`` and ``single_node`` import Ray: import those inside functions.
 """

@@ -1,9 +1,14 @@
-"""Failure policy of Ray Train: restart failed workers, but stop at once on a user error."""
+"""Failure policy of Ray Train: restart failed workers, but stop at once on a user error.
+
+A callback runs a function in the main thread of each worker.
+"""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -14,6 +19,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
 
 #: The controller logs the exceptions of the start of its workers under this name.
 CONTROLLER_LOGGER = "ray.train.v2._internal.execution.controller.controller"
@@ -79,3 +85,34 @@ class PolicyTrainer(DataParallelTrainer):
         failures: Any = self.run_config.failure_config or FailureConfig()
         policies = self.create_policies(failures)
         return super()._initialize_and_run_controller(**(arguments | policies))
+
+
+#: Ray logs the exception of a training function, with its traceback, under this name.
+LOGGER = "ray.train.v2._internal.util"
+
+
+class WorkerStartCallback(WorkerCallback):
+    """Callback that calls ``on_start`` in each worker before training starts.
+
+    Ray runs the training function in a thread, where Python allows no signal handlers. This
+    callback runs in the main thread.
+
+    Args:
+        on_start: function without arguments; must be picklable.
+    """
+
+    def __init__(self, on_start: Callable[[], None]) -> None:
+        self._on_start = on_start
+
+    def after_init_train_context(self) -> None:
+        """Call ``on_start``, and keep resize requests out of the log."""
+        self._on_start()
+        # A planned restart is no failure, but its traceback would look like one.
+        logging.getLogger(LOGGER).addFilter(is_not_resize)
+
+
+def is_not_resize(record: logging.LogRecord) -> bool:
+    """Return False for the log lines of workers that stop in order to restart."""
+    # The record holds the exception as text only, so its name identifies it.
+    name = f"{WorkerGroupResize.__module__}.{WorkerGroupResize.__name__}"
+    return name not in record.getMessage()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skillnet_platform import cli, doctor
-from skillnet_platform.checks import machine as machine_checks
+from skillnet_platform import doctor as machine_checks
 
 
 def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

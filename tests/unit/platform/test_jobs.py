@@ -12,7 +12,6 @@ import pytest
 import requests
 
 from skillnet_platform import cluster, config, package_version, submit
-from skillnet_platform.cluster import working_dir
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     request_resources,
@@ -129,9 +128,9 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     (root / "outside").symlink_to("/etc/hostname")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root / "elsewhere"))
-        first = working_dir.pack_working_dir(root, tmp_path / "one.zip", ["big"])
+        first = submit.pack_working_dir(root, tmp_path / "one.zip", ["big"])
         (root / "skillnet/model.py").touch()
-        again = working_dir.pack_working_dir(root, tmp_path / "two.zip", ["big/*"])
+        again = submit.pack_working_dir(root, tmp_path / "two.zip", ["big/*"])
     with zipfile.ZipFile(first.path) as package:
         assert package.namelist() == ["run.sh", "skillnet/model.py"]
         assert package.getinfo("run.sh").external_attr >> 16 == 0o755
@@ -147,7 +146,7 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_package_holds_every_module_of_the_checkout(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
-    packed = working_dir.pack_working_dir(root, tmp_path / "code.zip")
+    packed = submit.pack_working_dir(root, tmp_path / "code.zip")
     packages = ("skillnet", "pipelines", "sweeps", "platform")
     modules = {
         path.relative_to(root).as_posix()
@@ -164,9 +163,9 @@ def test_too_large_a_package_names_what_is_large(
 ) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
-    monkeypatch.setattr(working_dir, "MAX_BYTES", 10)
+    monkeypatch.setattr(submit, "MAX_BYTES", 10)
     with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); exclude some with --excl"):
-        working_dir.pack_working_dir(tmp_path / "code", tmp_path / "code.zip")
+        submit.pack_working_dir(tmp_path / "code", tmp_path / "code.zip")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_no_other_module_uses_private_names_of_ray(folder: str) -> None:
 
 def test_the_controller_of_a_training_does_not_import_torch() -> None:
     """Its process would start two seconds later and need 500 MB more."""
-    modules = "elastic", "failure_policy", "worker_callback"
+    modules = "elastic", "failure_policy"
     names = [f"skillnet_platform.ray_internals.{name}" for name in modules]
     imports = ", ".join(["sys", *names, "pipelines.training.loop.ray_train.rendezvous"])
     script = (
@@ -287,11 +287,11 @@ def test_policies_restart_lost_nodes_and_raise_user_errors(
 
 
 def test_resize_requests_stay_out_of_the_log() -> None:
-    from skillnet_platform.ray_internals import worker_callback
+    from skillnet_platform.ray_internals import failure_policy
 
     def record(text: str) -> logging.LogRecord:
         return logging.LogRecord("ray", logging.ERROR, "", 1, text, None, None)
 
     resize = f"Error in training function:\n{WorkerGroupResize.__module__}.WorkerGroupResize"
-    assert not worker_callback.is_not_resize(record(resize))
-    assert worker_callback.is_not_resize(record("RuntimeError"))
+    assert not failure_policy.is_not_resize(record(resize))
+    assert failure_policy.is_not_resize(record("RuntimeError"))

@@ -17,8 +17,7 @@ from pipelines.data.corpora.formats.class_names import FileClasses, find_class_n
 from pipelines.data.corpora.formats.encoding import BadRecord, NumberedRecord
 from pipelines.data.corpora.formats.record_reader import read_parquet_rows
 from pipelines.data.io.directory import SourceDirectory
-from pipelines.data.io.media import MediaRef, find_signature
-from pipelines.data.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
+from pipelines.data.io.media import BYTES_PART, CELLS_PER_BATCH, MediaRef, find_signature
 from skillnet.modality import is_string_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

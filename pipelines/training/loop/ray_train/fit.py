@@ -219,8 +219,7 @@ def _trainer(
 ) -> "PolicyTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
-    from skillnet_platform.ray_internals.worker_callback import WorkerStartCallback
+    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer, WorkerStartCallback
 
     training = config.training
     workers: Any = training.workers

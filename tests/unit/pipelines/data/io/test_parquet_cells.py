@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.io import parquet_cells
+from pipelines.data.io import media
 from pipelines.data.io.media import MediaRef
 from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.unit.pipelines.data.io.test_media import read
@@ -45,13 +45,13 @@ def test_next_block_continues_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet([bytes([n]) * 9 for n in range(20)]))
     opened = []
-    open_stream = parquet_cells.open_stream
+    open_stream = media.open_stream
 
     def noting(name: str) -> object:
         opened.append(name)
         return open_stream(name)
 
-    monkeypatch.setattr(parquet_cells, "open_stream", noting)
+    monkeypatch.setattr(media, "open_stream", noting)
     for row in range(0, 20, 2):
         assert read(cell(path, row), cell(path, row + 1)) == [
             bytes([row]) * 9,
