@@ -323,6 +323,7 @@ class TrainingReplica:
         active: task -> weights that its steps change, as the optimizer sees them.
         sync: sums gradients over ranks.
         shards: this rank's part of the weights; None if it holds them whole.
+        source: folder of the initial weights; None if all are random.
     """
 
     model: TaskModel
@@ -330,6 +331,7 @@ class TrainingReplica:
     active: dict[str, NamedParameters]
     sync: "GradientSync | ShardedSync"
     shards: "ModelShards | None" = None
+    source: Path | None = None
 
     @property
     def owner(self) -> "TaskModel | ModelShards":
@@ -390,7 +392,8 @@ def build_replica(
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     # Each rank builds the model from the seed or the initial weights.
-    model = build_model(config, corpora).to(place, dtype)
+    model, report = _build_started(config, corpora)
+    model = model.to(place, dtype)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     if settings.compile:
@@ -400,7 +403,8 @@ def build_replica(
         broadcast_parameters(model.parameters(), BUCKET_BYTES, device)
     active = trainable_parameters(model, config)
     sync = GradientSync(active, world)
-    return TrainingReplica(model, model, active, sync)
+    source = None if report is None else Path(report.source)
+    return TrainingReplica(model, model, active, sync, source=source)
 
 
 def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) -> int:
