@@ -297,19 +297,29 @@ def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, 
     for file in sorted(trainable - files.keys()):
         suggestion = suggest_name(file, files)
         raise UserError(f"training.trainable: the model has no file {file!r}{suggestion}")
+    parameters = dict(model.named_parameters())
     for file, names in files.items():
         for name in names:
-            model.get_parameter(name).requires_grad_(not trainable or file in trainable)
-    active = {
-        task: [(name, p) for name, p in model.active_parameters(task) if p.requires_grad]
-        for task in config.trained
-    }
-    for task, named in active.items():
-        if not named:
-            required = ", ".join(sorted(model.required_files(task)))
+            parameters[name].requires_grad_(not trainable or file in trainable)
+    position = {name: number for number, name in enumerate(parameters)}
+    active = {}
+    for task in config.trained:
+        # A task looks at its own files alone: with many skills, most belong to other tasks.
+        required = model.required_files(task)
+        used = [
+            name
+            for file in required & files.keys()
+            if not trainable or file in trainable
+            for name in files[file]
+            if model.uses_parameter(name, task)
+        ]
+        if not used:
+            activated = ", ".join(sorted(required))
             raise UserError(
-                f"training.trainable leaves nothing to train for {task}, which activates {required}"
+                f"training.trainable leaves nothing to train for {task}, which activates "
+                f"{activated}"
             )
+        active[task] = [(name, parameters[name]) for name in sorted(used, key=position.__getitem__)]
     return active
 
 
