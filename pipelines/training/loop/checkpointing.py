@@ -102,7 +102,7 @@ class UnchangedFiles:
         """Return the bytes of the files that the next checkpoint links.
 
         Args:
-            tensors: of the training.
+            tensors: weights and state of the training.
         """
         files = (*tensors.read_weights(), *tensors.read_state())
         found = ((self._known.get(f"{name}.safetensors"), values) for name, values in files)
@@ -124,7 +124,7 @@ class UnchangedFiles:
 
         Args:
             folder: directory of the checkpoint.
-            tensors: of the training, as loaded.
+            tensors: weights and state, as loaded.
         """
         files = read_manifest(folder)["files"]
         for file, values in (*tensors.read_weights(), *tensors.read_state()):

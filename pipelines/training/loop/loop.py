@@ -137,7 +137,7 @@ def train_model(
             start = checkpoint.step
             sizes = {name: task.batch_size for name, task in config.trained.items()}
             health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
-    # Tensors that move between devices, or are gathered, do not tell whether they changed.
+    # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
     if settings.sharding == "none":
         unchanged = checkpointing.UnchangedFiles(replica.source)

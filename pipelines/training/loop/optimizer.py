@@ -54,7 +54,7 @@ class EagerAdamW(torch.optim.AdamW):
         """Update some parameters, without a look at all others.
 
         Args:
-            parameters: of this optimizer; those with a gradient are updated.
+            parameters: weights of this optimizer; those with a gradient are updated.
         """
         if not self._group_of:
             numbered = enumerate(self.param_groups)
