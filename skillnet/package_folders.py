@@ -91,7 +91,7 @@ def add_packages(
     manifest = read_manifest(folder)
     about, config = _read_canonical(folder, manifest)
     installed = list_packages(folder)
-    # Files of the base stay when packages go, whoever else brings them.
+    # Files of the base stay when packages go that bring them, too.
     added = {name for entry in installed.values() for name in entry.files}
     hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
