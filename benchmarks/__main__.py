@@ -15,6 +15,7 @@ NAMES = (
     "ray_overhead",
     "sweep_overhead",
     "prepare_speed",
+    "prepare_text",
     "prepare_scaling",
     "read_ahead",
     "reading",
@@ -25,6 +26,7 @@ NAMES = (
     "registration",
     "loading",
     "serving",
+    "search",
 )
 
 
