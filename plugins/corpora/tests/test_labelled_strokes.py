@@ -10,7 +10,7 @@ from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.builtin import strokes
 from pipelines.data.corpora.builtin.strokes import StrokesCorpus
 from pipelines.data.preprocessing.blocks import rows_to_table
-from pipelines.data.preprocessing.pipeline import transform_block
+from pipelines.data.preprocessing.jobs import transform_block
 from skillnet_corpora.study.radicals import RADICALS, RadicalsCorpus
 from skillnet_corpora.study.stroke_counts import LABELS, StrokeCountsCorpus, stroke_count_class
 from tests.helpers.stroke_archives import write_stroke_archives
