@@ -16,6 +16,7 @@ NAMES = (
     "ray_overhead",
     "sweep_overhead",
     "prepare_speed",
+    "prepare_text",
     "prepare_scaling",
     "read_ahead",
     "reading",
@@ -26,6 +27,7 @@ NAMES = (
     "registration",
     "loading",
     "serving",
+    "search",
 )
 
 

@@ -132,8 +132,7 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
     """The same reading and writing code with a pool of processes in Ray's place: this process
     reads, and waits while twice as many blocks as processes are on their way."""
     from pipelines.data.corpora.base import SourceArchives
-    from pipelines.data.preprocessing.datasource import CorpusJob, read_units
-    from pipelines.data.preprocessing.pipeline import write_block
+    from pipelines.data.preprocessing.jobs import CorpusJob, read_units, write_block
 
     if corpus.text_columns:
         corpus.annotations_present = ()  # no tokenizer is learnt here

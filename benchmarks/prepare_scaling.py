@@ -104,7 +104,7 @@ def _read(reader: str, folder: Path, rows: int) -> float:
     """Seconds of CPU that the reading task takes for a corpus, beyond finding it."""
     from pipelines.data.corpora import open_external_corpus
     from pipelines.data.corpora.base import SourceArchives
-    from pipelines.data.preprocessing.datasource import CorpusJob, read_units
+    from pipelines.data.preprocessing.jobs import CorpusJob, read_units
 
     corpus = open_external_corpus("read", f"{reader}:{folder / 'corpus'}")
     job = CorpusJob(corpus, SourceArchives(folder, ()), folder, staging_dir=folder)

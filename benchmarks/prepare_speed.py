@@ -243,9 +243,10 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.ray_session(given.processes)))
-        from pipelines.data.preprocessing.datasource import CorpusJob
-        from pipelines.data.preprocessing.pipeline import SchedulingOptions, write_corpora
+        from pipelines.data.preprocessing.jobs import CorpusJob
+        from pipelines.data.preprocessing.pipeline import write_corpora
         from pipelines.data.preprocessing.prepare import build_corpus_identity
+        from pipelines.data.preprocessing.ray_tasks import RayTasks
 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -256,7 +257,7 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
         corpus.rows = lambda sources: iter(made)
         identity = build_corpus_identity(corpus, [], folder)
         job = CorpusJob(corpus, SourceArchives.none(), folder / "made", identity)
-        for manifest in write_corpora([job], 0.0, SchedulingOptions()):
+        for manifest in write_corpora([job], 0.0, RayTasks()):
             assert manifest["rows_out"] == rows, manifest["quarantine"]
 
     return work

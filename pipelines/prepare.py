@@ -40,7 +40,8 @@ class PrepareConfig:
         vocabulary: number of tokens of a tokenizer that is trained on external corpora.
         data: directory or URI of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
-        cpus: CPUs of the embedded Ray; by default all. The result does not depend on it.
+        cpus: CPUs of the embedded Ray, or processes for texts; by default all. The result does not
+            depend on it.
         max_error_rate: fraction of a corpus' rows that may be damaged, too large or
             contradictory. Such rows are always rejected. At a higher rate the run stops with a
             summary.

@@ -124,7 +124,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     search = CorpusSearch(predictor, source, data, task, config.splits, modality)
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
-    hits = search.rank_rows(row, config.top)
+    hits = search.rank_rows(search.embed_query(row), config.top)
     seconds, doubt = time.monotonic() - begin, search.describe_doubt(row)
     page = Path(config.html) if config.html else _default_page(query, task)
     with open_output(page, "w") as stream:

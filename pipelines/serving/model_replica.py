@@ -80,8 +80,10 @@ class ModelReplica:
                 found = await self._read(self._model.read_query, request, budget, has_file)
             except UserError as error:
                 return {"error": str(error)}
-            given: ServedAnswer = await self._run(request.client, answer, request, *found)
-            return given
+            search, row = found
+            vector = await self._run(request.client, search.embed_query, row)
+            # Ranking needs no turn at the model, so that searches run side by side.
+            return await asyncio.to_thread(answer, request, search, row, vector)
 
     async def _read(
         self,

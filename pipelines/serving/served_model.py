@@ -178,31 +178,42 @@ class ServedModel:
         return search, search.read_query(request.query, budget.part(READING_FRACTION))
 
     def search(
-        self, request: SearchRequest, search: "CorpusSearch", row: "np.ndarray"
+        self,
+        request: SearchRequest,
+        search: "CorpusSearch",
+        row: "np.ndarray",
+        vector: "np.ndarray",
     ) -> ServedAnswer:
-        """Answer a search with a document of its hits.
+        """Answer a search with a document of its hits; several threads may call it.
 
         Args:
             request: parsed request of a client.
             search: result of :meth:`read_query`.
             row: result of :meth:`read_query`.
+            vector: that of the row, by ``search.embed_query``.
         """
-        found = [asdict(hit) for hit in search.rank_rows(row, request.top)]
+        found = [asdict(hit) for hit in search.rank_rows(vector, request.top)]
         answer: ServedAnswer = {"task": search.task, "searched": search.num_rows, "hits": found}
         doubt = search.describe_doubt(row)
         return {**answer, "caution": doubt} if doubt else answer
 
     def render_search(
-        self, request: SearchRequest, search: "CorpusSearch", row: "np.ndarray"
+        self,
+        request: SearchRequest,
+        search: "CorpusSearch",
+        row: "np.ndarray",
+        vector: "np.ndarray",
     ) -> ServedAnswer:
-        """Answer a search with its page in ``html``.
+        """Answer a search with its page in ``html``; several threads may call it.
 
         Args:
             request: parsed form of a browser.
             search: result of :meth:`read_query`.
             row: result of :meth:`read_query`.
+            vector: that of the row, by ``search.embed_query``.
         """
-        hits, preview = search.rank_rows(row, request.top), search.preview_query(request.query, row)
+        hits = search.rank_rows(vector, request.top)
+        preview = search.preview_query(request.query, row)
         name, doubt = printable_name(request.query.name), search.describe_doubt(row)
         return {"html": search.render_hits(name, hits, self._list_searches(), preview, doubt)}
 

@@ -45,10 +45,10 @@ class LocalReplica:
         if name == "predict":
             return self.model.predict([self.model.read_rows(request, budget)])[0]
         try:
-            found = self.model.read_query(request, budget)
+            search, row = self.model.read_query(request, budget)
         except UserError as error:
             return {"error": str(error)}
-        return getattr(self.model, name)(request, *found)
+        return getattr(self.model, name)(request, search, row, search.embed_query(row))
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Preparation through Ray: rows are accounted for, bytes are stable, crashes leave nothing."""
+"""Preparation: rows are accounted for, bytes are stable, crashes leave nothing.
+
+The session's Ray prepares in this process. A process of its own needs none for texts, and starts
+one for media.
+"""
 
 import json
 import os
@@ -13,7 +17,8 @@ from typing import Any
 import pytest
 
 from pipelines import prepare as preparing
-from pipelines.data.corpora import find_corpus
+from pipelines.data.corpora import find_corpus, open_external_corpus
+from pipelines.data.corpora.formats import record_reader
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preprocessing_prepare
 from pipelines.data.preprocessing.prepare import prepare
@@ -22,6 +27,7 @@ from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_corpora.demo.syllables import WEB_PAGE, SyllablesCorpus
 from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.processes import start_python
 from tests.helpers.synthetic_corpora import ENTRY_POINTS, SLOW, Made, put_archive
@@ -48,7 +54,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def command(data: Path, archives: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    """Start ``python -m pipelines.prepare`` on the made-up corpus with a Ray of its own."""
+    """Start ``python -m pipelines.prepare`` on the made-up corpus."""
     words = ["-m", "pipelines.prepare", MADE, "--data", data, "--archives", archives, "--json"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "platform"), ENTRY_POINTS])
     given = {"PYTHONPATH": path, **environment}
@@ -210,11 +216,15 @@ def test_a_killed_prepare_resumes_with_its_finished_shards(
     assert len(same) >= 3  # they were not written again
 
 
+@pytest.mark.parametrize("with_media", [False, True])
 def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
-    made: tuple[Path, Path], tmp_path: Path
+    made: tuple[Path, Path], tmp_path: Path, with_media: bool
 ) -> None:
-    data = tmp_path / "data"
-    first = command(data, made[1], "--cpus", "1", **{SLOW: "700"})
+    data, more = tmp_path / "data", ["--cpus", "1"]
+    if with_media:
+        user_corpora.media_folder(tmp_path / "media")
+        more += ["--corpus", f"media=folder:{tmp_path / 'media'}"]
+    first = command(data, made[1], *more, **{SLOW: "700"})
     try:
         wait_for_shards(data, 1, first)
         first.send_signal(signal.SIGTERM)
@@ -225,7 +235,26 @@ def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     assert first.returncode == 143, err
     assert "ended by SIGTERM; the same command resumes it" in err
     assert "received at" not in err, "Ray's stack of C++"
-    assert [path.name.split("-")[0] for path in data.iterdir()] == [".made.partial"]
+    left = {path.name.split("-")[0] for path in data.iterdir()}
+    assert left - {"media", ".media.partial", "tokenizer.json", "tokenizer.manifest.json"} == {
+        ".made.partial"
+    }
+
+
+def test_tasks_of_ray_read_the_parts_of_a_corpus(
+    ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"text": f"第{n}句 {n * n}", "label": f"c{n % 3}"} for n in range(200)]
+    user_corpora.write_lines(tmp_path / "rows.jsonl", lines)
+    contents = []
+    for size in (2**23, 500):
+        monkeypatch.setattr(record_reader, "PART_BYTES", size)
+        corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.jsonl'}")
+        corpus.shard_rows = 30
+        assert (len(corpus.divide()) > 5) == (size == 500)
+        prepare([], tmp_path / str(size), tmp_path, external=[corpus], vocabulary=400)
+        contents.append(files_of(tmp_path / str(size) / "mine"))
+    assert contents[0] == contents[1]
 
 
 def test_other_settings_do_not_go_on_with_the_shards_of_the_first(

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
@@ -32,17 +32,25 @@ JOINED_ROW = "joined to the first row of its media file"
 MAX_TEXT_LENGTH = 1_000_000
 
 
-def find_long_text(row: Row) -> str:
-    """Return why a row is rejected if one of its texts is too long, else "".
+def measure_texts(row: Row) -> tuple[int, str]:
+    """Return the characters of a row's texts, and why it is rejected if one of them is too long.
 
     Args:
         row: as the corpus yields it.
     """
+    count, reason = 0, ""
     for name, value in row.items():
-        texts = value if isinstance(value, list) else (value,)
-        if texts and isinstance(texts[0], str) and max(map(len, texts)) > MAX_TEXT_LENGTH:
-            return f"{name} is longer than {MAX_TEXT_LENGTH} characters"
-    return ""
+        if isinstance(value, str):
+            size = longest = len(value)
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            lengths = list(map(len, value))
+            size, longest = sum(lengths), max(lengths)
+        else:
+            continue
+        count += size
+        if longest > MAX_TEXT_LENGTH and not reason:
+            reason = f"{name} is longer than {MAX_TEXT_LENGTH} characters"
+    return count, reason
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,21 @@ class SourceArchives:
             yield name[len(start) : len(name) - len(end)], data
 
 
+class CorpusPart(NamedTuple):
+    """Consecutive rows of a corpus, which a task reads.
+
+    Args:
+        file: the file that holds them, as its rejected rows name it. If a row truncates it, the
+            later parts of the file are not part of the corpus.
+        corpus: a corpus of these rows alone.
+        is_bounded: whether all rows of the part fit into memory; else they are read one by one.
+    """
+
+    file: str
+    corpus: "Corpus"
+    is_bounded: bool
+
+
 class Corpus(ABC):
     """One source of rows. Ray copies it to its workers, so it holds settings and never rows.
 
@@ -152,6 +175,14 @@ class Corpus(ABC):
         Args:
             sources: the verified archives; empty for a corpus that reads a path of the user.
         """
+
+    def divide(self) -> list[CorpusPart]:
+        """Return parts that give the rows of ``rows`` one after the other, in their order.
+
+        Keys of a divided corpus never repeat, so that nobody has to compare them. A corpus without
+        parts is read whole, in one process.
+        """
+        return []
 
     @abstractmethod
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:

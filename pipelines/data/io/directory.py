@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import gzip
 import hashlib
+import math
 import os
 import posixpath
 import unicodedata
@@ -301,7 +302,9 @@ class SourceDirectory:
         return True
 
 
-def iter_lines(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes]]:
+def iter_lines(
+    stream: IO[bytes], ends: bool = False, before: int = 0, size: int | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a stream with their numbers, from 1.
 
     Empty lines and a byte order mark are left out.
@@ -309,15 +312,18 @@ def iter_lines(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, byt
     Args:
         stream: stream to read.
         ends: keep the line endings. A line without one is the last and may be truncated.
+        before: number of lines before the position of the stream.
+        size: bytes to read, up to the end of a line; None reads all.
 
     Raises:
         OversizedInputError: a line, or a run of empty lines, seems to have no end.
     """
-    number = empty = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    number, empty, left = before, 0, math.inf if size is None else size
+    while left > 0 and (line := stream.readline(MAX_LINE_BYTES + 1)):
         if len(line) > MAX_LINE_BYTES:
             raise OversizedInputError("a line longer than 64 MiB")
         number += 1
+        left -= len(line)
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         line = line if ends else line.strip(b"\r\n")
@@ -333,7 +339,7 @@ def to_printable(name: str) -> str:
 
     A disk takes any bytes as a name, but messages and manifests are UTF-8.
     """
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_listing(entries: Iterable[DirectoryEntry]) -> tuple[int, int, str]:

@@ -4,8 +4,8 @@
 row passes these modules in order::
 
     blocks          read rows, cut them into blocks, one block per shard
-    datasource      give the blocks to Ray Data
-    pipeline        transform a block and write its shard
+    jobs            units of work: the blocks of a corpus; transform a block and write its shard
+    pipeline        run the jobs in tasks: ray_tasks, or local_tasks for texts
     staging         finished shards on the disk (remote_staging: in an object store)
     progress        the driver's count, error rate and manifest
 

@@ -350,7 +350,7 @@ def _read_sample(corpus: ExternalCorpus) -> _Sample:
             for row in corpus.rows(SourceArchives.none()):
                 if is_late.is_set():
                     return
-                row = check_row(row, keys)
+                row, _ = check_row(row, keys)
                 if isinstance(row, RejectedRow):
                     sample.rejections[row.reason] += 1
                     sample.errors += row.counts_as_error

@@ -3,14 +3,15 @@
 :func:`prepare` finds corpora that are current, trains the tokenizer if necessary, and passes the
 other corpora to :mod:`pipelines.data.preprocessing.pipeline`.
 
-A preparation that must fail fails in seconds, before Ray starts: :func:`check_preparable` reads a
-small corpus completely, as ``skillnet inspect`` does. A corpus that is too large for that is
-checked while it is prepared.
+A preparation that must fail fails in seconds, before its tasks start: :func:`check_preparable`
+reads a small corpus completely, as ``skillnet inspect`` does. A corpus that is too large for that
+is checked while it is prepared.
 """
 
 import contextlib
 import copy
 import hashlib
+import os
 import tempfile
 import threading
 from collections import Counter
@@ -22,8 +23,18 @@ from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus, is
 from pipelines.data.corpora.archives import check_archive
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.unread_files import unpack_hint
+from pipelines.data.corpora.readers.base import LABEL_COLUMNS
 from pipelines.data.io.media import MediaReadError, read_media
-from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
+from pipelines.data.preprocessing import pipeline
+from pipelines.data.preprocessing.blocks import (
+    ReadSummary,
+    RowBlock,
+    read_blocks,
+    read_spool_summary,
+    read_spooled_rows,
+)
+from pipelines.data.preprocessing.jobs import CorpusJob
+from pipelines.data.preprocessing.local_tasks import LocalTasks, needs_no_ray
 from pipelines.data.preprocessing.media_sample import run_within, try_media
 from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
@@ -66,7 +77,7 @@ def prepare(
         names: names of built-in or installed corpora.
         data: directory to write to; with an object store, the local staging directory.
         archives: directory of the downloads.
-        cpus: CPUs of the embedded Ray.
+        cpus: CPUs of the embedded Ray, or processes of texts.
         max_error_rate: allowed fraction of a corpus' rows that are bad.
         external: external corpora, already opened.
         tokenizer: see ``PrepareConfig``.
@@ -143,11 +154,19 @@ def _prepare(
     for corpus in corpora:
         if is_trained or not corpus.text_columns:
             reuse_if_current(corpus, data, sources[corpus.name], done, store)
+    parts = {corpus.name: corpus.divide() for corpus in corpora if corpus.name not in done}
+    unlabelled = list[ExternalCorpus]()
+    # The size of other corpora is unknown.
+    are_small = all(isinstance(corpus, ExternalCorpus) for corpus in corpora)
     for corpus in corpora:
         if corpus.name not in done and isinstance(corpus, ExternalCorpus):
-            corpus.scan_labels()
+            # The labels of a large corpus are collected while its parts are read.
+            if len(parts[corpus.name]) > 1 and corpus.lacks_labels():
+                unlabelled.append(corpus)
+            else:
+                corpus.scan_labels()
             rejected = data / f"{corpus.name}.rejected.jsonl"
-            check_preparable(corpus, rejected, max_error_rate)
+            are_small &= check_preparable(corpus, rejected, max_error_rate)
     if not is_trained and policy.lock is not None:
         policy.lock.exclusive()
     if not is_trained and size is not None:
@@ -159,23 +178,24 @@ def _prepare(
             # All corpora are current, but the manifest of the tokenizer may have changed.
             upload_shared_files(data, store)
         return {corpus.name: done[corpus.name] for corpus in corpora}
-    cluster.ensure_ray(cpus)
-    # Ray Data is imported only if there is work: not for --help.
-    from pipelines.data.preprocessing import pipeline
-
-    scheduling = pipeline.choose_scheduling(corpora, store)
     with (
         signals.terminate_as_interrupt(),
         storage.scratch_directory(data / "reading") as spool_dir,
         contextlib.ExitStack() as stack,
     ):
-        # The workers end before the directory is removed that they write to.
-        stack.callback(cluster.halt_if_asked)
-        spools: dict[str, Path] = {}
+        spooled = list(dict.fromkeys([*unlabelled, *([] if is_trained else training_corpora)]))
+        to_do = [*spooled, *(corpus for corpus in corpora if corpus.name not in done)]
+        tasks = _start_tasks(to_do, store, cpus, 1 if are_small else None, stack)
+        spools = pipeline.spool_corpora(spooled, archives, spool_dir, parts, tasks)
+        for corpus in unlabelled:
+            spool, annotations = spools[corpus.name], corpus.annotations_present
+            columns = [LABEL_COLUMNS[each] for each in annotations if each in LABEL_COLUMNS]
+            corpus.collect_labels(
+                read_spooled_rows(spool, columns), read_spool_summary(spool).errors
+            )
         if not is_trained:
-            spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
             num_tokens = size or tokenizers.VOCABULARY_SIZE
-            text = pipeline.train_shared_tokenizer(training_corpora, spools, num_tokens, scheduling)
+            text = pipeline.train_shared_tokenizer(training_corpora, spools, num_tokens, tasks)
             recorded = {
                 selection.FINGERPRINT: config.digest_config(fingerprint),
                 "sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -193,9 +213,6 @@ def _prepare(
                     reuse_if_current(corpus, data, sources[corpus.name], done, store)
         if store is not None:
             upload_shared_files(data, store)  # before the manifests, which name its hash
-        # Ray loads with it, which --help does not need.
-        from pipelines.data.preprocessing.datasource import CorpusJob
-
         jobs = [
             CorpusJob(
                 corpus,
@@ -204,15 +221,35 @@ def _prepare(
                 build_corpus_identity(corpus, sources[corpus.name], data),
                 tokenizer if corpus.text_columns else None,
                 spools.get(corpus.name),
+                parts[corpus.name],
             )
             for corpus in corpora
             if corpus.name not in done
         ]
-        manifests = pipeline.write_corpora(jobs, max_error_rate, scheduling, store)
+        manifests = pipeline.write_corpora(jobs, max_error_rate, tasks, store)
         for manifest in stack.enter_context(contextlib.closing(manifests)):
             done[manifest["corpus"]] = summarize_manifest(manifest, "prepared")
             console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
+
+
+def _start_tasks(
+    corpora: Sequence[Corpus],
+    store: str | None,
+    cpus: int | None,
+    processes: int | None,
+    stack: contextlib.ExitStack,
+) -> pipeline.PreparationTasks:
+    """Return where the tasks run. The stack ends them before their directory is removed."""
+    if needs_no_ray(corpora, store):
+        count = processes or cpus or len(os.sched_getaffinity(0))
+        return stack.enter_context(LocalTasks(count))
+    cluster.ensure_ray(cpus)
+    stack.callback(cluster.halt_if_asked)
+    # Ray Data is imported only if there is work for it: not for --help.
+    from pipelines.data.preprocessing.ray_tasks import choose_scheduling
+
+    return choose_scheduling(corpora, store)
 
 
 def build_corpus_identity(
@@ -398,8 +435,8 @@ MAX_FIRST_ROWS = 10_000
 MAX_TRIED = 16
 
 
-def check_preparable(corpus: ExternalCorpus, rejected: Path, max_error_rate: float) -> None:
-    """Stop if a corpus cannot be prepared.
+def check_preparable(corpus: ExternalCorpus, rejected: Path, max_error_rate: float) -> bool:
+    """Stop if a corpus cannot be prepared; return whether it is small, so that all rows were read.
 
     Args:
         corpus: opened, with its labels.
@@ -413,7 +450,7 @@ def check_preparable(corpus: ExternalCorpus, rejected: Path, max_error_rate: flo
         lines = Path(folder) / "rejected.jsonl"
         rows, summary = _read_first_rows(corpus, lines)
         if summary is None:
-            return
+            return False
         try:
             check_first_rows(corpus, summary, max_error_rate, rejected)
         except UserError as error:
@@ -422,6 +459,7 @@ def check_preparable(corpus: ExternalCorpus, rejected: Path, max_error_rate: flo
             raise UserError(f"{error}{unpack_hint(corpus.source)}") from None
         if max_error_rate <= MAX_ADVISED_RATE:
             _check_media(corpus, rows)
+    return True
 
 
 def _read_first_rows(corpus: ExternalCorpus, lines: Path) -> tuple[list[Row], ReadSummary | None]:

@@ -18,7 +18,7 @@ from skillnet_platform.package_version import find_version
 from skillnet_platform.storage import atomic_write, write_json
 
 if TYPE_CHECKING:
-    from pipelines.data.preprocessing.datasource import CorpusJob
+    from pipelines.data.preprocessing.jobs import CorpusJob
 
 #: Packages whose versions the manifest records.
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")

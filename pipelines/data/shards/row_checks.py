@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from skillnet.modality import find_modality
 
@@ -41,7 +42,7 @@ def digest_shard(table: pa.Table, modality: str) -> dict[str, Any]:
     content = find_modality(modality).content_column
     inputs = _digest_column(table, content) if content in table.column_names else None
     targets = {
-        name: np.unique(_digest_column(table, name))[:2].tolist()
+        name: np.unique(_digest_column(_unique_numbers(table.select([name])), name))[:2].tolist()
         for name in _TARGET_COLUMNS
         if name in table.column_names
     }
@@ -140,6 +141,14 @@ def is_constant(table: pa.Table, column: str) -> bool:
 def measures_models(split: str) -> bool:
     """Return whether a split is for measuring: a test, or the validation."""
     return split.startswith("test") or split == "validation"
+
+
+def _unique_numbers(table: pa.Table) -> pa.Table:
+    """Return the different values of a column of whole numbers; another column as it is."""
+    (column,) = table.columns
+    if not pa.types.is_integer(column.type):
+        return table
+    return pa.table({table.column_names[0]: pc.unique(column)})
 
 
 def _digest_column(table: pa.Table, name: str) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from skillnet.rust_panics import panics_as_errors
@@ -19,6 +17,8 @@ CODE_TOKENS = 192
 #: the next number. Real tokens are far shorter, so the cut changes no kept token.
 MAX_CHARACTERS_PER_TOKEN = 256
 MIN_CUT_CHARACTERS = 20_000
+#: Texts that are tokenized at once. The library takes a hundred bytes per token until it returns.
+BATCH_TEXTS = 2048
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
@@ -39,14 +39,12 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     # The time of a tokenizer grows with the text, although only the first tokens are kept.
     longest = max(limit * MAX_CHARACTERS_PER_TOKEN, MIN_CUT_CHARACTERS)
     texts = [each[:longest] for each in texts]
-    for each in texts:
-        check_unicode(each)
+    if not is_unicode("".join(texts)):
+        for each in texts:
+            check_unicode(each)
     # A tokenizer with patterns of its own does this in a child process.
     list_own = getattr(tokenizer, "encode_ids", partial(list_ids, tokenizer))
-    ids = list_own(texts, limit)
-    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+    return pa.array(list_own(texts, limit), pa.list_(pa.int32()))
 
 
 def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:
@@ -60,8 +58,10 @@ def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]
     Raises:
         ValueError: the tokenizer fails.
     """
-    encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(texts))
-    ids = [row.ids for row in encoded]
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), BATCH_TEXTS):
+        batch = texts[start : start + BATCH_TEXTS]
+        ids += [row.ids for row in _run_tokenizer(lambda: tokenizer.encode_batch_fast(batch))]  # noqa: B023
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:
         for index, row in enumerate(ids):

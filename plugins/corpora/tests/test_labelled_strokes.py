@@ -8,7 +8,7 @@ import pytest
 from pipelines.data.corpora import DEMO, find_corpus
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.preprocessing.blocks import rows_to_table
-from pipelines.data.preprocessing.pipeline import transform_block
+from pipelines.data.preprocessing.jobs import transform_block
 from plugins.corpora.tests.demo_archives import write_stroke_archives
 from skillnet_corpora.demo import strokes
 from skillnet_corpora.demo.strokes import StrokesCorpus

@@ -16,6 +16,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,6 +46,87 @@ if TYPE_CHECKING:
 _VALUE_ERRORS = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)
 #: Rows that are converted to Python values at once.
 _ROWS_PER_SLICE = 256
+
+
+#: Bytes of a part of a file: enough work for a task, and little enough for its memory.
+PART_BYTES = 8 * 2**20
+#: Bytes of a row group or of other lines. A file with more is not divided: a task holds a part.
+MAX_PART_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Consecutive records of a file.
+
+    Args:
+        before: number of lines, or of rows, before the first record.
+        start: first byte, or first row group of a Parquet file.
+        stop: byte after the last one, or row group after the last one.
+    """
+
+    before: int
+    start: int
+    stop: int
+
+
+def divide_file(source: SourceDirectory, file: str) -> list[FilePart]:
+    """Return the parts of a file that tasks can read one by one; none for a large one without.
+
+    JSON has no line break inside of a value, so lines are divided before a brace. CSV is not
+    divided, because a quoted field can hold lines. Compressed files cannot be read from the middle.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
+    name = (file or source.name).lower()
+    if name.endswith(".gz"):
+        return []
+    with source.open(file) as stream:
+        if name.endswith((".csv", ".tsv")):
+            size = stream.seek(0, io.SEEK_END)
+            return [FilePart(0, 0, size)] if size <= PART_BYTES else []
+        if name.endswith(".parquet"):
+            return _divide_row_groups(stream)
+        start = peek_start(stream)
+        if isinstance(start, BadRecord) or not _holds_lines(start, name):
+            return []
+        return _divide_lines(stream)
+
+
+def _divide_lines(stream: IO[bytes]) -> list[FilePart]:
+    parts: list[FilePart] = []
+    offset = lines = 0
+    begin = FilePart(0, 0, 0)
+    while block := stream.read(1 << 20):
+        while (at := block.find(b"\n{", max(begin.start + PART_BYTES - offset - 1, 0))) >= 0:
+            before, stop = lines + block.count(b"\n", 0, at + 1), offset + at + 1
+            parts.append(FilePart(begin.before, begin.start, stop))
+            begin = FilePart(before, stop, stop)
+        lines, offset = lines + block.count(b"\n"), offset + len(block)
+    parts.append(FilePart(begin.before, begin.start, offset))
+    return parts if all(each.stop - each.start <= MAX_PART_BYTES for each in parts) else []
+
+
+def _divide_row_groups(stream: IO[bytes]) -> list[FilePart]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts: list[FilePart] = []
+    rows = before = start = size = 0
+    try:
+        about = pq.ParquetFile(stream).metadata
+        for index in range(about.num_row_groups):
+            group = about.row_group(index)
+            if group.total_byte_size > MAX_PART_BYTES:
+                return []
+            rows, size = rows + group.num_rows, size + group.total_byte_size
+            if size >= PART_BYTES or index == about.num_row_groups - 1:
+                parts.append(FilePart(before, start, index + 1))
+                before, start, size = rows, index + 1, 0
+    except (pa.ArrowException, OSError, UnicodeDecodeError):  # reading it says what is wrong
+        return []
+    return parts
 
 
 def iter_batch_rows(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | BadRecord]:
@@ -82,7 +164,11 @@ def _to_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
 
 
 def read_parquet_rows(
-    source: SourceDirectory, file: str, batch_rows: int = 256, unread: Collection[str] = ()
+    source: SourceDirectory,
+    file: str,
+    batch_rows: int = 256,
+    unread: Collection[str] = (),
+    part: FilePart | None = None,
 ) -> Iterator[NumberedRecord]:
     """Yield the rows of a Parquet file with their numbers from 1, a small batch at a time.
 
@@ -91,11 +177,12 @@ def read_parquet_rows(
         file: path of the file in ``source``, "" for ``source`` itself.
         batch_rows: rows in memory at once.
         unread: columns that are left out.
+        part: the rows to read; by default all.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 1
+    number = 1 if part is None else part.before + 1
     with source.open(file) as stream:
         try:
             parquet = pq.ParquetFile(stream)
@@ -103,11 +190,14 @@ def read_parquet_rows(
             if repeated := find_repeated_column(names):
                 yield number, repeated
                 return
-            columns = [name for name in names if name not in unread]
-            for batch in parquet.iter_batches(batch_rows, columns=columns if unread else None):
-                for row in iter_batch_rows(batch):
-                    yield number, row
-                    number += 1
+            columns = [name for name in names if name not in unread] if unread else None
+            groups = (0, parquet.num_row_groups) if part is None else (part.start, part.stop)
+            # One by one: a damaged group costs the same rows, whichever part it is in.
+            for group in range(*groups):
+                for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=columns):
+                    for row in iter_batch_rows(batch):
+                        yield number, row
+                        number += 1
         # A failing disk or store raises none of these. Column names can be invalid UTF-8 too.
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             yield number, BadRecord("Parquet damaged from here on", truncates_file=True)
@@ -140,20 +230,23 @@ _ARRAY_START = re.compile(rb"\[\s*[{\]]")
 _MULTILINE_OBJECT_START = re.compile(rb"\{[ \t]*\r?\n")
 
 
-def read_records(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+def read_records(
+    source: SourceDirectory, file: str, part: FilePart | None = None
+) -> Iterator[NumberedRecord]:
     """Yield the records of a file with their numbers; the file name decides the format.
 
     Args:
         source: the directory of the file.
         file: path of the file in ``source``, "" for ``source`` itself. A file whose name ends in
             ``.gz`` is decompressed.
+        part: one of :func:`divide_file`; by default all records.
     """
     name = _uncompressed_name(source, file)
     if name.endswith((".csv", ".tsv")):
         return read_csv_rows(source, file, "\t" if name.endswith(".tsv") else None)
     if name.endswith(".parquet"):
-        return read_parquet_rows(source, file)
-    return read_json_lines(source, file)
+        return read_parquet_rows(source, file, part=part)
+    return read_json_lines(source, file, part)
 
 
 def describe_first_error(records: Iterator[NumberedRecord]) -> str:
@@ -166,7 +259,9 @@ def describe_first_error(records: Iterator[NumberedRecord]) -> str:
     return f" ({first.reason})" if isinstance(first, BadRecord) else ""
 
 
-def read_json_lines(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+def read_json_lines(
+    source: SourceDirectory, file: str, part: FilePart | None = None
+) -> Iterator[NumberedRecord]:
     """Yield the objects of a JSON lines file with their line numbers.
 
     A file with one array of objects is read too; its objects have their number in the array.
@@ -174,28 +269,41 @@ def read_json_lines(source: SourceDirectory, file: str) -> Iterator[NumberedReco
     Args:
         source: the directory of the file.
         file: path of the file in ``source``, "" for ``source`` itself.
+        part: the lines to read; by default all.
     """
     with source.open(file) as stream:
+        if part is not None:
+            stream.seek(part.start)
+            yield from _lines(stream, part.before, part.stop - part.start)
+            return
         start = peek_start(stream)
         if isinstance(start, BadRecord):
             yield 1, start
-            return
-        text = start.removeprefix(codecs.BOM_UTF8).lstrip()
-        json_array = text[:1] == b"[" and _uncompressed_name(source, file).endswith(".json")
-        if json_array or _ARRAY_START.match(text):
-            yield from ((number, _require_object(value)) for number, _, value in _entries(stream))
-        elif _MULTILINE_OBJECT_START.match(text):
+        elif _holds_lines(start, _uncompressed_name(source, file)):
+            yield from _lines(stream)
+        elif _MULTILINE_OBJECT_START.match(_skip_blanks(start)):
             yield 1, MULTILINE_JSON
         else:
-            yield from _lines(stream)
+            yield from ((number, _require_object(value)) for number, _, value in _entries(stream))
 
 
-def _lines(stream: IO[bytes]) -> Iterator[NumberedRecord]:
-    number, decoder = 0, StrictJsonDecoder()
+def _skip_blanks(start: bytes) -> bytes:
+    return start.removeprefix(codecs.BOM_UTF8).lstrip()
+
+
+def _holds_lines(start: bytes, name: str) -> bool:
+    """Return whether a JSON file of a name holds one object per line, by its first bytes."""
+    text = _skip_blanks(start)
+    is_array = (text[:1] == b"[" and name.endswith(".json")) or _ARRAY_START.match(text)
+    return not is_array and not _MULTILINE_OBJECT_START.match(text)
+
+
+def _lines(stream: IO[bytes], before: int = 0, size: int | None = None) -> Iterator[NumberedRecord]:
+    number, decoder = before, StrictJsonDecoder()
     try:
-        for number, line in iter_lines(stream, ends=True):
+        for number, line in iter_lines(stream, True, before, size):
             try:
-                value: Any = decoder.decode(line.decode("utf-8"))
+                value: Any = decoder.decode_line(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     value = TRUNCATED_LINE
@@ -306,6 +414,22 @@ class StrictJsonDecoder(json.JSONDecoder):
         self.has_duplicate = False
         value, end = super().raw_decode(s, idx)
         return (DUPLICATE_FIELD if self.has_duplicate else value), end
+
+    def decode_line(self, line: str) -> Any:
+        """Return the only value of a line, as ``decode`` does in half of its time.
+
+        Raises:
+            ValueError: the line is no JSON.
+        """
+        text = line.strip(" \t\r\n")
+        self.has_duplicate = False
+        try:
+            value, end = self.scan_once(text, 0)  # type: ignore[attr-defined]
+        except StopIteration:
+            raise ValueError("no value") from None
+        if end != len(text):
+            raise ValueError("data after the value")
+        return DUPLICATE_FIELD if self.has_duplicate else value
 
     def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         built = dict(pairs)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from annotated_types import Interval
 
 from pipelines.data.config.bounds import BoundedOptions
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, measure_texts
 from pipelines.data.corpora.formats.encoding import BadRecord
 from pipelines.data.corpora.formats.unread_files import UnreadFiles
 from pipelines.data.corpora.readers.row_builders import UnwantedRowError, error_row, make_key
@@ -46,6 +46,13 @@ from skillnet_platform.errors import UserError
 
 #: CTC symbol of characters that do not occur in the training transcripts.
 UNKNOWN_SYMBOL = "<unk>"
+#: Annotation -> column from which its classes, symbols or scale are collected.
+LABEL_COLUMNS = {
+    "labels": "label",
+    "label_sets": "label_set",
+    "values": "value",
+    "transcripts": "text",
+}
 #: Approximate size of a shard in bytes. It decides the number of rows per shard.
 TARGET_SHARD_BYTES = 32 * 2**20
 
@@ -207,18 +214,41 @@ class ExternalCorpus(Corpus):
 
         It costs one pass over ``rows`` before preparation, and runs only if they are missing.
         """
+        if self.lacks_labels():
+            self.collect_labels(self.rows(SourceArchives.none()), {})
+
+    def lacks_labels(self) -> bool:
+        """Return whether the rows have classes, symbols or values that are not collected yet."""
+        return any(self._list_missing_labels())
+
+    def _list_missing_labels(self) -> tuple[bool, bool, bool]:
+        """Return whether classes, symbols, and the scale of values are missing."""
         wants_labels = self._has_labels() and not self.labels
         wants_symbols = "transcripts" in self.annotations_present and not self.symbols
         wants_scale = "values" in self.annotations_present and self.value_scale is None
-        if not wants_labels and not wants_symbols and not wants_scale:
-            return
+        return wants_labels, wants_symbols, wants_scale
+
+    def collect_labels(
+        self, rows: Iterable[Row | RejectedRow], known_errors: Mapping[str, int]
+    ) -> None:
+        """Collect the missing classes, symbols and scale of values from rows.
+
+        Args:
+            rows: rows with the column of ``LABEL_COLUMNS`` and their splits; all of them for
+                values, else those with different labels.
+            known_errors: reason -> error rows that ``rows`` lacks, for the message.
+        """
+        wants_labels, wants_symbols, wants_scale = self._list_missing_labels()
         labels: set[str] = set()
         values = RunningMoments()
         characters: set[str] = set()
-        errors = Counter[str]()
-        for row in self.rows(SourceArchives.none()):
+        errors = Counter(known_errors)
+        for row in rows:
             if isinstance(row, RejectedRow):
                 errors[row.reason] += row.counts_as_error
+                continue
+            if reason := measure_texts(row)[1]:
+                errors[reason] += 1
                 continue
             # A class or character that training lacks cannot be learned.
             if row["split"] != "train":
@@ -280,9 +310,10 @@ class ExternalCorpus(Corpus):
             if isinstance(record, RejectedRow):
                 yield record
                 continue
-            file, number, value, _, key, _ = record
+            file, number, value, split, key, origin = record
             if not key:
-                record = record._replace(key=(key := make_key(f"{file}:{number}")))
+                key = make_key(f"{file}:{number}")
+                record = FileRecord(file, number, value, split, key, origin)
             if isinstance(value, BadRecord):
                 yield error_row(key, value.reason, file, number, value.truncates_file)
                 continue
@@ -292,7 +323,9 @@ class ExternalCorpus(Corpus):
                 is_error = not isinstance(error, UnwantedRowError)
                 yield RejectedRow(key, str(error), file, number, counts_as_error=is_error)
                 continue
-            yield row if number is None else row | {"file": file, "row": number}
+            if number is not None:
+                row["file"], row["row"] = file, number
+            yield row
 
     def read_records(self) -> Iterator[FileRecord | RejectedRow]:
         """Yield the records of all files; those that are rejected without a look as such."""
@@ -426,10 +459,11 @@ class ExternalCorpus(Corpus):
         values: dict[Any, int] = {}
         for name, label_id in names.items():
             values.setdefault(parse_label(name), label_id)
-        return [
-            None if label is None else names.get(label, values.get(parse_label(label)))
-            for label in row_labels
-        ]
+        ids = {
+            label: None if label is None else names.get(label, values.get(parse_label(label)))
+            for label in set(row_labels)
+        }
+        return [ids[label] for label in row_labels]
 
     def _encode_symbols(self, transcripts: Sequence[str | None]) -> pa.Array:
         # Id 0 is the CTC blank.

@@ -8,6 +8,7 @@ matter, because files can write a name differently.
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -477,7 +478,9 @@ class RecordCorpus(ExternalCorpus):
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
         if self._reads_strings:
             row = self._build_text_row(final, key, fields, label)
-            return row | targets | {"unit": self._read_unit(fields)}
+            row.update(targets)
+            row["unit"] = self._read_unit(fields)
+            return row
         if reference is None:
             raise ValueError("no media file")
         captions: list[str] = []
@@ -538,7 +541,7 @@ class RecordCorpus(ExternalCorpus):
 
     def _read_unit(self, fields: Mapping[str, Any], item: str | None = None) -> str | None:
         """Return the name of the unit of a row: of ``split_by``, the speaker or the media file."""
-        name = self.options.split_by or find_field(fields, SPEAKER_FIELDS)
+        name = self.options.split_by or _find_speaker_field(tuple(fields))
         name = self.label_field if "pairs" in self.annotations_present else name
         value = read_field(fields, name)
         if is_empty_value(value) or isinstance(value, list | dict):
@@ -576,7 +579,8 @@ class RecordCorpus(ExternalCorpus):
         row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
         content = find_modality(self.modality).content_column
         if self._reads_texts:
-            return row | {content: self._join_texts(fields)}
+            row[content] = self._join_texts(fields)
+            return row
         name = find_field(fields, self.modality_files.row_fields)
         row[content] = clean_text(read_field(fields, name))
         if "captions" in self.annotations_present:
@@ -592,9 +596,16 @@ class RecordCorpus(ExternalCorpus):
     def _join_texts(self, fields: Mapping[str, Any]) -> str:
         """Return the text of a row; of several fields, blank ones are left out."""
         values = [read_field(fields, name) for name in self.text_fields]
-        if len(values) > 1:
-            values = [value for value in values if not is_empty_value(value)] or [""]
+        if len(values) == 1:
+            return clean_text(values[0])
+        values = [value for value in values if not is_empty_value(value)] or [""]
         return "\n".join(clean_text(value) for value in values)
+
+
+@lru_cache(maxsize=256)
+def _find_speaker_field(names: tuple[str, ...]) -> str | None:
+    """Return the field of the speaker; most rows of a corpus have the same fields."""
+    return find_field(names, SPEAKER_FIELDS)
 
 
 def _unwrap_captions(value: Any) -> Any:

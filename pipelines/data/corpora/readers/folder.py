@@ -13,13 +13,14 @@
 can be in capitals.
 """
 
+import copy
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.data.corpora.base import RejectedRow, Row
+from pipelines.data.corpora.base import CorpusPart, RejectedRow, Row
 from pipelines.data.corpora.formats.parquet_media import EmbeddedMedia
 from pipelines.data.corpora.formats.record_reader import describe_first_error
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
@@ -59,7 +60,7 @@ from pipelines.data.corpora.readers.metadata_tables import (
     list_row_files,
     locate_media,
 )
-from pipelines.data.corpora.readers.row_builders import UnwantedRowError, make_key
+from pipelines.data.corpora.readers.row_builders import UnwantedRowError, is_plain_key, make_key
 from pipelines.data.corpora.readers.split_lists import (
     SplitLists,
     are_storage_folders,
@@ -516,6 +517,21 @@ class FolderCorpus(RecordCorpus):
             is_named = self.file_field is not None and self.media_column is None
             if is_named and not self.source.is_file:
                 yield from self._unreferenced_media(referenced)
+
+    def divide(self) -> list[CorpusPart]:
+        """Return the parts of the files of texts or code; media are compared with all rows."""
+        if not self.tables or not self._reads_strings or self.file_field is not None:
+            return []
+        parts = []
+        for table in self.tables:
+            name = table.file or self.source.name
+            if not is_plain_key(name):
+                return []
+            for each in table.divide(self.source):
+                part = copy.copy(self)
+                part.tables = [each]
+                parts.append(CorpusPart(name, part, each.part is not None))
+        return parts
 
     def build_record(self, found: FileRecord) -> Row:
         """Return the row of a record of metadata, or of a media file in the folder of a class."""

@@ -11,7 +11,7 @@ occur again later, in a file. So memory does not grow with the corpus.
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
-from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, find_long_text
+from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, measure_texts
 from pipelines.data.corpora.readers.row_builders import MAX_CAPTIONS, error_row, hash_caption_group
 from pipelines.data.io.key_set import KeySet, ScratchDatabase, digest_key
 
@@ -92,7 +92,7 @@ def _iter_runs(rows: Iterator[Row | RejectedRow]) -> Iterator[list[Row] | Reject
     run: list[Row] = []
     for row in rows:
         # Captions of the same media file in other rows are kept.
-        if not isinstance(row, RejectedRow) and (reason := find_long_text(row)):
+        if not isinstance(row, RejectedRow) and (reason := measure_texts(row)[1]):
             row = error_row(row["key"], reason, row.get("file"), row.get("row"))
         if isinstance(row, RejectedRow):
             if run:

@@ -37,6 +37,8 @@ from pipelines.data.corpora.formats.parquet_media import (
     read_parquet_description,
 )
 from pipelines.data.corpora.formats.record_reader import (
+    FilePart,
+    divide_file,
     read_csv_rows,
     read_json_arrays,
     read_parquet_rows,
@@ -101,6 +103,7 @@ class MetadataTable:
         folder: folder of the media that its rows name, in the directory of the media.
         classes: names of its classes, as it numbers them, and the file that states them.
         partition: fields of all its rows that its folders state, as in ``label=cat/0.parquet``.
+        part: the records of the file that belong to the table; None for all.
     """
 
     split: str | None
@@ -109,6 +112,7 @@ class MetadataTable:
     # Not compared, because tables are keys, and the split and the file identify them.
     classes: FileClasses = field(default=NO_CLASSES, compare=False, kw_only=True)
     partition: Mapping[str, str | None] = field(default_factory=dict, compare=False, kw_only=True)
+    part: FilePart | None = field(default=None, compare=False, kw_only=True)
 
     #: Folders that can hold the media, in addition to those beside the file.
     media_folders = ("",)
@@ -124,10 +128,20 @@ class MetadataTable:
         Args:
             source: the directory of the corpus.
         """
-        yield from self.name_rows(read_records(source, self.file))
+        yield from self.name_rows(read_records(source, self.file, self.part))
+
+    def divide(self, source: SourceDirectory) -> list["MetadataTable"]:
+        """Return tables of its parts in order, or the table itself if it has to be read whole."""
+        # Other layouts read several files, or keep what came before.
+        known = type(self) in (MetadataTable, ParquetTable)
+        parts = divide_file(source, self.file) if known else []
+        return [replace(self, part=part) for part in parts] or [self]
 
     def name_rows(self, rows: Iterator[NumberedRecord]) -> Iterator[NumberedRecord]:
         """Yield records with the fields of the partition, and with names of classes."""
+        if not self.partition and not self.classes.names:
+            yield from rows
+            return
         for number, record in rows:
             if isinstance(record, dict):
                 record |= self.partition
@@ -544,7 +558,7 @@ class ParquetTable(MetadataTable):
         return islice(found, limit)
 
     def _read_fields(self, source: SourceDirectory) -> Iterator[NumberedRecord]:
-        rows = read_parquet_rows(source, self.file, unread=self._unread_columns())
+        rows = read_parquet_rows(source, self.file, unread=self._unread_columns(), part=self.part)
         return self.name_rows(rows)
 
     def _unread_columns(self) -> set[str]:

@@ -111,15 +111,17 @@ def clean_text(value: Any) -> str:
     """
     if not isinstance(value, str):
         raise ValueError("a text is missing")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("not UTF-8") from None
-    if "\ufffd" in value:
-        raise ValueError("not UTF-8")
-    if not value.strip():
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("not UTF-8") from None
+        if "\ufffd" in value:
+            raise ValueError("not UTF-8")
+    value = value.strip()
+    if not value:
         raise ValueError("an empty text")
-    return value.strip()
+    return value
 
 
 def clean_captions(value: Any) -> list[str]:
@@ -147,6 +149,14 @@ def clean_captions(value: Any) -> list[str]:
 def normalize_transcript(transcript: str) -> str:
     """Return a transcript for CTC: no white space beside Chinese characters, else single spaces."""
     return _SPACE_BESIDE_CHINESE.sub("", " ".join(transcript.split()))
+
+
+def is_plain_key(name: str) -> bool:
+    """Return whether :func:`make_key` keeps the name of a file and a number of a row as they are.
+
+    Keys of two rows of such files differ.
+    """
+    return len(name) <= _KEPT_KEY_CHARS and to_printable(name) == name
 
 
 def make_key(*parts: object) -> str:

@@ -14,7 +14,7 @@ from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import model_replica
 from pipelines.serving.inputs import InputRow, PredictionItem
 from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
-from pipelines.serving.request_rows import PredictionRequest
+from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from pipelines.serving.served_model import ServedModelConfig
 
 
@@ -38,6 +38,14 @@ class SlowModel:
             while budget.rest:
                 threading.Event().wait(0.01)
         return SimpleNamespace(inputs=[1] * len(request.rows), client=request.client)
+
+    def read_query(self, request: SearchRequest, budget: WorkBudget) -> Any:
+        return SimpleNamespace(embed_query=lambda row: row), request.query.text
+
+    def search(self, request: SearchRequest, search: Any, row: str, vector: str) -> Any:
+        self.passes.append([vector])
+        self.can_pass.wait(60)
+        return {"hits": row}
 
     def predict(self, requests: Any, budget: WorkBudget | None = None) -> Any:
         self.passes.append([each.client for each in requests])
@@ -129,5 +137,22 @@ def test_large_requests_take_turns_with_small_ones(run: Any) -> None:
         # One large request runs, one may come first; the third waits behind the small one.
         assert model.passes.index(["small"]) <= 2
         assert len(model.passes) == 4
+
+    run(test)
+
+
+def test_searches_run_side_by_side(run: Any) -> None:
+    """A search of many rows delays neither another search nor a prediction."""
+
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.can_pass.clear()
+        queries = [SearchRequest(PredictionItem(name, name), client="one") for name in "ab"]
+        searches = [asyncio.create_task(replica.search(query)) for query in queries]
+        await until(lambda: len(model.passes) == 2)
+        prediction = asyncio.create_task(replica.predict(ask("one", texts=1)))
+        await until(lambda: ["one"] in model.passes)
+        model.can_pass.set()
+        assert [found["hits"] for found in await asyncio.gather(*searches)] == ["a", "b"]
+        await prediction
 
     run(test)

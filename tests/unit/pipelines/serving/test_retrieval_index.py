@@ -1,7 +1,11 @@
 """Embeddings are verified when they are read, and computed again if damaged; memory has limits."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,13 @@ from safetensors.numpy import load_file, save, save_file
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.files import LocalShardStore
 from pipelines.serving import bundle, corpus_search
-from pipelines.serving.corpus_search import build_retrieval_index, read_index, write_index
+from pipelines.serving.corpus_search import (
+    JoinedScores,
+    build_retrieval_index,
+    iter_best,
+    read_index,
+    write_index,
+)
 from skillnet_platform.errors import UserError
 from tests.helpers.served_place import ServedPlace
 
@@ -142,3 +152,48 @@ def test_a_search_above_the_memory_limit_names_a_split(
         UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
     ):
         build_retrieval_index(place.predictor, place.source, "text_to_image", corpus, splits)
+
+
+@pytest.mark.parametrize("count", [0, 1, 12, 499, 500, 9_999])
+@pytest.mark.parametrize("levels", [1, 3, 10_000])
+def test_the_best_rows_are_those_of_a_stable_sort(count: int, levels: int) -> None:
+    """Equal scores keep the order of their rows, however many of them are asked for."""
+    scores = np.random.default_rng(0).integers(levels, size=500).astype(np.float32)
+    expected = np.argsort(-scores, kind="stable").tolist()
+    assert list(iter_best(scores, count)) == expected
+    assert list(itertools.islice(iter_best(scores, count), 30)) == expected[:30]
+    assert list(iter_best(scores[:0], count)) == []
+
+
+def test_queries_that_arrive_together_get_their_own_scores_bit_by_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors = unit_vectors(3_000, 24)
+    vectors[1500] = vectors[7]
+    queries = unit_vectors(40, 24)
+    alone = [JoinedScores(vectors).score(query) for query in queries]
+    np.testing.assert_allclose(alone, queries @ vectors.T, atol=1e-6)
+    assert all(scores[1500] == scores[7] for scores in alone)
+    passes: list[int] = []
+    joined = JoinedScores(vectors)
+    run_pass, is_first = joined._run_pass, threading.Event()
+
+    def count_pass(waiting: Any) -> None:
+        passes.append(len(waiting))
+        # The first pass ends when the other queries wait.
+        while len(passes) == 1 and len(joined._waiting) < len(queries) - 1:
+            is_first.wait(0.001)
+        run_pass(waiting)
+
+    monkeypatch.setattr(joined, "_run_pass", count_pass)
+    with ThreadPoolExecutor(len(queries)) as pool:
+        found = list(pool.map(joined.score, queries))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, found, strict=True))
+    assert [size for size in passes if size] == [1, len(queries) - 1]
+
+
+def test_a_query_of_another_width_fails_without_blocking_the_next() -> None:
+    joined = JoinedScores(unit_vectors(5, 4))
+    with pytest.raises(ValueError, match="broadcast"):
+        joined.score(np.ones(3, np.float32))
+    assert joined.score(np.ones(4, np.float32)).shape == (5,)

@@ -18,7 +18,7 @@ from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef, read_media
 from pipelines.data.io.source_file import SourceReadError, open_stream
 from pipelines.data.preprocessing.blocks import ReadSummary, read_blocks
-from pipelines.data.preprocessing.datasource import STORE_UNAVAILABLE, CorpusJob, read_units
+from pipelines.data.preprocessing.jobs import STORE_UNAVAILABLE, CorpusJob, read_units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.retry import StoreUnavailableError

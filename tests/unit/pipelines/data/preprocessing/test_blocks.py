@@ -24,8 +24,7 @@ from pipelines.data.preprocessing.blocks import (
     unpack_unit,
     write_spool,
 )
-from pipelines.data.preprocessing.datasource import CorpusJob, read_units
-from pipelines.data.preprocessing.pipeline import split_rejected
+from pipelines.data.preprocessing.jobs import CorpusJob, read_units, split_rejected
 from pipelines.data.preprocessing.progress import MAX_REASONS, count_reasons
 from pipelines.data.preprocessing.staging import REJECTED_ROWS, staging_dir, write_shard_entry
 from skillnet_platform.errors import UserError

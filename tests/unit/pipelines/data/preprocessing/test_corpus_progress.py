@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pipelines.data.corpora.base import SourceArchives
-from pipelines.data.preprocessing import pipeline
-from pipelines.data.preprocessing.datasource import CorpusJob
+from pipelines.data.preprocessing import ray_tasks
+from pipelines.data.preprocessing.jobs import CorpusJob
 from pipelines.data.preprocessing.progress import MIN_ROWS_TO_STOP, CorpusProgress
 from pipelines.data.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS
 from skillnet_platform import signals
@@ -42,7 +42,7 @@ def test_a_signal_does_not_reach_into_the_iterator_that_submits_tasks() -> None:
     with (
         pytest.raises(TerminatedError),
         signals.terminate_as_interrupt(),
-        contextlib.closing(pipeline._iterate_in_thread(submit())) as items,
+        contextlib.closing(ray_tasks._iterate_in_thread(submit())) as items,
     ):
         assert list(items) == "interrupted"
     # It was closed between two items, in its own thread, before its caller continued.
@@ -54,11 +54,11 @@ def test_items_and_errors_of_the_thread_arrive_in_order() -> None:
         yield {"rows": 1}
         raise UserError("a.csv: is damaged")
 
-    items = pipeline._iterate_in_thread(fail())
+    items = ray_tasks._iterate_in_thread(fail())
     assert next(items) == {"rows": 1}
     with pytest.raises(UserError, match=r"a\.csv: is damaged"):
         next(items)
-    many = pipeline._iterate_in_thread({"rows": number} for number in range(50))
+    many = ray_tasks._iterate_in_thread({"rows": number} for number in range(50))
     assert [item["rows"] for item in many] == list(range(50))
 
 

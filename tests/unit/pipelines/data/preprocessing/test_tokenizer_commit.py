@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from pipelines import prepare as command
-from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preparation
 from skillnet_platform import storage
-from tests.chaos.prepare_without_ray import LocalTask, run_tasks
 from tests.helpers import user_corpora
 
 
@@ -20,10 +17,6 @@ from tests.helpers import user_corpora
 def test_a_kill_between_the_files_of_a_tokenizer_leaves_no_orphan(
     file: str, run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "remote", lambda **options: LocalTask)
-    monkeypatch.setattr(ray, "get", lambda results: results)
-    monkeypatch.setattr(preparation.cluster, "ensure_ray", lambda *_: ray)
-    monkeypatch.setattr(pipeline, "_run_tasks", run_tasks)
     user_corpora.tnews(tmp_path / "tnews", train=15, other=5)
     words = ["--corpus", f"tnews={tmp_path / 'tnews'}"]
 

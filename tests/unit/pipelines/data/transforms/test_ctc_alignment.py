@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.data.corpora.base import Corpus
-from pipelines.data.preprocessing.pipeline import split_rejected, transform_block
+from pipelines.data.preprocessing.jobs import split_rejected, transform_block
 from pipelines.data.transforms.sound import NO_SYMBOL, TOO_SHORT, count_alignment_tokens
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import validate_run

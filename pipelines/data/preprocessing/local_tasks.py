@@ -1,0 +1,140 @@
+"""Tasks of a preparation in processes of this machine, for texts: they need no Ray.
+
+The driver cuts blocks; child processes read parts and write shards. Small corpora are prepared
+in the driver. Ray takes seconds to start. Media need it: it starts the process of a
+decoder again after a crash.
+"""
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from pipelines.data.corpora.base import Corpus
+from pipelines.data.preprocessing.blocks import IN_PROCESS, FutureResult, TaskStarter
+from pipelines.data.preprocessing.jobs import CorpusJob, list_writable, read_units, write_block
+from skillnet.modality import is_string_modality
+from skillnet_platform.errors import UserError
+
+
+def needs_no_ray(corpora: Sequence[Corpus], store: str | None) -> bool:
+    """Return whether corpora are prepared on this machine alone.
+
+    Args:
+        corpora: corpora to prepare.
+        store: URI of the folder of prepared corpora, or ``None`` for a disk.
+    """
+    ray = sys.modules.get("ray")
+    is_running = ray is not None and ray.is_initialized()
+    has_cluster = is_running or bool(os.environ.get("RAY_ADDRESS"))
+    are_strings = all(is_string_modality(corpus.modality) for corpus in corpora)
+    return are_strings and store is None and not has_cluster
+
+
+class LocalTasks:
+    """Child processes, or this process alone. Leave its ``with`` block to end them.
+
+    Args:
+        processes: number of child processes; 1 does all work in this process.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "LocalTasks":
+        if self._processes > 1:
+            self._pool = ProcessPoolExecutor(
+                self._processes,
+                # A fork would copy the locks of running threads.
+                multiprocessing.get_context("spawn"),
+                _start_worker,
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def readers(self) -> TaskStarter:
+        """Return the tasks that read the parts of a corpus."""
+        return IN_PROCESS if self._pool is None else TaskStarter(self._submit, self._processes)
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run a function in this process, which can start tasks; return the results.
+
+        Args:
+            function: function to call.
+            arguments: those of each call.
+        """
+        return [function(*given) for given in arguments]
+
+    def run(self, jobs: Sequence[CorpusJob], session: str) -> Generator[dict[str, Any], None, None]:
+        """Yield the results of all blocks of some corpora, in their order.
+
+        Args:
+            jobs: corpora to prepare.
+            session: see :func:`pipelines.data.preprocessing.jobs.write_block`.
+        """
+        tasks = self.readers()
+        write = functools.partial(write_block, list_writable(jobs), session)
+        for index, job in enumerate(jobs):
+            units = ((unit,) for unit in read_units(index, job, tasks))
+            for done in tasks.map(write, units):
+                yield from map(json.loads, done["result"].to_pylist())
+
+    def _submit(self, function: Callable[..., Any], *given: Any) -> FutureResult:
+        assert self._pool is not None
+        # Each submission can start a process.
+        with _hidden_main():
+            return _LocalResult(self._pool.submit(function, *given))
+
+
+class _LocalResult(NamedTuple):
+    """Result of a child process, which can die."""
+
+    future: FutureResult
+
+    def result(self) -> Any:
+        try:
+            return self.future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that prepares rows ended, perhaps because the memory is full. Free "
+                "memory or give fewer --cpus, and run the same command again: it resumes"
+            ) from None
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep child processes from importing the main module, which would run a script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the group of processes; the driver ends its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One process per CPU: the threads of tokenizers would compete with the other processes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
