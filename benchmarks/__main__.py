@@ -9,6 +9,7 @@ from pathlib import Path
 NAMES = (
     "training_step",
     "packing",
+    "many_skills",
     "matrix_rate",
     "stream",
     "two_workers",

@@ -130,6 +130,38 @@ def test_any_order_and_any_subset_restore_every_byte(shelf: Path, base: Path) ->
     assert hashes(base) == states[frozenset()]
 
 
+@pytest.mark.slow("test_skill_packages.py::test_any_order_and_any_subset_restore_every_byte")
+def test_fifty_packages_of_fifty_folders_join_one_base(tmp_path: Path) -> None:
+    """Each addition proves all old outputs; each package adds its own files and no others."""
+    tasks = {"text_classification": small_model().config.tasks["text_classification"]}
+    base, draw = tmp_path / "base", random.Random(2)  # noqa: S311
+    small_model(torch.float32, tasks=tasks).save_pretrained(base)
+    before, made = hashes(base), {}
+    for number in range(50):
+        folder = tmp_path / f"working{number}"
+        folder.mkdir()
+        start = Path(shutil.copytree(base, folder / "base"))
+        made[f"p{number}"] = pack(
+            grow(start, number, folder / "grown"), number, folder / f"p{number}.skill"
+        )
+    order = sorted(made)
+    draw.shuffle(order)
+    sizes = [dict.fromkeys(hashes(base), 0)]
+    for name in order:
+        proofs = add(base, made[name])
+        assert not any(proof.differing for proof in proofs)
+        sizes.append(dict.fromkeys(hashes(base), 0))
+        assert len(sizes[-1]) - len(sizes[-2]) == 2, "a skill and a head"
+    assert len(list_packages(base)) == 50
+    gone = draw.sample(order, 20)
+    remove_packages(base, gone)
+    left = hashes(base)
+    remove_packages(base, [name for name in order if name not in gone])
+    assert hashes(base) == before
+    add(base, *(made[name] for name in order if name not in gone))
+    assert hashes(base) == left, "the bytes depend on what is there, not on what was"
+
+
 def test_a_stem_that_two_packages_bring_stays_until_both_are_gone(tmp_path: Path) -> None:
     tasks = {"text_classification": small_model().config.tasks["text_classification"]}
     small_model(torch.float32, tasks=tasks).save_pretrained(tmp_path / "base")
