@@ -391,7 +391,7 @@ class TrialDriver:
         """
         from skillnet_platform.cluster import capacity
 
-        workers = max(self.source.example.config.training.workers, 1)
+        workers = self.source.example.config.training.workers
         # Nodes that the autoscaler may start count: it starts them for the first trials.
         nodes = [*capacity.list_living_nodes(ray), *capacity.list_startable_nodes()]
         have = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}

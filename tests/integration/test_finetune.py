@@ -13,13 +13,16 @@ from pipelines import evaluate, predict, register, search
 from pipelines.finetune import finetune, main
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
+from pipelines.training.loop import run as training_run
 from pipelines.training.loop import worker
+from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.run_evaluation import evaluate_run
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import read_bundle_manifest
 from pipelines.training.runs.progress_log import read_metric_history
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
+from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.source_commit import find_source_commit
@@ -96,6 +99,27 @@ def test_resuming_by_name_keeps_the_mlflow_run(
     assert second["run_id"] == first["run_id"]
     one, other = weights(whole["model"]), weights(second["model"])
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_ray_worker_reaches_the_same_bits(
+    data: Path, run_root: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(data, precision="fp32", threads_per_worker=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "fit_on_ray", None)
+        patch.setattr(connect, "ensure_ray", None)
+        alone = finetune(config)
+    config.name = "one"
+    monkeypatch.setattr(training_run, "trains_in_process", lambda training: False)
+    one = finetune(config)
+    assert (one["world"], alone["world"]) == (1, 1)
+    assert one["losses"] == alone["losses"]
+    files = sorted(path.name for path in Path(alone["model"]).glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (Path(one["model"]) / name).read_bytes() == (
+            Path(alone["model"]) / name
+        ).read_bytes(), name
 
 
 def test_two_ray_workers_reach_the_same_weights(

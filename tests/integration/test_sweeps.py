@@ -204,7 +204,7 @@ def test_nested_workers_train_like_one_process(
     assert two.status == "finished", two.error
     assert two.result is not None
     assert two.result["world"] == 2
-    alone = finetune(replace(config, name="alone", training=replace(config.training, workers=0)))
+    alone = finetune(replace(config, name="alone", training=replace(config.training, workers=1)))
     assert two.result["losses"] == pytest.approx(alone["losses"])
     assert [line["step"] for line in two.reports] == [3, 6]
     assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
