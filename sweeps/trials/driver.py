@@ -310,6 +310,8 @@ class TrialDriver:
         # Stopped trials do not resume, so their weights only take space.
         if status == "stopped":
             entry.remove_weights()
+        # The weights of a thousand trials fill a disk before the sweep ends.
+        prune_entries(list(self.entries.values()), self.options.keep, self.source.count_repeats)
         if status == "failed":
             place = outcome.log or entry.folder
             # A trial that does not fit its corpora or its model leaves no folder.
