@@ -15,8 +15,6 @@ from hypothesis import HealthCheck, settings
 gc.disable()
 # Before torch is imported: small tests on few cores lose time with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray gives its workers niceness 15. Tests without Ray would then take the cores from those with it.
-os.environ.setdefault("RAY_worker_niceness", "0")
 for name in ("COLUMNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 

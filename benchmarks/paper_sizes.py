@@ -189,7 +189,7 @@ def _read_config(folder: Path) -> Any:
     from skillnet_platform.config import parser
 
     words = ["--config", "paper", "--data", str(folder / "corpora")]
-    words += ["--training.steps", str(STEPS), "--training.workers", "0", "--training.lr", "1e-4"]
+    words += ["--training.steps", str(STEPS), "--training.lr", "1e-4"]
     words += ["--training.precision", "bf16", "--training.log_every", "1", "--evaluate", "false"]
     config = parser.parse_config(FinetuneConfig, words, "skillnet finetune", "Train.")
     manifests = {name: corpus.manifest for name, corpus in _open_corpora(folder).items()}

@@ -1,14 +1,18 @@
-"""The quickstart's training under Ray Train against the same loop in one process.
+"""Training in the command's process, under Ray Train with one worker, and as a bare loop.
 
-Both train the demo's configuration on the prepared built-in corpora: the same steps on the same
-batches. They take turns of :data:`TURN_STEPS` steps; meanwhile all processes of the other side are
-stopped. The side of Ray is the whole command, as in the demo: driver with its display, Ray with
-its background processes, controller, one worker, and an MLflow run in a file. The other side is
-the loop alone, with as many threads as Ray's worker has.
+Rates: all train the demo's configuration on the prepared built-in corpora, the same steps on the
+same batches. They take turns of :data:`TURN_STEPS` steps; meanwhile all processes of the other
+sides are stopped. ``command`` and ``ray`` are whole commands: display, MLflow run in a file, and
+for Ray its background processes, controller and one worker. ``alone`` is the loop, with as many
+threads as Ray's worker has. The rates are those of the wall. The CPU seconds of each process tell
+where a difference is.
 
-The rates are those of the wall. The CPU seconds of each process tell where a difference is.
+Commands: ``finetune --config tiny --evaluate false`` from its start to its end, in its own process
+and under Ray Train, in turns: wall, CPU seconds, processes and private memory. Their weights must
+be equal.
 """
 
+import hashlib
 import os
 import re
 import signal
@@ -18,13 +22,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.measure import Result, ratio, spread
 from skillnet_platform import console
+from skillnet_platform.cli import SPIN_COUNT, SPIN_VARIABLE
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import data_root
 
@@ -37,7 +42,11 @@ WARM_UP_TURNS = 3
 #: Seconds for a side to start.
 START_S = 300.0
 
-ALONE, RAY = "alone", "ray"
+ALONE, COMMAND, RAY = "alone", "command", "ray"
+#: Environment that the program ``skillnet`` sets for its commands.
+AS_SKILLNET = {SPIN_VARIABLE: SPIN_COUNT}
+#: Steps and repeats of a whole command, and seconds between two looks at its processes.
+COMMAND_STEPS, MOST_COMMANDS, LOOK_S = 60, 5, 0.1
 #: Words of a command line -> name of a process of Ray; the first that fits counts.
 _KINDS = (
     ("ray::RayTrainWorker|_RayTrainWorker", "worker"),
@@ -179,8 +188,85 @@ def run(rounds: int, threads: int) -> list[Result]:
     if not (data / "headings" / "manifest.json").is_file():
         console.print_warning(f"ray_overhead needs prepared corpora; there are none in {data}")
         return []
-    sides = measure_sides({ALONE: {}, RAY: {}}, data, rounds)
-    return describe_sides(sides)
+    environments = {ALONE: {}, COMMAND: AS_SKILLNET, RAY: AS_SKILLNET}
+    sides = measure_sides(environments, data, rounds)
+    return describe_sides(sides) + measure_commands(data, min(rounds, MOST_COMMANDS))
+
+
+@dataclass
+class CommandUse:
+    """Use of a whole command.
+
+    Args:
+        wall: seconds.
+        cpu: seconds of all of its processes, but for the last :data:`LOOK_S` of each.
+        processes: largest number at a time.
+        memory: largest private memory of all processes at a time, in MB.
+        weights: SHA-256 of the files of its model.
+    """
+
+    wall: float
+    cpu: float
+    processes: int
+    memory: float
+    weights: str
+
+
+def measure_commands(data: Path, rounds: int) -> list[Result]:
+    """Run whole commands in turns, in one process and under Ray Train.
+
+    Raises:
+        RuntimeError: their weights differ, or one failed.
+    """
+    used: dict[str, list[CommandUse]] = {COMMAND: [], RAY: []}
+    for number in range(rounds):
+        for name in used if number % 2 == 0 else reversed(used):
+            used[name].append(_run_command(name, data))
+    if len({each.weights for uses in used.values() for each in uses}) > 1:
+        raise RuntimeError("the commands trained different weights")
+    setting = f"finetune --config tiny --evaluate false, {COMMAND_STEPS} steps, equal weights"
+    results = []
+    units = {"wall": "s", "cpu": "CPU s", "processes": "processes", "memory": "MB"}
+    for key, unit in units.items():
+        values = {name: [float(getattr(each, key)) for each in uses] for name, uses in used.items()}
+        share = ratio(values[COMMAND], values[RAY])
+        results.append(
+            Result(f"{key}, {COMMAND}", f"{key}, {RAY}", "ratio", *share, "", rounds, setting)
+        )
+        for name, each in values.items():
+            results.append(
+                Result(f"{key}, {name}", "", unit, *spread(each), "", rounds, setting, key)
+            )
+    return results
+
+
+def _run_command(name: str, data: Path) -> CommandUse:
+    import psutil
+
+    with tempfile.TemporaryDirectory(prefix="skillnet-") as home:
+        folder, cpu, most, memory = Path(home), dict[int, float](), 0, 0.0
+        begin = time.perf_counter()
+        with (folder / "log").open("wb") as log:
+            process = _start_side(name, AS_SKILLNET, folder, data, COMMAND_STEPS, "tiny", log)
+        own = psutil.Process(process.pid)
+        while process.poll() is None:
+            private, count = 0.0, 0
+            for each in (own, *own.children(recursive=True)):
+                with suppress(psutil.Error):
+                    cpu[each.pid] = sum(each.cpu_times()[:2])
+                    use = each.memory_info()
+                    private, count = private + use.rss - use.shared, count + 1
+            most, memory = max(most, count), max(memory, private / 1e6)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_S)
+        wall = time.perf_counter() - begin
+        if process.returncode:
+            raise RuntimeError((folder / "log").read_text(encoding="utf-8")[-2000:])
+        model = folder / "runs/overhead/model"
+        digest = hashlib.sha256()
+        for path in sorted(model.glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return CommandUse(wall, sum(cpu.values()), most, memory, digest.hexdigest())
 
 
 def measure_sides(
@@ -251,18 +337,30 @@ def _started(
     for pipe in ("done", "go"):
         os.mkfifo(folder / pipe)
     steps = (WARM_UP_TURNS + rounds + 1) * TURN_STEPS
-    words = [sys.executable, "-m", "benchmarks.ray_overhead", name, str(folder), str(data)]
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    environment |= {"SKILLNET_HOME": str(folder / "home"), **variables}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*words, str(steps)], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+        process = _start_side(name, variables, folder, data, steps, "quickstart", log)
     side = StoppableSide(process, folder)
     try:
         yield side
     finally:
         side.end()
+
+
+def _start_side(
+    name: str,
+    variables: Mapping[str, str],
+    folder: Path,
+    data: Path,
+    steps: int,
+    preset: str,
+    log: BinaryIO,
+) -> "subprocess.Popen[bytes]":
+    words = [sys.executable, "-m", "benchmarks.ray_overhead", name, str(folder), str(data)]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"SKILLNET_HOME": str(folder / "home"), **variables}
+    return subprocess.Popen(
+        [*words, str(steps), preset], env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
 
 
 def _kind_of(words: str) -> str:
@@ -276,27 +374,31 @@ def _read(pipe: int) -> bytes:
         return b""
 
 
-def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
-    """Train one side until it is ended from outside.
+def train_side(name: str, folder: Path, data: Path, steps: int, preset: str) -> None:
+    """Train one side until its steps are done, or it is ended from outside.
 
     Args:
         name: a name that begins with ``ray`` trains under Ray Train.
-        folder: directory of the pipes and the run.
+        folder: directory of the run, and of the pipes of a side that takes turns.
         data: prepared corpora.
-        steps: more than the turns have.
+        steps: optimizer steps.
+        preset: configuration of the run.
     """
     from pipelines.training.config.run import FinetuneConfig
+    from pipelines.training.loop import run
     from skillnet_platform import config as configuration
 
-    words = ["--config", "quickstart", "--data", str(data), "--training.steps", str(steps)]
-    words += ["--name", "overhead", "--run_dir", str(folder / "runs")]
-    words += ["--training.workers", str(int(name.startswith(RAY)))]
+    words = ["--config", preset, "--data", str(data), "--training.steps", str(steps)]
+    words += ["--name", "overhead", "--run_dir", str(folder / "runs"), "--evaluate", "false"]
     config = configuration.parse_config(FinetuneConfig, words, "skillnet finetune")
-    turns = TurnCallback(str(folder), TURN_STEPS)
-    if name.startswith(RAY):
+    turns = [TurnCallback(str(folder), TURN_STEPS)] if (folder / "go").exists() else []
+    if name != ALONE:
         from pipelines.finetune import run_end_to_end
 
-        run_end_to_end(config, "finetune", callbacks=[turns])
+        # No option asks for Ray with one worker on one machine.
+        if name.startswith(RAY):
+            run.trains_in_process = lambda training: False
+        run_end_to_end(config, "finetune", callbacks=turns)
         return
     import torch
 
@@ -306,9 +408,9 @@ def train_side(name: str, folder: Path, data: Path, steps: int) -> None:
 
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    train_model(ResolvedRun(config), callbacks=[turns])
+    train_model(ResolvedRun(config), callbacks=turns)
 
 
 if __name__ == "__main__":
-    side, place, corpora, count = sys.argv[1:]
-    train_side(side, Path(place), Path(corpora), int(count))
+    side, place, corpora, count, which = sys.argv[1:]
+    train_side(side, Path(place), Path(corpora), int(count), which)

@@ -102,7 +102,7 @@ def registrar(run: str, data: str, folder: Path, stack: ExitStack) -> Callable[.
 
 def _train(data: Path) -> None:
     words = ["--config", "quickstart", "--name", RUN, "--data", str(data)]
-    words += ["--training.steps", str(STEPS), "--training.workers", "0"]
+    words += ["--training.steps", str(STEPS)]
     words += ["--tracking.register", "false"]
     subprocess.run(
         [sys.executable, "-m", "pipelines.finetune", *words], check=True, stdout=subprocess.DEVNULL

@@ -50,7 +50,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     """Rows a second of each task, and the share of a training run spent waiting."""
     config = FinetuneConfig(data=os.environ.get("SKILLNET_BENCHMARK_DATA"))
     config.training = dataclasses.replace(
-        config.training, workers=0, threads_per_worker=threads, steps=STEPS, checkpoint_every=0
+        config.training, threads_per_worker=threads, steps=STEPS, checkpoint_every=0
     )
     results = _many_rows(config, rounds, threads)
     try:

@@ -42,7 +42,7 @@ def check_out(revision: str, folder: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def train(tree: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
+def train(tree: Path, data: Path, steps: int, threads: int, workers: int = 1) -> dict[str, Any]:
     """Train with the code of a tree, and return the result of the command.
 
     Args:
@@ -50,10 +50,11 @@ def train(tree: Path, data: Path, steps: int, threads: int) -> dict[str, Any]:
         data: prepared corpora.
         steps: optimizer steps.
         threads: number of compute threads of the process.
+        workers: value of ``training.workers`` that trains in one process.
     """
     settings = {
         "training.steps": steps,
-        "training.workers": 0,
+        "training.workers": workers,
         "training.threads_per_worker": threads,
         "training.evaluate_every": 0,
         "training.checkpoint_every": 0,
@@ -93,7 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: of the run root)")
     parser.add_argument("--old-data", type=Path, help="the same, prepared by the old code")
+    parser.add_argument(
+        "--old-workers",
+        type=int,
+        default=1,
+        help="0 for a revision before decision 71, where 1 trains under Ray Train",
+    )
     options = parser.parse_args(argv)
+    workers = {"new": 1, "old": options.old_workers}
     data = {"new": (options.data or data_root()).resolve()}
     data["old"] = options.old_data.resolve() if options.old_data else data["new"]
     seconds: dict[str, list[float]] = {"old": [], "new": []}
@@ -105,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         }
         for number in range(options.rounds):
             for name in seconds if number % 2 == 0 else reversed(seconds):
-                result = train(trees[name], data[name], options.steps, options.threads)
+                result = train(
+                    trees[name], data[name], options.steps, options.threads, workers[name]
+                )
                 seconds[name].append(result["seconds"])
                 losses[name] = result["losses"]
                 console.print_note(f"round {number}, {name}: {result['seconds']:.2f} s")

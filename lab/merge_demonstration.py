@@ -134,7 +134,7 @@ class SeedDemonstration:
             name=self.name_run(config.task.name),
             seed=self.seed,
             run_dir=str(run_root()),
-            training=replace(config.training, steps=self.steps, workers=0),
+            training=replace(config.training, steps=self.steps),
             references=[ALL_TRAINED],
             tracking=self.tracking,
         )

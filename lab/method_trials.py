@@ -97,7 +97,7 @@ def build_trial(task: str, steps: int, data: Path | None, preset: str = STUDY) -
         run = configuration.parse_config(StudyConfig, arguments, "skillnet compare").run
     else:
         run = configuration.parse_config(FinetuneConfig, arguments, "skillnet finetune")
-    training = replace(run.training, steps=steps, workers=0)
+    training = replace(run.training, steps=steps)
     tasks = {task: run.tasks[task]}
     return replace(run, data=str(data) if data else None, tasks=tasks, training=training)
 

@@ -91,7 +91,7 @@ def build_finetuning(options: argparse.Namespace, max_length: int, steps: int) -
         data=str(options.data or data_root()),
         model=SkillNetConfig(dim=128, num_layers=2, num_heads=4, ffn_dim=256, embedding_dim=128),
         tasks={"text_to_code": TaskTraining("functions", max_length=max_length)},
-        training=TrainingConfig(steps=steps, lr=options.lr, workers=0, checkpoint_every=0),
+        training=TrainingConfig(steps=steps, lr=options.lr, checkpoint_every=0),
         tracking=TrackingConfig(register=False, system_metrics=False),
     )
 

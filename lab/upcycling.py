@@ -46,7 +46,7 @@ def build_base(lr: float, data: Path | None) -> FinetuneConfig:
             "text_to_image": TaskTraining("drawings", batch_size=32),
             "text_to_code": TaskTraining("functions", batch_size=16, max_length=64),
         },
-        training=TrainingConfig(lr=lr, workers=0, checkpoint_every=0, precision="fp32"),
+        training=TrainingConfig(lr=lr, checkpoint_every=0, precision="fp32"),
         tracking=TrackingConfig(register=False, system_metrics=False),
     )
 

@@ -66,6 +66,10 @@ OTHER_NAMES = {
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_evidence", "skillnet_platform", "pipelines", "sweeps")
 
+#: Waiting compute threads spin for about 0.1 ms: libgomp's default, milliseconds, takes the core
+#: from the thread that loads the batches. Without spinning the threads sleep between operations.
+SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "10000"
+
 #: Characters of the message of an unexpected error.
 LONGEST_CAUSE = 1000
 
@@ -307,6 +311,9 @@ def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, .
 
 def _run_as_program(run: Callable[[], int]) -> int:
     signals.own_process()
+    # libgomp reads it when torch is imported. It would override a policy of the user.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
     code = run()
     # Imported by commands that use Ray.
     connect: Any = sys.modules.get("skillnet_platform.cluster.connect")

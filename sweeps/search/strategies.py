@@ -192,6 +192,10 @@ class OptunaSource:
         else:
             self._study.tell(number, state=TrialState.FAIL)
 
+    def count_repeats(self, group: str) -> int:
+        """Return the number of trials of a configuration, which differ in their seeds."""
+        return len(self._seeds)
+
     def _propose(self) -> CandidateConfiguration:
         index = len(self._candidates)
         name = f"{index:03d}"

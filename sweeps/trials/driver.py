@@ -310,6 +310,8 @@ class TrialDriver:
         # Stopped trials do not resume, so their weights only take space.
         if status == "stopped":
             entry.remove_weights()
+        # The weights of a thousand trials fill a disk before the sweep ends.
+        prune_entries(list(self.entries.values()), self.options.keep, self.source.count_repeats)
         if status == "failed":
             place = outcome.log or entry.folder
             # A trial that does not fit its corpora or its model leaves no folder.
@@ -391,7 +393,7 @@ class TrialDriver:
         """
         from skillnet_platform.cluster import capacity
 
-        workers = max(self.source.example.config.training.workers, 1)
+        workers = self.source.example.config.training.workers
         # Nodes that the autoscaler may start count: it starts them for the first trials.
         nodes = [*capacity.list_living_nodes(ray), *capacity.list_startable_nodes()]
         have = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}

@@ -6,7 +6,8 @@ Resuming a sweep needs no other state; see decision 13.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +51,7 @@ class LedgerEntry:
         reported_step: step of the newest evaluation that Ray reported.
         steps_before: steps from which this part of the sweep trains; infinity if already settled.
         log_start: bytes of the progress log that earlier parts of the sweep wrote.
+        is_pruned: this command has removed its weights.
     """
 
     trial: Trial
@@ -60,6 +62,7 @@ class LedgerEntry:
     reported_step: int = 0
     steps_before: float = 0
     log_start: int = 0
+    is_pruned: bool = False
 
     def add_report(self, line: dict[str, Any]) -> None:
         """Store an evaluation that was reported by its process, possibly on another node.
@@ -139,6 +142,7 @@ class LedgerEntry:
 
     def remove_weights(self) -> None:
         """Remove its model and checkpoints; small files are kept."""
+        self.is_pruned = True
         prune_trial(self.folder)
         if self.mirror is not None:
             for name in WEIGHT_FOLDERS:
@@ -198,24 +202,36 @@ def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: (item[0] in short, -item[1])))
 
 
-def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
+def prune_entries(
+    entries: Sequence[LedgerEntry], keep: int | None, repeats: Callable[[str], int] | None = None
+) -> None:
     """Remove models and checkpoints of trials that are not among the best groups.
 
-    Failed and interrupted trials keep their checkpoints, from which they are resumed.
+    Failed and interrupted trials keep their checkpoints, from which they are resumed. While trials
+    run, only weights are removed that no later score can bring back: the mean of a group counts
+    when all of its repeats have finished.
 
     Args:
-        entries: all trials.
+        entries: all trials so far, in the order of their start.
         keep: number of groups to keep, best first; None keeps all.
+        repeats: returns the number of repeats of a group, while trials run; None at the end.
     """
     if keep is None:
         return
     outcomes = [entry.outcome for entry in entries if entry.outcome is not None]
+    if repeats is not None and keep:
+        ended = Counter(each.group for each in outcomes if each.status in ("finished", "stopped"))
+        outcomes = [each for each in outcomes if ended[each.group] == repeats(each.group)]
     best = set(list(compute_mean_scores(outcomes))[:keep])
+    lost = {each.group for each in outcomes} - best
     for entry in entries:
         if entry.outcome is None or entry.outcome.status in ("failed", "interrupted"):
             continue
         # A stopped trial cannot become the model of its group.
-        if entry.outcome.group not in best or entry.outcome.status == "stopped":
+        if entry.outcome.group not in lost and entry.outcome.status != "stopped":
+            continue
+        # The last call tries a store again that was away.
+        if repeats is None or not entry.is_pruned:
             entry.remove_weights()
 
 

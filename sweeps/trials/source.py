@@ -3,6 +3,7 @@
 A source supplies trials one by one to :class:`sweeps.trials.driver.TrialDriver`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,9 @@ class TrialSource(Protocol):
     def record_outcome(self, outcome: TrialOutcome) -> None:
         """Receive the outcome of a trial that ended, now or in an earlier part of the sweep."""
 
+    def count_repeats(self, group: str) -> int:
+        """Return the number of trials of a configuration, which differ in their seeds."""
+
 
 class ListedTrials:
     """A source of trials that are known from the start.
@@ -68,6 +72,7 @@ class ListedTrials:
     ) -> None:
         self.total, self.example = len(trials), trials[0]
         self._waiting, self._on_outcome = list(trials), on_outcome
+        self._repeats = Counter(trial.group or trial.name for trial in trials)
 
     def next_trial(self) -> Trial | None:
         """Return the next trial of the list."""
@@ -81,6 +86,10 @@ class ListedTrials:
         """Pass the outcome on; later trials do not depend on it."""
         if self._on_outcome is not None:
             self._on_outcome(outcome)
+
+    def count_repeats(self, group: str) -> int:
+        """Return the number of trials of a configuration, which differ in their seeds."""
+        return self._repeats[group]
 
 
 def find_first_rung(asha: AshaConfig, trial: Trial) -> int:

@@ -171,9 +171,9 @@ def run_trial(
     if mirror is not None:
         mirror.check_writable(known)
     validate_run(run)
-    alone = config.training.workers <= 1
+    alone = config.training.workers == 1
     # Trials share the cluster, so no trial may grow into the resources of another.
-    run = run.with_workers(0 if alone else config.training.workers)
+    run = run.with_fixed_workers()
     tracker = Tracker.by_id(*tracked)
     watch = EvaluationRecorder(folder, score, report) if score is not None else None
     try:
@@ -183,6 +183,7 @@ def run_trial(
             splits=trial.splits,
             on_evaluation=watch,
             nested=None if alone else nested,
+            is_worker=alone,
             brief=trial.brief,
         )
     finally:

@@ -37,7 +37,7 @@ def write_labelled_clips(data: Path, name: str = "counts", named: bool = True) -
 
 def grow_config(source: str, data: Path, **training: object) -> GrowConfig:
     """Grow by a skill ``ink`` and a task ``counting``, in this process, in a few steps."""
-    values = {"steps": 6, "log_every": 2, "workers": 0, "precision": "fp32", "lr": 1e-2}
+    values = {"steps": 6, "log_every": 2, "precision": "fp32", "lr": 1e-2}
     return GrowConfig(
         skill=NewSkill("ink", init_from="video"),
         task=NewTask(

@@ -79,7 +79,7 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
         tubelet=(4, 16, 16),
         tasks=default_tasks(),
     )
-    values = {"steps": 12, "precision": "fp64", "log_every": 5, "workers": 0, "lr": 3e-3}
+    values = {"steps": 12, "precision": "fp64", "log_every": 5, "lr": 3e-3}
     return FinetuneConfig(
         name="test",
         data=str(data),

@@ -7,9 +7,7 @@ from skillnet.skills import default_tasks
 #: Of a model with a few thousand parameters.
 SIZES: dict[str, Any] = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}
 SIZES |= {"embedding_dim": 8, "patch_size": 16, "tubelet": (4, 16, 16), "vocab_size": 1200}
-#: Trained in this process.
 SMALL_RUN: dict[str, object] = {
-    "training.workers": 0,
     "training.threads_per_worker": 1,
     **{f"model.{name}": list(x) if name == "tubelet" else x for name, x in SIZES.items()},
     **{f"tasks.{task}.batch_size": 8 for task in default_tasks()},

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,20 @@ import pytest
 import torch
 
 from pipelines import evaluate, predict, register, search
-from pipelines.finetune import finetune, main
+from pipelines.finetune import finetune, main, run_end_to_end
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
+from pipelines.training.loop import run as training_run
 from pipelines.training.loop import worker
+from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.run_evaluation import evaluate_run
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import read_bundle_manifest
 from pipelines.training.runs.progress_log import read_metric_history
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
+from skillnet_platform.cli import run_command
+from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.source_commit import find_source_commit
@@ -96,6 +102,72 @@ def test_resuming_by_name_keeps_the_mlflow_run(
     assert second["run_id"] == first["run_id"]
     one, other = weights(whole["model"]), weights(second["model"])
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class SignalSender:
+    """Callback that sends a signal to this process before a step."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self._number, self._step = number, step
+
+    def on_train_start(self, folder: Path | None, rank: int) -> None: ...
+
+    def on_step_start(self, step: int) -> None:
+        if step == self._step:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "step"),
+    [(signal.SIGTERM, 143, 4), (signal.SIGHUP, 129, 4), (signal.SIGINT, 130, 2)],
+)
+def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
+    number: signal.Signals,
+    code: int,
+    step: int,
+    data: Path,
+    run_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connect, "ensure_ray", None)
+    config = config_for(data, checkpoint_every=2)
+
+    def run(argv: list[str] | None) -> int:
+        run_end_to_end(config, "finetune", callbacks=[SignalSender(number, 3)])
+        return 0
+
+    # pytest-xdist may start its workers with SIGHUP ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert run_command(run, [], "pipelines.finetune") == code
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    resumed = finetune(config)
+    assert (resumed["resumed"], resumed["step"]) == (step, 6)
+    config.name = "whole"
+    whole, parts = weights(finetune(config)["model"]), weights(resumed["model"])
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_one_ray_worker_reaches_the_same_bits(
+    data: Path, run_root: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(data, precision="fp32", threads_per_worker=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "fit_on_ray", None)
+        patch.setattr(connect, "ensure_ray", None)
+        alone = finetune(config)
+    config.name = "one"
+    monkeypatch.setattr(training_run, "trains_in_process", lambda training: False)
+    one = finetune(config)
+    assert (one["world"], alone["world"]) == (1, 1)
+    assert one["losses"] == alone["losses"]
+    files = sorted(path.name for path in Path(alone["model"]).glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (Path(one["model"]) / name).read_bytes() == (
+            Path(alone["model"]) / name
+        ).read_bytes(), name
 
 
 def test_two_ray_workers_reach_the_same_weights(

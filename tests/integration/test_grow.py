@@ -184,7 +184,7 @@ def test_two_growths_merge_with_equal_outputs(
         "towers": {"input": {"modality": "video", "skills": ["general", "ink", "tone"]}},
         "training": {"corpus": "counts", "batch_size": 4},
     }
-    training = {"steps": 2, "workers": 0}
+    training = {"steps": 2}
     (place / "tune.yaml").write_text(json.dumps({"tune": tune, "training": training}))
     tuning = ["--tracking.register", "false", "--config", str(place / "tune.yaml"), "--json"]
     assert merging.main([*words, *tuning]) == 0

@@ -16,6 +16,7 @@ from pipelines import finetune
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.run import FinetuneConfig, StorageConfig
 from pipelines.training.loop import preemption
+from pipelines.training.loop import run as training_run
 from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.worker import run_worker
@@ -319,6 +320,8 @@ def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, r
     for name, value in store.environment.items():
         monkeypatch.setitem(fit.WORKER_ENVIRONMENT, name, value)
     monkeypatch.setitem(fit.WORKER_ENVIRONMENT, "SKILLNET_HOME", str(run.parent))
+    # One worker on this machine needs no Ray.
+    monkeypatch.setattr(training_run, "trains_in_process", lambda training: False)
     original = fit._trainer
 
     def trainer(config: FinetuneConfig, mine: Path, loop: dict[str, Any], *more: Any) -> Any:

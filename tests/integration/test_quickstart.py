@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import quickstart, search, verify
+from skillnet_platform.cluster import connect
 from skillnet_platform.tracking import backend, registry
 from tests.helpers.readable_corpora import write_corpora
 from tests.helpers.small_run import SMALL_RUN, option_arguments
@@ -42,7 +43,13 @@ def done(place: Path, tmp_path_factory):
     import io
 
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Of all stages only prepare, which is skipped here, starts Ray.
+        patch.setattr(connect, "ensure_ray", None)
         code = quickstart.main([*words(place / "corpora", name="first"), "--json"])
     assert code == 0, err.getvalue()
     return json.loads(out.getvalue()), err.getvalue()

@@ -66,6 +66,11 @@ def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_pat
     assert reachable(seen) == []
 
 
+def test_workers_of_the_embedded_ray_have_the_priority_of_their_driver(ray_session: Any) -> None:
+    priority = ray_session.remote(lambda: os.nice(0))
+    assert ray_session.get(priority.remote()) == os.nice(0)
+
+
 def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
     """Other users of the machine can open its loopback ports."""
     from ray._private.worker import get_dashboard_url

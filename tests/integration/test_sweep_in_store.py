@@ -178,7 +178,7 @@ def test_a_missing_bucket_is_reported_before_anything_starts(
 
 
 def study_file(path: Path, data: str) -> Path:
-    training = {"steps": 6, "log_every": 2, "precision": "fp32", "workers": 0}
+    training = {"steps": 6, "log_every": 2, "precision": "fp32"}
     masked: dict[str, Any] = dict.fromkeys(PretrainConfig().tasks)
     masked["masked_text"] = {
         "corpus": "headings",

@@ -204,7 +204,7 @@ def test_nested_workers_train_like_one_process(
     assert two.status == "finished", two.error
     assert two.result is not None
     assert two.result["world"] == 2
-    alone = finetune(replace(config, name="alone", training=replace(config.training, workers=0)))
+    alone = finetune(replace(config, name="alone", training=replace(config.training, workers=1)))
     assert two.result["losses"] == pytest.approx(alone["losses"])
     assert [line["step"] for line in two.reports] == [3, 6]
     assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
@@ -345,7 +345,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         folder = trials / name / "checkpoints"
         wait_until(lambda: any(folder.glob("step-*/manifest.json")), 240)
 
-    driver = subprocess.Popen(
+    first = subprocess.Popen(
         [sys.executable, "-c", DRIVER, "--config", str(path)],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -354,7 +354,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         wait_until((trials / "000-seed0" / "outcome.json").is_file, 240)
         wait_for_checkpoint("001-seed0")
     finally:
-        kill_family(driver)
+        kill_family(first)
     assert not (trials / "001-seed0" / "result.json").is_file()
     finished = (trials / "000-seed0" / "result.json").stat().st_mtime
     client = backend.create_client(backend.resolve_uri())

@@ -113,7 +113,7 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
             **{"vocab_size": 900, "tubelet": [4, 16, 16]},
             **{"image_size": 48, "video_frames": 8, "video_size": 32},
         },
-        "training": {"steps": 6, "workers": 0, "log_every": 1},
+        "training": {"steps": 6, "log_every": 1},
         "tasks": tasks,
     }
     (run_root / "c.yaml").write_text(json.dumps(config), encoding="utf-8")

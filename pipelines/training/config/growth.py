@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines.training.config.run import LearningRate, ProcessCount, TaskTraining, TrainingConfig
+from pipelines.training.config.run import LearningRate, TaskTraining, TrainingConfig, WorkerCount
 from skillnet.bounds import OptionalSize
 from skillnet.skills import SkillPlan
 from skillnet_platform.config import ALIAS, positional_field
@@ -109,13 +109,13 @@ class HeadTraining:
     Args:
         steps: global steps.
         lr: peak learning rate of AdamW.
-        workers: Ray workers; 0 trains in this process without Ray.
+        workers: as of ``skillnet finetune``.
         use_gpu: give each worker a GPU.
     """
 
     steps: PositiveCount = 600
     lr: LearningRate = 1e-3
-    workers: ProcessCount = 1
+    workers: WorkerCount = 1
     use_gpu: bool = False
 
     def __post_init__(self) -> None:

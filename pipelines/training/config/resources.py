@@ -4,6 +4,7 @@ The ``resources`` hooks of the commands call these functions; ``skillnet doctor`
 ``skillnet submit`` compare the requests with a cluster.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
@@ -37,6 +38,16 @@ class PlannedRun:
         return replace(gpu, memory_gb=gpu.memory_gb * min(self.share, 1.0))
 
 
+def trains_in_process(training: TrainingConfig) -> bool:
+    """Return whether a command trains in its own process, without Ray (decision 71).
+
+    Args:
+        training: settings of the training.
+    """
+    is_alone = training.workers == 1 and training.min_workers is None and not training.use_gpu
+    return is_alone and not os.environ.get("RAY_ADDRESS")
+
+
 def request_workers(
     training: TrainingConfig, cpus: float | None = None, gpus: float = 0.0
 ) -> ResourceRequest:
@@ -47,7 +58,7 @@ def request_workers(
         cpus: CPUs of each worker; None is one.
         gpus: GPUs of each worker. 0 takes one GPU with ``use_gpu``, else none.
     """
-    workers = max(training.workers, 1)
+    workers = training.workers
     fewest = training.min_workers or 0
     return ResourceRequest(
         workers,

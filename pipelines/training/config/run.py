@@ -60,8 +60,9 @@ ESSENTIAL_TRAINING_OPTIONS = (
 
 
 LearningRate = Annotated[float, Interval(gt=0, le=10)]
-#: Workers, or threads of a worker.
+#: Processes or threads of a worker.
 ProcessCount = Annotated[int, Interval(ge=0, le=10_000)]
+WorkerCount = Annotated[int, Interval(ge=1, le=10_000)]
 
 
 @dataclass
@@ -128,14 +129,15 @@ class TrainingConfig:
         temperature: a task without a weight gets rows ** (1 / temperature).
         ema: decay per step of an average of the weights, used for evaluation and the final model;
             0 keeps no average.
-        workers: Ray workers; 0 trains in this process without Ray.
+        workers: processes that train. One without a GPU, a cluster and ``min_workers`` is the
+            process of the command; all others are workers of Ray.
         min_workers: elastic training: continue with at least this number of workers when nodes
             leave, and with up to ``workers`` when they return. Null restarts with all
             ``workers`` and waits for their nodes.
         resize_interval_s: seconds between two checks of an elastic run for room for more workers.
         threads_per_worker: compute threads of a worker, and threads (up to eight) that build its
             batches; 0 takes the reserved CPUs if they are more than one, else the worker's share
-            of the cores of its node.
+            of the cores of its node. In the command's process 0 takes torch's number.
         dataloader_num_workers: processes of a worker that load batches; 0 loads them in a thread.
         use_gpu: give each worker a GPU, and reserve its share of the node's CPUs, at most 8.
         placement_strategy: ``pack`` places workers on one node if they fit, ``spread`` on
@@ -161,7 +163,8 @@ class TrainingConfig:
         keep_checkpoints: newest checkpoints that stay on disk.
         evaluate_every: steps between validations, the last step included; 0 for none.
         log_every: steps between logged metrics.
-        max_failures: restarts after a worker dies.
+        max_failures: restarts after a worker of Ray dies. A command that trains in its own process
+            is run again instead.
         collective_timeout_s: seconds that a worker waits for the others in a collective operation.
             Then it counts as dead, as do all workers, and they restart. It must be longer than
             anything that only one worker does, such as an upload or the intervals of an evaluation.
@@ -188,8 +191,8 @@ class TrainingConfig:
     max_grad_norm: NonNegativeAmount = 1.0
     temperature: PositiveAmount = 2.0
     ema: PartialFraction = 0.0
-    workers: ProcessCount = 1
-    min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
+    workers: WorkerCount = 1
+    min_workers: WorkerCount | None = None
     resize_interval_s: PositiveAmount = fixed_field(60.0)
     threads_per_worker: ProcessCount = 0
     dataloader_num_workers: ProcessCount = 0

@@ -104,14 +104,10 @@ class ResolvedRun:
         digests: dict[str, str | None] = {n: corpus.digest for n, corpus in self.corpora.items()}
         return digest_config(compute_identity(replace(self.config, corpora=digests)))
 
-    def with_workers(self, workers: int) -> "ResolvedRun":
-        """Return this run with a fixed number of workers, which its identity does not cover.
-
-        Args:
-            workers: see :class:`pipelines.training.config.run.TrainingConfig`.
-        """
+    def with_fixed_workers(self) -> "ResolvedRun":
+        """Return this run with a fixed number of workers, which its identity does not cover."""
         other = copy.copy(self)
-        training = replace(self.config.training, workers=workers, min_workers=None)
+        training = replace(self.config.training, min_workers=None)
         other.config = replace(self.config, training=training)
         return other
 

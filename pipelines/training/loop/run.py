@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.training.config.resources import trains_in_process
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
@@ -105,6 +106,7 @@ def train_and_evaluate(
     splits: Sequence[str] | None = None,
     on_evaluation: "OnEvaluation | None" = None,
     nested: "NestedFit | None" = None,
+    is_worker: bool = False,
     brief: bool = False,
     callbacks: "Sequence[LoopCallback]" = (),
     source: str | None = None,
@@ -119,6 +121,8 @@ def train_and_evaluate(
         on_evaluation: called with the rows of each evaluation during training, and the step. All
             workers call it; those but the first pass no rows.
         nested: how several workers run inside a trial of Ray Tune.
+        is_worker: this process is the worker, such as that of a trial. Other processes train
+            themselves if :func:`pipelines.training.config.resources.trains_in_process` holds.
         brief: write no figures and no intervals, for a run that is only ranked among others.
         callbacks: observers of the training loop.
         source: folder of the model that a growth starts from, see
@@ -145,7 +149,8 @@ def train_and_evaluate(
     if evaluated is not None:
         return evaluated
     final = FinalEvaluation(tuple(splits) if splits is not None else None, brief, source)
-    _train(run, tracker, on_evaluation, nested, callbacks, final)
+    is_worker = is_worker or trains_in_process(config.training)
+    _train(run, tracker, on_evaluation, nested, is_worker, callbacks, final)
     result = {
         "name": config.name,
         "run": str(run.folder),
@@ -211,18 +216,18 @@ def _train(
     tracker: "Tracker",
     on_evaluation: "OnEvaluation | None",
     nested: "NestedFit | None",
+    is_worker: bool,
     callbacks: "Sequence[LoopCallback]",
     final: "FinalEvaluation",
 ) -> None:
     from pipelines.training.loop import preemption
-    from pipelines.training.loop.ray_train.fit import fit_on_ray
     from pipelines.training.loop.worker import DeviceWatch, run_worker
     from pipelines.training.runs.mirror import mirror_of
     from skillnet.precision import keep_freed_memory
 
     config, folder = run.config, run.folder
     tracked = (tracker.run_id, tracker.uri)
-    if config.training.workers == 0:
+    if is_worker:
         # The training process reuses freed memory; Ray workers get this by their environment.
         keep_freed_memory()
         watch = DeviceWatch(config, folder)
@@ -235,11 +240,13 @@ def _train(
                 final=final,
             )
     else:
+        from pipelines.training.loop.ray_train.fit import fit_on_ray
+
         fit_on_ray(run, tracked, on_evaluation, nested, callbacks, final)
     mirror = mirror_of(config, folder)
     if mirror is not None:
         mirror.download_trained()
-        if config.training.workers:
+        if not is_worker:
             mirror.remove_if_reachable("ray")
     # Ray's files of a fit are not used after it: checkpoints and logs are the run's own.
     shutil.rmtree(folder / "ray", ignore_errors=True)

@@ -250,13 +250,9 @@ def require_devices(training: TrainingConfig) -> None:
     The driver itself needs no GPU, and touches none: Ray gives the GPUs to the workers.
 
     Raises:
-        UserError: the cluster has too few GPUs; or this process trains and finds none.
+        UserError: the cluster has too few GPUs.
     """
     if not training.use_gpu:
-        return
-    if training.workers == 0:
-        # This process is the worker.
-        pick_device(training.use_gpu)
         return
     # Counting does not initialise a device.
     require_gpus(request_workers(training), torch.cuda.device_count())

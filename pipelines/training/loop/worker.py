@@ -101,9 +101,8 @@ class DeviceWatch:
 
     def _memory_remedy(self) -> str:
         training = self._config.training
-        workers = max(training.workers, 1)
         largest = max(task.batch_size for task in self._config.tasks.values())
-        rows = min(-(-largest // workers), training.micro_batch_size or largest)
+        rows = min(-(-largest // training.workers), training.micro_batch_size or largest)
         # Options that a resumed run may change: none of them belongs to its identity.
         remedies = [f"--training.micro_batch_size {rows // 2}"] if rows > 1 else []
         if not training.activation_checkpointing:

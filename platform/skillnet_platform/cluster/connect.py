@@ -52,6 +52,8 @@ DEFAULTS = {
     # Ray would start a process per CPU, but those of a run and of a trial have an environment of
     # their own: 1.8 s of each start of Ray.
     "RAY_prestart_worker_first_driver": "0",
+    # With Ray's niceness of 15 a run starves beside other programs (decision 71).
+    "RAY_worker_niceness": "0",
     # After its default of 60 s, a busy machine would get Ray's exception.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
 }

@@ -356,7 +356,7 @@ def describe_overflow(
     """
     training = config.training
     # With the fewest workers of an elastic run, each computes the most rows.
-    planner = RunPlanner(config, gpu, max(training.min_workers or training.workers, 1))
+    planner = RunPlanner(config, gpu, training.min_workers or training.workers)
     memory = planner.memory()
     if planner.fits(memory):
         return None

@@ -303,7 +303,7 @@ def main(config: PlanConfig) -> CommandPlan:
     for run in parse_runs(config.entry):
         training = replace(run.config.training, use_gpu=True)
         # A single run uses all GPUs; each trial of a sweep has its own workers.
-        workers = max(training.workers, 1) if run.prefix else pool.workers
+        workers = training.workers if run.prefix else pool.workers
         own = replace(pool, gpu=run.take_share(pool.gpu), workers=min(workers, pool.workers))
         plans[run.label] = plan_run(replace(run.config, training=training), own, run.prefix)
     return CommandPlan(plans)

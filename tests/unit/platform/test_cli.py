@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,27 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         best = min(best, spent)
     assert "quickstart" in done.stdout
     assert best < 0.3, f"skillnet --help took {best:.2f} s"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "GOMP_SPINCOUNT = '10000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "GOMP_SPINCOUNT = '0'"),
+    ],
+)
+def test_compute_threads_of_a_command_spin_briefly(given: dict[str, str], expected: str) -> None:
+    """A command sets the variable before libgomp reads it; a choice of the user holds."""
+    runtime = next((Path(find_spec("torch").origin).parent / "lib").glob("libgomp*"), None)
+    if runtime is None:
+        pytest.skip("this build of torch brings no libgomp")
+    code = (
+        "import ctypes; from skillnet_platform import cli\n"
+        f"cli._run_as_program(lambda: ctypes.CDLL({str(runtime)!r}) is None)"
+    )
+    done = python("-c", code, env={"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2", **given})
+    assert expected in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

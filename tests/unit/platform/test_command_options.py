@@ -138,7 +138,7 @@ WRONG: list[tuple[str, str]] = [
     # together
     ("finetune --model.num_heads 5", "model.dim 192 must divide by model.num_heads 5"),
     ("finetune --training.workers 2 --training.min_workers 3", "and training.workers (2), got 3"),
-    ("finetune --training.workers 0 --training.min_workers 1", "min_workers must be between 1"),
+    ("finetune --training.workers 0", "expected a whole number from 1 to 10000"),
     ("finetune --fold.count 1", "fold.count: 1 fold leaves no row"),
     ("finetune --fold.count 3 --fold.number 3", "fold.number: 3 is not one of 3 folds"),
     ("finetune --fold.number 1", "the other keys of fold need folds"),

@@ -90,7 +90,7 @@ def run_of(data: Path, task: Task, corpus: str = "headings") -> FinetuneConfig:
         model=replace(config(), tasks={"subject": task}),
         tasks={"subject": TaskTraining(corpus, batch_size=8)},
         training=TrainingConfig(
-            steps=3, workers=0, threads_per_worker=1, precision="fp32", micro_batch_size=4
+            steps=3, threads_per_worker=1, precision="fp32", micro_batch_size=4
         ),
     )
     return resolve_model_tasks(run, {corpus: open_corpus(data / corpus).manifest})

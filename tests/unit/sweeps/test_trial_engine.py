@@ -1,12 +1,14 @@
 """Parts of the trial engine that need no Ray cluster: resources, resumed ASHA, pruning."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
@@ -95,6 +97,66 @@ def test_only_the_best_keep_models_and_checkpoints(tmp_path: Path) -> None:
     assert all((each.folder / "evaluation.csv").is_file() for each in entries)
     prune_entries(entries, keep=0)
     assert not (tmp_path / "best" / "model").exists()
+
+
+def test_weights_that_no_score_brings_back_are_removed_as_trials_end(tmp_path: Path) -> None:
+    trials = [
+        Trial(f"{group}-{seed}", small_config(tmp_path), group=group)
+        for group in "abc"
+        for seed in range(2)
+    ]
+    parent: Any = None
+    options = TrialOptions(tmp_path, parent, None, ResourceConfig(), None, 1, 1, "sweep")
+    driver = TrialDriver(ListedTrials(trials), options)
+    for trial in trials:
+        folder = tmp_path / trial.name
+        (folder / "model").mkdir(parents=True)
+        driver.entries[trial.name] = LedgerEntry(trial, folder)
+
+    def settle(name: str, score: float, status: Any = "finished") -> str:
+        entry = driver.entries[name]
+        entry.add_report({"step": 2, "score": score, "scores": {}})
+        driver._settle(entry, status)
+        return " ".join(n for n, e in driver.entries.items() if (e.folder / "model").is_dir())
+
+    assert settle("b-0", 0.5) == "a-0 a-1 b-0 b-1 c-0 c-1"
+    assert settle("b-1", 0.5) == "a-0 a-1 b-0 b-1 c-0 c-1", "the only complete group"
+    assert settle("c-0", 0.0) == "a-0 a-1 b-0 b-1 c-0 c-1", "the other seed may be better"
+    assert settle("c-1", 0.8) == "a-0 a-1 b-0 b-1"
+    assert settle("a-0", 0.9, "failed") == "a-0 a-1 b-0 b-1"
+    assert settle("a-1", 0.9) == "a-0 a-1 b-0 b-1", "the failed seed runs again"
+
+
+@pytest.mark.parametrize("keep", range(4))
+def test_pruning_on_the_way_keeps_what_pruning_at_the_end_keeps(tmp_path: Path, keep: int) -> None:
+    config = small_config(tmp_path)
+    random = np.random.default_rng(keep)
+
+    def pruned(entries: list[LedgerEntry]) -> set[str]:
+        return {each.trial.name for each in entries if each.is_pruned}
+
+    for _ in range(200):
+        outcomes = []
+        for number in range(8):
+            name, group = f"trial-{number}", f"group-{random.integers(4)}"
+            status: Any = ["finished", "finished", "stopped", "failed"][random.integers(4)]
+            reports = int(random.integers(2)) * [{"step": 2, "score": float(random.integers(4))}]
+            outcome = TrialOutcome(name, group, tmp_path / name, status, reports=reports)
+            outcomes.append(outcome)
+        sizes = Counter(each.group for each in outcomes)
+        on_the_way, at_the_end = (
+            [LedgerEntry(Trial(each.name, config), each.folder) for each in outcomes]
+            for _ in range(2)
+        )
+        for number in random.permutation(8):
+            on_the_way[number].outcome = outcomes[number]
+            prune_entries(on_the_way, keep, sizes.__getitem__)
+        for entry, outcome in zip(at_the_end, outcomes, strict=True):
+            entry.outcome = outcome
+        prune_entries(at_the_end, keep)
+        assert pruned(on_the_way) <= pruned(at_the_end)
+        if all(each.status != "failed" for each in outcomes):
+            assert pruned(on_the_way) == pruned(at_the_end)
 
 
 @pytest.mark.parametrize("checkpoint", [None, 3])

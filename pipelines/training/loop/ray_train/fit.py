@@ -24,6 +24,7 @@ from pipelines.training.runs.uploads import fit_storage
 from skillnet.precision import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.cli import SPIN_COUNT, SPIN_VARIABLE
 from skillnet_platform.cluster import capacity
 from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
 
 #: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Waiting compute threads spin for about 0.1 ms: libgomp's default, milliseconds, takes the core
-#: from the thread that loads the batches. Without spinning the threads sleep between operations.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **KEEP_FREED_MEMORY}
+#: Environment of Ray's workers.
+WORKER_ENVIRONMENT = {SPIN_VARIABLE: SPIN_COUNT, **KEEP_FREED_MEMORY}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import MODALITY, write_corpora
 
 SMALL = ("--model.dim", "16", "--model.num_layers", "1", "--model.num_heads", "2")
-SMALL += ("--training.steps", "2", "--training.workers", "0")
+SMALL += ("--training.steps", "2")
 
 
 @pytest.fixture(scope="module")

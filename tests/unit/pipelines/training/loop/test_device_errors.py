@@ -116,7 +116,7 @@ def test_the_advice_about_memory_resumes_the_run_if_it_is_followed_to_the_letter
 @pytest.mark.parametrize(
     ("rows", "size", "workers", "remedy"),
     [
-        (64, None, 0, "--training.micro_batch_size 32 with"),
+        (64, None, 1, "--training.micro_batch_size 32 with"),
         (64, None, 4, "--training.micro_batch_size 8 with"),
         (8, 32, 1, "--training.micro_batch_size 4 with"),  # all 8 rows were computed at once
         (8, 3, 1, "--training.micro_batch_size 1 with"),

@@ -4,7 +4,9 @@ import logging
 import os
 import pickle
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,11 @@ from torch import distributed as dist
 
 from pipelines.quickstart import QuickstartConfig, quickstart
 from pipelines.training.config.run import TrainingConfig
-from pipelines.training.loop import setup
+from pipelines.training.loop import setup, worker
 from pipelines.training.loop.ray_train import fit, rendezvous
 from pipelines.training.loop.ray_train.rendezvous import WorkerBuild
 from pipelines.training.loop.resolved_run import resolve_run
-from pipelines.training.loop.run import validate_run
+from pipelines.training.loop.run import train_and_evaluate, validate_run
 from pipelines.training.loop.worker import DeviceLostError
 from skillnet_platform.cluster import capacity
 from skillnet_platform.errors import UserError
@@ -119,6 +121,47 @@ def test_the_gpus_of_a_run_are_those_of_the_cluster(
         setup.require_devices(training)
 
 
+@pytest.mark.parametrize(
+    ("training", "address", "is_worker", "expected"),
+    [
+        ({}, "", False, "process"),
+        ({"placement_strategy": "strict_spread"}, "", False, "process"),
+        ({}, "10.0.0.1:6379", False, "ray"),
+        ({"workers": 2}, "", False, "ray"),
+        ({"use_gpu": True}, "", False, "ray"),
+        ({"min_workers": 1}, "", False, "ray"),
+        ({"use_gpu": True}, "10.0.0.1:6379", True, "process"),
+    ],
+    ids=range(7),
+)
+def test_one_worker_on_one_machine_is_the_process_of_the_command(
+    training: dict[str, Any],
+    address: str,
+    is_worker: bool,
+    expected: str,
+    data: Path,
+    run_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    started: list[str] = []
+
+    def start(name: str) -> Callable[..., None]:
+        def stop(*given: Any, **more: Any) -> None:
+            started.append(name)
+            raise UserError("started")
+
+        return stop
+
+    monkeypatch.setattr(worker, "run_worker", start("process"))
+    monkeypatch.setattr(fit, "fit_on_ray", start("ray"))
+    tracker: Any = SimpleNamespace(inputs=lambda manifests: None, run_id="a", uri="b")
+    run = resolve_run(small_config(data, **training))
+    with pytest.raises(UserError, match="started"):
+        train_and_evaluate(run, tracker, is_worker=is_worker)
+    assert started == [expected]
+
+
 def test_pods_that_the_autoscaler_may_start_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -146,7 +189,7 @@ def test_a_worker_without_a_gpu_names_its_node_and_its_torch() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=f"torch {torch.__version__[:4]}.*finds no GPU on "):
-        setup.require_devices(gpus(0))
+        setup.pick_device(use_gpu=True)
 
 
 def test_threads_are_those_of_the_worker_and_its_node(monkeypatch: pytest.MonkeyPatch) -> None:

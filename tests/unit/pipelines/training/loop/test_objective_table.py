@@ -75,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(data: Path, task: Task, corpus: str, **settings: object) -> FinetuneConfig:
-    training = TrainingConfig(steps=2, workers=0, threads_per_worker=1, precision="fp32")
+    training = TrainingConfig(steps=2, threads_per_worker=1, precision="fp32")
     run = FinetuneConfig(
         name="cell",
         data=str(data),

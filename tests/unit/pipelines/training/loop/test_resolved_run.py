@@ -43,14 +43,14 @@ def test_a_missing_corpus_is_an_error_only_when_it_is_needed(data: Path, run_roo
         validate_run(run)
 
 
-def test_another_number_of_workers_shares_the_inputs(data: Path, run_root: Path) -> None:
+def test_a_fixed_number_of_workers_shares_the_inputs(data: Path, run_root: Path) -> None:
     run = resolve_run(small_config(data, workers=4, min_workers=2))
     dataloader, identity = run.dataloader, run.identity
-    fewer = run.with_workers(0)
-    assert (fewer.config.training.workers, fewer.config.training.min_workers) == (0, None)
-    assert fewer.dataloader is dataloader
-    assert fewer.identity is identity
-    assert run.config.training.workers == 4
+    fixed = run.with_fixed_workers()
+    assert (fixed.config.training.workers, fixed.config.training.min_workers) == (4, None)
+    assert fixed.dataloader is dataloader
+    assert fixed.identity is identity
+    assert run.config.training.min_workers == 2
 
 
 def test_callbacks_see_the_start_and_every_step(data: Path, tmp_path: Path) -> None:
