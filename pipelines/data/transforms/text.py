@@ -46,7 +46,12 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     ids = list_own(texts, limit)
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+    return pa.ListArray.from_arrays(_wrap_int32(ends), _wrap_int32(flat))
+
+
+def _wrap_int32(values: np.ndarray) -> pa.Array:
+    # pa.array imports pandas, which takes longer than a prediction.
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ SQLAlchemy decodes ``%41`` and takes all after ``?`` as options. A path in a URI
 always encoded by :func:`sqlite_uri` and decoded by :func:`sqlite_path`.
 """
 
+import re
 from pathlib import Path
 
 from skillnet_platform.errors import UserError
@@ -12,6 +13,8 @@ _PLAIN = "sqlite:///"
 #: Names the driver. MLflow makes the folder of a ``sqlite:///`` database from the encoded path,
 #: and would leave an empty folder with a wrong name.
 _WITH_DRIVER = "sqlite+pysqlite:///"
+#: URI of an absolute path that SQLAlchemy does not change. Its import is slow.
+_UNCHANGED = re.compile(r"sqlite:///(?P<path>/[A-Za-z0-9_./-]+)")
 
 
 def is_sqlite(uri: str) -> bool:
@@ -21,11 +24,13 @@ def is_sqlite(uri: str) -> bool:
 
 def sqlite_uri(path: Path) -> str:
     """Return the URI of a database file; characters that SQLAlchemy decodes are encoded."""
+    complete = str(path.absolute())
+    plain = f"{_PLAIN}{complete}"
+    if _UNCHANGED.fullmatch(plain):
+        return plain
     from sqlalchemy.engine import URL
 
-    complete = str(path.absolute())
     encoded = URL.create("sqlite", database=complete).render_as_string(hide_password=False)
-    plain = f"{_PLAIN}{complete}"
     return plain if encoded == plain else encoded.replace(_PLAIN, _WITH_DRIVER, 1)
 
 
@@ -35,6 +40,8 @@ def sqlite_path(uri: str) -> Path:
     Raises:
         UserError: the URI names no file, or has options.
     """
+    if unchanged := _UNCHANGED.fullmatch(uri):
+        return Path(unchanged["path"])
     from sqlalchemy.engine import make_url
 
     found = make_url(uri)
