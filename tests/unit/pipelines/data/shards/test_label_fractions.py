@@ -13,8 +13,7 @@ from pipelines.data.shards.folds import open_fold
 from pipelines.data.shards.selected_rows import list_row_units, select_label_fraction
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
-from pipelines.training.loop.setup import open_corpora
-from pipelines.training.runs.identity import find_identity_differences
+from pipelines.training.runs.identity import find_identity_differences, open_corpora
 from skillnet_platform import config as configuration
 from tests.helpers.small_corpora import small_config, write_corpora
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.training.loading.dataloader import MultiTaskDataLoader, rank_slice
 from pipelines.training.loading.samplers import GroupedShuffleSampler, divide_shards
-from pipelines.training.loop.setup import open_corpora
+from pipelines.training.runs.identity import open_corpora
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 
