@@ -8,6 +8,7 @@ from pathlib import Path
 
 NAMES = (
     "training_step",
+    "packing",
     "matrix_rate",
     "stream",
     "two_workers",

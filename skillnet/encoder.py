@@ -16,13 +16,25 @@ from torch.utils.checkpoint import checkpoint
 
 from skillnet.compilation import PlanCompiler, pad_tokens
 from skillnet.config import SkillNetConfig
-from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype, padding_bias
+from skillnet.layers import (
+    PackedRows,
+    Padding,
+    SkillAttention,
+    SkillFeedForward,
+    Skills,
+    compute_dtype,
+    padding_bias,
+)
 from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import share_merges
 
 #: Largest ``model.drop_path`` at which GPUs compute dropped rows too and give them the weight 0: up
 #: to here, leaving rows out costs more in copies than it saves (the limit of DINOv2).
 MASKED_DROP_PATH = 0.1
+
+
+#: Largest share of real tokens at which they are packed. Above, the copies cost more than padding.
+PACKED_SHARE = 0.93
 
 
 class StepRows(NamedTuple):
@@ -197,7 +209,7 @@ class EncoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         skills: Skills,
-        bias_B11T: Tensor | None,
+        padding: Padding,
         draw: LayerDraw | None = None,
     ) -> Tensor:
         """Add both residual branches, and normalize each sum in a post-norm layer.
@@ -205,18 +217,18 @@ class EncoderLayer(nn.Module):
         Args:
             x_BTD: tokens.
             skills: active skills, sorted.
-            bias_B11T: number added to the attention scores; None if all tokens are real.
+            padding: see :func:`skillnet.layers.multihead_attention`.
             draw: rows that compute the branches, see :func:`draw_kept_rows`; None means all.
         """
         if self.gather_weights is None:
-            return self._run(x_BTD, skills, bias_B11T, draw)
+            return self._run(x_BTD, skills, padding, draw)
         has_shared = not (self.attention_skills and self.feedforward_skills)
         has_own = self.attention_skills or self.feedforward_skills
         active = (SHARED if has_shared else ()) + (skills if has_own else ())
         # The weights exist only inside the call, so a step cannot share merged ones.
         with share_merges(()):
             call = self.gather_weights(self._run_gathered, active)
-            return call(x_BTD, skills, bias_B11T, draw)
+            return call(x_BTD, skills, padding, draw)
 
     def _run_gathered(self, x_BTD: Tensor, skills: Skills, *rest: Any) -> Tensor:
         run, compiled = type(self)._run, None
@@ -229,15 +241,15 @@ class EncoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         skills: Skills,
-        bias_B11T: Tensor | None,
+        padding: Padding,
         draw: LayerDraw | None,
     ) -> Tensor:
         branches = ((self._attend, self.attention_norm), (self._feed, self.feedforward_norm))
         for index, (branch, norm) in enumerate(branches):
             if isinstance(draw, tuple):
-                x_BTD = self._add(branch, x_BTD, skills, bias_B11T, draw[index])
+                x_BTD = self._add(branch, x_BTD, skills, padding, draw[index])
             else:
-                y_BTD = branch(x_BTD, skills, bias_B11T)
+                y_BTD = branch(x_BTD, skills, padding)
                 if draw is None:
                     x_BTD = x_BTD + y_BTD
                 elif torch.compiler.is_compiling():
@@ -260,12 +272,12 @@ class EncoderLayer(nn.Module):
         normalized: Tensor = norm(x_BTD)
         return normalized
 
-    def _attend(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+    def _attend(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
         active = skills if self.attention_skills else SHARED
         z_BTD = self.normalize_input(self.attention_norm, x_BTD)
-        return self.attention(z_BTD, active, bias_B11T)
+        return self.attention(z_BTD, active, padding)
 
-    def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+    def _feed(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
         active = skills if self.feedforward_skills else SHARED
         return self.feedforward(self.normalize_input(self.feedforward_norm, x_BTD), active)
 
@@ -274,14 +286,18 @@ class EncoderLayer(nn.Module):
         branch: LayerCall,
         x_BTD: Tensor,
         skills: Skills,
-        bias_B11T: Tensor | None,
+        padding: Padding,
         kept: KeptRows,
     ) -> Tensor:
         """Add a residual branch to the rows that keep it. The other rows cost nothing."""
-        if bias_B11T is not None:
-            bias_B11T = bias_B11T.index_select(0, kept.rows)
-        y_BTD = branch(x_BTD.index_select(0, kept.rows), skills, bias_B11T)
-        return x_BTD.index_add(0, kept.rows, y_BTD.to(x_BTD.dtype), alpha=kept.scale)
+        places, count = kept.rows, len(kept.rows)
+        if isinstance(padding, PackedRows):
+            places, padding = padding.select_rows(kept.rows)
+            count = padding.real
+        elif padding is not None:
+            padding = padding.index_select(0, kept.rows)
+        y = branch(x_BTD.index_select(0, places), skills, padding)[:count].to(x_BTD.dtype)
+        return x_BTD.index_add(0, places[:count], y, alpha=kept.scale)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -362,14 +378,29 @@ class Encoder(nn.Module):
         self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None, *draws: LayerDraw
     ) -> Tensor:
         # The bias is built once for all layers.
-        bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
+        padding: Padding = None
+        if mask_BT is not None:
+            padding = self._find_padding(mask_BT, compute_dtype(x_BTD))
+            if isinstance(padding, PackedRows):
+                x_BTD = padding.pack(x_BTD)
         for index, layer in enumerate(self.layers):
             draw = draws[index] if draws else None
             if self.recompute_layers and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, skills, bias_B11T, draw, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, skills, padding, draw, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, skills, bias_B11T, draw)
-        return self.norm(x_BTD)
+                x_BTD = layer(x_BTD, skills, padding, draw)
+        x_BTD = self.norm(x_BTD)
+        return padding.pad(x_BTD) if isinstance(padding, PackedRows) else x_BTD
+
+    def _find_padding(self, mask_BT: Tensor, dtype: torch.dtype) -> Tensor | PackedRows:
+        """Return the padding bias, or packed rows where computing padding costs more."""
+        bias_B11T = padding_bias(mask_BT, dtype)
+        # A GPU would wait for the number of real tokens, and a graph has one shape.
+        if uses_gpu_kernels(mask_BT) or self.compiler or torch.compiler.is_compiling():
+            return bias_B11T
+        packed = PackedRows.find(mask_BT.flatten().nonzero()[:, 0], bias_B11T)
+        is_shorter = len(packed.places_P) <= PACKED_SHARE * mask_BT.numel()
+        return packed if is_shorter else bias_B11T
 
 
 class WrappedEncoder(nn.Module):

@@ -17,7 +17,7 @@ communication.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,10 @@ PLAIN_TOKENS = 256
 FLOAT32_SOFTMAX = range(16, 64)
 
 
+#: Packed tokens are a multiple of this number: oneDNN compiles a kernel for each shape.
+PACKED_MULTIPLE = 64
+
+
 def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the additive attention bias (B, 1, 1, T): 0 at real tokens, -10,000 at padding.
 
@@ -48,16 +52,94 @@ def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
     return (~mask_BT)[:, None, None, :].to(dtype) * -1e4
 
 
-def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None = None) -> Tensor:
+class PackedRows(NamedTuple):
+    """Places of the N real tokens of padded rows. Layers compute these tokens alone, as (P, D).
+
+    P is N, rounded up to a multiple of :data:`PACKED_MULTIPLE`. The last P - N tokens are copies of
+    the first one. No result and no gradient of them is used.
+
+    Args:
+        places_P: place of each token among the B T tokens of the rows.
+        real: number of real tokens N.
+        bias_B11T: see :func:`padding_bias`.
+    """
+
+    places_P: Tensor
+    real: int
+    bias_B11T: Tensor
+
+    @classmethod
+    def find(cls, places_N: Tensor, bias_B11T: Tensor) -> "PackedRows":
+        """Return the layout of real tokens.
+
+        Args:
+            places_N: place of each real token among the B T tokens.
+            bias_B11T: see :func:`padding_bias`.
+        """
+        return cls(_round_up(places_N), len(places_N), bias_B11T)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens, (B, T)."""
+        return self.bias_B11T.shape[0], self.bias_B11T.shape[-1]
+
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """Return the tokens without padding, (B, T, D) -> (P, D)."""
+        return x_BTD.flatten(0, 1).index_select(0, self.places_P)
+
+    def pad(self, x_PD: Tensor) -> Tensor:
+        """Return the tokens at their places and 0 at padding, (P, D) -> (B, T, D)."""
+        B, T = self.shape
+        padded = x_PD.new_zeros(B * T, x_PD.shape[1])
+        padded = padded.index_copy(0, self.places_P[: self.real], x_PD[: self.real])
+        return padded.view(B, T, -1)
+
+    def select_rows(self, rows_K: Tensor) -> tuple[Tensor, "PackedRows"]:
+        """Return the tokens of K rows, as numbers below P, and their places in these rows."""
+        B, T = self.shape
+        places_N = self.places_P[: self.real]
+        new_B = rows_K.new_full((B,), -1)
+        new_B[rows_K] = torch.arange(len(rows_K), device=rows_K.device)
+        row_N = new_B.index_select(0, places_N.div(T, rounding_mode="floor"))
+        tokens_M = (row_N >= 0).nonzero()[:, 0]
+        places_M = row_N[tokens_M] * T + places_N[tokens_M] % T
+        bias_K11T = self.bias_B11T.index_select(0, rows_K)
+        return _round_up(tokens_M), PackedRows.find(places_M, bias_K11T)
+
+
+def _round_up(index_N: Tensor) -> Tensor:
+    """Repeat the first entry until the length is a multiple of :data:`PACKED_MULTIPLE`."""
+    more = -len(index_N) % PACKED_MULTIPLE
+    return torch.cat([index_N, index_N[:1].expand(more)]) if len(index_N) else index_N
+
+
+#: What the attention must know of the tokens: nothing if all of (B, T, D) are real, a bias for
+#: padded ones, or the places of packed ones.
+Padding = Tensor | PackedRows | None
+
+
+def multihead_attention(qkv: Tensor, heads: int, padding: Padding = None) -> Tensor:
     """Compute multi-head scaled dot-product attention, (B, T, 3 D) -> (B, T, D).
 
     Args:
-        qkv_BT3D: queries, keys and values side by side, each with its heads side by side.
+        qkv: (B, T, 3 D), or (N, 3 D) of packed rows: queries, keys and values side by side, each
+            with its heads side by side.
         heads: number of heads H.
-        bias_B11T: added to the scores of every query; see :func:`padding_bias`.
+        padding: bias (B, 1, 1, T) that is added to the scores of every query, or packed rows.
+
+    Returns:
+        (B, T, D), or (N, D) of packed rows.
     """
+    if not isinstance(padding, PackedRows):
+        return _attend(qkv, heads, padding)
+    if padding.shape[1] > PLAIN_TOKENS:
+        return padding.pack(_attend(padding.pad(qkv), heads, padding.bias_B11T))
+    packed = padding._replace(bias_B11T=padding.bias_B11T.to(qkv.dtype))
+    return _PlainAttention.apply(qkv, (*padding.shape, heads), packed.bias_B11T, packed)
+
+
+def _attend(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None) -> Tensor:
     B, T, width = qkv_BT3D.shape
-    qkv_BT3Hd = qkv_BT3D.view(B, T, 3, heads, width // (3 * heads))
     if bias_B11T is not None:
         bias_B11T = bias_B11T.to(qkv_BT3D.dtype)
     # Longer sequences would need T x T memory per head, so they use torch's fused kernel.
@@ -65,21 +147,35 @@ def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None =
     # The choice by length would need a graph for each range of lengths.
     is_plain = is_plain and not torch.compiler.is_compiling()
     if is_plain and T <= PLAIN_TOKENS:
-        return _PlainAttention.apply(qkv_BT3Hd, bias_B11T)
+        return _PlainAttention.apply(qkv_BT3D, (B, T, heads), bias_B11T, None)
     # Cut before the axes are exchanged, so that the gradient is joined in its own layout.
+    qkv_BT3Hd = qkv_BT3D.view(B, T, 3, heads, width // (3 * heads))
     q_BHTd, k_BHTd, v_BHTd = (x_BTHd.transpose(1, 2) for x_BTHd in qkv_BT3Hd.unbind(2))
     y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     return y_BHTd.transpose(1, 2).reshape(B, T, width // 3)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(d) + bias) v of all heads, in batched products of B H matrices."""
+    """softmax(q k' / sqrt(d) + bias) v of all heads, in batched products of B H matrices.
+
+    Packed tokens are put at their places, and taken from there, inside of the function: autograd
+    would need more copies for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv_BT3Hd: Tensor, bias_B11T: Tensor | None) -> Tensor:
-        B, T, _, H, d = qkv_BT3Hd.shape
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        shape: tuple[int, int, int],
+        bias_B11T: Tensor | None,
+        packed: PackedRows | None,
+    ) -> Tensor:
+        B, T, H = shape
+        width = qkv.shape[-1]
+        d = width // (3 * H)
+        padded = _pad(qkv, packed).view(B, T, 3, H, d)
         # Always a new tensor, because the queries are scaled in place.
-        laid_out = qkv_BT3Hd.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+        laid_out = padded.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
         q, k, v = laid_out.view(3, B * H, T, d).unbind(0)
         q.mul_(d**-0.5)
         scores = torch.bmm(q, k.transpose(1, 2))
@@ -91,22 +187,34 @@ class _PlainAttention(torch.autograd.Function):
             p = torch.softmax(scores, -1)
         # The probabilities are kept, not recomputed: at these lengths memory is cheap.
         ctx.save_for_backward(q, k, v, p)
-        ctx.shape = (B, T, H, d)
-        return torch.bmm(p, v).view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+        ctx.shape, ctx.packed = (B, T, H, d), packed
+        y_BTD = torch.bmm(p, v).view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+        return y_BTD if packed is None else packed.pack(y_BTD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         q, k, v, p = ctx.saved_tensors
         B, T, H, d = ctx.shape
-        g = grads[0].view(B, T, H, d).transpose(1, 2).reshape(B * H, T, d)
+        packed: PackedRows | None = ctx.packed
+        g = _pad(grads[0], packed).view(B, T, H, d).transpose(1, 2).reshape(B * H, T, d)
         # All three gradients share one tensor, so the layout is converted back only once.
         grad = g.new_empty(3, B * H, T, d)
         torch.bmm(p.transpose(1, 2), g, out=grad[2])
         scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)
         torch.bmm(scores, k, out=grad[0]).mul_(d**-0.5)
         torch.bmm(scores.transpose(1, 2), q, out=grad[1])
-        return grad.view(3, B, H, T, d).permute(1, 3, 0, 2, 4).contiguous(), None
+        joined = grad.view(3, B, H, T, d).permute(1, 3, 0, 2, 4).reshape(B * T, 3 * H * d)
+        if packed is None:
+            return joined.view(B, T, -1), None, None, None
+        result = joined.new_zeros(len(packed.places_P), joined.shape[1])
+        places_N = packed.places_P[: packed.real]
+        torch.index_select(joined, 0, places_N, out=result[: packed.real])
+        return result, None, None, None
+
+
+def _pad(x: Tensor, packed: PackedRows | None) -> Tensor:
+    return x if packed is None else packed.pad(x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -215,6 +323,6 @@ class SkillAttention(nn.Module):
         self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias, rank=rank)
         self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias, rank=rank)
 
-    def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None = None) -> Tensor:
-        """Attend over all tokens; ``bias_B11T`` is added to the scores (see ``padding_bias``)."""
-        return self.out(multihead_attention(self.qkv(x_BTD, skills), self.heads, bias_B11T), skills)
+    def forward(self, x_BTD: Tensor, skills: Skills, padding: Padding = None) -> Tensor:
+        """Attend over all real tokens of each row, see :func:`multihead_attention`."""
+        return self.out(multihead_attention(self.qkv(x_BTD, skills), self.heads, padding), skills)

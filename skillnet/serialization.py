@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from safetensors import SafetensorError
@@ -212,7 +213,10 @@ def write_config(model: SavableModel, folder: Path) -> str:
 
 
 def write_parts(
-    model: SavableModel, folder: Path, read_weight: "Callable[[str], Tensor] | None" = None
+    model: SavableModel,
+    folder: Path,
+    read_weight: "Callable[[str], Tensor] | None" = None,
+    save: "Callable[[Mapping[str, Tensor], Path], None] | None" = None,
 ) -> list[str]:
     """Write the configuration and all weight files of a model, one file at a time.
 
@@ -220,6 +224,7 @@ def write_parts(
         model: any system.
         folder: existing directory.
         read_weight: returns the weight of a name; None takes it from the model.
+        save: writes the tensors of a file; None takes :func:`save_tensors`.
 
     Returns:
         Names of the files.
@@ -227,9 +232,7 @@ def write_parts(
     written = [write_config(model, folder)]
     read = read_weight or dict(model.named_parameters()).__getitem__
     for file, names in model.files_of().items():
-        # safetensors needs contiguous tensors on the host.
-        tensors = {name: read(name).detach().cpu().contiguous() for name in names}
-        save_tensors(tensors, folder / f"{file}.safetensors")
+        (save or save_tensors)({name: read(name) for name in names}, folder / f"{file}.safetensors")
         written.append(f"{file}.safetensors")
     return written
 
@@ -238,28 +241,37 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path) -> None:
     """Write a safetensors file with the mode of a new file.
 
     Args:
-        tensors: name -> tensor, contiguous and on the host.
+        tensors: name -> tensor, no two of which share memory.
         path: location of the file; replaced if it exists.
     """
     from safetensors.torch import save_file
 
+    # safetensors needs contiguous tensors on the host.
+    laid_out = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     # safetensors makes a private file, and renames it.
     path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path)
+    save_file(laid_out, path)
     path.chmod(mode)
 
 
-def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
+def write_manifest(
+    folder: Path,
+    files: list[str],
+    known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    **extra: Any,
+) -> None:
     """Write ``manifest.json`` with size and sha256 of each file, and flush it to disk.
 
     Args:
         folder: directory of the files.
         files: their names.
+        known: name -> size and sha256 of files that are not read for it.
         **extra: further entries.
     """
-    commit_manifest(folder, {"format": FORMAT, **extra, "files": describe_files(folder, files)})
+    described = {**known, **describe_files(folder, [name for name in files if name not in known])}
+    commit_manifest(folder, {"format": FORMAT, **extra, "files": described})
 
 
 def describe_files(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:

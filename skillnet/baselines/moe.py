@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.bounds import DropProbability, LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.layers import Skills
+from skillnet.layers import PackedRows, Padding, Skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, Outputs
 from skillnet.systems import SizeMatch, System
@@ -87,14 +88,19 @@ class ExpertLayer(EncoderLayer):
         self.routings: list[RoutingResult] = []
         self.stores_routings = False
 
-    def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
-        # The attention bias is 0 at real tokens. Its rows are already those that drop path keeps.
-        mask_BT = None if bias_B11T is None else bias_B11T[:, 0, 0] == 0
-        x_BTD = self.normalize_input(self.feedforward_norm, x_BTD)
-        y_BTD, routing = self.feedforward(x_BTD, mask_BT)
+    def _feed(self, x_BTD: Tensor, skills: Skills, padding: Padding) -> Tensor:
+        x = self.normalize_input(self.feedforward_norm, x_BTD)
+        if isinstance(padding, PackedRows):
+            # Copies that fill up packed tokens are no load of an expert.
+            y, routing = self.feedforward(x[: padding.real])
+            y = F.pad(y, (0, 0, 0, len(x) - padding.real))
+        else:
+            # The bias is 0 at real tokens. Its rows are already those that drop path keeps.
+            mask_BT = None if padding is None else padding[:, 0, 0] == 0
+            y, routing = self.feedforward(x, mask_BT)
         if self.training and self.stores_routings:
             self.routings.append(routing)
-        return y_BTD
+        return y
 
 
 class ExpertEncoder(Encoder):

@@ -107,8 +107,11 @@ class ExpertFeedForward(nn.Module):
         draw_truncated_normal(self.down, out_std)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, RoutingResult]:
-        """Route and compute tokens; ``mask_BT`` is True at real tokens, None if all are real."""
-        x_ND = x_BTD.flatten(0, 1)
+        """Route and compute tokens; ``mask_BT`` is True at real tokens, None if all are real.
+
+        Without a mask, ``x_BTD`` may have any leading axes.
+        """
+        x_ND = x_BTD.flatten(0, -2)
         if mask_BT is None:
             y_ND, routing = self.run(x_ND)
             return y_ND.view(x_BTD.shape), routing

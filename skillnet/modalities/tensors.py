@@ -195,6 +195,15 @@ class ModalityTensors:
             batch[names[1]] = torch.from_numpy(lengths.astype(np.int64, copy=False))
         return batch
 
+    def count_units(self, batch: Batch) -> Tensor | None:
+        """Return the (B,) units of each row in its own unit, or None if all rows have one size.
+
+        Args:
+            batch: tensors of :meth:`make_batch`.
+        """
+        names = self.modality.batch
+        return batch[names[1]] if len(names) > 1 else None
+
     def check_shape(self, shape: tuple[int, ...], config: SkillNetConfig) -> dict[str, int]:
         """Return the key of each size of the model that differs from rows of one size.
 

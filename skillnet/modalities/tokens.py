@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.modalities.tensors import (
@@ -120,6 +120,9 @@ class TokenTensors(ModalityTensors):
 
     def make_batch(self, values: np.ndarray, lengths: np.ndarray | None = None) -> Batch:
         return {"tokens": torch.from_numpy(values.astype(np.int64, copy=False))}
+
+    def count_units(self, batch: Batch) -> Tensor:
+        return (batch["tokens"] != PAD).sum(1)
 
     def find_dropout(self, settings: Any) -> float:
         """Return the fraction of the tokens that the augmentation hides."""

@@ -10,13 +10,16 @@
 There is no generator state: all randomness is keyed by (seed, step).
 """
 
+import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -31,6 +34,7 @@ from pipelines.training.runs.checkpoints import (
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
     load_tensors,
+    read_manifest,
     save_tensors,
     write_manifest,
     write_parts,
@@ -43,6 +47,109 @@ if TYPE_CHECKING:
 
 #: Tensors that AdamW keeps for each parameter.
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class _Written(NamedTuple):
+    marks: tuple[tuple[int, int, int], ...]
+    path: Path
+    entry: Mapping[str, Any]
+
+
+class UnchangedFiles:
+    """Files of the newest checkpoint, and of the initial weights, whose tensors did not change.
+
+    The next checkpoint gets them as hard links, so a checkpoint costs what changed: of a thousand
+    skills, those that were trained. No program writes into a file of a saved model, so files may
+    be in several folders. torch counts the changes of each tensor in place.
+
+    Args:
+        source: saved model with initial weights; None if all weights are random.
+    """
+
+    def __init__(self, source: Path | None = None) -> None:
+        self._known: dict[str, _Written] = {}
+        #: Name and entry of the manifest -> path, of files that no checkpoint has yet.
+        self._initial: dict[tuple[str, str], Path] = {}
+        if source is not None:
+            files = read_manifest(source)["files"]
+            self._initial = {(n, about["sha256"]): source / n for n, about in files.items()}
+        #: Size and hash of the files of the checkpoint in progress, as far as they are known.
+        self.entries: dict[str, Mapping[str, Any]] = {}
+        self._marks: dict[str, tuple[tuple[int, int, int], ...]] = {}
+
+    def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write a file of a checkpoint, or link an earlier one that has the same tensors.
+
+        Args:
+            tensors: name -> tensor of the training, not a copy of it.
+            path: location of the file.
+        """
+        marks = self._marks[path.name] = _mark_tensors(tensors)
+        known = self._known.get(path.name)
+        if known is not None and known.marks == marks and _link(known.path, path, known.entry):
+            self.entries[path.name] = known.entry
+        elif known is not None or not self._initial:
+            _save_copies(tensors, path)
+        else:
+            content = safetensors.torch.save(_to_cpu(tensors))
+            digest = hashlib.sha256(content).hexdigest()
+            entry = self.entries[path.name] = {"bytes": len(content), "sha256": digest}
+            initial = self._initial.get((path.name, digest))
+            if initial is None or not _link(initial, path, entry):
+                path.write_bytes(content)
+
+    def count_bytes(self, tensors: "CheckpointTensors") -> int:
+        """Return the bytes of the files that the next checkpoint links.
+
+        Args:
+            tensors: weights and state of the training.
+        """
+        files = (*tensors.read_weights(), *tensors.read_state())
+        found = ((self._known.get(f"{name}.safetensors"), values) for name, values in files)
+        return sum(k.entry["bytes"] for k, v in found if k and k.marks == _mark_tensors(v))
+
+    def commit(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over a finished checkpoint; its files are those that later ones link.
+
+        Args:
+            folder: directory of the checkpoint.
+            files: size and hash of each file.
+        """
+        self._known = {n: _Written(m, folder / n, files[n]) for n, m in self._marks.items()}
+        self._initial.clear()
+        self.entries, self._marks = {}, {}
+
+    def resume(self, folder: Path, tensors: "CheckpointTensors") -> None:
+        """Take over the checkpoint that was just loaded.
+
+        Args:
+            folder: directory of the checkpoint.
+            tensors: weights and state, as loaded.
+        """
+        files = read_manifest(folder)["files"]
+        for file, values in (*tensors.read_weights(), *tensors.read_state()):
+            if f"{file}.safetensors" in files:
+                self._marks[f"{file}.safetensors"] = _mark_tensors(values)
+        self.commit(folder, files)
+
+
+def _save_copies(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_tensors(_to_cpu(tensors), path)
+
+
+def _mark_tensors(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Return what differs as soon as a tensor gets another value, or is another one."""
+    return tuple((id(x), x.data_ptr(), x._version) for x in tensors.values())
+
+
+def _link(source: Path, path: Path, entry: Mapping[str, Any]) -> bool:
+    try:
+        if source.stat().st_size != entry["bytes"]:
+            return False
+        path.hardlink_to(source)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
 
 
 class CheckpointTensors:
@@ -72,6 +179,11 @@ class CheckpointTensors:
     def read_weight(self, name: str) -> Tensor:
         """Return a weight."""
         return self._gather(name, self._owned[name])
+
+    def read_weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield name and tensors of each file of the weights."""
+        for file, names in self._model.files_of().items():
+            yield file, {name: self.read_weight(name) for name in names}
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield name and tensors of each file of the optimizer state and of the averages.
@@ -162,6 +274,7 @@ def write_checkpoint(
     state: dict[str, Any],
     keep: int,
     shards: "ModelShards | None" = None,
+    unchanged: UnchangedFiles | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
 
@@ -177,6 +290,7 @@ def write_checkpoint(
         keep: number of checkpoints that stay.
         shards: this rank's part of the weights. All other ranks then call
             :func:`join_checkpoint` at the same time.
+        unchanged: files of earlier checkpoints of this process; None writes all files.
 
     Returns:
         The checkpoint's folder.
@@ -186,30 +300,40 @@ def write_checkpoint(
     """
     final = folder / f"{PREFIX}{step:08d}"
     tensors = CheckpointTensors(model, optimizer, average, shards)
-    needed = tensors.count_bytes()
+    needed = tensors.count_bytes() - (0 if unchanged is None else unchanged.count_bytes(tensors))
     # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
     with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
-        written = write_parts(model, staging, tensors.read_weight)
+        save = _save_copies if unchanged is None else unchanged.save
+        written = write_parts(model, staging, tensors.read_weight, save)
         for file, values in tensors.read_state():
-            save_tensors(_to_cpu(values), staging / f"{file}.safetensors")
+            save(values, staging / f"{file}.safetensors")
             written.append(f"{file}.safetensors")
-        complete_checkpoint(staging, written, tensors.complete_state(step, state))
+        known = {} if unchanged is None else unchanged.entries
+        complete_checkpoint(staging, written, tensors.complete_state(step, state), known)
+    if unchanged is not None:
+        unchanged.commit(final, read_manifest(final)["files"])
     remove_old_checkpoints(folder, keep)
     return final
 
 
-def complete_checkpoint(staging: Path, written: list[str], state: dict[str, Any]) -> None:
+def complete_checkpoint(
+    staging: Path,
+    written: list[str],
+    state: dict[str, Any],
+    known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
     """Write the state and the manifest of a checkpoint, after all its tensors.
 
     Args:
         staging: folder of the files.
         written: their names.
         state: content of ``state.json``.
+        known: name -> size and hash of files, as far as they are known.
     """
     text = json.dumps(state, indent=1, sort_keys=True)
     (staging / "state.json").write_text(text + "\n", encoding="utf-8")
-    write_manifest(staging, [*written, "state.json"])
+    write_manifest(staging, [*written, "state.json"], known)
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
@@ -295,6 +419,6 @@ def load_checkpoint(
         average.updates = updates
 
 
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Each tensor gets its own memory: gradients and averages may be views of a shared buffer.
     return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}

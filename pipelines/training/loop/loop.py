@@ -130,13 +130,20 @@ def train_model(
         world,
         device,
     )
-    start = 0
+    start, checkpoint = 0, None
     if run.has_folder:
         checkpoint = resume_run(run.folder, identity, model, optimizer, average, world, shards)
         if checkpoint is not None:
             start = checkpoint.step
             sizes = {name: task.batch_size for name, task in config.trained.items()}
             health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    # Tensors that move between devices, or are gathered, do not count their changes.
+    unchanged = None
+    if settings.sharding == "none":
+        unchanged = checkpointing.UnchangedFiles(replica.source)
+        if checkpoint is not None:
+            loaded = checkpointing.CheckpointTensors(model, optimizer, average)
+            unchanged.resume(checkpoint.path, loaded)
     residency = None
     if settings.sharding == "host":
         residency = WeightResidency(model, optimizer, average, device)
@@ -183,6 +190,7 @@ def train_model(
             state,
             settings.keep_checkpoints,
             shards,
+            unchanged,
         )
         reporter.checkpoint(written, step)
         return written
@@ -221,9 +229,6 @@ def train_model(
                 optimizer, active[batch.task], settings.max_grad_norm, average, replica.shard_group
             )
             health.add_step(batch, is_finite, step)
-            # Gradients become None, so that AdamW skips parameters outside the next task.
-            optimizer.zero_grad()
-
             step += 1
             meter.add(batch, loss, norm, lr, is_finite)
             if step % settings.log_every == 0 or step == last or leaving:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from pipelines.training.config.run import TrainingConfig
 from skillnet.skill_weights import find_weight_skill
@@ -38,11 +39,37 @@ class EagerAdamW(torch.optim.AdamW):
                 if wrapped is not None:
                     setattr(wrapped, _EXCLUDED, wrapped)
         super().__init__(*args, **options)
+        self._group_of: dict[nn.Parameter, int] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient; see :meth:`torch.optim.AdamW.step`."""
-        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+        loss = inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+        # torch's fused update does not count its changes, on which caches and checkpoints rely.
+        groups = (group["params"] for group in self.param_groups)
+        increment_version([p for params in groups for p in params if p.grad is not None])
+        return loss
+
+    def step_some(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update some parameters, without a look at all others.
+
+        Args:
+            parameters: weights of this optimizer; those with a gradient are updated.
+        """
+        if not self._group_of:
+            numbered = enumerate(self.param_groups)
+            self._group_of = {p: number for number, group in numbered for p in group["params"]}
+        chosen: list[list[nn.Parameter]] = [[] for _ in self.param_groups]
+        for parameter in parameters:
+            chosen[self._group_of[parameter]].append(parameter)
+        complete = [group["params"] for group in self.param_groups]
+        for group, some in zip(self.param_groups, chosen, strict=True):
+            group["params"] = some
+        try:
+            self.step()
+        finally:
+            for group, everything in zip(self.param_groups, complete, strict=True):
+                group["params"] = everything
 
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
@@ -103,7 +130,7 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig
-) -> torch.optim.AdamW:
+) -> EagerAdamW:
     """Build AdamW (Loshchilov & Hutter 2019) in two groups: with and without weight decay.
 
     Args:
@@ -160,19 +187,21 @@ def clip_gradients(
 
 
 def update_weights(
-    optimizer: torch.optim.Optimizer,
+    optimizer: EagerAdamW,
     active: NamedParameters,
     max_norm: float,
     average: "WeightAverage | None" = None,
     shards: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip the gradients and update the weights, unless a gradient is not finite.
+    """Clip the gradients, update the weights unless a gradient is not finite, drop the gradients.
+
+    The time depends on the parameters of the step alone, not on those of the model.
 
     The device decides, so the host does not wait for the backward pass. Without an update, weights
     and optimizer state keep their values; a weight without state gets that of zero updates.
 
     Args:
-        optimizer: a fused optimizer of torch.
+        optimizer: over these parameters and others, fused.
         active: parameters of the step.
         max_norm: see :func:`clip_gradients`.
         average: running mean of the weights, or None.
@@ -185,9 +214,13 @@ def update_weights(
     is_finite = torch.isfinite(norm)
     # torch's GradScaler hands its flag to fused optimizers in the same attribute.
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    parameters = [parameter for _, parameter in active]
+    optimizer.step_some(parameters)
     if average is not None:
         average.update(active)
+    # A later step of another task must not find them.
+    for parameter in parameters:
+        parameter.grad = None
     return norm, is_finite
 
 

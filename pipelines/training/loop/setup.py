@@ -267,19 +267,29 @@ def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, 
     for file in sorted(trainable - files.keys()):
         suggestion = suggest_name(file, files)
         raise UserError(f"training.trainable: the model has no file {file!r}{suggestion}")
+    parameters = dict(model.named_parameters())
     for file, names in files.items():
         for name in names:
-            model.get_parameter(name).requires_grad_(not trainable or file in trainable)
-    active = {
-        task: [(name, p) for name, p in model.active_parameters(task) if p.requires_grad]
-        for task in config.trained
-    }
-    for task, named in active.items():
-        if not named:
-            required = ", ".join(sorted(model.required_files(task)))
+            parameters[name].requires_grad_(not trainable or file in trainable)
+    position = {name: number for number, name in enumerate(parameters)}
+    active = {}
+    for task in config.trained:
+        # A task looks at its own files alone: with many skills, most belong to other tasks.
+        required = model.required_files(task)
+        used = [
+            name
+            for file in required & files.keys()
+            if not trainable or file in trainable
+            for name in files[file]
+            if model.uses_parameter(name, task)
+        ]
+        if not used:
+            activated = ", ".join(sorted(required))
             raise UserError(
-                f"training.trainable leaves nothing to train for {task}, which activates {required}"
+                f"training.trainable leaves nothing to train for {task}, which activates "
+                f"{activated}"
             )
+        active[task] = [(name, parameters[name]) for name in sorted(used, key=position.__getitem__)]
     return active
 
 
@@ -293,6 +303,7 @@ class TrainingReplica:
         active: task -> weights that its steps change, as the optimizer sees them.
         sync: sums gradients over ranks.
         shards: this rank's part of the weights; None if it holds them whole.
+        source: folder of the initial weights; None if all are random.
     """
 
     model: TaskModel
@@ -300,6 +311,7 @@ class TrainingReplica:
     active: dict[str, NamedParameters]
     sync: "GradientSync | ShardedSync"
     shards: "ModelShards | None" = None
+    source: Path | None = None
 
     @property
     def owner(self) -> "TaskModel | ModelShards":
@@ -360,7 +372,8 @@ def build_replica(
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     # Each rank builds the model from the seed or the initial weights.
-    model = build_model(config, corpora).to(place, dtype)
+    model, report = _build_started(config, corpora)
+    model = model.to(place, dtype)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     if settings.compile:
@@ -370,7 +383,8 @@ def build_replica(
         broadcast_parameters(model.parameters(), BUCKET_BYTES, device)
     active = trainable_parameters(model, config)
     sync = GradientSync(active, world)
-    return TrainingReplica(model, model, active, sync)
+    source = None if report is None else Path(report.source)
+    return TrainingReplica(model, model, active, sync, source=source)
 
 
 def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) -> int:

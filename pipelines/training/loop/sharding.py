@@ -311,7 +311,7 @@ def shard_model(
         for name in names:
             _receive_weight(structure, name, values.pop(name, None), device)
         own = {structure.get_parameter(name) for name in names}
-        others = {p for p in structure.parameters() if p not in own}
+        others = {p for p in module.parameters() if p not in own}
         fully_shard(
             module,
             mesh=mesh,

@@ -14,13 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loading.dataloader import Batch
+from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
+from skillnet.skills import find_task
 from skillnet_platform.cluster.gpu_types import GPU_TYPES, describe_device
 
 #: Operations of a training step over those of its forward pass.
@@ -50,11 +53,11 @@ def find_peak_flops(device: torch.device, is_bf16: bool) -> float | None:
 
 
 class CostMeter:
-    """Counter of the tokens and operations of steps, without reading a tensor of the device.
+    """Counter of the tokens and operations of steps, without reading a tensor of a GPU.
 
-    Padded tokens count, because they are computed. Operations are those of the model, three times
-    its forward pass: layers that are computed again do not count. A system without formulas has
-    neither tokens nor operations.
+    Real tokens count on a CPU, whose layers leave padding out, and padded ones on a GPU. Operations
+    are those of the model, three times its forward pass: layers that are computed again do not
+    count. A system without formulas has neither tokens nor operations.
 
     Args:
         model: module with the weights of the run.
@@ -65,30 +68,40 @@ class CostMeter:
         # The base class counts by running the model, which a training must not do.
         self._model = model if type(model).flops is not TaskModel.flops else None
         self._peak = peak_flops
-        self._known: dict[tuple[Any, ...], tuple[int, int]] = {}
-        self._flops = self._tokens = 0
+        self._known: dict[tuple[str, str, int], np.ndarray] = {}
+        self._flops = self._tokens = 0.0
 
     def add(self, batch: Batch) -> None:
         """Count the rows of a step: operations of this rank, tokens of all ranks."""
         if self._model is None:
             return
-        lengths = {
-            tower: value.shape[1]
-            for tower, tensors in batch.towers.items()
-            for name, value in tensors.items()
-            if name in ("tokens", "log_mel")
-        }
-        key = (batch.task, *sorted(lengths.items()))
+        plans = find_task(batch.task, self._model.config.tasks).towers
+        found = {t: _list_lengths(plan.modality, batch.towers[t]) for t, plan in plans.items()}
+        lengths = {tower: values for tower, values in found.items() if values is not None}
+        try:
+            shortest = self._count(batch.task, dict.fromkeys(lengths, 1), "", 1)
+            total = shortest * len(batch.rows)
+            # The costs of towers add up, so few lengths are counted instead of all pairs of them.
+            for tower, values in lengths.items():
+                for length, rows in zip(*np.unique(values, return_counts=True), strict=True):
+                    cost = self._count(batch.task, dict.fromkeys(lengths, 1), tower, int(length))
+                    total = total + (cost - shortest) * rows
+        except TypeError:
+            # The formulas do not know a stem of a third party.
+            self._model = None
+            return
+        self._flops += PASSES * float(total[0])
+        # Other ranks have rows of about the same lengths.
+        self._tokens += float(total[1]) * batch.global_rows / len(batch.rows)
+
+    def _count(self, task: str, lengths: dict[str, int], tower: str, length: int) -> np.ndarray:
+        """Return (operations, tokens) of a row in which one tower has another length."""
+        assert self._model is not None
+        key = (task, tower, length)
         if key not in self._known:
-            try:
-                self._known[key] = self._model.flops(batch.task, lengths)
-            except TypeError:
-                # The formulas do not know a stem of a third party.
-                self._model = None
-                return
-        flops, tokens = self._known[key]
-        self._flops += PASSES * flops * len(batch.rows)
-        self._tokens += tokens * batch.global_rows
+            changed = lengths | ({tower: length} if tower else {})
+            self._known[key] = np.array(self._model.flops(task, changed), dtype=np.float64)
+        return self._known[key]
 
     def collect_metrics(self, seconds: float) -> dict[str, float]:
         """Return metrics since the last call.
@@ -102,8 +115,17 @@ class CostMeter:
             values["training/model_tflops_per_second"] = self._flops / seconds / 1e12
             if self._peak:
                 values["training/model_flops_utilization"] = self._flops / seconds / self._peak
-        self._flops = self._tokens = 0
+        self._flops = self._tokens = 0.0
         return values
+
+
+def _list_lengths(modality: str, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
+    """Return the (B,) units of each row that the encoder computes; None for rows of one size."""
+    lengths = find_modality(modality).tensor_half.count_units(dict(tensors))
+    if lengths is None or lengths.device.type == "cpu":
+        return None if lengths is None else lengths.numpy()
+    longest = tensors[find_modality(modality).batch[0]].shape[1]
+    return np.full(len(lengths), longest)
 
 
 def measure_peak_memory(device: torch.device) -> dict[str, float]:

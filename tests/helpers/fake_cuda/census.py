@@ -142,7 +142,6 @@ class StepCensus:
                 of_passes = watch.nbytes
                 norm, is_finite = update_weights(optimizer, active[batch.task], 1.0, average)
                 health.add_step(on_device, is_finite, 0)
-                optimizer.zero_grad()
                 meter.add(on_device, loss, norm, 1e-3, is_finite)
         tensors = [*model.parameters(), *model.buffers(), *average.values.values()]
         tensors += [x for state in optimizer.state.values() for x in state.values()]

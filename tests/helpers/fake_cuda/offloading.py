@@ -112,6 +112,5 @@ def measure_offloaded_steps(
             backward_step(model, on_device, precision, config, sync, 0, world)
             sync.finish()
             update_weights(optimizer, active[task], 1.0, average)
-            optimizer.zero_grad()
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     return watch, {"peak_bytes": memory.peak, "weight_bytes": weights}

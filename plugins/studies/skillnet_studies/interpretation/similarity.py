@@ -160,11 +160,11 @@ def _collect_outputs(
 
     def listen(key: tuple[int, str]) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x_BTD, more = arguments[0], arguments[2:]
+            x, more = arguments[0], arguments[2:]
             for name, outputs in parts[key].items():
                 # Calling forward directly skips this hook.
-                y_BTD = type(module).forward(module, x_BTD, (name,), *more)
-                outputs.append(y_BTD[real[0]] if real[0] is not None else y_BTD.flatten(0, 1))
+                y = type(module).forward(module, x, (name,), *more)
+                outputs.append(_take_real(y, real[0]))
 
         return hook
 
@@ -185,6 +185,14 @@ def _collect_outputs(
         key: {name: torch.cat(outputs) for name, outputs in by_skill.items()}
         for key, by_skill in parts.items()
     }
+
+
+def _take_real(y: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Return the outputs (n, D) of the real tokens, of padded or packed rows."""
+    if mask_BT is None:
+        return y.flatten(0, 1)
+    # Packed tokens are in the order of the mask, and copies follow them.
+    return y[: int(mask_BT.sum())] if y.dim() == 2 else y[mask_BT]
 
 
 def _sample_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:

@@ -42,19 +42,29 @@ def read_batch(run: ResolvedRun, task: str, rank: int = 0, world: int = 1) -> Ba
     return loader.batch(step, rank, world)
 
 
-def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(data: Path) -> None:
+@pytest.mark.parametrize("task", ["text_classification", "speech_recognition", "text_to_code"])
+def test_operations_are_three_forward_passes_and_tokens_are_those_of_all_ranks(
+    data: Path, task: str
+) -> None:
+    """Padding is not computed, so it does not count."""
     run = ResolvedRun(small_config(data))
     model = build_model(run.config)
-    batch = read_batch(run, "text_classification", 0, 2)
-    length = batch.towers["input"]["tokens"].shape[1]
-    flops, tokens = model.flops("text_classification", {"input": length})
+    batch = read_batch(run, task, 0, 2)
+    lengths = {
+        tower: x["frames"].tolist() if "frames" in x else (x["tokens"] != 0).sum(1).tolist()
+        for tower, x in batch.towers.items()
+    }
+    rows = [dict(zip(lengths, row, strict=True)) for row in zip(*lengths.values(), strict=True)]
+    assert len({tuple(row.values()) for row in rows}) > 1
+    costs = [model.flops(task, row) for row in rows]
     meter = CostMeter(model, peak_flops=1e9)
     meter.add(batch)
     values = meter.collect_metrics(seconds=2.0)
-    operations = 3 * flops * len(batch.rows)
-    assert len(batch.rows) < batch.global_rows
-    assert tokens == length
-    assert values["training/tokens_per_second"] == tokens * batch.global_rows / 2
+    operations = 3 * sum(flops for flops, _ in costs)
+    share = len(batch.rows) / batch.global_rows
+    assert share < 1
+    tokens = sum(count for _, count in costs) / share
+    assert values["training/tokens_per_second"] == pytest.approx(tokens / 2)
     assert values["training/model_tflops_per_second"] == pytest.approx(operations / 2e12)
     assert values["training/model_flops_utilization"] == pytest.approx(operations / 2e9)
     assert meter.collect_metrics(seconds=2.0) == {}

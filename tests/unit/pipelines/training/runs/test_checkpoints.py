@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from pipelines.training.loop.optimizer import WeightAverage, build_optimizer
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.runs import checkpoints, model_source
-from skillnet import SkillNet
+from pipelines.training.runs.checkpoints import list_checkpoint_folders
+from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 
@@ -78,6 +80,74 @@ def test_incomplete_checkpoint_is_rejected_by_name(run: Path, name: str) -> None
     (path / name).unlink()
     with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
         checkpoints.verify_checkpoint(path)
+
+
+def _inodes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
+def test_a_checkpoint_writes_what_changed_and_links_the_rest(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=6, checkpoint_every=2, keep_checkpoints=3, precision="fp32")
+    source = tmp_path / "base"
+    build_model(config).save_pretrained(source)
+    config.init_from = str(source)
+    config.training.trainable = ["skill-general"]
+    run = ResolvedRun(config, tmp_path)
+    train_model(run, stop_at=4)
+    train_model(ResolvedRun(config, tmp_path))  # resumed
+    folders = list_checkpoint_folders(tmp_path / "checkpoints")
+    changed = {"skill-general.safetensors", "optimizer-skill-general.safetensors"}
+    expected = {"manifest.json", "state.json", "config.json", *changed}
+    kept = [_inodes(folder) for folder in folders]
+    assert len(kept) == 3
+    for newer, older in pairwise(kept):
+        assert {name for name, inode in newer.items() if inode != older[name]} == expected
+    initial = _inodes(source)
+    weights = {name for name in kept[0] if name.endswith(".safetensors")} - changed
+    assert weights, "files that stayed"
+    assert all(kept[0][name] == initial[name] for name in weights)
+    for folder in folders:
+        checkpoints.verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "no links", "file cut short"])
+def test_a_changed_tensor_or_file_is_written_again(
+    data: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(data)
+    model = build_model(config)
+    optimizer = build_optimizer(model.named_parameters(), config.training)
+    unchanged = checkpointing.UnchangedFiles()
+
+    def write(step: int) -> Path:
+        return checkpointing.write_checkpoint(
+            tmp_path, step, model, optimizer, None, {}, 9, None, unchanged
+        )
+
+    first, second = write(1), write(2)
+    name = "skill-text.safetensors"
+    assert _inodes(first)[name] == _inodes(second)[name]
+    weight = next(p for n, p in model.named_parameters() if model.file_of(n) == "skill-text")
+    if change == "in place":
+        with torch.no_grad():
+            weight += 1
+    elif change == "another tensor":
+        weight.data = weight.data + 1
+    elif change == "no links":
+
+        def refuse(self: Path, source: Path) -> None:
+            raise OSError(1, "no links here")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    else:
+        (second / name).write_bytes(b"short")
+    third = write(3)
+    assert _inodes(third)[name] != _inodes(second)[name]
+    checkpoints.verify_checkpoint(third)
+    saved = systems.load_model(third).get_parameter(
+        next(n for n, p in model.named_parameters() if p is weight)
+    )
+    assert torch.equal(saved, weight)
 
 
 @pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
@@ -146,6 +216,7 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
 
 SCRIPT = """
 import sys
+from itertools import pairwise
 from pathlib import Path
 from pipelines.training.runs import checkpoints
 from pipelines.training.loop.loop import train_model

@@ -1,0 +1,442 @@
+"""``skillnet pack``, ``add``, ``remove`` and ``skills``: skills that travel as files.
+
+    skillnet pack counting-run --output stroke-count.skill     a task of a grown model, as a file
+    skillnet add stroke-count.skill --to my-model              joins it, and compares every output
+    skillnet skills my-model                                   what the model has, and what it costs
+    skillnet remove stroke-count --from my-model               every file has its former bytes
+
+A model is a folder that ``skillnet export --to hf`` or ``save_pretrained`` wrote.
+:mod:`skillnet.skill_packages` has the format.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.config.resources import request_model
+from skillnet_platform import __version__, console
+from skillnet_platform.cli import command
+from skillnet_platform.config import aliased_field, positional_field
+from skillnet_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from skillnet.skill_packages import PackageContent, SkillPackage
+    from skillnet.skill_proofs import TaskProof
+
+SUFFIX = ".skill"
+
+
+@dataclass
+class PackConfig:
+    """Options of ``skillnet pack``.
+
+    Args:
+        model: a grown model: a run, a registry address, a checkpoint, or a folder.
+        tasks: to pack, with the skills that no other task of the model activates; by default those
+            that the run trained.
+        output: file to write; by default named after the first task.
+        data: directory or URI of prepared corpora; by default those of its run.
+        tracking_uri: MLflow tracking URI; by default as in training.
+    """
+
+    model: str = positional_field()
+    tasks: list[str] = field(default_factory=list)
+    output: str | None = None
+    data: str | None = None
+    tracking_uri: str | None = None
+
+
+@dataclass
+class AddConfig:
+    """Options of ``skillnet add``.
+
+    Args:
+        packages: files or URIs, or NAME@PLACE of a package in a folder, an object store, or a
+            repository of the Hugging Face Hub (hf:OWNER/NAME@REVISION).
+        to: folder of the model, which is replaced at once.
+    """
+
+    packages: list[str] = positional_field([])
+    to: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise UserError("packages: give at least one, such as stroke-count.skill")
+        _require_model(self.to, "--to")
+
+
+@dataclass
+class RemoveConfig:
+    """Options of ``skillnet remove``.
+
+    Args:
+        names: packages to remove; `skillnet skills MODEL` lists them.
+        model: folder of the model, which is replaced at once.
+    """
+
+    names: list[str] = positional_field([])
+    model: str = aliased_field("", "from")
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise UserError("names: give at least one; `skillnet skills MODEL` lists them")
+        _require_model(self.model, "--from")
+
+
+@dataclass
+class SkillsConfig:
+    """Options of ``skillnet skills``.
+
+    Args:
+        model: folder of a model.
+    """
+
+    model: str = positional_field()
+
+    def __post_init__(self) -> None:
+        _require_model(self.model, "model")
+
+
+def _require_model(given: str, option: str) -> None:
+    """Raise UserError unless an option names the folder of a saved model."""
+    if not given:
+        raise UserError(f"{option}: give the folder of a model")
+    if not (Path(given) / "manifest.json").is_file():
+        raise UserError(
+            f"{option} {given}: no saved model. Write one: skillnet export --model {given} --to hf "
+            "--output FOLDER"
+        )
+
+
+# -- pack ----------------------------------------------------------------------------------
+
+
+def show_package(result: "tuple[Path, PackageContent]") -> None:
+    """Print what was packed.
+
+    Args:
+        result: location and content of the package.
+    """
+    path, content = result
+    rows = [
+        [task, ", ".join(content.skills) or "–", packed.parameters, packed.flops, len(content.base)]
+        for task, packed in content.tasks.items()
+    ]
+    columns = ["task", "new skills", "parameters", "operations", "base files"]
+    console.print_table(f"{path}: {path.stat().st_size / 1e6:.2f} MB", columns, rows)
+
+
+@command(
+    PackConfig,
+    name="pack",
+    description="Write a task of a grown model, its skills and its head as one file, with the "
+    "digest of every file of the base that it needs. `skillnet add` joins it to that base.",
+    example="skillnet pack counting-run\n"
+    "skillnet pack counting-run --tasks stroke_count --output stroke-count.skill",
+    show=show_package,
+    to_json=lambda result: {"package": str(result[0]), "content": result[1]},
+    resources=lambda config: request_model(config.model, config.data),
+)
+def pack_tasks(config: PackConfig) -> "tuple[Path, PackageContent]":
+    """Run ``skillnet pack``."""
+    # torch loads here, so that --help and usage errors stay fast.
+    from pipelines.serving.bundle import find_bundle
+    from pipelines.training.runs import model_source
+    from skillnet.skill_packages import pack_skills
+
+    source = model_source.resolve_model(config.model, config.tracking_uri)
+    bundle, manifest = find_bundle(source, source.find_corpora(config.data))
+    tasks = config.tasks or _find_trained_tasks(source.settings, config.model)
+    target = Path(config.output or f"{tasks[0].replace('_', '-')}{SUFFIX}")
+    serving = {task: entry for task, entry in manifest["tasks"].items() if task in tasks}
+    content = pack_skills(
+        bundle,
+        tasks,
+        target,
+        program=__version__,
+        serving=serving,
+        evaluation=manifest["evaluation"],
+    )
+    return target, content
+
+
+def _find_trained_tasks(settings: dict[str, Any], model: str) -> list[str]:
+    """Return the tasks that a growth trained.
+
+    Raises:
+        UserError: the settings do not tell them.
+    """
+    given = settings.get("tasks")
+    tasks = given if isinstance(given, dict) else {}
+    trained = [
+        name for name, task in tasks.items() if isinstance(task, dict) and not task.get("eval_only")
+    ]
+    if not trained or len(trained) == len(tasks):
+        raise UserError(f"{model}: no growth. Name the tasks to pack: --tasks NAME")
+    return trained
+
+
+# -- add and remove ------------------------------------------------------------------------
+
+
+def show_proofs(proofs: "list[TaskProof]") -> None:
+    """Print the comparison of every task.
+
+    Args:
+        proofs: result of a change.
+    """
+    rows = [
+        [
+            proof.task,
+            proof.package or "–",
+            proof.rows,
+            proof.differing,
+            "–" if proof.package is None else f"{proof.largest:.1g}",
+            proof.parameters,
+            proof.flops,
+        ]
+        for proof in proofs
+    ]
+    columns = ["task", "package", "rows", "differing", "to author", "parameters", "operations"]
+    caption = (
+        "Generated inputs. Old tasks: outputs before and after, bit by bit. New tasks: difference "
+        "to the outputs of their author."
+    )
+    console.print_table("outputs", columns, rows, caption)
+
+
+@command(
+    AddConfig,
+    name="add",
+    description="Join packages of skills to a saved model, all or none. Each must have been made "
+    "from this base, which digests prove. The outputs of every old task are compared bit by bit.",
+    example="skillnet add stroke-count.skill --to my-model\n"
+    "skillnet add stroke-count@s3://bucket/skills radical@hf:owner/skills@v1 --to my-model",
+    show=show_proofs,
+)
+def join_packages(config: AddConfig) -> "list[TaskProof]":
+    """Run ``skillnet add``."""
+    from skillnet.package_folders import add_packages
+    from skillnet.skill_packages import open_package
+
+    folder = Path(config.to)
+    with contextlib.ExitStack() as stack:
+        packages: list[SkillPackage] = []
+        for number, given in enumerate(config.packages):
+            path = stack.enter_context(_fetch_package(given, folder))
+            scratch = folder.parent / f".{folder.name}.package-{number}"
+            packages.append(stack.enter_context(_user_errors(open_package(path, scratch))))
+        with _as_user_error():
+            return add_packages(folder, packages, _BundleWriter(packages).write)
+
+
+@command(
+    RemoveConfig,
+    name="remove",
+    description="Remove packages of skills from a saved model, all or none. Every file then has "
+    "the bytes of before, and the outputs of the other tasks are compared bit by bit.",
+    example="skillnet remove stroke-count --from my-model",
+    show=show_proofs,
+)
+def drop_packages(config: RemoveConfig) -> "list[TaskProof]":
+    """Run ``skillnet remove``."""
+    from skillnet.package_folders import remove_packages
+
+    with _as_user_error():
+        return remove_packages(Path(config.model), config.names, _BundleWriter([]).write)
+
+
+class _BundleWriter:
+    """Writer of manifests that keeps the entry ``serving`` of a bundle complete.
+
+    Args:
+        packages: that are added.
+    """
+
+    def __init__(self, packages: "list[SkillPackage]") -> None:
+        self._packages = packages
+
+    def write(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Write ``manifest.json`` of a changed model."""
+        from pipelines.training.runs.bundle_manifest import (
+            SERVING,
+            read_bundle_manifest,
+            write_sealed,
+        )
+        from skillnet.serialization import commit_manifest
+
+        if SERVING not in manifest:
+            commit_manifest(folder, manifest)
+            return
+        serving = dict(manifest[SERVING])
+        entries = {k: v for k, v in serving["tasks"].items() if k in manifest["tasks"]}
+        rows = [row for row in serving["evaluation"] if row["task"] in manifest["tasks"]]
+        for package in self._packages:
+            for task, packed in package.content.tasks.items():
+                if packed.serving is None:
+                    raise UserError(
+                        f"{package.path}: {task} has no settings for predictions; pack it from a "
+                        "run or an export"
+                    )
+                entries[task] = packed.serving
+                rows += packed.evaluation
+        serving |= {"tasks": entries, "evaluation": rows}
+        write_sealed(folder, manifest | {SERVING: serving})
+        # A package of a stranger has these entries, too.
+        read_bundle_manifest(folder)
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _user_errors(
+    opened: "contextlib.AbstractContextManager[SkillPackage]",
+) -> "Iterator[SkillPackage]":
+    with contextlib.ExitStack() as stack:
+        with _as_user_error():
+            package = stack.enter_context(opened)
+        yield package
+
+
+@contextlib.contextmanager
+def _fetch_package(given: str, beside: Path) -> Iterator[Path]:
+    """Provide the file of a package, downloaded if it is not on this machine.
+
+    Args:
+        given: file or URI, or NAME@PLACE.
+        beside: path beside which a download lies while the block runs.
+
+    Raises:
+        UserError: there is no such package.
+    """
+    name, _, place = given.partition("@")
+    if not place or "/" in name:
+        where = given
+    elif place.startswith("hf:"):
+        yield _download_from_hub(name, place.removeprefix("hf:"))
+        return
+    else:
+        where = f"{place.rstrip('/')}/{name}{SUFFIX}"
+    if "://" not in where:
+        if not Path(where).is_file():
+            raise UserError(f"{where}: no such package{_list_catalogue(Path(where).parent)}")
+        yield Path(where)
+        return
+    from pipelines.data.io.source_file import open_stream
+    from skillnet_files.commit import make_scratch_directory
+
+    with make_scratch_directory(beside.parent / f".{beside.name}.download") as folder:
+        path = folder / where.rpartition("/")[2]
+        try:
+            with open_stream(where) as stream, path.open("wb") as target:
+                shutil.copyfileobj(stream, target)
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such package") from None
+        yield path
+
+
+def _list_catalogue(folder: Path) -> str:
+    names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    return f". {folder} has {', '.join(names[:20])}" if names else ""
+
+
+def _download_from_hub(name: str, place: str) -> Path:
+    """Return a package of a repository of the Hub, in the cache of its client."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = place.partition("@")
+    if not revision:
+        raise UserError(
+            f"{name}@hf:{place}: name the revision, so that the package cannot change: "
+            f"{name}@hf:{place}@COMMIT"
+        )
+    try:
+        return Path(hf_hub_download(repository, f"{name}{SUFFIX}", revision=revision))
+    except Exception as error:  # versions of the client use different HTTP libraries
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}@hf:{place}: it cannot be downloaded ({problem})") from None
+
+
+# -- skills --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SkillEntry:
+    """A skill of a model.
+
+    Args:
+        name: key of the skill in the model.
+        package: that brought it; None for a skill of the base.
+        parameters: number of its weights.
+        tasks: that activate it.
+    """
+
+    name: str
+    package: str | None
+    parameters: int
+    tasks: list[str]
+
+
+def list_skills(folder: Path) -> list[SkillEntry]:
+    """Return the skills of a saved model, with their origin and size.
+
+    Args:
+        folder: directory of the model.
+
+    Raises:
+        UserError: the model is damaged.
+    """
+    from skillnet.package_folders import list_packages
+    from skillnet.serialization import read_config, read_manifest, read_tensor_shapes
+
+    with _as_user_error():
+        manifest = read_manifest(folder)
+        config, _, _ = read_config(folder, manifest)
+        origin = {s: name for name, each in list_packages(folder).items() for s in each.skills}
+        entries = []
+        for skill in config.skills:
+            shapes = read_tensor_shapes(folder / f"skill-{skill}.safetensors").values()
+            size = sum(_count_values(shape) for shape in shapes)
+            users = [task for task, spec in config.tasks.items() if skill in spec.skills]
+            entries.append(SkillEntry(skill, origin.get(skill), size, users))
+    return entries
+
+
+def _count_values(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def show_skills(entries: list[SkillEntry]) -> None:
+    """Print the skills of a model.
+
+    Args:
+        entries: result of :func:`list_skills`.
+    """
+    rows = [[e.name, e.package or "base", e.parameters, ", ".join(e.tasks)] for e in entries]
+    console.print_table("skills", ["skill", "package", "parameters", "tasks"], rows)
+
+
+@command(
+    SkillsConfig,
+    name="skills",
+    description="List the skills of a saved model: the package that brought each, its parameters, "
+    "and the tasks that activate it.",
+    example="skillnet skills my-model",
+    show=show_skills,
+    to_json=lambda entries: [asdict(entry) for entry in entries],
+)
+def print_skills(config: SkillsConfig) -> list[SkillEntry]:
+    """Run ``skillnet skills``."""
+    return list_skills(Path(config.model))

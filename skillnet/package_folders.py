@@ -1,0 +1,297 @@
+"""Saved models to which packages of skills are added, and from which they are removed.
+
+Files of the model that stay are hard links, new ones are copies, and ``config.json`` and
+``manifest.json`` are written in one form. So removing restores the bytes of every file.
+:mod:`skillnet.skill_packages` reads packages.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import StrictStr, TypeAdapter, ValidationError, with_config
+
+from skillnet.config import SkillNetConfig
+from skillnet.model import SkillNet
+from skillnet.serialization import (
+    commit_manifest,
+    config_to_dict,
+    describe_files,
+    load_tensors,
+    read_about,
+    read_config,
+    read_manifest,
+)
+from skillnet.skill_packages import (
+    CLOSED,
+    PROBES,
+    Name,
+    Sha,
+    SkillPackage,
+    check_base,
+    describe_wrong_value,
+    join_config,
+    require_shapes,
+)
+from skillnet.skill_proofs import TaskProof, compare_outputs, probe_outputs, prove_task
+from skillnet.skills import nearest_hint
+from skillnet.vocabulary import ModelVocabulary, parse_scale, parse_vocabulary
+from skillnet_files.commit import commit_directory, make_scratch_directory
+
+#: Key of the packages of a model in its ``manifest.json``.
+PACKAGES = "packages"
+#: Largest difference of an output to that of the author, relative to the largest output or 1:
+#: processors round differently.
+TOLERANCE = 1e-3
+
+
+@with_config(CLOSED)
+@dataclass(frozen=True)
+class AddedPackage:
+    """Entry of a package in the manifest of a model.
+
+    Args:
+        digest: see :class:`SkillPackage`.
+        files: weights of the model that only packages need.
+        skills: that it added.
+        tasks: that it added.
+    """
+
+    digest: Sha
+    files: list[StrictStr]
+    skills: list[Name]
+    tasks: list[Name]
+
+
+#: Writes the manifest of a changed model; a bundle has a digest of its own in it.
+ManifestWriter = Callable[[Path, dict[str, Any]], None]
+
+
+def add_packages(
+    folder: Path, packages: Sequence[SkillPackage], write: ManifestWriter = commit_manifest
+) -> list[TaskProof]:
+    """Add packages to a saved model, all or none, and compare the outputs of every task.
+
+    Args:
+        folder: directory of the model; it is replaced at once.
+        packages: opened packages.
+        write: writes the manifest.
+
+    Returns:
+        The comparison of each task: old tasks before and after, new tasks with their authors'.
+
+    Raises:
+        ValueError: a package does not fit the model, or an output changed; the model is as before.
+    """
+    manifest = read_manifest(folder)
+    about, config = _read_canonical(folder, manifest)
+    installed = list_packages(folder)
+    # Files of the base stay when packages go that bring them, too.
+    added = {name for entry in installed.values() for name in entry.files}
+    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
+    vocabulary = parse_vocabulary(about.get("vocabulary"))
+    outputs, scales = dict(vocabulary.outputs), dict(vocabulary.scales)
+    placed: dict[str, Path] = {}
+    for package in packages:
+        content = package.content
+        if content.name in installed:
+            raise ValueError(
+                f"{package.path}: {folder} already has a package {content.name!r}. Remove it "
+                f"first: skillnet remove {content.name} --from {folder}"
+            )
+        config = join_config(config, package, str(folder))
+        check_base(package, hashes, vocabulary.tokenizer, str(folder))
+        task_files |= require_shapes(package, config)
+        for name in package.weights:
+            entry = content.files[name]
+            # Two packages may bring the same stem, which the base lacks.
+            if hashes.setdefault(name, entry.sha256) != entry.sha256:
+                raise ValueError(
+                    f"{package.path}: {folder} has another {name}. Remove the package that "
+                    "brought it"
+                )
+            if name not in known:
+                placed[name] = package.folder / name
+                known[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
+                added.add(name)
+        for task, packed in content.tasks.items():
+            if packed.names is not None:
+                outputs[task] = tuple(packed.names)
+            if packed.scale is not None:
+                scales[task] = parse_scale(list(packed.scale), f"{package.path}: {task}.scale")
+        files = [name for name in package.weights if name in added]
+        installed[content.name] = AddedPackage(
+            package.digest, files, content.skills, list(content.tasks)
+        )
+    vocabulary = ModelVocabulary(vocabulary.tokenizer, outputs, scales)
+    about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
+    changed = _record(manifest, installed, task_files)
+    # The model that a user would load, not parts of it.
+    with _changed_folder(folder, manifest, about, known, changed, placed, write) as staging:
+        before, after = _load(folder), _load(staging)
+        proofs = compare_outputs(before, after)
+        for package in packages:
+            proofs += check_probes(after, package)
+    return proofs
+
+
+def remove_packages(
+    folder: Path, names: Sequence[str], write: ManifestWriter = commit_manifest
+) -> list[TaskProof]:
+    """Remove packages from a saved model, all or none, and compare the outputs of the other tasks.
+
+    Args:
+        folder: directory of the model; it is replaced at once.
+        names: keys of packages that were added.
+        write: writes the manifest.
+
+    Returns:
+        The comparison of each task that stays.
+
+    Raises:
+        ValueError: a package is not there, or an output changed; the model is as before.
+    """
+    manifest = read_manifest(folder)
+    about, config = _read_canonical(folder, manifest)
+    installed = list_packages(folder)
+    known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
+    values = config_to_dict(config)
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"{folder} has no package {name!r}{nearest_hint(name, sorted(installed))}"
+            )
+        entry = installed.pop(name)
+        # A stem may have come with several packages, and goes with the last of them.
+        kept = {file for other in installed.values() for file in other.files}
+        for file in entry.files:
+            if file not in kept:
+                known.pop(file, None)
+        for task in entry.tasks:
+            values["tasks"].pop(task, None)
+            task_files.pop(task, None)
+        values["skills"] = [skill for skill in values["skills"] if skill not in entry.skills]
+    vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(values["tasks"])
+    about |= values | {"vocabulary": vocabulary.to_dict()}
+    changed = _record(manifest, installed, task_files)
+    with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
+        return compare_outputs(_load(folder), _load(staging))
+
+
+def list_packages(folder: Path) -> dict[str, AddedPackage]:
+    """Return the packages of a saved model by name.
+
+    Args:
+        folder: directory of the model.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    given = read_manifest(folder).get(PACKAGES, {})
+    try:
+        return TypeAdapter(dict[str, AddedPackage]).validate_python(given)
+    except ValidationError as error:
+        raise ValueError(
+            f"{folder / 'manifest.json'}: {PACKAGES}.{describe_wrong_value(error)}"
+        ) from None
+
+
+def _record(
+    manifest: Mapping[str, Any],
+    installed: Mapping[str, AddedPackage],
+    task_files: Mapping[str, list[str]],
+) -> dict[str, Any]:
+    changed = {**manifest, "tasks": dict(task_files)}
+    changed.pop(PACKAGES, None)
+    if installed:
+        changed[PACKAGES] = {name: dataclasses.asdict(entry) for name, entry in installed.items()}
+    return changed
+
+
+def _read_canonical(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[dict[str, Any], SkillNetConfig]:
+    """Return ``config.json`` and the configuration of a model that packages can be added to."""
+    config, system, _ = read_config(folder, manifest)
+    if system != SkillNet.system:
+        raise ValueError(f"{folder}: system {system} has no skills; give a skillnet model")
+    about = read_about(folder, manifest)
+    if (folder / "config.json").read_text(encoding="utf-8") != _format(about):
+        raise ValueError(
+            f"{folder}: config.json was not written by this program, so removing a package could "
+            "not restore it. Save the model again"
+        )
+    return about, config
+
+
+def _format(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _changed_folder(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    about: Mapping[str, Any],
+    known: Mapping[str, Any],
+    changed: dict[str, Any],
+    placed: Mapping[str, Path],
+    write: ManifestWriter,
+) -> Iterator[Path]:
+    """Provide the changed model in a folder, which replaces the old one when the block ends."""
+    with make_scratch_directory(folder) as staging:
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            is_dropped = name in manifest["files"] and name not in known
+            if path.is_file() and name not in ("config.json", "manifest.json") and not is_dropped:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (staging / name).hardlink_to(path)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, staging / name)
+        for name, path in placed.items():
+            shutil.copyfile(path, staging / name)
+        (staging / "config.json").write_text(_format(about), encoding="utf-8")
+        changed["files"] = {**known, **describe_files(staging, ["config.json"])}
+        write(staging, changed)
+        yield staging
+        # Reached only if the proofs of the block hold.
+        commit_directory(staging, folder)
+
+
+def _load(folder: Path) -> SkillNet:
+    return SkillNet.from_pretrained(folder)
+
+
+def check_probes(model: SkillNet, package: SkillPackage) -> list[TaskProof]:
+    """Compare the outputs of the new tasks with those that their author measured.
+
+    Args:
+        model: with the package, in evaluation mode.
+        package: an opened package.
+
+    Raises:
+        ValueError: an output is missing, or differs by more than processors round.
+    """
+    stored = load_tensors(package.folder / PROBES)
+    tasks = list(package.content.tasks)
+    proofs = []
+    for task, outputs in probe_outputs(model, tasks).items():
+        expected = {name: stored.get(f"{task}/{name}") for name in outputs}
+        fits = all(x is not None and x.shape == outputs[name].shape for name, x in expected.items())
+        if not fits:
+            raise ValueError(f"{package.path}: {PROBES} has no outputs of {task}")
+        proof = prove_task(model, task, expected, outputs, package.name)  # type: ignore[arg-type]
+        if not proof.largest <= TOLERANCE:
+            raise ValueError(
+                f"{package.path}: {task} computes other outputs than its author measured "
+                f"(largest difference {proof.largest:.2g})"
+            )
+        proofs.append(proof)
+    return proofs

@@ -1,0 +1,130 @@
+"""Proofs that a model computes what another one computes: outputs on generated inputs, bit by bit.
+
+A recipient of a model has no corpora, so the inputs are generated from a seed. Every program
+generates the same ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillnet.dense_export import make_example_batch
+from skillnet.model import SkillNet
+from skillnet.skills import Task
+
+#: Rows of generated inputs on which outputs are compared, and start of their random numbers.
+PROBE_ROWS, PROBE_SEED = 16, 20221
+
+
+@dataclass(frozen=True)
+class TaskProof:
+    """Comparison of the outputs of a task before and after a change of the model.
+
+    Args:
+        task: that was compared; of a new task, with the outputs of the author.
+        rows: number of compared inputs.
+        differing: rows with an output that is not equal in every bit.
+        largest: largest difference, relative to the largest output or 1.
+        flops: operations of one example.
+        parameters: that the task activates.
+        package: that brought the task; None for an old task.
+    """
+
+    task: str
+    rows: int
+    differing: int
+    largest: float
+    flops: int
+    parameters: int
+    package: str | None = None
+
+
+@torch.no_grad()
+def probe_outputs(model: SkillNet, tasks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Return task -> outputs on generated inputs, which every program generates alike.
+
+    Args:
+        model: in evaluation mode.
+        tasks: names of tasks of the model.
+    """
+    found = {}
+    for task in tasks:
+        spec: Task = model.config.tasks[task]
+        towers = {
+            tower: make_example_batch(plan, model.config, PROBE_ROWS, PROBE_SEED)
+            for tower, plan in spec.towers.items()
+        }
+        some = next(model.parameters())
+        placed = {
+            tower: {
+                name: x.to(some.device, some.dtype if x.is_floating_point() else None)
+                for name, x in batch.items()
+            }
+            for tower, batch in towers.items()
+        }
+        # The complete task with its head, as a user gets it.
+        outputs = model(task, placed)
+        found[task] = {name: x.detach().cpu().contiguous() for name, x in outputs.items()}
+    return found
+
+
+def compare_outputs(before: SkillNet, after: SkillNet) -> list[TaskProof]:
+    """Compare the outputs of the tasks that two models have, bit by bit.
+
+    Args:
+        before, after: in evaluation mode.
+
+    Raises:
+        ValueError: an output differs; names the task.
+    """
+    tasks = [task for task in before.config.tasks if task in after.config.tasks]
+    old, new = probe_outputs(before, tasks), probe_outputs(after, tasks)
+    proofs = [prove_task(after, task, old[task], new[task]) for task in tasks]
+    for proof in proofs:
+        if proof.differing:
+            raise ValueError(
+                f"the outputs of {proof.task} change on {proof.differing} of {proof.rows} rows, "
+                "although no weight of it did. Nothing was written"
+            )
+    return proofs
+
+
+def prove_task(
+    model: SkillNet,
+    task: str,
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    package: str | None = None,
+) -> TaskProof:
+    """Compare the outputs of a task row by row.
+
+    Args:
+        model: that has the task, for its cost.
+        task: name of the task.
+        expected: outputs by name.
+        found: outputs by name, of the same shapes.
+        package: that brought the task.
+    """
+    differs = torch.zeros(PROBE_ROWS, dtype=torch.bool)
+    largest = 0.0
+    for name, wanted in expected.items():
+        here = found[name]
+        # A number that is none is equal to itself here.
+        unequal = ~((wanted == here) | (wanted.isnan() & here.isnan()))
+        # A number of the task, such as the scale of its similarities, belongs to all rows.
+        differs |= unequal.reshape(PROBE_ROWS, -1).any(1) if wanted.ndim else unequal
+        if wanted.is_floating_point() and unequal.any():
+            size = max(float(wanted.abs().nan_to_num(posinf=0.0).max()), 1.0)
+            gap = (wanted - here).abs()[unequal].max()
+            largest = max(largest, float(gap) / size) if gap == gap else float("nan")
+    return TaskProof(
+        task,
+        PROBE_ROWS,
+        int(differs.sum()),
+        largest,
+        model.flops(task)[0],
+        model.activated_parameters(task),
+        package,
+    )
