@@ -29,7 +29,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.setup import open_corpora
+from pipelines.training.runs.identity import open_corpora
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

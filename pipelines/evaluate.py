@@ -103,15 +103,16 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     Raises:
         UserError: the model, a corpus, a task or a split is missing, or a file was altered.
     """
-    # torch loads here, so that --help and usage errors stay fast.
+    from pipelines.training.runs import model_source
+
+    source = model_source.resolve_model(config.source, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
     from pipelines.training.evaluation.evaluator import evaluate_model
     from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
     from pipelines.training.evaluation.tables import sort_rows
     from pipelines.training.evaluation.weak_tests import find_weak_tests
-    from pipelines.training.runs import model_source
     from skillnet.skills import find_task
 
-    source = model_source.resolve_model(config.source, config.tracking_uri)
     model = model_source.load_source_model(source)
     data = source.find_corpora(config.data)
     check_known_names(config.corpora, model.config.tasks, "--corpora", "task")

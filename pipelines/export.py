@@ -72,12 +72,13 @@ def show_export(report: "ExportReport") -> None:
 )
 def main(config: ExportConfig) -> "ExportReport":
     """Run ``skillnet export``."""
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.serving.bundle import find_bundle
-    from pipelines.serving.export import export_bundle, push_folder
     from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.serving.bundle import find_bundle
+    from pipelines.serving.export import export_bundle, push_folder
+
     source = source.with_corpora(config.corpora)
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     target = Path(config.output or f"{config.task or 'skillnet'}-{config.to}")

@@ -102,11 +102,6 @@ def _run_in_folder(
     splits: Sequence[str] | None,
     callbacks: "Sequence[LoopCallback]",
 ) -> dict[str, Any]:
-    from pipelines.serving.registration import check_given_name
-    from pipelines.training.loop.run_evaluation import check_evaluation_splits
-    from pipelines.training.loop.setup import require_devices
-    from pipelines.training.runs.uploads import upload_results
-
     config, folder = run.config, run.folder
     if mirror is not None:
         mirror.restore(config)
@@ -114,12 +109,20 @@ def _run_in_folder(
     finished = find_finished_result(run)
     if finished is not None:
         if mirror is not None and not mirror.has(RESULT):
+            from pipelines.training.runs.uploads import upload_results
+
             upload_results(mirror, config.training.keep_checkpoints)
         console.print_note(
             f"{config.name} is finished ({finished['step']} steps); give another name"
         )
         return finished
-    # A missing GPU is reported before the corpora are read.
+    # A missing corpus is reported before torch loads, and a missing GPU before rows are read.
+    _ = run.corpora
+    from pipelines.serving.registration import check_given_name
+    from pipelines.training.loop.run_evaluation import check_evaluation_splits
+    from pipelines.training.loop.setup import require_devices
+    from pipelines.training.runs.uploads import upload_results
+
     require_devices(config.training)
     validate_run(run)
     if config.evaluate:

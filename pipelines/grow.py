@@ -56,8 +56,6 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         UserError: the model or a corpus is missing, a name is in use, or another run has the name.
         RuntimeError: an old part changed; the report names it.
     """
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.training.growth import runs
     from pipelines.training.loop.resolved_run import resolve_run
     from pipelines.training.runs import layout, model_source
 
@@ -65,6 +63,9 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         config, run_dir=str(require_local_folder(config.run_dir, run_root(), "run_dir of grow"))
     )
     source = model_source.resolve_model(config.source, config.tracking.uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.training.growth import runs
+
     before = runs.load_growable_model(source)
     resolved = resolve_run(runs.build_growth_config(config, source, before))
     with terminate_as_interrupt(), layout.lock_run_folder(resolved.folder):

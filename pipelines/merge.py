@@ -45,10 +45,7 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
             use by another run or by a merge of other models, options or corpora.
         RuntimeError: an exact merge changed an output; the report names the task.
     """
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.training.growth.merging import build_merged_config, open_merge_sources
-    from pipelines.training.runs import layout
-    from skillnet.model_merging import plan_merge
+    from pipelines.training.runs import layout, model_source
 
     config = replace(
         config,
@@ -56,7 +53,13 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
         data=str(parse_location(config.data, data_root())),
     )
     starts = Path(str(config.run_dir)) / ".starts"
-    with terminate_as_interrupt(), open_merge_sources(config, starts / "merging") as sources:
+    resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.training.growth.merging import build_merged_config, open_merge_sources
+    from skillnet.model_merging import plan_merge
+
+    opened = open_merge_sources(config, resolved, starts / "merging")
+    with terminate_as_interrupt(), opened as sources:
         plan = plan_merge(
             [source.parent for source in sources],
             config.without,

@@ -62,7 +62,7 @@ class PredictConfig:
     top: PositiveCount = 5
     output: str | None = None
     block_rows: PositiveCount = 1000
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,15 +103,16 @@ def predict_rows(config: PredictConfig) -> "RowAnswers":
         UserError: the model or a file is missing, an input of the command line is unreadable, or a
             file has no usable row.
     """
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.serving.bundle import open_predictor
     from pipelines.serving.inputs import check_usable_rows, report_rejected
-    from pipelines.serving.predictor import RowAnswers
     from pipelines.training.runs import model_source
 
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
     rows = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.serving.bundle import open_predictor
+    from pipelines.serving.predictor import RowAnswers
+
     predictor = open_predictor(source, source.find_corpora(config.data), config.precision)
     parts = list(predictor.answer_rows(rows, config.top))
     answered = [each for part in parts for each in part.answered]

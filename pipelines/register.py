@@ -68,7 +68,6 @@ def show_registration(registered: "RegisteredVersion") -> None:
 )
 def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
-    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.training.runs import model_source
 
     source = model_source.resolve_model(config.source, config.tracking_uri)

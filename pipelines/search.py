@@ -5,7 +5,7 @@ import time
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console
@@ -52,7 +52,7 @@ class SearchConfig:
     top: PositiveCount = 12
     html: str | None = None
     open: bool = False
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,13 +99,6 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         UserError: the model, the corpus, a split or the file is missing, the task does not rank
             rows for the query, or the corpus is of another modality.
     """
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.corpus_search import (
-        CorpusSearch,
-        choose_search_task,
-        find_query_tower,
-    )
     from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
     from pipelines.training.runs import model_source
 
@@ -114,6 +107,14 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         modality = find_item_modality(item)
     query = item.text or printable_name(Path(item.name).name)
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.serving.bundle import open_predictor
+    from pipelines.serving.corpus_search import (
+        CorpusSearch,
+        choose_search_task,
+        find_query_tower,
+    )
+
     data = source.find_corpora(config.data)
     predictor = open_predictor(source, data, config.precision)
     task = choose_search_task(config.task, predictor.model.config.tasks, modality)
@@ -122,6 +123,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     # Before the corpus is embedded, which takes long: the query may be unusable.
     row = predictor.read_row(item, task, tower)
     search = CorpusSearch(predictor, source, data, task, config.splits, modality)
+    search.open_index()
     # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
     hits = search.rank_rows(search.embed_query(row), config.top)

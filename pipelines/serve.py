@@ -1,4 +1,4 @@
-"""``skillnet serve``: a trained model over HTTP, on Ray Serve.
+"""``skillnet serve``: a trained model over HTTP.
 
     POST /v1/predict   {"rows": [{"text": …} or {"file": base64, "name": "heart.png"}], "top": 5}
     POST /v1/search    {"query": "红色的心", "task": "text_to_image", "top": 12}, or "file", "name"
@@ -8,8 +8,8 @@
     GET  /health       without a token
     GET  /metrics      for Prometheus
 
-The process of the command answers HTTP (:mod:`pipelines.serving.http_server`); replicas of Ray
-Serve hold the model (:mod:`pipelines.serving.served_model`).
+The process of the command answers HTTP (:mod:`pipelines.serving.http_server`). It also holds the
+model (:mod:`pipelines.serving.model_replica`), or sends requests to several replicas of Ray Serve.
 """
 
 import contextlib
@@ -18,9 +18,7 @@ import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
-
-from annotated_types import Interval
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.serving.access_token import read_token
 from pipelines.training.config.resources import request_model
@@ -28,7 +26,6 @@ from skillnet_platform import console, signals
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
 from skillnet_platform.config.bounds import (
-    NonNegativeAmount,
     PortNumber,
     PositiveAmount,
     PositiveCount,
@@ -40,6 +37,7 @@ from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.serving.connection_guard import ServerLimits
+    from pipelines.serving.http_server import ModelHandle
     from pipelines.serving.served_model import ServedModelConfig
 
 DEPLOYMENT = "skillnet"
@@ -64,10 +62,10 @@ class ServeConfig:
         token_file: file with the bearer token, which only its owner may read; without it the
             environment variable SKILLNET_SERVE_TOKEN counts.
         search: whether corpora can be searched; false needs no corpora.
-        replicas: copies of the model, each in a process of its own.
+        replicas: copies of the model. One runs in the process of the command; more, or one on the
+            cluster of RAY_ADDRESS, have a process of Ray Serve each.
         cpus: CPUs of a replica.
         max_batch_size: requests that a replica answers together.
-        batch_wait_s: seconds that a request waits for others.
         max_requests: requests that are in progress at the same time; the server answers 503 beyond.
             One client has half of them at most, and so of memory, decoders and the model's turns.
         max_bytes: bytes of a request; files travel as base64, which adds a third.
@@ -86,12 +84,11 @@ class ServeConfig:
     replicas: PositiveCount = 1
     cpus: PositiveAmount = 1.0
     max_batch_size: PositiveCount = 16
-    batch_wait_s: Annotated[NonNegativeAmount, Interval(le=10)] = 0.005
     max_requests: PositiveCount = 256
     max_bytes: PositiveCount = 32 * 2**20
     max_rows: PositiveCount = 64
     timeout_s: PositiveAmount = 60.0
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
@@ -110,14 +107,49 @@ def pin_version(model: str, tracking_uri: str | None) -> str:
     """
     from pipelines.training.runs.model_source import resolve_model
 
+    source = resolve_model(model, tracking_uri)
     if "@" not in model or not model.startswith("models:/"):
         return model
-    return f"{model.rpartition('@')[0]}/{resolve_model(model, tracking_uri).version}"
+    return f"{model.rpartition('@')[0]}/{source.version}"
+
+
+@contextlib.contextmanager
+def open_model(
+    config: ServeConfig, served: "ServedModelConfig"
+) -> "Iterator[tuple[ModelHandle, dict[str, Any]]]":
+    """Load a model during a block, and return its handle and description.
+
+    Args:
+        config: settings of the server.
+        served: the model.
+
+    Raises:
+        UserError: the model or a corpus is missing or damaged.
+    """
+    if config.replicas > 1 or os.environ.get("RAY_ADDRESS"):
+        from pipelines.serving.served_model import ServedModel
+
+        # A wrong model fails before Ray starts.
+        about = ServedModel(served).describe()
+        with run_replicas(config, served) as handle:
+            yield handle, about
+        return
+    import torch
+
+    from pipelines.serving.model_replica import LocalHandle, ModelReplica
+
+    torch.set_num_threads(max(int(config.cpus), 1))
+    replica = ModelReplica(served)
+    try:
+        with signals.terminate_as_interrupt():
+            yield LocalHandle(replica), replica.describe()
+    finally:
+        replica.close()
 
 
 @contextlib.contextmanager
 def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[Any]:
-    """Run the replicas of a model during a block, and return their handle.
+    """Run replicas of Ray Serve during a block, and return their handle.
 
     Args:
         config: settings of the server.
@@ -191,19 +223,23 @@ def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token:
 
     Args:
         config: settings of the server.
-        handle: Ray Serve's handle, which calls the replicas.
+        handle: that calls the replicas.
         about: description of the model.
         token: that requests must have, or None.
     """
-    from ray.exceptions import RayActorError
-    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
     from pipelines.serving.connection_guard import configure_server
     from pipelines.serving.http_server import ModelGateway, build_application
+    from pipelines.serving.model_replica import LocalHandle
 
     limits = limits_of(config)
-    lost = (RayActorError, DeploymentUnavailableError)
-    gateway = ModelGateway(handle, about, limits, lost, (BackPressureError,))
+    lost: tuple[type[Exception], ...] = ()
+    full: tuple[type[Exception], ...] = ()
+    if not isinstance(handle, LocalHandle):
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+        lost, full = (RayActorError, DeploymentUnavailableError), (BackPressureError,)
+    gateway = ModelGateway(handle, about, limits, lost, full)
     application = build_application(gateway, token, limits)
     return configure_server(application, config.host, config.port, limits)
 
@@ -215,8 +251,8 @@ def _requests_of_replica(config: ServeConfig) -> int:
 
 @command(
     ServeConfig,
-    description="Answer predictions and searches of a trained model over HTTP, in batches, on "
-    "replicas of Ray Serve. Listens on loopback; other interfaces need a token.",
+    description="Answer predictions and searches of a trained model over HTTP, in batches. Several "
+    "replicas run on Ray Serve. Listens on loopback; other interfaces need a token.",
     example="skillnet serve --model my-run\n"
     "curl -s -H 'Content-Type: application/json' -d "
     '\'{"rows": [{"text": "宋代陶瓷工艺史"}]}\' http://127.0.0.1:8080/v1/predict\n'
@@ -229,30 +265,28 @@ def main(config: ServeConfig) -> int:
     token = read_token(config.token_file, config.host)
     limits_of(config)
     port = loopback.choose_port(config.host, config.port)
-    from pipelines.serving.served_model import ServedModel, ServedModelConfig
+    model = pin_version(config.model, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.serving.served_model import ServedModelConfig
 
     served = ServedModelConfig(
-        pin_version(config.model, config.tracking_uri),
+        model,
         str(parse_location(config.data, data_root())) if config.data else None,
         config.precision,
         config.tracking_uri,
         config.search,
         config.max_batch_size,
-        config.batch_wait_s,
     )
     address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}"
-    if config.search:
-        console.print_note(
-            f"{address} answers when the corpora of the searches are embedded; the next start "
-            "reads the embeddings from the cache"
-        )
-    # Before Ray starts: a wrong model fails at once, and the replicas find the indexes in the
-    # cache.
-    about = ServedModel(served).describe()
     try:
-        with run_replicas(config, served) as handle:
+        with open_model(config, served) as (handle, about):
             server = build_server(replace(config, port=port), handle, about, token)
             console.print_note(f"{about['model']}: {', '.join(about['tasks'])}; Ctrl-C stops")
+            if about["search"]:
+                console.print_note(
+                    f"predictions are answered now, searches when their corpora are embedded; "
+                    f"{address}/health has the progress"
+                )
             console.print_output(address)
             server.run()
     except KeyboardInterrupt:

@@ -142,12 +142,13 @@ def show_package(result: "tuple[Path, PackageContent]") -> None:
 )
 def pack_tasks(config: PackConfig) -> "tuple[Path, PackageContent]":
     """Run ``skillnet pack``."""
-    # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.serving.bundle import find_bundle
     from pipelines.training.runs import model_source
-    from skillnet.skill_packages import pack_skills
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.serving.bundle import find_bundle
+    from skillnet.skill_packages import pack_skills
+
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     tasks = config.tasks or _find_trained_tasks(source.settings, config.model)
     target = Path(config.output or f"{tasks[0].replace('_', '-')}{SUFFIX}")

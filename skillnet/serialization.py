@@ -21,12 +21,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.rust_panics import panics_as_errors
@@ -34,7 +31,9 @@ from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_files.commit import commit_directory, make_scratch_directory
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: Longest accepted header, in bytes. Headers of models with thousands of tensors take 4 % of it.
 LONGEST_HEADER = 8 * 2**20
 #: Bytes and files of a manifest. A model of a thousand skills and its optimizer take a thirtieth;
@@ -47,7 +46,7 @@ MAX_CONFIG_BYTES = 64 * 2**20
 
 def load_tensors(
     path: Path, device: str = "cpu", drops_integers: bool = False
-) -> dict[str, Tensor]:
+) -> "dict[str, Tensor]":
     """Read the tensors of a safetensors file.
 
     Args:
@@ -62,6 +61,11 @@ def load_tensors(
         ValueError: the file is no safetensors file (a renamed pickle, for example), or a tensor is
             not floating point or not finite.
     """
+    # torch loads here, so that a wrong folder is reported without it.
+    import torch
+    from safetensors.torch import load_file
+
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     try:
         with panics_as_errors("the header or a tensor is damaged"):
             tensors: dict[str, Tensor] = load_file(path, device=device)
@@ -74,7 +78,7 @@ def load_tensors(
         whole = {name for name, tensor in tensors.items() if _is_integer(tensor)}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in whole}
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in floats:
             raise ValueError(f"{path}: {name} is of type {tensor.dtype}, expected floating point")
         # The sum of finite numbers can overflow. Only then is each number checked.
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -82,7 +86,7 @@ def load_tensors(
     return tensors
 
 
-def _is_integer(tensor: Tensor) -> bool:
+def _is_integer(tensor: "Tensor") -> bool:
     return not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
 
 
@@ -211,8 +215,8 @@ def write_config(model: SavableModel, folder: Path) -> str:
 def write_parts(
     model: SavableModel,
     folder: Path,
-    read_weight: Callable[[str], Tensor] | None = None,
-    save: Callable[[Mapping[str, Tensor], Path], None] | None = None,
+    read_weight: "Callable[[str], Tensor] | None" = None,
+    save: "Callable[[Mapping[str, Tensor], Path], None] | None" = None,
 ) -> list[str]:
     """Write the configuration and all weight files of a model, one file at a time.
 
@@ -233,13 +237,15 @@ def write_parts(
     return written
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path) -> None:
     """Write a safetensors file with the mode of a new file.
 
     Args:
         tensors: name -> tensor, no two of which share memory.
         path: location of the file; replaced if it exists.
     """
+    from safetensors.torch import save_file
+
     # safetensors needs contiguous tensors on the host.
     laid_out = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     # safetensors makes a private file, and renames it.
@@ -441,7 +447,7 @@ def describe_error(problem: Exception) -> str:
 
 
 def save_model(
-    model: SavableModel, path: Path, read_weight: Callable[[str], Tensor] | None = None
+    model: SavableModel, path: Path, read_weight: "Callable[[str], Tensor] | None" = None
 ) -> None:
     """Write a model atomically; replace an older model at the same path.
 
@@ -464,7 +470,7 @@ def save_model(
 
 
 def write_model(
-    model: SavableModel, folder: Path, read_weight: Callable[[str], Tensor] | None = None
+    model: SavableModel, folder: Path, read_weight: "Callable[[str], Tensor] | None" = None
 ) -> None:
     """Write the files of a model and their manifest into a directory that nobody reads yet.
 

@@ -117,6 +117,8 @@ def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror |
         raise UserError(
             f"name {name!r} is not a valid directory name; use letters, digits, - and _"
         )
+    if not config.space:
+        raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     if config.run.storage.mirror:
         raise UserError(
             "run.storage.mirror: trials are stored where their sweep is; give the sweep --run_dir "
@@ -181,8 +183,6 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
     # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
     run = resolve_run(replace(named, run_dir=str(folder.parent))).config
-    if not config.space:
-        raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     space = SearchSpace(config.space, run)
     if space.has_key(f"model.{config.fixed_cost.adjust}"):
         raise UserError(

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.data.io.directory import OversizedInputError, iter_lines
 from pipelines.data.io.source_file import format_json_line, open_stream
@@ -32,7 +32,6 @@ from pipelines.serving.inputs import (
     parse_input_line,
     read_file_bytes,
 )
-from pipelines.serving.predictor import TaskPredictor
 from skillnet_platform import cluster, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
@@ -46,6 +45,9 @@ from skillnet_platform.storage.location import (
     write_location,
 )
 from skillnet_platform.storage.retry import StoreUnavailableError
+
+if TYPE_CHECKING:
+    from pipelines.serving.predictor import TaskPredictor
 
 PLAN, SUMMARY, DONE = "plan.json", "summary.json", "done"
 
@@ -137,7 +139,7 @@ class BlockPredictor:
         predictor: with the model; None loads it.
     """
 
-    def __init__(self, request: BatchRequest, predictor: TaskPredictor | None = None) -> None:
+    def __init__(self, request: BatchRequest, predictor: "TaskPredictor | None" = None) -> None:
         self._request, self._output = request, parse_location(request.output, Path())
         if predictor is None:
             predictor, digest = open_request_predictor(request)
@@ -225,7 +227,7 @@ def predict_blocks(request: BatchRequest, where: Location, block_rows: int) -> B
     return BatchSummary(str(request.output), len(plan.blocks), resumed, **total)
 
 
-def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
+def open_request_predictor(request: BatchRequest) -> "tuple[TaskPredictor, str]":
     """Return the predictor of a request, and the digest of all that its answers depend on.
 
     Args:
@@ -234,10 +236,12 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
     Raises:
         UserError: the model is missing or damaged.
     """
-    from pipelines.serving.bundle import open_predictor
     from pipelines.training.runs.model_source import resolve_model
 
     source = resolve_model(request.model, request.tracking_uri)
+    # torch loads here: a wrong input or model is reported without it.
+    from pipelines.serving.bundle import open_predictor
+
     predictor = open_predictor(source, source.find_corpora(request.data), request.precision)
     # The corpora of a checkpoint determine its names, captions and preprocessing.
     digest = digest_config(
@@ -254,7 +258,7 @@ def open_request_predictor(request: BatchRequest) -> tuple[TaskPredictor, str]:
 
 
 def _run_here(
-    request: BatchRequest, predictor: TaskPredictor, blocks: list[PredictionBlock]
+    request: BatchRequest, predictor: "TaskPredictor", blocks: list[PredictionBlock]
 ) -> Iterator[dict[str, Any]]:
     worker = BlockPredictor(request, predictor)
     for block in blocks:

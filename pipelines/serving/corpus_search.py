@@ -14,7 +14,7 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from skillnet_platform import console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
+from skillnet_platform.storage.locks import hold_lock
 
 if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
@@ -87,7 +88,8 @@ class CorpusSearch:
         task: a retrieval task.
         splits: to search; None takes all except pretrain.
         modality: medium of the queries; a tower of the task reads it.
-        place: position of this search among others, for progress; "" for a single one.
+
+    The index is opened or built by :meth:`open_index`, which may take long.
 
     Raises:
         UserError: the corpus or a split is missing, or the corpus is of another modality.
@@ -102,7 +104,6 @@ class CorpusSearch:
         task: str,
         splits: Sequence[str] | None = None,
         modality: str = CAPTION_MODALITY,
-        place: str = "",
     ) -> None:
         from pipelines.data.config.folds import FoldConfig
         from pipelines.data.shards.columns import PAIRED_PREFIX
@@ -129,17 +130,55 @@ class CorpusSearch:
         check_corpus_vocabulary(predictor.model, task, self.corpus)
         needs_captions = ranked == spec.caption_tower
         self.splits = choose_search_splits(self.corpus, splits, needs_captions)
-        self._vectors = build_retrieval_index(
-            predictor, source, task, self.corpus, self.splits, ranked, place
-        )
-        self._scores = JoinedScores(self._vectors)
+        #: Number of searched rows, and of those with an embedding.
+        self.num_rows = check_indexable(predictor, task, self.corpus, self.splits)
+        self.num_embedded = 0
+        #: Why the index cannot be built; "" if nothing is known.
+        self.problem = ""
+        self._source, self._ranked = source, ranked
+        self._scores: JoinedScores | None = None
         version = "" if source.version is None else f" (version {source.version})"
         self.model = f"{source.name}{version}"
 
     @property
-    def num_rows(self) -> int:
-        """Number of searched rows."""
-        return len(self._vectors)
+    def is_open(self) -> bool:
+        """Whether the index is in memory."""
+        return self._scores is not None
+
+    def describe_progress(self) -> dict[str, Any]:
+        """Return the rows of the index, those that are embedded, and whether it is in memory."""
+        return {
+            "corpus": self.corpus.name,
+            "rows": self.num_rows,
+            "embedded": self.num_embedded,
+            "ready": self.is_open,
+        }
+
+    def open_index(self, place: str = "", on_rows: Callable[[int], object] | None = None) -> None:
+        """Read the index of the corpus, or embed its rows; other threads may read the progress.
+
+        Args:
+            place: position of this search among others, for progress; "" for a single one.
+            on_rows: called with the number of rows of each batch that is embedded.
+        """
+
+        def count(rows: int) -> None:
+            self.num_embedded += rows
+            if on_rows is not None:
+                on_rows(rows)
+
+        vectors = build_retrieval_index(
+            self.predictor,
+            self._source,
+            self.task,
+            self.corpus,
+            self.splits,
+            self._ranked,
+            place,
+            count,
+        )
+        self._scores = JoinedScores(vectors)
+        self.num_embedded = self.num_rows
 
     def find_hits(self, query: PredictionItem, top: int) -> list[SearchHit]:
         """Return the best rows for a query, best first.
@@ -187,6 +226,8 @@ class CorpusSearch:
         """Tokens of the texts that the query's tower reads in the corpus, (vocabulary,) bool."""
         import pyarrow as pa
 
+        from pipelines.data.shards.columns import view_numbers
+
         known = np.zeros(self.predictor.model.config.vocab_size, bool)
         for split in self.corpus.splits.values():
             table = split.table()
@@ -195,7 +236,7 @@ class CorpusSearch:
             for chunk in table[self._query_column].chunks:
                 while not pa.types.is_integer(chunk.type):
                     chunk = chunk.flatten()
-                known[chunk.to_numpy(zero_copy_only=False).clip(0, len(known) - 1)] = True
+                known[view_numbers(chunk).clip(0, len(known) - 1)] = True
         # Bytes spell characters that no text had.
         tokenizer = self.predictor.tokenizer
         first, unknown = tokenizer.token_to_id("<0x00>"), tokenizer.token_to_id("[UNK]")
@@ -220,6 +261,9 @@ class CorpusSearch:
             query_vector: result of :meth:`embed_query`.
             top: number of results.
         """
+        if self._scores is None:
+            self.open_index()
+        assert self._scores is not None
         scores = self._scores.score(query_vector)
         return _rank_hits(self.corpus, self.splits, scores, top, self._prefix)
 
@@ -532,6 +576,7 @@ def build_retrieval_index(
     splits: Sequence[str],
     tower: str | None = None,
     place: str = "",
+    on_rows: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Return the embeddings of all rows of some splits; the file is cached by model and corpus.
 
@@ -544,13 +589,13 @@ def build_retrieval_index(
         tower: that embeds the rows; the tower of captions embeds the first caption of each row.
             None takes the tower of the rows.
         place: position of this index among others, for progress.
+        on_rows: called with the number of rows of each batch that is embedded.
 
     Returns:
         Unit vectors (N, E) float32, in the order of the splits and their rows.
 
     Raises:
-        UserError: the splits have no rows, the corpus is of another modality, or the embeddings
-            exceed ``MAX_INDEX_BYTES``.
+        UserError: as :func:`check_indexable`.
     """
     from pipelines.training.evaluation.inference import split_inputs
     from pipelines.training.loading.task_columns import is_row_tower, tower_column
@@ -564,6 +609,59 @@ def build_retrieval_index(
     key = digest_config([*about, limit])
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     config = predictor.model.config
+    rows = check_indexable(predictor, task, corpus, splits)
+    shape = (rows, config.embedding_dim)
+    if (found := _read_cached(path, key, shape)) is not None:
+        return found
+    # Replicas of a server start together: one embeds, the others wait for its file.
+    with hold_lock(
+        path.with_suffix(".lock"),
+        lambda holder: f"{path}: waiting for {holder}, which embeds {corpus.name}",
+        wait=True,
+    ):
+        if (found := _read_cached(path, key, shape)) is not None:
+            return found
+        parts = []
+        with console.show_progress(f"embedding {corpus.name}{place}", rows, "rows") as bar:
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                if on_rows is not None:
+                    on_rows(count)
+
+            for name in splits:
+                inputs = split_inputs(
+                    corpus.splits[name].table(),
+                    spec.towers[tower],
+                    config,
+                    f"{corpus.name}/{name}",
+                    column=tower_column(spec, tower),
+                    # The limit is about the corpus' own modality.
+                    limit=limit if is_row_tower(spec, tower) else None,
+                )
+                bar.advance(0, name)
+                parts.append(predictor.runner.embed(task, tower, inputs, advance))
+        vectors = np.concatenate(parts)
+        write_index(path, key, vectors)
+    return vectors
+
+
+def check_indexable(
+    predictor: "TaskPredictor", task: str, corpus: "PreparedCorpus", splits: Sequence[str]
+) -> int:
+    """Check that splits can be embedded, and return the number of their rows.
+
+    Args:
+        predictor: with the model.
+        task: a retrieval task.
+        corpus: to embed.
+        splits: names of its splits.
+
+    Raises:
+        UserError: the splits have no rows, the corpus is of another modality, or the embeddings
+            exceed ``MAX_INDEX_BYTES``.
+    """
+    spec, config = predictor.model.config.tasks[task], predictor.model.config
     modality = spec.towers[spec.row_tower].modality
     # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
     if corpus.modality != modality:
@@ -577,12 +675,6 @@ def build_retrieval_index(
             f"{corpus.name}: no rows in {', '.join(splits) or 'any split but pretrain'}. Name "
             f"other splits with --splits; the corpus has {', '.join(corpus.splits) or 'none'}"
         )
-    if path.is_file():
-        try:
-            return read_index(path, key, (rows, config.embedding_dim))
-        # A cache holds nothing of its own, so a damaged file is built again.
-        except (ValueError, OSError) as error:
-            console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
     size = rows * config.embedding_dim * 4  # float32
     # Checked in advance: embedding takes long, and memory would run out only at its end.
     if size > MAX_INDEX_BYTES:
@@ -593,23 +685,20 @@ def build_retrieval_index(
             # The smallest split is the one that fits most probably.
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
-    parts = []
-    with console.show_progress(f"embedding {corpus.name}{place}", rows, "rows") as bar:
-        for name in splits:
-            inputs = split_inputs(
-                corpus.splits[name].table(),
-                spec.towers[tower],
-                config,
-                f"{corpus.name}/{name}",
-                column=tower_column(spec, tower),
-                # The limit is about the corpus' own modality.
-                limit=limit if is_row_tower(spec, tower) else None,
-            )
-            bar.advance(0, name)
-            parts.append(predictor.runner.embed(task, tower, inputs, bar.advance))
-    vectors = np.concatenate(parts)
-    write_index(path, key, vectors)
-    return vectors
+    return rows
+
+
+def _read_cached(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return the vectors of a file; None if it is missing or damaged, and then removed."""
+    if not path.is_file():
+        return None
+    try:
+        return read_index(path, key, shape)
+    # A cache holds nothing of its own, so a damaged file is built again.
+    except (ValueError, OSError) as error:
+        console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
+        path.unlink(missing_ok=True)
+        return None
 
 
 def write_index(path: Path, key: str, vectors: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """HTTP server in front of the replicas of ``skillnet serve``.
 
-    client ── HTTP ──> :func:`build_application` ── handle ──> replicas of Ray Serve
+    client ── HTTP ──> :func:`build_application` ── handle ──> replica, here or in Ray Serve
 
 The server runs in the process of the command, not in Ray Serve's proxy: it rejects a request before
 it reads the body, and sends the request of a killed replica to another one. A prediction changes
@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -53,10 +53,16 @@ MAX_TRIES = 5
 RETRY_PAUSE_S = 0.2
 #: Seconds after which an overloaded server asks clients to come back.
 RETRY_AFTER_S = 1
+#: Seconds that the health waits for the progress of the indexes.
+PROGRESS_PATIENCE_S = 0.5
 #: Largest bodies that are in memory at the same time; one client has half of them at most.
 BODIES_IN_MEMORY = 4
+#: Bytes of a body that the event loop parses itself, which takes less time than a thread.
+MAX_SHORT_BYTES = 4096
 #: Seconds and bytes of a rejected body that are read and dropped.
 DISCARD_PATIENCE_S, MAX_DISCARDED_BYTES = 2.0, 64 * 2**20
+#: Key of a request's state: its health check has the token.
+AUTHORIZED = "authorized"
 #: Status in the metrics of a request whose client left.
 CLIENT_LEFT = 499
 RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
@@ -70,16 +76,20 @@ HEADERS = {
 }
 
 
+Parsed = TypeVar("Parsed")
+
+
 class OverloadError(Exception):
-    """The server has too many requests, or no replica answered in time."""
+    """The server has too many requests, no replica answered in time, or an index is not ready."""
 
 
 class ModelHandle(Protocol):
-    """Replicas of a served model; a deployment handle of Ray Serve."""
+    """Replicas of a served model: a deployment handle of Ray Serve, or one in this process."""
 
     predict: Any
     search: Any
     render_search: Any
+    describe_indexes: Any
 
 
 class ServerMetrics:
@@ -107,7 +117,7 @@ class ModelGateway:
     """Handlers of the routes.
 
     Args:
-        handle: Ray Serve's handle, which calls the replicas.
+        handle: that calls the replicas.
         about: description of the model, see
             :meth:`pipelines.serving.served_model.ServedModel.describe`.
         limits: bounds of requests, connections and time.
@@ -128,14 +138,32 @@ class ModelGateway:
         self._running = FairShare(limits.max_running)
         self._bodies = FairShare(BODIES_IN_MEMORY * limits.max_bytes)
         self.metrics = ServerMetrics()
+        self._progress: dict[str, Any] = {"ready": not about["search"], "indexes": {}}
+        self._asking: asyncio.Future[dict[str, Any]] | None = None
 
     async def health(self, request: Request) -> Response:
-        """Answer that the server runs; no token is needed."""
-        return JSONResponse({"status": "ok"})
+        """Answer that the server runs; no token is needed.
+
+        With the token, the answer has the progress of the indexes.
+        """
+        if not request.scope.get("state", {}).get(AUTHORIZED):
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", **await self._read_progress()})
 
     async def list_tasks(self, request: Request) -> Response:
-        """Answer with the model and its tasks."""
-        return JSONResponse(self._about)
+        """Answer with the model, its tasks and the progress of its indexes."""
+        return JSONResponse({**self._about, "indexes": (await self._read_progress())["indexes"]})
+
+    async def _read_progress(self) -> dict[str, Any]:
+        """Return the progress of the indexes of a replica; the last known one if it is dead."""
+        # One question for all requests that wait: anybody may ask for the health.
+        if not self._progress["ready"]:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.ensure_future(self._handle.describe_indexes.remote(None))
+            with contextlib.suppress(TimeoutError, *self._lost, *self._full):
+                async with asyncio.timeout(PROGRESS_PATIENCE_S):
+                    self._progress = await asyncio.shield(self._asking)
+        return self._progress
 
     async def show_metrics(self, request: Request) -> Response:
         """Answer with the metrics in the format of Prometheus."""
@@ -145,7 +173,7 @@ class ModelGateway:
     async def predict(self, request: Request) -> Response:
         """Answer ``POST /v1/predict``."""
         async with self._hold_body(request) as body:
-            asked = await asyncio.to_thread(read_prediction_request, body, self._limits.max_rows)
+            asked = await self._parse(read_prediction_request, body, self._limits.max_rows)
             answer = await self._ask(request, self._handle.predict, asked)
         for each in answer["predictions"]:
             self.metrics.rows.labels(each["task"]).inc()
@@ -158,7 +186,7 @@ class ModelGateway:
     async def search(self, request: Request) -> Response:
         """Answer ``POST /v1/search``."""
         async with self._hold_body(request) as body:
-            asked = await asyncio.to_thread(read_search_request, body)
+            asked = await self._parse(read_search_request, body)
             return JSONResponse(await self._ask(request, self._handle.search, asked))
 
     async def show_search(self, request: Request) -> Response:
@@ -229,9 +257,17 @@ class ModelGateway:
             raise OverloadError(f"no answer within {self._limits.timeout_s:g} s") from None
         except self._full:
             raise OverloadError("the queues of all replicas are full") from None
+        if "unready" in answer:
+            raise OverloadError(answer["unready"])
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
+
+    async def _parse(self, parse: Callable[..., Parsed], body: bytes, *given: Any) -> Parsed:
+        """Parse a body, a long one in a thread."""
+        if len(body) <= MAX_SHORT_BYTES:
+            return parse(body, *given)
+        return await asyncio.to_thread(parse, body, *given)
 
     @contextlib.asynccontextmanager
     async def _hold_body(
@@ -339,6 +375,8 @@ class RequestGuard:
         """Count a request during a block, and return the answer to one that no handler may see."""
         refused = self._refuse(request)
         if refused is not None or request.scope["path"] == "/health":
+            given = request.headers.get("authorization")
+            request.scope.setdefault("state", {})[AUTHORIZED] = is_authorized(self._token, given)
             yield refused
             return
         client = _client_of(request)

@@ -1,14 +1,20 @@
-"""Replica of ``skillnet serve`` in Ray Serve: requests that arrive together become one batch.
+"""Replica of ``skillnet serve``: requests that wait at the same time become one batch.
 
-The module imports Ray Serve; :mod:`pipelines.serve` loads it after Ray's environment is set.
+A replica runs in the process of the server (:class:`LocalHandle`), or in a process of Ray Serve,
+which :mod:`pipelines.serve` starts for several replicas.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-from ray import serve
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.data.transforms.decoder_process import MAX_CHILDREN
@@ -19,6 +25,7 @@ from pipelines.serving.served_model import (
     ServedAnswer,
     ServedModel,
     ServedModelConfig,
+    UnreadyIndexError,
 )
 from skillnet_platform.errors import UserError
 
@@ -26,13 +33,36 @@ from skillnet_platform.errors import UserError
 MAX_JOINED_INPUTS = 64
 #: Name under which the joined requests take turns at the model.
 JOINED = "joined requests"
+#: CPU seconds of the last pass up to which the next one runs in the thread of the event loop.
+SHORT_PASS_S = 0.005
+#: Rows of short requests that may run there.
+MAX_SHORT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class WaitingRequest:
+    """Request that waits for a batch.
+
+    Args:
+        read: returns its inputs.
+        rows: number of its rows.
+        is_short: whether ``read`` takes less time than a pass of the model.
+        answer: its answer, once it is known.
+    """
+
+    read: Callable[[], ReadRequest]
+    rows: int
+    is_short: bool
+    answer: "asyncio.Future[ServedAnswer]"
 
 
 class ModelReplica:
-    """Replica of Ray Serve: a served model whose requests run in batches, one batch at a time.
+    """A served model whose requests run in batches, one batch at a time.
 
+    An idle model takes a request at once; requests that come while it is busy form the next batch.
     Rows are read before their request waits for the model: a file that takes long to decode holds
-    up no other request. Clients take turns at the decoders and at the model.
+    up no other request. Clients take turns at the decoders and at the model. A thread opens the
+    indexes of the searches.
 
     Args:
         config: settings of the server.
@@ -41,26 +71,97 @@ class ModelReplica:
     def __init__(self, config: ServedModelConfig) -> None:
         self._model = ServedModel(config)
         self._turn, self._decoders = FairShare(1), FairShare(MAX_CHILDREN)
-        # Ray Serve adds these methods to the decorated one.
-        batch: Any = self._predict_batch
-        batch.set_max_batch_size(config.max_batch_size)
-        batch.set_batch_wait_timeout_s(config.batch_wait_s)
+        self._max_batch_size = config.max_batch_size
+        self._waiting: deque[WaitingRequest] = deque()
+        self._batches: asyncio.Task[None] | None = None
+        self._pass_s = math.inf
+        # Slow files must not take the threads that read texts, nor texts that of the model.
+        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._decoder_threads = ThreadPoolExecutor(MAX_CHILDREN, "decoder")
+        self._indexing = threading.Thread(target=self._model.open_indexes, daemon=True)
+        self._indexing.start()
+
+    def close(self) -> None:
+        """End the thread that opens the indexes."""
+        self._model.close()
+        self._indexing.join()
+
+    def describe(self) -> ServedAnswer:
+        """Return the model's name, tasks and searches, see :class:`.served_model.ServedModel`."""
+        return self._model.describe()
+
+    async def describe_indexes(self, request: None = None) -> ServedAnswer:
+        """Return the progress of the indexes, see :class:`.served_model.ServedModel`."""
+        return self._model.describe_indexes()
 
     async def predict(self, request: PredictionRequest) -> ServedAnswer:
-        """Answer a prediction request, together with others that arrive at the same time."""
+        """Answer a prediction request, together with others that wait at the same time."""
         with _budget_of(request) as budget:
+            # Each step in another thread costs as much as reading a short text.
+            if len(request.rows) <= MAX_JOINED_INPUTS and self._model.is_short(request):
+                read_later = partial(self._model.read_rows, request, budget)
+                return await self._join(read_later, len(request.rows), is_short=True)
             has_files = any(row.item and row.item.data is not None for row in request.rows)
             read = await self._read(self._model.read_rows, request, budget, has_files)
-            if len(read.inputs) > MAX_JOINED_INPUTS:
-                (answer,) = await self._run(request.client, self._model.predict, [read], budget)
-            else:
-                answer = await self._predict_batch(read)
-            found: ServedAnswer = answer
+            if len(read.inputs) <= MAX_JOINED_INPUTS:
+                return await self._join(lambda: read, len(read.inputs))
+            answers = await self._run(request.client, self._model.predict, [read], budget)
+            found: ServedAnswer = answers[0]
             return found
 
-    @serve.batch
-    async def _predict_batch(self, requests: list[ReadRequest]) -> list[ServedAnswer]:
-        answers: list[ServedAnswer] = await self._run(JOINED, self._model.predict, requests)
+    async def _join(
+        self, read: Callable[[], ReadRequest], rows: int, is_short: bool = False
+    ) -> ServedAnswer:
+        """Return the answer of the next batch with room."""
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append(WaitingRequest(read, rows, is_short, answer))
+        if self._batches is None or self._batches.done():
+            self._batches = asyncio.create_task(self._run_batches())
+        found: ServedAnswer = await answer
+        return found
+
+    async def _run_batches(self) -> None:
+        """Answer the waiting requests in batches until none is left."""
+        while self._waiting:
+            async with self._turn.hold(JOINED):
+                # Chosen when the turn has come: more requests may wait by then.
+                batch = self._take_batch()
+                try:
+                    # A step to the model's thread and back costs a fifth of a short pass.
+                    if self._is_quick(batch):
+                        answers = self._answer(batch)
+                    else:
+                        answers = await self._call(self._answer, batch)
+                except Exception as error:
+                    for each in batch:
+                        if not each.answer.done():
+                            each.answer.set_exception(error)
+                    continue
+            for each, found in zip(batch, answers, strict=True):
+                if not each.answer.done():
+                    each.answer.set_result(found)
+
+    def _take_batch(self) -> list[WaitingRequest]:
+        batch: list[WaitingRequest] = []
+        while self._waiting and len(batch) < self._max_batch_size:
+            waiting = self._waiting.popleft()
+            # A request whose client left is cancelled.
+            if not waiting.answer.done():
+                batch.append(waiting)
+        return batch
+
+    def _is_quick(self, batch: list[WaitingRequest]) -> bool:
+        """Return whether the event loop may wait for the answers of a batch."""
+        is_short = all(each.is_short for each in batch)
+        rows = sum(each.rows for each in batch)
+        return is_short and rows <= MAX_SHORT_ROWS and self._pass_s <= SHORT_PASS_S
+
+    def _answer(self, batch: list[WaitingRequest]) -> list[ServedAnswer]:
+        if not batch:
+            return []
+        began = time.thread_time()
+        answers = self._model.predict([each.read() for each in batch])
+        self._pass_s = time.thread_time() - began
         return answers
 
     async def search(self, request: SearchRequest) -> ServedAnswer:
@@ -78,6 +179,8 @@ class ModelReplica:
             has_file = request.query.data is not None
             try:
                 found = await self._read(self._model.read_query, request, budget, has_file)
+            except UnreadyIndexError as error:
+                return {"unready": str(error)}
             except UserError as error:
                 return {"error": str(error)}
             search, row = found
@@ -96,17 +199,52 @@ class ModelReplica:
         if not has_files:
             return await asyncio.to_thread(read, request, budget)
         async with self._decoders.hold(request.client):
-            return await asyncio.to_thread(read, request, budget)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._decoder_threads, read, request, budget)
 
     async def _run(self, client: str, call: Callable[..., Any], *given: Any) -> Any:
-        """Use the model in a thread: health checks of Ray Serve must not wait for it."""
+        """Use the model in its client's turn."""
         async with self._turn.hold(client):
-            work = asyncio.ensure_future(asyncio.to_thread(call, *given))
-            try:
-                return await asyncio.shield(work)
-            finally:
-                # A cancelled request keeps its turn until its thread has ended.
-                await asyncio.wait([work])
+            return await self._call(call, *given)
+
+    async def _call(self, call: Callable[..., Any], *given: Any) -> Any:
+        """Use the model in its thread: other requests must not wait for it."""
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._model_thread, call, *given)
+        try:
+            return await asyncio.shield(work)
+        finally:
+            # A cancelled request keeps its turn until the thread is free.
+            await asyncio.wait([work])
+
+
+class LocalHandle:
+    """Handle of a replica in this process, with the methods of Ray Serve's handles.
+
+    Args:
+        replica: that answers.
+    """
+
+    def __init__(self, replica: ModelReplica) -> None:
+        self.predict = LocalMethod(replica.predict)
+        self.search = LocalMethod(replica.search)
+        self.render_search = LocalMethod(replica.render_search)
+        self.describe_indexes = LocalMethod(replica.describe_indexes)
+
+
+class LocalMethod:
+    """Method of a replica in this process.
+
+    Args:
+        answer: coroutine function of the replica.
+    """
+
+    def __init__(self, answer: Callable[[Any], Coroutine[Any, Any, ServedAnswer]]) -> None:
+        self._answer = answer
+
+    def remote(self, request: Any) -> "asyncio.Task[ServedAnswer]":
+        """Return the task that answers a request."""
+        return asyncio.ensure_future(self._answer(request))
 
 
 @contextlib.contextmanager

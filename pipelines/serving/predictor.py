@@ -8,7 +8,7 @@ with the settings of the training corpora.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -386,7 +386,7 @@ def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str,
         prediction: answer for an input.
         top: alternatives to keep; None keeps all.
     """
-    values = asdict(prediction)
+    values = vars(prediction).copy()
     values["alternatives"] = [
         {"answer": name, "score": score} for name, score in prediction.alternatives[:top]
     ]

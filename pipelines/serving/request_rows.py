@@ -46,12 +46,14 @@ class PredictionRequest:
     Args:
         rows: usable and unusable ones, in the order of the request.
         top: number of alternatives.
+        has_embeddings: whether answers with captions have the embedding of their row.
         client: that sent the request; clients share a replica.
         seconds: that the answer may take.
     """
 
     rows: list[InputRow]
     top: int = DEFAULT_TOP
+    has_embeddings: bool = False
     client: str = ""
     seconds: float = DEFAULT_SECONDS
 
@@ -78,6 +80,8 @@ class SearchRequest:
 def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
     """Return the request of a JSON body: ``{"rows": [{"text": …}], "top": 5}``.
 
+    ``"embeddings": true`` asks for the embedding of each row that a retrieval task reads.
+
     Args:
         body: bytes of the request, without its head.
         max_rows: more rows are rejected.
@@ -85,7 +89,7 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
     Raises:
         UserError: the body is not such a request.
     """
-    document = _read_object(body, {"rows", "top"}, max_rows)
+    document = _read_object(body, {"rows", "top", "embeddings"}, max_rows)
     rows = document.get("rows")
     if not isinstance(rows, list) or not rows:
         raise UserError('rows: expected a list such as [{"text": "…"}]')
@@ -94,7 +98,10 @@ def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:
             f"rows: {len(rows)} rows, at most {max_rows} are allowed; send them in parts"
         )
     parsed = [parse_request_row(row, number) for number, row in enumerate(rows)]
-    return PredictionRequest(parsed, _read_top(document, DEFAULT_TOP))
+    has_embeddings = document.get("embeddings", False)
+    if not isinstance(has_embeddings, bool):
+        raise UserError("embeddings: expected true or false")
+    return PredictionRequest(parsed, _read_top(document, DEFAULT_TOP), has_embeddings)
 
 
 def read_search_request(body: bytes) -> SearchRequest:

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
 from pipelines.serving.predictor import ReadInput, RowAnswers, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from skillnet.modality import modality_names
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line, suggest_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +26,18 @@ if TYPE_CHECKING:
 
 #: Share of a request's time that reading its rows may take.
 READING_FRACTION = 0.75
+#: Characters of a request that is read within the turn of the model.
+MAX_SHORT_CHARACTERS = 1000
 #: An answer: the document of the response, or ``{"error": …}``.
 ServedAnswer = dict[str, Any]
+
+
+class ClosedModelError(Exception):
+    """The server ends."""
+
+
+class UnreadyIndexError(UserError):
+    """The index of a search is not open yet."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,6 @@ class ServedModelConfig:
         tracking_uri: address of the tracker, without its password.
         search: whether the corpora of the retrieval tasks can be searched.
         max_batch_size: requests that one batch joins.
-        batch_wait_s: seconds that a request waits for others.
     """
 
     model: str
@@ -47,7 +59,6 @@ class ServedModelConfig:
     tracking_uri: str | None = None
     search: bool = True
     max_batch_size: int = 16
-    batch_wait_s: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -58,15 +69,17 @@ class ReadRequest:
         inputs: batch of the model, with the number of their row.
         rejected: unusable rows: ``row`` and ``reason``.
         top: number of alternatives.
+        has_embeddings: whether answers that have more than an embedding have it too.
     """
 
     inputs: list[ReadInput]
     rejected: list[ServedAnswer]
     top: int
+    has_embeddings: bool = False
 
 
 class ServedModel:
-    """A loaded model with the indexes of its corpora.
+    """A loaded model with its searches, whose indexes :meth:`open_indexes` opens.
 
     Args:
         config: settings of the server.
@@ -93,16 +106,51 @@ class ServedModel:
         ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
         #: Modality of queries -> task -> its search; tasks made for such queries come first.
         self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in modality_names()}
+        for modality in modality_names():
+            for task in list_search_tasks(ordered, modality):
+                # Without captions, only the rows themselves can be ranked.
+                with contextlib.suppress(MissingCaptionsError):
+                    self.searches[modality][task] = CorpusSearch(
+                        self.predictor, source, data, task, modality=modality
+                    )
+        self._is_closed = False
+
+    def open_indexes(self) -> None:
+        """Open or build the index of each search; predictions are answered meanwhile."""
         pairs = [
-            (each, name) for each in modality_names() for name in list_search_tasks(ordered, each)
+            (m, task, each) for m, found in self.searches.items() for task, each in found.items()
         ]
-        for number, (modality, task) in enumerate(pairs, 1):
+        for number, (modality, task, search) in enumerate(pairs, 1):
             place = f", {task} for {modality}, {number} of {len(pairs)}"
-            # Without captions, only the rows themselves can be ranked.
-            with contextlib.suppress(MissingCaptionsError):
-                self.searches[modality][task] = CorpusSearch(
-                    self.predictor, source, data, task, modality=modality, place=place
-                )
+            try:
+                search.open_index(place, self._go_on)
+            except ClosedModelError:
+                return
+            except Exception as error:
+                # Such as a full disk. Predictions and other searches are answered.
+                search.problem = f"{task}: its index cannot be built: {first_line(error)}"
+                console.print_warning(search.problem)
+
+    def close(self) -> None:
+        """End :meth:`open_indexes` after its current batch."""
+        self._is_closed = True
+
+    def _go_on(self, rows: int) -> None:
+        if self._is_closed:
+            raise ClosedModelError
+
+    def describe_indexes(self) -> ServedAnswer:
+        """Return the progress of each index: modality of queries -> task -> rows and ``embedded``.
+
+        ``ready`` says whether all of them are open.
+        """
+        found = {
+            modality: {task: each.describe_progress() for task, each in searches.items()}
+            for modality, searches in self.searches.items()
+            if searches
+        }
+        is_ready = all(each["ready"] for tasks in found.values() for each in tasks.values())
+        return {"ready": is_ready, "indexes": found}
 
     def describe(self) -> ServedAnswer:
         """Return the model's name, its tasks with what they read, and its searchable tasks.
@@ -122,6 +170,20 @@ class ServedModel:
         """Return the tasks that rank rows for each modality of queries."""
         return {modality: list(found) for modality, found in self.searches.items() if found}
 
+    def is_short(self, request: PredictionRequest) -> bool:
+        """Return whether reading the rows takes less time than a pass of the model.
+
+        Args:
+            request: parsed request of a client.
+        """
+        texts = [row.item.text for row in request.rows if row.item is not None]
+        # A tokenizer with patterns of its own works in a child process.
+        return (
+            not hasattr(self.predictor.tokenizer, "encode_ids")
+            and None not in texts
+            and sum(len(text or "") for text in texts) <= MAX_SHORT_CHARACTERS
+        )
+
     def read_rows(self, request: PredictionRequest, budget: WorkBudget) -> ReadRequest:
         """Read the rows of a prediction request; several threads may do it at the same time.
 
@@ -131,7 +193,8 @@ class ServedModel:
         """
         # The model needs the rest of the time.
         inputs, rejected = self.predictor.read_rows(request.rows, budget.part(READING_FRACTION))
-        return ReadRequest(inputs, RowAnswers([], rejected).list_reasons(), request.top)
+        reasons = RowAnswers([], rejected).list_reasons()
+        return ReadRequest(inputs, reasons, request.top, request.has_embeddings)
 
     def predict(
         self, requests: Sequence[ReadRequest], budget: WorkBudget | None = None
@@ -153,12 +216,17 @@ class ServedModel:
         inputs = [replace(each, row=index) for index, (_, each) in enumerate(owners)]
         top = max(request.top for request in requests)
         try:
-            predictions = self.predictor.predict_inputs(inputs, top, budget)
+            # Cheaper for short passes than no_grad, which evaluation between training steps needs.
+            with torch.inference_mode():
+                predictions = self.predictor.predict_inputs(inputs, top, budget)
         except UserError as error:
             return [{"error": str(error)} for _ in requests]
         for index, prediction in predictions:
             number, read = owners[index]
             document = to_document(prediction, requests[number].top)
+            # A vector is several times as long as the rest of an answer.
+            if prediction.answer and not requests[number].has_embeddings:
+                del document["embedding"]
             answers[number]["predictions"].append({"row": read.row, **document})
         return answers
 
@@ -172,9 +240,16 @@ class ServedModel:
             budget: seconds that the request has left, and its cancellation.
 
         Raises:
+            UnreadyIndexError: the index is not open yet.
             UserError: the query is damaged, or no task ranks rows for it.
         """
         search = self._find_search(request)
+        if not search.is_open:
+            raise UnreadyIndexError(
+                search.problem
+                or f"{search.task}: {search.num_embedded:,} of {search.num_rows:,} rows of "
+                f"{search.corpus.name} are embedded"
+            )
         return search, search.read_query(request.query, budget.part(READING_FRACTION))
 
     def search(

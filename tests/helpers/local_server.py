@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.connection_guard import ServerLimits, configure_server
 from pipelines.serving.http_server import ModelGateway, build_application
+from pipelines.serving.served_model import UnreadyIndexError
 from skillnet_platform.errors import UserError
 from tests.helpers.ports import free_port
 from tests.helpers.waiting import wait_until
@@ -41,11 +42,15 @@ class LocalReplica:
         return _Method(self, partial(self._answer, name))
 
     def _answer(self, name: str, request: Any) -> Any:
+        if name == "describe_indexes":
+            return self.model.describe_indexes()
         budget = WorkBudget(request.seconds)
         if name == "predict":
             return self.model.predict([self.model.read_rows(request, budget)])[0]
         try:
             search, row = self.model.read_query(request, budget)
+        except UnreadyIndexError as error:
+            return {"unready": str(error)}
         except UserError as error:
             return {"error": str(error)}
         return getattr(self.model, name)(request, search, row, search.embed_query(row))
@@ -81,7 +86,7 @@ class _Response:
             replica.deaths -= 1
             raise DeadReplicaError
         await asyncio.sleep(replica.pause_s)
-        while self.request.client in replica.held:
+        while self.request is not None and self.request.client in replica.held:
             await asyncio.sleep(0.005)
         return await asyncio.to_thread(self.answer, self.request)
 

@@ -12,6 +12,10 @@ class StubModel:
         """Return the description of a model with one task for searches."""
         return {"model": "stub", "tasks": {}, "search": {"text": ["text_to_image"]}}
 
+    def describe_indexes(self) -> Any:
+        """Return that all indexes are open."""
+        return {"ready": True, "indexes": {}}
+
     def read_rows(self, request: Any, budget: Any) -> Any:
         """Return a request as it is."""
         return request

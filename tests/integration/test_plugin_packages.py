@@ -205,6 +205,7 @@ def test_a_modality_goes_from_files_to_predictions(
     assert "words.csv: not a table of numbers" in capsys.readouterr().err
     sent = base64.b64encode(file.read_bytes()).decode()
     served = ServedModel(ServedModelConfig(str(run), str(data)))
+    served.open_indexes()
     with run_service(served, LIMITS) as service:
         status, body, _ = service.ask("/v1/predict", {"rows": [{"file": sent, "name": "a.csv"}]})
         assert status == 200

@@ -1,4 +1,4 @@
-"""``skillnet serve`` on Ray Serve: requests survive the death of a replica."""
+"""``skillnet serve`` in one process, and on Ray Serve, where requests survive a dead replica."""
 
 import base64
 import contextlib
@@ -68,7 +68,7 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
         assert [each.result() for each in sent] == [[1] * REQUESTS] * CLIENTS
 
 
-def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> None:
+def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> None:
     data = write_corpora(tmp_path / "corpora")
     SkillNet(config()).save_pretrained(tmp_path / "model")
     port = free_port()
@@ -80,13 +80,14 @@ def test_the_server_searches_by_a_file_and_ends_with_its_ray(tmp_path: Path) -> 
     try:
         wait_for_answer(f"http://127.0.0.1:{port}/health", 300, process=server)
         predict(f"http://127.0.0.1:{port}", "文学研究")
+        wait_until(lambda: has_indexes(port), 300, pause=0.2)
         page = search_by_file(f"http://127.0.0.1:{port}", draw_png(), "circle.png")
         assert "<dt>task</dt><dd>text_to_image</dd>" in page
         assert page.count("<li>") == 12
         leave_a_slow_file(port, server.pid)
         family = psutil.Process(server.pid).children(recursive=True)
+        assert not [each for each in family if "raylet" in " ".join(each.cmdline())]
         server.terminate()
-        # A second Ray, which would start at the end, blocks the server without a limit.
         server.wait(timeout=120)
         assert not psutil.wait_procs(family, timeout=60)[1]
     finally:
@@ -115,6 +116,11 @@ def leave_a_slow_file(port: int, server: int) -> None:
         wait_until(decoders, 60)
     wait_until(lambda: active_requests(port) == 1, 30)
     wait_until(lambda: not before & decoders(), 30)
+
+
+def has_indexes(port: int) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
+        return bool(json.loads(answer.read())["ready"])
 
 
 def active_requests(port: int) -> int:

@@ -39,7 +39,7 @@ class FixedColumn:
     ) -> None:
         self._check = check
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._chunks = [_view_numbers(chunk).reshape(len(chunk), *shape) for chunk in chunks]
+        self._chunks = [view_numbers(chunk).reshape(len(chunk), *shape) for chunk in chunks]
         self._starts = _chunk_starts(chunks)
 
     def __len__(self) -> int:
@@ -244,25 +244,41 @@ def _read_shape(field: pa.Field) -> tuple[int, ...]:
     return tuple(json.loads(stored)) if stored else (field.type.list_size,)
 
 
-def _view_numbers(array: pa.Array) -> np.ndarray:
-    """Return a view (items,) of the numbers of a flat or fixed-size list array."""
+#: Names of Arrow's types -> those of NumPy; integers have equal names.
+_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+
+def view_numbers(array: pa.Array) -> np.ndarray:
+    """Return a read-only view (items,) of the numbers of a flat or fixed-size list array.
+
+    Args:
+        array: numbers without nulls.
+
+    Raises:
+        pyarrow.ArrowInvalid: the array has nulls.
+    """
     # A view needs the flat values: nested fixed-size lists are unwrapped without a copy.
     while pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
-    return array.to_numpy(zero_copy_only=True)
+    kind = _FLOATS.get(str(array.type), str(array.type))
+    if array.null_count or not len(array) or kind == "bool":
+        return array.to_numpy(zero_copy_only=True)
+    # Arrow's to_numpy imports pandas, which takes longer than a search.
+    numbers = np.frombuffer(array.buffers()[1], kind)
+    return numbers[array.offset : array.offset + len(array)]
 
 
 def _view_items(array: pa.Array) -> np.ndarray:
     """Return the items of a list array: (n,), or (n, width) for fixed-size lists."""
     if pa.types.is_fixed_size_list(array.type):
-        return _view_numbers(array).reshape(len(array), array.type.list_size)
+        return view_numbers(array).reshape(len(array), array.type.list_size)
     if _is_list(array.type):
         raise UserError("lists with more than two levels are not supported")
-    return _view_numbers(array)
+    return view_numbers(array)
 
 
 def _view_offsets(array: pa.Array) -> np.ndarray:
-    return array.offsets.to_numpy(zero_copy_only=True).astype(np.int64)
+    return view_numbers(array.offsets).astype(np.int64)
 
 
 def _view_binary(array: pa.Array) -> tuple[memoryview, np.ndarray]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from skillnet.rust_panics import panics_as_errors
@@ -44,7 +46,15 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
             check_unicode(each)
     # A tokenizer with patterns of its own does this in a child process.
     list_own = getattr(tokenizer, "encode_ids", partial(list_ids, tokenizer))
-    return pa.array(list_own(texts, limit), pa.list_(pa.int32()))
+    ids = list_own(texts, limit)
+    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(_wrap_int32(ends), _wrap_int32(flat))
+
+
+def _wrap_int32(values: np.ndarray) -> pa.Array:
+    # pa.array imports pandas, which takes longer than a prediction.
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 def list_ids(tokenizer: Any, texts: Sequence[str], limit: int) -> list[list[int]]:

@@ -400,13 +400,16 @@ class InferenceRunner:
     def inference(self) -> Iterator[None]:
         """Compute without gradients, in the precision and without dropout, in a block."""
         was_training = self.model.training
-        self.model.eval()
+        # Setting the mode walks over all modules, which a server would do for each request.
+        if was_training:
+            self.model.eval()
         try:
             with torch.no_grad(), self.precision.autocast():
                 yield
         finally:
             # Training runs evaluate between two steps and must find the mode that they left.
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
 
 def send_batch(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

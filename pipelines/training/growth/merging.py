@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,22 @@ class MergeSource:
 
 
 @contextlib.contextmanager
-def open_merge_sources(config: MergeConfig, scratch: Path) -> Iterator[list[MergeSource]]:
-    """Resolve the models of a merge.
+def open_merge_sources(
+    config: MergeConfig, resolved: Sequence[ModelSource], scratch: Path
+) -> Iterator[list[MergeSource]]:
+    """Check the models of a merge, and rename their skills and tasks.
 
     A checkpoint with averaged weights has no files that a merge can copy. It is saved as a model
     first.
 
     Args:
         config: settings of the merge.
+        resolved: its models, in order.
         scratch: path beside which these models lie while the block runs.
 
     Raises:
-        UserError: a model is missing, named twice or damaged, or no model has a renamed skill.
+        UserError: a model is named twice or damaged, or no model has a renamed skill.
     """
-    resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
     for source in resolved:
         source.require_own_splits("The evaluation of a merged model")
     if len({source.weights for source in resolved}) < len(resolved):

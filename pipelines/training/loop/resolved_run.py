@@ -68,7 +68,7 @@ class ResolvedRun:
         Raises:
             UserError: a corpus is missing, or its vocabulary is larger than the model's.
         """
-        from pipelines.training.loop.setup import open_corpora
+        from pipelines.training.runs.identity import open_corpora
 
         return open_corpora(self.config, self._opened)
 
@@ -216,10 +216,10 @@ def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
     Raises:
         UserError: a task learns from labels, or a split is not allowed for pretraining.
     """
-    from pipelines.training.loop.setup import open_corpora
-
     joint = config.joint()
     check_unlabelled_tasks(joint)
+    from pipelines.training.runs.identity import open_corpora
+
     check_pretraining_splits(joint, open_corpora(joint))
     return joint
 

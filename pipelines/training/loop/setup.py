@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.data.shards.folds import open_fold
+from pipelines.data.shards.dataset import PreparedCorpus
 from pipelines.training.config.data import AUGMENTATIONS, MASKS
 from pipelines.training.config.resources import request_workers
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
@@ -23,17 +22,16 @@ from pipelines.training.loop.gradient_sync import BUCKET_BYTES, GradientSync, br
 from pipelines.training.loop.init_from import InitReport, load_init_weights
 from pipelines.training.loop.optimizer import WeightAverage
 from pipelines.training.runs import checkpoints
-from pipelines.training.runs.identity import check_corpus_digest, corpora_of
+from pipelines.training.runs.identity import open_corpora
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
-from skillnet_platform import console, storage
+from skillnet_platform import console
 from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.cache import GB, LIMIT_VARIABLE, shared_cache
-from skillnet_platform.storage.location import join_location, parse_location
 
 if TYPE_CHECKING:
     from pipelines.training.loop.sharding import ModelShards, ShardedModel, ShardedSync
@@ -46,7 +44,8 @@ def build_dataloader(
 
     Args:
         config: settings of the run.
-        corpora: corpus name -> opened corpus, see :func:`open_corpora`.
+        corpora: corpus name -> opened corpus, see
+            :func:`pipelines.training.runs.identity.open_corpora`.
 
     Raises:
         UserError: a corpus does not fit its task, or the shards in use exceed the cache.
@@ -71,35 +70,6 @@ def build_dataloader(
             f"{needed / GB:.2g} or more, or lower training.shuffle_gb ({training.shuffle_gb})"
         )
     return dataloader
-
-
-def open_corpora(
-    config: FinetuneConfig, opened: Mapping[str, PreparedCorpus] | None = None
-) -> dict[str, PreparedCorpus]:
-    """Open the corpora of all tasks with the splits of the run's fold; return name -> corpus.
-
-    Args:
-        config: settings of the run.
-        opened: corpora that are open already.
-
-    Raises:
-        UserError: a corpus is missing, was exchanged, or has a larger vocabulary than the model.
-    """
-    data = parse_location(config.data, storage.data_root())
-    known = opened or {}
-    corpora = {
-        name: known[name] if name in known else open_corpus(join_location(data, name))
-        for name in corpora_of(config)
-    }
-    for name, corpus in corpora.items():
-        check_corpus_digest(name, config.corpora.get(name), corpus.digest, corpus.path)
-        size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
-        if size > config.model.vocab_size:
-            raise UserError(
-                f"corpus {name} was prepared with a vocabulary of {size} tokens, "
-                f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
-            )
-    return {name: open_fold(corpus, config.fold) for name, corpus in corpora.items()}
 
 
 def build_model(

@@ -1,17 +1,22 @@
 """Identity of a run: the part of its configuration that determines the weights.
 
 The digests of the corpora are a part of it, because equal names do not mean equal rows.
+:func:`open_corpora` opens them with their digests checked.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.folds import open_fold
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.model_source import ModelSource
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.location import Location
+from skillnet_platform.storage import data_root
+from skillnet_platform.storage.location import Location, join_location, parse_location
 
 #: Keys of ``training`` that change where, how fast and how often. They change the result at most
 #: as another number of workers does, by rounding.
@@ -140,3 +145,32 @@ def digest_weights(weights: str | None) -> str | None:
     if not weights:
         return None
     return ModelSource(weights, Path(weights)).digest
+
+
+def open_corpora(
+    config: FinetuneConfig, opened: Mapping[str, PreparedCorpus] | None = None
+) -> dict[str, PreparedCorpus]:
+    """Open the corpora of all tasks with the splits of the run's fold; return name -> corpus.
+
+    Args:
+        config: settings of the run.
+        opened: corpora that are open already.
+
+    Raises:
+        UserError: a corpus is missing, was exchanged, or has a larger vocabulary than the model.
+    """
+    data = parse_location(config.data, data_root())
+    known = opened or {}
+    corpora = {
+        name: known[name] if name in known else open_corpus(join_location(data, name))
+        for name in corpora_of(config)
+    }
+    for name, corpus in corpora.items():
+        check_corpus_digest(name, config.corpora.get(name), corpus.digest, corpus.path)
+        size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
+        if size > config.model.vocab_size:
+            raise UserError(
+                f"corpus {name} was prepared with a vocabulary of {size} tokens, "
+                f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
+            )
+    return {name: open_fold(corpus, config.fold) for name, corpus in corpora.items()}

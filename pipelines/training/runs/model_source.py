@@ -12,18 +12,12 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.runs.bundle_manifest import MANIFEST, is_bundle, read_bundle_manifest
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
-from skillnet import systems
-from skillnet.model_merging import remove_task
-from skillnet.multitask_model import TaskModel
-from skillnet.precision import best_device
 from skillnet.serialization import check_file, load_tensors, read_config, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import build_config, load_yaml
@@ -31,6 +25,9 @@ from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, read_json, read_record, run_root
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import Location, parse_location
+
+if TYPE_CHECKING:
+    from skillnet.multitask_model import TaskModel
 
 DEFAULT_MODEL = "models:/skillnet@champion"
 BUNDLE = "bundle"
@@ -233,7 +230,7 @@ def list_training_reads(
     return reads
 
 
-def load_source_model(source: ModelSource) -> TaskModel:
+def load_source_model(source: ModelSource) -> "TaskModel":
     """Load a model in evaluation mode, on the GPU if there is one.
 
     A checkpoint of a run that keeps averaged weights is loaded with those, and without the heads
@@ -245,6 +242,13 @@ def load_source_model(source: ModelSource) -> TaskModel:
     Raises:
         ValueError: files are missing or corrupt.
     """
+    # torch loads here, so that a wrong name of a model is reported without it.
+    import torch
+
+    from skillnet import systems
+    from skillnet.model_merging import remove_task
+    from skillnet.precision import best_device
+
     model = systems.load_model(source.weights)
     manifest = read_manifest(source.weights)
     parameters = dict(model.named_parameters())
@@ -264,11 +268,13 @@ def load_source_model(source: ModelSource) -> TaskModel:
     return model.to(best_device())
 
 
-def load_trained_tasks(source: ModelSource) -> TaskModel:
+def load_trained_tasks(source: ModelSource) -> "TaskModel":
     """Load a model without the heads of tasks that its run did not train.
 
     Callers of this function need the corpora of all remaining tasks.
     """
+    from skillnet.model_merging import remove_task
+
     model = load_source_model(source)
     tasks = list(model.config.tasks)
     for name in set(tasks) - set(source.trained_tasks(tasks)):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _PLAIN = "sqlite:///"
 #: Names the driver. MLflow makes the folder of a ``sqlite:///`` database from the encoded path,
 #: and would leave an empty folder with a wrong name.
 _WITH_DRIVER = "sqlite+pysqlite:///"
+#: URI of an absolute path that SQLAlchemy does not change. Its import is slow.
+_UNCHANGED = re.compile(r"sqlite:///(?P<path>/[A-Za-z0-9_./-]+)")
 
 
 def is_sqlite(uri: str) -> bool:
@@ -34,11 +37,13 @@ def is_sqlite(uri: str) -> bool:
 
 def sqlite_uri(path: Path) -> str:
     """Return the URI of a database file; characters that SQLAlchemy decodes are encoded."""
+    complete = str(path.absolute())
+    plain = f"{_PLAIN}{complete}"
+    if _UNCHANGED.fullmatch(plain):
+        return plain
     from sqlalchemy.engine import URL
 
-    complete = str(path.absolute())
     encoded = URL.create("sqlite", database=complete).render_as_string(hide_password=False)
-    plain = f"{_PLAIN}{complete}"
     return plain if encoded == plain else encoded.replace(_PLAIN, _WITH_DRIVER, 1)
 
 
@@ -48,6 +53,8 @@ def sqlite_path(uri: str) -> Path:
     Raises:
         UserError: the URI names no file, or has options.
     """
+    if unchanged := _UNCHANGED.fullmatch(uri):
+        return Path(unchanged["path"])
     from sqlalchemy.engine import make_url
 
     found = make_url(uri)

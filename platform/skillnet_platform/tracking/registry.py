@@ -25,10 +25,11 @@ from skillnet_platform.config.safe_yaml import load_plain_yaml
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.package_version import find_version
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.storage import sha256_file
+from skillnet_platform.storage import run_root, sha256_file, staging_directory
 from skillnet_platform.storage.local import environment_variables
 from skillnet_platform.storage.locks import this_process
-from skillnet_platform.tracking import backend, champion
+from skillnet_platform.tracking import backend, champion, version_reader
+from skillnet_platform.tracking.backend import is_sqlite
 
 #: Tag of a registration: equal for every attempt of one command.
 KEY_TAG = "skillnet.registration"
@@ -225,7 +226,6 @@ class ResolvedModel:
     path: Path
     version: int | None = None
     run_id: str | None = None
-    metadata: Mapping[str, Any] | None = None
 
 
 def register_version(
@@ -403,32 +403,64 @@ def resolve_registered(
             f"such as models:/{champion.MODEL_NAME}@{champion.CHAMPION}"
         )
     chosen = backend.resolve_uri(uri)
-    client = backend.create_client(chosen)
-    from mlflow.exceptions import MlflowException
+    found: Any = version_reader.read_version(chosen, model)
+    path = found.folder if found is not None else None
+    if path is None and found is not None and check_digest:
+        path = _find_downloaded(found.tags)
+    tags = found.tags if found is not None else {}
+    if path is None:
+        client = backend.create_client(chosen)
+        from mlflow.exceptions import MlflowException
 
-    try:
-        found = _version_of(client, model)
-        with _as_default(chosen) as mlflow:
-            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"{model}: not found in {chosen}{_what_there_is(client, model)}") from (
-            error
-        )
+        try:
+            found = found or _version_of(client, model)
+            path = _download_files(model, chosen, found)
+        except (MlflowException, OSError) as error:
+            raise UserError(f"{model}: not found in {chosen}{_what_there_is(client, model)}") from (
+                error
+            )
+        tags = found.tags if found is not None else _logged_tags(client, model, path)
     if check_digest:
-        _check_digest(client, model, path, found)
-    metadata = read_model_file(path).metadata if (path / "MLmodel").is_file() else {}
-    return ResolvedModel(
-        model,
-        path,
-        int(found.version) if found else None,
-        found.run_id if found else None,
-        metadata,
-    )
+        _check_digest(tags, model, path)
+    version, run_id = (int(found.version), found.run_id) if found is not None else (None, None)
+    return ResolvedModel(model, path, version, run_id)
 
 
-def _check_digest(client: Any, model: str, path: Path, found: Any) -> None:
+def _find_downloaded(tags: Mapping[str, str]) -> Path | None:
+    """Return the folder of an earlier download of a version; None if it is missing or damaged."""
+    recorded = tags.get(DIGEST_TAG)
+    folder = _download_folder(recorded)
+    if folder is None or not folder.is_dir() or digest_files(folder) != recorded:
+        return None
+    return folder
+
+
+def _download_folder(digest: str | None) -> Path | None:
+    # The digest comes from a server, and becomes a part of a path.
+    if digest is None or re.fullmatch("[0-9a-f]{64}", digest) is None:
+        return None
+    return run_root() / "cache" / "registered" / digest
+
+
+def _download_files(model: str, uri: SecretUri, found: Any) -> Path:
+    """Return the folder of a model's files, which are downloaded unless they are on a local disk.
+
+    MLflow downloads into a new temporary folder each time. A version of a server is therefore
+    kept below the run root, by its digest.
+    """
+    digest = found.tags.get(DIGEST_TAG) if found is not None else None
+    target = None if is_sqlite(uri) else _download_folder(digest)
+    with _as_default(uri) as mlflow:
+        if target is None:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
+        with staging_directory(target) as part:
+            mlflow.artifacts.download_artifacts(artifact_uri=model, dst_path=str(part))
+            _check_digest(found.tags, model, part)
+    return target
+
+
+def _check_digest(tags: Mapping[str, str], model: str, path: Path) -> None:
     """Compare the files of a model with the tag of its version or logged model."""
-    tags = found.tags if found is not None else _logged_tags(client, model, path)
     recorded = tags.get(DIGEST_TAG)
     if recorded is None:
         raise UserError(

@@ -79,8 +79,6 @@ def parse_pool(config: PlanConfig) -> "WorkerPool":
         UserError: neither or both of ``gpus`` and ``cluster``, an unknown type, or a cluster
             without known GPUs.
     """
-    from skillnet_planning.run_plan import WorkerPool
-
     if (config.gpus is None) == (config.cluster is None):
         raise UserError("skillnet plan: give --gpus, such as 4xL4, or --cluster FILE")
     if config.cluster is not None:
@@ -90,6 +88,9 @@ def parse_pool(config: PlanConfig) -> "WorkerPool":
         raise UserError(f"--gpus {config.gpus}: not a number and a type. Write 4xL4.")
     gpu, workers = find_gpu_type(match[2]), int(match[1] or 1)
     instance = find_instance(gpu, workers)
+    # torch loads here: --help and usage errors do not need it.
+    from skillnet_planning.run_plan import WorkerPool
+
     return WorkerPool(
         gpu,
         workers,
@@ -99,8 +100,6 @@ def parse_pool(config: PlanConfig) -> "WorkerPool":
 
 
 def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
-    from skillnet_planning.run_plan import WorkerPool
-
     kinds = [each for each in read_node_types(path) if each.gpus and each.most]
     for each in kinds:
         if each.gpu is None:
@@ -110,6 +109,8 @@ def _read_pool(path: Path, network_gbit_s: float | None) -> "WorkerPool":
             )
     if not kinds:
         raise UserError(f"{path}: the autoscaler starts no node with a GPU. Give --gpus instead.")
+    from skillnet_planning.run_plan import WorkerPool
+
     known = [(each, each.gpu, each.instance) for each in kinds if each.gpu and each.instance]
     return WorkerPool(
         min((gpu for _, gpu, _ in known), key=lambda gpu: gpu.memory_gb),
@@ -296,11 +297,12 @@ def find_instance(gpu: GpuType, gpus: int) -> InstanceType:
 )
 def main(config: PlanConfig) -> CommandPlan:
     """Run ``skillnet plan``."""
+    # The types of GPUs load torch, so the runs come first.
+    runs, pool = parse_runs(config.entry), parse_pool(config)
     from skillnet_planning.run_plan import plan_run
 
-    pool = parse_pool(config)
     plans: dict[str, RunPlan] = {}
-    for run in parse_runs(config.entry):
+    for run in runs:
         training = replace(run.config.training, use_gpu=True)
         # A single run uses all GPUs; each trial of a sweep has its own workers.
         workers = training.workers if run.prefix else pool.workers

@@ -75,13 +75,15 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     Raises:
         UserError: the model does not exist or has no skills, or a corpus does not fit.
     """
-    from pipelines.training.evaluation.evaluator import machine_name
     from pipelines.training.runs import model_source
-    from skillnet.model import SkillNet
-    from skillnet_studies.interpretation.analysis import interpret_model
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
     source.require_own_splits("The interpretation")
+    # torch loads here: --help and wrong names do not need it.
+    from pipelines.training.evaluation.evaluator import machine_name
+    from skillnet.model import SkillNet
+    from skillnet_studies.interpretation.analysis import interpret_model
+
     model = model_source.load_trained_tasks(source)
     # Baselines can subclass SkillNet, so the registered name is compared as well.
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:

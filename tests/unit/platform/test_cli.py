@@ -61,7 +61,8 @@ def test_compute_threads_of_a_command_spin_briefly(given: dict[str, str], expect
         "import ctypes; from skillnet_platform import cli\n"
         f"cli._run_as_program(lambda: ctypes.CDLL({str(runtime)!r}) is None)"
     )
-    done = python("-c", code, env={"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2", **given})
+    variables = {"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2", **given}
+    done = run_python("-c", code, variables=variables)
     assert expected in done.stderr
 
 

@@ -1,6 +1,11 @@
 """Versions, aliases and the gate between them; and models found again, or a message why not."""
 
 import dataclasses
+import http.server
+import json
+import shutil
+import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,9 @@ import pytest
 from pipelines.serving import registration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, champion, registry
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.tracking import backend, champion, registry, version_reader
+from skillnet_platform.tracking.backend import sqlite_path, sqlite_uri
 from skillnet_platform.tracking.champion import MetricEstimate
 from tests.helpers.tracked_runs import find_champion
 
@@ -173,7 +180,6 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
     resolved = registry.resolve_registered("models:/loaded@champion", run.uri)
     assert resolved.version == 1
     assert resolved.run_id == run.run_id
-    assert resolved.metadata == {"tasks": ["a"]}
     pickles = [path for path in resolved.path.rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert pickles == []
     assert (resolved.path / "MLmodel").is_file()
@@ -188,7 +194,195 @@ def test_a_version_below_a_root_with_special_characters_is_found(
         put(run, files, "odd", 0.5)
         resolved = registry.resolve_registered("models:/odd@champion", run.uri)
     assert resolved.path.is_relative_to(tmp_path)
-    assert resolved.metadata == {"tasks": ["a"]}
+    assert list(resolved.path.rglob("offset.json"))
+
+
+def without_mlflow(*_: Any) -> Any:
+    raise AssertionError("MLflow was asked")
+
+
+@pytest.mark.parametrize("address", ["models:/quick@champion", "models:/quick/1"])
+@pytest.mark.parametrize("location", ["database-folder", "file"])
+def test_a_version_in_a_database_is_read_without_mlflow(
+    address: str,
+    location: str,
+    run: tracking.Tracker,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = f"quick-{location}"
+    put(run, files, name, 0.5)
+    if location == "file":
+        folder = registry.resolve_registered(f"models:/{name}/1", run.uri).path
+        with sqlite3.connect(sqlite_path(run.uri)) as database:
+            database.execute(
+                "UPDATE model_versions SET storage_location = ? WHERE name = ?",
+                (folder.as_uri(), name),
+            )
+    address = address.replace("quick", name)
+    with monkeypatch.context() as patch:
+        patch.setattr(version_reader, "read_version", lambda *_: None)
+        by_mlflow = registry.resolve_registered(address, run.uri)
+    monkeypatch.setattr(backend, "create_client", without_mlflow)
+    assert registry.resolve_registered(address, run.uri) == by_mlflow
+    (weights,) = by_mlflow.path.rglob("offset.json")
+    weights.write_text("6")
+    with pytest.raises(UserError, match="was altered after its registration"):
+        registry.resolve_registered(address, run.uri)
+    weights.write_text("5")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE alembic_version SET version_num = 'abc'",
+        "UPDATE model_versions SET status = 'PENDING_REGISTRATION'",
+        "UPDATE model_versions SET current_stage = 'Deleted_Internal'",
+        "UPDATE model_versions SET workspace = 'other'",
+        "UPDATE model_versions SET storage_location = 's3://bucket/model'",
+        "UPDATE model_versions SET storage_location = 'database-folder:/../model'",
+        "UPDATE model_versions SET storage_location = 'file://other-machine/model'",
+        "DELETE FROM registered_model_aliases",
+        "DROP TABLE model_version_tags",
+        "",
+    ],
+)
+def test_an_unexpected_database_is_left_to_mlflow(
+    change: str, run: tracking.Tracker, files: Path, tmp_path: Path
+) -> None:
+    if champion.find_champion(name="expected", uri=run.uri) is None:
+        put(run, files, "expected", 0.5)
+    copied = tmp_path / "mlflow.db"
+    # The folder of the artifacts is beside the database.
+    (tmp_path / "mlartifacts").symlink_to(sqlite_path(run.uri).parent / "mlartifacts")
+    shutil.copyfile(sqlite_path(run.uri), copied)
+    if change:
+        with sqlite3.connect(copied) as database:
+            database.execute("PRAGMA foreign_keys = OFF")
+            database.execute(change)
+    found = version_reader.read_version(SecretUri(sqlite_uri(copied)), "models:/expected@champion")
+    assert (found is None) == bool(change)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "models:/m-0123",
+        "models:/a@latest",
+        "models:/a@Latest",
+        "models:/a/latest",
+        "models:/a",
+        "models:/a%41@b",
+        "runs:/a/model",
+        "models:/a/1/weights",
+    ],
+)
+def test_an_address_with_a_meaning_of_mlflow_is_left_to_it(
+    model: str, run: tracking.Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version_reader, "_read_row", without_mlflow)
+    assert version_reader.read_version(SecretUri(run.uri), model) is None
+
+
+class VersionPages(http.server.BaseHTTPRequestHandler):
+    """Pages of an MLflow server about one version."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        status, document = self.server.answer
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(document).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def pages() -> Iterator[Any]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), VersionPages) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"USERNAME": "ann", "PASSWORD": "é"}, "Basic YW5uOsOp"),
+        ({"USERNAME": "ann", "PASSWORD": "é", "TOKEN": "t"}, "Basic YW5uOsOp"),
+        ({"USERNAME": "ann", "TOKEN": "t"}, "Bearer t"),
+    ],
+)
+def test_a_server_is_asked_once_and_a_download_is_kept(
+    given: dict[str, str],
+    expected: str | None,
+    pages: Any,
+    run: tracking.Tracker,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if champion.find_champion(name="remote", uri=run.uri) is None:
+        put(run, files, "remote", 0.5)
+    local = registry.resolve_registered("models:/remote@champion", run.uri)
+    version = backend.create_client(run.uri).get_model_version("remote", "1")
+    tags = [{"key": key, "value": value} for key, value in version.tags.items()]
+    about = {"version": "1", "run_id": run.run_id, "status": "READY", "tags": tags}
+    pages.answer = (200, {"model_version": about})
+    for name, value in given.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
+    monkeypatch.setattr(backend, "create_client", lambda _: None)
+    downloads: list[str] = []
+
+    def download(artifact_uri: str, dst_path: str) -> None:
+        downloads.append(artifact_uri)
+        shutil.copytree(local.path, dst_path, dirs_exist_ok=True)
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    uri, address = f"http://127.0.0.1:{pages.server_port}", "models:/remote@champion"
+    first = registry.resolve_registered(address, uri)
+    assert (first.version, first.run_id) == (1, run.run_id)
+    assert first.path.is_relative_to(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "create_client", without_mlflow)
+        assert registry.resolve_registered(address, uri) == first
+    (path, authorization), _ = pages.asked
+    assert path == "/api/2.0/mlflow/registered-models/alias?name=remote&alias=champion"
+    assert authorization == expected
+    # A damaged download is replaced.
+    (weights,) = first.path.rglob("offset.json")
+    weights.write_text("6")
+    assert registry.resolve_registered(address, uri) == first
+    assert weights.read_text() == "5"
+    assert downloads == [address] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "variable"),
+    [
+        ((404, {"error_code": "RESOURCE_DOES_NOT_EXIST"}), ""),
+        ((302, {}), ""),
+        ((200, {"model_version": {"version": "1", "status": "FAILED_REGISTRATION"}}), ""),
+        ((200, []), ""),
+        ((200, {"model_version": {"version": "1", "status": "READY"}}), "MLFLOW_TRACKING_AUTH"),
+        ((200, {"model_version": {"version": "1", "status": "READY"}}), "MLFLOW_WORKSPACE"),
+    ],
+)
+def test_an_unexpected_answer_of_a_server_is_left_to_mlflow(
+    answer: Any, variable: str, pages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages.answer = answer
+    if variable:
+        monkeypatch.setenv(variable, "given")
+    uri = SecretUri(f"http://127.0.0.1:{pages.server_port}")
+    assert version_reader.read_version(uri, "models:/a@b") is None
+    assert bool(pages.asked) == (not variable)
 
 
 def test_a_folder_is_a_model_too(files: Path) -> None:

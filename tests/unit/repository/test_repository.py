@@ -1,6 +1,7 @@
 """Guards of the house: floors, sizes, names, presets, and that it installs both ways."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -126,6 +127,79 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "usage: skillnet " + name in done.stdout
     assert "example:" in done.stdout
+
+
+#: Command lines with a mistake, and words of its message.
+MISTAKES = {
+    "predict": "no input",
+    "predict missing.png": "missing.png: no such file",
+    "predict --input missing.jsonl": "missing.jsonl: no such file",
+    "predict --input {folder} --output {folder}/out --model missing": "missing: no folder",
+    "predict --text a --model missing": "missing: no folder",
+    "predict --text a --model {folder}": "holds no complete model",
+    "predict --text a --precision fp8": "precision",
+    "search": "the query is empty",
+    "search --file missing.png": "missing.png: no such file",
+    "search a --model missing": "missing: no folder",
+    "evaluate missing": "missing: no folder",
+    "evaluate --checkpoint missing": "missing: no folder",
+    "export --model missing": "missing: no folder",
+    "register missing": "missing: no folder",
+    "interpret missing": "missing: no folder",
+    "verify missing": "missing: no folder",
+    "merge missing other": "missing: no folder",
+    "grow --from missing --config {folder}/grow.yaml": "missing: no folder",
+    "serve --model missing": "missing: no folder",
+    "pack missing": "missing: no folder",
+    "add missing.skill --to missing": "missing: no saved model",
+    "remove a --from missing": "missing: no saved model",
+    "skills missing": "missing: no saved model",
+    "plan": "give --gpus",
+    "plan --gpus 4xNONE": "NONE",
+    "plan --gpus 4xL4 finetune --config missing": "missing",
+    "sweep": "the space is empty",
+    "compare": "nothing to compare",
+    "finetune --data {folder}": "missing. Run `skillnet prepare",
+    "finetune --config missing": "missing",
+    "pretrain --data {folder}": "missing. Run `skillnet prepare",
+    "prepare --corpus tnews=missing": "no such file or folder",
+    "inspect missing": "no such file or folder",
+    "init-task missing": "no such file or folder",
+}
+
+
+def test_a_mistake_is_reported_without_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "no-model"
+    folder.mkdir()
+    tower = "{modality: text, skills: [general]}"
+    task = f"{{name: a, towers: {{input: {tower}}}, training: {{corpus: a}}}}"
+    (folder / "grow.yaml").write_text(f"task: {task}")
+    lines = [line.format(folder=folder) for line in MISTAKES]
+    # One process for all lines: the first that loads torch is named.
+    code = (
+        "import json, sys\n"
+        "from skillnet_platform import cli\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    print('>', line, file=sys.stderr, flush=True)\n"
+        "    code = cli.main(line.split())\n"
+        "    heavy = {'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
+        "    if code != 2 or heavy: sys.exit(f'{line}: exit code {code}, imports {heavy}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+            "SKILLNET_HOME": str(tmp_path),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    for said, expected in zip(done.stderr.split("> ")[1:], MISTAKES.values(), strict=True):
+        assert expected in " ".join(said.split()), said
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -85,8 +86,8 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return recorded
 
     with monkeypatch.context() as patch:
-        for name in ("load_file", "hash_file"):
-            patch.setattr(serialization, name, record(getattr(serialization, name)))
+        for module, name in ((safetensors.torch, "load_file"), (serialization, "hash_file")):
+            patch.setattr(module, name, record(getattr(module, name)))
         yield names
 
 
@@ -193,7 +194,7 @@ def test_a_disk_that_fills_up_leaves_the_older_model(
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     written = []
-    save_file = serialization.save_file
+    save_file = safetensors.torch.save_file
 
     def full(tensors, path) -> None:
         written.append(path)
@@ -201,7 +202,7 @@ def test_a_disk_that_fills_up_leaves_the_older_model(
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(serialization, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         small_model(seed=1).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

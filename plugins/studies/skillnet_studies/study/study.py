@@ -175,7 +175,7 @@ def check_folds(config: StudyConfig) -> None:
     Args:
         config: the study.
     """
-    from pipelines.training.loop.setup import open_corpora
+    from pipelines.training.runs.identity import open_corpora
 
     run, before = (
         {task.corpus for task in each.joint().tasks.values() if task is not None}

@@ -6,10 +6,12 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.data.transforms.decode_guard import WorkBudget
+from pipelines.serving import corpus_search
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
@@ -23,7 +25,9 @@ LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=3
 
 @pytest.fixture(scope="module")
 def model(place: ServedPlace) -> ServedModel:
-    return ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    made = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    made.open_indexes()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,74 @@ def test_a_bad_request_gets_one_clear_message(
     found, text = service.error("/v1/predict", data=body)
     assert found == status
     assert message in text
+
+
+def test_an_answer_has_the_embedding_if_it_is_asked_for(service: Service) -> None:
+    row = {"file": base64.b64encode(draw_png()).decode(), "name": "a.png"}
+    query = {"text": "红色的心", "task": "text_to_image"}
+    for asked in (False, True):
+        document = {"rows": [row, query, {"text": "文学研究"}], "embeddings": asked}
+        status, body, _ = service.ask("/v1/predict", document)
+        assert status == 200
+        image, text, title = json.loads(body)["predictions"]
+        assert ("embedding" in image) == asked
+        assert ("embedding" in title) == asked
+        # The embedding of a query is its answer.
+        assert not text["answer"]
+        assert text["embedding"]
+    assert "true or false" in service.error("/v1/predict", {"rows": [row], "embeddings": 1})[1]
+
+
+def test_a_search_before_its_index_is_ready_gets_the_progress(
+    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
+    model = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    seen: list[dict[str, Any]] = []
+
+    def look(rows: int) -> None:
+        _, body, _ = service.ask("/health")
+        seen.append(json.loads(body))
+        status, text, headers = service.ask("/v1/search", {"query": "红色的心"})
+        assert (status, headers["retry-after"]) == (503, "1")
+        found = seen[-1]["indexes"]["text"]["text_to_image"]
+        assert f"{found['embedded']:,} of {found['rows']:,} rows of drawings" in text
+        assert service.ask("/search?query=a")[0] == 503
+        assert service.ask("/v1/predict", {"rows": [{"text": "文学研究"}]})[0] == 200
+
+    with run_service(model, LIMITS) as service:
+        # Called after each batch, in the thread that embeds.
+        model.searches["text"]["text_to_image"].open_index(on_rows=look)
+        assert seen[0]["indexes"]["text"]["text_to_image"]["embedded"] > 0
+        assert not seen[-1]["ready"]
+        assert service.ask("/v1/search", {"query": "红色的心"})[0] == 200
+        model.open_indexes()
+        assert json.loads(service.ask("/health")[1])["ready"]
+        # Others learn that the server runs, and nothing about its corpora.
+        assert json.loads(service.ask("/health", Authorization="")[1]) == {"status": "ok"}
+        progress = json.loads(service.ask("/v1/tasks")[1])["indexes"]["text"]["text_to_image"]
+        assert progress["embedded"] == progress["rows"]
+
+
+def test_an_index_that_cannot_be_built_stops_nothing_else(
+    place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
+    model = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    build = corpus_search.build_retrieval_index
+
+    def fail(predictor: Any, source: Any, task: str, *more: Any) -> Any:
+        if task == "text_to_image":
+            raise OSError(28, "No space left on device")
+        return build(predictor, source, task, *more)
+
+    monkeypatch.setattr(corpus_search, "build_retrieval_index", fail)
+    model.open_indexes()
+    with run_service(model, LIMITS) as service:
+        status, text, _ = service.ask("/v1/search", {"query": "红色的心"})
+        assert (status, "No space left on device" in text) == (503, True)
+        found = service.ask("/v1/search", {"query": "红色的心", "task": "text_to_video"})
+        assert found[0] == 200
 
 
 def test_other_content_types_and_paths_are_rejected(service: Service) -> None:

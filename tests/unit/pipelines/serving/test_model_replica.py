@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray import serve
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import model_replica
@@ -30,6 +30,18 @@ class SlowModel:
         self.passes: list[list[str]] = []
         self.can_pass = threading.Event()
         self.can_pass.set()
+        self.threads: list[threading.Thread] = []
+        self.is_indexing = threading.Event()
+        self.is_indexing.set()
+
+    def open_indexes(self) -> None:
+        self.is_indexing.wait(60)
+
+    def close(self) -> None:
+        self.is_indexing.set()
+
+    def is_short(self, request: PredictionRequest) -> bool:
+        return request.client.startswith("short")
 
     def read_rows(self, request: PredictionRequest, budget: WorkBudget) -> Any:
         if any(row.item and row.item.data for row in request.rows):
@@ -49,31 +61,26 @@ class SlowModel:
 
     def predict(self, requests: Any, budget: WorkBudget | None = None) -> Any:
         self.passes.append([each.client for each in requests])
+        self.threads.append(threading.current_thread())
+        if any(each.client == "bad" for each in requests):
+            raise MemoryError
         self.can_pass.wait(60)
         return [{"predictions": each.inputs, "rejected": []} for each in requests]
 
 
-@pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.Runner]:
-    """Ray Serve keeps the queue of a decorated method for one event loop."""
-    with asyncio.Runner() as runner:
-        yield runner
-
-
 @pytest.fixture
-def run(loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a function that runs a test's coroutine with a replica."""
     monkeypatch.setattr(model_replica, "ServedModel", SlowModel)
-    limits = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
-    monkeypatch.setattr(serve, "get_replica_context", lambda: limits)
     monkeypatch.setattr(model_replica, "MAX_CHILDREN", 2)
 
     def run_with_replica(test: Callable[[ModelReplica, Any], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            replica = ModelReplica(ServedModelConfig("model", "data"))
+            replica = ModelReplica(ServedModelConfig("model", "data", max_batch_size=3))
             await asyncio.wait_for(test(replica, replica._model), 60)
+            replica.close()
 
-        loop.run(main())
+        asyncio.run(main())
 
     return run_with_replica
 
@@ -154,5 +161,60 @@ def test_searches_run_side_by_side(run: Any) -> None:
         model.can_pass.set()
         assert [found["hits"] for found in await asyncio.gather(*searches)] == ["a", "b"]
         await prediction
+
+    run(test)
+
+
+def test_requests_that_wait_for_a_busy_model_are_one_batch(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.can_pass.clear()
+        first = asyncio.create_task(replica.predict(ask("first", texts=1)))
+        # An idle model waits for nobody.
+        await until(lambda: model.passes == [["first"]])
+        names = ["a", "gone", "b", "c", "d"]
+        tasks = [asyncio.create_task(replica.predict(ask(name, texts=1))) for name in names]
+        await until(lambda: len(replica._waiting) == len(names))
+        tasks[1].cancel()
+        await asyncio.wait([tasks[1]])
+        model.can_pass.set()
+        await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert sorted(map(len, model.passes)) == [1, 1, 3]
+        assert sorted(each for batch in model.passes[1:] for each in batch) == ["a", "b", "c", "d"]
+
+    run(test)
+
+
+def test_a_failed_batch_fails_its_requests_only(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        with pytest.raises(MemoryError):
+            await replica.predict(ask("bad", texts=1))
+        assert (await replica.predict(ask("good", texts=1)))["predictions"] == [1]
+
+    run(test)
+
+
+def test_only_short_passes_run_in_the_event_loop(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        here = threading.current_thread()
+        # The duration of the first pass is unknown.
+        for client, texts in [("short", 1), ("short", 1), ("long", 1), ("short", 17)]:
+            await replica.predict(ask(client, texts=texts))
+        replica._pass_s = math.inf
+        await replica.predict(ask("short", texts=1))
+        assert [each is here for each in model.threads] == [False, True, False, False, False]
+
+    run(test)
+
+
+def test_predictions_are_answered_while_the_indexes_are_built(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.is_indexing.clear()
+        busy = threading.Thread(target=model.open_indexes)
+        replica._indexing = busy
+        busy.start()
+        assert (await replica.predict(ask("a", texts=1)))["predictions"] == [1]
+        assert busy.is_alive()
+        replica.close()
+        assert not busy.is_alive()
 
     run(test)

@@ -78,7 +78,7 @@ def test_damaged_index_is_built_again(
         )
 
     vectors = build()
-    (path,) = (run_root / "cache" / "indexes").iterdir()
+    (path,) = (run_root / "cache" / "indexes").glob("*.safetensors")
     changed = load_file(path)["embeddings"]
     changed[0] *= 5.18
     save_file({"embeddings": changed}, path)

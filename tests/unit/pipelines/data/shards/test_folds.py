@@ -14,8 +14,7 @@ from pipelines.training.config.run import TaskTraining
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
-from pipelines.training.loop.setup import open_corpora
-from pipelines.training.runs.identity import find_identity_differences
+from pipelines.training.runs.identity import find_identity_differences, open_corpora
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora

@@ -12,8 +12,7 @@ from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.folds import list_row_units, open_fold, select_label_fraction
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
-from pipelines.training.loop.setup import open_corpora
-from pipelines.training.runs.identity import find_identity_differences
+from pipelines.training.runs.identity import find_identity_differences, open_corpora
 from skillnet_platform import config as configuration
 from tests.helpers.small_corpora import small_config, write_corpora
 

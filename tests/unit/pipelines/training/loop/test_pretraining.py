@@ -19,8 +19,9 @@ from pipelines.training.loop.resolved_run import (
     build_joint_run,
     check_pretraining_splits,
 )
-from pipelines.training.loop.setup import build_model, open_corpora
+from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.step import task_loss
+from pipelines.training.runs.identity import open_corpora
 from skillnet.keyed_random import BatchRandom
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.shards import dataset
-from pipelines.training.loop import setup
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.run import find_finished_result, validate_run
+from pipelines.training.runs import identity
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 
@@ -24,7 +24,7 @@ def test_each_corpus_is_opened_once_from_the_command_to_the_last_step(
         return original(place, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(dataset, "open_corpus", open_corpus)
-    monkeypatch.setattr(setup, "open_corpus", open_corpus)
+    monkeypatch.setattr(identity, "open_corpus", open_corpus)
     config = small_config(data, steps=2)
     run = resolve_run(config)
     assert find_finished_result(run) is None
