@@ -220,7 +220,7 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
 )
 def join_packages(config: AddConfig) -> "list[TaskProof]":
     """Run ``skillnet add``."""
-    from skillnet.package_folders import add_packages
+    from skillnet.package_joins import add_packages
     from skillnet.skill_packages import open_package
 
     folder = Path(config.to)
@@ -244,7 +244,7 @@ def join_packages(config: AddConfig) -> "list[TaskProof]":
 )
 def drop_packages(config: RemoveConfig) -> "list[TaskProof]":
     """Run ``skillnet remove``."""
-    from skillnet.package_folders import remove_packages
+    from skillnet.package_joins import remove_packages
 
     with _as_user_error():
         return remove_packages(Path(config.model), config.names, _BundleWriter([]).write)
@@ -396,7 +396,7 @@ def list_skills(folder: Path) -> list[SkillEntry]:
     Raises:
         UserError: the model is damaged.
     """
-    from skillnet.package_folders import list_packages
+    from skillnet.package_joins import list_packages
     from skillnet.serialization import read_config, read_manifest, read_tensor_shapes
 
     with _as_user_error():

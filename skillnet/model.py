@@ -5,7 +5,8 @@ Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.objectives.heads import mean_pool
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task, find_task
+
+if TYPE_CHECKING:
+    from skillnet.skill_proofs import TaskProof
 
 
 class SkillNet(TaskModel):
@@ -112,6 +116,42 @@ class SkillNet(TaskModel):
         for layer in self.encoder.layers:
             if isinstance(layer, EncoderLayer):
                 layer.compiler = self.encoder.compiler
+
+    # -- packages --------------------------------------------------------------------------
+
+    def add(self, package: str | Path) -> "list[TaskProof]":
+        """Add a package of skills, and compare the outputs of every task.
+
+        Args:
+            package: file that ``skillnet pack`` wrote.
+
+        Returns:
+            The comparison of each task, see :mod:`skillnet.skill_proofs`.
+
+        Raises:
+            ValueError: the package does not fit the model, which is then as before.
+        """
+        from skillnet.package_joins import join_package
+
+        return join_package(self, Path(package))
+
+    def remove(self, name: str) -> "list[TaskProof]":
+        """Remove a package that was added; every other output keeps its bits.
+
+        Args:
+            name: key of the package in :attr:`packages`.
+
+        Raises:
+            ValueError: the model has no such package.
+        """
+        from skillnet.package_joins import drop_package
+
+        return drop_package(self, name)
+
+    def skills(self) -> dict[str, str | None]:
+        """Return skill -> the package that brought it, None for a skill of the base."""
+        origin = {skill: name for name, each in self.packages.items() for skill in each["skills"]}
+        return {skill: origin.get(skill) for skill in self.config.skills}
 
     # -- ownership -------------------------------------------------------------------------
 

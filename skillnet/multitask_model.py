@@ -143,6 +143,8 @@ class TaskModel(RawInputModel, nn.Module):
         self.heads = nn.ModuleDict()
         #: Meaning of token ids and outputs; training takes it from the corpora.
         self.vocabulary = ModelVocabulary()
+        #: Name -> entry of the packages of skills that were added, see ``skillnet.package_joins``.
+        self.packages: dict[str, Any] = {}
         #: Folder that the model was read from, for messages; None for a new model.
         self.origin: Path | None = None
         #: Gives the model the weights of a task, if it does not hold all, as in sharded training.
@@ -455,6 +457,8 @@ class TaskModel(RawInputModel, nn.Module):
         with SkippedInit():  # every weight is read from the files below
             model = cls._build(folder, config, options)
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
+        # A model of one task has no whole package to remove.
+        model.packages = manifest.get("packages", {}) if task is None else {}
         dtype = None
         for file in model.files_of():
             tensors = load_tensors(folder / f"{file}.safetensors")

@@ -145,6 +145,7 @@ class SavableModel(Protocol):
     config: SkillNetConfig
     options: dict[str, Any]
     vocabulary: ModelVocabulary
+    packages: dict[str, Any]
     system: ClassVar[str]
 
     def named_parameters(self) -> Any:
@@ -482,7 +483,8 @@ def write_model(
         read_weight: see :func:`skillnet.serialization.write_parts`.
     """
     written = write_parts(model, folder, read_weight)
-    write_manifest(folder, written, tasks=list_task_files(model))
+    packages = {"packages": model.packages} if model.packages else {}
+    write_manifest(folder, written, tasks=list_task_files(model), **packages)
 
 
 def list_task_files(model: SavableModel) -> dict[str, list[str]]:

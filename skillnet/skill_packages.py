@@ -8,7 +8,7 @@
 A package joins exactly the base that it was trained on: every file that its tasks read from the
 base has a digest in it. Adding links or copies files, so no weight of an old task changes, and
 removing restores the bytes of every file. :func:`pack_skills` writes a package;
-:mod:`skillnet.package_folders` adds it to a saved model.
+:mod:`skillnet.package_joins` adds it to a saved model.
 
 The format is ours. Weights are safetensors, and nothing in a package is executed.
 """

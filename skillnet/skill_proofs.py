@@ -70,18 +70,19 @@ def probe_outputs(model: SkillNet, tasks: Sequence[str]) -> dict[str, dict[str, 
     return found
 
 
-def compare_outputs(before: SkillNet, after: SkillNet) -> list[TaskProof]:
-    """Compare the outputs of the tasks that two models have, bit by bit.
+def compare_outputs(before: Mapping[str, Mapping[str, Tensor]], after: SkillNet) -> list[TaskProof]:
+    """Compare the outputs of tasks before and after a change of a model, bit by bit.
 
     Args:
-        before, after: in evaluation mode.
+        before: task -> outputs, see :func:`probe_outputs`.
+        after: the changed model, in evaluation mode. Tasks that it lacks are left out.
 
     Raises:
         ValueError: an output differs; names the task.
     """
-    tasks = [task for task in before.config.tasks if task in after.config.tasks]
-    old, new = probe_outputs(before, tasks), probe_outputs(after, tasks)
-    proofs = [prove_task(after, task, old[task], new[task]) for task in tasks]
+    tasks = [task for task in before if task in after.config.tasks]
+    found = probe_outputs(after, tasks)
+    proofs = [prove_task(after, task, before[task], found[task]) for task in tasks]
     for proof in proofs:
         if proof.differing:
             raise ValueError(

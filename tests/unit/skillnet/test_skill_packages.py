@@ -16,7 +16,7 @@ import torch
 
 from skillnet import SkillNet
 from skillnet.model_merging import add_skill, add_task
-from skillnet.package_folders import add_packages, list_packages, remove_packages
+from skillnet.package_joins import add_packages, list_packages, remove_packages
 from skillnet.serialization import check_file, read_manifest
 from skillnet.skill_packages import ABOUT, PROBES, SkillPackage, open_package, pack_skills
 from skillnet.skill_proofs import PROBE_ROWS, TaskProof
@@ -184,6 +184,51 @@ def test_a_stem_that_two_packages_bring_stays_until_both_are_gone(tmp_path: Path
     add(tmp_path / "base", paths[1])
     remove_packages(tmp_path / "base", ["two"])
     assert hashes(tmp_path / "base") == before
+
+
+def test_a_model_in_memory_takes_packages_as_its_folder_does(
+    shelf: Path, base: Path, tmp_path: Path
+) -> None:
+    model = SkillNet.from_pretrained(base)
+    model.save_pretrained(tmp_path / "before")
+    for name in ("p0", "p1"):
+        proofs = model.add(shelf / f"{name}.skill")
+        assert not any(proof.differing for proof in proofs)
+        add(base, shelf / f"{name}.skill")
+    assert {k: v for k, v in model.skills().items() if v} == {"extra0": "p0", "extra1": "p1"}
+    model.save_pretrained(tmp_path / "saved")
+    assert hashes(tmp_path / "saved") == hashes(base)
+    with pytest.raises(ValueError, match="already has a package 'p0'"):
+        model.add(shelf / "p0.skill")
+    again = SkillNet.from_pretrained(tmp_path / "saved")
+    for name in ("p0", "p1"):
+        again.remove(name)
+    again.save_pretrained(tmp_path / "after")
+    assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
+    with pytest.raises(ValueError, match="has no package 'p0'"):
+        again.remove("p0")
+
+
+@pytest.mark.parametrize("fault", ["another base", "another type", "other outputs"])
+def test_a_refused_package_leaves_a_model_in_memory_as_it_was(
+    fault: str, shelf: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SkillNet.from_pretrained(base)
+    if fault == "another base":
+        with torch.no_grad():
+            model.encoder.norm.weight.add_(1)
+    elif fault == "another type":
+        model.double()
+    else:
+        monkeypatch.setattr("skillnet.package_joins.TOLERANCE", -1.0)
+    model.save_pretrained(tmp_path / "before")
+    wanted = (
+        "made for another base" if fault != "other outputs" else "other outputs than its author"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        model.add(shelf / "p0.skill")
+    model.save_pretrained(tmp_path / "after")
+    assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
 
 
 def edit_about(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -1,4 +1,4 @@
-"""Saved models to which packages of skills are added, and from which they are removed.
+"""Models to which packages of skills are added, and from which they are removed.
 
 Files of the model that stay are hard links, new ones are copies, and ``config.json`` and
 ``manifest.json`` are written in one form. So removing restores the bytes of every file.
@@ -6,18 +6,23 @@ Files of the model that stay are hard links, new ones are copies, and ``config.j
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from pydantic import StrictStr, TypeAdapter, ValidationError, with_config
+from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.model_merging import SUFFIX, add_skill, add_task, remove_skill, remove_task
 from skillnet.serialization import (
     commit_manifest,
     config_to_dict,
@@ -36,6 +41,7 @@ from skillnet.skill_packages import (
     check_base,
     describe_wrong_value,
     join_config,
+    open_package,
     require_shapes,
 )
 from skillnet.skill_proofs import TaskProof, compare_outputs, probe_outputs, prove_task
@@ -134,8 +140,8 @@ def add_packages(
     changed = _record(manifest, installed, task_files)
     # The model that a user would load, not parts of it.
     with _changed_folder(folder, manifest, about, known, changed, placed, write) as staging:
-        before, after = _load(folder), _load(staging)
-        proofs = compare_outputs(before, after)
+        after = _load(staging)
+        proofs = compare_outputs(_probe(_load(folder)), after)
         for package in packages:
             proofs += check_probes(after, package)
     return proofs
@@ -181,7 +187,7 @@ def remove_packages(
     about |= values | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
-        return compare_outputs(_load(folder), _load(staging))
+        return compare_outputs(_probe(_load(folder)), _load(staging))
 
 
 def list_packages(folder: Path) -> dict[str, AddedPackage]:
@@ -193,13 +199,14 @@ def list_packages(folder: Path) -> dict[str, AddedPackage]:
     Raises:
         ValueError: the manifest is damaged.
     """
-    given = read_manifest(folder).get(PACKAGES, {})
+    return _parse_packages(read_manifest(folder).get(PACKAGES, {}), folder / "manifest.json")
+
+
+def _parse_packages(given: Any, where: object) -> dict[str, AddedPackage]:
     try:
         return TypeAdapter(dict[str, AddedPackage]).validate_python(given)
     except ValidationError as error:
-        raise ValueError(
-            f"{folder / 'manifest.json'}: {PACKAGES}.{describe_wrong_value(error)}"
-        ) from None
+        raise ValueError(f"{where}: {PACKAGES}.{describe_wrong_value(error)}") from None
 
 
 def _record(
@@ -267,6 +274,100 @@ def _changed_folder(
 
 def _load(folder: Path) -> SkillNet:
     return SkillNet.from_pretrained(folder)
+
+
+def _probe(model: SkillNet) -> dict[str, dict[str, Tensor]]:
+    return probe_outputs(model, list(model.config.tasks))
+
+
+# -- models in memory ----------------------------------------------------------------------
+
+
+def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
+    """Add a package to a model in memory, or leave it as it is; see :func:`add_packages`.
+
+    Saving the model gives the files that :func:`add_packages` gives.
+
+    Args:
+        model: in the type of its saved weights; it is in evaluation mode afterwards.
+        path: location of the package.
+
+    Raises:
+        ValueError: the package does not fit the model, or an output changed.
+    """
+    with tempfile.TemporaryDirectory() as folder, open_package(path, Path(folder) / "x") as package:
+        content = package.content
+        installed = _parse_packages(model.packages, "the model")
+        if content.name in installed:
+            raise ValueError(f"{path}: the model already has a package {content.name!r}")
+        config = join_config(model.config, package, "the model")
+        present = {f"{file}{SUFFIX}": names for file, names in model.files_of().items()}
+        wanted = (content.base.keys() | set(package.weights)) & present.keys()
+        hashes = {name: _hash_weights(model, present[name]) for name in wanted}
+        check_base(package, hashes, model.vocabulary.tokenizer, "the model")
+        require_shapes(package, config)
+        for name in package.weights:
+            if hashes.get(name, content.files[name].sha256) != content.files[name].sha256:
+                raise ValueError(f"{path}: the model has another {name}")
+        before = _probe(model.eval())
+        for skill in content.skills:
+            add_skill(model, skill)
+        for task in content.tasks:
+            add_task(model, task, config.tasks[task])
+        for name in package.weights:
+            model.load_state_dict(load_tensors(package.folder / name), strict=False)
+        outputs, scales = dict(model.vocabulary.outputs), dict(model.vocabulary.scales)
+        for task, packed in content.tasks.items():
+            if packed.names is not None:
+                outputs[task] = tuple(packed.names)
+            if packed.scale is not None:
+                scales[task] = parse_scale(list(packed.scale), f"{path}: {task}.scale")
+        model.vocabulary = ModelVocabulary(model.vocabulary.tokenizer, outputs, scales)
+        added = {name for entry in installed.values() for name in entry.files}
+        files = [name for name in package.weights if name not in present or name in added]
+        entry = AddedPackage(package.digest, files, content.skills, list(content.tasks))
+        model.packages = {**model.packages, content.name: dataclasses.asdict(entry)}
+        try:
+            return compare_outputs(before, model) + check_probes(model, package)
+        except ValueError:
+            drop_package(model, content.name)
+            raise
+
+
+def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
+    """Remove a package from a model in memory; see :func:`remove_packages`.
+
+    Args:
+        model: that has the package; it is in evaluation mode afterwards.
+        name: key of the package.
+
+    Raises:
+        ValueError: the package is not there.
+    """
+    installed = _parse_packages(model.packages, "the model")
+    if name not in installed:
+        raise ValueError(
+            f"the model has no package {name!r}{nearest_hint(name, sorted(installed))}"
+        )
+    entry = installed.pop(name)
+    before = _probe(model.eval())
+    for task in entry.tasks:
+        remove_task(model, task)
+    for skill in entry.skills:
+        remove_skill(model, skill)
+    kept = {file for other in installed.values() for file in other.files}
+    for file in set(entry.files) - kept:
+        if file.startswith("stem-"):
+            del model.stems[file.removeprefix("stem-").removesuffix(SUFFIX)]
+    model.vocabulary = model.vocabulary.restrict_to(model.config.tasks)
+    model.packages = {key: each for key, each in model.packages.items() if key != name}
+    return compare_outputs(before, model)
+
+
+def _hash_weights(model: SkillNet, names: Sequence[str]) -> str:
+    """Return the SHA-256 that a file of these weights has."""
+    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def check_probes(model: SkillNet, package: SkillPackage) -> list[TaskProof]:
