@@ -136,12 +136,14 @@ def test_a_signal_ends_a_run_in_this_process_and_the_same_command_resumes(
         run_end_to_end(config, "finetune", callbacks=[SignalSender(number, 3)])
         return 0
 
-    # pytest-xdist may start its workers with SIGHUP ignored.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # A shell starts its background jobs with these signals ignored.
+    wanted = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {each: signal.signal(each, handler) for each, handler in wanted.items()}
     try:
         assert run_command(run, [], "pipelines.finetune") == code
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     resumed = finetune(config)
     assert (resumed["resumed"], resumed["step"]) == (step, 6)
     config.name = "whole"

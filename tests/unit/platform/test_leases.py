@@ -27,6 +27,8 @@ from tests.helpers.processes import start_python
 
 SYSTEMS = {name: SystemConfig(system=name) for name in ("skillnet", "dense")}
 
+SPACE = {"training.lr": {"choice": [1e-3, 2e-3]}}
+
 #: A run on another host: it holds the lease and shows signs of life until it is killed.
 HOLD = """
 import socket, sys, time
@@ -341,7 +343,7 @@ def _prepare(uri: str) -> None:
     ("start", "lease"),
     [
         (lambda uri: finetune.finetune(FinetuneConfig(name="a", run_dir=uri)), "a/.lease"),
-        (lambda uri: sweep(SweepConfig(name="a", run_dir=uri)), "a/.lease"),
+        (lambda uri: sweep(SweepConfig(name="a", run_dir=uri, space=SPACE)), "a/.lease"),
         (lambda uri: compare(StudyConfig(name="a", run_dir=uri, systems=SYSTEMS)), "a/.lease"),
         (_prepare, ".a.lease"),
     ],

@@ -250,7 +250,7 @@ def test_a_version_in_a_database_is_read_without_mlflow(
 def test_an_unexpected_database_is_left_to_mlflow(
     change: str, run: tracking.Tracker, files: Path, tmp_path: Path
 ) -> None:
-    if champion.find_champion(name="expected", uri=run.uri) is None:
+    if find_champion(name="expected", uri=run.uri) is None:
         put(run, files, "expected", 0.5)
     copied = tmp_path / "mlflow.db"
     # The folder of the artifacts is beside the database.
@@ -327,7 +327,7 @@ def test_a_server_is_asked_once_and_a_download_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if champion.find_champion(name="remote", uri=run.uri) is None:
+    if find_champion(name="remote", uri=run.uri) is None:
         put(run, files, "remote", 0.5)
     local = registry.resolve_registered("models:/remote@champion", run.uri)
     version = backend.create_client(run.uri).get_model_version("remote", "1")

@@ -41,7 +41,7 @@ SEAMS = {
     "a study": ("test_compare.py", "test_a_study_runs_and_resumes"),
     "a server of a model": (
         "test_serve.py",
-        "test_the_server_searches_by_a_file_and_ends_with_its_ray",
+        "test_one_replica_needs_no_ray_and_ends_with_its_decoders",
     ),
     "a killed registration": (
         "test_registration.py",

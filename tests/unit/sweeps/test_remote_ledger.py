@@ -16,6 +16,8 @@ from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, read_reports
 from tests.helpers.object_store import ObjectStore
 
+SPACE = {"training.lr": {"choice": [1e-3, 2e-3]}}
+
 
 def trial_at(folder: Path, uri: str) -> LedgerEntry:
     folder.mkdir(parents=True)
@@ -94,12 +96,16 @@ def test_a_failure_is_cleared_on_disk_and_in_the_store(
 
 
 def test_a_sweep_resolves_its_directory_and_mirror(run_root: Path, tmp_path: Path) -> None:
-    config, folder, mirror = _resolve_config(SweepConfig(name="a", run_dir="s3://bucket/runs"))
+    config, folder, mirror = _resolve_config(
+        SweepConfig(name="a", run_dir="s3://bucket/runs", space=SPACE)
+    )
     assert (folder, config.run_dir) == (run_root / "a", "s3://bucket/runs")
     assert mirror is not None
     assert mirror.uri == "s3://bucket/runs/a"
-    _, folder, mirror = _resolve_config(SweepConfig(name="a", run_dir=f"file://{tmp_path}/b"))
+    _, folder, mirror = _resolve_config(
+        SweepConfig(name="a", run_dir=f"file://{tmp_path}/b", space=SPACE)
+    )
     assert (folder, mirror) == (tmp_path / "b/a", None)
     run = FinetuneConfig(storage=StorageConfig(mirror="s3://bucket/runs"))
     with pytest.raises(UserError, match="give the sweep --run_dir"):
-        _resolve_config(SweepConfig(run=run))
+        _resolve_config(SweepConfig(run=run, space=SPACE))

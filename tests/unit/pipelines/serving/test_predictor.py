@@ -17,6 +17,7 @@ from pipelines.serving.inputs import PredictionItem, read_input_rows
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.evaluation.inference import memory_inputs
 from skillnet.model import SkillNet
+from skillnet_corpora.demo.strokes import draw_pen_paths
 from tests.helpers.readable_corpora import config
 from tests.helpers.user_corpora import tnews
 from tests.helpers.video_files import encode_video
@@ -92,7 +93,7 @@ def test_texts_and_code_are_truncated_like_the_corpus(words: Any) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_videos_are_grey_or_coloured_like_the_corpus(words: Any, channels: int) -> None:
-    white = video.draw_pen_paths([[(0.1, 0.5), (0.9, 0.5)]])
+    white = draw_pen_paths([[(0.1, 0.5), (0.9, 0.5)]])
     data = encode_video(white // np.array([1, 2, 8], np.uint8))
     settings = {} if channels == 1 else {"video_channels": channels}
     tested = predictor(words, "text_to_video", settings)

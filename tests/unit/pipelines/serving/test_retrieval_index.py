@@ -15,12 +15,11 @@ from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.files import LocalShardStore
 from pipelines.serving import bundle, corpus_search
 from pipelines.serving.corpus_search import (
-    JoinedScores,
     build_retrieval_index,
-    iter_best,
     read_index,
     write_index,
 )
+from pipelines.serving.vector_scores import JoinedScores, iter_best
 from skillnet_platform.errors import UserError
 from tests.helpers.served_place import ServedPlace
 

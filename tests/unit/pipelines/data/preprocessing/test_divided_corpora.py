@@ -20,6 +20,7 @@ from pipelines.data.corpora.formats.record_reader import divide_file, read_recor
 from pipelines.data.io import directory
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing import blocks, local_tasks
+from pipelines.data.preprocessing import prepare as preprocessing_prepare
 from pipelines.data.preprocessing.blocks import read_part
 from pipelines.data.preprocessing.local_tasks import LocalTasks, needs_no_ray
 from pipelines.data.preprocessing.prepare import prepare
@@ -90,6 +91,12 @@ def files_of_splits(folder: Path) -> Path:
 def content_of(folder: Path) -> dict[str, bytes]:
     found = (path for path in folder.iterdir() if path.name != files.VERIFIED_NOTES)
     return {path.name: path.read_bytes() for path in found}
+
+
+@pytest.fixture(autouse=True)
+def no_running_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of a Ray that another test started would not see what a test replaces."""
+    monkeypatch.setattr(preprocessing_prepare, "needs_no_ray", lambda *given: True)
 
 
 def divide_by(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
