@@ -10,7 +10,7 @@ A model is a folder that ``skillnet export --to hf`` or ``save_pretrained`` wrot
 """
 
 import contextlib
-import shutil
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -332,14 +332,13 @@ def _fetch_package(given: str, beside: Path) -> Iterator[Path]:
             raise UserError(f"{where}: no such package{_list_catalogue(Path(where).parent)}")
         yield Path(where)
         return
-    from pipelines.data.io.source_file import open_stream
     from skillnet_files.commit import make_scratch_directory
+    from skillnet_platform.storage.directories import get_file
 
     with make_scratch_directory(beside.parent / f".{beside.name}.download") as folder:
         path = folder / where.rpartition("/")[2]
         try:
-            with open_stream(where) as stream, path.open("wb") as target:
-                shutil.copyfileobj(stream, target)
+            get_file(where, path)
         except FileNotFoundError:
             raise UserError(f"{where}: no such package") from None
         yield path
@@ -406,17 +405,10 @@ def list_skills(folder: Path) -> list[SkillEntry]:
         entries = []
         for skill in config.skills:
             shapes = read_tensor_shapes(folder / f"skill-{skill}.safetensors").values()
-            size = sum(_count_values(shape) for shape in shapes)
+            size = sum(map(math.prod, shapes))
             users = [task for task, spec in config.tasks.items() if skill in spec.skills]
             entries.append(SkillEntry(skill, origin.get(skill), size, users))
     return entries
-
-
-def _count_values(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def show_skills(entries: list[SkillEntry]) -> None:

@@ -28,6 +28,7 @@ from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import TaskHead, build_head
 from skillnet.raw_inputs import RawInputModel, find_model_folder
 from skillnet.serialization import (
+    PACKAGES,
     describe_error,
     load_tensors,
     read_config,
@@ -458,7 +459,7 @@ class TaskModel(RawInputModel, nn.Module):
             model = cls._build(folder, config, options)
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
         # A model of one task has no whole package to remove.
-        model.packages = manifest.get("packages", {}) if task is None else {}
+        model.packages = manifest.get(PACKAGES, {}) if task is None else {}
         dtype = None
         for file in model.files_of():
             tensors = load_tensors(folder / f"{file}.safetensors")

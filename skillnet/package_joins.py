@@ -7,7 +7,6 @@ Files of the model that stay are hard links, new ones are copies, and ``config.j
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,11 @@ from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.model_merging import SUFFIX, add_skill, add_task, remove_skill, remove_task
 from skillnet.serialization import (
+    PACKAGES,
     commit_manifest,
     config_to_dict,
     describe_files,
+    format_about,
     load_tensors,
     read_about,
     read_config,
@@ -41,16 +42,15 @@ from skillnet.skill_packages import (
     check_base,
     describe_wrong_value,
     join_config,
+    join_vocabulary,
     open_package,
     require_shapes,
 )
 from skillnet.skill_proofs import TaskProof, compare_outputs, probe_outputs, prove_task
 from skillnet.skills import nearest_hint
-from skillnet.vocabulary import ModelVocabulary, parse_scale, parse_vocabulary
-from skillnet_files.commit import commit_directory, make_scratch_directory
+from skillnet.vocabulary import parse_vocabulary
+from skillnet_files.commit import commit_directory, link_or_copy, make_scratch_directory
 
-#: Key of the packages of a model in its ``manifest.json``.
-PACKAGES = "packages"
 #: Largest difference of an output to that of the author, relative to the largest output or 1:
 #: processors round differently.
 TOLERANCE = 1e-3
@@ -96,13 +96,12 @@ def add_packages(
     """
     manifest = read_manifest(folder)
     about, config = _read_canonical(folder, manifest)
-    installed = list_packages(folder)
+    installed = _parse_packages(manifest, folder)
     # Files of the base stay when packages go that bring them, too.
     added = {name for entry in installed.values() for name in entry.files}
     hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
     vocabulary = parse_vocabulary(about.get("vocabulary"))
-    outputs, scales = dict(vocabulary.outputs), dict(vocabulary.scales)
     placed: dict[str, Path] = {}
     for package in packages:
         content = package.content
@@ -116,26 +115,16 @@ def add_packages(
         task_files |= require_shapes(package, config)
         for name in package.weights:
             entry = content.files[name]
-            # Two packages may bring the same stem, which the base lacks.
-            if hashes.setdefault(name, entry.sha256) != entry.sha256:
-                raise ValueError(
-                    f"{package.path}: {folder} has another {name}. Remove the package that "
-                    "brought it"
-                )
             if name not in known:
+                hashes[name] = entry.sha256
                 placed[name] = package.folder / name
                 known[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
                 added.add(name)
-        for task, packed in content.tasks.items():
-            if packed.names is not None:
-                outputs[task] = tuple(packed.names)
-            if packed.scale is not None:
-                scales[task] = parse_scale(list(packed.scale), f"{package.path}: {task}.scale")
+        vocabulary = join_vocabulary(vocabulary, package)
         files = [name for name in package.weights if name in added]
         installed[content.name] = AddedPackage(
             package.digest, files, content.skills, list(content.tasks)
         )
-    vocabulary = ModelVocabulary(vocabulary.tokenizer, outputs, scales)
     about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     # The model that a user would load, not parts of it.
@@ -165,20 +154,13 @@ def remove_packages(
     """
     manifest = read_manifest(folder)
     about, config = _read_canonical(folder, manifest)
-    installed = list_packages(folder)
+    installed = _parse_packages(manifest, folder)
     known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
     values = config_to_dict(config)
     for name in names:
-        if name not in installed:
-            raise ValueError(
-                f"{folder} has no package {name!r}{nearest_hint(name, sorted(installed))}"
-            )
-        entry = installed.pop(name)
-        # A stem may have come with several packages, and goes with the last of them.
-        kept = {file for other in installed.values() for file in other.files}
-        for file in entry.files:
-            if file not in kept:
-                known.pop(file, None)
+        entry, gone = _pop_package(installed, name, str(folder))
+        for file in gone:
+            known.pop(file, None)
         for task in entry.tasks:
             values["tasks"].pop(task, None)
             task_files.pop(task, None)
@@ -199,14 +181,26 @@ def list_packages(folder: Path) -> dict[str, AddedPackage]:
     Raises:
         ValueError: the manifest is damaged.
     """
-    return _parse_packages(read_manifest(folder).get(PACKAGES, {}), folder / "manifest.json")
+    return _parse_packages(read_manifest(folder), folder)
 
 
-def _parse_packages(given: Any, where: object) -> dict[str, AddedPackage]:
+def _parse_packages(manifest: Mapping[str, Any], where: object) -> dict[str, AddedPackage]:
     try:
-        return TypeAdapter(dict[str, AddedPackage]).validate_python(given)
+        return TypeAdapter(dict[str, AddedPackage]).validate_python(manifest.get(PACKAGES, {}))
     except ValidationError as error:
         raise ValueError(f"{where}: {PACKAGES}.{describe_wrong_value(error)}") from None
+
+
+def _pop_package(
+    installed: dict[str, AddedPackage], name: str, model: str
+) -> tuple[AddedPackage, set[str]]:
+    """Take a package out of those of a model; return it, and the files that no other one needs."""
+    if name not in installed:
+        raise ValueError(f"{model} has no package {name!r}{nearest_hint(name, sorted(installed))}")
+    entry = installed.pop(name)
+    # A stem may have come with several packages, and goes with the last of them.
+    kept = {file for other in installed.values() for file in other.files}
+    return entry, set(entry.files) - kept
 
 
 def _record(
@@ -229,16 +223,12 @@ def _read_canonical(
     if system != SkillNet.system:
         raise ValueError(f"{folder}: system {system} has no skills; give a skillnet model")
     about = read_about(folder, manifest)
-    if (folder / "config.json").read_text(encoding="utf-8") != _format(about):
+    if (folder / "config.json").read_text(encoding="utf-8") != format_about(about):
         raise ValueError(
             f"{folder}: config.json was not written by this program, so removing a package could "
             "not restore it. Save the model again"
         )
     return about, config
-
-
-def _format(about: Mapping[str, Any]) -> str:
-    return json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -258,13 +248,10 @@ def _changed_folder(
             is_dropped = name in manifest["files"] and name not in known
             if path.is_file() and name not in ("config.json", "manifest.json") and not is_dropped:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    (staging / name).hardlink_to(path)
-                except OSError:  # a file system without links
-                    shutil.copyfile(path, staging / name)
+                link_or_copy(path, staging / name)
         for name, path in placed.items():
             shutil.copyfile(path, staging / name)
-        (staging / "config.json").write_text(_format(about), encoding="utf-8")
+        (staging / "config.json").write_text(format_about(about), encoding="utf-8")
         changed["files"] = {**known, **describe_files(staging, ["config.json"])}
         write(staging, changed)
         yield staging
@@ -297,7 +284,7 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
     """
     with tempfile.TemporaryDirectory() as folder, open_package(path, Path(folder) / "x") as package:
         content = package.content
-        installed = _parse_packages(model.packages, "the model")
+        installed = _parse_packages({PACKAGES: model.packages}, "the model")
         if content.name in installed:
             raise ValueError(f"{path}: the model already has a package {content.name!r}")
         config = join_config(model.config, package, "the model")
@@ -306,9 +293,8 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         hashes = {name: _hash_weights(model, present[name]) for name in wanted}
         check_base(package, hashes, model.vocabulary.tokenizer, "the model")
         require_shapes(package, config)
-        for name in package.weights:
-            if hashes.get(name, content.files[name].sha256) != content.files[name].sha256:
-                raise ValueError(f"{path}: the model has another {name}")
+        # All that can be refused is refused before the model changes.
+        vocabulary = join_vocabulary(model.vocabulary, package)
         before = _probe(model.eval())
         for skill in content.skills:
             add_skill(model, skill)
@@ -316,13 +302,7 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
             add_task(model, task, config.tasks[task])
         for name in package.weights:
             model.load_state_dict(load_tensors(package.folder / name), strict=False)
-        outputs, scales = dict(model.vocabulary.outputs), dict(model.vocabulary.scales)
-        for task, packed in content.tasks.items():
-            if packed.names is not None:
-                outputs[task] = tuple(packed.names)
-            if packed.scale is not None:
-                scales[task] = parse_scale(list(packed.scale), f"{path}: {task}.scale")
-        model.vocabulary = ModelVocabulary(model.vocabulary.tokenizer, outputs, scales)
+        model.vocabulary = vocabulary
         added = {name for entry in installed.values() for name in entry.files}
         files = [name for name in package.weights if name not in present or name in added]
         entry = AddedPackage(package.digest, files, content.skills, list(content.tasks))
@@ -344,19 +324,14 @@ def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
     Raises:
         ValueError: the package is not there.
     """
-    installed = _parse_packages(model.packages, "the model")
-    if name not in installed:
-        raise ValueError(
-            f"the model has no package {name!r}{nearest_hint(name, sorted(installed))}"
-        )
-    entry = installed.pop(name)
+    installed = _parse_packages({PACKAGES: model.packages}, "the model")
+    entry, gone = _pop_package(installed, name, "the model")
     before = _probe(model.eval())
     for task in entry.tasks:
         remove_task(model, task)
     for skill in entry.skills:
         remove_skill(model, skill)
-    kept = {file for other in installed.values() for file in other.files}
-    for file in set(entry.files) - kept:
+    for file in gone:
         if file.startswith("stem-"):
             del model.stems[file.removeprefix("stem-").removesuffix(SUFFIX)]
     model.vocabulary = model.vocabulary.restrict_to(model.config.tasks)

@@ -138,6 +138,9 @@ def _check_extent(header: dict[str, Any], size: int) -> None:
 
 FORMAT = 3
 
+#: Key of the packages of skills of a model in its ``manifest.json``.
+PACKAGES = "packages"
+
 
 class SavableModel(Protocol):
     """The part of a model that its files store."""
@@ -208,9 +211,13 @@ def write_config(model: SavableModel, folder: Path) -> str:
         "options": model.options,
         "vocabulary": model.vocabulary.restrict_to(model.config.tasks).to_dict(),
     }
-    text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(format_about(about), encoding="utf-8")
     return "config.json"
+
+
+def format_about(about: Mapping[str, Any]) -> str:
+    """Return the text of ``config.json``: equal values give equal bytes."""
+    return json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_parts(
@@ -483,7 +490,7 @@ def write_model(
         read_weight: see :func:`skillnet.serialization.write_parts`.
     """
     written = write_parts(model, folder, read_weight)
-    packages = {"packages": model.packages} if model.packages else {}
+    packages = {PACKAGES: model.packages} if model.packages else {}
     write_manifest(folder, written, tasks=list_task_files(model), **packages)
 
 

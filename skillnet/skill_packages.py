@@ -52,6 +52,7 @@ from skillnet.serialization import (
 from skillnet.skill_proofs import probe_outputs
 from skillnet.skills import find_task
 from skillnet.skipped_init import SkippedInit
+from skillnet.vocabulary import ModelVocabulary, parse_scale
 from skillnet_files.commit import make_scratch_directory
 
 FORMAT = 1
@@ -393,6 +394,30 @@ def join_config(config: SkillNetConfig, package: SkillPackage, model: str) -> Sk
         raise ValueError(f"{package.path}: {ABOUT}: {' '.join(str(error).split())}") from None
 
 
+def join_vocabulary(vocabulary: ModelVocabulary, package: SkillPackage) -> ModelVocabulary:
+    """Return the vocabulary of a model with the outputs of a package.
+
+    Args:
+        vocabulary: tokenizer and outputs of the model.
+        package: an opened package, whose plans :func:`join_config` accepted.
+
+    Raises:
+        ValueError: a task has another number of names than outputs, or its scale is no scale.
+    """
+    outputs, scales = dict(vocabulary.outputs), dict(vocabulary.scales)
+    for task, packed in package.content.tasks.items():
+        if packed.names is not None:
+            if len(packed.names) != packed.plan["outputs"]:
+                raise ValueError(
+                    f"{package.path}: {task} has {len(packed.names)} names and "
+                    f"{packed.plan['outputs']} outputs"
+                )
+            outputs[task] = tuple(packed.names)
+        if packed.scale is not None:
+            scales[task] = parse_scale(list(packed.scale), f"{package.path}: {task}.scale")
+    return ModelVocabulary(vocabulary.tokenizer, outputs, scales)
+
+
 def check_base(
     package: SkillPackage, hashes: Mapping[str, str], tokenizer: str | None, model: str
 ) -> None:
@@ -405,7 +430,8 @@ def check_base(
         model: name of the model, for messages.
 
     Raises:
-        ValueError: a file of the base is missing or another one, or the tokenizer is another one.
+        ValueError: a file of the base is missing or another one, the tokenizer is another one, or
+            the model has other weights under the name of a file of the package.
     """
     content = package.content
     for name, expected in content.base.items():
@@ -421,6 +447,12 @@ def check_base(
             f"{package.path}: made with the tokenizer {content.tokenizer[:16]}; {model} has "
             f"{tokenizer[:16]}, which reads the same text as other tokens"
         )
+    for name in package.weights:
+        # Two packages may bring the same stem, which the base lacks.
+        if hashes.get(name, content.files[name].sha256) != content.files[name].sha256:
+            raise ValueError(
+                f"{package.path}: {model} has another {name}. Remove the package that brought it"
+            )
 
 
 def require_shapes(package: SkillPackage, config: SkillNetConfig) -> dict[str, list[str]]:

@@ -327,6 +327,19 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
     sync_directory(target.parent)
 
 
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links.
+
+    Args:
+        source: existing file that nobody writes into.
+        target: location that does not exist.
+    """
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.layout import TRAINED
+from skillnet_files.commit import link_or_copy
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -280,7 +281,7 @@ def link_checkpoint(path: Path, outbox: Path) -> Path:
     outbox.mkdir(parents=True, exist_ok=True)
     # The same step may be written again while its first copy is being uploaded.
     target = Path(tempfile.mkdtemp(dir=outbox)) / path.name
-    shutil.copytree(path, target, copy_function=_link)
+    shutil.copytree(path, target, copy_function=link_or_copy)
     return target
 
 
@@ -290,13 +291,6 @@ def _check_model(folder: Path) -> None:
     manifest = read_manifest(folder)
     for name in manifest["files"]:
         check_file(folder, name, manifest)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _replace_prefix(value: Any, old: str, new: str) -> Any:

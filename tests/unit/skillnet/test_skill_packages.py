@@ -209,7 +209,9 @@ def test_a_model_in_memory_takes_packages_as_its_folder_does(
         again.remove("p0")
 
 
-@pytest.mark.parametrize("fault", ["another base", "another type", "other outputs"])
+@pytest.mark.parametrize(
+    "fault", ["another base", "another type", "other outputs", "too few names", "no scale"]
+)
 def test_a_refused_package_leaves_a_model_in_memory_as_it_was(
     fault: str, shelf: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,14 +221,21 @@ def test_a_refused_package_leaves_a_model_in_memory_as_it_was(
             model.encoder.norm.weight.add_(1)
     elif fault == "another type":
         model.double()
-    else:
+    elif fault == "other outputs":
         monkeypatch.setattr("skillnet.package_joins.TOLERANCE", -1.0)
+    path = Path(shutil.copy(shelf / "p0.skill", tmp_path / "bad.skill"))
+    if fault == "too few names":
+        edit_about(path, lambda about: about["tasks"]["task0"].update(names=["a"]))
+    elif fault == "no scale":
+        edit_about(path, lambda about: about["tasks"]["task0"].update(scale=[0.0, 0.0]))
     model.save_pretrained(tmp_path / "before")
-    wanted = (
-        "made for another base" if fault != "other outputs" else "other outputs than its author"
-    )
-    with pytest.raises(ValueError, match=wanted):
-        model.add(shelf / "p0.skill")
+    wanted = {
+        "other outputs": "other outputs than its author",
+        "too few names": "1 names and 3 outputs",
+        "no scale": "a deviation above 0",
+    }
+    with pytest.raises(ValueError, match=wanted.get(fault, "made for another base")):
+        model.add(path)
     model.save_pretrained(tmp_path / "after")
     assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
 
