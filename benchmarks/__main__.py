@@ -29,6 +29,7 @@ NAMES = (
     "loading",
     "serving",
     "search",
+    "router",
 )
 
 

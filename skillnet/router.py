@@ -38,7 +38,7 @@ TABLES, SIGNS = 2, 12
 #: Bucket of a place without a feature.
 NO_FEATURE = -1
 #: Fraction of right answers among the calibrating rows above the threshold.
-WANTED_PRECISION = 0.975
+WANTED_PRECISION = 0.98
 #: Two tasks share a domain if fewer of their rows, on average, fit the right one better. A coin
 #: has 0.5, and 100 rows of each deviate by 0.035.
 SAME_DOMAIN = 0.6
