@@ -232,7 +232,7 @@ class InputRouter:
 
     @staticmethod
     def _find_domains(counts: Sequence[InputCounts]) -> list[list[int]]:
-        """Return groups of tasks that the likelihood cannot tell apart, by their numbers."""
+        """Return groups of tasks that the likelihood cannot distinguish, by their numbers."""
         log_KH = _log_frequencies(np.stack([each.counts for each in counts]))
         # wins[a, b]: fraction of the rows of a that fit a better than b.
         wins = np.full((len(counts), len(counts)), 0.5)
