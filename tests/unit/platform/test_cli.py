@@ -343,6 +343,19 @@ def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout:
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_standard_output_that_takes_a_part_is_one_message(
+    unbuffered: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "help"
+    done = run_in_shell(
+        f"ulimit -f 2; PYTHONUNBUFFERED={unbuffered} {COMMAND} finetune --help all > {target}"
+    )
+    assert done.returncode == 1
+    assert "standard output: cannot be written (File too large)" in done.stderr
+    assert target.stat().st_size == 2048
+
+
 def test_a_command_without_standard_streams_succeeds(tmp_path: Path) -> None:
     done = run_in_shell(f"{COMMAND} pin-nodes {tmp_path}/pins <&- >&- 2>&-")
     assert done.returncode == 0
