@@ -137,6 +137,7 @@ def test_exit_codes(
     ("problem", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: the disk is full ("),
+        (OSError(errno.ENOSPC, "No space", "/d/from", None, "/d/to"), "/d/to: the disk is full ("),
         (OSError(errno.ENOSPC, "No space left on device"), "{root}: the disk is full ("),
         (OSError(errno.EDQUOT, "Disk quota exceeded", b"/d/x"), "/d/x: the disk is full (Disk quo"),
         (OSError(errno.EFBIG, "File too large", "/d/x"), "/d/x: the disk is full (File too large"),
