@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -339,7 +340,7 @@ def _solve_head(predictor: TaskPredictor, task: str, rows: Manual, classes: list
     weight = np.linalg.solve(
         centred.T @ centred + 0.1 * scale * np.eye(x.shape[1]), centred.T @ (y - y.mean(0))
     )
-    project: torch.nn.Linear = predictor.model.heads[task].project
+    project: Any = predictor.model.heads[task].project
     with torch.no_grad():
         project.weight.copy_(torch.from_numpy(weight.T))
         project.bias.copy_(torch.from_numpy(y.mean(0) - mean @ weight))
