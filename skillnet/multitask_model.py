@@ -313,8 +313,10 @@ class TaskModel(RawInputModel, nn.Module):
     def active_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and tensor of every parameter that a task uses, in forward order."""
         find_task(task, self.config.tasks)
+        # Most files of a model of many skills belong to other tasks.
+        required = self.required_files(task)
         for name, parameter in self.named_parameters():
-            if self.uses_parameter(name, task):
+            if self.file_of(name) in required and self.uses_parameter(name, task):
                 yield name, parameter
 
     def activated_parameters(self, task: str) -> int:

@@ -171,7 +171,8 @@ class SkillWeights(nn.Module):
             return torch.addmm(base, self.left[name], self.right[name])
 
     def _require(self, name: str) -> None:
-        if name not in self.names:
+        # Each step asks this for each weight, so it must not list all skills.
+        if name not in self.weights and not (self.is_low_rank and name in self.left):
             raise ValueError(
                 f"this model has no skill {name!r}{nearest_hint(name, list(self.names))}"
             )
@@ -208,7 +209,7 @@ class SkillWeights(nn.Module):
         # In training mode the next step changes the weights, so caching would only hold memory.
         if torch.is_grad_enabled() or self.training:
             step = find_step_merges()
-            if step is None or not self._is_rounded(next(iter(self.weights.values())), dtype):
+            if step is None or not self._is_rounded(self._read_parameters(skills[:1])[0], dtype):
                 return self._merge(skills, dtype)
             return step.get(self, skills, dtype, lambda plans: self._merge_rounded(plans, dtype))
         parts = self._read_parameters(skills)

@@ -146,7 +146,7 @@ def train_model(
             unchanged.resume(checkpoint.path, loaded)
     residency = None
     if settings.sharding == "host":
-        residency = WeightResidency(model, optimizer, average, device)
+        residency = WeightResidency(model, optimizer, average, device, config.tasks)
     # One schedule per task: a task may have a rate of its own.
     schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.

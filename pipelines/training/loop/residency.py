@@ -13,7 +13,8 @@ training loop calls :class:`WeightResidency` with ``training.sharding`` host. On
 the host's memory is a second copy, so that tests exercise the same code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class WeightResidency:
         optimizer: AdamW over its parameters, with the state of a checkpoint or none.
         average: running mean of its weights, or None.
         device: device of the forward pass, such as ``cuda:0``.
+        tasks: names of the tasks that are trained or evaluated. Weights that none of them uses
+            stay where they are.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class WeightResidency:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
         device: torch.device,
+        tasks: Iterable[str],
     ) -> None:
         self._model, self._device = model, device
         self._optimizer: torch.optim.Optimizer | None = optimizer
         self._average = average
         self._parameters = dict(model.named_parameters())
-        self._used: dict[str, list[str]] = {}
+        #: Task -> names of the weights that it uses.
+        self._used = {task: [name for name, _ in model.active_parameters(task)] for task in tasks}
         # A step has a thousand tensors: their keys are listed again only after the first updates.
         self._keys: dict[str, list[TensorKey]] = {}
         self._fields: dict[str, list[str]] = {}
@@ -68,7 +73,7 @@ class WeightResidency:
         self._leaving: list[Tensor] = []
         # Each tensor keeps its place in the host's memory also while it is on the device.
         self._places: dict[TensorKey, Tensor] = {}
-        for name in self._parameters:
+        for name in dict.fromkeys(chain.from_iterable(self._used.values())):
             self._fields[name] = self._list_fields(name)
             for key in [(name, field) for field in self._fields[name]]:
                 self._places[key] = place = self._stream.pin(self._read(key))
@@ -104,7 +109,7 @@ class WeightResidency:
         if task == self._task:
             return
         self._find_new_tensors()
-        needed = [(name, WEIGHT) for name in self._names_of(task)]
+        needed = [(name, WEIGHT) for name in self._used[task]]
         self._load(needed)
         self._store(set(needed))
         self._wait()
@@ -124,17 +129,12 @@ class WeightResidency:
         self._optimizer = self._average = None
         self._places = {key: x for key, x in self._places.items() if key[1] == WEIGHT}
         self._resident = {key for key in self._resident if key[1] == WEIGHT}
-        self._fields = {name: [WEIGHT] for name in self._parameters}
+        self._fields = {name: [WEIGHT] for name in self._fields}
         self._keys.clear()
-
-    def _names_of(self, task: str) -> list[str]:
-        if task not in self._used:
-            self._used[task] = [name for name, _ in self._model.active_parameters(task)]
-        return self._used[task]
 
     def _keys_of(self, task: str) -> list[TensorKey]:
         if task not in self._keys:
-            names = self._names_of(task)
+            names = self._used[task]
             self._keys[task] = [(name, field) for name in names for field in self._fields[name]]
         return self._keys[task]
 
@@ -150,7 +150,7 @@ class WeightResidency:
         # The first update of a weight makes its state, and its average, on the device.
         if self._task is None or self._optimizer is None:
             return
-        for name in self._names_of(self._task):
+        for name in self._used[self._task]:
             if name not in self._complete and self._parameters[name].requires_grad:
                 fields = self._list_fields(name)
                 self._resident.update((name, x) for x in fields if x not in self._fields[name])
