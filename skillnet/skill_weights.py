@@ -15,7 +15,7 @@ from skillnet.config import BASE_SKILL
 from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
-from skillnet.skipped_init import draw_truncated_normal
+from skillnet.skipped_init import draw_truncated_normal, place_weight
 
 #: Containers of the weights of skills in :class:`SkillWeights`.
 _CONTAINERS = ("weights", "left", "right")
@@ -119,7 +119,7 @@ class SkillWeights(nn.Module):
             draw_truncated_normal(weight, self.std)
         else:
             nn.init.zeros_(weight)
-        self.weights[name] = nn.Parameter(weight)
+        self.weights[name] = nn.Parameter(place_weight(name, weight))
 
     def _add_difference(self, name: str, init_from: str | None) -> None:
         require_unused_name(self.left, name, "skill")
@@ -135,7 +135,8 @@ class SkillWeights(nn.Module):
             with torch.no_grad():
                 left.copy_(self.left[init_from])
                 right.copy_(self.right[init_from])
-        self.left[name], self.right[name] = nn.Parameter(left), nn.Parameter(right)
+        self.left[name] = nn.Parameter(place_weight(name, left))
+        self.right[name] = nn.Parameter(place_weight(name, right))
 
     def _new(self, shape: tuple[int, ...]) -> Tensor:
         # A new skill joins the device and type of the existing ones.

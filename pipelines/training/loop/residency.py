@@ -11,17 +11,27 @@ A weight travels with its optimizer state and its average. Skills, stems and hea
 alike: the unit is a parameter, and a task needs those of :meth:`TaskModel.active_parameters`. The
 training loop calls :class:`WeightResidency` with ``training.sharding`` host. On a CPU
 the host's memory is a second copy, so that tests exercise the same code.
+
+Weights of skills that no task of the run activates lie in files that all workers of a node map:
+those of the checkpoint or of the initial weights, or :class:`SharedMemory`.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipelines.training.loop.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
+from skillnet_platform import storage
 
+#: Bytes of a file of :class:`SharedMemory`, which costs each process one map.
+SHARED_BYTES = 64 * 2**20
+#: Places of weights in it start at multiples of this number of bytes, as those of torch do.
+ALIGNMENT = 64
 #: Fields of a parameter that are not optimizer state.
 WEIGHT, AVERAGE = "weight", "average"
 #: Name of a parameter, and one of the fields or of the optimizer's keys.
@@ -210,6 +220,46 @@ class WeightResidency:
         else:
             assert self._optimizer is not None
             self._optimizer.state[parameter][field] = value
+
+
+class SharedMemory:
+    """Memory of tensors in files that all workers of a node map, so that it holds one copy.
+
+    All workers of a run build the same values. Each writes them to the same places, so they need
+    no order. Pages of a file are no private memory: the system may write them to the disk.
+
+    Args:
+        folder: directory of the files, equal in all workers of the node. It can be removed when
+            all of them have built their tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._files = folder, 0
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return a copy of a tensor in this memory.
+
+        Args:
+            x: on the host.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        size = -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+        if size > len(self._left):
+            self._left = self._open_file(max(size, SHARED_BYTES))
+        place, self._left = self._left[: x.nbytes], self._left[size:]
+        return place.view(x.dtype).view(x.shape).copy_(x)
+
+    def _open_file(self, size: int) -> Tensor:
+        path = self._folder / str(self._files)
+        self._files += 1
+        # A map of a file without its blocks would end the process when the disk is full.
+        with storage.disk_guard(path, size), path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
 class CopyStream:
