@@ -29,7 +29,7 @@ from skillnet.objectives.heads import TaskHead, build_head
 from skillnet.raw_inputs import RawInputModel, find_model_folder
 from skillnet.serialization import (
     PACKAGES,
-    UnreadFile,
+    SavedFile,
     describe_error,
     find_file,
     load_tensors,
@@ -153,7 +153,7 @@ class TaskModel(RawInputModel, nn.Module):
         #: Folder that the model was read from, for messages; None for a new model.
         self.origin: Path | None = None
         #: File, without suffix -> the saved file that its weights are mapped from.
-        self.unread: dict[str, UnreadFile] = {}
+        self.unread: dict[str, SavedFile] = {}
         #: Gives the model the weights of a task, if it does not hold all, as in sharded training.
         self.weight_loader: Callable[[str], None] | None = None
 
@@ -501,7 +501,8 @@ class TaskModel(RawInputModel, nn.Module):
         for file, names in model.files_of().items():
             path = folder / f"{file}.safetensors"
             if file in unread:
-                tensors = model.map_file(file, names, path, manifest)
+                weights = {name: parameters[name] for name in names}
+                tensors = model.map_file(file, weights, path, manifest)
             else:
                 tensors = load_tensors(path)
             kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
@@ -517,13 +518,17 @@ class TaskModel(RawInputModel, nn.Module):
         return model.eval()
 
     def map_file(
-        self, file: str, names: Sequence[str], path: Path, manifest: Mapping[str, Any]
+        self,
+        file: str,
+        weights: Mapping[str, nn.Parameter],
+        path: Path,
+        manifest: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """Map the weights of a file of a saved model into this model, without reading them.
 
         Args:
             file: name without suffix.
-            names: weights of the file.
+            weights: name -> weight of this model, of all weights of the file.
             path: the saved file.
             manifest: of its folder.
 
@@ -535,43 +540,45 @@ class TaskModel(RawInputModel, nn.Module):
         """
         found = find_file(path.parent, path.name, dict(manifest))
         tensors = map_tensors(found)
-        shapes = {name: self.get_parameter(name).shape for name in names}
-        if {name: x.shape for name, x in tensors.items()} != shapes:
-            raise ValueError(f"{path} holds other weights than its config says")
-        self._take_map(names, tensors, file, path, manifest["files"][path.name])
+        self._take_map(file, weights, tensors, path, manifest["files"][path.name])
         return tensors
 
-    def share_file(self, file: str, names: Sequence[str], other: "TaskModel") -> None:
-        """Take the map of a file that another model has.
+    def share_files(self, other: "TaskModel") -> None:
+        """Take the maps of files that another model has, of files that this model has too.
 
         Args:
-            file: name without suffix.
-            names: weights of the file.
-            other: a model that has mapped it.
+            other: a model that has mapped files.
 
         Raises:
-            ValueError: the file does not have these weights.
+            ValueError: a file has other weights than this model.
         """
-        path, entry, _ = other.unread[file]
-        theirs = dict(other.named_parameters())
-        tensors = {name: theirs[name].data for name in names if name in theirs}
-        shapes = {name: self.get_parameter(name).shape for name in names}
-        if {name: x.shape for name, x in tensors.items()} != shapes:
-            raise ValueError(f"{path} holds other weights than this model")
-        self._take_map(names, tensors, file, path, entry)
+        files = self.files_of() if other.unread else {}
+        mine, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        for file in other.unread.keys() & files.keys():
+            tensors = {name: theirs[name].data for name in files[file] if name in theirs}
+            weights = {name: mine[name] for name in files[file]}
+            path, entry, _ = other.unread[file]
+            self._take_map(file, weights, tensors, path, entry)
 
     def _take_map(
         self,
-        names: Sequence[str],
-        tensors: Mapping[str, Tensor],
         file: str,
+        weights: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, Tensor],
         path: Path,
         entry: Mapping[str, Any],
     ) -> None:
-        parameters = {name: self.get_parameter(name) for name in names}
-        for name, parameter in parameters.items():
-            parameter.data = tensors[name]
-        self.unread[file] = UnreadFile(path, entry, mark_tensors(parameters))
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if found != wanted:
+            name = next(n for n in sorted(found | wanted) if found.get(n) != wanted.get(n))
+            raise ValueError(
+                f"{path}: {name} is {found.get(name, 'missing')}, this model has "
+                f"{wanted.get(name, 'no such weight')}; use the model section of that run"
+            )
+        for name, weight in weights.items():
+            weight.data = tensors[name]
+        self.unread[file] = SavedFile(path, entry, mark_tensors(weights))
 
     def place_weights(
         self, device: torch.device, dtype: torch.dtype | None, resting: Collection[str]

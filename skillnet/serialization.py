@@ -119,16 +119,17 @@ def mark_tensors(tensors: "Mapping[str, Tensor]") -> TensorMarks:
     return tuple((id(x), x.data_ptr(), x._version) for x in tensors.values())
 
 
-class UnreadFile(NamedTuple):
-    """File whose weights a model maps without having read or verified them.
+class SavedFile(NamedTuple):
+    """File of a saved model that holds weights of a model, as long as these do not change.
 
-    Whoever writes the model again passes on the file and its digest, not the weights. A damaged
-    file therefore never gets a digest that fits it, and is refused where a task needs it.
+    A model may map the file without having read it. Whoever writes the model again then passes on
+    the file and its digest, not the weights. A damaged file therefore never gets a digest that
+    fits it, and is refused where a task needs it.
 
     Args:
         path: the file.
         entry: its size and hash, from the manifest beside it.
-        marks: of the weights.
+        marks: of the weights, see :func:`mark_tensors`.
     """
 
     path: Path
@@ -199,7 +200,7 @@ class SavableModel(Protocol):
     options: dict[str, Any]
     vocabulary: ModelVocabulary
     packages: dict[str, Any]
-    unread: dict[str, UnreadFile]
+    unread: dict[str, SavedFile]
     system: ClassVar[str]
 
     def named_parameters(self) -> Any:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -33,8 +33,8 @@ from pipelines.training.runs.checkpoints import (
 )
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
+    SavedFile,
     TensorMarks,
-    UnreadFile,
     load_tensors,
     mark_tensors,
     read_manifest,
@@ -53,12 +53,6 @@ if TYPE_CHECKING:
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-class _Written(NamedTuple):
-    marks: TensorMarks
-    path: Path
-    entry: Mapping[str, Any]
-
-
 class UnchangedFiles:
     """Files of the newest checkpoint, and of the initial weights, whose tensors did not change.
 
@@ -69,18 +63,22 @@ class UnchangedFiles:
     Args:
         source: saved model with initial weights; None if all weights are random.
         unread: file, without suffix -> file that the model maps.
+        only_unread: link no other files, because their tensors move between devices and do not
+            count their changes.
     """
 
     def __init__(
-        self, source: Path | None = None, unread: Mapping[str, UnreadFile] = MappingProxyType({})
+        self,
+        source: Path | None = None,
+        unread: Mapping[str, SavedFile] = MappingProxyType({}),
+        only_unread: bool = False,
     ) -> None:
-        self._known = {
-            f"{file}.safetensors": _Written(marks, path, entry)
-            for file, (path, entry, marks) in unread.items()
-        }
+        self._known = {f"{file}.safetensors": each for file, each in unread.items()}
+        #: Names of the files that may be linked; None means all.
+        self._linked = set(self._known) if only_unread else None
         #: Name and entry of the manifest -> path, of files that no checkpoint has yet.
         self._initial: dict[tuple[str, str], Path] = {}
-        if source is not None:
+        if source is not None and not only_unread:
             files = read_manifest(source)["files"]
             self._initial = {(n, about["sha256"]): source / n for n, about in files.items()}
         #: Size and hash of the files of the checkpoint in progress, as far as they are known.
@@ -94,6 +92,9 @@ class UnchangedFiles:
             tensors: name -> tensor of the training, not a copy of it.
             path: location of the file.
         """
+        if self._linked is not None and path.name not in self._linked:
+            _save_copies(tensors, path)
+            return
         marks = self._marks[path.name] = mark_tensors(tensors)
         known = self._known.get(path.name)
         if known is not None and known.marks == marks and _link(known.path, path, known.entry):
@@ -125,7 +126,7 @@ class UnchangedFiles:
             folder: directory of the checkpoint.
             files: size and hash of each file.
         """
-        self._known = {n: _Written(m, folder / n, files[n]) for n, m in self._marks.items()}
+        self._known = {n: SavedFile(folder / n, files[n], m) for n, m in self._marks.items()}
         self._initial.clear()
         self.entries, self._marks = {}, {}
 

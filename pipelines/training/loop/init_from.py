@@ -447,9 +447,7 @@ def load_init_weights(
             if not any(name.startswith(f"heads.{task}.") for task in new_heads)
             and not is_unset_weight(name, start.config)
         }
-        files = model.files_of()
-        for file in start.unread.keys() & files.keys():
-            model.share_file(file, files[file], start)
+        model.share_files(start)
         weights, resized = resize_positions(found, start.config, model.config)
         if is_dense:
             weights = copy_to_skills(weights, model)
@@ -463,6 +461,7 @@ def load_init_weights(
         )
         raise UserError(f"{location}: {error}" + (f" ({keys})" if keys else "")) from None
     noise = add_noise(config, model) if is_dense else []
+    files = model.files_of()
     partial = sorted(file for file, names in files.items() if fresh & set(names))
     taken = sorted(set(files) - set(partial))
     if not taken:

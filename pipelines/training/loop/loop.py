@@ -153,9 +153,10 @@ def train_model(
         health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
-    if settings.sharding == "none":
-        unchanged = checkpointing.UnchangedFiles(replica.source, model.unread)
-        if checkpoint is not None:
+    if settings.sharding in ("none", "host"):
+        moves = settings.sharding == "host"
+        unchanged = checkpointing.UnchangedFiles(replica.source, model.unread, moves)
+        if checkpoint is not None and not moves:
             loaded = checkpointing.CheckpointTensors(model, optimizer, average)
             unchanged.resume(checkpoint.path, loaded)
     residency = None

@@ -123,7 +123,8 @@ def load_weights(
     # One file at a time: peak memory is one file, not the complete model.
     for file, names in model.files_of().items():
         if file in unread:
-            model.map_file(file, names, path / f"{file}.safetensors", manifest)
+            weights = {name: parameters[name] for name in names}
+            model.map_file(file, weights, path / f"{file}.safetensors", manifest)
             continue
         tensors = load_tensors(check_file(path, f"{file}.safetensors", manifest))
         for name in names:

@@ -230,12 +230,15 @@ def test_a_resumed_run_hashes_and_reads_what_its_tasks_use(
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])
-@pytest.mark.parametrize("where", ["base", "checkpoint"])
+@pytest.mark.parametrize(
+    ("where", "sharding"), [("base", "none"), ("checkpoint", "none"), ("checkpoint", "host")]
+)
 def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
     data: Path,
     tmp_path: Path,
     base: Path,
     where: str,
+    sharding: str,
     damage: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -243,7 +246,7 @@ def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
     systems.load_model(base).save_pretrained(start)
     run = tmp_path / "run"
     if where == "checkpoint":
-        train_task(data, run, 2, start)
+        train_task(data, run, 2, start, sharding=sharding)
     folder = start if where == "base" else run / "checkpoints" / "step-00000002"
     content = bytearray((folder / name).read_bytes())
     (folder / name).unlink()  # the same file has other names
@@ -254,7 +257,7 @@ def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
         with pytest.raises((UserError, ValueError), match=name):
             train_task(data, run, start=start)
         return
-    model = train_task(data, run, start=start).model
+    model = train_task(data, run, start=start, sharding=sharding).model
     if damage != "changed":
         # The run starts again: there is no older checkpoint.
         assert name in capsys.readouterr().err
