@@ -28,8 +28,9 @@ from pipelines.training.loop.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet_platform import storage
 
-#: Bytes of a file of :class:`SharedMemory`, which costs each process one map.
-SHARED_BYTES = 64 * 2**20
+#: Bytes of the first and of the largest file of :class:`SharedMemory`; each is twice as large as
+#: the one before.
+FIRST_SHARED_BYTES, SHARED_BYTES = 2**20, 64 * 2**20
 #: Places of weights in it start at multiples of this number of bytes, as those of torch do.
 ALIGNMENT = 64
 #: Fields of a parameter that are not optimizer state.
@@ -249,7 +250,8 @@ class SharedMemory:
         """
         size = -(-x.nbytes // ALIGNMENT) * ALIGNMENT
         if size > len(self._left):
-            self._left = self._open_file(max(size, SHARED_BYTES))
+            usual = min(FIRST_SHARED_BYTES << self._files, SHARED_BYTES)
+            self._left = self._open_file(max(size, usual))
         place, self._left = self._left[: x.nbytes], self._left[size:]
         return place.view(x.dtype).view(x.shape).copy_(x)
 
@@ -258,7 +260,10 @@ class SharedMemory:
         self._files += 1
         # A map of a file without its blocks would end the process when the disk is full.
         with storage.disk_guard(path, size), path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.write(bytes(size))
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 

@@ -411,7 +411,8 @@ def build_replica(
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     report = None
-    if checkpoint is not None:
+    # Other systems may build parts that no checkpoint holds.
+    if checkpoint is not None and find_used_files(config) is not None:
         model = _build_resumed(config, checkpoint)
     else:
         # Each rank builds the model from the seed or the initial weights.
