@@ -530,7 +530,7 @@ class TaskModel(RawInputModel, nn.Module):
             file: name without suffix.
             weights: name -> weight of this model, of all weights of the file.
             path: the saved file.
-            manifest: of its folder.
+            manifest: parsed ``manifest.json`` of its folder.
 
         Returns:
             Name -> mapped tensor.
@@ -586,7 +586,7 @@ class TaskModel(RawInputModel, nn.Module):
         """Move the model to a device and a number type; weights that no task needs stay.
 
         Args:
-            device: of the forward pass.
+            device: place of the forward pass, such as ``cuda:0``.
             dtype: type of the weights; None keeps it.
             resting: files, without suffix, that stay in the host's memory.
         """

@@ -122,14 +122,14 @@ def mark_tensors(tensors: "Mapping[str, Tensor]") -> TensorMarks:
 class SavedFile(NamedTuple):
     """File of a saved model that holds weights of a model, as long as these do not change.
 
-    A model may map the file without having read it. Whoever writes the model again then passes on
-    the file and its digest, not the weights. A damaged file therefore never gets a digest that
-    fits it, and is refused where a task needs it.
+    A model may map the file without having read it. Each copy of the model then gets the file and
+    its digest, not the weights. A damaged file therefore never gets a digest that fits it, and is
+    refused where a task needs it.
 
     Args:
         path: the file.
         entry: its size and hash, from the manifest beside it.
-        marks: of the weights, see :func:`mark_tensors`.
+        marks: result of :func:`mark_tensors` for the weights.
     """
 
     path: Path

@@ -262,7 +262,7 @@ def test_a_file_that_no_task_uses_is_refused_or_keeps_its_digest(
         # The run starts again: there is no older checkpoint.
         assert name in capsys.readouterr().err
         return
-    # No task reads the file. Whoever does refuses it, also after several runs.
+    # No task reads the file. A command that does refuses it, also after several runs.
     model.save_pretrained(tmp_path / "final")
     for saved in (tmp_path / "final", run / "checkpoints" / "step-00000004"):
         with pytest.raises(ValueError, match=f"{name} was altered"):
