@@ -1,5 +1,6 @@
 """A model of every objective and modality with its corpora and its folder, made once a session."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -9,13 +10,20 @@ import pytest
 import torch
 import yaml
 
+from pipelines import skills
 from pipelines.serving import bundle
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.runs import model_source
+from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet.model import SkillNet
-from skillnet.skills import default_tasks, known_tasks
+from skillnet.model_merging import add_skill, add_task
+from skillnet.serialization import write_model
+from skillnet.skills import SkillPlan, Task, default_tasks, known_tasks
+from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.readable_corpora import config, write_corpora, write_labelled_corpora
 
+#: Classes of the task of the package ``shapes``.
+NAMES = ("heart", "star", "sun")
 #: Task of the model of every objective -> (corpus, outputs); None keeps the default number.
 TASKS = {
     "text_classification": ("headings", 15),
@@ -83,3 +91,39 @@ def served_place(factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root))
         yield _made(root)
+
+
+def pack_shapes(place: ServedPlace, folder: Path) -> Path:
+    """Write a package ``shapes`` into a folder, made from a model that grew from the served one."""
+    grown = folder / "grown"
+    model = SkillNet.from_pretrained(place.bundle)
+    torch.manual_seed(5)
+    add_skill(model, "counting")
+    plan = SkillPlan(("counting", "general", "image"), "image")
+    add_task(model, "shape", Task("classification", {"input": plan}, outputs=3))
+    found = model.vocabulary
+    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, "shape": NAMES}, {})
+    grown.mkdir()
+    write_model(model, grown)
+    about = dict(bundle.check_bundle(place.bundle))
+    files = list(about["files"])
+    for name in files:
+        shutil.copyfile(place.bundle / name, grown / name)
+    entry = about["tasks"]["text_to_image"] | {"names": list(NAMES), "limit": None}
+    rows = [{"task": "shape", "split": "test", "metric": "accuracy", "value": 0.5}]
+    about |= {
+        "tasks": about["tasks"] | {"shape": entry},
+        "evaluation": [row | {"low": 0.4, "high": 0.6} for row in rows],
+        "settings": {
+            "seed": 1,
+            "tasks": {
+                "shape": {"corpus": "a"},
+                "text_to_image": {"corpus": "drawings", "eval_only": True},
+            },
+        },
+    }
+    about = {key: value for key, value in about.items() if key not in ("digest", "files", "format")}
+    add_bundle_manifest(grown, about, files)
+    target = folder / "shapes.skill"
+    assert skills.pack_tasks([str(grown), "--output", str(target)]) == 0
+    return target

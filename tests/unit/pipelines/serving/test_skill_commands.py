@@ -14,59 +14,15 @@ import torch
 
 from pipelines import skills as commands
 from pipelines.serving import bundle
-from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet import SkillNet
-from skillnet.model_merging import add_skill, add_task
-from skillnet.serialization import write_model
-from skillnet.skills import SkillPlan, Task
-from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.served_place import ServedPlace
 
-NAMES = ("heart", "star", "sun")
 GIVEN = ("shapes@hf:owner/skills@v1", "shapes@hf:owner/skills", "no@hf:owner/skills@v1")
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def shelf(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package ``shapes`` in a folder, made from a model that grew from the served one."""
-    folder = tmp_path_factory.mktemp("shelf")
-    grown = folder / "grown"
-    model = SkillNet.from_pretrained(place.bundle)
-    torch.manual_seed(5)
-    add_skill(model, "counting")
-    plan = SkillPlan(("counting", "general", "image"), "image")
-    add_task(model, "shape", Task("classification", {"input": plan}, outputs=3))
-    found = model.vocabulary
-    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, "shape": NAMES}, {})
-    grown.mkdir()
-    write_model(model, grown)
-    about = dict(bundle.check_bundle(place.bundle))
-    files = list(about["files"])
-    for name in files:
-        shutil.copyfile(place.bundle / name, grown / name)
-    entry = about["tasks"]["text_to_image"] | {"names": list(NAMES), "limit": None}
-    rows = [{"task": "shape", "split": "test", "metric": "accuracy", "value": 0.5}]
-    about |= {
-        "tasks": about["tasks"] | {"shape": entry},
-        "evaluation": [row | {"low": 0.4, "high": 0.6} for row in rows],
-        "settings": {
-            "seed": 1,
-            "tasks": {
-                "shape": {"corpus": "a"},
-                "text_to_image": {"corpus": "drawings", "eval_only": True},
-            },
-        },
-    }
-    about = {key: value for key, value in about.items() if key not in ("digest", "files", "format")}
-    add_bundle_manifest(grown, about, files)
-    target = folder / "shapes.skill"
-    assert commands.pack_tasks([str(grown), "--output", str(target)]) == 0
-    return folder
 
 
 @pytest.fixture
