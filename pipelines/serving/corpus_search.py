@@ -290,25 +290,6 @@ class CorpusSearch:
         scores = self.index.scores.score(query_vector)
         return _rank_hits(self.corpus, self.splits, scores, top, self._prefix)
 
-    def preview_query(self, query: PredictionItem, query_row: np.ndarray) -> "QueryPreview | None":
-        """Return what a page shows of a file as the query; None for a text.
-
-        Args:
-            query: text or file of the user.
-            query_row: result of :meth:`read_query`. Pages show media as the model reads them:
-                decoded in the guard, and small.
-        """
-        from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview
-
-        if query.data is None:
-            return None
-        modality = find_modality(self.modality)
-        if modality.reads_tokens:
-            text = query.data[:MAX_PREVIEW_BYTES].decode("utf-8-sig", "ignore")
-            return QueryPreview(self.modality, code=text)
-        recording = query.data if modality.file_half.is_played else None
-        return QueryPreview(self.modality, modality.file_half.draw(query_row), recording=recording)
-
     def render_hits(
         self,
         query: str,

@@ -208,11 +208,11 @@ class ModelGateway:
         ``GET`` has a text, ``POST`` a form with a file.
         """
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
-        tasks: Mapping[str, Sequence[str]] = (await self._read_about())["search"]
+        tasks: Mapping[str, Sequence[str]] = (await self._read_about())["page"]
         status, problem, headers = 200, "", {}
         try:
             if not tasks:
-                problem = "This model has no task for a search."
+                problem = "This model has no task that the page can show."
             elif request.method == "POST":
                 return await self._search_form(request)
             elif query:

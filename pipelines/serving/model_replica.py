@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.data.transforms.decoder_process import MAX_CHILDREN
 from pipelines.serving.fair_share import FairShare
+from pipelines.serving.inputs import InputRow
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from pipelines.serving.served_model import (
     ClosedModelError,
@@ -249,7 +250,23 @@ class ModelReplica:
 
     async def render_search(self, request: SearchRequest) -> ServedAnswer:
         """Answer a search request with its page."""
-        return await self._search(request, lambda model: model.render_search)
+        model = await self._choose_model(request.manifest_ns)
+        if not model.answers_page(request):
+            return await self._search(request, lambda model: model.render_search)
+        page = await self._render_answers(model, request)
+        return {**page, "manifest_ns": model.manifest_ns}
+
+    async def _render_answers(self, model: ServedModel, request: SearchRequest) -> ServedAnswer:
+        """Answer a request of the page for a task that does not search."""
+        item = replace(request.query, task=request.task)
+        asked = PredictionRequest([InputRow(item.label, {"row": 0}, item)], request.top)
+        with _budget_of(request) as budget:
+            timed = replace(asked, client=request.client, seconds=request.seconds)
+            read = await self._read(model.read_rows, timed, budget, item.data is not None)
+            (answer,) = await self._run(request.client, model.predict, [read], budget)
+            if "error" in answer:
+                return dict(answer)
+            return await asyncio.to_thread(model.render_answers, request, read, answer)
 
     async def _search(
         self, request: SearchRequest, choose: Callable[[ServedModel], Callable[..., ServedAnswer]]

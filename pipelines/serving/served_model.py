@@ -17,10 +17,18 @@ from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
 from pipelines.serving.predictor import ReadInput, RowAnswers, TaskPredictor, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
+from pipelines.serving.search_page import (
+    PROBABILITY,
+    ResultCard,
+    preview_query,
+    render_search_page,
+)
 from pipelines.training.runs.bundle_manifest import MANIFEST
 from skillnet.modality import modality_names
+from skillnet.objectives.base import find_objective
 from skillnet.serialization import hash_file
 from skillnet.skill_proofs import PROBE_ROWS, probe_outputs, prove_task
+from skillnet.skills import Task
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, first_line, suggest_name
 
@@ -171,7 +179,8 @@ class ServedModel:
         """Return the model's name, its tasks with what they read, and its searchable tasks.
 
         ``manifest`` is the SHA-256 of ``manifest.json``, ``packages`` are names. ``search`` maps a
-        modality of queries to the tasks that rank rows for it, ``indexes`` to the progress of their
+        modality of queries to the tasks that rank rows for it, ``page`` also to those that answer
+        on the search page, ``indexes`` to the progress of the
         indexes, and ``ready`` says whether all of them are open. ``problem`` is empty.
         ``manifest_ns`` orders the states of the folder.
         """
@@ -188,10 +197,60 @@ class ServedModel:
             "packages": sorted(self.predictor.model.packages),
             "tasks": tasks,
             "search": self._list_searches(),
+            "page": self._list_page(),
             **self._describe_indexes(),
             "problem": "",
             "manifest_ns": self.manifest_ns,
         }
+
+    def _list_page(self) -> dict[str, list[str]]:
+        """Return the tasks that the search page offers for each modality of queries."""
+        offered = self._list_searches()
+        for name, task in self.predictor.model.config.tasks.items():
+            if _has_answers(task):
+                offered.setdefault(task.towers[task.row_tower].modality, []).append(name)
+        return offered
+
+    def answers_page(self, request: SearchRequest) -> bool:
+        """Return whether the page shows answers of a task, in place of ranked rows.
+
+        Args:
+            request: parsed form of a browser.
+        """
+        task = self.predictor.model.config.tasks.get(request.task or "")
+        return task is not None and _has_answers(task)
+
+    def render_answers(
+        self, request: SearchRequest, read: ReadRequest, answer: ServedAnswer
+    ) -> ServedAnswer:
+        """Return the page with the answers of a task in ``html``, or an ``error``.
+
+        Args:
+            request: parsed form of a browser.
+            read: its row.
+            answer: that of :meth:`predict`.
+        """
+        if answer["rejected"]:
+            return {"error": f"{request.query.label}: {answer['rejected'][0]['reason']}"}
+        cards, label = [], request.query.label
+        for found in answer["predictions"]:
+            # Each function of a Python file is an input.
+            details = [found["input"]] if found["input"] != label else []
+            cards += [
+                ResultCard(rank, best["score"], str(best["answer"]), details)
+                for rank, best in enumerate(found["alternatives"] or [found], 1)
+            ]
+        modality = find_item_modality(request.query)
+        html = render_search_page(
+            printable_name(request.query.name),
+            cards,
+            [("task", str(request.task)), ("model", self.name)],
+            tasks=self._list_page(),
+            task=str(request.task),
+            preview=preview_query(request.query, read.inputs[0].array, modality),
+            measure=PROBABILITY,
+        )
+        return {"html": html}
 
     def _list_searches(self) -> dict[str, list[str]]:
         """Return the tasks that rank rows for each modality of queries."""
@@ -315,9 +374,9 @@ class ServedModel:
             vector: that of the row, by ``search.embed_query``.
         """
         hits = search.rank_rows(vector, request.top)
-        preview = search.preview_query(request.query, row)
+        preview = preview_query(request.query, row, search.modality)
         name, doubt = printable_name(request.query.name), search.describe_doubt(row)
-        return {"html": search.render_hits(name, hits, self._list_searches(), preview, doubt)}
+        return {"html": search.render_hits(name, hits, self._list_page(), preview, doubt)}
 
     def _find_search(self, request: SearchRequest) -> "CorpusSearch":
         with named_errors(request.query.label):
@@ -331,6 +390,12 @@ class ServedModel:
                 f"task: {chosen!r} ranks no rows for {modality}{suggest_name(chosen, searches)}"
             )
         return searches[chosen]
+
+
+def _has_answers(task: Task) -> bool:
+    """Return whether a task answers an input by itself, without rows to rank."""
+    objective = find_objective(task.objective)
+    return bool(objective.has_labels) and not objective.pairs_towers
 
 
 def read_change_ns(path: Path) -> int:

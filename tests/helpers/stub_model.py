@@ -16,6 +16,7 @@ class StubModel:
             "packages": [],
             "tasks": {},
             "search": {"text": ["text_to_image"]},
+            "page": {"text": ["text_to_image"]},
             "ready": True,
             "indexes": {},
             "problem": "",

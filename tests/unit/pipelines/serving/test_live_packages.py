@@ -23,7 +23,7 @@ from pipelines.serving.served_model import ServedModel, ServedModelConfig, read_
 from pipelines.training.runs.bundle_manifest import write_sealed
 from skillnet.serialization import describe_files, load_tensors, read_manifest, save_tensors
 from skillnet_files.commit import commit_directory, make_scratch_directory
-from tests.helpers.file_forms import draw_png
+from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import Service, run_service
 from tests.helpers.served_place import ServedPlace
 from tests.helpers.waiting import wait_until
@@ -140,10 +140,20 @@ def test_packages_come_and_go_without_a_lost_request_or_another_old_answer(
 def test_the_page_and_the_health_follow_the_folder(
     service: Service, shelf: Path, model: Path
 ) -> None:
+    body, kind = encode_form(draw_png(), "a.png", "shape")
+    before = service.ask("/search")[1]
+    status, refused, _ = service.ask("/search", data=body, **{"Content-Type": kind})
+    assert (status, "shape" in refused, "shape" in before) == (422, True, False)
     add(shelf, model)
     wait_until(lambda: read_about(service)["packages"] == ["shapes"], 60, pause=0.01)
     health = json.loads(service.ask("/health")[1])
     assert (health["packages"], health["problem"], health["ready"]) == (["shapes"], "", True)
+    assert "<option>shape</option>" in service.ask("/search")[1]
+    status, page, _ = service.ask("/search", data=body, **{"Content-Type": kind})
+    assert (status, page.count("<li>")) == (200, 3)
+    assert all(f'<h2 lang="zh">{name}</h2>' in page for name in ("heart", "star", "sun"))
+    assert "probability by the model" in page
+    assert "as the model reads it" in page
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,25 @@ def test_predictions_are_answered_while_the_indexes_are_built(run: Any) -> None:
         assert not model.indexing.is_alive()
 
     run(test)
+
+
+def test_a_request_ends_with_the_model_that_it_began_with(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.can_pass.clear()
+        first = asyncio.create_task(replica.predict(ask("first", texts=1)))
+        await until(lambda: model.passes == [["first"]])
+        waiting = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "ab"]
+        await until(lambda: len(replica._waiting) == 2)
+        other: Any = SlowModel(ServedModelConfig("other"))
+        other.manifest_ns = 2
+        replica._model = other
+        later = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "cd"]
+        await until(lambda: len(replica._waiting) == 4)
+        model.can_pass.set()
+        answers = await asyncio.gather(first, *waiting, *later)
+        assert [each["manifest_ns"] for each in answers] == [0, 0, 0, 2, 2]
+        assert (model.passes, other.passes) == ([["first"], ["a", "b"]], [["c", "d"]])
+        # So that the thread of the replica, which embeds with the old model, can end.
+        replica._model = model  # type: ignore[assignment]
+
+    run(test)
