@@ -10,7 +10,7 @@ model=$shelf/model
 
 fail() { echo "error: $1" >&2; exit 1; }
 run() { printf '\n$ skillnet %s\n' "$*"; skillnet "$@"; }
-show_digest() { echo "SHA-256 of all files $1: $(cd "$model" && sha256sum ./* | sha256sum | cut -c1-32)"; }
+show_digest() { echo "SHA-256 of all files $1 $(cd "$model" && sha256sum ./* | sha256sum | cut -c1-32)"; }
 
 base=$(ls -d "$runs"/quickstart-* 2>/dev/null | tail -n 1)
 [ -n "$base" ] || fail "$runs: no model of the demo. Run: make demo"
@@ -33,10 +33,11 @@ fi
 
 rm -rf "$model"
 run export --model "$base" --to hf --output "$model"
-show_digest "before"
+before=$(show_digest "before:")
 run add "$shelf/stroke-count.skill" "$shelf/radical.skill" --to "$model"
 run predict "$examples/forest.mp4" --model "$model" --task radical --top 1
 run predict "$examples/forest.mp4" --model "$model" --task stroke_count --top 2
 # Its table is that of `add` without the new tasks.
 run remove stroke-count radical --from "$model" | sed -n 1,2p
-show_digest "after"
+echo "$before"
+show_digest "after: "

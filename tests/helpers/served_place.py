@@ -93,37 +93,53 @@ def served_place(factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
         yield _made(root)
 
 
-def pack_shapes(place: ServedPlace, folder: Path) -> Path:
-    """Write a package ``shapes`` into a folder, made from a model that grew from the served one."""
+def pack_shapes(
+    place: ServedPlace,
+    folder: Path,
+    package: str = "shapes",
+    task: str = "shape",
+    like: str = "text_to_image",
+) -> Path:
+    """Write a package of a classification into a folder, made from a model that grew.
+
+    Args:
+        place: with the base.
+        folder: receives the package, and the grown model as ``grown``.
+        package: name of the package.
+        task: name of its task; its skill is ``counting``, or named after another task.
+        like: task of the base whose rows it reads.
+    """
     grown = folder / "grown"
     model = SkillNet.from_pretrained(place.bundle)
     torch.manual_seed(5)
-    add_skill(model, "counting")
-    plan = SkillPlan(("counting", "general", "image"), "image")
-    add_task(model, "shape", Task("classification", {"input": plan}, outputs=3))
+    skill = "counting" if task == "shape" else f"{task}s"
+    add_skill(model, skill)
+    modality = model.config.tasks[like].towers[model.config.tasks[like].row_tower].modality
+    plan = SkillPlan(tuple(sorted((skill, "general", modality))), modality)
+    add_task(model, task, Task("classification", {"input": plan}, outputs=3))
     found = model.vocabulary
-    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, "shape": NAMES}, {})
-    grown.mkdir()
+    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, task: NAMES}, {})
+    grown.mkdir(parents=True)
     write_model(model, grown)
     about = dict(bundle.check_bundle(place.bundle))
     files = list(about["files"])
     for name in files:
         shutil.copyfile(place.bundle / name, grown / name)
-    entry = about["tasks"]["text_to_image"] | {"names": list(NAMES), "limit": None}
-    rows = [{"task": "shape", "split": "test", "metric": "accuracy", "value": 0.5}]
+    entry = about["tasks"][like] | {"names": list(NAMES), "limit": None}
+    rows = [{"task": task, "split": "test", "metric": "accuracy", "value": 0.5}]
     about |= {
-        "tasks": about["tasks"] | {"shape": entry},
+        "tasks": about["tasks"] | {task: entry},
         "evaluation": [row | {"low": 0.4, "high": 0.6} for row in rows],
         "settings": {
             "seed": 1,
             "tasks": {
-                "shape": {"corpus": "a"},
-                "text_to_image": {"corpus": "drawings", "eval_only": True},
+                task: {"corpus": "a"},
+                like: {"corpus": "drawings", "eval_only": True},
             },
         },
     }
     about = {key: value for key, value in about.items() if key not in ("digest", "files", "format")}
     add_bundle_manifest(grown, about, files)
-    target = folder / "shapes.skill"
+    target = folder / f"{package}.skill"
     assert skills.pack_tasks([str(grown), "--output", str(target)]) == 0
     return target

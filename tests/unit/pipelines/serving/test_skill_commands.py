@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from pipelines import skills as commands
 from pipelines.serving import bundle
 from skillnet import SkillNet
 from tests.helpers.hub_server import serve_hub
-from tests.helpers.served_place import ServedPlace
+from tests.helpers.served_place import ServedPlace, pack_shapes
 
+ROOT = Path(__file__).resolve().parents[4]
 GIVEN = ("shapes@hf:owner/skills@v1", "shapes@hf:owner/skills", "no@hf:owner/skills@v1")
 
 
@@ -135,3 +137,44 @@ def test_a_package_without_settings_for_predictions_joins_no_served_model(
     plain = tmp_path / "plain"
     SkillNet.from_pretrained(model).save_pretrained(plain)
     assert commands.join_packages([str(tmp_path / "bare.skill"), "--to", str(plain)]) == 0
+
+
+@pytest.mark.integration
+def test_the_demo_of_packages_prints_what_the_readme_quotes(
+    place: ServedPlace, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(place.bundle, runs / "quickstart-1")
+    for package, task in (("stroke-count", "stroke_count"), ("radical", "radical")):
+        made = pack_shapes(place, tmp_path / package, package, task, "text_to_video")
+        (runs / "skills").mkdir(exist_ok=True)
+        made.rename(runs / "skills" / made.name)
+    (runs / "skills" / "base-of-quickstart-1").touch()
+    environment = {
+        **os.environ,
+        "SKILLNET_HOME": str(runs),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "160",
+    }
+    done = subprocess.run(
+        ["sh", "examples/skills.sh"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.replace(str(runs), "runs").splitlines()
+    digests = [line.split()[-1] for line in printed if line.startswith("SHA-256 of all files")]
+    assert len(set(digests)) == 1
+    assert len(digests) == 2
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = readme[readme.index("$ skillnet add") :].partition("```")[0].splitlines()
+    assert [line for line in quoted if mask(line) not in map(mask, printed)] == []
+
+
+def mask(line: str) -> str:
+    """Return a line without what depends on the weights: numbers, digests, classes, rules."""
+    line = re.sub(r"\b[0-9a-f]{32}\b|\b\d[\d.e+-]*\b", "#", line)
+    return " ".join(line.split()[:1] if line.startswith("  examples/") else line.split())
