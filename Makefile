@@ -18,7 +18,7 @@ JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cor
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora
+demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora; grow two skills
 	$(BIN)/skillnet quickstart
 	PATH="$(abspath $(BIN)):$$PATH" sh examples/skills.sh grow
 

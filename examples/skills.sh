@@ -18,9 +18,9 @@ base=$(ls -d "$runs"/quickstart-* 2>/dev/null | tail -n 1)
 # A skill and a head train for 60 steps each; every file of the base stays as it is.
 grow() {
     name=$(basename "$base" | sed "s/quickstart/$1/")
-    [ -d "$runs/$name/model" ] || skillnet grow "$base" --config "grow/$2" --name "$name" \
-        --training.steps 60 --references '[]' --tracking.register false
-    skillnet pack "$name" --output "$shelf/$2.skill"
+    { [ -d "$runs/$name/model" ] || skillnet grow "$base" --config "grow/$2" --name "$name" \
+        --training.steps 60 --references '[]' --tracking.register false; } &&
+        skillnet pack "$name" --output "$shelf/$2.skill"
 }
 if [ "${1:-}" = grow ] || [ ! -f "$shelf/base-of-$(basename "$base")" ]; then
     mkdir -p "$shelf"

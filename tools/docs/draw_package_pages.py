@@ -4,8 +4,11 @@ Run it after ``make skills``. It serves the demo's model, sends ``examples/fores
 ``radical``, adds the package, and sends the file again. Needs chromium.
 """
 
-import argparse
+import base64
+import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
 from urllib3.filepost import encode_multipart_formdata
 
 from skillnet_platform.cluster.loopback import choose_port
@@ -23,73 +27,81 @@ from skillnet_platform.storage import run_root
 ASSETS = Path("docs/assets")
 VIDEO, TASK = Path("examples/forest.mp4"), "radical"
 #: Width and height of a screenshot in pixels.
-SIZE = (760, 470)
+SIZE = (760, 570)
 PAUSE_S, PATIENCE_S = 0.5, 300.0
 
 
 def read(url: str, body: bytes | None = None, kind: str = "") -> str:
     """Return the text of an answer, of a refusal too."""
-    request = urllib.request.Request(url, body, {"Content-Type": kind} if kind else {})
+    headers = {"Content-Type": kind} if kind else {}
+    request = urllib.request.Request(url, body, headers)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         return error.read().decode()
 
 
 def wait_for_packages(url: str, expected: list[str]) -> None:
-    """Wait until the server has these packages and its indexes."""
+    """Wait until the server has these packages."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         try:
             about = json.loads(read(f"{url}/health"))
         except OSError:
             about = {}
-        if about.get("packages") == expected and about["ready"]:
+        if about.get("packages") == expected:
             return
         time.sleep(PAUSE_S)
     raise SystemExit(f"{url}: no answer with the packages {expected}")
 
 
-def draw(page: str, target: Path, size: tuple[int, int], folder: Path, dark: bool = False) -> None:
+def take_last_frame(found: re.Match[str]) -> str:
+    """Return the last frame of an animation in base64: a screenshot shows the first one."""
+    target = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(found[0]))) as picture:
+        picture.seek(getattr(picture, "n_frames", 1) - 1)
+        picture.convert("RGB").save(target, "PNG")
+    return base64.b64encode(target.getvalue()).decode()
+
+
+def draw(page: str, target: Path, folder: Path) -> None:
     """Write a screenshot of a page."""
     path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    words += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    words += [f"--window-size={size[0]},{size[1]}", f"--user-data-dir={folder / 'profile'}"]
-    subprocess.run(
-        ["chromium", *words, f"--screenshot={target.absolute()}", path.as_uri()],
-        check=True,
-        capture_output=True,
+    path.write_text(
+        re.sub(r"(?<=image/png;base64,)[^\"]+", take_last_frame, page), encoding="utf-8"
     )
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    words += [f"--window-size={SIZE[0]},{SIZE[1]}", f"--user-data-dir={folder / 'profile'}"]
+    browser = shutil.which("chromium") or "chromium-browser"
+    words += [f"--screenshot={target.absolute()}", path.as_uri()]
+    subprocess.run([browser, *words], check=True, capture_output=True)
 
 
 def main() -> int:
     """Write ``packages-before.png`` and ``packages-after.png``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", type=Path, default=ASSETS, help="folder of the images")
-    parser.add_argument("--width", type=int, default=SIZE[0])
-    parser.add_argument("--dark", action="store_true")
-    given = parser.parse_args()
-    skills, port = run_root() / "skills", choose_port("127.0.0.1", 0)
-    url, size = f"http://127.0.0.1:{port}", (given.width, SIZE[1])
+    skills, port = run_root().absolute() / "skills", choose_port("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{port}"
     body, kind = encode_multipart_formdata({"task": TASK, "file": (VIDEO.name, VIDEO.read_bytes())})
     skillnet = str(Path(sys.executable).with_name("skillnet"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = shutil.copytree(skills / "model", folder / "model")
-        words = ["serve", "--model", str(model), "--port", str(port)]
-        server = subprocess.Popen([skillnet, *words], stdout=subprocess.DEVNULL)
+        # The page shows the name as it is given.
+        model = shutil.copytree(skills / "model", folder / "my-model")
+        words = ["serve", "--model", model.name, "--port", str(port)]
+        environment = {**os.environ, "SKILLNET_HOME": str(run_root().absolute())}
+        server = subprocess.Popen(
+            [skillnet, *words], stdout=subprocess.DEVNULL, cwd=folder, env=environment
+        )
         try:
             wait_for_packages(url, [])
             page = read(f"{url}/search", body, kind)
-            draw(page, given.target / "packages-before.png", size, folder, given.dark)
+            draw(page, ASSETS / "packages-before.png", folder)
             package = str(skills / f"{TASK}.skill")
             subprocess.run([skillnet, "add", package, "--to", str(model)], check=True)
             wait_for_packages(url, [TASK])
             page = read(f"{url}/search", body, kind)
-            draw(page, given.target / "packages-after.png", size, folder, given.dark)
+            draw(page, ASSETS / "packages-after.png", folder)
         finally:
             server.terminate()
             server.wait(timeout=60)

@@ -154,6 +154,7 @@ def test_the_page_and_the_health_follow_the_folder(
     assert all(f'<h2 lang="zh">{name}</h2>' in page for name in ("heart", "star", "sun"))
     assert "probability by the model" in page
     assert "as the model reads it" in page
+    assert page.count("<option selected>shape</option>") == 1
 
 
 @pytest.mark.parametrize(

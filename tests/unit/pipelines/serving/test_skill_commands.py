@@ -174,6 +174,28 @@ def test_the_demo_of_packages_prints_what_the_readme_quotes(
     assert [line for line in quoted if mask(line) not in map(mask, printed)] == []
 
 
+def test_the_demo_grows_its_skills_once_or_says_why_not(tmp_path: Path) -> None:
+    stub = tmp_path / "bin" / "skillnet"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$1" >>calls\n[ "$1" != "$FAILING" ] || exit 2\n')
+    stub.chmod(0o755)
+
+    def run(*words: str, failing: str = "") -> tuple[int, list[str]]:
+        (tmp_path / "calls").write_text("")
+        path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "SKILLNET_HOME": "runs", "PATH": path, "FAILING": failing}
+        command = ["sh", str(ROOT / "examples/skills.sh"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=60)
+        return done.returncode, (tmp_path / "calls").read_text().split()
+
+    assert run("grow") == (1, [])
+    (tmp_path / "runs" / "quickstart-1").mkdir(parents=True)
+    assert run("grow", failing="grow") == (1, ["prepare", "grow"])
+    grown = ["prepare", "grow", "pack", "grow", "pack"]
+    assert run("grow") == (0, grown)
+    assert run(failing="export") == (2, ["export"])
+
+
 def mask(line: str) -> str:
     """Return a line without what depends on the weights: numbers, digests, classes, rules."""
     line = re.sub(r"\b[0-9a-f]{32}\b|\b\d[\d.e+-]*\b", "#", line)
