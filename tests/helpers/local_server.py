@@ -163,7 +163,7 @@ def run_service(
         model: object of its only replica: a ServedModel, a stub of it, or a ModelReplica.
         limits: bounds of requests, connections and time.
         token: that requests must have, or None.
-        handle: of a ModelReplica; None makes one that tests control.
+        handle: that calls a ModelReplica; None makes a handle that tests control.
     """
     replica, port = handle or LocalReplica(model), free_port()
     gateway = ModelGateway(replica, model.describe(), limits, (DeadReplicaError,))
