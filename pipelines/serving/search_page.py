@@ -112,6 +112,8 @@ def render_search_page(
         "wide": any(card.code is not None for card in cards),
         "preview": preview,
         "measure": measure,
+        # A search by file goes by the type of the next file.
+        "chosen": task if measure == PROBABILITY else "",
         "preview_uri": "" if preview is None else _media_uri(preview),
         "recording_uri": "" if preview is None else _recording_uri(preview, query),
     }
