@@ -13,13 +13,17 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # compete for memory and save no time.
 JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
-.PHONY: demo docs check-lock lock test test-long test-all test-cluster test-node chaos fuzz check format bench gpu clean help
+.PHONY: demo skills docs check-lock lock test test-long test-all test-cluster test-node chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora
+demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora; grow two skills
 	$(BIN)/skillnet quickstart
+	PATH="$(abspath $(BIN)):$$PATH" sh examples/skills.sh grow
+
+skills: $(VENV)/.installed  ## add two skills to the demo's model, use them, remove them without a trace
+	@PATH="$(abspath $(BIN)):$$PATH" sh examples/skills.sh
 
 # In directory order. The default order runs the few slow files last, one after the other.
 TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder

@@ -114,6 +114,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
         choose_search_task,
         find_query_tower,
     )
+    from pipelines.serving.search_page import preview_query
 
     data = source.find_corpora(config.data)
     predictor = open_predictor(source, data, config.precision)
@@ -130,7 +131,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     seconds, doubt = time.monotonic() - begin, search.describe_doubt(row)
     page = Path(config.html) if config.html else _default_page(query, task)
     with open_output(page, "w") as stream:
-        preview = search.preview_query(item, row)
+        preview = preview_query(item, row, search.modality)
         stream.write(search.render_hits(query, hits, preview=preview, doubt=doubt))
     path = page.absolute()
     return SearchResult(query, task, search.model, search.num_rows, seconds, hits, path, doubt)

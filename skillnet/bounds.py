@@ -70,4 +70,4 @@ def nearest_hint(name: str, known: Sequence[str]) -> str:
 
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} Known: {', '.join(known)}"
+    return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -10,6 +10,7 @@ in both directions, so either may read the query.
 ``skillnet serve`` keeps one for each task and modality of queries.
 """
 
+import copy
 import functools
 import hashlib
 import time
@@ -45,7 +46,7 @@ DEFAULT_TASK = "text_to_image"
 #: Share of a query's tokens that occur in no text of the corpus, from which a search warns.
 DOUBTED_FRACTION = 0.5
 #: Increase it when the index changes, so that cached files are not reused.
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 #: A search holds the embeddings of all searched rows in memory.
 MAX_INDEX_BYTES = 4 * 2**30
 
@@ -75,6 +76,21 @@ class SearchHit:
     caption: str
     captions: list[str]
     row: int
+
+
+@dataclass
+class SearchIndex:
+    """Vectors of the rows of a search; searches of models that answer a task alike share them.
+
+    Args:
+        num_embedded: number of rows that have a vector.
+        problem: why the index cannot be built; "" if nothing is known.
+        scores: ranks the rows; None until all of them have a vector.
+    """
+
+    num_embedded: int = 0
+    problem: str = ""
+    scores: JoinedScores | None = None
 
 
 class CorpusSearch:
@@ -129,27 +145,35 @@ class CorpusSearch:
         check_corpus_vocabulary(predictor.model, task, self.corpus)
         needs_captions = ranked == spec.caption_tower
         self.splits = choose_search_splits(self.corpus, splits, needs_captions)
-        #: Number of searched rows, and of those with an embedding.
+        #: Number of searched rows.
         self.num_rows = check_indexable(predictor, task, self.corpus, self.splits)
-        self.num_embedded = 0
-        #: Why the index cannot be built; "" if nothing is known.
-        self.problem = ""
+        self.index = SearchIndex()
         self._source, self._ranked = source, ranked
-        self._scores: JoinedScores | None = None
         version = "" if source.version is None else f" (version {source.version})"
         self.model = f"{source.name}{version}"
+
+    def take_model(self, predictor: "TaskPredictor", source: "ModelSource") -> "CorpusSearch":
+        """Return this search with another model; both have one index.
+
+        Args:
+            predictor: with a model that answers the task alike.
+            source: run, version or folder of the model.
+        """
+        other = copy.copy(self)
+        other.predictor, other._source = predictor, source
+        return other
 
     @property
     def is_open(self) -> bool:
         """Whether the index is in memory."""
-        return self._scores is not None
+        return self.index.scores is not None
 
     def describe_progress(self) -> dict[str, Any]:
         """Return the rows of the index, those that are embedded, and whether it is in memory."""
         return {
             "corpus": self.corpus.name,
             "rows": self.num_rows,
-            "embedded": self.num_embedded,
+            "embedded": self.index.num_embedded,
             "ready": self.is_open,
         }
 
@@ -162,7 +186,7 @@ class CorpusSearch:
         """
 
         def count(rows: int) -> None:
-            self.num_embedded += rows
+            self.index.num_embedded += rows
             if on_rows is not None:
                 on_rows(rows)
 
@@ -176,8 +200,8 @@ class CorpusSearch:
             place,
             count,
         )
-        self._scores = JoinedScores(vectors)
-        self.num_embedded = self.num_rows
+        self.index.scores = JoinedScores(vectors)
+        self.index.num_embedded = self.num_rows
 
     def find_hits(self, query: PredictionItem, top: int) -> list[SearchHit]:
         """Return the best rows for a query, best first.
@@ -260,30 +284,11 @@ class CorpusSearch:
             query_vector: result of :meth:`embed_query`.
             top: number of results.
         """
-        if self._scores is None:
+        if self.index.scores is None:
             self.open_index()
-        assert self._scores is not None
-        scores = self._scores.score(query_vector)
+        assert self.index.scores is not None
+        scores = self.index.scores.score(query_vector)
         return _rank_hits(self.corpus, self.splits, scores, top, self._prefix)
-
-    def preview_query(self, query: PredictionItem, query_row: np.ndarray) -> "QueryPreview | None":
-        """Return what a page shows of a file as the query; None for a text.
-
-        Args:
-            query: text or file of the user.
-            query_row: result of :meth:`read_query`. Pages show media as the model reads them:
-                decoded in the guard, and small.
-        """
-        from pipelines.serving.search_page import MAX_PREVIEW_BYTES, QueryPreview
-
-        if query.data is None:
-            return None
-        modality = find_modality(self.modality)
-        if modality.reads_tokens:
-            text = query.data[:MAX_PREVIEW_BYTES].decode("utf-8-sig", "ignore")
-            return QueryPreview(self.modality, code=text)
-        recording = query.data if modality.file_half.is_played else None
-        return QueryPreview(self.modality, modality.file_half.draw(query_row), recording=recording)
 
     def render_hits(
         self,
@@ -505,8 +510,8 @@ def build_retrieval_index(
 
     Args:
         predictor: with the model.
-        source: run, version or folder of the model; its digest is part of the cache key.
-        task: a retrieval task.
+        source: run, version or folder of the model.
+        task: a retrieval task; the digest of what it computes is part of the cache key.
         corpus: to embed.
         splits: names of its splits.
         tower: that embeds the rows; the tower of captions embeds the first caption of each row.
@@ -528,7 +533,9 @@ def build_retrieval_index(
     limit = predictor.limits.get(task)
     spec = predictor.model.config.tasks[task]
     tower = tower or spec.row_tower
-    about = [INDEX_VERSION, source.digest, corpus.digest, task, tower, list(splits), precision]
+    # Skills and tasks that a package adds change nothing here, so the file stays valid.
+    computed = source.digest_task(predictor.model, task)
+    about = [INDEX_VERSION, computed, corpus.digest, task, tower, list(splits), precision]
     key = digest_config([*about, limit])
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     config = predictor.model.config

@@ -53,7 +53,7 @@ MAX_TRIES = 5
 RETRY_PAUSE_S = 0.2
 #: Seconds after which an overloaded server asks clients to come back.
 RETRY_AFTER_S = 1
-#: Seconds that the health waits for the progress of the indexes.
+#: Seconds that the health waits for the state of the model.
 PROGRESS_PATIENCE_S = 0.5
 #: Largest bodies that are in memory at the same time; one client has half of them at most.
 BODIES_IN_MEMORY = 4
@@ -63,6 +63,8 @@ MAX_SHORT_BYTES = 4096
 DISCARD_PATIENCE_S, MAX_DISCARDED_BYTES = 2.0, 64 * 2**20
 #: Key of a request's state: its health check has the token.
 AUTHORIZED = "authorized"
+#: Keys of the model's description that the health has.
+HEALTH_KEYS = ("manifest", "packages", "problem", "ready", "indexes")
 #: Status in the metrics of a request whose client left.
 CLIENT_LEFT = 499
 RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
@@ -89,7 +91,7 @@ class ModelHandle(Protocol):
     predict: Any
     search: Any
     render_search: Any
-    describe_indexes: Any
+    describe_later: Any
 
 
 class ServerMetrics:
@@ -119,7 +121,8 @@ class ModelGateway:
     Args:
         handle: that calls the replicas.
         about: description of the model, see
-            :meth:`pipelines.serving.served_model.ServedModel.describe`.
+            :meth:`pipelines.serving.model_replica.ModelReplica.describe`. It changes when packages
+            join or leave the folder of the model.
         limits: bounds of requests, connections and time.
         lost: exceptions that mean a dead replica.
         full: exceptions that mean that the queues are full.
@@ -133,37 +136,47 @@ class ModelGateway:
         lost: tuple[type[Exception], ...],
         full: tuple[type[Exception], ...] = (),
     ) -> None:
-        self._handle, self._about, self._limits = handle, about, limits
+        self._handle, self._limits = handle, limits
+        self._about = {key: value for key, value in about.items() if key != "manifest_ns"}
         self._lost, self._full = lost, full
         self._running = FairShare(limits.max_running)
         self._bodies = FairShare(BODIES_IN_MEMORY * limits.max_bytes)
         self.metrics = ServerMetrics()
-        self._progress: dict[str, Any] = {"ready": not about["search"], "indexes": {}}
+        #: Newest state of the model's folder that an answer showed; no later answer is older.
+        self._manifest_ns: int = about["manifest_ns"]
         self._asking: asyncio.Future[dict[str, Any]] | None = None
 
     async def health(self, request: Request) -> Response:
         """Answer that the server runs; no token is needed.
 
-        With the token, the answer has the progress of the indexes.
+        With the token, the answer has the state of the model and of its indexes.
         """
         if not request.scope.get("state", {}).get(AUTHORIZED):
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "ok", **await self._read_progress()})
+        about = await self._read_about()
+        return JSONResponse({"status": "ok", **{key: about[key] for key in HEALTH_KEYS}})
 
     async def list_tasks(self, request: Request) -> Response:
         """Answer with the model, its tasks and the progress of its indexes."""
-        return JSONResponse({**self._about, "indexes": (await self._read_progress())["indexes"]})
+        return JSONResponse(await self._read_about())
 
-    async def _read_progress(self) -> dict[str, Any]:
-        """Return the progress of the indexes of a replica; the last known one if it is dead."""
+    async def _read_about(self) -> dict[str, Any]:
+        """Return the description of the model by a replica; the last known one if it is dead."""
         # One question for all requests that wait: anybody may ask for the health.
-        if not self._progress["ready"]:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.ensure_future(self._handle.describe_indexes.remote(None))
-            with contextlib.suppress(TimeoutError, *self._lost, *self._full):
-                async with asyncio.timeout(PROGRESS_PATIENCE_S):
-                    self._progress = await asyncio.shield(self._asking)
-        return self._progress
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(
+                self._handle.describe_later.remote(self._manifest_ns)
+            )
+        with contextlib.suppress(TimeoutError, *self._lost, *self._full):
+            async with asyncio.timeout(PROGRESS_PATIENCE_S):
+                about = dict(await asyncio.shield(self._asking))
+                self._remember(about)
+                self._about = about
+        return self._about
+
+    def _remember(self, answer: dict[str, Any]) -> None:
+        """Take the state of the folder out of an answer, for the replicas of later requests."""
+        self._manifest_ns = max(self._manifest_ns, answer.pop("manifest_ns"))
 
     async def show_metrics(self, request: Request) -> Response:
         """Answer with the metrics in the format of Prometheus."""
@@ -195,11 +208,11 @@ class ModelGateway:
         ``GET`` has a text, ``POST`` a form with a file.
         """
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
-        tasks: Mapping[str, Sequence[str]] = self._about["search"]
+        tasks: Mapping[str, Sequence[str]] = (await self._read_about())["page"]
         status, problem, headers = 200, "", {}
         try:
             if not tasks:
-                problem = "This model has no task for a search."
+                problem = "This model has no task that the page can show."
             elif request.method == "POST":
                 return await self._search_form(request)
             elif query:
@@ -244,9 +257,15 @@ class ModelGateway:
         try:
             async with asyncio.timeout_at(end), self._running.hold(client):
                 for _ in range(MAX_TRIES):
-                    timed = replace(asked, client=client, seconds=end - clock())
+                    timed = replace(
+                        asked,
+                        client=client,
+                        seconds=end - clock(),
+                        manifest_ns=self._manifest_ns,
+                    )
                     try:
                         answer: dict[str, Any] = await _call(method, timed)
+                        self._remember(answer)
                         break
                     except self._lost:
                         self.metrics.retries.inc()

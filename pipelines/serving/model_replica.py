@@ -1,7 +1,8 @@
 """Replica of ``skillnet serve``: requests that wait at the same time become one batch.
 
 A replica runs in the process of the server (:class:`LocalHandle`), or in a process of Ray Serve,
-which :mod:`pipelines.serve` starts for several replicas.
+which :mod:`pipelines.serve` starts for several replicas. It takes packages of skills that join the
+folder of its model, or leave it.
 """
 
 import asyncio
@@ -12,22 +13,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.data.transforms.decoder_process import MAX_CHILDREN
 from pipelines.serving.fair_share import FairShare
+from pipelines.serving.inputs import InputRow
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
 from pipelines.serving.served_model import (
+    ClosedModelError,
     ReadRequest,
     ServedAnswer,
     ServedModel,
     ServedModelConfig,
     UnreadyIndexError,
+    read_change_ns,
 )
-from skillnet_platform.errors import UserError
+from skillnet.serialization import hash_file
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line
 
 #: Inputs of a request that joins others; a larger one runs alone.
 MAX_JOINED_INPUTS = 64
@@ -37,6 +43,8 @@ JOINED = "joined requests"
 SHORT_PASS_S = 0.005
 #: Rows of short requests that may run there.
 MAX_SHORT_ROWS = 16
+#: Seconds between two looks at the folder of the model.
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,14 @@ class WaitingRequest:
     """Request that waits for a batch.
 
     Args:
+        model: that answers it.
         read: returns its inputs.
         rows: number of its rows.
         is_short: whether ``read`` takes less time than a pass of the model.
         answer: its answer, once it is known.
     """
 
+    model: ServedModel
     read: Callable[[], ReadRequest]
     rows: int
     is_short: bool
@@ -61,15 +71,21 @@ class ModelReplica:
 
     An idle model takes a request at once; requests that come while it is busy form the next batch.
     Rows are read before their request waits for the model: a file that takes long to decode holds
-    up no other request. Clients take turns at the decoders and at the model. A thread opens the
-    indexes of the searches.
+    up no other request. Clients take turns at the decoders and at the model.
+
+    A thread opens the indexes of the searches, and looks at the folder of the model. If packages
+    joined or left it, a new model takes the place of the old one; requests that began with the old
+    one end with it. A folder that cannot be taken changes nothing.
 
     Args:
         config: settings of the server.
     """
 
     def __init__(self, config: ServedModelConfig) -> None:
-        self._model = ServedModel(config)
+        self._config, self._model = config, ServedModel(config)
+        self._seen_ns, self._problem = 0, ""
+        self._looking, self._is_closed = threading.Lock(), threading.Event()
+        self._look: asyncio.Future[None] | None = None
         self._turn, self._decoders = FairShare(1), FairShare(MAX_CHILDREN)
         self._max_batch_size = config.max_batch_size
         self._waiting: deque[WaitingRequest] = deque()
@@ -78,43 +94,104 @@ class ModelReplica:
         # Slow files must not take the threads that read texts, nor texts that of the model.
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._decoder_threads = ThreadPoolExecutor(MAX_CHILDREN, "decoder")
-        self._indexing = threading.Thread(target=self._model.open_indexes, daemon=True)
-        self._indexing.start()
+        self._keeping = threading.Thread(target=self._keep, daemon=True)
+        self._keeping.start()
 
     def close(self) -> None:
-        """End the thread that opens the indexes."""
-        self._model.close()
-        self._indexing.join()
+        """End the thread that opens the indexes and looks at the folder."""
+        self._is_closed.set()
+        self._keeping.join()
+
+    def _keep(self) -> None:
+        with contextlib.suppress(ClosedModelError):
+            while not self._is_closed.is_set():
+                self.look_at_folder()
+                # The model may be replaced while it embeds a corpus.
+                self._model.open_indexes(self._look_between)
+                self._is_closed.wait(LOOK_S)
+
+    def _look_between(self, rows: int) -> None:
+        if self._is_closed.is_set():
+            raise ClosedModelError
+        self.look_at_folder()
+
+    def look_at_folder(self) -> None:
+        """Take the folder of the model if it changed; several threads may call it."""
+        with self._looking:
+            model = self._model
+            found_ns = read_change_ns(model.manifest)
+            if found_ns == self._seen_ns:
+                return
+            try:
+                if hash_file(model.manifest) != model.digest:
+                    self._model = ServedModel(self._config, model)
+                    old, new = (set(each.predictor.model.packages) for each in (model, self._model))
+                    added, removed = sorted(new - old), sorted(old - new)
+                    console.print_note(
+                        f"{model.name}: {', '.join(added) or 'no package'} added, "
+                        f"{', '.join(removed) or 'none'} removed; no old task changes"
+                    )
+                else:
+                    model.manifest_ns = found_ns
+                self._problem = ""
+            except Exception as error:
+                # Also an error that nobody thought of must not end a server.
+                if read_change_ns(model.manifest) != found_ns:
+                    return  # replaced while it was read; the next look reads it again
+                self._problem = f"{first_line(error)} (the model of before answers)"
+                console.print_warning(f"{model.name}: {self._problem}")
+            self._seen_ns = found_ns
+
+    async def _choose_model(self, manifest_ns: int) -> ServedModel:
+        """Return the model of a request: no older than the newest one that any replica showed."""
+        if manifest_ns > self._model.manifest_ns:
+            # One look for all requests that wait.
+            if self._look is None or self._look.done():
+                self._look = asyncio.ensure_future(asyncio.to_thread(self.look_at_folder))
+            await asyncio.shield(self._look)
+        return self._model
 
     def describe(self) -> ServedAnswer:
-        """Return the model's name, tasks and searches, see :class:`.served_model.ServedModel`."""
-        return self._model.describe()
+        """Return name, tasks and searches of the model, see :class:`.served_model.ServedModel`.
 
-    async def describe_indexes(self, request: None = None) -> ServedAnswer:
-        """Return the progress of the indexes, see :class:`.served_model.ServedModel`."""
-        return self._model.describe_indexes()
+        ``problem`` says why the folder as it is now is not served; "" if it is.
+        """
+        return {**self._model.describe(), "problem": self._problem}
+
+    async def describe_later(self, manifest_ns: int) -> ServedAnswer:
+        """Return the same of a model that is no older than the given time of its folder."""
+        await self._choose_model(manifest_ns)
+        return self.describe()
 
     async def predict(self, request: PredictionRequest) -> ServedAnswer:
         """Answer a prediction request, together with others that wait at the same time."""
+        model = await self._choose_model(request.manifest_ns)
+        return {**await self._predict(model, request), "manifest_ns": model.manifest_ns}
+
+    async def _predict(self, model: ServedModel, request: PredictionRequest) -> ServedAnswer:
         with _budget_of(request) as budget:
             # Each step in another thread costs as much as reading a short text.
-            if len(request.rows) <= MAX_JOINED_INPUTS and self._model.is_short(request):
-                read_later = partial(self._model.read_rows, request, budget)
-                return await self._join(read_later, len(request.rows), is_short=True)
+            if len(request.rows) <= MAX_JOINED_INPUTS and model.is_short(request):
+                read_later = partial(model.read_rows, request, budget)
+                return await self._join(model, read_later, len(request.rows), is_short=True)
             has_files = any(row.item and row.item.data is not None for row in request.rows)
-            read = await self._read(self._model.read_rows, request, budget, has_files)
+            read = await self._read(model.read_rows, request, budget, has_files)
             if len(read.inputs) <= MAX_JOINED_INPUTS:
-                return await self._join(lambda: read, len(read.inputs))
-            answers = await self._run(request.client, self._model.predict, [read], budget)
+                return await self._join(model, lambda: read, len(read.inputs))
+            answers = await self._run(request.client, model.predict, [read], budget)
             found: ServedAnswer = answers[0]
             return found
 
     async def _join(
-        self, read: Callable[[], ReadRequest], rows: int, is_short: bool = False
+        self,
+        model: ServedModel,
+        read: Callable[[], ReadRequest],
+        rows: int,
+        is_short: bool = False,
     ) -> ServedAnswer:
         """Return the answer of the next batch with room."""
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(WaitingRequest(read, rows, is_short, answer))
+        self._waiting.append(WaitingRequest(model, read, rows, is_short, answer))
         if self._batches is None or self._batches.done():
             self._batches = asyncio.create_task(self._run_batches())
         found: ServedAnswer = await answer
@@ -144,6 +221,9 @@ class ModelReplica:
     def _take_batch(self) -> list[WaitingRequest]:
         batch: list[WaitingRequest] = []
         while self._waiting and len(batch) < self._max_batch_size:
+            # Two models have no common pass.
+            if batch and self._waiting[0].model is not batch[0].model:
+                break
             waiting = self._waiting.popleft()
             # A request whose client left is cancelled.
             if not waiting.answer.done():
@@ -160,25 +240,48 @@ class ModelReplica:
         if not batch:
             return []
         began = time.thread_time()
-        answers = self._model.predict([each.read() for each in batch])
+        answers = batch[0].model.predict([each.read() for each in batch])
         self._pass_s = time.thread_time() - began
         return answers
 
     async def search(self, request: SearchRequest) -> ServedAnswer:
         """Answer a search request."""
-        return await self._search(self._model.search, request)
+        return await self._search(request, lambda model: model.search)
 
     async def render_search(self, request: SearchRequest) -> ServedAnswer:
         """Answer a search request with its page."""
-        return await self._search(self._model.render_search, request)
+        model = await self._choose_model(request.manifest_ns)
+        if not model.answers_page(request):
+            return await self._search(request, lambda model: model.render_search)
+        page = await self._render_answers(model, request)
+        return {**page, "manifest_ns": model.manifest_ns}
+
+    async def _render_answers(self, model: ServedModel, request: SearchRequest) -> ServedAnswer:
+        """Answer a request of the page for a task that does not search."""
+        item = replace(request.query, task=request.task)
+        asked = PredictionRequest([InputRow(item.label, {"row": 0}, item)], request.top)
+        with _budget_of(request) as budget:
+            timed = replace(asked, client=request.client, seconds=request.seconds)
+            read = await self._read(model.read_rows, timed, budget, item.data is not None)
+            (answer,) = await self._run(request.client, model.predict, [read], budget)
+            if "error" in answer:
+                return dict(answer)
+            return await asyncio.to_thread(model.render_answers, request, read, answer)
 
     async def _search(
-        self, answer: Callable[..., ServedAnswer], request: SearchRequest
+        self, request: SearchRequest, choose: Callable[[ServedModel], Callable[..., ServedAnswer]]
+    ) -> ServedAnswer:
+        model = await self._choose_model(request.manifest_ns)
+        answer = await self._find(model, request, choose(model))
+        return {**answer, "manifest_ns": model.manifest_ns}
+
+    async def _find(
+        self, model: ServedModel, request: SearchRequest, answer: Callable[..., ServedAnswer]
     ) -> ServedAnswer:
         with _budget_of(request) as budget:
             has_file = request.query.data is not None
             try:
-                found = await self._read(self._model.read_query, request, budget, has_file)
+                found = await self._read(model.read_query, request, budget, has_file)
             except UnreadyIndexError as error:
                 return {"unready": str(error)}
             except UserError as error:
@@ -229,7 +332,7 @@ class LocalHandle:
         self.predict = LocalMethod(replica.predict)
         self.search = LocalMethod(replica.search)
         self.render_search = LocalMethod(replica.render_search)
-        self.describe_indexes = LocalMethod(replica.describe_indexes)
+        self.describe_later = LocalMethod(replica.describe_later)
 
 
 class LocalMethod:

@@ -156,6 +156,16 @@ class TaskPredictor:
         self._routers: dict[frozenset[str], InputRouter] = {}
         self.runner = InferenceRunner(model, precision)
 
+    def describe_task(self, task: str) -> tuple[Any, ...]:
+        """Return names, captions, limit and preprocessing of a task, to compare two predictors.
+
+        Args:
+            task: name of the task.
+        """
+        bank = self.banks.get(task)
+        names, settings = list(self.names.get(task, ())), self.preprocessing.get(task)
+        return names, bank and bank.captions, self.limits.get(task), settings
+
     def predict(self, items: Sequence[PredictionItem], top: int = 5) -> list[TaskPrediction]:
         """Predict for each item, in order, with each task that answers it.
 

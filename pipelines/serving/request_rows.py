@@ -49,6 +49,7 @@ class PredictionRequest:
         has_embeddings: whether answers with captions have the embedding of their row.
         client: that sent the request; clients share a replica.
         seconds: that the answer may take.
+        manifest_ns: time of the oldest state of the model's folder that may answer.
     """
 
     rows: list[InputRow]
@@ -56,6 +57,7 @@ class PredictionRequest:
     has_embeddings: bool = False
     client: str = ""
     seconds: float = DEFAULT_SECONDS
+    manifest_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class SearchRequest:
         top: number of results.
         client: that sent the request; clients share a replica.
         seconds: that the answer may take.
+        manifest_ns: time of the oldest state of the model's folder that may answer.
     """
 
     query: PredictionItem
@@ -75,6 +78,7 @@ class SearchRequest:
     top: int = 12
     client: str = ""
     seconds: float = DEFAULT_SECONDS
+    manifest_ns: int = 0
 
 
 def read_prediction_request(body: bytes, max_rows: int) -> PredictionRequest:

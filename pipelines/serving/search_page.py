@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pipelines.serving.inputs import list_suffixes
+from pipelines.serving.inputs import PredictionItem, list_suffixes
+from skillnet.modality import find_modality
 from skillnet_platform.html_page import render_page
 
 #: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.
@@ -22,6 +23,9 @@ THUMBNAIL_PIXELS = 144
 MAX_PREVIEW_BYTES = 4000
 #: Largest recording that the page plays; a longer one is shown only.
 MAX_PLAYER_BYTES = 4 * 2**20
+#: What a score is.
+COSINE = "cosine similarity, not a probability"
+PROBABILITY = "probability by the model"
 #: Suffix of an audio file -> its MIME type below ``audio``; others are ``mpeg``.
 AUDIO_TYPES = {
     ".wav": "wav",
@@ -39,7 +43,7 @@ class ResultCard:
 
     Args:
         rank: from 1.
-        score: cosine similarity to the query.
+        score: cosine similarity to the query, or probability of an answer.
         title: caption, plain text.
         details: further lines, plain text.
         media: image (H, W, C) or video (N, H, W, C) uint8; None for other modalities.
@@ -80,6 +84,7 @@ def render_search_page(
     task: str = "",
     problem: str = "",
     preview: QueryPreview | None = None,
+    measure: str = COSINE,
 ) -> str:
     """Return the page as HTML text.
 
@@ -88,11 +93,12 @@ def render_search_page(
         cards: results, best first.
         facts: (name, value) pairs about the search.
         credit: authors and licences of the shown data.
-        tasks: modality of queries -> tasks that a server can search; with them the page has an
+        tasks: modality of queries -> tasks that a server offers; with them the page has an
             input box and a file input.
         task: the selected one.
         problem: reason why no results are shown.
         preview: picture or player of a file as the query.
+        measure: what the scores are.
     """
     values = {
         "query": query,
@@ -105,10 +111,33 @@ def render_search_page(
         "problem": problem,
         "wide": any(card.code is not None for card in cards),
         "preview": preview,
+        "measure": measure,
+        # A search by file goes by the type of the next file.
+        "chosen": task if measure == PROBABILITY else "",
         "preview_uri": "" if preview is None else _media_uri(preview),
         "recording_uri": "" if preview is None else _recording_uri(preview, query),
     }
     return render_page("search.html", values, package="pipelines.serving")
+
+
+def preview_query(
+    query: PredictionItem, query_row: np.ndarray, modality: str
+) -> QueryPreview | None:
+    """Return what the page shows of a file as the query; None for a text.
+
+    Args:
+        query: text or file of the user.
+        query_row: the query as the model reads it: decoded in the guard, and small.
+        modality: medium of the query.
+    """
+    if query.data is None:
+        return None
+    found = find_modality(modality)
+    if found.reads_tokens:
+        text = query.data[:MAX_PREVIEW_BYTES].decode("utf-8-sig", "ignore")
+        return QueryPreview(modality, code=text)
+    recording = query.data if found.file_half.is_played else None
+    return QueryPreview(modality, found.file_half.draw(query_row), recording=recording)
 
 
 def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:

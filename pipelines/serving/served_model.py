@@ -1,21 +1,34 @@
 """A trained model in memory that answers requests: predictions and searches.
 
 Each replica of ``skillnet serve`` has a :class:`ServedModel`, see
-:mod:`pipelines.serving.model_replica`.
+:mod:`pipelines.serving.model_replica`. When packages of skills join its folder or leave it, another
+one takes its place, if :func:`find_unchanged_tasks` finds that no old task changes.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
-from pipelines.serving.predictor import ReadInput, RowAnswers, to_document
+from pipelines.serving.predictor import ReadInput, RowAnswers, TaskPredictor, to_document
 from pipelines.serving.request_rows import PredictionRequest, SearchRequest
+from pipelines.serving.search_page import (
+    PROBABILITY,
+    ResultCard,
+    preview_query,
+    render_search_page,
+)
+from pipelines.training.runs.bundle_manifest import MANIFEST
 from skillnet.modality import modality_names
+from skillnet.objectives.base import find_objective
+from skillnet.serialization import hash_file
+from skillnet.skill_proofs import PROBE_ROWS, probe_outputs, prove_task
+from skillnet.skills import Task
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, first_line, suggest_name
 
@@ -28,6 +41,7 @@ if TYPE_CHECKING:
 READING_FRACTION = 0.75
 #: Characters of a request that is read within the turn of the model.
 MAX_SHORT_CHARACTERS = 1000
+ANOTHER_MODEL = "A running server takes packages only; start it again to serve another model"
 #: An answer: the document of the response, or ``{"error": …}``.
 ServedAnswer = dict[str, Any]
 
@@ -83,12 +97,14 @@ class ServedModel:
 
     Args:
         config: settings of the server.
+        before: the model whose place this one takes, with the indexes of unchanged tasks; or None.
 
     Raises:
-        UserError: the model or a corpus is missing or damaged.
+        UserError: the model or a corpus is missing or damaged, or a task would answer otherwise
+            than before.
     """
 
-    def __init__(self, config: ServedModelConfig) -> None:
+    def __init__(self, config: ServedModelConfig, before: "ServedModel | None" = None) -> None:
         from pipelines.serving.bundle import open_predictor
         from pipelines.serving.corpus_search import (
             CorpusSearch,
@@ -100,50 +116,57 @@ class ServedModel:
 
         source = resolve_model(config.model, config.tracking_uri)
         data = source.find_corpora(config.data)
+        self.manifest = source.weights / MANIFEST
+        # Read before the weights: a change in between is seen as one.
+        self.manifest_ns = read_change_ns(self.manifest)
+        self.digest = hash_file(self.manifest)
         self.predictor = open_predictor(source, data, config.precision)
         self.name = source.name
+        unchanged: set[str] = set()
+        if before is not None:
+            unchanged = find_unchanged_tasks(before.predictor, self.predictor)
         tasks = self.predictor.model.config.tasks
         ordered = {name: tasks[name] for name in sort_rows(tasks)} if config.search else {}
         #: Modality of queries -> task -> its search; tasks made for such queries come first.
         self.searches: dict[str, dict[str, CorpusSearch]] = {each: {} for each in modality_names()}
         for modality in modality_names():
             for task in list_search_tasks(ordered, modality):
+                kept = before.searches[modality].get(task) if before is not None else None
+                if kept is not None and task in unchanged:
+                    self.searches[modality][task] = kept.take_model(self.predictor, source)
+                    continue
                 # Without captions, only the rows themselves can be ranked.
                 with contextlib.suppress(MissingCaptionsError):
                     self.searches[modality][task] = CorpusSearch(
                         self.predictor, source, data, task, modality=modality
                     )
-        self._is_closed = False
 
-    def open_indexes(self) -> None:
-        """Open or build the index of each search; predictions are answered meanwhile."""
+    def open_indexes(self, on_rows: Callable[[int], object] | None = None) -> None:
+        """Open or build the index of each search; predictions are answered meanwhile.
+
+        Args:
+            on_rows: called with the number of rows of each batch that is embedded.
+
+        Raises:
+            ClosedModelError: ``on_rows`` raises it.
+        """
         pairs = [
             (m, task, each) for m, found in self.searches.items() for task, each in found.items()
         ]
         for number, (modality, task, search) in enumerate(pairs, 1):
+            if search.is_open or search.index.problem:
+                continue
             place = f", {task} for {modality}, {number} of {len(pairs)}"
             try:
-                search.open_index(place, self._go_on)
+                search.open_index(place, on_rows)
             except ClosedModelError:
-                return
+                raise
             except Exception as error:
                 # Such as a full disk. Predictions and other searches are answered.
-                search.problem = f"{task}: its index cannot be built: {first_line(error)}"
-                console.print_warning(search.problem)
+                search.index.problem = f"{task}: its index cannot be built: {first_line(error)}"
+                console.print_warning(search.index.problem)
 
-    def close(self) -> None:
-        """End :meth:`open_indexes` after its current batch."""
-        self._is_closed = True
-
-    def _go_on(self, rows: int) -> None:
-        if self._is_closed:
-            raise ClosedModelError
-
-    def describe_indexes(self) -> ServedAnswer:
-        """Return the progress of each index: modality of queries -> task -> rows and ``embedded``.
-
-        ``ready`` says whether all of them are open.
-        """
+    def _describe_indexes(self) -> ServedAnswer:
         found = {
             modality: {task: each.describe_progress() for task, each in searches.items()}
             for modality, searches in self.searches.items()
@@ -155,7 +178,11 @@ class ServedModel:
     def describe(self) -> ServedAnswer:
         """Return the model's name, its tasks with what they read, and its searchable tasks.
 
-        ``search`` maps a modality of queries to the tasks that rank rows for it.
+        ``manifest`` is the SHA-256 of ``manifest.json``, ``packages`` are names. ``search`` maps a
+        modality of queries to the tasks that rank rows for it, ``page`` also to those that answer
+        on the search page, ``indexes`` to the progress of the
+        indexes, and ``ready`` says whether all of them are open. ``problem`` is empty.
+        ``manifest_ns`` orders the states of the folder.
         """
         tasks = {
             name: {
@@ -164,7 +191,66 @@ class ServedModel:
             }
             for name, task in self.predictor.model.config.tasks.items()
         }
-        return {"model": self.name, "tasks": tasks, "search": self._list_searches()}
+        return {
+            "model": self.name,
+            "manifest": self.digest,
+            "packages": sorted(self.predictor.model.packages),
+            "tasks": tasks,
+            "search": self._list_searches(),
+            "page": self._list_page(),
+            **self._describe_indexes(),
+            "problem": "",
+            "manifest_ns": self.manifest_ns,
+        }
+
+    def _list_page(self) -> dict[str, list[str]]:
+        """Return the tasks that the search page offers for each modality of queries."""
+        offered = self._list_searches()
+        for name, task in self.predictor.model.config.tasks.items():
+            if _has_answers(task):
+                offered.setdefault(task.towers[task.row_tower].modality, []).append(name)
+        return offered
+
+    def answers_page(self, request: SearchRequest) -> bool:
+        """Return whether the page shows answers of a task, in place of ranked rows.
+
+        Args:
+            request: parsed form of a browser.
+        """
+        task = self.predictor.model.config.tasks.get(request.task or "")
+        return task is not None and _has_answers(task)
+
+    def render_answers(
+        self, request: SearchRequest, read: ReadRequest, answer: ServedAnswer
+    ) -> ServedAnswer:
+        """Return the page with the answers of a task in ``html``, or an ``error``.
+
+        Args:
+            request: parsed form of a browser.
+            read: its row.
+            answer: that of :meth:`predict`.
+        """
+        if answer["rejected"]:
+            return {"error": f"{request.query.label}: {answer['rejected'][0]['reason']}"}
+        cards, label = [], request.query.label
+        for found in answer["predictions"]:
+            # Each function of a Python file is an input.
+            details = [found["input"]] if found["input"] != label else []
+            cards += [
+                ResultCard(rank, best["score"], str(best["answer"]), details)
+                for rank, best in enumerate(found["alternatives"] or [found], 1)
+            ]
+        modality = find_item_modality(request.query)
+        html = render_search_page(
+            printable_name(request.query.name),
+            cards,
+            [("task", str(request.task)), ("model", self.name)],
+            tasks=self._list_page(),
+            task=str(request.task),
+            preview=preview_query(request.query, read.inputs[0].array, modality),
+            measure=PROBABILITY,
+        )
+        return {"html": html}
 
     def _list_searches(self) -> dict[str, list[str]]:
         """Return the tasks that rank rows for each modality of queries."""
@@ -246,8 +332,8 @@ class ServedModel:
         search = self._find_search(request)
         if not search.is_open:
             raise UnreadyIndexError(
-                search.problem
-                or f"{search.task}: {search.num_embedded:,} of {search.num_rows:,} rows of "
+                search.index.problem
+                or f"{search.task}: {search.index.num_embedded:,} of {search.num_rows:,} rows of "
                 f"{search.corpus.name} are embedded"
             )
         return search, search.read_query(request.query, budget.part(READING_FRACTION))
@@ -288,9 +374,9 @@ class ServedModel:
             vector: that of the row, by ``search.embed_query``.
         """
         hits = search.rank_rows(vector, request.top)
-        preview = search.preview_query(request.query, row)
+        preview = preview_query(request.query, row, search.modality)
         name, doubt = printable_name(request.query.name), search.describe_doubt(row)
-        return {"html": search.render_hits(name, hits, self._list_searches(), preview, doubt)}
+        return {"html": search.render_hits(name, hits, self._list_page(), preview, doubt)}
 
     def _find_search(self, request: SearchRequest) -> "CorpusSearch":
         with named_errors(request.query.label):
@@ -304,3 +390,64 @@ class ServedModel:
                 f"task: {chosen!r} ranks no rows for {modality}{suggest_name(chosen, searches)}"
             )
         return searches[chosen]
+
+
+def _has_answers(task: Task) -> bool:
+    """Return whether a task answers an input by itself, without rows to rank."""
+    objective = find_objective(task.objective)
+    return bool(objective.has_labels) and not objective.pairs_towers
+
+
+def read_change_ns(path: Path) -> int:
+    """Return when a file was last changed, in ns; it increases with each replacement. 0: no file.
+
+    Args:
+        path: location of the file.
+    """
+    try:
+        # Unlike the time of modification, no program can set this one.
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
+
+
+def find_unchanged_tasks(before: TaskPredictor, after: TaskPredictor) -> set[str]:
+    """Return the tasks that two models have in common, after a comparison of their outputs.
+
+    Packages add and remove tasks. Those of the base, and of packages that both models have, must
+    give equal bits on generated inputs.
+
+    Args:
+        before: the model that answers requests now.
+        after: the model that takes its place.
+
+    Raises:
+        UserError: a task of the base is new or missing, or a task answers otherwise.
+    """
+    old, new = _read_origins(before), _read_origins(after)
+    for task in sorted(old.keys() ^ new.keys()):
+        if (old | new)[task] is None:
+            raise UserError(f"{task}: no package brings or takes this task. {ANOTHER_MODEL}")
+    common = [task for task in old if task in new and old[task] == new[task]]
+    if before.model.vocabulary.tokenizer != after.model.vocabulary.tokenizer:
+        raise UserError(f"the tokenizer is another one. {ANOTHER_MODEL}")
+    # In the precision of the answers, so that merged weights are in memory once.
+    with before.runner.inference():
+        expected = probe_outputs(before.model, common)
+    with after.runner.inference():
+        found = probe_outputs(after.model, common)
+    for task in common:
+        proof = prove_task(after.model, task, expected[task], found[task])
+        if proof.differing or before.describe_task(task) != after.describe_task(task):
+            raise UserError(
+                f"{task}: {proof.differing} of {PROBE_ROWS} generated inputs get another answer, "
+                f"or its settings changed. {ANOTHER_MODEL}"
+            )
+    return set(common)
+
+
+def _read_origins(predictor: TaskPredictor) -> dict[str, str | None]:
+    """Return task -> digest of the package that brought it; None for a task of the base."""
+    model = predictor.model
+    packed = {task: each["digest"] for each in model.packages.values() for task in each["tasks"]}
+    return {task: packed.get(task) for task in model.config.tasks}

@@ -13,6 +13,6 @@ def draw_png() -> bytes:
     return picture.getvalue()
 
 
-def encode_form(content: bytes, name: str) -> tuple[bytes, str]:
+def encode_form(content: bytes, name: str, task: str = "") -> tuple[bytes, str]:
     """Body and content type of the form."""
-    return encode_multipart_formdata({"task": "", "file": (name, content)})
+    return encode_multipart_formdata({"task": task, "file": (name, content)})

@@ -1,5 +1,6 @@
 """A model of every objective and modality with its corpora and its folder, made once a session."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -9,13 +10,21 @@ import pytest
 import torch
 import yaml
 
+from pipelines import skills
 from pipelines.serving import bundle
 from pipelines.serving.predictor import TaskPredictor
 from pipelines.training.runs import model_source
+from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet.model import SkillNet
-from skillnet.skills import default_tasks, known_tasks
+from skillnet.model_merging import add_skill, add_task
+from skillnet.router import name_counts
+from skillnet.serialization import write_model
+from skillnet.skills import SkillPlan, Task, default_tasks, known_tasks
+from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.readable_corpora import config, write_corpora, write_labelled_corpora
 
+#: Classes of the task of the package ``shapes``.
+NAMES = ("heart", "star", "sun")
 #: Task of the model of every objective -> (corpus, outputs); None keeps the default number.
 TASKS = {
     "text_classification": ("headings", 15),
@@ -83,3 +92,58 @@ def served_place(factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root))
         yield _made(root)
+
+
+def pack_shapes(
+    place: ServedPlace,
+    folder: Path,
+    package: str = "shapes",
+    task: str = "shape",
+    like: str = "text_to_image",
+) -> Path:
+    """Write a package of a classification into a folder, made from a model that grew.
+
+    Args:
+        place: with the base.
+        folder: receives the package, and the grown model as ``grown``.
+        package: name of the package.
+        task: name of its task; its skill is ``counting``, or named after another task.
+        like: task of the base whose rows it reads.
+    """
+    grown = folder / "grown"
+    model = SkillNet.from_pretrained(place.bundle)
+    torch.manual_seed(5)
+    skill = "counting" if task == "shape" else f"{task}s"
+    add_skill(model, skill)
+    modality = model.config.tasks[like].towers[model.config.tasks[like].row_tower].modality
+    plan = SkillPlan(tuple(sorted((skill, "general", modality))), modality)
+    add_task(model, task, Task("classification", {"input": plan}, outputs=3))
+    found = model.vocabulary
+    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, task: NAMES}, {})
+    grown.mkdir(parents=True)
+    write_model(model, grown)
+    about = dict(bundle.check_bundle(place.bundle))
+    files = list(about["files"])
+    for name in files:
+        shutil.copyfile(place.bundle / name, grown / name)
+    # The task reads the inputs of another one.
+    files.append(name_counts(task))
+    shutil.copyfile(grown / name_counts(like), grown / name_counts(task))
+    entry = about["tasks"][like] | {"names": list(NAMES), "limit": None}
+    rows = [{"task": task, "split": "test", "metric": "accuracy", "value": 0.5}]
+    about |= {
+        "tasks": about["tasks"] | {task: entry},
+        "evaluation": [row | {"low": 0.4, "high": 0.6} for row in rows],
+        "settings": {
+            "seed": 1,
+            "tasks": {
+                task: {"corpus": "a"},
+                like: {"corpus": "drawings", "eval_only": True},
+            },
+        },
+    }
+    about = {key: value for key, value in about.items() if key not in ("digest", "files", "format")}
+    add_bundle_manifest(grown, about, files)
+    target = folder / f"{package}.skill"
+    assert skills.pack_tasks([str(grown), "--output", str(target)]) == 0
+    return target

@@ -10,11 +10,18 @@ class StubModel:
 
     def describe(self) -> Any:
         """Return the description of a model with one task for searches."""
-        return {"model": "stub", "tasks": {}, "search": {"text": ["text_to_image"]}}
-
-    def describe_indexes(self) -> Any:
-        """Return that all indexes are open."""
-        return {"ready": True, "indexes": {}}
+        return {
+            "model": "stub",
+            "manifest": "",
+            "packages": [],
+            "tasks": {},
+            "search": {"text": ["text_to_image"]},
+            "page": {"text": ["text_to_image"]},
+            "ready": True,
+            "indexes": {},
+            "problem": "",
+            "manifest_ns": 1,
+        }
 
     def read_rows(self, request: Any, budget: Any) -> Any:
         """Return a request as it is."""

@@ -4,10 +4,12 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +22,14 @@ import pytest
 from benchmarks.serving import kill_replica
 from pipelines.serve import ServeConfig, build_server, run_replicas
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
+from pipelines.skills import drop_packages, join_packages
 from skillnet.model import SkillNet
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.hostile_corpora import SLOW_SVG
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
+from tests.helpers.served_place import ServedPlace, pack_shapes, served_place
 from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
@@ -33,11 +37,19 @@ pytestmark = pytest.mark.integration
 CLIENTS, REQUESTS = 8, 12
 
 
-@pytest.fixture
-def url(tmp_path: Path, ray_session: Any) -> Iterator[str]:
-    data = write_corpora(tmp_path / "corpora")
-    SkillNet(config()).save_pretrained(tmp_path / "model")
-    served = ServedModelConfig(str(tmp_path / "model"), str(data), search=False)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
+    yield from served_place(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def model(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(place.bundle, tmp_path_factory.mktemp("served") / "model"))
+
+
+@pytest.fixture(scope="module")
+def url(model: Path, ray_session: Any) -> Iterator[str]:
+    served = ServedModelConfig(str(model), search=False)
     options = ServeConfig(port=free_port(), replicas=2, cpus=0.5, search=False)
     about = ServedModel(served).describe()
     with run_replicas(options, served) as handle:
@@ -66,6 +78,40 @@ def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
             answered.acquire()
         kill_replica(os.getpid())
         assert [each.result() for each in sent] == [[1] * REQUESTS] * CLIENTS
+
+
+def test_replicas_take_packages_together(
+    url: str, place: ServedPlace, model: Path, tmp_path: Path
+) -> None:
+    package = pack_shapes(place, tmp_path)
+    picture = {"file": base64.b64encode(draw_png()).decode(), "name": "a.png", "task": "shape"}
+    expected, is_over = predict(url, "文学研究"), threading.Event()
+
+    def send() -> int:
+        count = 0
+        while not is_over.is_set():
+            assert predict(url, "文学研究") == expected
+            count += 1
+        return count
+
+    def read_tasks() -> Any:
+        with urllib.request.urlopen(f"{url}/v1/tasks", timeout=60) as answer:
+            return json.loads(answer.read())["tasks"]
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        sent = [pool.submit(send) for _ in range(CLIENTS)]
+        assert join_packages([str(package), "--to", str(model)]) == 0
+        wait_until(lambda: "shape" in read_tasks(), 120, pause=0.05)
+        # From then on every replica answers, whichever gets the request.
+        found = [ask(url, picture)["predictions"][0]["task"] for _ in range(REQUESTS)]
+        assert found == ["shape"] * REQUESTS
+        assert drop_packages(["shapes", "--from", str(model)]) == 0
+        wait_until(lambda: "shape" not in read_tasks(), 120, pause=0.05)
+        for _ in range(REQUESTS):
+            with pytest.raises(urllib.error.HTTPError, match="422"):
+                ask(url, picture)
+        is_over.set()
+        assert min(each.result() for each in sent) > 0
 
 
 def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> None:
@@ -130,13 +176,17 @@ def active_requests(port: int) -> int:
 
 
 def predict(url: str, text: str) -> list[Any]:
-    body = json.dumps({"rows": [{"text": text}]}).encode()
+    found: list[Any] = ask(url, {"text": text})["predictions"]
+    return found
+
+
+def ask(url: str, row: dict[str, str]) -> Any:
+    body = json.dumps({"rows": [row]}).encode()
     request = urllib.request.Request(
         f"{url}/v1/predict", body, {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer:
-        found: list[Any] = json.loads(answer.read())["predictions"]
-    return found
+        return json.loads(answer.read())
 
 
 def search_by_file(url: str, content: bytes, name: str) -> str:

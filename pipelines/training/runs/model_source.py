@@ -18,7 +18,13 @@ from pipelines.data.config.folds import FoldConfig
 from pipelines.training.runs.bundle_manifest import MANIFEST, is_bundle, read_bundle_manifest
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
-from skillnet.serialization import check_file, load_tensors, read_config, read_manifest
+from skillnet.serialization import (
+    check_file,
+    config_to_dict,
+    load_tensors,
+    read_config,
+    read_manifest,
+)
 from skillnet_platform import tracking
 from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError, check_known_names
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "models:/skillnet@champion"
 BUNDLE = "bundle"
+#: Starts of the names of a file of weights: as trained, and averaged over the training.
+FORMS = ("", "average-")
 REMEDY = "give another model, or create this one again"
 
 
@@ -77,6 +85,25 @@ class ModelSource:
         # Optimizer state does not change the model's outputs.
         weights = {n: e["sha256"] for n, e in files.items() if not n.startswith("optimizer-")}
         return digest_config(weights)
+
+    def digest_task(self, model: "TaskModel", task: str) -> str:
+        """Return the SHA-256 of all that decides the outputs of a task: its weights and settings.
+
+        Args:
+            model: the loaded model.
+            task: one of its tasks.
+        """
+        from skillnet_platform.config import digest_config
+
+        listed = read_manifest(self.weights)["files"]
+        names = [f"{start}{file}.safetensors" for file in model.files_of(task) for start in FORMS]
+        settings = config_to_dict(model.config)
+        plan = settings.pop("tasks")[task]
+        # Other skills and tasks have no part in it.
+        for key in ("skills", "reference_tasks"):
+            settings.pop(key)
+        about = [model.system, model.options, settings, plan, model.vocabulary.tokenizer]
+        return digest_config([*about, {n: listed[n]["sha256"] for n in names if n in listed}])
 
     @property
     def seed(self) -> int:

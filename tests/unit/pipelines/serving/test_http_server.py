@@ -14,11 +14,13 @@ from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import corpus_search
 from pipelines.serving.access_token import is_authorized, read_token
 from pipelines.serving.connection_guard import ServerLimits
+from pipelines.serving.http_server import ModelGateway, build_routes
 from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet_platform.errors import UserError
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import TOKEN, Service, run_service
 from tests.helpers.served_place import ServedPlace
+from tests.helpers.stub_model import StubModel
 
 LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=30.0)
 
@@ -153,6 +155,23 @@ def test_an_index_that_cannot_be_built_stops_nothing_else(
         assert (status, "No space left on device" in text) == (503, True)
         found = service.ask("/v1/search", {"query": "红色的心", "task": "text_to_video"})
         assert found[0] == 200
+
+
+def test_no_request_changes_the_model(service: Service) -> None:
+    routes = build_routes(ModelGateway(StubModel(), StubModel().describe(), LIMITS, ()))
+    methods = {(route.path, each) for route in routes for each in route.methods or ()}
+    assert {path for path, each in methods if each not in ("GET", "HEAD")} == {
+        "/search",
+        "/v1/predict",
+        "/v1/search",
+    }
+    for method in ("POST", "PUT", "DELETE"):
+        for path in ("/v1/packages", "/v1/tasks", "/v1/skills", "/v1/tasks/text_to_image"):
+            body = b'{"package": "shapes.skill"}'
+            sent = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            sent += f"Authorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
+            status = service.send(sent.encode() + body).split()[1]
+            assert status in (b"404", b"405")
 
 
 def test_other_content_types_and_paths_are_rejected(service: Service) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,14 +32,15 @@ class SlowModel:
         self.can_pass = threading.Event()
         self.can_pass.set()
         self.threads: list[threading.Thread] = []
-        self.is_indexing = threading.Event()
-        self.is_indexing.set()
+        self.indexing: threading.Thread | None = None
+        self.manifest, self.manifest_ns = Path("none"), 0
 
-    def open_indexes(self) -> None:
-        self.is_indexing.wait(60)
-
-    def close(self) -> None:
-        self.is_indexing.set()
+    def open_indexes(self, on_rows: Callable[[int], object]) -> None:
+        # As an index that is never complete.
+        self.indexing = threading.current_thread()
+        while True:
+            on_rows(1)
+            threading.Event().wait(0.005)
 
     def is_short(self, request: PredictionRequest) -> bool:
         return request.client.startswith("short")
@@ -208,13 +210,33 @@ def test_only_short_passes_run_in_the_event_loop(run: Any) -> None:
 
 def test_predictions_are_answered_while_the_indexes_are_built(run: Any) -> None:
     async def test(replica: ModelReplica, model: SlowModel) -> None:
-        model.is_indexing.clear()
-        busy = threading.Thread(target=model.open_indexes)
-        replica._indexing = busy
-        busy.start()
+        await until(lambda: model.indexing)
         assert (await replica.predict(ask("a", texts=1)))["predictions"] == [1]
-        assert busy.is_alive()
+        assert model.indexing is not None
+        assert model.indexing.is_alive()
         replica.close()
-        assert not busy.is_alive()
+        assert not model.indexing.is_alive()
+
+    run(test)
+
+
+def test_a_request_ends_with_the_model_that_it_began_with(run: Any) -> None:
+    async def test(replica: ModelReplica, model: SlowModel) -> None:
+        model.can_pass.clear()
+        first = asyncio.create_task(replica.predict(ask("first", texts=1)))
+        await until(lambda: model.passes == [["first"]])
+        waiting = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "ab"]
+        await until(lambda: len(replica._waiting) == 2)
+        other: Any = SlowModel(ServedModelConfig("other"))
+        other.manifest_ns = 2
+        replica._model = other
+        later = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "cd"]
+        await until(lambda: len(replica._waiting) == 4)
+        model.can_pass.set()
+        answers = await asyncio.gather(first, *waiting, *later)
+        assert [each["manifest_ns"] for each in answers] == [0, 0, 0, 2, 2]
+        assert (model.passes, other.passes) == ([["first"], ["a", "b"]], [["c", "d"]])
+        # So that the thread of the replica, which embeds with the old model, can end.
+        replica._model = model  # type: ignore[assignment]
 
     run(test)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,64 +16,17 @@ import torch
 from pipelines import predict
 from pipelines import skills as commands
 from pipelines.serving import bundle
-from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet import SkillNet
-from skillnet.model_merging import add_skill, add_task
-from skillnet.router import name_counts
-from skillnet.serialization import write_model
-from skillnet.skills import SkillPlan, Task
-from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.file_forms import draw_png
 from tests.helpers.hub_server import serve_hub
-from tests.helpers.served_place import ServedPlace
+from tests.helpers.served_place import ServedPlace, pack_shapes
 
-NAMES = ("heart", "star", "sun")
+ROOT = Path(__file__).resolve().parents[4]
 GIVEN = ("shapes@hf:owner/skills@v1", "shapes@hf:owner/skills", "no@hf:owner/skills@v1")
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def shelf(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package ``shapes`` in a folder, made from a model that grew from the served one."""
-    folder = tmp_path_factory.mktemp("shelf")
-    grown = folder / "grown"
-    model = SkillNet.from_pretrained(place.bundle)
-    torch.manual_seed(5)
-    add_skill(model, "counting")
-    plan = SkillPlan(("counting", "general", "image"), "image")
-    add_task(model, "shape", Task("classification", {"input": plan}, outputs=3))
-    found = model.vocabulary
-    model.vocabulary = ModelVocabulary(found.tokenizer, {**found.outputs, "shape": NAMES}, {})
-    grown.mkdir()
-    write_model(model, grown)
-    about = dict(bundle.check_bundle(place.bundle))
-    files = list(about["files"])
-    for name in files:
-        shutil.copyfile(place.bundle / name, grown / name)
-    # The task reads the images of another one.
-    files.append(name_counts("shape"))
-    shutil.copyfile(grown / name_counts("text_to_image"), grown / name_counts("shape"))
-    entry = about["tasks"]["text_to_image"] | {"names": list(NAMES), "limit": None}
-    rows = [{"task": "shape", "split": "test", "metric": "accuracy", "value": 0.5}]
-    about |= {
-        "tasks": about["tasks"] | {"shape": entry},
-        "evaluation": [row | {"low": 0.4, "high": 0.6} for row in rows],
-        "settings": {
-            "seed": 1,
-            "tasks": {
-                "shape": {"corpus": "a"},
-                "text_to_image": {"corpus": "drawings", "eval_only": True},
-            },
-        },
-    }
-    about = {key: value for key, value in about.items() if key not in ("digest", "files", "format")}
-    add_bundle_manifest(grown, about, files)
-    target = folder / "shapes.skill"
-    assert commands.pack_tasks([str(grown), "--output", str(target)]) == 0
-    return folder
 
 
 @pytest.fixture
@@ -190,3 +144,66 @@ def test_a_package_without_settings_for_predictions_joins_no_served_model(
     plain = tmp_path / "plain"
     SkillNet.from_pretrained(model).save_pretrained(plain)
     assert commands.join_packages([str(tmp_path / "bare.skill"), "--to", str(plain)]) == 0
+
+
+@pytest.mark.integration
+def test_the_demo_of_packages_prints_what_the_readme_quotes(
+    place: ServedPlace, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(place.bundle, runs / "quickstart-1")
+    for package, task in (("stroke-count", "stroke_count"), ("radical", "radical")):
+        made = pack_shapes(place, tmp_path / package, package, task, "text_to_video")
+        (runs / "skills").mkdir(exist_ok=True)
+        made.rename(runs / "skills" / made.name)
+    (runs / "skills" / "base-of-quickstart-1").touch()
+    environment = {
+        **os.environ,
+        "SKILLNET_HOME": str(runs),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "160",
+    }
+    done = subprocess.run(
+        ["sh", "examples/skills.sh"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.replace(str(runs), "runs").splitlines()
+    digests = [line.split()[-1] for line in printed if line.startswith("SHA-256 of all files")]
+    assert len(set(digests)) == 1
+    assert len(digests) == 2
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = readme[readme.index("$ skillnet add") :].partition("```")[0].splitlines()
+    assert [line for line in quoted if mask(line) not in map(mask, printed)] == []
+
+
+def test_the_demo_grows_its_skills_once_or_says_why_not(tmp_path: Path) -> None:
+    stub = tmp_path / "bin" / "skillnet"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$1" >>calls\n[ "$1" != "$FAILING" ] || exit 2\n')
+    stub.chmod(0o755)
+
+    def run(*words: str, failing: str = "") -> tuple[int, list[str]]:
+        (tmp_path / "calls").write_text("")
+        path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "SKILLNET_HOME": "runs", "PATH": path, "FAILING": failing}
+        command = ["sh", str(ROOT / "examples/skills.sh"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=60)
+        return done.returncode, (tmp_path / "calls").read_text().split()
+
+    assert run("grow") == (1, [])
+    (tmp_path / "runs" / "quickstart-1").mkdir(parents=True)
+    assert run("grow", failing="grow") == (1, ["prepare", "grow"])
+    grown = ["prepare", "grow", "pack", "grow", "pack"]
+    assert run("grow") == (0, grown)
+    assert run(failing="export") == (2, ["export"])
+
+
+def mask(line: str) -> str:
+    """Return a line without what depends on the weights: numbers, digests, classes, rules."""
+    line = re.sub(r"\b[0-9a-f]{32}\b|\b\d[\d.e+-]*\b", "#", line)
+    return " ".join(line.split()[:1] if line.startswith("  examples/") else line.split())
