@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def open_corpus(
     # Sizes cost one listing and detect most incomplete copies; hashing costs a full read.
     files.check_sizes(shards.iter_sizes())
     if verify:
-        files.check_digests([manifest["shards"], *shards])
+        files.check_digests(chain([manifest["shards"]], shards))
     ranges = manifest_id_ranges(manifest)
     splits = {name: CorpusSplit(name, files, divided[name], ranges) for name in manifest["splits"]}
     if verify and not files.remote:
