@@ -1,22 +1,32 @@
-"""What a corpus' reading task holds and spools for each row: bytes, the same on every machine.
+"""What readers hold: bytes a row of a corpus' reading task, and a node's memory of open corpora.
 
     python -m benchmarks.reader_memory
 
 Trees of empty media with annotations of the usual length, in two sizes: the difference of the peaks
 (tracemalloc) over the difference of the rows, so that what does not grow is not in it. Media are
 not opened by readers. A spool is written where a tokenizer is learnt.
+
+Prepared corpora of up to a million shards are opened by one and by three processes of a node: CPU
+time of each, the memory that all of them add together (proportional set size), and the bytes that
+a loading process is sent. Their files have a size and no content. Beside them, what a list of the
+same entries in JSON costs.
 """
 
 import io
 import json
+import multiprocessing
+import pickle
+import shutil
 import sys
 import tarfile
 import tempfile
+import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import Result, write
+from benchmarks.measure import Result, spread, write
 from pipelines.data.corpora import ExternalCorpus, open_external_corpus
 from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.preprocessing.blocks import write_spool
@@ -124,13 +134,149 @@ def measured(folder: Path, sizes: tuple[int, int] = SIZES) -> list[Result]:
     return results
 
 
+#: Rows and bytes of each shard, bytes of a window, and rows of a batch.
+SHARD_ROWS, SHARD_BYTES, WINDOW_BYTES, BATCH = 1_000, 1_000, 400_000, 256
+ENTRIES = "entries.json"
+
+
+def write_sharded_corpus(folder: Path, shards: int) -> None:
+    """Write a corpus whose shards are holes of files, and its entries as JSON."""
+    from pipelines.data.shards.format import FORMAT_VERSION, write_corpus_manifest
+
+    folder.mkdir()
+    entries = []
+    for number in range(shards):
+        name = f"train-{number:05d}.arrow"
+        with (folder / name).open("wb") as stream:
+            stream.truncate(SHARD_BYTES)
+        digest = f"{number:064x}"
+        entries.append({"file": name, "rows": SHARD_ROWS, "bytes": SHARD_BYTES, "sha256": digest})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "corpus": "made",
+        "modality": "text",
+        "task": "text_classification",
+        "splits": {"train": {"rows": SHARD_ROWS * shards, "shards": entries}},
+    }
+    write_corpus_manifest(folder, manifest)
+    (folder / ENTRIES).write_text(json.dumps(entries), encoding="utf-8")
+
+
+def open_sharded_corpus(folder: Path) -> object:
+    """Open the corpus as a training does, up to the shards of its first batch."""
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.loading.samplers import WindowedShuffleSampler
+    from pipelines.training.loading.shard_table import ShardTable
+
+    table = ShardTable([open_corpus(folder).splits["train"]], "made")
+    order = WindowedShuffleSampler(table.rows, table.bytes, BATCH, WINDOW_BYTES, (0, "order"))
+    order.shards(0)
+    return table, order
+
+
+def read_entries(folder: Path) -> object:
+    """Read the same entries from JSON."""
+    return json.loads((folder / ENTRIES).read_text(encoding="utf-8"))
+
+
+OPENERS: dict[str, Callable[[Path], object]] = {
+    "open corpus": open_sharded_corpus,
+    "entries in JSON": read_entries,
+}
+
+
+def _open_in_process(pipe: Any, name: str, folder: Path) -> None:
+    import pipelines.data.shards.dataset
+    import pipelines.training.loading.samplers
+    import pipelines.training.loading.shard_table  # noqa: F401
+
+    pipe.send(None)
+    pipe.recv()
+    begin = time.process_time()
+    opened = OPENERS[name](folder)
+    took = time.process_time() - begin
+    sent = opened[0] if isinstance(opened, tuple) else opened
+    # Pickling first: what it makes is gone when the memory is read.
+    size = len(pickle.dumps(sent))
+    pipe.send((took, size))
+    pipe.recv()
+
+
+def _measure_set_size(process: Any) -> int:
+    """Bytes of a process; what several processes share is divided among them."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def open_in_processes(name: str, folder: Path, count: int) -> tuple[list[float], int, int]:
+    """Return CPU seconds of each process, the bytes that all add, and those sent to a loader."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for _ in range(count):
+        mine, theirs = context.Pipe()
+        processes.append(context.Process(target=_open_in_process, args=(theirs, name, folder)))
+        processes[-1].start()
+        pipes.append(mine)
+    for pipe in pipes:
+        pipe.recv()
+    before = sum(map(_measure_set_size, processes))
+    for pipe in pipes:
+        pipe.send(None)
+    took = [pipe.recv() for pipe in pipes]
+    added = sum(map(_measure_set_size, processes)) - before
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(None)
+        process.join()
+    return [seconds for seconds, _ in took], added, took[0][1]
+
+
+def measure_shards(
+    folder: Path, sizes: Sequence[int] = (10_000, 100_000, 1_000_000)
+) -> list[Result]:
+    """What opening corpora of these numbers of shards takes."""
+    results = []
+    for shards in sizes:
+        place = folder / f"shards-{shards}"
+        write_sharded_corpus(place, shards)
+        for name in OPENERS:
+            for count in (1, 3):
+                seconds, added, size = open_in_processes(name, place, count)
+                setting = f"{shards} shards, processes: {count}"
+                target = name == "open corpus" and shards == max(sizes)
+                results.append(
+                    Result(name, "", "CPU s", *spread(seconds), "<= 3" * target, count, setting)
+                )
+                for what, value, limit in ((name, added, "<= 300"), (f"{name}, sent", size, "")):
+                    megabytes = value / 1e6
+                    unit = "MB of a node" if what == name else "MB to a loader"
+                    results.append(
+                        Result(
+                            what,
+                            "",
+                            unit,
+                            megabytes,
+                            megabytes,
+                            megabytes,
+                            limit * target,
+                            setting=setting,
+                        )
+                    )
+        shutil.rmtree(place)
+    return results
+
+
 def main() -> int:
-    """Measure, and write the CSV."""
+    """Measure, and write the two CSV files."""
     with tempfile.TemporaryDirectory() as folder:
-        results = measured(Path(folder))
-    for result in results:
-        print(f"{result.measured}: {result.value:.0f} {result.unit}", flush=True)
-    print(write("reader-memory", results, 1, clock="none: bytes"))
+        for name, clock, measure in (
+            ("reader-memory", "none: bytes", measured),
+            ("open-shards", "cpu", measure_shards),
+        ):
+            results = measure(Path(folder))
+            for result in results:
+                value = f"{result.value:.3g} {result.unit}"
+                print(f"{result.measured}: {value}, {result.setting}", flush=True)
+            print(write(name, results, 1, clock=clock))
     return 0
 
 

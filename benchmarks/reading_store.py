@@ -120,10 +120,9 @@ def _upload(folder: Path) -> list[str]:
 
 def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
     from pipelines.data.shards.dataset import open_corpus
-    from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+    from pipelines.data.shards.format import FORMAT_VERSION, write_corpus_manifest
     from pipelines.training.loading.samplers import ShuffleSampler
     from pipelines.training.loading.shard_table import ShardTable
-    from skillnet_platform.storage import write_json
     from skillnet_platform.storage.cache import FileCache
 
     entries = write_shards(cells, home)
@@ -134,7 +133,7 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
         "task": "image_classification",
         "splits": {"train": {"rows": len(cells), "shards": entries}},
     }
-    write_json(home / MANIFEST, manifest | {"digest": manifest_digest(manifest)})
+    write_corpus_manifest(home, manifest)
     _upload(home)
 
     def epoch(cache: Path, number: int) -> None:

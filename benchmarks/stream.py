@@ -139,8 +139,7 @@ def _dataset(corpus: PreparedCorpus, split: str, columns: list[str]) -> Any:
     from datasets import Dataset, concatenate_datasets, disable_progress_bars
 
     disable_progress_bars()
-    shards = corpus.manifest["splits"][split]["shards"]
-    files = [str(Path(corpus.path) / shard["file"]) for shard in shards]
+    files = [str(Path(corpus.path) / shard["file"]) for shard in corpus.splits[split].shards]
     whole = concatenate_datasets([Dataset.from_file(file) for file in files])
     return whole.select_columns(columns).with_format("numpy")
 

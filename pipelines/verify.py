@@ -253,9 +253,10 @@ def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, di
         # A manifest that agrees with its shards may still be of a later preparation.
         if digest is not None:
             _require_equal(f"{location}, the digest of its manifest", manifest["digest"], digest)
-        listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        size = sum(shard["bytes"] for shard in listed) / 2**20
-        return f"{len(listed)} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
+        splits = manifest["splits"].values()
+        size = sum(split["bytes"] for split in splits) / 2**20
+        shards = sum(split["shards"] for split in splits)
+        return f"{shards} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
 
     return _make_check(subject, shards), manifest
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from pipelines.data.corpora import ExternalCorpus
 from pipelines.data.preprocessing import prepare as preparing
-from pipelines.data.shards.format import FORMAT_VERSION, manifest_digest, write_shard
+from pipelines.data.shards import format as shard_format
+from pipelines.data.shards.format import FORMAT_VERSION, SHARD_TABLE, manifest_digest, write_shard
 from pipelines.data.shards.row_checks import ROW_CHECKS
 
 
@@ -19,6 +20,16 @@ def write_manifest(folder: Path, manifest: Any) -> Path:
         manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a manifest whose splits have the entries of their shards, as it is written from."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    entries = pa.ipc.open_file((folder / SHARD_TABLE).read_bytes()).read_all().to_pylist()
+    for _, split in sorted(manifest["splits"].items()):
+        own, entries = entries[: split["shards"]], entries[split["shards"] :]
+        split["shards"] = [entry | {"sha256": entry["sha256"].hex()} for entry in own]
+    return manifest
 
 
 def write_corpus(folder: Path, splits: Mapping[str, Sequence[pa.Table]], **entries: Any) -> Path:
@@ -46,7 +57,8 @@ def write_corpus(folder: Path, splits: Mapping[str, Sequence[pa.Table]], **entri
         "rows_out": total,
         "quarantine": {},
     }
-    return write_manifest(folder, manifest | entries)
+    shard_format.write_corpus_manifest(folder, manifest | entries)
+    return folder
 
 
 def change_corpus(
@@ -60,10 +72,10 @@ def change_corpus(
     Args:
         folder: directory of the corpus.
         edit: (split, rows of a shard) -> other rows.
-        change: alters the manifest.
+        change: alters the manifest, whose splits have entries of their shards.
         entries: keys and values of the manifest.
     """
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     for split, described in manifest["splits"].items() if edit else ():
         assert edit is not None
         for shard in described["shards"]:
@@ -75,8 +87,7 @@ def change_corpus(
     manifest |= entries
     if change is not None:
         change(manifest)
-    write_manifest(folder, manifest)
-    return manifest
+    return shard_format.write_corpus_manifest(folder, manifest)
 
 
 def swap_test(manifest: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pipelines.data.corpora.archives import iter_members
 from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import SHARD_TABLE
 from pipelines.data.tokenizer.guarded_loader import (
     largest_token_id,
     parse_tokenizer,
@@ -135,7 +136,14 @@ def seal_corpus(folder: Path, path: Path) -> None:
         if path.suffix == ".arrow":
             data = path.read_bytes()
             hashes = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-            manifest["splits"]["train"]["shards"][0] |= hashes
+            if path.name != SHARD_TABLE:
+
+                def seal_shard(whole: dict[str, Any]) -> None:
+                    whole["splits"]["train"]["shards"][0] |= hashes
+
+                prepared_corpora.change_corpus(folder, change=seal_shard)
+                return
+            manifest["shards"] |= hashes
         prepared_corpora.write_manifest(folder, manifest)
 
 

@@ -19,12 +19,12 @@ from pipelines.data.config.corpus_options import check_pairs
 from pipelines.data.corpora.readers.row_builders import hash_caption_group
 from pipelines.data.shards.columns import PAIRED_PREFIX, FixedColumn, open_column
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.data.shards.format import MANIFEST, manifest_digest, write_shard
+from pipelines.data.shards.format import MANIFEST, write_corpus_manifest, write_shard
 from pipelines.data.shards.row_checks import ROW_CHECKS, ShardDigests, check_rows, digest_shard
 from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import staging_directory, write_json
+from skillnet_platform.storage import staging_directory
 
 #: Rows of a shard.
 SHARD_ROWS = 512
@@ -96,8 +96,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
             console.print_warning(f"{name}: {hint}")
         manifest = _describe(name, first, second, splits, schema)
         manifest[ROW_CHECKS] = check_rows(lambda: digests, manifest["rows_out"])
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+        return write_corpus_manifest(folder, manifest)
 
 
 def take_rows(table: pa.Table, rows_B: np.ndarray) -> pa.Table:
@@ -212,7 +211,7 @@ def _describe(
 ) -> dict[str, Any]:
     manifests = first.manifest, second.manifest
     rows = sum(entry["rows"] for entry in splits.values())
-    manifest = {
+    return {
         **{key: value for key, value in manifests[0].items() if key not in _DROPPED_KEYS},
         "corpus": name,
         "task": f"{second.modality}_to_{first.modality}",
@@ -231,8 +230,6 @@ def _describe(
         "rows_out": rows,
         "quarantine": {},
     }
-    manifest["digest"] = manifest_digest(manifest)
-    return manifest
 
 
 def _join_settings(first: PreparedCorpus, second: PreparedCorpus) -> dict[str, Any]:

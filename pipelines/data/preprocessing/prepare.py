@@ -404,7 +404,6 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
         manifest: parsed ``manifest.json`` of the corpus.
         state: ``prepared``, ``cached`` or ``paired``.
     """
-    shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
     truncated = manifest.get("truncated_files", {})
     for file, where in truncated.items():
         console.print_warning(
@@ -421,7 +420,7 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
         "quarantine": manifest["quarantine"],
         "truncated_files": truncated,
         ROW_CHECKS: manifest.get(ROW_CHECKS),
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "bytes": sum(entry["bytes"] for entry in manifest["splits"].values()),
         "digest": manifest["digest"],
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipelines.data.corpora.base import Corpus
 from pipelines.data.preprocessing import staging
 from pipelines.data.preprocessing.blocks import ReadSummary
-from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+from pipelines.data.shards.format import FORMAT_VERSION, write_corpus_manifest
 from pipelines.data.shards.row_checks import ROW_CHECKS, check_rows
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import find_version
@@ -200,8 +200,7 @@ class CorpusProgress:
             ),
             "made_with": {name: find_version(name) for name in MADE_WITH},
         }
-        manifest["digest"] = manifest_digest(manifest)
-        write_json(job.staging_dir / MANIFEST, manifest)
+        manifest = write_corpus_manifest(job.staging_dir, manifest)
         if job.remote is not None:
             job.remote.commit(job.staging_dir, manifest)
         else:

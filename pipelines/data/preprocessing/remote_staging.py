@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.shards.format import MANIFEST, QUARANTINE
+from pipelines.data.shards.format import MANIFEST, QUARANTINE, SHARD_TABLE, read_shard_names
 from pipelines.data.tokenizer.selection import lock_tokenizer
 from pipelines.data.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import console, storage
@@ -197,10 +197,10 @@ class RemoteStaging:
                 f"{tokenizer}: the tokenizer was replaced by another `skillnet prepare` while this "
                 f"one ran; {name} was not published. Run prepare again"
             )
-        shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
+        shards = read_shard_names(folder)
         staging = SyncedFolder(self.staging_uri, folder)
         with console.show_progress(f"publishing {name}", len(shards), "shards") as bar:
-            local = (QUARANTINE, MANIFEST)
+            local = (QUARANTINE, SHARD_TABLE, MANIFEST)
             staging.publish(self.uri, shards, local, lambda _: bar.advance(1, name))
 
 

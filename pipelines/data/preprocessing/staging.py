@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data.io.source_file import format_json_line
-from pipelines.data.shards.format import MANIFEST, QUARANTINE, write_shard
+from pipelines.data.shards.format import QUARANTINE, SHARD_TABLE, read_shard_names, write_shard
 from pipelines.data.shards.row_checks import ShardDigests
 from skillnet_files.commit import temporary_file
 from skillnet_platform import storage
@@ -193,8 +193,7 @@ def commit_corpus(folder: Path, final: Path) -> None:
         folder: see :func:`staging_dir`; it holds the manifest.
         final: directory of the finished corpus.
     """
-    splits = storage.read_json(folder / MANIFEST)["splits"].values()
-    listed = {shard["file"] for split in splits for shard in split["shards"]}
+    listed = {SHARD_TABLE, *read_shard_names(folder)}
     # A kill during an earlier commit may have left shards of a replaced corpus here.
     for path in folder.glob("*.arrow"):
         if path.name not in listed:

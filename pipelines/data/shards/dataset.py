@@ -4,21 +4,27 @@ The format of shards and manifests is described in :mod:`pipelines.data.shards.f
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.data.shards.files import OpenShard, ShardStore, open_shard_store
-from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, SHARD_TABLE, manifest_digest
 from pipelines.data.shards.id_columns import IdRange, check_ids, manifest_id_ranges
+from pipelines.data.shards.shard_list import SelectedShards, ShardList
 from skillnet_files.entry_points import find_entries
 from skillnet_platform.errors import UserError, find_nearest_name
 from skillnet_platform.storage.cache import FileCache
 from skillnet_platform.storage.location import Location, join_location, parse_location
+
+#: Attributes of a split that hold its open shards.
+_OPENED = ("schema", "_open_shards")
 
 
 @dataclass(frozen=True)
@@ -27,19 +33,23 @@ class CorpusSplit:
 
     name: str
     files: ShardStore
-    shards: tuple[dict[str, Any], ...]
+    shards: ShardList | SelectedShards
     #: Column -> range of its ids, from the manifest.
     id_ranges: Mapping[str, IdRange] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files itself: a copy would hold all rows.
+        return {key: value for key, value in self.__dict__.items() if key not in _OPENED}
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return sum(shard["rows"] for shard in self.shards)
+        return int(self.shards.rows.sum())
 
     @property
     def bytes(self) -> int:
         """Bytes of its shards."""
-        return sum(shard["bytes"] for shard in self.shards)
+        return int(self.shards.bytes.sum())
 
     def open_shard(
         self, shard: Mapping[str, Any], ranges: Mapping[str, IdRange] | None = None
@@ -146,8 +156,8 @@ def open_corpus(
 ) -> PreparedCorpus:
     """Open a prepared corpus.
 
-    From an object store only the manifest is read. Shards are downloaded to the cache when they are
-    opened.
+    From an object store only the manifest and the table of shards are read. Shards are downloaded
+    to the cache when they are opened.
 
     Args:
         path: directory or URI of the corpus.
@@ -155,22 +165,21 @@ def open_corpus(
         cache: cache for an object store; ``None`` for the shared cache of the node.
 
     Raises:
-        UserError: there is no manifest, it has another version or was edited, or a shard is
-            missing, has another size or (with ``verify``) another content or wrong ids.
+        UserError: there is no manifest, it has another version, or it or the table of shards was
+            edited, or a shard is missing, has another size or (with ``verify``) another content or
+            wrong ids.
         StoreUnavailableError: the store does not answer.
     """
     files = open_shard_store(parse_location(path, Path()), cache)
     manifest = _read_manifest(files)
-    shards = _list_shards(manifest)
+    shards = ShardList(files, manifest["shards"])
+    divided = _divide_shards(files, manifest, shards)
     # Sizes cost one listing and detect most incomplete copies; hashing costs a full read.
-    files.check_sizes(shards)
+    files.check_sizes(shards.iter_sizes())
     if verify:
-        files.check_digests(shards)
+        files.check_digests(chain([manifest["shards"]], shards))
     ranges = manifest_id_ranges(manifest)
-    splits = {
-        name: CorpusSplit(name, files, tuple(entry["shards"]), ranges)
-        for name, entry in manifest["splits"].items()
-    }
+    splits = {name: CorpusSplit(name, files, divided[name], ranges) for name in manifest["splits"]}
     if verify and not files.remote:
         for split in splits.values():
             for shard in split.shards:
@@ -210,7 +219,7 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
     # An edited manifest could name other hashes, so its own digest is checked before the shards.
     if manifest_digest(manifest) != manifest.get("digest"):
         raise UserError(f"{named}: changed after it was written. {files.repair_hint}")
-    key = _find_invalid_key(named, manifest)
+    key = _find_invalid_key(manifest)
     if key:
         raise UserError(f"{named}: {key} is missing or damaged. {files.repair_hint}")
     return manifest
@@ -229,33 +238,52 @@ def _suggest_corpora(missing: Path) -> str:
     return f"Run {run}.{listed}"
 
 
-def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:
-    """Return the first required key that is missing or has a wrong type.
+def _divide_shards(
+    files: ShardStore, manifest: dict[str, Any], shards: ShardList
+) -> dict[str, ShardList]:
+    """Return the shards of each split.
 
     Raises:
-        ValueError: a shard lies outside of the corpus.
+        UserError: the table of shards and the manifest differ, or the table is not valid.
     """
-    from skillnet.serialization import check_inside
+    shards.check()
+    splits = sorted(manifest["splits"].items())
+    divided: dict[str, ShardList] = {}
+    if sum(entry["shards"] for _, entry in splits) == len(shards):
+        start = 0
+        for name, entry in splits:
+            divided[name] = shards.select(start, start + entry["shards"])
+            start += entry["shards"]
+    if any(
+        name not in divided or divided[name].rows.sum() != entry["rows"] for name, entry in splits
+    ):
+        raise UserError(
+            f"{join_location(files.location, SHARD_TABLE)}: has other shards or rows than the "
+            f"manifest. {files.repair_hint}"
+        )
+    return divided
 
+
+def _find_invalid_key(manifest: dict[str, Any]) -> str | None:
+    """Return the first required key that is missing or has a wrong type."""
     for key in ("corpus", "modality", "task"):
         if not isinstance(manifest.get(key), str):
             return key
     splits = manifest.get("splits")
     if not isinstance(splits, dict) or not splits:
         return "splits"
-    for name, entry in splits.items():
-        shards = entry.get("shards") if isinstance(entry, dict) else None
-        if not isinstance(shards, list) or not shards:
-            return f"splits.{name}.shards"
-        if not all(isinstance(each, dict) for each in shards):
-            return f"splits.{name}.shards"
-        for shard in shards:
-            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
-                value = shard.get(key)
-                # ``isinstance`` would accept a bool as an int.
-                if type(value) is not kind or (isinstance(value, int) and value < 0):
-                    return f"splits.{name}.shards.{key}"
-            check_inside(str(named), shard["file"], deep=True)
+    tables = {f"splits.{name}": entry for name, entry in splits.items()}
+    for name, entry in (tables | {"shards": manifest.get("shards")}).items():
+        if not isinstance(entry, dict):
+            return name
+        # ``isinstance`` would accept a bool as an int.
+        for key in ("rows", "bytes", *(["shards"] if name in tables else [])):
+            if type(entry.get(key)) is not int or entry[key] < (key == "shards"):
+                return f"{name}.{key}"
+    if manifest["shards"].get("file") != SHARD_TABLE:
+        return "shards.file"
+    if not re.fullmatch("[0-9a-f]{64}", str(manifest["shards"].get("sha256"))):
+        return "shards.sha256"
     return _find_invalid_size(manifest)
 
 
@@ -271,7 +299,3 @@ def _find_invalid_size(manifest: dict[str, Any]) -> str | None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             return key
     return None
-
-
-def _list_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for entry in manifest["splits"].values() for shard in entry["shards"]]

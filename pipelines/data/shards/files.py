@@ -1,15 +1,18 @@
 """Files of a prepared corpus: in a directory, or in an object store behind the cache.
 
 Local shards are verified by hash before they are read, once per change of a file. A verified shard
-is recorded in ``.verified.json`` beside the shards, with size, time of the last change and inode.
-While all three are equal, the shard is not hashed again. So the next run detects a bit that a
-program or a copy changed. A bit that the disk itself changed is detected by ``skillnet verify``,
-which ignores the records.
+is recorded in ``.verified`` beside the shards, with size, time of the last change and inode. While
+all three are equal, the shard is not hashed again. So the next run detects a bit that a program or
+a copy changed. A bit that the disk itself changed is detected by ``skillnet verify``, which ignores
+the records. A record has a fixed size and its place, so that a shard among a million is looked up
+without reading the others.
 """
 
 import contextlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import atomic_write, directories, sha256_file
+from skillnet_platform.storage import directories, sha256_file
 from skillnet_platform.storage.cache import CacheHandle, CacheKey, FileCache, shared_cache
 from skillnet_platform.storage.location import Location
 from skillnet_platform.storage.retry import StoreUnavailableError
@@ -28,7 +31,7 @@ _BYTES_TYPES = (
     pa.types.is_binary,
     pa.types.is_large_binary,
 )
-#: A shard's entry in the manifest: file, rows, bytes, sha256.
+#: A shard's entry: file, rows, bytes, sha256, and its number if it is one of a corpus.
 ShardEntry = Mapping[str, Any]
 
 
@@ -53,8 +56,8 @@ class ShardStore(Protocol):
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         """Prepare shards that are opened soon, in this order."""
 
-    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
-        """Compare sizes. Raises UserError: a shard is missing or has another size."""
+    def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
+        """Compare files with their bytes. Raises UserError: one is missing or has another size."""
 
     def check_digests(self, shards: Iterable[ShardEntry]) -> None:
         """Hash shards without a copy. Raises UserError: a shard is missing or altered."""
@@ -89,7 +92,11 @@ class LocalShardStore:
     def __init__(self, location: Path) -> None:
         self.location: Location = location
         self._folder = location
-        self._verified: set[str] = set()
+        #: Whether this process verified the shard of a record.
+        self._verified = bytearray()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_verified": bytearray()}
 
     @property
     def repair_hint(self) -> str:
@@ -104,23 +111,40 @@ class LocalShardStore:
     def open(self, shard: ShardEntry) -> OpenShard:
         path = self._folder / shard["file"]
         if not path.is_file():
-            raise UserError(f"{path}: this shard is missing. {self.repair_hint}")
+            raise self._make_missing(path)
         self.prefetch([shard])  # verifies the shard
         return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         """Hash the shards that were not verified before."""
-        new = [shard for shard in shards if shard["file"] not in self._verified]
+        known = self._verified
+        new = [s for s in shards if _place(s) >= len(known) or not known[_place(s)]]
         if new:
             check_shards(self._folder, new)
-            self._verified.update(shard["file"] for shard in new)
+            known.extend(bytes(max(0, max(map(_place, new)) + 1 - len(known))))
+            for shard in new:
+                known[_place(shard)] = 1
 
-    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
-        for shard in shards:
-            path = self._folder / shard["file"]
-            if not path.is_file():
-                raise UserError(f"{path}: this shard is missing. {self.repair_hint}")
-            _compare_size(path, path.stat().st_size, shard, self.repair_hint)
+    def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
+        # A path from the folder on is the fastest for the system.
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            for name, size in sizes:
+                try:
+                    found = os.stat(name, dir_fd=folder)
+                except (FileNotFoundError, NotADirectoryError):
+                    raise self._make_missing(self._folder / name) from None
+                if found.st_size == size and stat.S_ISREG(found.st_mode):
+                    continue
+                path = self._folder / name
+                if not path.is_file():
+                    raise self._make_missing(path)
+                raise _make_altered(path, found.st_size, size, self.repair_hint)
+        finally:
+            os.close(folder)
+
+    def _make_missing(self, path: Path) -> UserError:
+        return UserError(f"{path}: this shard is missing. {self.repair_hint}")
 
     def check_digests(self, shards: Iterable[ShardEntry]) -> None:
         for shard in shards:
@@ -161,13 +185,14 @@ class RemoteShardStore:
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         self._cache.prefetch([self._cache_key(shard) for shard in shards])
 
-    def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
+    def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
         existing = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
-        for shard in shards:
-            uri = directories.join_uri(self._uri, shard["file"])
-            if shard["file"] not in existing:
+        for name, size in sizes:
+            uri = directories.join_uri(self._uri, name)
+            if name not in existing:
                 raise UserError(f"{uri}: this shard is missing. {self.repair_hint}")
-            _compare_size(uri, existing[shard["file"]], shard, self.repair_hint)
+            if existing[name] != size:
+                raise _make_altered(uri, existing[name], size, self.repair_hint)
 
     def check_digests(self, shards: Iterable[ShardEntry]) -> None:
         import hashlib
@@ -251,17 +276,16 @@ def _copy_offsets(array: pa.Array) -> pa.Array:
         return pa.Array.from_buffers(
             kind, len(array), buffers[:1], array.null_count, array.offset, [inner]
         )
-    if not pa.types.is_primitive(kind) and not pa.types.is_null(kind):
+    is_plain = pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind)
+    if not is_plain and not pa.types.is_null(kind):
         raise pa.ArrowInvalid(f"a column holds {kind}, which shards do not have")
     return array
 
 
-def _compare_size(named: Location, size: int, shard: ShardEntry, repair_hint: str) -> None:
-    if size != shard["bytes"]:
-        raise UserError(
-            f"{named}: this shard was altered: {size} bytes, expected {shard['bytes']}. "
-            f"{repair_hint}"
-        )
+def _make_altered(named: Location, size: int, expected: int, repair_hint: str) -> UserError:
+    return UserError(
+        f"{named}: this shard was altered: {size} bytes, expected {expected}. {repair_hint}"
+    )
 
 
 def _compare_digest(named: Location, sha256: str, shard: ShardEntry, repair_hint: str) -> None:
@@ -272,7 +296,9 @@ def _compare_digest(named: Location, sha256: str, shard: ShardEntry, repair_hint
         )
 
 
-VERIFIED_NOTES = ".verified.json"
+VERIFIED_NOTES = ".verified"
+#: Bytes, time of the last change, inode and SHA-256 of a shard that was verified.
+_RECORD = struct.Struct("<qqQ32s")
 #: Each thread hashes on one core. More threads would be limited by the disk.
 THREADS = 4
 
@@ -282,39 +308,43 @@ def check_shards(directory: Path, shards: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         directory: directory of the corpus.
-        shards: their entries in its manifest.
+        shards: their entries.
 
     Raises:
         UserError: a shard is missing or was altered; names the first one.
     """
-    known = _read_verified(directory)
-    new = [shard for shard in shards if known.get(shard["file"]) != _read_state(directory, shard)]
+    known = _read_records(directory, shards)
+    new = [
+        shard
+        for shard, record in zip(shards, known, strict=True)
+        if record != _make_record(directory, shard)
+    ]
     if not new:
         return
     with ThreadPoolExecutor(min(THREADS, len(new))) as pool:
-        verified = dict(
-            zip(
-                (shard["file"] for shard in new),
-                pool.map(lambda shard: _hash_shard(directory, shard), new),
-                strict=True,
-            )
-        )
-    # Another process may have recorded other shards meanwhile. A lost record only costs time.
-    with (
-        contextlib.suppress(OSError, UserError),
-        atomic_write(directory / VERIFIED_NOTES, "w") as stream,
-    ):
-        json.dump(_read_verified(directory) | verified, stream, indent=1, sort_keys=True)
+        records = list(pool.map(lambda shard: _hash_shard(directory, shard), new))
+    # Another process may write the same record. A lost record only costs time.
+    with contextlib.suppress(OSError), _open_records(directory, os.O_WRONLY | os.O_CREAT) as file:
+        for shard, record in zip(new, records, strict=True):
+            os.pwrite(file, record, _place(shard) * _RECORD.size)
 
 
-def _hash_shard(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
+def _place(shard: ShardEntry) -> int:
+    """Return the place of a shard's record; the table of shards, without a number, has the first.
+
+    Records of two corpora never meet: each has the digest of its shard.
+    """
+    return int(shard.get("number", -1)) + 1
+
+
+def _hash_shard(directory: Path, shard: ShardEntry) -> bytes:
     # The state is read before hashing: a later change of the file then invalidates the record.
-    before = _read_state(directory, shard)
+    before = _make_record(directory, shard)
     LocalShardStore(directory).check_digests([shard])
     return before
 
 
-def _read_state(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
+def _make_record(directory: Path, shard: ShardEntry) -> bytes:
     path = directory / shard["file"]
     try:
         info = path.stat()
@@ -322,12 +352,24 @@ def _read_state(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
         raise UserError(
             f"{path}: this shard is missing. Run `skillnet prepare {directory.name}`."
         ) from None
-    return [info.st_size, info.st_mtime_ns, info.st_ino, shard["sha256"]]
+    sha256 = bytes.fromhex(shard["sha256"])
+    return _RECORD.pack(info.st_size, info.st_mtime_ns, info.st_ino, sha256)
 
 
-def _read_verified(directory: Path) -> dict[str, Any]:
+def _read_records(directory: Path, shards: Sequence[ShardEntry]) -> list[bytes]:
+    """Return the record of each shard; empty where there is none."""
     try:
-        verified = json.loads((directory / VERIFIED_NOTES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return verified if isinstance(verified, dict) else {}
+        with _open_records(directory, os.O_RDONLY) as file:
+            size = _RECORD.size
+            return [os.pread(file, size, _place(shard) * size) for shard in shards]
+    except OSError:
+        return [b""] * len(shards)
+
+
+@contextlib.contextmanager
+def _open_records(directory: Path, flags: int) -> Iterator[int]:
+    file = os.open(directory / VERIFIED_NOTES, flags, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)

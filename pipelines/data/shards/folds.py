@@ -17,7 +17,7 @@ the corpus, such as its masked task, read all rows, as do evaluations.
 import fnmatch
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from pipelines.data.config.folds import RESERVE_SPLIT, FoldConfig, draw_unit, is
 from pipelines.data.shards.dataset import CorpusSplit, PreparedCorpus
 from pipelines.data.shards.files import OpenShard
 from pipelines.data.shards.id_columns import IdRange
+from pipelines.data.shards.shard_list import SelectedShards, ShardList
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 
@@ -44,14 +45,10 @@ class SelectedSplit(CorpusSplit):
 
     Args:
         base: split that opens the shards.
-        selected: file of a shard -> (rows,) numbers of its selected rows, ascending.
-        whole: file of a shard -> its entry in ``base``.
         columns: columns that all shards of the split have.
     """
 
     base: CorpusSplit | None = None
-    selected: Mapping[str, np.ndarray] = field(default_factory=dict)
-    whole: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     columns: Sequence[str] = ()
 
     def open_shard(
@@ -59,9 +56,11 @@ class SelectedSplit(CorpusSplit):
     ) -> OpenShard:
         """Open a shard and return its selected rows; see :meth:`CorpusSplit.open_shard`."""
         assert self.base is not None
-        whole = self.whole[shard["file"]]
+        assert isinstance(self.shards, SelectedShards)
+        whole = self.shards.find_whole(shard["place"])
         opened = self.base.open_shard(whole, ranges)
-        rows, table = self.selected[shard["file"]], opened.table.select(self.columns)
+        rows = self.shards.selected_rows(shard["place"])
+        table = opened.table.select(self.columns)
         # A copy, because columns are read in long runs of rows.
         return SelectedShard(table if len(rows) == whole["rows"] else table.take(rows))
 
@@ -69,25 +68,26 @@ class SelectedSplit(CorpusSplit):
 def select_rows(
     name: str,
     base: CorpusSplit,
-    rows: Sequence[tuple[dict[str, Any], pa.Table, Sequence[int] | np.ndarray]],
+    rows: Sequence[tuple[int, pa.Table, Sequence[int] | np.ndarray]],
 ) -> SelectedSplit:
     """Return a split with some rows of some shards.
 
     Args:
         name: split, such as ``test``.
         base: split that opens the shards.
-        rows: entry of each shard in ``base``, its table, and the numbers of its rows, ascending.
+        rows: place of each shard in ``base``, its table, and the numbers of its rows, ascending.
     """
     first = rows[0][1].column_names
     return SelectedSplit(
         name,
         base.files,
-        # The size of a file stays: a reader opens or downloads all of it.
-        tuple({**entry, "rows": len(own)} for entry, _, own in rows),
+        SelectedShards(
+            base.shards,
+            [place for place, _, _ in rows],
+            [np.asarray(own, np.int64) for _, _, own in rows],
+        ),
         base.id_ranges,
         base,
-        {entry["file"]: np.asarray(own, np.int64) for entry, _, own in rows},
-        {entry["file"]: entry for entry, _, _ in rows},
         [c for c in first if all(c in table.column_names for _, table, _ in rows)],
     )
 
@@ -143,7 +143,7 @@ def select_label_fraction(
     selected: dict[str, CorpusSplit] = dict(corpus.splits)
     for name, own in tables.items():
         rows = [
-            (shard, table, [row for row, unit in enumerate(each) if unit in chosen])
+            (shard["place"], table, [row for row, unit in enumerate(each) if unit in chosen])
             for (shard, table), each in zip(own, units[name], strict=True)
         ]
         kept = [entry for entry in rows if entry[2]]
@@ -206,9 +206,12 @@ def open_fold(
             del _chosen[next(iter(_chosen))]
         _chosen[key] = _choose_rows(corpus.name, fold, names, tables, with_reserve)
     splits: dict[str, CorpusSplit] = {}
+    first = shards[0][0]
+    assert isinstance(first.shards, ShardList)
+    whole = replace(first, shards=first.shards.select())
     for name, rows in _chosen[key].items():
-        own = [(shards[number][1], tables[number], each) for number, each in rows.items()]
-        splits[name] = select_rows(name, shards[0][0], own)
+        own = [(shards[place][1]["number"], tables[place], each) for place, each in rows.items()]
+        splits[name] = select_rows(name, whole, own)
     return PreparedCorpus(corpus.path, corpus.manifest, splits)
 
 

@@ -6,6 +6,10 @@ only the stream form, from the schema message at the front. The forms differ in 
 bytes: a magic number that readers of the file form ignore, because they check the one at the end.
 Here those eight bytes become the length prefix of the schema message. Eight bytes of padding after
 its metadata keep all offsets of the footer valid.
+
+The manifest states what is known of the corpus and of each split. Files, sizes and digests of the
+shards are rows of ``shards.arrow``, split after split in the order of their names. The manifest has
+the digest of that file, so that its own digest covers every byte of the corpus.
 """
 
 import os
@@ -17,11 +21,21 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data.shards.row_checks import ROW_CHECKS
+from skillnet_files.commit import temporary_file
 from skillnet_platform.config import digest_config as digest_of
-from skillnet_platform.storage import disk_guard, sha256_file
+from skillnet_platform.storage import disk_guard, sha256_file, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+SHARD_TABLE = "shards.arrow"
+SHARD_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("rows", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.binary(32)),
+    ]
+)
 QUARANTINE = "quarantine.jsonl"
 #: Keys of a manifest that its digest omits: they follow from the rows, or from the machine.
 NOT_DIGESTED = ("digest", "made_with", ROW_CHECKS)
@@ -104,6 +118,53 @@ def _stream_head(data: memoryview) -> bytes:
     (length,) = struct.unpack_from("<i", data, 12)
     assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
     return _CONTINUATION + struct.pack("<i", length + 8) + data[16 : 16 + length] + bytes(8)
+
+
+def write_corpus_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a corpus and the table of its shards; return the manifest.
+
+    Args:
+        folder: directory of the corpus.
+        manifest: with the ``rows`` of each split, and its ``shards`` as :func:`write_shard`
+            returns them. The written manifest has their number and bytes instead.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    splits = manifest["splits"]
+    entries = [shard for name in sorted(splits) for shard in splits[name]["shards"]]
+    columns = {
+        "file": [shard["file"] for shard in entries],
+        "rows": [shard["rows"] for shard in entries],
+        "bytes": [shard["bytes"] for shard in entries],
+        "sha256": [bytes.fromhex(shard["sha256"]) for shard in entries],
+    }
+    # Another process may have mapped an older table of this name.
+    with temporary_file(folder / SHARD_TABLE) as temporary:
+        table = write_shard(pa.table(columns, SHARD_SCHEMA), temporary)
+        temporary.replace(folder / SHARD_TABLE)
+    written = manifest | {
+        "shards": table | {"file": SHARD_TABLE},
+        "splits": {
+            name: {
+                "rows": entry["rows"],
+                "bytes": sum(shard["bytes"] for shard in entry["shards"]),
+                "shards": len(entry["shards"]),
+            }
+            for name, entry in splits.items()
+        },
+    }
+    written["digest"] = manifest_digest(written)
+    write_json(folder / MANIFEST, written)
+    return written
+
+
+def read_shard_names(folder: Path) -> list[str]:
+    """Return the files of all shards of a corpus that was just written."""
+    names: list[str] = (
+        pa.ipc.open_file((folder / SHARD_TABLE).read_bytes()).read_all()["file"].to_pylist()
+    )
+    return names
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ number of workers, and resuming needs only the step.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -167,6 +167,7 @@ class MultiTaskDataLoader:
         if not tasks:
             raise UserError("there is no task to train; name at least one in tasks")
         self.seed, self.tasks, self._augmentation = seed, dict(tasks), augmentation
+        self._shuffle_bytes, self._shard_groups = shuffle_bytes, shard_groups
         self.datasets: dict[str, TaskDataset] = {}
         self._samplers: dict[str, RowSampler] = {}
         for name, settings in tasks.items():
@@ -176,11 +177,10 @@ class MultiTaskDataLoader:
             corpus = select_label_fraction(corpus, splits, settings.label_fraction)
             dataset = TaskDataset(name, task, corpus, model, settings, masks)
             self.datasets[name] = dataset
-            # The key has the task's name: adding a task does not change the order of the others.
-            key = (seed, "order", name)
-            self._samplers[name] = _build_sampler(
-                dataset, settings.batch_size, key, shuffle_bytes, shard_groups
-            )
+            # Local shards are cheap to open, and a missing one is reported before training starts.
+            is_whole = type(self._find_sampler(name)) is ShuffleSampler
+            if is_whole and not dataset.shard_table.is_remote:
+                dataset.shard_table.open()
             # Shards in a store are checked when a worker downloads them.
             if not dataset.shard_table.is_remote:
                 dataset.check_columns()
@@ -191,6 +191,10 @@ class MultiTaskDataLoader:
         )
         self._task_sampler = TaskSampler(self.weights, seed)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process divides the shards itself: their order has a number for each.
+        return self.__dict__ | {"_samplers": {}}
+
     def task_at(self, step: int) -> str:
         """Return the task of a step."""
         return self._task_sampler.task_at(step)[0]
@@ -198,7 +202,7 @@ class MultiTaskDataLoader:
     def batch_spec(self, step: int) -> BatchSpec:
         """Return the task and rows of the global batch of a step."""
         task, batch_index = self._task_sampler.task_at(step)
-        return BatchSpec(task, batch_index, self._samplers[task].batch(batch_index))
+        return BatchSpec(task, batch_index, self._find_sampler(task).batch(batch_index))
 
     def bytes_in_use(self) -> int:
         """Return the largest size of remote shards that this node needs at the same time."""
@@ -206,8 +210,8 @@ class MultiTaskDataLoader:
         for name, dataset in self.datasets.items():
             table = dataset.shard_table
             if table.is_remote:
-                total = sum(table.bytes)
-                size = int(min(self._samplers[name].max_open_bytes(), total))
+                total = int(table.bytes.sum())
+                size = int(min(self._find_sampler(name).max_open_bytes(), total))
                 # Tasks that read all of the same rows share the files.
                 sizes[dataset.location, name if size < total else ""] = size
         return sum(sizes.values())
@@ -226,7 +230,7 @@ class MultiTaskDataLoader:
             for_gpu: leave pixels as stored; :meth:`Batch.to` changes them on the GPU.
         """
         task, batch_index = self._task_sampler.task_at(step)
-        dataset, sampler = self.datasets[task], self._samplers[task]
+        dataset, sampler = self.datasets[task], self._find_sampler(task)
         count = self.tasks[task].batch_size
         part = rank_slice(count, rank, world)
         is_padding = part.stop == part.start
@@ -245,6 +249,26 @@ class MultiTaskDataLoader:
         )
         return batch if for_gpu else batch.apply_changes()
 
+    def _find_sampler(self, task: str) -> RowSampler:
+        if task not in self._samplers:
+            self._samplers[task] = self._build_sampler(task)
+        return self._samplers[task]
+
+    def _build_sampler(self, task: str) -> RowSampler:
+        dataset, batch_size = self.datasets[task], self.tasks[task].batch_size
+        table, lengths, limit = dataset.shard_table, dataset.row_lengths, self._shuffle_bytes
+        # The key has the task's name: adding a task does not change the order of the others.
+        key = (self.seed, "order", task)
+        if self._shard_groups is not None:
+            _check_groups(dataset, batch_size, self._shard_groups)
+            return GroupedShuffleSampler(
+                table.rows, table.bytes, batch_size, self._shard_groups, limit, key, lengths
+            )
+        # One shard cannot be divided into windows.
+        if table.bytes.sum() > limit and len(table.bytes) > 1:
+            return WindowedShuffleSampler(table.rows, table.bytes, batch_size, limit, key, lengths)
+        return ShuffleSampler(dataset.num_rows, batch_size, key, lengths)
+
 
 def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
     """Raise UserError if a setting would have no effect on its task."""
@@ -254,30 +278,6 @@ def _check_settings(name: str, task: Task, settings: TaskTraining) -> None:
             f"tasks.{name}.label_fraction: this task learns without labels. Set it to 1, and the "
             "fraction of a task with labels"
         )
-
-
-def _build_sampler(
-    dataset: TaskDataset,
-    batch_size: int,
-    key: tuple[int | str, ...],
-    shuffle_bytes: float,
-    shard_groups: int | None,
-) -> RowSampler:
-    table, lengths = dataset.shard_table, dataset.row_lengths
-    if shard_groups is not None:
-        _check_groups(dataset, batch_size, shard_groups)
-        return GroupedShuffleSampler(
-            table.rows, table.bytes, batch_size, shard_groups, shuffle_bytes, key, lengths
-        )
-    # One shard cannot be divided into windows.
-    if sum(table.bytes) > shuffle_bytes and len(table.bytes) > 1:
-        return WindowedShuffleSampler(
-            table.rows, table.bytes, batch_size, shuffle_bytes, key, lengths
-        )
-    # Local shards are cheap to open, and a missing one is reported before training starts.
-    if not table.is_remote:
-        table.open()
-    return ShuffleSampler(dataset.num_rows, batch_size, key, lengths)
 
 
 def _check_groups(dataset: TaskDataset, batch_size: int, groups: int) -> None:

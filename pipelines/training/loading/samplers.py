@@ -3,6 +3,7 @@
 They do not depend on the number of workers or on earlier steps, so resuming needs only the step.
 """
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -254,20 +255,20 @@ class WindowedShuffleSampler(ShuffleSampler):
 
     def __init__(
         self,
-        rows: Sequence[int],
-        sizes: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
+        sizes: Sequence[int] | np.ndarray,
         batch: int,
         limit: float,
         key: Sequence[int | str],
         lengths: RowLengths | None = None,
         bucket: int = 16,
     ) -> None:
-        super().__init__(int(sum(rows)), batch, key, lengths, bucket)
+        super().__init__(int(np.sum(rows)), batch, key, lengths, bucket)
         self._rows, self._sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
         self._first_rows = np.concatenate([[0], np.cumsum(self._rows)])
         self._limit = limit
-        #: Epoch -> the shards of each window, and the rows before each window.
-        self._layouts: dict[int, tuple[list[list[int]], np.ndarray]] = {}
+        #: Epoch -> its order of shards, the shards before each window, and the rows.
+        self._layouts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def open_shards(self, table: "ShardTable", batch_index: int, part: slice = slice(None)) -> None:
         """Open the shards of a batch, and fetch those that follow."""
@@ -277,44 +278,50 @@ class WindowedShuffleSampler(ShuffleSampler):
         """Return the shards of the windows that a batch reads, in the order of their use."""
         used: dict[int, None] = {}
         for epoch, window, _, _ in self._touched(batch_index):
-            used |= dict.fromkeys(self._layout(epoch)[0][window])
+            used |= dict.fromkeys(self._window(epoch, window).tolist())
         return list(used)
 
     def next_shards(self, batch_index: int) -> list[int]:
         """Return the shards of the window after those that a batch reads."""
         epoch, window, _, _ = self._touched(batch_index)[-1]
-        windows = self._layout(epoch)[0]
         # The last window of an epoch is followed by the first of the next epoch.
-        if window + 1 < len(windows):
-            return windows[window + 1]
-        return self._layout(epoch + 1)[0][0]
+        if window + 2 == len(self._starts(epoch)):
+            epoch, window = epoch + 1, -1
+        following: list[int] = self._window(epoch, window + 1).tolist()
+        return following
 
     def max_open_bytes(self) -> float:
         """Return the bytes of shards that may be in use at once: two windows, or all shards."""
         return min(2 * max(self._limit, int(self._sizes.max())), int(self._sizes.sum()))
 
     def _starts(self, epoch: int) -> np.ndarray:
-        return self._layout(epoch)[1]
+        return self._layout(epoch)[2]
 
     def _list_rows(self, epoch: int, window: int) -> tuple[np.ndarray, tuple[int | str, ...]]:
         firsts = self._first_rows
-        rows = [np.arange(firsts[n], firsts[n + 1]) for n in self._layout(epoch)[0][window]]
+        rows = [np.arange(firsts[n], firsts[n + 1]) for n in self._window(epoch, window)]
         return np.concatenate(rows), (*self._key, "window", epoch, window)
 
-    def _layout(self, epoch: int) -> tuple[list[list[int]], np.ndarray]:
+    def _window(self, epoch: int, window: int) -> np.ndarray:
+        """(shards,) shards of a window."""
+        order, ends, _ = self._layout(epoch)
+        found: np.ndarray = order[ends[window] : ends[window + 1]]
+        return found
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if epoch not in self._layouts:
             for old in [known for known in self._layouts if known < epoch - 1]:
                 del self._layouts[old]
-            windows: list[list[int]] = [[]]
-            filled = 0
-            for shard in keyed_rng(*self._key, "shards", epoch).permutation(len(self._rows)):
-                if windows[-1] and filled + self._sizes[shard] > self._limit:
-                    windows.append([])
-                    filled = 0
-                windows[-1].append(int(shard))
-                filled += int(self._sizes[shard])
-            rows = [int(self._rows[window].sum()) for window in windows]
-            self._layouts[epoch] = windows, np.concatenate([[0], np.cumsum(rows)])
+            order = keyed_rng(*self._key, "shards", epoch).permutation(len(self._rows))
+            filled = np.concatenate([[0], np.cumsum(self._sizes[order])])
+            ends = [0]
+            while ends[-1] < len(order):
+                # As many shards as the limit allows, one at least.
+                most = min(filled[ends[-1]] + self._limit, filled[-1])
+                end = int(np.searchsorted(filled, most, side="right")) - 1
+                ends.append(max(end, ends[-1] + 1))
+            rows = np.concatenate([[0], np.cumsum(self._rows[order])])[ends]
+            self._layouts[epoch] = order, np.array(ends), rows
         return self._layouts[epoch]
 
 
@@ -337,29 +344,27 @@ class GroupedShuffleSampler:
 
     def __init__(
         self,
-        rows: Sequence[int],
-        sizes: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
+        sizes: Sequence[int] | np.ndarray,
         batch: int,
         groups: int,
         limit: float,
         key: Sequence[int | str],
         lengths: RowLengths | None = None,
     ) -> None:
-        starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        rows, sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
+        starts = np.cumsum(rows) - rows
         self._share = batch // groups
         self.groups = divide_shards(rows, groups, key)
-        self._rows = [
-            np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in group])
-            for group in self.groups
-        ]
+        self._numbers = [_GroupRows(starts[group], rows[group]) for group in self.groups]
         self._samplers = [
             WindowedShuffleSampler(
-                [rows[shard] for shard in group],
-                [sizes[shard] for shard in group],
+                rows[group],
+                sizes[group],
                 self._share,
                 limit / groups,
                 (*key, "group", number),
-                lengths and partial(_lengths_of, lengths, self._rows[number]),
+                lengths and partial(_lengths_of, lengths, self._numbers[number]),
             )
             for number, group in enumerate(self.groups)
         ]
@@ -373,7 +378,7 @@ class GroupedShuffleSampler:
         """
         numbers = self._groups_of(part)
         rows = np.concatenate(
-            [self._rows[number][self._samplers[number].batch(batch_index)] for number in numbers]
+            [self._numbers[number](self._samplers[number].batch(batch_index)) for number in numbers]
         )
         start, stop, _ = part.indices(self._share * len(self.groups))
         before = numbers.start * self._share
@@ -386,17 +391,17 @@ class GroupedShuffleSampler:
     def shards(self, batch_index: int, part: slice = slice(None)) -> list[int]:
         """Return the shards of the windows that a part of a batch reads."""
         return [
-            self.groups[number][shard]
+            int(shard)
             for number in self._groups_of(part)
-            for shard in self._samplers[number].shards(batch_index)
+            for shard in self.groups[number][self._samplers[number].shards(batch_index)]
         ]
 
     def next_shards(self, batch_index: int, part: slice = slice(None)) -> list[int]:
         """Return the shards of the windows after those that a part of a batch reads."""
         return [
-            self.groups[number][shard]
+            int(shard)
             for number in self._groups_of(part)
-            for shard in self._samplers[number].next_shards(batch_index)
+            for shard in self.groups[number][self._samplers[number].next_shards(batch_index)]
         ]
 
     def max_open_bytes(self) -> float:
@@ -408,7 +413,28 @@ class GroupedShuffleSampler:
         return range(start // self._share, -(-stop // self._share))
 
 
-def divide_shards(rows: Sequence[int], groups: int, key: Sequence[int | str]) -> list[list[int]]:
+class _GroupRows:
+    """Row numbers of a group among all rows, from its rows in the order of its shards.
+
+    Args:
+        starts: (shards,) rows before each shard of the group.
+        rows: (shards,) rows of each.
+    """
+
+    def __init__(self, starts: np.ndarray, rows: np.ndarray) -> None:
+        self._own_starts = np.cumsum(rows) - rows
+        self._offsets = starts - self._own_starts
+
+    def __call__(self, rows_N: np.ndarray) -> np.ndarray:
+        """Return the (N,) numbers of (N,) rows of the group."""
+        shards_N = np.searchsorted(self._own_starts, rows_N, side="right") - 1
+        found: np.ndarray = rows_N + self._offsets[shards_N]
+        return found
+
+
+def divide_shards(
+    rows: Sequence[int] | np.ndarray, groups: int, key: Sequence[int | str]
+) -> list[np.ndarray]:
     """Divide shards into groups with about equal numbers of rows.
 
     Args:
@@ -417,18 +443,22 @@ def divide_shards(rows: Sequence[int], groups: int, key: Sequence[int | str]) ->
         key: seed and names; equal keys give equal groups.
 
     Returns:
-        The sorted shards of each group.
+        The sorted (shards,) numbers of the shards of each group.
     """
-    order = keyed_rng(*key, "groups").permutation(len(rows))
-    found: list[list[int]] = [[] for _ in range(groups)]
-    filled = [0] * groups
+    sizes = np.asarray(rows, np.int64)
+    order = keyed_rng(*key, "groups").permutation(len(sizes))
     # The largest shard goes to the smallest group; the shuffled order decides between equals.
-    for shard in sorted(order.tolist(), key=lambda shard: -rows[shard]):
-        smallest = min(range(groups), key=lambda group: (filled[group], len(found[group])))
-        found[smallest].append(shard)
-        filled[smallest] += rows[shard]
-    return [sorted(group) for group in found]
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    group_of = np.empty(len(sizes), np.int64)
+    # Rows, shards and number of each group.
+    smallest = [(0, 0, group) for group in range(groups)]
+    for shard in order:
+        filled, count, group = smallest[0]
+        group_of[shard] = group
+        heapq.heapreplace(smallest, (filled + int(sizes[shard]), count + 1, group))
+    by_group = np.argsort(group_of, kind="stable")
+    return np.split(by_group, np.cumsum(np.bincount(group_of, minlength=groups))[:-1])
 
 
-def _lengths_of(lengths: RowLengths, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    return lengths(numbers[rows])
+def _lengths_of(lengths: RowLengths, numbers: _GroupRows, rows: np.ndarray) -> np.ndarray | None:
+    return lengths(numbers(rows))

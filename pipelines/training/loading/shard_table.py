@@ -5,6 +5,7 @@ store, or one that is read in windows, only the shards of the current batches ar
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -39,10 +40,8 @@ class ShardTable:
         self.location = location
         self._id_ranges = id_ranges or {}
         self._splits = list(splits)
-        self._shards = [(split, shard) for split in splits for shard in split.shards]
-        self.rows = [int(shard["rows"]) for _, shard in self._shards]
-        self.bytes = [int(shard["bytes"]) for _, shard in self._shards]
-        self._starts = np.concatenate([[0], np.cumsum(self.rows, dtype=np.int64)])
+        #: Shards before each split, and of all.
+        self._first_shards = np.cumsum([0, *(len(split.shards) for split in splits)])
         self._open: dict[int, OpenShard] = {}
         self._columns: dict[str, Column] = {}
         self._names: list[str] | None = None
@@ -53,7 +52,25 @@ class ShardTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # A loading process opens its own shards: a copy would hold all of their rows.
-        return {**self.__dict__, "_open": {}, "_columns": {}, "_is_prefetched": False}
+        state = {**self.__dict__, "_open": {}, "_columns": {}, "_is_prefetched": False}
+        return {key: value for key, value in state.items() if key not in _COMPUTED}
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(shards,) rows of each shard."""
+        return _join([split.shards.rows for split in self._splits])
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """(shards,) bytes of each shard."""
+        return _join([split.shards.bytes for split in self._splits])
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """(shards + 1,) rows before each shard, and of all."""
+        if len(self._splits) == 1:
+            return self._splits[0].shards.starts
+        return np.concatenate([[0], np.cumsum(self.rows)])
 
     @property
     def is_remote(self) -> bool:
@@ -72,7 +89,7 @@ class ShardTable:
                 its range.
             StoreUnavailableError: the store does not answer.
         """
-        numbers = list(range(len(self._shards)) if shards is None else shards)
+        numbers = list(range(self._count) if shards is None else shards)
         # Downloads start in the background before the first shard is opened.
         self._prefetch(numbers)
         remaining = {number: self._open[number] for number in numbers if number in self._open}
@@ -82,7 +99,8 @@ class ShardTable:
             self._open = remaining
             for number in numbers:
                 if number not in remaining:
-                    split, shard = self._shards[number]
+                    split, place = self._find_shard(number)
+                    shard = split.shards[place]
                     remaining[number] = split.open_shard(shard, self._id_ranges)
             self._open = dict(sorted(remaining.items()))
         self._prefetch(ahead)
@@ -97,15 +115,15 @@ class ShardTable:
             self._is_prefetched = True
             # This number of shuffled rows meets every shard but very small ones, which come last.
             shards, first = np.unique(
-                self._shard_of(rows[: PREFETCH_ROWS_PER_SHARD * len(self._shards)]),
+                self._shard_of(rows[: PREFETCH_ROWS_PER_SHARD * self._count]),
                 return_index=True,
             )
             needed = shards[np.argsort(first)].tolist()
-            self._prefetch(dict.fromkeys([*needed, *range(len(self._shards))]))
+            self._prefetch(dict.fromkeys([*needed, *range(self._count)]))
 
     def ensure_open(self, rows: np.ndarray) -> None:
         """Open the shards of these rows in addition to the open ones."""
-        if len(self._open) == len(self._shards):
+        if len(self._open) == self._count:
             return
         missing = [n for n in np.unique(self._shard_of(rows)).tolist() if n not in self._open]
         if missing:
@@ -129,15 +147,14 @@ class ShardTable:
     def to_local(self, rows: np.ndarray) -> np.ndarray:
         """Return the (B,) numbers of rows among those of the open shards, which must hold them."""
         # All shards are open, so global and local numbers are equal.
-        if len(self._open) == len(self._shards):
+        if len(self._open) == self._count:
             return rows
         open_shards = np.fromiter(self._open, np.int64, len(self._open))
-        offsets = np.full(len(self._shards), -1, np.int64)
-        sizes = np.array(self.rows, np.int64)[open_shards]
-        offsets[open_shards] = np.cumsum(sizes) - sizes - self._starts[open_shards]
+        sizes = self.rows[open_shards]
+        offsets = np.cumsum(sizes) - sizes - self._starts[open_shards]
         shards = self._shard_of(rows)
         assert np.isin(shards, open_shards).all(), f"{self.location}: rows of closed shards"
-        return rows + offsets[shards]
+        return rows + offsets[np.searchsorted(open_shards, shards)]
 
     def table(self) -> pa.Table:
         """Return the rows of the open shards; open all if none is open."""
@@ -156,6 +173,25 @@ class ShardTable:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def _prefetch(self, numbers: Iterable[int]) -> None:
-        closed = (self._shards[number] for number in numbers if number not in self._open)
+        closed = (self._find_shard(number) for number in numbers if number not in self._open)
         for split, group in groupby(closed, key=lambda pair: pair[0]):
-            split.files.prefetch([shard for _, shard in group])
+            split.files.prefetch([split.shards[place] for _, place in group])
+
+    @property
+    def _count(self) -> int:
+        """Number of all shards."""
+        return int(self._first_shards[-1])
+
+    def _find_shard(self, number: int) -> tuple[CorpusSplit, int]:
+        """Return the split of a shard, and its place in the split."""
+        split = int(np.searchsorted(self._first_shards, number, side="right")) - 1
+        return self._splits[split], number - int(self._first_shards[split])
+
+
+#: Attributes that another process computes from the columns of the shards.
+_COMPUTED = ("rows", "bytes", "_starts")
+
+
+def _join(columns: Sequence[np.ndarray]) -> np.ndarray:
+    # The column of one split is mapped, a copy would not be.
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)

@@ -17,6 +17,7 @@ from pipelines.data.shards.columns import (
     RaggedColumn,
     open_column,
 )
+from pipelines.data.shards.shard_list import SharedArray
 from pipelines.data.transforms.sound import count_alignment_tokens
 from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
@@ -57,19 +58,21 @@ class GroupPairs:
 
     def __init__(self, groups: np.ndarray, location: str) -> None:
         ids = unique_group_ids(groups)
-        self._order = np.argsort(ids, kind="stable")
+        order = np.argsort(ids, kind="stable")
         _, first, inverse, counts = np.unique(
-            ids[self._order], return_index=True, return_inverse=True, return_counts=True
+            ids[order], return_index=True, return_inverse=True, return_counts=True
         )
         if not (counts > 1).any():
             raise UserError(
                 f"{location}: no two rows have one group, so a row has no other one to find. "
                 "Prepare the corpus with its option task: pairs; the label names the item of a row"
             )
-        self._start, self._count = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
-        self._start[self._order], self._count[self._order] = first[inverse], counts[inverse]
-        self._place = np.empty(len(ids), np.int64)
-        self._place[self._order] = np.arange(len(ids)) - first[inverse]
+        # Row in the order of the groups; begin and size of the row's group; its place in it.
+        table = np.empty((len(ids), 4), np.int64)
+        table[:, 0] = order
+        table[order, 1], table[order, 2] = first[inverse], counts[inverse]
+        table[order, 3] = np.arange(len(ids)) - first[inverse]
+        self._table = SharedArray(table)
 
     def draw(self, rows: np.ndarray, choice: np.ndarray | None = None) -> np.ndarray:
         """Return another row of each row's group, (B,); the row itself if it is alone.
@@ -78,10 +81,11 @@ class GroupPairs:
             rows: (B,) row numbers.
             choice: (B,) numbers in [0, 1) that choose among the others; None takes the next one.
         """
-        others = np.maximum(self._count[rows] - 1, 1)
+        _, start, count, place = self._table.values[rows].T
+        others = np.maximum(count - 1, 1)
         steps = 1 if choice is None else 1 + np.floor(choice * others).astype(np.int64)
-        places = (self._place[rows] + steps) % self._count[rows]
-        return self._order[self._start[rows] + places]
+        places = (place + steps) % count
+        return np.asarray(self._table.values[start + places, 0])
 
 
 ColumnT = TypeVar("ColumnT", FixedColumn, RaggedColumn, NestedRaggedColumn)

@@ -97,6 +97,10 @@ class FileCache:
         self._lock = threading.Lock()
         self._warned = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Files and locks on the disk are shared, downloads in progress are not.
+        return FileCache, (self.folder, self.limit)
+
     def hold(self, wanted: CacheKey) -> CacheHandle:
         """Return the file, downloaded if needed; the cache keeps it until the handle is released.
 

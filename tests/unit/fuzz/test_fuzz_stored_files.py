@@ -29,7 +29,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import manifest_digest, write_shard
+from pipelines.data.shards.format import SHARD_TABLE, write_corpus_manifest, write_shard
 from pipelines.data.tokenizer.guarded_loader import check_pattern, parse_tokenizer
 from pipelines.data.transforms.text import encode_texts
 from pipelines.training.config.growth import GrowConfig
@@ -46,6 +46,7 @@ from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
 from tests.helpers.exchanged_files import find_buffers
 from tests.helpers.limited_child import run_limited
+from tests.helpers.prepared_corpora import read_manifest
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.helpers.small_corpora import (
     VOCABULARY,
@@ -267,18 +268,17 @@ def test_ids_of_any_value_are_in_range_or_rejected(
     corpora: Path, place: tuple[str, str], ids: list[int | None], kind: pa.DataType
 ) -> None:
     name, column = place
-    shard, manifest_file = (
-        corpora / name / file for file in ("train-00000.arrow", "manifest.json")
+    shard, *described = (
+        corpora / name / file for file in ("train-00000.arrow", "manifest.json", SHARD_TABLE)
     )
-    before = shard.read_bytes(), manifest_file.read_bytes()
+    before = [path.read_bytes() for path in (shard, *described)]
     started, allocated = time.process_time(), pa.total_allocated_bytes()
     try:
         changed = _replace_ids(before[0], column, ids, kind)
         entry = write_shard(changed, shard)
-        manifest = json.loads(before[1])
-        manifest["splits"]["train"]["shards"] = [entry]
-        manifest["digest"] = manifest_digest(manifest)
-        manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
+        manifest = read_manifest(corpora / name)
+        manifest["splits"]["train"] = {"rows": entry["rows"], "shards": [entry]}
+        write_corpus_manifest(corpora / name, manifest)
         try:
             table = open_corpus(corpora / name).splits["train"].table()
         except UserError as error:
@@ -286,8 +286,8 @@ def test_ids_of_any_value_are_in_range_or_rejected(
         else:
             assert set(_flatten(table.column(column).to_pylist())) <= set(VALID[place])
     finally:
-        shard.write_bytes(before[0])
-        manifest_file.write_bytes(before[1])
+        for path, content in zip((shard, *described), before, strict=True):
+            path.write_bytes(content)
     assert time.process_time() - started < MAX_SECONDS
     assert pa.total_allocated_bytes() - allocated < MAX_BYTES
 

@@ -17,7 +17,12 @@ import yaml
 from PIL import Image
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.data.shards.format import manifest_digest, tensor_field, write_shard
+from pipelines.data.shards.format import (
+    manifest_digest,
+    tensor_field,
+    write_corpus_manifest,
+    write_shard,
+)
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.data.transforms.text import encode_captions
 from pipelines.search import SearchConfig, read_query, search_corpus, show_search
@@ -61,13 +66,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edit_corpus(data: Path, name: str, edit: Callable[[Path, pa.Table], pa.Table]) -> None:
     """Replace every split of a corpus by the table that ``edit`` returns."""
     corpus = open_corpus(data / name)
-    manifest = corpus.manifest
+    splits = {}
     for split, opened in corpus.splits.items():
         table = edit(data, opened.table().combine_chunks())
         shard = write_shard(table, data / name / f"{split}-edited.arrow")
-        manifest["splits"][split] = {"rows": len(table), "shards": [shard]}
-    manifest["digest"] = manifest_digest(manifest)
-    (data / name / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        splits[split] = {"rows": len(table), "shards": [shard]}
+    write_corpus_manifest(data / name, corpus.manifest | {"splits": splits})
 
 
 def caption_rows(data: Path, table: pa.Table) -> pa.Table:

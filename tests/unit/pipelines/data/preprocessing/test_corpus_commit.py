@@ -13,11 +13,17 @@ import pytest
 
 from pipelines.data.preprocessing import staging
 from pipelines.data.shards.dataset import verify_corpus
-from pipelines.data.shards.format import FORMAT_VERSION, MANIFEST, QUARANTINE
+from pipelines.data.shards.files import VERIFIED_NOTES
+from pipelines.data.shards.format import (
+    FORMAT_VERSION,
+    MANIFEST,
+    QUARANTINE,
+    SHARD_TABLE,
+    write_corpus_manifest,
+)
 from skillnet_files import commit
 from skillnet_platform.errors import UserError
 from tests.helpers.killed_children import EventCounter, run_killed
-from tests.helpers.prepared_corpora import write_manifest
 
 SHARDS = 3
 
@@ -40,7 +46,7 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
         "splits": splits,
     }
     manifest |= {"modality": "text", "task": "text_classification"}
-    return write_manifest(folder, manifest), manifest["digest"]
+    return folder, write_corpus_manifest(folder, manifest)["digest"]
 
 
 def publish(folder: Path, final: Path, counter: EventCounter | None = None) -> None:
@@ -89,9 +95,9 @@ def test_a_commit_killed_at_any_event_loses_nothing_and_resumes(
             publish(folder, final)
         assert digest_of(final) == new
         assert sorted(path.name for path in final.parent.iterdir()) == ["made"]
-        names = {path.name for path in final.iterdir()} - {".verified.json"}
+        names = {path.name for path in final.iterdir()} - {VERIFIED_NOTES}
         shards = {f"train-{shard:05d}.arrow" for shard in range(SHARDS)}
-        assert names == {MANIFEST, QUARANTINE, *shards}, f"event {number}"
+        assert names == {MANIFEST, QUARANTINE, SHARD_TABLE, *shards}, f"event {number}"
         if not is_killed:
             break
         number += 1

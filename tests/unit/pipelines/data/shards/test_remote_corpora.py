@@ -1,5 +1,6 @@
 """Corpora in a store give the same batches as on a disk, with a cache smaller than they are."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB, FileCache
 from tests.helpers.object_store import BUCKET, ObjectStore, in_environment
-from tests.helpers.prepared_corpora import change_corpus
+from tests.helpers.prepared_corpora import write_manifest
 from tests.helpers.small_corpora import MODALITY, small_config, write_corpora
 
 
@@ -61,10 +62,11 @@ def test_remote_corpus_is_opened_by_its_manifest(bucket: str, data: Path) -> Non
     cache = FileCache(data.parent / "empty", GB)
     there, here = open_corpus(f"{bucket}/headings", cache=cache), open_corpus(data / "headings")
     assert (there.digest, there.rows, there.path) == (here.digest, here.rows, f"{bucket}/headings")
-    assert not cache.folder.exists()  # no shard was asked for
+    held = [path.name for path in cache.folder.iterdir() if "." not in path.name]
+    assert held == [there.manifest["shards"]["sha256"]], "no shard"
     split = there.splits["train"]
     assert split.table().equals(here.splits["train"].table())
-    assert cache.used() == split.bytes
+    assert cache.used() == split.bytes + there.manifest["shards"]["bytes"]
     assert split.column("key").to_pylist() == here.splits["train"].column("key").to_pylist()
     assert verify_corpus(f"{bucket}/headings")["digest"] == here.digest
 
@@ -167,10 +169,9 @@ def test_manifest_cannot_lead_out_of_the_cache(
     folder = tmp_path / "evil"
     shutil.copytree(data / "headings", folder)
 
-    def lead_out(manifest: dict) -> None:
-        manifest["splits"]["train"]["shards"][0]["sha256"] = "../" * 21 + "x"
-
-    change_corpus(folder, change=lead_out)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["shards"]["sha256"] = "../" * 21 + "x"
+    write_manifest(folder, manifest)
     directories.put_directory(folder, f"{object_store.uri}/evil")
-    with pytest.raises(UserError, match="expected a SHA-256 in its manifest"):
-        open_corpus(f"{object_store.uri}/evil").splits["train"].table()
+    with pytest.raises(UserError, match=r"shards\.sha256 is missing or damaged"):
+        open_corpus(f"{object_store.uri}/evil")

@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus
+from pipelines.data.shards.format import SHARD_TABLE
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import write_corpora
 
@@ -18,12 +19,13 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the names of hashed shards."""
+    """Record the names of hashed shards, and not of their table."""
     names: list[str] = []
     real = files.sha256_file
 
     def counting(path: Path) -> str:
-        names.append(path.name)
+        if path.name != SHARD_TABLE:
+            names.append(path.name)
         return real(path)
 
     monkeypatch.setattr(files, "sha256_file", counting)
@@ -68,17 +70,22 @@ def test_possibly_changed_shard_is_hashed_again(corpus: Path, hashed: list[str])
         open_corpus(corpus).splits["train"].table()
 
 
-def test_lost_records_only_cost_time(
-    corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (corpus / files.VERIFIED_NOTES).write_text('{"train-')
+def test_lost_records_only_cost_time(corpus: Path, hashed: list[str]) -> None:
+    records = corpus / files.VERIFIED_NOTES
+    records.write_text('{"train-')
     open_corpus(corpus).splits["train"].table()
-    (corpus / files.VERIFIED_NOTES).unlink()
-
-    def refused(path: Path, mode: str) -> None:
-        raise PermissionError(path)
-
-    monkeypatch.setattr(files, "atomic_write", refused)
+    content = bytearray(records.read_bytes())
+    # A record that was written in part, or is of another shard.
+    for position in (0, 200):
+        content[position] ^= 1
+    records.write_bytes(content)
+    open_corpus(corpus).splits["train"].table()
+    assert len(hashed) == 3
+    records.unlink()
+    # Nothing can be written there.
+    records.mkdir()
     for _ in range(2):
-        assert open_corpus(corpus).splits["train"].table().num_rows == 45
-    assert len(hashed) == 6
+        split = open_corpus(corpus).splits["train"]
+        assert split.table().num_rows == 45
+        assert split.open_shard(split.shards[0]).table.num_rows > 0
+    assert len(hashed) == 7

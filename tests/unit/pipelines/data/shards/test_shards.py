@@ -1,6 +1,8 @@
 """Shards open in three libraries, and altered shards are detected."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -9,15 +11,17 @@ import polars
 import pyarrow as pa
 import pytest
 
+from benchmarks.reader_memory import write_sharded_corpus
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
 from pipelines.data.shards.format import (
+    SHARD_TABLE,
     manifest_digest,
     shard_bytes,
     tensor_field,
     write_shard,
 )
 from skillnet_platform.errors import UserError
-from tests.helpers.prepared_corpora import write_corpus
+from tests.helpers.prepared_corpora import write_corpus, write_manifest
 
 ROWS = 5
 
@@ -105,6 +109,63 @@ def test_truncated_shard_is_rejected_when_opened(corpus: Path) -> None:
 def test_missing_shard_is_reported(corpus: Path) -> None:
     (corpus / "train-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"train-00001\.arrow: this shard is missing"):
+        open_corpus(corpus)
+
+
+def test_opening_makes_no_object_of_each_shard(tmp_path: Path) -> None:
+    blocks = []
+    for count in (30, 30, 3_000):
+        place = tmp_path / f"{len(blocks)}"
+        write_sharded_corpus(place, count)
+        before = sys.getallocatedblocks()
+        split = open_corpus(place).splits["train"]
+        assert (split.rows, len(split.shards.starts)) == (1_000 * count, count + 1)
+        blocks.append(sys.getallocatedblocks() - before)
+        assert split.shards[-1]["number"] == count - 1
+        assert split.shards[1:3] == list(split.shards)[1:3]
+    assert blocks[2] - blocks[1] < 300
+
+
+TABLE_CHANGES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "fewer": (lambda shards: shards.slice(1), "not a readable shard.*1 rows, expected 2"),
+    "file": (lambda shards: shards.drop_columns("file"), "has other columns"),
+    "text": (lambda shards: set_field(shards, "rows", ["5", "5"]), "has other columns"),
+    "unknown": (lambda shards: set_field(shards, "rows", [5, None], pa.int64()), "other columns"),
+    "rows": (lambda shards: set_field(shards, "rows", [4, 5]), "has other shards or rows"),
+    "negative": (lambda shards: set_field(shards, "rows", [-5, 15]), "has a negative size"),
+    "bytes": (lambda shards: set_field(shards, "bytes", [1, 2]), r"altered: \d+ bytes, expected 1"),
+    **{
+        name: (
+            lambda shards, name=name: set_field(shards, "file", [name, "train-00001.arrow"]),
+            "which is no file of this folder",
+        )
+        for name in ("../made/train-00000.arrow", "/etc/passwd", "a//b", "", ".", "a/..", "a\\b")
+    },
+    "folder": (lambda shards: set_field(shards, "file", ["a/b", "a"]), "b: this shard is missing"),
+}
+
+
+def set_field(
+    shards: pa.Table, name: str, values: list[object], kind: pa.DataType | None = None
+) -> pa.Table:
+    place = shards.schema.get_field_index(name)
+    return shards.set_column(place, name, pa.array(values, kind))
+
+
+@pytest.mark.parametrize("change", TABLE_CHANGES)
+def test_a_table_of_shards_that_is_not_one_is_rejected(corpus: Path, change: str) -> None:
+    """A user who can write the table can write its digest, too."""
+    path = corpus / SHARD_TABLE
+    before = path.read_bytes()
+    edit, message = TABLE_CHANGES[change]
+    entry = write_shard(edit(pa.ipc.open_file(before).read_all()), corpus / "new")
+    (corpus / "new").replace(path)
+    with pytest.raises(UserError, match=r"shards\.arrow: this shard was altered"):
+        open_corpus(corpus)
+    manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
+    manifest["shards"] |= {key: entry[key] for key in ("bytes", "sha256")}
+    write_manifest(corpus, manifest)
+    with pytest.raises(UserError, match=message):
         open_corpus(corpus)
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.data import AUGMENTATIONS, AugmentConfig
 from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
 from pipelines.training.loading.prefetch import prefetch_batches
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
-from tests.helpers.small_corpora import small_config, write_scaled_sound
+from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
 
 
 @pytest.fixture
@@ -197,18 +198,35 @@ def test_processes_give_the_batches_of_the_thread(data: Path) -> None:
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_processes_open_their_own_shards(data: Path) -> None:
-    """A copy of the open shards would hold all rows of the corpora."""
-    stream = ResolvedRun(small_config(data)).dataloader
-    stream.batch(0)
-    sizes = sum(sum(d.shard_table.bytes) for d in stream.datasets.values())
-    assert len(pickle.dumps(stream)) < sizes / 4
+@pytest.mark.parametrize("rows", ["whole", "windows", "groups", "fold", "fraction"])
+def test_what_a_loading_process_is_sent_does_not_grow(tmp_path: Path, rows: str) -> None:
+    """Neither with rows nor with shards, also after rows were read; and batches are equal."""
+    name, sent = "text_classification", []
+    for number, shards in enumerate((5, 60)):
+        data = write_corpora(tmp_path / str(number), rows=8 * shards, shards=shards)
+        config = small_config(data, shuffle_gb=1e-5 if rows in ("windows", "groups") else 4)
+        config.training.shard_groups = 2 if rows == "groups" else None
+        fraction = 0.5 if rows == "fraction" else 1
+        config.tasks = {name: replace(config.tasks[name], batch_size=4, label_fraction=fraction)}
+        if rows == "fold":
+            config.fold = FoldConfig(3, 1, 0.3)
+        stream = ResolvedRun(config).dataloader
+        read = [stream.batch(step) for step in range(3)]
+        for split in stream.datasets[name].shard_table._splits:
+            split.table()
+        content = pickle.dumps(stream)
+        sent.append(len(content))
+        copy: MultiTaskDataLoader = pickle.loads(content)  # noqa: S301
+        for step, batch in enumerate(read):
+            expected, found = tensors(batch), tensors(copy.batch(step))
+            assert all(torch.equal(x, found[name]) for name, x in expected.items())
+    assert sent[1] - sent[0] < 100
 
 
 def test_processes_raise_the_error_of_a_batch_unchanged(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     for dataset in stream.datasets.values():
-        dataset.shard_table = None  # type: ignore[assignment]
+        dataset.modality = None  # type: ignore[assignment]
     with pytest.raises(AttributeError, match="NoneType") as alone:
         stream.batch(0)
     with (

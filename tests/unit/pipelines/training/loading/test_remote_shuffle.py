@@ -45,7 +45,9 @@ def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
     """Shards of the only task's split, and their numbers in the order of their use."""
     (rows,), (order,) = stream.datasets.values(), stream._samplers.values()
     come = dict.fromkeys(shard for batch in range(15) for shard in order.shards(batch))
-    return [str(shard["file"]) for _, shard in rows.shard_table._shards], list(come)
+    return [
+        str(shard["file"]) for split in rows.shard_table._splits for shard in split.shards
+    ], list(come)
 
 
 def test_corrupt_shard_is_reported_before_its_rows_are_used(

@@ -5,6 +5,7 @@ The order of corpora that are too large for a complete shuffle.
 Groups of shards: the same order for any number of ranks, and own shards for each rank.
 """
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -284,12 +285,44 @@ def test_each_row_of_a_group_occurs_once_per_epoch() -> None:
 
 
 def test_groups_have_all_shards_and_about_equal_numbers_of_rows() -> None:
-    groups = divide_shards(ROWS, 4, (0, "order"))
+    groups, again, others = (
+        [group.tolist() for group in divide_shards(ROWS, 4, (seed, "order"))] for seed in (0, 0, 1)
+    )
+    assert groups == [sorted(group) for group in groups]
     assert sorted(shard for group in groups for shard in group) == list(range(len(ROWS)))
     sizes = [sum(ROWS[shard] for shard in group) for group in groups]
     assert max(sizes) - min(sizes) <= min(ROWS)
-    assert divide_shards(ROWS, 4, (0, "order")) == groups
-    assert divide_shards(ROWS, 4, (1, "order")) != groups
+    assert again == groups != others
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=40),
+    st.sampled_from([1, 7.5, 30, 64, 1e18, math.inf]),
+    st.integers(1, 5),
+)
+def test_windows_and_groups_are_filled_shard_by_shard(
+    shards: list[tuple[int, int]], limit: float, groups: int
+) -> None:
+    """The order of rows follows from these rules, so that a run resumes in every version."""
+    rows, sizes = ([shard[part] for shard in shards] for part in (0, 1))
+    key = (3, "order")
+    windows: list[list[int]] = [[]]
+    for shard in keyed_rng(*key, "shards", 0).permutation(len(shards)).tolist():
+        if windows[-1] and sum(sizes[one] for one in windows[-1]) + sizes[shard] > limit:
+            windows.append([])
+        windows[-1].append(shard)
+    order = WindowedShuffleSampler(rows, sizes, 1, limit, key)
+    firsts = np.cumsum([0, *(sum(rows[shard] for shard in window) for window in windows)])
+    assert [order.shards(int(first)) for first in firsts[:-1]] == windows
+    assert order.next_shards(0) == (windows[1:] or [order.shards(sum(rows))])[0]
+    found: list[list[int]] = [[] for _ in range(groups)]
+    for shard in sorted(
+        keyed_rng(*key, "groups").permutation(len(shards)).tolist(), key=lambda one: -rows[one]
+    ):
+        sums = [(sum(rows[one] for one in group), len(group)) for group in found]
+        found[sums.index(min(sums))].append(shard)
+    divided = divide_shards(rows, groups, key)
+    assert [group.tolist() for group in divided] == [sorted(group) for group in found]
 
 
 def loader(data: Path, batch_size: int, groups: int) -> MultiTaskDataLoader:

@@ -1,5 +1,6 @@
 """Each cell of the table of objectives and modalities trains, and is evaluated on every row."""
 
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,12 @@ def test_a_query_of_rows_is_another_row_of_the_group() -> None:
     assert pairs.draw(np.arange(6)).tolist() == [3, 1, 4, 5, 2, 0]
     drawn = {int(pairs.draw(np.array([0]), np.array([choice]))[0]) for choice in (0.0, 0.4, 0.9)}
     assert drawn == {3, 5}
+    # A loading process maps the table of the rows.
+    many = [GroupPairs(np.arange(rows) // 2, "here") for rows in (10, 10_000)]
+    small, large = map(pickle.dumps, many)
+    assert len(small) == len(large)
+    rows = np.arange(10_000)
+    assert np.array_equal(pickle.loads(large).draw(rows), many[1].draw(rows))  # noqa: S301
     with pytest.raises(UserError, match="here: no two rows have one group"):
         GroupPairs(np.array([-1, -1, 4]), "here")
 
