@@ -156,20 +156,30 @@ def remove_packages(
     about, config = _read_canonical(folder, manifest)
     installed = _parse_packages(manifest, folder)
     known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
-    values = config_to_dict(config)
+    skills: list[str] = []
+    tasks: list[str] = []
     for name in names:
         entry, gone = _pop_package(installed, name, str(folder))
+        skills, tasks = skills + entry.skills, tasks + entry.tasks
         for file in gone:
             known.pop(file, None)
         for task in entry.tasks:
-            values["tasks"].pop(task, None)
             task_files.pop(task, None)
-        values["skills"] = [skill for skill in values["skills"] if skill not in entry.skills]
-    vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(values["tasks"])
-    about |= values | {"vocabulary": vocabulary.to_dict()}
+    config = _leave_out(config, skills, tasks, f"{folder}: {', '.join(names)}")
+    vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(config.tasks)
+    about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
         return compare_outputs(_probe(_load(folder)), _load(staging))
+
+
+def _leave_out(
+    config: SkillNetConfig, skills: Sequence[str], tasks: Sequence[str], where: str
+) -> SkillNetConfig:
+    try:
+        return config.without(skills, tasks)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def list_packages(folder: Path) -> dict[str, AddedPackage]:
@@ -296,10 +306,14 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         # All that can be refused is refused before the model changes.
         vocabulary = join_vocabulary(model.vocabulary, package)
         before = _probe(model.eval())
-        for skill in content.skills:
-            add_skill(model, skill)
+        # A difference follows its source.
+        for skill in sorted(content.skills, key=lambda each: len(config.find_sources([each]))):
+            form = config.low_rank_skills.get(skill)
+            add_skill(model, skill, *((form.source, form.rank) if form else ()))
         for task in content.tasks:
             add_task(model, task, config.tasks[task])
+        # The order of names is that of the file.
+        model.config = config
         for name in package.weights:
             model.load_state_dict(load_tensors(package.folder / name), strict=False)
         model.vocabulary = vocabulary
@@ -326,10 +340,14 @@ def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
     """
     installed = _parse_packages({PACKAGES: model.packages}, "the model")
     entry, gone = _pop_package(installed, name, "the model")
+    # Refused before the model changes.
+    _leave_out(model.config, entry.skills, entry.tasks, name)
     before = _probe(model.eval())
     for task in entry.tasks:
         remove_task(model, task)
-    for skill in entry.skills:
+    # A difference goes before its source.
+    skills = sorted(entry.skills, key=lambda each: -len(model.config.find_sources([each])))
+    for skill in skills:
         remove_skill(model, skill)
     for file in gone:
         if file.startswith("stem-"):

@@ -13,6 +13,7 @@ removing restores the bytes of every file. :func:`pack_skills` writes a package;
 The format is ours. Weights are safetensors, and nothing in a package is executed.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -38,7 +39,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.serialization import (
     check_file,
@@ -77,6 +78,15 @@ class PackedFile:
 
 @with_config(CLOSED)
 @dataclass(frozen=True)
+class PackedForm:
+    """Source and rank of a low-rank skill, see :class:`skillnet.config.LowRankSkill`."""
+
+    source: Name
+    rank: Annotated[StrictInt, Field(ge=1)]
+
+
+@with_config(CLOSED)
+@dataclass(frozen=True)
 class PackedTask:
     """A task of a package.
 
@@ -109,6 +119,7 @@ class PackageContent:
         name: key of the package in a model.
         program: version of skillnet-platform that wrote it.
         skills: that it adds.
+        low_rank: skill of the package -> source and rank, of low-rank differences.
         tasks: that it adds.
         shape: sizes that the base must have, as in ``config.json``.
         tokenizer: SHA-256 of the tokenizer that its tasks read with; None if unknown.
@@ -120,6 +131,7 @@ class PackageContent:
     name: Name
     program: StrictStr
     skills: list[Name]
+    low_rank: dict[Name, PackedForm]
     tasks: Annotated[dict[Name, PackedTask], Len(min_length=1)]
     shape: dict[str, Any]
     tokenizer: Sha | None
@@ -212,6 +224,11 @@ def pack_skills(
             "name": target.stem,
             "program": program,
             "skills": skills,
+            "low_rank": {
+                skill: dataclasses.asdict(form)
+                for skill, form in config.low_rank_skills.items()
+                if skill in skills
+            },
             "tasks": {
                 task: {
                     "plan": config_to_dict(config)["tasks"][task],
@@ -250,8 +267,8 @@ def _listed(values: Sequence[Any] | None) -> list[Any] | None:
 
 
 def _shape_of(config: SkillNetConfig) -> dict[str, Any]:
-    left_out = ("skills", "tasks", "reference_tasks", *INITIAL_SETTINGS)
-    return {key: value for key, value in config_to_dict(config).items() if key not in left_out}
+    values = config_to_dict(config).items()
+    return {k: v for k, v in values if k not in (*NAME_SETTINGS, *INITIAL_SETTINGS)}
 
 
 # -- reading -------------------------------------------------------------------------------
@@ -388,6 +405,11 @@ def join_config(config: SkillNetConfig, package: SkillPackage, model: str) -> Sk
     plans = {name: task.plan for name, task in content.tasks.items()}
     known["skills"] = [*config.skills, *content.skills]
     known["tasks"] = {**known["tasks"], **plans}
+    # A form of another skill would change what the model has.
+    for name in sorted(content.low_rank.keys() - set(content.skills)):
+        raise ValueError(f"{package.path}: {ABOUT}: low_rank.{name}: the package has no such skill")
+    forms = {name: dataclasses.asdict(form) for name, form in content.low_rank.items()}
+    known["low_rank_skills"] = {**known["low_rank_skills"], **forms}
     try:
         return config_from_dict(known)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

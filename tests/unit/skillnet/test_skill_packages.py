@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import random
 import shutil
 import zipfile
@@ -17,22 +18,29 @@ import torch
 from skillnet import SkillNet
 from skillnet.model_merging import add_skill, add_task
 from skillnet.package_joins import add_packages, list_packages, remove_packages
-from skillnet.serialization import check_file, read_manifest
-from skillnet.skill_packages import ABOUT, PROBES, SkillPackage, open_package, pack_skills
-from skillnet.skill_proofs import PROBE_ROWS, TaskProof
+from skillnet.serialization import check_file, read_manifest, read_tensor_shapes
+from skillnet.skill_packages import (
+    ABOUT,
+    PROBES,
+    PackedForm,
+    SkillPackage,
+    open_package,
+    pack_skills,
+)
+from skillnet.skill_proofs import PROBE_ROWS, TaskProof, probe_outputs
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.small_models import small_model
 
-OUTPUTS = 3
+OUTPUTS, RANK = 3, 2
 
 
-def grow(base: Path, number: int, folder: Path, modality: str = "text") -> Path:
-    """Save a model that grew by a skill and a task from a base."""
+def grow(base: Path, number: int, folder: Path, modality: str = "text", rank: int = 0) -> Path:
+    """Save a model that grew by a skill and a task from a base; with a rank, from ``text``."""
     model = SkillNet.from_pretrained(base)
     skill, task = f"extra{number}", f"task{number}"
     torch.manual_seed(100 + number)
-    add_skill(model, skill)
+    add_skill(model, skill, "text" if rank else None, rank)
     plan = SkillPlan(tuple(sorted(("general", skill))), modality)
     add_task(model, task, Task("classification", {"input": plan}, outputs=OUTPUTS))
     with torch.no_grad():
@@ -58,8 +66,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and packages that were made from it in working folders of their own."""
     folder = tmp_path_factory.mktemp("shelf")
     small_model(torch.float32).save_pretrained(folder / "base")
-    for number, modality in enumerate(("text", "video", "text")):
-        grown = grow(folder / "base", number, folder / f"grown{number}", modality)
+    for number, (modality, rank) in enumerate((("text", 0), ("video", 0), ("text", RANK))):
+        grown = grow(folder / "base", number, folder / f"grown{number}", modality, rank)
         pack(grown, number, folder / f"p{number}.skill")
     return folder
 
@@ -107,6 +115,62 @@ def test_what_is_added_proves_itself_and_goes_without_a_trace(shelf: Path, base:
         check_file(base, name, manifest)
     for name in ("p0", "p1"):
         remove_packages(base, [name])
+    assert hashes(base) == before
+
+
+def test_a_low_rank_package_has_the_size_of_its_factors(shelf: Path, base: Path) -> None:
+    with open_package(shelf / "p2.skill", base.parent / "opened") as package:
+        content = package.content
+        shapes = read_tensor_shapes(package.folder / "skill-extra2.safetensors")
+    assert content.low_rank == {"extra2": PackedForm("text", RANK)}
+    assert "skill-text.safetensors" in content.base
+    config = SkillNet.from_pretrained(base).config
+    width = 8 * config.dim + 2 * config.ffn_dim  # D x 3D, D x D, and D x F twice
+    assert sum(map(math.prod, shapes.values())) == config.num_layers * RANK * width
+    whole = config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    saved = (shelf / "p0.skill").stat().st_size - (shelf / "p2.skill").stat().st_size
+    # Beside the weights, headers of two tensors for one, and the form.
+    assert saved == pytest.approx(4 * (whole - config.num_layers * RANK * width), abs=2500)
+    add(base, shelf / "p2.skill")
+    joined, grown = (SkillNet.from_pretrained(x, "task2") for x in (base, shelf / "grown2"))
+    assert joined.config == grown.config
+    found, expected = (probe_outputs(each, ["task2"])["task2"] for each in (joined, grown))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_package_stays_while_another_one_needs_its_skill(shelf: Path, base: Path) -> None:
+    """The second skill is a difference to the first one, which is a difference to the base's."""
+    before = hashes(base)
+    add(base, shelf / "p2.skill")
+    model = SkillNet.from_pretrained(base)
+    add_skill(model, "extra9", "extra2", 1)
+    plan = SkillPlan(("extra9", "general"))
+    add_task(model, "task9", Task("classification", {"input": plan}, outputs=OUTPUTS))
+    model.save_pretrained(base.parent / "grown")
+    path = pack(base.parent / "grown", 9, base.parent / "p9.skill")
+    add(base, path)
+    memory = SkillNet.from_pretrained(base)
+    present = hashes(base)
+    message = "the skill extra2 is needed by extra9; remove that first"
+    with pytest.raises(ValueError, match=message):
+        remove_packages(base, ["p2"])
+    with pytest.raises(ValueError, match=message):
+        memory.remove("p2")
+    assert hashes(base) == present
+    memory.save_pretrained(base.parent / "memory")
+    assert hashes(base.parent / "memory") == present
+    remove_packages(base, ["p2", "p9"])
+    assert hashes(base) == before
+    # Both skills in one package, of which the dependent one has the first name.
+    pack_skills(base.parent / "grown", ["task2", "task9"], path, program="0.1.0")
+    edit_about(path, lambda about: about["skills"].reverse())
+    add(base, path)
+    memory = SkillNet.from_pretrained(shelf / "base")
+    memory.add(path)
+    memory.save_pretrained(base.parent / "memory")
+    assert hashes(base.parent / "memory") == hashes(base)
+    memory.remove("p9")
+    remove_packages(base, ["p9"])
     assert hashes(base) == before
 
 
@@ -291,6 +355,30 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "other weights|outputs",
     ),
     "too few names": (lambda a: a["tasks"]["task0"].update(names=["a"]), "1 names"),
+    "a rank without factors": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 2}}),
+        "other weights than its tasks need",
+    ),
+    "the rank of a skill of the base": (
+        lambda a: a.update(low_rank={"image": {"source": "text", "rank": 2}}),
+        "low_rank.image: the package has no such skill",
+    ),
+    "a huge rank": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 10**6}}),
+        "1000000 is no low rank",
+    ),
+    "a difference to itself": (
+        lambda a: a.update(low_rank={"extra0": {"source": "extra0", "rank": 1}}),
+        "a difference to itself",
+    ),
+    "a source that is not there": (
+        lambda a: a.update(low_rank={"extra0": {"source": "none", "rank": 1}}),
+        "unknown skill 'none'",
+    ),
+    "more than a rank": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 1, "run": "rm"}}),
+        "low_rank.extra0.run",
+    ),
 }
 
 
@@ -376,9 +464,11 @@ def test_a_thousand_damaged_packages_are_refused_and_change_nothing(
     shelf: Path, base: Path, tmp_path: Path
 ) -> None:
     """Bytes are changed, cut out, doubled and appended at random places."""
-    whole, before, draw = (shelf / "p0.skill").read_bytes(), hashes(base), random.Random(1)  # noqa: S311
+    before, draw = hashes(base), random.Random(1)  # noqa: S311
+    made = [(shelf / f"{name}.skill").read_bytes() for name in ("p0", "p2")]
     path, accepted, messages = tmp_path / "bad.skill", 0, set()
-    for _ in range(1000):
+    for number in range(1000):
+        whole = made[number % 2]  # whole matrices, and low rank
         data, place = bytearray(whole), draw.randrange(len(whole))
         kind = draw.randrange(4)
         if kind == 0:
