@@ -23,8 +23,9 @@ from skillnet_platform.config import aliased_field, positional_field
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
+    from skillnet.model import SkillNet
     from skillnet.skill_packages import PackageContent, SkillPackage
-    from skillnet.skill_proofs import TaskProof
+    from skillnet.skill_proofs import RowReader, TaskProof
 
 SUFFIX = ".skill"
 
@@ -57,10 +58,13 @@ class AddConfig:
         packages: files or URIs, or NAME@PLACE of a package in a folder, an object store, or a
             repository of the Hugging Face Hub (hf:OWNER/NAME@REVISION).
         to: folder of the model, which is replaced at once.
+        data: directory or URI of prepared corpora, on whose test rows old tasks are compared; by
+            default the usual one. Tasks without their corpus are compared on generated inputs.
     """
 
     packages: list[str] = positional_field([])
     to: str = ""
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if not self.packages:
@@ -75,10 +79,12 @@ class RemoveConfig:
     Args:
         names: packages to remove; `skillnet skills MODEL` lists them.
         model: folder of the model, which is replaced at once.
+        data: as of `skillnet add`.
     """
 
     names: list[str] = positional_field([])
     model: str = aliased_field("", "from")
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -193,6 +199,7 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
         [
             proof.task,
             proof.package or "–",
+            proof.inputs,
             proof.rows,
             proof.differing,
             "–" if proof.package is None else f"{proof.largest:.1g}",
@@ -201,10 +208,12 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
         ]
         for proof in proofs
     ]
-    columns = ["task", "package", "rows", "differing", "to author", "parameters", "operations"]
+    columns = [
+        "task", "package", "inputs", "rows", "differing", "to author", "parameters", "operations"
+    ]  # fmt: skip
     caption = (
-        "Generated inputs. Old tasks: outputs before and after, bit by bit. New tasks: difference "
-        "to the outputs of their author."
+        "Old tasks: outputs before and after, bit by bit. New tasks: difference to the outputs of "
+        "their author."
     )
     console.print_table("outputs", columns, rows, caption)
 
@@ -231,7 +240,8 @@ def join_packages(config: AddConfig) -> "list[TaskProof]":
             scratch = folder.parent / f".{folder.name}.package-{number}"
             packages.append(stack.enter_context(_user_errors(open_package(path, scratch))))
         with _as_user_error():
-            return add_packages(folder, packages, _BundleWriter(packages).write)
+            rows = _find_rows(folder, config.data)
+            return add_packages(folder, packages, _BundleWriter(packages).write, rows)
 
 
 @command(
@@ -246,8 +256,56 @@ def drop_packages(config: RemoveConfig) -> "list[TaskProof]":
     """Run ``skillnet remove``."""
     from skillnet.package_joins import remove_packages
 
+    folder = Path(config.model)
     with _as_user_error():
-        return remove_packages(Path(config.model), config.names, _BundleWriter([]).write)
+        rows = _find_rows(folder, config.data)
+        return remove_packages(folder, config.names, _BundleWriter([]).write, rows)
+
+
+#: Test rows of a corpus on which the outputs of a task are compared.
+TEST_ROWS = 128
+
+
+def _find_rows(folder: Path, data: str | None) -> "RowReader | None":
+    """Return a reader of the test rows of those tasks of a bundle whose corpora are at hand.
+
+    Raises:
+        UserError: a given directory has no corpus of the model.
+    """
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.growth.verification import digest_row_outputs
+    from pipelines.training.runs.bundle_manifest import SERVING, read_bundle_manifest
+    from skillnet.serialization import read_manifest
+    from skillnet.skill_proofs import RowDigests
+    from skillnet_platform.storage import data_root
+    from skillnet_platform.storage.location import join_location, parse_location
+
+    entries: dict[str, Any] = {}
+    if SERVING in read_manifest(folder):
+        entries = read_bundle_manifest(folder)["tasks"]
+    corpora = {}
+    for task, entry in entries.items():
+        # A corpus that is missing or damaged is not at hand.
+        with contextlib.suppress(ValueError, OSError):
+            where = join_location(parse_location(data, data_root()), entry["corpus"])
+            corpus = open_corpus(where)
+            if corpus.digest == entry["corpus_digest"] and "test" in corpus.splits:
+                corpora[task] = corpus
+    if data and not corpora:
+        known = sorted({entry["corpus"] for entry in entries.values()})
+        raise UserError(
+            f"--data {data}: no corpus that {folder} was trained on"
+            + (f": {', '.join(known)}. Give their folder, or leave the option out" if known else "")
+        )
+
+    def read(model: "SkillNet", task: str) -> RowDigests | None:
+        if task not in corpora:
+            return None
+        limit = entries[task]["limit"]
+        digests = digest_row_outputs(model, task, corpora[task], "test", limit, TEST_ROWS)
+        return RowDigests(f"{corpora[task].name}/test", digests)
+
+    return read if corpora else None
 
 
 class _BundleWriter:

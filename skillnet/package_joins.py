@@ -46,7 +46,14 @@ from skillnet.skill_packages import (
     open_package,
     require_shapes,
 )
-from skillnet.skill_proofs import TaskProof, compare_outputs, probe_outputs, prove_task
+from skillnet.skill_proofs import (
+    RowReader,
+    TaskProof,
+    compare_models,
+    compare_outputs,
+    probe_outputs,
+    prove_task,
+)
 from skillnet.skills import nearest_hint
 from skillnet.vocabulary import parse_vocabulary
 from skillnet_files.commit import commit_directory, link_or_copy, make_scratch_directory
@@ -79,7 +86,10 @@ ManifestWriter = Callable[[Path, dict[str, Any]], None]
 
 
 def add_packages(
-    folder: Path, packages: Sequence[SkillPackage], write: ManifestWriter = commit_manifest
+    folder: Path,
+    packages: Sequence[SkillPackage],
+    write: ManifestWriter = commit_manifest,
+    read_rows: RowReader | None = None,
 ) -> list[TaskProof]:
     """Add packages to a saved model, all or none, and compare the outputs of every task.
 
@@ -87,6 +97,7 @@ def add_packages(
         folder: directory of the model; it is replaced at once.
         packages: opened packages.
         write: writes the manifest.
+        read_rows: computes outputs of old tasks on rows; None compares generated inputs.
 
     Returns:
         The comparison of each task: old tasks before and after, new tasks with their authors'.
@@ -130,14 +141,17 @@ def add_packages(
     # The model that a user would load, not parts of it.
     with _changed_folder(folder, manifest, about, known, changed, placed, write) as staging:
         after = _load(staging)
-        proofs = compare_outputs(_probe(_load(folder)), after)
+        proofs = compare_models(_load(folder), after, read_rows)
         for package in packages:
             proofs += check_probes(after, package)
     return proofs
 
 
 def remove_packages(
-    folder: Path, names: Sequence[str], write: ManifestWriter = commit_manifest
+    folder: Path,
+    names: Sequence[str],
+    write: ManifestWriter = commit_manifest,
+    read_rows: RowReader | None = None,
 ) -> list[TaskProof]:
     """Remove packages from a saved model, all or none, and compare the outputs of the other tasks.
 
@@ -145,6 +159,7 @@ def remove_packages(
         folder: directory of the model; it is replaced at once.
         names: keys of packages that were added.
         write: writes the manifest.
+        read_rows: as of :func:`add_packages`.
 
     Returns:
         The comparison of each task that stays.
@@ -170,7 +185,7 @@ def remove_packages(
     about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
-        return compare_outputs(_probe(_load(folder)), _load(staging))
+        return compare_models(_load(folder), _load(staging), read_rows)
 
 
 def _leave_out(

@@ -1,11 +1,12 @@
-"""Proofs that a model computes what another one computes: outputs on generated inputs, bit by bit.
+"""Proofs that a model computes what another one computes: outputs on equal inputs, bit by bit.
 
-A recipient of a model has no corpora, so the inputs are generated from a seed. Every program
-generates the same ones.
+A recipient of a model may have no corpora, so inputs are generated from a seed. Every program
+generates the same ones. Where the corpus of a task is at hand, rows of it take their place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ from skillnet.skills import Task
 
 #: Rows of generated inputs on which outputs are compared, and start of their random numbers.
 PROBE_ROWS, PROBE_SEED = 16, 20221
+#: Inputs of a :class:`TaskProof` that are generated.
+GENERATED = "generated"
+
+
+@dataclass(frozen=True)
+class RowDigests:
+    """Outputs of a task on rows of a corpus.
+
+    Args:
+        inputs: corpus and split.
+        digests: hash of the output of each row.
+    """
+
+    inputs: str
+    digests: list[bytes]
+
+
+#: Returns the outputs of a task of a model on rows; None if no corpus is at hand.
+RowReader = Callable[[SkillNet, str], RowDigests | None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class TaskProof:
         flops: operations of one example.
         parameters: that the task activates.
         package: that brought the task; None for an old task.
+        inputs: ``generated``, or corpus and split of the rows.
     """
 
     task: str
@@ -39,6 +60,7 @@ class TaskProof:
     flops: int
     parameters: int
     package: str | None = None
+    inputs: str = GENERATED
 
 
 @torch.no_grad()
@@ -82,14 +104,52 @@ def compare_outputs(before: Mapping[str, Mapping[str, Tensor]], after: SkillNet)
     """
     tasks = [task for task in before if task in after.config.tasks]
     found = probe_outputs(after, tasks)
-    proofs = [prove_task(after, task, before[task], found[task]) for task in tasks]
-    for proof in proofs:
-        if proof.differing:
-            raise ValueError(
-                f"the outputs of {proof.task} change on {proof.differing} of {proof.rows} rows, "
-                "although no weight of it did. Nothing was written"
-            )
+    return [_require_equal(prove_task(after, task, before[task], found[task])) for task in tasks]
+
+
+def compare_models(
+    before: SkillNet, after: SkillNet, read_rows: RowReader | None = None
+) -> list[TaskProof]:
+    """Compare the outputs of every task that two models have, bit by bit.
+
+    Args:
+        before: in evaluation mode.
+        after: in evaluation mode.
+        read_rows: computes outputs on rows; tasks without rows are compared on generated inputs.
+
+    Raises:
+        ValueError: an output differs; names the task.
+    """
+    proofs = []
+    for task in (name for name in before.config.tasks if name in after.config.tasks):
+        rows = read_rows(before, task) if read_rows is not None else None
+        if rows is None:
+            proofs += compare_outputs(probe_outputs(before, [task]), after)
+            continue
+        assert read_rows is not None
+        found = read_rows(after, task)
+        digests = [] if found is None else found.digests
+        pairs = zip_longest(rows.digests, digests)
+        proof = TaskProof(
+            task,
+            len(rows.digests),
+            sum(one != other for one, other in pairs),
+            0.0,
+            after.flops(task)[0],
+            after.activated_parameters(task),
+            inputs=rows.inputs,
+        )
+        proofs.append(_require_equal(proof))
     return proofs
+
+
+def _require_equal(proof: TaskProof) -> TaskProof:
+    if proof.differing:
+        raise ValueError(
+            f"the outputs of {proof.task} change on {proof.differing} of {proof.rows} rows, "
+            "although no weight of it did. Nothing was written"
+        )
+    return proof
 
 
 def prove_task(

@@ -1,5 +1,6 @@
 """``skillnet pack``, ``add``, ``remove`` and ``skills`` on the folder of a served model."""
 
+import copy
 import hashlib
 import json
 import os
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from pipelines import skills as commands
+from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
+from pipelines.training.growth.verification import digest_row_outputs
 from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet import SkillNet
 from skillnet.model_merging import add_skill, add_task
@@ -104,6 +107,71 @@ def test_an_added_task_predicts_and_a_removed_one_leaves_no_trace(
     assert "counting" in capsys.readouterr().out
     assert commands.drop_packages(["shapes", "--from", str(model)]) == 0
     assert hashes(model) == before
+
+
+def test_old_tasks_are_proved_on_rows_of_the_corpora_at_hand(
+    shelf: Path,
+    place: ServedPlace,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = hashes(model)
+    entries = bundle.check_bundle(model)["tasks"]
+    data = Path(shutil.copytree(place.data, tmp_path / "corpora"))
+    # Another version of a corpus has other rows than those of the training.
+    manifest = data / "headings" / "manifest.json"
+    shutil.rmtree(data / "syllables")
+    shutil.copytree(data / "headings", data / "syllables")
+    given = ["--data", str(data), "--json"]
+    assert manifest.is_file()
+    capsys.readouterr()
+    monkeypatch.setattr(commands, "TEST_ROWS", 3)
+    assert commands.join_packages([f"shapes@{shelf}", "--to", str(model), *given]) == 0
+    proofs = {proof["task"]: proof for proof in read(capsys)}
+    for task, entry in entries.items():
+        if task == "speech_recognition":
+            assert (proofs[task]["inputs"], proofs[task]["rows"]) == ("generated", 16)
+        else:
+            assert proofs[task]["inputs"] == f"{entry['corpus']}/test"
+            assert 1 <= proofs[task]["rows"] <= 3
+        assert proofs[task]["differing"] == 0
+    assert proofs["shape"]["inputs"] == "generated"
+    joined = hashes(model)
+    monkeypatch.setattr(
+        "pipelines.training.growth.verification.digest_row_outputs",
+        lambda model, task, *rest: [b"", str("shape" in model.config.tasks).encode()],
+    )
+    assert commands.drop_packages(["shapes", "--from", str(model), *given]) == 2
+    assert "change on 1 of 2 rows" in " ".join(capsys.readouterr().err.split())
+    assert hashes(model) == joined
+    shutil.rmtree(data / "headings")
+    assert commands.drop_packages(["shapes", "--from", str(model), "--data", str(shelf)]) == 2
+    assert f"--data {shelf}: no corpus that" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.undo()
+    assert commands.drop_packages(["shapes", "--from", str(model), *given]) == 0
+    kinds = {proof["task"]: proof["inputs"] for proof in read(capsys)}
+    assert kinds["text_classification"] == "generated"
+    assert hashes(model) == before
+
+
+def test_the_digest_of_a_row_follows_its_outputs(place: ServedPlace) -> None:
+    model = SkillNet.from_pretrained(place.bundle)
+    for task, entry in bundle.check_bundle(place.bundle)["tasks"].items():
+        corpus = open_corpus(place.data / entry["corpus"])
+        first, same, fewer = (
+            digest_row_outputs(model, task, corpus, "test", entry["limit"], count)
+            for count in (1000, 1000, 1)
+        )
+        assert first == same
+        assert len(first) == len(corpus.splits["test"].table())
+        assert len(fewer) == 1
+        with torch.no_grad():
+            changed = copy.deepcopy(model)
+            changed.encoder.norm.weight.mul_(1.01)
+        other = digest_row_outputs(changed, task, corpus, "test", entry["limit"], 1000)
+        assert not set(first) & set(other), task
 
 
 def test_a_package_comes_from_a_pinned_revision_of_the_hub(
