@@ -55,7 +55,7 @@ from skillnet.skill_proofs import (
     prove_task,
 )
 from skillnet.skills import nearest_hint
-from skillnet.vocabulary import parse_vocabulary
+from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_files.commit import commit_directory, link_or_copy, make_scratch_directory
 
 #: Largest difference of an output to that of the author, relative to the largest output or 1:
@@ -116,19 +116,13 @@ def add_packages(
     placed: dict[str, Path] = {}
     for package in packages:
         content = package.content
-        if content.name in installed:
-            raise ValueError(
-                f"{package.path}: {folder} already has a package {content.name!r}. Remove it "
-                f"first: skillnet remove {content.name} --from {folder}"
-            )
-        config = join_config(config, package, str(folder))
-        check_base(package, hashes, vocabulary.tokenizer, str(folder))
+        config = _join_config(config, package, installed, hashes, vocabulary, folder)
         task_files |= require_shapes(package, config)
         for name in package.weights:
             entry = content.files[name]
             if name not in known:
                 hashes[name] = entry.sha256
-                placed[name] = package.folder / name
+                placed[name] = package.find_file(name)
                 known[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
                 added.add(name)
         vocabulary = join_vocabulary(vocabulary, package)
@@ -186,6 +180,52 @@ def remove_packages(
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
         return compare_models(_load(folder), _load(staging), read_rows)
+
+
+def explain_misfits(folder: Path, packages: Sequence[SkillPackage]) -> list[str | None]:
+    """Return why each package cannot be added to a saved model alone; None if its header fits.
+
+    Args:
+        folder: directory of the model.
+        packages: their headers suffice.
+
+    Raises:
+        ValueError: the model is damaged.
+    """
+    manifest = read_manifest(folder)
+    about, config = _read_canonical(folder, manifest)
+    installed = _parse_packages(manifest, folder)
+    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    vocabulary = parse_vocabulary(about.get("vocabulary"))
+    reasons: list[str | None] = []
+    for package in packages:
+        try:
+            _join_config(config, package, installed, hashes, vocabulary, folder)
+            join_vocabulary(vocabulary, package)
+            reasons.append(None)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _join_config(
+    config: SkillNetConfig,
+    package: SkillPackage,
+    installed: Mapping[str, AddedPackage],
+    hashes: Mapping[str, str],
+    vocabulary: ModelVocabulary,
+    folder: Path,
+) -> SkillNetConfig:
+    """Return the configuration of a saved model with a package that has its base."""
+    name = package.name
+    if name in installed:
+        raise ValueError(
+            f"{package.path}: {folder} already has a package {name!r}. Remove it first: "
+            f"skillnet remove {name} --from {folder}"
+        )
+    joined = join_config(config, package, str(folder))
+    check_base(package, hashes, vocabulary.tokenizer, str(folder))
+    return joined
 
 
 def _leave_out(
@@ -330,7 +370,7 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         # The order of names is that of the file.
         model.config = config
         for name in package.weights:
-            model.load_state_dict(load_tensors(package.folder / name), strict=False)
+            model.load_state_dict(load_tensors(package.find_file(name)), strict=False)
         model.vocabulary = vocabulary
         added = {name for entry in installed.values() for name in entry.files}
         files = [name for name in package.weights if name not in present or name in added]
@@ -388,7 +428,7 @@ def check_probes(model: SkillNet, package: SkillPackage) -> list[TaskProof]:
     Raises:
         ValueError: an output is missing, or differs by more than processors round.
     """
-    stored = load_tensors(package.folder / PROBES)
+    stored = load_tensors(package.find_file(PROBES))
     tasks = list(package.content.tasks)
     proofs = []
     for task, outputs in probe_outputs(model, tasks).items():

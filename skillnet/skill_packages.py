@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import torch
 from annotated_types import Len
@@ -147,13 +147,18 @@ class SkillPackage:
         path: location of the package.
         digest: SHA-256 of ``skill.json``, which has the hashes of all other files.
         content: parsed ``skill.json``.
-        folder: directory of the other files.
+        folder: directory of the other files; None if only the header was read.
     """
 
     path: Path
     digest: str
     content: PackageContent
-    folder: Path
+    folder: Path | None
+
+    def find_file(self, name: str) -> Path:
+        """Return the location of a file of the package."""
+        assert self.folder is not None, "only the header was read"
+        return self.folder / name
 
     @property
     def name(self) -> str:
@@ -273,6 +278,9 @@ def _shape_of(config: SkillNetConfig) -> dict[str, Any]:
 
 # -- reading -------------------------------------------------------------------------------
 
+#: Errors of :mod:`zipfile` on damaged files.
+_DAMAGES = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError)
+
 
 @contextmanager
 def open_package(path: Path, scratch: Path) -> Iterator[SkillPackage]:
@@ -293,10 +301,33 @@ def open_package(path: Path, scratch: Path) -> Iterator[SkillPackage]:
                 about = _read_about(path, archive)
                 content = _parse_about(path, about)
                 _extract(path, archive, content, folder)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+        except _DAMAGES as error:
             raise ValueError(f"{path}: no whole package of skills ({error})") from None
         digest = hashlib.sha256(about).hexdigest()
         yield SkillPackage(path, digest, content, folder)
+
+
+def read_package_header(stream: IO[bytes], path: Path) -> SkillPackage:
+    """Read what a package states, without its files.
+
+    Args:
+        stream: seekable content of the package.
+        path: name of the package, for messages.
+
+    Returns:
+        A package without a folder.
+
+    Raises:
+        ValueError: it is damaged, no package, or of another format.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            about = _read_about(path, archive)
+            content = _parse_about(path, about)
+            _check_listed(path, archive, content)
+    except _DAMAGES as error:
+        raise ValueError(f"{path}: no whole package of skills ({error})") from None
+    return SkillPackage(path, hashlib.sha256(about).hexdigest(), content, None)
 
 
 def _read_about(path: Path, archive: zipfile.ZipFile) -> bytes:
@@ -352,8 +383,7 @@ def describe_wrong_value(error: ValidationError) -> str:
     return f"{key[:120]}: {problem['msg']}"
 
 
-def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, folder: Path) -> None:
-    # Names come from the checked list only, so no file leaves the folder.
+def _check_listed(path: Path, archive: zipfile.ZipFile, content: PackageContent) -> None:
     present = set(archive.namelist()) - {ABOUT}
     if present != content.files.keys():
         names = ", ".join(sorted(present ^ content.files.keys()))[:200]
@@ -361,6 +391,12 @@ def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, fold
     for name, entry in content.files.items():
         if archive.getinfo(name).file_size != entry.bytes:
             raise ValueError(f"{path}: {name} was altered: it has another size")
+
+
+def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, folder: Path) -> None:
+    _check_listed(path, archive, content)
+    # Names come from the checked list only, so no file leaves the folder.
+    for name, entry in content.files.items():
         digest = hashlib.sha256()
         with archive.open(name) as stream, (folder / name).open("wb") as target:
             while block := stream.read(2**20):
@@ -504,7 +540,7 @@ def require_shapes(package: SkillPackage, config: SkillNetConfig) -> dict[str, l
     for name in package.weights:
         if name not in reads:
             raise ValueError(f"{package.path}: no task of it reads {name}")
-        found = read_tensor_shapes(package.folder / name)
+        found = read_tensor_shapes(package.find_file(name))
         if found != wanted[name]:
             raise ValueError(f"{package.path}: {name} holds other weights than its tasks need")
     missing = reads - set(package.weights) - package.content.base.keys()
