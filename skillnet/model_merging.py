@@ -46,8 +46,8 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None, rank: in
         model: a trained model; existing tensors are not changed.
         name: key of the new skill in ``model.skills``.
         init_from: existing skill to copy; None draws random weights.
-        rank: of a low-rank difference to ``init_from``, which starts at zero; 0 gives the new skill
-            the form of the others.
+        rank: columns of A in a difference to ``init_from``, which starts at zero; 0 gives the new
+            skill the form of the others.
 
     Returns:
         The same model.

@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 from pydantic import StrictStr, TypeAdapter, ValidationError, with_config
-from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
@@ -49,10 +48,10 @@ from skillnet.skill_packages import (
 from skillnet.skill_proofs import (
     RowReader,
     TaskProof,
-    compare_models,
     compare_outputs,
     probe_outputs,
     prove_task,
+    take_outputs,
 )
 from skillnet.skills import nearest_hint
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
@@ -134,8 +133,10 @@ def add_packages(
     changed = _record(manifest, installed, task_files)
     # The model that a user would load, not parts of it.
     with _changed_folder(folder, manifest, about, known, changed, placed, write) as staging:
+        # One model at a time is in memory.
+        before = take_outputs(_load(folder), read_rows)
         after = _load(staging)
-        proofs = compare_models(_load(folder), after, read_rows)
+        proofs = compare_outputs(before, after, read_rows)
         for package in packages:
             proofs += check_probes(after, package)
     return proofs
@@ -179,7 +180,8 @@ def remove_packages(
     about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
-        return compare_models(_load(folder), _load(staging), read_rows)
+        before = take_outputs(_load(folder), read_rows)
+        return compare_outputs(before, _load(staging), read_rows)
 
 
 def explain_misfits(folder: Path, packages: Sequence[SkillPackage]) -> list[str | None]:
@@ -328,10 +330,6 @@ def _load(folder: Path) -> SkillNet:
     return SkillNet.from_pretrained(folder)
 
 
-def _probe(model: SkillNet) -> dict[str, dict[str, Tensor]]:
-    return probe_outputs(model, list(model.config.tasks))
-
-
 # -- models in memory ----------------------------------------------------------------------
 
 
@@ -360,7 +358,7 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         require_shapes(package, config)
         # All that can be refused is refused before the model changes.
         vocabulary = join_vocabulary(model.vocabulary, package)
-        before = _probe(model.eval())
+        before = take_outputs(model.eval())
         # A difference follows its source.
         for skill in sorted(content.skills, key=lambda each: len(config.find_sources([each]))):
             form = config.low_rank_skills.get(skill)
@@ -397,7 +395,7 @@ def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
     entry, gone = _pop_package(installed, name, "the model")
     # Refused before the model changes.
     _leave_out(model.config, entry.skills, entry.tasks, name)
-    before = _probe(model.eval())
+    before = take_outputs(model.eval())
     for task in entry.tasks:
         remove_task(model, task)
     # A difference goes before its source.

@@ -92,64 +92,60 @@ def probe_outputs(model: SkillNet, tasks: Sequence[str]) -> dict[str, dict[str, 
     return found
 
 
-def compare_outputs(before: Mapping[str, Mapping[str, Tensor]], after: SkillNet) -> list[TaskProof]:
+#: Task -> its outputs: by name on generated inputs, or on rows of a corpus.
+TakenOutputs = Mapping[str, Mapping[str, Tensor] | RowDigests]
+
+
+def take_outputs(model: SkillNet, read_rows: RowReader | None = None) -> TakenOutputs:
+    """Return the outputs of all tasks of a model: on rows at hand, or on generated inputs.
+
+    Args:
+        model: in evaluation mode.
+        read_rows: computes outputs on rows.
+    """
+    rows = {task: read_rows(model, task) if read_rows else None for task in model.config.tasks}
+    probes = probe_outputs(model, [task for task, found in rows.items() if found is None])
+    return {task: found or probes[task] for task, found in rows.items()}
+
+
+def compare_outputs(
+    before: TakenOutputs, after: SkillNet, read_rows: RowReader | None = None
+) -> list[TaskProof]:
     """Compare the outputs of tasks before and after a change of a model, bit by bit.
 
     Args:
-        before: task -> outputs, see :func:`probe_outputs`.
+        before: see :func:`take_outputs`.
         after: the changed model, in evaluation mode. Tasks that it lacks are left out.
-
-    Raises:
-        ValueError: an output differs; names the task.
-    """
-    tasks = [task for task in before if task in after.config.tasks]
-    found = probe_outputs(after, tasks)
-    return [_require_equal(prove_task(after, task, before[task], found[task])) for task in tasks]
-
-
-def compare_models(
-    before: SkillNet, after: SkillNet, read_rows: RowReader | None = None
-) -> list[TaskProof]:
-    """Compare the outputs of every task that two models have, bit by bit.
-
-    Args:
-        before: in evaluation mode.
-        after: in evaluation mode.
-        read_rows: computes outputs on rows; tasks without rows are compared on generated inputs.
+        read_rows: as given to :func:`take_outputs`.
 
     Raises:
         ValueError: an output differs; names the task.
     """
     proofs = []
-    for task in (name for name in before.config.tasks if name in after.config.tasks):
-        rows = read_rows(before, task) if read_rows is not None else None
-        if rows is None:
-            proofs += compare_outputs(probe_outputs(before, [task]), after)
-            continue
-        assert read_rows is not None
-        found = read_rows(after, task)
-        digests = [] if found is None else found.digests
-        pairs = zip_longest(rows.digests, digests)
-        proof = TaskProof(
-            task,
-            len(rows.digests),
-            sum(one != other for one, other in pairs),
-            0.0,
-            after.flops(task)[0],
-            after.activated_parameters(task),
-            inputs=rows.inputs,
-        )
-        proofs.append(_require_equal(proof))
+    for task in (name for name in before if name in after.config.tasks):
+        taken = before[task]
+        if not isinstance(taken, RowDigests):
+            found = probe_outputs(after, [task])[task]
+            proof = prove_task(after, task, taken, found)
+        else:
+            again = read_rows(after, task) if read_rows is not None else None
+            pairs = zip_longest(taken.digests, again.digests if again is not None else ())
+            proof = TaskProof(
+                task,
+                len(taken.digests),
+                sum(one != other for one, other in pairs),
+                0.0,
+                after.flops(task)[0],
+                after.activated_parameters(task),
+                inputs=taken.inputs,
+            )
+        if proof.differing:
+            raise ValueError(
+                f"the outputs of {task} change on {proof.differing} of {proof.rows} rows, "
+                "although no weight of it did. Nothing was written"
+            )
+        proofs.append(proof)
     return proofs
-
-
-def _require_equal(proof: TaskProof) -> TaskProof:
-    if proof.differing:
-        raise ValueError(
-            f"the outputs of {proof.task} change on {proof.differing} of {proof.rows} rows, "
-            "although no weight of it did. Nothing was written"
-        )
-    return proof
 
 
 def prove_task(

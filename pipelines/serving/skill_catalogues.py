@@ -46,7 +46,7 @@ class CatalogueEntry:
         skills: that it adds; those of low rank with their rank.
         bytes: size of the file.
         base: SHA-256 of the weights of the base that all its tasks read.
-        licences: of the corpora that its tasks were trained on.
+        licences: names, of the corpora that its tasks were trained on.
         problem: why it is no package, or does not fit the given model; None otherwise.
     """
 

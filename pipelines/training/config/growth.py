@@ -23,8 +23,8 @@ class NewSkill:
     Args:
         name: name that the model does not have yet.
         init_from: skill of the model whose weights are copied; null starts from random weights.
-        rank: of a low-rank difference to ``init_from`` (LoRA), which gives a package of 0.1 to 1 MB
-            for a rank of 4 to 64; 0 trains whole matrices.
+        rank: number of columns of a low-rank difference to ``init_from`` (LoRA), for small packages;
+            0 trains whole matrices.
     """
 
     name: str

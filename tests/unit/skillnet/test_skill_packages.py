@@ -1,11 +1,14 @@
 """Packages of skills: they change no old output, and go without a trace."""
 
+import cProfile
 import hashlib
 import io
 import json
 import math
+import pstats
 import random
 import shutil
+import weakref
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -196,8 +199,25 @@ def test_any_order_and_any_subset_restore_every_byte(shelf: Path, base: Path) ->
 
 
 @pytest.mark.slow("test_skill_packages.py::test_any_order_and_any_subset_restore_every_byte")
-def test_fifty_packages_of_fifty_folders_join_one_base(tmp_path: Path) -> None:
-    """Each addition proves all old outputs; each package adds its own files and no others."""
+def test_fifty_packages_of_fifty_folders_join_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each addition proves all old outputs; each package adds its own files and no others.
+
+    Neither memory nor disk of an addition grows by more than the package, and its work not faster
+    than the number of packages. Memory is that of the models that live at once, and work the number
+    of calls, which no other process of the machine changes.
+    """
+    live: list[weakref.ref[SkillNet]] = []
+    peaks: list[int] = []
+
+    def load(folder: Path) -> SkillNet:
+        live.append(weakref.ref(model := SkillNet.from_pretrained(folder)))
+        models = [found for each in live if (found := each()) is not None]
+        peaks.append(sum(p.nbytes for found in models for p in found.parameters()))
+        return model
+
+    monkeypatch.setattr("skillnet.package_joins._load", load)
     tasks = {"text_classification": small_model().config.tasks["text_classification"]}
     base, draw = tmp_path / "base", random.Random(2)  # noqa: S311
     small_model(torch.float32, tasks=tasks).save_pretrained(base)
@@ -211,12 +231,24 @@ def test_fifty_packages_of_fifty_folders_join_one_base(tmp_path: Path) -> None:
         )
     order = sorted(made)
     draw.shuffle(order)
-    sizes = [dict.fromkeys(hashes(base), 0)]
-    for name in order:
-        proofs = add(base, made[name])
+    files, peak, work = list(before), 0, {}
+    for number, name in enumerate(order):
+        nodes = {path.stat().st_ino for path in base.iterdir()}
+        peaks.clear()
+        with cProfile.Profile() as profile:
+            proofs = add(base, made[name])
+        work[number] = pstats.Stats(profile).total_calls
         assert not any(proof.differing for proof in proofs)
-        sizes.append(dict.fromkeys(hashes(base), 0))
-        assert len(sizes[-1]) - len(sizes[-2]) == 2, "a skill and a head"
+        assert len(hashes(base)) - len(files) == 2, "a skill and a head"
+        files = list(hashes(base))
+        size = made[name].stat().st_size
+        # All other files are links to those of before, but the two that name all packages.
+        written = [path for path in base.iterdir() if path.stat().st_ino not in nodes]
+        kept = [path for path in written if path.name not in ("config.json", "manifest.json")]
+        assert sum(path.stat().st_size for path in kept) <= size
+        assert not number or max(peaks) - peak <= size
+        peak = max(peaks)
+    assert work[49] - work[25] <= 1.2 * (work[25] - work[1]), "linear in the number of packages"
     assert len(list_packages(base)) == 50
     gone = draw.sample(order, 20)
     remove_packages(base, gone)
