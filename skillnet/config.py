@@ -252,7 +252,7 @@ class SkillNetConfig:
         Args:
             name: key of the new skill.
             init_from: skill that it starts from.
-            rank: columns of A in its difference to ``init_from``; 0 gives it the form of the others.
+            rank: columns of A in a difference to ``init_from``; 0 gives it the form of the others.
 
         Raises:
             ValueError: the name or the rank is invalid, or there is no skill to start from.

@@ -313,8 +313,10 @@ class TaskModel(RawInputModel, nn.Module):
     def active_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and tensor of every parameter that a task uses, in forward order."""
         find_task(task, self.config.tasks)
+        # Most files of a model of many skills belong to other tasks.
+        required = self.required_files(task)
         for name, parameter in self.named_parameters():
-            if self.uses_parameter(name, task):
+            if self.file_of(name) in required and self.uses_parameter(name, task):
                 yield name, parameter
 
     def activated_parameters(self, task: str) -> int:
@@ -460,14 +462,19 @@ class TaskModel(RawInputModel, nn.Module):
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
         # A model of one task has no whole package to remove.
         model.packages = manifest.get(PACKAGES, {}) if task is None else {}
-        dtype = None
+        parameters, dtype = dict(model.named_parameters()), None
         for file in model.files_of():
             tensors = load_tensors(folder / f"{file}.safetensors")
             kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
             if len(kinds) > 1:
                 raise ValueError(f"{folder / file}.safetensors: weights of several types: {kinds}")
-            (dtype,) = kinds
-            model.to(dtype).load_state_dict(tensors, strict=False)
+            if dtype is None:
+                (dtype,) = kinds
+                model.to(dtype)
+            # Not load_state_dict, which walks the whole model for each file.
+            with torch.no_grad():
+                for name, value in tensors.items():
+                    parameters[name].copy_(value)
         return model.eval()
 
     @classmethod

@@ -23,7 +23,7 @@ class NewSkill:
     Args:
         name: name that the model does not have yet.
         init_from: skill of the model whose weights are copied; null starts from random weights.
-        rank: number of columns of a low-rank difference to ``init_from`` (LoRA), for small packages;
+        rank: number of columns of a low-rank difference to ``init_from`` (LoRA), for small files;
             0 trains whole matrices.
     """
 
