@@ -102,6 +102,8 @@ def test_what_is_added_proves_itself_and_goes_without_a_trace(shelf: Path, base:
         SkillNet.from_pretrained(shelf / "base").config.tasks
     )
     assert {(proof.rows, proof.differing) for proof in old} == {(PROBE_ROWS, 0)}
+    after = SkillNet.from_pretrained(base)
+    assert all(proof.parameters == after.activated_parameters(proof.task) for proof in proofs)
     new = {proof.task: proof for proof in proofs if proof.package}
     assert {task: (p.package, p.differing) for task, p in new.items()} == {
         "task0": ("p0", 0),
