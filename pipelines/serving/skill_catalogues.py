@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 from urllib.parse import quote
 
 from skillnet.package_joins import explain_misfits
@@ -168,11 +169,10 @@ def _read_header(where: Location, place: str, name: str, size: int) -> SkillPack
                 file.seek(start)
                 return file.read(end - start)
 
-            return read_package_header(_RangedFile(read_local, size), shown)
+            return read_package_header(cast(IO[bytes], _RangedFile(read_local, size)), shown)
     uri = f"{where}/{name}{SUFFIX}"
-    return read_package_header(
-        _RangedFile(lambda start, end: read_range(uri, start, end), size), shown
-    )
+    ranged = _RangedFile(lambda start, end: read_range(uri, start, end), size)
+    return read_package_header(cast(IO[bytes], ranged), shown)
 
 
 class _RangedFile(io.RawIOBase):
