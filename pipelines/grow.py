@@ -277,6 +277,7 @@ def request_growth(config: GrowConfig) -> ResourceRequest:
         "references",
         "skill.name",
         "skill.init_from",
+        "skill.rank",
         "task.name",
         "training.steps",
         "training.lr",

@@ -3,6 +3,7 @@
     skillnet pack counting-run --output stroke-count.skill     a task of a grown model, as a file
     skillnet add stroke-count.skill --to my-model              joins it, and compares every output
     skillnet skills my-model                                   what the model has, and what it costs
+    skillnet skills s3://bucket/skills --fits my-model         what a catalogue offers
     skillnet remove stroke-count --from my-model               every file has its former bytes
 
 A model is a folder that ``skillnet export --to hf`` or ``save_pretrained`` wrote.
@@ -24,8 +25,10 @@ from skillnet_platform.config import aliased_field, positional_field
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
+    from pipelines.serving.skill_catalogues import CatalogueEntry
+    from skillnet.model import SkillNet
     from skillnet.skill_packages import PackageContent, SkillPackage
-    from skillnet.skill_proofs import TaskProof
+    from skillnet.skill_proofs import RowReader, TaskProof
 
 SUFFIX = ".skill"
 
@@ -58,10 +61,13 @@ class AddConfig:
         packages: files or URIs, or NAME@PLACE of a package in a folder, an object store, or a
             repository of the Hugging Face Hub (hf:OWNER/NAME@REVISION).
         to: folder of the model, which is replaced at once.
+        data: directory or URI of prepared corpora, on whose test rows old tasks are compared; by
+            default the usual one. Tasks without their corpus are compared on generated inputs.
     """
 
     packages: list[str] = positional_field([])
     to: str = ""
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if not self.packages:
@@ -76,10 +82,12 @@ class RemoveConfig:
     Args:
         names: packages to remove; `skillnet skills MODEL` lists them.
         model: folder of the model, which is replaced at once.
+        data: as of `skillnet add`.
     """
 
     names: list[str] = positional_field([])
     model: str = aliased_field("", "from")
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -92,24 +100,33 @@ class SkillsConfig:
     """Options of ``skillnet skills``.
 
     Args:
-        model: folder of a model.
+        place: folder of a model, or a catalogue: a folder, a URI, or hf:OWNER/NAME@REVISION.
+        fits: folder of a model that the packages of a catalogue are compared with.
     """
 
-    model: str = positional_field()
+    place: str = positional_field()
+    fits: str | None = None
 
     def __post_init__(self) -> None:
-        _require_model(self.model, "model")
+        if self.fits is not None:
+            _require_model(self.fits, "--fits")
+            if _is_model(self.place):
+                raise UserError(f"--fits compares packages; {self.place} is a model, no catalogue")
 
 
 def _require_model(given: str, option: str) -> None:
     """Raise UserError unless an option names the folder of a saved model."""
     if not given:
         raise UserError(f"{option}: give the folder of a model")
-    if not (Path(given) / "manifest.json").is_file():
+    if not _is_model(given):
         raise UserError(
             f"{option} {given}: no saved model. Write one: skillnet export --model {given} --to hf "
             "--output FOLDER"
         )
+
+
+def _is_model(place: str) -> bool:
+    return (Path(place) / "manifest.json").is_file()
 
 
 # -- pack ----------------------------------------------------------------------------------
@@ -194,6 +211,7 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
         [
             proof.task,
             proof.package or "–",
+            proof.inputs,
             proof.rows,
             proof.differing,
             "–" if proof.package is None else f"{proof.largest:.1g}",
@@ -202,10 +220,12 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
         ]
         for proof in proofs
     ]
-    columns = ["task", "package", "rows", "differing", "to author", "parameters", "operations"]
+    columns = [
+        "task", "package", "inputs", "rows", "differing", "to author", "parameters", "operations"
+    ]  # fmt: skip
     caption = (
-        "Generated inputs. Old tasks: outputs before and after, bit by bit. New tasks: difference "
-        "to the outputs of their author."
+        "Old tasks: outputs before and after, bit by bit. New tasks: difference to the outputs of "
+        "their author."
     )
     console.print_table("outputs", columns, rows, caption)
 
@@ -221,6 +241,7 @@ def show_proofs(proofs: "list[TaskProof]") -> None:
 )
 def join_packages(config: AddConfig) -> "list[TaskProof]":
     """Run ``skillnet add``."""
+    from pipelines.serving.skill_catalogues import fetch_package
     from skillnet.package_joins import add_packages
     from skillnet.skill_packages import open_package
 
@@ -228,11 +249,12 @@ def join_packages(config: AddConfig) -> "list[TaskProof]":
     with contextlib.ExitStack() as stack:
         packages: list[SkillPackage] = []
         for number, given in enumerate(config.packages):
-            path = stack.enter_context(_fetch_package(given, folder))
+            path = stack.enter_context(fetch_package(given, folder))
             scratch = folder.parent / f".{folder.name}.package-{number}"
             packages.append(stack.enter_context(_user_errors(open_package(path, scratch))))
         with _as_user_error():
-            return add_packages(folder, packages, _BundleWriter(packages).write)
+            rows = _find_rows(folder, config.data)
+            return add_packages(folder, packages, _BundleWriter(packages).write, rows)
 
 
 @command(
@@ -247,8 +269,56 @@ def drop_packages(config: RemoveConfig) -> "list[TaskProof]":
     """Run ``skillnet remove``."""
     from skillnet.package_joins import remove_packages
 
+    folder = Path(config.model)
     with _as_user_error():
-        return remove_packages(Path(config.model), config.names, _BundleWriter([]).write)
+        rows = _find_rows(folder, config.data)
+        return remove_packages(folder, config.names, _BundleWriter([]).write, rows)
+
+
+#: Test rows of a corpus on which the outputs of a task are compared.
+TEST_ROWS = 128
+
+
+def _find_rows(folder: Path, data: str | None) -> "RowReader | None":
+    """Return a reader of the test rows of those tasks of a bundle whose corpora are at hand.
+
+    Raises:
+        UserError: a given directory has no corpus of the model.
+    """
+    from pipelines.data.shards.dataset import open_corpus
+    from pipelines.training.growth.verification import digest_row_outputs
+    from pipelines.training.runs.bundle_manifest import SERVING, read_bundle_manifest
+    from skillnet.serialization import read_manifest
+    from skillnet.skill_proofs import RowDigests
+    from skillnet_platform.storage import data_root
+    from skillnet_platform.storage.location import join_location, parse_location
+
+    entries: dict[str, Any] = {}
+    if SERVING in read_manifest(folder):
+        entries = read_bundle_manifest(folder)["tasks"]
+    corpora = {}
+    for task, entry in entries.items():
+        # A corpus that is missing or damaged is not at hand.
+        with contextlib.suppress(ValueError, OSError):
+            where = join_location(parse_location(data, data_root()), entry["corpus"])
+            corpus = open_corpus(where)
+            if corpus.digest == entry["corpus_digest"] and "test" in corpus.splits:
+                corpora[task] = corpus
+    if data and not corpora:
+        known = sorted({entry["corpus"] for entry in entries.values()})
+        raise UserError(
+            f"--data {data}: no corpus that {folder} was trained on"
+            + (f": {', '.join(known)}. Give their folder, or leave the option out" if known else "")
+        )
+
+    def read(model: "SkillNet", task: str) -> RowDigests | None:
+        if task not in corpora:
+            return None
+        limit = entries[task]["limit"]
+        digests = digest_row_outputs(model, task, corpora[task], "test", limit, TEST_ROWS)
+        return RowDigests(f"{corpora[task].name}/test", digests)
+
+    return read if corpora else None
 
 
 class _BundleWriter:
@@ -318,64 +388,6 @@ def _user_errors(
         yield package
 
 
-@contextlib.contextmanager
-def _fetch_package(given: str, beside: Path) -> Iterator[Path]:
-    """Provide the file of a package, downloaded if it is not on this machine.
-
-    Args:
-        given: file or URI, or NAME@PLACE.
-        beside: path beside which a download lies while the block runs.
-
-    Raises:
-        UserError: there is no such package.
-    """
-    name, _, place = given.partition("@")
-    if not place or "/" in name:
-        where = given
-    elif place.startswith("hf:"):
-        yield _download_from_hub(name, place.removeprefix("hf:"))
-        return
-    else:
-        where = f"{place.rstrip('/')}/{name}{SUFFIX}"
-    if "://" not in where:
-        if not Path(where).is_file():
-            raise UserError(f"{where}: no such package{_list_catalogue(Path(where).parent)}")
-        yield Path(where)
-        return
-    from skillnet_files.commit import make_scratch_directory
-    from skillnet_platform.storage.directories import get_file
-
-    with make_scratch_directory(beside.parent / f".{beside.name}.download") as folder:
-        path = folder / where.rpartition("/")[2]
-        try:
-            get_file(where, path)
-        except FileNotFoundError:
-            raise UserError(f"{where}: no such package") from None
-        yield path
-
-
-def _list_catalogue(folder: Path) -> str:
-    names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
-    return f". {folder} has {', '.join(names[:20])}" if names else ""
-
-
-def _download_from_hub(name: str, place: str) -> Path:
-    """Return a package of a repository of the Hub, in the cache of its client."""
-    from huggingface_hub import hf_hub_download
-
-    repository, _, revision = place.partition("@")
-    if not revision:
-        raise UserError(
-            f"{name}@hf:{place}: name the revision, so that the package cannot change: "
-            f"{name}@hf:{place}@COMMIT"
-        )
-    try:
-        return Path(hf_hub_download(repository, f"{name}{SUFFIX}", revision=revision))
-    except Exception as error:  # versions of the client use different HTTP libraries
-        problem = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}@hf:{place}: it cannot be downloaded ({problem})") from None
-
-
 # -- skills --------------------------------------------------------------------------------
 
 
@@ -421,25 +433,50 @@ def list_skills(folder: Path) -> list[SkillEntry]:
     return entries
 
 
-def show_skills(entries: list[SkillEntry]) -> None:
-    """Print the skills of a model.
+def show_skills(entries: "list[SkillEntry] | list[CatalogueEntry]") -> None:
+    """Print the skills of a model, or the packages of a catalogue.
 
     Args:
-        entries: result of :func:`list_skills`.
+        entries: at least one.
     """
-    rows = [[e.name, e.package or "base", e.parameters, ", ".join(e.tasks)] for e in entries]
-    console.print_table("skills", ["skill", "package", "parameters", "tasks"], rows)
+    if isinstance(entries[0], SkillEntry):
+        rows = [[e.name, e.package or "base", e.parameters, ", ".join(e.tasks)] for e in entries]  # type: ignore[union-attr]
+        console.print_table("skills", ["skill", "package", "parameters", "tasks"], rows)
+        return
+    listed: list[CatalogueEntry] = entries  # type: ignore[assignment]
+    rows = [
+        [
+            entry.name,
+            ", ".join(entry.tasks) or "–",
+            ", ".join(entry.skills) or "–",
+            f"{entry.bytes / 1e6:.2f} MB",
+            (entry.base or "–")[:16],
+            ", ".join(entry.licences) or "–",
+            "no" if entry.problem else "yes",
+        ]
+        for entry in listed
+    ]
+    columns = ["package", "tasks", "skills", "size", "base", "licences", "usable"]
+    console.print_table("packages", columns, rows)
+    for entry in listed:
+        if entry.problem:
+            console.print_note(entry.problem)
 
 
 @command(
     SkillsConfig,
     name="skills",
     description="List the skills of a saved model: the package that brought each, its parameters, "
-    "and the tasks that activate it.",
-    example="skillnet skills my-model",
+    "and the tasks that activate it. Or list the packages of a catalogue, from their headers.",
+    example="skillnet skills my-model\nskillnet skills s3://bucket/skills --fits my-model",
     show=show_skills,
     to_json=lambda entries: [asdict(entry) for entry in entries],
 )
-def print_skills(config: SkillsConfig) -> list[SkillEntry]:
+def print_skills(config: SkillsConfig) -> "list[SkillEntry] | list[CatalogueEntry]":
     """Run ``skillnet skills``."""
-    return list_skills(Path(config.model))
+    if _is_model(config.place):
+        return list_skills(Path(config.place))
+    from pipelines.serving.skill_catalogues import list_catalogue
+
+    with _as_user_error():
+        return list_catalogue(config.place, Path(config.fits) if config.fits else None)

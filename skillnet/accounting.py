@@ -13,6 +13,7 @@ from typing import NamedTuple
 from skillnet.flops import plan_flops
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.skill_weights import is_read_by_plan
 from skillnet.skills import SkillPlan, check_plan, find_task
 
 
@@ -48,13 +49,16 @@ def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Acco
     """
     check_plan(plan, model.config.skills)
     flops, tokens = plan_flops(model, plan, length)
-    # A plan reads complete files, except the vectors of other modalities in the token stem.
-    skills = (*plan.skills, *model.config.base_skills)
+    # A plan reads complete files, except the vectors of other modalities in the token stem, and of
+    # skills that are only the source of a low-rank one.
+    skills = model.config.find_sources(plan.skills)
     wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in skills)}
     activated = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if model.file_of(name) in wanted and not _other_modality(name, plan)
+        if model.file_of(name) in wanted
+        and not _other_modality(name, plan)
+        and is_read_by_plan(name, plan.skills)
     )
     total = sum(p.numel() for p in model.parameters())
     return Account(total, activated, flops / tokens, flops, tokens)

@@ -1,11 +1,19 @@
 """Model configuration: sizes of the layers and inputs, skills and tasks."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Interval
 
-from skillnet.bounds import MAX_LAYERS, DropProbability, LayerSize, OptionalSize, check_bounds
+from skillnet.bounds import (
+    MAX_LAYERS,
+    DropProbability,
+    LayerSize,
+    OptionalSize,
+    check_bounds,
+    nearest_hint,
+)
 from skillnet.modality import find_modality
 from skillnet.objectives.base import find_objective
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
@@ -13,11 +21,33 @@ from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, defau
 #: Skill to which low-rank skills are differences.
 BASE_SKILL = "general"
 
+#: Most sources of a low-rank skill, each a difference to the next one.
+MAX_SOURCES = 16
+
+#: Names that a model has, which models of equal shape may differ in.
+NAME_SETTINGS = ("skills", "low_rank_skills", "tasks", "reference_tasks")
+
 #: Settings of the initial weights alone. Models that differ in them have equal shapes.
 INITIAL_SETTINGS = ("init_scale",)
 
 #: Mark of a field that is stored with a model and is no option of a command.
 _NO_OPTION = {"skillnet_fixed": True}
+
+
+@dataclass(frozen=True)
+class LowRankSkill:
+    """Form of a skill whose matrices are W = W_source + A B.
+
+    Args:
+        source: skill that it is a difference to.
+        rank: columns of A.
+    """
+
+    source: str
+    rank: LayerSize
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "")
 
 
 @dataclass
@@ -35,6 +65,8 @@ class SkillNetConfig:
         skill_every: every n-th layer has skill modules; the other layers are shared.
         skill_rank: rank of the difference of a skill to the skill ``general``, for all skills but
             ``general`` (source: LoRA); 0 gives each skill whole matrices.
+        low_rank_skills: skill -> the form that it has in place of that of ``skill_rank``; a growth
+            fills it in.
         bias: add a bias to every projection of the layers; per skill, like its weight.
         norm_position: ``pre`` normalizes the input of each branch of a layer, and the output of the
             encoder; ``post`` normalizes the sum after each branch (BERT).
@@ -79,6 +111,7 @@ class SkillNetConfig:
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
     skill_every: LayerSize = 1
     skill_rank: OptionalSize = 0
+    low_rank_skills: dict[str, LowRankSkill] = field(default_factory=dict, metadata=_NO_OPTION)
     bias: bool = False
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: Annotated[float, Interval(gt=0, le=0.1)] = 1e-5
@@ -128,11 +161,14 @@ class SkillNetConfig:
                 "model.skill_rank: skills are differences to the skill general, and model.skills "
                 "has none; add it, or set skill_rank to 0"
             )
-        if self.skill_rank >= min(self.dim, self.ffn_dim) and self.skill_rank:
-            raise ValueError(
-                f"model.skill_rank {self.skill_rank} is no low rank; it is less than model.dim "
-                f"{self.dim} and model.ffn_dim {self.ffn_dim}"
-            )
+        self._check_rank("model.skill_rank", self.skill_rank)
+        for name, form in self.low_rank_skills.items():
+            key = f"model.low_rank_skills.{name}"
+            for skill in (name, form.source):
+                if skill not in self.skills:
+                    raise ValueError(f"{key}: unknown skill {skill!r}; add it to model.skills")
+            self._check_rank(f"{key}.rank", form.rank)
+            self.find_sources([name])
         if self.norm_position not in ("pre", "post"):
             raise ValueError(f"model.norm_position is pre or post, not {self.norm_position!r}")
         if self.dim % self.num_heads:
@@ -163,10 +199,110 @@ class SkillNetConfig:
                         "class token is none; set it to false"
                     )
 
+    def _check_rank(self, key: str, rank: int) -> None:
+        if rank and rank >= min(self.dim, self.ffn_dim):
+            raise ValueError(
+                f"{key} {rank} is no low rank; it is less than model.dim {self.dim} and "
+                f"model.ffn_dim {self.ffn_dim}"
+            )
+
+    def find_form(self, skill: str) -> LowRankSkill | None:
+        """Return the form of a low-rank skill; None for one with whole matrices.
+
+        Args:
+            skill: name of the skill.
+        """
+        if skill in self.low_rank_skills:
+            return self.low_rank_skills[skill]
+        if not self.skill_rank or skill == BASE_SKILL:
+            return None
+        return LowRankSkill(BASE_SKILL, self.skill_rank)
+
     @property
-    def base_skills(self) -> tuple[str, ...]:
-        """Skills whose weights every task reads, also one that does not activate them."""
-        return (BASE_SKILL,) if self.skill_rank else ()
+    def skill_forms(self) -> dict[str, LowRankSkill]:
+        """Low-rank skill -> its form."""
+        found = {name: self.find_form(name) for name in self.skills}
+        return {name: form for name, form in found.items() if form is not None}
+
+    def find_sources(self, skills: Iterable[str]) -> tuple[str, ...]:
+        """Return skills and those whose weights they read: the sources of low-rank skills.
+
+        Args:
+            skills: names of skills.
+
+        Raises:
+            ValueError: a skill is a difference to itself, or to too many others.
+        """
+        found: dict[str, None] = {}
+        for skill in skills:
+            chain = [skill]
+            while (form := self.find_form(chain[-1])) is not None:
+                if form.source in chain or len(chain) > MAX_SOURCES:
+                    raise ValueError(
+                        f"model.low_rank_skills: {skill} is a difference to itself, or to more "
+                        f"than {MAX_SOURCES} skills; name a source that has whole matrices"
+                    )
+                chain.append(form.source)
+            found |= dict.fromkeys(chain)
+        return tuple(found)
+
+    def with_skill(self, name: str, init_from: str | None = None, rank: int = 0) -> Self:
+        """Return the configuration with one more skill.
+
+        Args:
+            name: key of the new skill.
+            init_from: skill that it starts from.
+            rank: columns of A in a difference to ``init_from``; 0 gives it the form of the others.
+
+        Raises:
+            ValueError: the name or the rank is invalid, or there is no skill to start from.
+        """
+        if init_from is not None and init_from not in self.skills:
+            hint = nearest_hint(init_from, self.skills)
+            raise ValueError(f"init_from: unknown skill {init_from!r}{hint}")
+        forms = dict(self.low_rank_skills)
+        if rank:
+            if init_from is None:
+                raise ValueError(
+                    f"skill.rank: {name} is a difference to another skill; name it: skill.init_from"
+                )
+            forms[name] = LowRankSkill(init_from, rank)
+        return replace(self, skills=(*self.skills, name), low_rank_skills=forms)
+
+    def without(self, skills: Collection[str], tasks: Collection[str] = ()) -> Self:
+        """Return the configuration without some skills and tasks.
+
+        Args:
+            skills: names of skills.
+            tasks: names of tasks.
+
+        Raises:
+            ValueError: a task or a skill that stays needs one of the skills.
+        """
+        specs = {name: task for name, task in self.tasks.items() if name not in tasks}
+        forms = {name: form for name, form in self.low_rank_skills.items() if name not in skills}
+        for skill in skills:
+            users = [name for name, task in specs.items() if skill in task.skills]
+            users += [name for name, form in forms.items() if form.source == skill]
+            if users:
+                raise ValueError(
+                    f"the skill {skill} is needed by {', '.join(users)}; remove that first"
+                )
+        kept = tuple(name for name in self.skills if name not in skills)
+        return replace(self, skills=kept, low_rank_skills=forms, tasks=specs)
+
+    def restrict_to(self, skills: Collection[str], tasks: dict[str, Task]) -> Self:
+        """Return the configuration with some skills, their sources, and other tasks.
+
+        Args:
+            skills: names of skills.
+            tasks: name -> task.
+        """
+        wanted = self.find_sources(skills)
+        # The order of the configuration decides the order of initialization.
+        kept = tuple(name for name in self.skills if name in wanted)
+        forms = {name: form for name, form in self.low_rank_skills.items() if name in wanted}
+        return replace(self, skills=kept, low_rank_skills=forms, tasks=tasks)
 
     @property
     def image_tokens(self) -> int:

@@ -57,6 +57,7 @@ def merge_task_skills(model: SkillNet, task: str) -> SkillNet:
         model.config,
         skills=tuple(merged.values()),
         skill_rank=0,
+        low_rank_skills={},
         ffn_dim=width,
         tasks={task: dataclasses.replace(spec, towers=towers)},
     )

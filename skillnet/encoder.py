@@ -188,7 +188,7 @@ class EncoderLayer(nn.Module):
             std=std,
             out_std=std * out_std,
             has_bias=config.bias,
-            rank=config.skill_rank,
+            forms=config.skill_forms,
         )
         self.feedforward_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.feedforward = SkillFeedForward(
@@ -198,7 +198,7 @@ class EncoderLayer(nn.Module):
             std=std,
             out_std=config.init_scale * config.ffn_dim**-0.5 * out_std,
             has_bias=config.bias,
-            rank=config.skill_rank,
+            forms=config.skill_forms,
         )
         #: Wraps a call of the layer, to gather the weights of the given skills around it.
         self.gather_weights: Callable[[LayerCall, Skills], LayerCall] | None = None

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import Skills
-from skillnet.skill_weights import SkillWeights
+from skillnet.skill_weights import NO_FORMS, Forms, SkillWeights
 
 #: Longest sequence (tokens) whose T x T probabilities are kept for the backward pass.
 PLAIN_TOKENS = 256
@@ -234,12 +234,12 @@ class SkillLinear(nn.Module):
         *,
         std: float,
         has_bias: bool = False,
-        rank: int = 0,
+        forms: Forms = NO_FORMS,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
-        self.weight = SkillWeights(skills, outputs, inputs, std=std, rank=rank)
-        self.bias = SkillWeights(skills, outputs, rank=rank) if has_bias else None
+        self.weight = SkillWeights(skills, outputs, inputs, std=std, forms=forms)
+        self.bias = SkillWeights(skills, outputs, forms=forms) if has_bias else None
 
     def forward(self, x_BTI: Tensor, skills: Skills) -> Tensor:
         dtype = compute_dtype(x_BTI)
@@ -262,17 +262,17 @@ class SkillFeedForward(nn.Module):
         std: float,
         out_std: float,
         has_bias: bool = False,
-        rank: int = 0,
+        forms: Forms = NO_FORMS,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
         # Rows of `up` and columns of `down` of all active skills lie side by side (see the module).
-        self.up = SkillWeights(skills, hidden, dim, std=std, axis=0, rank=rank)
+        self.up = SkillWeights(skills, hidden, dim, std=std, axis=0, forms=forms)
         self.down = SkillWeights(
-            skills, dim, hidden, std=out_std, axis=1, scale_by_count=True, rank=rank
+            skills, dim, hidden, std=out_std, axis=1, scale_by_count=True, forms=forms
         )
-        self.up_bias = SkillWeights(skills, hidden, axis=0, rank=rank) if has_bias else None
-        self.down_bias = SkillWeights(skills, dim, rank=rank) if has_bias else None
+        self.up_bias = SkillWeights(skills, hidden, axis=0, forms=forms) if has_bias else None
+        self.down_bias = SkillWeights(skills, dim, forms=forms) if has_bias else None
 
     def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
         dtype = compute_dtype(x_BTD)
@@ -314,14 +314,14 @@ class SkillAttention(nn.Module):
         std: float,
         out_std: float,
         has_bias: bool = False,
-        rank: int = 0,
+        forms: Forms = NO_FORMS,
     ) -> None:
         super().__init__()
         skills = tuple(skills)
         self.heads = heads
         # One product for queries, keys and values: a third of the kernel launches.
-        self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias, rank=rank)
-        self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias, rank=rank)
+        self.qkv = SkillLinear(skills, dim, 3 * dim, std=std, has_bias=has_bias, forms=forms)
+        self.out = SkillLinear(skills, dim, dim, std=out_std, has_bias=has_bias, forms=forms)
 
     def forward(self, x_BTD: Tensor, skills: Skills, padding: Padding = None) -> Tensor:
         """Attend over all real tokens of each row, see :func:`multihead_attention`."""

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 """
 
-import dataclasses
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from skillnet.modalities.tokens import TokenStem
 from skillnet.modality import find_stem, stem_names
 from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.objectives.heads import mean_pool
-from skillnet.skill_weights import find_weight_skill
+from skillnet.skill_weights import find_weight_skill, is_read_by_plan
 from skillnet.skills import SkillPlan, Task, find_task
 
 #: Functions that add and remove packages. Names, so that this module imports no higher one.
@@ -183,17 +182,20 @@ class SkillNet(TaskModel):
     @classmethod
     def needed_files(cls, config: SkillNetConfig, tasks: Iterable[str]) -> set[str]:
         """Return the files of all skills, stems and heads that some tasks activate."""
-        files = {"shared", *(f"skill-{name}" for name in config.base_skills)}
+        files = {"shared"}
         for task in tasks:
             spec = find_task(task, config.tasks)
-            files |= {f"head-{task}", *(f"skill-{name}" for name in spec.skills)}
+            files |= {f"head-{task}"}
+            files |= {f"skill-{name}" for name in config.find_sources(spec.skills)}
             files |= {f"stem-{name}" for name in spec.stems}
         return files
 
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether the plans, stems or head of a task read a parameter."""
         spec = find_task(task, self.config.tasks)
-        return self.file_of(name) in self.required_files(task) and not _other_modality(name, spec)
+        if self.file_of(name) not in self.required_files(task) or _other_modality(name, spec):
+            return False
+        return is_read_by_plan(name, spec.skills)
 
     def flops(self, task: str, lengths: Mapping[str, int] | None = None) -> tuple[int, int]:
         """Compute the forward cost by closed formulas; tests compare them with torch's counter."""
@@ -205,10 +207,7 @@ class SkillNet(TaskModel):
     def config_for(cls, config: SkillNetConfig, task: str) -> SkillNetConfig:
         """Return the configuration with one task and only the skills that it activates."""
         spec = find_task(task, config.tasks)
-        # The order of the configuration decides the order of initialization.
-        wanted = {*spec.skills, *config.base_skills}
-        kept = tuple(name for name in config.skills if name in wanted)
-        return dataclasses.replace(config, skills=kept, tasks={task: spec})
+        return config.restrict_to(spec.skills, {task: spec})
 
 
 def _other_modality(name: str, task: Task) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, LowRankSkill, SkillNetConfig
 from skillnet.modality import find_stem
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
@@ -39,31 +39,33 @@ from skillnet.vocabulary import ModelVocabulary
 from skillnet_files.commit import commit_directory, make_scratch_directory
 
 
-def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:
+def add_skill(model: SkillNet, name: str, init_from: str | None = None, rank: int = 0) -> SkillNet:
     """Add a skill in place to every module that has skills.
 
     Args:
         model: a trained model; existing tensors are not changed.
         name: key of the new skill in ``model.skills``.
         init_from: existing skill to copy; None draws random weights.
+        rank: columns of A in a difference to ``init_from``, which starts at zero; 0 gives the new
+            skill the form of the others.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the name is in use, or ``init_from`` is unknown.
+        ValueError: the name is in use, ``init_from`` is unknown, or the rank is invalid.
     """
     if name in model.config.skills:
         raise ValueError(f"the model already has a skill {name!r}; choose another name")
     known = model.config.skills
     check_names((*known, name), "add_skill")
-    if init_from is not None and init_from not in known:
-        raise ValueError(f"init_from: unknown skill {init_from!r}{nearest_hint(init_from, known)}")
+    # Checked first, so that a wrong value changes nothing.
+    config = model.config.with_skill(name, init_from, rank)
     for module in model.modules():
         # Shared layers have one weight, named "shared", and get no new skill.
         if isinstance(module, SkillWeights) and set(known) <= set(module.names):
-            module.add(name, init_from)
-    model.config = dataclasses.replace(model.config, skills=(*known, name))
+            module.add(name, init_from, config.find_form(name))
+    model.config = config
     return model
 
 
@@ -110,11 +112,10 @@ def remove_skill(model: SkillNet, name: str) -> SkillNet:
         The same model.
 
     Raises:
-        ValueError: a plan activates the skill.
+        ValueError: a plan activates the skill, or another skill is a difference to it.
     """
     # Replaced first: the configuration rejects plans with a skill that it lacks.
-    kept = tuple(skill for skill in model.config.skills if skill != name)
-    model.config = dataclasses.replace(model.config, skills=kept)
+    model.config = model.config.without([name])
     for module in model.modules():
         if isinstance(module, SkillWeights) and name in module.names:
             module.remove(name)
@@ -267,7 +268,13 @@ def _rename_config(config: SkillNetConfig, names: Mapping[str, str], where: str)
             towers[tower] = SkillPlan(tuple(renamed), plan.modality)
         tasks[names.get(name, name)] = dataclasses.replace(task, towers=towers)
     skills = tuple(names.get(skill, skill) for skill in config.skills)
-    return dataclasses.replace(config, skills=skills, tasks=tasks)
+    forms = {
+        names.get(skill, skill): dataclasses.replace(
+            form, source=names.get(form.source, form.source)
+        )
+        for skill, form in config.low_rank_skills.items()
+    }
+    return dataclasses.replace(config, skills=skills, tasks=tasks, low_rank_skills=forms)
 
 
 def plan_merge(
@@ -314,16 +321,31 @@ def plan_merge(
                 outputs[name] = names
             if scale is not None:
                 scales[name] = scale
-    skills = list(dict.fromkeys(skill for parent in parents for skill in parent.config.skills))
+    skills = tuple(dict.fromkeys(skill for parent in parents for skill in parent.config.skills))
+    forms: dict[str, LowRankSkill | None] = {}
+    for parent in parents:
+        for skill in parent.config.skills:
+            form = parent.config.low_rank_skills.get(skill)
+            if forms.setdefault(skill, form) != form:
+                raise ValueError(
+                    f"the skill {skill} of {parent.name} has another rank or source than that of "
+                    f"{origins[f'skill-{skill}'][0].name}; rename one with --rename {skill}=NEW"
+                )
+    config = dataclasses.replace(
+        first.config,
+        skills=skills,
+        tasks=tasks,
+        low_rank_skills={skill: form for skill, form in forms.items() if form is not None},
+    )
     for skill in without:
         if skill not in skills:
             raise ValueError(
                 f"without: no model has a skill {skill!r}{nearest_hint(skill, skills)}"
             )
-        users = [name for name, task in tasks.items() if skill in task.skills]
-        if users:
-            raise ValueError(f"without: the skill {skill} is needed by {', '.join(users)}")
-        skills.remove(skill)
+        try:
+            config = config.without([skill])
+        except ValueError as error:
+            raise ValueError(f"without: {error}") from None
         origins.pop(f"skill-{skill}", None)
     differing = [
         file
@@ -333,13 +355,12 @@ def plan_merge(
     if differing and not average_shared:
         raise ValueError(_describe_difference(differing, origins))
     tokenizer = next((p.vocabulary.tokenizer for p in parents if p.vocabulary.tokenizer), None)
-    config = dataclasses.replace(first.config, skills=tuple(skills), tasks=tasks)
     return MergePlan(config, ModelVocabulary(tokenizer, outputs, scales), origins, differing)
 
 
 def _check_shapes(one: MergeParent, other: MergeParent) -> None:
     for field_ in dataclasses.fields(SkillNetConfig):
-        if field_.name in ("skills", "tasks", "reference_tasks", *INITIAL_SETTINGS):
+        if field_.name in (*NAME_SETTINGS, *INITIAL_SETTINGS):
             continue
         values = getattr(one.config, field_.name), getattr(other.config, field_.name)
         if values[0] != values[1]:

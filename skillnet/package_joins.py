@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 from pydantic import StrictStr, TypeAdapter, ValidationError, with_config
-from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
@@ -46,9 +45,16 @@ from skillnet.skill_packages import (
     open_package,
     require_shapes,
 )
-from skillnet.skill_proofs import TaskProof, compare_outputs, probe_outputs, prove_task
+from skillnet.skill_proofs import (
+    RowReader,
+    TaskProof,
+    compare_outputs,
+    probe_outputs,
+    prove_task,
+    take_outputs,
+)
 from skillnet.skills import nearest_hint
-from skillnet.vocabulary import parse_vocabulary
+from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_files.commit import commit_directory, link_or_copy, make_scratch_directory
 
 #: Largest difference of an output to that of the author, relative to the largest output or 1:
@@ -79,7 +85,10 @@ ManifestWriter = Callable[[Path, dict[str, Any]], None]
 
 
 def add_packages(
-    folder: Path, packages: Sequence[SkillPackage], write: ManifestWriter = commit_manifest
+    folder: Path,
+    packages: Sequence[SkillPackage],
+    write: ManifestWriter = commit_manifest,
+    read_rows: RowReader | None = None,
 ) -> list[TaskProof]:
     """Add packages to a saved model, all or none, and compare the outputs of every task.
 
@@ -87,6 +96,7 @@ def add_packages(
         folder: directory of the model; it is replaced at once.
         packages: opened packages.
         write: writes the manifest.
+        read_rows: computes outputs of old tasks on rows; None compares generated inputs.
 
     Returns:
         The comparison of each task: old tasks before and after, new tasks with their authors'.
@@ -105,19 +115,13 @@ def add_packages(
     placed: dict[str, Path] = {}
     for package in packages:
         content = package.content
-        if content.name in installed:
-            raise ValueError(
-                f"{package.path}: {folder} already has a package {content.name!r}. Remove it "
-                f"first: skillnet remove {content.name} --from {folder}"
-            )
-        config = join_config(config, package, str(folder))
-        check_base(package, hashes, vocabulary.tokenizer, str(folder))
+        config = _join_config(config, package, installed, hashes, vocabulary, folder)
         task_files |= require_shapes(package, config)
         for name in package.weights:
             entry = content.files[name]
             if name not in known:
                 hashes[name] = entry.sha256
-                placed[name] = package.folder / name
+                placed[name] = package.find_file(name)
                 known[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
                 added.add(name)
         vocabulary = join_vocabulary(vocabulary, package)
@@ -129,15 +133,20 @@ def add_packages(
     changed = _record(manifest, installed, task_files)
     # The model that a user would load, not parts of it.
     with _changed_folder(folder, manifest, about, known, changed, placed, write) as staging:
+        # One model at a time is in memory.
+        before = take_outputs(_load(folder), read_rows)
         after = _load(staging)
-        proofs = compare_outputs(_probe(_load(folder)), after)
+        proofs = compare_outputs(before, after, read_rows)
         for package in packages:
             proofs += check_probes(after, package)
     return proofs
 
 
 def remove_packages(
-    folder: Path, names: Sequence[str], write: ManifestWriter = commit_manifest
+    folder: Path,
+    names: Sequence[str],
+    write: ManifestWriter = commit_manifest,
+    read_rows: RowReader | None = None,
 ) -> list[TaskProof]:
     """Remove packages from a saved model, all or none, and compare the outputs of the other tasks.
 
@@ -145,6 +154,7 @@ def remove_packages(
         folder: directory of the model; it is replaced at once.
         names: keys of packages that were added.
         write: writes the manifest.
+        read_rows: as of :func:`add_packages`.
 
     Returns:
         The comparison of each task that stays.
@@ -156,20 +166,77 @@ def remove_packages(
     about, config = _read_canonical(folder, manifest)
     installed = _parse_packages(manifest, folder)
     known, task_files = dict(manifest["files"]), dict(manifest.get("tasks", {}))
-    values = config_to_dict(config)
+    skills: list[str] = []
+    tasks: list[str] = []
     for name in names:
         entry, gone = _pop_package(installed, name, str(folder))
+        skills, tasks = skills + entry.skills, tasks + entry.tasks
         for file in gone:
             known.pop(file, None)
         for task in entry.tasks:
-            values["tasks"].pop(task, None)
             task_files.pop(task, None)
-        values["skills"] = [skill for skill in values["skills"] if skill not in entry.skills]
-    vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(values["tasks"])
-    about |= values | {"vocabulary": vocabulary.to_dict()}
+    config = _leave_out(config, skills, tasks, f"{folder}: {', '.join(names)}")
+    vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(config.tasks)
+    about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
     with _changed_folder(folder, manifest, about, known, changed, {}, write) as staging:
-        return compare_outputs(_probe(_load(folder)), _load(staging))
+        before = take_outputs(_load(folder), read_rows)
+        return compare_outputs(before, _load(staging), read_rows)
+
+
+def explain_misfits(folder: Path, packages: Sequence[SkillPackage]) -> list[str | None]:
+    """Return why each package cannot be added to a saved model alone; None if its header fits.
+
+    Args:
+        folder: directory of the model.
+        packages: their headers suffice.
+
+    Raises:
+        ValueError: the model is damaged.
+    """
+    manifest = read_manifest(folder)
+    about, config = _read_canonical(folder, manifest)
+    installed = _parse_packages(manifest, folder)
+    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    vocabulary = parse_vocabulary(about.get("vocabulary"))
+    reasons: list[str | None] = []
+    for package in packages:
+        try:
+            _join_config(config, package, installed, hashes, vocabulary, folder)
+            join_vocabulary(vocabulary, package)
+            reasons.append(None)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _join_config(
+    config: SkillNetConfig,
+    package: SkillPackage,
+    installed: Mapping[str, AddedPackage],
+    hashes: Mapping[str, str],
+    vocabulary: ModelVocabulary,
+    folder: Path,
+) -> SkillNetConfig:
+    """Return the configuration of a saved model with a package that has its base."""
+    name = package.name
+    if name in installed:
+        raise ValueError(
+            f"{package.path}: {folder} already has a package {name!r}. Remove it first: "
+            f"skillnet remove {name} --from {folder}"
+        )
+    joined = join_config(config, package, str(folder))
+    check_base(package, hashes, vocabulary.tokenizer, str(folder))
+    return joined
+
+
+def _leave_out(
+    config: SkillNetConfig, skills: Sequence[str], tasks: Sequence[str], where: str
+) -> SkillNetConfig:
+    try:
+        return config.without(skills, tasks)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def list_packages(folder: Path) -> dict[str, AddedPackage]:
@@ -263,10 +330,6 @@ def _load(folder: Path) -> SkillNet:
     return SkillNet.from_pretrained(folder)
 
 
-def _probe(model: SkillNet) -> dict[str, dict[str, Tensor]]:
-    return probe_outputs(model, list(model.config.tasks))
-
-
 # -- models in memory ----------------------------------------------------------------------
 
 
@@ -295,13 +358,17 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         require_shapes(package, config)
         # All that can be refused is refused before the model changes.
         vocabulary = join_vocabulary(model.vocabulary, package)
-        before = _probe(model.eval())
-        for skill in content.skills:
-            add_skill(model, skill)
+        before = take_outputs(model.eval())
+        # A difference follows its source.
+        for skill in sorted(content.skills, key=lambda each: len(config.find_sources([each]))):
+            form = config.low_rank_skills.get(skill)
+            add_skill(model, skill, *((form.source, form.rank) if form else ()))
         for task in content.tasks:
             add_task(model, task, config.tasks[task])
+        # The order of names is that of the file.
+        model.config = config
         for name in package.weights:
-            model.load_state_dict(load_tensors(package.folder / name), strict=False)
+            model.load_state_dict(load_tensors(package.find_file(name)), strict=False)
         model.vocabulary = vocabulary
         added = {name for entry in installed.values() for name in entry.files}
         files = [name for name in package.weights if name not in present or name in added]
@@ -326,10 +393,14 @@ def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
     """
     installed = _parse_packages({PACKAGES: model.packages}, "the model")
     entry, gone = _pop_package(installed, name, "the model")
-    before = _probe(model.eval())
+    # Refused before the model changes.
+    _leave_out(model.config, entry.skills, entry.tasks, name)
+    before = take_outputs(model.eval())
     for task in entry.tasks:
         remove_task(model, task)
-    for skill in entry.skills:
+    # A difference goes before its source.
+    skills = sorted(entry.skills, key=lambda each: -len(model.config.find_sources([each])))
+    for skill in skills:
         remove_skill(model, skill)
     for file in gone:
         if file.startswith("stem-"):
@@ -355,7 +426,7 @@ def check_probes(model: SkillNet, package: SkillPackage) -> list[TaskProof]:
     Raises:
         ValueError: an output is missing, or differs by more than processors round.
     """
-    stored = load_tensors(package.folder / PROBES)
+    stored = load_tensors(package.find_file(PROBES))
     tasks = list(package.content.tasks)
     proofs = []
     for task, outputs in probe_outputs(model, tasks).items():

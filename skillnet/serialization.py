@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from safetensors import SafetensorError
 
-from skillnet.config import SkillNetConfig
+from skillnet.config import LowRankSkill, SkillNetConfig
 from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
@@ -227,7 +227,8 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
         raise ValueError(f"unknown model configuration keys: {', '.join(unknown)}")
     rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     tasks = {key: _parse_tasks(values.get(key, {})) for key in ("tasks", "reference_tasks")}
-    return SkillNetConfig(**(rest | tasks))
+    forms = {k: LowRankSkill(**form) for k, form in values.get("low_rank_skills", {}).items()}
+    return SkillNetConfig(**(rest | tasks | {"low_rank_skills": forms}))
 
 
 def _parse_tasks(values: dict[str, Any]) -> dict[str, Task]:

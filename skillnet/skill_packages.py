@@ -14,6 +14,7 @@ removing restores the bytes of every file. :func:`pack_skills` writes a package;
 The format is ours. Weights are safetensors, and nothing in a package is executed.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import torch
 from annotated_types import Len
@@ -39,7 +40,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.router import name_counts
 from skillnet.serialization import (
@@ -79,6 +80,15 @@ class PackedFile:
 
 @with_config(CLOSED)
 @dataclass(frozen=True)
+class PackedForm:
+    """Source and rank of a low-rank skill, see :class:`skillnet.config.LowRankSkill`."""
+
+    source: Name
+    rank: Annotated[StrictInt, Field(ge=1)]
+
+
+@with_config(CLOSED)
+@dataclass(frozen=True)
 class PackedTask:
     """A task of a package.
 
@@ -111,6 +121,7 @@ class PackageContent:
         name: key of the package in a model.
         program: version of skillnet-platform that wrote it.
         skills: that it adds.
+        low_rank: skill of the package -> source and rank, of low-rank differences.
         tasks: that it adds.
         shape: sizes that the base must have, as in ``config.json``.
         tokenizer: SHA-256 of the tokenizer that its tasks read with; None if unknown.
@@ -122,6 +133,7 @@ class PackageContent:
     name: Name
     program: StrictStr
     skills: list[Name]
+    low_rank: dict[Name, PackedForm]
     tasks: Annotated[dict[Name, PackedTask], Len(min_length=1)]
     shape: dict[str, Any]
     tokenizer: Sha | None
@@ -137,13 +149,18 @@ class SkillPackage:
         path: location of the package.
         digest: SHA-256 of ``skill.json``, which has the hashes of all other files.
         content: parsed ``skill.json``.
-        folder: directory of the other files.
+        folder: directory of the other files; None if only the header was read.
     """
 
     path: Path
     digest: str
     content: PackageContent
-    folder: Path
+    folder: Path | None
+
+    def find_file(self, name: str) -> Path:
+        """Return the location of a file of the package."""
+        assert self.folder is not None, "only the header was read"
+        return self.folder / name
 
     @property
     def name(self) -> str:
@@ -223,6 +240,11 @@ def pack_skills(
             "name": target.stem,
             "program": program,
             "skills": skills,
+            "low_rank": {
+                skill: dataclasses.asdict(form)
+                for skill, form in config.low_rank_skills.items()
+                if skill in skills
+            },
             "tasks": {
                 task: {
                     "plan": config_to_dict(config)["tasks"][task],
@@ -261,11 +283,14 @@ def _listed(values: Sequence[Any] | None) -> list[Any] | None:
 
 
 def _shape_of(config: SkillNetConfig) -> dict[str, Any]:
-    left_out = ("skills", "tasks", "reference_tasks", *INITIAL_SETTINGS)
-    return {key: value for key, value in config_to_dict(config).items() if key not in left_out}
+    values = config_to_dict(config).items()
+    return {k: v for k, v in values if k not in (*NAME_SETTINGS, *INITIAL_SETTINGS)}
 
 
 # -- reading -------------------------------------------------------------------------------
+
+#: Errors of :mod:`zipfile` on damaged files.
+_DAMAGES = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError)
 
 
 @contextmanager
@@ -287,10 +312,33 @@ def open_package(path: Path, scratch: Path) -> Iterator[SkillPackage]:
                 about = _read_about(path, archive)
                 content = _parse_about(path, about)
                 _extract(path, archive, content, folder)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+        except _DAMAGES as error:
             raise ValueError(f"{path}: no whole package of skills ({error})") from None
         digest = hashlib.sha256(about).hexdigest()
         yield SkillPackage(path, digest, content, folder)
+
+
+def read_package_header(stream: IO[bytes], path: Path) -> SkillPackage:
+    """Read what a package states, without its files.
+
+    Args:
+        stream: seekable content of the package.
+        path: name of the package, for messages.
+
+    Returns:
+        A package without a folder.
+
+    Raises:
+        ValueError: it is damaged, no package, or of another format.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            about = _read_about(path, archive)
+            content = _parse_about(path, about)
+            _check_listed(path, archive, content)
+    except _DAMAGES as error:
+        raise ValueError(f"{path}: no whole package of skills ({error})") from None
+    return SkillPackage(path, hashlib.sha256(about).hexdigest(), content, None)
 
 
 def _read_about(path: Path, archive: zipfile.ZipFile) -> bytes:
@@ -347,8 +395,7 @@ def describe_wrong_value(error: ValidationError) -> str:
     return f"{key[:120]}: {problem['msg']}"
 
 
-def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, folder: Path) -> None:
-    # Names come from the checked list only, so no file leaves the folder.
+def _check_listed(path: Path, archive: zipfile.ZipFile, content: PackageContent) -> None:
     present = set(archive.namelist()) - {ABOUT}
     if present != content.files.keys():
         names = ", ".join(sorted(present ^ content.files.keys()))[:200]
@@ -356,6 +403,12 @@ def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, fold
     for name, entry in content.files.items():
         if archive.getinfo(name).file_size != entry.bytes:
             raise ValueError(f"{path}: {name} was altered: it has another size")
+
+
+def _extract(path: Path, archive: zipfile.ZipFile, content: PackageContent, folder: Path) -> None:
+    _check_listed(path, archive, content)
+    # Names come from the checked list only, so no file leaves the folder.
+    for name, entry in content.files.items():
         digest = hashlib.sha256()
         with archive.open(name) as stream, (folder / name).open("wb") as target:
             while block := stream.read(2**20):
@@ -400,6 +453,11 @@ def join_config(config: SkillNetConfig, package: SkillPackage, model: str) -> Sk
     plans = {name: task.plan for name, task in content.tasks.items()}
     known["skills"] = [*config.skills, *content.skills]
     known["tasks"] = {**known["tasks"], **plans}
+    # A form of another skill would change what the model has.
+    for name in sorted(content.low_rank.keys() - set(content.skills)):
+        raise ValueError(f"{package.path}: {ABOUT}: low_rank.{name}: the package has no such skill")
+    forms = {name: dataclasses.asdict(form) for name, form in content.low_rank.items()}
+    known["low_rank_skills"] = {**known["low_rank_skills"], **forms}
     try:
         return config_from_dict(known)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -494,7 +552,7 @@ def require_shapes(package: SkillPackage, config: SkillNetConfig) -> dict[str, l
     for name in package.weights:
         if name not in reads:
             raise ValueError(f"{package.path}: no task of it reads {name}")
-        found = read_tensor_shapes(package.folder / name)
+        found = read_tensor_shapes(package.find_file(name))
         if found != wanted[name]:
             raise ValueError(f"{package.path}: {name} holds other weights than its tasks need")
     missing = reads - set(package.weights) - package.content.base.keys()

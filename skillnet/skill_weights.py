@@ -1,21 +1,27 @@
 """Weights of skills: one per skill, and their merging for a set of active skills.
 
-A skill has a whole matrix of its own, or with a rank a low-rank difference to the skill ``general``
-(LoRA, Hu et al. 2022): W = W_general + A B. Both are merged into one matrix before the product.
+A skill has a whole matrix of its own, or a low-rank difference to another skill, its source (LoRA,
+Hu et al. 2022): W = W_source + A B. Both are merged into one matrix before the product.
 
 :class:`SkillWeights` is the parameter container of the layers in :mod:`skillnet.layers`.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from skillnet.config import BASE_SKILL
+from skillnet.config import LowRankSkill
 from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
 from skillnet.skipped_init import draw_truncated_normal, place_weight
+
+#: Low-rank skill -> its form.
+Forms = Mapping[str, LowRankSkill]
+NO_FORMS: Forms = MappingProxyType({})
 
 #: Containers of the weights of skills in :class:`SkillWeights`.
 _CONTAINERS = ("weights", "left", "right")
@@ -29,6 +35,19 @@ def find_weight_skill(name: str) -> str | None:
     """
     container, _, skill = name.rpartition(".")
     return skill if container.rpartition(".")[2] in _CONTAINERS else None
+
+
+def is_read_by_plan(name: str, skills: Collection[str]) -> bool:
+    """Return whether a weight of the active skills and their sources is read.
+
+    A low-rank skill reads the matrices of its source, and has vectors of its own.
+
+    Args:
+        name: identifier of a parameter.
+        skills: active skills.
+    """
+    owner, _, skill = name.rpartition(".weights.")
+    return not owner.endswith("bias") or skill in ("shared", *skills)
 
 
 def require_unused_name(container: nn.Module, name: str, what: str) -> None:
@@ -52,8 +71,8 @@ class SkillWeights(nn.Module):
         std: standard deviation of the initial values; 0 gives all of them the value ``mean``.
         axis: None merges by the mean; 0 or 1 merges by concatenation along this axis.
         scale_by_count: divide a concatenation by the number of active skills.
-        rank: columns of A in the differences to ``general``; 0 gives every skill a whole weight.
-            Vectors are always whole, and those of a new skill start as a copy.
+        forms: source and rank of the skills that are low-rank differences; all others are whole.
+            Vectors are always whole, and those of a low-rank skill start as a copy of its source.
     """
 
     def __init__(
@@ -63,54 +82,56 @@ class SkillWeights(nn.Module):
         std: float = 0.0,
         axis: int | None = None,
         scale_by_count: bool = False,
-        rank: int = 0,
+        forms: Forms = NO_FORMS,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.std = std
         self.axis = axis
         self.scale_by_count = scale_by_count
-        skills = tuple(skills)
-        # A layer without skills has one weight, which is no difference.
-        self.rank = rank if BASE_SKILL in skills else 0
         self.weights = nn.ParameterDict()
-        if self.is_low_rank:
-            self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
-            skills = (BASE_SKILL, *(name for name in skills if name != BASE_SKILL))
+        self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
+        #: Low-rank skill -> its form, of matrices only.
+        self.forms: dict[str, LowRankSkill] = {}
         # (skills, dtype) -> (versions of the parts, merged weight); filled only in inference.
         self._merged: dict[tuple[Skills, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
         # skills -> (versions of the parts, whether the weights are equal); only in inference.
         self._copies: dict[Skills, tuple[tuple[int, ...], bool]] = {}
-        for name in skills:
-            self.add(name)
+        # A difference follows its source.
+        for name in sorted(skills, key=lambda name: _count_sources(name, forms)):
+            self.add(name, form=forms.get(name))
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether all skills but ``general`` are low-rank differences."""
-        return self.rank > 0 and len(self.shape) == 2
+        """Whether a skill is a low-rank difference."""
+        return bool(self.forms)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All skills."""
-        return (*self.weights, *self.left) if self.is_low_rank else tuple(self.weights)
+        return (*self.weights, *self.left)
 
-    def add(self, name: str, init_from: str | None = None) -> None:
+    def add(
+        self, name: str, init_from: str | None = None, form: LowRankSkill | None = None
+    ) -> None:
         """Add a skill with random weights, or with a copy of another skill's weights.
 
         Args:
             name: key of the new skill in ``model.skills``.
-            init_from: skill to copy; None draws random weights. A low-rank skill equals ``general``
+            init_from: skill to copy; None draws random weights. A low-rank skill equals its source
                 then.
+            form: source and rank of a low-rank skill; None adds whole weights.
 
         Raises:
-            ValueError: the name is in use, or ``init_from`` does not exist.
+            ValueError: the name is in use, ``init_from`` does not exist, or a difference to the
+                source cannot be a copy of it.
         """
         require_unused_name(self.weights, name, "skill")
-        if self.is_low_rank and self.weights:
-            self._add_difference(name, None if init_from == BASE_SKILL else init_from)
-            return
-        if self.rank and self.weights:
-            init_from = init_from or BASE_SKILL
+        if form is not None:
+            init_from = init_from or form.source
+            if len(self.shape) == 2:
+                self._add_difference(name, init_from, form)
+                return
         weight = self._new(self.shape)
         if init_from is not None:
             with torch.no_grad():
@@ -121,22 +142,29 @@ class SkillWeights(nn.Module):
             nn.init.zeros_(weight)
         self.weights[name] = nn.Parameter(place_weight(name, weight))
 
-    def _add_difference(self, name: str, init_from: str | None) -> None:
+    def _add_difference(self, name: str, init_from: str, form: LowRankSkill) -> None:
         require_unused_name(self.left, name, "skill")
+        for known in (init_from, form.source):
+            self._require(known)
         rows, columns = self.shape
-        left, right = self._new((rows, self.rank)), self._new((self.rank, columns))
-        if init_from is None:
+        left, right = self._new((rows, form.rank)), self._new((form.rank, columns))
+        if init_from == form.source:
             # Rows of unit length: a step changes the matrix as much as a step on a whole one does.
-            nn.init.normal_(left, std=self.rank**-0.5)
-            # The product is zero, so the skill starts as `general`.
+            nn.init.normal_(left, std=form.rank**-0.5)
+            # The product is zero, so the skill starts as its source.
             nn.init.zeros_(right)
+        elif self.forms.get(init_from) != form:
+            raise ValueError(
+                f"{name} is a difference of rank {form.rank} to {form.source} and cannot start as "
+                f"{init_from}; give the new skill a rank, which makes it a difference to it"
+            )
         else:
-            self._require(init_from)
             with torch.no_grad():
                 left.copy_(self.left[init_from])
                 right.copy_(self.right[init_from])
         self.left[name] = nn.Parameter(place_weight(name, left))
         self.right[name] = nn.Parameter(place_weight(name, right))
+        self.forms[name] = form
 
     def _new(self, shape: tuple[int, ...]) -> Tensor:
         # A new skill joins the device and type of the existing ones.
@@ -150,8 +178,7 @@ class SkillWeights(nn.Module):
         if name in self.weights:
             del self.weights[name]
         else:
-            del self.left[name]
-            del self.right[name]
+            del self.left[name], self.right[name], self.forms[name]
         self._merged.clear()
 
     def get(self, name: str) -> Tensor:
@@ -166,7 +193,7 @@ class SkillWeights(nn.Module):
         self._require(name)
         if name in self.weights:
             return self.weights[name]
-        base = self.weights[BASE_SKILL]
+        base = self.get(self.forms[name].source)
         # In the type of the weights: autocast would round the difference before it is added.
         with torch.autocast(base.device.type, enabled=False):
             return torch.addmm(base, self.left[name], self.right[name])
@@ -180,12 +207,14 @@ class SkillWeights(nn.Module):
 
     def _read_parameters(self, skills: Skills) -> list[Tensor]:
         """Return the parameters that the weights of some skills are computed from."""
+        found = []
         for name in skills:
             self._require(name)
-        if not self.is_low_rank:
-            return [self.weights[name] for name in skills]
-        factors = [part[n] for n in skills if n in self.left for part in (self.left, self.right)]
-        return [self.weights[BASE_SKILL], *factors]
+            while name in self.forms:
+                found += [self.left[name], self.right[name]]
+                name = self.forms[name].source
+            found.append(self.weights[name])
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,10 +307,12 @@ class SkillWeights(nn.Module):
         Args:
             skills: active skills.
         """
-        if not self.is_low_rank:
-            return 0
-        rows, columns = self.shape
-        return 2 * rows * columns * self.rank * sum(name in self.left for name in skills)
+        ranks = 0
+        for name in skills:
+            while name in self.forms:
+                ranks += self.forms[name].rank
+                name = self.forms[name].source
+        return 2 * math.prod(self.shape) * ranks
 
     def train(self, mode: bool = True) -> "SkillWeights":
         if mode:
@@ -295,8 +326,15 @@ class SkillWeights(nn.Module):
 
     def extra_repr(self) -> str:
         merge = "mean" if self.axis is None else f"cat {self.axis}"
-        rank = f", rank {self.rank}" if self.is_low_rank else ""
+        rank = f", {len(self.forms)} of low rank" if self.forms else ""
         return f"{'x'.join(map(str, self.shape))} per skill{rank}, {merge}"
+
+
+def _count_sources(name: str, forms: Forms) -> int:
+    count = 0
+    while name in forms:
+        name, count = forms[name].source, count + 1
+    return count
 
 
 def _read_versions(parts: list[Tensor]) -> tuple[int, ...]:

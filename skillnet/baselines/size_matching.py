@@ -56,7 +56,7 @@ def mean_activated_params(config: SkillNetConfig) -> float:
     """Return the mean number of parameters of SkillNet's layers that a task activates."""
     encoder = _encoder(config)
     tasks = reference_tasks(config)
-    counts = [_count(encoder, (*task.skills, *config.base_skills)) for task in tasks.values()]
+    counts = [_count(encoder, config.find_sources(task.skills)) for task in tasks.values()]
     return sum(counts) / len(counts)
 
 
@@ -114,6 +114,7 @@ def one_skill(
         skill_modules="both",
         skill_every=1,
         skill_rank=0,
+        low_rank_skills={},
     )
 
 
@@ -137,6 +138,7 @@ def modality_skills(
         skill_modules="feedforward",
         skill_every=1,
         skill_rank=0,
+        low_rank_skills={},
     )
 
 

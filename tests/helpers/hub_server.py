@@ -15,13 +15,15 @@ class HubServer(ThreadingHTTPServer):
     """Hub in memory.
 
     Its ``repositories`` are name -> file -> content, and ``requests`` the lines of all requests.
-    The files of a further revision are those of the name ``owner/name@revision``.
+    The files of a further revision are those of the name ``owner/name@revision``. ``sent`` has the
+    bytes of each answer with content of a file.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
+        self.sent: list[int] = []
 
     @property
     def url(self) -> str:
@@ -83,9 +85,18 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, rest = path.removeprefix("/").partition("/resolve/")
         revision, _, file = rest.partition("/")
         files = self._files(name, revision)
-        assert files is not None
-        headers = {"ETag": f'"{_digest(files[file])}"', "X-Repo-Commit": self._commit(revision)}
-        self._send(files[file], 200, headers)
+        if files is None or file not in files:
+            self._answer({"error": "Not found"}, 404, "EntryNotFound")
+            return
+        data, status = files[file], 200
+        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": self._commit(revision)}
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            data, status = data[int(first) : int(last or len(data)) + 1], 206
+        if self.command == "GET":
+            self.server.sent.append(len(data))
+        self._send(data, status, headers)
 
     do_HEAD = do_GET
 

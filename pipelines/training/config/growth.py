@@ -23,10 +23,20 @@ class NewSkill:
     Args:
         name: name that the model does not have yet.
         init_from: skill of the model whose weights are copied; null starts from random weights.
+        rank: number of columns of a low-rank difference to ``init_from`` (LoRA), for small files;
+            0 trains whole matrices.
     """
 
     name: str
     init_from: str | None = None
+    rank: OptionalSize = 0
+
+    def __post_init__(self) -> None:
+        if self.rank and self.init_from is None:
+            raise ValueError(
+                "skill.rank: a low-rank skill is a difference to another one; name it: "
+                "skill.init_from. For whole matrices set the rank to 0"
+            )
 
 
 @dataclass

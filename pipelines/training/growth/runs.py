@@ -68,7 +68,7 @@ def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> Skill
     grown = copy.deepcopy(before)
     torch.manual_seed(config.seed)
     if config.skill is not None:
-        add_skill(grown, config.skill.name, config.skill.init_from)
+        add_skill(grown, config.skill.name, config.skill.init_from, config.skill.rank)
     return add_task(grown, config.task.name, task)
 
 
@@ -117,11 +117,13 @@ def build_growth_config(
             f"task.name: {source.name} already has a task {task.name!r}; choose another name"
         )
     name = config.name or time.strftime("grow-%Y%m%d-%H%M%S")
-    shape = replace(
-        before.config,
-        skills=(*before.config.skills, *([skill.name] if skill is not None else [])),
-        tasks=before.config.tasks | {task.name: resolve_new_task(config)},
-    )
+    shape = before.config
+    if skill is not None:
+        try:
+            shape = shape.with_skill(skill.name, skill.init_from, skill.rank)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    shape = replace(shape, tasks=shape.tasks | {task.name: resolve_new_task(config)})
     # Old tasks take no steps; they are evaluated to show that they did not change.
     old = {name: old_task_settings(name, config, source) for name in before.config.tasks}
     return FinetuneConfig(

@@ -310,13 +310,40 @@ def digest_outputs(
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def digest_row_outputs(
+    model: TaskModel, task: str, corpus: PreparedCorpus, split: str, limit: int | None, count: int
+) -> list[bytes]:
+    """Return the SHA-256 of the raw outputs of a task on each of the first rows of a split.
+
+    Args:
+        model: in evaluation mode.
+        task: name of the task.
+        corpus: shards of the task.
+        split: name of the split.
+        limit: maximum length of a row in tokens or frames.
+        count: largest number of rows.
+    """
+    digests: dict[int, Any] = {}
+    for rows, outputs in _iterate_outputs(model, task, corpus, split, limit, count):
+        for row, output in zip(rows.tolist(), outputs.contiguous().cpu().numpy(), strict=True):
+            # A row may have several inputs: those of two towers, and several captions.
+            digests.setdefault(row, hashlib.sha256()).update(output.tobytes())
+    return [digests[row].digest() for row in sorted(digests)]
+
+
 def _iterate_outputs(
-    model: TaskModel, task: str, corpus: PreparedCorpus, split: str, limit: int | None
+    model: TaskModel,
+    task: str,
+    corpus: PreparedCorpus,
+    split: str,
+    limit: int | None,
+    count: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     spec = find_task(task, model.config.tasks)
     device = next(model.parameters()).device
     output = find_objective(spec.objective).output
-    table = corpus.splits[split].table()
+    table = corpus.splits[split].table().slice(0, count)
     for tower, plan in spec.towers.items():
         inputs = split_inputs(
             table,

@@ -34,7 +34,7 @@ from pipelines.training.runs.vocabulary_match import (
     read_corpus_names,
     reads_tokens,
 )
-from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
+from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, SkillNetConfig
 from skillnet.modality import list_modalities
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
@@ -252,7 +252,7 @@ _MUST_EQUAL = (
     "stem_norm",
     "class_token",
 )
-_NOT_SHAPE = ("tasks", "reference_tasks", "skills", "drop_path", *INITIAL_SETTINGS)
+_NOT_SHAPE = (*NAME_SETTINGS, "drop_path", *INITIAL_SETTINGS)
 
 
 @dataclass(frozen=True)

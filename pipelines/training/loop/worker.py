@@ -347,7 +347,7 @@ def remove_untrained_parts(run: ResolvedRun, model: TaskModel) -> None:
     """
     if isinstance(model, SkillNet):
         used = {skill for task in model.config.tasks.values() for skill in task.skills}
-        used |= set(model.config.base_skills)
+        used = set(model.config.find_sources(used))
         unused = [skill for skill in model.config.skills if skill not in used]
         # The report loads the initial weights once more, so it is made only if it matters.
         taken = run.init_report.taken if unused and run.init_report is not None else []

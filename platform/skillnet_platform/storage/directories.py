@@ -144,6 +144,25 @@ def read_bytes(uri: str) -> bytes:
     return _in_bucket(uri, lambda system, path: bytes(system.cat_file(path)))
 
 
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Return the bytes of an object from a start to an end.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
+    """
+
+    def read(system: Any, path: str) -> bytes:
+        if urlsplit(uri).scheme != "hf":
+            return bytes(system.cat_file(path, start=start, end=end))
+        # The client of the Hub would read megabytes ahead.
+        with system.open(path, "rb", cache_type="none") as stream:
+            stream.seek(start)
+            return bytes(stream.read(end - start))
+
+    return _in_bucket(uri, read)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small object; readers see the old or the complete new object."""
 

@@ -1,5 +1,7 @@
 """Low-rank skills: whole matrices after merging, less to store, activated with ``general``."""
 
+import dataclasses
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,13 @@ import torch
 
 from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
-from skillnet.accounting import account_task
+from skillnet.accounting import account, account_task
+from skillnet.config import MAX_SOURCES, LowRankSkill
+from skillnet.dense_export import merge_task_skills
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
-from skillnet.model_merging import add_skill, remove_skill
+from skillnet.model_merging import add_skill, add_task, plan_merge, read_parent, remove_skill
+from skillnet.serialization import config_from_dict, config_to_dict
 from skillnet.skill_copies import copy_to_skills, is_difference
 from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
@@ -42,7 +47,9 @@ def dense_twin(model: SkillNet, **options: Any) -> SkillNet:
 
 def test_low_rank_skills_are_general_plus_the_product_of_two_factors() -> None:
     torch.manual_seed(0)
-    weights = SkillWeights(("text", "general"), 8, 6, std=0.5, rank=RANK).double()
+    weights = SkillWeights(
+        ("text", "general"), 8, 6, std=0.5, forms={"text": LowRankSkill("general", RANK)}
+    ).double()
     assert weights.names == ("general", "text")
     assert torch.equal(weights.get("text"), weights.get("general"))  # the right factor is zero
     with torch.no_grad():
@@ -72,7 +79,9 @@ def test_outputs_and_gradients_equal_those_of_whole_matrices() -> None:
 
 
 def test_merged_weights_follow_general_and_both_factors() -> None:
-    layer = SkillLinear(("general", "text"), 4, 4, std=0.5, rank=2).eval()
+    layer = SkillLinear(
+        ("general", "text"), 4, 4, std=0.5, forms={"text": LowRankSkill("general", 2)}
+    ).eval()
     x = torch.randn(1, 2, 4)
     with torch.no_grad():
         for part in (layer.weight.weights["general"], layer.weight.right["text"],
@@ -122,8 +131,204 @@ def test_growth_copies_a_difference_or_starts_from_general() -> None:
     assert torch.equal(model.encode(batch, SkillPlan(("text",))), expected["text"])
     remove_skill(model, "touch")
     assert not [name for name, _ in model.named_parameters() if name.endswith(".touch")]
-    with pytest.raises(ValueError, match="differences to the skill general"):
+    with pytest.raises(ValueError, match="the skill general is needed by"):
         remove_skill(model, "general")
+
+
+def lora_model(rank: int = 2, source: str = "text") -> SkillNet:
+    """Return whole skills, and a low-rank one that a task activates without its source."""
+    model = add_skill(small_model(bias=True), "depth", source, rank)
+    return add_task(
+        model, "deep", Task("classification", {"input": SkillPlan(("depth", "general"))}, 3)
+    )
+
+
+def test_a_skill_with_a_rank_of_its_own_starts_as_its_source() -> None:
+    model = lora_model()
+    batch = batch_of("text", model.config)
+    for others in ((), ("general",), ("alignment", "general", "image")):
+        found, expected = (
+            model.eval().encode(batch, SkillPlan((*others, skill))) for skill in ("depth", "text")
+        )
+        if others:  # the order of names is the order of the sum
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(found, expected)
+
+
+def test_outputs_and_gradients_are_those_of_the_lora_formula() -> None:
+    """The reference has whole skills only: W_text + A B, computed here."""
+    torch.manual_seed(1)
+    model = lora_model()
+    low = [name for name, _ in model.named_parameters() if is_difference(name)]
+    assert {name.rpartition(".")[2] for name in low} == {"depth"}
+    with torch.no_grad():
+        for name in low:
+            model.get_parameter(name).copy_(torch.randn_like(model.get_parameter(name)))
+    spec = model.config.tasks["deep"]
+    reference = add_task(add_skill(small_model(bias=True), "depth"), "deep", spec)
+    factors = {name.replace(".left.", ".weights.") for name in low if ".left." in name}
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name in factors:
+                source = model.get_parameter(name.replace("depth", "text"))
+                left, right = (
+                    model.get_parameter(name.replace(".weights.", side))
+                    for side in (".left.", ".right.")
+                )
+                parameter.copy_(source + left @ right)
+            else:
+                parameter.copy_(model.get_parameter(name))
+    losses = [loss_of(each, "deep") for each in (model, reference)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+    for loss in losses:
+        loss.backward()
+    for name in factors:
+        whole = reference.get_parameter(name).grad
+        assert whole is not None
+        left, right = (
+            model.get_parameter(name.replace(".weights.", side)) for side in (".left.", ".right.")
+        )
+        torch.testing.assert_close(left.grad, whole @ right.detach().T, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(right.grad, left.detach().T @ whole, rtol=1e-10, atol=1e-12)
+        source = model.get_parameter(name.replace("depth", "text"))
+        torch.testing.assert_close(source.grad, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_files_counts_and_operations_include_the_source(tmp_path: Path) -> None:
+    model = lora_model().eval()
+    assert {"skill-depth", "skill-text"} <= model.required_files("deep")
+    low = dict(model.named_parameters())
+    low = {name: low[name] for name in model.files_of()["skill-depth"] if is_difference(name)}
+    config = model.config
+    width = 8 * config.dim + 2 * config.ffn_dim  # of four matrices: D x 3D, D x D, and D x F twice
+    assert sum(p.numel() for p in low.values()) == config.num_layers * 2 * width
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "deep")
+    assert isinstance(loaded, SkillNet)
+    assert loaded.config.skills == ("general", "text", "depth")
+    batch = batch_of("text", config)
+    plan = config.tasks["deep"].towers["input"]
+    assert torch.equal(loaded.encode(batch, plan), model.encode(batch, plan))
+    loss_of(model, "deep").backward()
+    active = {name for name, _ in model.active_parameters("deep")}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == active
+    assert account_task(model, "deep").activated == sum(
+        model.get_parameter(name).numel() for name in active
+    )
+    plan_alone = SkillPlan(("depth",))
+    model.zero_grad()
+    model.encode(batch, plan_alone).sum().backward()
+    read = [p for n, p in model.named_parameters() if p.grad is not None]
+    assert account(model, plan_alone).activated == sum(p.numel() for p in read)
+    assert model.flops("deep") == super(SkillNet, model).flops("deep")  # torch's counter
+    dense = merge_task_skills(model, "deep")
+    assert not dense.config.low_rank_skills
+    torch.testing.assert_close(
+        dense.encode(batch, dense.config.tasks["deep"].towers["input"]),
+        model.encode(batch, plan),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    with pytest.raises(UserError, match=r"training\.sharding: low-rank skills"):
+        require_sharding(model)
+
+
+def test_ranks_can_follow_each_other_and_mix_with_those_of_the_model() -> None:
+    for model in (lora_model(), SkillNet(small_config(**LOW)).double()):
+        first = "depth" if "depth" in model.config.skills else "text"
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if is_difference(name):
+                    parameter.add_(0.1)
+        add_skill(model, "deeper", first, 1)
+        add_skill(model, "copied", first)
+        batch = batch_of("text", model.config)
+        expected = model.encode(batch, SkillPlan((first,)))
+        for skill in ("deeper", "copied"):
+            assert torch.equal(model.encode(batch, SkillPlan((skill,))), expected)
+        spec = Task("classification", {"input": SkillPlan(("deeper",))}, 3)
+        add_task(model, "task", spec)
+        assert model.flops("task") == super(SkillNet, model).flops("task")
+        kept = SkillNet.config_for(model.config, "task")
+        assert kept.skills[-1] == "deeper"
+        assert len(kept.skills) == 3
+        with pytest.raises(ValueError, match=f"the skill {first} is needed by .*deeper"):
+            remove_skill(model, first)
+        if model.config.skill_rank:
+            with pytest.raises(ValueError, match="give the new skill a rank"):
+                add_skill(model, "more", "deeper")
+
+
+def test_parents_of_a_merge_agree_on_ranks(tmp_path: Path) -> None:
+    whole = add_skill(small_model(torch.float32, bias=True), "other", "text")
+    for name, model in {
+        "a": lora_model().float(),
+        "b": whole,
+        "c": lora_model(3).float(),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+    a, b, c = (read_parent(tmp_path / name, name) for name in "abc")
+    forms = plan_merge([a, b], average_shared=True).config.low_rank_skills
+    assert forms == {"depth": LowRankSkill("text", 2)}
+    renamed = read_parent(tmp_path / "a", "a", {"text": "tent", "depth": "dent"})
+    assert renamed.config.low_rank_skills == {"dent": LowRankSkill("tent", 2)}
+    with pytest.raises(ValueError, match="depth of c has another rank or source than that of a"):
+        plan_merge([a, c], average_shared=True)
+
+
+WRONG_FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown source": ({"text": {"source": "none", "rank": 1}}, "unknown skill 'none'"),
+    "unknown skill": ({"none": {"source": "text", "rank": 1}}, "unknown skill 'none'"),
+    "too large": ({"text": {"source": "general", "rank": 8}}, "rank 8 is no low rank"),
+    "zero": ({"text": {"source": "general", "rank": 0}}, "rank must be from 1"),
+    "itself": ({"text": {"source": "text", "rank": 1}}, "is a difference to itself"),
+    "a circle": (
+        {"text": {"source": "image", "rank": 1}, "image": {"source": "text", "rank": 1}},
+        "is a difference to itself",
+    ),
+    "no form": ({"text": {"source": "general"}}, "rank"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FORMS)
+def test_a_wrong_form_is_refused(wrong: str) -> None:
+    forms, message = WRONG_FORMS[wrong]
+    values = config_to_dict(small_config()) | {"low_rank_skills": forms}
+    with pytest.raises((ValueError, TypeError), match=message):
+        config_from_dict(values)
+
+
+def test_a_chain_of_differences_ends() -> None:
+    names = [f"s{number}" for number in range(MAX_SOURCES + 2)]
+    forms = {b: LowRankSkill(a, 1) for a, b in itertools.pairwise(names)}
+    options: dict[str, Any] = {"skills": tuple(names), "tasks": {}}
+    with pytest.raises(ValueError, match=f"to more than {MAX_SOURCES} skills"):
+        small_config(**options, low_rank_skills=forms)
+    forms.pop(names[-1])
+    config = small_config(**options, low_rank_skills=forms)
+    assert config.find_sources([names[-2]]) == tuple(reversed(names[:-1]))
+    assert config_from_dict(config_to_dict(config)) == config
+    SkillNet(dataclasses.replace(config, skills=tuple(reversed(names))))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("depth", None, 2), "name it: skill.init_from"),
+        (("depth", "tent", 2), "unknown skill 'tent'; did you mean 'text'"),
+        (("depth", "text", 8), "rank 8 is no low rank"),
+        (("text", "image", 2), "already has a skill 'text'"),
+    ],
+)
+def test_a_growth_with_a_wrong_rank_changes_nothing(
+    given: tuple[str, str | None, int], message: str
+) -> None:
+    model = small_model()
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        add_skill(model, *given)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_a_finished_run_keeps_general_for_the_differences_to_it() -> None:

@@ -343,5 +343,5 @@ def test_a_removed_skill_leaves_the_rest_to_the_bit(modules: str, tmp_path: Path
     assert not (tmp_path / "model" / "skill-depth.safetensors").exists()
     loaded = SkillNet.from_pretrained(tmp_path / "model")
     assert loaded.config.skills == small_model(skill_modules=modules).config.skills
-    with pytest.raises(ValueError, match="unknown skill 'image'"):
+    with pytest.raises(ValueError, match="the skill image is needed by text_to_image"):
         remove_skill(model, "image")

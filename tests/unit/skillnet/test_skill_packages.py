@@ -1,10 +1,14 @@
 """Packages of skills: they change no old output, and go without a trace."""
 
+import cProfile
 import hashlib
 import io
 import json
+import math
+import pstats
 import random
 import shutil
+import weakref
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,22 +21,30 @@ import torch
 from skillnet import SkillNet
 from skillnet.model_merging import add_skill, add_task
 from skillnet.package_joins import add_packages, list_packages, remove_packages
-from skillnet.serialization import check_file, read_manifest
-from skillnet.skill_packages import ABOUT, PROBES, SkillPackage, open_package, pack_skills
-from skillnet.skill_proofs import PROBE_ROWS, TaskProof
+from skillnet.serialization import check_file, read_manifest, read_tensor_shapes
+from skillnet.skill_packages import (
+    ABOUT,
+    PROBES,
+    PackedForm,
+    SkillPackage,
+    open_package,
+    pack_skills,
+    read_package_header,
+)
+from skillnet.skill_proofs import PROBE_ROWS, TaskProof, probe_outputs
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary
 from tests.helpers.small_models import small_model
 
-OUTPUTS = 3
+OUTPUTS, RANK = 3, 2
 
 
-def grow(base: Path, number: int, folder: Path, modality: str = "text") -> Path:
-    """Save a model that grew by a skill and a task from a base."""
+def grow(base: Path, number: int, folder: Path, modality: str = "text", rank: int = 0) -> Path:
+    """Save a model that grew by a skill and a task from a base; with a rank, from ``text``."""
     model = SkillNet.from_pretrained(base)
     skill, task = f"extra{number}", f"task{number}"
     torch.manual_seed(100 + number)
-    add_skill(model, skill)
+    add_skill(model, skill, "text" if rank else None, rank)
     plan = SkillPlan(tuple(sorted(("general", skill))), modality)
     add_task(model, task, Task("classification", {"input": plan}, outputs=OUTPUTS))
     with torch.no_grad():
@@ -58,8 +70,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and packages that were made from it in working folders of their own."""
     folder = tmp_path_factory.mktemp("shelf")
     small_model(torch.float32).save_pretrained(folder / "base")
-    for number, modality in enumerate(("text", "video", "text")):
-        grown = grow(folder / "base", number, folder / f"grown{number}", modality)
+    for number, (modality, rank) in enumerate((("text", 0), ("video", 0), ("text", RANK))):
+        grown = grow(folder / "base", number, folder / f"grown{number}", modality, rank)
         pack(grown, number, folder / f"p{number}.skill")
     return folder
 
@@ -90,6 +102,8 @@ def test_what_is_added_proves_itself_and_goes_without_a_trace(shelf: Path, base:
         SkillNet.from_pretrained(shelf / "base").config.tasks
     )
     assert {(proof.rows, proof.differing) for proof in old} == {(PROBE_ROWS, 0)}
+    after = SkillNet.from_pretrained(base)
+    assert all(proof.parameters == after.activated_parameters(proof.task) for proof in proofs)
     new = {proof.task: proof for proof in proofs if proof.package}
     assert {task: (p.package, p.differing) for task, p in new.items()} == {
         "task0": ("p0", 0),
@@ -107,6 +121,62 @@ def test_what_is_added_proves_itself_and_goes_without_a_trace(shelf: Path, base:
         check_file(base, name, manifest)
     for name in ("p0", "p1"):
         remove_packages(base, [name])
+    assert hashes(base) == before
+
+
+def test_a_low_rank_package_has_the_size_of_its_factors(shelf: Path, base: Path) -> None:
+    with open_package(shelf / "p2.skill", base.parent / "opened") as package:
+        content = package.content
+        shapes = read_tensor_shapes(package.find_file("skill-extra2.safetensors"))
+    assert content.low_rank == {"extra2": PackedForm("text", RANK)}
+    assert "skill-text.safetensors" in content.base
+    config = SkillNet.from_pretrained(base).config
+    width = 8 * config.dim + 2 * config.ffn_dim  # D x 3D, D x D, and D x F twice
+    assert sum(map(math.prod, shapes.values())) == config.num_layers * RANK * width
+    whole = config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    saved = (shelf / "p0.skill").stat().st_size - (shelf / "p2.skill").stat().st_size
+    # Beside the weights, headers of two tensors for one, and the form.
+    assert saved == pytest.approx(4 * (whole - config.num_layers * RANK * width), abs=2500)
+    add(base, shelf / "p2.skill")
+    joined, grown = (SkillNet.from_pretrained(x, "task2") for x in (base, shelf / "grown2"))
+    assert joined.config == grown.config
+    found, expected = (probe_outputs(each, ["task2"])["task2"] for each in (joined, grown))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_package_stays_while_another_one_needs_its_skill(shelf: Path, base: Path) -> None:
+    """The second skill is a difference to the first one, which is a difference to the base's."""
+    before = hashes(base)
+    add(base, shelf / "p2.skill")
+    model = SkillNet.from_pretrained(base)
+    add_skill(model, "extra9", "extra2", 1)
+    plan = SkillPlan(("extra9", "general"))
+    add_task(model, "task9", Task("classification", {"input": plan}, outputs=OUTPUTS))
+    model.save_pretrained(base.parent / "grown")
+    path = pack(base.parent / "grown", 9, base.parent / "p9.skill")
+    add(base, path)
+    memory = SkillNet.from_pretrained(base)
+    present = hashes(base)
+    message = "the skill extra2 is needed by extra9; remove that first"
+    with pytest.raises(ValueError, match=message):
+        remove_packages(base, ["p2"])
+    with pytest.raises(ValueError, match=message):
+        memory.remove("p2")
+    assert hashes(base) == present
+    memory.save_pretrained(base.parent / "memory")
+    assert hashes(base.parent / "memory") == present
+    remove_packages(base, ["p2", "p9"])
+    assert hashes(base) == before
+    # Both skills in one package, of which the dependent one has the first name.
+    pack_skills(base.parent / "grown", ["task2", "task9"], path, program="0.1.0")
+    edit_about(path, lambda about: about["skills"].reverse())
+    add(base, path)
+    memory = SkillNet.from_pretrained(shelf / "base")
+    memory.add(path)
+    memory.save_pretrained(base.parent / "memory")
+    assert hashes(base.parent / "memory") == hashes(base)
+    memory.remove("p9")
+    remove_packages(base, ["p9"])
     assert hashes(base) == before
 
 
@@ -131,8 +201,25 @@ def test_any_order_and_any_subset_restore_every_byte(shelf: Path, base: Path) ->
 
 
 @pytest.mark.slow("test_skill_packages.py::test_any_order_and_any_subset_restore_every_byte")
-def test_fifty_packages_of_fifty_folders_join_one_base(tmp_path: Path) -> None:
-    """Each addition proves all old outputs; each package adds its own files and no others."""
+def test_fifty_packages_of_fifty_folders_join_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each addition proves all old outputs; each package adds its own files and no others.
+
+    Neither memory nor disk of an addition grows by more than the package, and its work not faster
+    than the number of packages. Memory is that of the models that live at once, and work the number
+    of calls, which no other process of the machine changes.
+    """
+    live: list[weakref.ref[SkillNet]] = []
+    peaks: list[int] = []
+
+    def load(folder: Path) -> SkillNet:
+        live.append(weakref.ref(model := SkillNet.from_pretrained(folder)))
+        models = [found for each in live if (found := each()) is not None]
+        peaks.append(sum(p.nbytes for found in models for p in found.parameters()))
+        return model
+
+    monkeypatch.setattr("skillnet.package_joins._load", load)
     tasks = {"text_classification": small_model().config.tasks["text_classification"]}
     base, draw = tmp_path / "base", random.Random(2)  # noqa: S311
     small_model(torch.float32, tasks=tasks).save_pretrained(base)
@@ -146,12 +233,24 @@ def test_fifty_packages_of_fifty_folders_join_one_base(tmp_path: Path) -> None:
         )
     order = sorted(made)
     draw.shuffle(order)
-    sizes = [dict.fromkeys(hashes(base), 0)]
-    for name in order:
-        proofs = add(base, made[name])
+    files, peak, work = list(before), 0, {}
+    for number, name in enumerate(order):
+        nodes = {path.stat().st_ino for path in base.iterdir()}
+        peaks.clear()
+        with cProfile.Profile() as profile:
+            proofs = add(base, made[name])
+        work[number] = pstats.Stats(profile).total_calls
         assert not any(proof.differing for proof in proofs)
-        sizes.append(dict.fromkeys(hashes(base), 0))
-        assert len(sizes[-1]) - len(sizes[-2]) == 2, "a skill and a head"
+        assert len(hashes(base)) - len(files) == 2, "a skill and a head"
+        files = list(hashes(base))
+        size = made[name].stat().st_size
+        # All other files are links to those of before, but the two that name all packages.
+        written = [path for path in base.iterdir() if path.stat().st_ino not in nodes]
+        kept = [path for path in written if path.name not in ("config.json", "manifest.json")]
+        assert sum(path.stat().st_size for path in kept) <= size
+        assert not number or max(peaks) - peak <= size
+        peak = max(peaks)
+    assert work[49] - work[25] <= 1.2 * (work[25] - work[1]), "linear in the number of packages"
     assert len(list_packages(base)) == 50
     gone = draw.sample(order, 20)
     remove_packages(base, gone)
@@ -291,6 +390,30 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "other weights|outputs",
     ),
     "too few names": (lambda a: a["tasks"]["task0"].update(names=["a"]), "1 names"),
+    "a rank without factors": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 2}}),
+        "other weights than its tasks need",
+    ),
+    "the rank of a skill of the base": (
+        lambda a: a.update(low_rank={"image": {"source": "text", "rank": 2}}),
+        "low_rank.image: the package has no such skill",
+    ),
+    "a huge rank": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 10**6}}),
+        "1000000 is no low rank",
+    ),
+    "a difference to itself": (
+        lambda a: a.update(low_rank={"extra0": {"source": "extra0", "rank": 1}}),
+        "a difference to itself",
+    ),
+    "a source that is not there": (
+        lambda a: a.update(low_rank={"extra0": {"source": "none", "rank": 1}}),
+        "unknown skill 'none'",
+    ),
+    "more than a rank": (
+        lambda a: a.update(low_rank={"extra0": {"source": "text", "rank": 1, "run": "rm"}}),
+        "low_rank.extra0.run",
+    ),
 }
 
 
@@ -376,9 +499,11 @@ def test_a_thousand_damaged_packages_are_refused_and_change_nothing(
     shelf: Path, base: Path, tmp_path: Path
 ) -> None:
     """Bytes are changed, cut out, doubled and appended at random places."""
-    whole, before, draw = (shelf / "p0.skill").read_bytes(), hashes(base), random.Random(1)  # noqa: S311
+    before, draw = hashes(base), random.Random(1)  # noqa: S311
+    made = [(shelf / f"{name}.skill").read_bytes() for name in ("p0", "p2")]
     path, accepted, messages = tmp_path / "bad.skill", 0, set()
-    for _ in range(1000):
+    for number in range(1000):
+        whole = made[number % 2]  # whole matrices, and low rank
         data, place = bytearray(whole), draw.randrange(len(whole))
         kind = draw.randrange(4)
         if kind == 0:
@@ -392,16 +517,22 @@ def test_a_thousand_damaged_packages_are_refused_and_change_nothing(
         if data == whole:
             continue
         path.write_bytes(data)
+        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+            stated = hashlib.sha256(archive.read(ABOUT)).hexdigest()
+        # A catalogue reads the header alone: what it shows is what the author stated.
+        try:
+            assert read_package_header(io.BytesIO(data), path).digest == stated
+        except ValueError as error:
+            messages.add(str(error))
         try:
             with open_package(path, tmp_path / "opened") as package:
                 # A flipped bit of a date or of a comment of the zip changes no content.
                 accepted += 1
                 for name, entry in package.content.files.items():
-                    found = (package.folder / name).read_bytes()
+                    found = package.find_file(name).read_bytes()
                     assert hashlib.sha256(found).hexdigest() == entry.sha256
-                with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-                    about = archive.read(ABOUT)
-                assert package.digest == hashlib.sha256(about).hexdigest()
+                    assert read_tensor_shapes(package.find_file(name))
+                assert package.digest == stated
         except ValueError as error:
             messages.add(str(error))
     assert accepted < 100
