@@ -123,6 +123,7 @@ class CliCommand(Generic[ConfigT]):
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None
     resources: Callable[[ConfigT], Any] | None
     essential: Sequence[str]
+    each: str
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function)
@@ -136,8 +137,11 @@ class CliCommand(Generic[ConfigT]):
         run = functools.partial(run_command, self._run, argv, self.__module__)
         return _run_as_program(run) if self.__module__ == "__main__" else run()
 
-    def parse_arguments(self, argv: Sequence[str]) -> ConfigT:
+    def parse_arguments(self, argv: Sequence[str]) -> Any:
         """Build the configuration of the command from its arguments.
+
+        Returns:
+            The configuration; a list of them if the option ``each`` is given.
 
         Raises:
             UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
@@ -154,14 +158,22 @@ class CliCommand(Generic[ConfigT]):
                     "the hidden part may be a password. Give such a URI in the environment, or in "
                     "a file of --config"
                 )
-        return parse_config(
-            self.config_class,
-            words,
-            f"skillnet {self.name}",
-            self.description,
-            self.example,
-            self.essential,
-        )
+        files, rest = split_files(words, self.each) if self.each else ([], words)
+        # The other options have the last word, as with --config. One --json is enough.
+        later = [word for word in rest if word != "--json"]
+        lines = [["--config", file, *(later if n else rest)] for n, file in enumerate(files)]
+        configs = [
+            parse_config(
+                self.config_class,
+                line,
+                f"skillnet {self.name}",
+                self.description,
+                self.example,
+                self.essential,
+            )
+            for line in lines or [words]
+        ]
+        return configs if files else configs[0]
 
     def request_resources(self, argv: Sequence[str]) -> Any:
         """Return what the command needs of a cluster; ``None`` for a command without a hook.
@@ -200,7 +212,8 @@ def command(
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
     resources: Callable[[ConfigT], Any] | None = None,
     essential: Sequence[str] = (),
-) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
+    each: str = "",
+) -> Callable[[Callable[[Any], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
     The command parses its arguments, runs the function, and prints the result as a table or,
@@ -219,9 +232,12 @@ def command(
             ``skillnet submit``. By default one worker with one CPU.
         essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
             all keys without keys of their own.
+        each: option that lists files, such as ``tasks`` for ``--tasks a.yaml b.yaml``. The function
+            and the hooks get a list with a configuration for each: the file as of ``--config``,
+            with all other options.
     """
 
-    def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
+    def decorate(function: Callable[[Any], Any]) -> CliCommand[ConfigT]:
         return CliCommand(
             function,
             config_class,
@@ -234,9 +250,41 @@ def command(
             rewrite_arguments=rewrite_arguments,
             resources=resources,
             essential=essential,
+            each=each,
         )
 
     return decorate
+
+
+def split_files(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """Split the files of an option from all other words of a command line.
+
+    ``--tasks a.yaml b.yaml --name x`` gives ``[a.yaml, b.yaml]`` and ``[--name, x]``.
+
+    Args:
+        words: arguments of the command.
+        option: name of the option. Its files end with the next option, and a shell may have
+            expanded them from a pattern; commas separate them too.
+
+    Raises:
+        UserError: the option has no files.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    is_listing = False
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name == f"--{option}":
+            is_listing, given = True, text.split(",") if equals else []
+            files += given
+        elif is_listing and not word.startswith("--"):
+            files += word.split(",")
+        else:
+            is_listing = False
+            rest.append(word)
+    if not files and f"--{option}" in words:
+        raise UserError(f"command line: --{option} needs files: --{option} a.yaml b.yaml")
+    return [file for file in files if file], rest
 
 
 def _command_name(module: str) -> str:
