@@ -24,6 +24,7 @@ from skillnet_platform.cluster.resource_request import (
     select_model_paths,
 )
 from skillnet_platform.signals import terminate_as_interrupt
+from skillnet_platform.storage import run_root
 
 
 def grow_apart(configs: Sequence[GrowConfig]) -> dict[str, Any]:
@@ -57,8 +58,10 @@ def grow_apart(configs: Sequence[GrowConfig]) -> dict[str, Any]:
         union = None
         if all(each["state"] == "done" for each in trained):
             first = growths[0]
+            # Their names are shorter in the report, where they are enough.
+            key = "name" if folder.parent == run_root() else "run"
             merge = MergeConfig(
-                [each["run"] for each in trained],
+                [each[key] for each in trained],
                 name=name,
                 run_dir=first.run_dir,
                 data=first.data,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.growth.single import grow_model
 from pipelines.training.config.growth import GrowConfig
@@ -22,7 +22,11 @@ from skillnet_platform import console
 from skillnet_platform.cluster.job_queue import QueuedJob, run_jobs
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
+from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location, require_local_folder
+
+if TYPE_CHECKING:
+    from pipelines.training.runs.model_source import ModelSource
 
 #: Settings that all growths of one command share, because their union has one base.
 SHARED_KEYS = ("source", "run_dir", "data", "corpora", "tracking")
@@ -108,10 +112,13 @@ def _check_growth(config: GrowConfig, first: GrowConfig) -> None:
         )
 
 
-def _pin_address(source: Any) -> str:
+def _pin_address(source: "ModelSource") -> str:
     """Return an address that names the same weights until all growths have ended, on any node."""
+    if source.version is None and source.run is not None:
+        is_final = source.weights == source.run / "model"
+        return str((source.run if is_final else source.weights).absolute())
     if source.version is None:
-        return str(source.weights.absolute()) if source.run_id or source.run else source.name
+        return source.name if is_uri(source.name) else str(source.weights.absolute())
     # The champion may change while the growths train.
     model = source.name.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return f"models:/{model}/{source.version}"
