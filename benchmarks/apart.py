@@ -92,7 +92,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     times = f"{found.cpu:.0f} CPU s against {found.alone_cpu:.0f}"
     ideal = found.alone_cpu / cores
     return [
-        row("work as jobs", "a command for each growth", "ratio", found.cpu / found.alone_cpu, "<= 1.15",
+        row("work as jobs", "a command each", "ratio", found.cpu / found.alone_cpu, "<= 1.15",
             f"{times}; {hits}"),
         row("wall as jobs", "ideal: work divided by cores", "ratio", found.wall / ideal, "<= 1.15",
             f"{found.wall:.0f} s against {ideal:.0f}; other programs share the cores"),

@@ -271,20 +271,21 @@ def split_files(words: Sequence[str], option: str) -> tuple[list[str], list[str]
     """
     files: list[str] = []
     rest: list[str] = []
-    is_listing = False
+    is_given = is_listing = False
     for word in words:
         name, equals, text = word.partition("=")
         if name == f"--{option}":
-            is_listing, given = True, text.split(",") if equals else []
-            files += given
+            is_given = is_listing = True
+            files += text.split(",") if equals else []
         elif is_listing and not word.startswith("--"):
             files += word.split(",")
         else:
             is_listing = False
             rest.append(word)
-    if not files and f"--{option}" in words:
+    files = [file for file in files if file]
+    if is_given and not files:
         raise UserError(f"command line: --{option} needs files: --{option} a.yaml b.yaml")
-    return [file for file in files if file], rest
+    return files, rest
 
 
 def _command_name(module: str) -> str:

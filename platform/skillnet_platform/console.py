@@ -320,7 +320,7 @@ def show_live_table(
                 if before.get(name) != state:
                     before[name] = state
                     known = [text for text in more if text != "–"]
-                    _print_line(f"{name}: {', '.join([state, *known])}")
+                    _print_line(escape_line(f"{name}: {', '.join([state, *known])}"))
 
         yield print_changes
         return

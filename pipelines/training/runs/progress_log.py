@@ -123,8 +123,11 @@ def read_pace(path: Path, start: int = 0) -> tuple[int, float]:
     if not lines:
         return 0, 0.0
     first, last = lines[0], lines[-1]
-    seconds = float(last.get("time", 0)) - float(first.get("time", 0))
-    return last["step"], (last["step"] - first["step"]) / seconds if seconds > 0 else 0.0
+    pace = 0.0
+    # A corrupt number may be of any size.
+    with contextlib.suppress(OverflowError, ZeroDivisionError):
+        pace = (last["step"] - first["step"]) / (last.get("time", 0) - first.get("time", 0))
+    return last["step"], pace if pace > 0 else 0.0
 
 
 def _file_state(path: Path) -> tuple[int, int, int] | None:
