@@ -13,7 +13,7 @@ UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # compete for memory and save no time.
 JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 
-.PHONY: demo docs check-lock lock test test-all test-cluster test-node chaos fuzz check format bench gpu clean help
+.PHONY: demo docs check-lock lock test test-long test-all test-cluster test-node chaos fuzz check format bench gpu clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,8 +24,11 @@ demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one mo
 # In directory order. The default order runs the few slow files last, one after the other.
 TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-test: $(VENV)/.installed-dev  ## run the tests, without slow ones that a cheaper test stands for
-	$(TESTS) -m "not cluster and not bare and not slow" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  ## run the tests, without long ones and slow ones
+	$(TESTS) -m "not cluster and not bare and not slow and not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev  ## run the tests that take half a minute or more: kills, outages, the tutorial
+	$(TESTS) -m "long and not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run all tests that need no nodes, with the slow ones
 	$(TESTS) $(PYTEST_ARGS)

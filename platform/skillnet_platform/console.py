@@ -9,6 +9,7 @@ Every text can contain data of others, so control characters and markup in it ar
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -80,11 +81,18 @@ def end_json() -> None:
 
 
 def open_standard_streams() -> None:
-    """Replace streams that were closed before this process started (``>&-``).
+    """Replace streams that were closed before this process started (``>&-``), and raw ones.
 
     The next file that is opened, such as a database, would get the number of the closed stream,
     and libraries would write their messages to it.
     """
+    out: Any = sys.stdout
+    if isinstance(getattr(out, "buffer", None), io.RawIOBase):
+        # With PYTHONUNBUFFERED, which images set, Python drops what a nearly full disk or a pipe
+        # does not take of one write, without an error.
+        sys.stdout = open(  # noqa: SIM115
+            out.fileno(), "w", 1, encoding=out.encoding, errors=out.errors, closefd=False
+        )
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
             continue

@@ -18,9 +18,9 @@ import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from skillnet_cluster import pin_nodes
+from skillnet_cluster.submit import SOURCE_FOLDERS
 from skillnet_platform import config as configuration
-from skillnet_platform import pin_nodes
-from skillnet_platform.submit import SOURCE_FOLDERS
 from tests.chaos.namespaces import ROOT, SEARCH, missing
 from tests.helpers.small_corpora import small_config, write_corpora
 

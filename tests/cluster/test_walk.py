@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from skillnet_cluster import pin_nodes
+from skillnet_cluster.submit import SOURCE_FOLDERS
 from skillnet_platform import config as configuration
-from skillnet_platform import pin_nodes
-from skillnet_platform.submit import SOURCE_FOLDERS
 from tests.chaos.namespaces import ROOT, missing
 from tests.cluster.cluster_lab import HOST_HOME, NEEDED, Host, lab
 from tests.cluster.occupied_head import occupied_head

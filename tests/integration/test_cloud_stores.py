@@ -17,7 +17,7 @@ from tests.helpers.small_corpora import write_corpora
 from tests.helpers.user_corpora import webdataset
 from tests.integration.test_mirror import config_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 ROOT = Path(__file__).parents[2]
 
 

@@ -33,7 +33,7 @@ from tests.helpers.small_corpora import small_config
 from tests.helpers.waiting import wait_until
 from tests.integration.ranks import run_ranks, train_and_save
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 STEPS = 12
 ROOT = Path(__file__).parents[2]

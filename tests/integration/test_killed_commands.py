@@ -12,7 +12,7 @@ from tests.chaos.crash_lane import enumerate_kills
 from tests.chaos.crash_points import CrashLab, crash_lab, missing_compiler
 from tests.chaos.crash_scenarios import SCENARIOS, CrashScenario
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 #: Kills of each command. A kill of ``prepare`` takes a second; the others train a model.
 KILLS = {"prepare": 6, "finetune": 1, "register": 1, "sweep": 1}
 SEED = 0

@@ -148,6 +148,7 @@ def test_an_empty_disk_resumes_to_the_bit(
     assert not {"step-00000009", "step-00000011"} & set(left)
 
 
+@pytest.mark.long
 def test_training_outlives_the_store(
     object_store: ObjectStore,
     data: Path,

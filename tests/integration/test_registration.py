@@ -225,6 +225,7 @@ def test_sigterm_ends_a_registration_which_the_same_command_completes_once(root:
     assert len(versions()) == before + 1
 
 
+@pytest.mark.long
 def test_a_registration_killed_after_any_write_is_completed_once(root: Path) -> None:
     (root / "weights").mkdir()
     (root / "weights" / "offset.json").write_text("5")

@@ -18,7 +18,7 @@ from tests.chaos.tracking_server import Server
 from tests.helpers.waiting import wait_until
 from tests.integration.test_faults import STEPS, config_for, start_run, steps_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 #: Seconds without a tracker; `make chaos` waits a minute.
 OUTAGE_S = float(os.environ.get("SKILLNET_TEST_OUTAGE_S", "3"))

@@ -272,7 +272,8 @@ def explain_disk_error(error: BaseException) -> str | None:
         error: exception of the system, or of a library that keeps the number or the text.
     """
     number = _find_number(error)
-    named = error.filename if isinstance(error, OSError) else None
+    # A copy that fails names its source first.
+    named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else None
     if number in FULL:
         return _full_message(path or run_root(), None, number)

@@ -333,7 +333,12 @@ def _system_metrics(
             # The last, shorter interval is published too.
             ended = stop.wait(every_s)
             values = monitor.aggregate_metrics()
-            publish({f"system/{name}": value for name, value in values.items()}, step)
+            try:
+                publish({f"system/{name}": value for name, value in values.items()}, step)
+            except UserError as error:
+                # The run itself meets the full disk next, and ends with the message.
+                console.print_warning(f"system metrics end: {error}")
+                return
             for each in monitor.monitors:
                 each.clear_metrics()
             step += 1

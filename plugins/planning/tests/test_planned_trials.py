@@ -8,13 +8,13 @@ import pytest
 
 from pipelines.training.config.run import PretrainConfig
 from plugins.planning.tests.test_memory_plan import MASKED, masked_model, short_config
+from skillnet_cluster.checks.cluster import check_gpu_memory
 from skillnet_planning.memory_check import (
     MAX_PLANNED_RUNS,
     find_memory_problem,
     select_largest_runs,
 )
 from skillnet_planning.plan import main as plan
-from skillnet_platform.checks.cluster import check_gpu_memory
 from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType, NodeType
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.planned_trials import list_study_runs, request_study

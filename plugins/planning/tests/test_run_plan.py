@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.training.config.resources import request_training
 from plugins.planning.tests.test_memory_plan import config_of, short_config
+from skillnet_cluster.checks.cluster import check_gpu_memory
 from skillnet_planning.plan import (
     PlanConfig,
     describe_links,
@@ -17,7 +18,6 @@ from skillnet_planning.plan import (
     split_plan_arguments,
 )
 from skillnet_planning.run_plan import OPTIMIZER_BYTES, WorkerPool, plan_run
-from skillnet_platform.checks.cluster import check_gpu_memory
 from skillnet_platform.cluster.gpu_types import (
     GPU_TYPES,
     describe_device,

@@ -56,6 +56,7 @@ def study(root: Path) -> StudyConfig:
     )
 
 
+@pytest.mark.long
 def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Path, capsys):
     config = study(tmp_path)
     path = tmp_path / "study.yaml"

@@ -39,6 +39,7 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.mark.integration
+@pytest.mark.long
 def test_the_tutorial_runs_as_printed(short_path: Path) -> None:
     environment = {
         **os.environ,

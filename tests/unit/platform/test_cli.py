@@ -157,6 +157,7 @@ def test_exit_codes(
     ("problem", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: the disk is full ("),
+        (OSError(errno.ENOSPC, "No space", "/d/from", None, "/d/to"), "/d/to: the disk is full ("),
         (OSError(errno.ENOSPC, "No space left on device"), "{root}: the disk is full ("),
         (OSError(errno.EDQUOT, "Disk quota exceeded", b"/d/x"), "/d/x: the disk is full (Disk quo"),
         (OSError(errno.EFBIG, "File too large", "/d/x"), "/d/x: the disk is full (File too large"),
@@ -361,6 +362,19 @@ def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout:
     assert f"error: standard output: cannot be written ({cause})" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_standard_output_that_takes_a_part_is_one_message(
+    unbuffered: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "help"
+    done = run_in_shell(
+        f"ulimit -f 2; PYTHONUNBUFFERED={unbuffered} {COMMAND} finetune --help all > {target}"
+    )
+    assert done.returncode == 1
+    assert "standard output: cannot be written (File too large)" in done.stderr
+    assert target.stat().st_size == 2048
 
 
 def test_a_command_without_standard_streams_succeeds(tmp_path: Path) -> None:

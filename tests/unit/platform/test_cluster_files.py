@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skillnet_platform import pin_nodes
+from skillnet_cluster import pin_nodes
 from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[3]

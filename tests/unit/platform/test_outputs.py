@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import pin_nodes
+from skillnet_cluster import pin_nodes
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import open_output
 

@@ -20,6 +20,7 @@ from tests.helpers.tracked_runs import history, run_of, where
 
 
 @pytest.mark.integration
+@pytest.mark.long
 def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     run_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_another_server_of_this_shell_is_named(
 
 
 @pytest.mark.integration
+@pytest.mark.long
 def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     with tracking.start_run("shown", None, where("skillnet")) as run:
         run.text("kept", "note.txt")

@@ -16,6 +16,7 @@ from sqlalchemy import create_engine
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
+from skillnet_platform.tracking.spool import OperationSpool
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start_python
 from tests.helpers.tracked_runs import artifacts_of, history, run_of, where
@@ -191,6 +192,24 @@ def test_the_machine_is_recorded_along() -> None:
     with tracking.start_run("system", None, config) as tracker:
         pass
     assert run_of(tracker).data.metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_a_full_disk_ends_the_measurement_of_the_machine_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def send(spool: OperationSpool, operation: dict[str, object]) -> None:
+        raise UserError("spool.jsonl: the disk is full (0 bytes free)")
+
+    config = TrackingConfig(experiment="tests", system_metrics=True)
+    with (
+        pytest.raises(UserError, match="the disk is full"),
+        tracking.start_run("full", None, config) as tracker,
+    ):
+        monkeypatch.setattr(OperationSpool, "send", send)
+        tracker.metrics({"loss": 1.0}, 1)
+    shown = capsys.readouterr().err
+    assert shown.count("system metrics end: spool.jsonl: the disk is full") == 1
+    assert "Traceback" not in shown
 
 
 def test_very_long_values_are_shortened_not_lost_runs() -> None:

@@ -1,4 +1,4 @@
-"""Lanes of tests: each seam has a test in ``make test``, and no test is in no lane."""
+"""Lanes of tests: CI tests each seam, and no test is in no lane."""
 
 import ast
 import re
@@ -15,9 +15,12 @@ from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-LANES = ("test", "test-all", "test-cluster", "test-node")
+LANES = ("test", "test-long", "test-all", "test-cluster", "test-node")
 
-#: Seam -> file and name of a test that ``make test`` runs.
+#: Lanes that CI runs over a change.
+CI = {"test", "test-long"}
+
+#: Seam -> file and name of a test that CI runs.
 SEAMS = {
     "prepare into a store": (
         "test_cloud_stores.py",
@@ -124,11 +127,11 @@ def lanes_of(marks: frozenset[str], lanes: dict[str, Expression]) -> set[str]:
 
 
 @pytest.mark.parametrize("seam", SEAMS)
-def test_each_seam_has_a_test_in_make_test(
+def test_each_seam_has_a_test_in_ci(
     seam: str, tests: dict[str, CollectedTest], lanes: dict[str, Expression]
 ) -> None:
     test = tests["::".join(SEAMS[seam])]
-    assert "test" in lanes_of(test.marks, lanes)
+    assert lanes_of(test.marks, lanes) & CI
 
 
 def test_no_test_is_in_no_lane(
@@ -136,6 +139,8 @@ def test_no_test_is_in_no_lane(
 ) -> None:
     assert lanes_of(frozenset(), lanes) == {"test", "test-all"}
     assert lanes_of(frozenset({"slow", "integration"}), lanes) == {"test-all"}
+    assert lanes_of(frozenset({"long", "integration"}), lanes) == {"test-long", "test-all"}
+    assert lanes_of(frozenset({"long", "slow"}), lanes) == {"test-all"}
     lost = [
         name
         for name, test in tests.items()
@@ -145,7 +150,7 @@ def test_no_test_is_in_no_lane(
     assert lost == []
 
 
-def test_a_slow_test_names_a_cheaper_one_that_make_test_runs(
+def test_a_slow_test_names_a_cheaper_one_that_ci_runs(
     sources: dict[Path, str], tests: dict[str, CollectedTest], lanes: dict[str, Expression]
 ) -> None:
     siblings = []
@@ -160,7 +165,12 @@ def test_a_slow_test_names_a_cheaper_one_that_make_test_runs(
     assert siblings
     lost = {each for each in siblings if each not in tests or "slow" in tests[each].marks}
     assert lost == set()
-    assert all("test" in lanes_of(tests[each].marks, lanes) for each in siblings)
+    assert all(lanes_of(tests[each].marks, lanes) & CI for each in siblings)
+
+
+def test_ci_runs_its_lanes() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert {lane for lane in CI if re.search(rf"step ({lane}\b|.*:-{lane}}})", script)} == CI
 
 
 def test_the_workflow_runs_the_slow_tests_every_night() -> None:

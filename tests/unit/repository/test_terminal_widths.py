@@ -16,9 +16,9 @@ from pipelines.training.evaluation.tables import result_cells, summary_cells
 from pipelines.verify import HashCheck, show_verification
 from skillnet.metrics import ConfidenceInterval
 from skillnet.skills import default_tasks
+from skillnet_cluster.checks import Finding
+from skillnet_cluster.doctor import DoctorReport, show_findings
 from skillnet_platform import console
-from skillnet_platform.checks import Finding
-from skillnet_platform.doctor import DoctorReport, show_findings
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from skillnet_studies.report.report import build_report, show_report
 from sweeps.search.ranking import RankedConfiguration, build_ranking_table

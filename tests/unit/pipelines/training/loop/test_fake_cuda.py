@@ -23,6 +23,8 @@ GOLDEN = ROOT / "tests" / "golden" / "fake_cuda.json"
 
 Census = dict[str, dict[str, Any]]
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Census:

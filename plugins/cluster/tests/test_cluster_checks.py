@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import doctor as machine_checks
+from skillnet_cluster import doctor as machine_checks
+from skillnet_cluster.checks import GIB, Finding, node_probe
+from skillnet_cluster.checks import cluster as checks
+from skillnet_cluster.checks.node_probe import NodeProbe
 from skillnet_platform import package_version, storage
-from skillnet_platform.checks import GIB, Finding, node_probe
-from skillnet_platform.checks import cluster as checks
-from skillnet_platform.checks.node_probe import NodeProbe
 from skillnet_platform.cluster import capacity
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,

@@ -5,11 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skillnet_files.entry_points import find_entries
-from skillnet_platform import package_version, storage
-from skillnet_platform.checks import FREE_DISK_BYTES, GIB, Finding, Level
-from skillnet_platform.checks.gpu_probe import GpuDevice, run_sum
-from skillnet_platform.checks.node_probe import (
+from skillnet_cluster.checks import FREE_DISK_BYTES, GIB, Finding, Level
+from skillnet_cluster.checks.gpu_probe import GpuDevice, run_sum
+from skillnet_cluster.checks.node_probe import (
     AGAIN,
     NodeProbe,
     probe_nodes,
@@ -17,6 +15,8 @@ from skillnet_platform.checks.node_probe import (
     storage_roots,
     tracker_folder,
 )
+from skillnet_files.entry_points import find_entries
+from skillnet_platform import package_version, storage
 from skillnet_platform.cluster import loopback
 from skillnet_platform.cluster.capacity import (
     count_places,

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skillnet_cluster.checks import Finding
+from skillnet_cluster.checks.gpu_probe import GpuProbe, probe_gpus
 from skillnet_platform import package_version, storage
-from skillnet_platform.checks import Finding
-from skillnet_platform.checks.gpu_probe import GpuProbe, probe_gpus
 from skillnet_platform.cluster.loopback import choose_port
 from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import cli, doctor
-from skillnet_platform import doctor as machine_checks
+from skillnet_cluster import doctor
+from skillnet_cluster import doctor as machine_checks
+from skillnet_platform import cli
 
 
 def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

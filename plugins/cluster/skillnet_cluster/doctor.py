@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import skillnet_platform
+from skillnet_cluster.checks import FREE_DISK_BYTES, Finding, Level
 from skillnet_platform import cluster, console, storage
-from skillnet_platform.checks import FREE_DISK_BYTES, Finding, Level
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
@@ -31,7 +32,7 @@ OWN_PACKAGES = ("pipelines", "sweeps", "skillnet")
 SCRIPT = "skillnet"
 
 #: Directory that holds ``skillnet_platform``: the site directory, or ``platform`` of a checkout.
-OWN_PARENT = Path(__file__).resolve().parents[1]
+OWN_PARENT = Path(skillnet_platform.__file__).resolve().parents[1]
 
 
 def check_machine(request: ResourceRequest | None = None) -> list[Finding]:
@@ -226,14 +227,14 @@ def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
 
 def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
     """Return the findings of doctor on the cluster, run as a job."""
-    from skillnet_platform import submit
+    from skillnet_cluster import submit
 
     document = submit.run_job(["doctor", "--json", *entry], env_from)
     return [Finding(**each) for each in document["findings"]]
 
 
 def _cluster(request: Any) -> list[Finding]:
-    from skillnet_platform.checks.cluster import check_cluster
+    from skillnet_cluster.checks.cluster import check_cluster
 
     try:
         with cluster.ray_session() as ray:

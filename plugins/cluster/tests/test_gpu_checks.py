@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform.checks import cluster as cluster_checks
-from skillnet_platform.checks import gpu_probe
-from skillnet_platform.checks.cluster import (
+from plugins.cluster.tests.test_cluster_checks import ONE, TWO
+from skillnet_cluster.checks import cluster as cluster_checks
+from skillnet_cluster.checks import gpu_probe
+from skillnet_cluster.checks.cluster import (
     SumRole,
     add_up_on_node,
     check_gpu_memory,
@@ -19,12 +20,11 @@ from skillnet_platform.checks.cluster import (
     gpu_nodes,
     pair_nodes,
 )
-from skillnet_platform.checks.gpu_probe import GpuDevice, GpuProbe, multiply_ones, probe_gpus
+from skillnet_cluster.checks.gpu_probe import GpuDevice, GpuProbe, multiply_ones, probe_gpus
 from skillnet_platform.cluster.gpu_types import GpuType, NodeType
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError
 from tests.helpers.ports import free_port
-from tests.unit.platform.test_cluster_checks import ONE, TWO
 
 L4 = GpuDevice("NVIDIA L4", (8, 9), 24_152_899_584, 23_000_000_000)
 PROBE = GpuProbe("2.13.0+cu128", "12.8", "570.86", (L4,))

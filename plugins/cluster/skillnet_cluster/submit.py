@@ -171,7 +171,7 @@ def _matches(path: Path, root: Path, patterns: Sequence[str]) -> bool:
 #: Folders of a checkout that hold its packages; a job has no installation of them.
 SOURCE_FOLDERS = (
     "platform",
-    *(f"plugins/{n}" for n in ("corpora", "evidence", "hf", "planning", "studies")),
+    *(f"plugins/{n}" for n in ("cluster", "corpora", "evidence", "hf", "planning", "studies")),
 )
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
@@ -303,7 +303,7 @@ def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
     if not check:
         return run
     # In the same job: a separate one would need a second upload and check an earlier state.
-    look = ["python", "-m", "skillnet_platform.doctor", "--only", "problems", *words]
+    look = ["python", "-m", "skillnet_cluster.doctor", "--only", "problems", *words]
     return f"{shlex.join(look)} && {run}"
 
 

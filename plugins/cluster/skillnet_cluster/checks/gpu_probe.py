@@ -1,6 +1,6 @@
 """Probe of the GPUs of a node, and a sum over two ranks, each in a process of its own.
 
-``python -m skillnet_platform.checks.gpu_probe devices`` prints observations as JSON, and
+``python -m skillnet_cluster.checks.gpu_probe devices`` prints observations as JSON, and
 ``… sum RANK WORLD ADDRESS BACKEND DEVICE`` takes part in a sum. A driver that crashes or hangs
 ends only that process, and no CUDA context stays in a worker of Ray. :func:`probe_gpus` and
 :func:`run_sum` start them; the probes of the nodes call both.
@@ -117,7 +117,7 @@ def _run_process(words: Sequence[str]) -> str:
     # Ray hides the GPUs from a task that reserves none, and the probe must not wait for a free one.
     environment = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     # -P: the working directory may hold a file with the name of a library.
-    command = [sys.executable, "-P", "-m", "skillnet_platform.checks.gpu_probe", *words]
+    command = [sys.executable, "-P", "-m", "skillnet_cluster.checks.gpu_probe", *words]
     paths = [each for each in sys.path if each]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     try:

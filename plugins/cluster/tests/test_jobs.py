@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import requests
 
-from skillnet_platform import cluster, config, package_version, submit
+from skillnet_cluster import submit
+from skillnet_platform import cluster, config, package_version
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
     request_resources,
@@ -349,9 +350,11 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = server.sent
     assert sent["submission_id"] == job
     assert job.startswith("finetune-")
-    assert {"pyproject.toml", "skillnet/model.py", "platform/skillnet_platform/submit.py"} <= set(
-        sent["files"]
-    )
+    assert {
+        "pyproject.toml",
+        "skillnet/model.py",
+        "plugins/cluster/skillnet_cluster/submit.py",
+    } <= set(sent["files"])
     assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
     assert package.files == len(sent["files"])
     variables = sent["runtime_env"]["env_vars"]
@@ -370,7 +373,7 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
         == package_version.installed_versions()["ray"]
     )
     check, run = sent["entrypoint"].split(" && ")
-    assert "skillnet_platform.doctor --only problems finetune --config tiny" in check
+    assert "skillnet_cluster.doctor --only problems finetune --config tiny" in check
     assert run.endswith("skillnet_platform.cli finetune --config tiny")
     with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
         submit.submit_job(server, submit.SubmitConfig(["finetun"]))

@@ -20,7 +20,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import find_version
 from skillnet_platform.storage import open_output
 
-PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 REQUIREMENTS = Path("platform/deploy/requirements.txt")
 
 #: Extras of ``pyproject.toml`` that nodes get if they are installed here: for the autoscaler on
