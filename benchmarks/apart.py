@@ -230,7 +230,7 @@ def emulated_hosts(folder: Path, hosts: int) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": OBJECT_STORE_BYTES}
+    small: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES}
     # A socket's path must be short.
     sessions = tempfile.mkdtemp(prefix="ray-")
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sessions, **small}

@@ -68,11 +68,10 @@ def plan_growths(configs: Sequence[GrowConfig]) -> tuple[str, list[GrowConfig]]:
                     "own name"
                 )
     # A file may name its own growth, so the name of all is that on which all files agree.
-    given = {each.name for each in configs}
-    name = first.name if len(given) == 1 else None
-    if name is None:
-        name = time.strftime("grow-%Y%m%d-%H%M%S")
-        console.print_note(f"to resume these growths, repeat the command with --name {name}")
+    together = first.name if len({each.name for each in configs}) == 1 else None
+    if together is None:
+        together = time.strftime("grow-%Y%m%d-%H%M%S")
+        console.print_note(f"to resume these growths, repeat the command with --name {together}")
     source = model_source.resolve_model(first.source, first.tracking.uri)
     run_dir = require_local_folder(first.run_dir, run_root(), "run_dir of grow")
     uri = backend.setup_backend(first.tracking.uri, first.tracking.experiment).uri
@@ -83,10 +82,10 @@ def plan_growths(configs: Sequence[GrowConfig]) -> tuple[str, list[GrowConfig]]:
         # The union is registered, not its parts.
         "tracking": replace(first.tracking, uri=uri, register=False),
     }
-    return name, [
+    return together, [
         replace(
             each,
-            name=f"{name}-{each.task.name}",
+            name=f"{together}-{each.task.name}",
             # A thread more or less rounds differently, so the cores of a host must not decide.
             training=replace(
                 each.training, threads_per_worker=each.training.threads_per_worker or 1

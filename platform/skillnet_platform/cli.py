@@ -137,11 +137,8 @@ class CliCommand(Generic[ConfigT]):
         run = functools.partial(run_command, self._run, argv, self.__module__)
         return _run_as_program(run) if self.__module__ == "__main__" else run()
 
-    def parse_arguments(self, argv: Sequence[str]) -> Any:
+    def parse_arguments(self, argv: Sequence[str]) -> ConfigT:
         """Build the configuration of the command from its arguments.
-
-        Returns:
-            The configuration; a list of them if the option ``each`` is given.
 
         Raises:
             UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
@@ -158,22 +155,26 @@ class CliCommand(Generic[ConfigT]):
                     "the hidden part may be a password. Give such a URI in the environment, or in "
                     "a file of --config"
                 )
-        files, rest = split_files(words, self.each) if self.each else ([], words)
+        return parse_config(
+            self.config_class,
+            words,
+            f"skillnet {self.name}",
+            self.description,
+            self.example,
+            self.essential,
+        )
+
+    def _parse_each(self, argv: Sequence[str]) -> Any:
+        """Return the configuration; a list of them if the option ``each`` is given."""
+        files, rest = split_files(argv, self.each) if self.each else ([], [])
+        if not files:
+            return self.parse_arguments(argv)
         # The other options have the last word, as with --config. One --json is enough.
         later = [word for word in rest if word != "--json"]
-        lines = [["--config", file, *(later if n else rest)] for n, file in enumerate(files)]
-        configs = [
-            parse_config(
-                self.config_class,
-                line,
-                f"skillnet {self.name}",
-                self.description,
-                self.example,
-                self.essential,
-            )
-            for line in lines or [words]
+        return [
+            self.parse_arguments(["--config", file, *(later if number else rest)])
+            for number, file in enumerate(files)
         ]
-        return configs if files else configs[0]
 
     def request_resources(self, argv: Sequence[str]) -> Any:
         """Return what the command needs of a cluster; ``None`` for a command without a hook.
@@ -186,10 +187,10 @@ class CliCommand(Generic[ConfigT]):
         """
         if self.resources is None:
             return None
-        return self.resources(self.parse_arguments([word for word in argv if word != "--json"]))
+        return self.resources(self._parse_each([word for word in argv if word != "--json"]))
 
     def _run(self, argv: list[str] | None) -> int:
-        config = self.parse_arguments(argv or [])
+        config = self._parse_each(argv or [])
         result = self.function(config)
         if result is None or isinstance(result, int):
             return int(result or 0)
@@ -213,7 +214,7 @@ def command(
     resources: Callable[[ConfigT], Any] | None = None,
     essential: Sequence[str] = (),
     each: str = "",
-) -> Callable[[Callable[[Any], Any]], CliCommand[ConfigT]]:
+) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
     The command parses its arguments, runs the function, and prints the result as a table or,
@@ -237,7 +238,7 @@ def command(
             with all other options.
     """
 
-    def decorate(function: Callable[[Any], Any]) -> CliCommand[ConfigT]:
+    def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
         return CliCommand(
             function,
             config_class,
