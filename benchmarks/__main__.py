@@ -30,6 +30,7 @@ NAMES = (
     "loading",
     "serving",
     "search",
+    "router",
 )
 
 

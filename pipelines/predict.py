@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from pipelines.serving.predictor import RowAnswers, TaskPrediction
 
 
+#: Title of the inputs for which the router found no task.
+NO_TASK = "unsure"
+
+
 @dataclass
 class PredictConfig:
     """Predict for texts and files.
@@ -38,7 +42,8 @@ class PredictConfig:
             lines that CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"},
             including lines with an empty sentence.
         text: text to predict on.
-        task: task to run; may be left out where one task of the model reads the modality.
+        task: task to run; without it, the model finds the tasks that an input belongs to. All of
+            them answer; the answer says so if the model is unsure.
         model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: prepared corpora, for a checkpoint; by default those of its run, else corpora below
             the run root.
@@ -202,6 +207,8 @@ def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dic
     """
     lines = []
     for row, prediction in predictions:
+        if not prediction.task:
+            raise UserError(f"--format clue: {row.where}: {prediction.answer}. Give --task")
         # The classes of the reader tnews are named by code and description.
         code, _, description = prediction.answer.partition(" ")
         if not code.isdigit() or not description:
@@ -230,12 +237,13 @@ def print_tables(answered: "list[tuple[InputRow, TaskPrediction]]") -> None:
             rows.append([*label, _short(p.input), answer, score if p.answer else "–", others])
             if not p.answer and p.embedding:
                 queries.add('"…"' if row.item and row.item.text is not None else "--file FILE")
-        columns = ["id", "line", "input", "answer", "score", "alternatives"]
+            rows[-1].append("" if p.confidence == 1 else f"{p.confidence:.3f}")
+        columns = ["id", "line", "input", "answer", "score", "alternatives", "task fits"]
         # Inputs of the command line have neither id nor line; transcripts have no alternatives.
         always = ("input", "answer", "score")
         shown = [n for n, name in enumerate(columns) if name in always or any(r[n] for r in rows)]
         console.print_table(
-            task, [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+            task or NO_TASK, [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
         )
         for query in sorted(queries):
             console.print_note(
@@ -270,7 +278,7 @@ def show_predictions(run: "RowAnswers", lines: list[dict[str, Any]], config: Pre
     """
     if config.output:
         tasks = Counter(prediction.task for _, prediction in run.answered)
-        counts = ", ".join(f"{task} {count}" for task, count in tasks.items())
+        counts = ", ".join(f"{task or NO_TASK} {count}" for task, count in tasks.items())
         console.print_note(f"{len(lines)} predictions ({counts}) in {config.output}")
     elif config.format == "clue":
         console.print_json_lines(lines)

@@ -11,6 +11,7 @@ A model is a folder that ``skillnet export --to hf`` or ``save_pretrained`` wrot
 
 import contextlib
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -267,7 +268,8 @@ class _BundleWriter:
             read_bundle_manifest,
             write_sealed,
         )
-        from skillnet.serialization import commit_manifest
+        from skillnet.router import load_counts, name_counts
+        from skillnet.serialization import commit_manifest, describe_files
 
         if SERVING not in manifest:
             commit_manifest(folder, manifest)
@@ -275,7 +277,15 @@ class _BundleWriter:
         serving = dict(manifest[SERVING])
         entries = {k: v for k, v in serving["tasks"].items() if k in manifest["tasks"]}
         rows = [row for row in serving["evaluation"] if row["task"] in manifest["tasks"]]
+        gone = {name_counts(task) for task in serving["tasks"].keys() - entries.keys()}
+        files = {name: each for name, each in serving["files"].items() if name not in gone}
+        for name in serving["files"].keys() & gone:
+            (folder / name).unlink()
         for package in self._packages:
+            for name, path in package.inputs.items():
+                load_counts(path)
+                shutil.copyfile(path, folder / name)
+                files |= describe_files(folder, [name])
             for task, packed in package.content.tasks.items():
                 if packed.serving is None:
                     raise UserError(
@@ -284,7 +294,7 @@ class _BundleWriter:
                     )
                 entries[task] = packed.serving
                 rows += packed.evaluation
-        serving |= {"tasks": entries, "evaluation": rows}
+        serving |= {"tasks": entries, "evaluation": rows, "files": files}
         write_sealed(folder, manifest | {SERVING: serving})
         # A package of a stranger has these entries, too.
         read_bundle_manifest(folder)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 
 import dataclasses
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +178,17 @@ class SkillNet(TaskModel):
 
     def required_files(self, task: str) -> set[str]:
         """Return the files of all skills, stems and heads that a task activates."""
-        spec = find_task(task, self.config.tasks)
-        return {
-            "shared",
-            f"head-{task}",
-            *(f"skill-{name}" for name in (*spec.skills, *self.config.base_skills)),
-            *(f"stem-{name}" for name in spec.stems),
-        }
+        return self.needed_files(self.config, [task])
+
+    @classmethod
+    def needed_files(cls, config: SkillNetConfig, tasks: Iterable[str]) -> set[str]:
+        """Return the files of all skills, stems and heads that some tasks activate."""
+        files = {"shared", *(f"skill-{name}" for name in config.base_skills)}
+        for task in tasks:
+            spec = find_task(task, config.tasks)
+            files |= {f"head-{task}", *(f"skill-{name}" for name in spec.skills)}
+            files |= {f"stem-{name}" for name in spec.stems}
+        return files
 
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether the plans, stems or head of a task read a parameter."""

@@ -11,7 +11,7 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,8 +29,12 @@ from skillnet.objectives.heads import TaskHead, build_head
 from skillnet.raw_inputs import RawInputModel, find_model_folder
 from skillnet.serialization import (
     PACKAGES,
+    SavedFile,
     describe_error,
+    find_file,
     load_tensors,
+    map_tensors,
+    mark_tensors,
     read_config,
     read_manifest,
     read_tensor_shapes,
@@ -41,7 +45,7 @@ from skillnet.serialization import (
 )
 from skillnet.skill_weights import require_unused_name
 from skillnet.skills import find_task, nearest_hint, require_outputs
-from skillnet.skipped_init import SkippedInit
+from skillnet.skipped_init import SkippedInit, leave_out, placed_weights
 from skillnet.vocabulary import ModelVocabulary, find_order
 
 #: Registrations per weight: a module that replaces another one registers the same weights again.
@@ -148,6 +152,8 @@ class TaskModel(RawInputModel, nn.Module):
         self.packages: dict[str, Any] = {}
         #: Folder that the model was read from, for messages; None for a new model.
         self.origin: Path | None = None
+        #: File, without suffix -> the saved file that its weights are mapped from.
+        self.unread: dict[str, SavedFile] = {}
         #: Gives the model the weights of a task, if it does not hold all, as in sharded training.
         self.weight_loader: Callable[[str], None] | None = None
 
@@ -288,6 +294,16 @@ class TaskModel(RawInputModel, nn.Module):
         """
         return None
 
+    @classmethod
+    def needed_files(cls, config: SkillNetConfig, tasks: Iterable[str]) -> set[str] | None:
+        """Return the files that some tasks use, without suffix; None if the system cannot say.
+
+        Args:
+            config: shape of the model.
+            tasks: names of tasks of the configuration.
+        """
+        return None
+
     def uses_parameter(self, name: str, task: str) -> bool:
         """Return whether a task reads a parameter. Only then can training it change the value."""
         raise NotImplementedError
@@ -313,8 +329,10 @@ class TaskModel(RawInputModel, nn.Module):
     def active_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and tensor of every parameter that a task uses, in forward order."""
         find_task(task, self.config.tasks)
+        # Most files of a model of many skills belong to other tasks.
+        required = self.required_files(task)
         for name, parameter in self.named_parameters():
-            if self.uses_parameter(name, task):
+            if self.file_of(name) in required and self.uses_parameter(name, task):
                 yield name, parameter
 
     def activated_parameters(self, task: str) -> int:
@@ -401,6 +419,8 @@ class TaskModel(RawInputModel, nn.Module):
             source = tensors.get(self.source_name(name, tensors))
             if source is None:
                 fresh.append(name)
+            elif source.data_ptr() == parameter.data_ptr():
+                continue  # the model maps the same file
             elif source.shape != parameter.shape:
                 raise ValueError(
                     f"{name} is {tuple(source.shape)} in the pretrained model and "
@@ -435,7 +455,22 @@ class TaskModel(RawInputModel, nn.Module):
                 system; weights that do not fit the configuration. The shapes are compared
                 before memory for the weights is allocated.
         """
-        folder = find_model_folder(path, task, revision)
+        return cls.from_folder(find_model_folder(path, task, revision), task)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, task: str | None = None, unread: Collection[str] = ()
+    ) -> Self:
+        """Read a saved model of this system; see :meth:`from_pretrained`.
+
+        Args:
+            folder: directory of the saved model.
+            task: read only the files that this task uses.
+            unread: files, without suffix, that are mapped: neither hashed nor read.
+
+        Raises:
+            ValueError: see :meth:`from_pretrained`.
+        """
         manifest = read_manifest(folder)
         config, system, options = read_config(folder, manifest)
         vocabulary = read_vocabulary(folder, manifest)
@@ -453,22 +488,117 @@ class TaskModel(RawInputModel, nn.Module):
             files &= {f"{name}.safetensors" for name in possible}
         budget = limit_weights(count_saved_weights(folder / name for name in files))
         with torch.device("meta"), SkippedInit(), budget:
-            require_saved_shapes(folder, cls._build(folder, config, options), manifest)
+            require_saved_shapes(folder, cls._build(folder, config, options), manifest, unread)
         require_output_names(folder, config, vocabulary)
-        with SkippedInit():  # every weight is read from the files below
+        skills = {file.removeprefix("skill-") for file in unread}
+        # Every weight is read or mapped from the files below.
+        with SkippedInit(), placed_weights(skills, leave_out):
             model = cls._build(folder, config, options)
         model.vocabulary, model.origin = vocabulary.restrict_to(config.tasks), folder
         # A model of one task has no whole package to remove.
         model.packages = manifest.get(PACKAGES, {}) if task is None else {}
-        dtype = None
-        for file in model.files_of():
-            tensors = load_tensors(folder / f"{file}.safetensors")
+        parameters, dtype = dict(model.named_parameters()), None
+        for file, names in model.files_of().items():
+            path = folder / f"{file}.safetensors"
+            if file in unread:
+                weights = {name: parameters[name] for name in names}
+                tensors = model.map_file(file, weights, path, manifest)
+            else:
+                tensors = load_tensors(path)
             kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
             if len(kinds) > 1:
-                raise ValueError(f"{folder / file}.safetensors: weights of several types: {kinds}")
-            (dtype,) = kinds
-            model.to(dtype).load_state_dict(tensors, strict=False)
+                raise ValueError(f"{path}: weights of several types: {kinds}")
+            if dtype is None:
+                (dtype,) = kinds
+                model.to(dtype)
+            if file not in unread:
+                with torch.no_grad():
+                    for name, value in tensors.items():
+                        parameters[name].copy_(value)
         return model.eval()
+
+    def map_file(
+        self,
+        file: str,
+        weights: Mapping[str, nn.Parameter],
+        path: Path,
+        manifest: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Map the weights of a file of a saved model into this model, without reading them.
+
+        Args:
+            file: name without suffix.
+            weights: name -> weight of this model, of all weights of the file.
+            path: the saved file.
+            manifest: parsed ``manifest.json`` of its folder.
+
+        Returns:
+            Name -> mapped tensor.
+
+        Raises:
+            ValueError: the file is missing, of another size, or does not have these weights.
+        """
+        found = find_file(path.parent, path.name, dict(manifest))
+        tensors = map_tensors(found)
+        self._take_map(file, weights, tensors, path, manifest["files"][path.name])
+        return tensors
+
+    def share_files(self, other: "TaskModel") -> None:
+        """Take the maps of files that another model has, of files that this model has too.
+
+        Args:
+            other: a model that has mapped files.
+
+        Raises:
+            ValueError: a file has other weights than this model.
+        """
+        files = self.files_of() if other.unread else {}
+        mine, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        for file in other.unread.keys() & files.keys():
+            tensors = {name: theirs[name].data for name in files[file] if name in theirs}
+            weights = {name: mine[name] for name in files[file]}
+            path, entry, _ = other.unread[file]
+            self._take_map(file, weights, tensors, path, entry)
+
+    def _take_map(
+        self,
+        file: str,
+        weights: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, Tensor],
+        path: Path,
+        entry: Mapping[str, Any],
+    ) -> None:
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if found != wanted:
+            name = next(n for n in sorted(found | wanted) if found.get(n) != wanted.get(n))
+            raise ValueError(
+                f"{path}: {name} is {found.get(name, 'missing')}, this model has "
+                f"{wanted.get(name, 'no such weight')}; use the model section of that run"
+            )
+        for name, weight in weights.items():
+            weight.data = tensors[name]
+        self.unread[file] = SavedFile(path, entry, mark_tensors(weights))
+
+    def place_weights(
+        self, device: torch.device, dtype: torch.dtype | None, resting: Collection[str]
+    ) -> None:
+        """Move the model to a device and a number type; weights that no task needs stay.
+
+        Args:
+            device: place of the forward pass, such as ``cuda:0``.
+            dtype: type of the weights; None keeps it.
+            resting: files, without suffix, that stay in the host's memory.
+        """
+        files = self.files_of() if resting else {}
+        weights = dict(self.named_parameters())
+        stay = {id(weights[name]) for file in resting for name in files.get(file, ())}
+
+        def place(x: Tensor) -> Tensor:
+            there = x.device if id(x) in stay else device
+            return x.to(there, dtype if dtype and x.is_floating_point() else x.dtype)
+
+        self._apply(place)
 
     @classmethod
     def _build(cls, folder: Path, config: SkillNetConfig, options: Any) -> Self:

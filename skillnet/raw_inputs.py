@@ -140,11 +140,13 @@ class RawInputModel:
             inputs: raw values of the modality that the task reads: texts, or media as in
                 ``encode_image`` and the like. Without ``task``, a text that names a file is
                 refused.
-            task: a classification task; None takes the only one.
+            task: a classification task; None takes the one that an input belongs to.
             top: number of classes that are listed.
 
         Returns:
-            A :class:`pipelines.serving.predictor.TaskPrediction` per input.
+            A :class:`pipelines.serving.predictor.TaskPrediction` per input. Without ``task``, an
+            input has one of each task that reads such inputs; its ``task`` is "" if the model is
+            unsure.
         """
         return self.processor.classify(inputs, task, top)
 
@@ -232,7 +234,8 @@ def find_model_folder(
         raise ValueError(f"{address}: no task {task!r}{nearest_hint(task, known)}")
     for name in files:
         check_inside(folder / "manifest.json", name)
-    return _download(address, [*ABOUT, *files, f"captions-{task}.*"], revision)
+    others = [f"captions-{task}.*", f"inputs-{task}.*"]
+    return _download(address, [*ABOUT, *files, *others], revision)
 
 
 def _download(repository: str, patterns: list[str], revision: str | None) -> Path:

@@ -17,11 +17,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from safetensors import SafetensorError
 
@@ -29,7 +29,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
-from skillnet_files.commit import commit_directory, make_scratch_directory
+from skillnet_files.commit import commit_directory, link_or_copy, make_scratch_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,17 +63,9 @@ def load_tensors(
     """
     # torch loads here, so that a wrong folder is reported without it.
     import torch
-    from safetensors.torch import load_file
 
+    tensors = map_tensors(path, device)
     floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    try:
-        with panics_as_errors("the header or a tensor is damaged"):
-            tensors: dict[str, Tensor] = load_file(path, device=device)
-    except (SafetensorError, ValueError) as problem:
-        raise ValueError(
-            f"{path} is no safetensors file ({problem}); no other format is read, since it could "
-            "run code"
-        ) from None
     if drops_integers:
         whole = {name for name, tensor in tensors.items() if _is_integer(tensor)}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in whole}
@@ -84,6 +76,65 @@ def load_tensors(
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds infinities or not-a-number, so it is no weight")
     return tensors
+
+
+def map_tensors(path: Path, device: str = "cpu") -> "dict[str, Tensor]":
+    """Map the tensors of a safetensors file into memory, without a look at their numbers.
+
+    Pages are read when they are used. All processes of a machine share them until one of them
+    writes.
+
+    Args:
+        path: file to map.
+        device: where to load them; on a GPU they are copied.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        ValueError: the file is no safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        with panics_as_errors("the header or a tensor is damaged"):
+            tensors: dict[str, Tensor] = load_file(path, device=device)
+    except (SafetensorError, ValueError) as problem:
+        raise ValueError(
+            f"{path} is no safetensors file ({problem}); no other format is read, since it could "
+            "run code"
+        ) from None
+    return tensors
+
+
+TensorMarks = tuple[tuple[int, int, int], ...]
+
+
+def mark_tensors(tensors: "Mapping[str, Tensor]") -> TensorMarks:
+    """Return what differs as soon as a tensor gets another value, or is another one.
+
+    Args:
+        tensors: name -> tensor.
+    """
+    return tuple((id(x), x.data_ptr(), x._version) for x in tensors.values())
+
+
+class SavedFile(NamedTuple):
+    """File of a saved model that holds weights of a model, as long as these do not change.
+
+    A model may map the file without having read it. Each copy of the model then gets the file and
+    its digest, not the weights. A damaged file therefore never gets a digest that fits it, and is
+    refused where a task needs it.
+
+    Args:
+        path: the file.
+        entry: its size and hash, from the manifest beside it.
+        marks: result of :func:`mark_tensors` for the weights.
+    """
+
+    path: Path
+    entry: Mapping[str, Any]
+    marks: TensorMarks
 
 
 def _is_integer(tensor: "Tensor") -> bool:
@@ -149,6 +200,7 @@ class SavableModel(Protocol):
     options: dict[str, Any]
     vocabulary: ModelVocabulary
     packages: dict[str, Any]
+    unread: dict[str, SavedFile]
     system: ClassVar[str]
 
     def named_parameters(self) -> Any:
@@ -376,6 +428,26 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     Raises:
         ValueError: the file is missing, a link, or does not match size and hash.
     """
+    path = find_file(folder, name, manifest)
+    if hash_file(path) != manifest["files"][name]["sha256"]:
+        raise _altered(path)
+    return path
+
+
+def find_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """Compare presence and size of a file with the manifest, without reading the file.
+
+    Args:
+        folder: directory of the saved model.
+        name: file, relative to its folder.
+        manifest: from :func:`read_manifest`.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: the file is missing, a link, or of another size.
+    """
     path = folder / name
     entry = manifest["files"].get(name)
     if entry is None or not path.is_file():
@@ -383,9 +455,13 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     # A link could point to another file after the check.
     if path.is_symlink():
         raise ValueError(f"{path} is a link; a saved model holds its files itself")
-    if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
-        raise ValueError(f"{path} was altered or cut short: it does not fit manifest.json")
+    if path.stat().st_size != entry["bytes"]:
+        raise _altered(path)
     return path
+
+
+def _altered(path: Path) -> ValueError:
+    return ValueError(f"{path} was altered or cut short: it does not fit manifest.json")
 
 
 def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -489,9 +565,20 @@ def write_model(
         folder: existing directory.
         read_weight: see :func:`skillnet.serialization.write_parts`.
     """
-    written = write_parts(model, folder, read_weight)
+    known: dict[str, Mapping[str, Any]] = {}
+
+    def save(tensors: "Mapping[str, Tensor]", path: Path) -> None:
+        unread = model.unread.get(path.stem)
+        is_same = unread is not None and unread.marks == mark_tensors(tensors)
+        if unread is not None and is_same and unread.path.is_file():
+            link_or_copy(unread.path, path)
+            known[path.name] = unread.entry
+        else:
+            save_tensors(tensors, path)
+
+    written = write_parts(model, folder, read_weight, save)
     packages = {PACKAGES: model.packages} if model.packages else {}
-    write_manifest(folder, written, tasks=list_task_files(model), **packages)
+    write_manifest(folder, written, known, tasks=list_task_files(model), **packages)
 
 
 def list_task_files(model: SavableModel) -> dict[str, list[str]]:
@@ -525,13 +612,16 @@ def require_output_names(folder: Path, config: SkillNetConfig, vocabulary: Model
             )
 
 
-def require_saved_shapes(folder: Path, model: SavableModel, manifest: dict[str, Any]) -> None:
+def require_saved_shapes(
+    folder: Path, model: SavableModel, manifest: dict[str, Any], unread: Collection[str] = ()
+) -> None:
     """Require that the headers of a model's files name its weights and shapes.
 
     Args:
         folder: directory of the saved model.
         model: built from its configuration; its weights are not read.
         manifest: parsed ``manifest.json`` of the folder.
+        unread: files, without suffix, that are not hashed.
 
     Raises:
         ValueError: a weight is missing, unknown, or has another shape.
@@ -540,8 +630,14 @@ def require_saved_shapes(folder: Path, model: SavableModel, manifest: dict[str, 
     names_of = model.files_of()
     # Hashing takes half of the time to load a model, and runs without Python's global lock.
     with ThreadPoolExecutor() as pool:
-        files = [f"{file}.safetensors" for file in names_of]
-        paths = list(pool.map(lambda file: check_file(folder, file, manifest), files))
+        paths = list(
+            pool.map(
+                lambda file: (find_file if file in unread else check_file)(
+                    folder, f"{file}.safetensors", manifest
+                ),
+                names_of,
+            )
+        )
     for path, names in zip(paths, names_of.values(), strict=True):
         found = read_tensor_shapes(path)
         if found.keys() != set(names):

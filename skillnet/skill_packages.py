@@ -3,6 +3,7 @@
     NAME.skill                    a zip whose files are stored as they are
       skill.json                  names, tasks, digests of the base, sizes and hashes of all files
       skill-*.safetensors, …      weights of the skills and heads, and of stems that the base lacks
+      inputs-*.safetensors        counts of training rows, for inputs without a task
       probes.safetensors          outputs of the tasks on generated inputs, at the author
 
 A package joins exactly the base that it was trained on: every file that its tasks read from the
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from skillnet.config import INITIAL_SETTINGS, SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.router import name_counts
 from skillnet.serialization import (
     check_file,
     config_from_dict,
@@ -151,7 +153,13 @@ class SkillPackage:
     @property
     def weights(self) -> list[str]:
         """Names of the files with weights."""
-        return [name for name in self.content.files if name != PROBES]
+        return [name for name in self.content.files if _WEIGHTS.fullmatch(name)]
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """Files with the counts of the inputs of its tasks, by name."""
+        names = map(name_counts, self.content.tasks)
+        return {name: self.folder / name for name in names if name in self.content.files}
 
 
 # -- writing -------------------------------------------------------------------------------
@@ -205,8 +213,11 @@ def pack_skills(
                 check_file(folder, f"{file}.safetensors", manifest), staging / f"{file}.safetensors"
             )
         save_tensors(_flatten(probe_outputs(model, tasks)), staging / PROBES)
+        counts = [name for name in map(name_counts, tasks) if (folder / name).is_file()]
+        for name in counts:
+            shutil.copyfile(folder / name, staging / name)
         vocabulary = model.vocabulary
-        listed = [*(f"{file}.safetensors" for file in own), PROBES]
+        listed = [*(f"{file}.safetensors" for file in own), *counts, PROBES]
         about = {
             "format": FORMAT,
             "name": target.stem,
@@ -312,8 +323,9 @@ def _parse_about(path: Path, text: bytes) -> PackageContent:
         content = TypeAdapter(PackageContent).validate_python(tree)
     except ValidationError as error:
         raise ValueError(f"{path}: {ABOUT}: {describe_wrong_value(error)}") from None
+    others = {PROBES, *map(name_counts, content.tasks)}
     for name in content.files:
-        if name != PROBES and not _WEIGHTS.fullmatch(name):
+        if name not in others and not _WEIGHTS.fullmatch(name):
             raise ValueError(f"{path}: {ABOUT} names {name!r}, which is no file of a package")
     if PROBES not in content.files:
         raise ValueError(f"{path}: {ABOUT} does not list {PROBES}")

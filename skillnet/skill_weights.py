@@ -15,7 +15,7 @@ from skillnet.config import BASE_SKILL
 from skillnet.precision import uses_gpu_kernels
 from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
-from skillnet.skipped_init import draw_truncated_normal
+from skillnet.skipped_init import draw_truncated_normal, place_weight
 
 #: Containers of the weights of skills in :class:`SkillWeights`.
 _CONTAINERS = ("weights", "left", "right")
@@ -119,7 +119,7 @@ class SkillWeights(nn.Module):
             draw_truncated_normal(weight, self.std)
         else:
             nn.init.zeros_(weight)
-        self.weights[name] = nn.Parameter(weight)
+        self.weights[name] = nn.Parameter(place_weight(name, weight))
 
     def _add_difference(self, name: str, init_from: str | None) -> None:
         require_unused_name(self.left, name, "skill")
@@ -135,7 +135,8 @@ class SkillWeights(nn.Module):
             with torch.no_grad():
                 left.copy_(self.left[init_from])
                 right.copy_(self.right[init_from])
-        self.left[name], self.right[name] = nn.Parameter(left), nn.Parameter(right)
+        self.left[name] = nn.Parameter(place_weight(name, left))
+        self.right[name] = nn.Parameter(place_weight(name, right))
 
     def _new(self, shape: tuple[int, ...]) -> Tensor:
         # A new skill joins the device and type of the existing ones.
@@ -171,7 +172,8 @@ class SkillWeights(nn.Module):
             return torch.addmm(base, self.left[name], self.right[name])
 
     def _require(self, name: str) -> None:
-        if name not in self.names:
+        # Each step asks this for each weight, so it must not list all skills.
+        if name not in self.weights and not (self.is_low_rank and name in self.left):
             raise ValueError(
                 f"this model has no skill {name!r}{nearest_hint(name, list(self.names))}"
             )
@@ -208,7 +210,7 @@ class SkillWeights(nn.Module):
         # In training mode the next step changes the weights, so caching would only hold memory.
         if torch.is_grad_enabled() or self.training:
             step = find_step_merges()
-            if step is None or not self._is_rounded(next(iter(self.weights.values())), dtype):
+            if step is None or not self._is_rounded(self._read_parameters(skills[:1])[0], dtype):
                 return self._merge(skills, dtype)
             return step.get(self, skills, dtype, lambda plans: self._merge_rounded(plans, dtype))
         parts = self._read_parameters(skills)

@@ -5,8 +5,10 @@ cost time only: some 40 ns a weight. On the meta device torch even imports its c
 nothing, which takes 2 s of CPU.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ RANDOM_FILLS = frozenset(
 #: Constructors of random tensors.
 RANDOM_TENSORS: frozenset[Callable[..., Any]] = frozenset({torch.randn, torch.rand})
 
+#: Skill -> memory of its new weights.
+_places: ContextVar[Mapping[str, Callable[[Tensor], Tensor]]] = ContextVar(
+    "places of new weights", default=MappingProxyType({})
+)
 #: Number of contexts that are open.
 _open_contexts: ContextVar[int] = ContextVar("open contexts of SkippedInit", default=0)
 
@@ -93,3 +99,38 @@ def draw_truncated_normal(weight: Tensor, std: float, mean: float = 0.0) -> None
             weight.detach().zero_()
     else:
         nn.init.trunc_normal_(weight, mean, std, a=mean - 3 * std, b=mean + 3 * std)
+
+
+@contextlib.contextmanager
+def placed_weights(skills: Collection[str], place: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Give weights of some skills another memory as soon as each of them is built.
+
+    Args:
+        skills: names of the skills.
+        place: returns a tensor of the same shape and type for the weight that it gets.
+    """
+    token = _places.set({**_places.get(), **dict.fromkeys(skills, place)})
+    try:
+        yield
+    finally:
+        _places.reset(token)
+
+
+def place_weight(skill: str, weight: Tensor) -> Tensor:
+    """Return a new weight of a skill in the memory that :func:`placed_weights` gives it.
+
+    Args:
+        skill: owner of the weight.
+        weight: its initial values.
+    """
+    place = _places.get().get(skill)
+    return weight if place is None else place(weight)
+
+
+def leave_out(weight: Tensor) -> Tensor:
+    """Return zeros of the shape of a weight that take no memory; a file replaces them later.
+
+    Args:
+        weight: any tensor.
+    """
+    return weight.new_zeros(()).expand(weight.shape)

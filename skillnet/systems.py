@@ -4,7 +4,7 @@ Built-in systems are ``skillnet`` and the baselines of :mod:`skillnet.baselines`
 adds one through the entry point group ``skillnet.systems``, whose entries name a :class:`System`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,16 +150,19 @@ def build_system(
     return find_system(name).build(config, options)
 
 
-def load_model(path: str | Path, task: str | None = None) -> TaskModel:
+def load_model(
+    path: str | Path, task: str | None = None, unread: Collection[str] = ()
+) -> TaskModel:
     """Read a saved model of any system, in evaluation mode.
 
     Args:
         path: directory of the saved model.
         task: read only the files that this task uses.
+        unread: files, without suffix, that are mapped: neither hashed nor read.
 
     Raises:
         ValueError: missing, altered or invalid files; an unknown task or system.
     """
     folder = Path(path)
     _, system, _ = read_config(folder, read_manifest(folder))
-    return find_system(system).model.from_pretrained(folder, task)
+    return find_system(system).model.from_folder(folder, task, unread)

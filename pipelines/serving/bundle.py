@@ -4,6 +4,7 @@
     tokenizer.json             of the corpora that the model was trained on
     captions-TASK.safetensors  embeddings of known captions, one row each
     captions-TASK.json         the captions
+    inputs-TASK.safetensors    counts of the features of training rows, for inputs without a task
     manifest.json              hashes of all other files; its entry "serving" has names of classes
                                and symbols, limits, preprocessing settings, digests of the corpora
 
@@ -16,7 +17,7 @@ import csv
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from pipelines.data.tokenizer.guarded_loader import largest_token_id
 from pipelines.data.transforms.text import is_unicode
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.training.evaluation.evaluator import locate_task_corpus
+from pipelines.training.evaluation.inference import split_inputs
+from pipelines.training.loading.task_columns import tower_column
 from pipelines.training.runs.bundle_manifest import (
     BUNDLE_FORMAT,
     MANIFEST,
@@ -44,6 +47,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
 from skillnet.precision import best_device
+from skillnet.router import InputCounts, count_features, find_buckets, name_counts
 from skillnet.serialization import (
     check_file,
     load_tensors,
@@ -69,7 +73,7 @@ from skillnet_platform.storage.location import (
 )
 
 #: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
-VECTORS_VERSION = 2
+VECTORS_VERSION = 3
 #: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in
 #: the memory of a predictor.
 MAX_CAPTIONS = 100_000
@@ -77,6 +81,8 @@ MAX_CAPTIONS = 100_000
 BATCH_CAPTIONS = 8192
 #: Deviation of a length from 1 that rounding can cause: bf16 has 8 bits.
 TOLERANCE = 0.02
+#: Rows of a task whose features are counted, those that calibrate the router, and of a batch.
+COUNTED_ROWS, CALIBRATING_ROWS, COUNTED_BATCH = 2000, 100, 250
 #: Vectors whose lengths are computed at once.
 BLOCK_ROWS = 65_536
 #: Evaluation rows in the folder of a run.
@@ -161,8 +167,15 @@ def build_bundle(
                 for task, corpus in corpora.items()
             },
         }
+        for task, corpus in corpora.items():
+            counts = count_inputs(model, task, corpus, source.limits.get(task))
+            if counts is not None:
+                counts.save(folder / name_counts(task))
         # Listed after everything is written, so that the hashes cover every file.
-        files = [TOKENIZER_FILE, *(path.name for path in folder.glob("captions-*"))]
+        written = (
+            path.name for kind in ("captions", "inputs") for path in folder.glob(f"{kind}-*")
+        )
+        files = [TOKENIZER_FILE, *written]
         add_bundle_manifest(folder, about, files)
     return target
 
@@ -209,7 +222,8 @@ def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
     manifest = read_bundle_manifest(folder)
     tasks = {name: each for name, each in manifest["tasks"].items() if name in model.config.tasks}
     banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    check_files(folder, manifest, {TOKENIZER_FILE, *banks} & manifest["files"].keys())
+    read = {TOKENIZER_FILE, *banks, *map(name_counts, tasks)}
+    check_files(folder, manifest, read & manifest["files"].keys())
     return _make_predictor(folder, manifest | {"tasks": tasks}, model, "auto")
 
 
@@ -232,6 +246,11 @@ def _make_predictor(
         {task: entry["limit"] for task, entry in manifest["tasks"].items()},
         precision,
         {task: entry["preprocessing"] for task, entry in manifest["tasks"].items()},
+        {
+            task: folder / name_counts(task)
+            for task in manifest["tasks"]
+            if name_counts(task) in manifest["files"]
+        },
     )
 
 
@@ -404,6 +423,53 @@ def _find_bundle(
             return target, content
     build_bundle(source, data, target)
     return target, read(target)
+
+
+def count_inputs(
+    model: TaskModel, task: str, corpus: PreparedCorpus, limit: int | None
+) -> InputCounts | None:
+    """Return the counts of the features of a task's rows; None for a task that needs none.
+
+    Rows of the split ``train`` are counted. Those that calibrate come from the split
+    ``validation``, or else from the end of ``train``, and are not counted.
+
+    Args:
+        model: its stems read media.
+        task: name of the task.
+        corpus: shards of the task.
+        limit: maximum length of a row in tokens or frames.
+    """
+    spec = model.config.tasks[task]
+    if not find_objective(spec.objective).has_labels or "train" not in corpus.splits:
+        return None
+    tower = spec.row_tower
+    plan = spec.towers[tower]
+
+    def read(split: str, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        table, where = corpus.splits[split].table(), f"{corpus.name}/{split}"
+        column = tower_column(spec, tower)
+        inputs = split_inputs(table, plan, model.config, where, column=column, limit=limit)
+        for start in range(0, len(numbers), COUNTED_BATCH):
+            batch = inputs.load_batch(numbers[start : start + COUNTED_BATCH])
+            buckets = find_buckets(model, plan, batch)
+            if buckets is not None:
+                yield buckets
+
+    counted = _spread(corpus.splits["train"].rows, COUNTED_ROWS)
+    held = corpus.splits.get("validation")
+    if held is not None and held.rows:
+        kept = list(read("validation", _spread(held.rows, CALIBRATING_ROWS)))
+    else:
+        last = min(CALIBRATING_ROWS, len(counted) // 2)
+        counted, numbers = counted[: len(counted) - last], counted[len(counted) - last :]
+        kept = list(read("train", numbers))
+    found = list(read("train", counted))
+    return count_features(found, kept) if found else None
+
+
+def _spread(rows: int, most: int) -> np.ndarray:
+    """Return evenly spaced numbers of rows, as many as there are and at most ``most``."""
+    return np.linspace(0, rows - 1, min(rows, most)).astype(np.int64)
 
 
 def read_output_names(model: TaskModel, task: str, corpus: PreparedCorpus) -> list[str]:

@@ -31,6 +31,7 @@ from skillnet import systems
 from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
+from skillnet.router import name_counts
 from skillnet.serialization import write_model
 from skillnet.skills import find_task
 from skillnet_evidence.cells import markdown_table
@@ -120,7 +121,7 @@ def export_bundle(
 def write_exported_folder(
     bundle: Path, manifest: Mapping[str, Any], model: TaskModel, folder: Path, title: str
 ) -> None:
-    """Write a model, a card, and the tokenizer and captions of the bundle that it comes from.
+    """Write a model, a card, and the files of predictions of the bundle that it comes from.
 
     Args:
         bundle: folder of the source.
@@ -132,7 +133,8 @@ def write_exported_folder(
     write_model(model, folder)
     tasks = {task: manifest["tasks"][task] for task in model.config.tasks}
     banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    files = [name for name in (TOKENIZER_FILE, *banks) if name in manifest["files"]]
+    possible = (TOKENIZER_FILE, *banks, *map(name_counts, tasks))
+    files = [name for name in possible if name in manifest["files"]]
     for name in files:
         shutil.copyfile(bundle / name, folder / name)
     settings = {k: v for k, v in manifest["settings"].items() if k in PUBLIC_SETTINGS}

@@ -49,13 +49,14 @@ class PredictionItem:
         name: name in the result: a path, or the text itself.
         text: the text, or None.
         data: the bytes, or None.
-        task: task to run; None selects the only task that reads the modality.
+        task: task to run; None selects one that reads the modality.
         keywords: keywords of the text, for corpora that were prepared with them.
         where: position of the input in error messages; "" uses the name.
         may_be_empty: whether an empty text is accepted.
         content: decoded media instead of bytes: a Pillow image, (samples, rate) of audio, or
             frames (N, H, W, C).
         modality: medium of the input; None guesses it by the name and the first bytes.
+        among: tasks of which one is selected; () means all.
     """
 
     name: str
@@ -67,6 +68,7 @@ class PredictionItem:
     may_be_empty: bool = False
     content: Any = None
     modality: str | None = None
+    among: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -26,9 +26,9 @@ class SkillNetModel(PythonModel):
 
     Every input column is optional, but each row has one of ``text`` and ``file``. ``file`` is the
     content of a media file in base64, and ``name`` its file name. ``task`` selects a task; it
-    may be left out where one task reads the modality. The output columns are the fields of
-    :class:`pipelines.serving.predictor.TaskPrediction`. A Python file gives one row for each
-    function.
+    may be left out. The output columns are the fields of
+    :class:`pipelines.serving.predictor.TaskPrediction`. A Python file gives a row for each
+    function, and an input without a task one for each task of its domain.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -77,6 +77,7 @@ def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
             # The columns of the signature are lists of one type, so names and scores are separate.
             "scores": [[score for _, score in p.alternatives] for p in predictions],
             "embedding": [p.embedding for p in predictions],
+            "confidence": [p.confidence for p in predictions],
         }
     )
 

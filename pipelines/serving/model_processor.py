@@ -15,7 +15,7 @@ import torch
 
 from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower
+from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower, find_towers
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import is_bundle, read_bundle_manifest
 from skillnet.modality import CAPTION_MODALITY
@@ -95,12 +95,16 @@ class ModelProcessor:
 
         Args:
             inputs: texts or media.
-            task: a classification task; None takes the only one.
+            task: a classification task; None takes the one that the inputs belong to.
             top: number of listed classes.
 
+        Returns:
+            Predictions in the order of the inputs. Without ``task``, an input has one of each
+            classification task of its domain, or one without a task if the router is unsure.
+
         Raises:
-            UserError: none or several such tasks, an input is damaged, or a text may be the name
-                of a file.
+            UserError: no such task, several of different media, several in a model without counts
+                of their inputs, an input is damaged, or a text may be the name of a file.
         """
         return self._predict(inputs, task, "labels", top)
 
@@ -144,13 +148,20 @@ class ModelProcessor:
         _require_list(inputs)
         tasks = self.model.config.tasks
         # Any string may be a path, so the modality is that of the task.
-        name, tower = choose_tower(tasks, None, task, objectives, [lambda spec: spec.row_tower])
-        modality = tasks[name].towers[tower].modality
+        ranks = [lambda spec: spec.row_tower]
+        found = find_towers(tasks, None, task, objectives, ranks)
+        media = {tasks[name].towers[tower].modality for name, tower in found.items()}
+        # A transcript has no place for the doubt of the router.
+        if listed != "labels" or len(media) > 1:
+            choose_tower(tasks, None, task, objectives, ranks)
+        name, modality = next(iter(found)), media.pop()
+        # One task needs no router.
+        chosen = {"task": name} if len(found) == 1 else {"among": tuple(found)}
         for number, value in enumerate(inputs):
             if task is None and modality == CAPTION_MODALITY:
                 _reject_file_name(value, f"input {number}", name)
         items = [
-            replace(make_item(value, modality, f"input {number}", name), task=name)
+            replace(make_item(value, modality, f"input {number}", name), **chosen)
             for number, value in enumerate(inputs)
         ]
         if not items:

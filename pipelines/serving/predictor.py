@@ -1,6 +1,6 @@
 """Predictions of a trained model for raw inputs: texts and the bytes of media files.
 
-    rows ── choose_tower, preprocess ──> inputs ── batches per task and tower ──> answers
+    rows ── find_towers, preprocess, router ──> inputs ── batches per task and tower ──> answers
 
 :class:`TaskPredictor` is the path of every entry: ``skillnet predict`` with files and with blocks,
 ``skillnet serve``, the MLflow model, and the methods of a model in Python. It preprocesses inputs
@@ -10,6 +10,7 @@ with the settings of the training corpora.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from skillnet.modality import find_modality
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.objectives.heads import RowAnswer, head_class
+from skillnet.router import InputRouter, RoutedInput, find_buckets, load_counts
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 
@@ -50,13 +52,15 @@ class TaskPrediction:
 
     Args:
         input: name of the input; each function of a Python file is an input.
-        task: the task that ran.
+        task: the task that ran; "" if the router is unsure which one should.
         answer: best class, transcript, or the known caption nearest to an image, video or function.
-            Empty for a text in a retrieval task: its embedding is the result.
+            Empty for a text in a retrieval task: its embedding is the result. Without a task, the
+            sentence of the router.
         score: probability of the class; geometric mean of the transcript's probabilities; cosine
             similarity of the caption.
         alternatives: best answers with their scores, including the first.
         embedding: unit vector of the input, for retrieval tasks.
+        confidence: probability that the input belongs to the task; 1 if no other one was possible.
     """
 
     input: str
@@ -65,6 +69,7 @@ class TaskPrediction:
     score: float
     alternatives: list[tuple[str, float]] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,12 @@ class ReadInput:
 
     Args:
         row: index of the row.
-        task: that runs.
+        task: that runs; "" if the router is unsure.
         tower: tower of the task, such as ``query``.
         name: identifier of the input in the result.
         array: that the tower reads.
+        confidence: see :class:`TaskPrediction`.
+        doubt: sentence of the router; "" if a task runs.
     """
 
     row: int
@@ -84,6 +91,8 @@ class ReadInput:
     tower: str
     name: str
     array: np.ndarray
+    confidence: float = 1.0
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,8 @@ class TaskPredictor:
         limits: task -> maximum length of the task's own modality, as in training.
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
         preprocessing: task -> preprocessing settings of its corpus.
+        counts: task -> file with the features of its training rows, which tell inputs without a
+            task apart.
     """
 
     def __init__(
@@ -137,14 +148,18 @@ class TaskPredictor:
         limits: Mapping[str, int | None] | None = None,
         precision: str = "auto",
         preprocessing: Mapping[str, Mapping[str, Any]] | None = None,
+        counts: Mapping[str, Path] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.names, self.banks, self.limits = dict(names), dict(banks or {}), dict(limits or {})
-        self.preprocessing = dict(preprocessing or {})
+        self.preprocessing, self._counts = dict(preprocessing or {}), dict(counts or {})
+        self._routers: dict[frozenset[str], InputRouter] = {}
         self.runner = InferenceRunner(model, precision)
 
     def predict(self, items: Sequence[PredictionItem], top: int = 5) -> list[TaskPrediction]:
-        """Predict for each item, in order; a Python file gives one prediction per function.
+        """Predict for each item, in order, with each task that answers it.
+
+        A Python file gives predictions for each of its functions.
 
         Args:
             items: inputs.
@@ -194,19 +209,15 @@ class TaskPredictor:
             try:
                 if row.item is None:
                     raise UserError(row.reason)
-                task, tower = self._select_task(row.item)
-                arrays = self.preprocess(row.item, task, tower, own)
-                if budget is not None and len(inputs) + len(arrays) > len(rows) + MAX_FUNCTIONS:
+                found = self._read_item(row.item, number, own)
+                if budget is not None and len(inputs) + len(found) > len(rows) + MAX_FUNCTIONS:
                     raise UserError(TOO_MANY_FUNCTIONS)
             except ValueError as error:
                 if row.is_required:
                     raise UserError(f"{row.where}: {error}") from None
                 rejected.append(replace(row, item=None, reason=str(error)))
                 continue
-            inputs += [
-                ReadInput(number, task, tower, printable_name(name), array)
-                for name, array in arrays
-            ]
+            inputs += found
         return inputs, rejected
 
     def predict_inputs(
@@ -226,9 +237,14 @@ class TaskPredictor:
         Raises:
             UserError: the budget is over.
         """
-        out: list[TaskPrediction | None] = [None] * len(inputs)
+        out: list[TaskPrediction | None] = [
+            TaskPrediction(each.name, "", each.doubt, each.confidence, confidence=each.confidence)
+            if each.doubt
+            else None
+            for each in inputs
+        ]
         # One pass per task and tower, so that the model runs in batches and not item by item.
-        for key in dict.fromkeys((each.task, each.tower) for each in inputs):
+        for key in dict.fromkeys((each.task, each.tower) for each in inputs if not each.doubt):
             chosen = [i for i, each in enumerate(inputs) if (each.task, each.tower) == key]
             step = len(chosen) if budget is None else INPUTS_PER_LOOK
             for start in range(0, len(chosen), step):
@@ -238,8 +254,9 @@ class TaskPredictor:
                 answers = self._run_task(*key, [inputs[i].array for i in indices], top)
                 for index, found in zip(indices, answers, strict=True):
                     alternatives, vector = list(found.alternatives), list(found.embedding)
+                    name, confidence = inputs[index].name, inputs[index].confidence
                     out[index] = TaskPrediction(
-                        inputs[index].name, key[0], found.answer, found.score, alternatives, vector
+                        name, key[0], found.answer, found.score, alternatives, vector, confidence
                     )
         return [(n.row, each) for n, each in zip(inputs, out, strict=True) if each is not None]
 
@@ -316,13 +333,67 @@ class TaskPredictor:
 
     # -- selection of the task and preprocessing -------------------------------------------
 
-    def _select_task(self, item: PredictionItem) -> tuple[str, str]:
-        """Return task and tower for an item."""
+    def _read_item(
+        self, item: PredictionItem, row: int, budget: WorkBudget | None
+    ) -> list[ReadInput]:
+        """Return the model inputs of an item, for each task that answers it."""
+        towers = self._find_towers(item)
+        is_certain = len(towers) == 1
+        router = None if is_certain else self._find_router(towers, item)
+        # The features of an input do not need the settings of the task that it belongs to.
+        first = next(iter(towers))
+        read: dict[str, list[tuple[str, np.ndarray]]] = {
+            first: self.preprocess(item, first, towers[first], budget)
+        }
+        inputs = []
+        for index, (name, array) in enumerate(read[first]):
+            routed = RoutedInput((first,), 1.0)
+            if router is not None:
+                routed = router.route(self._find_features(first, towers[first], array))
+            name, sure = printable_name(name), routed.confidence
+            if routed.doubt:
+                inputs.append(ReadInput(row, "", "", name, array, sure, routed.doubt))
+            for task in routed.tasks:
+                if task not in read:
+                    read[task] = self.preprocess(item, task, towers[task], budget)
+                inputs.append(ReadInput(row, task, towers[task], name, read[task][index][1], sure))
+        return inputs
+
+    def _find_towers(self, item: PredictionItem) -> dict[str, str]:
+        """Return the tasks that may answer an item, with the tower that reads it."""
         answering = [each.name for each in list_objectives() if each.has_labels]
         # A text without a task is classified; the embedding of a query needs an explicit task.
         ranks = (lambda spec: spec.row_tower, lambda spec: spec.paired_tower)
         tasks, modality = self.model.config.tasks, find_item_modality(item)
-        return choose_tower(tasks, modality, item.task, answering, ranks)
+        among = {name: tasks[name] for name in item.among} if item.among else tasks
+        return find_towers(among, modality, item.task, answering, ranks)
+
+    def _find_router(self, towers: Mapping[str, str], item: PredictionItem) -> InputRouter:
+        """Return the router between tasks; it is computed at its first use.
+
+        Raises:
+            UserError: the model has no counts of the rows of a task.
+        """
+        if missing := sorted(towers.keys() - self._counts.keys()):
+            raise UserError(
+                f"{describe_several(towers, find_item_modality(item))}. The model has no counts "
+                f"of the inputs of {', '.join(missing)} that could choose; they are written when "
+                "it is exported from its run"
+            )
+        key = frozenset(towers)
+        if key not in self._routers:
+            self._routers[key] = InputRouter(
+                {task: load_counts(self._counts[task]) for task in towers}
+            )
+        return self._routers[key]
+
+    def _find_features(self, task: str, tower: str, array: np.ndarray) -> np.ndarray:
+        plan = self.model.config.tasks[task].towers[tower]
+        batch = memory_inputs([array], plan, self.model.config).load_batch(np.arange(1))
+        buckets = find_buckets(self.model, plan, batch)
+        assert buckets is not None  # a model without them has no counts
+        found: np.ndarray = buckets[0]
+        return found
 
     def preprocess(
         self,
@@ -396,25 +467,24 @@ def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str,
     return values
 
 
-def choose_tower(
+def find_towers(
     tasks: Mapping[str, Task],
     modality: str | None,
     given: str | None,
     objectives: Collection[str],
     ranks: Sequence[Callable[[Task], str | None]],
-) -> tuple[str, str]:
-    """Return the task and the tower that read an input: the rule of every entry.
+) -> dict[str, str]:
+    """Return task -> tower of all tasks that may answer an input: the rule of every entry.
 
     Args:
         tasks: all tasks that the model has.
         modality: medium of the input; None if any may be meant, as for a value of Python.
-        given: name of the task; None selects the only one.
+        given: name of the task; None selects by what tasks read.
         objectives: names of those that give the wanted answer.
         ranks: tower of a task that may read an input without ``given``, the first choice first.
 
     Raises:
-        UserError: the task does not read the input or has another objective; or no task, or
-            several ones of the first rank, read it.
+        UserError: the task does not read the input or has another objective; or no task reads it.
     """
 
     def reads(tower: str | None, spec: Task) -> bool:
@@ -427,22 +497,48 @@ def choose_tower(
             raise UserError(f"{given} is a {spec.objective} task, expected {wanted}")
         for tower in reversed(find_objective(spec.objective).towers):
             if reads(tower, spec):
-                return given, tower
+                return {given: tower}
         media = sorted({plan.modality for plan in spec.towers.values()})
         raise UserError(f"{given} reads {' or '.join(media)}, this is {modality}")
     for rank in ranks:
         towers = {n: rank(spec) for n, spec in tasks.items() if spec.objective in objectives}
         found = {n: tower for n, tower in towers.items() if tower and reads(tower, tasks[n])}
-        # Each of them would answer, and the user wants one answer.
-        if len(found) > 1:
-            raise UserError(
-                f"several tasks of this model {f'read {modality}' if modality else 'fit'}: "
-                f"{', '.join(found)}. Choose one, for example task={next(iter(found))!r}"
-            )
         if found:
-            return next(iter(found.items()))
+            return found
     missing = f"task of this model reads {modality}" if modality else f"{wanted} task in this model"
     raise UserError(f"no {missing}; it has {', '.join(tasks)}")
+
+
+def choose_tower(
+    tasks: Mapping[str, Task],
+    modality: str | None,
+    given: str | None,
+    objectives: Collection[str],
+    ranks: Sequence[Callable[[Task], str | None]],
+) -> tuple[str, str]:
+    """Return the only task that may answer an input, and its tower; see :func:`find_towers`.
+
+    Raises:
+        UserError: as :func:`find_towers`, or several tasks of the first rank may answer.
+    """
+    found = find_towers(tasks, modality, given, objectives, ranks)
+    # Each of them would answer, and the user wants one answer.
+    if len(found) > 1:
+        raise UserError(describe_several(found, modality))
+    return next(iter(found.items()))
+
+
+def describe_several(found: Mapping[str, str], modality: str | None) -> str:
+    """Return the sentence about an input that several tasks may answer.
+
+    Args:
+        found: result of :func:`find_towers`.
+        modality: medium of the input, or None.
+    """
+    return (
+        f"several tasks of this model {f'read {modality}' if modality else 'fit'}: "
+        f"{', '.join(found)}. Choose one, for example task={next(iter(found))!r}"
+    )
 
 
 def _cut_rows(rows: Iterable[InputRow]) -> Iterator[list[InputRow]]:

@@ -390,6 +390,7 @@ def model_signature() -> Any:
             ColSpec(Array(text), "alternatives"),
             ColSpec(Array(number), "scores"),
             ColSpec(Array(number), "embedding"),
+            ColSpec(number, "confidence"),
         ]
     )
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, 5)]))

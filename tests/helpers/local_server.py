@@ -111,7 +111,7 @@ class Service:
         given = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}", **headers}
         request = urllib.request.Request(f"{self.url}{path}", body, given)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, answer.read().decode(), dict(answer.headers)
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(), dict(error.headers)

@@ -31,7 +31,7 @@ def run_as_other_user(code: str, *arguments: str) -> "subprocess.CompletedProces
         [sys.executable, "-c", _DROP + code, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

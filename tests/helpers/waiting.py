@@ -11,6 +11,9 @@ from tests.helpers.processes import kill_family
 
 Result = TypeVar("Result")
 
+#: Factor of the longest time: other work may take most of a machine.
+PATIENCE = 10
+
 
 def wait_until(
     find: Callable[[], Result],
@@ -24,7 +27,7 @@ def wait_until(
 
     Args:
         find: the function.
-        seconds: the longest time.
+        seconds: the longest time on an idle machine.
         explain: returns what a failure shows.
         process: must run until then. A failure kills it and shows its output.
         pause: seconds between two calls.
@@ -35,11 +38,13 @@ def wait_until(
     Raises:
         AssertionError: the time was over, or the process ended.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * PATIENCE
     while not (result := find()):
         code = process.poll() if process is not None else None
         if code is not None or time.monotonic() > end:
-            reason = f"not within {seconds:g} s" if code is None else f"ended with {code}"
+            reason = (
+                f"not within {seconds * PATIENCE:g} s" if code is None else f"ended with {code}"
+            )
             output = kill_family(process) if process is not None else ""
             raise AssertionError(f"{reason}: {explain()}\n{output}")
         time.sleep(pause)
@@ -58,7 +63,7 @@ def wait_for_answer(
 
     Args:
         address: HTTP address.
-        seconds: the longest time.
+        seconds: the longest time on an idle machine.
         explain: returns what a failure shows.
         process: the server. It must run until it answers.
         accepts_refusal: whether an error status is an answer, too.

@@ -52,7 +52,7 @@ def cloud(environment: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=30)  # it outlives its server
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=300)  # it outlives its server
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         environment.setenv(name, "testing")
     environment.setenv("AWS_DEFAULT_REGION", "us-west-2")

@@ -228,7 +228,7 @@ def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     try:
         wait_for_shards(data, 1, first)
         first.send_signal(signal.SIGTERM)
-        _, err = first.communicate(timeout=60)
+        _, err = first.communicate(timeout=300)
     finally:
         first.kill()
         first.wait()

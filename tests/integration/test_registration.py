@@ -212,7 +212,7 @@ def test_sigterm_ends_a_registration_which_the_same_command_completes_once(root:
     process = start(root, "ended", "never")
     wait_until((root / "ended.ready").exists, 300, process=process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode != -signal.SIGTERM, "the process had no handler"
     assert "TerminatedError: ended by SIGTERM; the same command resumes it" in err
     assert not list((root / "cache").glob(".registering*"))

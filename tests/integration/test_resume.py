@@ -1,11 +1,14 @@
 """A run that stops and resumes, on any workers, ends like a run that never stopped."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pipelines.training.config.run import FinetuneConfig
@@ -168,3 +171,48 @@ def test_resumes_from_the_checkpoint_before_an_altered_one(
     assert parts.resumed == 3
     assert "skill-general.safetensors" in capsys.readouterr().err
     assert same(whole.model.state_dict(), parts.model.state_dict())
+
+
+def watch_unused(rank: int, world: int, config: FinetuneConfig, run: str, stop: int | None) -> None:
+    """Train, and write which private pages hold weights of skills that no task activates."""
+    model = train_model(ResolvedRun(config, Path(run)), rank=rank, world=world, stop_at=stop).model
+    used = model.required_files("text_classification")
+    names = [n for n, _ in model.named_parameters() if model.file_of(n).startswith("skill-")]
+    unused = [model.get_parameter(n) for n in names if model.file_of(n) not in used]
+    assert unused
+    for weight in unused:  # all pages are in memory
+        weight.sum()
+    dist.barrier()
+    places = {weight.data_ptr() for weight in unused}
+    pages: list[dict[str, Any]] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and ":" not in words[0]:
+            begin, end = (int(x, 16) for x in words[0].split("-"))
+            held = [place for place in places if begin <= place < end]
+            pages.append({"file": words[5] if len(words) > 5 else "", "held": len(held)})
+        elif words[0] in ("Rss:", "Private_Clean:", "Private_Dirty:"):
+            pages[-1][words[0]] = int(words[1])
+    dist.barrier()
+    found = [each for each in pages if each["held"]]
+    assert sum(each["held"] for each in found) == len(places)
+    Path(f"{run}-{rank}.json").write_text(json.dumps(found))
+
+
+def test_workers_of_a_node_have_no_private_copy_of_unused_skills(
+    data: Path, tmp_path: Path
+) -> None:
+    config = small_config(data, steps=4, precision="fp32")
+    tasks = {"text_classification": config.model.tasks["text_classification"]}
+    model = replace(config.model, tasks=tasks, dim=64, ffn_dim=128)
+    trained = {"text_classification": config.tasks["text_classification"]}
+    config = replace(config, model=model, tasks=trained)
+    run = tmp_path / "run"
+    for stop in (2, None):  # random weights, then those of the checkpoint
+        run_ranks(2, watch_unused, config, str(run), stop)
+        one, other = (json.loads(Path(f"{run}-{rank}.json").read_text()) for rank in (0, 1))
+        assert {each["file"] for each in one} == {each["file"] for each in other}
+        for each in (*one, *other):
+            assert each["file"].startswith(str(run))
+            assert each["Rss:"] > 0
+            assert each["Private_Clean:"] + each["Private_Dirty:"] == 0, each

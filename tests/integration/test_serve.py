@@ -47,7 +47,7 @@ def url(tmp_path: Path, ray_session: Any) -> Iterator[str]:
         wait_until(lambda: server.started, 60, pause=0.01)
         yield f"http://127.0.0.1:{options.port}"
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=300)
 
 
 def test_no_request_is_lost_when_a_replica_is_killed(url: str) -> None:
@@ -89,7 +89,7 @@ def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> 
         assert not [each for each in family if "raylet" in " ".join(each.cmdline())]
         server.terminate()
         server.wait(timeout=120)
-        assert not psutil.wait_procs(family, timeout=60)[1]
+        assert not psutil.wait_procs(family, timeout=300)[1]
     finally:
         kill_family(server)
 
@@ -119,12 +119,12 @@ def leave_a_slow_file(port: int, server: int) -> None:
 
 
 def has_indexes(port: int) -> bool:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=300) as answer:
         return bool(json.loads(answer.read())["ready"])
 
 
 def active_requests(port: int) -> int:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300) as answer:
         (line,) = (each for each in answer if each.startswith(b"skillnet_active_requests "))
     return int(float(line.split()[1]))
 
@@ -134,7 +134,7 @@ def predict(url: str, text: str) -> list[Any]:
     request = urllib.request.Request(
         f"{url}/v1/predict", body, {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         found: list[Any] = json.loads(answer.read())["predictions"]
     return found
 
@@ -142,5 +142,5 @@ def predict(url: str, text: str) -> list[Any]:
 def search_by_file(url: str, content: bytes, name: str) -> str:
     body, kind = encode_form(content, name)
     request = urllib.request.Request(f"{url}/search", body, {"Content-Type": kind})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         return str(answer.read().decode())

@@ -77,10 +77,10 @@ def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
 
     jobs = f"http://{get_dashboard_url()}/api/jobs/"
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(jobs, timeout=30)
+        urllib.request.urlopen(jobs, timeout=300)
     reported = {"Authorization": "Bearer " + loopback._own_token()}
     with urllib.request.urlopen(
-        urllib.request.Request(jobs, headers=reported), timeout=30
+        urllib.request.Request(jobs, headers=reported), timeout=300
     ) as answer:
         assert answer.status == 200
 

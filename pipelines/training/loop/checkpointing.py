@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -33,12 +33,16 @@ from pipelines.training.runs.checkpoints import (
 )
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
+    SavedFile,
+    TensorMarks,
     load_tensors,
+    mark_tensors,
     read_manifest,
     save_tensors,
     write_manifest,
     write_parts,
 )
+from skillnet_files.commit import link_or_copy
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
@@ -47,12 +51,6 @@ if TYPE_CHECKING:
 
 #: Tensors that AdamW keeps for each parameter.
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-class _Written(NamedTuple):
-    marks: tuple[tuple[int, int, int], ...]
-    path: Path
-    entry: Mapping[str, Any]
 
 
 class UnchangedFiles:
@@ -64,18 +62,28 @@ class UnchangedFiles:
 
     Args:
         source: saved model with initial weights; None if all weights are random.
+        unread: file, without suffix -> file that the model maps.
+        only_unread: link no other files, because their tensors move between devices and do not
+            count their changes.
     """
 
-    def __init__(self, source: Path | None = None) -> None:
-        self._known: dict[str, _Written] = {}
+    def __init__(
+        self,
+        source: Path | None = None,
+        unread: Mapping[str, SavedFile] = MappingProxyType({}),
+        only_unread: bool = False,
+    ) -> None:
+        self._known = {f"{file}.safetensors": each for file, each in unread.items()}
+        #: Names of the files that may be linked; None means all.
+        self._linked = set(self._known) if only_unread else None
         #: Name and entry of the manifest -> path, of files that no checkpoint has yet.
         self._initial: dict[tuple[str, str], Path] = {}
-        if source is not None:
+        if source is not None and not only_unread:
             files = read_manifest(source)["files"]
             self._initial = {(n, about["sha256"]): source / n for n, about in files.items()}
         #: Size and hash of the files of the checkpoint in progress, as far as they are known.
         self.entries: dict[str, Mapping[str, Any]] = {}
-        self._marks: dict[str, tuple[tuple[int, int, int], ...]] = {}
+        self._marks: dict[str, TensorMarks] = {}
 
     def save(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Write a file of a checkpoint, or link an earlier one that has the same tensors.
@@ -84,7 +92,10 @@ class UnchangedFiles:
             tensors: name -> tensor of the training, not a copy of it.
             path: location of the file.
         """
-        marks = self._marks[path.name] = _mark_tensors(tensors)
+        if self._linked is not None and path.name not in self._linked:
+            _save_copies(tensors, path)
+            return
+        marks = self._marks[path.name] = mark_tensors(tensors)
         known = self._known.get(path.name)
         if known is not None and known.marks == marks and _link(known.path, path, known.entry):
             self.entries[path.name] = known.entry
@@ -106,7 +117,7 @@ class UnchangedFiles:
         """
         files = (*tensors.read_weights(), *tensors.read_state())
         found = ((self._known.get(f"{name}.safetensors"), values) for name, values in files)
-        return sum(k.entry["bytes"] for k, v in found if k and k.marks == _mark_tensors(v))
+        return sum(k.entry["bytes"] for k, v in found if k and k.marks == mark_tensors(v))
 
     def commit(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over a finished checkpoint; its files are those that later ones link.
@@ -115,7 +126,7 @@ class UnchangedFiles:
             folder: directory of the checkpoint.
             files: size and hash of each file.
         """
-        self._known = {n: _Written(m, folder / n, files[n]) for n, m in self._marks.items()}
+        self._known = {n: SavedFile(folder / n, files[n], m) for n, m in self._marks.items()}
         self._initial.clear()
         self.entries, self._marks = {}, {}
 
@@ -129,7 +140,7 @@ class UnchangedFiles:
         files = read_manifest(folder)["files"]
         for file, values in (*tensors.read_weights(), *tensors.read_state()):
             if f"{file}.safetensors" in files:
-                self._marks[f"{file}.safetensors"] = _mark_tensors(values)
+                self._marks[f"{file}.safetensors"] = mark_tensors(values)
         self.commit(folder, files)
 
 
@@ -137,17 +148,12 @@ def _save_copies(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_tensors(_to_cpu(tensors), path)
 
 
-def _mark_tensors(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], ...]:
-    """Return what differs as soon as a tensor gets another value, or is another one."""
-    return tuple((id(x), x.data_ptr(), x._version) for x in tensors.values())
-
-
 def _link(source: Path, path: Path, entry: Mapping[str, Any]) -> bool:
     try:
         if source.stat().st_size != entry["bytes"]:
             return False
-        path.hardlink_to(source)
-    except OSError:  # another file system, or one without links
+        link_or_copy(source, path)
+    except OSError:  # it went away, or the disk is full
         return False
     return True
 
@@ -313,6 +319,9 @@ def write_checkpoint(
         complete_checkpoint(staging, written, tensors.complete_state(step, state), known)
     if unchanged is not None:
         unchanged.commit(final, read_manifest(final)["files"])
+        # The final model takes over what no task reads, and older checkpoints are removed.
+        for file, each in model.unread.items():
+            model.unread[file] = each._replace(path=final / f"{file}.safetensors")
     remove_old_checkpoints(folder, keep)
     return final
 
@@ -386,7 +395,8 @@ def load_checkpoint(
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     parameters = dict((shards or model).named_parameters())
-    load_weights(checkpoint.path, model, shards.store if shards is not None else None)
+    store = shards.store if shards is not None else None
+    load_weights(checkpoint.path, model, store, checkpoint.unread)
 
     def own_part(name: str, value: Tensor) -> Tensor:
         # The step count of a weight has no parts.
@@ -394,6 +404,8 @@ def load_checkpoint(
         return part.to(parameters[name].device, copy=True)
 
     for path in list_manifest_files(checkpoint.path, "optimizer-"):
+        if path.stem.removeprefix("optimizer-") in checkpoint.unread:
+            continue
         tensors = load_tensors(path)
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
@@ -407,6 +419,8 @@ def load_checkpoint(
             optimizer.state[parameters[name]][field] = own_part(name, value)
     if average is not None:
         for path in list_manifest_files(checkpoint.path, "average-"):
+            if path.stem.removeprefix("average-") in checkpoint.unread:
+                continue
             for name, value in load_tensors(path).items():
                 if value.shape != shapes.get(name):
                     raise UserError(

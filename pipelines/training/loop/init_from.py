@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -386,8 +386,36 @@ def inherit_reference_tasks(config: FinetuneConfig, weights: str) -> FinetuneCon
     return config
 
 
+def find_untouched_files(config: FinetuneConfig, unused: Collection[str]) -> list[str]:
+    """Return the files of initial weights that a run takes over as they are, without reading them.
+
+    Args:
+        config: settings of the run.
+        unused: files, without suffix, that no task of the run uses.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if not config.init_from:
+        return []
+    source = resolve_model(config.init_from)
+    manifest = read_manifest(source.weights)
+    if starts_skills(read_about(source.weights, manifest).get("system", "skillnet"), config):
+        return []
+    # Averages of a checkpoint replace its weights, and both are read for it.
+    listed = manifest["files"].keys()
+    return [
+        file
+        for file in sorted(unused)
+        if f"{file}.safetensors" in listed and f"average-{file}.safetensors" not in listed
+    ]
+
+
 def load_init_weights(
-    config: FinetuneConfig, model: TaskModel, corpora: Mapping[str, PreparedCorpus]
+    config: FinetuneConfig,
+    model: TaskModel,
+    corpora: Mapping[str, PreparedCorpus],
+    untouched: Collection[str] = (),
 ) -> InitReport | None:
     """Load the weights of ``init_from`` into a fresh model; averaged ones if its run kept them.
 
@@ -396,6 +424,7 @@ def load_init_weights(
         model: with random weights, and the vocabulary of its corpora; it inherits the vocabulary
             of weights that the corpora do not concern.
         corpora: task -> its corpus.
+        untouched: files that are mapped, see :func:`find_untouched_files`.
 
     Returns:
         A report, or None without ``init_from``.
@@ -409,7 +438,7 @@ def load_init_weights(
     source, location = resolve_model(config.init_from), f"--from {find_origin(config.init_from)}"
     # Differences are collected first, to explain a tensor that does not fit.
     differing, is_dense = _find_differences(config, source, location, corpora)
-    start = load_source_model(source)
+    start = load_source_model(source, untouched)
     new_heads = _match_heads(config, start, corpora)
     try:
         found = {
@@ -418,6 +447,7 @@ def load_init_weights(
             if not any(name.startswith(f"heads.{task}.") for task in new_heads)
             and not is_unset_weight(name, start.config)
         }
+        model.share_files(start)
         weights, resized = resize_positions(found, start.config, model.config)
         if is_dense:
             weights = copy_to_skills(weights, model)

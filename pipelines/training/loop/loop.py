@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,13 @@ from pipelines.training.loop.optimizer import (
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
-from pipelines.training.loop.setup import TrainingReplica, build_replica, pick_device, resume_run
+from pipelines.training.loop.setup import (
+    TrainingReplica,
+    build_replica,
+    find_checkpoint,
+    find_used_files,
+    pick_device,
+)
 from pipelines.training.loop.step import backward_step
 from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.loop.telemetry import (
@@ -116,13 +123,21 @@ def train_model(
         torch.set_num_threads(settings.threads_per_worker)
     row_threads.limit_row_threads(torch.get_num_threads())
 
-    replica = build_replica(config, run.corpora, rank, world, device, precision.weights)
+    identity = run.identity_digest
+    folder = run.folder if run.has_folder else None
+    checkpoint = None
+    if folder is not None:
+        # The checkpoint must have the same identity as this run.
+        checkpoint = find_checkpoint(folder, identity, world, find_used_files(config))
+    replica = build_replica(
+        config, run.corpora, rank, world, device, precision.weights, folder, checkpoint
+    )
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
-    optimizer = build_optimizer(replica.owner.named_parameters(), settings)
+    # Weights that no step changes have no place in the optimizer.
+    trained = dict(chain.from_iterable(active.values()))
+    optimizer = build_optimizer(trained.items(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
 
-    identity = run.identity_digest
-    # The checkpoint must have the same identity as this run.
     health = TaskHealth(
         config.tasks,
         f"lower training.lr ({settings.lr}) or training.max_grad_norm, or set training.precision "
@@ -130,23 +145,23 @@ def train_model(
         world,
         device,
     )
-    start, checkpoint = 0, None
-    if run.has_folder:
-        checkpoint = resume_run(run.folder, identity, model, optimizer, average, world, shards)
-        if checkpoint is not None:
-            start = checkpoint.step
-            sizes = {name: task.batch_size for name, task in config.trained.items()}
-            health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    start = 0
+    if checkpoint is not None:
+        checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards)
+        start = checkpoint.step
+        sizes = {name: task.batch_size for name, task in config.trained.items()}
+        health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
-    if settings.sharding == "none":
-        unchanged = checkpointing.UnchangedFiles(replica.source)
-        if checkpoint is not None:
+    if settings.sharding in ("none", "host"):
+        moves = settings.sharding == "host"
+        unchanged = checkpointing.UnchangedFiles(replica.source, model.unread, moves)
+        if checkpoint is not None and not moves:
             loaded = checkpointing.CheckpointTensors(model, optimizer, average)
             unchanged.resume(checkpoint.path, loaded)
     residency = None
     if settings.sharding == "host":
-        residency = WeightResidency(model, optimizer, average, device)
+        residency = WeightResidency(model, optimizer, average, device, config.tasks)
     # One schedule per task: a task may have a rate of its own.
     schedules = {n: replace(settings, lr=t.lr or settings.lr) for n, t in config.trained.items()}
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
@@ -196,7 +211,6 @@ def train_model(
         return written
 
     reporter.start(start)
-    folder = run.folder if run.has_folder else None
     for callback in callbacks:
         callback.on_train_start(folder, rank)
     replica.runner.train()

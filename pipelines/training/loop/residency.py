@@ -11,16 +11,28 @@ A weight travels with its optimizer state and its average. Skills, stems and hea
 alike: the unit is a parameter, and a task needs those of :meth:`TaskModel.active_parameters`. The
 training loop calls :class:`WeightResidency` with ``training.sharding`` host. On a CPU
 the host's memory is a second copy, so that tests exercise the same code.
+
+Weights of skills that no task of the run activates lie in files that all workers of a node map:
+those of the checkpoint or of the initial weights, or :class:`SharedMemory`.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipelines.training.loop.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
+from skillnet_platform import storage
 
+#: Bytes of the first and of the largest file of :class:`SharedMemory`; each is twice as large as
+#: the one before.
+FIRST_SHARED_BYTES, SHARED_BYTES = 2**20, 64 * 2**20
+#: Places of weights in it start at multiples of this number of bytes, as those of torch do.
+ALIGNMENT = 64
 #: Fields of a parameter that are not optimizer state.
 WEIGHT, AVERAGE = "weight", "average"
 #: Name of a parameter, and one of the fields or of the optimizer's keys.
@@ -41,6 +53,8 @@ class WeightResidency:
         optimizer: AdamW over its parameters, with the state of a checkpoint or none.
         average: running mean of its weights, or None.
         device: device of the forward pass, such as ``cuda:0``.
+        tasks: names of the tasks that are trained or evaluated. Weights that none of them uses
+            stay where they are.
     """
 
     def __init__(
@@ -49,12 +63,14 @@ class WeightResidency:
         optimizer: torch.optim.Optimizer,
         average: WeightAverage | None,
         device: torch.device,
+        tasks: Iterable[str],
     ) -> None:
         self._model, self._device = model, device
         self._optimizer: torch.optim.Optimizer | None = optimizer
         self._average = average
         self._parameters = dict(model.named_parameters())
-        self._used: dict[str, list[str]] = {}
+        #: Task -> names of the weights that it uses.
+        self._used = {task: [name for name, _ in model.active_parameters(task)] for task in tasks}
         # A step has a thousand tensors: their keys are listed again only after the first updates.
         self._keys: dict[str, list[TensorKey]] = {}
         self._fields: dict[str, list[str]] = {}
@@ -68,7 +84,7 @@ class WeightResidency:
         self._leaving: list[Tensor] = []
         # Each tensor keeps its place in the host's memory also while it is on the device.
         self._places: dict[TensorKey, Tensor] = {}
-        for name in self._parameters:
+        for name in dict.fromkeys(chain.from_iterable(self._used.values())):
             self._fields[name] = self._list_fields(name)
             for key in [(name, field) for field in self._fields[name]]:
                 self._places[key] = place = self._stream.pin(self._read(key))
@@ -104,7 +120,7 @@ class WeightResidency:
         if task == self._task:
             return
         self._find_new_tensors()
-        needed = [(name, WEIGHT) for name in self._names_of(task)]
+        needed = [(name, WEIGHT) for name in self._used[task]]
         self._load(needed)
         self._store(set(needed))
         self._wait()
@@ -124,17 +140,12 @@ class WeightResidency:
         self._optimizer = self._average = None
         self._places = {key: x for key, x in self._places.items() if key[1] == WEIGHT}
         self._resident = {key for key in self._resident if key[1] == WEIGHT}
-        self._fields = {name: [WEIGHT] for name in self._parameters}
+        self._fields = {name: [WEIGHT] for name in self._fields}
         self._keys.clear()
-
-    def _names_of(self, task: str) -> list[str]:
-        if task not in self._used:
-            self._used[task] = [name for name, _ in self._model.active_parameters(task)]
-        return self._used[task]
 
     def _keys_of(self, task: str) -> list[TensorKey]:
         if task not in self._keys:
-            names = self._names_of(task)
+            names = self._used[task]
             self._keys[task] = [(name, field) for name in names for field in self._fields[name]]
         return self._keys[task]
 
@@ -150,7 +161,7 @@ class WeightResidency:
         # The first update of a weight makes its state, and its average, on the device.
         if self._task is None or self._optimizer is None:
             return
-        for name in self._names_of(self._task):
+        for name in self._used[self._task]:
             if name not in self._complete and self._parameters[name].requires_grad:
                 fields = self._list_fields(name)
                 self._resident.update((name, x) for x in fields if x not in self._fields[name])
@@ -210,6 +221,50 @@ class WeightResidency:
         else:
             assert self._optimizer is not None
             self._optimizer.state[parameter][field] = value
+
+
+class SharedMemory:
+    """Memory of tensors in files that all workers of a node map, so that it holds one copy.
+
+    All workers of a run build the same values. Each writes them to the same places, so they need
+    no order. Pages of a file are no private memory: the system may write them to the disk.
+
+    Args:
+        folder: directory of the files, equal in all workers of the node. It can be removed when
+            all of them have built their tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._files = folder, 0
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return a copy of a tensor in this memory.
+
+        Args:
+            x: on the host.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        size = -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+        if size > len(self._left):
+            usual = min(FIRST_SHARED_BYTES << self._files, SHARED_BYTES)
+            self._left = self._open_file(max(size, usual))
+        place, self._left = self._left[: x.nbytes], self._left[size:]
+        return place.view(x.dtype).view(x.shape).copy_(x)
+
+    def _open_file(self, size: int) -> Tensor:
+        path = self._folder / str(self._files)
+        self._files += 1
+        # A map of a file without its blocks would end the process when the disk is full.
+        with storage.disk_guard(path, size), path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.write(bytes(size))
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
 class CopyStream:

@@ -3,7 +3,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,21 @@ from pipelines.training.config.data import AUGMENTATIONS, MASKS
 from pipelines.training.config.resources import request_workers
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loading.dataloader import MultiTaskDataLoader
-from pipelines.training.loop import checkpointing
 from pipelines.training.loop.gradient_sync import BUCKET_BYTES, GradientSync, broadcast_parameters
-from pipelines.training.loop.init_from import InitReport, load_init_weights
-from pipelines.training.loop.optimizer import WeightAverage
+from pipelines.training.loop.init_from import (
+    InitReport,
+    find_untouched_files,
+    load_init_weights,
+)
+from pipelines.training.loop.residency import SharedMemory
 from pipelines.training.runs import checkpoints
 from pipelines.training.runs.identity import open_corpora
 from pipelines.training.runs.vocabulary_match import read_corpora_vocabulary
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
-from skillnet.skipped_init import SkippedInit
-from skillnet.systems import build_system
+from skillnet.serialization import read_manifest, read_vocabulary
+from skillnet.skipped_init import SkippedInit, leave_out, placed_weights
+from skillnet.systems import build_system, find_system
 from skillnet_platform import console
 from skillnet_platform.cluster.capacity import require_gpus
 from skillnet_platform.errors import UserError, suggest_name
@@ -84,7 +88,7 @@ def build_model(
     Raises:
         UserError: a corpus is missing, or the weights of ``init_from`` do not fit.
     """
-    return _build_started(config, corpora)[0]
+    return _build_started(config, open_corpora(config) if corpora is None else corpora)[0]
 
 
 def build_structure(
@@ -116,45 +120,73 @@ def dry_run_init(
     Raises:
         UserError: as for :func:`build_model`.
     """
-    return _build_started(config, corpora)[1] if config.init_from else None
+    if not config.init_from:
+        return None
+    return _build_started(config, open_corpora(config) if corpora is None else corpora)[1]
 
 
 def _build_started(
-    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus] | None
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus], shared: Path | None = None
 ) -> tuple[TaskModel, InitReport | None]:
-    opened = open_corpora(config) if corpora is None else corpora
+    """Build the model of a run with its initial weights.
+
+    Args:
+        config: settings of the run.
+        corpora: corpus name -> opened corpus.
+        shared: folder for the random weights of skills that no task uses, see
+            :class:`~pipelines.training.loop.residency.SharedMemory`; None keeps them in memory.
+    """
+    unused = find_unused_files(config)
+    untouched = find_untouched_files(config, unused)
+    skills = {file.removeprefix("skill-") for file in untouched}
+    drawn = {file.removeprefix("skill-") for file in unused} - skills if shared else set()
+    memory = SharedMemory(shared) if shared and drawn else None
     # The seed alone determines random weights, on every rank and in every process.
     torch.manual_seed(config.seed)
-    model = build_system(config.system, config.model, config.options)
-    of_task = {name: opened[task.corpus] for name, task in config.tasks.items()}
+    with placed_weights(skills, leave_out), placed_weights(drawn, memory or leave_out):
+        model = build_system(config.system, config.model, config.options)
+    of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
     model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
-    return model, load_init_weights(config, model, of_task)
+    return model, load_init_weights(config, model, of_task, untouched)
 
 
-def resume_run(
-    run: Path,
-    identity: str,
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    world: int = 1,
-    shards: "ModelShards | None" = None,
+def find_used_files(config: FinetuneConfig) -> set[str] | None:
+    """Return the files that the tasks of a run use, without suffix; None means all of them.
+
+    Args:
+        config: settings of the run.
+    """
+    # A part of every weight lies on each rank that shares them.
+    if config.training.sharding in ("full", "hybrid"):
+        return None
+    return find_system(config.system).model.needed_files(config.model, config.tasks)
+
+
+def find_unused_files(config: FinetuneConfig) -> set[str]:
+    """Return the files of the skills that no task of a run uses, without suffix.
+
+    Args:
+        config: settings of the run.
+    """
+    used = find_used_files(config)
+    return set() if used is None else {f"skill-{name}" for name in config.model.skills} - used
+
+
+def find_checkpoint(
+    run: Path, identity: str, world: int, used: Collection[str] | None
 ) -> checkpoints.VerifiedCheckpoint | None:
-    """Load the newest valid checkpoint of a run, and return it; None without one.
+    """Return the newest valid checkpoint that a run resumes from; None without one.
 
     Args:
         run: folder of the run.
         identity: digest that the checkpoint must carry.
-        model: receives the weights.
-        optimizer: receives its state.
-        average: receives the averaged weights, if the run keeps them.
         world: number of ranks, which all call this.
-        shards: receives this rank's part of each tensor instead of the model.
+        used: files that are hashed; see :func:`find_used_files`.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, or only some ranks see one.
     """
-    checkpoint = common_checkpoint(run / "checkpoints", world)
+    checkpoint = common_checkpoint(run / "checkpoints", world, used)
     if checkpoint is None:
         return None
     if checkpoint.state.get("config_digest") != identity:
@@ -162,17 +194,23 @@ def resume_run(
             f"{checkpoint.path} was written with another configuration; resume with that one "
             f"({run / 'config.yaml'}), or give this run another name"
         )
-    checkpointing.load_checkpoint(checkpoint, model, optimizer, average, shards)
     return checkpoint
 
 
-def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoint | None:
+def common_checkpoint(
+    folder: Path, world: int, used: Collection[str] | None = None
+) -> checkpoints.VerifiedCheckpoint | None:
     """Return the newest valid checkpoint that all ranks can read, each from its own disk.
+
+    Args:
+        folder: directory of the run's checkpoints.
+        world: number of ranks, which all call this.
+        used: files that are hashed; see :func:`find_used_files`.
 
     Raises:
         UserError: some ranks see checkpoints and others none.
     """
-    newest = checkpoints.find_newest(folder)
+    newest = checkpoints.find_newest(folder, used)
     # Each rank may see its own disk. Repeat until all agree on one step.
     while world > 1:
         steps: list[Any] = [None] * world
@@ -193,7 +231,7 @@ def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoin
             # stayed beside newer ones would be taken for an old one and be deleted.
             for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
                 shutil.rmtree(folder / name, ignore_errors=True)
-            newest = checkpoints.find_newest(folder)
+            newest = checkpoints.find_newest(folder, used)
     return newest
 
 
@@ -349,15 +387,20 @@ def build_replica(
     world: int,
     device: torch.device,
     dtype: torch.dtype,
+    folder: Path | None = None,
+    checkpoint: checkpoints.VerifiedCheckpoint | None = None,
 ) -> TrainingReplica:
     """Build the weights of a run, equal on all ranks, as ``training.sharding`` says.
 
     Args:
-        run: settings with their corpora, tasks and sizes resolved.
+        config: settings with their tasks and sizes resolved.
+        corpora: corpus name -> opened corpus.
         rank: index of this process among the workers, from 0.
         world: number of processes. One holds all weights.
         device: device of the forward pass, such as ``cuda:0``.
         dtype: number type of the weights.
+        folder: directory of the run; None keeps all weights in memory.
+        checkpoint: from which the caller loads all weights; None gives initial ones.
 
     Raises:
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
@@ -367,20 +410,44 @@ def build_replica(
         return _build_shards(config, corpora, rank, world, device, dtype)
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
-    # Each rank builds the model from the seed or the initial weights.
-    model, report = _build_started(config, corpora)
-    model = model.to(place, dtype)
+    report = None
+    # Other systems may build parts that no checkpoint holds.
+    if checkpoint is not None and find_used_files(config) is not None:
+        model = _build_resumed(config, checkpoint)
+    else:
+        # Each rank builds the model from the seed or the initial weights.
+        shared = None if folder is None else folder / f".shared-{platform.node()}"
+        model, report = _build_started(config, corpora, shared)
+    resting = find_unused_files(config)
+    model.place_weights(place, dtype, resting)
     if settings.activation_checkpointing:
         model.enable_activation_checkpointing()
     if settings.compile:
         compile_plans(model, rank=rank)
     # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
-    if world > 1:
-        broadcast_parameters(model.parameters(), BUCKET_BYTES, device)
+    if world > 1 and checkpoint is None:
+        files = model.files_of()
+        resting_names = {name for file in resting & files.keys() for name in files[file]}
+        used = [p for name, p in model.named_parameters() if name not in resting_names]
+        broadcast_parameters(used, BUCKET_BYTES, device)
+    if checkpoint is None and folder is not None:
+        # All workers of the node have mapped its files, which go with the last of them.
+        if world > 1:
+            dist.barrier()
+        shutil.rmtree(folder / f".shared-{platform.node()}", ignore_errors=True)
     active = trainable_parameters(model, config)
     sync = GradientSync(active, world)
     source = None if report is None else Path(report.source)
     return TrainingReplica(model, model, active, sync, source=source)
+
+
+def _build_resumed(config: FinetuneConfig, checkpoint: checkpoints.VerifiedCheckpoint) -> TaskModel:
+    """Build the model of a checkpoint, from which all weights are loaded next."""
+    unused = {file.removeprefix("skill-") for file in checkpoint.unread}
+    with SkippedInit(), placed_weights(unused, leave_out):
+        model = build_system(config.system, config.model, config.options)
+    model.vocabulary = read_vocabulary(checkpoint.path, read_manifest(checkpoint.path))
+    return model
 
 
 def count_sharing_workers(sharding: str, workers: int, workers_per_node: int) -> int:

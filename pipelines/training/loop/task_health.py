@@ -55,6 +55,7 @@ class TaskHealth:
 
     def __init__(self, tasks: Iterable[str], remedy: str, world: int, device: torch.device) -> None:
         self.counts = {name: TaskCounts() for name in tasks}
+        self._index = {name: number for number, name in enumerate(self.counts)}
         self._remedy, self._world = remedy, world
         self._consecutive = 0
         self._unread: list[_UnreadStep] = []
@@ -71,7 +72,7 @@ class TaskHealth:
         """
         untaught = head_class(task).count_untaught(outputs, batch.targets)
         if untaught is not None and not batch.is_padding:
-            self._rows[list(self.counts).index(batch.task)] += untaught
+            self._rows[self._index[batch.task]] += untaught
 
     def add_step(self, batch: Batch, is_finite: Tensor, step: int) -> None:
         """Remember a step until :meth:`reduce` counts it.

@@ -258,14 +258,14 @@ class ThroughputMeter:
         costs: CostMeter | None = None,
     ) -> None:
         self._world, self._device, self._costs = world, device, costs
-        self._names = list(config.tasks)
+        self._index = {name: number for number, name in enumerate(config.tasks)}
         self._start = self._mark = time.monotonic()
         self._pause = 0.0
         self.rows = 0
         self.waited = 0.0
         self.losses: dict[str, float] = {}
         self._since = {"rows": 0, "waited": 0.0, "steps": 0}
-        self._sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(self._index), 2, dtype=torch.float64, device=device)
         self._norm = torch.zeros(())
         self._lr = 0.0
 
@@ -297,7 +297,7 @@ class ThroughputMeter:
             lr: learning rate.
             is_finite: scalar bool; the gradient was finite.
         """
-        index = self._names.index(batch.task)
+        index = self._index[batch.task]
         # One loss that is not finite would make the running mean NaN for the rest of the run.
         self._sums[index, 0] += loss.masked_fill(~is_finite, 0)
         self._sums[index, 1] += is_finite
@@ -318,7 +318,7 @@ class ThroughputMeter:
         now = time.monotonic()
         seconds = max(now - self._mark, 1e-9)
         values: dict[str, float] = {}
-        for name, (total, count) in zip(self._names, sums.tolist(), strict=True):
+        for name, (total, count) in zip(self._index, sums.tolist(), strict=True):
             if count:
                 mean = total / count
                 # Running mean over about 20 steps of a task, for the progress line.

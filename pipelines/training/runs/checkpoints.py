@@ -1,7 +1,7 @@
 """Checkpoints of a run on disk: find the newest, verify files, load weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
     check_file,
+    find_file,
     load_tensors,
     read_manifest,
 )
@@ -18,6 +19,9 @@ from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 
 PREFIX = "step-"
+WEIGHTS = ".safetensors"
+#: Files of the optimizer state, and of averages, are named after those of their weights.
+STATE_PREFIXES = ("optimizer-", "average-")
 
 
 @dataclass
@@ -27,10 +31,12 @@ class VerifiedCheckpoint:
     Args:
         path: its folder.
         state: content of its ``state.json``.
+        unread: files of weights, without suffix, of which only presence and size are verified.
     """
 
     path: Path
     state: dict[str, Any]
+    unread: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def step(self) -> int:
@@ -38,34 +44,42 @@ class VerifiedCheckpoint:
         return int(self.state["step"])
 
 
-def find_newest(folder: Path) -> VerifiedCheckpoint | None:
+def find_newest(folder: Path, used: Collection[str] | None = None) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
         folder: directory of the checkpoints.
+        used: see :func:`verify_checkpoint`.
     """
     for path in list_checkpoint_folders(folder):
         try:
-            return verify_checkpoint(path)
+            return verify_checkpoint(path, used)
         except ValueError as error:
             console.print_warning(f"{error}; trying the checkpoint before it")
     return None
 
 
-def verify_checkpoint(path: str | Path) -> VerifiedCheckpoint:
-    """Compare every file of a checkpoint with its manifest.
+def verify_checkpoint(path: str | Path, used: Collection[str] | None = None) -> VerifiedCheckpoint:
+    """Compare the files of a checkpoint with its manifest.
 
     Args:
         path: folder of the checkpoint.
+        used: files of weights, without suffix, that the run's tasks use; they are hashed with
+            their state. Others must exist with their size; a run that uses them hashes them. None
+            hashes all.
 
     Raises:
         UserError: it is incomplete or corrupt; names the file.
     """
-    path = Path(path)
+    path, unread = Path(path), set[str]()
     try:
         manifest = read_manifest(path)
         for name in manifest["files"]:
-            check_file(path, name, manifest)
+            file, suffix = name.removesuffix(WEIGHTS), name.endswith(WEIGHTS)
+            is_used = used is None or not suffix or file.removeprefix(_prefix_of(file)) in used
+            (check_file if is_used else find_file)(path, name, manifest)
+            if not is_used and not _prefix_of(file):
+                unread.add(file)
     except ValueError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from None
     # A saved model has no step and no optimizer state, so a run cannot resume from it.
@@ -78,12 +92,20 @@ def verify_checkpoint(path: str | Path) -> VerifiedCheckpoint:
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 0 or step_of(path.name) not in (-1, step):
         raise UserError(f"{path / 'state.json'}: expected keys and values with the step")
-    return VerifiedCheckpoint(path, state)
+    return VerifiedCheckpoint(path, state, frozenset(unread))
+
+
+def _prefix_of(file: str) -> str:
+    """Return the prefix of a file of state, "" for one of weights."""
+    return next((prefix for prefix in STATE_PREFIXES if file.startswith(prefix)), "")
 
 
 @torch.no_grad()
 def load_weights(
-    path: Path, model: TaskModel, store_weight: Callable[[str, Tensor], None] | None = None
+    path: Path,
+    model: TaskModel,
+    store_weight: Callable[[str, Tensor], None] | None = None,
+    unread: Collection[str] = (),
 ) -> None:
     """Copy a saved model's weights into a model of the same shape.
 
@@ -91,6 +113,7 @@ def load_weights(
         path: folder of the saved model or checkpoint.
         model: receives the weights.
         store_weight: receives name and value of each weight instead of the model.
+        unread: files, without suffix, that are mapped into the model: neither hashed nor read.
 
     Raises:
         UserError: a file is missing or corrupt, or weights do not fit.
@@ -99,6 +122,10 @@ def load_weights(
     parameters = dict(model.named_parameters())
     # One file at a time: peak memory is one file, not the complete model.
     for file, names in model.files_of().items():
+        if file in unread:
+            weights = {name: parameters[name] for name in names}
+            model.map_file(file, weights, path / f"{file}.safetensors", manifest)
+            continue
         tensors = load_tensors(check_file(path, f"{file}.safetensors", manifest))
         for name in names:
             if name not in tensors or tensors[name].shape != parameters[name].shape:

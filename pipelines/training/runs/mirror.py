@@ -72,6 +72,8 @@ class RunMirror(SyncedFolder):
     def upload_checkpoint(self, path: Path, keep: int) -> None:
         """Upload a checkpoint; remove all but the newest ``keep`` complete ones from the store.
 
+        Files of the checkpoint before it that did not change are copied within the store.
+
         Args:
             path: folder of the checkpoint.
             keep: number of checkpoints that stay.
@@ -82,7 +84,8 @@ class RunMirror(SyncedFolder):
         """
         from pipelines.training.runs import checkpoints
 
-        directories.put_directory(path, self.uri_of(CHECKPOINTS, path.name))
+        copies = self._find_copies(path)
+        directories.put_directory(path, self.uri_of(CHECKPOINTS, path.name), copies)
         self.corrupt.discard(path.name)
         self.upload(*STATE)
         count = 0
@@ -97,6 +100,26 @@ class RunMirror(SyncedFolder):
             # An interrupted upload is useless once a newer one is complete.
             if not stays and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
                 directories.remove_directory(self.uri_of(CHECKPOINTS, name))
+
+    def _find_copies(self, path: Path) -> dict[str, str]:
+        """Return name -> URI of the files of a checkpoint that another one in the store has."""
+        mine = json.loads((path / directories.MANIFEST).read_bytes())["files"]
+        for name in self.list_checkpoints():
+            there = self.uri_of(CHECKPOINTS, name)
+            if name in (path.name, *self.corrupt) or not directories.is_committed(there):
+                continue
+            sizes = {entry.name: entry.bytes for entry in directories.list_files(there)}
+            # A damaged manifest, or one that was just removed, saves no transfer.
+            with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError, OSError):
+                theirs = json.loads(
+                    directories.read_bytes(directories.join_uri(there, directories.MANIFEST))
+                )["files"]
+                return {
+                    file: directories.join_uri(there, file)
+                    for file, entry in mine.items()
+                    if theirs.get(file) == entry and sizes.get(file) == entry["bytes"]
+                }
+        return {}
 
     def check_writable(self, exists: bool) -> None:
         """Write to the store before the work starts, to find out whether it can be used.

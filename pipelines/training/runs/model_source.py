@@ -9,7 +9,7 @@ s3://bucket/runs/2026-…         any of these in an object store: downloaded fi
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -230,7 +230,7 @@ def list_training_reads(
     return reads
 
 
-def load_source_model(source: ModelSource) -> "TaskModel":
+def load_source_model(source: ModelSource, unread: Collection[str] = ()) -> "TaskModel":
     """Load a model in evaluation mode, on the GPU if there is one.
 
     A checkpoint of a run that keeps averaged weights is loaded with those, and without the heads
@@ -238,6 +238,8 @@ def load_source_model(source: ModelSource) -> "TaskModel":
 
     Args:
         source: resolved model.
+        unread: files, without suffix, that are mapped on the host: neither hashed nor read. They
+            have no averages.
 
     Raises:
         ValueError: files are missing or corrupt.
@@ -249,8 +251,8 @@ def load_source_model(source: ModelSource) -> "TaskModel":
     from skillnet.model_merging import remove_task
     from skillnet.precision import best_device
 
-    model = systems.load_model(source.weights)
     manifest = read_manifest(source.weights)
+    model = systems.load_model(source.weights, unread=unread)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for file in model.files_of():
@@ -265,7 +267,8 @@ def load_source_model(source: ModelSource) -> "TaskModel":
     # A checkpoint still has the heads of auxiliary tasks; a final model does not.
     for name in source.auxiliary & set(model.config.tasks):
         remove_task(model, name)
-    return model.to(best_device())
+    model.place_weights(best_device(), None, model.unread)
+    return model
 
 
 def load_trained_tasks(source: ModelSource) -> "TaskModel":

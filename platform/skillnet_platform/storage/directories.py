@@ -12,6 +12,7 @@ Every function repeats transient failures: see :func:`retry_transient`.
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -440,7 +442,9 @@ def remove_directory(uri: str) -> None:
         shutil.rmtree(urlsplit(uri).path, ignore_errors=True)
 
 
-def put_directory(local: str | os.PathLike[str], uri: str) -> bool:
+def put_directory(
+    local: str | os.PathLike[str], uri: str, copies: Mapping[str, str] = MappingProxyType({})
+) -> bool:
     """Upload a folder and commit it by its manifest, which is written last.
 
     A folder with the same manifest and files of the same size is not changed. A folder with another
@@ -451,6 +455,8 @@ def put_directory(local: str | os.PathLike[str], uri: str) -> bool:
     Args:
         local: folder with a manifest.
         uri: address of the new folder.
+        copies: name -> URI of an object of the same store with the same content, which the store
+            copies by itself.
 
     Returns:
         Whether anything had to be sent.
@@ -481,8 +487,15 @@ def put_directory(local: str | os.PathLike[str], uri: str) -> bool:
 
     def send(name: str) -> None:
         path, target = folder / name, join_uri(uri, name)
-        if there.get(name) != path.stat().st_size or not _is_there(target, path):
-            put_file(path, target)
+        if there.get(name) == path.stat().st_size and _is_there(target, path):
+            return
+        # An object that went away, or that the store does not copy, is sent.
+        with contextlib.suppress(FileNotFoundError, UserError):
+            # One that somebody replaced would spoil all copies made of it.
+            if name in copies and _is_there(copies[name], path, unknown=True):
+                copy_file(copies[name], target)
+                return
+        put_file(path, target)
 
     _each(send, names)
     # Leftovers of another upload would become part of the committed folder.
@@ -578,14 +591,17 @@ def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
             raise
 
 
-def _is_there(uri: str, local: Path) -> bool:
+def _is_there(uri: str, local: Path, unknown: bool = False) -> bool:
     """Return whether an object has the bytes of a local file, by the MD5 of the store.
 
-    Without an MD5 (multipart upload, encryption) the result is False.
+    Args:
+        uri: address of the object.
+        local: path of the file.
+        unknown: result without an MD5 (multipart upload, encryption).
     """
     digest = md5_of(info_of(uri) or {})
     if digest is None:
-        return False
+        return unknown
     with local.open("rb") as stream:
         # Stores report MD5. Here it only saves a transfer and protects against nobody.
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))

@@ -90,6 +90,8 @@ def measure_offloaded_steps(
     with torch.device("meta"), SkippedInit():
         model: TaskModel = build_system("skillnet", sizes, {})
     precision = ComputePrecision("bf16", device)
+    # Each step has another task, so weights that stay on the device would pile up.
+    steps = list(sizes.tasks)[:STEPS]
     # Fake tensors cannot be pinned.
     with mode, mock.patch.object(CopyStream, "pin", lambda _, x: x):
         replace_weights(model, torch.device("cpu")).train()
@@ -101,9 +103,7 @@ def measure_offloaded_steps(
             average.values[name], average.updates[name] = torch.empty_like(parameter), 1
         active = trainable_parameters(model, config)
         sync = GradientSync(active, world, 2**20)
-        residency = FakeResidency(model, optimizer, average, device)
-    # Each step has another task, so weights that stay on the device would pile up.
-    steps = list(sizes.tasks)[:STEPS]
+        residency = FakeResidency(model, optimizer, average, device, steps)
     with mode, DeviceMemory([]) as memory, DeviceWatch() as watch:
         for task, following in zip(steps, [*steps[1:], None], strict=True):
             on_device = replace(batch.to(device), task=task)

@@ -39,7 +39,7 @@ def test_a_killed_process_leaves_no_server() -> None:
             below = [psutil.Process(int(number)) for number in said - {b"in"}]
         finally:
             process.kill()
-        _, alive = psutil.wait_procs(below, timeout=60)
+        _, alive = psutil.wait_procs(below, timeout=300)
         assert not alive
 
 
@@ -54,7 +54,7 @@ def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
         child = psutil.Process(int(server.stdout.readline()))
     server.stdout.close()
     assert server.returncode is not None
-    _, alive = psutil.wait_procs([child], timeout=60)
+    _, alive = psutil.wait_procs([child], timeout=300)
     assert not alive
 
 
@@ -108,10 +108,10 @@ def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     request = urllib.request.Request(
         f"{url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=skillnet"
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         assert json.load(answer)["experiment"]["name"] == "skillnet"
     file = f"{url}/get-artifact?path=note.txt&run_uuid={run.run_id}"
-    with urllib.request.urlopen(file, timeout=30) as answer:
+    with urllib.request.urlopen(file, timeout=300) as answer:
         assert answer.read() == b"kept"
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 2, "a server and its worker"
@@ -119,5 +119,5 @@ def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     process.wait(30)
     process.stdout.close()
     # It is somebody else who ends them. The pages in test_sockets end by SIGTERM.
-    _, alive = psutil.wait_procs(below, timeout=60)
+    _, alive = psutil.wait_procs(below, timeout=300)
     assert not alive

@@ -7,19 +7,24 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from pipelines import predict
+from pipelines.data.shards.dataset import CorpusSplit, open_corpus
 from pipelines.serving import bundle
 from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.predictor import TaskPrediction
 from pipelines.training.runs import model_source
 from pipelines.training.runs.bundle_manifest import read_bundle_manifest, write_sealed
+from skillnet import SkillNet
+from skillnet.router import InputCounts, name_counts
 from skillnet.serialization import describe_files, read_manifest
 from skillnet_platform.errors import UserError
 from tests.helpers.served_place import ServedPlace
@@ -152,6 +157,33 @@ def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
     seal(folder)
     with pytest.raises(UserError, match="has the token id 1200; the model has 1200 tokens"):
         bundle.open_bundle(folder)
+
+
+def test_a_router_counts_training_rows_and_calibrates_with_others(
+    place: ServedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "CALIBRATING_ROWS", 7)
+    model = SkillNet.from_pretrained(place.bundle)
+    corpus = open_corpus(place.data / "headings")
+
+    def count(**splits: CorpusSplit) -> InputCounts:
+        found = bundle.count_inputs(
+            model, "text_classification", replace(corpus, splits=splits), None
+        )
+        assert found is not None
+        return found
+
+    train, validation, test = (corpus.splits[n] for n in ("train", "validation", "test"))
+    usual = count(train=train, validation=validation, test=test)
+    assert len(usual.rows) == 7
+    # Test rows have no influence, and without a validation split the last training rows calibrate.
+    assert_array_equal(count(train=train, validation=validation).rows, usual.rows)
+    without = count(train=train, test=test)
+    assert len(without.rows) == 7
+    kept = np.bincount(without.rows[without.rows >= 0], minlength=len(usual.counts))
+    assert_array_equal(without.counts + kept, usual.counts)
+    assert bundle.count_inputs(model, "text_classification", replace(corpus, splits={}), 9) is None
+    (place.bundle / name_counts("text_classification")).stat()
 
 
 def test_captions_that_are_no_unit_vectors_are_rejected(place: ServedPlace, tmp_path: Path) -> None:

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines import predict
 from pipelines import skills as commands
 from pipelines.serving import bundle
 from pipelines.training.runs.bundle_manifest import add_bundle_manifest
 from skillnet import SkillNet
 from skillnet.model_merging import add_skill, add_task
+from skillnet.router import name_counts
 from skillnet.serialization import write_model
 from skillnet.skills import SkillPlan, Task
 from skillnet.vocabulary import ModelVocabulary
+from tests.helpers.file_forms import draw_png
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.served_place import ServedPlace
 
@@ -49,6 +52,9 @@ def shelf(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = list(about["files"])
     for name in files:
         shutil.copyfile(place.bundle / name, grown / name)
+    # The task reads the images of another one.
+    files.append(name_counts("shape"))
+    shutil.copyfile(grown / name_counts("text_to_image"), grown / name_counts("shape"))
     entry = about["tasks"]["text_to_image"] | {"names": list(NAMES), "limit": None}
     rows = [{"task": "shape", "split": "test", "metric": "accuracy", "value": 0.5}]
     about |= {
@@ -95,6 +101,11 @@ def test_an_added_task_predicts_and_a_removed_one_leaves_no_trace(
         [torch.zeros(30, 30, 3, dtype=torch.uint8).numpy()], task="shape"
     )
     assert str(answer[0]).find("heart") + str(answer[0]).find("star") > -2
+    image = model.parent / "a.png"
+    image.write_bytes(draw_png())
+    capsys.readouterr()
+    assert predict.main([str(image), "--model", str(model), "--json"]) == 0
+    assert [each["task"] for each in read(capsys)] == ["shape", "text_to_image"]
     assert commands.print_skills([str(model), "--json"]) == 0
     listed = {entry["name"]: entry for entry in read(capsys)}
     assert listed["counting"]["package"] == "shapes"

@@ -33,7 +33,7 @@ def test_several_results_are_fetched_at_once() -> None:
     together = threading.Barrier(3)
 
     def fetch(number: int, grant: Callable[[int], None]) -> int:
-        together.wait(timeout=30)  # broken unless three of them meet
+        together.wait(timeout=300)  # broken unless three of them meet
         return number
 
     ahead = OrderedPrefetcher(6, fetch, streams=3)
@@ -78,7 +78,7 @@ def test_close_releases_threads_that_wait_for_room() -> None:
     ahead = OrderedPrefetcher(3, fetch, streams=3, held=10)
     assert ahead.next_result() == 0
     ahead.close()
-    assert let_go.wait(timeout=30)
+    assert let_go.wait(timeout=300)
 
 
 def test_advice_ignores_missing_files_and_pipes(tmp_path: Path) -> None:

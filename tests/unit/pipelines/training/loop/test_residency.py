@@ -100,7 +100,7 @@ def test_the_device_has_the_tensors_of_two_tasks(data: Path) -> None:
 
     host = locate()
     assert host.keys() == {"weight", "average", "step", "exp_avg", "exp_avg_sq"}
-    resident = WeightResidency(model, optimizer, average, torch.device("cpu"))
+    resident = WeightResidency(model, optimizer, average, torch.device("cpu"), config.tasks)
     used = {task: {name for name, _ in model.active_parameters(task)} for task in config.tasks}
 
     def moved() -> dict[str, set[str]]:

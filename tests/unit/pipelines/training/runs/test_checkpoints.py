@@ -17,8 +17,11 @@ from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.runs import checkpoints, model_source
 from pipelines.training.runs.checkpoints import list_checkpoint_folders
+from pipelines.training.runs.mirror import RunMirror
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from tests.helpers.object_store import ObjectStore
 from tests.helpers.small_corpora import small_config
 
 
@@ -148,6 +151,54 @@ def test_a_changed_tensor_or_file_is_written_again(
         next(n for n, p in model.named_parameters() if p is weight)
     )
     assert torch.equal(saved, weight)
+
+
+@pytest.mark.parametrize("fault", ["", "replaced", "removed", "damaged manifest", "no copies"])
+def test_a_store_gets_the_files_that_changed_since_its_last_checkpoint(
+    run: Path, object_store: ObjectStore, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, name = RunMirror(f"{object_store.uri}/run", run), "skill-text.safetensors"
+    older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (6, 8))
+    # As if the later steps had not changed this skill.
+    (newer / name).unlink()
+    (newer / name).hardlink_to(older / name)
+    before, after = (json.loads((x / "manifest.json").read_text()) for x in (older, newer))
+    after["files"][name] = before["files"][name]
+    (newer / "manifest.json").write_text(json.dumps(after))
+    same = {n for n, entry in after["files"].items() if before["files"][n] == entry}
+    assert {name, "config.json"} <= same < after["files"].keys()
+    sent: list[str] = []
+    put = directories.put_file
+
+    def send(path: Path, uri: str) -> None:
+        sent.append(Path(path).name)
+        put(path, uri)
+
+    monkeypatch.setattr(directories, "put_file", send)
+    mirror.upload_checkpoint(older, keep=2)
+    there = mirror.uri_of("checkpoints", older.name)
+    if fault == "replaced":
+        size = (older / name).stat().st_size
+        directories.write_bytes(directories.join_uri(there, name), bytes(size))
+    elif fault == "removed":
+        directories.remove_file(directories.join_uri(there, name))
+    elif fault == "damaged manifest":
+        directories.write_bytes(directories.join_uri(there, "manifest.json"), b"{}")
+    elif fault == "no copies":
+
+        def refuse(source: str, target: str) -> None:
+            raise UserError("not allowed")
+
+        monkeypatch.setattr(directories, "copy_file", refuse)
+    sent.clear()
+    mirror.upload_checkpoint(newer, keep=2)
+    changed = after["files"].keys() - same
+    again = {"": set[str](), "replaced": {name}, "removed": {name}}.get(fault, same)
+    assert set(sent) - {"run.json", "progress.jsonl"} == changed | again
+    shutil.rmtree(run / "checkpoints")
+    found = mirror.download_newest()
+    assert found is not None
+    assert found.step == 8
 
 
 @pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
