@@ -16,6 +16,7 @@ NAMES = (
     "moe",
     "ray_overhead",
     "sweep_overhead",
+    "apart",
     "prepare_speed",
     "prepare_text",
     "prepare_scaling",

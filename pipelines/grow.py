@@ -1,22 +1,20 @@
 """``skillnet grow``: add a skill and a task to a trained model, and train only these.
 
-<run root>/<name>/          a run with the files of ``skillnet finetune``, and
-  grow.yaml                 resolved configuration of the growth
-  references/               reference runs of the new task
-  growth.json, growth.md    report: unchanged files and metrics, and the benefit of the new skill
+With ``--tasks a.yaml b.yaml`` each file is a growth of its own. All train as independent jobs, and
+their union becomes one model:
 
-A growth is a run of the ordinary training loop. It starts from the grown model (in ``.starts``
-beside the runs), and its ``training.trainable`` lists the new files. It resumes like any run.
+<run root>/<name>-<task>/   run of each growth (pipelines/growth/single.py)
+<run root>/<name>/          the union, a run of ``skillnet merge``
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipelines.training.config.growth import GrowConfig
+from pipelines.growth.single import grow_model, show_growth
+from pipelines.training.config.growth import GrowConfig, MergeConfig
 from pipelines.training.config.resources import PlannedRun, request_workers
-from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
@@ -26,234 +24,127 @@ from skillnet_platform.cluster.resource_request import (
     select_model_paths,
 )
 from skillnet_platform.signals import terminate_as_interrupt
-from skillnet_platform.storage import atomic_write, run_root, write_json
-from skillnet_platform.storage.location import require_local_folder
-from skillnet_platform.tracking import TrackingConfig
-
-#: Resolved configuration of a growth, in the folder of its run.
-GROW_FILE = "grow.yaml"
-
-if TYPE_CHECKING:
-    from pipelines.training.config.growth import MergeConfig
-    from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.growth.report import ChangeReport
-    from pipelines.training.loop.resolved_run import ResolvedRun
-    from pipelines.training.runs.model_source import ModelSource
-    from skillnet.model import SkillNet
-    from skillnet_platform.tracking import Tracker
+from skillnet_platform.storage import run_root
 
 
-def grow_model(config: GrowConfig) -> dict[str, Any]:
-    """Grow a model, train the new part, and check that the old parts are unchanged.
+def grow_apart(configs: Sequence[GrowConfig]) -> dict[str, Any]:
+    """Train several growths of one base as independent jobs, then join them to one model.
+
+    Each growth sees the base alone, so the union has the bytes of growths that are trained one
+    after the other. A failed growth does not end the others, and then the union is left out.
 
     Args:
-        config: settings of the growth.
+        configs: settings of each growth; base, places and tracker are equal.
 
     Returns:
-        The result of :func:`pipelines.finetune.finetune`, and ``growth``: the report.
+        ``name``, ``growths`` (see :func:`pipelines.growth.apart.train_growths`) and ``union``, the
+        result of :func:`pipelines.merge.merge_trained_models`, or None after a failure.
 
     Raises:
-        UserError: the model or a corpus is missing, a name is in use, or another run has the name.
-        RuntimeError: an old part changed; the report names it.
+        UserError: the growths do not go together, the base is missing, or the name is in use.
     """
-    from pipelines.training.loop.resolved_run import resolve_run
-    from pipelines.training.runs import layout, model_source
-
-    config = replace(
-        config, run_dir=str(require_local_folder(config.run_dir, run_root(), "run_dir of grow"))
-    )
-    source = model_source.resolve_model(config.source, config.tracking.uri)
-    # torch loads here: --help and wrong names do not need it.
-    from pipelines.training.growth import runs
-
-    before = runs.load_growable_model(source)
-    resolved = resolve_run(runs.build_growth_config(config, source, before))
-    with terminate_as_interrupt(), layout.lock_run_folder(resolved.folder):
-        return _grow_in_folder(config, source, before, resolved)
-
-
-def _grow_in_folder(
-    config: GrowConfig, source: "ModelSource", before: "SkillNet", resolved: "ResolvedRun"
-) -> dict[str, Any]:
-    from pipelines.serving.registration import check_given_name
-    from pipelines.training.growth import runs, verification
-    from pipelines.training.loop import run as training_run
-    from pipelines.training.loop.init_from import read_training_corpora, record_origin
-    from pipelines.training.loop.setup import require_devices
+    from pipelines.growth.apart import plan_growths, train_growths
+    from pipelines.merge import merge_trained_models
     from pipelines.training.runs import layout
-    from pipelines.training.runs.progress_log import PROGRESS, follow_progress
 
-    settings = resolved.config
-    assert settings.name is not None
-    run = Path(str(settings.run_dir)) / settings.name
-    grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
-    # Read from the model, because a new modality adds a stem to the new skill and head.
-    settings.training.trainable = verification.added_files(before, grown)
-    start = runs.save_start_model(grown, str(settings.run_dir))
-    settings.init_from = record_origin(Path(start), source.name)
-    # Checked before training: an old file that saving rewrites would waste the run.
-    verification.assert_files_unchanged(
-        verification.compare_files(source, before, Path(settings.init_from))
-    )
-    finished = training_run.find_finished_result(resolved)
-    # A result without a report was interrupted after its training, and resumes below.
-    if finished is not None and "growth" in finished:
-        runs.check_same_references(config, run / GROW_FILE)
-        console.print_note(
-            f"{settings.name} is finished ({finished['step']} steps); give another --name for a "
-            "new growth"
+    name, growths = plan_growths(configs)
+    folder = Path(str(growths[0].run_dir)) / name
+    with terminate_as_interrupt(), layout.lock_run_folder(folder):
+        # A name that is in use is found before the training. torch loads here.
+        from pipelines.training.growth.merging import require_merge_folder
+
+        require_merge_folder(folder)
+        trained = train_growths(growths)
+        union = None
+        if all(each["state"] == "done" for each in trained):
+            first = growths[0]
+            # Their names are shorter in the report, where they are enough.
+            key = "name" if folder.parent == run_root() else "run"
+            merge = MergeConfig(
+                [each[key] for each in trained],
+                name=name,
+                run_dir=first.run_dir,
+                data=first.data,
+                corpora=first.corpora,
+                tracking=replace(first.tracking, register=configs[0].tracking.register),
+            )
+            union = merge_trained_models(merge, are_growths=True)
+    return {"name": name, "growths": trained, "union": union}
+
+
+def show_grown(result: dict[str, Any]) -> None:
+    """Print the report of a growth; of several the jobs, and the report of their union.
+
+    Args:
+        result: result of :func:`grow_model` or :func:`grow_apart`.
+    """
+    from pipelines.training.growth.report import MergeReport
+
+    if "growths" not in result:
+        show_growth(result)
+        return
+    growths = result["growths"]
+    rows = [
+        (
+            each["task"],
+            each["state"],
+            each["steps"],
+            console.format_minutes(each["seconds"]),
+            each["restarts"],
+            each["name"],
         )
-        return finished
-    require_devices(settings.training)
-    training_run.validate_run(resolved)
-    check_given_name(config.tracking, settings.system)
-    references = _resolve_references(config, settings, source, run)
-    create_derived_run(config, settings, run, GROW_FILE)
-    with layout.track_run(settings, run, "grow", {"grown_from": source.digest}) as tracker:
-        if finished is None:
-            with follow_progress(run / PROGRESS, settings.training.steps):
-                finished = training_run.train_and_evaluate(
-                    resolved, tracker, source=str(source.weights.absolute())
-                )
-            finished["grown_from"] = {
-                "digest": source.digest,
-                "corpora": read_training_corpora(source),
-            }
-            # Written before the report, so that a growth that is killed now does not train again.
-            write_json(run / layout.RESULT, finished | {"registered": None})
-        result: dict[str, Any] = dict(finished)
-        trained = _train_references(references, tracker)
-        added = (config.skill.name if config.skill is not None else "", config.task.name)
-        report = verification.build_growth_report(
-            source, before, settings, run, result, trained, added
-        )
-        report.record(run, tracker)
-    # The report is written first, so that it shows what changed if the check fails.
-    verification.assert_frozen_unchanged(report)
-    return finish_result(result, report, [source], settings, config.tracking)
-
-
-def _resolve_references(
-    config: GrowConfig, settings: "FinetuneConfig", source: "ModelSource", run: Path
-) -> "dict[str, ResolvedRun]":
-    """Return name -> validated reference run, before the growth has a folder."""
-    from pipelines.training.growth import runs
-    from pipelines.training.loop.resolved_run import ResolvedRun
-    from pipelines.training.loop.run import find_finished_result, validate_run
-
-    resolved: dict[str, ResolvedRun] = {}
-    for name in dict.fromkeys(config.references):
-        other = runs.build_reference_config(name, config, settings, source, run)
-        # Without another skill there is no frozen model to put the head on.
-        if other is None:
-            reason = "has no other skill" if config.skill is not None else "adds no skill"
-            console.print_note(f"{name}: the task {reason}; this reference is skipped")
-            continue
-        assert other.name is not None
-        resolved[name] = ResolvedRun(other, run / "references" / other.name)
-        if find_finished_result(resolved[name]) is None:
-            validate_run(resolved[name])
-    return resolved
-
-
-def _train_references(
-    references: "Mapping[str, ResolvedRun]", tracker: "Tracker"
-) -> dict[str, dict[str, Any]]:
-    """Train the reference runs; return name -> result. Each is a child run in MLflow."""
-    from pipelines.training.loop import run as training_run
-    from pipelines.training.runs import layout
-    from pipelines.training.runs.progress_log import PROGRESS, follow_progress
-
-    results: dict[str, dict[str, Any]] = {}
-    for name, resolved in references.items():
-        other, folder = resolved.config, resolved.folder
-        finished = training_run.open_run_folder(resolved)
-        if finished is None:
-            console.print_note(f"training the reference {name}")
-            with (
-                layout.track_run(
-                    other, folder, "grow", {"reference": name}, tracker.run_id
-                ) as child,
-                follow_progress(folder / PROGRESS, other.training.steps),
-            ):
-                finished = training_run.train_and_evaluate(resolved, child)
-            write_json(folder / layout.RESULT, finished)
-        results[name] = finished
-    return results
-
-
-def finish_result(
-    result: dict[str, Any],
-    report: "ChangeReport",
-    sources: "Sequence[ModelSource]",
-    settings: "FinetuneConfig",
-    tracking: TrackingConfig,
-) -> dict[str, Any]:
-    """Register the model of a growth or merge, and write its result with the report.
-
-    Args:
-        result: result of the command so far, with ``run`` and ``evaluation``.
-        report: comparison with the models that it was made from.
-        sources: models that it was made from.
-        settings: configuration of its run.
-        tracking: MLflow settings of the command.
-    """
-    from pipelines.serving.registration import register_measured_run
-    from pipelines.training.runs import layout
-
-    folder, rows = Path(result["run"]), result["evaluation"]
-    result["registered"] = register_measured_run(
-        tracking, sources, folder, str(settings.data), rows, report.summarize()
+        for each in growths
+    ]
+    columns = ("growth", "state", "steps", "time", "restarts", "run")
+    console.print_table(f"Growths of {result['name']}", columns, rows)
+    if result["union"] is not None:
+        MergeReport.show(result["union"])
+        run = growths[0]["name"]
+        console.print_note(f"each growth can travel as a file: skillnet pack {run}")
+        return
+    failed = [each for each in growths if each["state"] == "failed"]
+    for each in failed:
+        console.print_error(f"{each['task']}: {each['error']}")
+    console.print_note(
+        f"{len(failed)} of {len(growths)} growths failed; the others are kept. Remove the reasons "
+        f"and repeat the command with --name {result['name']}: it resumes, and joins all of them"
     )
-    result[report.kind] = report.to_dict()
-    write_json(folder / layout.RESULT, result)
-    return result
 
 
-def create_derived_run(
-    config: "GrowConfig | MergeConfig", settings: "FinetuneConfig", folder: Path, file: str
-) -> None:
-    """Create the folder of a run that a growth or merge makes.
+def choose_exit_code(result: dict[str, Any]) -> int:
+    """Return 0, or after a failed growth 2 if users can remove all reasons, else 1.
 
     Args:
-        config: configuration of the command.
-        settings: configuration of the run.
-        folder: location of the run.
-        file: name of the file with ``config``.
+        result: result of :func:`grow_model` or :func:`grow_apart`.
     """
-    from pipelines.training.runs import layout
-
-    layout.create_run_folder(settings, folder)
-    # Written after validation, so that a rejected config does not reserve the name.
-    with atomic_write(folder / file, "w") as stream:
-        stream.write(configuration.to_yaml(config))
+    failed = [each for each in result.get("growths", []) if each["state"] == "failed"]
+    if not failed:
+        return 0
+    return 2 if all(each["is_user_error"] for each in failed) else 1
 
 
-def show_growth(result: dict[str, Any]) -> None:
-    """Print the tables of the report, and the location of the model.
+def request_growth(config: GrowConfig | list[GrowConfig]) -> ResourceRequest:
+    """Return the resources of a growth, or of one of several: the others may wait for it.
 
-    Args:
-        result: result of :func:`grow_model`.
+    Its runs follow from the model that grows.
     """
-    from pipelines.training.growth.report import GrowthReport
-
-    GrowthReport.show(result)
-
-
-def request_growth(config: GrowConfig) -> ResourceRequest:
-    """Return the resources of a growth; its runs follow from the model that grows."""
+    configs = config if isinstance(config, list) else [config]
 
     def list_runs() -> list[PlannedRun]:
         from pipelines.training.growth.runs import list_growth_runs
 
-        return list_growth_runs(config)
+        return [run for each in configs for run in list_growth_runs(each)]
 
+    first = configs[0]
+    is_apart = len(configs) > 1
+    cpus = max(float(each.training.threads_per_worker or 1) for each in configs)
     return replace(
-        request_workers(config.training),
-        locations=collect_locations(config.data, config.run_dir),
-        models=select_model_paths(config.source),
-        run_dir=local_run_dir(config.run_dir),
-        run_name=config.name or "",
+        # The other jobs wait for CPUs, so one job must fit.
+        request_workers(first.training, cpus if is_apart else None),
+        locations=collect_locations(first.data, first.run_dir),
+        models=select_model_paths(first.source),
+        run_dir=local_run_dir(first.run_dir),
+        run_name=first.name or "",
         list_runs=list_runs,
     )
 
@@ -262,11 +153,16 @@ def request_growth(config: GrowConfig) -> ResourceRequest:
     GrowConfig,
     description="Add a skill and a task to a trained model, and train only these. The report "
     "compares every other file by hash, compares every metric of the old tasks, and measures the "
-    "benefit of the new skill.",
+    "benefit of the new skill. With --tasks FILE FILE … each file is a growth of its own: all "
+    "train as independent jobs, on the cluster of RAY_ADDRESS or on the cores of this machine, and "
+    "their union becomes the model NAME. Other options hold for every growth.",
     example="skillnet prepare stroke_counts\n"
-    "skillnet grow my-run --config grow/stroke-count --name counting",
-    show=show_growth,
+    "skillnet grow my-run --config grow/stroke-count --name counting\n"
+    "skillnet grow my-run --tasks grow/stroke-count grow/radical --name both",
+    show=show_grown,
+    exit_code=choose_exit_code,
     resources=request_growth,
+    each="tasks",
     essential=(
         "source",
         "name",
@@ -288,9 +184,9 @@ def request_growth(config: GrowConfig) -> ResourceRequest:
         "tracking.uri",
     ),
 )
-def main(config: GrowConfig) -> dict[str, Any]:
+def main(config: GrowConfig | list[GrowConfig]) -> dict[str, Any]:
     """Run ``skillnet grow``."""
-    return grow_model(config)
+    return grow_apart(config) if isinstance(config, list) else grow_model(config)
 
 
 if __name__ == "__main__":

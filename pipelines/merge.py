@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.grow import create_derived_run, finish_result, grow_model, show_growth
+from pipelines.growth.single import create_derived_run, finish_result, grow_model, show_growth
 from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from skillnet.model_merging import MergePlan
 
 
-def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
+def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> dict[str, Any]:
     """Merge models, and compare the outputs of every task on every test row.
 
     Args:
         config: settings of the merge.
+        are_growths: the models are growths of one command, which registers their union alone.
 
     Returns:
         ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
@@ -68,7 +69,7 @@ def merge_trained_models(config: MergeConfig) -> dict[str, Any]:
         settings = build_merged_config(config, sources, plan)
         folder = Path(str(config.run_dir)) / str(settings.name)
         with layout.lock_run_folder(folder):
-            result = _merge_in_folder(config, sources, plan, settings, folder)
+            result = _merge_in_folder(config, sources, plan, settings, folder, are_growths)
     growth = config.growth_of(result["name"])
     return result if growth is None else result | {"tuned": grow_model(growth)}
 
@@ -79,6 +80,7 @@ def _merge_in_folder(
     plan: "MergePlan",
     settings: "FinetuneConfig",
     folder: Path,
+    are_growths: bool,
 ) -> dict[str, Any]:
     from pipelines.serving.registration import (
         check_given_name,
@@ -143,7 +145,7 @@ def _merge_in_folder(
         )
     # Nobody decided that an unregistered model may serve, so neither may a merge with it.
     left_out = None
-    if config.tracking.register and not config.tracking.registered_model:
+    if config.tracking.register and not config.tracking.registered_model and not are_growths:
         left_out = find_unregistered([each.source for each in sources], config.tracking.uri)
     if left_out is not None:
         console.print_note(

@@ -123,6 +123,7 @@ class CliCommand(Generic[ConfigT]):
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None
     resources: Callable[[ConfigT], Any] | None
     essential: Sequence[str]
+    each: str
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function)
@@ -163,6 +164,18 @@ class CliCommand(Generic[ConfigT]):
             self.essential,
         )
 
+    def _parse_each(self, argv: Sequence[str]) -> Any:
+        """Return the configuration; a list of them if the option ``each`` is given."""
+        files, rest = split_files(argv, self.each) if self.each else ([], [])
+        if not files:
+            return self.parse_arguments(argv)
+        # The other options have the last word, as with --config. One --json is enough.
+        later = [word for word in rest if word != "--json"]
+        return [
+            self.parse_arguments(["--config", file, *(later if number else rest)])
+            for number, file in enumerate(files)
+        ]
+
     def request_resources(self, argv: Sequence[str]) -> Any:
         """Return what the command needs of a cluster; ``None`` for a command without a hook.
 
@@ -174,10 +187,10 @@ class CliCommand(Generic[ConfigT]):
         """
         if self.resources is None:
             return None
-        return self.resources(self.parse_arguments([word for word in argv if word != "--json"]))
+        return self.resources(self._parse_each([word for word in argv if word != "--json"]))
 
     def _run(self, argv: list[str] | None) -> int:
-        config = self.parse_arguments(argv or [])
+        config = self._parse_each(argv or [])
         result = self.function(config)
         if result is None or isinstance(result, int):
             return int(result or 0)
@@ -200,6 +213,7 @@ def command(
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
     resources: Callable[[ConfigT], Any] | None = None,
     essential: Sequence[str] = (),
+    each: str = "",
 ) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
@@ -219,6 +233,9 @@ def command(
             ``skillnet submit``. By default one worker with one CPU.
         essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
             all keys without keys of their own.
+        each: option that lists files, such as ``tasks`` for ``--tasks a.yaml b.yaml``. The function
+            and the hooks get a list with a configuration for each: the file as of ``--config``,
+            with all other options.
     """
 
     def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
@@ -234,9 +251,42 @@ def command(
             rewrite_arguments=rewrite_arguments,
             resources=resources,
             essential=essential,
+            each=each,
         )
 
     return decorate
+
+
+def split_files(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """Split the files of an option from all other words of a command line.
+
+    ``--tasks a.yaml b.yaml --name x`` gives ``[a.yaml, b.yaml]`` and ``[--name, x]``.
+
+    Args:
+        words: arguments of the command.
+        option: name of the option. Its files end with the next option, and a shell may have
+            expanded them from a pattern; commas separate them too.
+
+    Raises:
+        UserError: the option has no files.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    is_given = is_listing = False
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name == f"--{option}":
+            is_given = is_listing = True
+            files += text.split(",") if equals else []
+        elif is_listing and not word.startswith("--"):
+            files += word.split(",")
+        else:
+            is_listing = False
+            rest.append(word)
+    files = [file for file in files if file]
+    if is_given and not files:
+        raise UserError(f"command line: --{option} needs files: --{option} a.yaml b.yaml")
+    return files, rest
 
 
 def _command_name(module: str) -> str:

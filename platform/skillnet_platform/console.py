@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -305,6 +305,48 @@ def show_progress(
     with _open_bar(escape_line(label), total, done) as bar:
         state._bar = bar
         yield state
+
+
+@contextlib.contextmanager
+def show_live_table(
+    title: str, columns: Sequence[str]
+) -> Iterator[Callable[[Sequence[Sequence[Any]]], None]]:
+    """Show a table that changes in a block; give its rows to the function again and again.
+
+    A terminal shows the table in place until the block ends. Elsewhere a line follows each change
+    of the second column of a row.
+
+    Args:
+        title: above the table.
+        columns: names of the columns: the name of a row, its state, and more.
+    """
+    if not _is_terminal(sys.stderr):
+        before: dict[str, str] = {}
+
+        def print_changes(rows: Sequence[Sequence[Any]]) -> None:
+            for name, state, *more in ([_cell(value) for value in row] for row in rows):
+                if before.get(name) != state:
+                    before[name] = state
+                    known = [text for text in more if text != "–"]
+                    _print_line(escape_line(f"{name}: {', '.join([state, *known])}"))
+
+        yield print_changes
+        return
+    # As for a bar, rich is imported only where it draws.
+    from rich import box
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    def draw(rows: Sequence[Sequence[Any]]) -> Table:
+        table = Table(*columns, title=Text(escape_line(title)), box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(escape_line(_cell(value))) for value in row))
+        return table
+
+    with Live(draw([]), console=Console(stderr=True), transient=True) as live:
+        yield lambda rows: live.update(draw(rows))
 
 
 def _open_bar(label: str, total: int | None, done: int) -> Any:

@@ -17,7 +17,7 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.identity import check_trained_corpora
 from pipelines.training.runs.layout import CONFIG, RESULT, RUN, read_result
 from pipelines.training.runs.mirror import RunMirror
-from pipelines.training.runs.progress_log import PROGRESS
+from pipelines.training.runs.progress_log import PROGRESS, read_pace
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_record, write_json
@@ -161,20 +161,7 @@ class LedgerEntry:
     def steps_done(self) -> float:
         """Return the training steps so far, from the last line of the local progress log."""
         known = max(self.reported_step, self.steps_before)
-        path = self.folder / PROGRESS
-        if not path.is_file():
-            return known
-        with path.open("rb") as stream:
-            # The last lines are enough, and the file grows with every step.
-            stream.seek(max(path.stat().st_size - 4096, self.log_start))
-            lines = stream.read().splitlines()
-        for line in reversed(lines):
-            try:
-                return max(int(json.loads(line)["step"]), known)
-            # The last line may be incomplete while the trial writes it.
-            except (ValueError, KeyError, TypeError):
-                continue
-        return known
+        return max(read_pace(self.folder / PROGRESS, self.log_start)[0], known)
 
 
 def last_line(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.apart import KILLS
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.progress_log import read_metric_history
@@ -27,6 +28,7 @@ from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
 from tests.chaos.namespaces import missing
 from tests.chaos.ray_nodes import ray_hosts
 from tests.chaos.run_measures import same, tensors
+from tests.helpers.processes import run_python
 from tests.helpers.small_corpora import small_config
 from tests.helpers.waiting import wait_until
 from tests.integration.ranks import run_ranks, train_and_save
@@ -285,3 +287,24 @@ def test_an_elastic_run_continues_with_the_nodes_that_are_left(
     assert [said.count(each) for each in words] == [1] * changes + [0] * (3 - changes), said
     assert said.count("training with 1 of 2 workers") == (changes + 1) // 2, said
     assert "Error in training function" not in said
+
+
+HOSTS = """
+import dataclasses, json, sys
+from pathlib import Path
+from benchmarks.apart import measure_apart
+print(json.dumps(dataclasses.asdict(measure_apart(Path(sys.argv[1]), 200, 8, 8, seed=1))))
+"""
+
+
+@pytest.mark.slow("test_grow.py::test_growths_of_one_command_are_the_bits_of_growths_one_by_one")
+def test_growths_on_eight_hosts_that_are_killed(tmp_path: Path) -> None:
+    """``python -m benchmarks apart`` measures the same with longer growths."""
+    done = run_python("-c", HOSTS, str(tmp_path), timeout=3 * PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == list(KILLS)
+    assert found["restarts"] >= KILLS.count("process")
+    assert (found["lost"], found["differing"]) == (0, 0)
+    # The base goes out once per start, gradients once per step: here a third of the usual steps.
+    assert found["moved"] <= 0.03 * found["exchanged"]

@@ -12,8 +12,9 @@ import torch
 from pipelines import grow as growing
 from pipelines import merge as merging
 from pipelines.finetune import finetune
-from pipelines.grow import grow_model
-from pipelines.training.config.growth import NewSkill
+from pipelines.growth.apart import plan_growths
+from pipelines.growth.single import grow_model
+from pipelines.training.config.growth import GrowConfig, NewSkill
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.training.growth import verification
 from pipelines.training.growth.report import GrowthReport, MergeReport
@@ -197,6 +198,90 @@ def test_two_growths_merge_with_equal_outputs(
     assert "a model is named twice" in capsys.readouterr().err
     assert merging.main(["grown", "second", "--name", "base"]) == 2
     assert "a run of this name exists" in capsys.readouterr().err
+
+
+def write_growth(path: Path, config: GrowConfig, skill: str, task: str, corpus: str) -> str:
+    """Write a growth as a file of ``--tasks``; return its path."""
+    made = replace(
+        config,
+        name=None,
+        skill=NewSkill(skill, init_from="video"),
+        task=replace(
+            config.task,
+            name=task,
+            towers={"input": SkillPlan(("general", "video", skill), "video")},
+            training=replace(config.task.training, corpus=corpus),
+        ),
+    )
+    path.write_text(configuration.to_yaml(made), encoding="utf-8")
+    return str(path)
+
+
+def test_growths_of_one_command_are_the_bits_of_growths_one_by_one(
+    place: Path, ray_session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = grow_config("base", place / "corpora", steps=3, threads_per_worker=1)
+    words = [
+        *("base", "--name", "apart", "--run_dir", str(place), "--training.steps", "2"),
+        *("--tasks", write_growth(tmp_path / "a.yaml", config, "ink", "counting", "counts")),
+    ]
+    other = write_growth(tmp_path / "b.yaml", config, "tone", "tones", "cuonts")
+    assert growing.main([*words, other, "--json"]) == 2
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert [each["state"] for each in result["growths"]] == ["done", "failed"]
+    assert "cuonts: missing. Did you mean 'counts'" in result["growths"][1]["error"]
+    assert "counting: done, 2/2" in printed.err
+    assert result["union"] is None
+    made = (place / "apart-counting").rglob("*.*")
+    kept = {path: path.stat().st_mtime_ns for path in made if path.name != ".lock"}
+    write_growth(tmp_path / "b.yaml", config, "tone", "tones", "counts")
+    assert growing.main([*words, other, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    # What was done is not done again.
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert result["union"]["merge"]["is_identical"]
+    alone: dict[str, bytes] = {}
+    for path in (tmp_path / "a.yaml", Path(other)):
+        one = configuration.build_config(GrowConfig, configuration.load_yaml(path))
+        one.training.steps = 2
+        alone |= files(Path(grow_model(replace(one, name=f"one-{path.stem}"))["model"]))
+    assert files(place / "apart" / "model") == alone
+    assert alone.keys() - files(place / "base" / "model").keys() == {
+        *("skill-ink", "head-counting", "skill-tone", "head-tones")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "2 growths add a task 'counting'"),
+        ({"task": "tones"}, "2 growths add a skill 'ink'"),
+        ({"task": "tones", "skill": "tone", "seed": 1}, ""),
+        ({"task": "tones", "skill": "tone", "source": "grown"}, "source differs between counting"),
+        ({"task": "tones", "skill": "tone", "data": "/x"}, "data differs between counting and to"),
+        ({"task": "tones", "skill": "tone", "workers": 2}, "a job trains in one process"),
+        ({"task": "tones", "skill": "tone", "source": "nowhere"}, "source differs"),
+        (None, "--tasks: give at least two files"),
+    ],
+)
+def test_growths_that_do_not_go_together(
+    place: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    config = grow_config("base", place / "corpora")
+    configs = [config]
+    if change is not None:
+        names = change.get("skill", "ink"), change.get("task", "counting")
+        path = write_growth(tmp_path / "other.yaml", config, *names, "counts")
+        other = configuration.build_config(GrowConfig, configuration.load_yaml(path))
+        changed = {key: change[key] for key in ("source", "data", "seed") if key in change}
+        training = replace(config.training, workers=change.get("workers", 1))
+        configs.append(replace(other, training=training, **changed))
+    if not message:
+        assert [each.name for each in plan_growths([*configs])[1]] != []
+        return
+    with pytest.raises(UserError, match=message):
+        plan_growths(configs)
 
 
 def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from pipelines.training.growth.report import MergedFile, MergeReport, TaskCompar
 from pipelines.training.growth.verification import digest_outputs
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import find_identity_differences
-from pipelines.training.runs.layout import CONFIG, RESULT, read_result
+from pipelines.training.runs.layout import CONFIG, RESULT, is_unused, read_result
 from pipelines.training.runs.model_source import ModelSource
 from pipelines.training.runs.vocabulary_match import align_outputs
 from skillnet.model_merging import MergeParent, MergePlan, read_parent
@@ -150,6 +150,16 @@ def build_merged_config(
     )
 
 
+def require_merge_folder(folder: Path) -> None:
+    """Raise UserError if a folder is in use by another run than a merge.
+
+    Args:
+        folder: location of the run of a merge.
+    """
+    if not is_unused(folder) and not (folder / MERGE_FILE).is_file():
+        raise UserError(f"{folder}: a run of this name exists; choose another --name")
+
+
 def check_same_merge(
     config: MergeConfig, settings: FinetuneConfig, folder: Path, parents: list[str]
 ) -> None:
@@ -164,9 +174,8 @@ def check_same_merge(
     Raises:
         UserError: it is another run, or a merge with other models, options or corpora.
     """
+    require_merge_folder(folder)
     stored = folder / MERGE_FILE
-    if not stored.is_file():
-        raise UserError(f"{folder}: a run of this name exists; choose another --name")
     before = build_config(MergeConfig, load_yaml(stored))
     options = ("rename", "without", "average_shared")
     differing = {

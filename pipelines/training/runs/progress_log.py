@@ -106,6 +106,30 @@ def follow_progress(path: Path, steps: int) -> Iterator[None]:
         thread.join()
 
 
+def read_pace(path: Path, start: int = 0) -> tuple[int, float]:
+    """Return the newest step of a progress file, and the steps per second of its last lines.
+
+    Args:
+        path: location of the file, which may be missing.
+        start: bytes at its beginning that are ignored.
+
+    Returns:
+        Step and steps per second, each 0 if unknown.
+    """
+    if not path.is_file():
+        return 0, 0.0
+    # The last lines are enough, and the file grows with every step.
+    lines, _ = _new_lines(path, max(path.stat().st_size - 4096, start))
+    if not lines:
+        return 0, 0.0
+    first, last = lines[0], lines[-1]
+    pace = 0.0
+    # A corrupt number may be of any size.
+    with contextlib.suppress(OverflowError, ZeroDivisionError):
+        pace = (last["step"] - first["step"]) / (last.get("time", 0) - first.get("time", 0))
+    return last["step"], pace if pace > 0 else 0.0
+
+
 def _file_state(path: Path) -> tuple[int, int, int] | None:
     if not path.is_file():
         return None
@@ -137,6 +161,7 @@ def _is_line(values: dict[str, Any]) -> bool:
     metrics = values.get("metrics", {})
     return (
         type(values.get("step")) is int
+        and isinstance(values.get("time", 0), (int, float))
         and isinstance(values.get("losses", ""), str)
         and isinstance(values.get("evaluating", ""), str)
         and type(values.get("rows", 0)) is int

@@ -78,6 +78,26 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "files", "rest"),
+    [
+        ("run --tasks a.yaml b.yaml --name x", "a.yaml b.yaml", "run --name x"),
+        ("run --tasks=a.yaml,b.yaml c", "a.yaml b.yaml c", "run"),
+        ("run --tasks a.yaml, --name x --tasks b.yaml", "a.yaml b.yaml", "run --name x"),
+        ("run --name x", "", "run --name x"),
+        ("run --tasksx a", "", "run --tasksx a"),
+    ],
+)
+def test_files_of_an_option_end_with_the_next_option(words: str, files: str, rest: str) -> None:
+    assert cli.split_files(words.split(), "tasks") == (files.split(), rest.split())
+
+
+@pytest.mark.parametrize("words", ["run --tasks", "run --tasks --name x", "--tasks="])
+def test_an_option_of_files_without_files(words: str) -> None:
+    with pytest.raises(UserError, match="--tasks needs files"):
+        cli.split_files(words.split(), "tasks")
+
+
 def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: skillnet COMMAND" in capsys.readouterr().out

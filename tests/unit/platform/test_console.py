@@ -178,6 +178,30 @@ def test_data_in_a_progress_bar_is_neither_markup_nor_control(
     assert f"a\\n{SHOWN}" in drawn
 
 
+def test_a_live_table_on_a_terminal_and_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.show_live_table("Jobs", ["job", "state", "steps"]) as show:
+        for steps in (1, 2):
+            show([[f"a\n{HOSTILE}", "running", steps], ["b", "waiting", "–"]])
+        show([[f"a\n{HOSTILE}", "done", 2], ["b", "waiting", "–"]])
+    assert capsys.readouterr().err.splitlines() == [
+        f"a\\n{SHOWN}: running, 1", "b: waiting", f"a\\n{SHOWN}: done, 2"
+    ]  # fmt: skip
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "xterm")
+    with console.show_live_table(HOSTILE, ["job", "state"]) as show:
+        show([[f"a\n{HOSTILE}", "running"]])
+        show([[f"a\n{HOSTILE}", "done"]])
+    drawn = stream.getvalue()
+    assert "\x1b]" not in drawn
+    assert "\x9d" not in drawn
+    assert f"a\\n{SHOWN}" in drawn
+    assert "done" in drawn
+
+
 def test_json_on_a_terminal_has_no_controls_and_the_same_content(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

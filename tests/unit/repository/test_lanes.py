@@ -42,6 +42,10 @@ SEAMS = {
     "SIGTERM": ("test_prepare.py", "test_a_prepare_that_is_asked_to_leave_says_so_in_one_line"),
     "a sweep": ("test_sweeps.py", "test_asha_a_failure_and_a_resumed_sweep"),
     "a study": ("test_compare.py", "test_a_study_runs_and_resumes"),
+    "growths as jobs": (
+        "test_grow.py",
+        "test_growths_of_one_command_are_the_bits_of_growths_one_by_one",
+    ),
     "a server of a model": (
         "test_serve.py",
         "test_one_replica_needs_no_ray_and_ends_with_its_decoders",

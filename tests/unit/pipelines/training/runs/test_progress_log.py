@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.training.runs.layout import CONFIG, LOCK, is_unused, lock_run_folder
-from pipelines.training.runs.progress_log import ProgressFile, follow_progress, read_metric_history
+from pipelines.training.runs.progress_log import (
+    ProgressFile,
+    follow_progress,
+    read_metric_history,
+    read_pace,
+)
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write
@@ -34,6 +39,29 @@ def test_partial_last_line_is_removed_before_the_next(tmp_path: Path) -> None:
     path.write_bytes(b"")
     ProgressFile(path).close()
     assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("lines", "start", "expected"),
+    [
+        ([], 0, (0, 0.0)),
+        (['{"step": 4, "time": 10}'], 0, (4, 0.0)),
+        (['{"step": 4, "time": 10}', '{"step": 8, "time": 12.0}', '{"st'], 0, (8, 2.0)),
+        (['{"step": 4, "time": 10}', '{"step": 8, "time": "x"}'], 0, (4, 0.0)),
+        (['{"step": 8, "time": 10}', '{"step": 4, "time": 12}'], 0, (4, 0.0)),
+        (['{"step": 4}', '{"step": 8}'], 12, (8, 0.0)),
+        (['{"step": 4, "time": 1}', f'{{"step": {10**400}, "time": 2}}'], 0, (10**400, 0.0)),
+        (['{"step": 1, "time": 1}'] * 900 + ['{"step": 9, "time": 2}'], 0, (9, 8.0)),
+    ],
+)
+def test_pace_of_the_last_lines(
+    tmp_path: Path, lines: list[str], start: int, expected: tuple[int, float]
+) -> None:
+    path = tmp_path / "progress.jsonl"
+    assert read_pace(path) == (0, 0.0)
+    # A line that is being written has no end.
+    path.write_text("".join(f"{line}\n" if line.endswith("}") else line for line in lines))
+    assert read_pace(path, start) == expected
 
 
 def test_joined_lines_are_skipped(tmp_path: Path) -> None:
