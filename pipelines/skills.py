@@ -26,7 +26,7 @@ from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.serving.skill_catalogues import CatalogueEntry
-    from skillnet.model import SkillNet
+    from skillnet.multitask_model import TaskModel
     from skillnet.skill_packages import PackageContent, SkillPackage
     from skillnet.skill_proofs import RowReader, TaskProof
 
@@ -311,7 +311,7 @@ def _find_rows(folder: Path, data: str | None) -> "RowReader | None":
             + (f": {', '.join(known)}. Give their folder, or leave the option out" if known else "")
         )
 
-    def read(model: "SkillNet", task: str) -> RowDigests | None:
+    def read(model: "TaskModel", task: str) -> RowDigests | None:
         if task not in corpora:
             return None
         limit = entries[task]["limit"]

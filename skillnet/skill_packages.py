@@ -176,7 +176,7 @@ class SkillPackage:
     def inputs(self) -> dict[str, Path]:
         """Files with the counts of the inputs of its tasks, by name."""
         names = map(name_counts, self.content.tasks)
-        return {name: self.folder / name for name in names if name in self.content.files}
+        return {name: self.find_file(name) for name in names if name in self.content.files}
 
 
 # -- writing -------------------------------------------------------------------------------

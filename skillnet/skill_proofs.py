@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skillnet.dense_export import make_example_batch
-from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task
 
 #: Rows of generated inputs on which outputs are compared, and start of their random numbers.
@@ -35,7 +35,7 @@ class RowDigests:
 
 
 #: Returns the outputs of a task of a model on rows; None if no corpus is at hand.
-RowReader = Callable[[SkillNet, str], RowDigests | None]
+RowReader = Callable[[TaskModel, str], RowDigests | None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TaskProof:
 
 
 @torch.no_grad()
-def probe_outputs(model: SkillNet, tasks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def probe_outputs(model: TaskModel, tasks: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Return task -> outputs on generated inputs, which every program generates alike.
 
     Args:
@@ -96,7 +96,7 @@ def probe_outputs(model: SkillNet, tasks: Sequence[str]) -> dict[str, dict[str, 
 TakenOutputs = Mapping[str, Mapping[str, Tensor] | RowDigests]
 
 
-def take_outputs(model: SkillNet, read_rows: RowReader | None = None) -> TakenOutputs:
+def take_outputs(model: TaskModel, read_rows: RowReader | None = None) -> TakenOutputs:
     """Return the outputs of all tasks of a model: on rows at hand, or on generated inputs.
 
     Args:
@@ -109,7 +109,7 @@ def take_outputs(model: SkillNet, read_rows: RowReader | None = None) -> TakenOu
 
 
 def compare_outputs(
-    before: TakenOutputs, after: SkillNet, read_rows: RowReader | None = None
+    before: TakenOutputs, after: TaskModel, read_rows: RowReader | None = None
 ) -> list[TaskProof]:
     """Compare the outputs of tasks before and after a change of a model, bit by bit.
 
@@ -150,7 +150,7 @@ def compare_outputs(
     return proofs
 
 
-def _count_parameters(model: SkillNet, tasks: Sequence[str]) -> dict[str, int]:
+def _count_parameters(model: TaskModel, tasks: Sequence[str]) -> dict[str, int]:
     """Return task -> activated parameters, in a time that grows with the files of the tasks."""
     files, sizes = model.files_of(), {name: p.numel() for name, p in model.named_parameters()}
     return {
@@ -165,7 +165,7 @@ def _count_parameters(model: SkillNet, tasks: Sequence[str]) -> dict[str, int]:
 
 
 def prove_task(
-    model: SkillNet,
+    model: TaskModel,
     task: str,
     expected: Mapping[str, Tensor],
     found: Mapping[str, Tensor],

@@ -444,6 +444,9 @@ def count_inputs(
         return None
     tower = spec.row_tower
     plan = spec.towers[tower]
+    # Such a corpus cannot be searched either, which the search says.
+    if corpus.modality != plan.modality:
+        return None
 
     def read(split: str, numbers: np.ndarray) -> Iterator[np.ndarray]:
         table, where = corpus.splits[split].table(), f"{corpus.name}/{split}"
