@@ -15,7 +15,6 @@ same entries in JSON costs.
 import io
 import json
 import multiprocessing
-import pickle
 import shutil
 import sys
 import tarfile
@@ -23,6 +22,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def _open_in_process(pipe: Any, name: str, folder: Path) -> None:
     took = time.process_time() - begin
     sent = opened[0] if isinstance(opened, tuple) else opened
     # Pickling first: what it makes is gone when the memory is read.
-    size = len(pickle.dumps(sent))
+    size = len(ForkingPickler.dumps(sent))
     pipe.send((took, size))
     pipe.recv()
 

@@ -476,6 +476,11 @@ def print_skills(config: SkillsConfig) -> "list[SkillEntry] | list[CatalogueEntr
     """Run ``skillnet skills``."""
     if _is_model(config.place):
         return list_skills(Path(config.place))
+    # Before torch is imported: a name that is mistyped is the most frequent mistake.
+    if ":" not in config.place and not Path(config.place).is_dir():
+        raise UserError(
+            f"{config.place}: no saved model, and no packages (*{SUFFIX}). Check the place"
+        )
     from pipelines.serving.skill_catalogues import list_catalogue
 
     with _as_user_error():
