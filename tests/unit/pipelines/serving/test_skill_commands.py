@@ -374,6 +374,7 @@ def test_the_demo_of_packages_prints_what_the_readme_quotes(
         (runs / "skills").mkdir(exist_ok=True)
         made.rename(runs / "skills" / made.name)
     (runs / "skills" / "base-of-quickstart-1").touch()
+    (runs / "corpora").symlink_to(place.data)
     environment = {
         **os.environ,
         "SKILLNET_HOME": str(runs),
