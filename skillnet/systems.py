@@ -94,6 +94,20 @@ class System:
         options = self.model.parse_options(given)
         return self.model(self.configure(config, options), options)
 
+    def find_shape(
+        self, config: SkillNetConfig, given: Mapping[str, Any] | None = None
+    ) -> SkillNetConfig:
+        """Return the configuration of the model that :meth:`build` makes, without its weights.
+
+        Args:
+            config: configuration of the study.
+            given: option name -> value.
+
+        Raises:
+            ValueError: an unknown option or an invalid value.
+        """
+        return self.configure(config, self.model.parse_options(given))
+
     def measure_size(
         self, config: SkillNetConfig, given: Mapping[str, Any] | None = None
     ) -> SizeMatch | None:

@@ -51,9 +51,13 @@ def place(tmp_path_factory: pytest.TempPathFactory):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    # A bundle also holds embeddings of captions, which are no weights.
-    paths = [path for path in folder.glob("*.safetensors") if not path.stem.startswith("captions-")]
-    return {path.stem: path.read_bytes() for path in paths}
+    # A bundle also holds embeddings of captions and counts of inputs, which are no weights.
+    paths = folder.glob("*.safetensors")
+    return {
+        path.stem: path.read_bytes()
+        for path in paths
+        if not path.stem.startswith(("captions-", "inputs-"))
+    }
 
 
 @pytest.fixture(scope="module")

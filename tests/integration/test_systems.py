@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pipelines.finetune import finetune
 from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loop import loop
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from pipelines.training.loop.setup import build_model, dry_run_init
@@ -72,6 +73,16 @@ def test_resuming_is_exact(system: str, data: Path, tmp_path: Path) -> None:
     assert parts.resumed == 3
     one, other = (dict(run.model.named_parameters()) for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_system_that_forgets_a_file_it_trains_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(data, "dense")
+    train_model(ResolvedRun(config, tmp_path), stop_at=3)
+    monkeypatch.setattr(loop, "find_used_files", lambda config: {"shared"})
+    with pytest.raises(ValueError, match=r"dense: needed_files leaves out \S+, which a task"):
+        train_model(ResolvedRun(config, tmp_path))
 
 
 def test_two_workers_train_experts_like_one(data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -374,6 +374,18 @@ def join_checkpoint(
     deque(CheckpointTensors(model, optimizer, average, shards).read_state(), maxlen=0)
 
 
+def _require_unchanged(
+    model: TaskModel, unread: Collection[str], optimizer: torch.optim.Optimizer
+) -> None:
+    trained = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    parameters = dict(model.named_parameters())
+    for file, names in model.files_of().items():
+        if file in unread and any(id(parameters[name]) in trained for name in names):
+            raise ValueError(
+                f"system {model.system}: needed_files leaves out {file}, which a task trains"
+            )
+
+
 def load_checkpoint(
     checkpoint: VerifiedCheckpoint,
     model: TaskModel,
@@ -392,10 +404,13 @@ def load_checkpoint(
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
+        ValueError: the system says that no task uses a file whose weights the optimizer trains.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     parameters = dict((shards or model).named_parameters())
     store = shards.store if shards is not None else None
+    if checkpoint.unread:
+        _require_unchanged(model, checkpoint.unread, optimizer)
     load_weights(checkpoint.path, model, store, checkpoint.unread)
 
     def own_part(name: str, value: Tensor) -> Tensor:

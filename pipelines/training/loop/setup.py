@@ -159,7 +159,9 @@ def find_used_files(config: FinetuneConfig) -> set[str] | None:
     # A part of every weight lies on each rank that shares them.
     if config.training.sharding in ("full", "hybrid"):
         return None
-    return find_system(config.system).model.needed_files(config.model, config.tasks)
+    # A baseline has other skills than the study's SkillNet.
+    system = find_system(config.system)
+    return system.model.needed_files(system.find_shape(config.model, config.options), config.tasks)
 
 
 def find_unused_files(config: FinetuneConfig) -> set[str]:
@@ -169,7 +171,10 @@ def find_unused_files(config: FinetuneConfig) -> set[str]:
         config: settings of the run.
     """
     used = find_used_files(config)
-    return set() if used is None else {f"skill-{name}" for name in config.model.skills} - used
+    if used is None:
+        return set()
+    skills = find_system(config.system).find_shape(config.model, config.options).skills
+    return {f"skill-{name}" for name in skills} - used
 
 
 def find_checkpoint(

@@ -101,6 +101,8 @@ def test_a_step_looks_at_no_skill_that_its_task_does_not_activate(
         found.append(census.found)
     assert found[0]["calls"] > 1000
     assert found[0]["names"] > 10
+    # A loader thread makes a call more or less; one call per skill and step would be 280.
+    assert abs(found[0].pop("calls") - found[1].pop("calls")) < 40
     assert found[1] == found[0]
 
 
