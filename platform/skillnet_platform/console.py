@@ -87,7 +87,7 @@ def open_standard_streams() -> None:
     and libraries would write their messages to it.
     """
     out: Any = sys.stdout
-    if isinstance(getattr(out, "buffer", None), io.RawIOBase):
+    if sys.stdout is sys.__stdout__ and isinstance(getattr(out, "buffer", None), io.RawIOBase):
         # With PYTHONUNBUFFERED, which images set, Python drops what a nearly full disk or a pipe
         # does not take of one write, without an error.
         sys.stdout = open(  # noqa: SIM115

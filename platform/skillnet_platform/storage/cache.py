@@ -70,6 +70,10 @@ class CacheHandle:
         self.path = path
         self._descriptor = descriptor
 
+    def __reduce__(self) -> str:
+        # A copy would close a descriptor that may be another file by then.
+        raise TypeError(f"{self.path} is open in this process; another one opens it itself")
+
     def release(self) -> None:
         """Allow the cache to remove the file."""
         descriptor, self._descriptor = self._descriptor, -1
@@ -217,10 +221,13 @@ class FileCache:
             marks = self._reserved()
             files = sorted(self._files(), key=lambda file: file[2])
             excess = self._taken(marks, files) + wanted.bytes - self.limit
+            # A prefetch that does not fit anyway must not remove what another one has brought.
+            if not needed and excess > sum(size for path, size, _ in files if _is_unused(path)):
+                return None
             for path, size, _ in files:
                 if excess <= 0:
                     break
-                if _remove_unused(path):
+                if _is_unused(path, remove=True):
                     excess -= size
             if excess > 0:
                 if not needed:
@@ -276,8 +283,8 @@ class FileCache:
             )
 
 
-def _remove_unused(path: Path) -> bool:
-    """Remove a file unless a process uses it; return whether it is removed."""
+def _is_unused(path: Path, *, remove: bool = False) -> bool:
+    """Return whether no process uses a file, which is removed then if ``remove``."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -285,7 +292,7 @@ def _remove_unused(path: Path) -> bool:
     try:
         # Users of a file hold a shared lock: it must not be evicted under a memory map.
         is_unused = lock_file(descriptor)
-        if is_unused:
+        if is_unused and remove:
             path.unlink(missing_ok=True)
         return is_unused
     finally:

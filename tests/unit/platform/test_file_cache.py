@@ -1,5 +1,6 @@
 """The cache: bounded, verified, downloaded once, and never taken from under a reader."""
 
+import copy
 import hashlib
 import os
 import signal
@@ -73,6 +74,18 @@ def test_prefetching_brings_what_fits(place: str, tmp_path: Path) -> None:
     wait_until(lambda: wanted.sha256 in names(cache), 30)
     assert len(names(cache)) == 3
     assert cache.used() == 250
+
+
+def test_a_prefetch_that_does_not_fit_removes_nothing(place: str, tmp_path: Path) -> None:
+    cache = FileCache(tmp_path / "cache", 250)
+    held = cache.hold(put(place, 0))
+    cache.hold(put(place, 1)).release()
+    cache.prefetch([put(place, 2, size=200)])
+    lock = f"{put(place, 2, size=200).sha256}.lock"
+    wait_until(lambda: (tmp_path / "cache" / lock).exists() and not cache._coming, 30)
+    assert len(names(cache)) == 2
+    with pytest.raises(TypeError, match="open in this process"):
+        copy.copy(held)
 
 
 def test_a_file_is_fetched_once(
