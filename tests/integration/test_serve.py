@@ -132,7 +132,7 @@ def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> 
         assert page.count("<li>") == 12
         leave_a_slow_file(port, server.pid)
         family = psutil.Process(server.pid).children(recursive=True)
-        assert not [each for each in family if "raylet" in " ".join(each.cmdline())]
+        assert not [each for each in family if "raylet" in command_of(each)]
         server.terminate()
         server.wait(timeout=120)
         assert not psutil.wait_procs(family, timeout=300)[1]
@@ -140,16 +140,19 @@ def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> 
         kill_family(server)
 
 
+def command_of(process: psutil.Process) -> str:
+    # A decoder that was killed is a zombie for a moment, and then gone.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def leave_a_slow_file(port: int, server: int) -> None:
     """Send a drawing that takes as long as a request may, leave, and wait for its decoder's end."""
 
     def decoders() -> set[int]:
-        found = set()
-        for each in psutil.Process(server).children(recursive=True):
-            # A decoder that was killed is a zombie for a moment.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found |= {each.pid} if "serve_requests" in " ".join(each.cmdline()) else set()
-        return found
+        family = psutil.Process(server).children(recursive=True)
+        return {each.pid for each in family if "serve_requests" in command_of(each)}
 
     rows = [{"file": base64.b64encode(SLOW_SVG).decode(), "name": "a.svg"}]
     body = json.dumps({"rows": rows}).encode()
