@@ -222,13 +222,8 @@ class FileCache:
             files = sorted(self._files(), key=lambda file: file[2])
             excess = self._taken(marks, files) + wanted.bytes - self.limit
             # A prefetch that does not fit anyway must not remove what another one has brought.
-            if not needed and excess > sum(size for path, size, _ in files if _is_unused(path)):
-                return None
-            for path, size, _ in files:
-                if excess <= 0:
-                    break
-                if _is_unused(path, remove=True):
-                    excess -= size
+            if needed or _subtract_unused(excess, files, remove=False) <= 0:
+                excess = _subtract_unused(excess, files, remove=True)
             if excess > 0:
                 if not needed:
                     return None
@@ -283,7 +278,24 @@ class FileCache:
             )
 
 
-def _is_unused(path: Path, *, remove: bool = False) -> bool:
+def _subtract_unused(excess: int, files: list[tuple[Path, int, float]], *, remove: bool) -> int:
+    """Return an excess of bytes less unused files, which are removed if ``remove``.
+
+    Args:
+        excess: bytes that do not fit.
+        files: (path, bytes, time of last use), in the order of removal.
+        remove: remove them.
+    """
+    for path, size, _ in files:
+        # A full cache has many files, and each is opened.
+        if excess <= 0:
+            break
+        if _is_unused(path, remove=remove):
+            excess -= size
+    return excess
+
+
+def _is_unused(path: Path, *, remove: bool) -> bool:
     """Return whether no process uses a file, which is removed then if ``remove``."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
