@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from skillnet.skill_packages import PackageContent, SkillPackage
     from skillnet.skill_proofs import RowReader, TaskProof
 
-SUFFIX = ".skill"
-
 
 @dataclass
 class PackConfig:
@@ -165,7 +163,7 @@ def pack_tasks(config: PackConfig) -> "tuple[Path, PackageContent]":
     source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.serving.bundle import find_bundle
-    from skillnet.skill_packages import pack_skills
+    from skillnet.skill_packages import SUFFIX, pack_skills
 
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     tasks = config.tasks or _find_trained_tasks(source.settings, config.model)
@@ -476,11 +474,6 @@ def print_skills(config: SkillsConfig) -> "list[SkillEntry] | list[CatalogueEntr
     """Run ``skillnet skills``."""
     if _is_model(config.place):
         return list_skills(Path(config.place))
-    # Before torch is imported: a name that is mistyped is the most frequent mistake.
-    if ":" not in config.place and not Path(config.place).is_dir():
-        raise UserError(
-            f"{config.place}: no saved model, and no packages (*{SUFFIX}). Check the place"
-        )
     from pipelines.serving.skill_catalogues import list_catalogue
 
     with _as_user_error():

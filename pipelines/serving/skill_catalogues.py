@@ -16,21 +16,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 from urllib.parse import quote
 
-from skillnet.package_joins import explain_misfits
-from skillnet.skill_packages import MAX_ABOUT_BYTES, SUFFIX, SkillPackage, read_package_header
 from skillnet_files.commit import make_scratch_directory
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import get_file, list_files, read_range
 from skillnet_platform.storage.location import Location, parse_location
 
+if TYPE_CHECKING:
+    from skillnet.skill_packages import SkillPackage
+
+#: End of the name of a package.
+SUFFIX = ".skill"
 HUB = "hf:"
 #: Bytes of one request. The directory of a package and most ``skill.json`` are shorter.
 BLOCK = 32 * 2**10
-#: Bytes that the header of a package may take; a directory of MAX_FILES files has half a megabyte.
-MAX_HEADER_BYTES = MAX_ABOUT_BYTES + 2**20
+#: Bytes that the header of a package may take: 4 MiB of ``skill.json``, and a directory of
+#: MAX_FILES files, which has half a megabyte.
+MAX_HEADER_BYTES = 5 * 2**20
 #: Packages whose headers are read at once.
 STREAMS = 8
 #: Names of a catalogue that a message lists.
@@ -121,8 +125,10 @@ def list_catalogue(place: str, model: Path | None = None) -> list[CatalogueEntry
     if not sizes:
         raise UserError(f"{place}: no saved model, and no packages (*{SUFFIX}). Check the place")
     where = locate_catalogue(place)
+    # torch loads here: a place without packages does not need it.
+    from skillnet.package_joins import explain_misfits
 
-    def read(name: str) -> SkillPackage | str:
+    def read(name: str) -> "SkillPackage | str":
         try:
             return _read_header(where, place, name, sizes[name])
         except UserError:
@@ -134,7 +140,7 @@ def list_catalogue(place: str, model: Path | None = None) -> list[CatalogueEntry
     # Requests to a store wait for each other's answers; a disk gains nothing.
     with ThreadPoolExecutor(STREAMS) as pool, _hub_errors(place):
         found = dict(zip(sizes, pool.map(read, sizes), strict=True))
-    packages = {name: each for name, each in found.items() if isinstance(each, SkillPackage)}
+    packages = {name: each for name, each in found.items() if not isinstance(each, str)}
     problems: dict[str, str | None] = {k: v for k, v in found.items() if isinstance(v, str)}
     if model is not None:
         problems |= dict(
@@ -144,7 +150,7 @@ def list_catalogue(place: str, model: Path | None = None) -> list[CatalogueEntry
 
 
 def _describe(
-    name: str, size: int, package: SkillPackage | None, problem: str | None
+    name: str, size: int, package: "SkillPackage | None", problem: str | None
 ) -> CatalogueEntry:
     if package is None:
         return CatalogueEntry(name, [], [], size, None, [], problem)
@@ -160,7 +166,9 @@ def _describe(
     return CatalogueEntry(name, list(content.tasks), skills, size, base, sorted(licences), problem)
 
 
-def _read_header(where: Location, place: str, name: str, size: int) -> SkillPackage:
+def _read_header(where: Location, place: str, name: str, size: int) -> "SkillPackage":
+    from skillnet.skill_packages import read_package_header
+
     shown = Path(f"{name}@{place}")
     if isinstance(where, Path):
         with (where / f"{name}{SUFFIX}").open("rb") as file:
