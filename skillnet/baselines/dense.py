@@ -26,7 +26,8 @@ class DenseOptions:
     Args:
         size: quantity to match with the study's SkillNet, on average over the reference tasks.
             ``activated``: the parameters that a task activates; ``executed``: operations per
-            example.
+            example; ``total``: the parameters of all skills together, so that every task
+            activates as many as the study's SkillNet has.
         shape: dimension that is solved for. ``width``: feed-forward width at the study's depth;
             ``depth``: as many layers as fit at the width of one skill, and their width matches the
             rest.
@@ -35,14 +36,14 @@ class DenseOptions:
         ffn_dim: feed-forward width; None derives it from ``size``.
     """
 
-    size: Literal["activated", "executed"] = "activated"
+    size: Literal["activated", "executed", "total"] = "activated"
     shape: Literal["width", "depth"] = "width"
     feedforward: Literal["shared", "modality"] = "shared"
     ffn_dim: LayerSize | None = None
 
     def __post_init__(self) -> None:
         for key, known in {
-            "size": ("activated", "executed"),
+            "size": ("activated", "executed", "total"),
             "shape": ("width", "depth"),
             "feedforward": ("shared", "modality"),
         }.items():
@@ -91,6 +92,8 @@ def _active_networks(config: SkillNetConfig, options: DenseOptions) -> float:
     """Return how many feed-forward networks of a layer the matched quantity counts."""
     if options.feedforward == "shared" or options.size == "executed":
         return 1
+    if options.size == "total":
+        return len(_modalities(config))
     tasks = size_matching.reference_tasks(config).values()
     return sum(len({p.modality for p in task.towers.values()}) for task in tasks) / len(tasks)
 
@@ -112,8 +115,11 @@ def measure_dense(config: SkillNetConfig, options: DenseOptions) -> SizeMatch:
     compared = size_matching.compared_config(config)
     own = configure_dense(compared, options)
     if options.size == "executed":
-        count = size_matching.executed_operations
-        return SizeMatch("executed operations", count(compared), count(own))
+        operations = size_matching.executed_operations
+        return SizeMatch("executed operations", operations(compared), operations(own))
+    if options.size == "total":
+        every = size_matching.total_params
+        return SizeMatch("total parameters", every(compared), every(own))
     count = size_matching.mean_activated_params
     return SizeMatch("activated parameters", count(compared), count(own))
 

@@ -7,7 +7,7 @@ Stems, heads, attention and number of layers are those of SkillNet. In every n-t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,10 @@ class MoEOptions:
     Args:
         experts: experts per layer.
         top_k: experts per token.
-        ffn_dim: feed-forward width of one expert. None matches ``top_k`` experts and the remaining
-            layers to the parameters that a task of SkillNet activates, on average over tasks.
+        size: quantity that ``top_k`` experts and the remaining layers match, on average over the
+            tasks. ``activated``: the parameters that a task of SkillNet activates; ``executed``:
+            operations per example.
+        ffn_dim: feed-forward width of one expert; None derives it from ``size``.
         every: every n-th layer has experts. The feed-forward part of the other layers has ``top_k``
             times the width of an expert.
         balance: weight of the load balancing loss of a layer.
@@ -52,6 +54,7 @@ class MoEOptions:
 
     experts: LayerSize = 8
     top_k: LayerSize = 2
+    size: Literal["activated", "executed"] = "activated"
     ffn_dim: LayerSize | None = None
     every: LayerSize = 1
     balance: LossWeight = 0.01
@@ -60,6 +63,8 @@ class MoEOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, "options.")
+        if self.size not in ("activated", "executed"):
+            raise ValueError(f"options.size is activated or executed, not {self.size!r}")
         if self.experts <= self.top_k:
             raise ValueError(
                 f"options.experts must be more than options.top_k {self.top_k}, got {self.experts}"
@@ -224,6 +229,12 @@ def configure_moe(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig
 
 
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
+    if options.size == "executed":
+        fixed_work = config.num_layers * size_matching.attention_operations(config)
+        fixed_work += _router_operations(config, options)
+        each_work = 4 * config.dim * config.num_layers * options.top_k
+        work = size_matching.executed_operations(config)
+        return size_matching.solve_width(work, fixed_work, each_work, "options.ffn_dim")
     each = 2 * config.dim * config.num_layers
     # The router is part of the activated parameters, so experts get a little narrower.
     routers = _router_params(config, options)
@@ -236,15 +247,25 @@ def _router_params(config: SkillNetConfig, options: MoEOptions) -> int:
     return config.num_layers // options.every * options.experts * config.dim
 
 
+def _router_operations(config: SkillNetConfig, options: MoEOptions) -> int:
+    # A product and a sum per weight and token.
+    return 2 * _router_params(config, options)
+
+
 def measure_moe(config: SkillNetConfig, options: MoEOptions) -> SizeMatch:
-    """Return the parameters that SkillNet's layers activate, and those of a token's experts.
+    """Return the size that the options aim at and the size of the layers with a token's experts.
 
     Args:
         config: configuration of the study.
         options: number and width of the experts.
     """
     compared = size_matching.compared_config(config)
-    layers = size_matching.mean_activated_params(configure_moe(compared, options))
+    own = configure_moe(compared, options)
+    if options.size == "executed":
+        count = size_matching.executed_operations
+        done = count(own) + _router_operations(config, options)
+        return SizeMatch("executed operations", count(compared), done)
+    layers = size_matching.mean_activated_params(own)
     return SizeMatch(
         "activated parameters",
         size_matching.mean_activated_params(compared),

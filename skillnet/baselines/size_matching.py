@@ -179,7 +179,7 @@ class LayerBudget:
 
         Args:
             config: configuration of the study.
-            size: ``activated`` or ``executed``.
+            size: ``activated``, ``executed`` or ``total``.
             networks: feed-forward networks of a layer that count.
         """
         if size == "executed":
@@ -189,7 +189,7 @@ class LayerBudget:
         two = total_params(one_skill(config, "one", 1, layers=2))
         # Parameters of a network per unit of width.
         per_unit = 2 * config.dim + config.bias
-        wanted = mean_activated_params(config)
+        wanted = total_params(config) if size == "total" else mean_activated_params(config)
         return cls(wanted, 2 * one - two, two - one - per_unit, per_unit * networks)
 
     def fitting_layers(self, width: int) -> int:

@@ -40,6 +40,22 @@ def test_sizes_match(changes: dict[str, Any]) -> None:
     assert work[1] == pytest.approx(work[0], rel=0.01)
 
 
+@pytest.mark.parametrize("options", [{}, {"feedforward": "modality"}, {"shape": "depth"}], ids=str)
+def test_a_dense_model_can_have_as_many_parameters_as_all_skills(options: dict[str, Any]) -> None:
+    config = small_config(**SIZES)
+    layers = [
+        sum(p.numel() for name, p in model.named_parameters() if name.startswith("encoder.layers."))
+        for model in (
+            SkillNet(config),
+            build_system("dense", config, options | {"size": "total"}),
+        )
+    ]
+    assert layers[1] == pytest.approx(layers[0], rel=0.02)
+    match = find_system("dense").measure_size(config, options | {"size": "total"})
+    assert match is not None
+    assert abs(match.deviation) < 0.02
+
+
 def mean_flops(model: TaskModel) -> float:
     return sum(account_task(model, task).flops_per_example for task in model.config.tasks)
 
@@ -153,7 +169,9 @@ def test_one_task_of_a_joint_run_has_the_size_of_the_joint_run(system: str, tmp_
         ("dense", {}),
         ("dense", {"shape": "depth", "feedforward": "modality"}),
         ("dense", {"size": "executed"}),
+        ("dense", {"size": "total"}),
         ("moe", {}),
+        ("moe", {"size": "executed"}),
         ("specialist", {}),
     ],
 )
@@ -202,7 +220,9 @@ def test_mistakes_are_named() -> None:
         find_system("dens")
     with pytest.raises(ValueError, match="system dense: unknown option 'sise'; did you mean"):
         build_system("dense", small_config(), {"sise": "executed"})
-    with pytest.raises(ValueError, match=r"options\.size is activated or executed, not 'large'"):
+    with pytest.raises(
+        ValueError, match=r"options\.size is activated or executed or total, not 'large'"
+    ):
         build_system("dense", small_config(), {"size": "large"})
     with pytest.raises(ValueError, match=r"options\.shape is width or depth, not 'deep'"):
         build_system("dense", small_config(), {"shape": "deep"})
