@@ -153,6 +153,10 @@ def test_each_seed_of_a_trial_has_the_validation_rows_of_another_fold() -> None:
     folds = replace(config, run=replace(config.run, fold=FoldConfig(count=5, number=3)))
     trials = tn.build_stage_trials(folds, "rates", tn.start_tuning(folds))
     assert [trial.config.fold.number for trial in trials] == [0, 1] * len(RATES)
+    # Folds that the study does not test come first.
+    some = replace(folds, folds=3)
+    trials = tn.build_stage_trials(some, "rates", tn.start_tuning(some))
+    assert [trial.config.fold.number for trial in trials] == [3, 4] * len(RATES)
 
 
 def test_tasks_that_share_no_weights_have_each_their_rate() -> None:

@@ -201,7 +201,9 @@ def _build_trial(
     fraction = config.tuning.step_fraction
     training = replace(run.training, steps=math.ceil(fraction * run.training.steps))
     # Each seed has the validation rows of another fold, so the scores of a setting have more rows.
-    fold = replace(run.fold, number=place % run.fold.count) if run.fold.count else run.fold
+    # Folds that no final run tests come first.
+    number = (config.folds + place) % max(run.fold.count, 1)
+    fold = replace(run.fold, number=number) if run.fold.count else run.fold
     # Trials must not read the test splits.
     run = replace(run, evaluate=False, training=training, fold=fold)
     return Trial(
