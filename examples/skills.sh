@@ -25,7 +25,7 @@ grow() {
 if [ "${1:-}" = grow ] || [ ! -f "$shelf/base-of-$(basename "$base")" ]; then
     mkdir -p "$shelf"
     echo "growing two small skills, stroke-count and radical ($shelf/grow.log)"
-    { skillnet prepare stroke_counts radicals && grow counting stroke-count && grow radicals radical
+    { skillnet prepare radicals --config prepare/stroke-counts && grow counting stroke-count && grow radicals radical
     } >"$shelf/grow.log" 2>&1 || fail "$(tail -n 1 "$shelf/grow.log")"
     touch "$shelf/base-of-$(basename "$base")"
     [ "${1:-}" != grow ] || exit 0

@@ -1,6 +1,6 @@
 """Two tasks grown apart and merged, against joint, sequential and averaged training.
 
-    skillnet prepare stroke_counts radicals
+    skillnet prepare radicals --config prepare/stroke-counts
     python -m lab.merge_demonstration --base my-run --steps 300 --seeds 0 1 2
 
 For each seed, the base grows by the task ``stroke_count`` and, apart from it, by ``radical``, each

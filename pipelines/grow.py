@@ -156,7 +156,7 @@ def request_growth(config: GrowConfig | list[GrowConfig]) -> ResourceRequest:
     "benefit of the new skill. With --tasks FILE FILE … each file is a growth of its own: all "
     "train as independent jobs, on the cluster of RAY_ADDRESS or on the cores of this machine, and "
     "their union becomes the model NAME. Other options hold for every growth.",
-    example="skillnet prepare stroke_counts\n"
+    example="skillnet prepare --config prepare/stroke-counts\n"
     "skillnet grow my-run --config grow/stroke-count --name counting\n"
     "skillnet grow my-run --tasks grow/stroke-count grow/radical --name both",
     show=show_grown,

@@ -1,11 +1,13 @@
 """``skillnet prepare``: convert downloads and external corpora into verified Arrow shards."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.data.config.corpus_options import check_pairs, rewrite_corpus_options
-from pipelines.data.corpora import DEMO, is_built_in, open_external_corpus
+from pipelines.data.config.label_rule import LABELS_FORMAT, read_label_rule
+from pipelines.data.corpora import DEMO, is_built_in, open_external_corpus, parse_reader_prefix
 from pipelines.data.corpora.base import JOINED_ROW
 from pipelines.data.preprocessing.prepare import MAX_ERROR_RATE, prepare, summarize_manifest
 from pipelines.data.preprocessing.remote_staging import stage_locally
@@ -28,7 +30,8 @@ class PrepareConfig:
         corpus: NAME=PATH of an external corpus, a directory or URI; repeatable. The name is its
             format, or any name with the format before the path:
             ``--corpus mine=folder:/data/mine``. Formats: tnews, aishell1, aic_icc, vatex,
-            pytorrent, codesearchnet, folder, webdataset, hf_dataset.
+            pytorrent, codesearchnet, folder, webdataset, hf_dataset. ``NAME=labels:CORPUS`` labels
+            the rows of a prepared corpus by a rule in ``options``.
         pair: NAME=FIRST+SECOND; repeatable. Joins two prepared corpora of different media to one
             whose rows have both, for retrieval between them. Rows pair by equal labels of
             ``task: pairs``, or by equal first captions, within each split.
@@ -69,6 +72,25 @@ def show_corpora(result: dict[str, Any]) -> None:
     )
 
 
+def find_labelled_corpora(corpora: Mapping[str, str]) -> dict[str, str]:
+    """Return name -> prepared corpus of the corpora that a rule labels.
+
+    Args:
+        corpora: values of ``--corpus``.
+
+    Raises:
+        UserError: such a corpus has the name of a built-in one.
+    """
+    found = {}
+    for name, place in corpora.items():
+        kind, path = parse_reader_prefix(place) or ("", place)
+        if kind == LABELS_FORMAT:
+            if is_built_in(name):
+                raise UserError(f"--corpus {name}: a built-in corpus; choose another name")
+            found[name] = path
+    return found
+
+
 def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
     splits = ", ".join(f"{split} {rows}" for split, rows in entry["splits"].items())
     # Joined rows are not lost: their captions are in the row of their media file.
@@ -87,6 +109,7 @@ def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
     example="skillnet prepare headings syllables\n"
     "skillnet prepare --corpus tnews=/data/tnews_public --corpus vatex=s3://bucket/vatex\n"
     "skillnet prepare --corpus mine=folder:/data/mine --options.mine.max_seconds 12\n"
+    "skillnet prepare --config prepare/stream\n"
     "skillnet prepare --pair seen_and_heard=drawings+sounds",
     show=show_corpora,
     rewrite_arguments=rewrite_corpus_options,
@@ -101,14 +124,18 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     # Checked before the preparation, which may take hours.
     built_in = {name for name in config.pair if is_built_in(name)}
     check_pairs(config.pair, {*config.corpora, *config.corpus, *DEMO, *built_in})
+    labelled = find_labelled_corpora(config.corpus)
+    rules = {name: read_label_rule(name, config.options.get(name, {})) for name in labelled}
     external = [
         open_external_corpus(name, path, config.options.get(name))
         for name, path in config.corpus.items()
+        if name not in labelled
     ]
     destination = parse_location(config.data, storage.data_root())
-    if config.pair and isinstance(destination, str):
-        raise UserError(f"--data {destination}: --pair writes to a directory only. Give one")
-    names = config.corpora or ([] if external or config.pair else list(DEMO))
+    if (config.pair or labelled) and isinstance(destination, str):
+        given = "--pair" if config.pair else f"--corpus NAME={LABELS_FORMAT}:CORPUS"
+        raise UserError(f"--data {destination}: {given} writes to a directory only. Give one")
+    names = config.corpora or ([] if config.corpus or config.pair else list(DEMO))
     # Shards are written to a local disk; an object store has no atomic rename.
     with stage_locally(destination) as data:
         done = prepare(
@@ -122,6 +149,11 @@ def main(config: PrepareConfig) -> dict[str, Any]:
             config.vocabulary,
             store=destination if isinstance(destination, str) else None,
         )
+        for name, place in labelled.items():
+            from pipelines.data.preprocessing.labelled_corpus import write_labelled_corpus
+
+            manifest = write_labelled_corpus(name, place, rules[name], data)
+            done[name] = summarize_manifest(manifest, "labelled")
         for name, pair in config.pair.items():
             # torch loads with it, which --help does not need.
             from pipelines.data.preprocessing.paired_corpus import write_paired_corpus

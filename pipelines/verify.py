@@ -3,6 +3,7 @@
     registry version ─ tag ─> manifest.json ─> weights, tokenizer, captions
                                     │
                                     ├─> corpora (manifest digest) ─> shards ─> archives
+                                    │      └─> corpus of the rows, if a rule labelled them
                                     └─> MLflow run (digests of its dataset inputs)
 
 Each arrow is a recorded hash that is compared with the hash of the present bytes.
@@ -109,16 +110,21 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     given = _open_given_corpora(config, names)
     downloads: dict[tuple[str, str], dict[str, str]] = {}
     user_checks: list[HashCheck] = []
-    for name in names:
-        check, manifest = _check_corpus(join_location(data, name), recorded.get(name))
+    pending = [(name, recorded.get(name)) for name in names]
+    for name, digest in pending:
+        check, manifest = _check_corpus(join_location(data, name), digest)
         checks.append(check)
         sources = manifest.get("sources", [])
-        if "reader" in manifest.get("preprocessing", {}):
+        if labelled := manifest.get("labelled"):
+            # Its rows are those of another corpus, which leads to the downloads.
+            origins = labelled["corpora"].items()
+            pending += [each for each in origins if each not in pending]
+        elif "reader" in manifest.get("preprocessing", {}):
             user_checks += _check_user_files(name, manifest, given.get(name))
         else:
             # Corpora share downloads: each is hashed once.
             downloads |= {(entry["file"], entry["sha256"]): entry for entry in sources}
-    extra = _find_extra_sources(names) if downloads else {}
+    extra = _find_extra_sources([name for name, _ in pending]) if downloads else {}
     checks += [_check_source(entry, archives, extra) for entry in downloads.values()]
     return checks + user_checks
 

@@ -71,7 +71,7 @@ def text_of(folder: Path) -> str:
     tasks = len({each.task for each in growth.tasks})
     name = yaml.safe_load((folder / "grow.yaml").read_text(encoding="utf-8"))["name"]
     parts = [
-        f"```sh\nskillnet prepare {growth.corpus}\n"
+        "```sh\nskillnet prepare --config prepare/stroke-counts\n"
         f"skillnet grow {growth.source} --config grow/stroke-count --name {name}\n"
         f"skillnet evaluate --model {name} --tasks {growth.task} "
         f"--output runs/{name}/{REFERENCES}\n```",

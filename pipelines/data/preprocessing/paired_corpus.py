@@ -53,7 +53,7 @@ def write_paired_corpus(name: str, pair: str, data: Path) -> dict[str, Any]:
             another directory.
     """
     names = check_pairs({name: pair}, ())[name]
-    _require_replaceable(name, data / name)
+    require_replaceable(f"--pair {name}", data / name, "paired", "no corpus of pairs")
     first, second = (open_corpus(data / each) for each in names)
     _require_two_media(name, first, second)
     groups, others = (
@@ -161,12 +161,19 @@ def _require_two_media(name: str, first: PreparedCorpus, second: PreparedCorpus)
         )
 
 
-def _require_replaceable(name: str, folder: Path) -> None:
-    """Raise UserError if a directory holds anything but an older corpus of pairs."""
+def require_replaceable(option: str, folder: Path, key: str, problem: str) -> None:
+    """Raise UserError if a directory holds anything but an older corpus of the same making.
+
+    Args:
+        option: option with the name of the new corpus, for the message.
+        folder: its directory.
+        key: entry of the manifests of such corpora.
+        problem: says that the directory holds something else.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / MANIFEST).is_file() or "paired" not in open_corpus(folder).manifest:
-        raise UserError(f"--pair {name}: {folder} is no corpus of pairs. Give another name")
+    if not (folder / MANIFEST).is_file() or key not in open_corpus(folder).manifest:
+        raise UserError(f"{option}: {folder} is {problem}. Give another name")
 
 
 def _read_groups(corpus: PreparedCorpus, split: str) -> np.ndarray:

@@ -402,7 +402,7 @@ def summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
 
     Args:
         manifest: parsed ``manifest.json`` of the corpus.
-        state: ``prepared``, ``cached`` or ``paired``.
+        state: ``prepared``, ``cached``, ``paired`` or ``labelled``.
     """
     truncated = manifest.get("truncated_files", {})
     for file, where in truncated.items():

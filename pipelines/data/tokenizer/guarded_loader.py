@@ -86,7 +86,7 @@ class BoundedTokenizer:
             ValueError: the tokenizer fails for a text, or takes too much time or memory.
         """
         ids: list[list[int]] = []
-        for part in _divide(texts):
+        for part in divide_texts(texts):
             data = json.dumps(part).encode()
             try:
                 ids += decode_media("tokens", data, self._file.name, limit, seconds=SECONDS)
@@ -99,7 +99,7 @@ class BoundedTokenizer:
         return ids
 
 
-def _divide(texts: Sequence[str]) -> Iterator[list[str]]:
+def divide_texts(texts: Sequence[str]) -> Iterator[list[str]]:
     """Yield consecutive texts whose requests have a bounded number of characters."""
     part: list[str] = []
     characters = 0

@@ -39,8 +39,8 @@ MEMORY_BYTES = 4 * 2**30
 GRACE_S = 5.0
 #: Seconds between looks at the budget of a request.
 LOOK_S = 0.05
-#: Kind of a list of texts, which a tokenizer reads.
-TOKENS = "tokens"
+#: Kinds of a list of texts, which a tokenizer reads, or a regular expression.
+TOKENS, MATCHES = "tokens", "matches"
 #: Seconds until a child is ready; importing the decoders takes one on an idle machine.
 START_S = 120.0
 #: Children of this process.
@@ -70,7 +70,8 @@ def decode_media(
     """Decode a file in a child process.
 
     Args:
-        kind: modality of the file; ``tokens`` tokenizes a list of texts.
+        kind: modality of the file; ``tokens`` tokenizes a list of texts, and ``matches`` searches
+            a pattern in them.
         data: bytes of the file, or the texts as JSON.
         options: further arguments of the decoder, see :func:`find_decoder`.
         seconds: wall time for the file.
@@ -79,7 +80,7 @@ def decode_media(
 
     Returns:
         The result of the decoder; for ``code`` a dictionary per function, for ``tokens`` a list of
-        ids per text.
+        ids per text, for ``matches`` a label or None per text.
 
     Raises:
         ValueError: the file is damaged, or takes too much time or memory; gives a short reason.
@@ -89,7 +90,7 @@ def decode_media(
 
 
 def find_decoder(kind: str) -> Callable[..., Decoded]:
-    """Return the function that decodes a kind of file: a modality, or ``tokens``."""
+    """Return the function that decodes a kind of file: a modality, ``tokens`` or ``matches``."""
     from pipelines.data.transforms import text
 
     def tokenize(data: bytes, path: str, limit: int) -> list[list[int]]:
@@ -98,6 +99,8 @@ def find_decoder(kind: str) -> Callable[..., Decoded]:
 
     if kind == TOKENS:
         return tokenize
+    if kind == MATCHES:
+        return lambda data, *rule: text.find_labels(json.loads(data), *rule)
     decode: Callable[..., Decoded] = find_modality(kind).file_half.decode
     return decode
 
@@ -111,7 +114,7 @@ def serve_requests(descriptor: int, memory: int) -> None:
     """
     channel = socket.socket(fileno=descriptor)
     # Before the memory is limited, because importing a decoder can need more.
-    decoders = {kind: find_decoder(kind) for kind in (*modality_names(), TOKENS)}
+    decoders = {kind: find_decoder(kind) for kind in (*modality_names(), TOKENS, MATCHES)}
     _limit_memory(memory)
     _send(channel, {"ready": True})
     while True:

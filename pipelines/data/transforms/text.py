@@ -1,5 +1,6 @@
 """Transform of texts: token ids."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import chain
@@ -98,6 +99,42 @@ def load_checked_tokenizer(path: str) -> Any:
     # The library raises a plain Exception for each of its errors.
     except Exception as error:
         raise ValueError(str(error)[:200]) from None
+
+
+def find_labels(
+    texts: Sequence[str], pattern: str, count: Sequence[int] | None = None
+) -> list[str | None]:
+    """Return the label that a pattern finds in each text, None without a match.
+
+    A pattern of a user can take hours, so this runs in a child process.
+
+    Args:
+        texts: B texts.
+        pattern: regular expression. The label is the name of the group that matches, else the first
+            group, else the match.
+        count: least and most number of matches, which is the label then.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"no regular expression ({error})") from None
+    if count is not None:
+        counts = [sum(1 for _ in compiled.finditer(text)) for text in texts]
+        return [_name_count(number, *count) for number in counts]
+    matches = map(compiled.search, texts)
+    # A label of no characters would be a class without a name.
+    return [
+        (match and (match.lastgroup or match[min(compiled.groups, 1)])) or None for match in matches
+    ]
+
+
+def _name_count(number: int, least: int, most: int) -> str:
+    if number >= most:
+        return f"{most} or more"
+    return f"{least} or fewer" if number <= least and least else str(number)
 
 
 def is_unicode(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Corpora that label the videos of ``strokes``: ``stroke_counts`` and ``radicals``."""
+"""The corpus ``radicals``, which labels the videos of ``strokes``."""
 
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from plugins.corpora.tests.demo_archives import write_stroke_archives
 from skillnet_corpora.demo import strokes
 from skillnet_corpora.demo.strokes import StrokesCorpus
 from skillnet_corpora.study.radicals import RADICALS, RadicalsCorpus
-from skillnet_corpora.study.stroke_counts import LABELS, StrokeCountsCorpus, stroke_count_class
 
 ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "szjsj", "二": "jj", "叶": "szjjs"}
 DRAWN = {"一": 1, "十": 2, "三": 3, "田": 5, "二": 7, "龘": 4, "叶": 5}
@@ -32,18 +31,9 @@ def read_by_key(corpus: StrokesCorpus, sources: SourceArchives) -> dict[str, Row
     return {row["key"]: row for row in found if not isinstance(row, RejectedRow)}
 
 
-@pytest.mark.parametrize("name", ["stroke_counts", "radicals"])
-def test_it_is_found_by_name_but_is_not_of_the_demo(name: str) -> None:
-    corpus = find_corpus(name)
-    assert corpus.name == name
-    assert corpus.facts()["labels"]
-    assert name not in DEMO
-
-
-def test_end_classes_are_open() -> None:
-    assert [stroke_count_class(n) for n in (1, 3, 4, 18, 19, 30)] == [0, 0, 1, 15, 16, 16]
-    assert len(LABELS) == 17
-    assert LABELS[stroke_count_class(7)] == "7 strokes"
+def test_it_is_found_by_name_but_is_not_of_the_demo() -> None:
+    assert find_corpus("radicals").facts()["labels"]
+    assert "radicals" not in DEMO
 
 
 def test_rows_and_splits_equal_those_of_strokes(
@@ -52,20 +42,12 @@ def test_rows_and_splits_equal_those_of_strokes(
     monkeypatch.setattr(strokes, "TEST", 1)
     monkeypatch.setattr(strokes, "VALIDATION", 1)
     clips = read_by_key(StrokesCorpus(), sources)
-    counted = read_by_key(StrokeCountsCorpus(), sources)
-    assert {key: row["label"] for key, row in counted.items()} == {
-        "一": 0, "十": 0, "三": 0, "田": 2, "叶": 2
-    }  # fmt: skip
-    for kept in (counted, read_by_key(RadicalsCorpus(), sources)):
-        for column in ("split", "unit", "group"):
-            assert {key: row[column] for key, row in kept.items()} == {
-                key: clips[key][column] for key in kept
-            }
-    assert {row["split"] for row in counted.values()} == {"train", "validation", "test"}
-    found = StrokeCountsCorpus().rows(sources)
-    rejected = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
-    assert rejected.keys() == {"二", "龘"}
-    assert "confirms the count" in rejected["龘"]
+    kept = read_by_key(RadicalsCorpus(), sources)
+    assert kept
+    for column in ("split", "unit", "group"):
+        assert {key: row[column] for key, row in kept.items()} == {
+            key: clips[key][column] for key in kept
+        }
 
 
 def test_a_radical_is_the_sequence_of_its_marked_strokes(sources: SourceArchives) -> None:
@@ -90,7 +72,7 @@ def test_each_radical_has_strokes_of_its_own() -> None:
 
 
 def test_videos_equal_those_of_strokes(sources: SourceArchives) -> None:
-    corpus = StrokeCountsCorpus()
+    corpus = RadicalsCorpus()
     rows = [r for r in corpus.rows(sources) if not isinstance(r, RejectedRow)]
     block, _ = rows_to_table(corpus, rows)
     made = transform_block(corpus, None, block)

@@ -205,6 +205,7 @@ def test_a_mistake_is_reported_without_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
+    from pipelines.prepare import PrepareConfig
     from pipelines.training.config.growth import GrowConfig
     from pipelines.training.config.run import FinetuneConfig, PretrainConfig
     from skillnet_studies.config.study import StudyConfig
@@ -213,6 +214,7 @@ def test_presets_parse(path: Path) -> None:
     kinds: dict[str, type] = {
         "claims": StudyConfig,
         "grow": GrowConfig,
+        "prepare": PrepareConfig,
         "pretrain": PretrainConfig,
         "studies": StudyConfig,
         "sweeps": SweepConfig,

@@ -1,9 +1,10 @@
-"""Base of the corpora that give each video of ``strokes`` a class.
+"""Base of corpora that give each video of ``strokes`` a class that the archives decide.
 
-These corpora serve tasks that a trained model is extended by. Videos, units and splits are those of
+A class that follows from a prepared row needs no code: a rule labels it (``labels:CORPUS``). These
+corpora read marks that no row has. Videos, units and splits are those of
 ``strokes``. A model trained on ``strokes`` therefore never saw an evaluated character with its
 stroke names, nor another character of the same sequence. :class:`LabelledStrokesCorpus` is the
-entry point; ``stroke_counts`` and ``radicals`` derive from it.
+entry point; ``radicals`` derives from it.
 """
 
 from abc import abstractmethod
