@@ -121,7 +121,7 @@ def plan_power(
         for part in claim.parts:
             counts = (replicates[part.system], replicates[part.against])
             for task in part.tasks or earlier.common_tasks:
-                margin = claims.find_margin(task) if part.test == "not_lower" else 0.0
+                margin = claims.find_margin(part, task)
                 error, dof = _expect_error(earlier, part, task, counts, test_to_train)
                 quantile = float(stats.t.ppf(1 - claims.alpha / 2, dof))
                 planned.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from skillnet_evidence.claims import ClaimResult, ConditionResult, ConditionState
-from skillnet_evidence.comparison import MEAN, SystemComparison, TestVerdict
+from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison, TestVerdict
 from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.tables import ReferenceScores, average_references
 
@@ -40,15 +40,17 @@ class ForestRow(NamedTuple):
         label: text at its left.
         change: value, low and high.
         result: key of ``RESULTS``.
-        margin: loss that the claim allows.
-        is_mean: whether it is about the mean over tasks.
+        band: differences that the claim allows, from minus the margin; of no width without one.
+        is_mean: whether it is about a mean over tasks.
+        by_fold: the difference in each fold.
     """
 
     label: str
     change: tuple[float, float, float]
     result: RowResult
-    margin: float = 0.0
+    band: tuple[float, float] = (0.0, 0.0)
     is_mean: bool = False
+    by_fold: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,12 @@ def build_claim_rows(claims: Sequence[ClaimResult]) -> list[dict[str, Any]]:
 
 def _build_condition_row(condition: ConditionResult, state: ConditionState) -> dict[str, Any]:
     row: dict[str, Any] = {"text": condition.text, "result": state}
-    change = condition.change
-    if change is not None:
-        row |= {key: getattr(condition, key) for key in ("system", "against", "task", "margin")}
-        row |= {"difference": change.value, "low": change.low, "high": change.high}
+    change, part = condition.change, condition.part
+    if change is not None and part is not None:
+        row |= {key: getattr(part, key) for key in ("system", "against", "beyond", "test")}
+        row |= {key: getattr(condition, key) for key in ("task", "score", "margin", "by_fold")}
+        row |= {"subtracted": part.difference, "difference": change.value}
+        row |= {"low": change.low, "high": change.high}
     return row
 
 
@@ -206,20 +210,21 @@ def group_claims(claims: Sequence[ReportRow]) -> list[ForestGroup]:
     verdicts = {"holds": "shown", "does not hold": "refuted"}
     for claim in claims:
         tested = [each for each in claim["conditions"] if each.get("task")]
-        pairs = list(dict.fromkeys((each["system"], each["against"]) for each in tested))
+        pairs = list(dict.fromkeys(each["subtracted"] for each in tested))
         if not tested:
             continue
         rows = []
         for each in tested:
-            name = each["task"].replace("_", " ")
             # Several pairs in one claim: the task alone does not identify the row.
-            label = name if len(pairs) == 1 else f"{name}, {each['system']} − {each['against']}"
+            label = each["score"] + (f", {each['subtracted']}" if len(pairs) > 1 else "")
             change = tuple(_number(each[key]) for key in ("difference", "low", "high"))
-            is_mean = each["task"] == MEAN
-            rows.append(ForestRow(label, change, each["result"], each["margin"], is_mean))  # type: ignore[arg-type]
-        subtracted = ", ".join(f"{system} − {against}" for system, against in pairs)
+            is_mean = each["task"] in (MEAN, SHARED_MEAN)
+            band = (-each["margin"], each["margin"] if each["test"] == "equivalent" else 0.0)
+            rows.append(
+                ForestRow(label, change, each["result"], band, is_mean, each["by_fold"])  # type: ignore[arg-type]
+            )
         reason = f" ({claim['undecided_reason']})" if claim["undecided_reason"] else ""
-        note = f"{claim['verdict']}: {subtracted}{reason}"
+        note = f"{claim['verdict']}: {', '.join(pairs)}{reason}"
         groups.append(
             ForestGroup(claim["claim"], note, verdicts.get(claim["verdict"], "open"), rows)
         )

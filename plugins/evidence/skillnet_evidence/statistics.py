@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from skillnet_evidence.scores import REPLICATE_BASE
 from skillnet_evidence.units import (
     CONFIDENCE_LEVEL,
     ScoreScale,
@@ -331,6 +332,16 @@ def estimate_unit_variance(sample: Contrast) -> tuple[float, float]:
         return float("nan"), float("nan")
     parts = _unit_variances(terms)
     return sum(variance for variance, _ in parts), _combine_dofs(parts)
+
+
+def average_folds(sample: Contrast) -> list[float]:
+    """Return the mean of each fold, in their order; [] without folds."""
+    terms = _list_terms(sample)
+    if terms[0][0].test_to_train is None:
+        return []
+    folds = np.array(terms[0][0].seeds) // REPLICATE_BASE
+    values = np.sum([sign * each.values for each, sign in terms], axis=0)
+    return [float(values[folds == fold].mean()) for fold in np.unique(folds)]
 
 
 def _list_terms(sample: Contrast) -> Sequence[tuple[RunSample, float]]:

@@ -452,13 +452,11 @@ def _describe_question(claim: ClaimResult) -> str:
     tested = claim.tested
     if not tested:
         return "–"
-    pairs = ", ".join(dict.fromkeys(f"{each.system} − {each.against}" for each in tested))
-    margins = sorted({each.margin for each in tested})
-    asked = f"no loss of {' or '.join(f'{100 * margin:g}' for margin in margins)} points"
-    asked = "above 0" if margins == [0.0] else asked
-    tasks = list(dict.fromkeys(each.task for each in tested))
-    where = tasks[0].replace("_", " ") if len(tasks) == 1 else f"each of {len(tasks)} scores"
-    return f"{pairs}, {where}: {asked}"
+    pairs = dict.fromkeys(each.part.difference for each in tested if each.part)
+    asked = " or ".join(dict.fromkeys(each.asked for each in tested))
+    scores = list(dict.fromkeys(each.score for each in tested))
+    where = scores[0] if len(scores) == 1 else f"each of {len(scores)} scores"
+    return f"{', '.join(pairs)}, {where}: {asked}"
 
 
 def _describe_result(claim: ClaimResult) -> str:
@@ -489,7 +487,7 @@ def _describe_condition(condition: ConditionResult) -> str:
     # A line of the table ends beside a number and its interval, not within them.
     number = format_interval(condition.change).replace(" ", NO_BREAK_SPACE)
     excluded = describe_exclusions(condition.change) if condition.shown is None else ""
-    return f"{condition.task.replace('_', ' ')} {number}{excluded}"
+    return f"{condition.score} {number}{excluded}"
 
 
 # -- texts about the variance --------------------------------------------------------------
