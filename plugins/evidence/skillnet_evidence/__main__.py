@@ -20,7 +20,7 @@ from skillnet_evidence.claims import (
 )
 from skillnet_evidence.comparison import SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError, require_known
-from skillnet_evidence.power import plan_power, tabulate_power
+from skillnet_evidence.power import POWER_CAPTION, plan_power, simulate_claims, tabulate_power
 from skillnet_evidence.scores import FILE_FORMAT, read_scores
 from skillnet_evidence.tables import ReportTable, build_claim_table, build_tables, make_table
 
@@ -114,9 +114,8 @@ def _plan_power(comparison: SystemComparison, rules: ClaimsConfig, seeds: int) -
         raise EvidenceError(f"--power: expected two seeds or more, got {seeds}")
     counts = dict.fromkeys(comparison.systems, seeds)
     planned = plan_power(comparison, rules, counts, comparison.test_to_train)
-    return make_table(
-        f"What {seeds} {comparison.repeat_noun}s could decide", *tabulate_power(planned)
-    )
+    table = tabulate_power(planned, simulate_claims(planned, rules))
+    return make_table(f"What {seeds} {comparison.repeat_noun}s could decide", *table, POWER_CAPTION)
 
 
 def read_claims(path: Path) -> ClaimsConfig:

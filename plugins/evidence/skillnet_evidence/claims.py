@@ -377,8 +377,9 @@ def answer_comparison(comparison: SystemComparison, claims: Sequence[ClaimResult
     interval = "" if np.isnan(score.low) else f" ({100 * score.low:.1f} to {100 * score.high:.1f})"
     test = comparison.find_test(best, others[0], MEAN)
     verdict = f"verdict: {test.verdict}" if test else "not tested"
+    mean = comparison.name_score(MEAN) if comparison.has_unequal_tasks else "mean score"
     return (
-        f"{best} has the highest mean score of {len(comparison.systems)} systems, "
+        f"{best} has the highest {mean} of {len(comparison.systems)} systems, "
         f"{100 * score.value:.1f}{interval}; {format_interval(change)} points against the next, "
         f"{others[0]} ({verdict})."
     )
@@ -546,7 +547,9 @@ def _answer_claim(claim: ClaimResult, others: Sequence[ClaimResult]) -> str:
     if closest is None or closest.change is None:
         return f"{opening}{costs}{rest}."
     count = len(claim.tested)
-    worst = f"least favourable of {count} scores: {closest.score} " if count > 1 else ""
+    # A reader must know which mean it is.
+    worst = f"{closest.score} " if closest.score.startswith("mean of") else ""
+    worst = f"least favourable of {count} scores: {closest.score} " if count > 1 else worst
     number = format_interval(closest.change).replace(" (", " points (", 1)
     sign = "±" if closest.is_two_sided else ""
     margin = f", margin {sign}{100 * closest.margin:g}" if closest.margin else ""

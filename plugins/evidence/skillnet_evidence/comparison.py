@@ -243,10 +243,9 @@ class SystemComparison:
         """
         labels = (own, other, *beyond)
         if task == SHARED_MEAN:
-            tasks = self.list_tasks(task, *labels)
-            having = [x for x in self.systems if all(self.has_task(each, x) for each in tasks)]
-            samples = {label: _average_tasks(self.samples, label, tasks) for label in having}
-            spread = statistics.pool_seed_variance(list(samples.values()))
+            samples, spread = _average_peers(
+                self.samples, self.systems, self.list_tasks(task, *labels)
+            )
         else:
             samples = {label: self.samples[label, task, SPLIT] for label in labels}
             spread = self.spreads[task, SPLIT]
@@ -362,6 +361,13 @@ def compare_systems(
         )
         for (label, task, split), sample in samples.items()
     }
+    if len(common) < len(tasks):
+        for label in systems:
+            own = [task for task in tasks if (label, task, SPLIT) in samples]
+            peers, spread = _average_peers(samples, systems, own)
+            scores[label, OWN_MEAN, SPLIT] = statistics.estimate_mean(
+                peers[label], spread, least=0.0, most=1.0
+            )
     return SystemComparison(
         systems,
         roles.reference,
@@ -488,6 +494,15 @@ def _average_tasks(
     return statistics.average_samples([samples[label, task, SPLIT] for task in tasks])
 
 
+def _average_peers(
+    samples: Mapping[tuple[str, str, str], RunSample], labels: Iterable[str], tasks: Sequence[str]
+) -> tuple[dict[str, RunSample], SeedVariance | None]:
+    """Return the mean over tasks of each system that has all of them, and their pooled variance."""
+    peers = [label for label in labels if all((label, t, SPLIT) in samples for t in tasks)]
+    means = {label: _average_tasks(samples, label, tasks) for label in peers}
+    return means, statistics.pool_seed_variance(list(means.values()))
+
+
 def _find_scale(metric: ScoredMetric | None) -> ScoreScale:
     # A mean over tasks is neither a share nor a rate.
     if metric is None:
@@ -583,6 +598,9 @@ def _collect_costs(
         # The mean is over common tasks, so that systems with fewer tasks are comparable.
         if all((label, task) in costs for task in common):
             costs[label, MEAN] = _average_costs([costs[label, task] for task in common])
+        own = [task for task in tasks if any((task, SPLIT) in run.outcomes for run in runs)]
+        if len(common) < len(tasks) and all((label, task) in costs for task in own):
+            costs[label, OWN_MEAN] = _average_costs([costs[label, task] for task in own])
     return costs
 
 

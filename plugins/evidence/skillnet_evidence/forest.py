@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillnet_evidence.comparison import PRETRAINED
-from skillnet_evidence.format import format_interval
+from skillnet_evidence.format import format_interval, format_plural
 from skillnet_evidence.plot_kit import (
     COLORS,
     MARKERS,
@@ -177,6 +177,7 @@ def draw_cost_panel(
             elinewidth=1.4,
             capsize=2.5,
         )
+    tasks = format_plural(points[0].tasks, "task")
     costs = [each.flops for each in points]
     # Room at the right for the labels of the most expensive system.
     panel.set_xlim(min(costs) / 1.3, max(costs) * max((max(costs) / min(costs)) ** 0.45, 1.5))
@@ -196,9 +197,9 @@ def draw_cost_panel(
     mark_cost_axis(panel)
     style_axes(panel)
     panel.set_xlabel(
-        "activated FLOPs per example, mean over tasks (log axis)", fontsize=FONT_PT, color=SOFT
+        f"activated FLOPs per example, mean of {tasks} (log axis)", fontsize=FONT_PT, color=SOFT
     )
-    panel.set_ylabel("mean score, percent (higher is better)", fontsize=FONT_PT, color=SOFT)
+    panel.set_ylabel(f"mean score of {tasks}, percent", fontsize=FONT_PT, color=SOFT)
     panel.set_title(
         "Mean score against operations. Filled: pretrained.",
         fontsize=FONT_PT + 0.5,

@@ -6,6 +6,7 @@ and the figure of the documents show the same.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from skillnet_evidence.claims import ClaimResult, ConditionResult, ConditionState
@@ -15,7 +16,7 @@ from skillnet_evidence.tables import ReferenceScores, average_references
 
 SUMMARY_COLUMNS = (
     "system", "task", "split", "metric", "value", "low", "high", "score", "std_error", "dof",
-    "seeds", "activated_params", "flops_per_example",
+    "seeds", "tasks", "activated_params", "flops_per_example", "total_params",
 )  # fmt: skip
 TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
@@ -77,11 +78,13 @@ class SystemPoint(NamedTuple):
         label: label of the system.
         flops: operations of one example, mean over tasks.
         score: value, low and high.
+        tasks: number of tasks of both means.
     """
 
     label: str
     flops: float
     score: tuple[float, float, float]
+    tasks: int
 
 
 def build_reference_rows(references: ReferenceScores, tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -130,8 +133,10 @@ def build_summary_rows(
                 "std_error": score.std_error,
                 "dof": score.dof,
                 "seeds": score.seeds,
+                "tasks": len(comparison.list_tasks(task, label)),
                 "activated_params": cost.activated if cost else None,
                 "flops_per_example": cost.flops if cost else None,
+                "total_params": fmean(run.total_params for run in comparison.systems[label]),
             }
         )
     for label, relative in comparison.relative.items():
@@ -217,7 +222,7 @@ def group_claims(claims: Sequence[ReportRow]) -> list[ForestGroup]:
         for each in tested:
             # Several pairs in one claim: the task alone does not identify the row.
             label = each["score"] + (f", {each['subtracted']}" if len(pairs) > 1 else "")
-            change = tuple(_number(each[key]) for key in ("difference", "low", "high"))
+            change = tuple(read_number(each[key]) for key in ("difference", "low", "high"))
             is_mean = each["task"] in (MEAN, SHARED_MEAN)
             band = (-each["margin"], each["margin"] if each["test"] == "equivalent" else 0.0)
             rows.append(
@@ -239,7 +244,7 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
     """
     pairs: dict[tuple[str, str, str], list[ForestRow]] = {}
     for row in tests:
-        change = tuple(_number(row[key]) for key in ("difference", "low", "high"))
+        change = tuple(read_number(row[key]) for key in ("difference", "low", "high"))
         system, against, verdict = row["system"], row["against"], row["verdict"]
         if row["kind"] == "system":
             # The reference is the subject, as in the answer.
@@ -273,15 +278,22 @@ def collect_points(summary: Sequence[ReportRow]) -> list[SystemPoint]:
     for row in summary:
         if (row["task"], row["split"], row["metric"]) != (MEAN, SPLIT, "score"):
             continue
-        value, low, high = (100 * _number(row.get(key)) for key in ("value", "low", "high"))
         # The simple references have no operations.
-        flops = _number(row.get("flops_per_example"))
+        flops = read_number(row.get("flops_per_example"))
         if flops > 0:
-            points.append(SystemPoint(row["system"], flops, (value, low, high)))
+            tasks = int(row["tasks"])
+            points.append(SystemPoint(row["system"], flops, read_points(row), tasks))
     # Colours follow the order, which is that of the tables.
     return sorted(points, key=lambda point: -point.score[0])
 
 
-def _number(value: Any) -> float:
+def read_points(row: ReportRow) -> tuple[float, float, float]:
+    """Return the score of a row of ``summary.csv`` with its interval, in points."""
+    value, low, high = (100 * read_number(row.get(key)) for key in ("value", "low", "high"))
+    return value, low, high
+
+
+def read_number(value: Any) -> float:
+    """Return a number of a file of the report; NaN where it is unknown."""
     # A cell of a CSV file is empty where a number is unknown, JSON has null.
     return float("nan") if value in (None, "") else float(value)

@@ -12,9 +12,10 @@ from skillnet_evidence import claims as cl
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
 from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError
-from skillnet_evidence.rows import build_claim_rows, group_claims
+from skillnet_evidence.rows import build_claim_rows, build_summary_rows, group_claims
+from skillnet_evidence.scale import build_scale_table, collect_scale, draw_scale_figure
 from skillnet_evidence.scores import RunFold
-from skillnet_evidence.tables import build_claim_table
+from skillnet_evidence.tables import build_claim_table, build_tables
 
 #: Two systems at two numbers of joint tasks, as (tasks, skill); dense loses most by more tasks.
 SCALE = {
@@ -231,4 +232,55 @@ def test_the_headline_says_what_was_not_tested() -> None:
     family = cl.evaluate_claims(of, ClaimsConfig(stated))
     assert cl.answer_comparison(of, family).endswith(
         "; other claims: 1 shown, 1 refuted, 1 not tested."
+    )
+
+
+# -- score and cost against the number of tasks --------------------------------------------
+
+
+def test_systems_whose_names_differ_in_a_number_are_a_series() -> None:
+    of = draw_scale(range(4))
+    points = collect_scale(build_summary_rows(of))
+    assert [(each.series, each.label, each.tasks) for each in points] == [
+        ("skills", "skills-2", 2),
+        ("skills", "skills-5", 5),
+        ("dense", "dense-2", 2),
+        ("dense", "dense-5", 5),
+    ]
+    for point in points:
+        scores = [of.scores[point.label, task, "test"].value for task in TASKS[: point.tasks]]
+        assert point.own[0] == pytest.approx(100 * np.mean(scores))
+        assert point.common[0] == pytest.approx(100 * np.mean(scores[:2]))
+        assert point.own[1] < point.own[0] < point.own[2]
+        # Costs are of the tasks that all have: 100,000 and 200,000 operations.
+        assert point.flops == 150_000
+    table = build_scale_table(points)
+    assert table.columns[2:4] == ["mean of 2 tasks", "mean of all its tasks"]
+    assert [row[1].text for row in table.rows] == ["2", "5", "2", "5"]
+    panels = draw_scale_figure(points).axes
+    assert [panel.get_title(loc="left") for panel in panels[:2]] == [
+        "Mean score of the 2 tasks that all have, percent",
+        "Mean score of all tasks of a system, percent",
+    ]
+    # A line per series and panel, with a marker per number of tasks.
+    lines = panels[0].containers
+    assert [len(each.lines[0].get_xdata()) for each in lines] == [2, 2]
+
+
+def test_equal_tasks_make_no_series() -> None:
+    of = compared({"skillnet-1": 0.0, "skillnet-2": 0.0}, reference="skillnet-1")
+    points = collect_scale(build_summary_rows(of))
+    assert points == []
+    assert build_scale_table(points).rows == []
+
+
+def test_no_table_of_unequal_tasks_has_a_nameless_mean() -> None:
+    of = draw_scale(range(4))
+    texts = [text for table in build_tables(of) for text in table.columns]
+    texts += [row[0].text for table in build_tables(of) for row in table.rows]
+    texts += [row[2].text for table in build_tables(of)[-1:] for row in table.rows]
+    assert "mean of 2 tasks" in texts
+    assert not {"mean", "mean score", "shared mean", "own mean"} & set(texts)
+    assert cl.answer_comparison(of, []).startswith(
+        "dense-2 has the highest mean of 2 tasks of 4 systems, "
     )

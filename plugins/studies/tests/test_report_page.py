@@ -264,7 +264,7 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     claims = build_claim_rows(report.claims)
     groups = group_claims(claims)
     assert [len(group.rows) for group in groups] == [5, 5, 4]
-    assert {row.margin for row in groups[0].rows} == {0.02}
+    assert {row.band for row in groups[0].rows} == {(-0.02, 0.0)}
     assert groups[0].note == "holds: skillnet-pretrained − specialist-pretrained"
     tests = build_test_rows(report.comparison)
     # Six pairs: only their means are listed, as reference less other.
