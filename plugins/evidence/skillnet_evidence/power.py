@@ -259,13 +259,13 @@ def tabulate_power(
     """
     columns = ["claim", "difference", "task", "seeds", "std error", "margin"]
     columns += [f"found at {100 * POWER:.0f} %"]
-    columns += [f"holds at {format_signed_points(each)}" for each in EFFECTS]
+    # One column, since a terminal has no room for five.
+    columns += ["holds at " + ", ".join(f"{100 * each:+g}" for each in EFFECTS)]
     cells, seen = [], set[str]()
     for each in planned:
         sign = "±" if each.test == "equivalent" else ""
         found = format_signed_points(each.detectable - each.margin)
-        own = [] if each.claim in seen else [f"{100 * x:.0f} %" for x in shares[each.claim]]
-        seen.add(each.claim)
+        holds = ", ".join(f"{100 * share:.0f}" for share in shares[each.claim]) + " %"
         cells.append(
             [
                 *(each.claim, each.difference, each.task, str(each.seeds)),
@@ -273,9 +273,10 @@ def tabulate_power(
                 f"{sign}{100 * each.margin:g}",
                 # A larger difference is no easier to show as equivalent.
                 "–" if sign else found,
-                *(own or [""] * len(EFFECTS)),
+                "" if each.claim in seen else holds,
             ]
         )
+        seen.add(each.claim)
     return columns, cells
 
 

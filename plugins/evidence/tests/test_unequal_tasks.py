@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 
 from plugins.evidence.tests.drawn_runs import TASKS, compared, draw_run
 from skillnet_evidence import claims as cl
+from skillnet_evidence.__main__ import read_claims
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
 from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError
@@ -157,6 +159,24 @@ def test_equal_tasks_have_one_mean() -> None:
     both = evaluate(of, Condition("skillnet", "dense", tasks=[MEAN, SHARED_MEAN]))
     assert [each.score for each in both.conditions] == ["mean", "mean"]
     assert both.conditions[0].change == both.conditions[1].change
+
+
+def test_claims_about_unequal_tasks_are_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text(
+        "stated:\n  it:\n    text: It grows.\n    parts:\n"
+        "      - {system: skills-5, against: dense-5, beyond: [skills-2, dense-2], tasks: [mean]}\n"
+        "      - {system: skills-5, against: skills-2, test: equivalent, tasks: [shared_mean]}\n"
+    )
+    rules = read_claims(path)
+    assert rules.stated["it"].parts == [
+        LEAD,
+        Condition("skills-5", "skills-2", "equivalent", [SHARED_MEAN]),
+    ]
+    rules.check_names(list(SCALE), TASKS)
+    path.write_text("stated: {it: {text: x, parts: [{system: a, against: b, beyond: [c]}]}}")
+    with pytest.raises(EvidenceError, match=r"\(a − b\) − \(c\) needs four different systems"):
+        read_claims(path)
 
 
 # -- equivalence ---------------------------------------------------------------------------
