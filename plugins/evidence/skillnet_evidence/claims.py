@@ -36,7 +36,8 @@ from skillnet_evidence.comparison import (
 )
 from skillnet_evidence.errors import EvidenceError, require_known
 from skillnet_evidence.format import format_interval, format_plural
-from skillnet_evidence.statistics import ScoreEstimate
+from skillnet_evidence.scores import REPLICATE_BASE
+from skillnet_evidence.statistics import Contrast, ScoreEstimate
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
@@ -516,7 +517,7 @@ def _test_part(
     text = f"{score}, {part.difference}: {_format_points(found)}"
     if not np.isnan(found.low):
         text += f"; {list_exclusions(found)}"
-    folds = statistics.average_folds(change)
+    folds = _average_folds(change)
     return ConditionResult(text, shown, p, part, task, score, margin, found, folds)
 
 
@@ -524,13 +525,28 @@ def _check_flops(comparison: SystemComparison, part: Condition, most: float) -> 
     # Costs are those of the score that the part is about.
     mean, pair = (SHARED_MEAN if SHARED_MEAN in part.tasks else MEAN), (part.system, part.against)
     tasks = comparison.list_tasks(mean, *part.systems)
-    own, other = (comparison.average_flops(label, tasks) for label in pair)
+    own, other = (_average_flops(comparison, label, tasks) for label in pair)
     if np.isnan(own / other):
         return ConditionResult(f"the FLOPs against {part.against} are unknown", None)
     where = f", {comparison.name_score(mean, *part.systems)}"
     text = f"{own / other:.2f} of the FLOPs of {part.against}, at most {most:g}"
     text += where if comparison.has_unequal_tasks else ""
     return ConditionResult(text, own / other <= most)
+
+
+def _average_flops(comparison: SystemComparison, label: str, tasks: Sequence[str]) -> float:
+    known = [comparison.costs.get((label, task)) for task in tasks]
+    # One unknown cost makes the mean unknown.
+    return float(np.mean([np.nan if each is None else each.flops for each in known]))
+
+
+def _average_folds(change: Contrast) -> list[float]:
+    """Return the mean of each fold, in their order; [] without folds."""
+    replicates = statistics.list_replicates(change)
+    folds: dict[int, list[float]] = {}
+    for number in sorted(replicates):
+        folds.setdefault(number // REPLICATE_BASE, []).append(replicates[number])
+    return [float(np.mean(values)) for values in folds.values()]
 
 
 def _answer_claim(claim: ClaimResult, others: Sequence[ClaimResult]) -> str:

@@ -253,11 +253,6 @@ class SystemComparison:
         # All systems answer the same units, so the difficulty of a unit cancels here, too.
         return change - (samples[beyond[0]] - samples[beyond[1]]) if beyond else change, spread
 
-    def average_flops(self, label: str, tasks: Sequence[str]) -> float:
-        """Return the mean over tasks of a system's operations per example; NaN if unknown."""
-        known = [self.costs[label, task].flops for task in tasks if (label, task) in self.costs]
-        return float(np.mean(known)) if len(known) == len(tasks) else float("nan")
-
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
         """Return the test of two systems on a task, in either order; None if there is none.
 

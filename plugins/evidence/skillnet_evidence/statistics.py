@@ -37,7 +37,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from skillnet_evidence.scores import REPLICATE_BASE
 from skillnet_evidence.units import (
     CONFIDENCE_LEVEL,
     ScoreScale,
@@ -334,14 +333,13 @@ def estimate_unit_variance(sample: Contrast) -> tuple[float, float]:
     return sum(variance for variance, _ in parts), _combine_dofs(parts)
 
 
-def average_folds(sample: Contrast) -> list[float]:
-    """Return the mean of each fold, in their order; [] without folds."""
+def list_replicates(sample: Contrast) -> dict[int, float]:
+    """Return the value of each replicate that all systems have; {} without folds."""
     terms = _list_terms(sample)
     if terms[0][0].test_to_train is None:
-        return []
-    folds = np.array(terms[0][0].seeds) // REPLICATE_BASE
+        return {}
     values = np.sum([sign * each.values for each, sign in terms], axis=0)
-    return [float(values[folds == fold].mean()) for fold in np.unique(folds)]
+    return dict(zip(terms[0][0].seeds, values.tolist(), strict=True))
 
 
 def _list_terms(sample: Contrast) -> Sequence[tuple[RunSample, float]]:
