@@ -248,7 +248,7 @@ def measure_design(
 def measure_studies(
     drawn: Iterable[Mapping[tuple[int, str], RunSample]],
     tasks: Mapping[str, SimulatedTask],
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, ...]],
     design: str,
 ) -> list[dict[str, Any]]:
     """Return a row per task and the mean score, with shares in per cent.
@@ -256,7 +256,7 @@ def measure_studies(
     Args:
         drawn: studies of equal systems, as (system, task) -> scores.
         tasks: name -> the true score of all systems.
-        pairs: (system, against) of the tests.
+        pairs: (system, against) of the tests; four systems for a difference of two differences.
         design: name of the design.
     """
     names = [*tasks, MEAN]
@@ -276,8 +276,10 @@ def measure_studies(
                     samples[system, name], spread, least=0, most=1, scale=_find_scale(name)
                 )
                 covered[name] += found.low <= truths[name] <= found.high
-            for system, against in pairs:
+            for system, against, *beyond in pairs:
                 change = samples[system, name] - samples[against, name]
+                if beyond:
+                    change = change - (samples[beyond[0], name] - samples[beyond[1], name])
                 found = statistics.estimate_mean(change, spread)
                 p_values.append(statistics.compute_p_value(change, spread))
                 alarms[name] += p_values[-1] <= LEVEL

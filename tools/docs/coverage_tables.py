@@ -14,7 +14,9 @@ from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"
 #: Marks of a table -> end of the names of its CSVs.
-TABLES = {"study-coverage": "-study-coverage.csv", "fold-coverage": "-fold-coverage.csv"}
+TABLES = {
+    name: f"-{name}.csv" for name in ("study-coverage", "fold-coverage", "difference-coverage")
+}
 
 
 def find_newest(name: str) -> Path:
@@ -35,7 +37,7 @@ def render_table(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write both tables into the page."""
+    """Write all tables into the page."""
     argparse.ArgumentParser(
         prog="python -m tools.docs.coverage_tables", description=__doc__
     ).parse_args(argv)

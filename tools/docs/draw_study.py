@@ -3,6 +3,7 @@
 Reads ``claims.json``, ``tests.csv`` and ``summary.csv`` of a study, as ``skillnet compare`` wrote
 them, and draws what the report shows: paired differences beside mean score against operations.
 Without ``--output`` the figure is written beside these files. ``--notice`` puts a text above it.
+``--scale`` draws score and cost against the number of tasks in its place.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from skillnet_evidence.forest import draw_joint_evidence
 from skillnet_evidence.plot_kit import encode_svg
 from skillnet_evidence.rows import collect_points, group_claims, group_tests
+from skillnet_evidence.scale import collect_scale, draw_scale_figure
 from tools.docs.kept_results import rows_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,24 @@ def draw_study_figure(folder: Path, notice: str = "") -> "Figure":
     return draw_joint_evidence(groups, points, read_reference(summary), notice)
 
 
+def draw_study_scale(folder: Path) -> "Figure":
+    """Return score and cost against the number of tasks of a kept study.
+
+    Args:
+        folder: the files of a study.
+
+    Raises:
+        ValueError: the study has no systems whose names differ in their number of tasks.
+    """
+    points = collect_scale(rows_of(folder / "summary.csv"))
+    if not points:
+        raise ValueError(
+            f"{folder}: no systems such as skills-5 and skills-22 with unequal tasks. Name the "
+            "directory of a study that has them."
+        )
+    return draw_scale_figure(points)
+
+
 def read_reference(summary: Sequence[dict[str, str]]) -> float | None:
     """Return the mean score of the simple references in points; None if it is not kept.
 
@@ -67,9 +87,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the files of a study")
     parser.add_argument("--output", type=Path, help="by default evidence.svg beside the files")
     parser.add_argument("--notice", default="", help="text above the figure")
+    parser.add_argument("--scale", action="store_true", help="against the number of tasks")
     options = parser.parse_args(argv)
     path = options.output or options.folder / FIGURE
-    path.write_text(encode_svg(draw_study_figure(options.folder, options.notice)), encoding="utf-8")
+    figure = (
+        draw_study_scale(options.folder)
+        if options.scale
+        else draw_study_figure(options.folder, options.notice)
+    )
+    path.write_text(encode_svg(figure), encoding="utf-8")
     print(path)
     return 0
 

@@ -20,7 +20,9 @@ from skillnet_evidence.claims import (
 )
 from skillnet_evidence.comparison import SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError, require_known
-from skillnet_evidence.power import plan_power, tabulate_power
+from skillnet_evidence.power import POWER_CAPTION, plan_power, simulate_claims, tabulate_power
+from skillnet_evidence.rows import build_summary_rows
+from skillnet_evidence.scale import build_scale_table, collect_scale
 from skillnet_evidence.scores import FILE_FORMAT, read_scores
 from skillnet_evidence.tables import ReportTable, build_claim_table, build_tables, make_table
 
@@ -103,7 +105,8 @@ def _describe(options: argparse.Namespace) -> list[str]:
     claims = evaluate_claims(comparison, rules)
     parts = [answer_comparison(comparison, claims)]
     tables = [build_claim_table(claims, comparison)] if claims else []
-    tables += build_tables(comparison)
+    scale = build_scale_table(collect_scale(build_summary_rows(comparison)))
+    tables += build_tables(comparison, more=[scale])
     if options.power is not None:
         tables.append(_plan_power(comparison, rules, options.power))
     return [part for part in [*parts, *(table.to_markdown() for table in tables)] if part]
@@ -114,9 +117,8 @@ def _plan_power(comparison: SystemComparison, rules: ClaimsConfig, seeds: int) -
         raise EvidenceError(f"--power: expected two seeds or more, got {seeds}")
     counts = dict.fromkeys(comparison.systems, seeds)
     planned = plan_power(comparison, rules, counts, comparison.test_to_train)
-    return make_table(
-        f"What {seeds} {comparison.repeat_noun}s could decide", *tabulate_power(planned)
-    )
+    table = tabulate_power(planned, simulate_claims(planned, rules))
+    return make_table(f"What {seeds} {comparison.repeat_noun}s could decide", *table, POWER_CAPTION)
 
 
 def read_claims(path: Path) -> ClaimsConfig:

@@ -5,7 +5,7 @@ conjunction keeps the level of its tests without a correction (source: Berger 19
 intersection-union tests).
 
 "holds"          every condition is shown
-"does not hold"  one condition is refuted: its interval lies below minus the margin
+"does not hold"  one condition is refuted: its interval lies beyond the margin
 "not decided"    otherwise; the conditions say what the study excludes
 
 Claims in ``order`` are tested one after the other, each at the full level, until one is not shown.
@@ -15,6 +15,7 @@ a :class:`ClaimResult` per :class:`Claim`, with a :class:`ConditionResult` per :
 and task. :func:`answer_comparison` answers a comparison in one sentence.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -27,6 +28,7 @@ from skillnet_evidence.comparison import (
     MEAN,
     MIN_SEEDS,
     PRETRAINED,
+    SHARED_MEAN,
     SPLIT,
     PairedTest,
     SystemComparison,
@@ -34,7 +36,8 @@ from skillnet_evidence.comparison import (
 )
 from skillnet_evidence.errors import EvidenceError, require_known
 from skillnet_evidence.format import format_interval, format_plural
-from skillnet_evidence.statistics import ScoreEstimate
+from skillnet_evidence.scores import REPLICATE_BASE
+from skillnet_evidence.statistics import Contrast, ScoreEstimate
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
@@ -54,15 +57,20 @@ class Condition:
     Args:
         system: label of the system that the claim is about.
         against: label of the other system.
-        test: "higher": the score is higher; "not_lower": it is lower by less than the margin.
-        tasks: tasks on each of which it must be shown, or mean; empty takes all common tasks.
+        test: "higher": the score is higher; "not_lower": it is lower by less than the margin;
+            "equivalent": it is lower or higher by less than the margin.
+        tasks: tasks on each of which it must be shown, ``mean``, or ``shared_mean``: the mean over
+            all tasks that the systems of this part share; empty takes all common tasks.
+        beyond: two further labels. Then the test is about the difference of differences
+            (system − against) − (first − second).
         flops_at_most: largest FLOPs per example of the system, as a multiple of the other's.
     """
 
     system: str
     against: str
-    test: Literal["higher", "not_lower"] = "higher"
+    test: Literal["higher", "not_lower", "equivalent"] = "higher"
     tasks: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
     flops_at_most: Annotated[float, Interval(gt=0, le=1000)] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +80,22 @@ class Condition:
             raise EvidenceError(
                 f"claims: {self.system!r} is compared with itself; name two systems"
             )
+        # A system in both differences would cancel, or count twice with one run's noise.
+        if self.beyond and (len(self.beyond) != 2 or len(set(self.systems)) < 4):
+            raise EvidenceError(
+                f"claims: {self.difference} needs four different systems; name two others in beyond"
+            )
+
+    @property
+    def systems(self) -> list[str]:
+        """Labels of all systems."""
+        return [self.system, self.against, *self.beyond]
+
+    @property
+    def difference(self) -> str:
+        """The difference of scores, or of differences, as text."""
+        text = f"{self.system} − {self.against}"
+        return f"({text}) − ({' − '.join(self.beyond)})" if self.beyond else text
 
 
 @dataclass
@@ -100,7 +124,7 @@ class ClaimsConfig:
         order: gatekeeping: claims that are tested one after the other, each only if all before it
             are shown. The others are corrected by Holm's method together.
         alpha: level of the claims; intervals cover 1 - alpha, and each side is tested at half.
-        margin: margin of not_lower, as a fraction (0.02 is two points).
+        margin: margin of not_lower and equivalent, as a fraction (0.02 is two points).
         margins: task -> margin, where it is not ``margin``.
     """
 
@@ -115,13 +139,19 @@ class ClaimsConfig:
         for name, margin in {"margin": self.margin, **self.margins}.items():
             key = name if name == "margin" else f"margins.{name}"
             _require(0 <= margin <= 1, key, "from 0 to 1", margin)
+        for name, claim in self.stated.items():
+            for part in claim.parts:
+                margins = [self.find_margin(part, task) for task in part.tasks or [""]]
+                if part.test == "equivalent" and not all(margins):
+                    key = f"stated.{name}: the margin of test: equivalent"
+                    _require(False, key, "above 0", 0)
         require_known(self.order, self.stated, "claims.order", "claim")
         if len(set(self.order)) < len(self.order):
             raise EvidenceError(f"claims.order: names must differ, got {', '.join(self.order)}")
 
-    def find_margin(self, task: str) -> float:
-        """Return the margin of a task."""
-        return self.margins.get(task, self.margin)
+    def find_margin(self, part: Condition, task: str) -> float:
+        """Return the margin of a part on a task; 0 if its score must be higher."""
+        return 0.0 if part.test == "higher" else self.margins.get(task, self.margin)
 
     def check_names(self, systems: Collection[str], tasks: Collection[str]) -> None:
         """Check that the claims are about known systems and tasks.
@@ -133,12 +163,13 @@ class ClaimsConfig:
         Raises:
             EvidenceError: a name is unknown.
         """
-        require_known(self.margins, [*tasks, MEAN], "claims.margins", "task")
+        known = [*tasks, MEAN, SHARED_MEAN]
+        require_known(self.margins, known, "claims.margins", "task")
         for name, claim in self.stated.items():
             for part in claim.parts:
                 key = f"claims.stated.{name}"
-                require_known([part.system, part.against], systems, key, "system")
-                require_known(part.tasks, [*tasks, MEAN], key, "task")
+                require_known(part.systems, systems, key, "system")
+                require_known(part.tasks, known, key, "task")
 
 
 def _require(is_valid: bool, key: str, bounds: str, value: float) -> None:
@@ -153,28 +184,45 @@ class ConditionResult:
     Args:
         text: the condition with its numbers, and what they exclude.
         shown: whether its interval alone shows it: True, False if it refutes it, None otherwise.
-        p: one-sided p-value; 0 for a condition without a test.
-        system: label of the system that the claim is about.
-        against: label of the other system.
-        task: task name, or ``mean``.
+        p: one-sided p-value, of equivalence the larger of two; 0 for a condition without a test.
+        part: the condition as stated; None for a condition on costs.
+        task: task name, ``mean`` or ``shared_mean``.
+        score: words for the task, or for the mean with its number of tasks.
         margin: loss that the claim allows, as a fraction; 0 if the score must be higher.
-        change: score of ``system`` minus score of ``against``; None for a condition on costs.
+        change: the difference; None for a condition on costs.
+        by_fold: the difference in each fold; empty without folds.
     """
 
     text: str
     shown: bool | None
     p: float = 0.0
-    system: str = ""
-    against: str = ""
+    part: Condition | None = None
     task: str = ""
+    score: str = ""
     margin: float = 0.0
     change: ScoreEstimate | None = None
+    by_fold: Sequence[float] = ()
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether a gain must be within the margin, too."""
+        return self.part is not None and self.part.test == "equivalent"
+
+    @property
+    def asked(self) -> str:
+        """What must be shown of the difference."""
+        if not self.margin:
+            return "above 0"
+        points = f"{100 * self.margin:g} points"
+        return f"within ±{points}" if self.is_two_sided else f"no loss of {points}"
 
     @property
     def slack(self) -> float:
-        """Distance from the lower bound to the margin; −∞ without an interval."""
-        has_interval = self.change is not None and not np.isnan(self.change.low)
-        return self.change.low + self.margin if has_interval else -np.inf  # type: ignore[union-attr]
+        """Distance from the nearest bound to its limit; −∞ without an interval."""
+        if self.change is None or np.isnan(self.change.low):
+            return -np.inf
+        below = self.margin - self.change.high if self.is_two_sided else np.inf
+        return min(self.change.low + self.margin, below)
 
 
 @dataclass(frozen=True)
@@ -187,6 +235,7 @@ class ClaimResult:
         rule: condition under which it holds, as text.
         conditions: its conditions, with numbers.
         undecided_reason: reason why it is not decided in spite of its conditions; "" without one.
+        is_tested: whether its conditions carry a verdict.
     """
 
     name: str
@@ -194,6 +243,7 @@ class ClaimResult:
     rule: str
     conditions: Sequence[ConditionResult]
     undecided_reason: str = ""
+    is_tested: bool = True
 
     @property
     def verdict(self) -> Verdict:
@@ -257,7 +307,8 @@ def evaluate_claims(
         seeds = min((each.change.seeds for each in claim.tested if each.change), default=0)
         # The numbers stay in the report, but they carry no verdict.
         if seeds < MIN_SEEDS and not claim.undecided_reason:
-            found[name] = replace(claim, undecided_reason=_describe_few(comparison, seeds))
+            few = _describe_few(comparison, seeds)
+            found[name] = replace(claim, undecided_reason=few, is_tested=False)
     _keep_order(found, rules)
     _correct_others(found, rules)
     return list(found.values())
@@ -314,7 +365,7 @@ def answer_comparison(comparison: SystemComparison, claims: Sequence[ClaimResult
     """
     tested = [claim for claim in claims if claim.conditions]
     if tested:
-        return _answer_claim(tested[0])
+        return _answer_claim(tested[0], [each for each in claims if each is not tested[0]])
     if len(comparison.systems) == 2:
         return answer_in_a_sentence(comparison)
     best, *others = sorted(
@@ -327,8 +378,9 @@ def answer_comparison(comparison: SystemComparison, claims: Sequence[ClaimResult
     interval = "" if np.isnan(score.low) else f" ({100 * score.low:.1f} to {100 * score.high:.1f})"
     test = comparison.find_test(best, others[0], MEAN)
     verdict = f"verdict: {test.verdict}" if test else "not tested"
+    mean = comparison.name_score(MEAN) if comparison.has_unequal_tasks else "mean score"
     return (
-        f"{best} has the highest mean score of {len(comparison.systems)} systems, "
+        f"{best} has the highest {mean} of {len(comparison.systems)} systems, "
         f"{100 * score.value:.1f}{interval}; {format_interval(change)} points against the next, "
         f"{others[0]} ({verdict})."
     )
@@ -379,16 +431,19 @@ def _evaluate_claim(
     comparison: SystemComparison, rules: ClaimsConfig, name: str, claim: Claim
 ) -> ClaimResult:
     rule = "; ".join(_describe_rule(part, rules) for part in claim.parts)
-    asked = [label for part in claim.parts for label in (part.system, part.against)]
+    asked = [label for part in claim.parts for label in part.systems]
     absent = [label for label in dict.fromkeys(asked) if label not in comparison.systems]
     if absent:
-        return ClaimResult(name, claim.text, rule, (), f"{' and '.join(absent)} not run")
+        why = f"{' and '.join(absent)} not run"
+        return ClaimResult(name, claim.text, rule, (), why, is_tested=False)
     conditions: list[ConditionResult] = []
     for part in claim.parts:
         for task in part.tasks or comparison.common_tasks:
-            if not comparison.has_task(task, part.system, part.against):
-                reason = f"{task} is not a task of both {part.system} and {part.against}"
-                return ClaimResult(name, claim.text, rule, conditions, reason)
+            if not comparison.has_task(task, *part.systems):
+                several = f"each of {', '.join(part.systems)}"
+                both = several if part.beyond else f"both {part.system} and {part.against}"
+                reason = f"{task} is not a task of {both}"
+                return ClaimResult(name, claim.text, rule, conditions, reason, is_tested=False)
             conditions.append(_test_part(comparison, rules, part, task))
         if part.flops_at_most is not None:
             conditions.append(_check_flops(comparison, part, part.flops_at_most))
@@ -401,7 +456,7 @@ def _keep_order(found: dict[str, ClaimResult], rules: ClaimsConfig) -> None:
     for name in rules.order:
         if stop and not found[name].undecided_reason:
             why = f"it is tested after {stop!r}, which is not shown"
-            found[name] = replace(found[name], undecided_reason=why)
+            found[name] = replace(found[name], undecided_reason=why, is_tested=False)
         elif found[name].verdict != "holds" and not stop:
             stop = name
 
@@ -417,16 +472,20 @@ def _correct_others(found: dict[str, ClaimResult], rules: ClaimsConfig) -> None:
 
 
 def _describe_rule(part: Condition, rules: ClaimsConfig) -> str:
-    tasks = ", ".join(part.tasks) or "each task"
+    names = {MEAN: "the mean over common tasks", SHARED_MEAN: "the mean over their shared tasks"}
+    tasks = ", ".join(names.get(task, task) for task in part.tasks) or "each task"
     level = f"{100 * (1 - rules.alpha):g} %"
+    sign, places = ("±", "within, outside") if part.test == "equivalent" else ("−", "above, below")
     limit = "0"
-    if part.test == "not_lower":
-        margins = {task: rules.find_margin(task) for task in part.tasks or rules.margins}
-        others = [f"{task} −{100 * m:g}" for task, m in margins.items() if m != rules.margin]
-        limit = f"−{100 * rules.margin:g} points" + (f" ({', '.join(others)})" if others else "")
+    if part.test != "higher":
+        margins = {task: rules.find_margin(part, task) for task in part.tasks or rules.margins}
+        others = [f"{task} {sign}{100 * m:g}" for task, m in margins.items() if m != rules.margin]
+        limit = f"{sign}{100 * rules.margin:g} points"
+        limit += f" ({', '.join(others)})" if others else ""
+    shown, refuted = places.split(", ")
     text = (
-        f"{part.system} − {part.against} on {tasks}: the {level} interval lies above {limit}, and "
-        f"refutes below {limit}"
+        f"{part.difference} on {tasks}: the {level} interval lies {shown} {limit}, and refutes "
+        f"{refuted} {limit}"
     )
     if part.flops_at_most is not None:
         text += f"; at most {part.flops_at_most:g} times the FLOPs"
@@ -436,46 +495,83 @@ def _describe_rule(part: Condition, rules: ClaimsConfig) -> str:
 def _test_part(
     comparison: SystemComparison, rules: ClaimsConfig, part: Condition, task: str
 ) -> ConditionResult:
-    margin = rules.find_margin(task) if part.test == "not_lower" else 0.0
-    change, spread = comparison.subtract_scores(part.system, part.against, task)
+    margin = rules.find_margin(part, task)
+    change, spread = comparison.subtract_scores(part.system, part.against, task, part.beyond)
     found = statistics.estimate_mean(change, spread, 1 - rules.alpha)
-    two_sided = statistics.compute_p_value(change, spread, -margin)
-    p = two_sided / 2 if found.value > -margin else 1 - two_sided / 2
+
+    def exceed(limit: float) -> float:
+        """Return the one-sided p-value of "the difference is above the limit"."""
+        two_sided = statistics.compute_p_value(change, spread, limit)
+        return two_sided / 2 if found.value > limit else 1 - two_sided / 2
+
+    p, limit = exceed(-margin), np.inf
+    if part.test == "equivalent":
+        # Both sides must be shown (source: Schuirmann 1987, two one-sided tests).
+        p, limit = max(p, 1 - exceed(margin)), margin
     shown: bool | None = None
-    if found.low > -margin:
+    if -margin < found.low and found.high < limit:
         shown = True
-    elif found.high < -margin:
+    elif found.high < -margin or found.low > limit:
         shown = False
-    text = f"{task}, {part.system} − {part.against}: {_format_points(found)}"
+    score = comparison.name_score(task, *part.systems)
+    text = f"{score}, {part.difference}: {_format_points(found)}"
     if not np.isnan(found.low):
         text += f"; {list_exclusions(found)}"
-    return ConditionResult(text, shown, p, part.system, part.against, task, margin, found)
+    folds = _average_folds(change)
+    return ConditionResult(text, shown, p, part, task, score, margin, found, folds)
 
 
 def _check_flops(comparison: SystemComparison, part: Condition, most: float) -> ConditionResult:
-    costs = [comparison.costs.get((label, MEAN)) for label in (part.system, part.against)]
-    own, other = (np.nan if each is None else each.flops for each in costs)
+    # Costs are those of the score that the part is about.
+    mean, pair = (SHARED_MEAN if SHARED_MEAN in part.tasks else MEAN), (part.system, part.against)
+    tasks = comparison.list_tasks(mean, *part.systems)
+    own, other = (_average_flops(comparison, label, tasks) for label in pair)
     if np.isnan(own / other):
         return ConditionResult(f"the FLOPs against {part.against} are unknown", None)
+    where = f", {comparison.name_score(mean, *part.systems)}"
     text = f"{own / other:.2f} of the FLOPs of {part.against}, at most {most:g}"
+    text += where if comparison.has_unequal_tasks else ""
     return ConditionResult(text, own / other <= most)
 
 
-def _answer_claim(claim: ClaimResult) -> str:
+def _average_flops(comparison: SystemComparison, label: str, tasks: Sequence[str]) -> float:
+    known = [comparison.costs.get((label, task)) for task in tasks]
+    # One unknown cost makes the mean unknown.
+    return float(np.mean([np.nan if each is None else each.flops for each in known]))
+
+
+def _average_folds(change: Contrast) -> list[float]:
+    """Return the mean of each fold, in their order; [] without folds."""
+    replicates = statistics.list_replicates(change)
+    folds: dict[int, list[float]] = {}
+    for number in sorted(replicates):
+        folds.setdefault(number // REPLICATE_BASE, []).append(replicates[number])
+    return [float(np.mean(values)) for values in folds.values()]
+
+
+def _answer_claim(claim: ClaimResult, others: Sequence[ClaimResult]) -> str:
+    """Return the answer of one claim, and how many other claims have which result."""
+    results = Counter(
+        OPENINGS[each.verdict].lower() if each.is_tested else "not tested" for each in others
+    )
+    counts = ", ".join(f"{count} {result}" for result, count in results.items())
+    rest = f"; other claims: {counts}" if others else ""
     opening = f"{OPENINGS[claim.verdict]}: {claim.text.rstrip('.')}"
     closest = claim.find_closest()
     failed = [each.text for each in claim.conditions if each.shown is False and not each.change]
     costs = "".join(f"; {text}" for text in failed)
     if closest is None or closest.change is None:
-        return f"{opening}{costs}."
+        return f"{opening}{costs}{rest}."
     count = len(claim.tested)
-    name = closest.task.replace("_", " ")
-    worst = f"least favourable of {count} scores: {name} " if count > 1 else ""
+    # A reader must know which mean it is.
+    worst = f"{closest.score} " if closest.score.startswith("mean of") else ""
+    worst = f"least favourable of {count} scores: {closest.score} " if count > 1 else worst
     number = format_interval(closest.change).replace(" (", " points (", 1)
-    margin = f", margin {100 * closest.margin:g}" if closest.margin else ""
+    sign = "±" if closest.is_two_sided else ""
+    margin = f", margin {sign}{100 * closest.margin:g}" if closest.margin else ""
     excluded = describe_exclusions(closest.change) if claim.verdict == "not decided" else ""
     why = f"; {claim.undecided_reason}" if claim.undecided_reason else ""
-    return f"{opening}; {worst}{number}{margin}{excluded}{costs}{why}."
+    return f"{opening}; {worst}{number}{margin}{excluded}{costs}{why}{rest}."
 
 
 def describe_exclusions(change: ScoreEstimate) -> str:

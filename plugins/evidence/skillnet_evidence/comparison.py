@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from skillnet_evidence import statistics
 from skillnet_evidence.errors import EvidenceError, require_known
+from skillnet_evidence.format import format_plural
 from skillnet_evidence.scores import SPLIT, ScoredMetric, ScoredRun, TaskCost
 from skillnet_evidence.statistics import (
     Contrast,
@@ -26,8 +27,9 @@ from skillnet_evidence.statistics import (
 )
 from skillnet_evidence.units import RowOutcomes, ScoreScale, has_equal_rows, sum_outcomes
 
-#: Pseudo-task: the mean over the tasks that all systems have.
-MEAN = "mean"
+#: Pseudo-tasks: the mean over the tasks that all systems of the report have, the mean over those
+#: that the systems of one part of a claim share, and the mean over all tasks of one system.
+MEAN, SHARED_MEAN, OWN_MEAN = "mean", "shared_mean", "own_mean"
 
 #: Suffix of the label of a system whose runs start from a pretraining.
 PRETRAINED = "-pretrained"
@@ -124,10 +126,11 @@ class SystemComparison:
         metrics: task -> its primary metric.
         splits: task -> its test splits.
         samples: (label, task, split) -> score of every run.
-        scores: (label, task, split) -> estimate; (label, "mean", "test") is the mean over tasks.
+        scores: (label, task, split) -> estimate; (label, "mean", "test") is the mean over common
+            tasks. Where tasks differ, (label, "own_mean", "test") is that over the system's own.
         relative: label -> relative score.
         tests: all paired tests.
-        costs: (label, task) -> cost; (label, "mean") is the mean over tasks.
+        costs: (label, task) -> cost; (label, "mean") is the mean over common tasks.
         spreads: (task, split) -> variance over seeds, pooled over systems.
     """
 
@@ -171,6 +174,11 @@ class SystemComparison:
         return min(len(runs) for runs in self.systems.values())
 
     @property
+    def has_unequal_tasks(self) -> bool:
+        """Whether some system lacks a task of another one."""
+        return len(self.common_tasks) < len(self.tasks)
+
+    @property
     def tested_tasks(self) -> list[str]:
         """Tasks with tests, and the mean; one common task is its own mean and is tested once."""
         return list_tested_tasks(self.tasks, self.common_tasks)
@@ -197,20 +205,53 @@ class SystemComparison:
 
     def has_task(self, task: str, *labels: str) -> bool:
         """Return whether some systems were evaluated on the test split of a task."""
-        return all((label, task, SPLIT) in self.samples for label in labels)
+        return task == SHARED_MEAN or all((label, task, SPLIT) in self.samples for label in labels)
+
+    def list_tasks(self, task: str, *labels: str) -> list[str]:
+        """Return the tasks over which a score is a mean; of a single task itself.
+
+        Args:
+            task: task name, ``mean``, or ``shared_mean`` or ``own_mean`` of some systems.
+            labels: these systems.
+        """
+        if task in (SHARED_MEAN, OWN_MEAN):
+            return [each for each in self.tasks if self.has_task(each, *labels)]
+        return list(self.common_tasks) if task == MEAN else [task]
+
+    def name_score(self, task: str, *labels: str) -> str:
+        """Return words for a task or a mean; where tasks differ, a mean states their number.
+
+        Args:
+            task: task name, or a mean as for :meth:`list_tasks`.
+            labels: systems of the mean.
+        """
+        if task not in (MEAN, SHARED_MEAN, OWN_MEAN):
+            return task.replace("_", " ")
+        count = len(self.list_tasks(task, *labels))
+        return f"mean of {format_plural(count, 'task')}" if self.has_unequal_tasks else "mean"
 
     def subtract_scores(
-        self, own: str, other: str, task: str
+        self, own: str, other: str, task: str, beyond: Sequence[str] = ()
     ) -> tuple[Contrast, SeedVariance | None]:
         """Return the score of one system minus that of another, and the pooled seed variance.
 
         Args:
             own: label of one system.
             other: label of the other system.
-            task: task name, or ``mean``.
+            task: task name, ``mean``, or ``shared_mean`` of all systems that are named.
+            beyond: two more labels, whose difference is subtracted from the first one.
         """
-        left, right = self.samples[own, task, SPLIT], self.samples[other, task, SPLIT]
-        return left - right, self.spreads[task, SPLIT]
+        labels = (own, other, *beyond)
+        if task == SHARED_MEAN:
+            samples, spread = _average_peers(
+                self.samples, self.systems, self.list_tasks(task, *labels)
+            )
+        else:
+            samples = {label: self.samples[label, task, SPLIT] for label in labels}
+            spread = self.spreads[task, SPLIT]
+        change = samples[own] - samples[other]
+        # All systems answer the same units, so the difficulty of a unit cancels here, too.
+        return change - (samples[beyond[0]] - samples[beyond[1]]) if beyond else change, spread
 
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
         """Return the test of two systems on a task, in either order; None if there is none.
@@ -297,9 +338,7 @@ def compare_systems(
             "systems that share a task"
         )
     for label in systems:
-        samples[label, MEAN, SPLIT] = statistics.average_samples(
-            [samples[label, t, SPLIT] for t in common]
-        )
+        samples[label, MEAN, SPLIT] = _average_tasks(samples, label, common)
     # One pooled variance per task and split: scores of different tasks vary differently.
     spreads = {
         key: statistics.pool_seed_variance(
@@ -317,6 +356,13 @@ def compare_systems(
         )
         for (label, task, split), sample in samples.items()
     }
+    if len(common) < len(tasks):
+        for label in systems:
+            own = [task for task in tasks if (label, task, SPLIT) in samples]
+            peers, spread = _average_peers(samples, systems, own)
+            scores[label, OWN_MEAN, SPLIT] = statistics.estimate_mean(
+                peers[label], spread, least=0.0, most=1.0
+            )
     return SystemComparison(
         systems,
         roles.reference,
@@ -437,6 +483,21 @@ def _build_samples(
     return samples
 
 
+def _average_tasks(
+    samples: Mapping[tuple[str, str, str], RunSample], label: str, tasks: Sequence[str]
+) -> RunSample:
+    return statistics.average_samples([samples[label, task, SPLIT] for task in tasks])
+
+
+def _average_peers(
+    samples: Mapping[tuple[str, str, str], RunSample], labels: Iterable[str], tasks: Sequence[str]
+) -> tuple[dict[str, RunSample], SeedVariance | None]:
+    """Return the mean over tasks of each system that has all of them, and their pooled variance."""
+    peers = [label for label in labels if all((label, t, SPLIT) in samples for t in tasks)]
+    means = {label: _average_tasks(samples, label, tasks) for label in peers}
+    return means, statistics.pool_seed_variance(list(means.values()))
+
+
 def _find_scale(metric: ScoredMetric | None) -> ScoreScale:
     # A mean over tasks is neither a share nor a rate.
     if metric is None:
@@ -532,6 +593,9 @@ def _collect_costs(
         # The mean is over common tasks, so that systems with fewer tasks are comparable.
         if all((label, task) in costs for task in common):
             costs[label, MEAN] = _average_costs([costs[label, task] for task in common])
+        own = [task for task in tasks if any((task, SPLIT) in run.outcomes for run in runs)]
+        if len(common) < len(tasks) and all((label, task) in costs for task in own):
+            costs[label, OWN_MEAN] = _average_costs([costs[label, task] for task in own])
     return costs
 
 

@@ -130,7 +130,7 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
         panel.errorbar(
             x, value, yerr=[[value - low], [high - value]], **_style(test.system, labels)
         )
-    panel.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=8)
+    panel.set_xticks(range(len(tasks)), map(comparison.name_score, tasks), fontsize=8)
     panel.set_xlim(-0.5, len(tasks) - 0.5)
     panel.set_ylabel("gain in points", fontsize=8)
     style_axes(panel)
@@ -251,7 +251,7 @@ def _make_panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Fig
 
 def _title(comparison: SystemComparison, task: str) -> str:
     if task == MEAN:
-        return "mean over tasks"
+        return comparison.name_score(MEAN) if comparison.has_unequal_tasks else "mean over tasks"
     return name_column(comparison, task)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillnet_evidence.comparison import PRETRAINED
-from skillnet_evidence.format import format_interval
+from skillnet_evidence.format import format_interval, format_plural
 from skillnet_evidence.plot_kit import (
     COLORS,
     MARKERS,
@@ -108,9 +108,10 @@ def draw_forest_panel(panel: Any, groups: Sequence[ForestGroup]) -> None:
     from matplotlib.transforms import blended_transform_factory
 
     y, ticks, names = 0.0, [], []
-    known = [x for group in groups for row in group.rows for x in row.change if not math.isnan(x)]
-    margin = max((row.margin for group in groups for row in group.rows), default=0.0)
-    low, high = (100 * each for each in (min([*known, -margin, 0]), max([*known, 0])))
+    shown = [row for group in groups for row in group.rows]
+    known = [x for row in shown for x in (*row.change, *row.band, *row.by_fold, 0.0)]
+    known = [x for x in known if not math.isnan(x)]
+    low, high = 100 * min(known), 100 * max(known)
     # Room for a marker at both ends, and a span that shows noise as small.
     room = max(0.06 * (high - low), 0.5)
     panel.set_xlim(low - room, high + room)
@@ -176,6 +177,7 @@ def draw_cost_panel(
             elinewidth=1.4,
             capsize=2.5,
         )
+    tasks = format_plural(points[0].tasks, "task")
     costs = [each.flops for each in points]
     # Room at the right for the labels of the most expensive system.
     panel.set_xlim(min(costs) / 1.3, max(costs) * max((max(costs) / min(costs)) ** 0.45, 1.5))
@@ -195,9 +197,9 @@ def draw_cost_panel(
     mark_cost_axis(panel)
     style_axes(panel)
     panel.set_xlabel(
-        "activated FLOPs per example, mean over tasks (log axis)", fontsize=FONT_PT, color=SOFT
+        f"activated FLOPs per example, mean of {tasks} (log axis)", fontsize=FONT_PT, color=SOFT
     )
-    panel.set_ylabel("mean score, percent (higher is better)", fontsize=FONT_PT, color=SOFT)
+    panel.set_ylabel(f"mean score of {tasks}, percent", fontsize=FONT_PT, color=SOFT)
     panel.set_title(
         "Mean score against operations. Filled: pretrained.",
         fontsize=FONT_PT + 0.5,
@@ -214,10 +216,12 @@ def draw_cost_panel(
 def _draw_difference(panel: Any, y: float, row: ForestRow) -> None:
     colour, marker, is_filled = RESULTS[row.result]
     value, low, high = (100 * each for each in row.change)
-    if row.margin:
-        panel.fill_betweenx(
-            [y - 0.5, y + 0.5], -100 * row.margin, 0, color=BAND, linewidth=0, zorder=0
-        )
+    if row.band[0]:
+        left, right = (100 * each for each in row.band)
+        panel.fill_betweenx([y - 0.5, y + 0.5], left, right, color=BAND, linewidth=0, zorder=0)
+    # Below the interval, so that neither hides the other.
+    folds = [100 * each for each in row.by_fold]
+    panel.plot(folds, [y + 0.3] * len(folds), ".", color=SOFT, markersize=2.5, alpha=0.7)
     if not math.isnan(low):
         panel.plot([low, high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
     panel.plot(
@@ -251,8 +255,10 @@ def _explain_marks(panel: Any, groups: Sequence[ForestGroup]) -> None:
             handles.append(
                 Line2D([], [], color=colour, marker=marker, markerfacecolor=face, label=name)
             )
-    if any(row.margin for row in rows):
+    if any(row.band[0] for row in rows):
         handles.append(Patch(color=BAND, label="margin"))
+    if any(row.by_fold for row in rows):
+        handles.append(Line2D([], [], color=SOFT, marker=".", linestyle="none", label="one fold"))
     panel.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.42 / _forest_height(groups)),
         ncols=len(handles), frameon=False, fontsize=FONT_PT, handlelength=1.8, columnspacing=1.4,

@@ -6,16 +6,17 @@ and the figure of the documents show the same.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from skillnet_evidence.claims import ClaimResult, ConditionResult, ConditionState
-from skillnet_evidence.comparison import MEAN, SystemComparison, TestVerdict
+from skillnet_evidence.comparison import MEAN, SHARED_MEAN, SystemComparison, TestVerdict
 from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.tables import ReferenceScores, average_references
 
 SUMMARY_COLUMNS = (
     "system", "task", "split", "metric", "value", "low", "high", "score", "std_error", "dof",
-    "seeds", "activated_params", "flops_per_example",
+    "seeds", "tasks", "activated_params", "flops_per_example", "total_params",
 )  # fmt: skip
 TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
@@ -40,15 +41,17 @@ class ForestRow(NamedTuple):
         label: text at its left.
         change: value, low and high.
         result: key of ``RESULTS``.
-        margin: loss that the claim allows.
-        is_mean: whether it is about the mean over tasks.
+        band: differences that the claim allows, from minus the margin; of no width without one.
+        is_mean: whether it is about a mean over tasks.
+        by_fold: the difference in each fold.
     """
 
     label: str
     change: tuple[float, float, float]
     result: RowResult
-    margin: float = 0.0
+    band: tuple[float, float] = (0.0, 0.0)
     is_mean: bool = False
+    by_fold: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ class SystemPoint(NamedTuple):
         label: label of the system.
         flops: operations of one example, mean over tasks.
         score: value, low and high.
+        tasks: number of tasks of both means.
     """
 
     label: str
     flops: float
     score: tuple[float, float, float]
+    tasks: int
 
 
 def build_reference_rows(references: ReferenceScores, tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -128,8 +133,10 @@ def build_summary_rows(
                 "std_error": score.std_error,
                 "dof": score.dof,
                 "seeds": score.seeds,
+                "tasks": len(comparison.list_tasks(task, label)),
                 "activated_params": cost.activated if cost else None,
                 "flops_per_example": cost.flops if cost else None,
+                "total_params": fmean(run.total_params for run in comparison.systems[label]),
             }
         )
     for label, relative in comparison.relative.items():
@@ -185,10 +192,12 @@ def build_claim_rows(claims: Sequence[ClaimResult]) -> list[dict[str, Any]]:
 
 def _build_condition_row(condition: ConditionResult, state: ConditionState) -> dict[str, Any]:
     row: dict[str, Any] = {"text": condition.text, "result": state}
-    change = condition.change
-    if change is not None:
-        row |= {key: getattr(condition, key) for key in ("system", "against", "task", "margin")}
-        row |= {"difference": change.value, "low": change.low, "high": change.high}
+    change, part = condition.change, condition.part
+    if change is not None and part is not None:
+        row |= {key: getattr(part, key) for key in ("system", "against", "beyond", "test")}
+        row |= {key: getattr(condition, key) for key in ("task", "score", "margin", "by_fold")}
+        row |= {"subtracted": part.difference, "difference": change.value}
+        row |= {"low": change.low, "high": change.high}
     return row
 
 
@@ -206,20 +215,21 @@ def group_claims(claims: Sequence[ReportRow]) -> list[ForestGroup]:
     verdicts = {"holds": "shown", "does not hold": "refuted"}
     for claim in claims:
         tested = [each for each in claim["conditions"] if each.get("task")]
-        pairs = list(dict.fromkeys((each["system"], each["against"]) for each in tested))
+        pairs = list(dict.fromkeys(each["subtracted"] for each in tested))
         if not tested:
             continue
         rows = []
         for each in tested:
-            name = each["task"].replace("_", " ")
             # Several pairs in one claim: the task alone does not identify the row.
-            label = name if len(pairs) == 1 else f"{name}, {each['system']} − {each['against']}"
-            change = tuple(_number(each[key]) for key in ("difference", "low", "high"))
-            is_mean = each["task"] == MEAN
-            rows.append(ForestRow(label, change, each["result"], each["margin"], is_mean))  # type: ignore[arg-type]
-        subtracted = ", ".join(f"{system} − {against}" for system, against in pairs)
+            label = each["score"] + (f", {each['subtracted']}" if len(pairs) > 1 else "")
+            change = tuple(read_number(each[key]) for key in ("difference", "low", "high"))
+            is_mean = each["task"] in (MEAN, SHARED_MEAN)
+            band = (-each["margin"], each["margin"] if each["test"] == "equivalent" else 0.0)
+            rows.append(
+                ForestRow(label, change, each["result"], band, is_mean, each["by_fold"])  # type: ignore[arg-type]
+            )
         reason = f" ({claim['undecided_reason']})" if claim["undecided_reason"] else ""
-        note = f"{claim['verdict']}: {subtracted}{reason}"
+        note = f"{claim['verdict']}: {', '.join(pairs)}{reason}"
         groups.append(
             ForestGroup(claim["claim"], note, verdicts.get(claim["verdict"], "open"), rows)
         )
@@ -234,7 +244,7 @@ def group_tests(tests: Sequence[ReportRow]) -> list[ForestGroup]:
     """
     pairs: dict[tuple[str, str, str], list[ForestRow]] = {}
     for row in tests:
-        change = tuple(_number(row[key]) for key in ("difference", "low", "high"))
+        change = tuple(read_number(row[key]) for key in ("difference", "low", "high"))
         system, against, verdict = row["system"], row["against"], row["verdict"]
         if row["kind"] == "system":
             # The reference is the subject, as in the answer.
@@ -268,15 +278,22 @@ def collect_points(summary: Sequence[ReportRow]) -> list[SystemPoint]:
     for row in summary:
         if (row["task"], row["split"], row["metric"]) != (MEAN, SPLIT, "score"):
             continue
-        value, low, high = (100 * _number(row.get(key)) for key in ("value", "low", "high"))
         # The simple references have no operations.
-        flops = _number(row.get("flops_per_example"))
+        flops = read_number(row.get("flops_per_example"))
         if flops > 0:
-            points.append(SystemPoint(row["system"], flops, (value, low, high)))
+            tasks = int(row["tasks"])
+            points.append(SystemPoint(row["system"], flops, read_points(row), tasks))
     # Colours follow the order, which is that of the tables.
     return sorted(points, key=lambda point: -point.score[0])
 
 
-def _number(value: Any) -> float:
+def read_points(row: ReportRow) -> tuple[float, float, float]:
+    """Return the score of a row of ``summary.csv`` with its interval, in points."""
+    value, low, high = (100 * read_number(row.get(key)) for key in ("value", "low", "high"))
+    return value, low, high
+
+
+def read_number(value: Any) -> float:
+    """Return a number of a file of the report; NaN where it is unknown."""
     # A cell of a CSV file is empty where a number is unknown, JSON has null.
     return float("nan") if value in (None, "") else float(value)

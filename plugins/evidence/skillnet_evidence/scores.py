@@ -116,6 +116,7 @@ class ScoredRun:
         seconds: seconds in the training loop.
         pretraining_seconds: the same of the pretraining; None without one.
         source: object of the caller that was scored; not read here.
+        total_params: parameters of the complete model; NaN if unknown.
     """
 
     label: str
@@ -130,6 +131,7 @@ class ScoredRun:
     seconds: float = 0.0
     pretraining_seconds: float | None = None
     source: Any = None
+    total_params: float = float("nan")
 
     @property
     def replicate(self) -> int:

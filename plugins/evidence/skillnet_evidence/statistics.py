@@ -333,6 +333,15 @@ def estimate_unit_variance(sample: Contrast) -> tuple[float, float]:
     return sum(variance for variance, _ in parts), _combine_dofs(parts)
 
 
+def list_replicates(sample: Contrast) -> dict[int, float]:
+    """Return the value of each replicate that all systems have; {} without folds."""
+    terms = _list_terms(sample)
+    if terms[0][0].test_to_train is None:
+        return {}
+    values = np.sum([sign * each.values for each, sign in terms], axis=0)
+    return dict(zip(terms[0][0].seeds, values.tolist(), strict=True))
+
+
 def _list_terms(sample: Contrast) -> Sequence[tuple[RunSample, float]]:
     terms = sample.terms
     if len(terms) > 1 and terms[0][0].test_to_train is not None:

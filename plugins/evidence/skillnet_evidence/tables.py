@@ -103,7 +103,10 @@ def build_score_table(
         reference_note: sentence about them for the caption.
     """
     columns = ["system", f"{comparison.repeat_noun}s"]
-    columns += [*(name_column(comparison, task) for task in comparison.tasks), "mean score"]
+    mean = "mean score"
+    if comparison.has_unequal_tasks:
+        mean = comparison.name_score(MEAN)
+    columns += [*(name_column(comparison, task) for task in comparison.tasks), mean]
     # A study without specialists has no such scores.
     has_relative = any(not np.isnan(each.value.value) for each in comparison.relative.values())
     columns += ["relative to specialists"] if has_relative else []
@@ -151,7 +154,7 @@ def build_change_table(comparison: SystemComparison, kind: str) -> ReportTable:
     change = "Score of the first system minus score of the second"
     return make_table(
         "Gain from pretraining" if is_gain else "Differences from the reference",
-        ["system" if is_gain else "systems", *(task.replace("_", " ") for task in tasks)],
+        ["system" if is_gain else "systems", *map(comparison.name_score, tasks)],
         [
             [
                 against if is_gain else f"{system} − {against}",
@@ -226,7 +229,8 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
     """Return every paired test with its p-values."""
     rows = [
         [
-            *(test.system, test.against, test.task, format_interval(test.difference)),
+            *(test.system, test.against, comparison.name_score(test.task)),
+            format_interval(test.difference),
             *(format_p_value(test.p), format_p_value(test.p_corrected), test.verdict),
         ]
         for test in comparison.tests
@@ -308,7 +312,8 @@ def build_gap_table(comparison: SystemComparison, arms: Mapping[str, str]) -> Re
             before, after = samples[0] - samples[1], samples[2] - samples[3]
             spread = comparison.spreads[task, SPLIT]
             gaps = [estimate_mean(each, spread) for each in (before, after, after - before)]
-            rows.append([f"{own} − {label}", task, *(_points_cell(gap) for gap in gaps)])
+            name = comparison.name_score(task)
+            rows.append([f"{own} − {label}", name, *(_points_cell(gap) for gap in gaps)])
     steps = sorted({run.steps for run in comparison.runs})
     # With folds, a difference on other folds would be no change of this one.
     pairs = "on the replicates that all four have" if comparison.has_folds else "paired by unit"
@@ -354,7 +359,7 @@ def build_claim_table(
             if (task, SPLIT) in references
         ]
         mean = average_references(references, comparison.common_tasks)
-        shown += [] if mean is None else [f"mean {100 * mean:.1f}"]
+        shown += [] if mean is None else [f"{comparison.name_score(MEAN)} {100 * mean:.1f}"]
         caption += f" Simple references (TF-IDF, nearest neighbours): {', '.join(shown)}."
     columns = ["verdict", "claim", "asked", "result"]
     return make_table("Claims", columns, rows, caption, collapsed=False)
@@ -380,7 +385,7 @@ def name_column(comparison: SystemComparison, task: str) -> str:
         task: name of a task.
     """
     label = comparison.metrics[task].label
-    return task.replace("_", " ") + (f", {label}" if label else "")
+    return comparison.name_score(task) + (f", {label}" if label else "")
 
 
 # -- cells ---------------------------------------------------------------------------------
@@ -452,13 +457,11 @@ def _describe_question(claim: ClaimResult) -> str:
     tested = claim.tested
     if not tested:
         return "–"
-    pairs = ", ".join(dict.fromkeys(f"{each.system} − {each.against}" for each in tested))
-    margins = sorted({each.margin for each in tested})
-    asked = f"no loss of {' or '.join(f'{100 * margin:g}' for margin in margins)} points"
-    asked = "above 0" if margins == [0.0] else asked
-    tasks = list(dict.fromkeys(each.task for each in tested))
-    where = tasks[0].replace("_", " ") if len(tasks) == 1 else f"each of {len(tasks)} scores"
-    return f"{pairs}, {where}: {asked}"
+    pairs = dict.fromkeys(each.part.difference for each in tested if each.part)
+    asked = " or ".join(dict.fromkeys(each.asked for each in tested))
+    scores = list(dict.fromkeys(each.score for each in tested))
+    where = scores[0] if len(scores) == 1 else f"each of {len(scores)} scores"
+    return f"{', '.join(pairs)}, {where}: {asked}"
 
 
 def _describe_result(claim: ClaimResult) -> str:
@@ -489,7 +492,7 @@ def _describe_condition(condition: ConditionResult) -> str:
     # A line of the table ends beside a number and its interval, not within them.
     number = format_interval(condition.change).replace(" ", NO_BREAK_SPACE)
     excluded = describe_exclusions(condition.change) if condition.shown is None else ""
-    return f"{condition.task.replace('_', ' ')} {number}{excluded}"
+    return f"{condition.score} {number}{excluded}"
 
 
 # -- texts about the variance --------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_equal_systems_can_be_shown_to_be_no_worse():
     assert claim.verdict == "not decided"
     (open_one,) = [each for each in claim.conditions if each.shown is None]
     assert re.fullmatch(
-        r"text_to_code, skillnet − specialist: .* points \(.*\); no loss above \d\.\d points, "
+        r"text to code, skillnet − specialist: .* points \(.*\); no loss above \d\.\d points, "
         r"no gain above \d\.\d",
         open_one.text,
     )

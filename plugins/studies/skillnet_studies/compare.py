@@ -163,7 +163,12 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
     Raises:
         UserError: a run does not exist or cannot be compared, or its variances are unknown.
     """
-    from skillnet_evidence.power import PowerPlan, estimate_time, plan_power
+    from skillnet_evidence.power import (
+        PowerPlan,
+        estimate_time,
+        plan_power,
+        simulate_claims,
+    )
     from skillnet_studies.analysis.finished_runs import compare_runs, label_runs
     from skillnet_studies.study.system_runs import build_base_run
 
@@ -178,7 +183,8 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
     steps = {label: build_base_run(config, label, 0).training.steps for label in counts}
     time_needed = estimate_time(earlier, counts, steps)
     named = ", ".join(config.power) if len(config.power) < 4 else f"{len(config.power)} runs"
-    return PowerPlan(str(config.name), named, tests, time_needed)
+    shares = simulate_claims(tests, config.claims)
+    return PowerPlan(str(config.name), named, tests, shares, time_needed)
 
 
 def _read_named_runs(
@@ -377,12 +383,13 @@ def normalize_arguments(argv: Sequence[str]) -> list[str]:
 
 def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
     """Print the claims and the main tables, or the power of a planned study."""
-    from skillnet_evidence.power import PowerPlan, tabulate_power
+    from skillnet_evidence.power import POWER_CAPTION, PowerPlan, tabulate_power
     from skillnet_studies.report.report import show_report
 
     if isinstance(report, PowerPlan):
         title = f"{report.study}: what it could decide, with the variances of {report.earlier}"
-        console.print_table(title, *tabulate_power(report.tests))
+        console.print_table(title, *tabulate_power(report.tests, report.shares))
+        console.print_note(POWER_CAPTION)
         console.print_note(report.time.describe())
         return
 

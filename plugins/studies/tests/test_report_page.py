@@ -13,7 +13,7 @@ import pytest
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_evidence.budget import estimate_budgets, estimate_ratio, find_crossing
-from skillnet_evidence.claims import sort_systems
+from skillnet_evidence.claims import Claim, ClaimsConfig, Condition, sort_systems
 from skillnet_evidence.comparison import MEAN, SystemComparison
 from skillnet_evidence.forest import draw_joint_evidence
 from skillnet_evidence.rows import (
@@ -121,6 +121,35 @@ def test_the_answer_the_figures_and_one_short_table_come_first(
     for title in ("Results on held-out rows", "Rule:", "Plot: learning", "torch "):
         assert title not in shown.text
         assert title in page
+
+
+def test_a_study_of_unequal_tasks_shows_its_series(tmp_path: Path) -> None:
+    runs = []
+    for system in ("skillnet", "dense"):
+        for count in (2, 5):
+            label = f"{system}-{count}"
+            for seed in range(3):
+                folder = tmp_path / f"{label}-seed{seed}"
+                write_run(folder, system, seed, tasks=TASKS[:count], activated=100 * count)
+                runs.append(read_run(folder, label))
+    part = Condition("skillnet-5", "dense-5", tasks=[MEAN], beyond=["skillnet-2", "dense-2"])
+    rules = ClaimsConfig({"lead": Claim("The lead grows.", [part])})
+    made = reporting.build_report(
+        compare_runs(runs, "skillnet-5"), "scale", rules, references=REFERENCES
+    )
+    assert list(made.evidence) == ["differences", reporting.SCALE]
+    write_report(made, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    for text in ("Score and cost against the number of tasks", "activated, mean of 2 tasks"):
+        assert text in page
+    assert "mean score" not in Folds(page.partition("<body>")[2]).text
+    rows = rows_of(tmp_path / "report" / "summary.csv")
+    (own,) = (row for row in rows if (row["system"], row["task"]) == ("dense-5", "own_mean"))
+    # A weight has two columns.
+    assert (own["tasks"], float(own["total_params"])) == ("5", 1000)
+    figure = tmp_path / "scale.svg"
+    draw_study.main([str(tmp_path / "report"), "--scale", "--output", str(figure)])
+    assert figure.read_text(encoding="utf-8").startswith("<svg")
 
 
 @pytest.mark.integration
@@ -264,7 +293,7 @@ def test_the_evidence_is_drawn_from_the_kept_rows(report: reporting.ComparisonRe
     claims = build_claim_rows(report.claims)
     groups = group_claims(claims)
     assert [len(group.rows) for group in groups] == [5, 5, 4]
-    assert {row.margin for row in groups[0].rows} == {0.02}
+    assert {row.band for row in groups[0].rows} == {(-0.02, 0.0)}
     assert groups[0].note == "holds: skillnet-pretrained − specialist-pretrained"
     tests = build_test_rows(report.comparison)
     # Six pairs: only their means are listed, as reference less other.

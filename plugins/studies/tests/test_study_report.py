@@ -250,10 +250,12 @@ def test_a_planned_study_states_what_it_could_decide(folders: list[Path], capsys
     assert command.main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["study"] == "tiny-study"
-    assert {(each["system"], each["against"]) for each in printed["tests"]} == {
-        ("skillnet-pretrained", "skillnet"),
-        ("dense", "skillnet"),
+    assert {each["difference"] for each in printed["tests"]} == {
+        "skillnet-pretrained − skillnet",
+        "dense − skillnet",
     }
+    # A larger true difference is shown more often.
+    assert all(list(each) == sorted(each) for each in printed["shares"].values())
     assert all(each["detectable"] > each["error"] > 0 for each in printed["tests"])
     assert command.main(arguments) == 0
     assert "with the variances of 15 runs" in capsys.readouterr().out

@@ -153,6 +153,7 @@ class FinishedRun:
             self.seconds,
             self.pretraining_seconds,
             self,
+            float(self.total_params or np.nan),
         )
 
 

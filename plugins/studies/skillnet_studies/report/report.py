@@ -50,6 +50,12 @@ from skillnet_evidence.rows import (
     group_claims,
     group_tests,
 )
+from skillnet_evidence.scale import (
+    ScalePoint,
+    build_scale_table,
+    collect_scale,
+    draw_scale_figure,
+)
 from skillnet_evidence.scores import SPLIT, ScoredRun
 from skillnet_evidence.tables import (
     MAX_ROWS,
@@ -96,12 +102,16 @@ REPORT_FILES = (
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
 #: Facts that the page and the terminal show beside the answer.
 MAIN_FACTS = ("runs at commit", "report at commit", "runs evaluated", "machine")
+#: Name of the figure of series of systems.
+SCALE = "score and cost against the number of tasks"
 #: Name of a figure -> caption, with places for the sources of variance and the noun of a run.
 CAPTIONS = {
     "differences": "Paired differences of scores with their 95 % intervals over {sources}. Grey, "
     "hollow: nothing is decided or tested; band: margin of a claim. Diamond: mean over tasks.",
     "mean score against operations": "Mean score with its 95 % interval against the FLOPs of a "
     "forward pass of one test example, on a logarithmic axis.",
+    SCALE: "Means with their 95 % intervals, and costs, of systems whose names differ in a number "
+    "at the end. The means of all tasks are of other tasks at another number.",
     "scores": "Score of each system on the test rows: mean over {noun}s with the 95 % interval "
     "over {sources}. Filled: pretrained; hollow: not pretrained.",
     "score against FLOPs": "Score against the FLOPs of the forward pass of one test example. Sizes "
@@ -199,13 +209,14 @@ def build_report(
     known = find_reference_scores(comparison) if references is None else references
     claims = evaluate_claims(comparison, rules)
     budgets = estimate_budgets(comparison, read_validation_curves)
+    scale = collect_scale(build_summary_rows(comparison))
     tables = [
         *build_tables(
             comparison,
             known,
             describe_references(comparison),
             budgets,
-            build_cost_tables(comparison),
+            [build_scale_table(scale), *build_cost_tables(comparison)],
         ),
         build_seed_table(comparison),
         build_settings_table(comparison),
@@ -220,7 +231,7 @@ def build_report(
         comparison,
         claims,
         tables,
-        _draw_evidence(comparison, claims, known),
+        _draw_evidence(comparison, claims, known, scale),
         draw_plots(
             comparison,
             {label: [r.history for r in runs] for label, runs in list_finished(comparison).items()},
@@ -253,9 +264,15 @@ def _shorten_table(table: ReportTable) -> ReportTable:
 
 
 def _draw_evidence(
-    comparison: SystemComparison, claims: Sequence[ClaimResult], references: ReferenceScores
+    comparison: SystemComparison,
+    claims: Sequence[ClaimResult],
+    references: ReferenceScores,
+    scale: Sequence[ScalePoint],
 ) -> "dict[str, Figure]":
     groups = group_claims(build_claim_rows(claims)) or group_tests(build_test_rows(comparison))
+    if scale:
+        # The figure of the series has the costs, and a line for each of many systems.
+        return draw_evidence(groups, []) | {SCALE: draw_scale_figure(scale)}
     mean = average_references(references, comparison.common_tasks)
     points = collect_points(build_summary_rows(comparison))
     return draw_evidence(groups, points, None if mean is None else 100 * mean)

@@ -57,8 +57,11 @@ def build_cost_table(comparison: SystemComparison) -> ReportTable:
         time = format_duration(float(np.mean(before))) if before else "–"
         after = [*([time] if pretrained else []), f"{speed:.0f}", str(runs[0].trained["step"])]
         rows.append([*row, TableCell(format_duration(float(seconds.mean())), spread), *after])
-    columns = ["system", "parameters, total", "activated, mean over tasks"]
-    columns += ["FLOPs per example, mean over tasks", "training"]
+    mean = "mean over tasks"
+    if comparison.has_unequal_tasks:
+        mean = comparison.name_score(MEAN)
+    columns = ["system", "parameters, total", f"activated, {mean}"]
+    columns += [f"FLOPs per example, {mean}", "training"]
     columns += [*(["pretraining"] if pretrained else []), "rows per second", "steps"]
     return make_table(
         "Cost",
