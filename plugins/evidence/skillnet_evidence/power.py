@@ -120,6 +120,8 @@ class StudyTime:
 
     def describe(self) -> str:
         """Return the time in a sentence."""
+        if np.isnan(self.hours):
+            return f"{self.runs} final runs; the earlier study has none of their systems"
         text = (
             f"{self.runs} final runs take {self.hours:.1f} hours one after the other, without "
             "tuning, at the step rates of the earlier study"

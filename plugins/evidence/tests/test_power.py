@@ -128,6 +128,7 @@ def test_folds_and_times_of_a_planned_study(earlier: SystemComparison) -> None:
     assert time.hours == pytest.approx(40 * 12 / 3600)
     assert "40 final runs take 0.1 hours" in time.describe()
     assert time.describe().endswith("assumed for moe")
+    assert "nan" not in replace(time, hours=float("nan")).describe()
 
 
 def test_a_study_of_folds_is_planned_from_another_one() -> None:
