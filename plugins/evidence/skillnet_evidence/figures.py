@@ -20,6 +20,7 @@ from skillnet_evidence.plot_kit import (
     smooth_series,
     style_axes,
 )
+from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.tables import name_column
 
 if TYPE_CHECKING:
@@ -72,6 +73,45 @@ def draw_score_figure(comparison: SystemComparison) -> "Figure":
         style_axes(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("score on test rows, percent", fontsize=8)
+    return figure
+
+
+def draw_tier_figure(comparison: SystemComparison, tiers: Sequence[Sequence[str]]) -> "Figure":
+    """Draw the mean score of each system with its interval, best first, a colour per tier.
+
+    Args:
+        comparison: computed results.
+        tiers: labels of each tier, by mean score.
+    """
+    labels = [label for members in tiers for label in members]
+    figure = make_figure(6.4, 0.8 + 0.2 * len(labels))
+    with show_dollars():
+        panel = figure.add_subplot()
+        place = 0
+        for number, members in enumerate(tiers):
+            # A band marks each second tier, for prints in grey.
+            if number % 2:
+                panel.axhspan(place - 0.5, place + len(members) - 0.5, color="#f0f2f5", zorder=0)
+            for label in members:
+                score = comparison.scores[label, MEAN, SPLIT]
+                low, high = score.value - score.low, score.high - score.value
+                panel.errorbar(
+                    100 * score.value,
+                    place,
+                    xerr=[[100 * max(low, 0)], [100 * max(high, 0)]],
+                    fmt="o",
+                    markersize=4,
+                    elinewidth=1.2,
+                    color=COLORS[number % len(COLORS)],
+                )
+                place += 1
+            last = place - len(members) / 2 - 0.5
+            panel.annotate(f"tier {number + 1}", (1.01, last), fontsize=8, va="center",
+                           xycoords=("axes fraction", "data"))  # fmt: skip
+        panel.set_yticks(range(len(labels)), labels, fontsize=8)
+        panel.set_ylim(len(labels) - 0.5, -0.5)
+        panel.set_xlabel("mean score, percent, with 95 % interval", fontsize=8)
+        style_axes(panel)
     return figure
 
 
