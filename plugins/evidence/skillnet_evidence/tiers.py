@@ -1,4 +1,4 @@
-"""Tiers of systems that cannot be told apart, and what the pairing of rows is worth.
+"""Tiers of systems that cannot be separated, and what the pairing of rows is worth.
 
 Systems are sorted by their mean score. The first opens a tier; the next system that differs
 significantly from the first of its tier opens another one. A difference is significant if its
@@ -42,7 +42,7 @@ class TierList(NamedTuple):
         count = sum(map(len, self.tiers))
         return (
             f"{format_plural(count, 'system')} in {format_plural(len(self.tiers), 'tier')}: "
-            f"{self.alike} of {format_plural(self.neighbours, 'neighbour')} cannot be told apart."
+            f"{self.alike} of {format_plural(self.neighbours, 'neighbour')} cannot be separated."
         )
 
 

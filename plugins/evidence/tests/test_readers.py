@@ -1,5 +1,6 @@
 """Readers of other tools' files, each with files that the tool wrote: see data/README.md."""
 
+import contextlib
 import json
 import shutil
 import zipfile
@@ -106,6 +107,21 @@ def test_metrics_of_which_lower_is_better_count_as_errors(files: Path) -> None:
         )
     metric = compare_files(files / "lm_eval").metrics["next_word_running"]
     assert not metric.is_higher_better
+
+
+def test_answers_of_another_filter_are_no_further_rows(files: Path) -> None:
+    """Tasks such as gsm8k are scored once per filter, and samples have a line for each."""
+    for path in files.glob("lm_eval/*/samples_next_word_running_*"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        strict = [line | {"filter": "strict-match", "acc": 0.0} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *strict]))
+    chosen = {"tasks": ["next_word_running"]}
+    wanted = compare_files(DATA / "lm_eval", **chosen).scores
+    assert compare_files(files / "lm_eval", **chosen).scores == wanted
+    strict_only = compare_files(files / "lm_eval", metrics=["acc,strict-match"], **chosen)
+    assert strict_only.scores["bigram", "next_word_running", "test"].value == 0
+    lines = read_lines([files / "lm_eval"], ReadOptions(**chosen))
+    assert "scored by acc,none; --metric takes acc_norm,none, acc,strict-match" in lines.notes[0]
 
 
 def edit_line(path: Path, change: Callable[[dict], object]) -> None:
@@ -234,6 +250,11 @@ def test_damaged_archives_are_named_and_nothing_is_unpacked(
     path.write_bytes(content[:place] + b"\xff" * 40 + content[place + 40 :])
     with pytest.raises(EvidenceError, match="a damaged archive"):
         compare_files(path)
+    with zipfile.ZipFile(path) as archive:
+        check_sum = archive.getinfo("header.json").CRC.to_bytes(4, "little")
+    path.write_bytes(content.replace(check_sum, bytes(4)))
+    with pytest.raises(EvidenceError, match=r"header\.json has a wrong check sum"):
+        compare_files(path)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(EvidenceError, match="a damaged archive"):
         compare_files(path)
@@ -350,6 +371,47 @@ def test_metrics_of_mlflow_have_seeds_alone(
         with pytest.raises(EvidenceError, match=message):
             compare_files(source, **options)
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "inspect", "mteb"])
+def test_values_of_another_kind_never_end_in_a_traceback(name: str, files: Path) -> None:
+    options = ReadOptions(unit="task") if name == "lm_eval" else ReadOptions()
+    patterns = {"lm_eval": f"{SAMPLES} bigram/results_*.json", "inspect": "*.json"}
+    for pattern in patterns.get(name, "example__tiny/*/STS17.json").split():
+        path = find_one(files / name, pattern)
+        text = path.read_text()
+        lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+        for place in list_places(json.loads(lines[0])):
+            for value in (None, 7, [[]]):
+                tree = json.loads(lines[0])
+                set_value(tree, place, value)
+                path.write_text("\n".join([json.dumps(tree), *lines[1:]]))
+                with contextlib.suppress(EvidenceError):
+                    build_runs(read_lines([path], options))
+
+
+#: Keys that no reader looks at.
+SKIPPED = {
+    "events", "events_data", "plan", "stats", "messages", "output", "config", "configs", "resps",
+    "arguments",
+    "packages", "scorers", "reductions", "results", "dataset", "model_usage", "store",
+}  # fmt: skip
+
+
+def list_places(tree: object, depth: int = 0) -> list[tuple]:
+    """Keys to all values of JSON down to the fifth level, of lists to the first value."""
+    items = list(tree.items()) if isinstance(tree, dict) else []
+    items += list(enumerate(tree[:1])) if isinstance(tree, list) else []
+    found: list[tuple] = []
+    for key, value in items if depth < 5 else []:
+        found += [(key,), *((key, *more) for more in list_places(value, depth + 1))]
+    return [place for place in found if not SKIPPED & set(place)]
+
+
+def set_value(tree: object, place: tuple, value: object) -> None:
+    for key in place[:-1]:
+        tree = tree[key]  # type: ignore[index]
+    tree[place[-1]] = value  # type: ignore[index]
 
 
 # -- all -----------------------------------------------------------------------------------

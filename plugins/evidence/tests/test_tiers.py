@@ -65,7 +65,7 @@ def test_a_tier_begins_where_a_system_differs_from_the_first_of_its_tier() -> No
     tiers = find_tiers(found)
     assert [set(members) for members in tiers.tiers] == [{"s1", "s2"}, {"s0", "s3"}, {"s4"}]
     assert (tiers.neighbours, tiers.alike, tiers.pairs) == (4, 2, 10)
-    assert tiers.describe() == "5 systems in 3 tiers: 2 of 4 neighbours cannot be told apart."
+    assert tiers.describe() == "5 systems in 3 tiers: 2 of 4 neighbours cannot be separated."
     table = build_tier_table(found, tiers)
     assert [row[0].text for row in table.rows] == ["1", "1", "2", "2", "3"]
     assert "not about training again" not in table.caption

@@ -6,6 +6,7 @@ tool whose files it reads; only MLflow's stores are read by its own client.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from skillnet_evidence.errors import EvidenceError, require_known
@@ -52,7 +53,8 @@ def read_lines(sources: Sequence[str | Path], options: ReadOptions | None = None
     require_known([name], READERS, "--format", "format")
     source = texts[0] if len(texts) == 1 else f"{texts[0]} and {len(texts) - 1} more"
     try:
-        return READERS[name](texts, chosen)._replace(source=source, file_format=name)
+        found = READERS[name](texts, replace(chosen, file_format=name))
+        return found._replace(source=source, file_format=name)
     except FileNotFoundError as error:
         raise EvidenceError(f"{error.filename}: no such file") from None
     except OSError as error:

@@ -42,7 +42,7 @@ def read_inspect(sources: Sequence[str], options: ReadOptions) -> ScoreLines:
                 if is_named:
                     raise EvidenceError(f"{path}: not a log of inspect; it has no key eval")
                 continue
-            samples = header.get("samples") or []
+            samples = header.get("samples")
         else:
             header, samples = _open_archive(path)
         about = require_dict(header.get("eval"), f"{path}, eval")
@@ -54,11 +54,12 @@ def read_inspect(sources: Sequence[str], options: ReadOptions) -> ScoreLines:
         if options.tasks and task not in options.tasks:
             continue
         system = require_value(about, options.system or "model", f"{path}, eval", "--system")
-        if not samples:
+        if not samples or not isinstance(samples, list):
             raise EvidenceError(
                 f"{path}: no samples; log them (inspect eval without --no-log-samples)"
             )
-        for sample in samples:
+        for each in samples:
+            sample = require_dict(each, f"{path}, samples")
             place = f"{path}, sample {sample.get('id')}, epoch {sample.get('epoch')}"
             name, score = _grade_sample(found, sample, place, task, options)
             unit = None
@@ -102,7 +103,7 @@ def _grade_sample(
         ) from None
 
 
-def _open_archive(path: Path) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
+def _open_archive(path: Path) -> tuple[dict[str, Any], Any]:
     """Return the header and the summaries of the samples of an archive, without unpacking it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -114,8 +115,7 @@ def _open_archive(path: Path) -> tuple[dict[str, Any], Sequence[Mapping[str, Any
         raise EvidenceError(f"{path}: a damaged archive ({error})") from None
     except KeyError as error:
         raise EvidenceError(f"{path}: not a finished log of inspect ({error.args[0]})") from None
-    samples = trees[1] if isinstance(trees[1], list) else []
-    return require_dict(trees[0], f"{path}, header.json"), samples
+    return require_dict(trees[0], f"{path}, header.json"), trees[1]
 
 
 def _read_member(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:

@@ -1,6 +1,7 @@
 """Lines of scores that every reader returns, and helpers for JSON files of other tools."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,12 @@ class PeerLines:
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from walk_files(path)
-        elif path.suffix in (".csv", ".parquet", ".jsonl", ".json", ".eval", ".db"):
-            yield path
+    """Yield the files below a folder that may have scores, in the order of their names."""
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.endswith((".csv", ".parquet", ".jsonl", ".json", ".eval", ".db")):
+                yield Path(root, name)
 
 
 def list_files(sources: Iterable[str], *suffixes: str) -> Iterator[tuple[Path, bool]]:
@@ -110,11 +112,13 @@ def list_files(sources: Iterable[str], *suffixes: str) -> Iterator[tuple[Path, b
 
 
 def load_json(path: Path) -> Any:
+    """Return the content of a JSON file of at most ``MAX_BYTES``."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         return parse_json(stream.read(MAX_BYTES + 1), str(path))
 
 
 def parse_json(text: str | bytes, place: str) -> Any:
+    """Return the value of a text of JSON."""
     if len(text) > MAX_BYTES:
         raise EvidenceError(f"{place}: more than {MAX_BYTES // 2**20} MiB of JSON")
     try:
@@ -145,6 +149,14 @@ def find_value(tree: Any, key: str) -> Any:
 
 
 def require_value(tree: Any, key: str, place: str, option: str) -> str:
+    """Return the text or number at a key as text.
+
+    Args:
+        tree: value of JSON.
+        key: name, or names joined by dots.
+        place: file and line, for the message.
+        option: option that named the key.
+    """
     value = find_value(tree, key)
     if isinstance(value, str | int | float):
         return str(value)
@@ -153,12 +165,20 @@ def require_value(tree: Any, key: str, place: str, option: str) -> str:
 
 
 def require_dict(tree: Any, place: str) -> dict[str, Any]:
+    """Return a value of JSON that must be an object."""
     if not isinstance(tree, dict):
         raise EvidenceError(f"{place}: expected a JSON object, got {type(tree).__name__}")
     return tree
 
 
 def forbid_options(options: ReadOptions, name: str, **reasons: str) -> None:
+    """Raise EvidenceError for an option that a format has no use for.
+
+    Args:
+        options: all options.
+        name: noun of the format.
+        reasons: option -> reason.
+    """
     for option, reason in reasons.items():
         if getattr(options, option):
             raise EvidenceError(f"--{option.removesuffix('s')}: {name} {reason}; leave it out")

@@ -59,8 +59,12 @@ def _load_description(folder: Path, date: str) -> dict[str, Any]:
 
 def _find_group(description: Mapping[str, Any], task: str) -> str:
     """Return the outermost group of a task, or the task itself."""
-    groups = description.get("group_subtasks") or {}
-    parents = {child: group for group, children in groups.items() for child in children}
+    groups = description.get("group_subtasks")
+    parents = {
+        str(child): group
+        for group, children in (groups.items() if isinstance(groups, dict) else ())
+        for child in (children if isinstance(children, list) else ())
+    }
     for _ in parents:
         task = parents.get(task, task)
     return task
@@ -103,6 +107,13 @@ def _add_samples(
         found.add(place, values | {"unit": unit, "metric": metric_name, "errors": better is False})
 
 
+def _list_metrics(sample: Mapping[str, Any], options: ReadOptions) -> list[str]:
+    """Return the metrics of a sample; early versions do not list them."""
+    listed = sample.get("metrics")
+    names = listed if isinstance(listed, list) else options.metrics
+    return [str(name).partition(",")[0] for name in names]
+
+
 def _choose_metric(
     found: PeerLines,
     path: Path,
@@ -114,8 +125,8 @@ def _choose_metric(
     have = [
         f"{metric},{sample.get('filter', 'none')}"
         for sample in samples
-        for metric in sample.get("metrics") or options.metrics
-        if metric.partition(",")[0] in sample
+        for metric in _list_metrics(sample, options)
+        if metric in sample
     ]
     have = list(dict.fromkeys(have))
     wanted = [

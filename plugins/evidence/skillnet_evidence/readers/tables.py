@@ -16,9 +16,9 @@ def read_tables(sources: Sequence[str], options: ReadOptions) -> ScoreLines:
     rows: list[Sequence[str]] = []
     places: list[str] = []
     for path, _ in list_files(sources, ".csv", ".parquet"):
-        is_parquet = path.suffix == ".parquet" or options.file_format == "parquet"
+        name = path.suffix[1:] if path.suffix in (".csv", ".parquet") else options.file_format
         try:
-            header, lines, numbers = _read_parquet(path) if is_parquet else _read_csv(path)
+            header, lines, numbers = _read_parquet(path) if name == "parquet" else _read_csv(path)
         except (csv.Error, ValueError) as error:
             if isinstance(error, EvidenceError):
                 raise
