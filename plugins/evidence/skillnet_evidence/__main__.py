@@ -20,11 +20,25 @@ from skillnet_evidence.claims import (
 )
 from skillnet_evidence.comparison import SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError, require_known
+from skillnet_evidence.figures import draw_tier_figure
+from skillnet_evidence.page import build_page
+from skillnet_evidence.plot_kit import encode_svg
 from skillnet_evidence.power import POWER_CAPTION, plan_power, simulate_claims, tabulate_power
+from skillnet_evidence.readers.formats import READERS, read_lines
+from skillnet_evidence.readers.lines import ReadOptions
 from skillnet_evidence.rows import build_summary_rows
 from skillnet_evidence.scale import build_scale_table, collect_scale
-from skillnet_evidence.scores import FILE_FORMAT, read_scores
+from skillnet_evidence.scores import FILE_FORMAT, build_runs
 from skillnet_evidence.tables import ReportTable, build_claim_table, build_tables, make_table
+from skillnet_evidence.tiers import build_pairing_table, build_tier_table, find_tiers
+
+SOURCES = """\
+Reads tables of scores (CSV, Parquet), samples of lm-evaluation-harness (samples_*.jsonl), logs of
+inspect (.eval, .json), results of MTEB (MODEL/REVISION/TASK.json) and metrics of MLflow's runs
+(mlflow.db, http://HOST; #NAME chooses an experiment). Folders are searched.
+
+A table has one line per system, seed, task and row. Columns:
+"""
 
 #: Characters of a file of claims, far more than any has.
 MAX_CHARACTERS = 512 * 2**10
@@ -34,17 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 2 after an error in the scores, the claims or the options."""
     parser = argparse.ArgumentParser(
         prog="skillnet-evidence",
+        fromfile_prefix_chars="@",
         description="Compare systems from the scores of their test rows, with intervals over seeds "
         "and held-out units.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
         "compare",
+        fromfile_prefix_chars="@",
         help="paired differences with intervals, corrected tests, claims and power",
-        description=FILE_FORMAT,
+        description=f"{SOURCES}\n{FILE_FORMAT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("scores", type=Path, help="CSV or Parquet file")
+    compare.add_argument("scores", nargs="+", help="files or folders of one format")
+    compare.add_argument("--format", choices=READERS, help="format; found by the content")
+    compare.add_argument(
+        "--tasks", nargs="+", default=[], help="tasks that count; @FILE has a line each"
+    )
+    compare.add_argument(
+        "--metric", nargs="+", default=[], help="metrics of rows, the preferred first"
+    )
+    compare.add_argument("--unit", help="key of the rows' documents that names their unit")
+    compare.add_argument("--system", help="key of the runs that names the system; the model")
+    compare.add_argument("--output", type=Path, help="page (.html) or figure of the tiers (.svg)")
     compare.add_argument("--reference", help="system that the others are tested against")
     compare.add_argument("--specialist", help="system whose scores count as 1")
     compare.add_argument("--claims", type=Path, help="YAML file with claims")
@@ -90,8 +116,16 @@ class _ClaimsLoader(yaml.SafeLoader):
 
 
 def _describe(options: argparse.Namespace) -> list[str]:
-    """Return the paragraphs and tables of a comparison as Markdown."""
-    runs = read_scores(options.scores)
+    """Return the paragraphs and tables of a comparison as Markdown; write its page or figure."""
+    chosen = ReadOptions(
+        options.format or "",
+        options.metric,
+        options.unit or "",
+        options.system or "",
+        options.tasks,
+    )
+    lines = read_lines(options.scores, chosen)
+    runs = build_runs(lines)
     labels = list(dict.fromkeys(run.label for run in runs))
     # The first system of the file is a reference that every project has.
     reference = options.reference or ("skillnet" if "skillnet" in labels else labels[0])
@@ -103,13 +137,45 @@ def _describe(options: argparse.Namespace) -> list[str]:
         raise EvidenceError(f"{options.claims}: {error}") from None
     comparison = comparison.sort(sort_systems(comparison))
     claims = evaluate_claims(comparison, rules)
-    parts = [answer_comparison(comparison, claims)]
+    answer = answer_comparison(comparison, claims)
+    tiers = find_tiers(comparison)
     tables = [build_claim_table(claims, comparison)] if claims else []
+    tables += [build_tier_table(comparison, tiers)] if len(labels) > 1 else []
+    if lines.file_format == "lm-eval":
+        tables.append(build_pairing_table(comparison))
     scale = build_scale_table(collect_scale(build_summary_rows(comparison)))
     tables += build_tables(comparison, more=[scale])
     if options.power is not None:
         tables.append(_plan_power(comparison, rules, options.power))
-    return [part for part in [*parts, *(table.to_markdown() for table in tables)] if part]
+    if options.output is not None:
+        figure = _draw_tiers(comparison, tiers.tiers)
+        is_page = options.output.suffix == ".html"
+        _write_file(
+            options.output, build_page(answer, lines.notes, tables, figure) if is_page else figure
+        )
+    parts = [answer, *lines.notes, *(table.to_markdown() for table in tables)]
+    return [part for part in parts if part]
+
+
+def _draw_tiers(comparison: SystemComparison, tiers: Sequence[Sequence[str]]) -> str:
+    try:
+        return encode_svg(draw_tier_figure(comparison, tiers))
+    except ModuleNotFoundError:
+        raise EvidenceError(
+            "--output: figures need matplotlib; pip install 'skillnet-evidence[plots]'"
+        ) from None
+
+
+def _write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    if path.suffix not in (".html", ".svg"):
+        raise EvidenceError(f"--output: expected a name with .html or .svg, got {path}")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise EvidenceError(f"--output: {path}: {error.strerror}") from None
 
 
 def _plan_power(comparison: SystemComparison, rules: ClaimsConfig, seeds: int) -> ReportTable:

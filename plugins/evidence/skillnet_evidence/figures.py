@@ -20,10 +20,14 @@ from skillnet_evidence.plot_kit import (
     smooth_series,
     style_axes,
 )
+from skillnet_evidence.scores import SPLIT
 from skillnet_evidence.tables import name_column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: Systems above which the figure of tiers names the first of each tier only.
+MAX_NAMED = 40
 
 
 def draw_plots(
@@ -72,6 +76,49 @@ def draw_score_figure(comparison: SystemComparison) -> "Figure":
         style_axes(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("score on test rows, percent", fontsize=8)
+    return figure
+
+
+def draw_tier_figure(comparison: SystemComparison, tiers: Sequence[Sequence[str]]) -> "Figure":
+    """Draw the mean score of each system with its interval, best first, a colour per tier.
+
+    Args:
+        comparison: computed results.
+        tiers: labels of each tier, by mean score.
+    """
+    labels = [label for members in tiers for label in members]
+    is_long = len(labels) > MAX_NAMED
+    figure = make_figure(6.8, 0.8 + (0.06 if is_long else 0.2) * len(labels))
+    names: dict[float, str] = {}
+    with show_dollars():
+        panel = figure.add_subplot()
+        for number, members in enumerate(tiers):
+            first = len(names) if not is_long else labels.index(members[0])
+            # A band marks each second tier, for prints in grey.
+            if number % 2:
+                panel.axhspan(first - 0.5, first + len(members) - 0.5, color="#eef1f5", zorder=0)
+            scores = [comparison.scores[label, MEAN, SPLIT] for label in members]
+            panel.errorbar(
+                [100 * score.value for score in scores],
+                range(first, first + len(members)),
+                xerr=[
+                    [100 * max(score.value - score.low, 0) for score in scores],
+                    [100 * max(score.high - score.value, 0) for score in scores],
+                ],
+                fmt="o",
+                markersize=2.5 if is_long else 4,
+                elinewidth=0.7 if is_long else 1.2,
+                color=COLORS[number % len(COLORS)],
+            )
+            if is_long:
+                more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+                names[first + (len(members) - 1) / 2] = f"{number + 1}: {members[0]}{more}"
+            else:
+                names |= {first + n: f"{number + 1}: {label}" for n, label in enumerate(members)}
+        panel.set_yticks(list(names), list(names.values()), fontsize=7 if is_long else 8)
+        panel.set_ylim(len(labels) - 0.5, -0.5)
+        panel.set_xlabel("mean score, percent, with 95 % interval; tier: system", fontsize=8)
+        style_axes(panel)
     return figure
 
 

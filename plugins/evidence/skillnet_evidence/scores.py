@@ -1,10 +1,9 @@
 """Scores of runs as plain data, and files of them from any project: see :func:`read_scores`.
 
-A file has one line per system, seed, task and row, in CSV (UTF-8) or Parquet. ``FILE_FORMAT`` lists
-its columns; the command line shows it.
+A table has one line per system, seed, task and row. ``FILE_FORMAT`` lists its columns; the command
+line shows it. :mod:`skillnet_evidence.readers.formats` reads tables and the results of other tools.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skillnet_evidence.errors import EvidenceError, require_known
+from skillnet_evidence.readers.formats import read_lines
+from skillnet_evidence.readers.lines import ScoreLines
 from skillnet_evidence.units import RowOutcomes, number_units
 
 FILE_FORMAT = """\
@@ -24,7 +25,8 @@ system   required  label; one in -pretrained is compared with others in -pretrai
 seed     required  whole number
 task     required  name of the task
 row      required  name or number of the row, equal for all systems and seeds
-score    required  result of the row: 0, 1, true, false or between; at most its weight
+score    required  result of the row: 0, 1, true, false or between; at most its weight, and
+                   not below minus its weight (a correlation may be negative)
 unit     the row   what rows have in common, such as a speaker: they are not independent
 weight   1         denominator of the row: its symbols, its queries
 metric   score     name of the metric, one for each task
@@ -146,33 +148,45 @@ def read_scores(path: Path) -> list[ScoredRun]:
     """Read the scores of rows; return a run for each system, seed and fold.
 
     Args:
-        path: CSV file, or Parquet file if its name ends in ``.parquet``.
+        path: file or folder of a format that :func:`read_lines` knows.
 
     Raises:
-        EvidenceError: the file is missing or damaged; a line lacks a value, has one of another
-            kind, or repeats a row; or systems and seeds have different rows.
+        EvidenceError: see :func:`read_lines` and :func:`build_runs`.
     """
-    table = _ScoreTable(path)
+    return build_runs(read_lines([path]))
+
+
+def build_runs(lines: ScoreLines) -> list[ScoredRun]:
+    """Return a run for each system, seed and fold of lines of scores.
+
+    Args:
+        lines: lines with the columns of ``FILE_FORMAT``.
+
+    Raises:
+        EvidenceError: a line lacks a value, has one of another kind, or repeats a row; or systems
+            and seeds have different rows.
+    """
+    path, table = lines.source, _ScoreTable(lines)
     metrics = table.find_metrics()
     groups: dict[tuple[str, int, int, str, str], dict[str, int]] = {}
     for number, row in enumerate(table.columns["row"]):
         names = [table.columns[key][number] for key in ("system", "task", "split")]
         key = (names[0], int(table.seeds[number]), int(table.folds[number]), names[1], names[2])
-        lines = groups.setdefault(key, {})
-        if lines.setdefault(row, number) != number:
-            table.reject(number, "row", f"{row!r} is also in {table.places[lines[row]]}")
+        placed = groups.setdefault(key, {})
+        if placed.setdefault(row, number) != number:
+            table.reject(number, "row", f"{row!r} is also in {table.places[placed[row]]}")
     folds = set(table.folds)
     # Each fold is tested by runs that train on all others.
     ratio = None if folds == {-1} else 1 / max(len(folds) - 1, 1)
     outcomes: dict[tuple[str, int, int], dict[tuple[str, str], RowOutcomes]] = {}
     costs: dict[tuple[str, int, int], dict[str, TaskCost]] = {}
     known: dict[tuple[int, str, str], tuple[str, list[str]]] = {}
-    for (system, seed, fold, task, split), lines in groups.items():
+    for (system, seed, fold, task, split), placed in groups.items():
         # All runs number their rows and units alike.
-        numbers = [lines[row] for row in sorted(lines)]
+        numbers = [placed[row] for row in sorted(placed)]
         units = [table.columns["unit"][n] or f"row {table.columns['row'][n]}" for n in numbers]
         name = f"{system}, seed {seed}"
-        rows = [f"{row}, unit {unit}" for row, unit in zip(sorted(lines), units, strict=True)]
+        rows = [f"{row}, unit {unit}" for row, unit in zip(sorted(placed), units, strict=True)]
         other, wanted = known.setdefault((fold, task, split), (name, rows))
         if differing := sorted(set(rows) ^ set(wanted)):
             raise EvidenceError(
@@ -205,27 +219,18 @@ class _ScoreTable:
     """Columns of a file of scores, with the place of each row for messages.
 
     Args:
-        path: the file.
+        lines: its lines, as a reader returns them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            header, rows = self._read_parquet() if path.suffix == ".parquet" else self._read_csv()
-        except FileNotFoundError:
-            raise EvidenceError(f"{path}: no such file") from None
-        except (csv.Error, OSError, ValueError) as error:
-            if isinstance(error, EvidenceError):
-                raise
-            reason = str(error).partition("\n")[0]
-            raise EvidenceError(f"{path}: not a file of scores ({reason})") from None
+    def __init__(self, lines: ScoreLines) -> None:
+        path, header, rows, self.places = lines.source, lines.columns, lines.rows, lines.places
         required = [name for name, default in COLUMNS.items() if default is None]
         if absent := [name for name in required if name not in header]:
             raise EvidenceError(f"{path}: the column {absent[0]!r} is missing")
         for name in header:
-            if header.count(name) > 1:
+            if list(header).count(name) > 1:
                 raise EvidenceError(f"{path}: two columns are named {name!r}")
-        require_known(header, COLUMNS, str(path), "column")
+        require_known(header, COLUMNS, path, "column")
         if not rows:
             raise EvidenceError(f"{path}: no rows below the header")
         for number, row in enumerate(rows):
@@ -264,6 +269,9 @@ class _ScoreTable:
             if not is_error and score > weight:
                 text = f"{score:g} is above the weight {weight:g} of its row"
                 self.reject(number, "score", f"{text}; give scores as fractions")
+            if score < (0 if is_error else -weight):
+                text = f"{score:g} is below {'0' if is_error else f'minus the weight {weight:g}'}"
+                self.reject(number, "score", f"{text}; give scores as fractions")
         return found
 
     def reject(self, number: int, column: str, problem: str) -> NoReturn:
@@ -275,7 +283,7 @@ class _ScoreTable:
             problem: what is wrong.
         """
         place = f"{self.places[number]}, column {column}" if column else self.places[number]
-        raise EvidenceError(f"{self.path}, {place}: {problem}")
+        raise EvidenceError(f"{place}: {problem}")
 
     def _parse(self, name: str, whole: bool = False) -> NDArray[np.float64]:
         default = COLUMNS[name]
@@ -285,37 +293,12 @@ class _ScoreTable:
                 value = TRUTH[text.lower()] if text.lower() in TRUTH else float(text)
             except ValueError:
                 value = np.nan
-            is_valid = 0 <= value < REPLICATE_BASE and (value.is_integer() or not whole)
+            least = -REPLICATE_BASE if name == "score" else 0
+            is_valid = least <= value < REPLICATE_BASE and (value.is_integer() or not whole)
             # A default, such as "nan" for unknown costs, is outside of the range.
             if text != default and not is_valid and not (name == "flops" and 0 <= value < np.inf):
                 kind = "whole number" if whole else "number"
-                self.reject(number, name, f"expected a {kind} from 0, got {text!r}")
+                bound = "" if name == "score" else " from 0"
+                self.reject(number, name, f"expected a {kind}{bound}, got {text!r}")
             values.append(value)
         return np.array(values, np.float64)
-
-    def _read_csv(self) -> tuple[list[str], list[list[str]]]:
-        # Spreadsheets begin UTF-8 with a mark.
-        with self.path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows, self.places = [], []
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    self.places.append(f"line {reader.line_num}")
-        return header, rows
-
-    def _read_parquet(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        try:
-            import pyarrow.parquet as pq
-        except ModuleNotFoundError:
-            raise EvidenceError(
-                f"{self.path}: Parquet needs pyarrow; pip install 'skillnet-evidence[parquet]'"
-            ) from None
-        table = pq.read_table(self.path)
-        values = [
-            ["" if value is None else str(value) for value in column.to_pylist()]
-            for column in table.columns
-        ]
-        self.places = [f"row {number + 1}" for number in range(table.num_rows)]
-        return table.column_names, list(zip(*values, strict=True))

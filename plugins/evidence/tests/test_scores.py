@@ -65,7 +65,13 @@ def test_a_comparison_is_printed_with_tests_claims_and_power(
     assert shown.startswith("Shown: The new one is better; +")
     titles = [line[5:] for line in shown.splitlines() if line.startswith("#### ")]
     assert titles == [
-        *("Claims", "Results on held-out rows", "Differences from the reference", "All tests"),
+        *(
+            "Claims",
+            "Tiers",
+            "Results on held-out rows",
+            "Differences from the reference",
+            "All tests",
+        ),
         "What 10 seeds could decide",
     ]
     assert "| new − old | +" in shown
@@ -118,12 +124,19 @@ def test_errors_weights_costs_and_folds_are_read(tmp_path: Path) -> None:
         (lambda rows: [("new", 0, "reading", "r0", "u0")], "line 2: 5 values for 6 columns"),
         (lambda rows: [("new", "a", *rows[0][2:])], "line 2, column seed: expected a whole number"),
         (lambda rows: [(*rows[0][:5], "good")], "line 2, column score: expected a number"),
-        (lambda rows: [*rows, (*rows[0][:5], "nan")], r"column score: expected a number .* 'nan'"),
+        (
+            lambda rows: [*rows, (*rows[0][:5], "nan")],
+            r"column score: expected a number, got 'nan'",
+        ),
         (lambda rows: [(*rows[0][:5], 34)], "line 2, column score: 34 is above the weight 1"),
+        (
+            lambda rows: [(*rows[0][:5], -34)],
+            "line 2, column score: -34 is below minus the weight 1",
+        ),
         (lambda rows: [("", *rows[0][1:])], "line 2, column system: no value"),
         (lambda rows: [("new", 2**32, *rows[0][2:])], "column seed: expected a whole number"),
         (lambda rows: [("new", 0, "mean", *rows[0][3:])], "column task: 'mean' is the mean"),
-        (lambda rows: [*rows, rows[3]], r"column row: 'r3' is also in line 5"),
+        (lambda rows: [*rows, rows[3]], r"column row: 'r3' is also in .*csv, line 5"),
         (lambda rows: rows[1:], "have different rows of reading test, such as row r0, unit u0"),
         (
             lambda rows: [(*rows[0][:4], "other", rows[0][5]), *rows[1:]],

@@ -1,0 +1,1 @@
+"""Readers of scores: tables, and the results that other evaluation tools write."""
