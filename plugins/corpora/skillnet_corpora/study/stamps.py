@@ -51,6 +51,8 @@ SPLIT_BY = "stamps with an equal caption, or an equal first word in a folder"
 NO_CHINESE = "no caption in Chinese"
 #: Name of a spoken caption: stamp, and language unless it is English.
 SPOKEN_FILE = re.compile(r"(.+)_desc(?:_([A-Za-z_]+))?\.(?:ogg|wav)")
+#: Bytes of the header of an Ogg page after its mark (RFC 3533).
+_HEADER_BYTES = 23
 #: Letters that are mirrored copies of each other.
 _MIRRORED = frozenset("bdpq")
 #: Folders with one drawing in several colours or with several expressions.
@@ -185,8 +187,8 @@ def read_stamps(sources: SourceArchives) -> dict[str, Stamp]:
         if file.endswith(".txt"):
             captions[file[:-4]] = parse_captions(data)
         elif spoken := SPOKEN_FILE.fullmatch(file):
-            files[spoken[1]].append(sha256(data).hexdigest())
-    # One recording may serve two stamps.
+            files[spoken[1]].append(_hash_pages(data))
+    # One recording may serve two stamps: "letter a" is also said of its sign.
     marks = {key: [*_list_marks(key, each), *files[key]] for key, each in captions.items()}
     units = join_variants(marks)
     split = divide_units("stamps", units)
@@ -226,6 +228,12 @@ def _list_marks(key: str, captions: dict[str, str]) -> list[str]:
     said = {re.sub(r"\W+", " ", each.casefold()).strip() for each in spoken}
     letters = ["letters b, d, p, q"] if word in _MIRRORED else []
     return [f"{folder}/{word}", *letters, *(f"caption:{each}" for each in sorted(said))]
+
+
+def _hash_pages(data: bytes) -> str:
+    """Return a digest of an Ogg file without the headers of its pages, which differ in copies."""
+    start, *pages = data.split(b"OggS")
+    return sha256(start + b"".join(page[_HEADER_BYTES:] for page in pages)).hexdigest()
 
 
 def _is_picture(path: str) -> bool:
