@@ -171,7 +171,7 @@ def _download_one(archive: Archive, npm: str | None, target: Path) -> str:
         ):
             return ""
         # Another distribution or release does not list the pinned version.
-        return download_debian_package(archive.file, target, archive.bytes)
+        return download_debian_package(archive.file, archive.source, target, archive.bytes)
     else:
         # A source distribution could run its own code during a download, so only wheels pass.
         command = [*_PIP, *archive.pip_arguments(), "-d", str(target)]

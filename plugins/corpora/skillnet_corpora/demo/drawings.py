@@ -145,23 +145,15 @@ class DrawingsCorpus(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Return pixels and tokens; a drawing that cannot be decoded is rejected."""
-        # A placeholder keeps the rows aligned; rejected rows never reach a shard.
-        blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
-        rejected: list[str | None] = []
-        decoded = []
-        for pixels, reason in decode_each(block["image"], _load):
-            decoded.append(blank if pixels is None else pixels)
-            rejected.append(reason)
+        pixels, rejected = draw_pictures(block)
         captions = block["captions"].to_pylist()
         return pa.table(
             {
-                "pixels": pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.stack(decoded).reshape(-1)), blank.size
-                ),
+                "pixels": pixels,
                 "captions": block["captions"],
                 "caption_tokens": text.encode_captions(tokenizer, captions),
                 "source": block["source"],
-                "rejected": pa.array(rejected, pa.string()),
+                "rejected": rejected,
             }
         )
 
@@ -179,6 +171,23 @@ class DrawingsCorpus(Corpus):
             "caption_tokens": text.CAPTION_TOKENS,
             "split_by": "family of concepts; artist of a known concept",
         }
+
+
+def draw_pictures(block: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Return the pixels of the column ``image``, and the reasons of rejected rows.
+
+    Args:
+        block: raw rows.
+    """
+    # A placeholder keeps the rows aligned; rejected rows never reach a shard.
+    blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
+    rejected: list[str | None] = []
+    decoded = []
+    for pixels, reason in decode_each(block["image"], _load):
+        decoded.append(blank if pixels is None else pixels)
+        rejected.append(reason)
+    flat = pa.array(np.stack(decoded).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, blank.size), pa.array(rejected, pa.string())
 
 
 def _load(data: pa.BinaryScalar) -> np.ndarray:

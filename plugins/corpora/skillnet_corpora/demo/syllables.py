@@ -77,46 +77,22 @@ class SyllablesCorpus(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Return log-mel frames; a file that cannot be decoded is rejected."""
-        mels: list[np.ndarray] = []
-        rejected: list[str | None] = []
-        empty = np.zeros((0, sound.MELS), np.float32)
-        for mel, reason in decode_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
-            # An empty placeholder keeps the rows aligned.
-            mels.append(empty if mel is None else mel)
-            rejected.append(reason)
-        frames = [len(mel) for mel in mels]
-        flat = pa.array(np.concatenate(mels).reshape(-1))
-        per_frame = pa.FixedSizeListArray.from_arrays(flat, sound.MELS)
-        ends = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))
+        names = block["text"].to_pylist()
+        symbols = pa.array([encode_symbols(name) for name in names], pa.list_(pa.int32()))
+        mels, frames, rejected = hear_recordings(block)
         return pa.table(
             {
-                "log_mel": pa.ListArray.from_arrays(ends, per_frame),
-                "frames": pa.array(frames, pa.int32()),
-                "symbols": pa.array(
-                    [encode_symbols(name) for name in block["text"].to_pylist()],
-                    pa.list_(pa.int32()),
-                ),
+                "log_mel": mels,
+                "frames": frames,
+                "symbols": symbols,
                 "text": block["text"],
-                "rejected": pa.array(rejected, pa.string()),
+                "rejected": rejected,
             }
         )
 
     def preprocessing(self) -> dict[str, Any]:
         """Return the parameters of the frames and of the split."""
-        return {
-            "rate": sound.RATE,
-            "window": sound.WINDOW,
-            "hop": sound.HOP,
-            "fft": sound.FFT,
-            "mels": sound.MELS,
-            "band": [sound.LOW, sound.HIGH],
-            "emphasis": sound.EMPHASIS,
-            "trim_db": sound.TRIM_DB,
-            "level": sound.LEVEL,
-            "floor": sound.FLOOR,
-            "mean": sound.MEAN,
-            "deviation": sound.DEVIATION,
-            "max_frames": sound.MAX_FRAMES,
+        return describe_frames() | {
             "validation_every": VALIDATION_EVERY,
             "split_by": "one tone of each syllable",
         }
@@ -124,6 +100,46 @@ class SyllablesCorpus(Corpus):
     def facts(self) -> dict[str, Any]:
         """Return the names of the symbols; the first one has the id 1."""
         return {"symbols": list(SYMBOLS), "blank": 0}
+
+
+def hear_recordings(block: pa.Table) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Return log-mel frames and lengths of the column ``audio``, and the reasons of rejected rows.
+
+    Args:
+        block: raw rows.
+    """
+    mels: list[np.ndarray] = []
+    rejected: list[str | None] = []
+    empty = np.zeros((0, sound.MELS), np.float32)
+    for mel, reason in decode_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
+        # An empty placeholder keeps the rows aligned.
+        mels.append(empty if mel is None else mel)
+        rejected.append(reason)
+    frames = [len(mel) for mel in mels]
+    flat = pa.array(np.concatenate(mels).reshape(-1))
+    per_frame = pa.FixedSizeListArray.from_arrays(flat, sound.MELS)
+    ends = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))
+    log_mel = pa.ListArray.from_arrays(ends, per_frame)
+    return log_mel, pa.array(frames, pa.int32()), pa.array(rejected, pa.string())
+
+
+def describe_frames() -> dict[str, Any]:
+    """Return the parameters of the log-mel frames."""
+    return {
+        "rate": sound.RATE,
+        "window": sound.WINDOW,
+        "hop": sound.HOP,
+        "fft": sound.FFT,
+        "mels": sound.MELS,
+        "band": [sound.LOW, sound.HIGH],
+        "emphasis": sound.EMPHASIS,
+        "trim_db": sound.TRIM_DB,
+        "level": sound.LEVEL,
+        "floor": sound.FLOOR,
+        "mean": sound.MEAN,
+        "deviation": sound.DEVIATION,
+        "max_frames": sound.MAX_FRAMES,
+    }
 
 
 def split_pinyin(pinyin: str) -> list[str]:

@@ -8,16 +8,19 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from pipelines import fetch as fetching
-from pipelines.data.corpora import find_corpus, http_download
+from pipelines.data.corpora import archives, find_corpus, http_download
 from pipelines.data.corpora.archives import Archive, check_archive, iter_members, read_member
 from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.io.archive import ArchiveLimits
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import packaged, tarred, zipped
@@ -150,7 +153,9 @@ class Registry(BaseHTTPRequestHandler):
             self.send_header("Location", "/elsewhere/tiny-1.0.tgz")
             self.end_headers()
             return
-        found = self.path.endswith(("/tiny-1.0.tgz", "/pool/main/t/tiny/tiny_1.0-1_all.deb"))
+        packages = ("tiny_1.0-1_all.deb", "tiny-data_1.0-1_all.deb")
+        known = ("/tiny-1.0.tgz", *(f"/pool/main/t/tiny/{name}" for name in packages))
+        found = self.path.endswith(known)
         self.send_response(200 if found else 404)
         self.end_headers()
         if found:
@@ -247,6 +252,17 @@ def test_without_apt_a_debian_package_comes_from_the_mirror(
     monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", "file:///srv")
     with pytest.raises(UserError, match="is no web address"):
         fetching.fetch(["x"], tmp_path / "archives")
+
+
+def test_the_mirror_lists_a_package_under_its_source_and_without_its_epoch(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_DEBIAN_MIRROR", registry)
+    named = replace(pin("debian"), file="tiny-data_2%3a1.0-1_all.deb", source="tiny")
+    corpus(named)
+    fetching.fetch(["x"], tmp_path / "archives")
+    assert (tmp_path / "archives" / named.file).read_bytes() == WHEEL
+    assert Registry.requests == [("/npm/pool/main/t/tiny/tiny-data_1.0-1_all.deb", None)]
 
 
 def test_apt_downloads_into_the_folder_of_the_archive(
@@ -373,6 +389,32 @@ def test_an_unsafe_or_damaged_debian_package_is_rejected(tmp_path: Path) -> None
         path.write_bytes(data)
         with pytest.raises(UserError, match=message):
             dict(iter_members(path, lambda name: True))
+
+
+def test_a_link_of_a_debian_package_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.deb"
+    links = {"./usr/b": "a", "./usr/c": "/etc/passwd", "./usr/d": "../../../../etc/passwd"}
+    path.write_bytes(packaged({"./usr/a": b"1", "./usr/e": b"2"}, links))
+    found = dict(iter_members(path, lambda name: True))
+    assert found == {"./usr/a": b"1", "./usr/e": b"2"}
+    path.write_bytes(packaged({"./usr/a": b"1"}, {"../b": "a"}))
+    with pytest.raises(UserError, match="leads outside of the archive"):
+        dict(iter_members(path, lambda name: True))
+
+
+def test_a_debian_package_of_more_than_a_member_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.deb"
+    noise = np.random.default_rng(0).bytes(270_000)
+    files = {f"./{part}": noise[90_000 * part : 90_000 * (part + 1)] for part in range(3)}
+    path.write_bytes(packaged(files))
+    assert path.stat().st_size > 200_000
+    monkeypatch.setattr(archives, "LIMITS", ArchiveLimits(max_member_bytes=100_000))
+    assert dict(iter_members(path, lambda name: True)) == files
+    monkeypatch.setattr(archives, "LIMITS", ArchiveLimits(max_total_bytes=100_000))
+    with pytest.raises(UserError, match=r"bytes in 'data\.tar\.xz'"):
+        dict(iter_members(path, lambda name: True))
 
 
 def test_the_pin_of_a_compiled_wheel_is_downloaded_on_any_machine() -> None:
