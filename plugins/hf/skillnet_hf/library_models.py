@@ -92,8 +92,16 @@ class TransformersArchitecture(LibraryArchitecture):
         """Return keyword arguments that follow from the study's inputs."""
         return {}
 
-    def token_sizes(self, folder: Path) -> dict[str, Any]:
-        """Return keyword arguments that follow from the tokenizer of a checkpoint."""
+    def token_sizes(self, folder: Path, config: SkillNetConfig) -> dict[str, Any]:
+        """Return keyword arguments that follow from the tokenizer of a checkpoint.
+
+        Args:
+            folder: directory of the checkpoint.
+            config: configuration of the study.
+
+        Raises:
+            ValueError: the study reads other tokens.
+        """
         return {}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
@@ -120,7 +128,7 @@ class TransformersArchitecture(LibraryArchitecture):
             raise ValueError(f"{folder} holds quantized weights; give it in full precision")
         settings = {key: value for key, value in values.items() if key in self._settings()}
         check_shape(f"{folder}/config.json", settings)
-        own = self.inputs(config) | self.token_sizes(folder)
+        own = self.inputs(config) | self.token_sizes(folder, config)
         found = self._class(self.config_class).from_dict(settings | own)
         self.check(found, config)
         return self._plain(found)
@@ -204,9 +212,17 @@ class BertArchitecture(TransformersArchitecture):
         # Attention has no dropout, as in SkillNet. On CPUs this saves a tenth of the time.
         return {"hidden_dropout_prob": config.drop_path, "attention_probs_dropout_prob": 0.0}
 
-    def token_sizes(self, folder: Path) -> dict[str, Any]:
+    def token_sizes(self, folder: Path, config: SkillNetConfig) -> dict[str, Any]:
         rows = self.read_token_rows(folder)
-        return {} if rows is None else {"vocab_size": len(rows), "pad_token_id": PAD}
+        if rows is None:
+            return {}
+        if len(rows) != config.vocab_size:
+            raise ValueError(
+                f"{folder}/tokenizer.json has {len(rows)} tokens, and model.vocab_size is "
+                f"{config.vocab_size}. Prepare the corpora with --tokenizer {folder}, and give "
+                f"--model.vocab_size {len(rows)}"
+            )
+        return {"vocab_size": len(rows), "pad_token_id": PAD}
 
     def read_token_rows(self, folder: Path) -> list[int | None] | None:
         """Return for each id of a converted tokenizer that of the checkpoint.
