@@ -65,7 +65,7 @@ class SplitReporter(LoopReporter):
     """Evaluation of the last step on validation and test rows.
 
     Args:
-        run: that is trained.
+        run: the training.
     """
 
     def __init__(self, run: ResolvedRun) -> None:
@@ -98,8 +98,8 @@ def build_arms(folder: Path, options: argparse.Namespace) -> dict[str, FinetuneC
     """Return the run of each arm, with seed 0.
 
     Args:
-        folder: of the checkpoint.
-        options: of the command line.
+        folder: directory of the checkpoint.
+        options: parsed command line.
     """
     # Without the skill of both towers that would start with noise, because it is always active
     # with ``general``: the towers compute the outputs of the checkpoint before the first step.

@@ -34,7 +34,7 @@ def add_start(template: TaskTemplate, address: str) -> TaskTemplate:
     """Return a template whose task starts from existing weights.
 
     Args:
-        template: of a task that starts from random weights.
+        template: task that starts from random weights.
         address: dense run, folder of a checkpoint, or ``owner/name`` on the Hugging Face hub.
 
     Raises:
