@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="prepared corpora")
     parser.add_argument("--runs", type=Path, default=run_root(), help="for the converted weights")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a function")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))

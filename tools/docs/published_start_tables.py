@@ -70,13 +70,12 @@ def render_page(folder: Path) -> str:
     return "\n\n".join(
         [
             f"{first['steps']} steps of {first['batch']} pairs, {first['code_tokens']} tokens of a "
-            f"function, seeds {', '.join(seeds)}; {len(test)} test functions of "
+            f"function, {_name_seeds(seeds)}; {len(test)} test functions of "
             f"{len({row['unit'] for row in test})} modules; CPU, {first['machine']}, "
-            f"{first['date']}. Each arm tried the rates {', '.join(f'{x:g}' for x in tried)} with "
-            "seed 0, and its best R@10 on validation rows chose one.",
+            f"{first['date']}. {_describe_rates(tried)}",
             markdown_table([*header, "CPU seconds"], cells),
-            "In per cent and points, with 95 % intervals over seeds and modules together. Seconds "
-            "of one thread include the evaluation.",
+            f"In per cent and points, with 95 % intervals over {_name_sources(seeds)}. Seconds of "
+            "one thread include the evaluation.",
             "Validation R@10 of seed 0 at each rate: "
             + "; ".join(
                 f"{arm} "
@@ -90,6 +89,26 @@ def render_page(folder: Path) -> str:
             + ".",
             f"All trials and ranks: [{folder.name}](../../lab/results/{folder.name}).",
         ]
+    )
+
+
+def _describe_rates(tried: Sequence[float]) -> str:
+    listed = ", ".join(f"{rate:g}" for rate in tried)
+    if len(tried) == 1:
+        return f"All arms train at the rate {listed}; no other was tried."
+    return (
+        f"Each arm tried the rates {listed} with seed 0, and its best R@10 on validation rows "
+        "chose one."
+    )
+
+
+def _name_seeds(seeds: Sequence[str]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+
+
+def _name_sources(seeds: Sequence[str]) -> str:
+    return (
+        "seeds and modules together" if len(seeds) > 1 else "modules alone, because it is one seed"
     )
 
 
