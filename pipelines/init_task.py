@@ -6,7 +6,7 @@ from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional_field
+from skillnet_platform.config import aliased_field, positional_field
 from skillnet_platform.errors import UserError
 
 
@@ -20,12 +20,15 @@ class InitTaskConfig:
         name: name of the task; null takes the usual one, such as image_classification.
         file: configuration to write; null takes the name of the corpus, in this directory.
         options: format -> its options for your own data, listed in docs/own-corpora.md.
+        init_from: dense run, or checkpoint of transformers or timm (a folder, or ``owner/name`` of
+            the Hugging Face hub) to start from; the file then has the settings that it needs.
     """
 
     path: str = positional_field()
     name: str | None = None
     file: str | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    init_from: str | None = aliased_field(None, "from")
 
 
 def show_template(result: dict[str, Any]) -> None:
@@ -42,7 +45,8 @@ def show_template(result: dict[str, Any]) -> None:
     "comes from the manifest of the corpus. Nothing is prepared.",
     example="skillnet init-task /data/photos --file photos.yaml\n"
     "skillnet init-task /data/films --options.folder.task values\n"
-    "skillnet init-task headings --name topic",
+    "skillnet init-task headings --name topic\n"
+    "skillnet init-task headings --from google-bert/bert-base-chinese",
     show=show_template,
 )
 def main(config: InitTaskConfig) -> dict[str, Any]:
@@ -55,6 +59,10 @@ def main(config: InitTaskConfig) -> dict[str, Any]:
     if file.exists():
         raise UserError(f"{file}: exists already. Give another --file, or remove it")
     template = describe_task(config.path, config.name, str(file), config.options)
+    if config.init_from is not None:
+        from pipelines.training.loop.start_template import add_start
+
+        template = add_start(template, config.init_from)
     with open_output(file, "w") as stream:
         stream.write(template.to_yaml())
     return {

@@ -37,9 +37,9 @@ class PrepareConfig:
             ``task: pairs``, or by equal first captions, within each split.
         options: name of an external corpus -> options of its format, listed in
             docs/own-corpora.md.
-        tokenizer: tokenizer.json, or directory of a saved transformers tokenizer, for external
-            corpora; ``learn`` trains a new one on them. By default the existing tokenizer, or a
-            new one if none exists.
+        tokenizer: tokenizer.json, or directory of a saved transformers tokenizer, such as that of
+            weights to start from; ``learn`` trains a new one on external corpora. By default the
+            existing tokenizer, or a new one if none exists.
         vocabulary: number of tokens of a tokenizer that is trained on external corpora.
         data: directory or URI of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.

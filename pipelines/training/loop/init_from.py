@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -130,8 +130,7 @@ def find_needed_settings(config: FinetuneConfig, source: SkillNetConfig) -> dict
         if model.video_size % height or model.video_size % width:
             wanted["video_size"] = source.video_size
     needed = {f"model.{k}": value for k, value in wanted.items() if value != getattr(model, k)}
-    left_out = (f"{section}.{name}" for name in masked for section in ("tasks", "model.tasks"))
-    return needed | dict.fromkeys(left_out)
+    return needed | dict.fromkeys(f"{s}.{n}" for n in masked for s in ("tasks", "model.tasks"))
 
 
 def _stems_of(source: SkillNetConfig) -> set[str]:
@@ -678,14 +677,24 @@ def _describe_corpora(
                 f"{location} has {start.vocab_size} tokens, and {corpus.path} was prepared with "
                 f"{count}. {remedy}, and run the command again"
             )
-    sizes = []
     needed = find_needed_settings(config, start) if is_dense else {}
-    for modality in list_modalities():
-        names = dict.fromkeys(c.name for c in corpora.values() if c.modality == modality.name)
-        for size in modality.sizes:
-            wanted = None if size.is_limit else needed.get(f"model.{size.key}")
-            if wanted is not None:
-                sizes += [f"--options.{name}.{size.option} {wanted}" for name in names]
-    if sizes:
-        found += f" {' '.join(sizes)}" if found else f"Prepare them with {' '.join(sizes)}"
-    return found
+    sizes = format_corpus_sizes(needed, [(c.name, c.modality) for c in corpora.values()])
+    return f"{found or (sizes and 'Prepare them with')} {sizes}".strip()
+
+
+def format_corpus_sizes(needed: Mapping[str, Any], corpora: Iterable[tuple[str, str]]) -> str:
+    """Return the options that prepare corpora of other sizes; "" if none is needed.
+
+    Args:
+        needed: see :func:`find_needed_settings`.
+        corpora: names and modalities.
+    """
+    names = dict.fromkeys(corpora)
+    return " ".join(
+        f"--options.{name}.{size.option} {needed[f'model.{size.key}']}"
+        for modality in list_modalities()
+        for size in modality.sizes
+        if not size.is_limit and f"model.{size.key}" in needed
+        for name, own in names
+        if own == modality.name
+    )

@@ -32,6 +32,7 @@ from skillnet_corpora.demo.syllables import (
     split_pinyin,
 )
 from skillnet_corpora.study.drawings_artists import DrawingArtistsCorpus
+from skillnet_corpora.study.functions_english import EnglishFunctionsCorpus
 from skillnet_corpora.study.functions_packages import FunctionPackagesCorpus
 from skillnet_corpora.study.further_splits import MORE, PAIRS, RESERVE
 from skillnet_corpora.study.headings_unused import UnusedHeadingsCorpus
@@ -238,6 +239,51 @@ def test_the_real_packages_have_disjoint_modules() -> None:
     assert len(pairs) > 10_000
     assert not evaluated & {row["unit"] for row in pairs}
     assert {r["package"] for r in rows.values() if r["split"] == RESERVE} == {"tqsdk"}
+
+
+def test_english_functions_are_split_by_package_without_twins(tmp_path: Path) -> None:
+    archives = EnglishFunctionsCorpus.archives
+    for archive in archives:
+        write_archive(tmp_path, archive.file, zipped({}), archives)
+    tested = body("x1")
+    held = source(
+        ("known", "Return the sorted values of both", tested),
+        ("short", "Too short", body("x2")),
+        ("chinese", "返回两者排序后的所有结果", body("x3")),
+    )
+    write_archive(tmp_path, "textual", zipped({"textual/a.py": held}), archives)
+    write_archive(tmp_path, "narwhals", zipped({"nw/a.py": source(
+        ("valid", "Read the named file as lines", "return open(a).read().split(b)[0].strip()")
+    )}), archives)  # fmt: skip
+    mine = source(
+        ("fresh", "Join the path of both parts", "return os.path.join(a, *b.split('/')).lower()"),
+        ("near", "Return what is nearly the same", tested + "  # differs a little"),
+        ("same", "Return the sorted values of both", "return json.loads(a.decode(b)).items()"),
+    )
+    write_archive(tmp_path, "django", zipped({"django/m.py": mine}), archives)
+    rows, rejected = read_rows(EnglishFunctionsCorpus(), tmp_path)
+    require_disjoint_units(rows)
+    assert {key.split(":")[1]: (row["split"], row["unit"]) for key, row in rows.items()} == {
+        "fresh": ("train", "django/django.m"),
+        "valid": ("validation", "narwhals/nw.a"),
+        "known": ("test", "textual/textual.a"),
+    }
+    assert {key.split(":")[1]: why for key, why in rejected.items()} == {
+        "near": "near twin of an evaluated function",
+        "same": "docstring of an evaluated function",
+        "short": "docstring of fewer than 4 words",
+        "chinese": "docstring of fewer than 4 words",
+    }
+
+
+def test_the_real_english_packages_have_disjoint_modules() -> None:
+    archives = require_real_archives(EnglishFunctionsCorpus())
+    rows, _ = read_rows(EnglishFunctionsCorpus(), archives)
+    require_disjoint_units(rows)
+    sizes = Counter(row["split"] for row in rows.values())
+    assert sizes == {"train": 4_770, "validation": 241, "test": 501}
+    homes = {(row["package"], row["split"] == "train") for row in rows.values()}
+    assert len({package for package, _ in homes}) == len(homes) == 7
 
 
 # --- drawings

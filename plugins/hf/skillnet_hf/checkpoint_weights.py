@@ -5,7 +5,7 @@ weight is taken, or its name is known as a part that SkillNet does not use, such
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -89,3 +89,23 @@ def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
         tensors |= load_tensors(file, drops_integers=True)
     is_double = any(value.dtype == torch.float64 for value in tensors.values())
     return {k: v.to(torch.float64 if is_double else torch.float32) for k, v in tensors.items()}
+
+
+def reorder_rows(embedding_VD: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """Return an embedding with a row for each token of ours.
+
+    Args:
+        embedding_VD: rows of the checkpoint's tokens.
+        rows: for each token id of ours the id of the checkpoint; None gets the mean of all rows.
+
+    Raises:
+        ValueError: an id is beyond the embedding.
+    """
+    known = [row for row in rows if row is not None]
+    if max(known, default=0) >= len(embedding_VD):
+        raise ValueError(
+            f"the tokenizer has the id {max(known)}, the checkpoint {len(embedding_VD)} "
+            "embeddings; give the tokenizer of the checkpoint"
+        )
+    mean_D = embedding_VD.mean(0)
+    return torch.stack([mean_D if row is None else embedding_VD[row] for row in rows])

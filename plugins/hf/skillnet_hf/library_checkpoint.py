@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from skillnet.baselines.dense import DenseModel
 from skillnet.config import SkillNetConfig
@@ -19,7 +18,11 @@ from skillnet.serialization import describe_error
 from skillnet.skill_copies import DENSE_SKILL, LAYERS_TASK
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
-from skillnet_hf.checkpoint_weights import CheckpointWeights, read_checkpoint_tensors
+from skillnet_hf.checkpoint_weights import (
+    CheckpointWeights,
+    read_checkpoint_tensors,
+    reorder_rows,
+)
 from skillnet_hf.encoder_families import FAMILIES
 from skillnet_hf.hf_checkpoints import read_library_config
 from skillnet_hf.library_models import check_architecture
@@ -79,7 +82,7 @@ def convert_checkpoint(folder: Path, token_rows: Sequence[int | None] | None = N
             config = _read_timm_config(folder, config)
         weights, settings = family.convert(left, config)
         if token_rows is not None and EMBEDDING_WEIGHT in weights:
-            weights[EMBEDDING_WEIGHT] = _reorder_rows(weights[EMBEDDING_WEIGHT], token_rows)
+            weights[EMBEDDING_WEIGHT] = reorder_rows(weights[EMBEDDING_WEIGHT], token_rows)
             settings["vocab_size"] = len(token_rows)
         sizes = SkillNetConfig(skills=(DENSE_SKILL,), tasks=tasks, **settings)
         with SkippedInit():  # every weight follows, but for those that stay zero
@@ -113,14 +116,3 @@ def _read_timm_config(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]
         "mean": pixels.get("mean"),
         "std": pixels.get("std"),
     }
-
-
-def _reorder_rows(embedding_VD: Tensor, rows: Sequence[int | None]) -> Tensor:
-    known = [row for row in rows if row is not None]
-    if max(known, default=0) >= len(embedding_VD):
-        raise ValueError(
-            f"the tokenizer has the id {max(known)}, the checkpoint {len(embedding_VD)} "
-            "embeddings; give the tokenizer of the checkpoint"
-        )
-    mean_D = embedding_VD.mean(0)
-    return torch.stack([mean_D if row is None else embedding_VD[row] for row in rows])

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from pipelines.data.tokenizer.selection import map_token_ids
 from skillnet.config import SkillNetConfig
 from skillnet.modalities.tensors import PAD
 from skillnet_hf import library_encoders
+from skillnet_hf.checkpoint_weights import reorder_rows
 from skillnet_hf.hf_checkpoints import (
     read_library_config,
     require_at_least,
@@ -90,6 +92,18 @@ class TransformersArchitecture(LibraryArchitecture):
         """Return keyword arguments that follow from the study's inputs."""
         return {}
 
+    def token_sizes(self, folder: Path, config: SkillNetConfig) -> dict[str, Any]:
+        """Return keyword arguments that follow from the tokenizer of a checkpoint.
+
+        Args:
+            folder: directory of the checkpoint.
+            config: configuration of the study.
+
+        Raises:
+            ValueError: the study reads other tokens.
+        """
+        return {}
+
     def check(self, found: Any, config: SkillNetConfig) -> None:
         """Raise ValueError, naming the key, if a checkpoint does not fit the study."""
 
@@ -114,7 +128,8 @@ class TransformersArchitecture(LibraryArchitecture):
             raise ValueError(f"{folder} holds quantized weights; give it in full precision")
         settings = {key: value for key, value in values.items() if key in self._settings()}
         check_shape(f"{folder}/config.json", settings)
-        found = self._class(self.config_class).from_dict(settings | self.inputs(config))
+        own = self.inputs(config) | self.token_sizes(folder, config)
+        found = self._class(self.config_class).from_dict(settings | own)
         self.check(found, config)
         return self._plain(found)
 
@@ -197,6 +212,40 @@ class BertArchitecture(TransformersArchitecture):
         # Attention has no dropout, as in SkillNet. On CPUs this saves a tenth of the time.
         return {"hidden_dropout_prob": config.drop_path, "attention_probs_dropout_prob": 0.0}
 
+    def token_sizes(self, folder: Path, config: SkillNetConfig) -> dict[str, Any]:
+        rows = self.read_token_rows(folder)
+        if rows is None:
+            return {}
+        if len(rows) != config.vocab_size:
+            raise ValueError(
+                f"{folder}/tokenizer.json has {len(rows)} tokens, and model.vocab_size is "
+                f"{config.vocab_size}. Prepare the corpora with --tokenizer {folder}, and give "
+                f"--model.vocab_size {len(rows)}"
+            )
+        return {"vocab_size": len(rows), "pad_token_id": PAD}
+
+    def read_token_rows(self, folder: Path) -> list[int | None] | None:
+        """Return for each id of a converted tokenizer that of the checkpoint.
+
+        Args:
+            folder: directory of the checkpoint.
+
+        Returns:
+            None for a checkpoint without tokenizer.json: its ids are those of the corpora.
+        """
+        return map_token_ids(folder)[1] if (folder / "tokenizer.json").is_file() else None
+
+    def _load(self, folder: Path, config: Any) -> Any:
+        rows = self.read_token_rows(folder)
+        if rows is None:
+            return super()._load(folder, config)
+        theirs = {"vocab_size": read_library_config(folder).get("vocab_size")}
+        model = super()._load(folder, self._config(self._plain(config) | theirs))
+        weight_VW = reorder_rows(model.get_input_embeddings().weight.detach(), rows)
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight_VW, False, PAD))
+        model.config.vocab_size = len(rows)
+        return model
+
     def check(self, found: Any, config: SkillNetConfig) -> None:
         require_at_least("vocab_size", found.vocab_size, "vocab_size", config.vocab_size)
         positions = found.max_position_embeddings - self.before
@@ -211,6 +260,10 @@ class RobertaArchitecture(BertArchitecture):
     name = "roberta"
     config_class, model_class = "RobertaConfig", "RobertaModel"
     before = PAD + 1
+
+    def read_token_rows(self, folder: Path) -> None:
+        # Its positions follow from its padding id, which another tokenizer would change.
+        return None
 
 
 class VideoMAE(TransformersArchitecture):

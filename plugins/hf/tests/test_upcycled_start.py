@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from pipelines import init_task, prepare
 from pipelines.data.shards.format import manifest_digest
 from pipelines.data.tokenizer.selection import map_token_ids
 from pipelines.finetune import main as finetuning
@@ -24,6 +28,8 @@ from skillnet.systems import build_system, load_model
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
+from tests.helpers.small_models import small_config as small_sizes
+from tests.helpers.user_corpora import write_lines
 
 
 @pytest.fixture
@@ -234,6 +240,94 @@ def test_a_run_starts_from_a_checkpoint_of_a_library(
     assert resolve_init_weights(str(tmp_path / "bert"), None, str(tmp_path / "runs")) == (
         resolve_init_weights(str(tmp_path / "bert"), None, str(tmp_path / "runs"))
     )
+
+
+def test_a_specialist_reads_the_ids_of_the_converted_tokenizer(tmp_path: Path) -> None:
+    bert = save_bert(tmp_path / "bert")
+    text, rows = map_token_ids(tmp_path / "bert")
+    sizes = small_sizes(dim=16, max_tokens=30, vocab_size=len(rows), mel_stack=4)
+    options = {"ffn_dim": 10, "checkpoints": {"text": str(tmp_path / "bert")}}
+    model = build_system("specialist", sizes, options).eval()
+    ours = {token: i for i, token in enumerate(_tokens(json.loads(text)))}
+    ids = torch.tensor([[ours[token] for token in ("一", "a", "[UNK]", "二")]])
+    with torch.no_grad():
+        found, _ = model.tower_tokens("text_classification", "input", {"tokens": ids})
+        expected = bert(torch.tensor([[1, 3, 0, 2]])).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "bert")
+    with torch.no_grad():
+        again, _ = load_model(tmp_path / "model").tower_tokens(
+            "text_classification", "input", {"tokens": ids}
+        )
+    assert torch.equal(again, found)
+
+
+def test_a_specialist_names_the_tokenizer_that_the_corpora_need(tmp_path: Path) -> None:
+    save_bert(tmp_path / "bert")
+    options = {"checkpoints": {"text": str(tmp_path / "bert")}}
+    words = rf"has 263 tokens.* 60\. Prepare the corpora with --tokenizer {tmp_path / 'bert'}, and"
+    with pytest.raises(ValueError, match=words):
+        build_system("specialist", small_sizes(dim=16, vocab_size=60, mel_stack=4), options)
+
+
+def init_start(words: list[str], file: Path) -> tuple[list[str], ResolvedRun]:
+    """Run ``skillnet init-task --from``; return its commands, and the run of its file."""
+    assert init_task.main([*words, "--file", str(file)]) == 0
+    lines = file.read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("#   ") for line in lines if line.startswith("#   ")]
+    words = ["--config", "small", "--config", str(file), "--training.steps", "1"]
+    return commands, resolve_run(finetuning.parse_arguments(words))
+
+
+def test_init_task_writes_the_settings_of_a_checkpoint(
+    config: FinetuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_bert(tmp_path / "bert")
+    headings, words = str(tmp_path / "data" / "headings"), ["--from", str(tmp_path / "bert")]
+    # The corpus has another tokenizer: the sentence of finetune, and no file.
+    assert init_task.main([headings, *words, "--file", str(tmp_path / "no.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert f"skillnet prepare headings --tokenizer {tmp_path / 'bert'}" in message
+    assert "has other layers" not in message
+    assert not (tmp_path / "no.yaml").exists()
+    rows = [{"text": f"a{'一二'[n % 2]}", "label": "xy"[n % 2]} for n in range(60)]
+    write_lines(tmp_path / "films" / "rows.jsonl", rows)
+    commands, _ = init_start([str(tmp_path / "films"), *words], tmp_path / "films.yaml")
+    assert commands[0].endswith(f" --tokenizer {tmp_path / 'bert'}")
+    assert (
+        prepare.main([*shlex.split(commands[0])[2:], "--data", str(tmp_path / "films-data")]) == 0
+    )
+    file = tmp_path / "prepared.yaml"
+    _, run = init_start([str(tmp_path / "films-data" / "films"), *words], file)
+    validate_run(run)
+    assert run.init_report is not None
+    assert run.init_report.fresh == ["head-text_classification"]
+    assert train_model(ResolvedRun(run.config)).step == 1
+
+
+def test_init_task_prepares_pictures_for_the_patches_of_a_checkpoint(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    save_source("timm", tmp_path / "vit", config)  # patches of 14 do not divide 48
+    for number in range(40):
+        picture = tmp_path / "pets" / "ab"[number % 2] / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(picture)
+    words = [str(tmp_path / "pets"), "--from", str(tmp_path / "vit")]
+    (prepared, _), run = init_start(words, tmp_path / "pets.yaml")
+    assert prepared.endswith(" --options.pets.size 56")
+    assert (run.config.model.image_size, run.config.model.patch_size) == (56, 14)
+
+
+def test_init_task_starts_from_no_skillnet(
+    config: FinetuneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_system("skillnet", config.model, {}).save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "data" / "headings"), "--file", str(tmp_path / "x.yaml")]
+    assert init_task.main([*words, "--from", str(tmp_path / "model")]) == 2
+    assert "holds a model of the system 'skillnet'" in capsys.readouterr().err
+    assert not (tmp_path / "x.yaml").exists()
 
 
 def test_a_checkpoint_of_fewer_tokens_than_the_corpus_needs_its_tokenizer(

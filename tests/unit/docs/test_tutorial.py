@@ -1,4 +1,4 @@
-"""The tutorial "your first own task": each of its blocks runs as it is printed."""
+"""The tutorials: each of their blocks runs as it is printed."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "tutorials" / "first-own-task.md"
+PAGES = Path(__file__).resolve().parents[3] / "docs" / "tutorials"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 #: Seconds that one block may take on a machine that is shared.
 BLOCK_TIMEOUT_S = 600
@@ -38,31 +38,51 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.integration
-@pytest.mark.long
-def test_the_tutorial_runs_as_printed(short_path: Path) -> None:
+def run_page(name: str, folder: Path) -> str:
+    """Run the blocks of a page in ``folder``, and compare their output with the page's.
+
+    Returns:
+        Output of the last command.
+    """
     environment = {
         **os.environ,
-        "SKILLNET_HOME": str(short_path / "runs"),
+        "SKILLNET_HOME": str(folder / "runs"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     printed = ""
-    for language, title, code in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+    for language, title, code in BLOCK.findall((PAGES / name).read_text(encoding="utf-8")):
         if title:
-            (short_path / title).write_text(code, encoding="utf-8")
+            (folder / title).write_text(code, encoding="utf-8")
         elif language in ("python", "bash"):
-            printed = run_block(language, code, short_path, environment)
+            printed = run_block(language, code, folder, environment)
         elif language == "text":
             lines = [split_line(line) for line in printed.splitlines()]
             for line in code.splitlines():
                 assert any(is_alike(split_line(line), other) for other in lines), (line, printed)
-    assert "dense" in printed
+    return printed
+
+
+@pytest.mark.integration
+@pytest.mark.long
+def test_the_tutorial_runs_as_printed(short_path: Path) -> None:
+    assert "dense" in run_page("first-own-task.md", short_path)
     reports = list((short_path / "runs" / "comparisons").rglob("report.html"))
     assert len(reports) == 1
     assert "read digit" in reports[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.integration
+@pytest.mark.long
+def test_the_tutorial_of_a_published_file_runs_as_printed(short_path: Path) -> None:
+    """It downloads the file and a corpus of the package index."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "boltons==26.2.0"]
+    done = subprocess.run([*command, "-d", short_path / "asked"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the package index does not answer: {done.stderr}")
+    assert "text_to_code" in run_page("published-weights.md", short_path)
 
 
 def split_line(line: str) -> list[str | float]:

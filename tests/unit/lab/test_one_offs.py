@@ -12,18 +12,21 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.measure import append_csv_rows, read_csv_rows
-from lab import RESULTS, equal_versions, fold_coverage, merge_demonstration
+from lab import RESULTS, equal_versions, fold_coverage, merge_demonstration, published_start
 from lab.merge_demonstration import ArmRun
 from lab.method_trials import COLUMNS, summarize_trials
 from lab.rate_trials import build_rate_trials
 from lab.study_coverage import StudyDesign, measure_design, measure_studies, read_tasks
 from lab.task_arms import list_length_arms
+from pipelines import prepare
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from plugins.studies.tests.kept_studies import keep_study
 from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
 from skillnet_studies.study.kept_results import TUNING, KeptStudy, open_study
 from tests.helpers.prepared_corpora import write_corpus
+from tests.helpers.user_corpora import write_lines
+from tools.docs import published_start_tables
 from tools.docs.kept_results import rows_of
 from tools.docs.merge_tables import merge_page_text, newest_merge
 
@@ -191,3 +194,53 @@ def test_rounding_errors_are_recorded_and_larger_differences_rejected(
     assert (pair["rows"], pair["values"], pair["different"]) == (3, 12, 1)
     digests = [open_corpus(path).digest for path in (one, near)]
     assert read_equal_versions(open_study(study)) == {digests[1]: digests[0]}
+
+
+def write_bert(folder: Path) -> None:
+    """Write a tiny BERT with a tokenizer of a few words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[MASK]", *"abcdefgh", "def", "return"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(words), intermediate_size=8, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+
+
+def test_a_published_start_trains_each_arm_once_and_its_page_follows(
+    tmp_path: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bert(tmp_path / "bert")
+    letters = "abcdefgh"
+    rows = [
+        {
+            "docstring": f"{letters[n % 8]} {letters[n // 8]} return",
+            "code": f"def {letters[n % 8]}({letters[n // 8]}):\n    return {n}",
+            "split": ("train", "train", "validation", "test")[n % 4],
+        }
+        for n in range(48)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    words = ["--corpus", f"pairs=folder:{tmp_path / 'rows.jsonl'}", "--tokenizer"]
+    assert prepare.main([*words, str(tmp_path / "bert"), "--data", str(tmp_path / "data")]) == 0
+    monkeypatch.setattr(published_start, "CORPUS", "pairs")
+    results = tmp_path / "2026-12-01-published-start"
+    words = [str(tmp_path / "bert"), "--data", str(tmp_path / "data"), "--output", str(results)]
+    words += ["--steps", "2", "--batch", "4", "--seeds", "0", "1"]
+    assert published_start.main(words) == 0
+    trials = read_csv_rows(results / published_start.TRIALS)
+    assert len({(r["arm"], r["lr"], r["seed"]) for r in trials}) == len(trials) == 1 + 6 + 3
+    # Nothing is left to train, so the same command trains nothing.
+    monkeypatch.setattr(published_start, "train_arm", None)
+    assert published_start.main(words) == 0
+    assert read_csv_rows(results / published_start.TRIALS) == trials
+    ranks = read_csv_rows(results / published_start.RANKS)
+    own = [float(r["rank"]) <= 1 for r in ranks if r["arm"] == published_start.UNTRAINED]
+    page = published_start_tables.render_page(results)
+    assert f"| the checkpoint, not trained | – | {100 * np.mean(own):.1f} (" in page
+    assert "2 steps of 4 pairs, 64 tokens of a function, seeds 0, 1; 12 test functions" in page

@@ -7,7 +7,13 @@ import pytest
 
 from lab import RESULTS
 from tests.chaos.result_rows import read
-from tools.docs import chaos_table, coverage_tables, merge_tables, scale_table
+from tools.docs import (
+    chaos_table,
+    coverage_tables,
+    merge_tables,
+    published_start_tables,
+    scale_table,
+)
 from tools.docs import growth_tables as growth_result
 from tools.docs import quickstart_tables as seeds
 from tools.docs import sweep_tables as sweep_result
@@ -111,6 +117,14 @@ def test_the_page_of_merging_shows_the_newest_demonstration() -> None:
     folder = merge_tables.newest_merge()
     assert folder is not None
     assert between(merge_tables.PAGE, "merge") == merge_tables.merge_page_text(folder)
+
+
+def test_the_page_of_published_weights_shows_the_newest_experiment() -> None:
+    folder = published_start_tables.find_newest()
+    assert folder is not None
+    assert between(published_start_tables.PAGE, "published-start") == (
+        published_start_tables.render_page(folder)
+    )
 
 
 @pytest.mark.parametrize("name", coverage_tables.TABLES)

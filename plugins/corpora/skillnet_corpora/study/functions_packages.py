@@ -172,7 +172,7 @@ def _leaks_into_training(kept: list[FoundFunction], used: list[Row]) -> dict[str
     """Return key -> reason, for functions to train on that resemble one that is evaluated."""
     items = [item for item in kept if item.package != RESERVED_PACKAGE]
     evaluated = [row for row in used if row["split"] not in ("train", "pretrain")]
-    return _find_leaks(items, evaluated, "an evaluated function")
+    return find_leaks(items, evaluated, "an evaluated function")
 
 
 def _leaks_into_reserve(kept: list[FoundFunction], used: list[Row]) -> dict[str, str]:
@@ -181,13 +181,20 @@ def _leaks_into_reserve(kept: list[FoundFunction], used: list[Row]) -> dict[str,
     # The standard library depends on the Python version, so it decides no evaluated row.
     others = [row for row in used if row["package"] != STANDARD_LIBRARY]
     others += [item.make_row("", 0) for item in kept if item.package != RESERVED_PACKAGE]
-    reasons = _find_leaks(reserve, others, "a function of another package")
+    reasons = find_leaks(reserve, others, "a function of another package")
     return reasons | {
         item.key: "of a package that is held out" for item in reserve if not item.is_pair
     }
 
 
-def _find_leaks(items: list[FoundFunction], others: list[Row], whose: str) -> dict[str, str]:
+def find_leaks(items: list[FoundFunction], others: list[Row], whose: str) -> dict[str, str]:
+    """Return key -> reason, for functions that resemble a row or have its docstring.
+
+    Args:
+        items: functions to check.
+        others: rows to compare with.
+        whose: what the rows are, for the reason.
+    """
     captions = {caption for row in others for caption in row["captions"]}
     reasons = {i.key: f"docstring of {whose}" for i in items if i.function.summary in captions}
     if items and others:
