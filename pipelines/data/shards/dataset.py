@@ -132,8 +132,9 @@ class PreparedCorpus:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Names of the prepared corpora that its rows come from: its own, or two."""
-        return tuple((self.manifest.get("paired") or {}).get("corpora") or (self.name,))
+        """Names of the prepared corpora that its rows come from: its own, another one, or two."""
+        made = self.manifest.get("paired") or self.manifest.get("labelled") or {}
+        return tuple(made.get("corpora") or (self.name,))
 
     @property
     def digest(self) -> str:

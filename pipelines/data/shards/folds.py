@@ -3,7 +3,8 @@
 The rows of the splits train, validation and test are one pool. A fold divides the units of the
 pool among these splits again, and over all folds each row is tested once (decision 58). No corpus
 is prepared again: :func:`open_fold` returns splits that select rows of the same shards. A row
-without the name of a unit is a unit by itself, with its key as the name.
+without the name of a unit is a unit by itself, with its key as the name. A corpus that labels the
+rows of another holds out the same units as that one.
 
 Rows of other splits stay where they are, unless the pool has their unit: then a row for pretraining
 is read only if its unit is trained, and a row of another test split only if its unit is tested.
@@ -204,7 +205,9 @@ def open_fold(
     if key not in _chosen:
         while len(_chosen) >= KNOWN_FOLDS:
             del _chosen[next(iter(_chosen))]
-        _chosen[key] = _choose_rows(corpus.name, fold, names, tables, with_reserve)
+        _chosen[key] = _choose_rows(
+            corpus.name, find_unit_source(corpus), fold, names, tables, with_reserve
+        )
     splits: dict[str, CorpusSplit] = {}
     first = shards[0][0]
     assert isinstance(first.shards, ShardList)
@@ -215,8 +218,20 @@ def open_fold(
     return PreparedCorpus(corpus.path, corpus.manifest, splits)
 
 
+def find_unit_source(corpus: PreparedCorpus) -> str:
+    """Return the corpus that the units of a corpus are from: itself, or the one that it labels.
+
+    Both hold out the same units, so a model of one has seen no test row of the other.
+
+    Args:
+        corpus: opened.
+    """
+    return corpus.source_names[0] if len(corpus.source_names) == 1 else corpus.name
+
+
 def _choose_rows(
     corpus: str,
+    source: str,
     fold: FoldConfig,
     names: Sequence[str],
     tables: Sequence[pa.Table],
@@ -226,6 +241,7 @@ def _choose_rows(
 
     Args:
         corpus: name of the corpus.
+        source: corpus that its units are from.
         fold: number of folds, and the one that is tested.
         names: split of each shard, as prepared.
         tables: rows of each shard.
@@ -241,12 +257,14 @@ def _choose_rows(
         if name in POOL_SPLITS
         for unit in of_rows
     }
-    split_of = {unit: fold.find_split(corpus, unit) for unit in set().union(*units)}
-    _check_reserved(corpus, fold, split_of)
+    split_of = {unit: fold.find_split(source, unit) for unit in set().union(*units)}
+    # A rule may leave out all rows of a unit.
+    if source == corpus:
+        _check_reserved(corpus, fold, split_of)
     chosen: dict[str, dict[int, list[int]]] = {name: {} for name in POOL_SPLITS}
     for number, (name, of_rows) in enumerate(zip(names, units, strict=True)):
         for row, unit in enumerate(of_rows):
-            target = _place_row(fold, corpus, name, unit, split_of[unit], unit in pooled)
+            target = _place_row(fold, source, name, unit, split_of[unit], unit in pooled)
             if target is not None and (with_reserve or not is_reserve(target)):
                 chosen.setdefault(target, {}).setdefault(number, []).append(row)
     for name, rows in chosen.items():

@@ -17,6 +17,7 @@ from pipelines.training.loading.dataloader import MultiTaskDataLoader
 from pipelines.training.runs.identity import find_identity_differences, open_corpora
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from tests.helpers.prepared_corpora import write_corpus
 from tests.helpers.small_corpora import small_config, write_corpora
 
 FOLDS = 3
@@ -116,6 +117,22 @@ def test_the_split_of_a_unit_follows_from_names_and_numbers_alone() -> None:
     drawn = Counter(FoldConfig(4, 1).find_split("strokes", str(n)) for n in range(4000))
     assert drawn["test"] == pytest.approx(1000, abs=100)
     assert drawn["validation"] == pytest.approx(300, abs=60)
+
+
+def test_a_labelled_corpus_holds_out_the_units_of_its_source(data: Path, tmp_path: Path) -> None:
+    source = open_corpus(data / "drawings")
+    tables = [[split.table()] for split in source.splits.values()]
+    made = write_corpus(
+        tmp_path / "topics",
+        dict(zip(source.splits, tables, strict=True)),
+        **{key: source.manifest[key] for key in ("modality", "pretraining", "preprocessing")},
+        labelled={"corpora": {"drawings": source.digest}},
+    )
+    for number in range(FOLDS):
+        fold = FoldConfig(FOLDS, number, 0.3)
+        first, second = (open_fold(corpus, fold) for corpus in (source, open_corpus(made)))
+        assert read_keys(first, "test") == read_keys(second, "test")
+        assert read_keys(first, "train") == read_keys(second, "train")
 
 
 def test_training_and_evaluation_read_the_splits_of_the_fold(data: Path) -> None:
