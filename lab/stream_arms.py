@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,6 +57,20 @@ SKILLNET, DENSE = "skillnet", "dense"
 DIGITS = 16
 
 
+class AddedTask(NamedTuple):
+    """A task of the stream.
+
+    Attributes:
+        modality: input of the task; the base has a skill of this name.
+        outputs: number of classes.
+        training: its corpus and batches.
+    """
+
+    modality: str
+    outputs: int
+    training: TaskTraining
+
+
 @dataclass(frozen=True)
 class StreamCell:
     """One fold, label fraction and learning rate: all that an arm needs.
@@ -65,7 +79,7 @@ class StreamCell:
         run: run of the SkillNet base, with the fold and seed; its tasks are the old ones.
         dense: run of the dense base, with other options and training settings.
         bases: system -> folder of its trained base.
-        added: added task -> modality and training, in the order of the stream.
+        added: added task by name, in the order of the stream.
         steps: optimizer steps of each added task.
         rate: learning rate of the arm.
         memory: fraction of the old rows that replay keeps.
@@ -77,7 +91,7 @@ class StreamCell:
     run: FinetuneConfig
     dense: FinetuneConfig
     bases: Mapping[str, Path]
-    added: Mapping[str, tuple[str, TaskTraining]]
+    added: Mapping[str, AddedTask]
     steps: int
     rate: float
     memory: float
@@ -88,7 +102,7 @@ class StreamCell:
     @cached_property
     def tasks(self) -> dict[str, TaskTraining]:
         """Training of all tasks, the old ones first."""
-        return dict(self.run.tasks) | {name: task for name, (_, task) in self.added.items()}
+        return dict(self.run.tasks) | {name: task.training for name, task in self.added.items()}
 
     def digest_bases(self) -> dict[str, str]:
         """Return system -> digest of the weights of its base."""
@@ -101,7 +115,7 @@ class StreamCell:
             task: name of the added task.
             skills: further skills; none takes those of the base.
         """
-        modality = self.added[task][0]
+        modality = self.added[task].modality
         return SkillPlan((BASE_SKILL, *(skills or (modality,))), modality)
 
     def plan_tasks(self, names: Sequence[str], has_skills: bool = False) -> dict[str, Task]:
@@ -114,9 +128,10 @@ class StreamCell:
         tasks = {}
         for name in names:
             if name in self.added:
-                own = (self.added[name][0], name) if has_skills else ()
+                added = self.added[name]
+                own = (added.modality, name) if has_skills else ()
                 plan = self.plan_skills(name, *own)
-                tasks[name] = Task("classification", {"input": plan})
+                tasks[name] = Task("classification", {"input": plan}, added.outputs)
             else:
                 tasks[name] = self.run.model.tasks[name]
         return tasks
@@ -314,7 +329,7 @@ def grow_task(
     """
     known = {name: own.corpus for name, own in cell.tasks.items() if name != task}
     growth = GrowConfig(
-        NewTask(task, {"input": plan or cell.plan_skills(task)}, cell.added[task][1]),
+        NewTask(task, {"input": plan or cell.plan_skills(task)}, cell.added[task].training),
         skill,
         source=str(source),
         name=task,
@@ -349,7 +364,7 @@ def choose_growth(cell: StreamCell, arm: str, task: str) -> tuple[NewSkill | Non
         arm: ``head``, ``lora``, or another one that adds a whole skill.
         task: name of the added task.
     """
-    modality = cell.added[task][0]
+    modality = cell.added[task].modality
     if arm == "head":
         return None, cell.plan_skills(task)
     if arm == "lora":
@@ -441,9 +456,9 @@ def train_jointly(cell: StreamCell) -> dict[str, ArmModels]:
     """Train the base tasks and all added tasks in one run, nothing frozen, a skill per task."""
     model = load_model(cell.bases[SKILLNET])
     assert isinstance(model, SkillNet)
-    for task, (_, training) in cell.added.items():
+    for task, added in cell.added.items():
         skill, plan = choose_growth(cell, "grow", task)
-        new = NewTask(task, {"input": plan}, training)
+        new = NewTask(task, {"input": plan}, added.training)
         growth = GrowConfig(new, skill, seed=cell.run.seed, data=cell.run.data)
         model = runs.build_grown_model(growth, model, runs.resolve_new_task(growth))
     steps = cell.steps * len(cell.tasks)
@@ -475,7 +490,7 @@ def train_further(cell: StreamCell, arm: str) -> dict[str, ArmModels]:
     """
     models, folder = start_models(cell, DENSE), cell.bases[DENSE]
     known = list(cell.run.tasks)
-    for task, (_, training) in cell.added.items():
+    for task, added in cell.added.items():
         tasks = {name: replace(cell.tasks[name], eval_only=True) for name in known}
         steps = cell.steps
         if arm == "replay":
@@ -494,7 +509,7 @@ def train_further(cell: StreamCell, arm: str) -> dict[str, ArmModels]:
             name=task,
             init_from=str(folder),
             model=replace(cell.dense.model, tasks=cell.plan_tasks(known)),
-            tasks=tasks | {task: replace(training, weight=1.0)},
+            tasks=tasks | {task: replace(added.training, weight=1.0)},
             training=cell.schedule(cell.dense, steps),
         )
         result = cell.train(config)
@@ -517,13 +532,13 @@ def train_alone(cell: StreamCell, arm: str) -> dict[str, ArmModels]:
     places = {cell.bases[SKILLNET]: list(cell.run.tasks)}
     models = ArmModels(places, has_new_base=False)
     run = cell.run if arm == "scratch" else cell.dense
-    for task, (_, training) in cell.added.items():
+    for task, added in cell.added.items():
         plans = cell.plan_tasks([task], has_skills=True)
         config = replace(
             run,
             name=task,
             model=replace(run.model, skills=plans[task].skills, tasks=plans),
-            tasks={task: training},
+            tasks={task: added.training},
             training=cell.schedule(run, cell.steps),
         )
         result = cell.train(config)

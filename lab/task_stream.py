@@ -182,9 +182,7 @@ class StreamStudy:
         config = replace(config, run=replace(config.run, data=str(data)))
         self.config, self.plan, self.folder = config, config.stream, config.folder
         self.path = find_kept_path(config)
-        self.modalities = {
-            task: open_corpus(join_location(data, task)).modality for task in self.plan.tasks
-        }
+        self.corpora = {task: open_corpus(join_location(data, task)) for task in self.plan.tasks}
         restore_results(config)
         kept = KeptStudy(self.path).content.get(STUDY_FILE, {}).get(RECORD, {})
         now = configuration.to_dict(config.stream)
@@ -221,33 +219,41 @@ class StreamStudy:
             arms: arms that are trained together.
             place: rows, weights and rate.
         """
-        from lab.stream_arms import StreamCell
+        from lab.stream_arms import AddedTask, StreamCell
+        from skillnet.objectives.base import find_objective
 
         runs = {
             system: self.build_base(system, place.fold, place.seed)
             for system in ("skillnet", "dense")
         }
+        added = {}
+        for task in self.plan.order_tasks(place.fold):
+            corpus = self.corpora[task]
+            outputs = find_objective("classification").count_names(corpus.manifest)
+            if not outputs:
+                raise UserError(
+                    f"stream.tasks: the corpus {task} lists no classes. Name a corpus that was "
+                    "prepared for classification"
+                )
+            training = TaskTraining(
+                task,
+                batch_size=self.plan.batch_size,
+                label_smoothing=LABEL_SMOOTHING,
+                label_fraction=place.share,
+            )
+            added[task] = AddedTask(corpus.modality, outputs, training)
         base = runs["dense" if arms[0] in DENSE_BASED else "skillnet"]
         model = self.folder / "bases" / str(base.name) / "model"
         if not (model.parent / RESULT).is_file():
             run_end_to_end(base, "finetune")
         scratch = self.folder / ".cells" / f"{name_system(arms[0], place.share)}-{base.name}"
         shutil.rmtree(scratch, ignore_errors=True)
-        added = {
-            task: TaskTraining(
-                task,
-                batch_size=self.plan.batch_size,
-                label_smoothing=LABEL_SMOOTHING,
-                label_fraction=place.share,
-            )
-            for task in self.plan.order_tasks(place.fold)
-        }
         try:
             yield StreamCell(
                 runs["skillnet"],
                 runs["dense"],
                 {base.system: model},
-                {task: (self.modalities[task], training) for task, training in added.items()},
+                added,
                 self.plan.steps,
                 place.rate,
                 self.plan.memory,

@@ -15,6 +15,7 @@ import yaml
 from lab import stream_arms
 from lab.stream_arms import ArmModels, StreamCell, find_equal_rank, list_arms
 from lab.task_stream import (
+    CellPlace,
     StreamConfig,
     StreamPlan,
     StreamStudy,
@@ -239,6 +240,19 @@ def test_rates_wait_for_the_trials_of_another_process(
     monkeypatch.setattr(StreamStudy, "train_missing", lambda *_: iter(()))
     with pytest.raises(UserError, match="another process runs 3 of 3 tuning trials"):
         StreamStudy(config).tune_rates()
+
+
+def test_a_task_without_classes_is_one_message(data: Path, tmp_path: Path) -> None:
+    config = build_study(data, tmp_path, ["head"])
+    folder = write_corpora(tmp_path / "corpora")
+    change_corpus(folder / "drawings", lambda _, table: table, labels=[])
+    plan = replace(config.stream, tasks=["drawings"])
+    study = StreamStudy(replace(config, run=replace(config.run, data=str(folder)), stream=plan))
+    with (
+        pytest.raises(UserError, match=r"stream\.tasks: the corpus drawings lists no classes"),
+        study.open_cell(["head"], CellPlace(0, 0, 1.0, 1e-3, "test")),
+    ):
+        pass
 
 
 def test_another_plan_does_not_continue_kept_cells(data: Path, tmp_path: Path) -> None:
