@@ -8,7 +8,7 @@ task reads another set of skills, so the outputs of every task stay identical, b
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,25 @@ class MergeParent:
         """File of the merged model -> sha256 of this model's file."""
         listed = self.manifest["files"]
         return {file: listed[path]["sha256"] for file, (path, _, _) in self.sources.items()}
+
+    def read_weights(self, file: str) -> dict[str, Tensor]:
+        """Return the tensors of a file, with the names that they have in the merged model.
+
+        Args:
+            file: name in the merged model.
+
+        Raises:
+            ValueError: the file does not match its manifest.
+        """
+        _, old, new = self.sources[file]
+        tensors = load_tensors(self.check_source(file))
+        if file.startswith("head-"):
+            return {
+                f"heads.{new}.{name.split('.', 2)[2]}": value for name, value in tensors.items()
+            }
+        if file.startswith("skill-"):
+            return {name.removesuffix(old) + new: value for name, value in tensors.items()}
+        return tensors
 
     def check_source(self, file: str) -> Path:
         """Return the path of this model's file for a file of the merged model.
@@ -392,12 +411,19 @@ def _describe_difference(files: Sequence[str], origins: Mapping[str, list[MergeP
     return f"{file} differs: {who}; {remedy}, or give --average-shared, which changes the outputs"
 
 
-def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
+#: Joins a file that differs between the parents that have it.
+FileJoin = Callable[[str, Sequence[MergeParent]], dict[str, Tensor]]
+
+
+def merge_models(
+    plan: MergePlan, target: Path, join: FileJoin | None = None, **record: Any
+) -> None:
     """Write the merged model. Files of the parents are copied, not computed again.
 
     Args:
         plan: result of :func:`plan_merge`.
         target: directory to write; an older model there is replaced at once.
+        join: joins the files that differ; None takes their mean.
         **record: entries of the manifest, such as the parents.
 
     Raises:
@@ -412,7 +438,7 @@ def merge_models(plan: MergePlan, target: Path, **record: Any) -> None:
         for file, owners in plan.origins.items():
             path = staging / f"{file}{SUFFIX}"
             if file in plan.averaged:
-                save_tensors(_average([_read_file(parent, file) for parent in owners]), path)
+                save_tensors((join or average_weights)(file, owners), path)
             else:
                 _copy_file(owners[0], file, path)
             written.append(path.name)
@@ -427,22 +453,18 @@ def _copy_file(parent: MergeParent, file: str, path: Path) -> None:
     if old == new:
         shutil.copyfile(parent.check_source(file), path)
     else:
-        save_tensors(_read_file(parent, file), path)
+        save_tensors(parent.read_weights(file), path)
 
 
-def _read_file(parent: MergeParent, file: str) -> dict[str, Tensor]:
-    """Return the tensors of a file, with the names that they have in the merged model."""
-    _, old, new = parent.sources[file]
-    tensors = load_tensors(parent.check_source(file))
-    if file.startswith("head-"):
-        return {f"heads.{new}.{name.split('.', 2)[2]}": value for name, value in tensors.items()}
-    if file.startswith("skill-"):
-        return {name.removesuffix(old) + new: value for name, value in tensors.items()}
-    return tensors
+def average_weights(file: str, parents: Sequence[MergeParent]) -> dict[str, Tensor]:
+    """Return the mean of a file over some parents.
 
-
-def _average(parents: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    Args:
+        file: name in the merged model.
+        parents: models that have it.
+    """
+    read = [parent.read_weights(file) for parent in parents]
     return {
-        name: torch.stack([p[name].double() for p in parents]).mean(0).to(value.dtype)
-        for name, value in parents[0].items()
+        name: torch.stack([tensors[name].double() for tensors in read]).mean(0).to(value.dtype)
+        for name, value in read[0].items()
     }
