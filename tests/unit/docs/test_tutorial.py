@@ -75,7 +75,7 @@ def test_the_tutorial_runs_as_printed(short_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.long
+@pytest.mark.slow("test_upcycled_start.py::test_the_options_of_one_message_start_the_run")
 def test_the_tutorial_of_a_published_file_runs_as_printed(short_path: Path) -> None:
     """It downloads the file and a corpus of the package index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "boltons==26.2.0"]
