@@ -61,7 +61,7 @@ def test_systems_of_many_tasks_differ_in_their_number_alone() -> None:
         own = run.trained
         assert len(own) == count, label
         assert {name: task.weight for name, task in own.items()} == {n: weights[n] for n in own}
-        # A weight is a number of steps, whatever the other tasks are.
+        # A weight is a number of steps beside any other tasks.
         total = sum(weights[name] for name in own)
         sampler = TaskSampler({name: weights[name] / total for name in own}, run.seed)
         assert sampler.count_steps(run.training.steps) == {n: weights[n] for n in own}, label
