@@ -6,6 +6,7 @@ network per modality it is the sparsity of Mixture-of-Transformers (Liang et al.
 feed-forward layers alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,12 @@ from skillnet.model import SkillNet
 from skillnet.systems import SizeMatch, System
 
 SKILL = "dense"
+#: Option ``size`` -> the quantity in words, and the function that measures it.
+QUANTITIES: dict[str, tuple[str, Callable[[SkillNetConfig], float]]] = {
+    "activated": ("activated parameters", size_matching.mean_activated_params),
+    "executed": ("executed operations", size_matching.executed_operations),
+    "total": ("total parameters", size_matching.total_params),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class DenseOptions:
 
     def __post_init__(self) -> None:
         for key, known in {
-            "size": ("activated", "executed", "total"),
+            "size": tuple(QUANTITIES),
             "shape": ("width", "depth"),
             "feedforward": ("shared", "modality"),
         }.items():
@@ -114,14 +121,8 @@ def measure_dense(config: SkillNetConfig, options: DenseOptions) -> SizeMatch:
     """
     compared = size_matching.compared_config(config)
     own = configure_dense(compared, options)
-    if options.size == "executed":
-        operations = size_matching.executed_operations
-        return SizeMatch("executed operations", operations(compared), operations(own))
-    if options.size == "total":
-        every = size_matching.total_params
-        return SizeMatch("total parameters", every(compared), every(own))
-    count = size_matching.mean_activated_params
-    return SizeMatch("activated parameters", count(compared), count(own))
+    quantity, count = QUANTITIES[options.size]
+    return SizeMatch(quantity, count(compared), count(own))
 
 
 DENSE = System(

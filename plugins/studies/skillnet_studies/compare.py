@@ -163,12 +163,7 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
     Raises:
         UserError: a run does not exist or cannot be compared, or its variances are unknown.
     """
-    from skillnet_evidence.power import (
-        PowerPlan,
-        estimate_time,
-        plan_power,
-        simulate_claims,
-    )
+    from skillnet_evidence.power import PowerPlan, estimate_time, plan_power, simulate_claims
     from skillnet_studies.analysis.finished_runs import compare_runs, label_runs
     from skillnet_studies.study.system_runs import build_base_run
 
