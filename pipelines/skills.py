@@ -163,11 +163,12 @@ def pack_tasks(config: PackConfig) -> "tuple[Path, PackageContent]":
     source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.serving.bundle import find_bundle
-    from skillnet.skill_packages import SUFFIX, pack_skills
+    from skillnet.bounds import PACKAGE_SUFFIX
+    from skillnet.skill_packages import pack_skills
 
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))
     tasks = config.tasks or _find_trained_tasks(source.settings, config.model)
-    target = Path(config.output or f"{tasks[0].replace('_', '-')}{SUFFIX}")
+    target = Path(config.output or f"{tasks[0].replace('_', '-')}{PACKAGE_SUFFIX}")
     serving = {task: entry for task, entry in manifest["tasks"].items() if task in tasks}
     content = pack_skills(
         bundle,

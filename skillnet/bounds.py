@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+#: End of the name of a package of skills, and bytes of its ``skill.json``.
+PACKAGE_SUFFIX, MAX_ABOUT_BYTES = ".skill", 2**22
+
 #: Upper limits. A saved configuration can come from anyone, and building a larger model would not
 #: end.
 MAX_SIZE = 2**24

@@ -40,6 +40,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from skillnet.bounds import MAX_ABOUT_BYTES, PACKAGE_SUFFIX
 from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.router import name_counts
@@ -59,8 +60,7 @@ from skillnet.vocabulary import ModelVocabulary, parse_scale
 from skillnet_files.commit import make_scratch_directory
 
 FORMAT = 1
-SUFFIX, ABOUT, PROBES = ".skill", "skill.json", "probes.safetensors"
-MAX_ABOUT_BYTES = 2**22
+ABOUT, PROBES = "skill.json", "probes.safetensors"
 MAX_FILES = 1000
 _WEIGHTS = re.compile(r"(skill|head|stem)-[A-Za-z0-9_.-]{1,200}\.safetensors")
 
@@ -205,8 +205,8 @@ def pack_skills(
         ValueError: the model is damaged or has no skills, a task is unknown, or nothing of the
             model would be left as a base.
     """
-    if target.suffix != SUFFIX:
-        raise ValueError(f"{target}: a package ends with {SUFFIX}")
+    if target.suffix != PACKAGE_SUFFIX:
+        raise ValueError(f"{target}: a package ends with {PACKAGE_SUFFIX}")
     manifest = read_manifest(folder)
     model = SkillNet.from_pretrained(folder)
     config = model.config
@@ -267,7 +267,7 @@ def pack_skills(
         }
         text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         content = _parse_about(target, text.encode())
-        archive = staging / f"package{SUFFIX}"
+        archive = staging / f"package{PACKAGE_SUFFIX}"
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as written:
             # A fixed date: equal content gives equal bytes.
             written.writestr(zipfile.ZipInfo(ABOUT), text)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 from urllib.parse import quote
 
+from skillnet.bounds import MAX_ABOUT_BYTES, PACKAGE_SUFFIX
 from skillnet_files.commit import make_scratch_directory
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import get_file, list_files, read_range
@@ -27,14 +28,11 @@ from skillnet_platform.storage.location import Location, parse_location
 if TYPE_CHECKING:
     from skillnet.skill_packages import SkillPackage
 
-#: End of the name of a package.
-SUFFIX = ".skill"
 HUB = "hf:"
 #: Bytes of one request. The directory of a package and most ``skill.json`` are shorter.
 BLOCK = 32 * 2**10
-#: Bytes that the header of a package may take: 4 MiB of ``skill.json``, and a directory of
-#: MAX_FILES files, which has half a megabyte.
-MAX_HEADER_BYTES = 5 * 2**20
+#: Bytes that the header of a package may take; a directory of MAX_FILES files has half a megabyte.
+MAX_HEADER_BYTES = MAX_ABOUT_BYTES + 2**20
 #: Packages whose headers are read at once.
 STREAMS = 8
 #: Names of a catalogue that a message lists.
@@ -101,9 +99,9 @@ def find_packages(place: str) -> dict[str, int]:
         with _hub_errors(place):
             found = {entry.name: entry.bytes for entry in list_files(where)}
     return {
-        name.removesuffix(SUFFIX): size
+        name.removesuffix(PACKAGE_SUFFIX): size
         for name, size in sorted(found.items())
-        if name.endswith(SUFFIX) and "/" not in name
+        if name.endswith(PACKAGE_SUFFIX) and "/" not in name
     }
 
 
@@ -123,7 +121,9 @@ def list_catalogue(place: str, model: Path | None = None) -> list[CatalogueEntry
     """
     sizes = find_packages(place)
     if not sizes:
-        raise UserError(f"{place}: no saved model, and no packages (*{SUFFIX}). Check the place")
+        raise UserError(
+            f"{place}: no saved model, and no packages (*{PACKAGE_SUFFIX}). Check the place"
+        )
     where = locate_catalogue(place)
     # torch loads here: a place without packages does not need it.
     from skillnet.package_joins import explain_misfits
@@ -171,14 +171,14 @@ def _read_header(where: Location, place: str, name: str, size: int) -> "SkillPac
 
     shown = Path(f"{name}@{place}")
     if isinstance(where, Path):
-        with (where / f"{name}{SUFFIX}").open("rb") as file:
+        with (where / f"{name}{PACKAGE_SUFFIX}").open("rb") as file:
 
             def read_local(start: int, end: int) -> bytes:
                 file.seek(start)
                 return file.read(end - start)
 
             return read_package_header(cast(IO[bytes], _RangedFile(read_local, size)), shown)
-    uri = f"{where}/{name}{SUFFIX}"
+    uri = f"{where}/{name}{PACKAGE_SUFFIX}"
     ranged = _RangedFile(lambda start, end: read_range(uri, start, end), size)
     return read_package_header(cast(IO[bytes], ranged), shown)
 
@@ -251,10 +251,10 @@ def fetch_package(given: str, beside: Path) -> Iterator[Path]:
     name, _, place = given.partition("@")
     if not place or "/" in name:
         place, _, file = given.rpartition("/")
-        name = file.removesuffix(SUFFIX)
+        name = file.removesuffix(PACKAGE_SUFFIX)
         where = locate_catalogue(given)
     else:
-        file = f"{name}{SUFFIX}"
+        file = f"{name}{PACKAGE_SUFFIX}"
         folder = locate_catalogue(place)
         where = folder / file if isinstance(folder, Path) else f"{folder}/{file}"
     if isinstance(where, Path):
