@@ -98,7 +98,7 @@ def resident(pid: int, kind: str) -> int:
 
 def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
     """Prepare a corpus from this process and say what it took."""
-    from pipelines.data.corpora.readers.folder import FolderCorpus
+    from skillnet_corpora.readers.folder import FolderCorpus
 
     corpus = FolderCorpus(
         str(folder), FolderCorpus.Options(validation=0.0, test=0.0, **SIZES[kind])

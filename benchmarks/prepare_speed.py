@@ -221,7 +221,7 @@ def map_of(given: Work, folder: Path, stack: ExitStack) -> Pass:
 def corpus_of(kind: str, paths: list[Path]) -> Any:
     """A user's folder of those files, with the pixels or frames alone, as the others have them:
     no tokens, no symbols."""
-    from pipelines.data.corpora.readers.folder import FolderCorpus
+    from skillnet_corpora.readers.folder import FolderCorpus
 
     corpus = FolderCorpus(str(paths[0].parent.parent), FolderCorpus.Options(**OPTIONS[kind]))
     corpus.annotations_present = ()

@@ -60,10 +60,10 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 
 def _stream(folder: Path) -> MultiTaskDataLoader:
-    from pipelines.data.corpora.readers.folder import FolderCorpus
     from pipelines.data.preprocessing.prepare import prepare
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.training.config.run import FinetuneConfig, TaskTraining
+    from skillnet_corpora.readers.folder import FolderCorpus
     from skillnet_platform import cluster
 
     media = files("image", PICTURES)[0].parent.parent

@@ -27,7 +27,6 @@ from pipelines.data.corpora import (
     parse_reader_prefix,
 )
 from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.formats.record_reader import read_json_entries, read_records
 from pipelines.data.corpora.formats.unread_files import (
     describe_unread_format,
     is_empty_folder,
@@ -36,7 +35,6 @@ from pipelines.data.corpora.formats.unread_files import (
 )
 from pipelines.data.corpora.readers.base import count_labels, describe_numeric_labels
 from pipelines.data.corpora.readers.fields import RecordCorpus
-from pipelines.data.corpora.readers.folder import FolderCorpus
 from pipelines.data.io.directory import SourceDirectory, to_printable
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import describe_bytes, read_media
@@ -345,7 +343,7 @@ def _read_sample(corpus: ExternalCorpus) -> _Sample:
     sample = _Sample()
 
     def work(is_late: threading.Event) -> None:
-        sample.record.update(_find_record(corpus))
+        sample.record.update(_shorten(corpus.find_record()))
         with KeySet() as keys, KeySet() as contents:
             for row in corpus.rows(SourceArchives.none()):
                 if is_late.is_set():
@@ -473,35 +471,6 @@ def _count_files(corpus: ExternalCorpus) -> tuple[int, int, bool]:
 
     counted = run_within(COUNT_TIMEOUT_S, work)
     return files[0], files[1], counted
-
-
-def _find_record(corpus: ExternalCorpus) -> dict[str, Any]:
-    """Return the fields of one record in the source, before a reader selects from them."""
-    record: Any = None
-    files = corpus.annotation_files()
-    has_tables = not isinstance(corpus, FolderCorpus) or bool(corpus.tables)
-    if isinstance(corpus, RecordCorpus) and not (files and has_tables):
-        # Tars and saved datasets have no annotation file: record the fields that rows are made of.
-        records: list[Any] = []
-        build_row = corpus.build_row
-
-        def record_fields(key: str, fields: Mapping[str, Any], *rest: Any) -> Row:
-            records.append(dict(fields))
-            return build_row(key, fields, *rest)
-
-        corpus.build_row = record_fields  # type: ignore[method-assign, assignment]
-        try:
-            next((row for row in corpus.rows(SourceArchives.none()) if records), None)
-        finally:
-            del corpus.build_row
-        record = records[0] if records else None
-    elif isinstance(corpus, FolderCorpus):
-        record = next(corpus.tables[0].records(corpus.source, 1), None)
-    elif files:
-        record = next(read_records(corpus.source, files[0]), (None,))[-1]
-        if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):
-            record = next(read_json_entries(corpus.source, files[0]), (None,))[-1]
-    return _shorten(record) if isinstance(record, dict) else {}
 
 
 def _choose_examples(rows: list[Row]) -> list[Row]:

@@ -41,7 +41,6 @@ from pipelines.data.corpora.readers.row_builders import (
     media_row,
     val_or_test,
 )
-from pipelines.data.corpora.readers.split_lists import join_path
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.modalities.code import CodeOptions
@@ -51,6 +50,7 @@ from pipelines.data.modalities.video import VideoOptions
 from pipelines.data.transforms.code import first_paragraph
 from pipelines.data.transforms.text import append_keywords
 from skillnet.modality import find_modality
+from skillnet_corpora.readers.split_lists import join_path
 from skillnet_platform.config.bounds import NonNegativeCount, PartialFraction
 from skillnet_platform.errors import UserError
 

@@ -17,7 +17,7 @@ from pipelines.data.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
+from tests.helpers.corpus_rows import media, read, sizes
 
 
 @pytest.mark.parametrize("reader", ["tnews", "aic_icc", "vatex", "pytorrent", "folder", None])

@@ -26,6 +26,7 @@ from annotated_types import Interval
 from pipelines.data.config.bounds import BoundedOptions
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, measure_texts
 from pipelines.data.corpora.formats.encoding import BadRecord
+from pipelines.data.corpora.formats.record_reader import read_json_entries, read_records
 from pipelines.data.corpora.formats.unread_files import UnreadFiles
 from pipelines.data.corpora.readers.row_builders import UnwantedRowError, error_row, make_key
 from pipelines.data.io.directory import (
@@ -422,6 +423,16 @@ class ExternalCorpus(Corpus):
         if self.is_unread_annotation(entry.name):
             self.unread_files.add(to_printable(entry.name))
         return entry
+
+    def find_record(self) -> dict[str, Any]:
+        """Return the fields of one record in the source, before the reader selects from them."""
+        for file in self.annotation_files()[:1]:
+            record = next(read_records(self.source, file), (None,))[-1]
+            if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):
+                record = next(read_json_entries(self.source, file), (None,))[-1]
+            if isinstance(record, dict):
+                return record
+        return {}
 
     def num_source_files(self) -> int:
         """Return the number of annotation files."""

@@ -446,6 +446,26 @@ class RecordCorpus(ExternalCorpus):
                 row.pop(ITEM_FIELD, None)
             yield row
 
+    def find_record(self) -> dict[str, Any]:
+        """Return a record of an annotation file, or the fields of which the first row is made."""
+        return super().find_record() if self.annotation_files() else self.find_row_fields()
+
+    def find_row_fields(self) -> dict[str, Any]:
+        """Return the fields of which the first row is made; {} without rows."""
+        records: list[dict[str, Any]] = []
+        build_row = self.build_row
+
+        def record_fields(key: str, fields: Mapping[str, Any], *rest: Any) -> Row:
+            records.append(dict(fields))
+            return build_row(key, fields, *rest)
+
+        self.build_row = record_fields  # type: ignore[method-assign, assignment]
+        try:
+            next((row for row in self.rows(SourceArchives.none()) if records), None)
+        finally:
+            del self.build_row
+        return records[0] if records else {}
+
     def build_row(
         self,
         key: str,

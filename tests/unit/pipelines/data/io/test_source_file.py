@@ -24,9 +24,9 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.retry import StoreUnavailableError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
+from tests.helpers.corpus_rows import read, sizes
 from tests.helpers.flaky_store import reads_fail
 from tests.helpers.object_store import ObjectStore
-from tests.unit.pipelines.data.corpora.readers.test_readers import read, sizes
 
 ROWS = [{"text": f"第{n}条新闻，其余是{'很长的话' * 40}", "label": str(n % 3)} for n in range(60)]
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
-from pipelines.data.corpora.readers.folder import FolderCorpus
 from pipelines.data.preprocessing.blocks import rows_to_table
 from pipelines.data.preprocessing.jobs import transform_block
 from pipelines.data.shards.columns import FixedColumn, JpegColumn, open_column
 from pipelines.data.shards.jpeg import decode_jpegs, encode_jpeg, jpeg_field, uses_jpeg
 from skillnet_corpora.demo.strokes import draw_pen_paths
+from skillnet_corpora.readers.folder import FolderCorpus
 from skillnet_platform.errors import UserError
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.data.transforms.test_transforms import PATHS

@@ -18,8 +18,8 @@ from pipelines.data.corpora.readers.row_builders import MAX_CAPTIONS
 from pipelines.data.preprocessing.inspection import inspect_corpus, show_inspection
 from pipelines.prepare import show_corpora
 from tests.helpers import user_corpora
+from tests.helpers.corpus_rows import media, read
 from tests.helpers.hub_repositories import embed, write_repository
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read
 
 IMAGES, CAPTIONS = 40, 5
 

@@ -23,7 +23,7 @@ from pipelines.data.io.media import MediaReadError, read_media
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
+from tests.helpers.corpus_rows import media, read, sizes
 
 
 class TestFolder:

@@ -14,16 +14,16 @@ import pytest
 
 from pipelines.data.corpora import detect_reader, open_external_corpus
 from pipelines.data.corpora.base import JOINED_ROW, SourceArchives
-from pipelines.data.corpora.readers.hub_repository import match_pattern
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
 from pipelines.data.preprocessing.inspection import inspect_corpus
+from plugins.corpora.tests.test_field_names import write
+from skillnet_corpora.readers.hub_repository import match_pattern
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
+from tests.helpers.corpus_rows import media, read, sizes
 from tests.helpers.hub_repositories import MEDIA_STRUCT, embed, write_repository
-from tests.unit.pipelines.data.corpora.readers.test_field_names import write
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
 
 TEXT = pa.string()
 

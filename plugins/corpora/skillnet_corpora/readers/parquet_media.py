@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.corpora.formats.class_names import FileClasses, find_class_names
 from pipelines.data.corpora.formats.encoding import BadRecord, NumberedRecord
 from pipelines.data.corpora.formats.record_reader import read_parquet_rows
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import BYTES_PART, CELLS_PER_BATCH, MediaRef, find_signature
 from skillnet.modality import is_string_modality
+from skillnet_corpora.readers.class_names import FileClasses, find_class_names
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -30,13 +30,13 @@ from pipelines.data.corpora.readers.fields import (
     RecordCorpus,
     parse_split_prefix,
 )
-from pipelines.data.corpora.readers.hub_repository import require_all_shards
-from pipelines.data.corpora.readers.metadata_tables import has_metadata_rows
 from pipelines.data.corpora.readers.row_builders import make_key
 from pipelines.data.io.archive import TarReader, TarReadError, detect_compression
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
+from skillnet_corpora.readers.hub_repository import require_all_shards
+from skillnet_corpora.readers.metadata_tables import has_metadata_rows
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.corpora import open_external_corpus
-from pipelines.data.corpora.readers.metadata_tables import find_file_field
+from skillnet_corpora.readers.metadata_tables import find_file_field
 from skillnet_platform.errors import UserError
-from tests.unit.pipelines.data.corpora.readers.test_readers import read
+from tests.helpers.corpus_rows import read
 
 WORDS = ("a man sleeps on the wide sofa", "two dogs run over the green hill")
 

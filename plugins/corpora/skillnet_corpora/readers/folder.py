@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipelines.data.corpora.base import CorpusPart, RejectedRow, Row
-from pipelines.data.corpora.formats.parquet_media import EmbeddedMedia
 from pipelines.data.corpora.formats.record_reader import describe_first_error
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import (
@@ -43,10 +42,15 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_name,
     read_field,
 )
-from pipelines.data.corpora.readers.hub_repository import CARD, SeveralConfigurationsError
 from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
-from pipelines.data.corpora.readers.media_names import MediaNames, ask_for_media
-from pipelines.data.corpora.readers.metadata_tables import (
+from pipelines.data.corpora.readers.row_builders import UnwantedRowError, is_plain_key, make_key
+from pipelines.data.io.directory import SourceDirectory, digest_listing, to_printable
+from pipelines.data.io.key_set import KeySet
+from pipelines.data.io.media import MediaRef
+from skillnet.modality import find_modality, is_media_modality
+from skillnet_corpora.readers.hub_repository import CARD, SeveralConfigurationsError
+from skillnet_corpora.readers.media_names import MediaNames, ask_for_media
+from skillnet_corpora.readers.metadata_tables import (
     FILE_FIELDS,
     METADATA_NAMES,
     ROW_SUFFIXES,
@@ -60,8 +64,8 @@ from pipelines.data.corpora.readers.metadata_tables import (
     list_row_files,
     locate_media,
 )
-from pipelines.data.corpora.readers.row_builders import UnwantedRowError, is_plain_key, make_key
-from pipelines.data.corpora.readers.split_lists import (
+from skillnet_corpora.readers.parquet_media import EmbeddedMedia
+from skillnet_corpora.readers.split_lists import (
     SplitLists,
     are_storage_folders,
     find_first_media,
@@ -70,10 +74,6 @@ from pipelines.data.corpora.readers.split_lists import (
     find_split_root,
     join_path,
 )
-from pipelines.data.io.directory import SourceDirectory, digest_listing, to_printable
-from pipelines.data.io.key_set import KeySet
-from pipelines.data.io.media import MediaRef
-from skillnet.modality import find_modality, is_media_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -490,6 +490,12 @@ class FolderCorpus(RecordCorpus):
         if self.media_column:
             return []
         return [f for table in self.tables for f in table.files] + self.split_lists.files
+
+    def find_record(self) -> Row:
+        """Return the first record of the metadata, or the fields of the first row."""
+        if not self.tables or self.media_column:
+            return self.find_row_fields()
+        return next(self.tables[0].records(self.source, 1), {})
 
     def num_source_files(self) -> int:
         """Return the number of metadata files."""

@@ -29,8 +29,6 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
-from pipelines.data.corpora.formats.class_names import NO_CLASSES, FileClasses
-from pipelines.data.corpora.formats.parquet_media import describe_features
 from pipelines.data.corpora.readers.fields import (
     MODALITY_OF_EXTENSION,
     file_extension,
@@ -38,6 +36,8 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_prefix,
 )
 from pipelines.data.io.directory import SourceDirectory
+from skillnet_corpora.readers.class_names import NO_CLASSES, FileClasses
+from skillnet_corpora.readers.parquet_media import describe_features
 from skillnet_platform.config.safe_yaml import MAX_CHARACTERS, load_plain_yaml
 from skillnet_platform.errors import UserError, suggest_name
 

@@ -3,50 +3,18 @@
 import json
 import shutil
 import tarfile
-from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.data.corpora import (
-    ExternalCorpus,
     open_external_corpus,
 )
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
-from pipelines.data.io.media import MediaReadError, MediaRef, read_media
+from pipelines.data.io.media import MediaRef
 from skillnet_corpora.paper import LABELS, parse_youtube_id
 from tests.helpers import user_corpora
-
-Rows = dict[str, list[dict[str, Any]]]
-
-
-def read(corpus: ExternalCorpus) -> tuple[Rows, Counter[str]]:
-    """Return (split -> rows, reason -> number of rejected rows); check that keys are unique."""
-    rows: Rows = defaultdict(list)
-    reasons: Counter[str] = Counter()
-    keys = []
-    for row in corpus.rows(SourceArchives.none()):
-        if isinstance(row, RejectedRow):
-            reasons[row.reason] += 1
-            keys.append(row.key)
-        else:
-            rows[row["split"]].append(row)
-            keys.append(row["key"])
-    assert len(set(keys)) == len(keys)
-    return dict(rows), reasons
-
-
-def sizes(rows: Rows) -> dict[str, int]:
-    """Return split -> number of rows."""
-    return {split: len(each) for split, each in sorted(rows.items())}
-
-
-def media(row: dict[str, Any]) -> bytes:
-    """Return the bytes that a row refers to."""
-    (found,) = read_media([row["media"]])
-    assert not isinstance(found, MediaReadError), found
-    return found
+from tests.helpers.corpus_rows import media, read, sizes
 
 
 class TestTnews:

@@ -12,7 +12,7 @@ from pipelines.data.corpora import open_external_corpus
 from pipelines.data.preprocessing.inspection import inspect_corpus
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
-from tests.unit.pipelines.data.corpora.readers.test_readers import read, sizes
+from tests.helpers.corpus_rows import read, sizes
 
 ROWS = "text,label\na,x\nb,y\n"
 

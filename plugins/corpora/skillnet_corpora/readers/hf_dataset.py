@@ -20,15 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.corpora.base import Row
-from pipelines.data.corpora.formats.class_names import FileClasses, name_classes, unify_class_names
 from pipelines.data.corpora.formats.encoding import BadRecord, find_repeated_column
-from pipelines.data.corpora.formats.parquet_media import (
-    EmbeddedMedia,
-    check_unread_media,
-    describe_classes,
-    describe_features,
-    digest_media,
-)
 from pipelines.data.corpora.formats.record_reader import MAX_ENTRY_CHARS, iter_batch_rows
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import missing_format_error
@@ -46,6 +38,14 @@ from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import check_regular_file, make_read_error, open_stream
 from skillnet.modality import is_string_modality
+from skillnet_corpora.readers.class_names import FileClasses, name_classes, unify_class_names
+from skillnet_corpora.readers.parquet_media import (
+    EmbeddedMedia,
+    check_unread_media,
+    describe_classes,
+    describe_features,
+    digest_media,
+)
 from skillnet_platform.errors import UserError, first_line
 
 DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)

@@ -8,8 +8,8 @@ import pytest
 from pipelines.data.corpora import open_external_corpus
 from pipelines.data.corpora.readers.base import ExternalCorpus
 from pipelines.data.preprocessing import inspection
+from tests.helpers.corpus_rows import Rows, read
 from tests.helpers.user_corpora import write_lines
-from tests.unit.pipelines.data.corpora.readers.test_readers import Rows, read
 
 
 def folder(place: Path, options: dict | None = None) -> ExternalCorpus:

@@ -21,9 +21,9 @@ from pipelines.data.io.directory import SourceDirectory
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from tests.helpers import user_corpora
+from tests.helpers.corpus_rows import media, read, sizes
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import run_python
-from tests.unit.pipelines.data.corpora.readers.test_readers import media, read, sizes
 
 
 def test_media_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> None:

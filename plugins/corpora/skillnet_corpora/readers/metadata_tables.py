@@ -22,20 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from pipelines.data.corpora.base import Row
-from pipelines.data.corpora.formats.class_names import (
-    NO_CLASSES,
-    FileClasses,
-    name_classes,
-    unify_class_names,
-)
 from pipelines.data.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
-from pipelines.data.corpora.formats.parquet_media import (
-    ParquetDescription,
-    check_unread_media,
-    read_embedded_rows,
-    read_parquet_classes,
-    read_parquet_description,
-)
 from pipelines.data.corpora.formats.record_reader import (
     FilePart,
     divide_file,
@@ -52,7 +39,16 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_name,
     read_field,
 )
-from pipelines.data.corpora.readers.hub_repository import (
+from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from pipelines.data.modalities.text import TextFiles
+from skillnet.modality import find_modality, is_media_modality
+from skillnet_corpora.readers.class_names import (
+    NO_CLASSES,
+    FileClasses,
+    name_classes,
+    unify_class_names,
+)
+from skillnet_corpora.readers.hub_repository import (
     CARD,
     choose_classes,
     find_stated_files,
@@ -61,10 +57,14 @@ from pipelines.data.corpora.readers.hub_repository import (
     read_card,
     require_all_shards,
 )
-from pipelines.data.corpora.readers.split_lists import find_first_media, join_path
-from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
-from pipelines.data.modalities.text import TextFiles
-from skillnet.modality import find_modality, is_media_modality
+from skillnet_corpora.readers.parquet_media import (
+    ParquetDescription,
+    check_unread_media,
+    read_embedded_rows,
+    read_parquet_classes,
+    read_parquet_description,
+)
+from skillnet_corpora.readers.split_lists import find_first_media, join_path
 from skillnet_platform.errors import UserError
 
 METADATA_NAMES = tuple(

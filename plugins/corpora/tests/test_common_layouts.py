@@ -18,17 +18,17 @@ from pipelines.data.corpora import detect_reader, open_external_corpus
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
 from pipelines.data.corpora.readers.base import ExternalCorpus
 from pipelines.data.corpora.readers.fields import parse_split_name, parse_split_prefix
-from pipelines.data.corpora.readers.webdataset import (
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.preprocessing import inspection
+from skillnet_corpora.readers.webdataset import (
     DUPLICATE_MEMBER,
     NO_MEDIA_MEMBER,
     SPARSE_MEMBER,
 )
-from pipelines.data.io.directory import SourceDirectory
-from pipelines.data.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
-from tests.unit.pipelines.data.corpora.readers.test_readers import Rows, media, read, sizes
+from tests.helpers.corpus_rows import Rows, media, read, sizes
 
 
 def detected(place: Path, options: dict[str, Any] | None = None) -> ExternalCorpus:

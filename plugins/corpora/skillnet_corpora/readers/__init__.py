@@ -1,0 +1,1 @@
+"""Formats that read most data of a user: folders and tables, tars, and saved datasets."""
