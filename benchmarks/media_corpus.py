@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.data.corpora.archives import iter_members
 from pipelines.data.transforms import image, sound, video
+from skillnet_corpora.archives import iter_members
 from skillnet_corpora.demo import CNCHAR_DATA
 from skillnet_corpora.demo.drawings import OPENMOJI
 from skillnet_corpora.demo.strokes import _paths, draw_pen_paths

@@ -59,7 +59,7 @@ def _in_process(work: Callable[..., list[Result]], *arguments: Any) -> list[Resu
 def _make(folder: Path, archives: Path) -> list[Result]:
     from benchmarks.paper_corpora import make_corpora
     from pipelines.data.corpora import DEMO
-    from pipelines.fetch import fetch
+    from skillnet_corpora.fetch import fetch
 
     fetch(list(DEMO), archives)
     begin = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipelines.training.config.resources import request_training
 from pipelines.training.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
+from skillnet_files.entry_points import find_entries
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import archive_root, data_root
@@ -92,9 +93,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     # Each stage is imported when it starts, so that the first line appears at once.
     if "fetch" not in config.skip:
         with stages.stage("fetch", f"fetching {', '.join(names)}"):
-            from pipelines.fetch import fetch
-
-            fetch(names, archives)
+            for entry in find_entries("skillnet.fetchers").values():
+                entry.load()(names, archives)
     if "prepare" not in config.skip:
         with stages.stage("prepare", "preparing Arrow shards with Ray Data"):
             from pipelines.data.preprocessing.prepare import prepare

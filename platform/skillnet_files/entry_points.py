@@ -1,7 +1,7 @@
 """Entry points: names that configurations and command lines may use, and the objects behind them.
 
 A name only selects an entry. Nothing that a user hands in is imported. All groups (commands,
-corpora, systems, objectives, modalities, planners and weights) are looked up here.
+corpora, systems, objectives, modalities, planners, fetchers, weights) are looked up here.
 """
 
 import sys

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.data.corpora.archives import iter_members
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.shards.format import SHARD_TABLE
 from pipelines.data.tokenizer.guarded_loader import (
@@ -40,6 +39,7 @@ from pipelines.training.runs.bundle_manifest import (
 )
 from skillnet import systems
 from skillnet.serialization import write_manifest, write_parts
+from skillnet_corpora.archives import iter_members
 from skillnet_platform import config
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from sweeps.search import ranking

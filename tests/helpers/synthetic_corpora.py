@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, Corpus, RejectedRow, Row, SourceArchives
+from skillnet_corpora.archives import read_archive
 from tests.helpers.archive_files import zipped
 
 #: Directory of the package whose entry points name the corpora here.
@@ -47,7 +47,9 @@ class Made(Corpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Lines in order; every fifth is for the test."""
-        for number, line in enumerate(sources.read("made", "made/lines.txt").decode().split("\n")):
+        for number, line in enumerate(
+            read_archive(sources, "made", "made/lines.txt").decode().split("\n")
+        ):
             if number % 10 == 0:
                 yield RejectedRow(line, "every tenth")
                 continue

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.corpora.archives import iter_members
 from pipelines.data.transforms import sound
+from skillnet_corpora.archives import iter_members
 from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_corpora.paper import LABELS
 from tests.helpers.archive_files import tarred

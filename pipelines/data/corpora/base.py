@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive, iter_members, read_member
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import sha256_file
 
 #: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key``, ``group`` and ``unit``.
 #: The unit names the rows that only occur together in a split (a module, a speaker). A row without
@@ -77,6 +78,80 @@ class RejectedRow:
 
 
 @dataclass(frozen=True)
+class Archive:
+    """A pinned download.
+
+    Args:
+        file: file name in the archive directory.
+        bytes: size in bytes.
+        sha256: SHA-256 of its content.
+        registry: "pypi", "npm" or "debian".
+        requirement: argument for the client of the registry, with a pinned version.
+        licence: licence of the data that a corpus reads from it.
+        source: source package of a Debian package, if its name is another one.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    registry: str
+    requirement: str
+    licence: str
+    source: str = ""
+
+    def download_command(self) -> str:
+        """Return the command that downloads it into the current directory."""
+        if self.registry == "npm":
+            return f"npm pack {self.requirement}"
+        if self.registry == "debian":
+            return f"apt-get download {self.requirement}"
+        return " ".join(("pip", *self.pip_arguments()))
+
+    def pip_arguments(self) -> list[str]:
+        """Return the arguments of pip that download it."""
+        words = ["download", "--no-deps", "--only-binary", ":all:"]
+        python, abi, platforms = self.file.removesuffix(".whl").split("-")[-3:]
+        if platforms != "any":
+            # One pinned file for every machine: its compiled part is never loaded.
+            words += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+            words += [word for each in platforms.split(".") for word in ("--platform", each)]
+        return [*words, self.requirement]
+
+
+def check_archive(archive: Archive, directory: Path) -> Path:
+    """Return the path of an archive after its size and digest were compared with the pin.
+
+    Args:
+        archive: the pin.
+        directory: directory of the archives.
+
+    Raises:
+        UserError: the file is missing, empty, truncated or a different file.
+    """
+    path = directory / archive.file
+    remedy = (
+        "Run `skillnet fetch`, or download it yourself: "
+        f"cd {directory} && {archive.download_command()}"
+    )
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing ({archive.requirement} from {archive.registry}). {remedy}"
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path}: the file is empty. Delete it. {remedy}")
+    if size < archive.bytes:
+        raise UserError(f"{path}: cut short, {size} of {archive.bytes} bytes. Delete it. {remedy}")
+    digest = sha256_file(path)
+    if digest != archive.sha256:
+        raise UserError(
+            f"{path}: not the pinned file: sha256 {digest}, expected {archive.sha256} "
+            f"({archive.requirement}). Delete it. {remedy}"
+        )
+    return path
+
+
+@dataclass(frozen=True)
 class SourceArchives:
     """The downloaded archives of a corpus, which the caller has verified.
 
@@ -98,28 +173,6 @@ class SourceArchives:
         found = [a.file for a in self.archives if a.file.startswith(prefix)]
         assert len(found) == 1, f"{prefix} names {found}"
         return self.directory / found[0]
-
-    def read(self, prefix: str, name: str) -> bytes:
-        """Return the bytes of the member ``name`` of the archive ``prefix``."""
-        return read_member(self.path(prefix), name)
-
-    def members(self, prefix: str, start: str, end: str) -> Iterator[tuple[str, bytes]]:
-        """Yield the members of an archive whose names have a given start and end.
-
-        Args:
-            prefix: start of the archive's file name.
-            start: start of the members' names.
-            end: end of the members' names.
-
-        Yields:
-            (the name without its start and end, bytes).
-        """
-
-        def is_wanted(name: str) -> bool:
-            return name.startswith(start) and name.endswith(end)
-
-        for name, data in iter_members(self.path(prefix), is_wanted):
-            yield name[len(start) : len(name) - len(end)], data
 
 
 class CorpusPart(NamedTuple):

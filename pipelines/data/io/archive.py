@@ -1,9 +1,4 @@
-"""Zip and tar archives from untrusted sources: read in place, and rejected if they are unsafe.
-
-Nothing is ever extracted. Names become keys, links would be read as other files, and a small file
-can hold very much data. An archive with properties that no valid corpus archive has is rejected
-with one message. Real archives (wheels and npm packages) expand to at most 10 times their size,
-their members to at most 27 times.
+"""Tar archives from untrusted sources, and the limits of all archives; nothing is ever extracted.
 
 A tar of an external corpus is read from front to back; links and devices are skipped. It may have
 any size and any number of members, because no member is kept. Two kinds of tar are rejected: one
@@ -14,9 +9,7 @@ import bz2
 import contextlib
 import gzip
 import io
-import stat
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +18,6 @@ from typing import IO
 
 from pipelines.data.io.source_file import SourceReadError
 from skillnet_platform.errors import UserError
-
-MemberFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -64,154 +55,6 @@ class UnsafeArchiveError(UserError):
             "source."
         )
         self.why = why
-
-
-def check_member_name(path: Path, name: str) -> None:
-    """Check that a member's name does not lead out of the archive.
-
-    Args:
-        path: archive, for the message.
-        name: name of the member.
-
-    Raises:
-        UnsafeArchiveError: the name is absolute or contains "..".
-    """
-    parts = name.replace("\\", "/").split("/")
-    absolute = name.startswith(("/", "\\")) or name[1:2] == ":"
-    if absolute or ".." in parts or "\0" in name:
-        raise UnsafeArchiveError(path, f"the name {name!r} leads outside of the archive")
-
-
-def iter_zip_members(
-    path: Path, wanted: MemberFilter, limits: ArchiveLimits
-) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of the wanted members of a zip.
-
-    The complete directory is checked before the first member is read.
-
-    Args:
-        path: zip file.
-        wanted: returns whether the member of a name is read.
-        limits: limits of the content.
-
-    Raises:
-        UnsafeArchiveError: the archive exceeds a limit, or has links or encrypted members.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if len(entries) > limits.max_members:
-            raise UnsafeArchiveError(
-                path, f"{len(entries)} members, more than {limits.max_members}"
-            )
-        for entry in entries:
-            _check_entry(path, entry, limits)
-        total = sum(entry.file_size for entry in entries)
-        packed = path.stat().st_size
-        _check_amount(path, "all members", total, limits.max_total_bytes, packed, limits)
-        for entry in entries:
-            if not entry.is_dir() and wanted(entry.filename):
-                # zipfile stops at the declared size and compares the checksum.
-                data = archive.read(entry)
-                if len(data) != entry.file_size:
-                    sizes = f"{entry.file_size} bytes declared, {len(data)} found"
-                    raise UnsafeArchiveError(
-                        path, f"{entry.filename!r} lies about its size: {sizes}"
-                    )
-                yield entry.filename, data
-
-
-def iter_tar_members(
-    path: Path, wanted: MemberFilter, limits: ArchiveLimits
-) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of the wanted members of a tar, plain or compressed.
-
-    The tar is read once from front to back.
-
-    Args:
-        path: tar file.
-        wanted: returns whether the member of a name is read.
-        limits: limits of the content.
-
-    Raises:
-        UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
-    """
-    with path.open("rb") as file:
-        yield from iter_tar_stream(path, open_with_budget(path, file, limits), wanted, limits)
-
-
-def iter_tar_stream(
-    path: Path,
-    budget: "ByteBudget",
-    wanted: MemberFilter,
-    limits: ArchiveLimits,
-    skip_symlinks: bool = False,
-) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of the wanted members of an uncompressed tar.
-
-    Args:
-        path: archive, for messages.
-        budget: the tar, read once from front to back.
-        wanted: returns whether the member of a name is read.
-        limits: limits of the content.
-        skip_symlinks: symbolic links are left out, as packages have them for a reason. By default
-            an archive with one is rejected.
-
-    Raises:
-        UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
-    """
-    budget.allow(limits.max_header_bytes)
-    with tarfile.open(fileobj=budget, mode="r|") as archive:
-        # tarfile reads headers into memory; the budget bounds how much it ever gets.
-        for count, entry in enumerate(iter(archive.next, None), start=1):
-            # tarfile would keep all members in memory.
-            archive.members = []  # type: ignore[attr-defined]
-            if count > limits.max_members:
-                raise UnsafeArchiveError(path, f"more than {limits.max_members} members")
-            check_member_name(path, entry.name)
-            is_skipped = skip_symlinks and entry.issym()
-            if not (entry.isreg() or entry.isdir() or is_skipped):
-                raise UnsafeArchiveError(path, f"{entry.name!r} is {_describe_kind(entry)}")
-            if entry.size > limits.max_total_bytes:
-                raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")
-            budget.allow(entry.size + limits.max_header_bytes)
-            if entry.isreg() and wanted(entry.name):
-                if entry.size > limits.max_member_bytes:
-                    size = f"{entry.size} bytes in {entry.name!r}"
-                    raise UnsafeArchiveError(path, f"{size}, more than {limits.max_member_bytes}")
-                stream = archive.extractfile(entry)
-                assert stream is not None, "a regular file has content"
-                yield entry.name, stream.read()
-
-
-def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: ArchiveLimits) -> None:
-    check_member_name(path, entry.orig_filename)
-    kind = stat.S_IFMT(entry.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UnsafeArchiveError(path, f"{entry.filename!r} is a link or a device")
-    if entry.flag_bits & 0x1:
-        raise UnsafeArchiveError(path, f"{entry.filename!r} is encrypted")
-    # Python decompresses the other methods without a limit.
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UnsafeArchiveError(
-            path, f"{entry.filename!r} has compression method {entry.compress_type}"
-        )
-    sizes = entry.file_size, limits.max_member_bytes, entry.compress_size
-    _check_amount(path, repr(entry.filename), *sizes, limits)
-
-
-def _check_amount(
-    path: Path, part: str, size: int, max_size: int, packed: int, limits: ArchiveLimits
-) -> None:
-    if size > max_size:
-        raise UnsafeArchiveError(path, f"{size} bytes in {part}, more than {max_size}")
-    if size > max(limits.ratio_free_bytes, packed * limits.max_ratio):
-        raise UnsafeArchiveError(path, f"{part} expands to {size // max(packed, 1)} times its size")
-
-
-def _describe_kind(entry: tarfile.TarInfo) -> str:
-    if entry.issym() or entry.islnk():
-        return "a link"
-    return "a device or pipe" if entry.isdev() else "of an unknown kind"
 
 
 def open_with_budget(path: Path | str, file: IO[bytes], limits: ArchiveLimits) -> "ByteBudget":

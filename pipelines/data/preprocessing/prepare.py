@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus, is_built_in
-from pipelines.data.corpora.archives import check_archive
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, check_archive
 from pipelines.data.corpora.formats.unread_files import unpack_hint
 from pipelines.data.corpora.readers.base import LABEL_COLUMNS
 from pipelines.data.io.media import MediaReadError, read_media

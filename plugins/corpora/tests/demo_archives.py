@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.data.corpora import Corpus
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import RejectedRow, SourceArchives
+from pipelines.data.corpora.base import Archive, RejectedRow, SourceArchives
 from skillnet_corpora.demo.strokes import StrokesCorpus
 from tests.helpers.archive_files import tarred
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines import init_task, prepare
-from pipelines.data.corpora.archives import Archive, check_archive
+from pipelines.data.corpora.base import Archive, check_archive
 from pipelines.data.tokenizer.selection import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.training.loop.resolved_run import resolve_run

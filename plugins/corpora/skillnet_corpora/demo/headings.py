@@ -12,9 +12,16 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
+from pipelines.data.corpora.base import (
+    Archive,
+    Corpus,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+)
 from pipelines.data.transforms import text
+from skillnet_corpora.archives import iter_archive, read_archive
 from skillnet_corpora.demo import CNCHAR_DATA
 
 #: Minimum length of a heading in characters.
@@ -89,7 +96,7 @@ class HeadingsCorpus(Corpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield headings in the order of the tree, then definitions."""
-        tree = json.loads(sources.read("chinese_library", TREE))
+        tree = json.loads(read_archive(sources, "chinese_library", TREE))
         yield from select_headings(tree)
         yield from _definitions(sources)
 
@@ -208,7 +215,7 @@ def find_ancestor(tree: dict[str, Any], code: str, level: int) -> str:
 
 
 def _definitions(sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-    for first, data in sources.members("cnchar-data", "package/explanation/", ".json"):
+    for first, data in iter_archive(sources, "cnchar-data", "package/explanation/", ".json"):
         for word, definition in json.loads(data).items():
             key = f"definition/{first}/{word}"
             if not definition.strip():

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.corpora.archives import Archive
 from pipelines.data.corpora.base import (
+    Archive,
     Corpus,
     RejectedRow,
     Row,
@@ -27,6 +27,7 @@ from pipelines.data.corpora.base import (
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import text, video
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.archives import iter_archive, read_archive
 from skillnet_corpora.demo import CNCHAR_DATA, IdAllocator
 from skillnet_platform.errors import UserError
 
@@ -90,7 +91,7 @@ class StrokesCorpus(Corpus):
         captions = _captions(sources)
         group_ids = IdAllocator()
         found = []
-        for name, data in sources.members("cnchar-data", "package/draw/", ".json"):
+        for name, data in iter_archive(sources, "cnchar-data", "package/draw/", ".json"):
             if len(name) == 1:
                 found.append((name, json.loads(data)["medians"]))
         # Only characters whose pen paths agree with the stroke order get a caption.
@@ -162,7 +163,7 @@ def render_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 def _captions(sources: SourceArchives) -> dict[str, list[str]]:
     """Return character -> names of its strokes in order."""
-    script = sources.read("cnchar-order", "package/cnchar.order.min.js").decode("utf-8")
+    script = read_archive(sources, "cnchar-order", "package/cnchar.order.min.js").decode("utf-8")
     tables = [json.loads(found) for found in _LITERAL.findall(script)]
     if len(tables) != 2:
         path = sources.path("cnchar-order")

@@ -14,10 +14,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
+from pipelines.data.corpora.base import (
+    Archive,
+    Corpus,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+)
 from pipelines.data.transforms import sound
 from pipelines.data.transforms.decode_guard import decode_each
+from skillnet_corpora.archives import iter_archive
 from skillnet_corpora.demo import CNCHAR_DATA
 
 #: One syllable in VALIDATION_EVERY gives a second tone to validation.
@@ -65,7 +72,7 @@ class SyllablesCorpus(Corpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield syllables in the order of the archive."""
-        files = dict(sources.members("cnchar-data", "package/voice/", ".mp3"))
+        files = dict(iter_archive(sources, "cnchar-data", "package/voice/", ".mp3"))
         reasons = {name: reason for name in files if (reason := _reject(name, files))}
         split = _split([name for name in files if name not in reasons])
         for name, data in files.items():

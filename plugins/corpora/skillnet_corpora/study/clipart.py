@@ -15,10 +15,17 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
+from pipelines.data.corpora.base import (
+    Archive,
+    Corpus,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+)
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import image
+from skillnet_corpora.archives import iter_archive
 from skillnet_corpora.demo.drawings import draw_pictures
 from skillnet_corpora.study.variant_units import describe_units, divide_units, join_variants
 
@@ -78,12 +85,12 @@ class ClipartCorpus(Corpus):
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield the drawings in the order of the package, which is read twice."""
         marks = {}
-        for key, data in sources.members("openclipart", FOLDER, ".svg"):
+        for key, data in iter_archive(sources, "openclipart", FOLDER, ".svg"):
             marks[key] = list_marks(key, data)
         units = join_variants(marks)
         split = divide_units("clipart", units)
         full = _list_surplus(units)
-        for key, data in sources.members("openclipart", FOLDER, ".svg"):
+        for key, data in iter_archive(sources, "openclipart", FOLDER, ".svg"):
             topic, home = key.partition("/")[0], split[units[key]]
             if b"GPL" in b" ".join(_LICENCE.findall(data)):
                 yield RejectedRow(key, "its metadata state another licence than the package")

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, RejectedRow, Row, SourceArchives
+from skillnet_corpora.archives import read_archive
 from skillnet_corpora.demo.drawings import DrawingsCorpus, code_of_characters, is_flag
 from skillnet_corpora.study.further_splits import RESERVE
 
@@ -42,7 +42,7 @@ class DrawingArtistsCorpus(DrawingsCorpus):
             yield row
             if not isinstance(row, RejectedRow) and row["split"] != "pretrain":
                 concepts[row["key"].partition("/")[2]] = row
-        icons = json.loads(sources.read("iconify", "package/icons.json"))
+        icons = json.loads(read_archive(sources, "iconify", "package/icons.json"))
         codes = _find_codes(sources, icons, concepts)
         box = f"0 0 {icons['width']} {icons['height']}"
         for name in sorted(icons["icons"]):
@@ -71,7 +71,7 @@ def _find_codes(
     sources: SourceArchives, icons: dict[str, Any], concepts: dict[str, Row]
 ) -> dict[str, str]:
     """Return name of an icon -> code of its concept; each concept has at most one icon."""
-    listed = json.loads(sources.read("cldr", "package/annotations/en/annotations.json"))
+    listed = json.loads(read_archive(sources, "cldr", "package/annotations/en/annotations.json"))
     found: dict[str, str] = {}
     for characters, entry in listed["annotations"]["annotations"].items():
         code = code_of_characters(characters)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.transforms import text
+from skillnet_corpora.archives import read_archive
 from skillnet_corpora.demo.headings import (
     CLASS_FULL,
     CLASSIFICATION,
@@ -41,7 +42,7 @@ class UnusedHeadingsCorpus(HeadingsCorpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield headings in the order of the tree."""
-        tree = json.loads(sources.read("chinese_library", TREE))
+        tree = json.loads(read_archive(sources, "chinese_library", TREE))
         found = list(select_headings(tree))
         # Subtree -> its split in ``headings``.
         split = {row["unit"]: row["split"] for row in found if not isinstance(row, RejectedRow)}

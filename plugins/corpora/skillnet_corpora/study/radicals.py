@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from pipelines.data.corpora.base import Row, SourceArchives
+from skillnet_corpora.archives import iter_archive
 from skillnet_corpora.study.labelled_strokes import ClipLabeller, LabelledStrokesCorpus
 
 #: Radical -> names of its strokes: all with at least 50 of the 6,807 characters of ``strokes``.
@@ -67,7 +68,7 @@ class RadicalsCorpus(LabelledStrokesCorpus):
         """
         marked = {
             name: json.loads(data).get("radStrokes", [])
-            for name, data in sources.members("cnchar-data", "package/draw/", ".json")
+            for name, data in iter_archive(sources, "cnchar-data", "package/draw/", ".json")
         }
 
         def label_row(row: Row) -> int | str:

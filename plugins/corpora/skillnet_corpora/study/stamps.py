@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive, iter_members
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, Corpus, RejectedRow, Row, SourceArchives
 from pipelines.data.shards.format import tensor_field
 from pipelines.data.transforms import image, text
+from skillnet_corpora.archives import iter_members
 from skillnet_corpora.demo import IdAllocator
 from skillnet_corpora.demo.drawings import draw_pictures
 from skillnet_corpora.study.variant_units import describe_units, divide_units, join_variants

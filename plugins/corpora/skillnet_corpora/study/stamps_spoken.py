@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive, iter_members
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, Corpus, RejectedRow, Row, SourceArchives
 from pipelines.data.transforms import text
+from skillnet_corpora.archives import iter_members
 from skillnet_corpora.demo.syllables import SyllablesCorpus, describe_frames, hear_recordings
 from skillnet_corpora.study.stamps import (
     CHINESE,

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, Corpus, RejectedRow, Row, SourceArchives
 from pipelines.data.transforms import text
 from skillnet_corpora.study.stamps import SPLIT_BY, STAMPS, TOPICS, WRITTEN, read_stamps
 from skillnet_corpora.study.variant_units import describe_units

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.corpora.archives import Archive
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.data.corpora.base import Archive, RejectedRow, Row, SourceArchives
+from skillnet_corpora.archives import iter_archive
 from skillnet_corpora.demo.syllables import (
     INITIALS,
     SyllablesCorpus,
@@ -71,7 +71,7 @@ class SyllableVoicesCorpus(SyllablesCorpus):
                 continue
             home[tuple(split_pinyin(row["text"]))] = row["split"]
             yield row | {"unit": row["text"], "speaker": FIRST_VOICE}
-        for name, data in sources.members("gcin-voice", VOICES, ".ogg"):
+        for name, data in iter_archive(sources, "gcin-voice", VOICES, ".ogg"):
             zhuyin, _, voice = name.rpartition("/")
             speaker = f"gcin-{voice}"
             try:

@@ -16,11 +16,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from pipelines import fetch as fetching
-from pipelines.data.corpora import archives, find_corpus, http_download
-from pipelines.data.corpora.archives import Archive, check_archive, iter_members, read_member
-from pipelines.data.corpora.base import SourceArchives
+from pipelines.data.corpora import find_corpus
+from pipelines.data.corpora.base import Archive, SourceArchives, check_archive
 from pipelines.data.io.archive import ArchiveLimits
+from skillnet_corpora import archives
+from skillnet_corpora import fetch as fetching
+from skillnet_corpora.archives import iter_archive, iter_members, read_member
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import packaged, tarred, zipped
@@ -173,7 +174,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in [name for name in os.environ if name.lower().startswith("npm_config_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(http_download, "_GLOBAL_FILES", ())
+    monkeypatch.setattr(fetching, "_GLOBAL_FILES", ())
     Registry.data, Registry.requests = WHEEL, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -212,9 +213,9 @@ def test_the_environment_names_the_registry_before_the_files(
     (tmp_path / "home/.npmrc").write_text("registry=https://first.example/\n")
     secret = registry.replace("://", "://me:pa55w0rd@")
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", secret)
-    assert http_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
+    assert fetching.download_package("tiny@1.0", tmp_path, 10**6) == ""
     assert (tmp_path / "tiny-1.0.tgz").read_bytes() == WHEEL
-    error = http_download.download_package("other@1.0", tmp_path, 10**6)
+    error = fetching.download_package("other@1.0", tmp_path, 10**6)
     assert "://***@127.0.0.1" in error
     assert "404" in error
     assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
@@ -227,7 +228,7 @@ def test_a_redirect_does_not_take_the_token_along(
     (tmp_path / "home/.npmrc").write_text(
         f"@made:registry={registry}\n//other.example/:_authToken=not-for-you\n{place}:_auth=bWU6eA==\n"
     )
-    assert http_download.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
+    assert fetching.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
     assert Registry.requests == [
         ("/npm/@made/tiny/-/tiny-1.0.tgz", "Basic bWU6eA=="),
         ("/elsewhere/tiny-1.0.tgz", None),
@@ -291,10 +292,10 @@ def test_a_registry_cannot_send_another_or_a_larger_file(
 
 
 def test_the_default_registry_is_the_public_one(registry: str) -> None:
-    settings = http_download.read_npm_settings()
-    assert http_download.registry_url("tiny", settings) == "https://registry.npmjs.org/"
+    settings = fetching.read_npm_settings()
+    assert fetching.registry_url("tiny", settings) == "https://registry.npmjs.org/"
     with pytest.raises(UserError, match="is no web address"):
-        http_download.registry_url("tiny", {"registry": "file:///etc"})
+        fetching.registry_url("tiny", {"registry": "file:///etc"})
 
 
 def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -366,7 +367,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
 def test_members_are_named_without_start_and_end(tmp_path: Path) -> None:
     (tmp_path / PIN.file).write_bytes(CONTENT)
     sources = SourceArchives(tmp_path, (PIN,))
-    assert list(sources.members("a-", "package/b/", ".mp3")) == [("c", b"sound")]
+    assert list(iter_archive(sources, "a-", "package/b/", ".mp3")) == [("c", b"sound")]
 
 
 def test_an_unknown_corpus_name_suggests_the_nearest() -> None:

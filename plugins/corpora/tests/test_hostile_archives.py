@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.corpora import archives
-from pipelines.data.corpora.archives import iter_members
 from pipelines.data.io.archive import ArchiveLimits
+from skillnet_corpora import archives
+from skillnet_corpora.archives import iter_members
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
 
