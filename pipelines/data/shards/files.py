@@ -9,11 +9,13 @@ without reading the others.
 """
 
 import contextlib
+import hashlib
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ import pyarrow as pa
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import directories, sha256_file
 from skillnet_platform.storage.cache import CacheHandle, CacheKey, FileCache, shared_cache
-from skillnet_platform.storage.location import Location
+from skillnet_platform.storage.location import Location, join_location
 from skillnet_platform.storage.retry import StoreUnavailableError
 
 _BYTES_TYPES = (
@@ -34,20 +36,32 @@ _BYTES_TYPES = (
 #: A shard's entry: file, rows, bytes, sha256, and its number if it is one of a corpus.
 ShardEntry = Mapping[str, Any]
 
+VERIFIED_NOTES = ".verified"
+#: Bytes, time of the last change, inode and SHA-256 of a shard that was verified.
+_RECORD = struct.Struct("<qqQ32s")
+#: Each thread hashes on one core. More threads would be limited by the disk.
+THREADS = 4
 
-class OpenShard(Protocol):
+
+@dataclass(frozen=True)
+class OpenShard:
     """Memory-mapped rows of a shard. Its file stays in the cache while this object exists."""
 
-    @property
-    def table(self) -> pa.Table:
-        """Rows of the shard."""
+    table: pa.Table
+    handle: CacheHandle | None = None
 
 
 class ShardStore(Protocol):
-    """Access to the shards of one corpus."""
+    """Access to the shards of one corpus.
+
+    Attributes:
+        location: directory or URI of the corpus.
+        repair_hint: instruction that repairs a damaged corpus, for error messages.
+        remote: whether opening a shard may download it.
+    """
 
     location: Location
-    #: Whether opening a shard may download it.
+    repair_hint: str
     remote: bool
 
     def open(self, shard: ShardEntry) -> OpenShard:
@@ -59,8 +73,8 @@ class ShardStore(Protocol):
     def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
         """Compare files with their bytes. Raises UserError: one is missing or has another size."""
 
-    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
-        """Hash shards without a copy. Raises UserError: a shard is missing or altered."""
+    def hash_file(self, name: str) -> str:
+        """Return the SHA-256 of a file. Raises FileNotFoundError: there is none."""
 
     def manifest(self, name: str) -> bytes:
         """Return the bytes of the manifest. Raises FileNotFoundError: there is none."""
@@ -68,17 +82,49 @@ class ShardStore(Protocol):
     def exists(self) -> bool:
         """Return whether there are any files, even of a damaged corpus."""
 
-    @property
-    def repair_hint(self) -> str:
-        """Instruction that repairs a damaged corpus, for error messages."""
+    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
+        """Hash shards without a copy. Raises UserError: a shard is missing or altered."""
+        for shard in shards:
+            try:
+                found = self.hash_file(shard["file"])
+            except FileNotFoundError:
+                raise self.make_error(shard["file"], "this shard is missing") from None
+            if found != shard["sha256"]:
+                problem = f"this shard was altered: sha256 {found}, expected {shard['sha256']}"
+                raise self.make_error(shard["file"], problem)
+
+    def compare_sizes(
+        self, sizes: Iterable[tuple[str, int]], find_size: Callable[[str], int | None]
+    ) -> None:
+        """Compare files with their bytes; ``find_size`` returns None for a missing one."""
+        for name, size in sizes:
+            if (found := find_size(name)) != size:
+                altered = f"this shard was altered: {found} bytes, expected {size}"
+                raise self.make_error(name, "this shard is missing" if found is None else altered)
+
+    def map_shard(
+        self, path: Path, shard: ShardEntry, handle: CacheHandle | None = None
+    ) -> OpenShard:
+        """Map the local file of a shard. Raises UserError: it cannot be read."""
+        try:
+            # With a map, ``read_all`` reads only metadata; pages are loaded when rows are used.
+            table = _copy_table_offsets(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+            if table.num_rows != shard["rows"]:
+                raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
+            # An attacker who writes a shard also writes its digest: offsets that lead outside of
+            # the file must not be followed. Pixels and frames have none: their pages stay unread.
+            table.validate(full=True)
+            return OpenShard(table, handle)
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            problem = f"not a readable shard ({first_line(error)})"
+            raise self.make_error(shard["file"], problem) from None
+
+    def make_error(self, name: str, problem: str) -> UserError:
+        """Return the error about a file, with the instruction that repairs the corpus."""
+        return UserError(f"{join_location(self.location, name)}: {problem}. {self.repair_hint}")
 
 
-class _OpenShard:
-    def __init__(self, table: pa.Table, handle: CacheHandle | None = None) -> None:
-        self.table, self._handle = table, handle
-
-
-class LocalShardStore:
+class LocalShardStore(ShardStore):
     """Shards in a directory. Each is verified once before it is opened.
 
     See :mod:`pipelines.data.shards.files`.
@@ -90,17 +136,13 @@ class LocalShardStore:
     remote = False
 
     def __init__(self, location: Path) -> None:
-        self.location: Location = location
-        self._folder = location
+        self.location, self._folder = location, location
+        self.repair_hint = f"Delete {location} and run `skillnet prepare {location.name}`."
         #: Whether this process verified the shard of a record.
         self._verified = bytearray()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_verified": bytearray()}
-
-    @property
-    def repair_hint(self) -> str:
-        return f"Delete {self._folder} and run `skillnet prepare {self._folder.name}`."
 
     def exists(self) -> bool:
         return self._folder.is_dir()
@@ -108,19 +150,22 @@ class LocalShardStore:
     def manifest(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
 
+    def hash_file(self, name: str) -> str:
+        return sha256_file(self._folder / name)
+
     def open(self, shard: ShardEntry) -> OpenShard:
         path = self._folder / shard["file"]
         if not path.is_file():
-            raise self._make_missing(path)
+            raise self.make_error(shard["file"], "this shard is missing")
         self.prefetch([shard])  # verifies the shard
-        return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
+        return self.map_shard(path, shard)
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         """Hash the shards that were not verified before."""
         known = self._verified
         new = [s for s in shards if _place(s) >= len(known) or not known[_place(s)]]
         if new:
-            check_shards(self._folder, new)
+            self._verify(new)
             known.extend(bytes(max(0, max(map(_place, new)) + 1 - len(known))))
             for shard in new:
                 known[_place(shard)] = 1
@@ -128,31 +173,61 @@ class LocalShardStore:
     def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
         # A path from the folder on is the fastest for the system.
         folder = os.open(self._folder, os.O_RDONLY)
+
+        def find_size(name: str) -> int | None:
+            try:
+                found = os.stat(name, dir_fd=folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+
         try:
-            for name, size in sizes:
-                try:
-                    found = os.stat(name, dir_fd=folder)
-                except (FileNotFoundError, NotADirectoryError):
-                    raise self._make_missing(self._folder / name) from None
-                if found.st_size == size and stat.S_ISREG(found.st_mode):
-                    continue
-                path = self._folder / name
-                if not path.is_file():
-                    raise self._make_missing(path)
-                raise _make_altered(path, found.st_size, size, self.repair_hint)
+            self.compare_sizes(sizes, find_size)
         finally:
             os.close(folder)
 
-    def _make_missing(self, path: Path) -> UserError:
-        return UserError(f"{path}: this shard is missing. {self.repair_hint}")
+    def _verify(self, shards: Sequence[ShardEntry]) -> None:
+        """Hash the shards without a record, and record them."""
+        known = self._read_records(shards)
+        pairs = zip(shards, known, strict=True)
+        new = [shard for shard, record in pairs if record != self._make_record(shard)]
+        if not new:
+            return
+        with ThreadPoolExecutor(min(THREADS, len(new))) as pool:
+            records = list(pool.map(self._hash_shard, new))
+        # Another process may write the same record. A lost record only costs time.
+        with (
+            contextlib.suppress(OSError),
+            _open_records(self._folder, os.O_WRONLY | os.O_CREAT) as file,
+        ):
+            for shard, record in zip(new, records, strict=True):
+                os.pwrite(file, record, _place(shard) * _RECORD.size)
 
-    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
-        for shard in shards:
-            path = self._folder / shard["file"]
-            _compare_digest(path, sha256_file(path), shard, self.repair_hint)
+    def _hash_shard(self, shard: ShardEntry) -> bytes:
+        # The state is read before hashing: a later change of the file invalidates the record.
+        before = self._make_record(shard)
+        self.check_digests([shard])
+        return before
+
+    def _make_record(self, shard: ShardEntry) -> bytes:
+        try:
+            info = (self._folder / shard["file"]).stat()
+        except FileNotFoundError:
+            raise self.make_error(shard["file"], "this shard is missing") from None
+        sha256 = bytes.fromhex(shard["sha256"])
+        return _RECORD.pack(info.st_size, info.st_mtime_ns, info.st_ino, sha256)
+
+    def _read_records(self, shards: Sequence[ShardEntry]) -> list[bytes]:
+        """Return the record of each shard; empty where there is none."""
+        try:
+            with _open_records(self._folder, os.O_RDONLY) as file:
+                size = _RECORD.size
+                return [os.pread(file, size, _place(shard) * size) for shard in shards]
+        except OSError:
+            return [b""] * len(shards)
 
 
-class RemoteShardStore:
+class RemoteShardStore(ShardStore):
     """Shards in an object store, read through the cache of the node.
 
     Args:
@@ -163,13 +238,9 @@ class RemoteShardStore:
     remote = True
 
     def __init__(self, location: str, cache: FileCache | None = None) -> None:
-        self.location: Location = location
-        self._uri, self._cache = location, cache or shared_cache()
-
-    @property
-    def repair_hint(self) -> str:
-        parent, _, name = self._uri.rpartition("/")
-        return f"Prepare it again: `skillnet prepare {name} --data {parent}`."
+        self.location, self._uri, self._cache = location, location, cache or shared_cache()
+        parent, _, name = location.rpartition("/")
+        self.repair_hint = f"Prepare it again: `skillnet prepare {name} --data {parent}`."
 
     def exists(self) -> bool:
         return bool(directories.list_files(self._uri))
@@ -177,38 +248,26 @@ class RemoteShardStore:
     def manifest(self, name: str) -> bytes:
         return directories.read_bytes(directories.join_uri(self._uri, name))
 
+    def hash_file(self, name: str) -> str:
+        uri = directories.join_uri(self._uri, name)
+        try:
+            with directories.open_file(uri) as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreUnavailableError(f"{uri}: reading it broke off ({error})") from error
+
     def open(self, shard: ShardEntry) -> OpenShard:
-        key = self._cache_key(shard)
-        handle = self._cache.hold(key)
-        return _OpenShard(_map_shard(handle.path, key.uri, shard, self.repair_hint), handle)
+        handle = self._cache.hold(self._cache_key(shard))
+        return self.map_shard(handle.path, shard, handle)
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
         self._cache.prefetch([self._cache_key(shard) for shard in shards])
 
     def check_sizes(self, sizes: Iterable[tuple[str, int]]) -> None:
         existing = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
-        for name, size in sizes:
-            uri = directories.join_uri(self._uri, name)
-            if name not in existing:
-                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}")
-            if existing[name] != size:
-                raise _make_altered(uri, existing[name], size, self.repair_hint)
-
-    def check_digests(self, shards: Iterable[ShardEntry]) -> None:
-        import hashlib
-
-        for shard in shards:
-            uri = directories.join_uri(self._uri, shard["file"])
-            try:
-                with directories.open_file(uri) as stream:
-                    digest = hashlib.sha256()
-                    while block := stream.read(1 << 22):
-                        digest.update(block)
-            except FileNotFoundError:
-                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}") from None
-            except OSError as error:
-                raise StoreUnavailableError(f"{uri}: reading it broke off ({error})") from error
-            _compare_digest(uri, digest.hexdigest(), shard, self.repair_hint)
+        self.compare_sizes(sizes, existing.get)
 
     def _cache_key(self, shard: ShardEntry) -> CacheKey:
         uri = directories.join_uri(self._uri, shard["file"])
@@ -225,22 +284,6 @@ def open_shard_store(location: Location, cache: FileCache | None = None) -> Shar
     if isinstance(location, Path):
         return LocalShardStore(location)
     return RemoteShardStore(location, cache)
-
-
-def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str) -> pa.Table:
-    try:
-        # With a memory map, ``read_all`` reads only metadata; pages are loaded when rows are used.
-        table = _copy_table_offsets(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        if table.num_rows != shard["rows"]:
-            raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
-        # An attacker who writes a shard also writes its digest: offsets that lead outside of the
-        # file must not be followed. Pixels and frames have none, so their pages stay unread.
-        table.validate(full=True)
-        return table
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{named}: not a readable shard ({first_line(error)}). {repair_hint}"
-        ) from None
 
 
 def _copy_table_offsets(table: pa.Table) -> pa.Table:
@@ -282,88 +325,12 @@ def _copy_offsets(array: pa.Array) -> pa.Array:
     return array
 
 
-def _make_altered(named: Location, size: int, expected: int, repair_hint: str) -> UserError:
-    return UserError(
-        f"{named}: this shard was altered: {size} bytes, expected {expected}. {repair_hint}"
-    )
-
-
-def _compare_digest(named: Location, sha256: str, shard: ShardEntry, repair_hint: str) -> None:
-    if sha256 != shard["sha256"]:
-        raise UserError(
-            f"{named}: this shard was altered: sha256 {sha256}, expected {shard['sha256']}. "
-            f"{repair_hint}"
-        )
-
-
-VERIFIED_NOTES = ".verified"
-#: Bytes, time of the last change, inode and SHA-256 of a shard that was verified.
-_RECORD = struct.Struct("<qqQ32s")
-#: Each thread hashes on one core. More threads would be limited by the disk.
-THREADS = 4
-
-
-def check_shards(directory: Path, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Hash the shards that were not verified before.
-
-    Args:
-        directory: directory of the corpus.
-        shards: their entries.
-
-    Raises:
-        UserError: a shard is missing or was altered; names the first one.
-    """
-    known = _read_records(directory, shards)
-    new = [
-        shard
-        for shard, record in zip(shards, known, strict=True)
-        if record != _make_record(directory, shard)
-    ]
-    if not new:
-        return
-    with ThreadPoolExecutor(min(THREADS, len(new))) as pool:
-        records = list(pool.map(lambda shard: _hash_shard(directory, shard), new))
-    # Another process may write the same record. A lost record only costs time.
-    with contextlib.suppress(OSError), _open_records(directory, os.O_WRONLY | os.O_CREAT) as file:
-        for shard, record in zip(new, records, strict=True):
-            os.pwrite(file, record, _place(shard) * _RECORD.size)
-
-
 def _place(shard: ShardEntry) -> int:
     """Return the place of a shard's record; the table of shards, without a number, has the first.
 
     Records of two corpora never meet: each has the digest of its shard.
     """
     return int(shard.get("number", -1)) + 1
-
-
-def _hash_shard(directory: Path, shard: ShardEntry) -> bytes:
-    # The state is read before hashing: a later change of the file then invalidates the record.
-    before = _make_record(directory, shard)
-    LocalShardStore(directory).check_digests([shard])
-    return before
-
-
-def _make_record(directory: Path, shard: ShardEntry) -> bytes:
-    path = directory / shard["file"]
-    try:
-        info = path.stat()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: this shard is missing. Run `skillnet prepare {directory.name}`."
-        ) from None
-    sha256 = bytes.fromhex(shard["sha256"])
-    return _RECORD.pack(info.st_size, info.st_mtime_ns, info.st_ino, sha256)
-
-
-def _read_records(directory: Path, shards: Sequence[ShardEntry]) -> list[bytes]:
-    """Return the record of each shard; empty where there is none."""
-    try:
-        with _open_records(directory, os.O_RDONLY) as file:
-            size = _RECORD.size
-            return [os.pread(file, size, _place(shard) * size) for shard in shards]
-    except OSError:
-        return [b""] * len(shards)
 
 
 @contextlib.contextmanager

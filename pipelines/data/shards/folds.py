@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +32,6 @@ from pipelines.data.shards.id_columns import IdRange
 from pipelines.data.shards.shard_list import SelectedShards, ShardList
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
-
-
-class SelectedShard(NamedTuple):
-    """Rows of a shard, copied out of its file."""
-
-    table: pa.Table
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class SelectedSplit(CorpusSplit):
         rows = self.shards.selected_rows(shard["place"])
         table = opened.table.select(self.columns)
         # A copy, because columns are read in long runs of rows.
-        return SelectedShard(table if len(rows) == whole["rows"] else table.take(rows))
+        return OpenShard(table if len(rows) == whole["rows"] else table.take(rows))
 
 
 def select_rows(

@@ -207,10 +207,9 @@ __all__ = [
     "DUPLICATE_FIELD",
     "MAX_ENTRY_CHARS",
     "BadRecord",
+    "JsonText",
     "NumberedRecord",
     "StrictJsonDecoder",
-    "describe_first_error",
-    "read_json_arrays",
     "read_json_entries",
     "read_json_lines",
     "read_records",
@@ -247,16 +246,6 @@ def read_records(
     if name.endswith(".parquet"):
         return read_parquet_rows(source, file, part=part)
     return read_json_lines(source, file, part)
-
-
-def describe_first_error(records: Iterator[NumberedRecord]) -> str:
-    """Return " (reason)" if the first record cannot be read, to append to a message; else "".
-
-    Args:
-        records: records of a file from its start.
-    """
-    first = next(records, (1, None))[1]
-    return f" ({first.reason})" if isinstance(first, BadRecord) else ""
 
 
 def read_json_lines(
@@ -338,40 +327,8 @@ def read_json_entries(source: SourceDirectory, file: str) -> Iterator[tuple[int,
             yield from _entries(stream)
 
 
-def read_json_arrays(source: SourceDirectory, file: str) -> Iterator[tuple[int, str, Any]]:
-    """Yield the elements of the arrays of a JSON object: ``{"images": […], "annotations": […]}``.
-
-    Other values of the object are skipped. Memory holds one element, never an array.
-
-    Args:
-        source: the directory of the file.
-        file: path of the file in ``source``, "" for ``source`` itself.
-
-    Yields:
-        (number in the array from 1, name of the array, element). After damage the last element is
-        a ``BadRecord``.
-    """
-    with source.open(file) as stream:
-        start = peek_start(stream)
-        if isinstance(start, BadRecord):
-            yield 1, "", start
-            return
-        text, number, name = _JsonText(stream), 0, ""
-        try:
-            for name in text.iter_names():
-                if text.next_character(consume=False) != "[":
-                    text.next_value()
-                    continue
-                for number, value in enumerate(text.iter_elements(), start=1):
-                    yield number, name, value
-        except UserError:
-            raise
-        except ValueError:
-            yield number + 1, name, BadRecord("JSON damaged from here on", truncates_file=True)
-
-
 def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
-    text = _JsonText(stream)
+    text = JsonText(stream)
     opening = text.next_character()
     if opening not in ("[", "{"):
         yield 1, None, BadRecord("neither a JSON array nor a JSON object", truncates_file=True)
@@ -447,8 +404,12 @@ def _uncompressed_name(source: SourceDirectory, file: str) -> str:
     return (file or source.name).removesuffix(".gz").lower()
 
 
-class _JsonText:
-    """The decoded text of a stream, from which JSON values are parsed one by one."""
+class JsonText:
+    """The decoded text of a stream, from which JSON values are parsed one by one.
+
+    Args:
+        stream: binary stream at its start.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.at_end = stream, False
@@ -465,40 +426,6 @@ class _JsonText:
             self.position = len(self.buffer)
             if not self._read_more(_BLOCK_CHARS):
                 return ""
-
-    def iter_elements(self) -> Iterator[Any]:
-        """Yield the elements of the next value, an array, while it is parsed.
-
-        Raises:
-            ValueError: the array is damaged, or the text ends inside it.
-        """
-        for _ in self._iter_starts("[", "]"):
-            yield self.next_value()
-
-    def iter_names(self) -> Iterator[str]:
-        """Yield the names of the next value, an object; the caller parses the value of each.
-
-        Raises:
-            ValueError: the object is damaged, or the text ends inside it.
-        """
-        for _ in self._iter_starts("{", "}"):
-            name = self.next_value()
-            self._require(":")
-            yield str(name)
-
-    def _iter_starts(self, opening: str, closing: str) -> Iterator[None]:
-        """Yield at the beginning of each entry of a value; the caller parses the entry."""
-        self._require(opening)
-        while (following := self.next_character(consume=False)) != closing:
-            if following == ",":
-                self.next_character()
-            else:
-                yield
-        self.next_character()
-
-    def _require(self, character: str) -> None:
-        if self.next_character() != character:
-            raise ValueError(f"no {character}")
 
     def next_value(self) -> Any:
         """Parse the next JSON value.

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipelines.data.corpora.base import CorpusPart, RejectedRow, Row
-from pipelines.data.corpora.formats.record_reader import describe_first_error
+from pipelines.data.corpora.formats.encoding import BadRecord
 from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.data.corpora.formats.unread_files import (
     BOXES,
@@ -178,7 +178,8 @@ class FolderCorpus(RecordCorpus):
         names = [row for rows in named.values() for row in rows]
         if not sample.names and self.media_column is None:
             first = self.tables[0]
-            cause = describe_first_error(first.read(self.source))
+            _, record = next(first.read(self.source), (1, None))
+            cause = f" ({record.reason})" if isinstance(record, BadRecord) else ""
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
         if {"images", "annotations", "categories"} <= set(sample.names):

@@ -25,9 +25,9 @@ from pipelines.data.corpora.base import Row
 from pipelines.data.corpora.formats.encoding import BadRecord, NumberedRecord, peek_start
 from pipelines.data.corpora.formats.record_reader import (
     FilePart,
+    JsonText,
     divide_file,
     read_csv_rows,
-    read_json_arrays,
     read_parquet_rows,
     read_records,
 )
@@ -250,6 +250,59 @@ class CocoTable(MetadataTable):
             elif names and array == "annotations":
                 break
         return names
+
+
+def read_json_arrays(source: SourceDirectory, file: str) -> Iterator[tuple[int, str, Any]]:
+    """Yield the elements of the arrays of a JSON object: ``{"images": […], "annotations": […]}``.
+
+    Other values of the object are skipped. Memory holds one element, never an array.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+
+    Yields:
+        (number in the array from 1, name of the array, element). After damage the last element is
+        a ``BadRecord``.
+    """
+    with source.open(file) as stream:
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
+            yield 1, "", start
+            return
+        text, number, name = JsonText(stream), 0, ""
+        try:
+            for _ in _iter_starts(text, "{", "}"):
+                name = str(text.next_value())
+                _require(text, ":")
+                if text.next_character(consume=False) != "[":
+                    text.next_value()
+                    continue
+                number = 0
+                for _ in _iter_starts(text, "[", "]"):
+                    value = text.next_value()
+                    number += 1
+                    yield number, name, value
+        except UserError:
+            raise
+        except ValueError:
+            yield number + 1, name, BadRecord("JSON damaged from here on", truncates_file=True)
+
+
+def _iter_starts(text: JsonText, opening: str, closing: str) -> Iterator[None]:
+    """Yield at the beginning of each entry of the next value; the caller parses the entry."""
+    _require(text, opening)
+    while (following := text.next_character(consume=False)) != closing:
+        if following == ",":
+            text.next_character()
+        else:
+            yield
+    text.next_character()
+
+
+def _require(text: JsonText, character: str) -> None:
+    if text.next_character() != character:
+        raise ValueError(f"no {character}")
 
 
 def find_tables(

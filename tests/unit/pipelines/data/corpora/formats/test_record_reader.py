@@ -14,13 +14,13 @@ from pipelines.data.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
 from pipelines.data.corpora.formats.record_reader import (
     DUPLICATE_FIELD,
     MULTILINE_JSON,
-    read_json_arrays,
     read_json_entries,
     read_json_lines,
     read_records,
 )
 from pipelines.data.io import directory
 from pipelines.data.io.directory import SourceDirectory
+from skillnet_corpora.readers.metadata_tables import read_json_arrays
 
 GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
 
