@@ -71,7 +71,7 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
                 each: corpus.schema(each).names for each in corpus.unlabelled_splits
             }
             corpus.extra_sources()
-            outcome["unread"] = corpus.unread_files.describe()
+            outcome["unread"] = corpus.describe_unread()
             corpus.scan_labels()
             outcome["labels"] = list(corpus.labels)
         except UserError as error:

@@ -113,6 +113,13 @@ def detect_reader(source: SourceDirectory) -> tuple[str, str] | None:
     return None
 
 
+def explain_unread(source: SourceDirectory) -> str:
+    """Return why no format reads a path, and the remedy; "" if none of them knows."""
+    formats = (_find_class(name) for name in list_formats())
+    said = (each.explain(source) for each in formats if issubclass(each, ExternalCorpus))
+    return next(filter(None, said), "")
+
+
 def list_formats() -> list[str]:
     """Return the names of the formats for data of the user, the most specific ones first."""
     found = {
@@ -171,6 +178,7 @@ __all__ = [
     "Corpus",
     "ExternalCorpus",
     "detect_reader",
+    "explain_unread",
     "find_corpus",
     "is_built_in",
     "list_formats",

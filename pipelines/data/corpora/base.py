@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
+from pipelines.data.io.directory import SourceDirectory
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 
@@ -31,6 +32,10 @@ ROW_COLUMNS = (
 JOINED_ROW = "joined to the first row of its media file"
 #: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
 MAX_TEXT_LENGTH = 1_000_000
+#: Endings of archives. Tars are among them, because only the format webdataset reads them.
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+#: Archives that a message names.
+MAX_NAMED = 3
 
 
 def measure_texts(row: Row) -> tuple[int, str]:
@@ -284,3 +289,32 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(
         hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big"
     )
+
+
+def list_archives(source: SourceDirectory) -> list[str]:
+    """Return the names of the archives in a directory, or the name of the file if it is one."""
+    if source.is_file:
+        return [source.name] if _is_archive(source.name) else []
+    return [e.name for e in source.entries() if not e.is_folder and _is_archive(e.name)]
+
+
+def unpack_hint(source: SourceDirectory) -> str:
+    """Return ``". x.zip is an archive: …"`` to append to a message, or "" without archives."""
+    found = list_archives(source)
+    if not found:
+        return ""
+    more = " …" if len(found) > MAX_NAMED else ""
+    single = len(found) == 1
+    return (
+        f". {', '.join(found[:MAX_NAMED])}{more} {'is an archive' if single else 'are archives'}: "
+        f"unpack {'it' if single else 'them'} (unzip, or tar xf) and give the resulting directory"
+    )
+
+
+def is_empty_folder(source: SourceDirectory) -> bool:
+    """Return whether a path is a folder without a file, at any depth. Hidden files do not count."""
+    return not source.is_file and next(source.walk(), None) is None
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVE_SUFFIXES)

@@ -21,20 +21,22 @@ from typing import Any
 from pipelines.data.corpora import (
     ExternalCorpus,
     detect_reader,
+    explain_unread,
     is_built_in,
     list_formats,
     open_external_corpus,
     parse_reader_prefix,
 )
-from pipelines.data.corpora.base import JOINED_ROW, RejectedRow, Row, SourceArchives
-from pipelines.data.corpora.formats.unread_files import (
-    describe_unread_format,
+from pipelines.data.corpora.base import (
+    JOINED_ROW,
+    RejectedRow,
+    Row,
+    SourceArchives,
     is_empty_folder,
     list_archives,
     unpack_hint,
 )
 from pipelines.data.corpora.readers.base import count_labels, describe_numeric_labels
-from pipelines.data.corpora.readers.fields import RecordCorpus
 from pipelines.data.io.directory import SourceDirectory, to_printable
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import describe_bytes, read_media
@@ -97,8 +99,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         )
     name = reader if reader.isidentifier() else "mine"
     corpus = open_external_corpus(name, f"{reader}:{location}", (options or {}).get(reader))
-    if isinstance(corpus, RecordCorpus):
-        corpus.is_preview = True
+    corpus.is_preview = True
     sample = _read_sample(corpus)
     files, size, counted = _count_files(corpus)
     rows, num_read = sample.rows, sample.splits.total() + sample.rejections.total()
@@ -121,7 +122,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "rows": num_read,
         "complete": sample.complete,
         "splits": dict(sorted(sample.splits.items())),
-        "named_splits": sorted(corpus.named_splits) if isinstance(corpus, RecordCorpus) else None,
+        "named_splits": None if corpus.named_splits is None else sorted(corpus.named_splits),
         "joined": joined,
         "rejected": dict(sample.rejections.most_common()),
         "errors": sample.errors,
@@ -147,7 +148,7 @@ def inspect_corpus(path: str, options: Mapping[str, Any] | None = None) -> dict[
         "files": files,
         "bytes": size,
         "counted": counted,
-        "unread": corpus.unread_files.describe(),
+        "unread": corpus.describe_unread(),
         "archives": _list_unread_archives(corpus),
         "command": _suggest_command(reader, corpus, options or {}) if is_usable else "",
     }
@@ -163,7 +164,7 @@ def _find_reader(path: str) -> tuple[str, str, str]:
         raise UserError(f"{path}: an empty folder; give the folder that holds the corpus")
     detected = detect_reader(source)
     if detected is None:
-        if not list_archives(source) and (problem := describe_unread_format(source)):
+        if not list_archives(source) and (problem := explain_unread(source)):
             raise UserError(f"{path}: {problem}")
         raise UserError(
             f"{path}: no known format; known are {', '.join(list_formats())}. To see what a format "
@@ -261,7 +262,7 @@ def _suggest_name(reader: str, corpus: ExternalCorpus) -> str:
 
     Many directories have a general format. Under one name, each would replace the one before.
     """
-    if not isinstance(corpus, RecordCorpus):
+    if not corpus.is_general:
         return corpus.name
     stem = corpus.source.uri.rstrip("/").rpartition("/")[2].split(".")[0]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:MAX_NAME] or "mine"

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.corpora import DEMO, Corpus, ExternalCorpus, find_corpus, is_built_in
-from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, check_archive
-from pipelines.data.corpora.formats.unread_files import unpack_hint
+from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, check_archive, unpack_hint
 from pipelines.data.corpora.readers.base import LABEL_COLUMNS
 from pipelines.data.io.media import MediaReadError, read_media
 from pipelines.data.preprocessing import pipeline
@@ -134,10 +133,10 @@ def _prepare(
     policy = policy or selection.TokenizerPolicy()
     sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
     for corpus in corpora:
-        if isinstance(corpus, ExternalCorpus) and corpus.unread_files:
+        if isinstance(corpus, ExternalCorpus) and (unread := corpus.describe_unread()):
             console.print_warning(
                 f"{corpus.source.uri}: annotation files that are not read: "
-                f"{corpus.unread_files.describe()}. To read one of them, give the file itself"
+                f"{unread}. To read one of them, give the file itself"
             )
     tokenizer = data / TOKENIZER
     absent = not tokenizer.is_file() or selection.is_leftover_tokenizer(tokenizer, store or data)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
@@ -252,7 +252,7 @@ class RemoteShardStore(ShardStore):
         uri = directories.join_uri(self._uri, name)
         try:
             with directories.open_file(uri) as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+                return hashlib.file_digest(cast("Any", stream), "sha256").hexdigest()
         except FileNotFoundError:
             raise
         except OSError as error:

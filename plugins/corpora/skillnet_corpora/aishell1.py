@@ -16,16 +16,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.data.corpora.base import Row
+from pipelines.data.corpora.base import Row, list_archives
 from pipelines.data.corpora.formats.encoding import DAMAGED_COMPRESSION, BadRecord
-from pipelines.data.corpora.formats.unread_files import list_archives, missing_format_error
 from pipelines.data.corpora.readers.base import (
     ExternalCorpus,
     FileRecord,
     MediaOptions,
     SplitOptions,
 )
-from pipelines.data.corpora.readers.fields import parse_split_name
 from pipelines.data.corpora.readers.row_builders import (
     UnwantedRowError,
     clean_text,
@@ -39,6 +37,8 @@ from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
 from pipelines.data.modalities.sound import SoundOptions
+from skillnet_corpora.readers.fields import parse_split_name
+from skillnet_corpora.readers.unread_files import missing_format_error
 from skillnet_platform.errors import UserError
 
 SPEAKER_ARCHIVES = (".tar.gz", ".tgz")

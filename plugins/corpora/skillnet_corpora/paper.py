@@ -24,14 +24,12 @@ from pipelines.data.corpora.formats.record_reader import (
     read_json_lines,
     read_records,
 )
-from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import (
     CaptionOptions,
     ExternalCorpus,
     FileRecord,
     MediaOptions,
 )
-from pipelines.data.corpora.readers.fields import file_extension
 from pipelines.data.corpora.readers.row_builders import (
     UnwantedRowError,
     clean_captions,
@@ -50,7 +48,9 @@ from pipelines.data.modalities.video import VideoOptions
 from pipelines.data.transforms.code import first_paragraph
 from pipelines.data.transforms.text import append_keywords
 from skillnet.modality import find_modality
+from skillnet_corpora.readers.fields import file_extension
 from skillnet_corpora.readers.split_lists import join_path
+from skillnet_corpora.readers.unread_files import missing_format_error
 from skillnet_platform.config.bounds import NonNegativeCount, PartialFraction
 from skillnet_platform.errors import UserError
 

@@ -17,9 +17,9 @@ import pytest
 from pipelines.data.corpora import detect_reader, open_external_corpus
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
 from pipelines.data.corpora.readers.base import ExternalCorpus
-from pipelines.data.corpora.readers.fields import parse_split_name, parse_split_prefix
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing import inspection
+from skillnet_corpora.readers.fields import parse_split_name, parse_split_prefix
 from skillnet_corpora.readers.webdataset import (
     DUPLICATE_MEMBER,
     NO_MEDIA_MEMBER,
@@ -56,7 +56,7 @@ def write_files(home: Path, data: bytes, *files: str) -> None:
 
 def unread(corpus: ExternalCorpus) -> str:
     corpus.extra_sources()
-    return corpus.unread_files.describe()
+    return corpus.describe_unread()
 
 
 @pytest.mark.parametrize(

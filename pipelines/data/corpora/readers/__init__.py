@@ -1,8 +1,7 @@
-"""Public interface for formats of other packages: base classes, options and row helpers.
+"""Public interface for formats of other packages: the base class, options and row helpers.
 
-A format derives from :class:`ExternalCorpus`, or from :class:`RecordCorpus` if its rows are
-mappings of named fields, and joins through the entry point group ``skillnet.corpora``. The other
-modules of this package are the built-in formats. docs/reference/plugins.md has an example.
+A format derives from :class:`ExternalCorpus` and joins through the entry point group
+``skillnet.corpora``. docs/reference/plugins.md has an example.
 """
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
@@ -19,7 +18,6 @@ from pipelines.data.corpora.readers.base import (
     MediaOptions,
     SplitOptions,
 )
-from pipelines.data.corpora.readers.fields import RecordCorpus, RecordOptions
 from pipelines.data.corpora.readers.row_builders import (
     UnwantedRowError,
     clean_captions,
@@ -50,8 +48,6 @@ __all__ = [
     "ImageOptions",
     "MediaOptions",
     "MediaRef",
-    "RecordCorpus",
-    "RecordOptions",
     "RejectedRow",
     "Row",
     "SoundOptions",

@@ -27,7 +27,6 @@ from pipelines.data.config.bounds import BoundedOptions
 from pipelines.data.corpora.base import Corpus, RejectedRow, Row, SourceArchives, measure_texts
 from pipelines.data.corpora.formats.encoding import BadRecord
 from pipelines.data.corpora.formats.record_reader import read_json_entries, read_records
-from pipelines.data.corpora.formats.unread_files import UnreadFiles
 from pipelines.data.corpora.readers.row_builders import UnwantedRowError, error_row, make_key
 from pipelines.data.io.directory import (
     DirectoryEntry,
@@ -136,7 +135,6 @@ class ExternalCorpus(Corpus):
 
     Attributes:
         source: the directory or file at ``place``.
-        unread_files: annotation files that are not read, found by ``extra_sources``.
 
     Raises:
         UserError: the path does not exist, or does not hold this format.
@@ -159,6 +157,12 @@ class ExternalCorpus(Corpus):
     symbols: Sequence[str] = ()
     #: Whether the corpus gives its classes as names, which are no numbers to predict.
     has_class_names: bool = False
+    #: Splits that the corpus itself defines; None for a format that always has its own.
+    named_splits: frozenset[str] | None = None
+    #: Whether many directories have the format, so that a corpus is called like its directory.
+    is_general: ClassVar[bool] = False
+    #: Whether ``rows`` only shows the rows, and may start before all of them are known.
+    is_preview: bool = False
     #: Mean and deviation of the values of the training rows.
     value_scale: tuple[float, float] | None = None
 
@@ -166,7 +170,6 @@ class ExternalCorpus(Corpus):
         self.name = name or type(self).name
         self.source = SourceDirectory(place)
         self.options = options if options is not None else type(self).Options()
-        self.unread_files = UnreadFiles()
         self.discover()
         self.finalize_schema()
 
@@ -174,6 +177,11 @@ class ExternalCorpus(Corpus):
     def detect(cls, source: SourceDirectory) -> str | None:
         """Return the evidence that a directory holds this format as a phrase, or None."""
         return None
+
+    @classmethod
+    def explain(cls, source: SourceDirectory) -> str:
+        """Return why a path that no format reads is not read, and the remedy; "" if unknown."""
+        return ""
 
     def discover(self) -> None:
         """Find the files of the corpus in ``source``.
@@ -410,19 +418,17 @@ class ExternalCorpus(Corpus):
         """Return the files that hold rows; the manifest identifies them by their content."""
         return []
 
-    def is_unread_annotation(self, file: str) -> bool:
-        """Return whether a file can hold annotations that this reader does not read.
+    def note_unread(self, entry: DirectoryEntry) -> DirectoryEntry:
+        """Return a file of ``source``, noted if it holds annotations that are not read.
 
         Args:
-            file: path of a file in ``source``.
+            entry: a file that ``extra_sources`` or ``inspect`` finds.
         """
-        return False
-
-    def note_unread(self, entry: DirectoryEntry) -> DirectoryEntry:
-        """Return a file of ``source``, added to ``unread_files`` if it is one of them."""
-        if self.is_unread_annotation(entry.name):
-            self.unread_files.add(to_printable(entry.name))
         return entry
+
+    def describe_unread(self) -> str:
+        """Return the files that were noted, with remedies; "" without any."""
+        return ""
 
     def find_record(self) -> dict[str, Any]:
         """Return the fields of one record in the source, before the reader selects from them."""
@@ -443,7 +449,6 @@ class ExternalCorpus(Corpus):
 
         Hashing the content of all media would take as long as preparing them.
         """
-        self.unread_files = UnreadFiles()
         if self.source.is_file:
             digest = self.source.digest("")
             found = [{"file": to_printable(self.source.name), "sha256": digest}]

@@ -22,16 +22,18 @@ from dataclasses import dataclass, replace
 
 from pipelines.data.corpora.base import CorpusPart, RejectedRow, Row
 from pipelines.data.corpora.formats.encoding import BadRecord
-from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
-from pipelines.data.corpora.formats.unread_files import (
-    BOXES,
-    is_annotation_name,
-    missing_format_error,
-    refuse_unread_layout,
-    refuse_unread_table,
-)
 from pipelines.data.corpora.readers.base import FileRecord
-from pipelines.data.corpora.readers.fields import (
+from pipelines.data.corpora.readers.row_builders import UnwantedRowError, is_plain_key, make_key
+from pipelines.data.io.directory import (
+    DirectoryEntry,
+    SourceDirectory,
+    digest_listing,
+    to_printable,
+)
+from pipelines.data.io.key_set import KeySet
+from pipelines.data.io.media import MediaRef
+from skillnet.modality import find_modality, is_media_modality
+from skillnet_corpora.readers.fields import (
     ALL_SPLITS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
@@ -42,13 +44,8 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_name,
     read_field,
 )
-from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
-from pipelines.data.corpora.readers.row_builders import UnwantedRowError, is_plain_key, make_key
-from pipelines.data.io.directory import SourceDirectory, digest_listing, to_printable
-from pipelines.data.io.key_set import KeySet
-from pipelines.data.io.media import MediaRef
-from skillnet.modality import find_modality, is_media_modality
 from skillnet_corpora.readers.hub_repository import CARD, SeveralConfigurationsError
+from skillnet_corpora.readers.joined_captions import ITEM_FIELD
 from skillnet_corpora.readers.media_names import MediaNames, ask_for_media
 from skillnet_corpora.readers.metadata_tables import (
     FILE_FIELDS,
@@ -65,6 +62,7 @@ from skillnet_corpora.readers.metadata_tables import (
     locate_media,
 )
 from skillnet_corpora.readers.parquet_media import EmbeddedMedia
+from skillnet_corpora.readers.schema_sample import SAMPLE_ROWS, SchemaSample
 from skillnet_corpora.readers.split_lists import (
     SplitLists,
     are_storage_folders,
@@ -73,6 +71,15 @@ from skillnet_corpora.readers.split_lists import (
     find_split_lists,
     find_split_root,
     join_path,
+)
+from skillnet_corpora.readers.unread_files import (
+    BOXES,
+    UnreadFiles,
+    describe_unread_format,
+    is_annotation_name,
+    missing_format_error,
+    refuse_unread_layout,
+    refuse_unread_table,
 )
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -116,6 +123,7 @@ class FolderCorpus(RecordCorpus):
         splits_by_folder: whether the folders of the media name the splits of one metadata file.
         root: without metadata, the folder that holds the split folders.
         split_lists: without metadata, the lists of the files of each split.
+        unread_files: annotation files that are not read.
     """
 
     name = "folder"
@@ -150,8 +158,14 @@ class FolderCorpus(RecordCorpus):
             return f"{media} is a media file in a folder that names its class"
         return None
 
+    @classmethod
+    def explain(cls, source: SourceDirectory) -> str:
+        """Return the format of a path that no reader reads, and the remedy."""
+        return describe_unread_format(source)
+
     def discover(self) -> None:
         """Find metadata files or class folders, and infer the schema from the first rows."""
+        self.unread_files = UnreadFiles()
         refuse_unread_table(self.source)
         uri = self.source.uri
         beside = uri.rpartition("/")[0] or "/" if self.source.is_file else uri
@@ -178,8 +192,8 @@ class FolderCorpus(RecordCorpus):
         names = [row for rows in named.values() for row in rows]
         if not sample.names and self.media_column is None:
             first = self.tables[0]
-            _, record = next(first.read(self.source), (1, None))
-            cause = f" ({record.reason})" if isinstance(record, BadRecord) else ""
+            bad = next((each for _, each in first.read(self.source)), None)
+            cause = f" ({bad.reason})" if isinstance(bad, BadRecord) else ""
             where = f" in {first.file}" if first.file else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
         if {"images", "annotations", "categories"} <= set(sample.names):
@@ -502,11 +516,17 @@ class FolderCorpus(RecordCorpus):
         """Return the number of metadata files."""
         return len(self.tables) or 1
 
-    def is_unread_annotation(self, file: str) -> bool:
-        """Return whether a file has the name of annotations and is not a metadata file."""
-        if self._is_media(file):
-            return False
-        return is_annotation_name(file) and file not in self.annotation_files()
+    def note_unread(self, entry: DirectoryEntry) -> DirectoryEntry:
+        """Return a file, added to ``unread_files`` if it has the name of annotations."""
+        file = entry.name
+        is_annotation = is_annotation_name(file) and not self._is_media(file)
+        if is_annotation and file not in self.annotation_files():
+            self.unread_files.add(to_printable(file))
+        return entry
+
+    def describe_unread(self) -> str:
+        """Return the annotation files that are not read, with remedies."""
+        return self.unread_files.describe()
 
     def read_records(self) -> Iterator[FileRecord | RejectedRow]:
         """Yield records in the order of the metadata, then media that no row refers to."""
@@ -576,6 +596,7 @@ class FolderCorpus(RecordCorpus):
 
     def extra_sources(self) -> list[dict[str, str]]:
         """Return the sources of every reader, and the media beside a single file of rows."""
+        self.unread_files = UnreadFiles()
         found = super().extra_sources()
         has_media = self.file_field is not None and self.media_column is None
         if self.source.is_file and has_media and not self.options.media:

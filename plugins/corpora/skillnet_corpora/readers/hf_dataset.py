@@ -22,10 +22,13 @@ import pyarrow as pa
 from pipelines.data.corpora.base import Row
 from pipelines.data.corpora.formats.encoding import BadRecord, find_repeated_column
 from pipelines.data.corpora.formats.record_reader import MAX_ENTRY_CHARS, iter_batch_rows
-from pipelines.data.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
-from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import FileRecord
-from pipelines.data.corpora.readers.fields import (
+from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.io.media import MediaRef
+from pipelines.data.io.source_file import check_regular_file, make_read_error, open_stream
+from skillnet.modality import is_string_modality
+from skillnet_corpora.readers.class_names import FileClasses, name_classes, unify_class_names
+from skillnet_corpora.readers.fields import (
     ALL_SPLITS,
     MODALITY_OF_EXTENSION,
     RecordCorpus,
@@ -33,12 +36,7 @@ from pipelines.data.corpora.readers.fields import (
     parse_split_name,
     parse_split_prefix,
 )
-from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD
-from pipelines.data.io.directory import SourceDirectory
-from pipelines.data.io.media import MediaRef
-from pipelines.data.io.source_file import check_regular_file, make_read_error, open_stream
-from skillnet.modality import is_string_modality
-from skillnet_corpora.readers.class_names import FileClasses, name_classes, unify_class_names
+from skillnet_corpora.readers.joined_captions import ITEM_FIELD
 from skillnet_corpora.readers.parquet_media import (
     EmbeddedMedia,
     check_unread_media,
@@ -46,6 +44,8 @@ from skillnet_corpora.readers.parquet_media import (
     describe_features,
     digest_media,
 )
+from skillnet_corpora.readers.schema_sample import SAMPLE_ROWS, SchemaSample
+from skillnet_corpora.readers.unread_files import missing_format_error
 from skillnet_platform.errors import UserError, first_line
 
 DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)

@@ -29,14 +29,14 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
-from pipelines.data.corpora.readers.fields import (
+from pipelines.data.io.directory import SourceDirectory
+from skillnet_corpora.readers.class_names import NO_CLASSES, FileClasses
+from skillnet_corpora.readers.fields import (
     MODALITY_OF_EXTENSION,
     file_extension,
     parse_split_name,
     parse_split_prefix,
 )
-from pipelines.data.io.directory import SourceDirectory
-from skillnet_corpora.readers.class_names import NO_CLASSES, FileClasses
 from skillnet_corpora.readers.parquet_media import describe_features
 from skillnet_platform.config.safe_yaml import MAX_CHARACTERS, load_plain_yaml
 from skillnet_platform.errors import UserError, suggest_name

@@ -10,13 +10,13 @@ from itertools import islice
 from typing import Any
 
 from pipelines.data.corpora.base import Row
-from pipelines.data.corpora.readers.fields import (
+from pipelines.data.io.directory import SourceDirectory
+from skillnet.modality import is_string_modality
+from skillnet_corpora.readers.fields import (
     MODALITY_OF_EXTENSION,
     file_extension,
     parse_split_name,
 )
-from pipelines.data.io.directory import SourceDirectory
-from skillnet.modality import is_string_modality
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -31,14 +31,6 @@ from pipelines.data.corpora.formats.record_reader import (
     read_parquet_rows,
     read_records,
 )
-from pipelines.data.corpora.readers.fields import (
-    LABEL_FIELDS,
-    MODALITY_OF_EXTENSION,
-    file_extension,
-    fold_name,
-    parse_split_name,
-    read_field,
-)
 from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
 from pipelines.data.modalities.text import TextFiles
 from skillnet.modality import find_modality, is_media_modality
@@ -47,6 +39,14 @@ from skillnet_corpora.readers.class_names import (
     FileClasses,
     name_classes,
     unify_class_names,
+)
+from skillnet_corpora.readers.fields import (
+    LABEL_FIELDS,
+    MODALITY_OF_EXTENSION,
+    file_extension,
+    fold_name,
+    parse_split_name,
+    read_field,
 )
 from skillnet_corpora.readers.hub_repository import (
     CARD,

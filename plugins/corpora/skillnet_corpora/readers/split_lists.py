@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipelines.data.corpora.formats.unread_files import is_annotation_name
-from pipelines.data.corpora.readers.fields import (
+from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from skillnet_corpora.readers.fields import (
     MODALITY_OF_EXTENSION,
     file_extension,
     parse_split_name,
 )
-from pipelines.data.io.directory import DAMAGE_ERRORS, SourceDirectory
+from skillnet_corpora.readers.unread_files import is_annotation_name
 from skillnet_platform.errors import UserError
 
 #: Endings of lists that are read, and of those that are not.

@@ -21,22 +21,22 @@ from typing import Any
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.data.corpora.formats.record_reader import BadRecord, StrictJsonDecoder
-from pipelines.data.corpora.formats.schema_sample import SchemaSample
-from pipelines.data.corpora.formats.unread_files import missing_format_error
 from pipelines.data.corpora.readers.base import FileRecord
-from pipelines.data.corpora.readers.fields import (
-    ALL_SPLITS,
-    MODALITY_OF_EXTENSION,
-    RecordCorpus,
-    parse_split_prefix,
-)
 from pipelines.data.corpora.readers.row_builders import make_key
 from pipelines.data.io.archive import TarReader, TarReadError, detect_compression
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.io.media import MediaRef
 from pipelines.data.io.source_file import PER_FILE_ERRORS, open_stream
+from skillnet_corpora.readers.fields import (
+    ALL_SPLITS,
+    MODALITY_OF_EXTENSION,
+    RecordCorpus,
+    parse_split_prefix,
+)
 from skillnet_corpora.readers.hub_repository import require_all_shards
 from skillnet_corpora.readers.metadata_tables import has_metadata_rows
+from skillnet_corpora.readers.schema_sample import SchemaSample
+from skillnet_corpora.readers.unread_files import missing_format_error
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 

@@ -13,12 +13,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipelines.data.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
-from pipelines.data.corpora.formats.schema_sample import (
-    SchemaSample,
-    fold_name,
-    is_empty_value,
-    is_minus_one,
-)
 from pipelines.data.corpora.readers.base import (
     CaptionOptions,
     ExternalCorpus,
@@ -27,7 +21,6 @@ from pipelines.data.corpora.readers.base import (
     read_label_set,
     read_number,
 )
-from pipelines.data.corpora.readers.joined_captions import ITEM_FIELD, join_captions
 from pipelines.data.corpora.readers.row_builders import (
     UnwantedRowError,
     clean_captions,
@@ -42,6 +35,13 @@ from pipelines.data.corpora.readers.row_builders import (
 from pipelines.data.io.media import MediaRef
 from pipelines.data.transforms.code import first_paragraph
 from skillnet.modality import BUILT_IN_MODALITIES, CAPTION_MODALITY, find_modality, list_modalities
+from skillnet_corpora.readers.joined_captions import ITEM_FIELD, join_captions
+from skillnet_corpora.readers.schema_sample import (
+    SchemaSample,
+    fold_name,
+    is_empty_value,
+    is_minus_one,
+)
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, suggest_name
 
@@ -255,7 +255,6 @@ class RecordCorpus(ExternalCorpus):
         class_names: field of class numbers -> names of the classes, as the corpus itself defines.
         test_unlabelled: whether the test rows have no annotations, so that they cannot be used for
             an evaluation.
-        is_preview: whether ``rows`` only shows the rows, and starts before all of them are known.
     """
 
     Options = RecordOptions
@@ -267,7 +266,7 @@ class RecordCorpus(ExternalCorpus):
     split_field: str | None = None
     class_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     test_unlabelled: bool = False
-    is_preview: bool = False
+    is_general = True
 
     @property
     def _reads_texts(self) -> bool:

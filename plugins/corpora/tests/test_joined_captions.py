@@ -13,10 +13,10 @@ import pytest
 
 from pipelines.data.corpora import ExternalCorpus, open_external_corpus
 from pipelines.data.corpora.base import JOINED_ROW, MAX_TEXT_LENGTH
-from pipelines.data.corpora.readers import joined_captions
 from pipelines.data.corpora.readers.row_builders import MAX_CAPTIONS
 from pipelines.data.preprocessing.inspection import inspect_corpus, show_inspection
 from pipelines.prepare import show_corpora
+from skillnet_corpora.readers import joined_captions
 from tests.helpers import user_corpora
 from tests.helpers.corpus_rows import media, read
 from tests.helpers.hub_repositories import embed, write_repository
