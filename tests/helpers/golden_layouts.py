@@ -1,5 +1,7 @@
 """What the readers make of a folder, as JSON: the cases of ``tests/golden/readers``."""
 
+import csv
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -7,11 +9,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipelines.data.corpora import detect_reader, open_external_corpus
 from pipelines.data.corpora.base import RejectedRow, SourceArchives
 from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.io.media import read_media
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from tests.helpers.archive_files import tarred
 
 #: Files of cases, one per subject.
 SUBJECTS = sorted((Path(__file__).parents[1] / "golden" / "readers").glob("*.json"))
@@ -19,12 +27,37 @@ SUBJECTS = sorted((Path(__file__).parents[1] / "golden" / "readers").glob("*.jso
 SHOWN = ("split", "key", "label", "label_set", "value", "text", "code", "captions", "unit", "row")
 
 
-def write_files(home: Path, files: dict[str, str | None]) -> Path:
-    """Write files; one without a text is a medium that no reader opens."""
-    for name, text in files.items():
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (home / name).write_text("not looked at" if text is None else text, encoding="utf-8")
+def write_files(home: Path, files: dict[str, Any]) -> Path:
+    """Write files: a text, rows in the form of the ending, or the members of a tar.
+
+    A file of None is a medium that no reader opens; rows without an ending are a saved dataset.
+    """
+    for name, content in files.items():
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            write_rows(path, content)
+        elif isinstance(content, dict):
+            packed = tarred({member: text.encode() for member, text in content.items()})
+            path.write_bytes(gzip.decompress(packed) if name.lower().endswith("tar") else packed)
+        else:
+            path.write_text("not looked at" if content is None else content, encoding="utf-8")
     return home
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as Parquet, CSV, JSON lines, or with ``save_to_disk`` if there is no ending."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
 
 
 def read_cases(file: Path) -> dict[str, dict[str, Any]]:
@@ -62,11 +95,12 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
             kept = [row for row in rows if not isinstance(row, RejectedRow)]
             outcome["rows"] = [
                 {name: relative(row[name]) for name in SHOWN if row.get(name) not in (None, [])}
-                | ({"media": relative(row["media"]["path"])} if row.get("media") else {})
+                | ({"media": _describe_media(row["media"], relative)} if row.get("media") else {})
                 for row in kept
             ]
             reasons = Counter(row.reason for row in rows if isinstance(row, RejectedRow))
             outcome["rejected"] = dict(sorted(reasons.items()))
+            outcome["errors"] = sum(isinstance(r, RejectedRow) and r.counts_as_error for r in rows)
             outcome["columns"] = {
                 each: corpus.schema(each).names for each in corpus.unlabelled_splits
             }
@@ -77,7 +111,16 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
         except UserError as error:
             outcome["error"] = relative(str(error))
     outcome["warnings"] = [relative(call.args[0]) for call in warn.call_args_list]
-    return {key: value for key, value in outcome.items() if value not in (None, [], {}, "")}
+    return {key: value for key, value in outcome.items() if value not in (None, [], {}, "", 0)}
+
+
+def _describe_media(reference: dict[str, Any], relative: Any) -> str:
+    """Return the file of a medium, with the content of a part of a file."""
+    if reference["offset"] is None and reference["member"] is None:
+        return str(relative(reference["path"]))
+    (content,) = read_media([reference])
+    assert isinstance(content, bytes), content
+    return f"{relative(reference['path'])}: {content.decode()}"
 
 
 def _write_cases(file: Path) -> None:

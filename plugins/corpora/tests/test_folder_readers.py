@@ -1,13 +1,16 @@
-"""Formats ``folder`` and ``webdataset`` for any modality, and every reader in a store."""
+"""Formats ``folder`` and ``webdataset`` beyond the golden layouts, and every reader in a store.
 
-import csv
+Damaged and malicious tars, stores, links, and tables whose columns repeat a name.
+"""
+
 import gzip
 import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
-import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -16,191 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.corpora import detect_reader, open_external_corpus
-from pipelines.data.corpora.base import RejectedRow, SourceArchives
-from pipelines.data.io.directory import SourceDirectory
+from pipelines.data.corpora import open_external_corpus
 from pipelines.data.io.media import MediaReadError, read_media
+from pipelines.data.preprocessing import inspection
+from skillnet_corpora.readers.fields import parse_split_name, parse_split_prefix
+from skillnet_corpora.readers.webdataset import SPARSE_MEMBER
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
-from tests.helpers.corpus_rows import media, read, sizes
+from tests.helpers.corpus_rows import Rows, media, read, sizes
+from tests.helpers.golden_layouts import write_files
 
 
 class TestFolder:
-    def test_audio_with_metadata(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path)
-        (folder / "data" / "extra.wav").write_bytes(user_corpora.wav(1))
-        (folder / "data" / "3.wav").unlink()
-        corpus = open_external_corpus("mine", f"folder:{folder}", {"test": 0.2})
-        assert (corpus.modality, corpus.task) == ("sound", "speech_recognition")
-        rows, reasons = read(corpus)
-        assert reasons == {"the media file is missing": 1, "a media file that no row refers to": 1}
-        assert sum(sizes(rows).values()) == 11
-        assert media(rows["train"][0])[:4] == b"RIFF"
-
-    def test_made_splits_keep_speakers_together(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path, rows=24)
-        options = {"split_by": "speaker", "test": 0.4, "validation": 0.3}
-        rows, _ = read(open_external_corpus("mine", f"folder:{folder}", options))
-        homes: dict[str, set[str]] = {}
-        for split, each in rows.items():
-            for row in each:
-                number = int(row["key"].rpartition(":")[2]) - 1
-                homes.setdefault(f"s{number % 3}", set()).add(split)
-                assert row["unit"] == f"s{number % 3}"
-        assert all(len(home) == 1 for home in homes.values())
-
-    def test_a_common_field_of_the_speaker_names_the_unit(self, tmp_path: Path) -> None:
-        """Without splits by speaker, the rows of a speaker are similar all the same."""
-        folder = user_corpora.media_folder(tmp_path, rows=6)
-        rows, _ = read(open_external_corpus("mine", f"folder:{folder}"))
-        every = [row for each in rows.values() for row in each]
-        assert {row["unit"] for row in every} == {"s0", "s1", "s2"}
-
-    def test_a_row_without_the_split_by_field_is_rejected(self, tmp_path: Path) -> None:
-        """Otherwise all rows without the field would share one split."""
-        folder = user_corpora.media_folder(tmp_path, rows=4)
-        with (folder / "metadata.jsonl").open("a") as out:
-            out.write('{"file_name": "data/1.wav", "transcription": "x"}\n')
-        _, reasons = read(open_external_corpus("mine", f"folder:{folder}", {"split_by": "speaker"}))
-        assert reasons == {"no field speaker, which splits are made by": 1}
-
-    @pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
-    def test_rows_are_counted_from_one(self, tmp_path: Path, kind: str) -> None:
-        lines = [{"text": f"第{n}条", "label": "x"} for n in range(3)] + [
-            {"text": "", "label": "x"}
-        ]
-        if kind == "parquet":
-            pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
-        elif kind == "json":
-            (tmp_path / "rows.json").write_text(json.dumps(lines))
-        else:
-            text = "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in lines)
-            (tmp_path / "rows.csv").write_text(text, "utf-8")
-        corpus = open_external_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
-        found = list(corpus.rows(SourceArchives.none()))
-        first = 2 if kind == "csv" else 1  # rows of a CSV file are numbered by line
-        numbers = [row.row if isinstance(row, RejectedRow) else row["row"] for row in found]
-        assert numbers == [first, first + 1, first + 2, first + 3]
-        assert isinstance(found[-1], RejectedRow)
-
-    def test_metadata_can_hold_the_rows(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path, rows=3)
-        rows, _ = read(open_external_corpus("folder", str(folder)))
-        every = [row for each in rows.values() for row in each]
-        assert {row["file"] for row in every} == {"metadata.jsonl"}
-        assert all(row["media"]["path"].endswith(f"/{row['row'] - 1}.wav") for row in every)
-
-    @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-    def test_images_in_split_folders(self, tmp_path: Path, kind: str) -> None:
-        for place, (split, count) in enumerate((("train", 40), ("validation", 20))):
-            home = tmp_path / split
-            home.mkdir()
-            lines = []
-            for number in range(count):
-                (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number + place))
-                lines.append({"file_name": f"{number}.jpg", "text": f"图{number + 100 * place}"})
-            if kind == "csv":
-                with (home / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as out:
-                    writer = csv.DictWriter(out, ["file_name", "text"])
-                    writer.writeheader()
-                    writer.writerows(lines)
-            elif kind == "parquet":
-                pq.write_table(pa.Table.from_pylist(lines), home / "metadata.parquet")
-            else:
-                user_corpora.write_lines(home / "metadata.jsonl", lines)
-        corpus = open_external_corpus("folder", str(tmp_path))
-        assert corpus.task == "text_to_image"
-        rows, reasons = read(corpus)
-        assert not reasons
-        assert len(rows["train"]) == 40
-        # The missing test is made: it is half of the validation rows.
-        assert len(rows["test"]) + len(rows["validation"]) == 20
-        assert min(len(rows["test"]), len(rows["validation"])) > 2
-
-    def test_class_folders(self, tmp_path: Path) -> None:
-        for split, count in (("train", 6), ("test", 2)):
-            for name in ("cat", "dog"):
-                (tmp_path / split / name).mkdir(parents=True)
-                for number in range(count):
-                    data = user_corpora.jpg(number)
-                    (tmp_path / split / name / f"{number}.jpg").write_bytes(data)
-        (tmp_path / "train" / "loose.jpg").write_bytes(user_corpora.jpg(1))
-        corpus = open_external_corpus("animals", f"folder:{tmp_path}", {"validation": 0.0})
-        corpus.scan_labels()
-        assert corpus.task == "image_classification"
-        assert corpus.facts() == {"labels": ["cat", "dog"]}
-        rows, reasons = read(corpus)
-        assert sizes(rows) == {"test": 4, "train": 12}
-        assert reasons == {"not in a folder that names a class": 1}
-
-    def test_one_file_of_texts(self, tmp_path: Path) -> None:
-        lines = [f'{n},{"好" if n % 2 else "坏"},"第{n}\n\u2028条, 新闻"' for n in range(20)]
-        (tmp_path / "rows.csv").write_text("id,label,text\n" + "\n".join(lines) + "\nx\n", "utf-8")
-        corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
-        assert corpus.task == "text_classification"
-        rows, reasons = read(corpus)
-        assert reasons == {"a different number of fields than the header": 1}
-        assert rows["train"][0]["text"].endswith("条, 新闻")
-
-    def test_functions_with_a_split_field(self, tmp_path: Path) -> None:
-        lines = user_corpora.code_rows(9)
-        for number, line in enumerate(lines):
-            line["part"] = ("train", "dev", "test")[number % 3]
-        lines.append(lines[0] | {"part": "nowhere"})
-        user_corpora.write_lines(tmp_path / "functions.jsonl", lines)
-        options = {"split": "part", "text": "docstring"}
-        corpus = open_external_corpus("mine", f"folder:{tmp_path / 'functions.jsonl'}", options)
-        assert corpus.task == "text_to_code"
-        rows, reasons = read(corpus)
-        assert sizes(rows) == {"test": 3, "train": 3, "validation": 3}
-        assert reasons == {"a split that is not train, validation or test": 1}
-
-    def test_paths_that_lead_out_are_rejected(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path / "in", rows=3)
-        names = ["/etc/passwd", "../../x.wav", "data/../../x.wav", "file:///etc/passwd", "a\0b", ""]
-        with (folder / "metadata.jsonl").open("a") as out:
-            for name in names:
-                out.write(f'{{"file_name": {__import__("json").dumps(name)}}}\n')
-        _, reasons = read(open_external_corpus("folder", str(folder)))
-        assert reasons == {
-            "a path that leads out of the folder": 4,
-            "a path with a null character": 1,
-            "no file name": 1,
-        }
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"text": "nothing"}, r"options\.folder\.text: no field 'nothing'; rows have"),
-            ({"split_by": "speeker"}, r"split_by: no field 'speeker'; did you mean 'speaker'\?"),
-            ({"split": "part"}, r"options\.folder\.split: no field 'part'; rows have"),
-            ({"task": "labels"}, r"options\.folder\.task: rows have no labels"),
-            ({"modality": "imagee"}, "modality: unknown modality 'imagee'; did you mean 'image'"),
-        ],
-    )
-    def test_missing_fields_are_reported(self, tmp_path: Path, options: dict, message: str) -> None:
-        user_corpora.media_folder(tmp_path)
-        with pytest.raises(UserError, match=message):
-            open_external_corpus("folder", str(tmp_path), options)
-
-    def test_media_without_annotations_are_no_errors(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path, rows=3)
-        with (folder / "metadata.jsonl").open("a") as out:
-            out.write('{"file_name": "data/0.wav", "transcription": " "}\n')
-            out.write(
-                '{"file_name": "data/1.wav"}\n{"file_name": "data/2.wav", "transcription": 7}'
-            )
-        found = open_external_corpus("folder", str(folder)).rows(SourceArchives.none())
-        rejected = [
-            (r.reason, r.row, r.counts_as_error) for r in found if isinstance(r, RejectedRow)
-        ]
-        assert rejected == [
-            ("audio without a transcript", 4, False),
-            ("audio without a transcript", 5, False),
-            ("a text is missing", 6, True),
-        ]
-
     def test_given_metadata_lie_beside_their_media(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=5)
         (folder / "metadata.jsonl").rename(folder / "index.jsonl")
@@ -237,66 +68,8 @@ class TestFolder:
         missing = [data for data in read_media(every) if isinstance(data, MediaReadError)]
         assert [data.reason for data in missing] == ["the media file is missing"]
 
-    def test_a_tar_beside_metadata_is_not_detected(self, tmp_path: Path) -> None:
-        folder = user_corpora.media_folder(tmp_path, rows=3)
-        (folder / "backup.tar.gz").write_bytes(
-            tarred({"0.wav": user_corpora.wav(0), "0.txt": b"x"})
-        )
-        found = detect_reader(SourceDirectory(str(folder)))
-        assert found is not None
-        assert found[0] == "folder"
-        # A description beside tars is not metadata of media.
-        tars = user_corpora.webdataset(tmp_path / "tars")
-        (tars / "metadata.json").write_text('{"description": "pictures", "samples": 36}')
-        found = detect_reader(SourceDirectory(str(tars)))
-        assert found is not None
-        assert found[0] == "webdataset"
-
 
 class TestWebDataset:
-    def test_the_first_image_can_lack_a_caption(self, tmp_path: Path) -> None:
-        files = {"0.jpg": user_corpora.jpg(0)}
-        for n in (1, 2):
-            files |= {f"{n}.jpg": user_corpora.jpg(n), f"{n}.txt": b"words"}
-        (tmp_path / "x.tar").write_bytes(gzip.decompress(tarred(files)))
-        corpus = open_external_corpus("webdataset", str(tmp_path))
-        assert corpus.task == "text_to_image"
-        (bare,) = [
-            row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)
-        ]
-        assert (bare.reason, bare.row, bare.counts_as_error) == (
-            "an image without captions",
-            1,
-            False,
-        )
-
-    def test_members_are_byte_ranges_of_their_tar(self, tmp_path: Path) -> None:
-        corpus = open_external_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
-        assert corpus.task == "text_to_image"
-        rows, reasons = read(corpus)
-        assert not reasons
-        assert len(rows["test"]) == 12
-        assert len(rows["train"]) + len(rows.get("validation", [])) == 24
-        assert all(media(row)[:2] == b"\xff\xd8" for row in rows["test"])
-        assert all(row["media"]["length"] for row in rows["train"])
-        assert [(row["file"], row["row"]) for row in rows["test"]] == [
-            ("test-000000.tar", number) for number in range(1, 13)
-        ]
-        assert corpus.facts() == {"queries": "all"}
-
-    def test_compressed_tars_and_json(self, tmp_path: Path) -> None:
-        files = {}
-        for n in range(10):
-            files[f"a/{n}.wav"] = user_corpora.wav(n)
-            files[f"a/{n}.json"] = f'{{"transcription": "第{n}句"}}'.encode()
-        files["a/3.json"] = b'{"transcription": '
-        (tmp_path / "x.tar.gz").write_bytes(tarred(files))
-        corpus = open_external_corpus("webdataset", str(tmp_path / "x.tar.gz"))
-        assert corpus.task == "speech_recognition"
-        rows, reasons = read(corpus)
-        assert reasons == {"not JSON": 1}
-        assert all(media(row)[:4] == b"RIFF" for each in rows.values() for row in each)
-
     def test_a_truncated_tar_loses_only_its_end(self, tmp_path: Path) -> None:
         folder = user_corpora.webdataset(tmp_path)
         tar = folder / "train-000000.tar"
@@ -362,18 +135,122 @@ def test_samples_become_the_columns_of_the_model(tmp_path: Path) -> None:
     assert made.schema.names == [*corpus.columns.names, "rejected"]
 
 
-@pytest.mark.parametrize(("named", "stored"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
-def test_names_match_in_any_unicode_form(tmp_path: Path, named: str, stored: str) -> None:
-    """macOS and most editors write letters with accents in different forms."""
-    names = [f"photos/épée {number} 각.jpg" for number in range(3)]
-    (tmp_path / "photos").mkdir()
-    for name in names:
-        (tmp_path / unicodedata.normalize(stored, name)).write_bytes(b"not looked at")
-    rows = [
-        {"file_name": unicodedata.normalize(named, name), "label": "ab"[number % 2]}
-        for number, name in enumerate(names)
-    ]
-    user_corpora.write_lines(tmp_path / "metadata.jsonl", rows)
-    found, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train2017", "train"),
+        ("Val2014", "validation"),
+        ("test_1", "test"),
+        ("dev-2", "validation"),
+        ("train", "train"),
+        ("trainval2007", None),
+        ("train2017b", None),
+        ("2017", None),
+    ],
+)
+def test_a_split_name_can_have_a_year_or_number(name: str, split: str | None) -> None:
+    assert parse_split_name(name) == split
+
+
+def test_a_split_prefix_can_have_a_year() -> None:
+    found = [parse_split_prefix(name) for name in ("train2017-000.tar", "training_1", "trains-1")]
+    assert found == ["train", "train", None]
+
+
+def splits_of(rows: Rows, named: str) -> set[str]:
+    """Return the splits of rows whose path contains a name."""
+    return {s for s, each in rows.items() for row in each if named in row["media"]["path"]}
+
+
+def test_one_metadata_file_with_media_in_split_folders(tmp_path: Path) -> None:
+    said = [{"file_name": f"train/{n}.jpg", "caption": f"图{n}"} for n in range(1200)]
+    said += [{"file_name": f"Test/{n}.jpg", "caption": f"图{n}"} for n in range(10)]
+    write_files(tmp_path, dict.fromkeys(row["file_name"] for row in said))
+    user_corpora.write_lines(tmp_path / "metadata.jsonl", said)
+    rows, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
     assert not reasons
-    assert sum(map(len, found.values())) == 3
+    assert splits_of(rows, "/Test/") == {"test"}  # although the sampled rows contain none
+    assert splits_of(rows, "/train/") == {"train", "validation"}
+    assert inspection.inspect_corpus(str(tmp_path))["named_splits"] == ["test", "train"]
+
+
+def test_absolute_paths_below_the_directory(tmp_path: Path) -> None:
+    home, link = tmp_path / "real", tmp_path / "link"
+    write_files(home, dict.fromkeys(("train/1.jpg", "test/2.jpg", "test/3.jpg", "../out.jpg")))
+    link.symlink_to(home)
+    names = [str(home / "train/1.jpg"), str(home / "test/../test/2.jpg"), str(link / "test/3.jpg")]
+    names += [str(tmp_path / "out.jpg"), str(home / "../out.jpg"), "/etc/passwd"]
+    rows_of = [{"file_name": name, "caption": "图"} for name in names]
+    user_corpora.write_lines(home / "metadata.jsonl", rows_of)
+    rows, reasons = read(open_external_corpus("mine", f"folder:{link}"))
+    assert reasons == {"a path that leads out of the folder": 3}
+    assert {split: len(each) for split, each in rows.items()} == {"train": 1, "test": 2}
+    assert splits_of(rows, str(link)) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    "header", ["text,label,text", "text, label ,label", "id,text,label,id", "text,label,x,y,x"]
+)
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, header: str) -> None:
+    names = [name.strip() for name in header.split(",")]
+    repeated = next(name for name in names if names.count(name) > 1)
+    first, second = (n for n, name in enumerate(names, start=1) if name == repeated)
+    message = f"the columns {first} and {second} are both called {repeated}"
+    arrays = [pa.array(["x", "y"] * 6) for _ in names]
+    table = pa.Table.from_arrays(arrays, names=names)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=message):
+        open_external_corpus("mine", f"folder:{tmp_path}/rows.parquet")
+    write_files(tmp_path, {"saved": [{"text": "x", "label": "y"}]})
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pa.ipc.new_stream(tmp_path / "saved" / "data-00000-of-00001.arrow", table.schema) as out:
+        out.write_table(table)
+    _, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path}/saved"))
+    assert list(reasons) == [f"{message}; rename one of them"]
+
+
+def sample_files(count: int) -> dict[str, bytes]:
+    found = {}
+    for n in range(count):
+        found |= {f"{n}.jpg": b"picture %d" % n, f"{n}.txt": b"words %d" % n}
+    return found
+
+
+def test_the_first_bytes_decide_the_compression(tmp_path: Path) -> None:
+    packed = tarred(sample_files(5))
+    (tmp_path / "packed.tar").write_bytes(packed)
+    (tmp_path / "plain.tgz").write_bytes(gzip.decompress(packed))
+    rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
+    assert not reasons
+    assert Counter(media(row) for row in rows["train"]) <= Counter(
+        {b"picture %d" % n: 2 for n in range(5)}
+    )
+    assert all(media(row).replace(b"picture", b"words").decode() in row["captions"]
+               for each in rows.values() for row in each)  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar")
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_a_sparse_file_is_rejected(tmp_path: Path, format: str) -> None:
+    home = tmp_path / "made"
+    home.mkdir()
+    for name, data in sample_files(3).items():
+        (home / name).write_bytes(data)
+    os.truncate(home / "1.jpg", 1 << 20)
+    words = ["tar", "--create", "--sparse", f"--format={format}", "--sort=name"]
+    subprocess.run([*words, "--file=x.tar", "--directory=made", "."], cwd=tmp_path, check=True)
+    shutil.rmtree(home)
+    rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
+    assert sum(len(each) for each in rows.values()) == 2
+    assert reasons == {SPARSE_MEMBER: 1}
+
+
+def test_more_than_a_thousand_captions_are_rejected(tmp_path: Path) -> None:
+    files = {}
+    for name, count in ("0", 2), ("1", 1001), ("2", 1000):
+        said = {"caption": [f"words {n}" for n in range(count)]}
+        files |= {f"{name}.jpg": b"picture", f"{name}.json": json.dumps(said).encode()}
+    (tmp_path / "x.tar.gz").write_bytes(tarred(files))
+    rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
+    assert reasons == {"more than 1000 captions": 1}
+    assert sum(len(each) for each in rows.values()) == 2

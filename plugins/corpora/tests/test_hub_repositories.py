@@ -17,11 +17,9 @@ from pipelines.data.corpora.base import JOINED_ROW, SourceArchives
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.data.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
 from pipelines.data.preprocessing.inspection import inspect_corpus
-from plugins.corpora.tests.test_field_names import write
 from skillnet_corpora.readers.hub_repository import match_pattern
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
-from tests.helpers.archive_files import tarred
 from tests.helpers.corpus_rows import media, read, sizes
 from tests.helpers.hub_repositories import MEDIA_STRUCT, embed, write_repository
 
@@ -103,57 +101,6 @@ def test_texts_with_class_names_and_an_unlabelled_split(tmp_path: Path) -> None:
     assert [row["label"] for row in rows["test"]] == ["neg", "pos"] * 5
     assert (len(rows["unlabelled"]), rows["unlabelled"][0]["label"]) == (50, None)
     assert "label" not in corpus.schema("unlabelled").names
-
-
-def test_files_as_the_hub_converts_them(tmp_path: Path) -> None:
-    rows = [{"text": f"第{n}条", "label": n % 2} for n in range(9)]
-    for split, part in (("train", rows[:6]), ("test", rows[6:])):
-        (tmp_path / "default" / split).mkdir(parents=True)
-        target = tmp_path / "default" / split / "0000.parquet"
-        pq.write_table(pa.Table.from_pylist(part), target)
-    (tmp_path / "README.md").write_text("# A corpus")
-    for place in (tmp_path, tmp_path / "default"):
-        found, _ = read(open_external_corpus("mine", f"folder:{place}", {"validation": 0.0}))
-        assert sizes(found) == {"test": 3, "train": 6}
-
-
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_files_of_other_formats_in_the_data_folder(tmp_path: Path, ending: str) -> None:
-    lines = {
-        "csv": "text,label\na,x\nb,y\n",
-        "jsonl": '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
-    }
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        (tmp_path / "data" / f"{split}.{ending}").write_text(lines[ending])
-    rows, reasons = read(open_external_corpus("mine", f"folder:{tmp_path}"))
-    assert not reasons
-    assert sizes(rows) == {"test": 2, "train": 2, "validation": 2}
-
-
-def test_several_configurations_are_named(tmp_path: Path) -> None:
-    for config in ("cola", "sst2"):
-        rows = [{"text": f"{config}{n}", "label": n % 2} for n in range(6)]
-        columns = {"text": TEXT, "label": ["no", "yes"]}
-        write_repository(tmp_path, columns, {"train": rows}, config=config)
-    remedy = r"--options\.folder\.configuration cola"
-    with pytest.raises(UserError, match=f"configurations: cola, sst2. Give .*: {remedy}$"):
-        inspect_corpus(str(tmp_path))
-    report = inspect_corpus(str(tmp_path), {"folder": {"configuration": "cola"}})
-    assert report["rows"] == 6
-    for place, options in ((tmp_path / "sst2", {}), (tmp_path, {"configuration": "sst2"})):
-        rows_of_one, _ = read(open_external_corpus("mine", f"folder:{place}", options))
-        texts = [row["text"] for each in rows_of_one.values() for row in each]
-        assert sorted(texts) == [f"sst2{n}" for n in range(6)]
-
-
-def test_a_configuration_in_the_data_folder(tmp_path: Path) -> None:
-    rows = [{"text": f"第{n}条", "label": n % 2} for n in range(6)]
-    columns = {"text": TEXT, "label": ["no", "yes"]}
-    write_repository(tmp_path, columns, {"train": rows[:4], "dev": rows[4:]}, config="data/zh")
-    found, _ = read(open_external_corpus("mine", f"folder:{tmp_path}"))
-    assert len(found["train"]) == 4
-    assert sum(map(len, found.values())) == 6
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes"])
@@ -261,62 +208,6 @@ def test_patterns_match_as_in_glob(pattern: str, file: str, is_match: bool) -> N
     assert match_pattern(pattern, file) == is_match
 
 
-def write_pictures(folder: Path, names: list[str]) -> dict[str, bytes]:
-    made = {}
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        made[name] = user_corpora.jpg(number, (40 + number, 40))
-        (folder / name).write_bytes(made[name])
-    return made
-
-
-#: Names of pictures by number, the value of the row, and the field: nothing names them as usual.
-LAYOUTS = {
-    "ids without ending": ("train/{n:05d}.jpg", "{n:05d}", "id"),
-    "numbers": ("train/{n}.jpg", 1, "id"),
-    "unknown field": ("pictures/{n}.jpg", "{n}.jpg", "photo"),
-    "unknown field with folders": ("a/b/{n}.jpg", "a/b/{n}.jpg", "location"),
-    "part of the path": ("a/b/c/{n}.jpg", "c/{n}", "location"),
-    "known field without ending": ("images/{n}.png", "{n}", "image"),
-    "beside the rows": ("{n}.jpg", "{n}", "key"),
-    "dots in the name": ("train/v1.{n}.jpg", "v1.{n}", "id"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize("text", [{}, {"text": "words"}])
-def test_the_field_that_names_media_is_asked_for(
-    tmp_path: Path, layout: str, ending: str, text: dict[str, str]
-) -> None:
-    place, value, field = LAYOUTS[layout]
-    made = write_pictures(tmp_path, [place.format(n=n) for n in range(12)])
-    rows = [
-        {
-            field: n if isinstance(value, int) else value.format(n=n),
-            **{key: f"{words} {n % 2}" for key, words in text.items()},
-            "label": f"class {n % 2}",
-        }
-        for n in range(12)
-    ]
-    write(tmp_path / f"train.{ending}", rows)
-    found = detect_reader(SourceDirectory(str(tmp_path)))
-    assert found is not None
-    remedy = (
-        rf"12 media files lie beside .* the field {field} names them.*options\.mine\.file {field}"
-    )
-    with pytest.raises(UserError, match=remedy):
-        open_external_corpus("mine", f"folder:{tmp_path}")
-    options = {"file": field, "task": "labels"}
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}", options)
-    assert (corpus.modality, corpus.task) == ("image", "image_classification")
-    read_rows, reasons = read(corpus)
-    assert not reasons
-    pairs = [(media(row), row["label"]) for each in read_rows.values() for row in each]
-    expected = [(made[place.format(n=n)], f"class {n % 2}") for n in range(12)]
-    assert sorted(pairs) == sorted(expected)
-
-
 def embedded_lists(kind: str) -> pa.Table:
     pictures = [[embed(user_corpora.jpg(2 * n + k)) for k in range(2)] for n in range(24)]
     columns: dict[str, Any] = {"text": [f"words {n}" for n in range(24)], "label": list("ab" * 12)}
@@ -365,26 +256,3 @@ def test_several_media_in_a_saved_dataset(
         open_external_corpus("mine", place)
     assert open_external_corpus("mine", place, {"modality": "text"}).modality == "text"
     assert "media in the column images are not read" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_tar_of_texts_with_media_further_on(tmp_path: Path) -> None:
-    files = {f"{n:04d}.txt": b"words" for n in range(120)}
-    files |= {f"{n:04d}.cls": b"1" for n in range(120)}
-    files["0119.jpg"] = user_corpora.jpg(1)
-    packed = tarred({name: files[name] for name in sorted(files)})
-    (tmp_path / "x.tar.gz").write_bytes(packed)
-    _, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
-    assert sum(reasons.values()) == 1
-    assert "a media file in a sample" in next(iter(reasons))
-
-
-def test_a_tar_of_media_read_as_texts_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {"1.jpg": user_corpora.jpg(1), "1.txt": b"words", "1.cls": b"1"}
-    (tmp_path / "x.tar.gz").write_bytes(tarred(files))
-    corpus = open_external_corpus("webdataset", str(tmp_path), {"modality": "text"})
-    assert corpus.modality == "text"
-    assert "the media in the samples (.jpg) are not read" in " ".join(
-        capsys.readouterr().err.split()
-    )
