@@ -89,7 +89,7 @@ def describe_layout(home: Path, place: str, options: dict[str, Any]) -> Any:
             outcome["detected"] = relative(list(found)) if found else None
             given = {k: v.format(home=home) if k == "media" else v for k, v in options.items()}
             corpus: Any = open_external_corpus("mine", f"{reader}:{below}", given)
-            outcome["task"], outcome["named"] = corpus.task, sorted(corpus.named_splits)
+            outcome["task"], outcome["named"] = corpus.task, sorted(corpus.named_splits or ())
             outcome["annotations"] = list(corpus.annotations_present)
             rows = list(corpus.rows(SourceArchives.none()))
             kept = [row for row in rows if not isinstance(row, RejectedRow)]
