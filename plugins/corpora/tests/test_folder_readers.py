@@ -174,6 +174,19 @@ def test_one_metadata_file_with_media_in_split_folders(tmp_path: Path) -> None:
     assert inspection.inspect_corpus(str(tmp_path))["named_splits"] == ["test", "train"]
 
 
+def test_paths_that_lead_out_are_rejected(tmp_path: Path) -> None:
+    names = ["/etc/passwd", "../../x.wav", "data/../../x.wav", "file:///etc/passwd", "a\0b", ""]
+    write_files(tmp_path / "in", {"1.wav": None})
+    lines = [{"file_name": name, "transcription": "x"} for name in ("1.wav", *names)]
+    user_corpora.write_lines(tmp_path / "in" / "metadata.jsonl", lines)
+    _, reasons = read(open_external_corpus("folder", str(tmp_path / "in")))
+    assert reasons == {
+        "a path that leads out of the folder": 4,
+        "a path with a null character": 1,
+        "no file name": 1,
+    }
+
+
 def test_absolute_paths_below_the_directory(tmp_path: Path) -> None:
     home, link = tmp_path / "real", tmp_path / "link"
     write_files(home, dict.fromkeys(("train/1.jpg", "test/2.jpg", "test/3.jpg", "../out.jpg")))
