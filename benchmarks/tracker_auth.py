@@ -18,11 +18,11 @@ import requests
 
 from benchmarks.measure import Result, in_turns, ratio, spread
 from benchmarks.training_step import Sizes, skillnet_step
+from skillnet_cluster.tracker import running_server
 from skillnet_platform import tracking
 from skillnet_platform.cluster.loopback import choose_port
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
-from skillnet_platform.tracker import running_server
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 
 STEPS = 20
@@ -72,7 +72,7 @@ def _served(home: Path, name: str) -> Iterator[SecretUri]:
     """Run ``skillnet tracker`` during a block; yield its URI, complete with the password."""
     home.mkdir()
     port = choose_port("127.0.0.1", 0)
-    words = [sys.executable, "-m", "skillnet_platform.tracker", "--port", str(port)]
+    words = [sys.executable, "-m", "skillnet_cluster.tracker", "--port", str(port)]
     words += ["--auth", "true"] if name == "auth" else []
     environment = {**os.environ, "SKILLNET_HOME": str(home)}
     address = f"http://127.0.0.1:{port}"

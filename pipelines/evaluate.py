@@ -214,7 +214,7 @@ def log_evaluation(
     others = [row for row, each in zip(rows, is_own, strict=True) if not each]
     # The baselines describe the corpora and not this run; the CSV file contains them.
     logged: list[tuple[Tracker, list[dict[str, Any]], dict[str, float]]]
-    logged = [(Tracker.by_id(run_id, place.uri), own, {})] if own else []
+    logged = [(Tracker(run_id, place.uri), own, {})] if own else []
     if others:
         corpora = {row["corpus"]: row["corpus_digest"] for row in others}
         name = f"evaluation on {', '.join(corpora)}"

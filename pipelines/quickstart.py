@@ -177,7 +177,7 @@ def _record_baselines(
     model = systems.load_model(result["model"])
     total = sum(p.numel() for p in model.parameters())
     if baselines:
-        tracker = Tracker.by_id(result["run_id"], backend.resolve_uri(config.tracking.uri))
+        tracker = Tracker(result["run_id"], backend.resolve_uri(config.tracking.uri))
         tracker.note(run_description(rows, baselines, model.config, total, run_facts(result)))
         path = Path(result["run"]) / "simple_baselines.csv"
         write_evaluation_csv(baselines, path)

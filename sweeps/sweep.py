@@ -172,29 +172,13 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """Return the list or source of the trials, and their base run."""
     from pipelines.training.loop.resolved_run import resolve_run
-    from sweeps.search.space import (
-        SearchSpace,
-        compute_model_cost,
-        fit_fixed_cost,
-        warn_about_small_space,
-    )
+    from sweeps.search.space import list_points, prepare_search, warn_about_small_space
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
     run = resolve_run(replace(named, run_dir=str(folder.parent))).config
-    space = SearchSpace(config.space, run)
-    if space.has_key(f"model.{config.fixed_cost.adjust}"):
-        raise UserError(
-            f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}; remove it from the space"
-        )
-    target = 0.0
-    if config.fixed_cost.adjust is not None:
-        target = config.fixed_cost.target or compute_model_cost(run, config.fixed_cost.by)
-
-    def finish(candidate: FinetuneConfig) -> FinetuneConfig:
-        return fit_fixed_cost(candidate, target, config.fixed_cost)
-
+    space, finish = prepare_search(config, run)
     if config.search == "optuna":
         source = OptunaSource(
             space, config.samples, config.seeds, config.search_seed, finish, folder / "trials"
@@ -204,12 +188,9 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
     wanted = math.prod(
         len(each.values) for each in config.space.values() if each.grid or config.search == "grid"
     )
-    if config.search == "grid":
-        points = space.grid_points()
-    else:
-        points = space.random_points(config.samples, config.search_seed)
+    if config.search == "random":
         wanted *= config.samples
-    candidates = configurations_from_points(space, points, finish)
+    candidates = configurations_from_points(space, list_points(config, space), finish)
     warn_about_small_space("space", len(candidates), wanted)
     return [trial for each in candidates for trial in each.make_trials(config.seeds)], run
 
@@ -222,8 +203,8 @@ def _rank_and_record(
     outcomes: Sequence[TrialOutcome],
 ) -> dict[str, Any]:
     """Rank the configurations, write the files, and record them in the parent run."""
+    from skillnet_evidence.effects import build_effects_table, estimate_effects
     from sweeps.search import ranking
-    from sweeps.search.ranking import build_effects_table, estimate_effects
     from sweeps.trials.ledger import outcome_to_dict
 
     configurations = ranking.rank_configurations(outcomes)
@@ -303,8 +284,8 @@ def _format_cell(value: Any) -> str:
 
 def show_sweep(result: dict[str, Any]) -> None:
     """Print the ranking, the effects and the command that trains the best configuration."""
+    from skillnet_evidence.effects import build_effects_table
     from sweeps.search import ranking
-    from sweeps.search.ranking import build_effects_table
 
     console.print_table(result["name"], *ranking.build_ranking_table(result["configurations"]))
     if result["effects"]:

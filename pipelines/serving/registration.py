@@ -313,7 +313,6 @@ def _register_bundle(
             uri=uri,
             name=name,
             signature=model_signature(),
-            input_example=None,
             metadata={"manifest_sha256": sha256_file(folder / bundle.MANIFEST)},
             requirements=[
                 # Another version may not read this bundle format, so the requirement is exact.

@@ -10,13 +10,19 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 from skillnet_files.entry_points import find_entries
 from skillnet_platform import __version__, console, signals
-from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
+from skillnet_platform.errors import (
+    TerminatedError,
+    UserError,
+    find_raising_package,
+    first_line,
+    suggest_name,
+)
 from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.secret_uri import SecretUri
 
@@ -108,24 +114,44 @@ def main(argv: list[str] | None = None) -> int:
 class CliCommand(Generic[ConfigT]):
     """Command of ``skillnet`` that is called with the arguments of its command line.
 
-    Made by :func:`command`, which states the fields. ``python -m MODULE`` and the entry point call
-    the same object.
+    ``python -m MODULE`` and the entry point call the same object.
+
+    Args:
+        function: takes a configuration and returns a result. A result that is an integer or
+            ``None`` is the exit code.
+        config_class: dataclass of the options.
+        description: one paragraph for ``--help``.
+        example: command lines that work, one per line, for ``--help``.
+        name: what follows ``skillnet``. By default the name of the module.
+        show: prints the result for people.
+        to_json: returns the JSON document of a result. By default the result itself.
+        exit_code: returns the exit code of a result. By default 0.
+        rewrite_arguments: changes the arguments before they are parsed.
+        resources: returns the ``ResourceRequest`` of a configuration, for ``skillnet doctor`` and
+            ``skillnet submit``. By default one worker with one CPU.
+        essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
+            all keys without keys of their own.
+        each: option that lists files, such as ``tasks`` for ``--tasks a.yaml b.yaml``. The function
+            and the hooks get a list with a configuration for each: the file as of ``--config``,
+            with all other options.
     """
 
     function: Callable[[ConfigT], Any]
     config_class: type[ConfigT]
+    _: KW_ONLY
     description: str
-    example: str
-    name: str
-    show: Callable[[Any], None] | None
-    to_json: Callable[[Any], Any] | None
-    exit_code: Callable[[Any], int] | None
-    rewrite_arguments: Callable[[Sequence[str]], list[str]] | None
-    resources: Callable[[ConfigT], Any] | None
-    essential: Sequence[str]
-    each: str
+    example: str = ""
+    name: str = ""
+    show: Callable[[Any], None] | None = None
+    to_json: Callable[[Any], Any] | None = None
+    exit_code: Callable[[Any], int] | None = None
+    rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None
+    resources: Callable[[ConfigT], Any] | None = None
+    essential: Sequence[str] = ()
+    each: str = ""
 
     def __post_init__(self) -> None:
+        self.name = self.name or _command_name(self.function.__module__)
         functools.update_wrapper(self, self.function)
 
     def __call__(self, argv: list[str] | None = None) -> int:
@@ -202,59 +228,18 @@ class CliCommand(Generic[ConfigT]):
 
 
 def command(
-    config_class: type[ConfigT],
-    *,
-    description: str,
-    example: str = "",
-    name: str | None = None,
-    show: Callable[[Any], None] | None = None,
-    to_json: Callable[[Any], Any] | None = None,
-    exit_code: Callable[[Any], int] | None = None,
-    rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
-    resources: Callable[[ConfigT], Any] | None = None,
-    essential: Sequence[str] = (),
-    each: str = "",
+    config_class: type[ConfigT], **options: Any
 ) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
     The command parses its arguments, runs the function, and prints the result as a table or,
-    with ``--json``, as one JSON document. A result that is an integer or ``None`` is the exit code.
+    with ``--json``, as one JSON document.
 
     Args:
         config_class: dataclass of the options.
-        description: one paragraph for ``--help``.
-        example: command lines that work, one per line, for ``--help``.
-        name: what follows ``skillnet``. By default the name of the module.
-        show: prints the result for people.
-        to_json: returns the JSON document of a result. By default the result itself.
-        exit_code: returns the exit code of a result. By default 0.
-        rewrite_arguments: changes the arguments before they are parsed.
-        resources: returns the ``ResourceRequest`` of a configuration, for ``skillnet doctor`` and
-            ``skillnet submit``. By default one worker with one CPU.
-        essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
-            all keys without keys of their own.
-        each: option that lists files, such as ``tasks`` for ``--tasks a.yaml b.yaml``. The function
-            and the hooks get a list with a configuration for each: the file as of ``--config``,
-            with all other options.
+        options: further fields of :class:`CliCommand`.
     """
-
-    def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
-        return CliCommand(
-            function,
-            config_class,
-            description=description,
-            example=example,
-            name=name or _command_name(function.__module__),
-            show=show,
-            to_json=to_json,
-            exit_code=exit_code,
-            rewrite_arguments=rewrite_arguments,
-            resources=resources,
-            essential=essential,
-            each=each,
-        )
-
-    return decorate
+    return lambda function: CliCommand(function, config_class, **options)
 
 
 def split_files(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
@@ -407,7 +392,7 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
             return str(inner)
         # A subclass of a library, such as UnicodeDecodeError, is no message to the user.
         is_ours = type(inner) is ValueError or type(inner).__module__.partition(".")[0] in ours
-        if isinstance(inner, ValueError) and is_ours and _raised_in(inner) in ours:
+        if isinstance(inner, ValueError) and is_ours and find_raising_package(inner) in ours:
             return str(inner)
         if (message := describe_missing_extra(inner)) is not None:
             return message
@@ -431,17 +416,6 @@ def _unwrap(error: BaseException) -> Iterator[BaseException]:
         if isinstance(failures, dict):
             wrapped += failures.values()
         waiting += [each for each in wrapped if isinstance(each, BaseException)]
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the top package of the frame that raised; "" without a traceback."""
-    frame = error.__traceback__
-    if frame is None:
-        return ""
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    name = frame.tb_frame.f_globals.get("__name__", "")
-    return str(name).partition(".")[0]
 
 
 def find_commands() -> dict[str, EntryPoint]:

@@ -53,6 +53,15 @@ def first_line(error: BaseException, longest: int = 200) -> str:
     return redact_secrets(next(stated, type(error).__name__))[:longest]
 
 
+def find_raising_package(error: BaseException) -> str:
+    """Return the top package of the frame that raised; "" without a traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return str(name).partition(".")[0]
+
+
 def check_known_names(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
     """Raise UserError for the first name that is not known, with the nearest known name.
 

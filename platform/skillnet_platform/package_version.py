@@ -3,9 +3,6 @@
 A model is loaded and run without the extras. The command line names the extra of a missing package.
 """
 
-import json
-import os
-import platform
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -25,50 +22,18 @@ def find_version(name: str) -> str:
         return ""
 
 
-PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
-#: Environment variable with the versions of the job's sender, for the checks inside the job.
-VARIABLE = "SKILLNET_VERSIONS"
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and the packages in this process; "" if not installed.
-
-    A local part such as +cpu is dropped: it marks the same code for another device.
-    """
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        found[name] = find_version(name).partition("+")[0]
-    return found
-
-
-def version_variable() -> dict[str, str]:
-    """Return the environment variable with the versions installed here, for a job."""
-    return {VARIABLE: json.dumps(installed_versions())}
-
-
-def expected_versions() -> dict[str, str]:
-    """Return the versions of the sender of this job; empty outside of a job."""
-    sent = json.loads(os.environ.get(VARIABLE) or "{}")
-    return {str(key): str(value) for key, value in sent.items()}
-
-
 #: Package -> extra that installs it.
 EXTRA_OF_PACKAGE = {
-    "ray": "train",
-    "mlflow": "train",
-    "sqlalchemy": "train",
-    "psutil": "train",
-    "pandas": "train",
-    "transformers": "train",
-    "timm": "train",
-    "optuna": "train",
-    "sklearn": "train",
-    "matplotlib": "train",
-    "jinja2": "train",
-    "boto3": "cluster",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "export",
+    package: extra
+    for extra, packages in {
+        "train": (
+            *("ray", "mlflow", "sqlalchemy", "psutil", "pandas", "transformers", "timm", "optuna"),
+            *("sklearn", "matplotlib", "jinja2"),
+        ),
+        "cluster": ("boto3",),
+        "export": ("onnx", "onnxscript", "onnxruntime"),
+    }.items()
+    for package in packages
 }
 
 

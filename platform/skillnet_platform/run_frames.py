@@ -5,12 +5,11 @@ run.metrics.plot(x="step", y="text_classification/loss")
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillnet_platform.config import load_yaml
+from skillnet_platform.config import flatten_tree, load_yaml
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import run_root
 
@@ -56,23 +55,15 @@ def load_run(name: str | Path) -> LoadedRun:
     if folder is None:
         known = sorted(path.parent.name for path in run_root().glob(f"*/{CONFIG}"))
         raise UserError(f"{name}: no run in {run_root()}{suggest_name(str(name), known)}")
-    settings = list(_flatten(load_yaml(folder / CONFIG)))
+    settings = flatten_tree(load_yaml(folder / CONFIG))
     evaluation = folder / EVALUATION
     return LoadedRun(
         folder.name,
         folder,
-        pd.DataFrame(settings, columns=["key", "value"]),
+        pd.DataFrame(settings.items(), columns=["key", "value"]),
         pd.DataFrame(_read_metrics(folder / PROGRESS)),
         pd.read_csv(evaluation) if evaluation.is_file() else pd.DataFrame(),
     )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -18,64 +18,24 @@ REDACTED = "***"
 
 #: Parameters of a query whose values are shown.
 HARMLESS_PARAMETERS = frozenset(
-    {
+    (
         # MLflow's pages, and places of downloads.
-        "workflowtype",
-        "viewstatesharekey",
-        "download",
-        "revision",
-        "version",
-        "versionid",
+        *("workflowtype", "viewstatesharekey", "download", "revision", "version", "versionid"),
         # Databases.
-        "host",
-        "port",
-        "user",
-        "dbname",
-        "database",
-        "driver",
-        "charset",
-        "sslmode",
-        "sslrootcert",
-        "connect_timeout",
-        "application_name",
-        "target_session_attrs",
+        *("host", "port", "user", "dbname", "database", "driver", "charset", "sslmode"),
+        *("sslrootcert", "connect_timeout", "application_name", "target_session_attrs"),
         # What a signed address of a store permits, beside the signature.
-        "se",
-        "sp",
-        "spr",
-        "sr",
-        "ss",
-        "srt",
-        "st",
-        "sv",
-        "x-amz-algorithm",
-        "x-amz-date",
-        "x-amz-expires",
-        "x-amz-signedheaders",
-    }
+        *("se", "sp", "spr", "sr", "ss", "srt", "st", "sv"),
+        *("x-amz-algorithm", "x-amz-date", "x-amz-expires", "x-amz-signedheaders"),
+    )
 )
 #: Schemes whose user is a name, or a container of a store. Elsewhere it may be a token.
 _USER_SCHEMES = frozenset(
-    {
-        "abfs",
-        "abfss",
-        "wasb",
-        "wasbs",
-        "ftp",
-        "ftps",
-        "hdfs",
-        "smb",
-        "ssh",
-        "sftp",
-        "webhdfs",
-        "cockroachdb",
-        "mariadb",
-        "mssql",
-        "mysql",
-        "oracle",
-        "postgres",
-        "postgresql",
-    }
+    (
+        *("abfs", "abfss", "wasb", "wasbs"),
+        *("ftp", "ftps", "hdfs", "smb", "ssh", "sftp", "webhdfs"),
+        *("cockroachdb", "mariadb", "mssql", "mysql", "oracle", "postgres", "postgresql"),
+    )
 )
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 #: Database files: a ``#`` belongs to the path.

@@ -102,10 +102,3 @@ class SearchDimension:
             raise UserError(f"{where}.{self.kind}: expected [low, high], low < high, got {ends}")
         if self.kind.startswith("log") and ends[0] <= 0:
             raise UserError(f"{where}.{self.kind}: low must be above 0, got {ends[0]}")
-
-
-def format_setting(value: Any) -> str:
-    """Return a value as one word for names and tables; list items are joined with +."""
-    if isinstance(value, list | tuple):
-        return "+".join(map(format_setting, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,16 +17,20 @@ A dimension with ``options`` has a name that is not a key; each option sets seve
 The module also gives the trials of a sweep for a plan of their memory: :func:`request_sweep`.
 """
 
+import bisect
+import functools
 import itertools
 import json
+import operator
 import typing
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.training.config.resources import PlannedRun
 from pipelines.training.config.run import FinetuneConfig
+from skillnet_evidence.format import format_setting
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -38,7 +42,7 @@ from skillnet_platform.config.schema import (
     without_none,
 )
 from skillnet_platform.errors import UserError, check_known_names, suggest_name
-from sweeps.config.space import SearchDimension, format_setting
+from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import FixedCostConfig, request_run
 
@@ -171,30 +175,6 @@ class SearchSpace:
                 self._identities[key] = key
         return self._identities[key]
 
-    def spread_points(self, count: int, seed: int, seen: Collection[str] = ()) -> list[SearchPoint]:
-        """Return distinct points that cover every dimension; a small space has fewer.
-
-        Repeated points of the Latin hypercube, which lists of few values have, are drawn again.
-
-        Args:
-            count: number of points.
-            seed: seed of the design.
-            seen: identities of points that are tried already.
-        """
-        import numpy as np
-
-        random, found = np.random.default_rng(seed), dict.fromkeys(seen)
-        points: list[SearchPoint] = []
-        for planned in self.latin_hypercube_points(count, seed):
-            point: SearchPoint | None = planned
-            if self.identify_point(planned) in found:
-                point = self.draw_unseen(random, found)
-            if point is None:
-                break
-            found[self.identify_point(point)] = None
-            points.append(point)
-        return points
-
     def latin_hypercube_points(self, count: int, seed: int) -> list[SearchPoint]:
         """Return points that cover every dimension (Latin hypercube, McKay et al. 1979).
 
@@ -235,15 +215,19 @@ class SearchSpace:
         key = json.dumps(point, sort_keys=True)
         if key in self._applied:
             return self._applied[key]
-        # A JSON round trip copies the tree faster than deepcopy.
-        tree = json.loads(json.dumps(self._tree))
-        for name, value in self.resolve_assignments(point).items():
-            _set_key(tree, name, value)
         try:
-            run = self._applied[key] = configuration.build_config(FinetuneConfig, tree)
+            run = self._applied[key] = self._build_run(self.resolve_assignments(point))
         except ValueError as error:
             raise UserError(f"{error} (with {describe_point(point)})") from None
         return run
+
+    def _build_run(self, assignments: Mapping[str, Any]) -> FinetuneConfig:
+        # A JSON round trip copies the tree faster than deepcopy.
+        tree = json.loads(json.dumps(self._tree))
+        for key, value in assignments.items():
+            *path, last = key.split(".")
+            functools.reduce(operator.getitem, path, tree)[last] = value
+        return configuration.build_config(FinetuneConfig, tree)
 
     def has_key(self, key: str) -> bool:
         """Return whether a dimension, or one of its options, sets a key."""
@@ -311,11 +295,8 @@ class SearchSpace:
 
     def _check_value(self, where: str, assignments: Mapping[str, Any]) -> None:
         """Raise UserError for a value of a wrong type; incompatible values pass."""
-        tree = json.loads(json.dumps(self._tree))
-        for key, value in assignments.items():
-            _set_key(tree, key, value)
         try:
-            configuration.build_config(FinetuneConfig, tree)
+            self._build_run(assignments)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except ValueError:
@@ -344,13 +325,6 @@ def warn_about_small_space(key: str, found: int, wanted: int) -> None:
 def describe_point(point: SearchPoint) -> str:
     """Return a point in words: ``model.dim 64, training.lr 0.001``."""
     return ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
-
-
-def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        tree = tree[part]
-    tree[last] = value
 
 
 #: Largest width that is tried.
@@ -411,7 +385,9 @@ def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig
             costs[count] = compute_model_cost(with_width(count), fixed.by)
         return costs[count]
 
-    best = _find_nearest_count(cost, target, MAX_WIDTH // step)
+    # The cost increases with the count, so the nearest one is at the place of the target.
+    place = bisect.bisect_left(range(1, MAX_WIDTH // step), target, key=cost) + 1
+    best = min((max(place - 1, 1), place), key=lambda count: abs(cost(count) - target))
     # Outside of the tolerance, a better score could come from the cost alone.
     if abs(cost(best) - target) > fixed.tolerance * target:
         nearest = ", ".join(
@@ -425,31 +401,34 @@ def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig
     return with_width(best)
 
 
-def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) -> int:
-    """Return the count from 1 to ``most`` with the cost nearest to the target.
+#: Function that sets the final width of a run.
+ConfigFinisher = Callable[[FinetuneConfig], FinetuneConfig]
 
-    The cost must increase with the count.
+
+def prepare_search(config: SweepConfig, run: FinetuneConfig) -> tuple[SearchSpace, ConfigFinisher]:
+    """Return the search space of a sweep, and the function that sets the width of its runs.
+
+    Args:
+        config: settings of the sweep.
+        run: base run.
+
+    Raises:
+        UserError: the search space is invalid.
     """
-    low, high = 1, 2
-    # Doubling first finds a bracket, then interpolation needs few model builds.
-    while high < most and cost(high) < target:
-        low, high = high, min(high * 2, most)
-    while high - low > 1:
-        middle = _interpolate_count(cost, target, low, high)
-        if cost(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return min((low, high), key=lambda count: abs(cost(count) - target))
+    fixed, target = config.fixed_cost, 0.0
+    space = SearchSpace(config.space, run)
+    if space.has_key(f"model.{fixed.adjust}"):
+        raise UserError(f"fixed_cost.adjust sets model.{fixed.adjust}; remove it from the space")
+    if fixed.adjust is not None:
+        target = fixed.target or compute_model_cost(run, fixed.by)
+    return space, functools.partial(fit_fixed_cost, target=target, fixed=fixed)
 
 
-def _interpolate_count(cost: Callable[[int], float], target: float, low: int, high: int) -> int:
-    """Return the linear interpolation inside (low, high); it is exact for ``ffn_dim``."""
-    rise = cost(high) - cost(low)
-    # Without a rise, halving still ends.
-    fraction = (target - cost(low)) / rise if rise > 0 else 0.5
-    guess = round(low + fraction * (high - low))
-    return min(max(guess, low + 1), high - 1)
+def list_points(config: SweepConfig, space: SearchSpace) -> Iterator[SearchPoint]:
+    """Yield the points of a sweep without Optuna, which proposes its points one by one."""
+    if config.search == "grid":
+        return space.grid_points()
+    return space.random_points(config.samples, config.search_seed)
 
 
 #: Points of the search space that are compared.
@@ -471,21 +450,14 @@ def list_sweep_runs(config: SweepConfig) -> list[PlannedRun]:
     Raises:
         UserError: the search space is invalid.
     """
-    space, target = SearchSpace(config.space, config.run), 0.0
-    points: Iterator[SearchPoint]
-    if config.search == "grid":
-        points = itertools.islice(space.grid_points(), MAX_POINTS)
-    elif config.search == "random":
-        points = itertools.islice(
-            space.random_points(config.samples, config.search_seed), MAX_POINTS
-        )
-    else:
+    space, finish = prepare_search(config, config.run)
+    if config.search == "optuna":
         count = min(config.samples, MAX_POINTS)
         points = iter(space.latin_hypercube_points(count, config.search_seed))
-    if config.fixed_cost.adjust is not None:
-        target = config.fixed_cost.target or compute_model_cost(config.run, config.fixed_cost.by)
-    planned, share = [], config.resources.gpus or 1.0
-    for point in points:
-        run = fit_fixed_cost(space.apply_point(point), target, config.fixed_cost)
-        planned.append(PlannedRun(run, describe_point(point), "run.", share))
-    return planned
+    else:
+        points = itertools.islice(list_points(config, space), MAX_POINTS)
+    share = config.resources.gpus or 1.0
+    return [
+        PlannedRun(finish(space.apply_point(point)), describe_point(point), "run.", share)
+        for point in points
+    ]

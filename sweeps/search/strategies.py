@@ -8,7 +8,7 @@ counts with their last scores.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -26,9 +26,8 @@ from optuna.trial import TrialState
 
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
-from sweeps.search.space import SearchPoint, SearchSpace
-from sweeps.trials.source import PROPOSALS
-from sweeps.trials.trial import Trial, TrialOutcome
+from sweeps.search.space import ConfigFinisher, SearchPoint, SearchSpace
+from sweeps.trials.trial import PROPOSALS, Trial, TrialOutcome
 
 #: Points that are built as a check before Optuna starts, at least.
 NUM_PROBES = 8
@@ -72,10 +71,6 @@ class CandidateConfiguration:
             )
             for seed in seeds
         ]
-
-
-#: Function that sets the final width of a run.
-ConfigFinisher = Callable[[FinetuneConfig], FinetuneConfig]
 
 
 def build_candidate(

@@ -1,7 +1,7 @@
 """Ray Tune's side of a sweep: the trial function, and the adapters between Tune and the driver.
 
 Tune receives only names and locations; the configuration of a trial is in its directory. Tune
-restores nothing: the trials' directories are the ledger. Called by ``sweeps.trials.driver``.
+restores nothing: the trials' directories are the ledger. Called by ``sweeps.trials.engine``.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from skillnet_platform import console, signals
 from skillnet_platform.cluster.connect import OwnNodeCheck
 from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories, run_root
+from skillnet_platform.storage.local import environment_variables
 from sweeps.trials.ledger import prune_trial
 from sweeps.trials.trial import ERROR, LOG, STOP, read_reports, read_trial, run_trial
 
@@ -81,7 +81,11 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
             training = trial.config.training
             nested = None
             if training.workers > 1:
-                nested = _nested_workers(arguments)
+                from ray.tune.integration.ray_train import TuneReportCallback
+
+                from pipelines.training.loop.ray_train.fit import NestedFit
+
+                nested = NestedFit(_resources(arguments), [TuneReportCallback()])
                 # The request stays in this process, and its workers would train on.
                 watch.patience_s = 0.0
             elif not training.threads_per_worker:
@@ -120,26 +124,17 @@ class _TrialStopped(BaseException):
     """Raised in a trial's process when the driver requests its end."""
 
 
-@dataclass
-class _StopWatch:
-    """Settings of the watch over the stop file of a trial.
-
-    Args:
-        patience_s: seconds in which the training may write a checkpoint and end.
-    """
-
-    patience_s: float = STOP_PATIENCE_S
-
-
 @contextlib.contextmanager
-def _watch_stop_file(path: Path) -> Iterator[_StopWatch]:
+def _watch_stop_file(path: Path) -> Iterator[SimpleNamespace]:
     """End the trial in this thread once the driver creates the file ``path``.
 
     Tune stops a trial only when it reports, and kills its process ten seconds later. The training
     is asked to write a checkpoint after its step. If it does not end in time, ``_TrialStopped`` is
-    raised in this thread: a checkpoint is either complete or absent at any time.
+    raised in this thread: a checkpoint is either complete or absent at any time. The value has the
+    seconds for that, ``patience_s``.
     """
-    over, target, watched = threading.Event(), threading.get_ident(), _StopWatch()
+    over, target = threading.Event(), threading.get_ident()
+    watched = SimpleNamespace(patience_s=STOP_PATIENCE_S)
 
     def watch() -> None:
         # Polling also sees a file that another node creates on a shared disk.
@@ -183,15 +178,6 @@ def _report_nested(line: dict[str, Any]) -> None:
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     ray.train.report(tune_metrics(line) if line else {})
-
-
-def _nested_workers(arguments: dict[str, Any]) -> Any:
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from pipelines.training.loop.ray_train.fit import NestedFit
-
-    resources = _resources(arguments)
-    return NestedFit(resources, [TuneReportCallback()])
 
 
 def _resources(arguments: dict[str, Any]) -> dict[str, float]:
@@ -422,19 +408,15 @@ def run_tuner(
 @contextlib.contextmanager
 def quiet_environment() -> Iterator[None]:
     """Silence Tune, and disable its files and signal handler, while a block runs."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    for name, value in ENVIRONMENT.items():
-        # Settings of the user have priority.
-        os.environ.setdefault(name, value)
+    # Settings of the user have priority.
+    unset = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "optuna")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with environment_variables(unset):
+            yield
     finally:
-        for name, earlier in before.items():
-            if earlier is None:
-                os.environ.pop(name, None)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

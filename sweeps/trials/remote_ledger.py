@@ -21,8 +21,7 @@ from skillnet_platform import console
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import SyncedFolder
 from skillnet_platform.storage.retry import StoreUnavailableError
-from sweeps.trials.source import PROPOSALS
-from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
+from sweeps.trials.trial import ERROR, LOG, OUTCOME, PROPOSALS, REPORTS, TRIAL
 
 #: MLflow run of a sweep or study.
 RUN = "run.json"

@@ -7,24 +7,27 @@
   error.txt              traceback of a failed trial
   outcome.json           outcome, written by the driver; the ledger of the sweep
 
-:func:`run_trial` trains a trial in its process.
+:func:`run_trial` trains a trial in its process. A source supplies trials one by one to
+:class:`sweeps.trials.engine.TrialDriver`.
 """
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, write_json
+from skillnet_platform.tracking import Tracker
 
 if TYPE_CHECKING:
     from pipelines.training.loop.ray_train.fit import NestedFit
-from sweeps.config.trials import ScoreConfig, TrialStatus
+from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig, TrialStatus
 
 #: Input of the trial's process.
 TRIAL = "trial.json"
@@ -63,7 +66,7 @@ class Trial:
     pretrain: PretrainConfig | None = None
     splits: tuple[str, ...] | None = None
     group: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     brief: bool = False
 
 
@@ -157,7 +160,6 @@ def run_trial(
     from pipelines.training.runs import layout
     from pipelines.training.runs.mirror import mirror_of
     from pipelines.training.runs.uploads import upload_results
-    from skillnet_platform.tracking import Tracker
 
     run = resolve_run(place_config(trial.config, folder, store))
     config = run.config
@@ -174,7 +176,7 @@ def run_trial(
     alone = config.training.workers == 1
     # Trials share the cluster, so no trial may grow into the resources of another.
     run = run.with_fixed_workers()
-    tracker = Tracker.by_id(*tracked)
+    tracker = Tracker(*tracked)
     watch = EvaluationRecorder(folder, score, report) if score is not None else None
     try:
         result = train_and_evaluate(
@@ -325,19 +327,8 @@ def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: A
         score: computation of the score, or None.
         more: further entries of the file.
     """
-    write_json(
-        folder / TRIAL,
-        {
-            "name": trial.name,
-            "config": configuration.to_dict(trial.config),
-            "splits": list(trial.splits) if trial.splits is not None else None,
-            "group": trial.group,
-            "settings": dict(trial.settings),
-            "brief": trial.brief,
-            "score": configuration.to_dict(score) if score is not None else None,
-            **more,
-        },
-    )
+    scored = configuration.to_dict(score) if score is not None else None
+    write_json(folder / TRIAL, configuration.to_dict(trial) | {"score": scored, **more})
 
 
 def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]:
@@ -350,13 +341,109 @@ def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]
         The trial, the computation of its score, and the complete content of the file.
     """
     record = read_json(folder / TRIAL)
-    trial = Trial(
-        record["name"],
-        configuration.build_config(FinetuneConfig, record["config"]),
-        splits=tuple(record["splits"]) if record["splits"] is not None else None,
-        group=record["group"],
-        settings=record["settings"],
-        brief=record["brief"],
-    )
+    own = {each.name: record[each.name] for each in fields(Trial) if each.name in record}
+    trial = configuration.build_config(Trial, own)
     score = configuration.build_config(ScoreConfig, record["score"]) if record["score"] else None
     return trial, score, record
+
+
+#: Log of Optuna's proposals, one point per line, from which a sweep is resumed.
+PROPOSALS = "proposed.jsonl"
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """Options of a set of trials; see :func:`sweeps.trials.engine.run_trials` for each."""
+
+    folder: Path
+    parent: Tracker
+    score: ScoreConfig | None
+    resources: ResourceConfig
+    asha: AshaConfig | None
+    keep: int | None
+    max_failures: int
+    label: str
+    store: str | None = None
+
+
+class TrialSource(Protocol):
+    """A source that supplies trials one by one.
+
+    Attributes:
+        total: number of trials.
+        example: a trial whose common settings hold for all.
+    """
+
+    total: int
+    example: Trial
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial; None if none is available now."""
+
+    def is_exhausted(self) -> bool:
+        """Return whether no further trial will come."""
+
+    def record_outcome(self, outcome: TrialOutcome) -> None:
+        """Receive the outcome of a trial that ended, now or in an earlier part of the sweep."""
+
+    def count_repeats(self, group: str) -> int:
+        """Return the number of trials of a configuration, which differ in their seeds."""
+
+
+class ListedTrials:
+    """A source of trials that are known from the start.
+
+    Args:
+        trials: all of them.
+        on_outcome: called with the outcome of each trial that ended.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        on_outcome: Callable[[TrialOutcome], None] | None = None,
+    ) -> None:
+        self.total, self.example = len(trials), trials[0]
+        self._waiting, self._on_outcome = list(trials), on_outcome
+        self._repeats = Counter(trial.group or trial.name for trial in trials)
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial of the list."""
+        return self._waiting.pop(0) if self._waiting else None
+
+    def is_exhausted(self) -> bool:
+        """Return whether the list is at its end."""
+        return not self._waiting
+
+    def record_outcome(self, outcome: TrialOutcome) -> None:
+        """Pass the outcome on; later trials do not depend on it."""
+        if self._on_outcome is not None:
+            self._on_outcome(outcome)
+
+    def count_repeats(self, group: str) -> int:
+        """Return the number of trials of a configuration, which differ in their seeds."""
+        return self._repeats[group]
+
+
+def find_first_rung(asha: AshaConfig, trial: Trial) -> int:
+    """Return the step at which ASHA first compares a trial with others.
+
+    Args:
+        asha: grace period and reduction factor.
+        trial: any trial of the sweep.
+
+    Raises:
+        UserError: trials are not evaluated during training, or end before the first rung.
+    """
+    every, steps = trial.config.training.evaluate_every, trial.config.training.steps
+    if not 0 < every < steps:
+        raise UserError(
+            "asha stops trials by their evaluations: set training.evaluate_every between 1 "
+            f"and training.steps - 1 ({steps - 1}), not {every}"
+        )
+    if asha.grace_period > steps:
+        raise UserError(
+            f"asha.grace_period {asha.grace_period} is more than training.steps {steps}"
+        )
+    # Without a grace period the first evaluation is the first rung.
+    return asha.grace_period or every

@@ -4,7 +4,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from skillnet_platform import tracker
+from skillnet_cluster import tracker
 from tests.helpers.waiting import wait_for_answer
 
 WAIT_S = 600.0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform.tracking import Tracker, TrackingConfig, backend, champion
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend, champion, registry
 
 
 def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
@@ -33,3 +33,10 @@ def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
 def find_champion(name: str = champion.MODEL_NAME, uri: str | None = None) -> Any:
     """The champion of a registered model, or None."""
     return champion.champion_of(backend.create_client(backend.resolve_uri(uri)), name)
+
+
+def load_registered(model: str, uri: str | None = None) -> Any:
+    """A registered model as MLflow loads it."""
+    import mlflow
+
+    return mlflow.pyfunc.load_model(str(registry.resolve_registered(model, uri).path))

@@ -54,7 +54,7 @@ def _trial(number: int, run_id: str, uri: str, home: str, waits: Sequence[Any]) 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]  # only the server knows the store and its keys
     os.environ["SKILLNET_HOME"] = home
-    tracker = Tracker.by_id(run_id, uri)
+    tracker = Tracker(run_id, uri)
     tracker.params(setting(number))
     part = STEPS // (len(waits) + 1)
     for step in range(STEPS):

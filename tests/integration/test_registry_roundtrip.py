@@ -32,7 +32,7 @@ from skillnet_platform.tracking import TrackingConfig, backend, champion, regist
 from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
 from tests.helpers.small_run import SMALL_RUN, option_arguments
-from tests.helpers.tracked_runs import find_champion
+from tests.helpers.tracked_runs import find_champion, load_registered
 
 pytestmark = pytest.mark.integration
 CHAMPION = "models:/skillnet@champion"
@@ -67,7 +67,7 @@ def test_the_first_version_is_champion(place: Place):
 
 def test_predictions_equal_those_of_the_checkpoint(place: Place):
     """The whole way (MLflow, bundle, tokenizer, transforms) against the bare model."""
-    loaded = registry.load_registered(CHAMPION)
+    loaded = load_registered(CHAMPION)
     texts, encoded = ["古代文学研究", "数学教程"], base64.b64encode(heart()).decode()
     answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": encoded}]))
 
@@ -100,13 +100,13 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
 )
 def test_an_input_without_a_known_column_is_refused(place: Place, given: Any) -> None:
     """MLflow drops what the signature does not name, so nothing would be predicted."""
-    loaded = registry.load_registered(CHAMPION)
+    loaded = load_registered(CHAMPION)
     with pytest.raises(UserError, match=r"no column text or file. Give a table: pandas.DataFrame"):
         loaded.predict(given)
 
 
 def test_the_number_of_alternatives_is_a_parameter(place: Place):
-    loaded = registry.load_registered(CHAMPION)
+    loaded = load_registered(CHAMPION)
     answer = loaded.predict(pd.DataFrame([{"text": "历史年鉴"}]), params={"top": 2})
     assert len(answer["alternatives"][0]) == 2
 
@@ -114,7 +114,7 @@ def test_the_number_of_alternatives_is_a_parameter(place: Place):
 def test_a_served_model_refuses_a_table_with_an_unusable_row(place: Place) -> None:
     """The reasons are in tests/unit/pipelines/serving/test_entries.py."""
     with pytest.raises(UserError, match=r'row 1: expected {"text"'):
-        registry.load_registered(CHAMPION).predict(pd.DataFrame([{"text": "x"}, {"name": "a"}]))
+        load_registered(CHAMPION).predict(pd.DataFrame([{"text": "x"}, {"name": "a"}]))
 
 
 def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):
@@ -255,7 +255,7 @@ def test_an_altered_bundle_is_found_and_refused(place: Place, capsys, file):
         assert verify.main([CHAMPION, "--data", str(place.data)]) == 1
         assert "altered" in capsys.readouterr().err
         with pytest.raises(ValueError, match="altered"):
-            registry.load_registered(CHAMPION)
+            load_registered(CHAMPION)
     finally:
         (bundle / file).write_bytes(original)
 

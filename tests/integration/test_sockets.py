@@ -169,7 +169,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(
 @pytest.mark.slow("test_tracker.py::test_the_pages_show_the_runs_and_leave_no_process")
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
     backend.setup_backend(experiment="shown")
-    process = start_python("-m", "skillnet_platform.tracker", "--port", "0")
+    process = start_python("-m", "skillnet_cluster.tracker", "--port", "0")
     try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("http://127.0.0.1:")

@@ -25,7 +25,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig, backend
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
 from sweeps.sweep import main
-from sweeps.trials import driver
+from sweeps.trials import engine
 from sweeps.trials.engine import run_trials
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.chaos.sweep_runs import DRIVER
@@ -130,7 +130,7 @@ def test_asha_a_failure_and_a_resumed_sweep(
     assert children["broken"].data.tags["failure"] == broken.error
     assert children["good"].data.metrics["score"] == pytest.approx(outcomes["good"].score)
     assert children["good"].data.params["training.lr"] == "0.003"
-    assert driver.find_placement_groups(ray_session) == []
+    assert engine.find_placement_groups(ray_session) == []
 
     best = max((o for o in outcomes.values() if o.status == "finished"), key=lambda o: o.score or 0)
     for outcome in outcomes.values():
@@ -208,7 +208,7 @@ def test_nested_workers_train_like_one_process(
     assert two.result["losses"] == pytest.approx(alone["losses"])
     assert [line["step"] for line in two.reports] == [3, 6]
     assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
-    assert driver.find_placement_groups(ray_session) == []
+    assert engine.find_placement_groups(ray_session) == []
     with pytest.raises(UserError, match=r"a trial takes 18 CPUs .*lower resources\.cpus"):
         run_trials(
             [trial("wide", config)],
@@ -375,7 +375,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     stopped = json.loads((trials / "002-seed0" / "trained.json").read_text(encoding="utf-8"))
     assert stopped["preempted"], "the trial that ran wrote a checkpoint before it ended"
     assert client.get_run(identity).info.status == "KILLED"
-    assert driver.find_placement_groups(ray_session) == []
+    assert engine.find_placement_groups(ray_session) == []
 
     assert main(["--config", str(path)]) == 0
     result = json.loads((run_root / "killed" / "result.json").read_text(encoding="utf-8"))

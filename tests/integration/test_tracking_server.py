@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from pipelines import finetune
+from skillnet_cluster import tracker
 from skillnet_platform import config as configuration
-from skillnet_platform import tracker, tracking
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import directories
@@ -53,7 +54,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
     port = words[words.index("--port") + 1] if "--port" in words else str(free_port())
     log = (home / "tracker.log").open("w")
     process = start_python(
-        *("-m", "skillnet_platform.tracker", "--port", port, *words),
+        *("-m", "skillnet_cluster.tracker", "--port", port, *words),
         variables={"SKILLNET_HOME": str(home), "MLFLOW_WORKERS": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -90,7 +91,7 @@ def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_c
         (mine,) = [
             each
             for each in psutil.Process().children()
-            if "skillnet_platform.tracker" in each.cmdline()
+            if "skillnet_cluster.tracker" in each.cmdline()
         ]
         server = [each for each in mine.children(recursive=True) if each.name() != "sh"]
         assert server

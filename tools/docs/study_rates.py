@@ -16,7 +16,7 @@ from typing import Any
 from skillnet_evidence.cells import ReportTable, TableCell
 from skillnet_evidence.claims import estimate_difference
 from skillnet_evidence.comparison import MEAN
-from skillnet_evidence.format import format_interval
+from skillnet_evidence.format import format_interval, format_setting
 from skillnet_platform.errors import UserError
 from skillnet_platform.tables import show_table
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
@@ -30,7 +30,6 @@ from skillnet_studies.study.tuning import (
     choose_rates,
     name_task_rate,
 )
-from sweeps.config.space import format_setting
 
 
 def choose_rates_again(folder: Path) -> dict[str, TuningResult]:

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from lab import RESULTS
+from skillnet_evidence.effects import ScoredTrial, build_effects_table, estimate_effects
 from skillnet_platform.tables import write_csv
-from sweeps.search.ranking import ScoredTrial, build_effects_table, estimate_effects
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 from tools.docs.quickstart_tables import seed_interval

@@ -286,7 +286,7 @@ def run_worker(
         if result.preempted and node_id is not None:
             _end_for_resize(world, node_id)
         return
-    tracker = Tracker.by_id(*tracked) if tracked else None
+    tracker = Tracker(*tracked) if tracked else None
     uploads = (
         CheckpointUploads(mirror, config.training.keep_checkpoints) if mirror is not None else None
     )

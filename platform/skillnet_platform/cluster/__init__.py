@@ -10,11 +10,3 @@ from skillnet_platform.cluster.connect import (
     prepare_ray_environment,
     ray_session,
 )
-
-__all__ = [
-    "ensure_ray",
-    "halt_if_asked",
-    "pin_to_this_node",
-    "prepare_ray_environment",
-    "ray_session",
-]

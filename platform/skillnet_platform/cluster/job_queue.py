@@ -77,17 +77,15 @@ class QueuedJob:
             self.state = "running"
             self._began = self._began or time.monotonic()
 
-    def finish(self, result: Any) -> None:
-        """Note its result."""
+    def end(
+        self, *, result: Any = None, error: str | None = None, is_user_error: bool = False
+    ) -> None:
+        """Note its result, or the reason of its failure."""
         self.refresh()
-        self.state, self.result = "done", result
-        self._note_end()
-
-    def fail(self, error: str, *, is_user_error: bool = False) -> None:
-        """Note the reason of its failure."""
-        self.refresh()
-        self.state, self.error, self.is_user_error = "failed", error, is_user_error
-        self._note_end()
+        self.state = "done" if error is None else "failed"
+        self.result, self.error, self.is_user_error = result, error, is_user_error
+        if self._began is not None:
+            self.seconds = time.monotonic() - self._began
 
     def may_restart(self, *, lost_host: bool) -> bool:
         """Return whether the job starts again after its process or host was lost.
@@ -108,10 +106,6 @@ class QueuedJob:
         # Ray needs a moment to end the processes of a dead driver, and a lease needs its time.
         self._locked_since = self._locked_since or time.monotonic()
         return time.monotonic() - self._locked_since < 2 * LEASE_S
-
-    def _note_end(self) -> None:
-        if self._began is not None:
-            self.seconds = time.monotonic() - self._began
 
     def _log_bytes(self) -> int:
         return self.log.stat().st_size if self.log.is_file() else 0
@@ -170,24 +164,24 @@ def _must_repeat(ray: Any, reference: Any, job: QueuedJob) -> bool:
     try:
         outcome, value = ray.get(reference)
     except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
-        job.fail(first_line(error))
+        job.end(error=first_line(error))
         return False
     except ray.exceptions.RayError as error:
         job.refresh()
         lost_host = isinstance(error, ray.exceptions.NodeDiedError)
         if job.may_restart(lost_host=lost_host):
             return True
-        job.fail(
-            f"its process ended {job.max_failures + 1} times without progress "
+        job.end(
+            error=f"its process ended {job.max_failures + 1} times without progress "
             f"({first_line(error)}); its log is {job.log}"
         )
         return False
     if outcome == "left" or (outcome == "locked" and job.may_wait_for_lock()):
         return True
     if outcome == "done":
-        job.finish(value)
+        job.end(result=value)
     else:
-        job.fail(value, is_user_error=outcome != "failed")
+        job.end(error=value, is_user_error=outcome != "failed")
     return False
 
 

@@ -7,16 +7,10 @@ knows no configuration of ``pipelines`` or ``sweeps``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from skillnet_platform import cli, storage
-from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.terminal_text import format_plural
-
-#: Options of ``doctor`` and ``submit`` that take no value.
-VALUELESS_OPTIONS = ("json", "help", "detach")
 
 
 @dataclass(frozen=True)
@@ -72,49 +66,6 @@ class ResourceRequest:
         return " ".join(parts)
 
 
-def split_own_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into own options and the command that they are about.
-
-    ``--detach finetune --config tiny`` gives ``[--detach]`` and ``[finetune, --config, tiny]``.
-
-    Args:
-        argv: arguments of ``doctor`` or ``submit``.
-
-    Returns:
-        The options before the first bare word, and the rest.
-    """
-    own: list[str] = []
-    rest = list(argv)
-    while rest and rest[0].startswith("--") and rest[0] != "--":
-        word = rest.pop(0)
-        own.append(word)
-        if word == "--help" and rest[:1] == ["all"]:
-            own.append(rest.pop(0))
-        if "=" not in word and word[2:] not in VALUELESS_OPTIONS and rest:
-            own.append(rest.pop(0))
-    return own, rest[1:] if rest[:1] == ["--"] else rest
-
-
-def request_resources(arguments: Sequence[str]) -> ResourceRequest:
-    """Return the resource request of a command line such as ``finetune --training.workers 2``.
-
-    Args:
-        arguments: name of a command and its arguments. Empty for no command.
-
-    Raises:
-        UserError: an unknown command, or arguments that the command rejects.
-    """
-    if not arguments:
-        return ResourceRequest()
-    name, *rest = arguments
-    known = cli.find_commands()
-    if name not in known:
-        raise UserError(f"unknown command {name!r}{suggest_name(name, known)}")
-    loaded = known[name].load()
-    request = loaded.request_resources(rest) if isinstance(loaded, cli.CliCommand) else None
-    return request if isinstance(request, ResourceRequest) else ResourceRequest()
-
-
 def collect_locations(data: str | None, *results: str | None) -> tuple[str, ...]:
     """Return the locations of a training run, with the run root where one is not named.
 
@@ -136,38 +87,6 @@ def select_model_paths(*models: str | None) -> tuple[str, ...]:
     )
 
 
-def runs_directory(run_dir: str) -> Path:
-    """Return the directory of runs. An empty ``run_dir`` means the run root."""
-    return Path(run_dir).expanduser() if run_dir else storage.run_root()
-
-
 def local_run_dir(run_dir: str | None) -> str:
     """Return ``run_dir`` if it is a path, else "": a mirrored run writes to the run root."""
     return "" if not run_dir or is_uri(run_dir) else run_dir
-
-
-def estimate_checkpoint_bytes(request: ResourceRequest) -> int:
-    """Return the bytes that the checkpoints of a run still need, with one checkpoint to spare.
-
-    The estimate uses the checkpoints of a run that resumes, or three times the bytes of a local
-    model that the run starts from: the optimizer keeps two values per weight.
-
-    Returns:
-        Bytes. 0 if neither is known.
-    """
-    run = runs_directory(request.run_dir) / request.run_name if request.run_name else None
-    folder = run / "checkpoints" if run is not None else None
-    written = (
-        [_directory_bytes(each) for each in folder.glob("step-*")]
-        if folder is not None and folder.is_dir()
-        else []
-    )
-    models = [Path(model) for model in request.models if not written]
-    expected = [3 * _directory_bytes(model) for model in models if model.is_dir()]
-    largest = max([*written, *expected], default=0)
-    # The oldest checkpoint leaves only when a newer one is complete, hence one more.
-    return largest * max(request.keep_checkpoints + 1 - len(written), 1) if largest else 0
-
-
-def _directory_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -26,25 +26,3 @@ from skillnet_platform.config.parser import (
 )
 from skillnet_platform.config.presets import find_config
 from skillnet_platform.config.schema import check_keys
-
-__all__ = [
-    "ALIAS",
-    "aliased_field",
-    "build_config",
-    "check_keys",
-    "choices_field",
-    "command_field",
-    "default_values",
-    "digest_config",
-    "find_config",
-    "fixed_field",
-    "flatten_tree",
-    "load_layer",
-    "load_yaml",
-    "merge_trees",
-    "parse_config",
-    "positional_field",
-    "read_value",
-    "to_dict",
-    "to_yaml",
-]

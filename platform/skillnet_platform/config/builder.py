@@ -133,7 +133,7 @@ def _translate(
     first, key = error.errors(include_url=False)[0], ""
     raised = first.get("ctx", {}).get("error")
     for part in first["loc"]:
-        below = type_below(hint, part)
+        below = type_below(hint, part, with_bounds=True)
         # The rest of the place names an alternative of a union.
         if below is None:
             break

@@ -11,6 +11,7 @@ types and builds the objects. This module finds unknown keys first, because it k
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -53,6 +54,7 @@ from skillnet_platform.config.schema import (
     nest_value,
     remove_null_entries,
     split_key,
+    type_below,
     without_none,
 )
 from skillnet_platform.errors import UserError
@@ -147,7 +149,7 @@ def _merge_layers(
         merge_trees(tree, layer)
     for key, value in overrides:
         layer = check_keys(cls, nest_value(split_key(cls, key), value), COMMAND_LINE)
-        _over(typed, copy.deepcopy(layer))
+        merge_trees(typed, copy.deepcopy(layer), keeps_nulls=True)
         origins |= dict.fromkeys(flatten_tree(layer), COMMAND_LINE)
         merge_trees(tree, layer)
     remove_unchosen_defaults(cls, tree, default_values(cls), [*layers, (COMMAND_LINE, typed)])
@@ -202,7 +204,7 @@ def load_layer(path: str | PurePath) -> dict[str, Any]:
 def _join_parts(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     for _, part in parts:
-        _over(layer, copy.deepcopy(part))
+        merge_trees(layer, copy.deepcopy(part), keeps_nulls=True)
     return layer
 
 
@@ -261,30 +263,27 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def merge_trees(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merge_trees(
+    tree: dict[str, Any], new: Mapping[str, Any], *, keeps_nulls: bool = False
+) -> dict[str, Any]:
     """Merge ``new`` into ``tree`` in place: mappings merge by key, other values are replaced.
 
     A null removes a mapping: ``tasks: {text_to_code: null}`` removes that task.
+
+    Args:
+        tree: nested mappings.
+        new: nested mappings that win.
+        keeps_nulls: write nulls into the tree, where they remove entries of a lower layer later.
     """
     for key, value in new.items():
-        if value is None and isinstance(tree.get(key), dict):
+        below = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(below, dict):
+            merge_trees(below, value, keeps_nulls=keeps_nulls)
+        elif value is None and isinstance(below, dict) and not keeps_nulls:
             del tree[key]
-        elif isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            merge_trees(tree[key], value)
         else:
             tree[key] = value
     return tree
-
-
-def _over(layer: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge like :func:`merge_trees`, but keep nulls: they remove entries of a lower layer."""
-    for key, value in new.items():
-        below = layer.get(key)
-        if isinstance(value, Mapping) and isinstance(below, dict):
-            _over(below, value)
-        else:
-            layer[key] = value
-    return layer
 
 
 def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]], list[str]]:
@@ -445,7 +444,7 @@ def _check_unused(
             )
 
 
-def _value_at(tree: Any, path: tuple[str, ...]) -> dict[str, Any]:
+def _value_at(tree: Any, path: Sequence[str]) -> dict[str, Any]:
     """Return the mapping at a path; {} if there is none."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
@@ -528,21 +527,14 @@ def _is_leaf(hint: Any) -> bool:
 def _essential_lines(cls: Any, keys: Sequence[str]) -> list[str]:
     lines = []
     for key in keys:
-        owner: Any = cls
-        tree: Any = _defaults_of(cls)
         *path, name = key.split(".")
-        for part in path:
-            known = child_types(owner) or {}
-            owner = known.get(part, known.get("*"))
-            tree = tree.get(part) if isinstance(tree, dict) else None
-        owner = without_none(owner)
-        fields = {f.name: f for f in dataclasses.fields(owner)}
-        alias = fields[name].metadata.get(ALIAS)
+        owner = without_none(functools.reduce(type_below, path, cls))
+        (alias,) = (f.metadata.get(ALIAS) for f in dataclasses.fields(owner) if f.name == name)
         option = f"--{'.'.join([*path, alias or name])}"
-        hint = (child_types(owner) or {})[name]
-        if "*" in (child_types(hint) or {}):
+        if "*" in (child_types(type_below(owner, name)) or {}):
             option += ".NAME"
-        lines += _short_entry(option, argument_notes(owner).get(name, ""), _default(tree, name))
+        default = _default(_value_at(_defaults_of(cls), path), name)
+        lines += _short_entry(option, argument_notes(owner).get(name, ""), default)
     return lines
 
 
@@ -575,14 +567,14 @@ def _defaults_of(cls: type) -> dict[str, Any]:
         return {}
 
 
-def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
+def _section(cls: Any, prefix: str, tree: dict[str, Any]) -> list[str]:
     """Return the lines of all options of ``cls``, those without options of their own first."""
     notes = argument_notes(cls)
     marks = {f.name: f.metadata for f in dataclasses.fields(without_none(cls))}
     plain: list[str] = []
     nested: list[str] = []
     for name, hint in (child_types(cls) or {}).items():
-        value = tree.get(name) if isinstance(tree, dict) else None
+        value = tree.get(name)
         below = child_types(hint)
         alias, command = marks[name].get(ALIAS), marks[name].get(COMMAND)
         if FIXED in marks[name]:
@@ -597,24 +589,25 @@ def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
             continue
         nested += ["", *_wrap(f"{prefix}{name}: {notes.get(name, '')}".rstrip(": "))]
         if "*" in below:
-            known = ", ".join(value) if isinstance(value, dict) else ""
+            known = ", ".join(value or ())
             nested += _wrap(f"  (NAME: {known})") if known else []
             nested += _below(below["*"], f"{prefix}{name}.NAME")
         else:
-            nested += _section(without_none(hint), f"{prefix}{name}.", value)
+            nested += _section(without_none(hint), f"{prefix}{name}.", value or {})
     return plain + nested
 
 
 def _below(value_hint: Any, prefix: str) -> list[str]:
-    if child_types(value_hint) is None:
+    known = child_types(value_hint)
+    if known is None:
         return _entry(f"--{prefix}", describe_type(value_hint))
-    if "*" in (child_types(value_hint) or {}):
-        return _below((child_types(value_hint) or {})["*"], f"{prefix}.NAME")
-    return [line for line in _section(without_none(value_hint), f"{prefix}.", None) if line]
+    if "*" in known:
+        return _below(known["*"], f"{prefix}.NAME")
+    return [line for line in _section(without_none(value_hint), f"{prefix}.", {}) if line]
 
 
-def _default(tree: Any, name: str) -> str:
-    if not isinstance(tree, dict) or name not in tree or isinstance(tree[name], dict):
+def _default(tree: dict[str, Any], name: str) -> str:
+    if name not in tree or isinstance(tree[name], dict):
         return ""
     value = tree[name]
     if isinstance(value, list):

@@ -7,7 +7,7 @@ import json
 import operator
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any
 
@@ -34,15 +34,22 @@ def child_types(hint: Any, with_bounds: bool = False) -> dict[str, Any] | None:
     return None
 
 
-def type_below(hint: Any, part: str | int) -> Any:
-    """Return the type, with bounds, of a key or of an item of a list; None if there is none."""
+def type_below(hint: Any, part: str | int, with_bounds: bool = False) -> Any:
+    """Return the type of a key or of an item of a list; None if there is none."""
     if isinstance(part, str):
-        known = child_types(hint, with_bounds=True) or {}
+        known = child_types(hint, with_bounds) or {}
         return known.get(part, known.get("*"))
     args = typing.get_args(without_none(hint))
     if typing.get_origin(without_none(hint)) not in (list, tuple, Sequence):
         return None
     return args[min(part, len(args) - 1)] if args[-1] is not Ellipsis else args[0]
+
+
+def list_parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of a mapping, or the numbered items of a list; of others none."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
 
 def join_key(key: str, part: str | int) -> str:
@@ -72,25 +79,18 @@ def without_none(hint: Any) -> Any:
 
 def hint_at(cls: Any, key: str) -> Any:
     """Return the type at a dotted key, or ``None`` if the key does not exist."""
-    hint = cls
-    for part in split_key(cls, key):
-        known = child_types(hint)
-        if known is None or (part not in known and "*" not in known):
-            return None
-        hint = known.get(part, known.get("*"))
-    return hint
+    return functools.reduce(type_below, split_key(cls, key), cls)
 
 
 def is_fixed(cls: Any, key: str) -> bool:
     """Return whether a dotted key is, or is below, a field that only files may set."""
     hint = cls
     for part in split_key(cls, key):
-        owner, known = without_none(hint), child_types(hint) or {}
-        if dataclasses.is_dataclass(owner):
-            marks = {f.name: f.metadata for f in dataclasses.fields(owner)}
-            if FIXED in marks.get(part, {}):
-                return True
-        hint = known.get(part, known.get("*"))
+        owner = without_none(hint)
+        fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+        if any(f.name == part and FIXED in f.metadata for f in fields):
+            return True
+        hint = type_below(hint, part)
     return False
 
 
@@ -108,7 +108,7 @@ def split_key(hint: Any, key: str) -> list[str]:
     known = child_types(hint)
     if known is None or not rest:
         return parts
-    below = child_types(known.get(first, known.get("*")))
+    below = child_types(type_below(hint, first))
     end = 1
     # A value without keys of its own stays an error: `options.a.b` is no option named `a.b`.
     if "*" in known and below is not None and "*" not in below:
@@ -116,7 +116,7 @@ def split_key(hint: Any, key: str) -> list[str]:
         # A wrong key is the last part.
         end = next(own, len(parts) - 1)
     name = ".".join(parts[:end])
-    return [name, *split_key(known.get(name, known.get("*")), ".".join(parts[end:]))]
+    return [name, *split_key(type_below(hint, name), ".".join(parts[end:]))]
 
 
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
@@ -127,88 +127,70 @@ def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
             yield from all_keys(hint, f"{prefix}{name}.")
 
 
-def check_keys(
-    cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None
-) -> Any:
+def check_keys(cls: Any, tree: dict[str, Any], source: str) -> Any:
     """Return the same tree after a check that its keys exist and hold mappings where required.
 
     Args:
         cls: type of the tree.
         tree: nested mappings.
         source: file or "command line", for the message; "" if it is unknown.
-        prefix: dotted key of the tree, with a dot at the end.
-        root: type of the complete configuration, for suggestions.
 
     Raises:
         UserError: an unknown key, a value where keys are expected, or a key that would create an
             object.
     """
-    where = f"{source}: " if source else ""
-    hostile = "" if root else find_instantiation_key(tree, prefix)
-    if hostile:
-        raise UserError(f"{where}{hostile}")
-    root = root or cls
-    known = child_types(cls)
-    if known is None:
-        return tree
-    for key, value in tree.items():
-        if key not in known and "*" not in known:
-            full = f"{prefix}{key}"
-            raise UserError(f"{where}unknown key {full!r}{_hint(full, prefix, known, root)}")
-        below = known.get(key, known.get("*"))
-        if isinstance(value, dict):
-            check_keys(below, value, source, f"{prefix}{key}.", root)
-        elif isinstance(value, list):
-            for number, each in enumerate(value):
-                if isinstance(each, dict):
-                    item = f"{prefix}{key}[{number}]."
-                    check_keys(type_below(below, number), each, source, item, root)
-        if not isinstance(value, dict) and value is not None and child_types(below) is not None:
-            expected = describe_type(without_none(below))
-            raise UserError(f"{where}{prefix}{key}: expected {expected}, got {format_value(value)}")
+    problem = find_instantiation_key(tree) or _find_wrong_key(cls, tree, "", cls)
+    if problem:
+        raise UserError(f"{source}: {problem}" if source else problem)
     return tree
 
 
-def find_instantiation_key(tree: Any, prefix: str = "") -> str:
+def _find_wrong_key(hint: Any, tree: Any, key: str, root: Any) -> str:
+    """Return the error message about the first wrong key below a key; "" if there is none."""
+    known = child_types(hint)
+    # A value without keys of its own may be any mapping.
+    if known is None and not isinstance(tree, list):
+        return ""
+    for part, value in list_parts(tree):
+        below, place = type_below(hint, part), join_key(key, part)
+        if below is None and known is not None:
+            return f"unknown key {place!r}{_hint(place, key, known, root)}"
+        is_value = known is not None and value is not None and not isinstance(value, dict)
+        if is_value and child_types(below) is not None:
+            expected = describe_type(without_none(below))
+            return f"{place}: expected {expected}, got {format_value(value)}"
+        if problem := _find_wrong_key(below, value, place, root):
+            return problem
+    return ""
+
+
+def find_instantiation_key(tree: Any, key: str = "") -> str:
     """Return an error message if a key of a tree would create an object in other programs; else "".
 
     Args:
         tree: mappings, lists and scalars.
-        prefix: dotted key of the tree, with a dot at the end.
+        key: dotted key of the tree.
     """
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            if key in INSTANTIATION_KEYS:
-                return f"{prefix}{key}: a configuration creates no objects by name. Remove this key"
-            found = find_instantiation_key(value, f"{prefix}{key}.")
-            if found:
-                return found
-    elif isinstance(tree, (list, tuple)):
-        for number, value in enumerate(tree):
-            found = find_instantiation_key(value, f"{prefix.removesuffix('.')}[{number}].")
-            if found:
-                return found
+    for part, value in list_parts(tree):
+        place = join_key(key, part)
+        if part in INSTANTIATION_KEYS:
+            return f"{place}: a configuration creates no objects by name. Remove this key"
+        if found := find_instantiation_key(value, place):
+            return found
     return ""
 
 
-def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
+def find_missing_keys(hint: Any, tree: Any, key: str = "") -> Iterator[str]:
     """Yield the keys that have no default and no value."""
-    hint, known = without_none(hint), child_types(hint)
-    if known is None or not isinstance(tree, Mapping):
-        return
-    if dataclasses.is_dataclass(hint):
+    hint = without_none(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(tree, Mapping):
         nothing = dataclasses.MISSING
         for f in dataclasses.fields(hint):
             required = f.default is nothing and f.default_factory is nothing
             if f.init and required and f.name not in tree:
-                yield prefix + f.name
-    for key, value in tree.items():
-        below = known.get(key, known.get("*"))
-        yield from find_missing_keys(below, value, f"{prefix}{key}.")
-        for number, each in enumerate(value if isinstance(value, list) else ()):
-            yield from find_missing_keys(
-                type_below(below, number), each, f"{prefix}{key}[{number}]."
-            )
+                yield join_key(key, f.name)
+    for part, value in list_parts(tree):
+        yield from find_missing_keys(type_below(hint, part), value, join_key(key, part))
 
 
 def remove_null_entries(hint: Any, tree: Any) -> None:
@@ -216,29 +198,25 @@ def remove_null_entries(hint: Any, tree: Any) -> None:
 
     A null removes an entry, also if no lower layer has the entry.
     """
-    known = child_types(hint)
-    if known is None or not isinstance(tree, dict):
-        return
-    for key, value in list(tree.items()):
-        below = known.get(key, known.get("*"))
+    known = child_types(hint) or {}
+    for key, value in list(tree.items()) if isinstance(tree, dict) else ():
+        below = type_below(hint, key)
         if value is None and key not in known and dataclasses.is_dataclass(below):
             del tree[key]
         else:
             remove_null_entries(below, value)
 
 
-def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
-    name = full.removeprefix(prefix)
-    beside = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def _hint(place: str, parent: str, known: Mapping[str, Any], root: Any) -> str:
+    beside = difflib.get_close_matches(place.removeprefix(f"{parent}."), list(known), n=1)
     if beside:
-        return f"; did you mean {prefix + beside[0]!r}?"
+        return f"; did you mean {join_key(parent, beside[0])!r}?"
     everywhere = list(all_keys(root))
-    same = [k for k in everywhere if k.rpartition(".")[2] == full.rpartition(".")[2]]
-    close = same or difflib.get_close_matches(full, everywhere, n=1, cutoff=0.75)
+    same = [key for key in everywhere if key.rpartition(".")[2] == place.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(place, everywhere, n=1, cutoff=0.75)
     if close:
         return f"; did you mean {close[0]!r}?"
-    place = prefix.rstrip(".") or "the top level"
-    return f"; {place} has: {', '.join(sorted(known))}"
+    return f"; {parent or 'the top level'} has: {', '.join(sorted(known))}"
 
 
 def nest_value(key: str | Sequence[str], value: Any) -> dict[str, Any]:
@@ -280,11 +258,6 @@ def bounds_of(notes: Sequence[Any]) -> dict[str, float]:
     return found
 
 
-def is_within(value: Any, notes: Sequence[Any]) -> bool:
-    """Return whether a number is within the bounds of an ``Annotated`` type."""
-    return all(getattr(operator, kind)(value, end) for kind, end in bounds_of(notes).items())
-
-
 def fits_bounds(hint: Any, value: Any) -> bool:
     """Return whether the numbers of a value are within the bounds of its type.
 
@@ -295,7 +268,9 @@ def fits_bounds(hint: Any, value: Any) -> bool:
         return True
     if typing.get_origin(hint) is Annotated:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        return not bounds_of(args[1:]) or (is_number and is_within(value, args[1:]))
+        ends = bounds_of(args[1:]).items()
+        # Without bounds, a value of any kind fits.
+        return all(is_number and getattr(operator, kind)(value, end) for kind, end in ends)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return all(fits_bounds(arg, value) for arg in args if arg is not type(None))
     if typing.get_origin(hint) in (list, tuple) and isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """All code that uses private modules and names of Ray.
 
 Ray changes its private names between minor versions, so ``pyproject.toml`` bounds ``ray`` to the
-tested minor version, and a test lists the names in use. The rest of the project uses the plain
-classes and functions of these modules:
+tested minor version, and a test keeps private names out of all other modules. The rest of the
+project uses the plain classes and functions of these modules:
 
 - :mod:`~skillnet_platform.ray_internals.errors`: exceptions that end an elastic worker group.
 - :mod:`~skillnet_platform.ray_internals.failure_policy`: what Ray Train does when workers fail, and

@@ -13,7 +13,6 @@ The order of rows and the global batch do not depend on the number of workers.
 """
 
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +43,7 @@ from skillnet_platform.ray_internals.failure_policy import (
     PolicyTrainer,
     is_user_error,
 )
+from skillnet_platform.storage.local import environment_variables
 
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -345,12 +345,5 @@ class ElasticTrainer(PolicyTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         # Set for this fit only: other fits of the process keep their limit.
-        before = os.environ.get(START_TIMEOUT_VARIABLE)
-        os.environ[START_TIMEOUT_VARIABLE] = str(START_TIMEOUT_S)
-        try:
+        with environment_variables({START_TIMEOUT_VARIABLE: str(START_TIMEOUT_S)}):
             return super()._initialize_and_run_controller(**arguments)
-        finally:
-            if before is None:
-                del os.environ[START_TIMEOUT_VARIABLE]
-            else:
-                os.environ[START_TIMEOUT_VARIABLE] = before

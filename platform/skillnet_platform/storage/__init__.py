@@ -25,25 +25,3 @@ from skillnet_platform.storage.local import (
     staging_directory,
     write_json,
 )
-
-__all__ = [
-    "HOME_VARIABLE",
-    "archive_root",
-    "atomic_write",
-    "commit_directory",
-    "data_root",
-    "disk_guard",
-    "free_bytes",
-    "human_bytes",
-    "open_output",
-    "process_is_alive",
-    "read_json",
-    "read_record",
-    "require_space",
-    "restore_replaced",
-    "run_root",
-    "scratch_directory",
-    "sha256_file",
-    "staging_directory",
-    "write_json",
-]

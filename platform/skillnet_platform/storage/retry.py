@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from skillnet_platform import console
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError, find_raising_package, suggest_name
 
 Result = TypeVar("Result")
 
@@ -104,22 +104,21 @@ def retry_patience() -> float:
     return seconds
 
 
-def retry_transient(uri: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
+def retry_transient(uri: str, action: Callable[[], Result]) -> Result:
     """Run an action on a store; repeat it after transient failures, with growing random pauses.
 
     Args:
         uri: address of the object, for messages.
         action: idempotent function.
-        seconds: time limit. ``None`` takes :func:`retry_patience`.
 
     Raises:
         UserError: the store refused the credentials, the bucket or the scheme.
         FileNotFoundError: the object does not exist.
-        StoreUnavailableError: the store did not answer within the time limit.
+        StoreUnavailableError: the store did not answer within :func:`retry_patience`.
     """
     import tenacity
 
-    limit = retry_patience() if seconds is None else seconds
+    limit = retry_patience()
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         # Full jitter: many workers must not return to one store at the same time.
@@ -186,7 +185,7 @@ def explain_refusal(uri: str, error: BaseException) -> str | None:
         return missing_bucket(uri)
     invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
     # Errors of clients about an invalid address, key or request.
-    invalid |= isinstance(error, ValueError) and _raised_in(error) in _CLIENT_PACKAGES
+    invalid |= isinstance(error, ValueError) and find_raising_package(error) in _CLIENT_PACKAGES
     if invalid or _status(error) == 400:
         return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(error)})"
     return None
@@ -254,15 +253,6 @@ def _status(error: BaseException) -> int | None:
     codes = [getattr(error, name, None) for name in ("status", "status_code", "code")]
     codes += [response, getattr(response, "status_code", None)]
     return next((int(each) for each in codes if isinstance(each, int)), None)
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the top package of the frame that raised."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return str(name).partition(".")[0]
 
 
 def _words(error: BaseException) -> str:

@@ -13,14 +13,3 @@ from skillnet_platform.tracking.run import (
     start_child_run,
     start_run,
 )
-
-__all__ = [
-    "LONGEST_PARAMETER",
-    "LONGEST_TAG",
-    "Tracker",
-    "TrackingConfig",
-    "read_run_id",
-    "send_leftover_spools",
-    "start_child_run",
-    "start_run",
-]

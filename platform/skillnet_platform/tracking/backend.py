@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -208,15 +207,13 @@ def _restore_secret(uri: SecretUri) -> SecretUri:
     )
 
 
-@contextlib.contextmanager
-def share_secret(uri: SecretUri) -> Iterator[None]:
+def share_secret(uri: SecretUri) -> contextlib.AbstractContextManager[None]:
     """Give a tracker's password to processes that start during a block, by the environment.
 
     Files of a run name its tracker without the password. Only this user can read the environment
     of a process; command lines and Ray's records are visible to others.
     """
-    with environment_variables({URI_VARIABLE: uri.reveal()} if uri.has_secret else {}):
-        yield
+    return environment_variables({URI_VARIABLE: uri.reveal()} if uri.has_secret else {})
 
 
 def run_list_link(server: str, experiment_id: str) -> str:
@@ -364,42 +361,14 @@ def require_answer(uri: str) -> None:
         ) from None
 
 
-def require_access(uri: str) -> None:
-    """Check that a tracker accepts the user and password of the environment.
-
-    Raises:
-        UserError: the tracker requires a password, refuses the password, or fails.
-    """
-    if not uri.startswith("http"):
-        return
-    prepare_mlflow_environment()
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import read_mlflow_creds
-
-    try:
-        create_client(uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            raise UserError(f"tracking.uri {uri}: {first_line(error)}") from None
-        user = read_mlflow_creds().username
-        raise UserError(
-            f"tracking.uri {uri}: the server refuses the user {user} with this password"
-            if user
-            else f"tracking.uri {uri}: the server asks for a password, and none is set"
-        ) from None
-
-
-@contextlib.contextmanager
-def _one_at_a_time(uri: str) -> Iterator[None]:
+def _one_at_a_time(uri: str) -> contextlib.AbstractContextManager[None]:
     """Allow one process of this machine at a time to migrate a sqlite database."""
     if not is_sqlite(uri):
-        yield
-        return
+        return contextlib.nullcontext()
     path = sqlite_path(uri)
 
     def describe(holder: str) -> str:
         return f"{path}: waiting for {holder}, which sets up this database"
 
     # Processes that migrate one empty database at the same time crash.
-    with hold_lock(path.with_suffix(".lock"), describe, wait=True):
-        yield
+    return hold_lock(path.with_suffix(".lock"), describe, wait=True)

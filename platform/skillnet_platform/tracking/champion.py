@@ -24,7 +24,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,8 +42,7 @@ EARLIER_PATIENCE_S = 60.0
 _PAUSE_S = 0.5
 
 
-@contextlib.contextmanager
-def registration_turn(uri: str, name: str) -> Iterator[None]:
+def registration_turn(uri: str, name: str) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of a registered model on this machine while the block runs.
 
     Processes that share a sqlite database share the lock, also on a shared disk.
@@ -60,8 +59,7 @@ def registration_turn(uri: str, name: str) -> Iterator[None]:
     def describe(holder: str) -> str:
         return f"{name}: waiting for {holder}, which registers a version of this model"
 
-    with hold_lock(folder / f".{file}", describe, wait=True):
-        yield
+    return hold_lock(folder / f".{file}", describe, wait=True)
 
 
 def is_done(version: Any) -> bool:
@@ -197,16 +195,6 @@ def decide_promotion(
     return PromotionDecision(better and not worse, tuple(reasons))
 
 
-def estimates_to_json(estimates: Mapping[str, MetricEstimate]) -> dict[str, dict[str, Any]]:
-    """Return task -> estimate as plain mappings."""
-    return {task: asdict(estimate) for task, estimate in estimates.items()}
-
-
-def estimates_from_json(obj: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricEstimate]:
-    """Return task -> estimate from plain mappings: the inverse of :func:`estimates_to_json`."""
-    return {task: MetricEstimate(**fields) for task, fields in obj.items()}
-
-
 def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]:
     """Return the interval of the gain; a positive gain is an improvement for every metric."""
     sign = 1.0 if new.higher_is_better else -1.0
@@ -281,7 +269,7 @@ def check_version_tasks(client: Any, name: str, tasks: Sequence[str]) -> None:
         tasks: names of the tasks of the model that becomes a version.
     """
     current = champion_of(client, name)
-    missing = sorted(_unpack(current).keys() - set(tasks)) if current is not None else []
+    missing = sorted(unpack_estimates(current).keys() - set(tasks)) if current is not None else []
     if missing:
         raise OtherTasksError(
             f"models:/{name}: the champion also has {', '.join(missing)}, and this model lacks "
@@ -370,9 +358,10 @@ def promote_in_turn(client: Any, name: str, number: int, force: bool = False) ->
             continue
         if verdict.passed:
             # One version must not carry both aliases.
-            _drop_alias(client, name, CHALLENGER, number)
-        state = STATE_TAG
-        client.set_model_version_tag(name, str(number), state, DONE)
+            aliases = client.get_registered_model(name).aliases
+            if str(aliases.get(CHALLENGER, "")) == str(number):
+                client.delete_registered_model_alias(name, CHALLENGER)
+        client.set_model_version_tag(name, str(number), STATE_TAG, DONE)
         return verdict
     raise UserError(
         f"models:/{name}/{number}: other machines changed the champion {DECISION_ATTEMPTS} times "
@@ -392,7 +381,7 @@ def _decide(version: Any, current: Any) -> PromotionDecision:
     if own and other and own != other:
         reason = f"system: {own} is not compared with the champion, a {other} model"
         return PromotionDecision(False, (reason,))
-    return decide_promotion(_unpack(version), _unpack(current))
+    return decide_promotion(unpack_estimates(version), unpack_estimates(current))
 
 
 def recorded_reasons(version: Any) -> tuple[str, ...]:
@@ -405,16 +394,13 @@ def _number_of(version: Any) -> int | None:
     return int(version.version) if version is not None else None
 
 
-def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
-    aliases = client.get_registered_model(name).aliases
-    if str(aliases.get(alias, "")) == str(number):
-        client.delete_registered_model_alias(name, alias)
-
-
 def pack_estimates(figures: Mapping[str, MetricEstimate]) -> str:
     """Return estimates as the text of a tag."""
-    return json.dumps(estimates_to_json(figures), separators=(",", ":"))
+    plain = {task: asdict(estimate) for task, estimate in figures.items()}
+    return json.dumps(plain, separators=(",", ":"))
 
 
-def _unpack(found: Any) -> dict[str, MetricEstimate]:
-    return estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
+def unpack_estimates(version: Any) -> dict[str, MetricEstimate]:
+    """Return task -> estimate of a version: the inverse of :func:`pack_estimates`."""
+    tag = json.loads(version.tags.get(FIGURES_TAG, "{}"))
+    return {task: MetricEstimate(**fields) for task, fields in tag.items()}

@@ -1,4 +1,4 @@
-"""Model registry of MLflow: register versions, promote them by alias, and load them.
+"""Model registry of MLflow: register versions, promote them by alias, and find their files.
 
 A model is a Python file that calls ``mlflow.models.set_model``, with artifacts (safetensors, JSON)
 that it reads in ``load_context(self, context)``. Nothing is pickled. The alias ``champion`` marks
@@ -11,7 +11,6 @@ same command finds it again after a kill, and with the digest of all its files.
 import contextlib
 import os
 import re
-import sys
 import tempfile
 import uuid
 import warnings
@@ -37,21 +36,6 @@ KEY_TAG = "skillnet.registration"
 DIGEST_TAG = "files_sha256"
 #: Files that MLflow and Python write into a local artifact store after the registration.
 _WRITTEN_LATER = ("registered_model_meta", "__pycache__")
-
-
-@dataclass(frozen=True)
-class UploadedModel:
-    """Uploaded files of a model.
-
-    Args:
-        model_id: MLflow's identifier of the logged model.
-        uri: ``models:/m-…``.
-        digest: SHA-256 of all files, see :func:`digest_files`.
-    """
-
-    model_id: str
-    uri: str
-    digest: str
 
 
 def digest_files(folder: Path) -> str:
@@ -83,7 +67,7 @@ def upload_model(
     code_path: str | os.PathLike[str],
     artifacts: Mapping[str, str | os.PathLike[str]],
     **options: Any,
-) -> UploadedModel:
+) -> tuple[str, str]:
     """Upload a model once, read it back, and compare it with the local files.
 
     A complete upload of an earlier attempt is used again; an incomplete one is deleted.
@@ -96,6 +80,9 @@ def upload_model(
         artifacts: name -> file or directory.
         **options: further arguments of ``mlflow.models.Model.log``.
 
+    Returns:
+        MLflow's identifier of the logged model, and the SHA-256 of all its files.
+
     Raises:
         UserError: an uploaded file differs from the local file.
     """
@@ -104,7 +91,8 @@ def upload_model(
     for earlier in _find_logged_models(client, experiment_id, key):
         with contextlib.suppress(UserError, OSError, mlflow.exceptions.MlflowException):
             if earlier.status == "READY":
-                return _verify_upload(mlflow, earlier.model_id, code_path, artifacts)
+                digest = _verify_upload(mlflow, earlier.model_id, code_path, artifacts)
+                return earlier.model_id, digest
         _delete_upload(client, earlier, with_files=earlier.status != "READY")
     try:
         # pyfunc.log_model would open the run again and end it as FINISHED.
@@ -118,9 +106,9 @@ def upload_model(
             tags={KEY_TAG: key},
             **options,
         )
-        uploaded = _verify_upload(mlflow, info.model_id, code_path, artifacts)
-        client.set_logged_model_tags(uploaded.model_id, {DIGEST_TAG: uploaded.digest})
-        return uploaded
+        digest = _verify_upload(mlflow, info.model_id, code_path, artifacts)
+        client.set_logged_model_tags(info.model_id, {DIGEST_TAG: digest})
+        return info.model_id, digest
     except BaseException:
         # MLflow leaves the logged model behind. After a kill the next attempt deletes it.
         with contextlib.suppress(Exception):
@@ -159,7 +147,8 @@ def _verify_upload(
     model_id: str,
     code_path: str | os.PathLike[str],
     artifacts: Mapping[str, str | os.PathLike[str]],
-) -> UploadedModel:
+) -> str:
+    """Compare an uploaded model with the local files, and return the digest of its files."""
     uri = f"models:/{model_id}"
     with tempfile.TemporaryDirectory(prefix="skillnet-") as place:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
@@ -168,7 +157,7 @@ def _verify_upload(
         _require_equal_files(uri, Path(code_path), folder / flavor["model_code_path"])
         for name, local in artifacts.items():
             _require_equal_files(uri, Path(local), folder / names[name])
-        return UploadedModel(model_id, uri, digest_files(folder))
+        return digest_files(folder)
 
 
 def _require_equal_files(uri: str, local: Path, downloaded: Path) -> None:
@@ -237,7 +226,6 @@ def register_version(
     uri: str | None = None,
     name: str = champion.MODEL_NAME,
     signature: Any = None,
-    input_example: Any = None,
     metadata: Mapping[str, Any] | None = None,
     requirements: Sequence[str] | None = None,
     description: str = "",
@@ -259,7 +247,6 @@ def register_version(
         uri: address of the tracker; see :func:`skillnet_platform.tracking.backend.resolve_uri`.
         name: registered model, as MLflow lists it.
         signature: an ``mlflow.models.ModelSignature``.
-        input_example: example input of ``predict``.
         metadata: stored in the model's MLmodel file.
         requirements: pip requirements; by default the installed versions of the needed packages.
         description: markdown for the page of the version.
@@ -280,23 +267,38 @@ def register_version(
         found = find_registration(key, name=name, uri=chosen)
         if found is None:
             champion.check_system(client, name, (tags or {}).get(champion.SYSTEM_TAG))
-            found = _create_version(
-                client,
-                chosen,
-                run_id,
-                name,
-                key,
-                {
-                    "code_path": code_path,
-                    "artifacts": artifacts,
-                    "signature": signature,
-                    "input_example": input_example,
-                    "metadata": dict(metadata or {}),
-                    "pip_requirements": list(requirements or installed_requirements(REQUIREMENTS)),
-                },
-                {**(tags or {}), champion.FIGURES_TAG: champion.pack_estimates(figures)},
-                description,
-            )
+            experiment_id = client.get_run(run_id).info.experiment_id
+            with _as_default(chosen, experiment_id) as mlflow:
+                model_id, digest = upload_model(
+                    mlflow,
+                    run_id,
+                    key,
+                    code_path,
+                    artifacts,
+                    # The registered model may have any name; the list of runs shows this one.
+                    name=str((tags or {}).get(champion.SYSTEM_TAG) or name),
+                    signature=signature,
+                    input_example=None,
+                    metadata=dict(metadata or {}),
+                    pip_requirements=list(requirements or installed_requirements(REQUIREMENTS)),
+                )
+                _ensure_model(client, name)
+                # All tags at once: a version without them could not be found after a kill.
+                own = {
+                    champion.FIGURES_TAG: champion.pack_estimates(figures),
+                    KEY_TAG: key,
+                    DIGEST_TAG: digest,
+                    champion.STATE_TAG: champion.PENDING,
+                    backend.PROCESS_TAG: this_process(),
+                }
+                found = client.create_model_version(
+                    name,
+                    f"models:/{model_id}",
+                    run_id=run_id,
+                    model_id=model_id,
+                    tags={tag: str(value) for tag, value in {**(tags or {}), **own}.items()},
+                    description=description or None,
+                )
         return _settle_version(client, name, found)
 
 
@@ -309,10 +311,8 @@ def find_registration(key: str, *, name: str = champion.MODEL_NAME, uri: str | N
         uri: address of the tracker, such as ``http://host:5000``.
     """
     client = backend.create_client(backend.resolve_uri(uri))
-    for found in client.search_model_versions(f"name = '{name}'"):
-        if found.tags.get(KEY_TAG) == key:
-            return found
-    return None
+    versions = client.search_model_versions(f"name = '{name}'")
+    return next((each for each in versions if each.tags.get(KEY_TAG) == key), None)
 
 
 def complete_registration(
@@ -328,39 +328,6 @@ def complete_registration(
     chosen = backend.resolve_uri(uri)
     with champion.registration_turn(chosen, name):
         return _settle_version(backend.create_client(chosen), name, version)
-
-
-def _create_version(
-    client: Any,
-    uri: str,
-    run_id: str,
-    name: str,
-    key: str,
-    options: Mapping[str, Any],
-    tags: Mapping[str, Any],
-    description: str,
-) -> Any:
-    experiment_id = client.get_run(run_id).info.experiment_id
-    with _as_default(uri, experiment_id) as mlflow:
-        # The registered model may have any name; the list of runs shows the name of the files.
-        logged = str(tags.get(champion.SYSTEM_TAG) or name)
-        uploaded = upload_model(mlflow, run_id, key, name=logged, **options)
-        _ensure_model(client, name)
-        # All tags at once: a version without them could not be found again after a kill.
-        own = {
-            KEY_TAG: key,
-            DIGEST_TAG: uploaded.digest,
-            champion.STATE_TAG: champion.PENDING,
-            backend.PROCESS_TAG: this_process(),
-        }
-        return client.create_model_version(
-            name,
-            uploaded.uri,
-            run_id=run_id,
-            model_id=uploaded.model_id,
-            tags={tag: str(value) for tag, value in {**tags, **own}.items()},
-            description=description or None,
-        )
 
 
 def _settle_version(client: Any, name: str, version: Any) -> RegisteredVersion:
@@ -488,30 +455,6 @@ def _logged_tags(client: Any, model: str, path: Path) -> Mapping[str, str]:
         return {}
     tags: Mapping[str, str] = logged.tags
     return tags if run_id in (None, logged.source_run_id) else {}
-
-
-def load_registered(model: str, uri: str | None = None) -> Any:
-    """Load the pyfunc model of a URI, or of a folder with an MLmodel file.
-
-    Args:
-        model: see :func:`resolve_registered`.
-        uri: address of the tracker, such as ``http://host:5000``.
-
-    Raises:
-        UserError: the model does not exist.
-    """
-    resolved = resolve_registered(model, uri)
-    before = sys.pycache_prefix
-    with (
-        _as_default(backend.resolve_uri(uri)) as mlflow,
-        tempfile.TemporaryDirectory(prefix="skillnet-") as place,
-    ):
-        # Bytecode beside the model's code is no registered file, so it must not run.
-        sys.pycache_prefix = place
-        try:
-            return mlflow.pyfunc.load_model(str(resolved.path))
-        finally:
-            sys.pycache_prefix = before
 
 
 def installed_requirements(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs in MLflow: who opens and ends them, what they record, and where.
 
 The driver calls ``start``; it alone opens and ends the run. Rank 0, in a worker, writes to it
-through ``Tracker.by_id``. MLflow is imported on first use, not with this module.
+through a :class:`Tracker` of its own. MLflow is imported on first use, not with this module.
 
 ``run.json`` names the MLflow run of a folder. The file gets a random key before the MLflow run is
 created, and the run carries the key as a tag. A command that was killed between the two steps finds
@@ -35,6 +35,8 @@ LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
 #: Seconds that the end of a run waits for a tracker that does not answer.
 END_PATIENCE_S = 20.0
+#: Seconds between two measurements of the machine.
+SYSTEM_METRICS_S = 10.0
 #: Between two tries of :meth:`Tracker.settle`.
 SETTLE_PAUSE_S = 2.0
 #: MLflow shows it beside the name, and keeps at most 36; the whole one is in the profile.
@@ -92,11 +94,6 @@ class Tracker:
         self._spool = spool.OperationSpool(
             run_id, uri, lambda op: spool.apply_operation(client, run_id, op)
         )
-
-    @classmethod
-    def by_id(cls, run_id: str, uri: str) -> "Tracker":
-        """Return a tracker for a run that another process opened: for rank 0 in a worker."""
-        return cls(run_id, uri)
 
     @property
     def link(self) -> str:
@@ -239,7 +236,6 @@ def start_run(
     tags: Mapping[str, Any] | None = None,
     description: str = "",
     parent: str | None = None,
-    run_id: str | None = None,
     key: str | None = None,
     record: Path | None = None,
 ) -> Iterator[Tracker]:
@@ -256,7 +252,6 @@ def start_run(
         tags: further tags.
         description: markdown for the head of the run's page.
         parent: id of the parent run (a sweep).
-        run_id: run to resume instead of opening a new run.
         key: identifies the run. A run that an earlier call with this key opened is resumed.
         record: ``run.json`` of the run: the run that it names is resumed, or it is written.
 
@@ -270,13 +265,12 @@ def start_run(
     send_leftover_spools(place.uri)
     # A killed process could not end its run, which would stay RUNNING.
     close_abandoned(client, place.experiment_id)
-    tracker = _open_run(client, place.uri, place.experiment_id, name, parent, run_id, key, record)
-    run_id = tracker.run_id
+    tracker = _open_run(client, place.uri, place.experiment_id, name, parent, key, record)
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.system_metrics:
         # Sent through the tracker, so that measurements wait in the spool during an outage.
-        watch = _system_metrics(run_id, place.uri, tracker.metrics)
+        watch = _system_metrics(tracker.run_id, place.uri, tracker.metrics)
     try:
         with signals.terminate_as_interrupt(), watch, backend.share_secret(place.uri):
             if tags:
@@ -309,7 +303,6 @@ def _system_metrics(
     run_id: str,
     uri: SecretUri,
     publish: Callable[[Mapping[str, float], int], None],
-    every_s: float = 10.0,
 ) -> Iterator[None]:
     """Publish system metrics named ``system/…`` during a block.
 
@@ -319,7 +312,6 @@ def _system_metrics(
         run_id: MLflow run.
         uri: tracker of the run.
         publish: sends metrics and their step.
-        every_s: seconds between two measurements.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -331,7 +323,7 @@ def _system_metrics(
         while not ended:
             monitor.collect_metrics()
             # The last, shorter interval is published too.
-            ended = stop.wait(every_s)
+            ended = stop.wait(SYSTEM_METRICS_S)
             values = monitor.aggregate_metrics()
             try:
                 publish({f"system/{name}": value for name, value in values.items()}, step)
@@ -350,7 +342,7 @@ def _system_metrics(
     finally:
         stop.set()
         # With a limit: a stuck measurement must not delay the end of the run.
-        thread.join(timeout=every_s)
+        thread.join(timeout=SYSTEM_METRICS_S)
 
 
 def start_child_run(
@@ -376,9 +368,7 @@ def start_child_run(
         UserError: the run to resume does not exist.
     """
     client = backend.create_client(parent.uri)
-    tracker = _open_run(
-        client, parent.uri, parent.experiment_id, name, parent.run_id, None, None, record
-    )
+    tracker = _open_run(client, parent.uri, parent.experiment_id, name, parent.run_id, None, record)
     if tags:
         tracker.tags(tags)
     if config is not None:
@@ -392,14 +382,15 @@ def _open_run(
     experiment_id: str,
     name: str,
     parent: str | None,
-    run_id: str | None,
     key: str | None,
     record: Path | None,
 ) -> Tracker:
-    """Resume the run of an id, of a record or of a key; create and record it if there is none."""
-    if record is not None and run_id is None:
-        run_id, key = reserve_run(record)
-    run_id = run_id or _find_run(client, experiment_id, key)
+    """Resume the run of a record or of a key; create and record it if there is none."""
+    run_id, key = (None, key) if record is None else reserve_run(record)
+    if run_id is None and key:
+        query = f"tags.`{KEY_TAG}` = '{key}'"
+        found = client.search_runs([experiment_id], query, max_results=1)
+        run_id = found[0].info.run_id if found else None
     if run_id is None:
         run = client.create_run(experiment_id, run_name=name, tags=_first_tags(parent, key))
         run_id = str(run.info.run_id)
@@ -431,14 +422,6 @@ def send_leftover_spools(uri: str) -> int:
     for path in spool.find_leftover_spools(uri):
         sent += Tracker(path.name.partition(".")[0], uri)._spool.adopt(path)
     return sent
-
-
-def _find_run(client: Any, experiment_id: str, key: str | None) -> str | None:
-    """Return the id of the run that an earlier process opened with a key, or None."""
-    if not key:
-        return None
-    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-    return found[0].info.run_id if found else None
 
 
 def _first_tags(parent: str | None, key: str | None = None) -> dict[str, str]:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import skillnet_platform
-from skillnet_cluster.checks import FREE_DISK_BYTES, Finding, Level
-from skillnet_platform import cluster, console, storage
-from skillnet_platform.cli import command
-from skillnet_platform.cluster.resource_request import (
-    ResourceRequest,
+from skillnet_cluster.checked_command import (
+    PACKAGES,
     estimate_checkpoint_bytes,
     request_resources,
     runs_directory,
     split_own_options,
 )
+from skillnet_cluster.checks import FREE_DISK_BYTES, Finding, Level
+from skillnet_cluster.checks.node_probe import require_access
+from skillnet_platform import cluster, console, storage
+from skillnet_platform.cli import command
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
-from skillnet_platform.package_version import PACKAGES, find_version
+from skillnet_platform.package_version import find_version
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking import backend
 
@@ -110,7 +112,7 @@ def check_tracker(request: ResourceRequest | None = None) -> list[Finding]:
     except UserError as error:
         return [Finding("tracker", "error", str(error), f"correct {backend.URI_VARIABLE}")]
     try:
-        backend.require_access(uri)
+        require_access(uri)
     except UserError as error:
         advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         level: Level = "error" if request is None or request.uses_tracker else "warning"

@@ -26,12 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skillnet_cluster.checked_command import (
+    request_resources,
+    split_own_options,
+    version_variable,
+)
 from skillnet_platform import cli, cluster, console, storage
 from skillnet_platform.cli import command
-from skillnet_platform.cluster.resource_request import request_resources, split_own_options
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
-from skillnet_platform.package_version import version_variable
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking.backend import URI_VARIABLE
 from skillnet_platform.tracking.source_commit import commit_variable

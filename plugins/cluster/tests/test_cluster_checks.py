@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 
+from skillnet_cluster import checked_command
 from skillnet_cluster import doctor as machine_checks
+from skillnet_cluster.checked_command import estimate_checkpoint_bytes, request_resources
 from skillnet_cluster.checks import GIB, Finding, node_probe
 from skillnet_cluster.checks import cluster as checks
 from skillnet_cluster.checks.node_probe import NodeProbe
-from skillnet_platform import package_version, storage
+from skillnet_platform import storage
 from skillnet_platform.cluster import capacity
-from skillnet_platform.cluster.resource_request import (
-    ResourceRequest,
-    estimate_checkpoint_bytes,
-    request_resources,
-)
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from tests.helpers.object_store import ObjectStore
 
 ONE = NodeProbe(
     node="10.0.0.1",
-    versions=package_version.installed_versions(),
+    versions=checked_command.installed_versions(),
     auth_mode="token",
     home="/mnt/runs",
     write_problem="",
@@ -58,7 +56,7 @@ def test_a_sound_cluster_has_nothing_to_fix(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_version_of_the_sender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(package_version.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
+    monkeypatch.setenv(checked_command.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
     reported = checks.check_node_versions([ONE, TWO])
     assert [each.level for each in reported] == ["warning", "warning"]
     assert "9.9 where the job was sent" in reported[1].seen

@@ -55,6 +55,9 @@ def test_our_packages_and_script_are_our_own() -> None:
 def test_another_distribution_with_our_script_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("importlib_metadata")  # replaces Python's finder
+    # An interrupted installation has no metadata.
+    (tmp_path / "half_installed-1.0.dist-info").mkdir()
     install(tmp_path, "skillnet-ai", "skillnet")
     install(tmp_path, "unrelated", "unrelated")
     monkeypatch.syspath_prepend(tmp_path)
@@ -62,17 +65,6 @@ def test_another_distribution_with_our_script_is_named(
     assert finding.level == "warning"
     assert "skillnet-ai also installs a script named skillnet" in finding.seen
     assert "skillnet-platform" in finding.advice
-
-
-def test_an_interrupted_installation_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("importlib_metadata")  # replaces Python's finder
-    install(tmp_path, "skillnet-ai", "skillnet")
-    (tmp_path / "half_installed-1.0.dist-info").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = machine_checks.check_distributions()
-    assert "skillnet-ai also installs a script" in finding.seen
 
 
 @pytest.mark.parametrize("name", machine_checks.OWN_PACKAGES)

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import requests
 
-from skillnet_cluster import submit
-from skillnet_platform import cluster, config, package_version
-from skillnet_platform.cluster.resource_request import (
-    ResourceRequest,
-    request_resources,
-    split_own_options,
-)
+from skillnet_cluster import checked_command, submit
+from skillnet_cluster.checked_command import request_resources, split_own_options
+from skillnet_platform import cluster, config
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError
 
 
@@ -369,8 +366,8 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {".", *folders} == packages
     assert variables["SKILLNET_HOME"] == "s3://b"
     assert (
-        json.loads(variables[package_version.VARIABLE])["ray"]
-        == package_version.installed_versions()["ray"]
+        json.loads(variables[checked_command.VARIABLE])["ray"]
+        == checked_command.installed_versions()["ray"]
     )
     check, run = sent["entrypoint"].split(" && ")
     assert "skillnet_cluster.doctor --only problems finetune --config tiny" in check

@@ -1,6 +1,7 @@
 """Format counts, durations, differences and p-values for tables and figures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,3 +48,10 @@ def format_p_value(p: float) -> str:
     if np.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def format_setting(value: Any) -> str:
+    """Return a value as one word for names and tables; list items are joined with +."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(format_setting, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -142,7 +142,7 @@ def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
     if not is_known_run(run_id, uri):
         console.print_note(f"the run {run_id} is not in this tracker: the files are only on disk")
         return
-    tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
+    tracker = Tracker(run_id, backend.resolve_uri(uri))
     for path in files:
         tracker.artifact(path, "interpretation")
     tracker.flush()

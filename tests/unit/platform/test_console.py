@@ -102,22 +102,17 @@ def test_a_short_time_is_not_zero_minutes(seconds: float, text: str) -> None:
     assert console.format_minutes(seconds) == text
 
 
-def test_progress_of_a_resumed_run_counts_only_its_own_steps() -> None:
-    with console.show_progress("training", total=100, done=90) as bar:
+@pytest.mark.parametrize(("done", "found", "advanced"), [(90, 0, 5), (0, 60, 20)])
+def test_steps_of_an_earlier_run_say_nothing_of_the_rate(
+    done: int, found: int, advanced: int
+) -> None:
+    """Those that are known at the start, and those that are seen late."""
+    with console.show_progress("training", total=100, done=done) as bar:
         bar.start -= 10.0
-        bar.advance(5)
-        assert bar.rate == pytest.approx(0.5, rel=0.05)
-        assert "95/100" in bar.line()
-        assert "0:10 left" in bar.line()
-
-
-def test_what_was_done_before_and_is_seen_late_says_nothing_of_the_rate() -> None:
-    with console.show_progress("sweep", total=100) as bar:
-        bar.start -= 10.0
-        bar.found(60)
-        bar.advance(20)
-        assert bar.rate == pytest.approx(2.0, rel=0.05)
-        assert "80/100" in bar.line()
+        bar.found(found)
+        bar.advance(advanced)
+        assert bar.rate == pytest.approx(advanced / 10, rel=0.05)
+        assert f"{done + found + advanced}/100" in bar.line()
         assert "0:10 left" in bar.line()
 
 

@@ -51,12 +51,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert storage.sha256_file(tmp_path / "x") == expected
-
-
 def test_staging_commits_on_success_only(tmp_path: Path) -> None:
     final = tmp_path / "corpus"
     with pytest.raises(RuntimeError), storage.staging_directory(final) as aside:
@@ -152,14 +146,6 @@ def test_a_full_disk_is_one_message(tmp_path: Path, problem: Exception) -> None:
 def test_other_errors_pass_the_guard(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), storage.disk_guard(tmp_path):
         raise PermissionError(errno.EACCES, "no")
-
-
-def test_a_really_full_disk(tmp_path: Path) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("needs /dev/full")
-    with pytest.raises(UserError, match="the disk is full"), storage.disk_guard(tmp_path / "x"):
-        full.write_bytes(b"x" * 4096)
 
 
 def test_room_is_asked_for_before_a_long_write(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from skillnet_files.commit import remove_leftovers, temporary_directory
 from skillnet_platform import storage
-from skillnet_platform.errors import UserError
 from skillnet_platform.storage import locks
 from skillnet_platform.storage.locks import LockHeldError, hold_lock
 from tests.helpers.processes import run_python, start_python
@@ -69,14 +68,6 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
         process.wait()
     with hold_lock(path, str):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-
-
-def test_a_stopped_holder_keeps_its_lock(tmp_path: Path) -> None:
-    with start(HOLD, tmp_path / ".lock") as process:
-        process.send_signal(signal.SIGSTOP)
-        with pytest.raises(UserError), hold_lock(tmp_path / ".lock", str):
-            pass
-        process.kill()
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_a_killed_holder(tmp_path: Path) -> None:

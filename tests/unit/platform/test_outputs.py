@@ -17,16 +17,6 @@ def write(path: Path, text: str = "new\n") -> None:
         stream.write(text)
 
 
-def test_an_output_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "folder/a.txt"
-    write(path, "old\n")
-    with pytest.raises(KeyError), open_output(path, "w") as stream:
-        stream.write("half")
-        raise KeyError
-    assert path.read_text() == "old\n"
-    assert os.listdir(path.parent) == ["a.txt"]
-
-
 def test_a_replaced_output_keeps_its_permissions(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.touch(mode=0o600)

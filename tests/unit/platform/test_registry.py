@@ -19,7 +19,7 @@ from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking import backend, champion, registry, version_reader
 from skillnet_platform.tracking.backend import sqlite_path, sqlite_uri
 from skillnet_platform.tracking.champion import MetricEstimate
-from tests.helpers.tracked_runs import find_champion
+from tests.helpers.tracked_runs import find_champion, load_registered
 
 CODE = """
 import json
@@ -104,11 +104,6 @@ def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
     ).passed
 
 
-def test_figures_survive_json() -> None:
-    figures = {"a": accuracy(0.5, data="d"), "b": error(0.1)}
-    assert champion.estimates_from_json(champion.estimates_to_json(figures)) == figures
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # MLflow decodes such a name where it expects a URI.
@@ -173,7 +168,7 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
     made = put(run, files, "loaded", 0.5)
     rows = pd.DataFrame({"text": ["abc", "红色的心"]})
     for uri in ("models:/loaded@champion", made.uri):
-        assert registry.load_registered(uri, run.uri).predict(rows) == [8, 9]
+        assert load_registered(uri, run.uri).predict(rows) == [8, 9]
     client = backend.create_client(run.uri)
     uploaded = client.get_model_version("loaded", "1").source.removeprefix("models:/")
     assert client.get_logged_model(uploaded).name == "skillnet", "named after its system"
@@ -515,7 +510,7 @@ def test_files_that_are_not_the_registered_ones_are_rejected(
     weights.write_text("6")
     for uri in (made.uri, "models:/altered@champion", found.source, f"runs:/{run.run_id}/altered"):
         with pytest.raises(UserError, match="was altered after its registration"):
-            registry.load_registered(uri, run.uri)
+            load_registered(uri, run.uri)
     weights.write_text("5")
     client.delete_model_version_tag("altered", "1", "files_sha256")
     with pytest.raises(UserError, match="no digest of its files"):

@@ -81,11 +81,12 @@ def test_pretraining_sweeps_and_studies_have_their_own_experiments() -> None:
 #: Opens a run first: the same calls as every command that trains, merges or registers.
 RECORD = """
 import sys
+from pathlib import Path
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.champion import registration_turn
 where = tracking.TrackingConfig(system_metrics=False)
-with tracking.start_run("there", None, where, run_id=sys.argv[1]) as tracker:
+with tracking.start_run("there", None, where, record=Path(sys.argv[1])) as tracker:
     tracker.text("new", "new.txt")
     with registration_turn(tracker.uri, "model"), registration_turn(tracker.uri, "model"):
         client = backend.create_client(tracker.uri)
@@ -99,9 +100,10 @@ print(client.get_run(tracker.run_id).info.artifact_uri)
 def test_a_command_runs_in_a_run_root_of_another_path(
     kind: str, run_root: Path, tmp_path: Path
 ) -> None:
-    with tracking.start_run("here", None, where()) as tracker:
+    record = tmp_path / "run.json"
+    with tracking.start_run("here", None, where(), record=record) as tracker:
         tracker.text("kept", "note.txt")
-    there, words = tmp_path / "a 50% ü root", [sys.executable, "-c", RECORD, tracker.run_id]
+    there, words = tmp_path / "a 50% ü root", [sys.executable, "-c", RECORD, str(record)]
     if kind == "copied":
         shutil.copytree(run_root, there)
     elif kind == "moved":

@@ -13,9 +13,9 @@ import yaml
 
 from pipelines.data.io.directory import SourceDirectory
 from pipelines.training.config.run import StorageConfig
-from skillnet_cluster import doctor, submit
+from skillnet_cluster import doctor, submit, tracker
 from skillnet_cluster.checks import Finding
-from skillnet_platform import config, console, tracker
+from skillnet_platform import config, console
 from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets

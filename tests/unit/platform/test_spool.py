@@ -11,9 +11,7 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, backend, spool
-from skillnet_platform.tracking import (
-    run as tracking_run,
-)
+from skillnet_platform.tracking import run as tracking_run
 from tests.chaos.tracking_server import Server
 from tests.helpers.processes import start_python
 from tests.helpers.tracked_runs import history, run_of, where
@@ -37,7 +35,7 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     with contextlib.ExitStack() as stack:
         with server as uri:
             tracker = stack.enter_context(tracking_run.start_run("spooled", None, where(uri=uri)))
-            left = Tracker.by_id(tracker.run_id, uri)
+            left = Tracker(tracker.run_id, uri)
             tracker.metrics({"loss": 0.0}, step=0)
         asked = 0
         for step in range(1, 200):
@@ -92,16 +90,10 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
     assert run_of(tracker).info.status == "FINISHED"
 
 
-def test_a_spool_cut_short_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"run_id": "r", "uri": "u"}\n{"kind": "tags", "values": {}}\n{"kind": "me')
-    assert spool.read_spool(path) == ("r", [{"kind": "tags", "values": {}}])
-
-
-def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
+def test_a_broken_line_and_one_cut_short_by_a_kill_cost_themselves_only(tmp_path: Path) -> None:
     path, note = tmp_path / "x.jsonl", {"kind": "tags", "values": {"note": "one\u2028two\x85"}}
     lines = ['{"run_id": "r", "uri": "u"}', '{"kind": "me', json.dumps(note, ensure_ascii=False)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join([*lines, '{"kind": "me']), encoding="utf-8")
     assert spool.read_spool(path) == ("r", [note])
 
 

@@ -331,7 +331,10 @@ def google_error(text: str, code: int) -> Exception:
         google_error("Service Unavailable", 503),
     ],
 )
-def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
+def test_a_store_that_is_away_is_waited_for(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.2")
     assert is_transient(problem)
     assert explain_refusal("abfs://skillnet/x", problem) is None
     tries: list[int] = []
@@ -341,7 +344,7 @@ def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
         raise problem
 
     with pytest.raises(StoreUnavailableError, match="did not answer"):
-        retry_transient("abfs://skillnet/x", fail, seconds=0.2)
+        retry_transient("abfs://skillnet/x", fail)
     assert tries
 
 

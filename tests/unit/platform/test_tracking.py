@@ -31,10 +31,12 @@ class Settings:
     nested: dict[str, str] = field(default_factory=lambda: {"文": "字"})
 
 
-def test_a_run_that_the_tracker_does_not_have_is_not_resumed() -> None:
+def test_a_run_that_the_tracker_does_not_have_is_not_resumed(tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"run_id": "0" * 32}))
     with (
         pytest.raises(UserError, match=r"cannot resume the run 0+.* remove that file"),
-        tracking.start_run("lost", None, where(), run_id="0" * 32),
+        tracking.start_run("lost", None, where(), record=record),
     ):
         raise AssertionError("it continued")
 
@@ -147,15 +149,16 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
 
 def test_rank_zero_writes_by_id_and_leaves_the_end_to_the_driver() -> None:
     with tracking.start_run("worker", None, where()) as tracker:
-        Tracker.by_id(tracker.run_id, tracker.uri).metrics({"a/loss": 1.0}, step=5)
+        Tracker(tracker.run_id, tracker.uri).metrics({"a/loss": 1.0}, step=5)
         assert run_of(tracker).info.status == "RUNNING"
     assert history(tracker, "a/loss") == [(5, 1.0)]
 
 
-def test_a_resumed_run_continues_and_says_what_changed() -> None:
-    with tracking.start_run("first", Settings(), where()) as first:
+def test_a_resumed_run_continues_and_says_what_changed(tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    with tracking.start_run("first", Settings(), where(), record=record) as first:
         first.metrics({"loss": 2.0}, step=1)
-    with tracking.start_run("again", Settings(steps=20), where(), run_id=first.run_id) as second:
+    with tracking.start_run("again", Settings(steps=20), where(), record=record) as second:
         second.metrics({"loss": 1.0}, step=2)
     run = run_of(first)
     assert second.run_id == first.run_id
@@ -165,14 +168,15 @@ def test_a_resumed_run_continues_and_says_what_changed() -> None:
     assert history(first, "loss") == [(1, 2.0), (2, 1.0)]
 
 
-def test_a_resumed_run_removes_what_a_killed_upload_left() -> None:
-    with tracking.start_run("first", None, where()) as first:
+def test_a_resumed_run_removes_what_a_killed_upload_left(tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    with tracking.start_run("first", None, where(), record=record) as first:
         first.text("whole", "folder/kept.txt")
     folder = artifacts_of(first) / "folder"
     # As a kill does it: MLflow has written its own file and not renamed it.
     staging, partial, _ = LocalArtifactRepository(str(folder))._create_staging_artifact("lost.txt")
     os.close(staging)
-    with tracking.start_run("again", None, where(), run_id=first.run_id):
+    with tracking.start_run("again", None, where(), record=record):
         pass
     assert not Path(partial).exists()
     assert [path.name for path in folder.iterdir()] == ["kept.txt"]

@@ -13,14 +13,14 @@ import pytest
 from pipelines.training.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
+from skillnet_studies.study.tuning import spread_points
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import FixedCostConfig, ScoreConfig
 from sweeps.search.space import SearchSpace, compute_model_cost, fit_fixed_cost
 from sweeps.search.strategies import OptunaSource, configurations_from_points
 from sweeps.sweep import _build_source
-from sweeps.trials.source import PROPOSALS
-from sweeps.trials.trial import Trial, TrialOutcome
+from sweeps.trials.trial import PROPOSALS, Trial, TrialOutcome
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sweeps").glob("*.yaml"))
 VIDEO = "model.tasks.text_to_video.towers.candidate.skills"
@@ -341,7 +341,7 @@ def test_a_small_space_is_tried_completely_and_once(
         # The run as configured is tried first.
         first = made.apply_point({})
         seen = {made.identify_point({})}
-        spread = made.spread_points(count - 1, 0, seen)
+        spread = spread_points(made, count - 1, 0, seen)
         candidates = [first, *map(made.apply_point, spread)]
         listed = {made.identify_point(each) for each in made.random_points(99, 0)}
         size = len(listed | seen)

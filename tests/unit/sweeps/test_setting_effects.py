@@ -1,16 +1,12 @@
 """Effects of a sweep's settings: estimates, intervals, and designs that do not determine them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from sweeps.search.ranking import (
-    ScoredTrial,
-    build_effects_table,
-    draw_ranking_figure,
-    estimate_effects,
-    list_scored_trials,
-    rank_configurations,
-)
+from skillnet_evidence.effects import ScoredTrial, build_effects_table, estimate_effects
+from sweeps.search.ranking import draw_ranking_figure, list_scored_trials, rank_configurations
 from sweeps.trials.trial import TrialOutcome
 
 
@@ -84,28 +80,28 @@ def test_the_table_states_where_trials_are_too_few() -> None:
     assert "Least squares" in caption
 
 
-def test_the_figure_names_the_settings() -> None:
-    outcomes = []
-    for index, rate in enumerate((0.001, 0.002)):
-        line = {"step": 1, "score": 0.5 + index, "scores": {}}
-        costs = {"activated_params": 1e6, "flops_per_example": 1e8}
-        outcomes.append(
-            TrialOutcome(
-                *(f"00{index}-seed0", f"00{index}", None, "finished"),  # type: ignore[arg-type]
-                reports=[line | costs],
-                settings={"training.lr": rate, "model.depth": 2},
-            )
-        )
-    assert [trial.settings["training.lr"] for trial in list_scored_trials(outcomes)] == [
-        0.001,
-        0.002,
-    ]
+def outcome(number: int, rate: float, params: float, flops: float) -> TrialOutcome:
+    line = {"step": 1, "score": 0.5 + number, "scores": {}}
+    costs = {"activated_params": params, "flops_per_example": flops}
+    return TrialOutcome(
+        f"00{number}-seed0", f"00{number}", Path(), "finished",
+        reports=[line | costs], settings={"training.lr": rate, "model.depth": 2},
+    )  # fmt: skip
+
+
+def test_the_figure_names_the_settings_and_nearly_equal_costs_do_not_fill_its_axis() -> None:
+    outcomes = [outcome(0, 0.001, 2.000e6, 1e8), outcome(1, 0.002, 2.001e6, 2e8)]
+    rates = [trial.settings["training.lr"] for trial in list_scored_trials(outcomes)]
+    assert rates == [0.001, 0.002]
     figure = draw_ranking_figure(rank_configurations(outcomes))
     assert figure is not None
-    flops, _, names = figure.axes
+    flops, params, names = figure.axes
     assert {text.get_text() for text in flops.texts} == {"1", "2"}
     (listed,) = names.texts
     assert listed.get_text().splitlines() == [
         "  1  lr 0.002, depth 2",
         "  2  lr 0.001, depth 2",
     ]
+    low, high = params.get_xlim()
+    assert high - low > 100 * 0.001, "a thousandth does not fill the panel"
+    assert flops.get_xlim()[1] - flops.get_xlim()[0] == pytest.approx(110, rel=0.1)

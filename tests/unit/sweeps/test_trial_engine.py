@@ -19,12 +19,10 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import TrackingConfig, backend
 from sweeps.config.trials import ResourceConfig, ScoreConfig
-from sweeps.trials.driver import TrialDriver
-from sweeps.trials.engine import run_trials
+from sweeps.trials.engine import TrialDriver, run_trials
 from sweeps.trials.ledger import WEIGHT_FOLDERS, LedgerEntry, prune_entries
 from sweeps.trials.ray_tune import ResumableASHA
-from sweeps.trials.source import ListedTrials, TrialOptions
-from sweeps.trials.trial import OUTCOME, Trial, TrialOutcome
+from sweeps.trials.trial import OUTCOME, ListedTrials, Trial, TrialOptions, TrialOutcome
 from tests.helpers.small_corpora import small_config
 
 REPORTS = [{"step": 2, "score": 0.9}, {"step": 4, "score": 0.95}]

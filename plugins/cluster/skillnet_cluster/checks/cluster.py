@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from skillnet_cluster import checked_command
 from skillnet_cluster.checks import FREE_DISK_BYTES, GIB, Finding, Level
 from skillnet_cluster.checks.gpu_probe import GpuDevice, run_sum
 from skillnet_cluster.checks.node_probe import (
@@ -16,7 +17,7 @@ from skillnet_cluster.checks.node_probe import (
     tracker_folder,
 )
 from skillnet_files.entry_points import find_entries
-from skillnet_platform import package_version, storage
+from skillnet_platform import storage
 from skillnet_platform.cluster import loopback
 from skillnet_platform.cluster.capacity import (
     count_places,
@@ -24,7 +25,7 @@ from skillnet_platform.cluster.capacity import (
     list_startable_types,
 )
 from skillnet_platform.cluster.gpu_types import NodeType, describe_device
-from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.terminal_text import format_plural
 from skillnet_platform.tracking import backend
@@ -183,7 +184,7 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
 def check_node_versions(seen: Sequence[NodeProbe]) -> list[Finding]:
     """Check that all nodes have the versions of this node and of the job's sender."""
     found = []
-    sent, here = package_version.expected_versions(), package_version.installed_versions()
+    sent, here = checked_command.expected_versions(), checked_command.installed_versions()
     for each in seen:
         for name, version in each.versions.items():
             if version != here[name]:
@@ -335,7 +336,7 @@ def check_checkpoint_space(
     advice = (
         "free space, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk"
     )
-    needed = estimate_checkpoint_bytes(request)
+    needed = checked_command.estimate_checkpoint_bytes(request)
     if needed > least.free_bytes:
         what = f"{free} free on {least.node}; the run needs {storage.human_bytes(needed)}"
         return [Finding("checkpoints", "error", what, advice)]

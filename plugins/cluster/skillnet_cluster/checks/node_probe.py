@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skillnet_cluster import checked_command
 from skillnet_cluster.checks import Finding
 from skillnet_cluster.checks.gpu_probe import GpuProbe, probe_gpus
-from skillnet_platform import package_version, storage
+from skillnet_platform import storage
 from skillnet_platform.cluster.loopback import choose_port
-from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
-from skillnet_platform.errors import first_line
+from skillnet_platform.cluster.resource_request import ResourceRequest
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import join_location, parse_location
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
@@ -168,11 +169,11 @@ def _look_around(
     away, access = _tracker_problems()
     return {
         "node": address,
-        "versions": package_version.installed_versions(),
+        "versions": checked_command.installed_versions(),
         "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
         "files_seen": {where: _files_in(where, folder) for where in storage_roots(places)},
-        "free_bytes": storage.free_bytes(runs_directory(run_dir)),
+        "free_bytes": storage.free_bytes(checked_command.runs_directory(run_dir)),
         "tracker_problem": away,
         "access_problem": access,
         # The process of the probe takes seconds, so only nodes with GPUs start it.
@@ -226,7 +227,32 @@ def _tracker_problems() -> tuple[str, str]:
     except ValueError as error:
         return str(error), ""
     try:
-        backend.require_access(uri)
+        require_access(uri)
     except ValueError as error:
         return "", str(error)
     return "", ""
+
+
+def require_access(uri: str) -> None:
+    """Check that a tracker accepts the user and password of the environment.
+
+    Raises:
+        UserError: the tracker requires a password, refuses the password, or fails.
+    """
+    if not uri.startswith("http"):
+        return
+    backend.prepare_mlflow_environment()
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    try:
+        backend.create_client(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise UserError(f"tracking.uri {uri}: {first_line(error)}") from None
+        user = read_mlflow_creds().username
+        raise UserError(
+            f"tracking.uri {uri}: the server refuses the user {user} with this password"
+            if user
+            else f"tracking.uri {uri}: the server asks for a password, and none is set"
+        ) from None

@@ -12,13 +12,14 @@ are :func:`build_stage_trials` and :func:`choose_settings`, called by
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 
+from skillnet_evidence.format import format_setting
 from skillnet_platform.errors import UserError
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.system_runs import (
@@ -27,8 +28,8 @@ from skillnet_studies.study.system_runs import (
     build_base_run,
     build_pretraining,
 )
-from sweeps.config.space import SearchDimension, format_setting
-from sweeps.search.space import SearchSpace
+from sweeps.config.space import SearchDimension
+from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.trial import Trial, TrialOutcome
 
 
@@ -235,7 +236,7 @@ def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = [{}]
     seen = {space.identify_point({})}
     count = config.tuning.trials - 1
-    spread = space.spread_points(count, config.tuning.seeds[0], seen)
+    spread = spread_points(space, count, config.tuning.seeds[0], seen)
     for drawn in spread[: max(count, 0)]:
         seen.add(space.identify_point(drawn))
         points.append(space.resolve_assignments(drawn))
@@ -250,6 +251,32 @@ def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
         if identity not in seen:
             seen.add(identity)
             points.append(point)
+    return points
+
+
+def spread_points(
+    space: SearchSpace, count: int, seed: int, seen: Collection[str] = ()
+) -> list[SearchPoint]:
+    """Return distinct points that cover every dimension; a small space has fewer.
+
+    Repeated points of the Latin hypercube, which lists of few values have, are drawn again.
+
+    Args:
+        space: the search space.
+        count: number of points.
+        seed: seed of the design.
+        seen: identities of points that are tried already.
+    """
+    random, found = np.random.default_rng(seed), dict.fromkeys(seen)
+    points: list[SearchPoint] = []
+    for planned in space.latin_hypercube_points(count, seed):
+        point: SearchPoint | None = planned
+        if space.identify_point(planned) in found:
+            point = space.draw_unseen(random, found)
+        if point is None:
+            break
+        found[space.identify_point(point)] = None
+        points.append(point)
     return points
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("flask_wtf", reason="needs Flask-WTF: pip install '.[tracker
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 from werkzeug.security import check_password_hash
 
-from skillnet_platform import tracker
+from skillnet_cluster import tracker
 from skillnet_platform.tracking.backend import sqlite_uri
 
 
@@ -36,7 +36,7 @@ class Hashes:
     """The real comparison, counted, and a clock that the test moves."""
 
     def __init__(self, users: Any) -> None:
-        from skillnet_platform.tracking import authentication
+        from skillnet_cluster import authentication
 
         self.count: Counter[str] = Counter()
         self.now = 0.0
@@ -103,7 +103,7 @@ def test_no_clear_password_is_kept(users: Any) -> None:
 def test_the_server_uses_the_cache_on_both_of_its_request_paths(users: Any) -> None:
     from mlflow.server import auth
 
-    from skillnet_platform.tracking import authentication
+    from skillnet_cluster import authentication
 
     module, name = tracker.AUTHORIZATION.split(":")
     assert (module, name) == (authentication.__name__, authentication.authenticate_request.__name__)

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skillnet_platform import tracker, tracking
+from skillnet_cluster import tracker
+from skillnet_platform import tracking
 from skillnet_platform.tracking.backend import sqlite_path
 from tests.helpers.processes import start_python
 from tests.helpers.sockets import listening, reachable
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parents[3]
 SERVER = "echo $$; sleep 1000 & echo $!; wait"
 STARTS = f"""
 import os, time
-from skillnet_platform import tracker, tracking
+from skillnet_cluster import tracker
+from skillnet_platform import tracking
 with tracker.running_server(["sh", "-c", {SERVER!r}], os.environ):
     os.write(1, b"in\\n")  # print may write the line in two parts
     time.sleep(1000)
@@ -97,7 +99,7 @@ def test_another_server_of_this_shell_is_named(
 def test_the_pages_show_the_runs_and_leave_no_process(run_root: Path) -> None:
     with tracking.start_run("shown", None, where("skillnet")) as run:
         run.text("kept", "note.txt")
-    process = start_python("-m", "skillnet_platform.tracker", "--port", "0")
+    process = start_python("-m", "skillnet_cluster.tracker", "--port", "0")
     assert process.stdout is not None
     url, _, page = process.stdout.readline().strip().partition("/#/")
     assert page.startswith("experiments/")

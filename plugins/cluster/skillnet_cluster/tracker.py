@@ -34,7 +34,7 @@ ADMIN = "admin"
 AUTH_CONFIG = "auth.ini"
 PASSWORD = "admin-password"  # noqa: S105 - a file's name
 SECRET = "session-key"  # noqa: S105 - a file's name
-AUTHORIZATION = "skillnet_platform.tracking.authentication:authenticate_request"
+AUTHORIZATION = "skillnet_cluster.authentication:authenticate_request"
 ARTIFACTS_VARIABLE = "MLFLOW_ARTIFACTS_DESTINATION"
 #: Variables of MLflow's server, unless the user has set them.
 DEFAULTS = {
