@@ -197,14 +197,15 @@ class ArmModels:
 
     def count_weights(self) -> int:
         """Return the weights of all tasks together; a file that several models have counts once."""
-        sizes: dict[str, int] = {}
+        sizes: dict[tuple[str, str], int] = {}
         for folder, tasks in self.places.items():
             model = load_model(folder)
             used = {file for task in tasks for file in model.files_of(task)}
             for path, entry in read_manifest(folder)["files"].items():
                 if path.removesuffix(".safetensors") in used:
                     shapes = read_tensor_shapes(folder / path).values()
-                    sizes[entry["sha256"]] = sum(map(prod, shapes))
+                    # With its name: equal weights of two skills are weights of both.
+                    sizes[path, entry["sha256"]] = sum(map(prod, shapes))
         return sum(sizes.values())
 
     def measure(
