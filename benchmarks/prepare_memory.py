@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, Result, write
+from benchmarks.measure import RESULTS, Result, plain, write
 from benchmarks.media_corpus import ENDING, link_first
 
 PAUSE = 0.2
@@ -219,12 +219,9 @@ def _all_rows(
     if not bare:
         peaks["shared"] = "peak of Ray's store in a worker"
     for name, label in peaks.items():
-        mib = many[name] / 2**20
-        results.append(Result(f"{label}, {kind}", "", "MiB", mib, mib, mib, "", 1, setting))
-    rate = many["rows"] / many["seconds"]
-    results.append(Result(f"prepare, {kind}", "", "rows/s", rate, rate, rate, "", 1, setting,
-                          "wall time; says nothing where the machine was shared"))  # fmt: skip
-    return results
+        results.append(plain(f"{label}, {kind}", "MiB", many[name] / 2**20, "", setting))
+    rate, note = many["rows"] / many["seconds"], "wall time; says nothing where others compute"
+    return [*results, plain(f"prepare, {kind}", "rows/s", rate, "", setting, note)]
 
 
 def main(argv: list[str] | None = None) -> int:
