@@ -203,6 +203,11 @@ def machine() -> str:
     return f"{name}, {count} cores"
 
 
+def stamp() -> dict[str, str]:
+    """Return the date and the machine of a measurement."""
+    return {"date": datetime.date.today().isoformat(), "machine": machine()}
+
+
 def write(
     name: str, results: Sequence[Result], threads: int, folder: Path = RESULTS, clock: str = ""
 ) -> Path:
@@ -212,10 +217,8 @@ def write(
     """
     import torch
 
-    date = datetime.date.today().isoformat()
     common = {
-        "date": date,
-        "machine": machine(),
+        **stamp(),
         "threads": threads,
         "clock": clock or ("cpu" if threads == 1 else "wall"),
         "load": round(os.getloadavg()[0], 1),
@@ -223,7 +226,7 @@ def write(
         "torch": torch.__version__,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date}-{name}.csv"
+    path = folder / f"{common['date']}-{name}.csv"
     rows = [_rounded(asdict(result)) | common for result in results]
     write_csv(path, rows, digits="")
     return path

@@ -9,7 +9,7 @@ lora        a low-rank skill with as many trainable weights, and a head
 head        a head on the frozen base
 full        the grown model per task, nothing frozen: a copy each
 average     mean of the weights that these copies have in common
-ties        the same by :mod:`skillnet.task_vectors`
+ties        the same by :mod:`lab.task_vectors`
 joint       base tasks and added tasks in one run, nothing frozen
 sequential  one dense model, trained further by task after task
 replay      the same, with a step of an old task beside each step, on a part of the old rows
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lab.task_vectors import TiesJoin
 from pipelines.data.shards.dataset import PreparedCorpus
 from pipelines.training.config.growth import GrowConfig, NewSkill, NewTask
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
@@ -48,7 +49,6 @@ from skillnet.serialization import read_manifest, read_tensor_shapes, save_model
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import load_model
-from skillnet.task_vectors import TiesJoin
 from skillnet_platform.tracking import TrackingConfig
 
 #: Bases, by the system that continues from them.
