@@ -94,13 +94,14 @@ def webdataset(folder: Path, rows: int, make: MediaMaker = make_byte) -> None:
     folder.mkdir(parents=True)
     media, caption = folder / "media.jpg", folder / "caption.txt"
     for first in range(0, rows, 1_000):
-        with tarfile.open(folder / f"train-{first // 1_000:06d}.tar", "w") as out:
+        path = folder / f"train-{first // 1_000:06d}.tar"
+        with tarfile.open(path, "w", dereference=True) as out:  # bytes, also of a hard link
             for number in range(first, min(first + 1_000, rows)):
                 make(media, number)
                 caption.write_text(f"{SENTENCE}{number}", encoding="utf-8")
-                for path in (media, caption):
-                    out.add(path, f"{number:09d}{path.suffix}")
-                    path.unlink()
+                for each in (media, caption):
+                    out.add(each, f"{number:09d}{each.suffix}")
+                    each.unlink()
 
 
 MAKERS: tuple[Callable[..., None], ...] = (aic_icc, vatex, aishell1, webdataset)
