@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result, spread
+from benchmarks.measure import Result, plain
 
 ROOT = Path(__file__).parents[1]
 HOSTS = 8
@@ -84,26 +84,23 @@ def run(rounds: int, threads: int) -> list[Result]:
     setting = f"{GROWTHS} growths of {STEPS} steps, {HOSTS} hosts on {cores} cores"
     hits = f"{len(found.kills)} kills ({', '.join(found.kills)}), {found.restarts} restarts"
 
-    def row(
-        name: str, against: str, unit: str, value: float, target: str, note: str = ""
-    ) -> Result:
-        return Result(name, against, unit, *spread([value]), target, 1, setting, note)
+    def share(name: str, against: str, value: float, target: str, note: str) -> Result:
+        return Result(name, against, "ratio", value, value, value, target, 1, setting, note)
 
     times = f"{found.cpu:.0f} CPU s against {found.alone_cpu:.0f}"
     ideal = found.alone_cpu / cores
     return [
-        row("work as jobs", "a command each", "ratio", found.cpu / found.alone_cpu, "<= 1.15",
-            f"{times}; {hits}"),
-        row("wall as jobs", "ideal: work divided by cores", "ratio", found.wall / ideal, "<= 1.15",
-            f"{found.wall:.0f} s against {ideal:.0f}; other programs share the cores"),
-        row("bytes between hosts", "data-parallel training", "ratio",
-            found.moved / found.exchanged, "<= 0.01",
-            f"{found.moved / 2**20:.0f} MB against {found.exchanged / 2**20:.0f}"),
-        row("bytes on the shared disk, checkpoints too", "data-parallel training", "ratio",
-            found.stored / found.exchanged, "", f"{found.stored / 2**20:.0f} MB"),
-        row("lost growths", "", "growths", found.lost, "<= 0", hits),
-        row("weight files that differ from a command for each", "", "files", found.differing,
-            "<= 0"),
+        share("work as jobs", "a command each", found.cpu / found.alone_cpu, "<= 1.15",
+              f"{times}; {hits}"),
+        share("wall as jobs", "ideal: work divided by cores", found.wall / ideal, "<= 1.15",
+              f"{found.wall:.0f} s against {ideal:.0f}; other programs share the cores"),
+        share("bytes between hosts", "data-parallel training", found.moved / found.exchanged,
+              "<= 0.01", f"{found.moved / 2**20:.0f} MB against {found.exchanged / 2**20:.0f}"),
+        share("bytes on the shared disk, checkpoints too", "data-parallel training",
+              found.stored / found.exchanged, "", f"{found.stored / 2**20:.0f} MB"),
+        plain("lost growths", "growths", found.lost, "<= 0", setting, hits),
+        plain("weight files that differ from a command for each", "files", found.differing, "<= 0",
+              setting),
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import Result, spread
+from benchmarks.measure import Result, plain, spread
 from pipelines.finetune import main as finetune
 from pipelines.pretrain import main as pretrain
 from pipelines.training.config.run import FinetuneConfig
@@ -78,15 +78,8 @@ def compare_devices(run: Callable[[bool], FinetuneConfig]) -> list[Result]:
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         difference = (ours.detach() - theirs.detach().cpu()).abs().max()
         worst = max(worst, float(difference / ours.detach().abs().max().clamp(min=1e-12)))
-    return [
-        Result(
-            f"weights after {PARITY_STEPS} steps in float64",
-            "CPU",
-            "largest relative difference",
-            *(worst, worst, worst),
-            target=f"<= {PARITY_LIMIT:g}",
-        )
-    ]
+    label, unit = f"weights after {PARITY_STEPS} steps in float64", "largest relative difference"
+    return [Result(label, "CPU", unit, worst, worst, worst, f"<= {PARITY_LIMIT:g}")]
 
 
 def count_waits(work: Callable[[], object], steps: int) -> list[Result]:
@@ -109,7 +102,7 @@ def count_waits(work: Callable[[], object], steps: int) -> list[Result]:
             found[f"{Path(each.filename).name}:{each.lineno}"] += 1
     rows = [("all", found.total()), *found.most_common(20)]
     return [
-        Result(f"waits of the host, {place}", "", "per step", *3 * (count / steps,), rounds=steps)
+        replace(plain(f"waits of the host, {place}", "per step", count / steps), rounds=steps)
         for place, count in rows
     ]
 
@@ -155,7 +148,7 @@ def measure_tasks(
             seconds = time_steps(step, device, rounds)
         except torch.OutOfMemoryError:
             note = "out of memory"
-            yield Result(name, "", "s per step", *3 * (float("nan"),), setting=setting, note=note)
+            yield plain(name, "s per step", float("nan"), setting=setting, note=note)
             optimizer.zero_grad()
             torch.cuda.empty_cache()
             continue
@@ -168,10 +161,10 @@ def measure_tasks(
             yield Result(name, f"peak of {card.name}", "MFU", *_inverse(seconds, work))
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / GB
-            yield Result(name, "", "GB at the peak", *3 * (peak,), setting=setting)
+            yield plain(name, "GB at the peak", peak, setting=setting)
             planned = (planner.memory(tasks=[]).fixed + cost.peak_bytes) / GB
             note = "Adam state of all tasks; measured is that of the tasks up to this one"
-            yield Result(name, "", "GB of the plan", *3 * (planned,), setting=setting, note=note)
+            yield plain(name, "GB of the plan", planned, setting=setting, note=note)
 
 
 def time_steps(step: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
@@ -230,7 +223,7 @@ def run_commands(name: str, use_gpu: bool, options: Sequence[str] = ()) -> Itera
         )
         if done.returncode:
             note = done.stderr.strip().splitlines()[-1][:200]
-            yield Result(words[0], "", "s", *3 * (float("nan"),), note=note)
+            yield plain(words[0], "s", float("nan"), note=note)
             return
         yield from read_run_result(words[0], json.loads(done.stdout))
 
@@ -248,10 +241,10 @@ def read_run_result(command: str, result: dict[str, Any]) -> Iterator[Result]:
         ("rows_per_second", "rows per second", 1),
         ("waiting", "% of the time waiting for data", 100),
     ):
-        yield Result(command, "", unit, *3 * (factor * result[key],), setting=setting)
+        yield plain(command, unit, factor * result[key], setting=setting)
     for row in result["evaluation"]:
         measured = f"{command}: {row['metric']} of {row['task']}, {row['split']}"
-        yield Result(measured, "", row["metric"], *3 * (row["value"],), setting=setting)
+        yield plain(measured, row["metric"], row["value"], setting=setting)
 
 
 def main(argv: list[str] | None = None) -> int:

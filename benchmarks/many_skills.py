@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result
+from benchmarks.measure import Result, alternate, spread
 from skillnet_platform.storage import data_root
 
 SIZES = (7, 56, 224, 1000)
@@ -64,11 +64,10 @@ class _PrivateMemory(threading.Thread):
 def run(rounds: int, threads: int) -> list[Result]:
     """Train once per size and round, in turns."""
     found: dict[int, list[dict[str, float]]] = {size: [] for size in SIZES}
-    for number in range(min(rounds, 3)):
-        for size in SIZES if number % 2 == 0 else reversed(SIZES):
-            words = [sys.executable, "-m", "benchmarks.many_skills", str(size)]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
-            found[size].append(json.loads(done.stdout.splitlines()[-1]))
+    for _, size in alternate(SIZES, min(rounds, 3)):
+        words = [sys.executable, "-m", "benchmarks.many_skills", str(size)]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        found[size].append(json.loads(done.stdout.splitlines()[-1]))
     results = []
     few = found[SIZES[0]]
     for size in SIZES[1:]:
@@ -80,20 +79,10 @@ def run(rounds: int, threads: int) -> list[Result]:
             ("peak private memory", "ratio", "", _pair(many, few, "memory")),
             ("resumed start", "s more", "", _pair(many, few, "resumed", is_ratio=False)),
         ):
-            low, high, middle = min(figures), max(figures), statistics.median(figures)
-            results.append(
-                Result(
-                    f"{measured}, {size} skills",
-                    "7 skills",
-                    unit,
-                    middle,
-                    low,
-                    high,
-                    target,
-                    len(figures),
-                    "width 64, 4 layers, 16 rows; one task trained",
-                )
-            )
+            names = f"{measured}, {size} skills", "7 skills"
+            setting = "width 64, 4 layers, 16 rows; one task trained"
+            figure = spread(figures)
+            results.append(Result(*names, unit, *figure, target, len(figures), setting))
     return results
 
 

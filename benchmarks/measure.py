@@ -10,17 +10,21 @@ import csv
 import datetime
 import multiprocessing
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from skillnet_platform import console
+from skillnet_platform.storage import data_root
 from skillnet_platform.tables import write_csv
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,6 +77,38 @@ class Result:
             self.met = "yes" if good else "no"
 
 
+def plain(
+    measured: str, unit: str, value: float, target: str = "", setting: str = "", note: str = ""
+) -> Result:
+    """One figure of one round, below no fraction bar."""
+    return Result(measured, "", unit, value, value, value, target, 1, setting, note)
+
+
+def find_corpora(name: str, needed: str = "headings") -> Path | None:
+    """Return the folder of prepared corpora; None, with a warning, where one is missing.
+
+    Args:
+        name: benchmark that needs them.
+        needed: corpus that must be there.
+    """
+    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root()).absolute()
+    if (data / needed / "manifest.json").is_file():
+        return data
+    console.print_warning(f"{name} needs prepared corpora; there are none in {data}")
+    return None
+
+
+Name = TypeVar("Name")
+
+
+def alternate(names: Iterable[Name], rounds: int, first: int = 0) -> Iterator[tuple[int, Name]]:
+    """Yield each contender in each round, every other round in reverse order."""
+    ordered = list(names)
+    for number in range(first, rounds):
+        for name in ordered if number % 2 == 0 else reversed(ordered):
+            yield number, name
+
+
 def clock_for(threads: int) -> Clock:
     """CPU time of the process for one thread, wall time for several."""
     return time.process_time if threads == 1 else time.perf_counter
@@ -86,11 +122,10 @@ def in_turns(
     for name in names * warmup:
         runs[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            begin = clock()
-            runs[name]()
-            seconds[name].append(clock() - begin)
+    for _, name in alternate(names, rounds):
+        begin = clock()
+        runs[name]()
+        seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -106,6 +141,26 @@ def timed(work: Callable[[], object], without: Sequence[str] = ()) -> Took:
     cpu, wall = tree_cpu_time(without), time.perf_counter()
     work()
     return Took(tree_cpu_time(without) - cpu, time.perf_counter() - wall)
+
+
+def time_command(words: Sequence[str], codes: Sequence[int] = (0,), **variables: str) -> Took:
+    """Run a program to its end; say what it and its children took.
+
+    Args:
+        words: command line.
+        codes: exit codes that it may have.
+        variables: of its environment, in addition.
+    """
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    cpu, wall = used(), time.perf_counter()
+    done = subprocess.run(words, env=os.environ | variables, capture_output=True)
+    if done.returncode not in codes:
+        raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}")
+    return Took(used() - cpu, time.perf_counter() - wall)
 
 
 def tree_cpu_time(without: Sequence[str] = ()) -> float:
@@ -148,6 +203,11 @@ def machine() -> str:
     return f"{name}, {count} cores"
 
 
+def stamp() -> dict[str, str]:
+    """Return the date and the machine of a measurement."""
+    return {"date": datetime.date.today().isoformat(), "machine": machine()}
+
+
 def write(
     name: str, results: Sequence[Result], threads: int, folder: Path = RESULTS, clock: str = ""
 ) -> Path:
@@ -157,10 +217,8 @@ def write(
     """
     import torch
 
-    date = datetime.date.today().isoformat()
     common = {
-        "date": date,
-        "machine": machine(),
+        **stamp(),
         "threads": threads,
         "clock": clock or ("cpu" if threads == 1 else "wall"),
         "load": round(os.getloadavg()[0], 1),
@@ -168,7 +226,7 @@ def write(
         "torch": torch.__version__,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date}-{name}.csv"
+    path = folder / f"{common['date']}-{name}.csv"
     rows = [_rounded(asdict(result)) | common for result in results]
     write_csv(path, rows, digits="")
     return path
@@ -275,9 +333,8 @@ def rounds_of(
 ) -> dict[str, list[Took]]:
     """What each took in each round, after one to warm up; every other round in reverse order."""
     took: dict[str, list[Took]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name in sides if number % 2 == 0 else reversed(sides):
-            one = sides[name](*words)
-            if number:
-                took[name].append(one)
+    for number, name in alternate(sides, rounds + 1):
+        one = sides[name](*words)
+        if number:
+            took[name].append(one)
     return took

@@ -16,7 +16,6 @@ Five gigabytes of a kind are 4,000 rows of sound, 11,700 of image and 7,800 of v
 
 import argparse
 import json
-import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -25,12 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, Result, write
+from benchmarks.measure import RESULTS, Result, plain, write
 from benchmarks.media_corpus import ENDING, link_first
 
 PAUSE = 0.2
 #: What is in a process' command line while it decodes and writes shards, or reads rows.
-DOING = {"worker": ("ray::MapBatches", "multiprocessing"), "reader": ("ray::ReadCorpusBlocks",)}
+DOING = {"worker": "ray::MapBatches", "reader": "ray::ReadCorpusBlocks"}
 #: What the issue asks for: flat within a tenth.
 FLAT = 1.10
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,8 +66,8 @@ class Peaks(threading.Thread):
                 except psutil.Error:
                     continue
                 reported = " ".join(name)
-                for kind, words in DOING.items():
-                    if any(word in reported for word in words):
+                for kind, word in DOING.items():
+                    if word in reported:
                         self.doing[child.pid] = kind
                 if child.pid in self.doing:
                     used = anonymous(child.pid)
@@ -96,7 +95,7 @@ def resident(pid: int, kind: str) -> int:
     return int(next(lines, f"{kind}: 0 kB").split()[1]) * 1024
 
 
-def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
+def one(folder: Path, kind: str, shard_rows: int, cpus: int) -> dict[str, Any]:
     """Prepare a corpus from this process and say what it took."""
     from skillnet_corpora.readers.folder import FolderCorpus
 
@@ -106,8 +105,7 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict
     corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a twentieth of the rows is many
     peaks = Peaks()
     with tempfile.TemporaryDirectory(dir=folder.parent) as data:
-        run = _without_ray if bare else _with_ray
-        rows, shards, seconds = run(corpus, Path(data), cpus, peaks)
+        rows, shards, seconds = _prepare(corpus, Path(data), cpus, peaks)
     peaks.stopped.set()
     peaks.join()
     reported = {kind: peaks.largest(kind) for kind in DOING}
@@ -115,7 +113,7 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict
     return reported | {"rows": rows, "shards": shards, "seconds": seconds}
 
 
-def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
+def _prepare(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
     """``skillnet prepare``."""
     from pipelines.data.preprocessing.prepare import prepare
     from skillnet_platform.cluster import ensure_ray
@@ -128,43 +126,8 @@ def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, in
     return done["rows_out"], len(list(data.glob("folder/*.arrow"))), seconds
 
 
-def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
-    """The same reading and writing code with a pool of processes in Ray's place: this process
-    reads, and waits while twice as many blocks as processes are on their way."""
-    from pipelines.data.corpora.base import SourceArchives
-    from pipelines.data.preprocessing.jobs import CorpusJob, read_units, write_block
-
-    if corpus.text_columns:
-        corpus.annotations_present = ()  # no tokenizer is learnt here
-        shard_rows = corpus.shard_rows
-        corpus.finalize_schema()
-        corpus.shard_rows = shard_rows
-    corpus.scan_labels()
-    jobs = [CorpusJob(corpus, SourceArchives.none(), data, staging_dir=data)]
-    waiting: list[Any] = []
-    rows = shards = 0
-    begin = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(cpus) as pool:
-        peaks.start()
-        for unit in read_units(0, jobs[0]):
-            waiting.append(pool.apply_async(write_block, (jobs, "memory", unit)))
-            if len(waiting) >= 2 * cpus:
-                rows, shards = _count(waiting.pop(0), rows, shards)
-        for each in waiting:
-            rows, shards = _count(each, rows, shards)
-    return rows, shards, time.monotonic() - begin
-
-
-def _count(result: Any, rows: int, shards: int) -> tuple[int, int]:
-    done = json.loads(result.get()["done"][0].as_py())
-    if "summary" in done:
-        return rows, shards
-    assert not done["bad"], done
-    return rows + done["rows"], shards + 1
-
-
 def compare(
-    media: Path, kind: str, times: list[int], limit: int, shard_rows: int, cpus: int, bare: bool
+    media: Path, kind: str, times: list[int], limit: int, shard_rows: int, cpus: int
 ) -> list[Result]:
     """A corpus at parts of its rows and at all of them."""
     whole = media / kind
@@ -172,7 +135,7 @@ def compare(
     if limit and limit < rows:
         whole, rows = media / f"{kind}-{limit}", limit
         link_first(media / kind, whole, rows)
-    more = ["--shard-rows", str(shard_rows), "--cpus", str(cpus), *["--without-ray"] * bare]
+    more = ["--shard-rows", str(shard_rows), "--cpus", str(cpus)]
     many, size = _measure(whole, kind, media, more)
     results = []
     for each in times:
@@ -182,14 +145,13 @@ def compare(
         setting = (
             f"{few['rows']} rows ({few_size:.2f} GB) and {many['rows']} rows ({size:.2f} GB) "
             f"in shards of {shard_rows}, {cpus} CPUs"
-            + (", a pool of processes in the place of Ray" if bare else "")
         )
         for name, label in _seen(few, many).items():
             ratio = many[name] / few[name]
             target = f"<= {FLAT}" if name == "worker" else ""
             results.append(Result(f"peak memory of the {label}, {kind}", f"{each} x fewer rows",
                                   "ratio", ratio, ratio, ratio, target, 1, setting))  # fmt: skip
-    return [*results, *_all_rows(kind, many, size, bare, f"shards of {shard_rows}, {cpus} CPUs")]
+    return [*results, *_all_rows(kind, many, size, f"shards of {shard_rows}, {cpus} CPUs")]
 
 
 def _measure(folder: Path, kind: str, media: Path, more: list[str]) -> tuple[dict[str, Any], float]:
@@ -210,21 +172,15 @@ def _seen(*each: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _all_rows(
-    kind: str, many: dict[str, Any], size: float, bare: bool, setting: str
-) -> list[Result]:
+def _all_rows(kind: str, many: dict[str, Any], size: float, setting: str) -> list[Result]:
     setting = f"{many['rows']} rows ({size:.2f} GB) in {setting}"
     results = []
     peaks = {name: f"peak memory of the {label}" for name, label in _seen(many).items()}
-    if not bare:
-        peaks["shared"] = "peak of Ray's store in a worker"
+    peaks["shared"] = "peak of Ray's store in a worker"
     for name, label in peaks.items():
-        mib = many[name] / 2**20
-        results.append(Result(f"{label}, {kind}", "", "MiB", mib, mib, mib, "", 1, setting))
-    rate = many["rows"] / many["seconds"]
-    results.append(Result(f"prepare, {kind}", "", "rows/s", rate, rate, rate, "", 1, setting,
-                          "wall time; says nothing where the machine was shared"))  # fmt: skip
-    return results
+        results.append(plain(f"{label}, {kind}", "MiB", many[name] / 2**20, "", setting))
+    rate, note = many["rows"] / many["seconds"], "wall time; says nothing where others compute"
+    return [*results, plain(f"prepare, {kind}", "rows/s", rate, "", setting, note)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,12 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--without-ray", action="store_true", help="a pool in its place")
     parser.add_argument("--one", choices=list(ENDING), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     media = given.media.absolute()
-    how = (given.shard_rows, given.cpus, given.without_ray)
+    how = (given.shard_rows, given.cpus)
     if given.one:
         print(json.dumps(one(given.folder, given.one, *how)))
         return 0

@@ -15,17 +15,17 @@ import inspect
 import json
 import os
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import cycle, islice
 from pathlib import Path
 from time import process_time
 
+from benchmarks import reader_memory
 from benchmarks.measure import Result, ratio, side, spread
 from benchmarks.media_corpus import files
 from benchmarks.prepare_speed import FILES, PAGES, Work, beyond, engine, loop, passes
+from benchmarks.reader_memory import MediaMaker
 
 CLOCK = "wall of the rows of a prepare, cpu of a reading task"
 KINDS = ("image", "sound")
@@ -85,9 +85,13 @@ def _reading(per_row: float, rounds: int) -> list[Result]:
     """What a row costs the reading task, in each layout."""
     results = []
     pictures = files("image", FILES["image"])
+
+    def link_picture(path: Path, number: int) -> None:
+        path.hardlink_to(pictures[number % len(pictures)])
+
     for name, (write, rows) in LAYOUTS.items():
         with tempfile.TemporaryDirectory(dir=pictures[0].parent) as folder:
-            write(Path(folder) / "corpus", list(islice(cycle(pictures), rows)))
+            write(Path(folder) / "corpus", rows, link_picture)
             seconds = [_read(name, Path(folder), rows) / rows for _ in range(rounds + 1)][1:]
         setting = f"{rows} rows on a disk, read once before"
         results += [
@@ -119,91 +123,32 @@ def _read(reader: str, folder: Path, rows: int) -> float:
     return took
 
 
-def _write_folder(folder: Path, pictures: list[Path]) -> None:
+def _write_folder(folder: Path, rows: int, make: MediaMaker) -> None:
     """Captions in metadata.jsonl, and as many names of pictures as rows."""
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as stream:
-        for name, caption in _linked(folder, pictures):
-            stream.write(json.dumps({"file_name": name, "text": caption}) + "\n")
+        for number in range(rows):
+            name = f"{number:08d}.jpg"
+            make(folder / name, number)
+            stream.write(json.dumps({"file_name": name, "text": f"第{number}张图"}) + "\n")
 
 
-def _write_aic_icc(folder: Path, pictures: list[Path]) -> None:
-    """AI Challenger's layout: one array of records, five captions each."""
-    home = folder / "ai_challenger_caption_train_20170902"
-    images = home / "caption_train_images_20170902"
-    images.mkdir(parents=True)
-    records = [
-        {"image_id": name, "caption": [f"{caption}{n}" for n in range(5)]}
-        for name, caption in _linked(images, pictures)
-    ]
-    (home / "caption_train_annotations_20170902.json").write_text(json.dumps(records))
-
-
-def _write_tars(folder: Path, pictures: list[Path]) -> None:
-    """Pictures and captions by turns in one tar."""
-    folder.mkdir()
-    caption = folder / "caption.txt"
-    caption.write_text("一张图")
-    with tarfile.open(folder / "train-000000.tar", "w") as tar:
-        for number, picture in enumerate(pictures):
-            tar.add(picture, f"{number:08d}.jpg")
-            tar.add(caption, f"{number:08d}.txt")
-    caption.unlink()
-
-
-def _write_vatex(folder: Path, pictures: list[Path]) -> None:
-    """An array of records with ten captions in either language, and as many names of clips."""
-    clips = folder / "clips"
-    clips.mkdir(parents=True)
-    records = []
-    for number, picture in enumerate(pictures):
-        name = f"{number:011d}_000000_000010"
-        (clips / f"{name}.mp4").hardlink_to(picture)
-        record = {"videoID": name, "enCap": [f"A person shows picture {number}, {n}"
-                                             for n in range(10)]}  # fmt: skip
-        records.append(record | {"chCap": [f"有人拿出第{number}张图{n}" for n in range(10)]})
-    (folder / "vatex_training_v1.0.json").write_text(json.dumps(records))
-
-
-def _write_aishell1(folder: Path, pictures: list[Path]) -> None:
-    """A transcript, and as many names of recordings, by speakers of 360."""
-    lines = []
-    for number, picture in enumerate(pictures):
-        speaker = f"S{number // 360 + 2:04d}"
-        name = f"BAC009{speaker}W{number % 360 + 122:04d}"
-        home = folder / "data_aishell" / "wav" / "train" / speaker
-        home.mkdir(parents=True, exist_ok=True)
-        (home / f"{name}.wav").hardlink_to(picture)
-        lines.append(f"{name} 广州市 房地产 中介 协会 分析\n")
-    transcript = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
-    transcript.parent.mkdir()
-    transcript.write_text("".join(lines), encoding="utf-8")
-
-
-def _write_codesearchnet(folder: Path, pictures: list[Path]) -> None:
-    """A compressed file of functions; pictures are none of its business."""
+def _write_codesearchnet(folder: Path, rows: int, make: MediaMaker) -> None:
+    """A compressed file of functions, without media."""
     home = folder / "python" / "final" / "jsonl" / "train"
     home.mkdir(parents=True)
     source, said = inspect.getsource(shutil.move), inspect.getdoc(shutil.move)
     row = {"func_name": "move", "language": "python", "original_string": source, "code": source,
            "code_tokens": source.split(), "docstring": said}  # fmt: skip
     with gzip.open(home / "python_train_0.jsonl.gz", "wt", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for _ in pictures)
+        stream.writelines(json.dumps(row) + "\n" for _ in range(rows))
 
 
-def _linked(folder: Path, pictures: list[Path]) -> Iterator[tuple[str, str]]:
-    """A name of its own for each row, and a caption."""
-    for number, picture in enumerate(pictures):
-        name = f"{number:08d}.jpg"
-        (folder / name).hardlink_to(picture)
-        yield name, f"第{number}张图"
-
-
-LAYOUTS: dict[str, tuple[Callable[[Path, list[Path]], None], int]] = {
+LAYOUTS: dict[str, tuple[Callable[[Path, int, MediaMaker], None], int]] = {
     "folder": (_write_folder, READ_ROWS),
-    "aic_icc": (_write_aic_icc, READ_ROWS),
-    "vatex": (_write_vatex, READ_ROWS),
-    "aishell1": (_write_aishell1, READ_ROWS),
+    "aic_icc": (reader_memory.aic_icc, READ_ROWS),
+    "vatex": (reader_memory.vatex, READ_ROWS),
+    "aishell1": (reader_memory.aishell1, READ_ROWS),
     "codesearchnet": (_write_codesearchnet, READ_ROWS),
-    "webdataset": (_write_tars, TAR_ROWS),
+    "webdataset": (reader_memory.webdataset, TAR_ROWS),
 }

@@ -23,7 +23,17 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from benchmarks.measure import Result, Took, clock_for, in_turns, ratio, side, spread
+from benchmarks.measure import (
+    Result,
+    Took,
+    alternate,
+    clock_for,
+    in_turns,
+    plain,
+    ratio,
+    side,
+    spread,
+)
 from benchmarks.media_corpus import CLIP, FRAMES, PICTURE, decode, files
 
 #: Different files; rows go round in them.
@@ -139,11 +149,8 @@ def _costs(
                    "wall time of a pass that its rows do not explain")
         )  # fmt: skip
     first = starts["engine"] - statistics.median(took.wall for took in few["engine"])
-    results.append(
-        Result(f"start of Ray, {kind}", "", "s", first, first, first, "", 1, "",
-               "wall time of the first pass beyond a later one")
-    )  # fmt: skip
-    return results
+    note = "wall time of the first pass beyond a later one"
+    return [*results, plain(f"start of Ray, {kind}", "s", first, note=note)]
 
 
 def passes(
@@ -152,10 +159,9 @@ def passes(
     """What a pass over few rows and one over many took each side, in each round, in turns."""
     few: dict[Side, list[Took]] = {name: [] for name in sides}
     many: dict[Side, list[Took]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sides if number % 2 == 0 else reversed(list(sides)):
-            few[name].append(sides[name](few_rows))
-            many[name].append(sides[name](many_rows))
+    for _, name in alternate(sides, rounds):
+        few[name].append(sides[name](few_rows))
+        many[name].append(sides[name](many_rows))
     return few, many
 
 

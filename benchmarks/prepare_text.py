@@ -13,16 +13,13 @@ import json
 import multiprocessing
 import os
 import random
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.measure import Result, Took, ratio, spread
+from benchmarks.measure import Result, Took, alternate, ratio, spread, time_command
 
 #: Rows of the files.
 ROWS = (10_000, 1_000_000)
@@ -74,21 +71,11 @@ def _compare(path: Path, tokenizer: Path, processes: int, rounds: int) -> dict[s
         "pool": [module, "pool", *given],
     }
     took: dict[str, list[Took]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sides if number % 2 == 0 else reversed(list(sides)):
-            with tempfile.TemporaryDirectory() as output:
-                took[name].append(_time_command([*sides[name], f"{output}/out"]))
+    for _, name in alternate(sides, rounds):
+        with tempfile.TemporaryDirectory() as output:
+            words = [sys.executable, "-m", *sides[name], f"{output}/out"]
+            took[name].append(time_command(words))
     return took
-
-
-def _time_command(words: list[str]) -> Took:
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    cpu, wall = used(), time.perf_counter()
-    subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
-    return Took(used() - cpu, time.perf_counter() - wall)
 
 
 def write_rows(path: Path, rows: int) -> Path:

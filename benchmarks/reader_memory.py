@@ -12,7 +12,6 @@ a loading process is sent. Their files have a size and no content. Beside them, 
 same entries in JSON costs.
 """
 
-import io
 import json
 import multiprocessing
 import shutil
@@ -26,7 +25,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result, spread, write
+from benchmarks.measure import Result, plain, spread, write
 from pipelines.data.corpora import ExternalCorpus, open_external_corpus
 from pipelines.data.corpora.base import SourceArchives
 from pipelines.data.preprocessing.blocks import write_spool
@@ -38,7 +37,16 @@ SENTENCE = "两个穿着运动服的人在球场上打着网球呢"
 NAMES = {"aic_icc": "AIC-ICC", "vatex": "VATEX", "aishell1": "AISHELL-1", "webdataset": "tars"}
 
 
-def aic_icc(folder: Path, rows: int) -> None:
+#: Makes the media file of a row at a path.
+MediaMaker = Callable[[Path, int], object]
+
+
+def make_byte(path: Path, number: int) -> None:
+    """Write a file that no reader opens."""
+    path.write_bytes(b"x")
+
+
+def aic_icc(folder: Path, rows: int, make: MediaMaker = make_byte) -> None:
     """Pictures named by 40 digits, five captions each."""
     home = folder / "ai_challenger_caption_train_20170902"
     images = home / "caption_train_images_20170902"
@@ -46,27 +54,27 @@ def aic_icc(folder: Path, rows: int) -> None:
     records = []
     for number in range(rows):
         name = f"{number:040x}.jpg"
-        (images / name).touch()
+        make(images / name, number)
         captions = [f"{SENTENCE}{each}{number}" for each in range(5)]
         records.append({"url": "http://x/1", "image_id": name, "caption": captions})
     text = json.dumps(records, ensure_ascii=False)
     (home / "caption_train_annotations_20170902.json").write_text(text, encoding="utf-8")
 
 
-def vatex(folder: Path, rows: int) -> None:
+def vatex(folder: Path, rows: int, make: MediaMaker = make_byte) -> None:
     """Clips named by YouTube's ids, ten captions in each language."""
     (folder / "clips").mkdir(parents=True)
     records = []
     for number in range(rows):
         name = f"{number:011x}_000122_000132"
-        (folder / "clips" / f"{name}.mp4").touch()
+        make(folder / "clips" / f"{name}.mp4", number)
         captions = [f"{SENTENCE}{each}{number}" for each in range(10)]
         records.append({"videoID": name, "enCap": captions, "chCap": captions})
     text = json.dumps(records, ensure_ascii=False)
     (folder / "vatex_training_v1.0.json").write_text(text, encoding="utf-8")
 
 
-def aishell1(folder: Path, rows: int) -> None:
+def aishell1(folder: Path, rows: int, make: MediaMaker = make_byte) -> None:
     """Speakers of 360 utterances."""
     lines = []
     for number in range(rows):
@@ -74,26 +82,29 @@ def aishell1(folder: Path, rows: int) -> None:
         home = folder / "data_aishell" / "wav" / "train" / f"S{speaker:04d}"
         home.mkdir(parents=True, exist_ok=True)
         name = f"BAC009S{speaker:04d}W{each:04d}"
-        (home / f"{name}.wav").touch()
+        make(home / f"{name}.wav", number)
         lines.append(f"{name} {SENTENCE[:4]} {SENTENCE[4:14]}\n")
     (folder / "data_aishell" / "transcript").mkdir()
     reported = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
     reported.write_text("".join(lines), encoding="utf-8")
 
 
-def webdataset(folder: Path, rows: int) -> None:
+def webdataset(folder: Path, rows: int, make: MediaMaker = make_byte) -> None:
     """Pictures with a caption each, a thousand in a tar."""
     folder.mkdir(parents=True)
+    media, caption = folder / "media.jpg", folder / "caption.txt"
     for first in range(0, rows, 1_000):
-        with tarfile.open(folder / f"train-{first // 1_000:06d}.tar", "w") as out:
+        path = folder / f"train-{first // 1_000:06d}.tar"
+        with tarfile.open(path, "w", dereference=True) as out:  # bytes, also of a hard link
             for number in range(first, min(first + 1_000, rows)):
-                for ending, data in (("jpg", b"x"), ("txt", f"{SENTENCE}{number}".encode())):
-                    entry = tarfile.TarInfo(f"{number:09d}.{ending}")
-                    entry.size = len(data)
-                    out.addfile(entry, io.BytesIO(data))
+                make(media, number)
+                caption.write_text(f"{SENTENCE}{number}", encoding="utf-8")
+                for each in (media, caption):
+                    out.add(each, f"{number:09d}{each.suffix}")
+                    each.unlink()
 
 
-MAKERS: tuple[Callable[[Path, int], None], ...] = (aic_icc, vatex, aishell1, webdataset)
+MAKERS: tuple[Callable[..., None], ...] = (aic_icc, vatex, aishell1, webdataset)
 
 
 def peak(corpus: ExternalCorpus) -> int:
@@ -130,7 +141,7 @@ def measured(folder: Path, sizes: tuple[int, int] = SIZES) -> list[Result]:
             value = max(0.0, (many - few) / (sizes[1] - sizes[0]))
             name = f"{what}, {NAMES[make.__name__]}"
             setting = f"{sizes[0]} and {sizes[1]} rows"
-            results.append(Result(name, "", unit, value, value, value, setting=setting))
+            results.append(plain(name, unit, value, setting=setting))
     return results
 
 
@@ -246,21 +257,9 @@ def measure_shards(
                 results.append(
                     Result(name, "", "CPU s", *spread(seconds), "<= 3" * target, count, setting)
                 )
-                for what, value, limit in ((name, added, "<= 300"), (f"{name}, sent", size, "")):
-                    megabytes = value / 1e6
-                    unit = "MB of a node" if what == name else "MB to a loader"
-                    results.append(
-                        Result(
-                            what,
-                            "",
-                            unit,
-                            megabytes,
-                            megabytes,
-                            megabytes,
-                            limit * target,
-                            setting=setting,
-                        )
-                    )
+                limit = "<= 300" * target
+                results.append(plain(name, "MB of a node", added / 1e6, limit, setting))
+                results.append(plain(f"{name}, sent", "MB to a loader", size / 1e6, "", setting))
         shutil.rmtree(place)
     return results
 

@@ -8,20 +8,16 @@ one thread. Their floor is a process that imports torch. A wrong name of a file 
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result, Took, ratio, side, spread
-from skillnet_platform import console
-from skillnet_platform.storage import data_root
+from benchmarks.measure import Result, Took, find_corpora, ratio, side, spread, time_command
 
 CLOCK = "wall and cpu"
 MOST_ROUNDS = 5
@@ -34,9 +30,8 @@ def run(rounds: int, threads: int) -> list[Result]:
     """Seconds of a registration and of commands with a registered model, and their floor."""
     del threads
     rounds = min(rounds, MOST_ROUNDS)
-    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root()).absolute()
-    if not (data / "headings" / "manifest.json").is_file():
-        console.print_warning(f"registration needs prepared corpora; there are none in {data}")
+    data = find_corpora("registration")
+    if data is None:
         return []
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skillnet-")))
@@ -60,7 +55,9 @@ def run(rounds: int, threads: int) -> list[Result]:
             for name, command in commands.items():
                 if name == "search, new index":
                     shutil.rmtree(home / "cache" / "indexes", ignore_errors=True)
-                took[name].append(_timed_command(command))
+                # A wrong name ends with 2.
+                codes = (2,) if name == "wrong name" else (0,)
+                took[name].append(time_command(command, codes, OMP_NUM_THREADS="1"))
     wall = spread([taken.wall for taken in registrations])
     setting = f"demo's model and corpora, {len(os.sched_getaffinity(0))} cores"
     results = [
@@ -70,17 +67,9 @@ def run(rounds: int, threads: int) -> list[Result]:
     for name in ("predict", "search, new index", "search", "wrong name", "floor"):
         target = "<= 3" if name in ("predict", "search") else ""
         results.append(Result(name, "", "CPU s", *spread(cpu[name]), target, rounds, setting))
-    results += [
-        Result(
-            name,
-            "import of torch",
-            "ratio of CPU times",
-            *ratio(cpu[name], cpu["floor"]),
-            "",
-            rounds,
-        )
-        for name in ("predict", "search")
-    ]
+    for name in ("predict", "search"):
+        found = ratio(cpu[name], cpu["floor"])
+        results.append(Result(name, "import of torch", "ratio of CPU times", *found, "", rounds))
     return results
 
 
@@ -109,17 +98,3 @@ def _train(data: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pipelines.finetune", *words], check=True, stdout=subprocess.DEVNULL
     )
-
-
-def _timed_command(command: list[str]) -> Took:
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # A wrong name ends with 2.
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    if done.returncode not in (0, 2) or (done.returncode == 2) != ("missing.png" in command):
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Took(cpu, time.perf_counter() - began)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import Result
+from benchmarks.measure import Result, plain
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.predictor import TaskPredictor
@@ -200,7 +200,7 @@ def _measure_routes(name: str, domains: dict[str, Manual], tokenizer: object) ->
         precision = float(is_right[order[: round(share * len(order))]].mean())
         target = ">= 0.97" if share == GOAL else ""
         label = f"{name}: right at coverage {share:.0%}"
-        results.append(Result(label, "", "share", precision, precision, precision, target, 1, size))
+        results.append(plain(label, "share", precision, target, size))
     answered = np.array([bool(each.tasks) for each in routed])
     hit = np.array([owner in each.tasks for owner, each in zip(owners, routed, strict=True)])
     foreign = np.mean([each.doubt.startswith("unlike") for each in routed])
@@ -312,17 +312,7 @@ def _measure_scores(name: str, domains: dict[str, Manual], tokenizer: object) ->
         "points lost on the answered": (100 * loss, "<= 1"),
     }
     return [
-        Result(
-            f"{name}: {label}",
-            "",
-            "points" if "points" in label else "share",
-            x,
-            x,
-            x,
-            goal,
-            1,
-            size,
-        )
+        plain(f"{name}: {label}", "points" if "points" in label else "share", x, goal, size)
         for label, (x, goal) in figures.items()
     ]
 

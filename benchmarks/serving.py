@@ -27,10 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.measure import Result, Spread, ratio, spread
-from skillnet_platform import console
+from benchmarks.measure import Result, alternate, find_corpora, plain, ratio, spread
 from skillnet_platform.cluster.loopback import choose_port
-from skillnet_platform.storage import data_root
 
 CLOCK = "wall and cpu"
 CLIENTS, REPLICAS = 50, 2
@@ -97,9 +95,8 @@ def run(rounds: int, threads: int) -> list[Result]:
     """Requests per second, waits, CPU time, memory and lost requests."""
     del threads
     rounds = min(rounds, MOST_ROUNDS)
-    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root()).absolute()
-    if not (data / "headings" / "manifest.json").is_file():
-        console.print_warning(f"serving needs prepared corpora; there are none in {data}")
+    data = find_corpora("serving")
+    if data is None:
         return []
     with tempfile.TemporaryDirectory(prefix="skillnet-") as place:
         os.environ["SKILLNET_HOME"] = place
@@ -115,21 +112,15 @@ def _compare(bundle: Path, rounds: int) -> list[Result]:
     ):
         servers = {OURS: first, OTHER: second}
         results = []
-        for measured, unit, values in (
-            ("time to ready", "s", {name: each.ready_s for name, each in servers.items()}),
-            ("private memory", "MiB", {name: _memory(each) for name, each in servers.items()}),
-        ):
-            results += [
-                Result(f"{measured}, {name}", "", unit, value, value, value)
-                for name, value in values.items()
-            ]
+        for name, each in servers.items():
+            results.append(plain(f"time to ready, {name}", "s", each.ready_s))
+            results.append(plain(f"private memory, {name}", "MiB", _memory(each)))
         for clients, requests in SIDE_BY_SIDE.items():
             found: dict[str, list[LoadRound]] = {name: [] for name in servers}
             for server in servers.values():
                 _send_load(server, clients, 4)  # the first requests load lazily
-            for number in range(rounds):
-                for name in list(servers)[:: 1 if number % 2 == 0 else -1]:
-                    found[name].append(_send_load(servers[name], clients, requests))
+            for _, name in alternate(servers, rounds):
+                found[name].append(_send_load(servers[name], clients, requests))
             results += _describe_pair(found, clients, clients * requests)
     return results
 
@@ -141,16 +132,8 @@ def _describe_pair(
     plural = "client" if clients == 1 else "clients"
     rounds = len(found[OURS])
     for name, measured in found.items():
-        for what, unit, values in (
-            ("requests", "1/s", [each.rate for each in measured]),
-            ("wait, median", "ms", [each.quantile(50) for each in measured]),
-            ("CPU of a request", "ms", [each.cpu_ms for each in measured]),
-        ):
-            label = f"{what}, {clients} {plural}, {name}"
-            yield Result(label, "", unit, *spread(values), "", rounds, setting)
-        lost = Spread(*[float(sum(each.lost for each in measured))] * 3)
-        label = f"lost, {clients} {plural}, {name}"
-        yield Result(label, "", "requests", *lost, "<= 0", rounds, setting)
+        cpu = ("CPU of a request", "ms", [each.cpu_ms for each in measured])
+        yield from _describe_load(measured, f"{clients} {plural}, {name}", setting, cpu)
     rates = {name: [each.rate for each in measured] for name, measured in found.items()}
     compared = ratio(rates[OURS], rates[OTHER])
     label = f"requests per second, {clients} {plural}"
@@ -164,18 +147,26 @@ def _kill_replicas(bundle: Path, rounds: int) -> list[Result]:
         calm = [_send_load(server, CLIENTS, REQUESTS) for _ in range(rounds)]
         killed = [_send_load(server, CLIENTS, REQUESTS, is_killing=True) for _ in range(rounds)]
     setting = f"{CLIENTS} clients, {REPLICAS} replicas, {CLIENTS * REQUESTS} requests of one text"
-    results = []
-    for name, found in (("calm", calm), ("a replica killed", killed)):
-        for measured, unit, values in (
-            ("requests", "1/s", [each.rate for each in found]),
-            ("wait, median", "ms", [each.quantile(50) for each in found]),
-            ("wait, p99", "ms", [each.quantile(99) for each in found]),
-        ):
-            label = f"{measured}, {name}"
-            results.append(Result(label, "", unit, *spread(values), "", rounds, setting))
-        lost = Spread(*[float(sum(each.lost for each in found))] * 3)
-        results.append(Result(f"lost, {name}", "", "requests", *lost, "<= 0", rounds, setting))
-    return results
+    return [
+        result
+        for name, found in (("calm", calm), ("a replica killed", killed))
+        for result in _describe_load(
+            found, name, setting, ("wait, p99", "ms", [each.quantile(99) for each in found])
+        )
+    ]
+
+
+def _describe_load(
+    found: list[LoadRound], name: str, setting: str, further: tuple[str, str, list[float]]
+) -> Iterator[Result]:
+    for what, unit, values in (
+        ("requests", "1/s", [each.rate for each in found]),
+        ("wait, median", "ms", [each.quantile(50) for each in found]),
+        further,
+    ):
+        yield Result(f"{what}, {name}", "", unit, *spread(values), "", len(found), setting)
+    lost = spread([float(sum(each.lost for each in found))])
+    yield Result(f"lost, {name}", "", "requests", *lost, "<= 0", len(found), setting)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import Result, spread
-from skillnet_platform import console
-from skillnet_platform.storage import data_root
+from benchmarks.measure import Result, find_corpora, spread
 
 CONFIG = "sweeps/plans"
 CLOCK = "wall"
@@ -30,9 +28,8 @@ SECONDS_VARIABLE = "SKILLNET_BENCHMARK_SECONDS"
 def run(rounds: int, threads: int) -> list[Result]:
     """One sweep; ``rounds`` and ``threads`` do not apply: a trial takes one core."""
     del rounds, threads
-    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root())
-    if not (data / "headings" / "manifest.json").is_file():
-        console.print_warning(f"sweep_overhead needs prepared corpora; there are none in {data}")
+    data = find_corpora("sweep_overhead")
+    if data is None:
         return []
     seconds = float(os.environ.get(SECONDS_VARIABLE) or SECONDS)
     steps = max(round(seconds / _seconds_per_step(data)), 2)
@@ -44,19 +41,9 @@ def run(rounds: int, threads: int) -> list[Result]:
     bare = sum(trained) / parallel
     note = f"{wall:.0f} s against {bare:.0f} s; load before it {reported['load']:.1f}"
     setting = f"{len(trained)} trials of {steps} steps, {parallel} at once, one core each"
+    names = "wall time of the sweep", "sum of the trials' training time / trials at once"
     ratio = spread([wall / bare])
-    return [
-        Result(
-            "wall time of the sweep",
-            "sum of the trials' training time / trials at once",
-            "ratio of times",
-            *ratio,
-            "<= 1.25",
-            1,
-            setting,
-            note,
-        )
-    ]
+    return [Result(*names, "ratio of times", *ratio, "<= 1.25", 1, setting, note)]
 
 
 def _seconds_per_step(data: Path, steps: int = 40) -> float:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import Result, ratio, spread
+from benchmarks.measure import Result, alternate, ratio, spread
 from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop.gradient_sync import GradientSync
 from pipelines.training.loop.optimizer import build_optimizer, clip_gradients
@@ -157,14 +157,13 @@ def _in_turns(
 ) -> dict[str, dict[str, list[float]]]:
     """Wall and CPU seconds of each; both workers start each step together."""
     seconds: dict[str, dict[str, list[float]]] = {n: {"wall": [], "cpu": []} for n in runs}
-    for number in range(-3, rounds):
-        for name in runs if number % 2 == 0 else reversed(runs):
-            dist.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            runs[name]()
-            cpu = time.process_time() - cpu
-            dist.barrier()
-            if number >= 0:
-                seconds[name]["wall"].append(time.perf_counter() - wall)
-                seconds[name]["cpu"].append(cpu)
+    for number, name in alternate(runs, rounds, first=-3):
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        runs[name]()
+        cpu = time.process_time() - cpu
+        dist.barrier()
+        if number >= 0:
+            seconds[name]["wall"].append(time.perf_counter() - wall)
+            seconds[name]["cpu"].append(cpu)
     return seconds

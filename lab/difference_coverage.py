@@ -7,8 +7,6 @@ single systems, and the interval of the difference of differences fails to cover
 is a false alarm.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,12 @@ import numpy as np
 from lab.fold_coverage import FoldDesign, draw_folded_study, read_folds, read_residuals
 from lab.study_coverage import (
     StudyDesign,
+    build_parser,
     draw_study,
-    format_markdown,
     measure_studies,
     read_tasks,
+    report_rows,
 )
-from skillnet_platform.tables import write_csv
 
 #: Systems of each test: each of eight is in two of them.
 QUADRUPLES = ((0, 1, 2, 3), (4, 5, 6, 7), (0, 2, 4, 6), (1, 3, 5, 7))
@@ -49,15 +47,8 @@ def measure_quadruples(studies: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m lab.difference_coverage``."""
-    parser = argparse.ArgumentParser(prog="python -m lab.difference_coverage", description=__doc__)
-    parser.add_argument("--studies", type=int, default=400, help="simulated studies per design")
-    parser.add_argument("--output", type=Path, help="CSV file to write")
-    options = parser.parse_args(argv)
-    rows = measure_quadruples(options.studies)
-    print(format_markdown(rows))
-    if options.output is not None:
-        write_csv(options.output, rows, digits=".2f")
-    return 0
+    options = build_parser("difference_coverage", __doc__, studies=400).parse_args(argv)
+    return report_rows(measure_quadruples(options.studies), options.output)
 
 
 if __name__ == "__main__":

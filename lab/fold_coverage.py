@@ -12,7 +12,6 @@ final study had: each system's scores without its mean and without what all syst
 The measures are those of :mod:`lab.study_coverage`.
 """
 
-import argparse
 import csv
 from collections import Counter
 from collections.abc import Mapping
@@ -26,9 +25,10 @@ from lab import RESULTS
 from lab.study_coverage import (
     EffectSpread,
     SimulatedTask,
-    format_markdown,
+    build_parser,
     measure_studies,
     read_tasks,
+    report_rows,
 )
 from pipelines.data.config.folds import FoldConfig
 from pipelines.data.shards.dataset import open_corpus
@@ -234,9 +234,7 @@ def draw_folded_study(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m lab.fold_coverage``."""
-    parser = argparse.ArgumentParser(prog="python -m lab.fold_coverage", description=__doc__)
-    parser.add_argument("--studies", type=int, default=1000, help="simulated studies per design")
-    parser.add_argument("--output", type=Path, help="CSV file to write")
+    parser = build_parser("fold_coverage", __doc__)
     parser.add_argument("--data", type=Path, help="prepared corpora; writes fold_units.csv only")
     options = parser.parse_args(argv)
     if options.data is not None:
@@ -261,10 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         rows += measure_studies(drawn, truths, FOLD_PAIRS, design.name)
         print(f"measured: {design.name}", flush=True)
-    print(format_markdown(rows))
-    if options.output is not None:
-        write_csv(options.output, rows, digits=".2f")
-    return 0
+    return report_rows(rows, options.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ CSV, and does not repeat a trial that the CSV has.
 """
 
 import argparse
-import datetime
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import append_csv_rows, machine, read_csv_rows
+from benchmarks.measure import append_csv_rows, read_csv_rows, stamp
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.optimizer import WeightAverage
@@ -180,11 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="CSV of the results")
     options = parser.parse_args(argv)
     base = build_trial(options.task, options.steps, options.data, options.preset)
-    about = {
-        "steps": options.steps,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(),
-    }
+    about = {"steps": options.steps, **stamp()}
     done = {(r["task"], r["arm"], r["seed"]) for r in read_csv_rows(options.output)}
     for seed in options.seeds:
         for name, *pairs in [[CONFIGURED], *options.arm]:

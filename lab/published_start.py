@@ -20,7 +20,6 @@ command does not repeat a training that the CSV has, so it continues after a kil
 """
 
 import argparse
-import datetime
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import append_csv_rows, machine, read_csv_rows
+from benchmarks.measure import append_csv_rows, read_csv_rows, stamp
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
@@ -223,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": options.batch,
             "code_tokens": options.tokens,
             "seconds": round(time.process_time() - started),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": machine(),
+            **stamp(),
         }
         trial |= {name: round(found.validation[name], 4) for name in METRICS}
         append_csv_rows(options.output / TRIALS, TRIAL_COLUMNS, [trial])

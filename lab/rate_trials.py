@@ -15,14 +15,13 @@ CSV has. Two processes with different ``--seeds`` can write to one CSV.
 """
 
 import argparse
-import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.measure import append_csv_rows, machine, read_csv_rows
+from benchmarks.measure import append_csv_rows, read_csv_rows, stamp
 from pipelines.finetune import run_end_to_end
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop.loop import train_model
@@ -226,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             "seed": seed,
             "source": REPEATED,
             "steps": trial.config.training.steps,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": machine(),
+            **stamp(),
         }
         rows = [about | {"task": task, "score": round(s, 5)} for task, s in scores.items()]
         append_csv_rows(options.output, COLUMNS, rows)

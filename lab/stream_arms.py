@@ -9,7 +9,7 @@ lora        a low-rank skill with as many trainable weights, and a head
 head        a head on the frozen base
 full        the grown model per task, nothing frozen: a copy each
 average     mean of the weights that these copies have in common
-ties        the same by :mod:`skillnet.task_vectors`
+ties        the same by :mod:`lab.task_vectors`
 joint       base tasks and added tasks in one run, nothing frozen
 sequential  one dense model, trained further by task after task
 replay      the same, with a step of an old task beside each step, on a part of the old rows
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lab.task_vectors import TiesJoin
 from pipelines.data.shards.dataset import PreparedCorpus
 from pipelines.training.config.growth import GrowConfig, NewSkill, NewTask
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
@@ -48,7 +49,6 @@ from skillnet.serialization import read_manifest, read_tensor_shapes, save_model
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import load_model
-from skillnet.task_vectors import TiesJoin
 from skillnet_platform.tracking import TrackingConfig
 
 #: Bases, by the system that continues from them.
@@ -197,14 +197,15 @@ class ArmModels:
 
     def count_weights(self) -> int:
         """Return the weights of all tasks together; a file that several models have counts once."""
-        sizes: dict[str, int] = {}
+        sizes: dict[tuple[str, str], int] = {}
         for folder, tasks in self.places.items():
             model = load_model(folder)
             used = {file for task in tasks for file in model.files_of(task)}
             for path, entry in read_manifest(folder)["files"].items():
                 if path.removesuffix(".safetensors") in used:
                     shapes = read_tensor_shapes(folder / path).values()
-                    sizes[entry["sha256"]] = sum(map(prod, shapes))
+                    # With its name: equal weights of two skills are weights of both.
+                    sizes[path, entry["sha256"]] = sum(map(prod, shapes))
         return sum(sizes.values())
 
     def measure(

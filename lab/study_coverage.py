@@ -327,12 +327,25 @@ def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(columns, lines, len(columns) - 2)
 
 
+def build_parser(name: str, about: str | None, studies: int = 1000) -> argparse.ArgumentParser:
+    """Return the parser of a simulation."""
+    parser = argparse.ArgumentParser(prog=f"python -m lab.{name}", description=about)
+    parser.add_argument("--studies", type=int, default=studies, help="simulated studies per design")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    return parser
+
+
+def report_rows(rows: Sequence[Mapping[str, Any]], output: Path | None) -> int:
+    """Print the table of a simulation, and write its CSV file if one is named."""
+    print(format_markdown(rows))
+    if output is not None:
+        write_csv(output, rows, digits=".2f")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m lab.study_coverage``."""
-    parser = argparse.ArgumentParser(prog="python -m lab.study_coverage", description=__doc__)
-    parser.add_argument("--studies", type=int, default=1000, help="simulated studies per design")
-    parser.add_argument("--output", type=Path, help="CSV file to write")
-    options = parser.parse_args(argv)
+    options = build_parser("study_coverage", __doc__).parse_args(argv)
     tasks, rows = read_tasks(), []
     designs = [
         StudyDesign(has_units=False),
@@ -344,10 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     for design in designs:
         rows += measure_design(tasks, design, options.studies)
         print(f"measured: {design.name}", flush=True)
-    print(format_markdown(rows))
-    if options.output is not None:
-        write_csv(options.output, rows, digits=".2f")
-    return 0
+    return report_rows(rows, options.output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ a trial that the CSV has.
 """
 
 import argparse
-import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +30,10 @@ from benchmarks.measure import (
     append_csv_rows,
     clock_for,
     in_turns,
-    machine,
     ratio,
     read_csv_rows,
     spread,
+    stamp,
     write,
 )
 from lab.method_trials import COLUMNS, CONFIGURED, summarize_trials
@@ -240,7 +239,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="CSV of the results")
     options = parser.parse_args(argv)
     arms = COMPARISONS[options.comparison](options)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
     done = {(row["arm"], row["seed"]) for row in read_csv_rows(options.output)}
     for seed in options.seeds:
         for number, (label, arm) in enumerate(arms.items()):
@@ -248,8 +246,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             made = train_arm(arm, f"arms-{options.comparison}-{number}-{seed}", seed)
             row = {"task": arm.task, "arm": label, "settings": arm.settings, "seed": seed}
-            row |= {"average": 0.0, "metric": METRICS[arm.task]}
-            row |= {"date": date, "machine": machine()}
+            row |= {"average": 0.0, "metric": METRICS[arm.task], **stamp()}
             append_csv_rows(options.output, COLUMNS, [row | made])
     header = ["arm", "average", "each seed", "mean", "spread", "difference ± standard error"]
     console.print_table(options.comparison, header, summarize_trials(read_csv_rows(options.output)))

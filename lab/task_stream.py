@@ -20,7 +20,7 @@ learned, and the digests of their outputs.
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -132,6 +132,11 @@ class StreamConfig(StudyConfig):
                 f"tuning.seeds: {len(self.tuning.seeds)} seeds for {pilots} pilot folds, those of "
                 f"run.fold.count ({self.run.fold.count}) after the first {self.folds}. Give a seed "
                 "for each"
+            )
+        if unknown := sorted(set(self.stream.only_folds) - set(self.fold_numbers)):
+            raise UserError(
+                f"stream.only_folds: {unknown[0]} is no fold of the study, which has "
+                f"{self.folds}, from 0; the others are pilots. Name some of them"
             )
 
 
@@ -264,36 +269,44 @@ class StreamStudy:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def train_missing(
-        self, arms: Sequence[str], places: Mapping[str, CellPlace]
+        self, places: Mapping[str, CellPlace], is_missing: Callable[[str], bool]
     ) -> Iterator[tuple[str, "StreamCell", "ArmModels"]]:
         """Train arms, one after the other; yield the models of each while they exist.
 
         Arms that share a training train once, if their places are equal.
 
         Args:
-            arms: arms without results.
             places: arm -> its rows, weights and rate.
+            is_missing: whether an arm has no result.
         """
         from lab.stream_arms import list_arms
 
         for group, train in list_arms().items():
-            wanted = [arm for arm in group if arm in arms]
-            for place in dict.fromkeys(places[arm] for arm in wanted):
-                yield from self._train_group(
-                    [arm for arm in wanted if places[arm] == place], train, place
-                )
+            own = [arm for arm in group if arm in places]
+            for place in dict.fromkeys(places[arm] for arm in own):
+                arms = [arm for arm in own if places[arm] == place]
+                yield from self._train_group(arms, train, place, is_missing)
 
     def _train_group(
-        self, arms: Sequence[str], train: "ArmTraining", place: CellPlace
+        self,
+        arms: Sequence[str],
+        train: "ArmTraining",
+        place: CellPlace,
+        is_missing: Callable[[str], bool],
     ) -> Iterator[tuple[str, "StreamCell", "ArmModels"]]:
         name = name_system(arms[0], place.share)
         lock = self.folder / ".cells" / f"{name}-fold{place.fold}.lock"
         try:
-            with hold_lock(lock, lambda holder: holder), self.open_cell(arms, place) as cell:
-                self._check_bases(cell)
-                for arm, models in train(cell).items():
-                    if arm in arms:
-                        yield arm, cell, models
+            with hold_lock(lock, lambda holder: holder):
+                # Asked with the lock: another process may have trained them in the meantime.
+                missing = [arm for arm in arms if is_missing(arm)]
+                if not missing:
+                    return
+                with self.open_cell(missing, place) as cell:
+                    self._check_bases(cell)
+                    for arm, models in train(cell).items():
+                        if arm in missing:
+                            yield arm, cell, models
         except LockHeldError as error:
             console.print_note(f"{name}, fold {place.fold}: left to {error}")
 
@@ -364,10 +377,10 @@ class StreamStudy:
         from skillnet_studies.study.kept_results import KeptTuning
         from sweeps.config.trials import ScoreConfig
 
-        kept = KeptTuning(self.config)
-        found = {arm: kept.find_outcome(trial) for arm, trial in trials.items()}
-        missing = [arm for arm, outcome in found.items() if outcome is None]
-        for arm, cell, models in self.train_missing(missing, dict.fromkeys(missing, place)):
+        def is_missing(arm: str) -> bool:
+            return KeptTuning(self.config).find_outcome(trials[arm]) is None
+
+        for arm, cell, models in self.train_missing(dict.fromkeys(trials, place), is_missing):
             score, scores = ScoreConfig().compute_score(models.measure(cell))
             seconds = sum(models.seconds.values())
             trial = trials[arm]
@@ -383,8 +396,9 @@ class StreamStudy:
             )
             with self._lock_results():
                 KeptTuning(self.config).keep_outcome(outcome)
-            found[arm] = outcome
-        return [outcome for outcome in found.values() if outcome is not None]
+        kept = KeptTuning(self.config)
+        found = [kept.find_outcome(trial) for trial in trials.values()]
+        return [outcome for outcome in found if outcome is not None]
 
     def _lock_results(self) -> contextlib.AbstractContextManager[None]:
         """Wait until no other process of this machine writes the kept files."""
@@ -411,10 +425,13 @@ class StreamStudy:
                     )
                     for arm, label in labels.items()
                 }
-                done = self.list_cells()
-                missing = [arm for arm in places if (labels[arm], fold) not in done]
-                for arm, cell, models in self.train_missing(missing, places):
-                    write_cell(self.find_cell(labels[arm], fold), arm, cell, models)
+                runs = {arm: self.find_cell(label, fold) for arm, label in labels.items()}
+
+                def is_missing(arm: str, runs: Mapping[str, Path] = runs) -> bool:
+                    return not (runs[arm] / RESULT).is_file()
+
+                for arm, cell, models in self.train_missing(places, is_missing):
+                    write_cell(runs[arm], arm, cell, models)
                     with self._lock_results():
                         self._keep_cells(tuning)
                     spent = console.format_minutes(sum(models.seconds.values()))

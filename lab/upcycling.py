@@ -9,13 +9,12 @@ order of rows. The CSV has the validation metrics of each, and the folder the co
 """
 
 import argparse
-import datetime
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
+from benchmarks.measure import stamp
 from pipelines.finetune import run_end_to_end
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from skillnet.config import SkillNetConfig
@@ -88,11 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     options = parser.parse_args(argv)
     base = build_base(options.lr, options.data)
-    about = {
-        "lr": options.lr,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(),
-    }
+    about = {"lr": options.lr, **stamp()}
     rows = []
     for seed in options.seeds:
         arms = train_arms(base, seed, options.steps, options.source_steps)

@@ -1,10 +1,10 @@
-"""Checks of values: bounds of numbers as part of their types, and hints for unknown names."""
+"""Checks of values: bounds and choices as part of their types, and hints for unknown names."""
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -22,18 +22,22 @@ DropProbability = Annotated[float, Interval(ge=0, lt=1)]
 
 
 def check_bounds(settings: Any, prefix: str) -> None:
-    """Check the numbers of a dataclass against the bounds in its types.
+    """Check the values of a dataclass against the bounds and the choices in its types.
 
     Args:
         settings: instance of the dataclass.
         prefix: start of the keys in messages, with a dot at the end.
 
     Raises:
-        ValueError: a value is out of its bounds or is no number.
+        ValueError: a value is out of its bounds, is no number, or none of the choices.
     """
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        choices = typing.get_args(hints[field.name])
+        if typing.get_origin(hints[field.name]) is Literal and value not in choices:
+            listed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            raise ValueError(f"{prefix}{field.name} is {listed}, not {value!r}")
         for kind, interval in _intervals(hints[field.name]):
             if value is not None:
                 _check_number(f"{prefix}{field.name}", value, kind, interval)
@@ -59,6 +63,21 @@ def _check_number(key: str, value: Any, kind: type, interval: Interval) -> None:
         end = f"to {interval.le}" if interval.le is not None else f"to below {interval.lt}"
         above = "above " if interval.gt is not None else ""
         raise ValueError(f"{key} must be from {above}{low} {end}, got {value!r}")
+
+
+def require_fields(given: Iterable[str], kind: type | None, where: str) -> None:
+    """Raise ValueError for an option that a dataclass does not have, with the nearest one.
+
+    Args:
+        given: names of options.
+        kind: the dataclass; None has no options.
+        where: start of the message.
+    """
+    known = [field.name for field in dataclasses.fields(kind)] if kind is not None else []
+    for key in given:
+        if key not in known:
+            hint = nearest_hint(key, known) if known else "; it has none"
+            raise ValueError(f"{where}: unknown option {key!r}{hint}")
 
 
 def nearest_hint(name: str, known: Sequence[str]) -> str:

@@ -152,10 +152,6 @@ class SkillNetConfig:
         # with, and keeps the reference tasks of that SkillNet.
         check_names(tuple(self.reference_tasks), "model.reference_tasks")
         check_bounds(self, "model.")
-        if self.skill_modules not in ("both", "attention", "feedforward"):
-            raise ValueError(
-                f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
-            )
         if self.skill_rank and BASE_SKILL not in self.skills:
             raise ValueError(
                 "model.skill_rank: skills are differences to the skill general, and model.skills "
@@ -169,8 +165,6 @@ class SkillNetConfig:
                     raise ValueError(f"{key}: unknown skill {skill!r}; add it to model.skills")
             self._check_rank(f"{key}.rank", form.rank)
             self.find_sources([name])
-        if self.norm_position not in ("pre", "post"):
-            raise ValueError(f"model.norm_position is pre or post, not {self.norm_position!r}")
         if self.dim % self.num_heads:
             raise ValueError(
                 f"model.dim {self.dim} must divide by model.num_heads {self.num_heads}"

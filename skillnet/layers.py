@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from skillnet.precision import uses_gpu_kernels
-from skillnet.rounded_weights import Skills
-from skillnet.skill_weights import NO_FORMS, Forms, SkillWeights
+from skillnet.skill_weights import NO_FORMS, Forms, Skills, SkillWeights
 
 #: Longest sequence (tokens) whose T x T probabilities are kept for the backward pass.
 PLAIN_TOKENS = 256

@@ -14,11 +14,11 @@ name a :class:`Modality`. This module is pure Python without torch.
 
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from skillnet.bounds import nearest_hint
+from skillnet.bounds import nearest_hint, require_fields
 from skillnet_files.entry_points import find_entries, load_named
 
 GROUP = "skillnet.modalities"
@@ -163,12 +163,8 @@ class Modality:
         Raises:
             ValueError: an unknown option, with the nearest one, or an invalid value.
         """
-        known = [each.name for each in fields(self.options)] if self.options else []
         where = f"model.inputs.{self.name}"
-        for key in given:
-            if key not in known:
-                hint = nearest_hint(key, known) if known else "; it has none"
-                raise ValueError(f"{where}: unknown option {key!r}{hint}")
+        require_fields(given, self.options, where)
         try:
             return self.options(**given) if self.options else None
         except (TypeError, ValueError) as error:
@@ -193,7 +189,7 @@ _BUILT_IN = (
     Modality(
         "image",
         "patch",
-        "skillnet.modalities.image:ImageTensors",
+        "skillnet.modalities.pixels:ImageTensors",
         "pipelines.data.modalities.image:ImageFiles",
         column="pixels",
         batch=("pixels",),
@@ -248,7 +244,7 @@ _BUILT_IN = (
     Modality(
         "video",
         "tubelet",
-        "skillnet.modalities.video:VideoTensors",
+        "skillnet.modalities.pixels:VideoTensors",
         "pipelines.data.modalities.video:VideoFiles",
         column="frames",
         batch=("frames",),

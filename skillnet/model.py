@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skillnet.compilation import PlanCompiler
 from skillnet.config import SkillNetConfig
-from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.encoder import Encoder, EncoderLayer, PlanCompiler
 from skillnet.flops import task_flops
 from skillnet.layers import Skills
 from skillnet.modalities.tokens import TokenStem
@@ -96,7 +95,7 @@ class SkillNet(TaskModel):
     def enable_compilation(self, report: Callable[[str], None], backend: str = "inductor") -> None:
         """Compile the encoder, or its layers if they gather their weights, once per plan.
 
-        See :class:`skillnet.compilation.PlanCompiler`.
+        See :class:`skillnet.encoder.PlanCompiler`.
 
         Args:
             report: receives a line for each plan that cannot be compiled.

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from skillnet.bounds import require_fields
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.objectives.base import find_objective
@@ -44,7 +45,7 @@ from skillnet.serialization import (
     save_model,
 )
 from skillnet.skill_weights import require_unused_name
-from skillnet.skills import find_task, nearest_hint, require_outputs
+from skillnet.skills import find_task, require_outputs
 from skillnet.skipped_init import SkippedInit, leave_out, placed_weights
 from skillnet.vocabulary import ModelVocabulary, find_order
 
@@ -170,11 +171,7 @@ class TaskModel(RawInputModel, nn.Module):
         Raises:
             ValueError: an unknown option, with the nearest valid name, or an invalid value.
         """
-        known = [field.name for field in dataclasses.fields(cls.options_class)]
-        for key in given or {}:
-            if key not in known:
-                hint = nearest_hint(key, known) if known else "; it has none"
-                raise ValueError(f"system {cls.system}: unknown option {key!r}{hint}")
+        require_fields(given or {}, cls.options_class, f"system {cls.system}")
         return cls.options_class(**(given or {}))
 
     @classmethod

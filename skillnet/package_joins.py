@@ -6,7 +6,6 @@ Files of the model that stay are hard links, new ones are copies, and ``config.j
 """
 
 import dataclasses
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from pydantic import StrictStr, TypeAdapter, ValidationError, with_config
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
-from skillnet.model_merging import SUFFIX, add_skill, add_task, remove_skill, remove_task
 from skillnet.serialization import (
     PACKAGES,
     commit_manifest,
@@ -89,6 +86,7 @@ def add_packages(
     packages: Sequence[SkillPackage],
     write: ManifestWriter = commit_manifest,
     read_rows: RowReader | None = None,
+    name: str | None = None,
 ) -> list[TaskProof]:
     """Add packages to a saved model, all or none, and compare the outputs of every task.
 
@@ -97,6 +95,7 @@ def add_packages(
         packages: opened packages.
         write: writes the manifest.
         read_rows: computes outputs of old tasks on rows; None compares generated inputs.
+        name: words for the model in messages; None takes the folder.
 
     Returns:
         The comparison of each task: old tasks before and after, new tasks with their authors'.
@@ -115,17 +114,17 @@ def add_packages(
     placed: dict[str, Path] = {}
     for package in packages:
         content = package.content
-        config = _join_config(config, package, installed, hashes, vocabulary, folder)
+        config = _join_config(config, package, installed, hashes, vocabulary, name or str(folder))
         task_files |= require_shapes(package, config)
-        for name in package.weights:
-            entry = content.files[name]
-            if name not in known:
-                hashes[name] = entry.sha256
-                placed[name] = package.find_file(name)
-                known[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
-                added.add(name)
+        for file in package.weights:
+            entry = content.files[file]
+            if file not in known:
+                hashes[file] = entry.sha256
+                placed[file] = package.find_file(file)
+                known[file] = {"bytes": entry.bytes, "sha256": entry.sha256}
+                added.add(file)
         vocabulary = join_vocabulary(vocabulary, package)
-        files = [name for name in package.weights if name in added]
+        files = [file for file in package.weights if file in added]
         installed[content.name] = AddedPackage(
             package.digest, files, content.skills, list(content.tasks)
         )
@@ -147,6 +146,7 @@ def remove_packages(
     names: Sequence[str],
     write: ManifestWriter = commit_manifest,
     read_rows: RowReader | None = None,
+    where: str | None = None,
 ) -> list[TaskProof]:
     """Remove packages from a saved model, all or none, and compare the outputs of the other tasks.
 
@@ -155,6 +155,7 @@ def remove_packages(
         names: keys of packages that were added.
         write: writes the manifest.
         read_rows: as of :func:`add_packages`.
+        where: words for the model in messages; None takes the folder.
 
     Returns:
         The comparison of each task that stays.
@@ -169,13 +170,16 @@ def remove_packages(
     skills: list[str] = []
     tasks: list[str] = []
     for name in names:
-        entry, gone = _pop_package(installed, name, str(folder))
+        entry, gone = _pop_package(installed, name, where or str(folder))
         skills, tasks = skills + entry.skills, tasks + entry.tasks
         for file in gone:
             known.pop(file, None)
         for task in entry.tasks:
             task_files.pop(task, None)
-    config = _leave_out(config, skills, tasks, f"{folder}: {', '.join(names)}")
+    try:
+        config = config.without(skills, tasks)
+    except ValueError as error:
+        raise ValueError(f"{where or folder}: {', '.join(names)}: {error}") from None
     vocabulary = parse_vocabulary(about.get("vocabulary")).restrict_to(config.tasks)
     about |= config_to_dict(config) | {"vocabulary": vocabulary.to_dict()}
     changed = _record(manifest, installed, task_files)
@@ -202,7 +206,7 @@ def explain_misfits(folder: Path, packages: Sequence[SkillPackage]) -> list[str 
     reasons: list[str | None] = []
     for package in packages:
         try:
-            _join_config(config, package, installed, hashes, vocabulary, folder)
+            _join_config(config, package, installed, hashes, vocabulary, str(folder))
             join_vocabulary(vocabulary, package)
             reasons.append(None)
         except ValueError as error:
@@ -216,27 +220,18 @@ def _join_config(
     installed: Mapping[str, AddedPackage],
     hashes: Mapping[str, str],
     vocabulary: ModelVocabulary,
-    folder: Path,
+    where: str,
 ) -> SkillNetConfig:
     """Return the configuration of a saved model with a package that has its base."""
     name = package.name
     if name in installed:
         raise ValueError(
-            f"{package.path}: {folder} already has a package {name!r}. Remove it first: "
-            f"skillnet remove {name} --from {folder}"
+            f"{package.path}: {where} already has a package {name!r}. Remove it first: "
+            f"skillnet remove {name} --from {where}"
         )
-    joined = join_config(config, package, str(folder))
-    check_base(package, hashes, vocabulary.tokenizer, str(folder))
+    joined = join_config(config, package, where)
+    check_base(package, hashes, vocabulary.tokenizer, where)
     return joined
-
-
-def _leave_out(
-    config: SkillNetConfig, skills: Sequence[str], tasks: Sequence[str], where: str
-) -> SkillNetConfig:
-    try:
-        return config.without(skills, tasks)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def list_packages(folder: Path) -> dict[str, AddedPackage]:
@@ -346,39 +341,9 @@ def join_package(model: SkillNet, path: Path) -> list[TaskProof]:
         ValueError: the package does not fit the model, or an output changed.
     """
     with tempfile.TemporaryDirectory() as folder, open_package(path, Path(folder) / "x") as package:
-        content = package.content
-        installed = _parse_packages({PACKAGES: model.packages}, "the model")
-        if content.name in installed:
-            raise ValueError(f"{path}: the model already has a package {content.name!r}")
-        config = join_config(model.config, package, "the model")
-        present = {f"{file}{SUFFIX}": names for file, names in model.files_of().items()}
-        wanted = (content.base.keys() | set(package.weights)) & present.keys()
-        hashes = {name: _hash_weights(model, present[name]) for name in wanted}
-        check_base(package, hashes, model.vocabulary.tokenizer, "the model")
-        require_shapes(package, config)
-        # All that can be refused is refused before the model changes.
-        vocabulary = join_vocabulary(model.vocabulary, package)
-        before = take_outputs(model.eval())
-        # A difference follows its source.
-        for skill in sorted(content.skills, key=lambda each: len(config.find_sources([each]))):
-            form = config.low_rank_skills.get(skill)
-            add_skill(model, skill, *((form.source, form.rank) if form else ()))
-        for task in content.tasks:
-            add_task(model, task, config.tasks[task])
-        # The order of names is that of the file.
-        model.config = config
-        for name in package.weights:
-            model.load_state_dict(load_tensors(package.find_file(name)), strict=False)
-        model.vocabulary = vocabulary
-        added = {name for entry in installed.values() for name in entry.files}
-        files = [name for name in package.weights if name not in present or name in added]
-        entry = AddedPackage(package.digest, files, content.skills, list(content.tasks))
-        model.packages = {**model.packages, content.name: dataclasses.asdict(entry)}
-        try:
-            return compare_outputs(before, model) + check_probes(model, package)
-        except ValueError:
-            drop_package(model, content.name)
-            raise
+        if package.name in model.packages:
+            raise ValueError(f"{path}: the model already has a package {package.name!r}")
+        return _change_files(model, lambda files: add_packages(files, [package], name="the model"))
 
 
 def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
@@ -391,29 +356,20 @@ def drop_package(model: SkillNet, name: str) -> list[TaskProof]:
     Raises:
         ValueError: the package is not there.
     """
-    installed = _parse_packages({PACKAGES: model.packages}, "the model")
-    entry, gone = _pop_package(installed, name, "the model")
-    # Refused before the model changes.
-    _leave_out(model.config, entry.skills, entry.tasks, name)
-    before = take_outputs(model.eval())
-    for task in entry.tasks:
-        remove_task(model, task)
-    # A difference goes before its source.
-    skills = sorted(entry.skills, key=lambda each: -len(model.config.find_sources([each])))
-    for skill in skills:
-        remove_skill(model, skill)
-    for file in gone:
-        if file.startswith("stem-"):
-            del model.stems[file.removeprefix("stem-").removesuffix(SUFFIX)]
-    model.vocabulary = model.vocabulary.restrict_to(model.config.tasks)
-    model.packages = {key: each for key, each in model.packages.items() if key != name}
-    return compare_outputs(before, model)
+    return _change_files(model, lambda files: remove_packages(files, [name], where="the model"))
 
 
-def _hash_weights(model: SkillNet, names: Sequence[str]) -> str:
-    """Return the SHA-256 that a file of these weights has."""
-    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
-    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+def _change_files(model: SkillNet, change: Callable[[Path], list[TaskProof]]) -> list[TaskProof]:
+    """Change a model by way of its files, so that a refused change leaves it as it was."""
+    some, origin = next(model.parameters()), model.origin
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        model.save_pretrained(folder)
+        proofs = change(folder)
+        changed = _load(folder).to(some.device)
+    model.__dict__.update(changed.__dict__)
+    model.origin = origin
+    return proofs
 
 
 def check_probes(model: SkillNet, package: SkillPackage) -> list[TaskProof]:

@@ -4,20 +4,31 @@ A skill has a whole matrix of its own, or a low-rank difference to another skill
 Hu et al. 2022): W = W_source + A B. Both are merged into one matrix before the product.
 
 :class:`SkillWeights` is the parameter container of the layers in :mod:`skillnet.layers`.
+
+On GPUs, float32 weights are rounded to the type of matrix products while they are merged, once per
+step (:func:`share_merges`). Merging is bound by memory, so its cost is the number of passes over
+the weights. A weight is read once and written in the smaller type at its place in the merged
+weight; no rounded copy of one skill is made and joined afterwards. The plans of all towers of a
+step are merged together: they share partial means, rounded parts and the sum of their gradients.
 """
 
+import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from skillnet.config import LowRankSkill
 from skillnet.precision import uses_gpu_kernels
-from skillnet.rounded_weights import Skills, find_step_merges, merge_rounded
 from skillnet.skills import nearest_hint
 from skillnet.skipped_init import draw_truncated_normal, place_weight
+
+Skills = tuple[str, ...]
+Key, Value = TypeVar("Key"), TypeVar("Value")
 
 #: Low-rank skill -> its form.
 Forms = Mapping[str, LowRankSkill]
@@ -238,7 +249,7 @@ class SkillWeights(nn.Module):
             return self._merge(skills, dtype)
         # In training mode the next step changes the weights, so caching would only hold memory.
         if torch.is_grad_enabled() or self.training:
-            step = find_step_merges()
+            step = _of_step
             if step is None or not self._is_rounded(self._read_parameters(skills[:1])[0], dtype):
                 return self._merge(skills, dtype)
             return step.get(self, skills, dtype, lambda plans: self._merge_rounded(plans, dtype))
@@ -246,13 +257,8 @@ class SkillWeights(nn.Module):
         # An in-place update raises _version, and load_state_dict may replace the storage.
         if any(part.is_inference() for part in parts):  # these tensors have no version counter
             return self._merge(skills, dtype)
-        versions = _read_versions(parts)
-        kept = self._merged.get((skills, dtype))
-        if kept is not None and kept[0] == versions:
-            return kept[1]
-        merged = self._merge(skills, dtype)
-        self._merged[skills, dtype] = (versions, merged)
-        return merged
+        key = skills, dtype
+        return _remember(self._merged, key, parts, lambda: self._merge(skills, dtype))
 
     def has_copies(self, skills: Skills) -> bool:
         """Return whether some skills have equal weights, as copies of one have.
@@ -268,13 +274,12 @@ class SkillWeights(nn.Module):
         parts = self._read_parameters(skills)
         if any(part.is_inference() for part in parts):  # these tensors have no version counter
             return False
-        versions = _read_versions(parts)
-        kept = self._copies.get(skills)
-        if kept is None or kept[0] != versions:
+
+        def are_equal() -> bool:
             first, *rest = (self.get(name) for name in skills)
-            kept = versions, all(torch.equal(first, other) for other in rest)
-            self._copies[skills] = kept
-        return kept[1]
+            return all(torch.equal(first, other) for other in rest)
+
+        return _remember(self._copies, skills, parts, are_equal)
 
     def _merge(self, skills: Skills, dtype: torch.dtype) -> Tensor:
         parts = [self.get(name) for name in skills]
@@ -337,6 +342,223 @@ def _count_sources(name: str, forms: Forms) -> int:
     return count
 
 
-def _read_versions(parts: list[Tensor]) -> tuple[int, ...]:
-    """Return numbers that change whenever one of the weights does."""
-    return tuple(x for part in parts for x in (part._version, part.data_ptr()))
+def _remember(
+    kept: dict[Key, tuple[tuple[int, ...], Value]],
+    key: Key,
+    parts: list[Tensor],
+    compute: Callable[[], Value],
+) -> Value:
+    """Return a value that is computed from some weights, and kept until one of them changes."""
+    versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
+    found = kept.get(key)
+    if found is None or found[0] != versions:
+        found = kept[key] = versions, compute()
+    return found[1]
+
+
+# -- rounded merges ------------------------------------------------------------------------
+
+
+class StepMerges:
+    """Merged weights of one step; each is merged at its first use.
+
+    Args:
+        plans: sets of skills that the towers of the step activate.
+    """
+
+    def __init__(self, plans: Iterable[Skills]) -> None:
+        self._plans = tuple(dict.fromkeys(plans))
+        self._merged: dict[tuple[int, Skills, torch.dtype], Tensor] = {}
+
+    def get(
+        self,
+        owner: object,
+        skills: Skills,
+        dtype: torch.dtype,
+        merge: Callable[[tuple[Skills, ...]], Sequence[Tensor]],
+    ) -> Tensor:
+        """Return a merged weight.
+
+        Args:
+            owner: object that keeps the memory of the weights.
+            skills: active skills.
+            dtype: type of the result.
+            merge: merges the weights of the owner for several plans.
+        """
+        if (id(owner), skills, dtype) not in self._merged:
+            # A layer without skills has one set of weights, which is no plan.
+            plans = self._plans if skills in self._plans else (skills,)
+            # The first pass of a contrastive step has no gradients, a later one has.
+            with torch.enable_grad():
+                merged = merge(plans)
+            for plan, weight in zip(plans, merged, strict=True):
+                self._merged[id(owner), plan, dtype] = weight
+        return self._merged[id(owner), skills, dtype]
+
+
+_of_step: StepMerges | None = None
+
+
+@contextlib.contextmanager
+def share_merges(plans: Iterable[Skills]) -> Iterator[None]:
+    """Merge weights once inside the block, also for several forward and backward passes.
+
+    The weights must not change inside the block.
+
+    Args:
+        plans: sets of skills that the passes activate.
+    """
+    global _of_step
+    before, _of_step = _of_step, StepMerges(plans)
+    try:
+        yield
+    finally:
+        _of_step = before
+
+
+def merge_rounded(
+    parts: dict[str, Tensor],
+    plans: Sequence[Skills],
+    dtype: torch.dtype,
+    axis: int | None,
+    is_scaled: bool,
+) -> tuple[Tensor, ...]:
+    """Merge weights for several plans, in another type than theirs.
+
+    Args:
+        parts: skill -> its weight; all have the same shape and type.
+        plans: active skills of each result.
+        dtype: type of the results.
+        axis: None merges by the mean; 0 or 1 merges by concatenation along this axis.
+        is_scaled: divide a concatenation by the number of active skills.
+    """
+    # Skills of many plans come first, so that plans share the mean of their first skills.
+    order = sorted(parts, key=lambda name: -sum(name in plan for plan in plans))
+    numbers = {name: number for number, name in enumerate(order)}
+    numbered = [[numbers[name] for name in plan] for plan in plans]
+    if axis is None:
+        numbered = [sorted(plan) for plan in numbered]
+    merged: tuple[Tensor, ...] = _RoundedMerge.apply(
+        numbered, dtype, axis, is_scaled or axis is None, *(parts[name] for name in order)
+    )
+    return merged
+
+
+class _RoundedMerge(torch.autograd.Function):
+    """Merged weights of several plans. The gradient of a part is the sum over its plans.
+
+    Gradients of several plans are summed in the smaller type, as autocast does for a weight that
+    is used twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plans: list[list[int]],
+        dtype: torch.dtype,
+        axis: int | None,
+        is_scaled: bool,
+        *parts: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.plans, ctx.axis, ctx.is_scaled, ctx.dtype = plans, axis, is_scaled, parts[0].dtype
+        ctx.set_materialize_grads(False)
+        if axis is None:
+            return _round_means(parts, plans, dtype)
+        return _round_concatenations(parts, plans, dtype, axis, is_scaled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        pieces: dict[int, list[tuple[Tensor, int]]] = {}
+        for plan, grad in zip(ctx.plans, grads, strict=True):
+            if grad is not None:
+                count = len(plan)
+                cut = [grad] * count if ctx.axis is None else grad.chunk(count, ctx.axis)
+                for number, piece in zip(plan, cut, strict=True):
+                    if ctx.needs_input_grad[4 + number]:
+                        pieces.setdefault(number, []).append((piece, count))
+        found = _sum_gradients(pieces, ctx.dtype, ctx.is_scaled)
+        return (None, None, None, None, *map(found.get, range(len(ctx.needs_input_grad) - 4)))
+
+
+def _round_means(
+    parts: Sequence[Tensor], plans: list[list[int]], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    means: dict[tuple[int, ...], Tensor] = {}
+    merged = []
+    for plan in plans:
+        mean = parts[plan[0]]
+        rounded = torch.empty_like(mean, dtype=dtype)
+        for count in range(2, len(plan)):
+            first = tuple(plan[:count])
+            if first not in means:
+                means[first] = torch.lerp(mean, parts[plan[count - 1]], 1 / count)
+            mean = means[first]
+        if len(plan) == 1:
+            rounded.copy_(mean)
+        else:
+            # The last step of the running mean is written in the smaller type.
+            torch.lerp(mean, parts[plan[-1]], 1 / len(plan), out=rounded)
+        merged.append(rounded)
+    return tuple(merged)
+
+
+def _round_concatenations(
+    parts: Sequence[Tensor],
+    plans: list[list[int]],
+    dtype: torch.dtype,
+    axis: int,
+    is_scaled: bool,
+) -> tuple[Tensor, ...]:
+    shape, merged = list(parts[0].shape), []
+    # (part, factor) -> its place in an earlier result.
+    rounded: dict[tuple[int, float], Tensor] = {}
+    for plan in plans:
+        scale = 1 / len(plan) if is_scaled else 1.0
+        size = [n * len(plan) if i == axis else n for i, n in enumerate(shape)]
+        merged.append(parts[0].new_empty(size, dtype=dtype))
+        pieces = merged[-1].chunk(len(plan), axis)
+        copies: list[tuple[Tensor, Tensor]] = []
+        for number, piece in zip(plan, pieces, strict=True):
+            source = rounded.setdefault((number, scale), piece)
+            if source is piece and scale != 1:
+                torch.mul(parts[number], scale, out=piece)
+            else:
+                copies.append((piece, parts[number] if source is piece else source))
+        if copies:
+            torch._foreach_copy_([piece for piece, _ in copies], [x for _, x in copies])
+    return tuple(merged)
+
+
+def _sum_gradients(
+    pieces: dict[int, list[tuple[Tensor, int]]], dtype: torch.dtype, is_scaled: bool
+) -> dict[int, Tensor]:
+    """Return part -> its gradient.
+
+    Args:
+        pieces: part -> its gradients, each with the number of skills of its plan.
+        dtype: type of the results.
+        is_scaled: divide a gradient by the number of skills.
+    """
+    sums: dict[tuple[int, ...], Tensor] = {}
+    shares: dict[int, Tensor] = {}
+    found, unscaled = {}, {}
+    for number, mine in pieces.items():
+        total, count = mine[0]
+        # All parts of a mean that the same plans use have one gradient.
+        key = tuple(id(piece) for piece, _ in mine)
+        if key not in sums:
+            for piece, other in mine[1:]:
+                total = torch.add(total, piece, alpha=count / other if is_scaled else 1)
+            sums[key] = total
+        if is_scaled and count > 1:
+            # A tensor, unlike a number, lets the product have the type of the weights.
+            if count not in shares:
+                shares[count] = total.new_full((1,), 1 / count, dtype=dtype)
+            found[number] = torch.mul(sums[key], shares[count])
+        else:
+            found[number] = torch.empty_like(sums[key], dtype=dtype)
+            unscaled[number] = sums[key]
+    if unscaled:
+        torch._foreach_copy_([found[number] for number in unscaled], list(unscaled.values()))
+    return found

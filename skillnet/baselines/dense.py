@@ -6,7 +6,6 @@ network per modality it is the sparsity of Mixture-of-Transformers (Liang et al.
 feed-forward layers alone.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +17,6 @@ from skillnet.model import SkillNet
 from skillnet.systems import SizeMatch, System
 
 SKILL = "dense"
-#: Option ``size`` -> the quantity in words, and the function that measures it.
-QUANTITIES: dict[str, tuple[str, Callable[[SkillNetConfig], float]]] = {
-    "activated": ("activated parameters", size_matching.mean_activated_params),
-    "executed": ("executed operations", size_matching.executed_operations),
-    "total": ("total parameters", size_matching.total_params),
-}
 
 
 @dataclass(frozen=True)
@@ -49,14 +42,6 @@ class DenseOptions:
     ffn_dim: LayerSize | None = None
 
     def __post_init__(self) -> None:
-        for key, known in {
-            "size": tuple(QUANTITIES),
-            "shape": ("width", "depth"),
-            "feedforward": ("shared", "modality"),
-        }.items():
-            value = getattr(self, key)
-            if value not in known:
-                raise ValueError(f"options.{key} is {' or '.join(known)}, not {value!r}")
         check_bounds(self, "options.")
         if self.ffn_dim is not None and self.shape == "depth":
             raise ValueError(
@@ -121,7 +106,7 @@ def measure_dense(config: SkillNetConfig, options: DenseOptions) -> SizeMatch:
     """
     compared = size_matching.compared_config(config)
     own = configure_dense(compared, options)
-    quantity, count = QUANTITIES[options.size]
+    quantity, count = size_matching.QUANTITIES[options.size]
     return SizeMatch(quantity, count(compared), count(own))
 
 

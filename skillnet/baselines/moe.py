@@ -6,7 +6,7 @@ Stems, heads, attention and number of layers are those of SkillNet. In every n-t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -63,8 +63,6 @@ class MoEOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, "options.")
-        if self.size not in ("activated", "executed"):
-            raise ValueError(f"options.size is activated or executed, not {self.size!r}")
         if self.experts <= self.top_k:
             raise ValueError(
                 f"options.experts must be more than options.top_k {self.top_k}, got {self.experts}"
@@ -229,27 +227,17 @@ def configure_moe(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig
 
 
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
-    if options.size == "executed":
-        fixed_work = config.num_layers * size_matching.attention_operations(config)
-        fixed_work += _router_operations(config, options)
-        each_work = 4 * config.dim * config.num_layers * options.top_k
-        work = size_matching.executed_operations(config)
-        return size_matching.solve_width(work, fixed_work, each_work, "options.ffn_dim")
-    each = 2 * config.dim * config.num_layers
-    # The router is part of the activated parameters, so experts get a little narrower.
-    routers = _router_params(config, options)
-    fixed = size_matching.total_params(size_matching.one_skill(config, SKILL, 1)) - each + routers
-    wanted = size_matching.mean_activated_params(config)
-    return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.ffn_dim")
+    budget = size_matching.LayerBudget.of(config, options.size, options.top_k)
+    # The router has a part of the budget, so experts get a little narrower.
+    budget = replace(budget, fixed=budget.fixed + _count_routers(config, options))
+    return budget.width_at(config.num_layers, "options.ffn_dim")
 
 
-def _router_params(config: SkillNetConfig, options: MoEOptions) -> int:
-    return config.num_layers // options.every * options.experts * config.dim
-
-
-def _router_operations(config: SkillNetConfig, options: MoEOptions) -> int:
+def _count_routers(config: SkillNetConfig, options: MoEOptions) -> int:
+    """Return the size of all routers: their weights, or the operations of a token."""
+    weights = config.num_layers // options.every * options.experts * config.dim
     # A product and a sum per weight and token.
-    return 2 * _router_params(config, options)
+    return weights * (2 if options.size == "executed" else 1)
 
 
 def measure_moe(config: SkillNetConfig, options: MoEOptions) -> SizeMatch:
@@ -261,16 +249,8 @@ def measure_moe(config: SkillNetConfig, options: MoEOptions) -> SizeMatch:
     """
     compared = size_matching.compared_config(config)
     own = configure_moe(compared, options)
-    if options.size == "executed":
-        count = size_matching.executed_operations
-        done = count(own) + _router_operations(config, options)
-        return SizeMatch("executed operations", count(compared), done)
-    layers = size_matching.mean_activated_params(own)
-    return SizeMatch(
-        "activated parameters",
-        size_matching.mean_activated_params(compared),
-        layers + _router_params(config, options),
-    )
+    quantity, count = size_matching.QUANTITIES[options.size]
+    return SizeMatch(quantity, count(compared), count(own) + _count_routers(config, options))
 
 
 def _over(routings: list[RoutingResult], what: Callable[[RoutingResult], Tensor]) -> Tensor:

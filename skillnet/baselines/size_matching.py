@@ -46,12 +46,6 @@ def compared_config(config: SkillNetConfig) -> SkillNetConfig:
     return dataclasses.replace(config, tasks=reference_tasks(config), reference_tasks={})
 
 
-def mean_num_towers(config: SkillNetConfig) -> float:
-    """Return the mean number of towers of a task: the number of encoders of its specialist."""
-    tasks = reference_tasks(config)
-    return sum(len(task.towers) for task in tasks.values()) / len(tasks)
-
-
 def mean_activated_params(config: SkillNetConfig) -> float:
     """Return the mean number of parameters of SkillNet's layers that a task activates."""
     encoder = _encoder(config)
@@ -63,35 +57,6 @@ def mean_activated_params(config: SkillNetConfig) -> float:
 def total_params(config: SkillNetConfig) -> int:
     """Return the number of parameters of SkillNet's layers."""
     return _count(_encoder(config), config.skills)
-
-
-def executed_width(config: SkillNetConfig) -> float:
-    """Return the feed-forward width of a dense encoder with as many operations per example.
-
-    The cost of attention does not depend on the number of merged skills. The result is therefore
-    the mean executed width of SkillNet's feed-forward layers, over layers and tokens of the longest
-    examples.
-    """
-    layers = [layer for layer in _encoder(config).layers if isinstance(layer, EncoderLayer)]
-    work = count = 0.0
-    for task in reference_tasks(config).values():
-        for plan in task.towers.values():
-            tokens = max_tokens(config, plan)
-            active = (len(plan.skills) if layer.feedforward_skills else 1 for layer in layers)
-            work += tokens * config.ffn_dim * sum(active) / len(layers)
-            count += tokens
-    return work / count
-
-
-def max_tokens(config: SkillNetConfig, plan: SkillPlan) -> int:
-    """Return the number of tokens of the longest input of a tower.
-
-    Args:
-        config: sizes of the inputs.
-        plan: plan of the tower.
-    """
-    tokens: int = find_modality(plan.modality).tensor_half.count_tokens(config)
-    return tokens
 
 
 def one_skill(
@@ -184,7 +149,7 @@ class LayerBudget:
         """
         if size == "executed":
             attention = attention_operations(config)
-            return cls(executed_operations(config), 0, attention, 4 * config.dim)
+            return cls(executed_operations(config), 0, attention, 4 * config.dim * networks)
         one = total_params(one_skill(config, "one", 1, layers=1))
         two = total_params(one_skill(config, "one", 1, layers=2))
         # Parameters of a network per unit of width.
@@ -208,20 +173,43 @@ class LayerBudget:
 
 def attention_operations(config: SkillNetConfig) -> float:
     """Return the operations of a token in the attention of one layer, mean over tokens."""
+    # Projections, and the products of scores and values.
+    return _average_tokens(config, lambda _, n: n * (8 * config.dim**2 + 4 * config.dim * n))
+
+
+def executed_operations(config: SkillNetConfig) -> float:
+    """Return the operations of a token in all layers, mean over tokens of the longest examples.
+
+    The cost of attention does not depend on the number of merged skills. The width of a layer is
+    the mean executed width of SkillNet's feed-forward layers, over layers and tokens.
+    """
+    layers = [layer for layer in _encoder(config).layers if isinstance(layer, EncoderLayer)]
+
+    def add_widths(plan: SkillPlan, tokens: int) -> float:
+        active = (len(plan.skills) if layer.feedforward_skills else 1 for layer in layers)
+        return tokens * config.ffn_dim * sum(active) / len(layers)
+
+    feedforward = 4 * config.dim * _average_tokens(config, add_widths)
+    return config.num_layers * (attention_operations(config) + feedforward)
+
+
+def _average_tokens(config: SkillNetConfig, add_costs: Callable[[SkillPlan, int], float]) -> float:
+    """Return the mean cost of a token of the longest examples, from the sum of each example."""
     work = count = 0.0
     for task in reference_tasks(config).values():
         for plan in task.towers.values():
-            tokens = max_tokens(config, plan)
-            # Projections, and the products of scores and values.
-            work += tokens * (8 * config.dim**2 + 4 * config.dim * tokens)
+            tokens: int = find_modality(plan.modality).tensor_half.count_tokens(config)
+            work += add_costs(plan, tokens)
             count += tokens
     return work / count
 
 
-def executed_operations(config: SkillNetConfig) -> float:
-    """Return the operations of a token in all layers, mean over tokens of the longest examples."""
-    feedforward = 4 * config.dim * executed_width(config)
-    return config.num_layers * (attention_operations(config) + feedforward)
+#: Option ``size`` of a baseline -> the quantity in words, and the function that measures it.
+QUANTITIES: dict[str, tuple[str, Callable[[SkillNetConfig], float]]] = {
+    "activated": ("activated parameters", mean_activated_params),
+    "executed": ("executed operations", executed_operations),
+    "total": ("total parameters", total_params),
+}
 
 
 def solve_width(wanted: float, fixed: float, each: float, where: str) -> int:

@@ -1,6 +1,6 @@
 """Tensor half of a modality: stem, lengths, batches, augmentation and masks of its rows.
 
-:class:`ModalityTensors` is the base class; ``image``, ``sound``, ``tokens`` and ``video`` beside
+:class:`ModalityTensors` is the base class; ``pixels``, ``sound`` and ``tokens`` beside
 this module hold the built-in ones. The model, the data loader, inference, export and the planner
 ask the instance that :attr:`skillnet.modality.Modality.tensor_half` loads.
 

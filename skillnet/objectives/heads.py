@@ -126,11 +126,13 @@ class TaskHead(nn.Module):
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__()
+        #: Name of the only output that :meth:`run` returns by default.
+        self.output = find_objective(task.objective).output or "logits"
 
     def run(
         self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
     ) -> dict[str, Tensor]:
-        """Run the task on one batch per tower. By default: ``logits`` of the only tower, pooled.
+        """Run the task on one batch per tower. By default: the output of the only tower, pooled.
 
         Args:
             towers: tower -> input tensors.
@@ -138,7 +140,7 @@ class TaskHead(nn.Module):
             embedding: returns the token embedding (V, D) of a tower.
         """
         (tower,) = towers
-        return {"logits": self(mean_pool(*encode(tower)))}
+        return {self.output: self(mean_pool(*encode(tower)))}
 
     def embed(
         self, tower: str, inputs: TowerInputs, encode: EncodeTower, embedding: EmbeddingOf

@@ -72,7 +72,8 @@ class MaskedHead(TaskHead):
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
         targets = inputs.targets
-        loss = masked_loss(outputs["predicted"], targets["values"], targets["masked"], inputs.count)
+        values = outputs["predicted"], targets["values"], targets["masked"]
+        loss = masked_loss_per_row(*values).sum() / inputs.count
         return loss * 0 if inputs.is_padding else loss
 
     @classmethod
@@ -111,18 +112,6 @@ class MaskedHead(TaskHead):
         modality = find_modality(task.towers[task.row_tower].modality)
         outputs: int = modality.tensor_half.count_outputs(config)
         return tokens * (outputs + config.dim * modality.reads_tokens)
-
-
-def masked_loss(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
-    """Compute the masked modelling loss: :func:`masked_loss_per_row`, summed over B / ``count``.
-
-    Args:
-        predicted_M: see :func:`masked_loss_per_row`.
-        values_M: see :func:`masked_loss_per_row`.
-        masked_BT: see :func:`masked_loss_per_row`.
-        count: rows of the global batch.
-    """
-    return masked_loss_per_row(predicted_M, values_M, masked_BT).sum() / count
 
 
 def masked_loss_per_row(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor) -> Tensor:

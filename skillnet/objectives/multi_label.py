@@ -30,9 +30,10 @@ class MultiLabelHead(LinearHead):
 
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
-        logits_BC, truth_BC = outputs["logits"], inputs.targets["label_sets"]
-        real = inputs.real
-        return binary_cross_entropy(logits_BC[real], truth_BC[real], inputs.count)
+        logits_BC = to_wide_float(outputs["logits"][inputs.real])
+        truth_BC = inputs.targets["label_sets"][inputs.real].to(logits_BC.dtype)
+        losses_BC = F.binary_cross_entropy_with_logits(logits_BC, truth_BC, reduction="none")
+        return losses_BC.mean(1).sum() / inputs.count
 
     @classmethod
     def example_targets(
@@ -71,20 +72,6 @@ class MultiLabelHead(LinearHead):
             best = rank_names(names, row, top)
             answers.append(best._replace(answer=", ".join(chosen) or "none"))
         return answers
-
-
-def binary_cross_entropy(logits_BC: Tensor, truth_BC: Tensor, count: int) -> Tensor:
-    """Compute the mean binary cross entropy of C decisions, summed over B, divided by ``count``.
-
-    Args:
-        logits_BC: logit of each class.
-        truth_BC: 1 for the classes of a row, else 0.
-        count: rows of the global batch.
-    """
-    logits = to_wide_float(logits_BC)
-    truth = truth_BC.to(logits.dtype)
-    losses_BC = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return losses_BC.mean(1).sum() / count
 
 
 def average_precision_of_rows(scores_NC: ArrayLike, truth_NC: ArrayLike) -> NDArray[np.float64]:

@@ -14,13 +14,9 @@ from torch import Tensor
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import MetricIntervals, cut_to_bounds
 from skillnet.objectives.heads import (
-    EmbeddingOf,
-    EncodeTower,
     LinearHead,
     LossInputs,
     TaskEvaluation,
-    TowerInputs,
-    mean_pool,
 )
 from skillnet.precision import to_wide_float
 from skillnet.skills import Task
@@ -33,17 +29,12 @@ class RegressionHead(LinearHead):
     the vocabulary of the model stores (:class:`skillnet.vocabulary.ModelVocabulary`).
     """
 
-    def run(
-        self, towers: Mapping[str, TowerInputs], encode: EncodeTower, embedding: EmbeddingOf
-    ) -> dict[str, Tensor]:
-        (tower,) = towers
-        return {"number": self(mean_pool(*encode(tower)))}
-
     @classmethod
     def compute_loss(cls, outputs: Mapping[str, Tensor], inputs: LossInputs) -> Tensor:
         predicted_B, right_B = outputs["number"][:, 0], inputs.targets["numbers"]
         real = inputs.real
-        return squared_error(predicted_B[real], right_B[real], inputs.count)
+        predicted = to_wide_float(predicted_B[real])
+        return (predicted - right_B[real].to(predicted.dtype)).square().sum() / inputs.count
 
     @classmethod
     def count_outputs(cls, config: SkillNetConfig, task: Task, tokens: int) -> int:
@@ -75,15 +66,3 @@ class RegressionHead(LinearHead):
         errors_N = np.abs(predictions[:, 0] - targets["numbers"])
         error = cut_to_bounds(intervals.mean(errors_N, "free"), (0.0, math.inf))
         return found.add(mean_absolute_error=error)
-
-
-def squared_error(predicted_B: Tensor, right_B: Tensor, count: int) -> Tensor:
-    """Compute the squared error, summed over B and divided by ``count``.
-
-    Args:
-        predicted_B: predictions.
-        right_B: correct values.
-        count: rows of the global batch.
-    """
-    predicted = to_wide_float(predicted_B)
-    return (predicted - right_B.to(predicted.dtype)).square().sum() / count

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.measure import read_csv_rows
 from skillnet_evidence.forest import draw_joint_evidence
 from skillnet_evidence.plot_kit import encode_svg
 from skillnet_evidence.rows import collect_points, group_claims, group_tests
 from skillnet_evidence.scale import collect_scale, draw_scale_figure
-from tools.docs.kept_results import rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +37,8 @@ def draw_study_figure(folder: Path, notice: str = "") -> "Figure":
         ValueError: the files have no differences, or no scores with operations.
     """
     claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
-    groups = group_claims(claims) or group_tests(rows_of(folder / "tests.csv"))
-    summary = rows_of(folder / "summary.csv")
+    groups = group_claims(claims) or group_tests(read_csv_rows(folder / "tests.csv"))
+    summary = read_csv_rows(folder / "summary.csv")
     points = collect_points(summary)
     if not groups or not points:
         raise ValueError(
@@ -57,7 +57,7 @@ def draw_study_scale(folder: Path) -> "Figure":
     Raises:
         ValueError: the study has no systems whose names differ in their number of tasks.
     """
-    points = collect_scale(rows_of(folder / "summary.csv"))
+    points = collect_scale(read_csv_rows(folder / "summary.csv"))
     if not points:
         raise ValueError(
             f"{folder}: no systems such as skills-5 and skills-22 with unequal tasks. Name the "

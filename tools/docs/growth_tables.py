@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.measure import read_csv_rows
 from lab import RESULTS
 from pipelines.training.evaluation import tables
 from pipelines.training.growth.report import (
@@ -25,7 +26,7 @@ from pipelines.training.growth.report import (
     TransferResult,
 )
 from skillnet_evidence.cells import markdown_table
-from tools.docs.kept_results import keep, rows_of
+from tools.docs.kept_results import keep
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "growth.md"
@@ -43,7 +44,7 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     if not (folder / REPORT_JSON).is_file():
         raise ValueError(f"{folder} is no finished growth: it has no {REPORT_JSON}")
     there = [name for name in (REFERENCES,) if (folder / name).is_file()]
-    target = results / f"{rows_of(folder / EVALUATION)[0]['date']}-growth"
+    target = results / f"{read_csv_rows(folder / EVALUATION)[0]['date']}-growth"
     keep(folder, [*KEPT, *there], target)
     return target
 
@@ -56,7 +57,7 @@ def newest(results: Path = RESULTS) -> Path | None:
 def text_of(folder: Path) -> str:
     """What stands between the page's marks."""
     growth = GrowthReport.from_dict(json.loads((folder / REPORT_JSON).read_text(encoding="utf-8")))
-    first = rows_of(folder / EVALUATION)[0]
+    first = read_csv_rows(folder / EVALUATION)[0]
     new = [each for each in growth.transfer_results if each.split == "test"]
     words = tables.metric_label(new[0].metric)
     lines = [
@@ -121,7 +122,7 @@ def _simple(path: Path, task: str, metric: str) -> list[str]:
         return []
     rows = [
         row
-        for row in rows_of(path)
+        for row in read_csv_rows(path)
         if row["system"] in tables.SYSTEM_LABELS
         and (row["task"], row["split"], row["metric"]) == (task, "test", metric)
     ]

@@ -1,6 +1,5 @@
 """The light files of what a command left, for the repository: no model, no path of a machine."""
 
-import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,9 +35,3 @@ def keep(source: Path, names: Iterable[str], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, content in ready.items():
         (target / name).write_bytes(content)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV."""
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.measure import read_csv_rows
 from lab import RESULTS
 from lab.merge_demonstration import BASE, MERGED, SCORES, SUMMARY
 from pipelines.training.evaluation.tables import format_metric, metric_label
 from skillnet_evidence.cells import markdown_table
-from tools.docs.kept_results import rows_of
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "merge.md"
@@ -37,7 +37,7 @@ def merge_page_text(folder: Path) -> str:
     Args:
         folder: directory of a demonstration.
     """
-    scores, summary = rows_of(folder / SCORES), rows_of(folder / SUMMARY)
+    scores, summary = read_csv_rows(folder / SCORES), read_csv_rows(folder / SUMMARY)
     old = {row["task"] for row in scores if row["arm"] == BASE}
     first = scores[0]
     seeds = list(dict.fromkeys(row["seed"] for row in scores))

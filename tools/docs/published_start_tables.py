@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import read_csv_rows
 from lab import RESULTS
 from lab.published_start import ARMS, METRICS, RANKS, TRIALS, UNTRAINED, choose_rate
 from pipelines.training.evaluation.tables import metric_label
 from skillnet_evidence import statistics
 from skillnet_evidence.cells import markdown_table
 from skillnet_evidence.statistics import RunSample
-from tools.docs.kept_results import rows_of
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "published-start.md"
@@ -48,7 +48,7 @@ def render_page(folder: Path) -> str:
     Args:
         folder: directory of an experiment.
     """
-    trials, ranks = rows_of(folder / TRIALS), rows_of(folder / RANKS)
+    trials, ranks = read_csv_rows(folder / TRIALS), read_csv_rows(folder / RANKS)
     rates = {UNTRAINED: 0.0, **{arm: choose_rate(trials, arm) for arm in ARMS}}
     chosen = {arm: _select(ranks, arm, lr) for arm, lr in rates.items()}
     seeds = sorted(set.intersection(*({row["seed"] for row in chosen[arm]} for arm in ARMS)))

@@ -10,7 +10,6 @@ joins them with the variation over seeds.
 """
 
 import argparse
-import csv
 import sys
 from collections import defaultdict
 from datetime import date
@@ -20,6 +19,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
+from benchmarks.measure import read_csv_rows
 from pipelines.training.evaluation.tables import metric_label
 from skillnet_platform.tables import write_csv
 from tools.docs.page_marks import put
@@ -63,14 +63,6 @@ BASELINES = ("chance", "simple_baseline")
 
 Rows = list[dict[str, str]]
 RowKey = tuple[str, str, str]
-
-
-def read_rows(path: Path) -> Rows:
-    """Return the rows of a CSV; an empty list if the file does not exist."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def seed_interval(values: list[float]) -> tuple[float, float]:
@@ -188,17 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     if bool(options.runs) == bool(options.csv):
         parser.error("give either directories of runs or --csv FILE")
     if options.csv:
-        path, rows = options.csv, read_rows(options.csv)
+        path, rows = options.csv, read_csv_rows(options.csv)
     else:
         path = RESULTS / f"{date.today()}-quickstart.csv"
         baselines: Rows = []
         rows = []
         for run in options.runs:
-            own = read_rows(run / "evaluation.csv")
+            own = read_csv_rows(run / "evaluation.csv")
             if not own:
                 parser.error(f"{run}: no evaluation.csv. Wait until the run has finished.")
             rows += own
-            baselines = baselines or read_rows(run / "simple_baselines.csv")
+            baselines = baselines or read_csv_rows(run / "simple_baselines.csv")
         rows = baselines + rows
         write_csv(path, rows)
     put(README, "results", readme_text(rows))

@@ -10,13 +10,12 @@ with the tables.
 """
 
 import argparse
-import csv
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import GPU_CPUS, GPU_ROWS, RESULTS
+from benchmarks.measure import GPU_CPUS, GPU_ROWS, RESULTS, read_csv_rows
 from skillnet_platform.storage import human_bytes
 from tools.docs.page_marks import put
 
@@ -95,9 +94,11 @@ def newest(name: str, folder: Path = RESULTS) -> Path:
 
 def measured(path: Path, unit: str) -> dict[str, float]:
     """What was measured in that unit: name -> median."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["measured"]: float(row["value"]) for row in csv.DictReader(file)
-                if row["unit"] == unit and not row["against"]}  # fmt: skip
+    return {
+        row["measured"]: float(row["value"])
+        for row in read_csv_rows(path)
+        if row["unit"] == unit and not row["against"]
+    }
 
 
 def tables(folder: Path = RESULTS) -> str:
@@ -176,12 +177,11 @@ def _fed(fed: dict[str, float], scaling: Path | None) -> list[str]:
     """How far a prepare grows with CPUs, in words; ``fed`` is the most that it can use."""
     if scaling is None:
         return ["How many CPUs the reading task of a corpus can feed was not measured."]
-    with scaling.open(encoding="utf-8", newline="") as file:
-        grown = [
-            f"{float(row['value']):.2f} times with {row['measured'].removeprefix('prepare, ')}"
-            for row in csv.DictReader(file)
-            if row["unit"] == "times as fast"
-        ]
+    grown = [
+        f"{float(row['value']):.2f} times with {row['measured'].removeprefix('prepare, ')}"
+        for row in read_csv_rows(scaling)
+        if row["unit"] == "times as fast"
+    ]
     slow = {name: math.ceil(256 / cpus) for name, cpus in fed.items() if cpus < 256}
     parts = ", ".join(f"{count} of {name}" for name, count in slow.items())
     return [

@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
+from benchmarks.measure import read_csv_rows
 from lab import RESULTS
 from skillnet_evidence.effects import ScoredTrial, build_effects_table, estimate_effects
 from skillnet_platform.tables import write_csv
-from tools.docs.kept_results import keep, rows_of
+from tools.docs.kept_results import keep
 from tools.docs.page_marks import put
 from tools.docs.quickstart_tables import seed_interval
 
@@ -41,14 +42,14 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     """
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} is no finished sweep: it has no result.json")
-    rows = rows_of(folder / TRIALS)
+    rows = read_csv_rows(folder / TRIALS)
     done = [row["name"] for row in rows if row["status"] == "finished"]
-    measured = [rows_of(folder / "trials" / name / "evaluation.csv")[0] for name in done]
+    measured = [read_csv_rows(folder / "trials" / name / "evaluation.csv")[0] for name in done]
     last = max(measured, key=lambda row: row["date"])
     target = results / f"{last['date']}-sweep-{folder.name}"
     keep(folder, KEPT, target)
     reported = {"date": last["date"], "machine": last["machine"]}
-    kept = rows_of(target / TRIALS)
+    kept = read_csv_rows(target / TRIALS)
     light = [{k: v for k, v in row.items() if k not in PLACES} | reported for row in kept]
     write_csv(target / TRIALS, light)
     return target
@@ -111,7 +112,7 @@ def page_text(results: Path = RESULTS) -> str:
 
 def text_of(folder: Path) -> str:
     """The tables of a sweep that was kept."""
-    rows = rows_of(folder / TRIALS)
+    rows = read_csv_rows(folder / TRIALS)
     sweep: dict[str, Any] = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     run = sweep["run"]
     ended = [row["status"] for row in rows]
@@ -169,7 +170,7 @@ def draw(folder: Path) -> None:
             settings={key: row[key] for key in sweep["space"] if row[key]},
             seed=int(row["seed"]),
         )
-        for row in rows_of(folder / TRIALS)
+        for row in read_csv_rows(folder / TRIALS)
         if row["status"] == "finished"
     ]
     figure = draw_ranking_figure(rank_configurations(outcomes))

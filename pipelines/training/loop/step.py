@@ -26,7 +26,7 @@ from skillnet.encoder import place_rows
 from skillnet.objectives.base import PAIR, find_objective
 from skillnet.objectives.heads import LossInputs, RankGather, head_class
 from skillnet.precision import ComputePrecision
-from skillnet.rounded_weights import share_merges
+from skillnet.skill_weights import share_merges
 from skillnet.skills import Task
 
 if TYPE_CHECKING:

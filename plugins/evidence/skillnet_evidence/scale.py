@@ -156,7 +156,8 @@ def _draw_series(
     x, y, low, high = zip(*values, strict=True)
     below = [max(a - b, 0) for a, b in zip(y, low, strict=True)]
     above = [max(b - a, 0) for a, b in zip(y, high, strict=True)]
-    has_interval = not any(map(math.isnan, (*low, *high)))
+    # A system of one seed lacks an interval, and hides none of the others.
+    has_interval = not all(map(math.isnan, (*low, *high)))
     panel.errorbar(
         x,
         y,

@@ -1,6 +1,7 @@
 """Readers of other tools' files, each with files that the tool wrote: see data/README.md."""
 
 import contextlib
+import io
 import json
 import shutil
 import zipfile
@@ -107,6 +108,14 @@ def test_metrics_of_which_lower_is_better_count_as_errors(files: Path) -> None:
         )
     metric = compare_files(files / "lm_eval").metrics["next_word_running"]
     assert not metric.is_higher_better
+    # The name of a task may have dots, as the path to a key has.
+    for path in files.glob("lm_eval/*/results_*.json"):
+        better = {"next.word": {"acc": False}}
+        edit_json(path, lambda tree, better=better: tree.update(higher_is_better=better))
+    for path in files.glob("lm_eval/*/samples_next_word_running_*"):
+        path.rename(path.with_name(path.name.replace("next_word_running", "next.word")))
+    dotted = compare_files(files / "lm_eval", tasks=["next.word"]).metrics["next.word"]
+    assert not dotted.is_higher_better
 
 
 def test_answers_of_another_filter_are_no_further_rows(files: Path) -> None:
@@ -316,6 +325,7 @@ def test_systems_that_lack_a_task_of_mteb_are_left_out_only_by_request(files: Pa
             lambda x: x.update(mteb_dataset_name=x.pop("task_name"), s=x.pop("scores")),
             "before MTEB 1",
         ),
+        (lambda x: x.update(mteb_dataset_name=x.pop("task_name")), "key task_name: no text"),
     ],
 )
 def test_wrong_results_of_mteb_are_named(
@@ -415,6 +425,36 @@ def set_value(tree: object, place: tuple, value: object) -> None:
 
 
 # -- all -----------------------------------------------------------------------------------
+
+
+def lock_archive(bit: int, compression: int) -> bytes:
+    """Return an archive whose members state a password (bit 1) or a kind of compression."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("header.json", "{}")
+    changed = bytearray(content.getvalue())
+    listed = changed.find(b"PK\x01\x02")
+    for flags, kind in ((6, 8), (listed + 8, listed + 10)):
+        changed[flags], changed[kind] = bit, compression
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scores.jsonl", b"\xff\xfe\x00", "not JSON"),
+        ("scores.jsonl", b"5\n", "the column 'system' is missing"),
+        ("scores.eval", lock_archive(1, 0), "an archive with a password or an unknown compression"),
+        ("scores.eval", lock_archive(0, 97), "an archive with a password or an unknown"),
+    ],
+)
+def test_files_of_other_kinds_are_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvidenceError, match=message) as raised:
+        compare_files(tmp_path / name)
+    assert str(raised.value).startswith(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Systems with unequal tasks: differences of differences, shared means, equivalence."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -285,6 +286,12 @@ def test_systems_whose_names_differ_in_a_number_are_a_series() -> None:
     # A line per series and panel, with a marker per number of tasks.
     lines = panels[0].containers
     assert [len(each.lines[0].get_xdata()) for each in lines] == [2, 2]
+    assert [each.has_yerr for panel in panels for each in panel.containers] == 4 * [True] + 4 * [
+        False
+    ]
+    # A system without an interval hides none of the others.
+    points[0] = points[0]._replace(common=(points[0].common[0], math.nan, math.nan))
+    assert draw_scale_figure(points).axes[0].containers[0].has_yerr
 
 
 def test_equal_tasks_make_no_series() -> None:

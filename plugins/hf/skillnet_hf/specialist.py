@@ -245,7 +245,9 @@ def _width(config: SkillNetConfig) -> int:
     """Return the feed-forward width of a Transformer with biases, as all architectures are."""
     D, depth = config.dim, config.num_layers
     # The towers of a task share its parameter budget.
-    wanted = size_matching.mean_activated_params(config) / size_matching.mean_num_towers(config)
+    tasks = size_matching.reference_tasks(config).values()
+    towers = sum(len(task.towers) for task in tasks) / len(tasks)
+    wanted = size_matching.mean_activated_params(config) / towers
     fixed = depth * (4 * D * D + 4 * D + D + 4 * D)
     return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.ffn_dim")
 

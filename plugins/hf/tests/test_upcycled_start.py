@@ -24,6 +24,7 @@ from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, resolve_run
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
+from plugins.hf.tests.tiny_checkpoints import save_checkpoint
 from skillnet.systems import build_system, load_model
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -72,14 +73,7 @@ def test_a_run_starts_from_a_dense_run(
 def save_source(name: str, folder: Path, config: FinetuneConfig) -> None:
     """Write a tiny dense run or checkpoint whose sizes are all other than those of the run."""
     import timm
-    import transformers
 
-    sizes: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3,
-                             "intermediate_size": 20}  # fmt: skip
-    text: dict[str, Any] = {"vocab_size": 70, "max_position_embeddings": 11}
-    waves: dict[str, Any] = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,),
-                             "num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4,
-                             "num_conv_pos_embedding_groups": 2}  # fmt: skip
     if name == "dense":
         model = replace(
             config.model, dim=32, num_heads=8, embedding_dim=12, image_size=96, patch_size=32,
@@ -93,28 +87,7 @@ def save_source(name: str, folder: Path, config: FinetuneConfig) -> None:
         found = timm.create_model("vit_base_patch16_224", **arguments)
         timm.models.save_for_hf(found, str(folder), model_args=arguments, safe_serialization=True)
     else:
-        settings, cls = {
-            "bert": (transformers.BertConfig(**sizes, **text), "BertModel"),
-            "roberta": (
-                transformers.RobertaConfig(**sizes, **text, pad_token_id=0),
-                "RobertaModel",
-            ),
-            "vit": (transformers.ViTConfig(**sizes, image_size=8, patch_size=4), "ViTModel"),
-            "whisper": (
-                transformers.WhisperConfig(d_model=12, encoder_layers=1, encoder_attention_heads=3,
-                                           encoder_ffn_dim=20, decoder_layers=1, decoder_ffn_dim=20,
-                                           decoder_attention_heads=3, max_source_positions=9,
-                                           vocab_size=40, pad_token_id=0, bos_token_id=1,
-                                           eos_token_id=2, decoder_start_token_id=1),
-                "WhisperModel",
-            ),
-            "wav2vec2": (transformers.Wav2Vec2Config(**sizes, **waves), "Wav2Vec2Model"),
-            "wav2vec2-stable": (
-                transformers.Wav2Vec2Config(**sizes, **waves, do_stable_layer_norm=True),
-                "Wav2Vec2Model",
-            ),
-        }[name]  # fmt: skip
-        getattr(transformers, cls)(settings).save_pretrained(folder)
+        save_checkpoint(name, folder, vocab_size=70, num_mel_bins=80)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from plugins.hf.tests.tiny_checkpoints import save_checkpoint
 from skillnet.config import SkillNetConfig
 from skillnet.layers import SkillFeedForward
 from skillnet.model import SkillNet
@@ -29,81 +30,9 @@ from skillnet_hf.library_checkpoint import (
 from skillnet_platform.errors import UserError
 from tests.helpers.small_models import batch_of, small_config, small_model
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 20,
-}
 #: Fields of the model section that a converted checkpoint sets.
 LAYERS = ("dim", "num_layers", "num_heads", "ffn_dim", "bias", "norm_position", "norm_eps",
           "stem_norm", "class_token")  # fmt: skip
-
-
-def randomize(model: torch.nn.Module) -> Any:
-    """Give norms and biases values other than 1 and 0 too."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model.double().eval()
-
-
-def save_checkpoint(name: str, folder: Path) -> Any:
-    """Write a tiny random checkpoint with the library, in float64; return its model."""
-    import timm
-    import transformers
-
-    if name == "timm":
-        arguments: dict[str, Any] = {
-            "img_size": 8,
-            "patch_size": 4,
-            "embed_dim": 12,
-            "depth": 2,
-            "num_heads": 3,
-        }
-        model: Any = randomize(
-            timm.create_model("vit_base_patch16_224", num_classes=4, **arguments)
-        )
-        model.pretrained_cfg["mean"], model.pretrained_cfg["std"] = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-        timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
-        return model
-    text: dict[str, Any] = {"vocab_size": 40, "max_position_embeddings": 12, "type_vocab_size": 2}
-    image: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_labels": 4}
-    sound: dict[str, Any] = {"d_model": 12, "encoder_layers": 2, "encoder_attention_heads": 3,
-             "encoder_ffn_dim": 20, "decoder_layers": 1, "decoder_attention_heads": 3,
-             "decoder_ffn_dim": 20, "num_mel_bins": 6, "max_source_positions": 10,
-             "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-             "decoder_start_token_id": 1}  # fmt: skip
-    waves: dict[str, Any] = {
-        "conv_dim": (8, 8),
-        "conv_stride": (5, 2),
-        "conv_kernel": (10, 3),
-        "num_conv_pos_embeddings": 4,
-        "num_conv_pos_embedding_groups": 2,
-        "vocab_size": 40,
-        "num_feat_extract_layers": 2,
-        "codevector_dim": 8,
-        "proj_codevector_dim": 8,
-    }
-    config, cls = {
-        "bert": (transformers.BertConfig(**SIZES, **text), "BertForMaskedLM"),
-        "roberta": (
-            transformers.RobertaConfig(**SIZES, **text | {"max_position_embeddings": 13},
-                                       pad_token_id=0),
-            "RobertaModel",
-        ),
-        "vit": (transformers.ViTConfig(**SIZES, **image), "ViTForImageClassification"),
-        "whisper": (transformers.WhisperConfig(**sound), "WhisperForConditionalGeneration"),
-        "wav2vec2": (transformers.Wav2Vec2Config(**SIZES, **waves), "Wav2Vec2ForCTC"),
-        "wav2vec2-stable": (
-            transformers.Wav2Vec2Config(**SIZES, **waves, do_stable_layer_norm=True),
-            "Wav2Vec2ForPreTraining",
-        ),
-    }[name]  # fmt: skip
-    model = randomize(getattr(transformers, cls)(config))
-    model.save_pretrained(folder)
-    return model
 
 
 def library_tokens(name: str, model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -229,17 +158,6 @@ def test_skills_copied_from_wav2vec2_compute_its_layers(name: str, tmp_path: Pat
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_wav2vec2_with_adapters_is_rejected(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_checkpoint("wav2vec2-stable", tmp_path)
-    file = tmp_path / "model.safetensors"
-    extra = {"wav2vec2.encoder.layers.0.adapter_layer.norm.weight": torch.ones(3)}
-    save_file(load_file(file) | extra, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"no place for the weights layers\.0\.adapter_layer"):
-        convert_checkpoint(tmp_path)
-
-
 def test_weights_without_a_place_are_named_with_their_shapes(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -250,6 +168,12 @@ def test_weights_without_a_place_are_named_with_their_shapes(tmp_path: Path) -> 
     save_file(tensors | extra, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"no place for the weights encoder\.layer\.0\.adapter"):
         convert_checkpoint(tmp_path)
+    save_checkpoint("wav2vec2-stable", tmp_path / "waves")
+    extra = {"wav2vec2.encoder.layers.0.adapter_layer.norm.weight": torch.ones(3)}
+    waves = tmp_path / "waves" / "model.safetensors"
+    save_file(load_file(waves) | extra, waves, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no place for the weights layers\.0\.adapter_layer"):
+        convert_checkpoint(tmp_path / "waves")
     lacking = {k: v for k, v in tensors.items() if "layer.1.output.dense.bias" not in k}
     save_file(lacking, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"no weight encoder\.layer\.1\.output\.dense\.bias"):

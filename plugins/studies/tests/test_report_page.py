@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.measure import read_csv_rows
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet_evidence.budget import estimate_budgets, estimate_ratio, find_crossing
@@ -47,7 +48,6 @@ from tests.helpers.synthetic_runs import (
     write_study,
 )
 from tools.docs import draw_study
-from tools.docs.kept_results import rows_of
 
 SYSTEMS = {
     "dense": -0.6,
@@ -143,7 +143,7 @@ def test_a_study_of_unequal_tasks_shows_its_series(tmp_path: Path) -> None:
     for text in ("Score and cost against the number of tasks", "activated, mean of 2 tasks"):
         assert text in page
     assert "mean score" not in Folds(page.partition("<body>")[2]).text
-    rows = rows_of(tmp_path / "report" / "summary.csv")
+    rows = read_csv_rows(tmp_path / "report" / "summary.csv")
     (own,) = (row for row in rows if (row["system"], row["task"]) == ("dense-5", "own_mean"))
     # A weight has two columns.
     assert (own["tasks"], float(own["total_params"])) == ("5", 1000)
@@ -240,7 +240,7 @@ def test_the_figure_of_the_documents_is_drawn_from_kept_files(
     report: reporting.ComparisonReport, tmp_path: Path
 ) -> None:
     write_report(report, tmp_path)
-    assert draw_study.read_reference(rows_of(tmp_path / "summary.csv")) == pytest.approx(40)
+    assert draw_study.read_reference(read_csv_rows(tmp_path / "summary.csv")) == pytest.approx(40)
     assert draw_study.main([str(tmp_path), "--notice", "under revision"]) == 0
     drawn = (tmp_path / "evidence.svg").read_text(encoding="utf-8")
     assert drawn.startswith("<svg")

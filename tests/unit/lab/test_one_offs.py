@@ -27,7 +27,6 @@ from skillnet_studies.study.kept_results import TUNING, KeptStudy, open_study
 from tests.helpers.prepared_corpora import write_corpus
 from tests.helpers.user_corpora import write_lines
 from tools.docs import published_start_tables
-from tools.docs.kept_results import rows_of
 from tools.docs.merge_tables import merge_page_text, newest_merge
 
 #: Rows of a task of the demonstration of merging, and the metric of each task.
@@ -112,13 +111,14 @@ def test_a_part_of_the_arms_is_written_and_stated(tmp_path: Path) -> None:
     folder = tmp_path / "2026-01-02-merge"
     merge_demonstration.write_results(list_runs()[:1], folder)
     merge_demonstration.write_results(list_runs(), folder)
-    scores = rows_of(folder / merge_demonstration.SCORES)
+    scores = read_csv_rows(folder / merge_demonstration.SCORES)
     assert len(scores) == 2 * (1 + 2 + 2) + 2
     assert {row["metric"] for row in scores} == set(KEYS.values())
     assert {row["is_identical"] for row in scores if row["arm"] == "merged"} == {"True"}
     assert {row["is_identical"] for row in scores if row["arm"] == "joint"} == {""}
     summary = {
-        (row["arm"], row["task"]): row for row in rows_of(folder / merge_demonstration.SUMMARY)
+        (row["arm"], row["task"]): row
+        for row in read_csv_rows(folder / merge_demonstration.SUMMARY)
     }
     # Equal outcomes have no difference to estimate.
     assert summary["joint", "text_to_code"]["difference"] == ""

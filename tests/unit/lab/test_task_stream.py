@@ -198,6 +198,16 @@ def test_a_killed_study_continues_elsewhere_with_its_rates(
     assert KeptStudy(third.path).runs == done
 
 
+def test_what_another_process_has_ended_is_not_trained_again(data: Path, tmp_path: Path) -> None:
+    study = StreamStudy(build_study(data, tmp_path, ["head", "lora"], fractions=[1.0]))
+    missing, trained = {"head", "lora"}, []
+    place = CellPlace(0, 0, 1.0, 1e-3, "test")
+    for arm, _, _ in study.train_missing(dict.fromkeys(missing, place), missing.__contains__):
+        trained.append(arm)
+        missing.clear()
+    assert len(trained) == 1
+
+
 def test_a_fold_stays_on_its_base(data: Path, tmp_path: Path) -> None:
     config = build_study(data, tmp_path, ["head"], fractions=[1.0, 0.5], only_folds=[0])
     study = StreamStudy(config)
@@ -221,6 +231,7 @@ def test_a_fold_stays_on_its_base(data: Path, tmp_path: Path) -> None:
         ("steps", 30, "stream.steps: 30 is no multiple of 20"),
         ("fractions", [0.0], "stream.fractions"),
         ("arms", ["grwo"], "no arm is named 'grwo'"),
+        ("only_folds", [0, 2], "stream.only_folds: 2 is no fold of the study, which has 2, from 0"),
     ],
 )
 def test_a_wrong_plan_is_one_message(

@@ -1,7 +1,6 @@
 """What the benchmarks compare computes the same, and what they report follows from the times."""
 
 import csv
-import os
 import subprocess
 import sys
 import time
@@ -27,7 +26,6 @@ from benchmarks.measure import (
     tree_cpu_time,
     write,
 )
-from benchmarks.ray_overhead import StoppableSide, describe_sides
 from benchmarks.training_step import DenseEncoder, LoopEncoder, Sizes, skillnet_step
 from pipelines.data.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
@@ -174,50 +172,3 @@ def test_each_side_is_a_process_of_its_own() -> None:
     assert {name: len(each) for name, each in took.items()} == {"one": 2, "other": 2}
     # What the other side computes meanwhile, or has computed before, is not in it.
     assert all(0.3 < took.cpu < 0.8 for each in took.values() for took in each)
-
-
-#: A command whose training takes turns, with a process of its own.
-_TRAINING = """
-import subprocess, sys
-from benchmarks.ray_overhead import TurnCallback
-other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(other.pid, flush=True)
-turns = TurnCallback(sys.argv[1], 2)
-for step in range(100):
-    turns.on_step_start(step)
-"""
-
-
-def await_stop(process: psutil.Process) -> None:
-    """A signal takes a moment to arrive."""
-    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, 30, lambda: process)
-
-
-def test_a_side_trains_in_its_turns_only_and_ends_with_all_its_processes(tmp_path: Path) -> None:
-    for pipe in ("done", "go"):
-        os.mkfifo(tmp_path / pipe)
-    with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "-c", _TRAINING, str(tmp_path)]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    contender = StoppableSide(process, tmp_path)
-    try:
-        contender.wait()
-        contender.stop()
-        other = psutil.Process(int((tmp_path / "log").read_text()))
-        await_stop(psutil.Process(process.pid))
-        await_stop(other)
-        for is_counted in (False, True, True):
-            contender.take_turn(is_counted)
-        assert len(contender.seconds) == len(contender.cpu["driver"]) == 2
-    finally:
-        contender.end()
-    assert psutil.wait_procs([other], 30)[0] == [other]
-
-
-def test_the_rate_under_ray_is_relative_to_the_same_turns_of_the_loop_alone() -> None:
-    alone, ray = (StoppableSide(None, Path(), seconds) for seconds in ([1.0, 2.0], [2.0, 2.5]))  # type: ignore[arg-type]
-    ray.cpu["raylet"] = [0.2, 0.5]
-    results = {result.measured: result for result in describe_sides({"alone": alone, "ray": ray})}
-    assert results["rate of steps, ray"].value == pytest.approx((0.5 + 0.8) / 2)
-    assert results["rate of steps, ray"].met == "no"
-    assert results["ray: raylet"].high == pytest.approx(0.2)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.measure import read_csv_rows
 from pipelines.training.growth.report import FileState, GrowthReport, TaskState, TransferResult
 from tools.docs import growth_tables as growth_result
 from tools.docs import sweep_tables as sweep_result
-from tools.docs.kept_results import keep, rows_of
+from tools.docs.kept_results import keep
 
 DAY = {"date": "2026-01-02", "machine": "a machine, 2 cores"}
 
@@ -89,7 +90,7 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     kept = sweep_result.collect(folder, tmp_path / "results")
     assert kept.name == "2026-01-02-sweep-depths"
     assert sweep_result.newest(tmp_path / "results") == {"depths": kept}
-    rows = rows_of(kept / "trials.csv")
+    rows = read_csv_rows(kept / "trials.csv")
     assert rows[0]["machine"] == DAY["machine"]
     assert not {"folder", "log"} & set(rows[0])
 

@@ -90,7 +90,7 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str) -> None:
     picture = tmp_path / "1.jpg"
     picture.write_bytes(user_corpora.jpg(1))
     write_layout, _ = prepare_scaling.LAYOUTS[name]
-    write_layout(tmp_path / "corpus", [picture] * 30)
+    write_layout(tmp_path / "corpus", 30, lambda path, _: path.hardlink_to(picture))
     assert prepare_scaling._read(name, tmp_path, 30) > 0
 
 

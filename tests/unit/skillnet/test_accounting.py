@@ -60,12 +60,6 @@ def test_flops_equal_torchs_count(changes: dict[str, Any]) -> None:
         assert cost.flops_per_example == flops, task
 
 
-def test_merging_more_skills_costs_attention_nothing() -> None:
-    model = small_model(skill_modules="attention")
-    few, many = (plan_flops(model, SkillPlan(model.config.skills[:k])) for k in (1, 7))
-    assert few == many
-
-
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_activated_parameters_are_those_with_a_gradient(changes: dict[str, Any]) -> None:
     model = small_model(**changes)
@@ -96,8 +90,3 @@ def test_growing_costs_an_older_task_nothing() -> None:
     before, after = (account_task(model, "text_classification") for model in (few, many))
     assert after.total > before.total
     assert after[1:] == before[1:]
-
-
-def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown task 'text'"):
-        account_task(small_model(), "text")

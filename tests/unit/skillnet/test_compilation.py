@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from pipelines.training.loop.setup import compile_plans
 from skillnet.baselines.moe import MoE, MoEOptions
-from skillnet.compilation import PlanCompiler
+from skillnet.encoder import PlanCompiler
 from skillnet.model import SkillNet
 from skillnet.skills import masked_tasks
 from tests.helpers.small_models import small_config, towers_of

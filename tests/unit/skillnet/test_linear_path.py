@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,17 +150,13 @@ def test_cells_divide_the_image() -> None:
         ("classification", {"input": "text"}, "linear_path is for retrieval"),
         ("retrieval", {"query": "text", "candidate": "video"}, "tower candidate reads video"),
         ("retrieval", {"query": "sound", "candidate": "text"}, "tower query reads sound"),
+        ("retrieval", {"query": "text", "candidate": "code"}, "is true or false, not 'yes'"),
     ],
 )
 def test_a_path_that_does_not_fit_is_refused(
     objective: str, towers: dict[str, str], message: str
 ) -> None:
     plans = {name: SkillPlan(("general",), modality) for name, modality in towers.items()}
+    given: Any = "yes" if "yes" in message else True
     with pytest.raises(ValueError, match=message):
-        Task(objective, plans, outputs=3, linear_path=True)
-
-
-def test_a_path_is_on_or_off() -> None:
-    towers = small_config().tasks["text_to_code"].towers
-    with pytest.raises(ValueError, match="linear_path is true or false, not 'yes'"):
-        Task("retrieval", towers, linear_path="yes")  # type: ignore[arg-type]
+        Task(objective, plans, outputs=3, linear_path=given)

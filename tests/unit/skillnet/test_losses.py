@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skillnet.objectives.classification import cross_entropy
 from skillnet.objectives.ctc import ctc_loss
-from skillnet.objectives.masked import masked_loss, masked_loss_per_row
+from skillnet.objectives.masked import masked_loss_per_row
 from skillnet.objectives.retrieval import info_nce
 
 
@@ -201,7 +201,6 @@ def test_masked_values_weigh_rows_alike() -> None:
     losses = [((p - v) ** 2).sum() / 5 for p, v in zip(predicted, values, strict=True)]
     expected = naive(hidden, losses)
     torch.testing.assert_close(masked_loss_per_row(predicted, values, hidden), expected)
-    torch.testing.assert_close(masked_loss(predicted, values, hidden, 4), expected.mean())
 
 
 def test_masked_tokens_weigh_rows_alike() -> None:
@@ -215,8 +214,10 @@ def test_masked_tokens_weigh_rows_alike() -> None:
 def test_masked_losses_of_ranks_add_up() -> None:
     hidden, predicted, values = masked_inputs()
     first = int(hidden[:1].sum())
-    parts = masked_loss(predicted[:first], values[:first], hidden[:1], 4) + masked_loss(
-        predicted[first:], values[first:], hidden[1:], 4
-    )
-    torch.testing.assert_close(parts, masked_loss(predicted, values, hidden, 4))
-    assert masked_loss(predicted[:0], values[:0], hidden[:0], 4) == 0
+    parts = [
+        masked_loss_per_row(predicted[:first], values[:first], hidden[:1]).sum(),
+        masked_loss_per_row(predicted[first:], values[first:], hidden[1:]).sum(),
+    ]
+    whole = masked_loss_per_row(predicted, values, hidden).sum()
+    torch.testing.assert_close(sum(parts), whole)
+    assert masked_loss_per_row(predicted[:0], values[:0], hidden[:0]).sum() == 0

@@ -143,19 +143,6 @@ def lora_model(rank: int = 2, source: str = "text") -> SkillNet:
     )
 
 
-def test_a_skill_with_a_rank_of_its_own_starts_as_its_source() -> None:
-    model = lora_model()
-    batch = batch_of("text", model.config)
-    for others in ((), ("general",), ("alignment", "general", "image")):
-        found, expected = (
-            model.eval().encode(batch, SkillPlan((*others, skill))) for skill in ("depth", "text")
-        )
-        if others:  # the order of names is the order of the sum
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        else:
-            assert torch.equal(found, expected)
-
-
 def test_outputs_and_gradients_are_those_of_the_lora_formula() -> None:
     """The reference has whole skills only: W_text + A B, computed here."""
     torch.manual_seed(1)
@@ -337,18 +324,6 @@ def test_a_finished_run_keeps_general_for_the_differences_to_it() -> None:
     run: Any = SimpleNamespace(config=SimpleNamespace(tasks={}, measured={}), init_report=None)
     remove_untrained_parts(run, model)
     assert model.config.skills == ("general", "text")
-
-
-@pytest.mark.parametrize("system", ["dense", "moe"])
-def test_baselines_have_whole_matrices_of_the_same_size(system: str) -> None:
-    config = small_config(dim=32, ffn_dim=48, num_heads=4, skill_rank=4)
-    baseline = build_system(system, config)
-    assert baseline.config.skill_rank == 0
-    sizes = [
-        sum(account_task(model, task).activated for task in config.tasks)
-        for model in (SkillNet(config), baseline)
-    ]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
 def test_low_rank_skills_start_from_a_dense_model() -> None:

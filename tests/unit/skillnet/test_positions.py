@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from skillnet.config import SkillNetConfig
-from skillnet.modalities.image import PatchStem
-from skillnet.modalities.pixels import cut_tubelets, join_tubelets, patchify
+from skillnet.modalities.pixels import PatchStem, TubeletStem, cut_tubelets, join_tubelets, patchify
 from skillnet.modalities.sound import stack_frames, unstack_frames
-from skillnet.modalities.video import TubeletStem
 from skillnet.modality import find_modality, modality_names
 from skillnet.objectives.masked import MaskedHead
 from skillnet.skill_copies import (

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from skillnet.layers import SkillFeedForward, SkillWeights
 from skillnet.precision import assume_gpu
-from skillnet.rounded_weights import Skills, merge_rounded, share_merges
+from skillnet.skill_weights import Skills, merge_rounded, share_merges
 
 PLANS: tuple[Skills, ...] = (("alignment", "general", "text"), ("alignment", "general", "image"))
 #: Ways of merging: mean, rows side by side, columns side by side and divided.

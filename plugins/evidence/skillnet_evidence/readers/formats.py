@@ -49,10 +49,10 @@ def read_lines(sources: Sequence[str | Path], options: ReadOptions | None = None
     """
     chosen = options or ReadOptions()
     texts = [str(source) for source in sources]
-    name = chosen.file_format or _detect_format(texts[0])
-    require_known([name], READERS, "--format", "format")
     source = texts[0] if len(texts) == 1 else f"{texts[0]} and {len(texts) - 1} more"
     try:
+        name = chosen.file_format or _detect_format(texts[0])
+        require_known([name], READERS, "--format", "format")
         found = READERS[name](texts, replace(chosen, file_format=name))
         return found._replace(source=source, file_format=name)
     except FileNotFoundError as error:
@@ -87,9 +87,9 @@ def _sniff_file(path: Path, other: str) -> str:
         if head.startswith(start):
             return name
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8", errors="replace") as stream:
             tree = parse_json(stream.readline(MAX_BYTES), str(path))
-        return "lm-eval" if "doc_id" in tree else other
+        return "lm-eval" if isinstance(tree, dict) and "doc_id" in tree else other
     if path.suffix == ".json" or head.lstrip()[:1] == b"{":
         return name_format(load_json(path)) or other
     return other

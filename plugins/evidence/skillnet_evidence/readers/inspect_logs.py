@@ -1,5 +1,6 @@
 """Logs of inspect: ZIP archives (``.eval``) or JSON files with the scores of each sample."""
 
+import lzma
 import struct
 import zipfile
 import zlib
@@ -111,8 +112,13 @@ def _open_archive(path: Path) -> tuple[dict[str, Any], Any]:
             for name in ("header.json", "summaries.json"):
                 place = f"{path}, {name}"
                 trees.append(parse_json(_read_member(archive, path, name), place))
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise EvidenceError(f"{path}: a damaged archive ({error})") from None
+    except RuntimeError:
+        # Python's words name an object of its own, and a method to give the password.
+        raise EvidenceError(
+            f"{path}: an archive with a password or an unknown compression; inspect writes neither"
+        ) from None
     except KeyError as error:
         raise EvidenceError(f"{path}: not a finished log of inspect ({error.args[0]})") from None
     return require_dict(trees[0], f"{path}, header.json"), trees[1]

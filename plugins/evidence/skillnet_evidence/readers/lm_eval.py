@@ -84,7 +84,9 @@ def _add_samples(
     if not samples:
         raise EvidenceError(f"{path}: no samples")
     metric, rule = _choose_metric(found, path, task, [each for _, each in samples], options)
-    better = find_value(about.get("higher_is_better"), f"{task}.{metric}")
+    # Not one key joined by dots: the name of a task may have dots itself.
+    better = find_value(find_value(about.get("higher_is_better"), task), metric)
+    group = _find_group(about, task) if options.unit == "task" else task
     for place, sample in samples:
         if sample.get("filter", "none") != rule:
             continue
@@ -96,9 +98,7 @@ def _add_samples(
             )
         # The hash tells documents apart that have one number in two versions of a task.
         row, unit = f"{sample.get('doc_id')} {str(sample.get('doc_hash', ''))[:8]}".strip(), None
-        group = task
         if options.unit == "task":
-            group = _find_group(about, task)
             row, unit = f"{task} {row}", task
         elif options.unit:
             unit = require_value(sample.get("doc"), options.unit, place, "--unit")

@@ -15,6 +15,7 @@ from skillnet_evidence.readers.lines import (
     load_json,
     name_format,
     require_dict,
+    require_value,
 )
 
 #: The only task of MTEB results, whose rows are MTEB's tasks.
@@ -64,7 +65,7 @@ def _has_prefix(row: str, task: str) -> bool:
 
 def _list_scores(tree: Any, path: Path, metric: str) -> Iterator[tuple[str, str, Any, str]]:
     """Yield row, task, score and place of each split and subset in a file of MTEB."""
-    task = str(tree["task_name"])
+    task = require_value(tree, "task_name", str(path), "key")
     for split, entries in require_dict(tree["scores"], f"{path}, scores").items():
         for entry in entries if isinstance(entries, list) else [entries]:
             place = f"{path}, scores.{split}"

@@ -6,11 +6,10 @@ import torch
 
 from skillnet.config import SkillNetConfig
 from skillnet.keyed_random import BatchRandom
-from skillnet.modalities.pixels import cut_tubelets, patchify
+from skillnet.modalities.pixels import cut_tubelets, patchify, sample_tube_mask
 from skillnet.modalities.sound import stack_frames
 from skillnet.modalities.tensors import Batch, normalise_tokens, sample_mask, sample_span_mask
 from skillnet.modalities.tokens import FIRST_WORD, MASK_TOKEN
-from skillnet.modalities.video import sample_tube_mask
 from skillnet.modality import find_modality
 from tests.helpers.pixel_rows import make_masking, mask_pixels
 

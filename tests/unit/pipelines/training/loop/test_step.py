@@ -19,7 +19,7 @@ from skillnet import skill_weights
 from skillnet.layers import SkillWeights
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision, assume_gpu, choose_precision
-from skillnet.rounded_weights import merge_rounded
+from skillnet.skill_weights import merge_rounded
 from skillnet.skills import default_tasks, masked_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora

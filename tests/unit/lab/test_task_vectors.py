@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.task_vectors import TiesJoin
 from skillnet.model_merging import merge_models, plan_merge, read_parent
 from skillnet.systems import load_model
-from skillnet.task_vectors import TiesJoin
 from tests.helpers.small_models import small_model
 
 #: Changes of five weights of two copies, and what TIES makes of them if each copy keeps three.
@@ -31,7 +31,7 @@ def test_large_changes_of_the_elected_sign_are_averaged(tmp_path: Path) -> None:
     (file,) = plan.averaged
     size = sum(value.numel() for value in parents[0].read_weights(file).values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skillnet.task_vectors.KEPT_FRACTION", 3 / size)
+        patch.setattr("lab.task_vectors.KEPT_FRACTION", 3 / size)
         ties = TiesJoin(read_parent(tmp_path / "base", "base"), plan)
     merge_models(plan, tmp_path / "merged", ties)
     merged = load_model(tmp_path / "merged")
