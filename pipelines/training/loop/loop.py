@@ -11,16 +11,15 @@ import torch
 import torch.distributed as dist
 
 from pipelines.data.shards import row_threads
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import prefetch_batches
 from pipelines.training.loop import checkpointing, preemption
-from pipelines.training.loop.callbacks import LoopCallback
 from pipelines.training.loop.optimizer import (
     WeightAverage,
     build_optimizer,
     set_learning_rate,
     update_weights,
 )
-from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.reporter import LoopCallback, LoopReporter
 from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import (

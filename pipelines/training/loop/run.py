@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.resources import trains_in_process
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run_evaluation import find_size_mismatch
-from pipelines.training.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
-from pipelines.training.runs.task_counts import parse_task_counts
+from pipelines.training.runs.layout import (
+    CONFIG,
+    RESULT,
+    create_run_folder,
+    is_unused,
+    parse_task_counts,
+    read_result,
+)
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import TerminatedError, UserError
@@ -21,9 +26,8 @@ from skillnet_platform.storage import read_json
 MAX_CHECKED_STEPS = 4096
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.callbacks import LoopCallback
     from pipelines.training.loop.ray_train.fit import NestedFit
-    from pipelines.training.loop.reporter import OnEvaluation
+    from pipelines.training.loop.reporter import LoopCallback, OnEvaluation
     from pipelines.training.loop.worker import FinalEvaluation
     from skillnet_platform.tracking import Tracker
 
@@ -37,6 +41,7 @@ def validate_run(run: ResolvedRun) -> None:
     Raises:
         UserError: one of them does not fit; names the key to change.
     """
+    from pipelines.training.loop.reporter import CALLBACKS, LOGGERS, find_observers
     from pipelines.training.runs.vocabulary_match import check_outputs, find_common_tokenizer
     from skillnet.skills import find_task
     from skillnet.systems import find_system

@@ -20,22 +20,28 @@ from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
 from pipelines.training.evaluation.tables import write_evaluation_csv
 from pipelines.training.loop import preemption
-from pipelines.training.loop.callbacks import CALLBACKS, LoopCallback, find_observers
 from pipelines.training.loop.loop import TrainResult, train_model
 from pipelines.training.loop.reporter import (
+    CALLBACKS,
+    LoopCallback,
     LoopReporter,
     OnEvaluation,
     RunReporter,
     SilentReporter,
+    find_observers,
 )
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run_evaluation import EVALUATION_CSV, evaluate_run
 from pipelines.training.loop.setup import pick_device
 from pipelines.training.runs import layout
 from pipelines.training.runs.checkpoints import step_of
-from pipelines.training.runs.mirror import mirror_of
+from pipelines.training.runs.mirror import (
+    CheckpointUploads,
+    mirror_of,
+    restore_latest,
+    upload_trained,
+)
 from pipelines.training.runs.model_source import ModelSource, load_source_model
-from pipelines.training.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from skillnet.model import SkillNet
 from skillnet.model_merging import remove_skill, remove_task
 from skillnet.multitask_model import TaskModel

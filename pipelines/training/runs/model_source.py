@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.runs.bundle_manifest import MANIFEST, is_bundle, read_bundle_manifest
-from pipelines.training.runs.layout import SETTINGS, TRAINED
-from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
+from pipelines.training.runs.layout import (
+    SETTINGS,
+    TRAINED,
+    find_untrained_tasks,
+    parse_task_counts,
+)
 from skillnet.serialization import (
     check_file,
     config_to_dict,

@@ -12,8 +12,12 @@ import torch
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.data import AUGMENTATIONS, AugmentConfig
-from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import (
+    Batch,
+    MultiTaskDataLoader,
+    prefetch_batches,
+    rank_slice,
+)
 from pipelines.training.loop.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound

@@ -11,6 +11,7 @@ from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import preemption, worker
 from pipelines.training.runs.identity import compute_identity
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
+from tests.helpers.stop_files import FILE, FileStopSignal
 
 
 def test_resumed_run_may_become_elastic() -> None:
@@ -33,8 +34,8 @@ def test_signal_to_a_worker_resizes_and_stop_of_the_driver_ends(tmp_path: Path) 
         with pytest.raises(WorkerGroupResize) as reported:
             worker._end_for_resize(1, "host")
         assert reported.value.leaving == ["host"]
-        (tmp_path / preemption.FILE).touch()
-        with preemption.watch_stop_signal(preemption.FileStopSignal(tmp_path / preemption.FILE)):
+        (tmp_path / FILE).touch()
+        with preemption.watch_stop_signal(FileStopSignal(tmp_path / FILE)):
             while not preemption.stop_requested_by_driver():
                 pass
         worker._end_for_resize(1, "host")

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.training.loop import preemption
 from skillnet_platform import signals
+from tests.helpers.stop_files import FILE, FileStopSignal
 from tests.helpers.waiting import wait_until
 
 
@@ -15,9 +16,9 @@ from tests.helpers.waiting import wait_until
 def test_a_signal_requests_a_stop_and_a_second_one_interrupts(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    file = tmp_path / preemption.FILE
+    file = tmp_path / FILE
     file.touch()  # left by an earlier run
-    with preemption.listen_in_driver(preemption.FileStopSignal(file)):
+    with preemption.listen_in_driver(FileStopSignal(file)):
         assert not preemption.stop_requested()
         assert not file.exists()
         os.kill(os.getpid(), number)
@@ -42,10 +43,10 @@ def test_nohup_keeps_a_run_through_the_end_of_its_terminal() -> None:
 
 
 def test_file_of_the_driver_requests_a_stop(tmp_path: Path) -> None:
-    file = tmp_path / preemption.FILE
+    file = tmp_path / FILE
     with (
         preemption.listen_in_driver(),
-        preemption.watch_stop_signal(preemption.FileStopSignal(file)),
+        preemption.watch_stop_signal(FileStopSignal(file)),
     ):
         assert not preemption.stop_requested()
         file.touch()
