@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.growth.single import grow_model, show_growth
+from pipelines.growth.single import grow_model
 from pipelines.training.config.growth import GrowConfig, MergeConfig
 from pipelines.training.config.resources import PlannedRun, request_workers
+from pipelines.training.growth.report import GrowthReport, MergeReport
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
@@ -78,10 +79,8 @@ def show_grown(result: dict[str, Any]) -> None:
     Args:
         result: result of :func:`grow_model` or :func:`grow_apart`.
     """
-    from pipelines.training.growth.report import MergeReport
-
     if "growths" not in result:
-        show_growth(result)
+        GrowthReport.show(result)
         return
     growths = result["growths"]
     rows = [

@@ -4,9 +4,6 @@
   merge.yaml                configuration of the merge
   merge.json, merge.md      report: origin of each file, outputs of each task before and after
   evaluation.csv, outcomes.parquet   metrics of all tasks, and the outcome of every test row
-
-With ``tune``, a growth without a new skill follows: the run ``<name>-<task>`` trains a head over
-skills of the parents, and shows that all other tasks are unchanged.
 """
 
 import time
@@ -14,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.growth.single import create_derived_run, finish_result, grow_model, show_growth
+from pipelines.growth.single import create_derived_run, finish_result
 from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.resources import request_model
+from pipelines.training.growth.report import MergeReport
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -39,7 +37,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
 
     Returns:
         ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
-        ``merge``: the report. With ``tune`` also ``tuned``, the result of the growth.
+        ``merge``: the report.
 
     Raises:
         UserError: a model or corpus is missing, the models have no common base, or the name is in
@@ -69,9 +67,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
         settings = build_merged_config(config, sources, plan)
         folder = Path(str(config.run_dir)) / str(settings.name)
         with layout.lock_run_folder(folder):
-            result = _merge_in_folder(config, sources, plan, settings, folder, are_growths)
-    growth = config.growth_of(result["name"])
-    return result if growth is None else result | {"tuned": grow_model(growth)}
+            return _merge_in_folder(config, sources, plan, settings, folder, are_growths)
 
 
 def _merge_in_folder(
@@ -165,19 +161,6 @@ def _merge_in_folder(
     return finish_result(result, report, [each.source for each in sources], settings, tracking)
 
 
-def show_merge(result: dict[str, Any]) -> None:
-    """Print the tables of the report, and the location of the model.
-
-    Args:
-        result: result of :func:`merge_trained_models`.
-    """
-    from pipelines.training.growth.report import MergeReport
-
-    MergeReport.show(result)
-    if "tuned" in result:
-        show_growth(result["tuned"])
-
-
 def request_merge(config: MergeConfig) -> ResourceRequest:
     """Return the request of ``skillnet merge``: one CPU, the models and the corpora."""
     requests = [request_model(model, config.data) for model in config.models]
@@ -191,9 +174,8 @@ def request_merge(config: MergeConfig) -> ResourceRequest:
     "all skills, stems and heads are copied. Every task of every model is evaluated before and "
     "after, and the outputs must be identical to the bit.",
     example="skillnet merge counting radicals --name both\n"
-    "skillnet merge counting other --rename counting=counting_too\n"
-    "skillnet merge counting radicals --name both --config tune.yaml",
-    show=show_merge,
+    "skillnet merge counting other --rename counting=counting_too",
+    show=MergeReport.show,
     resources=request_merge,
 )
 def main(config: MergeConfig) -> dict[str, Any]:

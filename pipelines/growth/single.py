@@ -7,7 +7,7 @@
 
 A growth is a run of the ordinary training loop. It starts from the grown model (in ``.starts``
 beside the runs), and its ``training.trainable`` lists the new files. It resumes like any run.
-:func:`grow_model` is called by ``skillnet grow``, and by ``skillnet merge`` for its own task.
+:func:`grow_model` is called by ``skillnet grow``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -229,14 +229,3 @@ def create_derived_run(
     # Written after validation, so that a rejected config does not reserve the name.
     with atomic_write(folder / file, "w") as stream:
         stream.write(configuration.to_yaml(config))
-
-
-def show_growth(result: dict[str, Any]) -> None:
-    """Print the tables of the report, and the location of the model.
-
-    Args:
-        result: result of :func:`grow_model`.
-    """
-    from pipelines.training.growth.report import GrowthReport
-
-    GrowthReport.show(result)
