@@ -289,14 +289,11 @@ class InferenceRunner:
         spec, config = find_task(task, self.model.config.tasks), self.model.config
         head = head_class(spec)
         mean, deviation = self.model.vocabulary.scales.get(task, (0.0, 1.0))
-        out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
-
-        def predict_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (head.predict(self.model(task, {spec.row_tower: batch})),)
-
-        for rows, (predictions,) in self._infer(inputs, predict_batch):
-            out[rows] = predictions.numpy()
-        merged = self.ranks.merge(out)
+        merged = self._infer_rows(
+            inputs,
+            head.count_outputs(config, spec, 1),
+            lambda batch: head.predict(self.model(task, {spec.row_tower: batch})),
+        )
         if task not in self.model.vocabulary.scales:
             return merged
         # In double precision: a large mean would round small differences away.
@@ -344,16 +341,10 @@ class InferenceRunner:
             inputs: batch of the tower, N rows.
             on_rows: called with the number of rows of each batch that is done.
         """
-        out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
-
-        def embed_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (self.model.embed(task, tower, batch).float(),)
-
-        for rows, (vectors,) in self._infer(inputs, embed_batch):
-            out[rows] = vectors.numpy()
-            if on_rows is not None:
-                on_rows(len(rows))
-        return self.ranks.merge(out)
+        width = self.model.config.embedding_dim
+        return self._infer_rows(
+            inputs, width, lambda batch: self.model.embed(task, tower, batch).float(), on_rows
+        )
 
     def pool(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
         """Return the means of the encoded real tokens of a tower, (N, D) float32.
@@ -363,13 +354,25 @@ class InferenceRunner:
             tower: tower of the task, such as ``query``.
             inputs: batch of the tower, N rows.
         """
-        out = np.zeros((len(inputs), self.model.config.dim), dtype=np.float32)
+        return self._infer_rows(
+            inputs,
+            self.model.config.dim,
+            lambda batch: mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),
+        )
 
-        def pool_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),)
-
-        for rows, (vectors,) in self._infer(inputs, pool_batch):
-            out[rows] = vectors.numpy()
+    def _infer_rows(
+        self,
+        inputs: InferenceInputs,
+        width: int,
+        infer_batch: Callable[[dict[str, Tensor]], Tensor],
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Return the (N, width) float32 results of all rows, of which each rank infers a part."""
+        out = np.zeros((len(inputs), width), dtype=np.float32)
+        for rows, (found,) in self._infer(inputs, lambda batch: (infer_batch(batch),)):
+            out[rows] = found.numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
         return self.ranks.merge(out)
 
     def _infer(

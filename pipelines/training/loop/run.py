@@ -128,7 +128,7 @@ def train_and_evaluate(
         nested: how several workers run inside a trial of Ray Tune.
         is_worker: this process is the worker, such as that of a trial. Other processes train
             themselves if :func:`pipelines.training.config.resources.trains_in_process` holds.
-        brief: write no figures and no intervals, for a run that is only ranked among others.
+        brief: compute no intervals, for a run that is only ranked among others.
         callbacks: observers of the training loop.
         source: folder of the model that a growth starts from, see
             :class:`pipelines.training.loop.worker.FinalEvaluation`.
