@@ -34,9 +34,9 @@ from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.loop.telemetry import (
     CostMeter,
     GaugePublisher,
+    StepProfiler,
     ThroughputMeter,
     find_peak_flops,
-    profile_steps,
 )
 from skillnet.keyed_random import keyed_rng
 from skillnet.multitask_model import TaskModel
@@ -215,7 +215,7 @@ def train_model(
     replica.runner.train()
     processes, pin = settings.dataloader_num_workers, device.type == "cuda"
     with (
-        profile_steps(settings, folder, rank, device) as profiler,
+        StepProfiler(settings, folder, rank, device) as profiler,
         prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches,
     ):
         for batch in meter.iter_timed(batches):

@@ -144,6 +144,12 @@ class LoopReporter:
     def begin_split(self, name: str, rows: int, step: int) -> None:
         """Show that the final evaluation begins with the rows of a split."""
 
+    def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Record the tidy rows of the final model; none if the run was preempted."""
+
+    def close(self) -> None:
+        """End; called once, also if the training fails."""
+
 
 class SilentReporter(LoopReporter):
     """Reporter of the other ranks, which infer their part of each evaluation.
@@ -242,12 +248,7 @@ class RunReporter(LoopReporter):
             console.print_note(f"evaluating: {name}, {rows} rows")
 
     def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
-        """Give the evaluation of the final model to the loggers; the driver records it in MLflow.
-
-        Args:
-            rows: tidy rows of the evaluation; none if the run was preempted.
-            step: steps done.
-        """
+        """Give the evaluation to the loggers; the driver records it in MLflow."""
         from pipelines.training.evaluation.tables import name_metric
 
         values = {name_metric(r["task"], r["split"], r["metric"]): float(r["value"]) for r in rows}

@@ -154,11 +154,15 @@ def complete_result(
     from pipelines.training.evaluation import tables
     from skillnet import systems
     from skillnet.accounting import account_task
+    from skillnet_platform.tracking.backend import SCORE_METRIC
 
     model = systems.load_model(run / "model")
     # A comparison of runs reads this number: it may not have their models.
     total = sum(p.numel() for p in model.parameters())
     rows = result["evaluation"]
+    # Lists of runs are sorted by it. The driver of a sweep logs its own.
+    score, _ = tables.compute_overall_score(rows, splits[0] if splits else "test")
+    scored = {} if brief or score is None else {SCORE_METRIC: score}
     weak = _find_weak_tests(config, rows, splits) if not brief else []
     costs = {task: account_task(model, task) for task in config.measured}
     record: dict[str, Any] = {
@@ -168,7 +172,7 @@ def complete_result(
         "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total},
-        "metrics": tables.flat_metrics(rows) | _find_score(rows, splits, brief),
+        "metrics": tables.flat_metrics(rows) | scored,
         "note": tables.run_description(
             rows, [], model.config, total, tables.run_facts(result), weak
         ),
@@ -198,17 +202,6 @@ def _find_weak_tests(
         fold=config.fold,
     )
     return [each.sentence for each in found]
-
-
-def _find_score(
-    rows: list[dict[str, Any]], splits: Sequence[str] | None, brief: bool
-) -> dict[str, float]:
-    """Return the metric by which lists of runs are sorted; the driver of a sweep logs its own."""
-    from pipelines.training.evaluation.tables import compute_overall_score
-    from skillnet_platform.tracking.backend import SCORE_METRIC
-
-    score, _ = compute_overall_score(rows, splits[0] if splits else "test")
-    return {} if brief or score is None else {SCORE_METRIC: score}
 
 
 def resume_evaluation(

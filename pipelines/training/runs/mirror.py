@@ -301,15 +301,6 @@ def download_model(uri: str) -> Path:
     return target
 
 
-def link_checkpoint(path: Path, outbox: Path) -> Path:
-    """Copy a checkpoint by hard links, so that the copy stays when the original is removed."""
-    outbox.mkdir(parents=True, exist_ok=True)
-    # The same step may be written again while its first copy is being uploaded.
-    target = Path(tempfile.mkdtemp(dir=outbox)) / path.name
-    shutil.copytree(path, target, copy_function=link_or_copy)
-    return target
-
-
 def _check_model(folder: Path) -> None:
     from skillnet.serialization import check_file, read_manifest
 
@@ -359,8 +350,10 @@ class CheckpointUploads:
 
     def add_checkpoint(self, path: Path) -> None:
         """Queue a checkpoint in its current state; return at once."""
-        # Training may delete the original before the upload is done.
-        copy = link_checkpoint(path, self._outbox)
+        self._outbox.mkdir(parents=True, exist_ok=True)
+        # Training may delete the original before the upload is done, or write the same step again.
+        copy = Path(tempfile.mkdtemp(dir=self._outbox)) / path.name
+        shutil.copytree(path, copy, copy_function=link_or_copy)
         with self._changed:
             # Only the newest checkpoint matters for a restart.
             replaced, self._waiting = self._waiting, copy

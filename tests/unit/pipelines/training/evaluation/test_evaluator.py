@@ -210,12 +210,10 @@ def test_another_corpus_must_exist_and_have_a_task(
 def test_the_command_rejects_a_directory_without_a_model(
     data: Path, run_root: Path, capsys, tmp_path: Path
 ):
-    assert command.main(["--checkpoint", str(tmp_path / "none"), "--data", str(data)]) == 2
+    assert command.main([str(tmp_path / "none"), "--data", str(data)]) == 2
     assert "no folder and no run" in capsys.readouterr().err
-    assert command.main(["--checkpoint", str(tmp_path), "--data", str(data)]) == 2
+    assert command.main([str(tmp_path), "--data", str(data)]) == 2
     assert "holds no complete model" in capsys.readouterr().err
-    assert command.main(["--checkpoint", "a", "--run", "b"]) == 2
-    assert "not both" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
@@ -242,7 +240,7 @@ def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
     assert source.limits["text_to_code"] == 9
     result = evaluate_trained_model(
         EvaluateConfig(
-            checkpoint=str(source.weights),
+            model=str(source.weights),
             data=str(data),
             bootstrap_samples=0,
             simple_baselines=False,
