@@ -198,8 +198,15 @@ def evaluate_final(
         model: TaskModel, outcomes_file: str, splits: Sequence[str] | None, **options: Any
     ) -> list[dict[str, Any]]:
         outcomes = OutcomeTable()
-        shared = {"outcomes": outcomes, "on_split": begin_split, "ranks": ranks}
-        rows = evaluate_run(config, model, splits, **shared, **options)
+        rows = evaluate_run(
+            config,
+            model,
+            splits,
+            outcomes=outcomes,
+            on_split=begin_split,
+            ranks=ranks,
+            **options,
+        )
         if ranks.is_first:
             write_outcomes(outcomes, folder / outcomes_file)
         return rows
