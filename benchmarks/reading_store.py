@@ -45,7 +45,7 @@ from benchmarks.reading import (
 
 if TYPE_CHECKING:
     from pipelines.training.loading.samplers import ShuffleSampler
-    from pipelines.training.loading.shard_table import ShardTable
+    from pipelines.training.loading.task_columns import ShardTable
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -122,7 +122,7 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.data.shards.format import FORMAT_VERSION, write_corpus_manifest
     from pipelines.training.loading.samplers import ShuffleSampler
-    from pipelines.training.loading.shard_table import ShardTable
+    from pipelines.training.loading.task_columns import ShardTable
     from skillnet_platform.storage.cache import FileCache
 
     entries = write_shards(cells, home)

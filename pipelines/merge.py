@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.growth.single import create_derived_run, finish_result
+from pipelines.growth.growths import create_derived_run, finish_result
 from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.resources import request_model
 from pipelines.training.growth.report import MergeReport
+from pipelines.training.runs import layout
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -24,7 +25,7 @@ from skillnet_platform.storage.location import parse_location, require_local_fol
 
 if TYPE_CHECKING:
     from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.growth.merging import MergeSource
+    from pipelines.training.growth.verification import MergeSource
     from skillnet.model_merging import MergePlan
 
 
@@ -44,7 +45,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
             use by another run or by a merge of other models, options or corpora.
         RuntimeError: an exact merge changed an output; the report names the task.
     """
-    from pipelines.training.runs import layout, model_source
+    from pipelines.training.runs import model_source
 
     config = replace(
         config,
@@ -54,7 +55,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
     starts = Path(str(config.run_dir)) / ".starts"
     resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
     # torch loads here: --help and wrong names do not need it.
-    from pipelines.training.growth.merging import build_merged_config, open_merge_sources
+    from pipelines.training.growth.verification import build_merged_config, open_merge_sources
     from skillnet.model_merging import plan_merge
 
     opened = open_merge_sources(config, resolved, starts / "merging")
@@ -89,9 +90,12 @@ def _merge_in_folder(
         flat_metrics,
         write_evaluation_csv,
     )
-    from pipelines.training.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
+    from pipelines.training.growth.verification import (
+        MERGE_FILE,
+        build_merge_report,
+        check_same_merge,
+    )
     from pipelines.training.loop.run_evaluation import EVALUATION_CSV
-    from pipelines.training.runs import layout
     from skillnet.model_merging import merge_models
     from skillnet_platform.tracking.backend import SCORE_METRIC
 

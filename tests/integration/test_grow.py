@@ -12,8 +12,7 @@ import torch
 from pipelines import grow as growing
 from pipelines import merge as merging
 from pipelines.finetune import finetune
-from pipelines.growth.apart import plan_growths
-from pipelines.growth.single import grow_model
+from pipelines.growth.growths import grow_model, plan_growths
 from pipelines.training.config.growth import GrowConfig, NewSkill
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.training.growth import verification

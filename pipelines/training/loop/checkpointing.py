@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from pipelines.training.runs.checkpoints import (
     PREFIX,
     VerifiedCheckpoint,
     list_checkpoint_folders,
-    list_manifest_files,
     load_weights,
 )
 from skillnet.multitask_model import TaskModel
@@ -197,20 +196,26 @@ class CheckpointTensors:
         A tensor of the state is called ``<parameter>/<field>``. Parameters that no step has
         updated have no state.
         """
+        return (each for each in self._list_state(self._gather) if each[1])
+
+    def _list_state(
+        self, take: Callable[[str, Tensor], Tensor], with_steps: bool = True
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        means = self._average.values if self._average is not None else {}
         for file, names in self._model.files_of().items():
-            state = {
-                f"{name}/{field}": value if field == "step" else self._gather(name, value)
-                for name in names
-                if (parameter := self._owned[name]) in self._optimizer.state
-                for field in OPTIMIZER_STATE
-                for value in (self._optimizer.state[parameter][field],)
-            }
-            if state:
-                yield f"optimizer-{file}", state
-            means = self._average.values if self._average is not None else {}
-            averages = {name: self._gather(name, means[name]) for name in names if name in means}
-            if averages:
-                yield f"average-{file}", averages
+            yield (
+                f"optimizer-{file}",
+                {
+                    f"{name}/{field}": value if field == "step" else take(name, value)
+                    for name in names
+                    if (parameter := self._owned[name]) in self._optimizer.state
+                    for field in OPTIMIZER_STATE
+                    if with_steps or field != "step"
+                    for value in (self._optimizer.state[parameter][field],)
+                },
+            )
+            taken = {name: take(name, means[name]) for name in names if name in means}
+            yield f"average-{file}", taken
 
     def read_parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return this rank's parts: of weights and optimizer state, and of averages, by file.
@@ -218,25 +223,14 @@ class CheckpointTensors:
         The step counts of the optimizer are whole; see :meth:`read_steps`.
         """
         assert self._shards is not None
-        share, state = self._shards.share, self._optimizer.state
-        means = self._average.values if self._average is not None else {}
-        current: dict[str, dict[str, Tensor]] = {}
-        averages: dict[str, dict[str, Tensor]] = {}
+        share = self._shards.share
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {"current": {}, "averages": {}}
         for file, names in self._model.files_of().items():
-            current[file] = {name: share(name, self._owned[name]) for name in names}
-            current[f"optimizer-{file}"] = {
-                f"{name}/{field}": share(name, state[self._owned[name]][field])
-                for name in names
-                if self._owned[name] in state
-                for field in OPTIMIZER_STATE
-                if field != "step"
-            }
-            averages[f"average-{file}"] = {
-                name: share(name, means[name]) for name in names if name in means
-            }
-        parts = {"current": current, "averages": averages}
-        filled = {kind: {k: v for k, v in files.items() if v} for kind, files in parts.items()}
-        return {kind: files for kind, files in filled.items() if files}
+            parts["current"][file] = {name: share(name, self._owned[name]) for name in names}
+        for file, values in self._list_state(share, with_steps=False):
+            if values:
+                parts["averages" if file.startswith("average-") else "current"][file] = values
+        return {kind: files for kind, files in parts.items() if files}
 
     def read_steps(self) -> dict[str, dict[str, Tensor]]:
         """Return the step counts of all weights that have one, by file."""
@@ -418,10 +412,13 @@ def load_checkpoint(
         part = value if shards is None or not value.ndim else shards.cut(name, value)
         return part.to(parameters[name].device, copy=True)
 
-    for path in list_manifest_files(checkpoint.path, "optimizer-"):
-        if path.stem.removeprefix("optimizer-") in checkpoint.unread:
-            continue
-        tensors = load_tensors(path)
+    def load_files(prefix: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        for name in read_manifest(checkpoint.path)["files"]:
+            file = Path(name).stem.removeprefix(prefix)
+            if name.startswith(prefix) and file not in checkpoint.unread:
+                yield checkpoint.path / name, load_tensors(checkpoint.path / name)
+
+    for path, tensors in load_files("optimizer-"):
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             # ``step`` is a scalar; the averages have the parameter's shape.
@@ -432,20 +429,17 @@ def load_checkpoint(
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             optimizer.state[parameters[name]][field] = own_part(name, value)
-    if average is not None:
-        for path in list_manifest_files(checkpoint.path, "average-"):
-            if path.stem.removeprefix("average-") in checkpoint.unread:
-                continue
-            for name, value in load_tensors(path).items():
-                if value.shape != shapes.get(name):
-                    raise UserError(
-                        f"{path}: {name} is not the average of a parameter of this model"
-                    )
-                average.values[name] = own_part(name, value)
-        updates = checkpoint.state.get("average_updates", {})
-        if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
-            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
-        average.updates = updates
+    if average is None:
+        return
+    for path, tensors in load_files("average-"):
+        for name, value in tensors.items():
+            if value.shape != shapes.get(name):
+                raise UserError(f"{path}: {name} is not the average of a parameter of this model")
+            average.values[name] = own_part(name, value)
+    updates = checkpoint.state.get("average_updates", {})
+    if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
+        raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
+    average.updates = updates
 
 
 def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
