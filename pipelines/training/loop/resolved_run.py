@@ -48,7 +48,7 @@ class ResolvedRun:
     ) -> None:
         self.config = config
         self._folder = folder
-        self._opened = dict(corpora or {})
+        self.opened = dict(corpora or {})
 
     @property
     def has_folder(self) -> bool:
@@ -70,7 +70,7 @@ class ResolvedRun:
         """
         from pipelines.training.runs.identity import open_corpora
 
-        return open_corpora(self.config, self._opened)
+        return open_corpora(self.config, self.opened)
 
     @property
     def manifests(self) -> dict[str, Mapping[str, Any]]:
@@ -121,18 +121,6 @@ class ResolvedRun:
         from pipelines.training.loop.setup import dry_run_init
 
         return dry_run_init(self.config, self.corpora)
-
-    def check_init_settings(self) -> None:
-        """Compare the settings with ``init_from``, before the corpora are compared with them.
-
-        Raises:
-            UserError: they differ; names every setting to give.
-        """
-        from pipelines.training.loop.init_from import check_init_settings
-
-        tasks = self.config.tasks.items()
-        opened = {n: self._opened[t.corpus] for n, t in tasks if t.corpus in self._opened}
-        check_init_settings(self.config, opened)
 
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:

@@ -41,6 +41,7 @@ def validate_run(run: ResolvedRun) -> None:
     Raises:
         UserError: one of them does not fit; names the key to change.
     """
+    from pipelines.training.loop.init_from import check_init_settings
     from pipelines.training.loop.reporter import CALLBACKS, LOGGERS, find_observers
     from pipelines.training.runs.vocabulary_match import check_outputs, find_common_tokenizer
     from skillnet.skills import find_task
@@ -49,7 +50,7 @@ def validate_run(run: ResolvedRun) -> None:
     # Cheap checks come first: the options of a system need no corpus.
     config = run.config
     check_batch_sizes(config)
-    run.check_init_settings()
+    check_init_settings(run)
     find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
     find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
     system = find_system(config.system)

@@ -19,7 +19,12 @@ from torch import Tensor
 from pipelines.data.preprocessing.task_template import TaskTemplate
 from pipelines.data.transforms.sound import MELS
 from pipelines.training.config.run import FinetuneConfig, PretrainConfig
-from pipelines.training.loop.init_from import find_origin, format_options, format_value
+from pipelines.training.loop.init_from import (
+    check_init_settings,
+    find_origin,
+    format_options,
+    format_value,
+)
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.runs.model_source import resolve_model
 from skillnet.config import SkillNetConfig
@@ -243,7 +248,7 @@ def complete_template(template: TaskTemplate, address: str) -> TaskTemplate:
         if key.startswith("model.") and not key.startswith("model.tasks.")
     }
     made = replace(template, settings=settings | {"model": model})
-    _resolve_template(made).check_init_settings()
+    check_init_settings(_resolve_template(made))
     *prepare, train = template.commands
     if prepare:
         task = run.config.model.tasks[template.name]
