@@ -135,13 +135,6 @@ class InferenceInputs:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def mean_row_length(self) -> int | None:
-        """Mean length of a row, rounded, at least 1; None if all rows have one size."""
-        if self.row_lengths is None or not len(self.row_lengths):
-            return None
-        return max(round(float(self.row_lengths.mean())), 1)
-
 
 def split_inputs(
     table: pa.Table,
@@ -472,8 +465,11 @@ def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
     Args:
         towers: tower -> its inputs.
     """
-    lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
-    return {name: value for name, value in lengths.items() if value is not None}
+    return {
+        name: max(round(float(inputs.row_lengths.mean())), 1)
+        for name, inputs in towers.items()
+        if inputs.row_lengths is not None and len(inputs.row_lengths)
+    }
 
 
 #: Rows of one forward pass.

@@ -467,6 +467,26 @@ def open_merge_sources(
         yield sources
 
 
+def keep_task_settings(
+    source: ModelSource, task: str, corpora: Mapping[str, str], name: str | None = None
+) -> TaskTraining:
+    """Return the settings to evaluate a task of a model, as in its training.
+
+    Args:
+        source: the model.
+        task: one of its tasks.
+        corpora: task -> corpus, if it differs from that of the training.
+        name: new name of the task; None keeps it.
+
+    Raises:
+        UserError: the corpus of the task is unknown.
+    """
+    trained = (source.settings.get("tasks") or {}).get(task) or {}
+    known = {name or task: trained["corpus"]} if trained else {}
+    corpus = Path(str(locate_task_corpus("", name or task, {**known, **corpora}))).name
+    return TaskTraining(corpus, max_length=trained.get("max_length"), eval_only=True)
+
+
 def build_merged_config(
     config: MergeConfig, sources: list[MergeSource], plan: MergePlan
 ) -> FinetuneConfig:
@@ -482,16 +502,9 @@ def build_merged_config(
     """
     tasks: dict[str, TaskTraining] = {}
     for source in sources:
-        trained = source.source.settings.get("tasks") or {}
         for old, new in source.tasks.items():
-            if new in tasks:
-                continue
-            settings = trained.get(old) or {}
-            corpora = ({new: settings["corpus"]} if settings else {}) | config.corpora
-            corpus = locate_task_corpus("", new, corpora)
-            tasks[new] = TaskTraining(
-                Path(str(corpus)).name, max_length=settings.get("max_length"), eval_only=True
-            )
+            if new not in tasks:
+                tasks[new] = keep_task_settings(source.source, old, config.corpora, new)
     digests: dict[str, str | None] = {}
     for name in {task.corpus for task in tasks.values()}:
         # A missing corpus is an error when it is evaluated: a finished merge needs none.
