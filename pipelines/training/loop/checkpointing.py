@@ -174,12 +174,12 @@ class CheckpointTensors:
         average: WeightAverage | None,
         shards: "ModelShards | None" = None,
     ) -> None:
-        self._model, self._optimizer, self._average = model, optimizer, average
-        self._shards = shards
+        self.model, self.shards = model, shards
+        self._optimizer, self._average = optimizer, average
         self._owned = dict((shards or model).named_parameters())
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if self._shards is None else self._shards.gather(name, tensor)
+        return tensor if self.shards is None else self.shards.gather(name, tensor)
 
     def read_weight(self, name: str) -> Tensor:
         """Return a weight."""
@@ -187,7 +187,7 @@ class CheckpointTensors:
 
     def read_weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield name and tensors of each file of the weights."""
-        for file, names in self._model.files_of().items():
+        for file, names in self.model.files_of().items():
             yield file, {name: self.read_weight(name) for name in names}
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -202,7 +202,7 @@ class CheckpointTensors:
         self, take: Callable[[str, Tensor], Tensor], with_steps: bool = True
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         means = self._average.values if self._average is not None else {}
-        for file, names in self._model.files_of().items():
+        for file, names in self.model.files_of().items():
             yield (
                 f"optimizer-{file}",
                 {
@@ -217,15 +217,20 @@ class CheckpointTensors:
             taken = {name: take(name, means[name]) for name in names if name in means}
             yield f"average-{file}", taken
 
+    def join(self) -> None:
+        """Take part in gathering the tensors of a checkpoint that another rank writes."""
+        for files in (self.read_weights(), self.read_state()):
+            deque(files, maxlen=0)
+
     def read_parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return this rank's parts: of weights and optimizer state, and of averages, by file.
 
         The step counts of the optimizer are whole; see :meth:`read_steps`.
         """
-        assert self._shards is not None
-        share = self._shards.share
+        assert self.shards is not None
+        share = self.shards.share
         parts: dict[str, dict[str, dict[str, Tensor]]] = {"current": {}, "averages": {}}
-        for file, names in self._model.files_of().items():
+        for file, names in self.model.files_of().items():
             parts["current"][file] = {name: share(name, self._owned[name]) for name in names}
         for file, values in self._list_state(share, with_steps=False):
             if values:
@@ -241,7 +246,7 @@ class CheckpointTensors:
                 for name in names
                 if self._owned[name] in state
             }
-            for file, names in self._model.files_of().items()
+            for file, names in self.model.files_of().items()
         }
 
     def complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -257,9 +262,9 @@ class CheckpointTensors:
     def count_bytes(self) -> int:
         """Return the bytes of all files, about."""
         copies = 1 + (self._average is not None)
-        total = sum(copies * p.numel() * p.element_size() for p in self._model.parameters())
+        total = sum(copies * p.numel() * p.element_size() for p in self.model.parameters())
         trained = {p for p in self._owned.values() if p in self._optimizer.state}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             if self._owned[name] in trained:
                 total += 2 * parameter.numel() * parameter.element_size()
         return total + (1 << 20)
@@ -268,12 +273,9 @@ class CheckpointTensors:
 def write_checkpoint(
     folder: Path,
     step: int,
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
+    tensors: CheckpointTensors,
     state: dict[str, Any],
     keep: int,
-    shards: "ModelShards | None" = None,
     unchanged: UnchangedFiles | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
@@ -283,13 +285,10 @@ def write_checkpoint(
     Args:
         folder: directory of the run's checkpoints.
         step: steps done.
-        model: its weights are written.
-        optimizer: its state is written by parameter name, one file per skill.
-        average: averaged weights, or None.
+        tensors: weights, optimizer state and averages. All other ranks that have a part of them
+            call :meth:`CheckpointTensors.join` at the same time.
         state: further keys of ``state.json``.
         keep: number of checkpoints that stay.
-        shards: this rank's part of the weights. All other ranks then call
-            :func:`join_checkpoint` at the same time.
         unchanged: files of earlier checkpoints of this process; None writes all files.
 
     Returns:
@@ -299,13 +298,12 @@ def write_checkpoint(
         UserError: the disk is full; earlier checkpoints stay valid.
     """
     final = folder / f"{PREFIX}{step:08d}"
-    tensors = CheckpointTensors(model, optimizer, average, shards)
     needed = tensors.count_bytes() - (0 if unchanged is None else unchanged.count_bytes(tensors))
     # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
     with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
         save = _save_copies if unchanged is None else unchanged.save
-        written = write_parts(model, staging, tensors.read_weight, save)
+        written = write_parts(tensors.model, staging, tensors.read_weight, save)
         for file, values in tensors.read_state():
             save(values, staging / f"{file}.safetensors")
             written.append(f"{file}.safetensors")
@@ -314,8 +312,8 @@ def write_checkpoint(
     if unchanged is not None:
         unchanged.commit(final, read_manifest(final)["files"])
         # The final model takes over what no task reads, and older checkpoints are removed.
-        for file, each in model.unread.items():
-            model.unread[file] = each._replace(path=final / f"{file}.safetensors")
+        for file, each in tensors.model.unread.items():
+            tensors.model.unread[file] = each._replace(path=final / f"{file}.safetensors")
     remove_old_checkpoints(folder, keep)
     return final
 
@@ -348,24 +346,6 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """
     for old in list_checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def join_checkpoint(
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    shards: "ModelShards",
-) -> None:
-    """Take part in gathering the tensors of a checkpoint that another rank writes.
-
-    Args:
-        model: see :func:`write_checkpoint`.
-        optimizer: see :func:`write_checkpoint`.
-        average: see :func:`write_checkpoint`.
-        shards: this rank's part of the weights.
-    """
-    shards.gather_files(model)
-    deque(CheckpointTensors(model, optimizer, average, shards).read_state(), maxlen=0)
 
 
 def _require_unchanged(

@@ -150,14 +150,14 @@ def train_model(
         start = checkpoint.step
         sizes = {name: task.batch_size for name, task in config.trained.items()}
         health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average, shards)
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
     if settings.sharding in ("none", "host"):
         moves = settings.sharding == "host"
         unchanged = checkpointing.UnchangedFiles(replica.source, model.unread, moves)
         if checkpoint is not None and not moves:
-            loaded = checkpointing.CheckpointTensors(model, optimizer, average)
-            unchanged.resume(checkpoint.path, loaded)
+            unchanged.resume(checkpoint.path, tensors)
     residency = None
     if settings.sharding == "host":
         residency = WeightResidency(model, optimizer, average, device, config.tasks)
@@ -174,7 +174,7 @@ def train_model(
     if run.has_folder and shards is not None:
         from pipelines.training.loop.sharded_checkpoints import open_writer
 
-        writer = open_writer(run.folder / "checkpoints", model, shards, rank, settings, reporter)
+        writer = open_writer(run.folder / "checkpoints", tensors, rank, settings, reporter)
 
     def save_checkpoint() -> Path | None:
         health.reduce()
@@ -190,21 +190,13 @@ def train_model(
             state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
             state |= health.checkpoint_state()
         if writer is not None:
-            writer.start(step, optimizer, average, state)
+            writer.start(step, state)
             return None
         if rank and shards is not None:
-            checkpointing.join_checkpoint(model, optimizer, average, shards)
+            tensors.join()
             return None
         written = checkpointing.write_checkpoint(
-            run.folder / "checkpoints",
-            step,
-            model,
-            optimizer,
-            average,
-            state,
-            settings.keep_checkpoints,
-            shards,
-            unchanged,
+            run.folder / "checkpoints", step, tensors, state, settings.keep_checkpoints, unchanged
         )
         reporter.checkpoint(written, step)
         return written

@@ -12,7 +12,11 @@ from torch.distributed.tensor import Shard
 
 from pipelines.training.config.run import TrainingConfig
 from pipelines.training.loop import sharded_checkpoints
-from pipelines.training.loop.checkpointing import complete_checkpoint, load_checkpoint
+from pipelines.training.loop.checkpointing import (
+    CheckpointTensors,
+    complete_checkpoint,
+    load_checkpoint,
+)
 from pipelines.training.loop.optimizer import build_optimizer
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.setup import count_sharing_workers
@@ -113,9 +117,10 @@ def test_training_continues_while_a_checkpoint_is_written(
         complete_checkpoint(staging, written, state)
 
     monkeypatch.setattr(sharded_checkpoints, "complete_checkpoint", wait)
-    writer = sharded_checkpoints.open_writer(tmp_path, whole, shards, 0, config, LoopReporter())
+    tensors = CheckpointTensors(whole, optimizer, None, shards)
+    writer = sharded_checkpoints.open_writer(tmp_path, tensors, 0, config, LoopReporter())
     assert writer is not None
-    writer.start(3, optimizer, None, {"seed": 0})
+    writer.start(3, {"seed": 0})
     with torch.no_grad():
         for part in shards.parameters.values():
             part.add_(1)  # the next step

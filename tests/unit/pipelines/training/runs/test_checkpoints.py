@@ -55,8 +55,9 @@ def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) ->
     model, average = build_model(config).double(), WeightAverage(0.9)
     optimizer = build_optimizer(model.named_parameters(), config.training)
     checkpointing.load_checkpoint(found, model, optimizer, average)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average)
     again = checkpointing.write_checkpoint(
-        tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
+        tmp_path / "again", 5, tensors, dict(found.state), keep=1
     )
     for path in sorted(found.path.iterdir()):
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
@@ -113,9 +114,8 @@ def test_a_changed_tensor_or_file_is_written_again(
     unchanged = checkpointing.UnchangedFiles()
 
     def write(step: int) -> Path:
-        return checkpointing.write_checkpoint(
-            tmp_path, step, model, optimizer, None, {}, 9, None, unchanged
-        )
+        tensors = checkpointing.CheckpointTensors(model, optimizer, None)
+        return checkpointing.write_checkpoint(tmp_path, step, tensors, {}, 9, unchanged)
 
     first, second = write(1), write(2)
     name = "skill-text.safetensors"
