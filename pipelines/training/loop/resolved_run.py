@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
 from skillnet.objectives.base import find_objective
-from skillnet.skills import Task, known_tasks
+from skillnet.skills import Task, find_task, known_tasks
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
@@ -165,29 +165,20 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         config = inherit_reference_tasks(config, init_from)
     # Known only now: the tasks have plans, and initial weights determine the size of a baseline.
     config = config.joint()
+    digests = {
+        name: config.corpora.get(name) or (corpora[name].digest if name in corpora else None)
+        for name in corpora_of(config)
+    }
     config = replace(
         config,
         name=name,
         run_dir=str(folder),
         data=str(data),
-        corpora=_pin_corpora(config, corpora),
+        corpora={name: digest for name, digest in digests.items() if digest},
         init_from=init_from,
         storage=storage,
     )
     return ResolvedRun(config, Path(folder) / name, corpora)
-
-
-def _pin_corpora(
-    config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
-) -> dict[str, str | None]:
-    """Return corpus -> digest: of the configuration, else of the corpus that was opened."""
-    from pipelines.training.runs.identity import corpora_of
-
-    opened = {
-        name: corpora[name].digest if name in corpora else None for name in corpora_of(config)
-    }
-    pinned = {name: config.corpora.get(name) or opened[name] for name in opened}
-    return {name: digest for name, digest in pinned.items() if digest}
 
 
 #: A split of this name is for pretraining too, but only for tasks that name it: masked tasks do not
@@ -214,9 +205,6 @@ def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
 
 def check_unlabelled_tasks(config: FinetuneConfig) -> None:
     """Raise UserError if a task of the run learns from labels."""
-    from skillnet.objectives.base import find_objective
-    from skillnet.skills import find_task
-
     for name in config.tasks:
         objective = find_task(name, config.model.tasks).objective
         if not find_objective(objective).can_pretrain:
