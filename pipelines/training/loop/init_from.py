@@ -49,7 +49,6 @@ from skillnet_platform.storage.directories import is_uri
 
 if TYPE_CHECKING:
     from pipelines.data.preprocessing.task_template import TaskTemplate
-    from pipelines.training.loop.resolved_run import ResolvedRun
 
 #: Entry points of readers of initial weights in other formats, and of other systems.
 WEIGHTS = "skillnet.weights"
@@ -463,22 +462,23 @@ def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
     return dict(corpora) if isinstance(corpora, dict) else {}
 
 
-def check_init_settings(run: "ResolvedRun") -> None:
+def check_init_settings(config: FinetuneConfig, opened: Mapping[str, PreparedCorpus]) -> None:
     """Check that the sizes and the tokenizer of a run are those of its initial weights.
 
     Corpora that could not be opened are not compared: a missing one is reported later.
 
     Args:
-        run: without ``init_from`` nothing is checked.
+        config: settings of the run; without ``init_from`` nothing is checked.
+        opened: corpus name -> corpus, as far as they are open.
 
     Raises:
         UserError: they differ; one message names every setting to give and the corpora to prepare.
     """
-    if run.config.init_from:
-        source, location = resolve_model(run.config.init_from), find_origin(run.config.init_from)
-        tasks = run.config.tasks.items()
-        corpora = {name: run.opened[t.corpus] for name, t in tasks if t.corpus in run.opened}
-        _find_differences(run.config, source, f"--from {location}", corpora)
+    if config.init_from:
+        location = f"--from {find_origin(config.init_from)}"
+        tasks = config.tasks.items()
+        corpora = {name: opened[task.corpus] for name, task in tasks if task.corpus in opened}
+        _find_differences(config, resolve_model(config.init_from), location, corpora)
 
 
 def _find_differences(

@@ -50,7 +50,7 @@ def validate_run(run: ResolvedRun) -> None:
     # Cheap checks come first: the options of a system need no corpus.
     config = run.config
     check_batch_sizes(config)
-    check_init_settings(run)
+    check_init_settings(config, run.opened)
     find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
     find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
     system = find_system(config.system)

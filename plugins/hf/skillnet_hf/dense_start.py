@@ -248,7 +248,8 @@ def complete_template(template: TaskTemplate, address: str) -> TaskTemplate:
         if key.startswith("model.") and not key.startswith("model.tasks.")
     }
     made = replace(template, settings=settings | {"model": model})
-    check_init_settings(_resolve_template(made))
+    complete = _resolve_template(made)
+    check_init_settings(complete.config, complete.opened)
     *prepare, train = template.commands
     if prepare:
         task = run.config.model.tasks[template.name]
