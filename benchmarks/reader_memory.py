@@ -177,7 +177,7 @@ def open_sharded_corpus(folder: Path) -> object:
     """Open the corpus as a training does, up to the shards of its first batch."""
     from pipelines.data.shards.dataset import open_corpus
     from pipelines.training.loading.samplers import WindowedShuffleSampler
-    from pipelines.training.loading.shard_table import ShardTable
+    from pipelines.training.loading.task_columns import ShardTable
 
     table = ShardTable([open_corpus(folder).splits["train"]], "made")
     order = WindowedShuffleSampler(table.rows, table.bytes, BATCH, WINDOW_BYTES, (0, "order"))
@@ -197,9 +197,6 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 
 
 def _open_in_process(pipe: Any, name: str, folder: Path) -> None:
-    import pipelines.data.shards.dataset
-    import pipelines.training.loading.samplers
-    import pipelines.training.loading.shard_table  # noqa: F401
 
     pipe.send(None)
     pipe.recv()

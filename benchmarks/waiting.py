@@ -17,8 +17,7 @@ from pathlib import Path
 from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media_corpus import PICTURE, files
 from pipelines.training.config.data import AUGMENTATIONS
-from pipelines.training.loading.dataloader import MultiTaskDataLoader
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import MultiTaskDataLoader, prefetch_batches
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Largest number of rounds: each takes as long as its steps sleep.

@@ -31,7 +31,6 @@ from benchmarks.measure import append_csv_rows, read_csv_rows, stamp
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.outcomes import OutcomeTable
-from pipelines.training.loop.init_from import find_needed_settings
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
@@ -40,6 +39,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_config, read_manifest
 from skillnet.skills import SkillPlan, Task
+from skillnet_hf.dense_start import find_needed_settings
 from skillnet_platform import console
 from skillnet_platform.storage import run_root
 from skillnet_platform.tracking import TrackingConfig

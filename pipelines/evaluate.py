@@ -12,7 +12,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import SampleCount, require_bounds
-from skillnet_platform.errors import UserError, check_known_names, first_line
+from skillnet_platform.errors import check_known_names, first_line
 from skillnet_platform.storage import run_root
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ class EvaluateConfig:
 
     Args:
         model: registry address (models:/skillnet@champion), name, id or folder of a run,
-            checkpoint, or saved model; by default the champion.
-        checkpoint: folder of a checkpoint or saved model; the same as --model.
-        run: name, id or folder of a run; the same as --model.
+            checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default those of the model's run, else
             corpora below the run root.
         tasks: tasks to evaluate; by default all tasks of the model.
@@ -43,9 +41,7 @@ class EvaluateConfig:
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    model: str | None = positional_field(None)
-    checkpoint: str | None = None
-    run: str | None = None
+    model: str = positional_field("models:/skillnet@champion")
     data: str | None = None
     tasks: list[str] | None = None
     splits: list[str] | None = None
@@ -58,17 +54,7 @@ class EvaluateConfig:
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        models = [key for key in ("model", "checkpoint", "run") if getattr(self, key)]
-        if len(models) > 1:
-            raise UserError(f"give one of --{' and --'.join(models)}, not both")
         require_bounds(self)
-
-    @property
-    def source(self) -> str:
-        """Name of the requested model: --model, --checkpoint, --run, or the default."""
-        from pipelines.training.runs.model_source import DEFAULT_MODEL
-
-        return self.model or self.checkpoint or self.run or DEFAULT_MODEL
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     """
     from pipelines.training.runs import model_source
 
-    source = model_source.resolve_model(config.source, config.tracking_uri)
+    source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.training.evaluation.evaluator import evaluate_model
     from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
@@ -171,7 +157,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     )
     total = sum(p.numel() for p in model.parameters())
     return EvaluationResult(
-        config.source, rows, baseline_rows, output, total, seconds, [each.sentence for each in weak]
+        config.model, rows, baseline_rows, output, total, seconds, [each.sentence for each in weak]
     )
 
 
@@ -273,9 +259,7 @@ def show_evaluation(result: EvaluationResult) -> None:
     example="skillnet evaluate models:/skillnet@champion\n"
     "skillnet evaluate my-run --splits validation --json",
     show=show_evaluation,
-    resources=lambda config: request_model(
-        config.model or config.checkpoint or config.run, config.data
-    ),
+    resources=lambda config: request_model(config.model, config.data),
 )
 def main(config: EvaluateConfig) -> EvaluationResult:
     """Run ``skillnet evaluate``."""

@@ -27,11 +27,11 @@ from pipelines.training.runs.layout import (
     RESULT,
     create_run_folder,
     lock_run_folder,
+    parse_task_counts,
     track_run,
 )
-from pipelines.training.runs.mirror import RunMirror, mirror_of
+from pipelines.training.runs.mirror import RunMirror, mirror_of, upload_results
 from pipelines.training.runs.progress_log import PROGRESS, follow_progress
-from pipelines.training.runs.task_counts import parse_task_counts
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
@@ -39,7 +39,7 @@ from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import write_json
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.callbacks import LoopCallback
+    from pipelines.training.loop.reporter import LoopCallback
     from pipelines.training.loop.resolved_run import ResolvedRun
 
 
@@ -109,8 +109,6 @@ def _run_in_folder(
     finished = find_finished_result(run)
     if finished is not None:
         if mirror is not None and not mirror.has(RESULT):
-            from pipelines.training.runs.uploads import upload_results
-
             upload_results(mirror, config.training.keep_checkpoints)
         console.print_note(
             f"{config.name} is finished ({finished['step']} steps); give another name"
@@ -121,7 +119,6 @@ def _run_in_folder(
     from pipelines.serving.registration import check_given_name
     from pipelines.training.loop.run_evaluation import check_evaluation_splits
     from pipelines.training.loop.setup import require_devices
-    from pipelines.training.runs.uploads import upload_results
 
     require_devices(config.training)
     validate_run(run)

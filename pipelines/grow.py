@@ -3,7 +3,7 @@
 With ``--tasks a.yaml b.yaml`` each file is a growth of its own. All train as independent jobs, and
 their union becomes one model:
 
-<run root>/<name>-<task>/   run of each growth (pipelines/growth/single.py)
+<run root>/<name>-<task>/   run of each growth (pipelines/growth/growths.py)
 <run root>/<name>/          the union, a run of ``skillnet merge``
 """
 
@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.growth.single import grow_model, show_growth
+from pipelines.growth.growths import grow_model, plan_growths, train_growths
+from pipelines.merge import merge_trained_models
 from pipelines.training.config.growth import GrowConfig, MergeConfig
 from pipelines.training.config.resources import PlannedRun, request_workers
+from pipelines.training.growth.report import GrowthReport, MergeReport
+from pipelines.training.runs.layout import lock_run_folder
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
@@ -37,21 +40,17 @@ def grow_apart(configs: Sequence[GrowConfig]) -> dict[str, Any]:
         configs: settings of each growth; base, places and tracker are equal.
 
     Returns:
-        ``name``, ``growths`` (see :func:`pipelines.growth.apart.train_growths`) and ``union``, the
-        result of :func:`pipelines.merge.merge_trained_models`, or None after a failure.
+        ``name``, ``growths`` (see :func:`pipelines.growth.growths.train_growths`) and ``union``,
+        the result of :func:`pipelines.merge.merge_trained_models`, or None after a failure.
 
     Raises:
         UserError: the growths do not go together, the base is missing, or the name is in use.
     """
-    from pipelines.growth.apart import plan_growths, train_growths
-    from pipelines.merge import merge_trained_models
-    from pipelines.training.runs import layout
-
     name, growths = plan_growths(configs)
     folder = Path(str(growths[0].run_dir)) / name
-    with terminate_as_interrupt(), layout.lock_run_folder(folder):
+    with terminate_as_interrupt(), lock_run_folder(folder):
         # A name that is in use is found before the training. torch loads here.
-        from pipelines.training.growth.merging import require_merge_folder
+        from pipelines.training.growth.verification import require_merge_folder
 
         require_merge_folder(folder)
         trained = train_growths(growths)
@@ -78,10 +77,8 @@ def show_grown(result: dict[str, Any]) -> None:
     Args:
         result: result of :func:`grow_model` or :func:`grow_apart`.
     """
-    from pipelines.training.growth.report import MergeReport
-
     if "growths" not in result:
-        show_growth(result)
+        GrowthReport.show(result)
         return
     growths = result["growths"]
     rows = [

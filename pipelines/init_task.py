@@ -60,9 +60,13 @@ def main(config: InitTaskConfig) -> dict[str, Any]:
         raise UserError(f"{file}: exists already. Give another --file, or remove it")
     template = describe_task(config.path, config.name, str(file), config.options)
     if config.init_from is not None:
-        from pipelines.training.loop.start_template import add_start
+        from pipelines.training.loop.init_from import list_weight_readers
 
-        template = add_start(template, config.init_from)
+        readers = list_weight_readers()
+        if not readers:
+            raise UserError("--from: no installed package starts a task from weights; leave it out")
+        for reader in readers:
+            template = reader.complete_template(template, config.init_from)
     with open_output(file, "w") as stream:
         stream.write(template.to_yaml())
     return {

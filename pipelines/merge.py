@@ -4,9 +4,6 @@
   merge.yaml                configuration of the merge
   merge.json, merge.md      report: origin of each file, outputs of each task before and after
   evaluation.csv, outcomes.parquet   metrics of all tasks, and the outcome of every test row
-
-With ``tune``, a growth without a new skill follows: the run ``<name>-<task>`` trains a head over
-skills of the parents, and shows that all other tasks are unchanged.
 """
 
 import time
@@ -14,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.growth.single import create_derived_run, finish_result, grow_model, show_growth
+from pipelines.growth.growths import create_derived_run, finish_result
 from pipelines.training.config.growth import MergeConfig
 from pipelines.training.config.resources import request_model
+from pipelines.training.growth.report import MergeReport
+from pipelines.training.runs import layout
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
@@ -26,7 +25,7 @@ from skillnet_platform.storage.location import parse_location, require_local_fol
 
 if TYPE_CHECKING:
     from pipelines.training.config.run import FinetuneConfig
-    from pipelines.training.growth.merging import MergeSource
+    from pipelines.training.growth.verification import MergeSource
     from skillnet.model_merging import MergePlan
 
 
@@ -39,14 +38,14 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
 
     Returns:
         ``name``, ``run``, ``model``, ``evaluation``, ``seconds``, ``step``, ``registered`` and
-        ``merge``: the report. With ``tune`` also ``tuned``, the result of the growth.
+        ``merge``: the report.
 
     Raises:
         UserError: a model or corpus is missing, the models have no common base, or the name is in
             use by another run or by a merge of other models, options or corpora.
         RuntimeError: an exact merge changed an output; the report names the task.
     """
-    from pipelines.training.runs import layout, model_source
+    from pipelines.training.runs import model_source
 
     config = replace(
         config,
@@ -56,7 +55,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
     starts = Path(str(config.run_dir)) / ".starts"
     resolved = [model_source.resolve_model(name, config.tracking.uri) for name in config.models]
     # torch loads here: --help and wrong names do not need it.
-    from pipelines.training.growth.merging import build_merged_config, open_merge_sources
+    from pipelines.training.growth.verification import build_merged_config, open_merge_sources
     from skillnet.model_merging import plan_merge
 
     opened = open_merge_sources(config, resolved, starts / "merging")
@@ -69,9 +68,7 @@ def merge_trained_models(config: MergeConfig, *, are_growths: bool = False) -> d
         settings = build_merged_config(config, sources, plan)
         folder = Path(str(config.run_dir)) / str(settings.name)
         with layout.lock_run_folder(folder):
-            result = _merge_in_folder(config, sources, plan, settings, folder, are_growths)
-    growth = config.growth_of(result["name"])
-    return result if growth is None else result | {"tuned": grow_model(growth)}
+            return _merge_in_folder(config, sources, plan, settings, folder, are_growths)
 
 
 def _merge_in_folder(
@@ -93,9 +90,12 @@ def _merge_in_folder(
         flat_metrics,
         write_evaluation_csv,
     )
-    from pipelines.training.growth.merging import MERGE_FILE, build_merge_report, check_same_merge
+    from pipelines.training.growth.verification import (
+        MERGE_FILE,
+        build_merge_report,
+        check_same_merge,
+    )
     from pipelines.training.loop.run_evaluation import EVALUATION_CSV
-    from pipelines.training.runs import layout
     from skillnet.model_merging import merge_models
     from skillnet_platform.tracking.backend import SCORE_METRIC
 
@@ -165,19 +165,6 @@ def _merge_in_folder(
     return finish_result(result, report, [each.source for each in sources], settings, tracking)
 
 
-def show_merge(result: dict[str, Any]) -> None:
-    """Print the tables of the report, and the location of the model.
-
-    Args:
-        result: result of :func:`merge_trained_models`.
-    """
-    from pipelines.training.growth.report import MergeReport
-
-    MergeReport.show(result)
-    if "tuned" in result:
-        show_growth(result["tuned"])
-
-
 def request_merge(config: MergeConfig) -> ResourceRequest:
     """Return the request of ``skillnet merge``: one CPU, the models and the corpora."""
     requests = [request_model(model, config.data) for model in config.models]
@@ -191,9 +178,8 @@ def request_merge(config: MergeConfig) -> ResourceRequest:
     "all skills, stems and heads are copied. Every task of every model is evaluated before and "
     "after, and the outputs must be identical to the bit.",
     example="skillnet merge counting radicals --name both\n"
-    "skillnet merge counting other --rename counting=counting_too\n"
-    "skillnet merge counting radicals --name both --config tune.yaml",
-    show=show_merge,
+    "skillnet merge counting other --rename counting=counting_too",
+    show=MergeReport.show,
     resources=request_merge,
 )
 def main(config: MergeConfig) -> dict[str, Any]:

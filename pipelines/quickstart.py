@@ -120,7 +120,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         uri = config.tracking.uri
         source = model_source.resolve_model(result["run"], uri)
         registered = register_model(source, data, rows=rows, baseline_rows=baselines, uri=uri)
-        total = _record_baselines(config, result, rows, baselines)
+        if baselines:
+            _record_baselines(config, result, baselines)
     return {
         "name": result["name"],
         "run": result["run"],
@@ -129,7 +130,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "alias": registered.alias,
         "promotion_reasons": list(registered.verdict.reasons),
         "steps": result["step"],
-        "total_params": total,
+        "total_params": result["total_params"],
         "stages": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         "seconds": round(time.monotonic() - stages.begin, 1),
         "evaluation": rows,
@@ -160,12 +161,9 @@ def _evaluate_baselines(config: QuickstartConfig, data: Path) -> list[dict[str, 
 
 
 def _record_baselines(
-    config: QuickstartConfig,
-    result: dict[str, Any],
-    rows: list[dict[str, Any]],
-    baselines: list[dict[str, Any]],
-) -> int:
-    """Log the simple baselines to the run; return the number of parameters of the model."""
+    config: QuickstartConfig, result: dict[str, Any], baselines: list[dict[str, Any]]
+) -> None:
+    """Log the simple baselines to the run."""
     from pipelines.training.evaluation.tables import (
         run_description,
         run_facts,
@@ -174,16 +172,14 @@ def _record_baselines(
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
-    model = systems.load_model(result["model"])
-    total = sum(p.numel() for p in model.parameters())
-    if baselines:
-        tracker = Tracker(result["run_id"], backend.resolve_uri(config.tracking.uri))
-        tracker.note(run_description(rows, baselines, model.config, total, run_facts(result)))
-        path = Path(result["run"]) / "simple_baselines.csv"
-        write_evaluation_csv(baselines, path)
-        tracker.artifact(path, "evaluation")
-        tracker.flush()
-    return total
+    shape, total = systems.load_model(result["model"]).config, result["total_params"]
+    tracker = Tracker(result["run_id"], backend.resolve_uri(config.tracking.uri))
+    facts = run_facts(result)
+    tracker.note(run_description(result["evaluation"], baselines, shape, total, facts))
+    path = Path(result["run"]) / "simple_baselines.csv"
+    write_evaluation_csv(baselines, path)
+    tracker.artifact(path, "evaluation")
+    tracker.flush()
 
 
 def _warn_without_bf16(config: QuickstartConfig) -> None:

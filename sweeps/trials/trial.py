@@ -158,8 +158,7 @@ def run_trial(
     from pipelines.training.loop.run import open_run_folder, train_and_evaluate, validate_run
     from pipelines.training.loop.worker import TRACKER_PATIENCE_S
     from pipelines.training.runs import layout
-    from pipelines.training.runs.mirror import mirror_of
-    from pipelines.training.runs.uploads import upload_results
+    from pipelines.training.runs.mirror import mirror_of, upload_results
 
     run = resolve_run(place_config(trial.config, folder, store))
     config = run.config

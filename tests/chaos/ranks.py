@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop import preemption
-from pipelines.training.loop.callbacks import LoopCallback
+from pipelines.training.loop.reporter import LoopCallback
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.worker import FinalEvaluation, run_worker
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from tests.helpers.stop_files import FILE, FileStopSignal
 
 #: Seconds for the others to end after one has; gloo tells them at once.
 PATIENCE_S = 20.0
@@ -46,7 +47,7 @@ def fit_on_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "mlflow.tracking"])
     with (
-        preemption.listen_in_driver(preemption.FileStopSignal(run.folder / preemption.FILE)),
+        preemption.listen_in_driver(FileStopSignal(run.folder / FILE)),
         tempfile.TemporaryDirectory() as place,
     ):
         for attempt in range(config.training.max_failures + 1):
@@ -110,7 +111,7 @@ def _worker(
         if rank:
             run_worker(resolved, rank, world, tracked, callbacks=callbacks, final=final)
         else:
-            with preemption.watch_stop_signal(preemption.FileStopSignal(run / preemption.FILE)):
+            with preemption.watch_stop_signal(FileStopSignal(run / FILE)):
                 run_worker(resolved, rank, world, tracked, callbacks=callbacks, final=final)
     except UserError as error:
         words.write_text(str(error), encoding="utf-8")

@@ -171,7 +171,8 @@ def write_checkpoint(folder: Path) -> None:
     small_model(torch.float32, num_layers=1).save_pretrained(folder / "model")
     model = systems.load_model(folder / "model", "text_classification")
     optimizer = build_optimizer(model.named_parameters(), TrainingConfig())
-    made = checkpointing.write_checkpoint(folder / "run", 1, model, optimizer, None, {}, keep=1)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, None)
+    made = checkpointing.write_checkpoint(folder / "run", 1, tensors, {}, keep=1)
     shutil.copytree(made, folder, dirs_exist_ok=True)
     for name in ("model", "run"):
         shutil.rmtree(folder / name)

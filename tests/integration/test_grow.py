@@ -12,8 +12,7 @@ import torch
 from pipelines import grow as growing
 from pipelines import merge as merging
 from pipelines.finetune import finetune
-from pipelines.growth.apart import plan_growths
-from pipelines.growth.single import grow_model
+from pipelines.growth.growths import grow_model, plan_growths
 from pipelines.training.config.growth import GrowConfig, NewSkill
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, read_outcomes
 from pipelines.training.growth import verification
@@ -184,16 +183,12 @@ def test_two_growths_merge_with_equal_outputs(
     said = capsys.readouterr()
     assert "both is finished" in said.err
     assert "identical to the bit" in said.err
-    tune = {
-        "name": "joint",
-        "towers": {"input": {"modality": "video", "skills": ["general", "ink", "tone"]}},
-        "training": {"corpus": "counts", "batch_size": 4},
-    }
-    training = {"steps": 2}
-    (place / "tune.yaml").write_text(json.dumps({"tune": tune, "training": training}))
-    tuning = ["--tracking.register", "false", "--config", str(place / "tune.yaml"), "--json"]
-    assert merging.main([*words, *tuning]) == 0
-    tuned = json.loads(capsys.readouterr().out)["tuned"]
+    config.task = replace(
+        config.task,
+        name="joint",
+        towers={"input": SkillPlan(("general", "ink", "tone"), "video")},
+    )
+    tuned = grow_model(replace(config, source="both", name="both-joint", skill=None))
     assert tuned["growth"]["is_unchanged"]
     new = files(place / "both-joint" / "model")
     assert {file: new[file] for file in parents} == parents

@@ -20,9 +20,8 @@ from pipelines.training.loop import run as training_run
 from pipelines.training.loop.ray_train import fit
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.loop.worker import run_worker
-from pipelines.training.runs import checkpoints, model_source, uploads
-from pipelines.training.runs.mirror import RunMirror
-from pipelines.training.runs.uploads import CheckpointUploads
+from pipelines.training.runs import checkpoints, model_source
+from pipelines.training.runs.mirror import CheckpointUploads, RunMirror
 from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
@@ -40,7 +39,7 @@ pytestmark = pytest.mark.integration
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away is noticed soon."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
-    monkeypatch.setattr("pipelines.training.runs.uploads.LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr("pipelines.training.runs.mirror.LONGEST_PAUSE_S", 1.0)
 
 
 def config_of(data: Path, store: ObjectStore | None = None, **training: object) -> FinetuneConfig:
@@ -167,7 +166,7 @@ def test_training_outlives_the_store(
         object_store.door.shut()
 
     opener = threading.Timer(3.0, object_store.door.unshut)
-    deliver = uploads.upload_results
+    deliver = finetune.upload_results
 
     def deliver_later(*given: Any) -> None:
         opener.start()
@@ -175,7 +174,7 @@ def test_training_outlives_the_store(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunMirror, "check_writable", check_writable)
-        patch.setattr(uploads, "upload_results", deliver_later)
+        patch.setattr(finetune, "upload_results", deliver_later)
         result = finetune.finetune(config)
     opener.join()
     assert result["step"] == 12
@@ -215,7 +214,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
                 ),
             ):
                 patch.setattr(RunMirror, "check_writable", check_writable)
-                patch.setattr("pipelines.training.runs.uploads.END_PATIENCE_S", 1.0)
+                patch.setattr("pipelines.training.runs.mirror.END_PATIENCE_S", 1.0)
                 finetune.finetune(config)
             assert checkpoints.find_newest(run_root / "a" / "checkpoints").step == 12  # type: ignore[union-attr]
             server.start()

@@ -2,14 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from pipelines.training.config.run import LearningRate, TaskTraining, TrainingConfig, WorkerCount
+from pipelines.training.config.run import TaskTraining, TrainingConfig
 from skillnet.bounds import OptionalSize
 from skillnet.skills import SkillPlan
 from skillnet_platform.config import ALIAS, positional_field
-from skillnet_platform.config.bounds import PositiveCount, RandomSeed, require_bounds
+from skillnet_platform.config.bounds import RandomSeed
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
 
@@ -113,26 +112,6 @@ RENAME = re.compile(r"(?:(?P<model>\d+):)?(?P<old>[^=:]+)=(?P<new>[^=:]+)")
 
 
 @dataclass
-class HeadTraining:
-    """Training of the head of ``tune``; all other settings are the defaults of a run.
-
-    Args:
-        steps: global steps.
-        lr: peak learning rate of AdamW.
-        workers: as of ``skillnet finetune``.
-        use_gpu: give each worker a GPU.
-    """
-
-    steps: PositiveCount = 600
-    lr: LearningRate = 1e-3
-    workers: WorkerCount = 1
-    use_gpu: bool = False
-
-    def __post_init__(self) -> None:
-        require_bounds(self, "training.")
-
-
-@dataclass
 class MergeConfig:
     """Configuration of a merge of models that grew from one base.
 
@@ -148,9 +127,6 @@ class MergeConfig:
         run_dir: directory of runs; null takes the run root.
         data: directory of prepared corpora; null takes ``corpora`` in the run root.
         corpora: task -> corpus, if it differs from that of the training run; with the new names.
-        tune: a task that the merged model gets, over skills of several models; only its head is
-            trained, in a run of its own.
-        training: steps, learning rate and workers of that run.
         tracking: MLflow server, experiment and registration.
     """
 
@@ -162,13 +138,9 @@ class MergeConfig:
     run_dir: str | None = None
     data: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
-    tune: NewTask | None = None
-    training: HeadTraining = field(default_factory=HeadTraining)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        # A task that no growth may have is found before the merge, which takes minutes.
-        self.growth_of("merged")
         if len(self.models) < 2:
             raise UserError("give at least two models to merge: skillnet merge MODEL MODEL")
         for entry in self.rename:
@@ -180,26 +152,6 @@ class MergeConfig:
                 raise UserError(
                     f"rename {entry!r}: there are {len(self.models)} models, numbered from 1"
                 )
-
-    def growth_of(self, name: str) -> GrowConfig | None:
-        """Return the growth that trains the task of ``tune``; None without one.
-
-        Args:
-            name: identifier of the run of the merged model.
-        """
-        if self.tune is None:
-            return None
-        return GrowConfig(
-            self.tune,
-            source=str(Path(str(self.run_dir)) / name),
-            name=f"{name}-{self.tune.name}",
-            run_dir=self.run_dir,
-            data=self.data,
-            corpora=self.corpora,
-            training=TrainingConfig(**vars(self.training)),
-            references=[],
-            tracking=self.tracking,
-        )
 
     def renames_of(self, position: int) -> dict[str, tuple[str, bool]]:
         """Return the renames of a model.

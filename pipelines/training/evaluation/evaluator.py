@@ -27,10 +27,8 @@ from pipelines.training.evaluation.inference import (
     EvaluationRanks,
     InferenceInputs,
     InferenceRunner,
-    masked_losses,
-    mean_masked_length,
     mean_row_lengths,
-    open_masked_rows,
+    measure_hidden,
     split_inputs,
 )
 from pipelines.training.evaluation.outcomes import OutcomeTable
@@ -142,8 +140,7 @@ def evaluate_model(
                 on_split(name, split_name, split.rows)
             limit = (limits or {}).get(name)
             if find_objective(spec.objective).hides_inputs:
-                hidden = open_masked_rows(model, name, corpus, split_name, masks, limit)
-                values = masked_losses(runner, name, hidden)
+                values, lengths = measure_hidden(runner, name, corpus, split_name, masks, limit)
                 metrics = {}
                 if runner.ranks.is_first:
                     units = read_unit_numbers(split.table(), f"{corpus.name}/{split_name}")
@@ -152,7 +149,6 @@ def evaluate_model(
                         metric: intervals.mean(values_N, METRICS[metric].scale)
                         for metric, values_N in values.items()
                     }
-                lengths = mean_masked_length(hidden)
             else:
                 metrics, lengths = measure_split(
                     runner,

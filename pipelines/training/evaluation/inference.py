@@ -135,13 +135,6 @@ class InferenceInputs:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def mean_row_length(self) -> int | None:
-        """Mean length of a row, rounded, at least 1; None if all rows have one size."""
-        if self.row_lengths is None or not len(self.row_lengths):
-            return None
-        return max(round(float(self.row_lengths.mean())), 1)
-
 
 def split_inputs(
     table: pa.Table,
@@ -289,14 +282,11 @@ class InferenceRunner:
         spec, config = find_task(task, self.model.config.tasks), self.model.config
         head = head_class(spec)
         mean, deviation = self.model.vocabulary.scales.get(task, (0.0, 1.0))
-        out = np.zeros((len(inputs), head.count_outputs(config, spec, 1)), dtype=np.float32)
-
-        def predict_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (head.predict(self.model(task, {spec.row_tower: batch})),)
-
-        for rows, (predictions,) in self._infer(inputs, predict_batch):
-            out[rows] = predictions.numpy()
-        merged = self.ranks.merge(out)
+        merged = self._infer_rows(
+            inputs,
+            head.count_outputs(config, spec, 1),
+            lambda batch: head.predict(self.model(task, {spec.row_tower: batch})),
+        )
         if task not in self.model.vocabulary.scales:
             return merged
         # In double precision: a large mean would round small differences away.
@@ -344,16 +334,10 @@ class InferenceRunner:
             inputs: batch of the tower, N rows.
             on_rows: called with the number of rows of each batch that is done.
         """
-        out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
-
-        def embed_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (self.model.embed(task, tower, batch).float(),)
-
-        for rows, (vectors,) in self._infer(inputs, embed_batch):
-            out[rows] = vectors.numpy()
-            if on_rows is not None:
-                on_rows(len(rows))
-        return self.ranks.merge(out)
+        width = self.model.config.embedding_dim
+        return self._infer_rows(
+            inputs, width, lambda batch: self.model.embed(task, tower, batch).float(), on_rows
+        )
 
     def pool(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
         """Return the means of the encoded real tokens of a tower, (N, D) float32.
@@ -363,13 +347,25 @@ class InferenceRunner:
             tower: tower of the task, such as ``query``.
             inputs: batch of the tower, N rows.
         """
-        out = np.zeros((len(inputs), self.model.config.dim), dtype=np.float32)
+        return self._infer_rows(
+            inputs,
+            self.model.config.dim,
+            lambda batch: mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),
+        )
 
-        def pool_batch(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return (mean_pool(*self.model.tower_tokens(task, tower, batch)).float(),)
-
-        for rows, (vectors,) in self._infer(inputs, pool_batch):
-            out[rows] = vectors.numpy()
+    def _infer_rows(
+        self,
+        inputs: InferenceInputs,
+        width: int,
+        infer_batch: Callable[[dict[str, Tensor]], Tensor],
+        on_rows: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Return the (N, width) float32 results of all rows, of which each rank infers a part."""
+        out = np.zeros((len(inputs), width), dtype=np.float32)
+        for rows, (found,) in self._infer(inputs, lambda batch: (infer_batch(batch),)):
+            out[rows] = found.numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
         return self.ranks.merge(out)
 
     def _infer(
@@ -469,110 +465,65 @@ def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
     Args:
         towers: tower -> its inputs.
     """
-    lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
-    return {name: value for name, value in lengths.items() if value is not None}
+    return {
+        name: max(round(float(inputs.row_lengths.mean())), 1)
+        for name, inputs in towers.items()
+        if inputs.row_lengths is not None and len(inputs.row_lengths)
+    }
 
 
 #: Rows of one forward pass.
 BATCH_ROWS = 64
 
 
-def open_masked_rows(
-    model: TaskModel,
+def measure_hidden(
+    runner: InferenceRunner,
     task: str,
     corpus: "PreparedCorpus",
     split: str,
     masks: MaskConfig | None,
     limit: int | None,
-) -> TaskDataset:
-    """Return the rows of a split as a masked task of the model reads them.
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
 
     Args:
-        model: its configuration selects sizes and tasks.
+        runner: inference with the model on all ranks, each of which computes its share of the rows.
         task: a masked task of the model.
         corpus: shards of the task.
         split: name of the split.
         masks: mask settings.
         limit: maximum row length in tokens or frames.
+
+    Returns:
+        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids. Tower ->
+        mean length of its rows if these differ; masks hide tokens but do not remove them.
     """
-    settings = TaskTraining(corpus.name, split=split, max_length=limit)
-    return TaskDataset(
-        task, find_task(task, model.config.tasks), corpus, model.config, settings, masks
-    )
-
-
-def masked_batches(runner: InferenceRunner, task: str, dataset: TaskDataset) -> Iterator[Batch]:
-    """Yield this rank's share of the rows in order, with masked tokens, on the model's device.
-
-    Args:
-        runner: inference with the model on all ranks.
-        task: a masked task of the model.
-        dataset: from :func:`open_masked_rows`.
-    """
-    parameters = list(runner.model.parameters())
-    device, dtype = find_device(parameters), parameters[0].dtype
+    model, settings = runner.model, TaskTraining(corpus.name, split=split, max_length=limit)
+    spec, dtype = find_task(task, model.config.tasks), next(model.parameters()).dtype
+    dataset, head = TaskDataset(task, spec, corpus, model.config, settings, masks), head_class(spec)
     rows_N = np.arange(dataset.num_rows)
+    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
+    values_N3 = np.zeros((len(rows_N), 3))
     for start in runner.ranks.select(range(0, len(rows_N), BATCH_ROWS)):
         part = rows_N[start : start + BATCH_ROWS]
         # The key of the generator is constant, so that each evaluation masks the same tokens.
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
         towers, targets, changes = dataset.load(part, draws)
         batch = Batch(task, towers, targets, part, len(part), changes=changes)
-        if device.type == "cuda":
+        if runner.device.type == "cuda":
             batch = batch.pin_memory()
-        yield batch.to(device, dtype)
-
-
-def run_masked_batch(runner: InferenceRunner, batch: Batch) -> dict[str, Tensor]:
-    """Return the outputs of the head for the masked tokens of a batch.
-
-    Args:
-        runner: inference on all ranks; the training mode of the model is restored.
-        batch: from :func:`masked_batches`.
-    """
-    with runner.inference():
-        return runner.model(batch.task, batch.towers)
-
-
-def masked_losses(
-    runner: InferenceRunner, task: str, dataset: TaskDataset
-) -> dict[str, np.ndarray]:
-    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
-
-    Args:
-        runner: inference with the model on all ranks.
-        task: a masked task of the model.
-        dataset: from :func:`open_masked_rows`.
-
-    Returns:
-        The primary metric (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
-    """
-    head = head_class(dataset.task)
-    # Loss, accuracy, and whether the task has an accuracy, which a rank without rows cannot know.
-    values_N3 = np.zeros((dataset.num_rows, 3))
-    for batch in masked_batches(runner, task, dataset):
-        losses_B, hits_B = head.score_hidden(run_masked_batch(runner, batch), batch.targets)
-        values_N3[batch.rows, 0] = losses_B.double().cpu().numpy()
+        batch = batch.to(runner.device, dtype)
+        with runner.inference():
+            outputs = model(task, batch.towers)
+        losses_B, hits_B = head.score_hidden(outputs, batch.targets)
+        values_N3[part, 0] = losses_B.double().cpu().numpy()
         if hits_B is not None:
-            values_N3[batch.rows, 1] = hits_B.cpu().numpy()
-            values_N3[batch.rows, 2] = 1.0
+            values_N3[part, 1] = hits_B.cpu().numpy()
+            values_N3[part, 2] = 1.0
     values_N3 = runner.ranks.merge(values_N3)
-    metrics = {find_objective(dataset.task.objective).primary.name: values_N3[:, 0]}
+    metrics = {find_objective(spec.objective).primary.name: values_N3[:, 0]}
     if values_N3[:, 2].any():
         metrics["masked_accuracy"] = values_N3[:, 1]
-    return metrics
-
-
-def mean_masked_length(dataset: TaskDataset) -> dict[str, int]:
-    """Return the mean row length of a masked task's tower, for cost accounting.
-
-    Masks hide tokens but do not remove them, so they do not matter for lengths.
-
-    Args:
-        dataset: from :func:`open_masked_rows`.
-
-    Returns:
-        Tower -> length, or {} if all rows have one size.
-    """
-    lengths = dataset.row_lengths(np.arange(dataset.num_rows))
-    return {} if lengths is None else {dataset.task.row_tower: max(round(float(lengths.mean())), 1)}
+    lengths = dataset.row_lengths(rows_N)
+    mean = {} if lengths is None else {spec.row_tower: max(round(float(lengths.mean())), 1)}
+    return metrics, mean

@@ -15,7 +15,6 @@ the column ``unit`` of the shard has their names.
 comparisons and growth reports read the file.
 """
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +51,8 @@ SCHEMA = pa.schema(
 )
 
 
-class OutcomeTable(Mapping[tuple[str, str], RowOutcomes]):
+class OutcomeTable(dict[tuple[str, str], RowOutcomes]):
     """Outcomes by (task, split), filled while a model is evaluated."""
-
-    def __init__(self) -> None:
-        self._parts: dict[tuple[str, str], RowOutcomes] = {}
 
     def add(
         self,
@@ -79,26 +75,17 @@ class OutcomeTable(Mapping[tuple[str, str], RowOutcomes]):
         """
         numerators = np.asarray(numerator, np.float64)
         ranks = np.full(len(numerators), np.nan) if rank is None else np.asarray(rank, np.float64)
-        self._parts[task, split] = RowOutcomes(
+        self[task, split] = RowOutcomes(
             numerators,
             np.asarray(denominator, np.float64),
             ranks,
             np.arange(len(numerators)) if unit is None else np.asarray(unit, np.int64),
         )
 
-    def __getitem__(self, key: tuple[str, str]) -> RowOutcomes:
-        return self._parts[key]
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
     def to_table(self) -> pa.Table:
         """Return all outcomes as one table with the columns ``SCHEMA``."""
         tables = []
-        for (task, split), part in self._parts.items():
+        for (task, split), part in self.items():
             count = len(part)
             values = (part.numerator, part.denominator, part.rank)
             columns = [

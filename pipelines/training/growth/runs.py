@@ -14,10 +14,8 @@ import torch
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.config.growth import GrowConfig, Reference
 from pipelines.training.config.resources import PlannedRun
-from pipelines.training.config.run import FinetuneConfig, TaskTraining
-from pipelines.training.evaluation.evaluator import locate_task_corpus
-from pipelines.training.growth import runs
-from pipelines.training.growth.verification import added_files
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.growth.verification import added_files, keep_task_settings
 from pipelines.training.runs import model_source
 from pipelines.training.runs.identity import digest_weights
 from pipelines.training.runs.model_source import ModelSource, resolve_model
@@ -125,7 +123,7 @@ def build_growth_config(
             raise UserError(str(error)) from None
     shape = replace(shape, tasks=shape.tasks | {task.name: resolve_new_task(config)})
     # Old tasks take no steps; they are evaluated to show that they did not change.
-    old = {name: old_task_settings(name, config, source) for name in before.config.tasks}
+    old = {name: keep_task_settings(source, name, config.corpora) for name in before.config.tasks}
     return FinetuneConfig(
         name=name,
         run_dir=config.run_dir,
@@ -177,20 +175,6 @@ def resolve_new_task(config: GrowConfig) -> Task:
             )
         outputs = len(names)
     return Task(task.objective, dict(task.towers), outputs)
-
-
-def old_task_settings(task: str, config: GrowConfig, source: ModelSource) -> TaskTraining:
-    """Return the settings to evaluate an old task, as in the training of the source.
-
-    Args:
-        task: name of the old task.
-        config: settings of the growth.
-        source: the source model.
-    """
-    trained = (source.settings.get("tasks") or {}).get(task) or {}
-    corpora = {task: trained["corpus"]} if trained else {}
-    corpus = Path(locate_task_corpus("", task, corpora | config.corpora)).name
-    return TaskTraining(corpus, max_length=trained.get("max_length"), eval_only=True)
 
 
 def build_reference_config(
@@ -266,15 +250,15 @@ def list_growth_runs(config: GrowConfig) -> list[PlannedRun]:
         raise UserError(str(error)) from None
     if not isinstance(before, SkillNet):
         raise UserError(f"{source.name}: system {system} has no skills; give a skillnet model")
-    settings = runs.build_growth_config(config, source, before)
+    settings = build_growth_config(config, source, before)
     with torch.device("meta"), SkippedInit():
-        grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
+        grown = build_grown_model(config, before, settings.model.tasks[config.task.name])
     settings.training.trainable = added_files(before, grown)
     planned = [PlannedRun(settings, "growth")]
     for name in config.references:
         # `without_skill` trains fewer files than the growth.
         if name != "without_skill":
-            other = runs.build_reference_config(name, config, settings, source, Path())
+            other = build_reference_config(name, config, settings, source, Path())
             assert other is not None
             planned.append(PlannedRun(other, f"reference {name}"))
     return planned

@@ -14,7 +14,7 @@ import numpy as np
 from skillnet.keyed_random import keyed_rng
 
 if TYPE_CHECKING:
-    from pipelines.training.loading.shard_table import ShardTable
+    from pipelines.training.loading.task_columns import ShardTable
 
 #: Returns the (B,) lengths of (B,) rows; None for rows of one length.
 RowLengths = Callable[[np.ndarray], np.ndarray | None]

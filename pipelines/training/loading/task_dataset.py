@@ -23,9 +23,9 @@ from pipelines.training.config.data import AugmentConfig, MaskConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.loading import pixel_changes
 from pipelines.training.loading.pixel_changes import PixelChange, PixelChanges
-from pipelines.training.loading.shard_table import ShardTable
 from pipelines.training.loading.task_columns import (
     PRETRAINING,
+    ShardTable,
     model_id_ranges,
     resolve_splits,
     take_targets,
@@ -281,7 +281,9 @@ class TaskDataset:
         if self.modality.tensor_half.find_longest(self._model) is None:
             return None
         local = self._open_rows(rows)
-        return np.minimum(self._ragged(self.modality.column).lengths(local), self.limit)
+        return np.minimum(
+            self._column(self.modality.column, RaggedColumn).lengths(local), self.limit
+        )
 
     def load(
         self,
@@ -343,7 +345,7 @@ class TaskDataset:
         """
         self.load(np.arange(1))
         if self.task.caption_tower is not None and not self.views:
-            column = self._nested("caption_tokens")
+            column = self._column("caption_tokens", NestedRaggedColumn)
             self._require_captions(column.counts(np.arange(self.shard_table.table().num_rows)))
 
     def _require_captions(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
@@ -387,14 +389,14 @@ class TaskDataset:
     def _find_pairs(self) -> GroupPairs:
         """Read the groups of all rows, whose shards are opened."""
         local = self._open_rows(np.arange(self.num_rows))
-        return GroupPairs(self._fixed("group").take(local), self.location)
+        return GroupPairs(self._column("group", FixedColumn).take(local), self.location)
 
     def _reject_cropping(self, corpus: "PreparedCorpus") -> None:
         """A transcript needs its complete audio: raise UserError if the end would be cropped."""
         if 100 * float(corpus.manifest["preprocessing"]["max_seconds"]) <= self.limit:
             return  # no audio is longer, so its column need not be read
         self.shard_table.open()
-        longest = int(self._ragged(self.modality.column).lengths().max())
+        longest = int(self._column(self.modality.column, RaggedColumn).lengths().max())
         if longest > self.limit:
             raise UserError(
                 f"{self.location}: audio of up to {longest} frames, but the model reads "
@@ -411,9 +413,9 @@ class TaskDataset:
         """
         if self.shard_table.is_remote:
             return 0  # would download all shards before the first step
-        lengths = np.minimum(self._ragged(self.modality.column).lengths(), self.limit)
+        lengths = np.minimum(self._column(self.modality.column, RaggedColumn).lengths(), self.limit)
         tokens = self.modality.tensor_half.count_tokens(self._model, lengths)
-        self._ragged("symbols")  # names the corpus if the column is missing
+        self._column("symbols", RaggedColumn)  # names the corpus if the column is missing
         chunks = self.shard_table.table().column("symbols").chunks
         needed = np.concatenate([count_alignment_tokens(chunk) for chunk in chunks])
         count = int((needed > tokens).sum())
@@ -447,12 +449,14 @@ class TaskDataset:
         limit = self.limit if modality == self.modality else self._model_limit(modality)
         lengths: np.ndarray | None = None
         if half.find_longest(self._model) is None:
-            values = self._fixed(column).take(local)
+            values = self._column(column, FixedColumn).take(local)
             wrong = half.check_shape(values.shape[1:], self._model)
             require_sizes(modality, wrong, self._model, self.location)
         else:
             crop = random.uniform("crop") if random is not None else None
-            values, lengths = self._ragged(column).take(local, limit, crop, half.pad_to)
+            values, lengths = self._column(column, RaggedColumn).take(
+                local, limit, crop, half.pad_to
+            )
         if random is None or config is None:
             return half.make_batch(values, lengths), None
         change = RowAugmentation(config, random, limit, self._model, self._deviation)
@@ -515,7 +519,7 @@ class TaskDataset:
         return towers, {"groups": _to_int64(rows)}, changes
 
     def _queries(self, rows: np.ndarray, local: np.ndarray, random: BatchRandom | None) -> Tensors:
-        column = self._nested("caption_tokens")
+        column = self._column("caption_tokens", NestedRaggedColumn)
         counts, captions = column.counts(local), column.first(local)
         self._require_captions(counts, rows)
         if random is not None:
@@ -525,15 +529,6 @@ class TaskDataset:
         limit = self._model.max_tokens
         tokens, _ = column.inner.take(captions, limit, None, TokenTensors.pad_to)
         return {"tokens": _to_int64(tokens)}
-
-    def _fixed(self, name: str) -> FixedColumn:
-        return self._column(name, FixedColumn)
-
-    def _ragged(self, name: str) -> RaggedColumn:
-        return self._column(name, RaggedColumn)
-
-    def _nested(self, name: str) -> NestedRaggedColumn:
-        return self._column(name, NestedRaggedColumn)
 
     def _column(self, name: str, column_class: type[ColumnT]) -> ColumnT:
         column = self.shard_table.column(name)

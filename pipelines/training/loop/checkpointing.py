@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from pipelines.training.runs.checkpoints import (
     PREFIX,
     VerifiedCheckpoint,
     list_checkpoint_folders,
-    list_manifest_files,
     load_weights,
 )
 from skillnet.multitask_model import TaskModel
@@ -175,12 +174,12 @@ class CheckpointTensors:
         average: WeightAverage | None,
         shards: "ModelShards | None" = None,
     ) -> None:
-        self._model, self._optimizer, self._average = model, optimizer, average
-        self._shards = shards
+        self.model, self.shards = model, shards
+        self._optimizer, self._average = optimizer, average
         self._owned = dict((shards or model).named_parameters())
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if self._shards is None else self._shards.gather(name, tensor)
+        return tensor if self.shards is None else self.shards.gather(name, tensor)
 
     def read_weight(self, name: str) -> Tensor:
         """Return a weight."""
@@ -188,7 +187,7 @@ class CheckpointTensors:
 
     def read_weights(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield name and tensors of each file of the weights."""
-        for file, names in self._model.files_of().items():
+        for file, names in self.model.files_of().items():
             yield file, {name: self.read_weight(name) for name in names}
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -197,46 +196,46 @@ class CheckpointTensors:
         A tensor of the state is called ``<parameter>/<field>``. Parameters that no step has
         updated have no state.
         """
-        for file, names in self._model.files_of().items():
-            state = {
-                f"{name}/{field}": value if field == "step" else self._gather(name, value)
-                for name in names
-                if (parameter := self._owned[name]) in self._optimizer.state
-                for field in OPTIMIZER_STATE
-                for value in (self._optimizer.state[parameter][field],)
-            }
-            if state:
-                yield f"optimizer-{file}", state
-            means = self._average.values if self._average is not None else {}
-            averages = {name: self._gather(name, means[name]) for name in names if name in means}
-            if averages:
-                yield f"average-{file}", averages
+        return (each for each in self._list_state(self._gather) if each[1])
+
+    def _list_state(
+        self, take: Callable[[str, Tensor], Tensor], with_steps: bool = True
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        means = self._average.values if self._average is not None else {}
+        for file, names in self.model.files_of().items():
+            yield (
+                f"optimizer-{file}",
+                {
+                    f"{name}/{field}": value if field == "step" else take(name, value)
+                    for name in names
+                    if (parameter := self._owned[name]) in self._optimizer.state
+                    for field in OPTIMIZER_STATE
+                    if with_steps or field != "step"
+                    for value in (self._optimizer.state[parameter][field],)
+                },
+            )
+            taken = {name: take(name, means[name]) for name in names if name in means}
+            yield f"average-{file}", taken
+
+    def join(self) -> None:
+        """Take part in gathering the tensors of a checkpoint that another rank writes."""
+        for files in (self.read_weights(), self.read_state()):
+            deque(files, maxlen=0)
 
     def read_parts(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return this rank's parts: of weights and optimizer state, and of averages, by file.
 
         The step counts of the optimizer are whole; see :meth:`read_steps`.
         """
-        assert self._shards is not None
-        share, state = self._shards.share, self._optimizer.state
-        means = self._average.values if self._average is not None else {}
-        current: dict[str, dict[str, Tensor]] = {}
-        averages: dict[str, dict[str, Tensor]] = {}
-        for file, names in self._model.files_of().items():
-            current[file] = {name: share(name, self._owned[name]) for name in names}
-            current[f"optimizer-{file}"] = {
-                f"{name}/{field}": share(name, state[self._owned[name]][field])
-                for name in names
-                if self._owned[name] in state
-                for field in OPTIMIZER_STATE
-                if field != "step"
-            }
-            averages[f"average-{file}"] = {
-                name: share(name, means[name]) for name in names if name in means
-            }
-        parts = {"current": current, "averages": averages}
-        filled = {kind: {k: v for k, v in files.items() if v} for kind, files in parts.items()}
-        return {kind: files for kind, files in filled.items() if files}
+        assert self.shards is not None
+        share = self.shards.share
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {"current": {}, "averages": {}}
+        for file, names in self.model.files_of().items():
+            parts["current"][file] = {name: share(name, self._owned[name]) for name in names}
+        for file, values in self._list_state(share, with_steps=False):
+            if values:
+                parts["averages" if file.startswith("average-") else "current"][file] = values
+        return {kind: files for kind, files in parts.items() if files}
 
     def read_steps(self) -> dict[str, dict[str, Tensor]]:
         """Return the step counts of all weights that have one, by file."""
@@ -247,7 +246,7 @@ class CheckpointTensors:
                 for name in names
                 if self._owned[name] in state
             }
-            for file, names in self._model.files_of().items()
+            for file, names in self.model.files_of().items()
         }
 
     def complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -263,9 +262,9 @@ class CheckpointTensors:
     def count_bytes(self) -> int:
         """Return the bytes of all files, about."""
         copies = 1 + (self._average is not None)
-        total = sum(copies * p.numel() * p.element_size() for p in self._model.parameters())
+        total = sum(copies * p.numel() * p.element_size() for p in self.model.parameters())
         trained = {p for p in self._owned.values() if p in self._optimizer.state}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             if self._owned[name] in trained:
                 total += 2 * parameter.numel() * parameter.element_size()
         return total + (1 << 20)
@@ -274,12 +273,9 @@ class CheckpointTensors:
 def write_checkpoint(
     folder: Path,
     step: int,
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
+    tensors: CheckpointTensors,
     state: dict[str, Any],
     keep: int,
-    shards: "ModelShards | None" = None,
     unchanged: UnchangedFiles | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
@@ -289,13 +285,10 @@ def write_checkpoint(
     Args:
         folder: directory of the run's checkpoints.
         step: steps done.
-        model: its weights are written.
-        optimizer: its state is written by parameter name, one file per skill.
-        average: averaged weights, or None.
+        tensors: weights, optimizer state and averages. All other ranks that have a part of them
+            call :meth:`CheckpointTensors.join` at the same time.
         state: further keys of ``state.json``.
         keep: number of checkpoints that stay.
-        shards: this rank's part of the weights. All other ranks then call
-            :func:`join_checkpoint` at the same time.
         unchanged: files of earlier checkpoints of this process; None writes all files.
 
     Returns:
@@ -305,13 +298,12 @@ def write_checkpoint(
         UserError: the disk is full; earlier checkpoints stay valid.
     """
     final = folder / f"{PREFIX}{step:08d}"
-    tensors = CheckpointTensors(model, optimizer, average, shards)
     needed = tensors.count_bytes() - (0 if unchanged is None else unchanged.count_bytes(tensors))
     # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
     with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
         save = _save_copies if unchanged is None else unchanged.save
-        written = write_parts(model, staging, tensors.read_weight, save)
+        written = write_parts(tensors.model, staging, tensors.read_weight, save)
         for file, values in tensors.read_state():
             save(values, staging / f"{file}.safetensors")
             written.append(f"{file}.safetensors")
@@ -320,8 +312,8 @@ def write_checkpoint(
     if unchanged is not None:
         unchanged.commit(final, read_manifest(final)["files"])
         # The final model takes over what no task reads, and older checkpoints are removed.
-        for file, each in model.unread.items():
-            model.unread[file] = each._replace(path=final / f"{file}.safetensors")
+        for file, each in tensors.model.unread.items():
+            tensors.model.unread[file] = each._replace(path=final / f"{file}.safetensors")
     remove_old_checkpoints(folder, keep)
     return final
 
@@ -354,24 +346,6 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """
     for old in list_checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def join_checkpoint(
-    model: TaskModel,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    shards: "ModelShards",
-) -> None:
-    """Take part in gathering the tensors of a checkpoint that another rank writes.
-
-    Args:
-        model: see :func:`write_checkpoint`.
-        optimizer: see :func:`write_checkpoint`.
-        average: see :func:`write_checkpoint`.
-        shards: this rank's part of the weights.
-    """
-    shards.gather_files(model)
-    deque(CheckpointTensors(model, optimizer, average, shards).read_state(), maxlen=0)
 
 
 def _require_unchanged(
@@ -418,10 +392,13 @@ def load_checkpoint(
         part = value if shards is None or not value.ndim else shards.cut(name, value)
         return part.to(parameters[name].device, copy=True)
 
-    for path in list_manifest_files(checkpoint.path, "optimizer-"):
-        if path.stem.removeprefix("optimizer-") in checkpoint.unread:
-            continue
-        tensors = load_tensors(path)
+    def load_files(prefix: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        for name in read_manifest(checkpoint.path)["files"]:
+            file = Path(name).stem.removeprefix(prefix)
+            if name.startswith(prefix) and file not in checkpoint.unread:
+                yield checkpoint.path / name, load_tensors(checkpoint.path / name)
+
+    for path, tensors in load_files("optimizer-"):
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             # ``step`` is a scalar; the averages have the parameter's shape.
@@ -432,20 +409,17 @@ def load_checkpoint(
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             optimizer.state[parameters[name]][field] = own_part(name, value)
-    if average is not None:
-        for path in list_manifest_files(checkpoint.path, "average-"):
-            if path.stem.removeprefix("average-") in checkpoint.unread:
-                continue
-            for name, value in load_tensors(path).items():
-                if value.shape != shapes.get(name):
-                    raise UserError(
-                        f"{path}: {name} is not the average of a parameter of this model"
-                    )
-                average.values[name] = own_part(name, value)
-        updates = checkpoint.state.get("average_updates", {})
-        if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
-            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
-        average.updates = updates
+    if average is None:
+        return
+    for path, tensors in load_files("average-"):
+        for name, value in tensors.items():
+            if value.shape != shapes.get(name):
+                raise UserError(f"{path}: {name} is not the average of a parameter of this model")
+            average.values[name] = own_part(name, value)
+    updates = checkpoint.state.get("average_updates", {})
+    if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
+        raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
+    average.updates = updates
 
 
 def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""Initial weights of a run: random ones, those of a trained model, or copies of a dense encoder.
+"""Initial weights of a run: random ones, or those of a trained model.
 
 A trained model of the same system provides the weights that both models have by name: stems,
 shared weights, skills and heads of tasks that both know. The rest stays random and is reported. A
-head whose classes or symbols are not those of the corpus starts from random weights. From a dense
-model, or a checkpoint of a library, every skill of a SkillNet gets a copy
-(:mod:`pipelines.training.loop.init_from`).
+head whose classes or symbols are not those of the corpus starts from random weights. Weights of
+another system or format are read by packages that register a :class:`WeightReader`.
 """
 
 import contextlib
@@ -13,12 +12,12 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from pipelines.data.shards.dataset import PreparedCorpus
-from pipelines.data.transforms.sound import MELS
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.runs.layout import SETTINGS, TRAINED
 from pipelines.training.runs.model_source import (
@@ -35,22 +34,10 @@ from pipelines.training.runs.vocabulary_match import (
     reads_tokens,
 )
 from skillnet.config import INITIAL_SETTINGS, NAME_SETTINGS, SkillNetConfig
-from skillnet.modality import list_modalities
-from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
-from skillnet.objectives.heads import head_class
 from skillnet.serialization import read_about, read_config, read_manifest, read_vocabulary
-from skillnet.skill_copies import (
-    DENSE_SKILL,
-    LAYERS_TASK,
-    copy_to_skills,
-    find_inseparable_skills,
-    is_difference,
-    is_unset_weight,
-    resize_positions,
-    separate_skills,
-)
+from skillnet.skill_copies import is_unset_weight, resize_positions
 from skillnet.skills import Task, find_task
 from skillnet.vocabulary import ModelVocabulary, find_order
 from skillnet_files.entry_points import find_entries
@@ -60,181 +47,10 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage.directories import is_uri
 
-#: Noise on copies that training would keep equal, because their skills are always active together:
-#: its deviation, relative to that of the weights.
-INIT_NOISE = 0.01
-#: Keys of the layers that decide what a dense encoder computes.
-_LAYER_KEYS = (
-    "dim",
-    "num_layers",
-    "num_heads",
-    "ffn_dim",
-    "bias",
-    "norm_position",
-    "norm_eps",
-    "stem_norm",
-)
-#: Stem -> keys that its weights and their meaning depend on.
-_STEM_KEYS = {
-    "token": ("vocab_size", "bigram_buckets"),
-    "patch": ("patch_size", "class_token"),
-    "log_mel": ("n_mels", "mel_stack"),
-    "tubelet": ("tubelet", "video_motion"),
-}
+if TYPE_CHECKING:
+    from pipelines.data.preprocessing.task_template import TaskTemplate
 
-
-def starts_skills(system: str, config: FinetuneConfig) -> bool:
-    """Return whether a run gives its skills copies of a dense model.
-
-    Args:
-        system: registered kind of the initial weights.
-        config: settings of the run.
-    """
-    return system == DENSE_SKILL and config.system == SkillNet.system
-
-
-def find_needed_settings(config: FinetuneConfig, source: SkillNetConfig) -> dict[str, Any]:
-    """Return the settings that a run lacks to compute what a dense model computes.
-
-    Args:
-        config: settings of the run.
-        source: configuration of the dense model.
-
-    Returns:
-        Dotted key -> value to give; without the settings that the run has already. A configuration
-        with all of them is valid.
-    """
-    # A class token is no patch, so its model cannot predict the patches of an image.
-    masked = [name for name, task in config.model.tasks.items() if _masks_images(task)]
-    if not (source.class_token and "patch" in _stems_of(source)):
-        masked = []
-    ours = {name: task for name, task in config.model.tasks.items() if name not in masked}
-    common = _stems_of(source) & {stem for task in ours.values() for stem in task.stems}
-    keys = [*_LAYER_KEYS, *(key for stem in sorted(common) for key in _STEM_KEYS[stem])]
-    keys += _find_head_keys(source.tasks, ours)
-    wanted = {key: getattr(source, key) for key in keys}
-    model = config.model
-    if "token" in common and model.max_tokens > source.max_tokens:
-        wanted["max_tokens"] = source.max_tokens
-    if "log_mel" in common:
-        count = -(-source.max_frames // source.mel_stack)
-        if -(-model.max_frames // source.mel_stack) > count:
-            wanted["max_frames"] = source.max_frames
-    # Pixels of other sizes are interpolated, if whole patches cover them.
-    if "patch" in common and model.image_size % source.patch_size:
-        wanted["image_size"] = source.image_size
-    if "tubelet" in common:
-        frames, height, width = source.tubelet
-        if model.video_frames % frames:
-            wanted["video_frames"] = source.video_frames
-        if model.video_size % height or model.video_size % width:
-            wanted["video_size"] = source.video_size
-    needed = {f"model.{k}": value for k, value in wanted.items() if value != getattr(model, k)}
-    return needed | dict.fromkeys(f"{s}.{n}" for n in masked for s in ("tasks", "model.tasks"))
-
-
-def _stems_of(source: SkillNetConfig) -> set[str]:
-    tasks = (task for name, task in source.tasks.items() if name != LAYERS_TASK)
-    return {stem for task in tasks for stem in task.stems}
-
-
-def _masks_images(task: Task) -> bool:
-    return find_objective(task.objective).hides_inputs and "patch" in task.stems
-
-
-def _find_head_keys(theirs: Mapping[str, Task], ours: Mapping[str, Task]) -> list[str]:
-    """Return the keys that the heads of common tasks depend on, beside those of their stems."""
-    keys = (
-        head_class(task).config_keys(task)
-        for name, task in ours.items()
-        if name in theirs and theirs[name].objective == task.objective
-    )
-    return sorted(set(chain.from_iterable(keys)))
-
-
-def describe_needed_settings(config: FinetuneConfig, source: SkillNetConfig, location: str) -> str:
-    """Return how a run differs from a dense model, with all settings to give; "" if it fits.
-
-    Args:
-        config: settings of the run.
-        source: configuration of the dense model.
-        location: option that names it.
-
-    Raises:
-        UserError: no setting makes it fit; states the reason.
-    """
-    if source.skills != (DENSE_SKILL,):
-        raise UserError(
-            f"{location} has a feed-forward network per modality; a skill can start from a dense "
-            "model with options.feedforward shared"
-        )
-    needed = find_needed_settings(config, source)
-    left_out = [key.removeprefix("tasks.") for key in needed if key.startswith("tasks.")]
-    if left_out and set(left_out) == set(config.tasks):
-        raise UserError(
-            f"{location} has a class token, and {', '.join(left_out)} predicts the patches of an "
-            "image. Give a checkpoint without a class token, or another task"
-        )
-    if needed.get("model.n_mels", MELS) != MELS:
-        raise UserError(
-            f"{location} reads {source.n_mels} log-mel bins, and prepared sound has {MELS}. "
-            f"Give a checkpoint of {MELS} bins"
-        )
-    if not needed:
-        return ""
-    mine = configuration.to_dict(config.model)
-    found = [
-        f"{key} {_format_value(mine[key])}"
-        for key in (name.removeprefix("model.") for name in needed)
-        if key in mine
-    ]
-    found += [f"{name} beside a class token" for name in left_out]
-    return (
-        f"{location} has other layers or inputs than this run ({', '.join(found)}); "
-        f"give {format_options(needed)}"
-    )
-
-
-def format_options(settings: Mapping[str, Any]) -> str:
-    """Return settings as words of a command line.
-
-    Args:
-        settings: dotted key -> value.
-    """
-    return " ".join(f"--{key} {_format_value(value)}" for key, value in settings.items())
-
-
-def _format_value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(str, value))}]"
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def add_noise(config: FinetuneConfig, model: TaskModel) -> list[str]:
-    """Add noise to copies that training would keep equal; return a line for each of them.
-
-    Args:
-        config: settings of the run.
-        model: whose skills are copies.
-    """
-    plans = [
-        plan.skills for name in config.trained for plan in config.model.tasks[name].towers.values()
-    ]
-    if config.model.skill_rank:
-        return []  # the random factors of the differences separate the skills
-    groups = find_inseparable_skills(plans, model.config.skills)
-    changed = separate_skills(model, groups, INIT_NOISE, config.seed)
-    return [
-        f"{skill}: copied with noise of {INIT_NOISE:g}, because it is always active "
-        f"together with {group[0]}"
-        for group in groups
-        for skill in group[1:]
-        if skill in changed
-    ]
-
-
-#: Entry points that read weights of other formats: a function of (address, run_dir), which returns
-#: the folder of a converted model and that of its source, or None.
+#: Entry points of readers of initial weights in other formats, and of other systems.
 WEIGHTS = "skillnet.weights"
 #: Beside a copy of initial weights: the address that it was made from.
 ORIGIN = "origin.json"
@@ -252,6 +68,82 @@ _MUST_EQUAL = (
     "class_token",
 )
 _NOT_SHAPE = (*NAME_SETTINGS, "drop_path", *INITIAL_SETTINGS)
+
+
+class WeightReader(Protocol):
+    """Reader of initial weights that a run cannot take over as they are."""
+
+    def import_weights(self, address: str, run_dir: str) -> tuple[Path, Path] | None:
+        """Convert the weights of ``--from``; None if they have another format.
+
+        Args:
+            address: as the user gave it.
+            run_dir: directory of runs.
+
+        Returns:
+            Folder of the saved model, and folder of its source.
+        """
+
+    def reads_system(self, system: str, config: FinetuneConfig) -> bool:
+        """Return whether this reader starts a run from models of a system."""
+
+    def describe_settings(
+        self, config: FinetuneConfig, source: SkillNetConfig, location: str
+    ) -> str:
+        """Return how a run must differ to start from a model, with the options; "" if it fits."""
+
+    def describe_sizes(
+        self, config: FinetuneConfig, source: SkillNetConfig, corpora: Iterable[tuple[str, str]]
+    ) -> str:
+        """Return the options that prepare corpora, (name, modality), for a model."""
+
+    def load_copies(
+        self, config: FinetuneConfig, model: TaskModel, weights: Mapping[str, Tensor]
+    ) -> tuple[set[str], list[str]]:
+        """Load weights of the other system.
+
+        Args:
+            config: settings of the run.
+            model: receives the weights.
+            weights: parameter name of the other system -> value.
+
+        Returns:
+            Names of parameters that stay random, and lines for the console.
+        """
+
+    def complete_template(self, template: "TaskTemplate", address: str) -> "TaskTemplate":
+        """Return the file of ``skillnet init-task --from`` with the settings of the weights."""
+
+
+def list_weight_readers() -> list[WeightReader]:
+    """Return the readers of all installed packages."""
+    return [entry.load() for entry in find_entries(WEIGHTS).values()]
+
+
+def find_weight_reader(system: str, config: FinetuneConfig) -> WeightReader | None:
+    """Return the reader that starts a run from models of a system; None if none does.
+
+    Args:
+        system: registered kind of the initial weights.
+        config: settings of the run.
+    """
+    return next((each for each in list_weight_readers() if each.reads_system(system, config)), None)
+
+
+def format_options(settings: Mapping[str, Any]) -> str:
+    """Return settings as words of a command line.
+
+    Args:
+        settings: dotted key -> value.
+    """
+    return " ".join(f"--{key} {format_value(value)}" for key, value in settings.items())
+
+
+def format_value(value: Any) -> str:
+    """Return a value as a word of a command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -311,8 +203,8 @@ def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
         UserError: there is no such model.
     """
     # This is the only place that contacts the registry, a store or the hub for initial weights.
-    for entry in find_entries(WEIGHTS).values():
-        imported = entry.load()(address, run_dir)
+    for reader in list_weight_readers():
+        imported = reader.import_weights(address, run_dir)
         if imported is not None:
             copy, checkpoint = imported
             return record_origin(copy, address, checkpoint)
@@ -399,7 +291,7 @@ def find_untouched_files(config: FinetuneConfig, unused: Collection[str]) -> lis
         return []
     source = resolve_model(config.init_from)
     manifest = read_manifest(source.weights)
-    if starts_skills(read_about(source.weights, manifest).get("system", "skillnet"), config):
+    if find_weight_reader(read_about(source.weights, manifest).get("system", "skillnet"), config):
         return []
     # Averages of a checkpoint replace its weights, and both are read for it.
     listed = manifest["files"].keys()
@@ -436,7 +328,7 @@ def load_init_weights(
         return None
     source, location = resolve_model(config.init_from), f"--from {find_origin(config.init_from)}"
     # Differences are collected first, to explain a tensor that does not fit.
-    differing, is_dense = _find_differences(config, source, location, corpora)
+    differing, reader = _find_differences(config, source, location, corpora)
     start = load_source_model(source, untouched)
     new_heads = _match_heads(config, start, corpora)
     try:
@@ -448,18 +340,17 @@ def load_init_weights(
         }
         model.share_files(start)
         weights, resized = resize_positions(found, start.config, model.config)
-        if is_dense:
-            weights = copy_to_skills(weights, model)
+        noise: list[str] = []
         # Names of parameters that the source does not provide.
-        fresh = set(model.load_partial(weights))
-        if is_dense:  # a difference of zero is a copy too
-            fresh = {name for name in fresh if not is_difference(name)}
+        if reader is None:
+            fresh = set(model.load_partial(weights))
+        else:
+            fresh, noise = reader.load_copies(config, model, weights)
     except ValueError as error:
         keys = ", ".join(
             f"model.{key} {theirs} there and {ours} here" for key, theirs, ours in differing
         )
         raise UserError(f"{location}: {error}" + (f" ({keys})" if keys else "")) from None
-    noise = add_noise(config, model) if is_dense else []
     files = model.files_of()
     partial = sorted(file for file, names in files.items() if fresh & set(names))
     taken = sorted(set(files) - set(partial))
@@ -571,18 +462,22 @@ def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
     return dict(corpora) if isinstance(corpora, dict) else {}
 
 
-def check_init_settings(config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus]) -> None:
+def check_init_settings(config: FinetuneConfig, opened: Mapping[str, PreparedCorpus]) -> None:
     """Check that the sizes and the tokenizer of a run are those of its initial weights.
+
+    Corpora that could not be opened are not compared: a missing one is reported later.
 
     Args:
         config: settings of the run; without ``init_from`` nothing is checked.
-        corpora: task -> its corpus, as far as they are open.
+        opened: corpus name -> corpus, as far as they are open.
 
     Raises:
         UserError: they differ; one message names every setting to give and the corpora to prepare.
     """
     if config.init_from:
         location = f"--from {find_origin(config.init_from)}"
+        tasks = config.tasks.items()
+        corpora = {name: opened[task.corpus] for name, task in tasks if task.corpus in opened}
         _find_differences(config, resolve_model(config.init_from), location, corpora)
 
 
@@ -591,8 +486,8 @@ def _find_differences(
     source: ModelSource,
     location: str,
     corpora: Mapping[str, PreparedCorpus],
-) -> tuple[list[tuple[str, Any, Any]], bool]:
-    """Return differences that may not fit, and whether skills become copies of a dense model.
+) -> tuple[list[tuple[str, Any, Any]], WeightReader | None]:
+    """Return differences that may not fit, and the reader of weights of another system.
 
     A difference is (key of the model section, value there, value here).
 
@@ -603,9 +498,9 @@ def _find_differences(
     weights = source.weights
     about = read_about(weights, read_manifest(weights))
     system = about.get("system", "skillnet")
-    is_dense = starts_skills(system, config)
+    reader = find_weight_reader(system, config)
     start, _, _ = read_config(weights, read_manifest(weights))
-    if not is_dense and system != config.system:
+    if reader is None and system != config.system:
         raise UserError(
             f"{location} holds a model of the system {system!r}, this run trains "
             f"{config.system!r}; give --system {system}, or start from a model of the same system"
@@ -616,16 +511,16 @@ def _find_differences(
         for f in dataclasses.fields(SkillNetConfig)
         if f.name in about and f.name not in _NOT_SHAPE and about[f.name] != here[f.name]
     ]
-    if is_dense:
-        settings = describe_needed_settings(config, start, location)
-    else:
+    if reader is None:
         settings = _describe_unequal(differing, start, location)
-    prepared = _describe_corpora(config, source, start, location, corpora, is_dense)
+    else:
+        settings = reader.describe_settings(config, start, location)
+    prepared = _describe_corpora(config, source, start, location, corpora, reader)
     if settings and prepared:
         raise UserError(f"{settings} after a new preparation. {prepared}")
     if settings or prepared:
         raise UserError(settings or prepared)
-    return differing, is_dense
+    return differing, reader
 
 
 def _describe_unequal(
@@ -651,7 +546,7 @@ def _describe_corpora(
     start: SkillNetConfig,
     location: str,
     corpora: Mapping[str, PreparedCorpus],
-    is_dense: bool,
+    reader: WeightReader | None,
 ) -> str:
     """Return which corpora to prepare again for initial weights; "" if they fit.
 
@@ -677,24 +572,6 @@ def _describe_corpora(
                 f"{location} has {start.vocab_size} tokens, and {corpus.path} was prepared with "
                 f"{count}. {remedy}, and run the command again"
             )
-    needed = find_needed_settings(config, start) if is_dense else {}
-    sizes = format_corpus_sizes(needed, [(c.name, c.modality) for c in corpora.values()])
+    named = dict.fromkeys((corpus.name, corpus.modality) for corpus in corpora.values())
+    sizes = "" if reader is None else reader.describe_sizes(config, start, named)
     return f"{found or (sizes and 'Prepare them with')} {sizes}".strip()
-
-
-def format_corpus_sizes(needed: Mapping[str, Any], corpora: Iterable[tuple[str, str]]) -> str:
-    """Return the options that prepare corpora of other sizes; "" if none is needed.
-
-    Args:
-        needed: see :func:`find_needed_settings`.
-        corpora: names and modalities.
-    """
-    names = dict.fromkeys(corpora)
-    return " ".join(
-        f"--options.{name}.{size.option} {needed[f'model.{size.key}']}"
-        for modality in list_modalities()
-        for size in modality.sizes
-        if not size.is_limit and f"model.{size.key}" in needed
-        for name, own in names
-        if own == modality.name
-    )

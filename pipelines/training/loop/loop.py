@@ -11,16 +11,15 @@ import torch
 import torch.distributed as dist
 
 from pipelines.data.shards import row_threads
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import prefetch_batches
 from pipelines.training.loop import checkpointing, preemption
-from pipelines.training.loop.callbacks import LoopCallback
 from pipelines.training.loop.optimizer import (
     WeightAverage,
     build_optimizer,
     set_learning_rate,
     update_weights,
 )
-from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.reporter import LoopCallback, LoopReporter
 from pipelines.training.loop.residency import WeightResidency
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import (
@@ -35,9 +34,9 @@ from pipelines.training.loop.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.loop.telemetry import (
     CostMeter,
     GaugePublisher,
+    StepProfiler,
     ThroughputMeter,
     find_peak_flops,
-    profile_steps,
 )
 from skillnet.keyed_random import keyed_rng
 from skillnet.multitask_model import TaskModel
@@ -151,14 +150,14 @@ def train_model(
         start = checkpoint.step
         sizes = {name: task.batch_size for name, task in config.trained.items()}
         health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average, shards)
     # Tensors that move between devices, or are gathered, do not count their changes.
     unchanged = None
     if settings.sharding in ("none", "host"):
         moves = settings.sharding == "host"
         unchanged = checkpointing.UnchangedFiles(replica.source, model.unread, moves)
         if checkpoint is not None and not moves:
-            loaded = checkpointing.CheckpointTensors(model, optimizer, average)
-            unchanged.resume(checkpoint.path, loaded)
+            unchanged.resume(checkpoint.path, tensors)
     residency = None
     if settings.sharding == "host":
         residency = WeightResidency(model, optimizer, average, device, config.tasks)
@@ -175,7 +174,7 @@ def train_model(
     if run.has_folder and shards is not None:
         from pipelines.training.loop.sharded_checkpoints import open_writer
 
-        writer = open_writer(run.folder / "checkpoints", model, shards, rank, settings, reporter)
+        writer = open_writer(run.folder / "checkpoints", tensors, rank, settings, reporter)
 
     def save_checkpoint() -> Path | None:
         health.reduce()
@@ -191,21 +190,13 @@ def train_model(
             state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
             state |= health.checkpoint_state()
         if writer is not None:
-            writer.start(step, optimizer, average, state)
+            writer.start(step, state)
             return None
         if rank and shards is not None:
-            checkpointing.join_checkpoint(model, optimizer, average, shards)
+            tensors.join()
             return None
         written = checkpointing.write_checkpoint(
-            run.folder / "checkpoints",
-            step,
-            model,
-            optimizer,
-            average,
-            state,
-            settings.keep_checkpoints,
-            shards,
-            unchanged,
+            run.folder / "checkpoints", step, tensors, state, settings.keep_checkpoints, unchanged
         )
         reporter.checkpoint(written, step)
         return written
@@ -216,7 +207,7 @@ def train_model(
     replica.runner.train()
     processes, pin = settings.dataloader_num_workers, device.type == "cuda"
     with (
-        profile_steps(settings, folder, rank, device) as profiler,
+        StepProfiler(settings, folder, rank, device) as profiler,
         prefetch_batches(run.dataloader, start, last, rank, world, processes, pin) as batches,
     ):
         for batch in meter.iter_timed(batches):

@@ -16,19 +16,15 @@ restarts them without that node.
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from skillnet_platform import console
 from skillnet_platform.errors import first_line
 from skillnet_platform.signals import handle_signals
-
-FILE = "leave"
 
 #: Seconds between two polls of the driver's stop signal.
 POLL_INTERVAL_S = 1.0
@@ -52,32 +48,6 @@ class StopSignal(Protocol):
 
     def is_set(self) -> bool:
         """Return whether the signal is set."""
-
-
-class FileStopSignal:
-    """File that stands for the signal, for workers that see the driver's disk.
-
-    Args:
-        path: location of the file on the disk.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def set(self) -> None:
-        """Create the file."""
-        self._path.touch()
-
-    def clear(self) -> None:
-        """Remove the file."""
-        self._path.unlink(missing_ok=True)
-
-    def is_set(self) -> bool:
-        """Return whether the file exists."""
-        # A network file system may cache a lookup by name, but not the listing of the folder.
-        with contextlib.suppress(OSError), os.scandir(self._path.parent) as entries:
-            return any(entry.name == self._path.name for entry in entries)
-        return False
 
 
 def stop_requested() -> bool:

@@ -1,19 +1,100 @@
-"""Reporters of the training loop: metrics, progress, evaluations and checkpoints of rank 0."""
+"""Observers of a training: its reporters, and callbacks and loggers that a configuration names.
+
+Rank 0 reports metrics, progress, evaluations and checkpoints. :func:`find_observers` finds the
+others by the entry points ``skillnet.callbacks`` (on every rank) and ``skillnet.loggers`` (on rank
+0), which name a class without arguments.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.evaluation.inference import EvaluationRanks
-from pipelines.training.loop.callbacks import LOGGERS, RunLogger, find_observers
+from pipelines.training.runs.mirror import CheckpointUploads
 from pipelines.training.runs.progress_log import PROGRESS, ProgressFile
-from pipelines.training.runs.uploads import CheckpointUploads
 from skillnet.multitask_model import TaskModel
+from skillnet_files.entry_points import find_entries
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.tracking import Tracker
+
+CALLBACKS, LOGGERS = "skillnet.callbacks", "skillnet.loggers"
+
+
+class LoopCallback(Protocol):
+    """Hooks of the training loop, called on all ranks.
+
+    Ray serializes a callback that Python passes to a run, so its class must be importable in the
+    workers. One that the configuration names is made in each worker.
+    """
+
+    def on_train_start(self, folder: Path | None, rank: int) -> None:
+        """Run before the first step of this process.
+
+        Args:
+            folder: directory of the run; None if nothing is kept on disk.
+            rank: index of this worker, from 0.
+        """
+
+    def on_step_start(self, step: int) -> None:
+        """Run before a step, after the checkpoint of the steps before it.
+
+        Args:
+            step: steps done.
+        """
+
+
+class RunLogger(Protocol):
+    """Receiver of the metrics of a run beside MLflow. Rank 0 makes and calls it."""
+
+    def start(self, folder: Path, config: dict[str, Any]) -> None:
+        """Begin, or continue after an interruption.
+
+        Args:
+            folder: directory of the run, for files of the logger.
+            config: configuration of the run in plain values, without secrets.
+        """
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        """Record metrics, named ``task/metric``.
+
+        Args:
+            values: name -> value.
+            step: steps done.
+        """
+
+    def finish(self) -> None:
+        """End; called once, also if the training fails."""
+
+
+def find_observers(group: str, names: Sequence[str], key: str) -> list[Any]:
+    """Return the class of each named entry point.
+
+    Args:
+        group: :data:`CALLBACKS` or :data:`LOGGERS`.
+        names: names in the configuration. A name only selects; nothing else is imported.
+        key: key of the configuration, for messages.
+
+    Raises:
+        UserError: no installed package has the name, or its entry cannot be loaded.
+    """
+    known, found = find_entries(group), []
+    for name in names:
+        if name not in known:
+            hint = suggest_name(name, known) if known else ""
+            raise UserError(
+                f"{key}: no installed package has an entry point {group}:{name}{hint}. Install the "
+                "package that has it"
+            )
+        try:
+            found.append(known[name].load())
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{key}: {group}:{name} cannot be loaded: {error}") from error
+    return found
+
 
 #: Seconds between two progress lines of a worker whose progress file the driver does not see.
 PROGRESS_NOTE_S = 10.0
@@ -62,6 +143,12 @@ class LoopReporter:
 
     def begin_split(self, name: str, rows: int, step: int) -> None:
         """Show that the final evaluation begins with the rows of a split."""
+
+    def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Record the tidy rows of the final model; none if the run was preempted."""
+
+    def close(self) -> None:
+        """End; called once, also if the training fails."""
 
 
 class SilentReporter(LoopReporter):
@@ -161,12 +248,7 @@ class RunReporter(LoopReporter):
             console.print_note(f"evaluating: {name}, {rows} rows")
 
     def log_final(self, rows: list[dict[str, Any]], step: int) -> None:
-        """Give the evaluation of the final model to the loggers; the driver records it in MLflow.
-
-        Args:
-            rows: tidy rows of the evaluation; none if the run was preempted.
-            step: steps done.
-        """
+        """Give the evaluation to the loggers; the driver records it in MLflow."""
         from pipelines.training.evaluation.tables import name_metric
 
         values = {name_metric(r["task"], r["split"], r["metric"]): float(r["value"]) for r in rows}

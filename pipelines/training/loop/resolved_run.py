@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
 from skillnet.objectives.base import find_objective
-from skillnet.skills import Task, known_tasks
+from skillnet.skills import Task, find_task, known_tasks
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
@@ -48,7 +48,7 @@ class ResolvedRun:
     ) -> None:
         self.config = config
         self._folder = folder
-        self._opened = dict(corpora or {})
+        self.opened = dict(corpora or {})
 
     @property
     def has_folder(self) -> bool:
@@ -70,7 +70,7 @@ class ResolvedRun:
         """
         from pipelines.training.runs.identity import open_corpora
 
-        return open_corpora(self.config, self._opened)
+        return open_corpora(self.config, self.opened)
 
     @property
     def manifests(self) -> dict[str, Mapping[str, Any]]:
@@ -122,18 +122,6 @@ class ResolvedRun:
 
         return dry_run_init(self.config, self.corpora)
 
-    def check_init_settings(self) -> None:
-        """Compare the settings with ``init_from``, before the corpora are compared with them.
-
-        Raises:
-            UserError: they differ; names every setting to give.
-        """
-        from pipelines.training.loop.init_from import check_init_settings
-
-        tasks = self.config.tasks.items()
-        opened = {n: self._opened[t.corpus] for n, t in tasks if t.corpus in self._opened}
-        check_init_settings(self.config, opened)
-
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     """Resolve a configuration: name, absolute paths, tasks, digests, initial weights.
@@ -177,29 +165,20 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         config = inherit_reference_tasks(config, init_from)
     # Known only now: the tasks have plans, and initial weights determine the size of a baseline.
     config = config.joint()
+    digests = {
+        name: config.corpora.get(name) or (corpora[name].digest if name in corpora else None)
+        for name in corpora_of(config)
+    }
     config = replace(
         config,
         name=name,
         run_dir=str(folder),
         data=str(data),
-        corpora=_pin_corpora(config, corpora),
+        corpora={name: digest for name, digest in digests.items() if digest},
         init_from=init_from,
         storage=storage,
     )
     return ResolvedRun(config, Path(folder) / name, corpora)
-
-
-def _pin_corpora(
-    config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
-) -> dict[str, str | None]:
-    """Return corpus -> digest: of the configuration, else of the corpus that was opened."""
-    from pipelines.training.runs.identity import corpora_of
-
-    opened = {
-        name: corpora[name].digest if name in corpora else None for name in corpora_of(config)
-    }
-    pinned = {name: config.corpora.get(name) or opened[name] for name in opened}
-    return {name: digest for name, digest in pinned.items() if digest}
 
 
 #: A split of this name is for pretraining too, but only for tasks that name it: masked tasks do not
@@ -226,9 +205,6 @@ def build_joint_run(config: FinetuneConfig) -> FinetuneConfig:
 
 def check_unlabelled_tasks(config: FinetuneConfig) -> None:
     """Raise UserError if a task of the run learns from labels."""
-    from skillnet.objectives.base import find_objective
-    from skillnet.skills import find_task
-
     for name in config.tasks:
         objective = find_task(name, config.model.tasks).objective
         if not find_objective(objective).can_pretrain:

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.resources import trains_in_process
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run_evaluation import find_size_mismatch
-from pipelines.training.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
-from pipelines.training.runs.task_counts import parse_task_counts
+from pipelines.training.runs.layout import (
+    CONFIG,
+    RESULT,
+    create_run_folder,
+    is_unused,
+    parse_task_counts,
+    read_result,
+)
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import TerminatedError, UserError
@@ -21,9 +26,8 @@ from skillnet_platform.storage import read_json
 MAX_CHECKED_STEPS = 4096
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.callbacks import LoopCallback
     from pipelines.training.loop.ray_train.fit import NestedFit
-    from pipelines.training.loop.reporter import OnEvaluation
+    from pipelines.training.loop.reporter import LoopCallback, OnEvaluation
     from pipelines.training.loop.worker import FinalEvaluation
     from skillnet_platform.tracking import Tracker
 
@@ -37,6 +41,8 @@ def validate_run(run: ResolvedRun) -> None:
     Raises:
         UserError: one of them does not fit; names the key to change.
     """
+    from pipelines.training.loop.init_from import check_init_settings
+    from pipelines.training.loop.reporter import CALLBACKS, LOGGERS, find_observers
     from pipelines.training.runs.vocabulary_match import check_outputs, find_common_tokenizer
     from skillnet.skills import find_task
     from skillnet.systems import find_system
@@ -44,7 +50,7 @@ def validate_run(run: ResolvedRun) -> None:
     # Cheap checks come first: the options of a system need no corpus.
     config = run.config
     check_batch_sizes(config)
-    run.check_init_settings()
+    check_init_settings(config, run.opened)
     find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
     find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
     system = find_system(config.system)
@@ -123,7 +129,7 @@ def train_and_evaluate(
         nested: how several workers run inside a trial of Ray Tune.
         is_worker: this process is the worker, such as that of a trial. Other processes train
             themselves if :func:`pipelines.training.config.resources.trains_in_process` holds.
-        brief: write no figures and no intervals, for a run that is only ranked among others.
+        brief: compute no intervals, for a run that is only ranked among others.
         callbacks: observers of the training loop.
         source: folder of the model that a growth starts from, see
             :class:`pipelines.training.loop.worker.FinalEvaluation`.

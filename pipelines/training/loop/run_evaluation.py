@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.data import MASKS
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, read_record, write_json
@@ -134,7 +133,7 @@ def complete_result(
 ) -> dict[str, Any]:
     """Complete the result of a run whose workers have evaluated its model; log all of it.
 
-    Metrics, figures, costs and a description are logged. The model is only counted here: the
+    Metrics, costs and a description are logged. The model is only counted here: the
     driver may have no GPU.
 
     The result is written to ``evaluated.json`` before its metrics are logged. A process that
@@ -147,7 +146,7 @@ def complete_result(
         result: outcome of the training and of
             :func:`pipelines.training.loop.run_evaluation.evaluate_final`.
         splits: that the model was evaluated on; None took the test splits.
-        brief: write no figures.
+        brief: look for no weaknesses of the test, and log no score.
 
     Returns:
         The result with ``total_params``, the parameters of the complete model.
@@ -155,16 +154,15 @@ def complete_result(
     from pipelines.training.evaluation import tables
     from skillnet import systems
     from skillnet.accounting import account_task
+    from skillnet_platform.tracking.backend import SCORE_METRIC
 
     model = systems.load_model(run / "model")
     # A comparison of runs reads this number: it may not have their models.
     total = sum(p.numel() for p in model.parameters())
-    # Figures take seconds each, which a sweep of many short runs cannot afford.
-    if not brief:
-        past = read_metric_history(run / PROGRESS)
-        for name, figure in tables.training_figures(past, config.model).items():
-            tracker.figure(figure, name)
     rows = result["evaluation"]
+    # Lists of runs are sorted by it. The driver of a sweep logs its own.
+    score, _ = tables.compute_overall_score(rows, splits[0] if splits else "test")
+    scored = {} if brief or score is None else {SCORE_METRIC: score}
     weak = _find_weak_tests(config, rows, splits) if not brief else []
     costs = {task: account_task(model, task) for task in config.measured}
     record: dict[str, Any] = {
@@ -174,7 +172,7 @@ def complete_result(
         "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total},
-        "metrics": tables.flat_metrics(rows) | _find_score(rows, splits, brief),
+        "metrics": tables.flat_metrics(rows) | scored,
         "note": tables.run_description(
             rows, [], model.config, total, tables.run_facts(result), weak
         ),
@@ -204,17 +202,6 @@ def _find_weak_tests(
         fold=config.fold,
     )
     return [each.sentence for each in found]
-
-
-def _find_score(
-    rows: list[dict[str, Any]], splits: Sequence[str] | None, brief: bool
-) -> dict[str, float]:
-    """Return the metric by which lists of runs are sorted; the driver of a sweep logs its own."""
-    from pipelines.training.evaluation.tables import compute_overall_score
-    from skillnet_platform.tracking.backend import SCORE_METRIC
-
-    score, _ = compute_overall_score(rows, splits[0] if splits else "test")
-    return {} if brief or score is None else {SCORE_METRIC: score}
 
 
 def resume_evaluation(

@@ -182,6 +182,8 @@ def find_checkpoint(
 ) -> checkpoints.VerifiedCheckpoint | None:
     """Return the newest valid checkpoint that a run resumes from; None without one.
 
+    All ranks can read it, each from its own disk.
+
     Args:
         run: folder of the run.
         identity: digest that the checkpoint must carry.
@@ -191,30 +193,7 @@ def find_checkpoint(
     Raises:
         UserError: the checkpoint belongs to another configuration, or only some ranks see one.
     """
-    checkpoint = common_checkpoint(run / "checkpoints", world, used)
-    if checkpoint is None:
-        return None
-    if checkpoint.state.get("config_digest") != identity:
-        raise UserError(
-            f"{checkpoint.path} was written with another configuration; resume with that one "
-            f"({run / 'config.yaml'}), or give this run another name"
-        )
-    return checkpoint
-
-
-def common_checkpoint(
-    folder: Path, world: int, used: Collection[str] | None = None
-) -> checkpoints.VerifiedCheckpoint | None:
-    """Return the newest valid checkpoint that all ranks can read, each from its own disk.
-
-    Args:
-        folder: directory of the run's checkpoints.
-        world: number of ranks, which all call this.
-        used: files that are hashed; see :func:`find_used_files`.
-
-    Raises:
-        UserError: some ranks see checkpoints and others none.
-    """
+    folder = run / "checkpoints"
     newest = checkpoints.find_newest(folder, used)
     # Each rank may see its own disk. Repeat until all agree on one step.
     while world > 1:
@@ -237,6 +216,11 @@ def common_checkpoint(
             for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
                 shutil.rmtree(folder / name, ignore_errors=True)
             newest = checkpoints.find_newest(folder, used)
+    if newest is not None and newest.state.get("config_digest") != identity:
+        raise UserError(
+            f"{newest.path} was written with another configuration; resume with that one "
+            f"({run / 'config.yaml'}), or give this run another name"
+        )
     return newest
 
 
@@ -363,13 +347,12 @@ class TrainingReplica:
         return None if self.shards is None else self.shards.group
 
 
-def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
+def compile_plans(*models: TaskModel, rank: int = 0) -> None:
     """Compile the plans of a run; the first rank names those that cannot be compiled.
 
     Args:
         *models: one module, or with shards those of training and of evaluation.
         rank: index of this process among the workers, from 0.
-        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
     """
     reported = set[str]()
 
@@ -380,7 +363,7 @@ def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") 
 
     for model in models:
         if isinstance(model, SkillNet):
-            model.enable_compilation(report, backend)
+            model.enable_compilation(report)
         else:
             report(f"the system {model.system} runs without compilation")
 

@@ -35,11 +35,8 @@ from pipelines.training.loop.checkpointing import (
     complete_checkpoint,
     remove_old_checkpoints,
 )
-from pipelines.training.loop.optimizer import WeightAverage
 from pipelines.training.loop.reporter import LoopReporter
-from pipelines.training.loop.sharding import ModelShards
 from pipelines.training.runs.checkpoints import PREFIX
-from skillnet.multitask_model import TaskModel
 from skillnet.serialization import save_tensors, write_config
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
@@ -53,8 +50,7 @@ class ShardedCheckpoints:
 
     Args:
         folder: directory of the checkpoints, on a disk that all ranks see.
-        model: names and files of the weights.
-        shards: this rank's part of them.
+        tensors: of which this rank has a part.
         rank: index of this process among the workers, from 0.
         keep: number of checkpoints that stay.
         on_written: called on the first rank, in another thread, with each complete checkpoint and
@@ -64,13 +60,12 @@ class ShardedCheckpoints:
     def __init__(
         self,
         folder: Path,
-        model: TaskModel,
-        shards: ModelShards,
+        tensors: CheckpointTensors,
         rank: int,
         keep: int,
         on_written: Callable[[Path, int], None],
     ) -> None:
-        self._folder, self._model, self._shards = folder, model, shards
+        self._folder, self._tensors = folder, tensors
         self._rank, self._keep, self._on_written = rank, keep, on_written
         # Weights and averages have the same names, so they are written separately. Their exchanges
         # must not mix with each other, nor with those of the training.
@@ -79,26 +74,18 @@ class ShardedCheckpoints:
         self._writing: list[Any] = []
         self._completing: Future[Path] | None = None
 
-    def start(
-        self,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        average: WeightAverage | None,
-        state: dict[str, Any],
-    ) -> None:
+    def start(self, step: int, state: dict[str, Any]) -> None:
         """Copy the tensors of a step, and begin to write them; all ranks call this.
 
         Args:
             step: steps done.
-            optimizer: AdamW over the shards.
-            average: running mean of the shards, or None.
             state: further keys of ``state.json``.
 
         Raises:
             UserError: the disk is full, now or for the checkpoint before.
         """
         self.finish()
-        tensors = CheckpointTensors(self._model, optimizer, average, self._shards)
+        tensors = self._tensors
         final = self._folder / f"{PREFIX}{step:08d}"
         stack = contextlib.ExitStack()
         place = [""]
@@ -134,7 +121,7 @@ class ShardedCheckpoints:
         with stack:
             for writing in self._writing:
                 writing.result()
-            written = [write_config(self._model, staging)]
+            written = [write_config(self._tensors.model, staging)]
             for folder, names in files:
                 for number, name in enumerate(names, 1):
                     (joined,) = folder.glob(f"model-{number:05d}-of-*.safetensors")
@@ -224,8 +211,7 @@ def _write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], group:
 
 def open_writer(
     folder: Path,
-    model: TaskModel,
-    shards: ModelShards,
+    tensors: CheckpointTensors,
     rank: int,
     settings: TrainingConfig,
     reporter: LoopReporter,
@@ -234,21 +220,21 @@ def open_writer(
 
     Args:
         folder: directory of the checkpoints; is created on the first rank.
-        model: names and files of the weights.
-        shards: this rank's part of them.
+        tensors: of which this rank has a part.
         rank: index of this process among the workers, from 0.
         settings: hyperparameters of the training.
         reporter: receiver of progress of the first rank; receives complete checkpoints.
     """
+    assert tensors.shards is not None
     with _probe_file(folder, rank) as name:
         names = [name]
         dist.broadcast_object_list(names, src=0)
-        sees = torch.tensor([float((folder / names[0]).is_file())], device=shards.device)
+        sees = torch.tensor([float((folder / names[0]).is_file())], device=tensors.shards.device)
         dist.all_reduce(sees, dist.ReduceOp.MIN)
     if not sees.item():
         return None
     keep, on_written = settings.keep_checkpoints, reporter.checkpoint
-    return ShardedCheckpoints(folder, model, shards, rank, keep, on_written)
+    return ShardedCheckpoints(folder, tensors, rank, keep, on_written)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.training.loading.dataloader import Batch
-from pipelines.training.runs.task_counts import TaskCounts, parse_task_counts
+from pipelines.training.runs.layout import TaskCounts, parse_task_counts
 from skillnet.objectives.heads import head_class
 from skillnet.skills import Task
 from skillnet_platform.errors import UserError

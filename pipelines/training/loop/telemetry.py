@@ -2,7 +2,7 @@
 
 :class:`CostMeter` counts tokens and floating-point operations for
 :class:`pipelines.training.loop.telemetry.ThroughputMeter`. :class:`GaugePublisher` publishes the
-metrics of rank 0 through ``ray.util.metrics``. :func:`profile_steps` records a profile.
+metrics of rank 0 through ``ray.util.metrics``. :class:`StepProfiler` records a profile.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,48 +174,8 @@ class GaugePublisher:
             self._gauges[name].set(value, {"run": self._run})
 
 
-class StepProfiler:
-    """Recorder of a profile of some steps, see :func:`profile_steps`.
-
-    Args:
-        path: location of the trace.
-        steps: that are recorded.
-        activities: devices that ``torch.profiler`` records.
-    """
-
-    def __init__(
-        self, path: Path, steps: range, activities: Sequence[torch.profiler.ProfilerActivity]
-    ) -> None:
-        self._path, self._steps, self._activities = path, steps, activities
-        self._profile: torch.profiler.profile | None = None
-
-    def begin_step(self, step: int) -> None:
-        """Start before the first step, write the trace after the last one.
-
-        Args:
-            step: steps done.
-        """
-        if step not in self._steps:
-            self.close()
-        elif self._profile is None:
-            self._profile = torch.profiler.profile(activities=self._activities)
-            self._profile.start()
-
-    def close(self) -> None:
-        """Write the trace if one was begun."""
-        if self._profile is None:
-            return
-        self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
-        self._profile = None
-
-
-@contextlib.contextmanager
-def profile_steps(
-    settings: TrainingConfig, folder: Path | None, rank: int, device: torch.device
-) -> Iterator[StepProfiler]:
-    """Provide the profiler of a training, and write its trace at the end of the block.
+class StepProfiler(contextlib.AbstractContextManager["StepProfiler"]):
+    """Recorder of a profile of some steps of a training, inside a block.
 
     The trace is ``profiles/step-<start>-rank-<rank>.json.gz`` in the run's folder. Perfetto and
     ``chrome://tracing`` show it.
@@ -226,18 +186,40 @@ def profile_steps(
         rank: number of this process.
         device: place of the tensors of the training.
     """
-    start, activities = settings.profile_start, [torch.profiler.ProfilerActivity.CPU]
-    steps = range(0)
-    if start is not None and folder is not None:
-        steps = range(start, start + PROFILED_STEPS)
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    name = f"step-{start or 0:08d}-rank-{rank}.json.gz"
-    profiler = StepProfiler((folder or Path()) / PROFILES / name, steps, activities)
-    try:
-        yield profiler
-    finally:
-        profiler.close()
+
+    def __init__(
+        self, settings: TrainingConfig, folder: Path | None, rank: int, device: torch.device
+    ) -> None:
+        start = settings.profile_start
+        is_wanted = start is not None and folder is not None
+        self._steps = range(start or 0, (start or 0) + PROFILED_STEPS * is_wanted)
+        name = f"step-{start or 0:08d}-rank-{rank}.json.gz"
+        self._path = (folder or Path()) / PROFILES / name
+        self._activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            self._activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile: torch.profiler.profile | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Start before the first step, write the trace after the last one.
+
+        Args:
+            step: steps done.
+        """
+        if step not in self._steps:
+            self.__exit__()
+        elif self._profile is None:
+            self._profile = torch.profiler.profile(activities=self._activities)
+            self._profile.start()
+
+    def __exit__(self, *error: object) -> None:
+        """Write the trace if one was begun."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._path))
+        self._profile = None
 
 
 class ThroughputMeter:

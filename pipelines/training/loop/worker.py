@@ -20,22 +20,28 @@ from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
 from pipelines.training.evaluation.tables import write_evaluation_csv
 from pipelines.training.loop import preemption
-from pipelines.training.loop.callbacks import CALLBACKS, LoopCallback, find_observers
 from pipelines.training.loop.loop import TrainResult, train_model
 from pipelines.training.loop.reporter import (
+    CALLBACKS,
+    LoopCallback,
     LoopReporter,
     OnEvaluation,
     RunReporter,
     SilentReporter,
+    find_observers,
 )
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run_evaluation import EVALUATION_CSV, evaluate_run
 from pipelines.training.loop.setup import pick_device
 from pipelines.training.runs import layout
 from pipelines.training.runs.checkpoints import step_of
-from pipelines.training.runs.mirror import mirror_of
+from pipelines.training.runs.mirror import (
+    CheckpointUploads,
+    mirror_of,
+    restore_latest,
+    upload_trained,
+)
 from pipelines.training.runs.model_source import ModelSource, load_source_model
-from pipelines.training.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from skillnet.model import SkillNet
 from skillnet.model_merging import remove_skill, remove_task
 from skillnet.multitask_model import TaskModel
@@ -161,82 +167,79 @@ class EvaluationStoppedError(Exception):
 
 def evaluate_final(
     run: ResolvedRun,
-    model: TaskModel,
+    result: TrainResult,
     request: FinalEvaluation,
     ranks: EvaluationRanks,
     reporter: LoopReporter,
-    step: int,
 ) -> list[dict[str, Any]]:
     """Evaluate the final model; the first rank writes tables and outcomes to the run.
 
     Args:
         run: settings with their corpora, tasks and sizes resolved.
-        model: the final model, on the device of this worker.
+        result: of the training, which counts as preempted if the evaluation is asked to stop.
         request: splits and extent.
         ranks: that share the rows; all call this.
         reporter: receiver of progress of this rank; shows progress.
-        step: steps done.
 
     Returns:
         Tidy rows; none without an evaluation, or on ranks other than the first.
-
-    Raises:
-        EvaluationStoppedError: on all ranks, if one of them was asked to stop.
     """
     config, folder = run.config, run.folder
+    if result.preempted or not (config.evaluate or request.splits is not None):
+        return []
 
     def begin_split(task: str, split: str, rows: int) -> None:
         # All ranks stop before the same split.
         if ranks.is_any(preemption.stop_requested()):
             raise EvaluationStoppedError
-        reporter.begin_split(f"{task} {split}", rows, step)
+        reporter.begin_split(f"{task} {split}", rows, result.step)
 
-    if not config.evaluate and request.splits is None:
-        return []
-    outcomes = OutcomeTable()
-    rows = evaluate_run(
-        config,
-        model,
-        request.splits,
-        step=step,
-        bootstrap_samples=0 if request.brief else BOOTSTRAP_SAMPLES,
-        outcomes=outcomes,
-        on_split=begin_split,
-        ranks=ranks,
-    )
-    if ranks.is_first:
-        write_evaluation_csv(rows, folder / EVALUATION_CSV)
-        write_outcomes(outcomes, folder / OUTCOMES_FILE)
+    def measure(
+        model: TaskModel, outcomes_file: str, splits: Sequence[str] | None, **options: Any
+    ) -> list[dict[str, Any]]:
+        outcomes = OutcomeTable()
+        rows = evaluate_run(
+            config,
+            model,
+            splits,
+            outcomes=outcomes,
+            on_split=begin_split,
+            ranks=ranks,
+            **options,
+        )
+        if ranks.is_first:
+            write_outcomes(outcomes, folder / outcomes_file)
+        return rows
+
+    samples = 0 if request.brief else BOOTSTRAP_SAMPLES
     kept = [name for name, task in config.measured.items() if task.eval_only]
-    if request.source is not None and kept:
-        _evaluate_source(run, request.source, kept, ranks, begin_split)
+    try:
+        rows = measure(
+            result.model,
+            OUTCOMES_FILE,
+            request.splits,
+            step=result.step,
+            bootstrap_samples=samples,
+        )
+        if ranks.is_first:
+            write_evaluation_csv(rows, folder / EVALUATION_CSV)
+        if request.source is not None and kept:
+            # As the grown model was evaluated, because both must be equal.
+            source = load_source_model(ModelSource(request.source, Path(request.source)))
+            old = measure(
+                source.to(pick_device(config.training.use_gpu)),
+                f"{layout.SOURCE}-{OUTCOMES_FILE}",
+                None,
+                tasks=kept,
+                bootstrap_samples=BOOTSTRAP_SAMPLES,
+            )
+            if ranks.is_first:
+                write_json(folder / layout.SOURCE_ROWS, old)
+    except EvaluationStoppedError:
+        # As a preempted training: the last checkpoint exists, and the same command resumes.
+        result.preempted = True
+        return []
     return rows
-
-
-def _evaluate_source(
-    run: ResolvedRun,
-    source: str,
-    tasks: list[str],
-    ranks: EvaluationRanks,
-    begin_split: Any,
-) -> None:
-    """Evaluate the source of a growth as the grown model was, because both must be equal."""
-    device = pick_device(run.config.training.use_gpu)
-    model = load_source_model(ModelSource(source, Path(source))).to(device)
-    outcomes = OutcomeTable()
-    rows = evaluate_run(
-        run.config,
-        model,
-        None,
-        bootstrap_samples=BOOTSTRAP_SAMPLES,
-        tasks=tasks,
-        outcomes=outcomes,
-        on_split=begin_split,
-        ranks=ranks,
-    )
-    if ranks.is_first:
-        write_outcomes(outcomes, run.folder / f"{layout.SOURCE}-{OUTCOMES_FILE}")
-        write_json(run.folder / layout.SOURCE_ROWS, rows)
 
 
 def run_worker(
@@ -275,64 +278,43 @@ def run_worker(
     named = find_observers(CALLBACKS, config.training.callbacks, "training.callbacks")
     callbacks = [*callbacks, *(kind() for kind in named)]
     ranks = EvaluationRanks(rank, world, pick_device(config.training.use_gpu))
-    if rank:
-        silent = SilentReporter(config, on_evaluation, ranks)
-        result = train_model(run, rank=rank, world=world, reporter=silent, callbacks=callbacks)
-        if result.shards is not None and not result.preempted:
-            remove_untrained_parts(run, result.model)
-            result.shards.gather_files(result.model)
-        if final is not None:
-            _evaluate(run, result, final, ranks, silent)
-        if result.preempted and node_id is not None:
-            _end_for_resize(world, node_id)
-        return
-    tracker = Tracker(*tracked) if tracked else None
-    uploads = (
-        CheckpointUploads(mirror, config.training.keep_checkpoints) if mirror is not None else None
-    )
+    tracker = Tracker(*tracked) if tracked and not rank else None
+    uploads = None
+    if mirror is not None and not rank:
+        uploads = CheckpointUploads(mirror, config.training.keep_checkpoints)
     is_remote = is_remote and mirror is not None
-    reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote, ranks)
+    reporter: LoopReporter = SilentReporter(config, on_evaluation, ranks)
+    if not rank:
+        reporter = RunReporter(
+            config, folder, tracker, on_evaluation, uploads, world, is_remote, ranks
+        )
     try:
         result = train_model(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
         # A preempted run has no final model; it resumes from its checkpoint.
-        if not result.preempted:
+        if not result.preempted and (not rank or result.shards is not None):
             remove_untrained_parts(run, result.model)
-            read = None if result.shards is None else result.shards.gather_weight
-            save_model(result.model, folder / MODEL, read)
-        rows = _evaluate(run, result, final, ranks, reporter) if final is not None else []
+            if result.shards is not None and rank:
+                result.shards.gather_files(result.model)
+            else:
+                read = None if result.shards is None else result.shards.gather_weight
+                save_model(result.model, folder / MODEL, read)
+        rows = evaluate_final(run, result, final, ranks, reporter) if final is not None else []
         reporter.log_final(rows, result.step)
         if result.preempted and node_id is not None:
             if uploads is not None:
                 uploads.close()
             _end_for_resize(world, node_id)
-        summary = {"world": world, "seed": config.seed, "evaluation": rows}
-        # A report states it, also where the tracker of the run is gone.
-        summary["commit"] = find_source_commit()
-        write_json(folder / layout.TRAINED, result.to_dict() | summary)
+        if not rank:
+            summary = {"world": world, "seed": config.seed, "evaluation": rows}
+            # A report states it, also where the tracker of the run is gone.
+            summary["commit"] = find_source_commit()
+            write_json(folder / layout.TRAINED, result.to_dict() | summary)
     finally:
         reporter.close()
     if is_remote and tracker is not None:
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
         upload_trained(mirror, uploads, is_remote)
-
-
-def _evaluate(
-    run: ResolvedRun,
-    result: TrainResult,
-    final: FinalEvaluation,
-    ranks: EvaluationRanks,
-    reporter: LoopReporter,
-) -> list[dict[str, Any]]:
-    """Evaluate the final model, unless the training was preempted or the evaluation is."""
-    if result.preempted:
-        return []
-    try:
-        return evaluate_final(run, result.model, final, ranks, reporter, result.step)
-    except EvaluationStoppedError:
-        # As a preempted training: the last checkpoint exists, and the same command resumes.
-        result.preempted = True
-        return []
 
 
 def remove_untrained_parts(run: ResolvedRun, model: TaskModel) -> None:

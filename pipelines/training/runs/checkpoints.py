@@ -140,11 +140,6 @@ def load_weights(
                 parameters[name].copy_(tensors[name])
 
 
-def list_manifest_files(folder: Path, start: str) -> list[Path]:
-    """Return the files of a verified manifest whose names start with ``start``."""
-    return [folder / name for name in read_manifest(folder)["files"] if name.startswith(start)]
-
-
 def list_checkpoint_folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first, complete or not."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p.name) >= 0]

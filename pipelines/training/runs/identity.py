@@ -16,7 +16,7 @@ from pipelines.training.runs.model_source import ModelSource
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
-from skillnet_platform.storage.location import Location, join_location, parse_location
+from skillnet_platform.storage.location import join_location, parse_location
 
 #: Keys of ``training`` that change where, how fast and how often. They change the result at most
 #: as another number of workers does, by rounding.
@@ -123,23 +123,6 @@ def check_trained_corpora(config: FinetuneConfig, before: FinetuneConfig, stored
         )
 
 
-def check_corpus_digest(name: str, expected: str | None, found: str, location: Location) -> None:
-    """Raise UserError if a corpus is not the one that the configuration names.
-
-    Args:
-        name: folder of the corpus below the prepared corpora.
-        expected: digest in the configuration, or None for any.
-        found: digest of the manifest.
-        location: folder or store prefix of the corpus.
-    """
-    if expected is not None and expected != found:
-        raise UserError(
-            f"{location}: the corpus was exchanged: its digest is {found}, and corpora.{name} "
-            f"is {expected}. Restore that corpus, or train another run: give another --name and "
-            f"--corpora.{name} null"
-        )
-
-
 def digest_weights(weights: str | None) -> str | None:
     """Return the digest of a folder of weights: a run depends on them, not on their location."""
     if not weights:
@@ -166,7 +149,13 @@ def open_corpora(
         for name in corpora_of(config)
     }
     for name, corpus in corpora.items():
-        check_corpus_digest(name, config.corpora.get(name), corpus.digest, corpus.path)
+        expected = config.corpora.get(name)
+        if expected is not None and expected != corpus.digest:
+            raise UserError(
+                f"{corpus.path}: the corpus was exchanged: its digest is {corpus.digest}, and "
+                f"corpora.{name} is {expected}. Restore that corpus, or train another run: give "
+                f"another --name and --corpora.{name} null"
+            )
         size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
         if size > config.model.vocab_size:
             raise UserError(

@@ -6,7 +6,8 @@
       model/                                  committed by its manifest
       evaluation.csv, …, result.json          the results; result.json is written last
 
-The run works in its folder on this machine, which is complete without the store.
+The run works in its folder on this machine, which is complete without the store. Checkpoints are
+uploaded in a thread (:class:`CheckpointUploads`), so that training never waits for the store.
 """
 
 import contextlib
@@ -14,35 +15,36 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.runs.layout import TRAINED
+from pipelines.training.runs.layout import CONFIG, RESULT, RUN, TRAINED
 from skillnet_files.commit import link_or_copy
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories, run_root, write_json
 from skillnet_platform.storage.location import SyncedFolder
+from skillnet_platform.storage.locks import hold_lock
 from skillnet_platform.storage.retry import StoreUnavailableError
 
-CONFIG = "config.yaml"
-RESULT = "result.json"
+if TYPE_CHECKING:
+    from pipelines.training.runs.checkpoints import VerifiedCheckpoint
+
 CHECKPOINTS = "checkpoints"
 # Names are in the order of commit: the last one of a list is written last.
-STATE = ("run.json", "progress.jsonl")
+STATE = (RUN, "progress.jsonl")
 START = (CONFIG, *STATE)
 MODEL = "model/"
 FIGURES = ("evaluation.csv", "outcomes.parquet", TRAINED)
 TRAINING = (MODEL, *START, *FIGURES)
 #: Keys of a run's configuration that hold locations, which differ between machines.
 LOCATION_KEYS = ("run_dir", "data", "init_from", "storage", "tracking")
-
-
-if TYPE_CHECKING:
-    from pipelines.training.runs.checkpoints import VerifiedCheckpoint
 
 
 class RunMirror(SyncedFolder):
@@ -299,15 +301,6 @@ def download_model(uri: str) -> Path:
     return target
 
 
-def link_checkpoint(path: Path, outbox: Path) -> Path:
-    """Copy a checkpoint by hard links, so that the copy stays when the original is removed."""
-    outbox.mkdir(parents=True, exist_ok=True)
-    # The same step may be written again while its first copy is being uploaded.
-    target = Path(tempfile.mkdtemp(dir=outbox)) / path.name
-    shutil.copytree(path, target, copy_function=link_or_copy)
-    return target
-
-
 def _check_model(folder: Path) -> None:
     from skillnet.serialization import check_file, read_manifest
 
@@ -325,3 +318,241 @@ def _replace_prefix(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str) and old and (value == old or value.startswith(old + "/")):
         return new + value[len(old) :]
     return value
+
+
+OUTBOX = "outbox"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+#: Seconds that a run waits at its end for a store that does not answer, before it lists the
+#: missing files and exits with 1.
+END_PATIENCE_S = 600.0
+#: Exceptions of a store that is unusable now; all others are program errors.
+RETRYABLE = (StoreUnavailableError, UserError, OSError)
+
+
+class CheckpointUploads:
+    """Uploader of checkpoints to a mirror; it skips checkpoints that a newer one replaced.
+
+    Args:
+        mirror: upload of the run's files to its store.
+        keep: number of complete checkpoints that stay in the store.
+    """
+
+    def __init__(self, mirror: RunMirror, keep: int) -> None:
+        self._mirror, self._keep = mirror, keep
+        self._outbox = mirror.local / OUTBOX
+        shutil.rmtree(self._outbox, ignore_errors=True)  # left by a process that died
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._busy = self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._thread.start()
+
+    def add_checkpoint(self, path: Path) -> None:
+        """Queue a checkpoint in its current state; return at once."""
+        self._outbox.mkdir(parents=True, exist_ok=True)
+        # Training may delete the original before the upload is done, or write the same step again.
+        copy = Path(tempfile.mkdtemp(dir=self._outbox)) / path.name
+        shutil.copytree(path, copy, copy_function=link_or_copy)
+        with self._changed:
+            # Only the newest checkpoint matters for a restart.
+            replaced, self._waiting = self._waiting, copy
+            self._changed.notify_all()
+        if replaced is not None:
+            _remove_copy(replaced)
+
+    def close(self, patience: float | None = None) -> str | None:
+        """Wait for the upload of the queued checkpoint.
+
+        Args:
+            patience: seconds to wait while the store fails; None for :data:`END_PATIENCE_S`.
+
+        Returns:
+            Description of the missing checkpoint, or None.
+        """
+        end = time.monotonic() + (END_PATIENCE_S if patience is None else patience)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while not self._is_idle() and (self._error is None or time.monotonic() < end):
+                self._changed.wait(0.2)
+            if self._is_idle():
+                shutil.rmtree(self._outbox, ignore_errors=True)
+                return None
+            name = self._waiting.name if self._waiting else "a checkpoint"
+            error = self._error
+        return f"{name} ({_reason_of(error) if error else 'upload in progress'})"
+
+    def _is_idle(self) -> bool:
+        return self._waiting is None and not self._busy
+
+    def _work(self) -> None:
+        pause = FIRST_PAUSE_S
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                path, self._waiting = self._waiting, None
+                self._busy = path is not None
+                if path is None:
+                    return
+            try:
+                self._mirror.upload_checkpoint(path, self._keep)
+                if self._error is not None:
+                    console.print_note(
+                        f"{self._mirror.uri}: the store answers again; {path.name} is uploaded"
+                    )
+                self._error, pause = None, FIRST_PAUSE_S
+                _remove_copy(path)
+            except RETRYABLE as error:
+                if self._error is None:
+                    console.print_warning(
+                        f"{path.name} is not yet in {self._mirror.uri}: {_reason_of(error)}. "
+                        "Training continues; the upload is repeated until it succeeds"
+                    )
+                self._error = error
+                with self._changed:
+                    if self._waiting is None:
+                        self._waiting = path
+                    else:
+                        _remove_copy(path)
+                    # A newer checkpoint does not shorten the pause before the next attempt.
+                    self._busy = False
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+
+def _remove_copy(copy: Path) -> None:
+    shutil.rmtree(copy.parent, ignore_errors=True)
+
+
+def restore_latest(mirror: RunMirror) -> None:
+    """Download the newest valid checkpoint of the store, unless the run's folder has a newer one.
+
+    All workers of a node may call it at the same time.
+
+    Args:
+        mirror: upload of the run's files to its store.
+
+    Raises:
+        UserError: the store rejects the request.
+    """
+    from pipelines.training.runs import checkpoints
+
+    folder = mirror.local / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def describe(holder: str) -> str:
+        return f"{folder}: waiting for {holder}, which downloads the newest checkpoint"
+
+    # One worker per node downloads; the others wait and then find the checkpoint.
+    with hold_lock(folder / ".restore.lock", describe, wait=True):
+        local = checkpoints.find_newest(folder)
+        try:
+            mirror.download_newest(local.step if local else -1)
+        except StoreUnavailableError as error:
+            here = f"step {local.step}" if local else "no checkpoint"
+            console.print_warning(f"{error.reason}. Resuming from this machine: {here}")
+
+
+def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, is_remote: bool) -> None:
+    """Finish the uploads of rank 0, and upload the model if the driver is on another machine.
+
+    The driver uploads again what is missing after this.
+
+    Args:
+        mirror: copy in the store of the run.
+        uploads: queue of the checkpoints.
+        is_remote: the driver does not see this worker's disk.
+    """
+    missing = uploads.close(None if is_remote else 0)
+    if is_remote:
+        left = retry_until("the final model", lambda: mirror.upload(*TRAINING), END_PATIENCE_S)
+        missing = left or missing
+    if missing:
+        console.print_warning(f"{mirror.uri} lacks {missing}")
+
+
+def _reason_of(error: BaseException) -> str:
+    return error.reason if isinstance(error, StoreUnavailableError) else str(error)
+
+
+def retry_until(label: str, action: Callable[[], Any], patience: float) -> str | None:
+    """Repeat an action on a store until it succeeds or time is over.
+
+    Args:
+        label: name of the files, for the message.
+        action: raises one of ``RETRYABLE`` on failure.
+        patience: seconds.
+
+    Returns:
+        Description of the missing files, or None.
+    """
+    end, pause = time.monotonic() + patience, FIRST_PAUSE_S
+    while True:
+        try:
+            action()
+            return None
+        except RETRYABLE as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                return f"{label} ({_reason_of(error)})"
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def upload_results(mirror: RunMirror, keep: int) -> None:
+    """Upload the files of a finished run that the store lacks.
+
+    Args:
+        mirror: upload of the run's files to its store.
+        keep: number of complete checkpoints that stay in the store.
+
+    Raises:
+        StoreUnavailableError: names the missing files. All files stay on this machine.
+    """
+    from pipelines.training.runs import checkpoints
+
+    begin = time.monotonic()
+
+    def upload_newest() -> None:
+        newest = checkpoints.find_newest(mirror.local / CHECKPOINTS)
+        if newest is not None:
+            mirror.upload_checkpoint(newest.path, keep)
+
+    missing = [retry_until("its last checkpoint", upload_newest, END_PATIENCE_S)]
+    left = max(0.0, END_PATIENCE_S - (time.monotonic() - begin))
+    missing += [retry_until("its results", lambda: mirror.upload(*TRAINING, RESULT), left)]
+    if any(missing):
+        raise StoreUnavailableError(
+            f"the run is finished and complete in {mirror.local}, but {mirror.uri} lacks "
+            f"{' and '.join(part for part in missing if part)}. Run the same command again to "
+            "upload it"
+        )
+
+
+def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
+    """Return Ray Train's storage arguments for a fit: in the run's folder, or in its mirror.
+
+    The mirror is used if workers may run on nodes that do not see the folder. The caller removes
+    Ray's files after the fit.
+
+    Args:
+        config: settings of the run.
+        run: folder of the run.
+    """
+    import ray
+
+    mirror = mirror_of(config, run)
+    # An elastic run may get nodes later.
+    # With one node all workers see the run's folder.
+    single_node = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
+    if mirror is None or single_node:
+        return {"storage_path": str(run / "ray")}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    system, path = directories.open_store(mirror.uri_of("ray"))
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(system))}

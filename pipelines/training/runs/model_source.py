@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.runs.bundle_manifest import MANIFEST, is_bundle, read_bundle_manifest
-from pipelines.training.runs.layout import SETTINGS, TRAINED
-from pipelines.training.runs.task_counts import find_untrained_tasks, parse_task_counts
+from pipelines.training.runs.layout import (
+    SETTINGS,
+    TRAINED,
+    find_untrained_tasks,
+    parse_task_counts,
+)
 from skillnet.serialization import (
     check_file,
     config_to_dict,
@@ -333,15 +337,7 @@ def _registered(address: str, uri: str | None, check_digest: bool) -> ModelSourc
     if not bundle.is_dir():
         raise UserError(f"{address} is not a SkillNet model: it has no artifact {BUNDLE!r}")
     source = _bundle(bundle, address)
-    return ModelSource(
-        name=address,
-        weights=source.weights,
-        bundle=bundle,
-        run_id=version.run_id or source.run_id,
-        version=version.version,
-        settings=source.settings,
-        steps=source.steps,
-    )
+    return replace(source, run_id=version.run_id or source.run_id, version=version.version)
 
 
 def _bundle(folder: Path, address: str) -> ModelSource:
@@ -401,17 +397,15 @@ def _with_run(weights: Path, run: Path | None, address: str) -> ModelSource:
     folders = [weights, *([run] if run else [])]
     records = [weights / "state.json", *(folder / TRAINED for folder in folders)]
     record = next((path for path in records if path.is_file()), None)
+    source = ModelSource(address, weights, None, run, run_id, None, settings)
     if record is None:
-        return ModelSource(address, weights, None, run, run_id, None, settings)
+        return source
     about = read_record(record, {"step": int}, REMEDY)
     try:
         counts = parse_task_counts(about.get("tasks", {}))
     except ValueError as error:
         raise UserError(f"{record}: {error}; {REMEDY}") from None
-    untrained = find_untrained_tasks(counts)
-    return ModelSource(
-        address, weights, None, run, run_id, None, settings, about["step"], untrained
-    )
+    return replace(source, steps=about["step"], untrained=find_untrained_tasks(counts))
 
 
 def _by_id(run_id: str, uri: str | None) -> ModelSource:

@@ -1,6 +1,6 @@
 """Initial weights from a checkpoint of transformers or timm.
 
-:func:`import_weights` is the entry point of the group ``skillnet.weights``, which ``--from`` asks.
+:func:`import_weights` is called by :mod:`skillnet_hf.dense_start`, which ``--from`` asks.
 """
 
 import hashlib

@@ -18,7 +18,6 @@ from pipelines.data.tokenizer.selection import map_token_ids
 from pipelines.finetune import main as finetuning
 from pipelines.pretrain import main as pretraining
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop import init_from
 from pipelines.training.loop.init_from import InitReport, resolve_init_weights
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, resolve_run
@@ -26,6 +25,7 @@ from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.setup import build_model, dry_run_init
 from plugins.hf.tests.tiny_checkpoints import save_checkpoint
 from skillnet.systems import build_system, load_model
+from skillnet_hf import dense_start
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
@@ -53,7 +53,7 @@ def test_a_run_starts_from_a_dense_run(
     dense = build_system("dense", config.joint().model, {"ffn_dim": 24})
     dense.save_pretrained(tmp_path / "dense")
     with monkeypatch.context() as exact:
-        exact.setattr(init_from, "INIT_NOISE", 0.0)
+        exact.setattr(dense_start, "INIT_NOISE", 0.0)
         model, report = start(config, tmp_path / "dense")
     assert report.fresh == []
     assert {"skill-general", "skill-text", "skill-video"} <= set(report.taken)
@@ -165,7 +165,7 @@ def save_bert(folder: Path) -> Any:
 def test_a_run_starts_from_a_checkpoint_of_a_library(
     config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(init_from, "INIT_NOISE", 0.0)
+    monkeypatch.setattr(dense_start, "INIT_NOISE", 0.0)
     bert = save_bert(tmp_path / "bert")
     with pytest.raises(UserError) as error:
         start(config, tmp_path / "bert")

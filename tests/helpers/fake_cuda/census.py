@@ -32,7 +32,6 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import (
     InferenceRunner,
     memory_inputs,
-    run_masked_batch,
 )
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loop.gradient_sync import GradientSync
@@ -154,7 +153,8 @@ class StepCensus:
         spec = self.config.model.tasks[task]
         with self._mode, DeviceWatch() as watch:
             if spec.objective == "masked":
-                run_masked_batch(runner, batch.to(CUDA))["predicted"].cpu()
+                with runner.inference():
+                    runner.model(batch.task, batch.to(CUDA).towers)["predicted"].cpu()
             elif spec.objective == "ctc":
                 with torch.no_grad(), runner.precision.autocast():
                     self.model(task, batch.to(CUDA).towers)["log_probs"].cpu()

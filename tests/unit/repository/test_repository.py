@@ -142,7 +142,6 @@ MISTAKES = {
     "search --file missing.png": "missing.png: no such file",
     "search a --model missing": "missing: no folder",
     "evaluate missing": "missing: no folder",
-    "evaluate --checkpoint missing": "missing: no folder",
     "export --model missing": "missing: no folder",
     "register missing": "missing: no folder",
     "interpret missing": "missing: no folder",

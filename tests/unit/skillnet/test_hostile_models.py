@@ -60,9 +60,8 @@ def saved(model: TaskModel, tmp_path: Path) -> Path:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     average.update(active)
-    return checkpointing.write_checkpoint(
-        tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1
-    )
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average)
+    return checkpointing.write_checkpoint(tmp_path / "run", 3, tensors, {"seed": 1}, keep=1)
 
 
 LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {

@@ -14,13 +14,12 @@ import torch
 
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import preemption
-from pipelines.training.loop.callbacks import LoopCallback
 from pipelines.training.loop.ray_train.rendezvous import build_process_group_config
-from pipelines.training.loop.reporter import OnEvaluation
+from pipelines.training.loop.reporter import LoopCallback, OnEvaluation
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import count_threads
 from pipelines.training.loop.worker import DeviceLostError, DeviceWatch, FinalEvaluation, run_worker
-from pipelines.training.runs.uploads import fit_storage
+from pipelines.training.runs.mirror import fit_storage
 from skillnet.precision import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console

@@ -36,30 +36,18 @@ class ProcessGroupConfig(BackendConfig):
     Args:
         backend: ``gloo`` or ``nccl``.
         timeout_s: longest wait in a collective operation, in seconds.
+        has_one_node: the workers meet in a file; those of several nodes at the address of the
+            first worker.
     """
 
     backend: str
     timeout_s: int
-
-
-@dataclass
-class SingleNodeConfig(ProcessGroupConfig):
-    """Process group of workers on one node, which meet in a file."""
+    has_one_node: bool
 
     @property
     def backend_cls(self) -> type[Backend]:
         """Class that Ray Train instantiates."""
-        return _FileRendezvous
-
-
-@dataclass
-class ClusterConfig(ProcessGroupConfig):
-    """Process group of workers on several nodes, which meet at the address of the first."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Class that Ray Train instantiates."""
-        return _AddressRendezvous
+        return _FileRendezvous if self.has_one_node else _AddressRendezvous
 
 
 def build_process_group_config(use_gpu: bool, timeout_s: float) -> ProcessGroupConfig:
@@ -70,11 +58,9 @@ def build_process_group_config(use_gpu: bool, timeout_s: float) -> ProcessGroupC
         timeout_s: longest wait in a collective operation. A worker that is stopped, or whose
             network is cut, is only noticed by this timeout.
     """
-    is_embedded = loopback.listens_on_loopback(ray)
-    config_class = SingleNodeConfig if is_embedded else ClusterConfig
-    backend = "nccl" if use_gpu else "gloo"
     # Ray's setting is a whole number of seconds, and 0 would fail at once.
-    return config_class(backend=backend, timeout_s=math.ceil(timeout_s))
+    backend, seconds = "nccl" if use_gpu else "gloo", math.ceil(timeout_s)
+    return ProcessGroupConfig(backend, seconds, loopback.listens_on_loopback(ray))
 
 
 @dataclass(frozen=True)
@@ -183,7 +169,7 @@ class _FileRendezvous(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Join the workers; the controller calls this after each start of the workers."""
-        assert isinstance(backend_config, SingleNodeConfig)
+        assert isinstance(backend_config, ProcessGroupConfig)
         self._clean()
         _compare_workers(worker_group, backend_config)
         # Only this user can open the folder. It stays, because NCCL reads the file later too.

@@ -8,8 +8,9 @@ import pytest
 from pipelines.training.evaluation import tables
 from pipelines.training.evaluation.tables import compute_overall_score
 from skillnet.config import SkillNetConfig
-from skillnet.skills import SkillPlan, Task, default_tasks
+from skillnet.skills import default_tasks
 from skillnet_evidence.cells import markdown_table
+from skillnet_evidence.plot_kit import smooth_series
 from sweeps.config.trials import ScoreConfig
 
 
@@ -106,39 +107,10 @@ def test_the_description_names_results_activation_and_facts():
     assert cells == ["●", "", "", "", "●", "", "●"]
 
 
-def test_the_activation_figure_has_a_square_for_every_tower_and_skill():
-    tasks = default_tasks() | {
-        "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
-    }
-    config = SkillNetConfig(tasks=tasks)
-    (axes,) = tables.activation_figure(config).axes
-    assert len(axes.patches) == 9 * 7
-    grey = sum(min(patch.get_facecolor()[:3]) > 0.9 for patch in axes.patches)
-    active = sum(len(plan.skills) for task in tasks.values() for plan in task.towers.values())
-    assert len(axes.patches) - grey == active
-
-
-def test_the_loss_figure_has_a_panel_per_task():
-    history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
-    history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
-    drawn = tables.training_figures(history, SkillNetConfig())
-    assert set(drawn) == {
-        "plots/activation.png",
-        "plots/loss_by_task.png",
-        "plots/learning_rate.png",
-    }
-    loss = drawn["plots/loss_by_task.png"]
-    assert [axes.get_title() for axes in loss.axes] == [
-        t.replace("_", " ") for t in default_tasks()
-    ]
-    np.testing.assert_array_equal(loss.axes[0].lines[0].get_xdata(), [10, 20, 30])
-    assert set(tables.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
-
-
 def test_smoothing_keeps_a_constant_and_the_length():
-    np.testing.assert_allclose(tables.smooth_series(np.full(50, 2.5)), 2.5)
+    np.testing.assert_allclose(smooth_series(np.full(50, 2.5)), 2.5)
     values = np.random.default_rng(0).standard_normal(200)
-    smoothed = tables.smooth_series(values)
+    smoothed = smooth_series(values)
     assert len(smoothed) == 200
     assert smoothed.std() < values.std()
     np.testing.assert_allclose(smoothed[100], values[95:106].mean())

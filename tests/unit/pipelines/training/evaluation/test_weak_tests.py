@@ -15,7 +15,6 @@ from pipelines.training.evaluation.weak_tests import find_weak_tests
 from pipelines.training.runs.model_source import ModelSource, TrainingRead, list_training_reads
 from skillnet.model import SkillNet
 from skillnet.skills import default_tasks
-from skillnet_platform.errors import UserError
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.readable_corpora import config, write_corpora
 
@@ -124,7 +123,3 @@ def test_the_page_of_a_weak_test_claims_no_held_out_data() -> None:
     page = run_description(rows, [], config(), 100, weak_tests=["its rows were read"])
     assert "held-out data" not in page.replace("held-out units", "")
     assert "its rows were read" in page
-
-
-def test_a_refusal_is_an_error_of_the_user() -> None:
-    assert issubclass(WeakTestError, UserError)

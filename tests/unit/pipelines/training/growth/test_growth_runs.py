@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.training.config.growth import GrowConfig, NewTask
+from pipelines.training.config.growth import NewTask
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.growth import runs, verification
 from pipelines.training.growth.report import FileState, GrowthReport, TaskState, TransferResult
@@ -166,14 +166,6 @@ def test_a_report_keeps_its_values_in_json_and_has_readable_tables() -> None:
     assert "| text_to_code | test | R@10 | 50.0 % | 50.0 % | same |" in text
     assert "| skill-ink | new | – | b |" in text
     assert "accuracy 50.0 % (40.0–60.0)" in report.summarize()
-
-
-def test_settings_keep_their_values_in_yaml(data: Path) -> None:
-    from skillnet_platform import config as configuration
-
-    config = grow_config("base", data)
-    tree = configuration.to_dict(config)
-    assert configuration.build_config(GrowConfig, tree) == config
 
 
 def test_a_used_name_is_refused_for_other_references(tmp_path: Path, data: Path) -> None:

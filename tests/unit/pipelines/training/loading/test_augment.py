@@ -16,8 +16,7 @@ from torch import Tensor
 from pipelines.training.config.data import AugmentConfig
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loading import pixel_changes
-from pipelines.training.loading.dataloader import Batch
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.loading.dataloader import Batch, prefetch_batches
 from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run
 from skillnet.keyed_random import BatchRandom, draw_uniform, keyed_rng
 from skillnet.modalities.sound import augment_audio

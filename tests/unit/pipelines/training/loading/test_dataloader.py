@@ -5,6 +5,7 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,15 @@ import torch
 
 from pipelines.data.config.folds import FoldConfig
 from pipelines.training.config.data import AUGMENTATIONS, AugmentConfig
-from pipelines.training.loading.dataloader import Batch, MultiTaskDataLoader, rank_slice
-from pipelines.training.loading.prefetch import prefetch_batches
+from pipelines.training.config.run import FinetuneConfig
+from pipelines.training.loading.dataloader import (
+    Batch,
+    MultiTaskDataLoader,
+    prefetch_batches,
+    rank_slice,
+)
 from pipelines.training.loop.resolved_run import ResolvedRun
+from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
 
@@ -168,15 +175,6 @@ def test_sizes_that_the_model_does_not_read_are_named(
         _ = ResolvedRun(config).dataloader
 
 
-def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:
-    with prefetch_batches(stream, 4, 9) as ahead:
-        batches = list(ahead)
-    assert len(batches) == 5
-    for step, batch in zip(range(4, 9), batches, strict=True):
-        expected = tensors(stream.batch(step))
-        assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
-
-
 def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) -> None:
     stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
     stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
@@ -184,10 +182,11 @@ def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) 
         list(ahead)
 
 
-def test_processes_give_the_batches_of_the_thread(data: Path) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_batches_are_loaded_ahead_in_order(data: Path, processes: int) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     before = set(multiprocessing.active_children())
-    with prefetch_batches(stream, 5, 25, rank=1, world=2, processes=2) as ahead:
+    with prefetch_batches(stream, 5, 25, rank=1, world=2, processes=processes) as ahead:
         batches = list(ahead)
     assert len(batches) == 20
     for step, batch in zip(range(5, 25), batches, strict=True):
@@ -245,41 +244,28 @@ def test_rank_slice_equals_array_split() -> None:
             assert rows == expected
 
 
-def test_corpus_of_another_modality_is_rejected(data: Path) -> None:
-    config = small_config(data)
-    config.tasks["text_to_image"].corpus = "strokes"
-    with pytest.raises(
-        UserError, match=r"text_to_image reads image, but corpus strokes holds video"
-    ):
-        _ = ResolvedRun(config).dataloader
-
-
-def test_unknown_split_is_rejected(data: Path) -> None:
-    config = small_config(data)
-    config.tasks["text_to_image"].split = "training"
-    with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
-        _ = ResolvedRun(config).dataloader
-
-
-def test_missing_corpus_is_rejected_by_name(data: Path) -> None:
-    config = small_config(data)
-    config.tasks["text_to_image"].corpus = "paintings"
-    with pytest.raises(UserError, match="paintings"):
-        _ = ResolvedRun(config).dataloader
-
-
-def test_vocabulary_larger_than_the_model_is_rejected(data: Path) -> None:
-    config = small_config(data)
-    config.model.vocab_size = 50
-    with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
-        _ = ResolvedRun(config).dataloader
-
-
-def test_labels_beyond_the_classes_of_the_model_are_rejected(data: Path) -> None:
-    import dataclasses
-
-    config = small_config(data)
-    tasks = config.model.tasks
-    tasks["text_classification"] = dataclasses.replace(tasks["text_classification"], outputs=3)
-    with pytest.raises(UserError, match=r"text_classification\.outputs is 3"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tasks": {"text_to_image": {"corpus": "strokes"}}},
+            r"text_to_image reads image, but corpus strokes holds video",
+        ),
+        (
+            {"tasks": {"text_to_image": {"split": "training"}}},
+            r"drawings has no split 'training'; it has train, ",
+        ),
+        ({"model": {"vocab_size": 50}}, "vocab_size is 50; set it to 64"),
+        (
+            {"model": {"tasks": {"text_classification": {"outputs": 3}}}},
+            r"text_classification\.outputs is 3",
+        ),
+    ],
+)
+def test_a_corpus_that_does_not_fit_is_rejected(
+    data: Path, change: dict[str, Any], message: str
+) -> None:
+    tree = configuration.merge_trees(configuration.to_dict(small_config(data)), change)
+    config = configuration.build_config(FinetuneConfig, tree)
+    with pytest.raises(UserError, match=message):
         _ = ResolvedRun(config).dataloader

@@ -99,15 +99,6 @@ def test_every_row_occurs_once_per_epoch_for_any_size(
         assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-def test_batches_can_be_requested_in_any_order() -> None:
-    lengths = (np.arange(50) % 9).__getitem__
-    one = ShuffleSampler(50, 8, (5,), lengths, bucket=3)
-    expected = [one.batch(index) for index in range(40)]
-    other = ShuffleSampler(50, 8, (5,), lengths, bucket=3)
-    for index in (39, 2, 17, 16, 0):
-        assert np.array_equal(other.batch(index), expected[index])
-
-
 def test_generator_keys() -> None:
     draws = [keyed_rng(*key).random() for key in [(1, 2), (2, 1), (1, "a"), (1, "b"), (1,)]]
     assert len(set(draws)) == len(draws)

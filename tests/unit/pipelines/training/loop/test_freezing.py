@@ -35,17 +35,6 @@ def test_only_trainable_files_change_also_in_the_average(data: Path, tmp_path: P
     assert changed(config, tmp_path) == {"skill-text", "head-text_classification"}
 
 
-def test_frozen_weights_have_no_optimizer_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
-    config = config_for(data, "skill-general")
-    done = train_model(ResolvedRun(config, tmp_path))
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    kept = {path.stem for path in folder.glob("optimizer-*.safetensors")}
-    assert kept == {"optimizer-skill-general"}
-    for name, parameter in done.model.named_parameters():
-        assert parameter.requires_grad == (done.model.file_of(name) == "skill-general")
-        assert parameter.grad is None
-
-
 def test_eval_only_tasks_take_no_steps(data: Path) -> None:
     config = config_for(data)
     for name, task in config.tasks.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.training.config.run import FinetuneConfig
-from pipelines.training.loop.callbacks import CALLBACKS, LOGGERS, find_observers
+from pipelines.training.loop.reporter import CALLBACKS, LOGGERS, find_observers
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.run import validate_run
 from pipelines.training.loop.worker import FinalEvaluation, run_worker

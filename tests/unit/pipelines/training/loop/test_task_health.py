@@ -20,8 +20,8 @@ from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.task_health import NonFiniteGradientError, TaskHealth
 from pipelines.training.runs import checkpoints
+from pipelines.training.runs.layout import TaskCounts, find_untrained_tasks
 from pipelines.training.runs.model_source import resolve_model
-from pipelines.training.runs.task_counts import TaskCounts, find_untrained_tasks
 from skillnet.objectives.ctc import ctc_loss, find_unalignable_rows
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound

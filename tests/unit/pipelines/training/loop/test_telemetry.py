@@ -1,4 +1,4 @@
-"""Tokens, operations, memory, gauges and profiles of a training."""
+"""Tokens, operations, memory, gauges and profiles of a training, and the steps it evaluates."""
 
 import gzip
 import json
@@ -10,9 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from pipelines.training.config.run import FinetuneConfig, TrainingConfig
+from pipelines.training.evaluation.inference import EvaluationRanks
 from pipelines.training.loading.dataloader import Batch
 from pipelines.training.loop.loop import train_model
-from pipelines.training.loop.reporter import LoopReporter
+from pipelines.training.loop.reporter import LoopReporter, SilentReporter
 from pipelines.training.loop.resolved_run import ResolvedRun
 from pipelines.training.loop.setup import build_model
 from pipelines.training.loop.telemetry import (
@@ -139,3 +141,16 @@ def test_gauges_have_the_metrics_of_the_training_and_the_name_of_the_run(
     ray.is_initialized = lambda: True
     publisher.publish(values)
     assert seen == {"skillnet_training_steps_per_second": (3.5, {"run": "first"})}
+
+
+def test_the_last_step_is_evaluated_once() -> None:
+    settings = TrainingConfig(steps=10, evaluate_every=4)
+
+    def evaluated(reporter: LoopReporter, last: int = 10) -> list[int]:
+        return [s for s in range(1, last + 1) if reporter.needs_evaluation(s, last, settings)]
+
+    assert evaluated(LoopReporter()) == [4, 8, 10]
+    trial = SilentReporter(FinetuneConfig(), lambda rows, step: None, EvaluationRanks(1, 2))
+    assert evaluated(trial) == [4, 8], "a trial does it itself"
+    assert evaluated(LoopReporter(), last=6) == [4]
+    assert not LoopReporter().needs_evaluation(10, 10, TrainingConfig(steps=10))

@@ -55,8 +55,9 @@ def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) ->
     model, average = build_model(config).double(), WeightAverage(0.9)
     optimizer = build_optimizer(model.named_parameters(), config.training)
     checkpointing.load_checkpoint(found, model, optimizer, average)
+    tensors = checkpointing.CheckpointTensors(model, optimizer, average)
     again = checkpointing.write_checkpoint(
-        tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
+        tmp_path / "again", 5, tensors, dict(found.state), keep=1
     )
     for path in sorted(found.path.iterdir()):
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
@@ -73,16 +74,6 @@ def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) ->
 def test_checkpoint_loads_as_a_saved_model(run: Path) -> None:
     model = SkillNet.from_pretrained(run / "checkpoints" / "step-00000008", task="text_to_image")
     assert set(model.config.tasks) == {"text_to_image"}
-
-
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "state.json", "skill-general.safetensors", "config.json"]
-)
-def test_incomplete_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
-    path = run / "checkpoints" / "step-00000008"
-    (path / name).unlink()
-    with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
-        checkpoints.verify_checkpoint(path)
 
 
 def _inodes(folder: Path) -> dict[str, int]:
@@ -123,9 +114,8 @@ def test_a_changed_tensor_or_file_is_written_again(
     unchanged = checkpointing.UnchangedFiles()
 
     def write(step: int) -> Path:
-        return checkpointing.write_checkpoint(
-            tmp_path, step, model, optimizer, None, {}, 9, None, unchanged
-        )
+        tensors = checkpointing.CheckpointTensors(model, optimizer, None)
+        return checkpointing.write_checkpoint(tmp_path, step, tensors, {}, 9, unchanged)
 
     first, second = write(1), write(2)
     name = "skill-text.safetensors"
@@ -201,20 +191,26 @@ def test_a_store_gets_the_files_that_changed_since_its_last_checkpoint(
     assert found.step == 8
 
 
-@pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
-def test_corrupt_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        *((name, "remove", f"checkpoint .*step-00000008 cannot be used: .*{name}")
+          for name in ("manifest.json", "state.json", "skill-general.safetensors", "config.json")),
+        *((name, "alter", f"{name} was altered")
+          for name in ("optimizer-shared.safetensors", "state.json")),
+        ("manifest.json", "truncate", "manifest.json is damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_rejected_by_name(
+    run: Path, name: str, damage: str, message: str
+) -> None:
     path = run / "checkpoints" / "step-00000008" / name
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} was altered"):
-        checkpoints.verify_checkpoint(path.parent)
-
-
-def test_truncated_manifest_is_rejected(run: Path) -> None:
-    path = run / "checkpoints" / "step-00000008" / "manifest.json"
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    path.unlink()
+    if damage != "remove":
+        content[len(content) // 2] ^= damage == "alter"
+        path.write_bytes(content[: -20 if damage == "truncate" else None])
+    with pytest.raises(UserError, match=message):
         checkpoints.verify_checkpoint(path.parent)
 
 
@@ -231,10 +227,6 @@ def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(
     said = capsys.readouterr().err
     assert "step-00000008" in said
     assert "step-00000006" in said
-
-
-def test_no_checkpoint_returns_none(tmp_path: Path) -> None:
-    assert checkpoints.find_newest(tmp_path / "checkpoints") is None
 
 
 def test_saved_model_is_not_a_checkpoint(data: Path, tmp_path: Path) -> None:
