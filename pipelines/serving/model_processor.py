@@ -4,10 +4,8 @@
 imported.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,13 @@ from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
 from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower, find_towers
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.runs.bundle_manifest import is_bundle, read_bundle_manifest
+from pipelines.training.runs.bundle_manifest import is_bundle
 from skillnet.modality import CAPTION_MODALITY
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Task, find_task
+from skillnet_files.entry_points import find_entries
 from skillnet_platform.errors import UserError
 
 #: How to make a folder with everything that a processor reads.
@@ -130,16 +129,11 @@ class ModelProcessor:
         Returns:
             URL of the commit.
         """
-        from pipelines.serving.export import push_folder, write_exported_folder
-
-        assert self.model.origin is not None
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            folder.mkdir()
-            manifest = read_bundle_manifest(self.model.origin)
-            title = repository.rpartition("/")[2]
-            write_exported_folder(self.model.origin, manifest, self.model, folder, title)
-            return push_folder(folder, repository, **options)
+        # Exports are a plug-in, which this package does not import.
+        found = find_entries("skillnet.exporters").get("hub")
+        if found is None:
+            raise UserError("no installed package uploads models. Install skillnet_serving")
+        return str(found.load()(self.model, repository, **options))
 
     def _predict(
         self, inputs: Sequence[Any], task: str | None, listed: str, top: int

@@ -42,6 +42,8 @@ MAX_FUNCTIONS, INPUTS_PER_LOOK = 1024, 256
 TOO_MANY_FUNCTIONS = f"more than {MAX_FUNCTIONS:,} functions in a request. Split the file"
 #: Rows, and bytes of media, that are in memory at the same time.
 CHUNK_ROWS, CHUNK_BYTES = 64, 64 * 2**20
+#: Alternatives of an answer by default.
+DEFAULT_TOP = 5
 #: Keys of a corpus' preprocessing settings that limit the tokens of its captions.
 CAPTION_KEYS = ("max_caption_tokens", "caption_tokens")
 
@@ -166,7 +168,9 @@ class TaskPredictor:
         names, settings = list(self.names.get(task, ())), self.preprocessing.get(task)
         return names, bank and bank.captions, self.limits.get(task), settings
 
-    def predict(self, items: Sequence[PredictionItem], top: int = 5) -> list[TaskPrediction]:
+    def predict(
+        self, items: Sequence[PredictionItem], top: int = DEFAULT_TOP
+    ) -> list[TaskPrediction]:
         """Predict for each item, in order, with each task that answers it.
 
         A Python file gives predictions for each of its functions.
@@ -181,7 +185,9 @@ class TaskPredictor:
         rows = [InputRow(item.label, {}, item, is_required=True) for item in items]
         return [made for each in self.answer_rows(rows, top) for _, made in each.answered]
 
-    def answer_rows(self, rows: Iterable[InputRow], top: int = 5) -> "Iterator[RowAnswers]":
+    def answer_rows(
+        self, rows: Iterable[InputRow], top: int = DEFAULT_TOP
+    ) -> "Iterator[RowAnswers]":
         """Yield the answers to rows, in parts whose rows fit into memory.
 
         Args:

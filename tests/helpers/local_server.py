@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving.connection_guard import ServerLimits, configure_server
-from pipelines.serving.http_server import ModelGateway, build_application
-from pipelines.serving.served_model import UnreadyIndexError
 from skillnet_platform.errors import UserError
+from skillnet_serving.server.connection_guard import ServerLimits, configure_server
+from skillnet_serving.server.http_server import ModelGateway, build_application
+from skillnet_serving.server.served_model import UnreadyIndexError
 from tests.helpers.ports import free_port
 from tests.helpers.waiting import wait_until
 

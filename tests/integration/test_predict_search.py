@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import predict, search
+from pipelines import predict
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.inputs import PredictionItem, guess_modality
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from skillnet_serving import search
 from tests.helpers.readable_corpora import SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
 

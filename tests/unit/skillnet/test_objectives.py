@@ -15,8 +15,6 @@ import pytest
 from sklearn.metrics import label_ranking_average_precision_score, r2_score
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.serving.connection_guard import ServerLimits
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.inference import InferenceRunner, split_inputs
@@ -37,6 +35,8 @@ from skillnet.skills import SkillPlan, Task, pretrained_modalities
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main
+from skillnet_serving.server.connection_guard import ServerLimits
+from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
 from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.readable_corpora import config, write_labelled_corpora

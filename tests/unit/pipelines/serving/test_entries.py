@@ -22,15 +22,15 @@ from pipelines import predict
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import bundle
 from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, plan_blocks
-from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.inputs import parse_request_row
 from pipelines.serving.mlflow_model import SkillNetModel
-from pipelines.serving.request_rows import PredictionRequest
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet import SkillNet
 from skillnet.router import RoutedInput
 from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform.errors import UserError
+from skillnet_serving.server.connection_guard import ServerLimits
+from skillnet_serving.server.request_rows import PredictionRequest
+from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
 from tests.helpers.file_forms import draw_png
 from tests.helpers.local_server import run_service
 from tests.helpers.readable_corpora import STROKES

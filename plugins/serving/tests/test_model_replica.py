@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving import model_replica
 from pipelines.serving.inputs import InputRow, PredictionItem
-from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.served_model import ServedModelConfig
+from skillnet_serving.server import model_replica
+from skillnet_serving.server.model_replica import MAX_JOINED_INPUTS, ModelReplica
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
+from skillnet_serving.server.served_model import ServedModelConfig
 
 
 class SlowModel:

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 from pipelines import skills as commands
-from pipelines.serving import corpus_search, model_replica
-from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.inputs import InputRow, PredictionItem
-from pipelines.serving.model_replica import LocalHandle, ModelReplica
-from pipelines.serving.request_rows import PredictionRequest
-from pipelines.serving.served_model import ServedModel, ServedModelConfig, read_change_ns
 from pipelines.training.runs.bundle_manifest import write_sealed
 from skillnet.serialization import describe_files, load_tensors, read_manifest, save_tensors
 from skillnet_files.commit import commit_directory, make_scratch_directory
+from skillnet_serving.retrieval import corpus_search
+from skillnet_serving.server import model_replica
+from skillnet_serving.server.connection_guard import ServerLimits
+from skillnet_serving.server.model_replica import LocalHandle, ModelReplica
+from skillnet_serving.server.request_rows import PredictionRequest
+from skillnet_serving.server.served_model import ServedModel, ServedModelConfig, read_change_ns
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import Service, run_service
 from tests.helpers.served_place import ServedPlace

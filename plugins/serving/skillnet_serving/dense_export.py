@@ -6,8 +6,6 @@ one skill per plan; its outputs are those of the source.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from skillnet.config import SkillNetConfig
 from skillnet.encoder import SHARED
 from skillnet.layers import SkillWeights
 from skillnet.modality import find_modality
@@ -117,28 +114,6 @@ class TowerGraph(nn.Module):
             outputs = self.model(self.task, {self.tower: batch})
         self.output_names = tuple(outputs)
         return tuple(outputs.values())
-
-
-def make_example_batch(
-    plan: SkillPlan,
-    config: SkillNetConfig,
-    rows: int = 3,
-    seed: int = 0,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-) -> Batch:
-    """Return random inputs of a tower, the first row as long as the model reads.
-
-    Args:
-        plan: active skills of the tower.
-        config: sizes of the inputs.
-        rows: B.
-        seed: start of the random numbers of the values and lengths.
-        settings: preprocessing of the task's corpus.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    half = find_modality(plan.modality).tensor_half
-    batch: Batch = half.make_example(config, rows, draw=draw, settings=settings)
-    return batch
 
 
 def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:

@@ -1,6 +1,6 @@
 """Who may use ``skillnet serve``: the bearer token, the hosts, and the pages of browsers.
 
-:mod:`pipelines.serving.http_server` compares the token, parses the host that a client asked for
+:mod:`.http_server` compares the token, parses the host that a client asked for
 (:func:`parse_authority`), and refuses requests of other sites' pages
 (:func:`describe_foreign_page`). A token is never an argument: other users of a machine can read
 command lines.

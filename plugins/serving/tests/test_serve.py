@@ -20,26 +20,21 @@ import psutil
 import pytest
 
 from benchmarks.serving import kill_replica
-from pipelines.serve import ServeConfig, build_server, run_replicas
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.skills import drop_packages, join_packages
 from skillnet.model import SkillNet
+from skillnet_serving.serve import ServeConfig, build_server, run_replicas
+from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.hostile_corpora import SLOW_SVG
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
-from tests.helpers.served_place import ServedPlace, pack_shapes, served_place
+from tests.helpers.served_place import ServedPlace, pack_shapes
 from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
 
 CLIENTS, REQUESTS = 8, 12
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
-    yield from served_place(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +116,7 @@ def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> 
     port = free_port()
     words = ["--model", str(tmp_path / "model"), "--data", str(data), "--port", str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.serve", *words],
+        [sys.executable, "-m", "skillnet_serving.serve", *words],
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
     )
     try:

@@ -23,7 +23,6 @@ import numpy as np
 
 from pipelines.serving.bundle import check_unit_vectors, list_licences
 from pipelines.serving.inputs import PredictionItem
-from pipelines.serving.vector_scores import JoinedScores, iter_best
 from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.objectives.base import PAIR, find_objective
 from skillnet.rust_panics import panics_as_errors
@@ -33,13 +32,14 @@ from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 from skillnet_platform.storage.locks import hold_lock
+from skillnet_serving.retrieval.vector_scores import JoinedScores, iter_best
 
 if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
     from pipelines.data.transforms.decode_guard import WorkBudget
     from pipelines.serving.predictor import TaskPredictor
-    from pipelines.serving.search_page import QueryPreview
     from pipelines.training.runs.model_source import ModelSource
+    from skillnet_serving.retrieval.search_page import QueryPreview
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
@@ -308,7 +308,7 @@ class CorpusSearch:
             preview: picture or player of a file as the query.
             doubt: result of :meth:`describe_doubt`.
         """
-        from pipelines.serving.search_page import ResultCard, render_search_page
+        from skillnet_serving.retrieval.search_page import ResultCard, render_search_page
 
         facts = [
             ("task", self.task),

@@ -20,7 +20,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pipelines.serving.fair_share import identify_client
+from skillnet_serving.server.fair_share import identify_client
 
 #: Bytes of the request line and the headers of a request, and of one read of them.
 MAX_HEAD_BYTES, HEAD_PART_BYTES = 16 * 2**10, 4 * 2**10

@@ -7,8 +7,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from pipelines.serving import search_page
-from pipelines.serving.search_page import (
+from skillnet_serving.retrieval import search_page
+from skillnet_serving.retrieval.search_page import (
     QueryPreview,
     ResultCard,
     media_data_uri,

@@ -25,9 +25,7 @@ from pipelines.data.shards.format import (
 )
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.data.transforms.text import encode_captions
-from pipelines.search import SearchConfig, read_query, search_corpus, show_search
 from pipelines.serving.bundle import open_predictor
-from pipelines.serving.corpus_search import choose_search_task
 from pipelines.training.evaluation.inference import InferenceRunner, split_inputs
 from pipelines.training.loading.task_columns import tower_column
 from pipelines.training.runs.model_source import resolve_model
@@ -37,6 +35,8 @@ from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform import console
 from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval.corpus_search import choose_search_task
+from skillnet_serving.search import SearchConfig, read_query, search_corpus, show_search
 from tests.helpers.readable_corpora import STROKES, config, write_corpora
 from tests.helpers.video_files import encode_video
 
@@ -247,7 +247,8 @@ def test_an_unusable_query_is_refused_before_rows_are_embedded(
                    {"coded": "functions", "seen": "drawings"})  # fmt: skip
     embedded: list[str] = []
     monkeypatch.setattr(
-        "pipelines.serving.corpus_search.build_retrieval_index", lambda *given: embedded.append("")
+        "skillnet_serving.retrieval.corpus_search.build_retrieval_index",
+        lambda *given: embedded.append(""),
     )
     for name, content in (("a.py", b"def f(): pass\ndef g(): pass\n"), ("b.py", b"x = 1"),
                           ("c.py", b"def"), ("d.png", b"\x89PNG broken")):  # fmt: skip

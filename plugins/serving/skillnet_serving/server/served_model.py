@@ -1,8 +1,8 @@
 """A trained model in memory that answers requests: predictions and searches.
 
-Each replica of ``skillnet serve`` has a :class:`ServedModel`, see
-:mod:`pipelines.serving.model_replica`. When packages of skills join its folder or leave it, another
-one takes its place, if :func:`find_unchanged_tasks` finds that no old task changes.
+Each replica of ``skillnet serve`` has a :class:`ServedModel`, see :mod:`.model_replica`. When
+packages of skills join its folder or leave it, another one takes its place, if
+:func:`find_unchanged_tasks` finds that no old task changes.
 """
 
 import contextlib
@@ -16,13 +16,6 @@ import torch
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
 from pipelines.serving.predictor import ReadInput, RowAnswers, TaskPredictor, to_document
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.search_page import (
-    PROBABILITY,
-    ResultCard,
-    preview_query,
-    render_search_page,
-)
 from pipelines.training.runs.bundle_manifest import MANIFEST
 from skillnet.modality import modality_names
 from skillnet.objectives.base import find_objective
@@ -31,11 +24,18 @@ from skillnet.skill_proofs import PROBE_ROWS, probe_outputs, prove_task
 from skillnet.skills import Task
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, first_line, suggest_name
+from skillnet_serving.retrieval.search_page import (
+    PROBABILITY,
+    ResultCard,
+    preview_query,
+    render_search_page,
+)
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipelines.serving.corpus_search import CorpusSearch
+    from skillnet_serving.retrieval.corpus_search import CorpusSearch
 
 #: Share of a request's time that reading its rows may take.
 READING_FRACTION = 0.75
@@ -106,13 +106,13 @@ class ServedModel:
 
     def __init__(self, config: ServedModelConfig, before: "ServedModel | None" = None) -> None:
         from pipelines.serving.bundle import open_predictor
-        from pipelines.serving.corpus_search import (
+        from pipelines.training.evaluation.tables import sort_rows
+        from pipelines.training.runs.model_source import resolve_model
+        from skillnet_serving.retrieval.corpus_search import (
             CorpusSearch,
             MissingCaptionsError,
             list_search_tasks,
         )
-        from pipelines.training.evaluation.tables import sort_rows
-        from pipelines.training.runs.model_source import resolve_model
 
         source = resolve_model(config.model, config.tracking_uri)
         data = source.find_corpora(config.data)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving import corpus_search
-from pipelines.serving.access_token import is_authorized, read_token
-from pipelines.serving.connection_guard import ServerLimits
-from pipelines.serving.http_server import ModelGateway, build_routes
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval import corpus_search
+from skillnet_serving.server.access_token import is_authorized, read_token
+from skillnet_serving.server.connection_guard import ServerLimits
+from skillnet_serving.server.http_server import ModelGateway, build_routes
+from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import TOKEN, Service, run_service
 from tests.helpers.served_place import ServedPlace
@@ -40,7 +40,7 @@ def service(model: ServedModel) -> Iterator[Service]:
 
 def test_requests_that_run_together_get_their_own_answers(model: ServedModel) -> None:
     from pipelines.serving.inputs import parse_request_row
-    from pipelines.serving.request_rows import PredictionRequest
+    from skillnet_serving.server.request_rows import PredictionRequest
 
     texts = [["文学研究"], ["历史概论", "  "], ["医药手册"]]
     requests = [

@@ -14,6 +14,7 @@ import importlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +26,25 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from pipelines.training.evaluation.tables import result_cells, sort_rows
-from pipelines.training.runs.bundle_manifest import TOKENIZER_FILE, add_bundle_manifest, is_bundle
+from pipelines.training.runs.bundle_manifest import (
+    TOKENIZER_FILE,
+    add_bundle_manifest,
+    is_bundle,
+    read_bundle_manifest,
+)
 from pipelines.training.runs.model_source import ModelSource
 from skillnet import systems
-from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.router import name_counts
 from skillnet.serialization import write_model
+from skillnet.skill_proofs import make_example_batch
 from skillnet.skills import find_task
 from skillnet_evidence.cells import markdown_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.storage import staging_directory
+from skillnet_serving.dense_export import TowerGraph, export_tower, merge_task_skills
 
 FORMATS = ("hf", "dense", "pt2", "onnx")
 #: Largest difference of an output in float32, relative to the largest output or 1.
@@ -371,3 +378,26 @@ def push_folder(folder: Path, repository: str, **options: Any) -> str:
             f"{repository}: the Hub refuses the upload ({type(error).__name__}). Check the name, "
             "the connection and HF_TOKEN"
         ) from None
+
+
+def push_model(model: TaskModel, repository: str, **options: Any) -> str:
+    """Upload a model in memory with the files of predictions of the folder that it was read from.
+
+    ``model.push_to_hub`` calls it by the entry point ``hub`` of ``skillnet.exporters``.
+
+    Args:
+        model: read from the folder of a bundle; its weights may have changed.
+        repository: ``owner/name``.
+        **options: see :func:`push_folder`.
+
+    Returns:
+        URL of the commit.
+    """
+    assert model.origin is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        manifest = read_bundle_manifest(model.origin)
+        title = repository.rpartition("/")[2]
+        write_exported_folder(model.origin, manifest, model, folder, title)
+        return push_folder(folder, repository, **options)

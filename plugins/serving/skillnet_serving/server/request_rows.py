@@ -1,6 +1,6 @@
 """Requests of ``skillnet serve``: the body is checked before Python builds objects of it.
 
-:mod:`pipelines.serving.http_server` calls :func:`read_prediction_request`,
+:mod:`skillnet_serving.server.http_server` calls :func:`read_prediction_request`,
 :func:`read_search_request` and :func:`read_search_form`.
 """
 
@@ -21,9 +21,9 @@ from pipelines.serving.inputs import (
     parse_request_row,
     parse_row,
 )
+from pipelines.serving.predictor import DEFAULT_TOP
 from skillnet_platform.errors import UserError
 
-DEFAULT_TOP = 5
 #: Seconds for an answer without a limit of the server.
 DEFAULT_SECONDS = 60.0
 #: Bytes of a request outside of its strings: of all of it, and for each row. Python's parser takes

@@ -5,7 +5,7 @@
 The server runs in the process of the command, not in Ray Serve's proxy: it rejects a request before
 it reads the body, and sends the request of a killed replica to another one. A prediction changes
 nothing, so it may run twice. Clients share requests, memory and replicas, see
-:mod:`pipelines.serving.fair_share`. A request whose client is gone is cancelled.
+:mod:`.fair_share`. A request whose client is gone is cancelled.
 """
 
 import asyncio
@@ -30,11 +30,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from pipelines.serving.access_token import describe_foreign_page, is_authorized, parse_authority
-from pipelines.serving.connection_guard import ADMITTED, ServerLimits
-from pipelines.serving.fair_share import FairShare, identify_client
 from pipelines.serving.inputs import NONE_USABLE
-from pipelines.serving.request_rows import (
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import human_bytes
+from skillnet_serving.retrieval.search_page import render_search_page
+from skillnet_serving.server.access_token import (
+    describe_foreign_page,
+    is_authorized,
+    parse_authority,
+)
+from skillnet_serving.server.connection_guard import ADMITTED, ServerLimits
+from skillnet_serving.server.fair_share import FairShare, identify_client
+from skillnet_serving.server.request_rows import (
     PredictionRequest,
     SearchRequest,
     build_search_request,
@@ -42,10 +50,6 @@ from pipelines.serving.request_rows import (
     read_search_form,
     read_search_request,
 )
-from pipelines.serving.search_page import render_search_page
-from skillnet_platform import console
-from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import human_bytes
 
 #: Tries of one request; each follows the death of a replica.
 MAX_TRIES = 5
@@ -121,8 +125,8 @@ class ModelGateway:
     Args:
         handle: that calls the replicas.
         about: description of the model, see
-            :meth:`pipelines.serving.model_replica.ModelReplica.describe`. It changes when packages
-            join or leave the folder of the model.
+            :meth:`.model_replica.ModelReplica.describe`. It changes when packages join or leave the
+            folder of the model.
         limits: bounds of requests, connections and time.
         lost: exceptions that mean a dead replica.
         full: exceptions that mean that the queues are full.

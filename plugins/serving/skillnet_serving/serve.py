@@ -8,8 +8,8 @@
     GET  /health       without a token
     GET  /metrics      for Prometheus
 
-The process of the command answers HTTP (:mod:`pipelines.serving.http_server`). It also holds the
-model (:mod:`pipelines.serving.model_replica`), or sends requests to several replicas of Ray Serve.
+The process of the command answers HTTP (:mod:`.server.http_server`). It also holds the model
+(:mod:`.server.model_replica`), or sends requests to several replicas of Ray Serve.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.serving.access_token import read_token
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console, signals
 from skillnet_platform.cli import command
@@ -34,11 +33,12 @@ from skillnet_platform.config.bounds import (
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
+from skillnet_serving.server.access_token import read_token
 
 if TYPE_CHECKING:
-    from pipelines.serving.connection_guard import ServerLimits
-    from pipelines.serving.http_server import ModelHandle
-    from pipelines.serving.served_model import ServedModelConfig
+    from skillnet_serving.server.connection_guard import ServerLimits
+    from skillnet_serving.server.http_server import ModelHandle
+    from skillnet_serving.server.served_model import ServedModelConfig
 
 DEPLOYMENT = "skillnet"
 #: Ray Serve would report every start and every request.
@@ -127,7 +127,7 @@ def open_model(
         UserError: the model or a corpus is missing or damaged.
     """
     if config.replicas > 1 or os.environ.get("RAY_ADDRESS"):
-        from pipelines.serving.served_model import ServedModel
+        from skillnet_serving.server.served_model import ServedModel
 
         # A wrong model fails before Ray starts.
         about = ServedModel(served).describe()
@@ -136,7 +136,7 @@ def open_model(
         return
     import torch
 
-    from pipelines.serving.model_replica import LocalHandle, ModelReplica
+    from skillnet_serving.server.model_replica import LocalHandle, ModelReplica
 
     torch.set_num_threads(max(int(config.cpus), 1))
     replica = ModelReplica(served)
@@ -165,7 +165,7 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
     with connect.ray_session(slots), signals.terminate_as_interrupt():
         from ray import serve
 
-        from pipelines.serving.model_replica import ModelReplica
+        from skillnet_serving.server.model_replica import ModelReplica
 
         # Without Ray Serve's own HTTP server, which reads bodies of any size.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -197,7 +197,7 @@ def limits_of(config: ServeConfig) -> "ServerLimits":
     Raises:
         UserError: the machine allows fewer files.
     """
-    from pipelines.serving.connection_guard import ServerLimits
+    from skillnet_serving.server.connection_guard import ServerLimits
 
     limits = ServerLimits(
         config.max_bytes,
@@ -227,9 +227,9 @@ def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token:
         about: description of the model.
         token: that requests must have, or None.
     """
-    from pipelines.serving.connection_guard import configure_server
-    from pipelines.serving.http_server import ModelGateway, build_application
-    from pipelines.serving.model_replica import LocalHandle
+    from skillnet_serving.server.connection_guard import configure_server
+    from skillnet_serving.server.http_server import ModelGateway, build_application
+    from skillnet_serving.server.model_replica import LocalHandle
 
     limits = limits_of(config)
     lost: tuple[type[Exception], ...] = ()
@@ -267,7 +267,7 @@ def main(config: ServeConfig) -> int:
     port = loopback.choose_port(config.host, config.port)
     model = pin_version(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
-    from pipelines.serving.served_model import ServedModelConfig
+    from skillnet_serving.server.served_model import ServedModelConfig
 
     served = ServedModelConfig(
         model,

@@ -1,8 +1,8 @@
 """Replica of ``skillnet serve``: requests that wait at the same time become one batch.
 
 A replica runs in the process of the server (:class:`LocalHandle`), or in a process of Ray Serve,
-which :mod:`pipelines.serve` starts for several replicas. It takes packages of skills that join the
-folder of its model, or leave it.
+which :mod:`skillnet_serving.serve` starts for several replicas. It takes packages of skills that
+join the folder of its model, or leave it.
 """
 
 import asyncio
@@ -19,10 +19,13 @@ from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.data.transforms.decoder_process import MAX_CHILDREN
-from pipelines.serving.fair_share import FairShare
 from pipelines.serving.inputs import InputRow
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.served_model import (
+from skillnet.serialization import hash_file
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line
+from skillnet_serving.server.fair_share import FairShare
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
+from skillnet_serving.server.served_model import (
     ClosedModelError,
     ReadRequest,
     ServedAnswer,
@@ -31,9 +34,6 @@ from pipelines.serving.served_model import (
     UnreadyIndexError,
     read_change_ns,
 )
-from skillnet.serialization import hash_file
-from skillnet_platform import console
-from skillnet_platform.errors import UserError, first_line
 
 #: Inputs of a request that joins others; a larger one runs alone.
 MAX_JOINED_INPUTS = 64

@@ -13,14 +13,15 @@ from safetensors.numpy import load_file, save, save_file
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.files import LocalShardStore
-from pipelines.serving import bundle, corpus_search
-from pipelines.serving.corpus_search import (
+from pipelines.serving import bundle
+from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval import corpus_search
+from skillnet_serving.retrieval.corpus_search import (
     build_retrieval_index,
     read_index,
     write_index,
 )
-from pipelines.serving.vector_scores import JoinedScores, iter_best
-from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval.vector_scores import JoinedScores, iter_best
 from tests.helpers.served_place import ServedPlace
 
 
