@@ -4,7 +4,7 @@
 imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower, find_towers
+from pipelines.serving.predictor import TaskPrediction, TaskPredictor, describe_several, find_towers
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import is_bundle
 from skillnet.modality import CAPTION_MODALITY
@@ -147,7 +147,7 @@ class ModelProcessor:
         media = {tasks[name].towers[tower].modality for name, tower in found.items()}
         # A transcript has no place for the doubt of the router.
         if listed != "labels" or len(media) > 1:
-            choose_tower(tasks, None, task, objectives, ranks)
+            _require_one(found, None)
         name, modality = next(iter(found)), media.pop()
         # One task needs no router.
         chosen = {"task": name} if len(found) == 1 else {"among": tuple(found)}
@@ -188,7 +188,9 @@ class ModelProcessor:
         objectives = [each.name for each in list_objectives()]
         # Only vectors of a retrieval task are trained to be compared.
         tasks, ranks = self.model.config.tasks, (paired, reading)
-        return choose_tower(tasks, modality, task, objectives, ranks)
+        found = find_towers(tasks, modality, task, objectives, ranks)
+        _require_one(found, modality)
+        return next(iter(found.items()))
 
 
 def open_processor(model: TaskModel) -> ModelProcessor:
@@ -221,6 +223,12 @@ def _reject_file_name(value: Any, name: str, task: str) -> None:
             f"{name}: {value!r} names a file, and {task} reads texts. Give task={task!r} to take "
             f"it as a text, or Path({value!r}) for the text in the file"
         )
+
+
+def _require_one(found: Mapping[str, str], modality: str | None) -> None:
+    # Each of the tasks would answer, and the user wants one answer.
+    if len(found) > 1:
+        raise UserError(describe_several(found, modality))
 
 
 def _require_list(inputs: Any) -> None:

@@ -32,8 +32,8 @@ from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
 from skillnet_serving.model_export import export_bundle
 from skillnet_serving.search import SearchConfig, search_corpus
-from skillnet_serving.server.connection_guard import ServerLimits
-from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.served_model import ServedModel
 from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.processes import run_python
@@ -204,7 +204,7 @@ def test_a_modality_goes_from_files_to_predictions(
     assert predict.main([str(waves / "words.csv"), "--model", str(folder)]) == 2
     assert "words.csv: not a table of numbers" in capsys.readouterr().err
     sent = base64.b64encode(file.read_bytes()).decode()
-    served = ServedModel(ServedModelConfig(str(run), str(data)))
+    served = ServedModel(ServeConfig(str(run), str(data)))
     served.open_indexes()
     with run_service(served, LIMITS) as service:
         status, body, _ = service.ask("/v1/predict", {"rows": [{"file": sent, "name": "a.csv"}]})

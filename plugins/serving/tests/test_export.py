@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from skillnet_platform.errors import UserError
 from skillnet_serving import export as command
 from skillnet_serving.model_export import GRAPH_MANIFEST, export_bundle
 from tests.helpers.hub_server import serve_hub
+from tests.helpers.processes import run_python
 from tests.helpers.served_place import ServedPlace
 
 FIGURE = {"task": "text_to_image", "split": "test", "metric": "recall_at_10", "value": 0.5}
@@ -138,22 +138,7 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_p
             folder = tmp_path / name
             made.export(folder, "hf", task)
             hub.repositories[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path),
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", TRAVEL, str(made.bundle)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env=environment,
-        )
+        done = run_python("-c", TRAVEL, made.bundle, variables=hub.variables(tmp_path))
         assert done.returncode == 0, done.stderr
         pushed = hub.repositories["owner/pictures"]
     assert {"README.md", "manifest.json", "skill-code.safetensors"} <= pushed.keys()

@@ -22,8 +22,8 @@ import pytest
 from benchmarks.serving import kill_replica
 from pipelines.skills import drop_packages, join_packages
 from skillnet.model import SkillNet
-from skillnet_serving.serve import ServeConfig, build_server, run_replicas
-from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
+from skillnet_serving.serve import build_server, open_model
+from skillnet_serving.server.config import ServeConfig
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.hostile_corpora import SLOW_SVG
 from tests.helpers.ports import free_port
@@ -44,11 +44,9 @@ def model(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, ray_session: Any) -> Iterator[str]:
-    served = ServedModelConfig(str(model), search=False)
-    options = ServeConfig(port=free_port(), replicas=2, cpus=0.5, search=False)
-    about = ServedModel(served).describe()
-    with run_replicas(options, served) as handle:
-        server = build_server(options, handle, about, None)
+    options = ServeConfig(str(model), port=free_port(), replicas=2, cpus=0.5, search=False)
+    with open_model(options) as (ask, about):
+        server = build_server(options, ask, about, None)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         wait_until(lambda: server.started, 60, pause=0.01)

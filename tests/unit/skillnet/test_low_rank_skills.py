@@ -22,7 +22,7 @@ from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model
 from skillnet_platform.errors import UserError
-from skillnet_serving.dense_export import merge_task_skills
+from skillnet_serving.model_export import merge_task_skills
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
 RANK = 3

@@ -23,7 +23,8 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
 from skillnet_serving import export, search
-from skillnet_serving.server.served_model import ServedModel, ServedModelConfig
+from skillnet_serving.server.config import ServeConfig
+from skillnet_serving.server.served_model import ServedModel
 from skillnet_studies import interpret
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.readable_corpora import config
@@ -183,7 +184,7 @@ def test_a_command_about_a_run_needs_no_option(
 
 
 def test_predictions_of_files_and_servers_read_them_too(run: Path) -> None:
-    assert ServedModel(ServedModelConfig(str(run))).describe()["search"]
+    assert ServedModel(ServeConfig(str(run))).describe()["search"]
     predictor, _ = open_request_predictor(BatchRequest(str(run), None, "out"))
     assert predictor.names["text_classification"]
 
