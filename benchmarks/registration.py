@@ -42,7 +42,15 @@ def run(rounds: int, threads: int) -> list[Result]:
         registrations = [register(f"{NAME}-{number}") for number in range(rounds)]
         model = f"models:/{NAME}-0@champion"
         words = [sys.executable, "-m"]
-        search = [*words, "pipelines.search", "红色的心", "--model", model, "--data", str(data)]
+        search = [
+            *words,
+            "skillnet_serving.search",
+            "红色的心",
+            "--model",
+            model,
+            "--data",
+            str(data),
+        ]
         commands = {
             "predict": [*words, "pipelines.predict", "--text", "宋代陶瓷工艺史", "--model", model],
             "search, new index": search,

@@ -289,7 +289,11 @@ def _measure_scores(name: str, domains: dict[str, Manual], tokenizer: object) ->
         files = {key: Path(folder) / name_counts(key) for key in kept}
         for key, rows in kept.items():
             _count(tokenizer, rows).save(files[key])
-        predictor = TaskPredictor(model, tokenizer, classes, precision="fp32", counts=files)
+        tasks: dict[str, dict[str, object]] = {
+            key: {"names": names, "limit": None, "preprocessing": {}}
+            for key, names in classes.items()
+        }
+        predictor = TaskPredictor(model, tokenizer, tasks, precision="fp32", counts=files)
         for key, rows in kept.items():
             _solve_head(predictor, key, rows, classes[key])
         hits: list[tuple[bool, bool, bool]] = []

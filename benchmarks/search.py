@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measure import Result, in_turns, ratio, spread
-from pipelines.serving.corpus_search import _rank_hits
-from pipelines.serving.vector_scores import JoinedScores
+from skillnet_serving.retrieval.corpus_search import JoinedScores, _rank_hits
 
 #: Vectors of an index, and numbers of a vector.
 SIZES, WIDTH = (1_000, 20_000, 100_000, 1_000_000), 256

@@ -105,7 +105,7 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 
 def _compare(bundle: Path, rounds: int) -> list[Result]:
-    ours = ["pipelines.serve", "--model", str(bundle), "--search", "false", "--port"]
+    ours = ["skillnet_serving.serve", "--model", str(bundle), "--search", "false", "--port"]
     with (
         run_server(ours) as first,
         run_server(["benchmarks.fastapi_server", str(bundle)]) as second,
@@ -141,7 +141,7 @@ def _describe_pair(
 
 
 def _kill_replicas(bundle: Path, rounds: int) -> list[Result]:
-    words = ["pipelines.serve", "--model", str(bundle), "--search", "false"]
+    words = ["skillnet_serving.serve", "--model", str(bundle), "--search", "false"]
     with run_server([*words, "--replicas", str(REPLICAS), "--port"]) as server:
         _send_load(server, CLIENTS, REQUESTS // 4)
         calm = [_send_load(server, CLIENTS, REQUESTS) for _ in range(rounds)]

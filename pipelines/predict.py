@@ -108,7 +108,7 @@ def predict_rows(config: PredictConfig) -> "RowAnswers":
         UserError: the model or a file is missing, an input of the command line is unreadable, or a
             file has no usable row.
     """
-    from pipelines.serving.inputs import check_usable_rows, report_rejected
+    from pipelines.serving import inputs
     from pipelines.training.runs import model_source
 
     # Inputs are read before the model is loaded, so that a wrong path fails at once.
@@ -122,10 +122,10 @@ def predict_rows(config: PredictConfig) -> "RowAnswers":
     parts = list(predictor.answer_rows(rows, config.top))
     answered = [each for part in parts for each in part.answered]
     rejected = [row for part in parts for row in part.rejected]
-    check_usable_rows(rejected, sum(not row.is_required for row in rows))
+    inputs.check_usable_rows(rejected, sum(not row.is_required for row in rows))
     listed = choose_rejected_path(config.output) if config.output else None
     remedy = f"see {listed}" if listed else "--output FILE lists all of them"
-    report_rejected(rejected, [row for row, _ in answered], remedy)
+    inputs.report_rejected(rejected, [row for row, _ in answered], remedy)
     return RowAnswers(answered, rejected)
 
 
@@ -173,27 +173,22 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     Raises:
         UserError: a file is missing, empty or damaged.
     """
-    from pipelines.serving.inputs import (
-        InputRow,
-        PredictionItem,
-        has_rows,
-        read_input_item,
-        read_input_rows,
-    )
+    from pipelines.serving import inputs
 
-    rows: list[InputRow] = []
+    found: list[InputRow] = []
     if config.text is not None:
-        item = PredictionItem(config.text, config.text, None, config.task)
-        rows.append(InputRow("--text", {}, item, is_required=True))
+        item = inputs.PredictionItem(config.text, config.text, None, config.task)
+        found.append(inputs.InputRow("--text", {}, item, is_required=True))
     if config.input is not None:
-        rows += read_input_rows(Path(config.input), config.task, config.format == "clue")
+        path = Path(config.input)
+        found += inputs.read_input_rows(path, config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
-        if has_rows(name):
-            rows += read_input_rows(Path(name), config.task)
+        if inputs.has_rows(name):
+            found += inputs.read_input_rows(Path(name), config.task)
         else:
-            item = read_input_item(name, config.task)
-            rows.append(InputRow(name, {}, item, is_required=True))
-    return rows
+            item = inputs.read_input_item(name, config.task)
+            found.append(inputs.InputRow(name, {}, item, is_required=True))
+    return found
 
 
 def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dict[str, Any]]:
@@ -259,23 +254,13 @@ def show_result(
     Args:
         result: outcome of the command.
     """
-    if isinstance(result, tuple):
-        show_predictions(*result)
+    if not isinstance(result, tuple):
+        console.print_note(
+            f"{result.predictions:,} predictions and {result.rejected:,} rejected rows in "
+            f"{result.blocks} blocks ({result.resumed} done before): {result.output}"
+        )
         return
-    console.print_note(
-        f"{result.predictions:,} predictions and {result.rejected:,} rejected rows in "
-        f"{result.blocks} blocks ({result.resumed} done before): {result.output}"
-    )
-
-
-def show_predictions(run: "RowAnswers", lines: list[dict[str, Any]], config: PredictConfig) -> None:
-    """Print predictions, or a summary if they are in a file.
-
-    Args:
-        run: predictions and rejected rows.
-        lines: JSON records of the output file.
-        config: settings of the command.
-    """
+    run, lines, config = result
     if config.output:
         tasks = Counter(prediction.task for _, prediction in run.answered)
         counts = ", ".join(f"{task or NO_TASK} {count}" for task, count in tasks.items())
@@ -327,7 +312,7 @@ def _short(text: str, max_length: int = 48) -> str:
     "skillnet predict --task text_classification --input test.json "
     "--output tnews_predict.json --format clue\n"
     "skillnet predict --input s3://bucket/rows --output s3://bucket/predictions",
-    show=lambda result: show_result(result),
+    show=show_result,
     to_json=lambda result: result[1] if isinstance(result, tuple) else result,
     resources=lambda config: request_model(config.model, config.data),
 )

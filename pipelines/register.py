@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines.serving.registration import register_model
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -73,6 +72,9 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
     source = model_source.resolve_model(config.source, config.tracking_uri)
     # The source has the corpora of its training run; the option overrides them.
     source = source.with_corpora(config.corpora)
+    # torch and MLflow load here: --help and wrong names do not need them.
+    from pipelines.serving.registration import register_model
+
     return register_model(
         source,
         source.find_corpora(config.data),

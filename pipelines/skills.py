@@ -13,8 +13,8 @@ A model is a folder that ``skillnet export --to hf`` or ``save_pretrained`` wrot
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,10 +250,9 @@ def join_packages(config: AddConfig) -> "list[TaskProof]":
         for number, given in enumerate(config.packages):
             path = stack.enter_context(fetch_package(given, folder))
             scratch = folder.parent / f".{folder.name}.package-{number}"
-            packages.append(stack.enter_context(_user_errors(open_package(path, scratch))))
-        with _as_user_error():
-            rows = _find_rows(folder, config.data)
-            return add_packages(folder, packages, _BundleWriter(packages).write, rows)
+            packages.append(stack.enter_context(open_package(path, scratch)))
+        rows = _find_rows(folder, config.data)
+        return add_packages(folder, packages, partial(_write_manifest, packages), rows)
 
 
 @command(
@@ -269,9 +268,8 @@ def drop_packages(config: RemoveConfig) -> "list[TaskProof]":
     from skillnet.package_joins import remove_packages
 
     folder = Path(config.model)
-    with _as_user_error():
-        rows = _find_rows(folder, config.data)
-        return remove_packages(folder, config.names, _BundleWriter([]).write, rows)
+    rows = _find_rows(folder, config.data)
+    return remove_packages(folder, config.names, partial(_write_manifest, []), rows)
 
 
 #: Test rows of a corpus on which the outputs of a task are compared.
@@ -320,71 +318,49 @@ def _find_rows(folder: Path, data: str | None) -> "RowReader | None":
     return read if corpora else None
 
 
-class _BundleWriter:
-    """Writer of manifests that keeps the entry ``serving`` of a bundle complete.
+def _write_manifest(packages: "list[SkillPackage]", folder: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json`` of a changed model, with a complete entry ``serving`` of a bundle.
 
     Args:
-        packages: that are added.
+        packages: that were added.
+        folder: directory of the model.
+        manifest: its content.
     """
+    from pipelines.training.runs.bundle_manifest import (
+        SERVING,
+        read_bundle_manifest,
+        write_sealed,
+    )
+    from skillnet.router import load_counts, name_counts
+    from skillnet.serialization import commit_manifest, describe_files
 
-    def __init__(self, packages: "list[SkillPackage]") -> None:
-        self._packages = packages
-
-    def write(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Write ``manifest.json`` of a changed model."""
-        from pipelines.training.runs.bundle_manifest import (
-            SERVING,
-            read_bundle_manifest,
-            write_sealed,
-        )
-        from skillnet.router import load_counts, name_counts
-        from skillnet.serialization import commit_manifest, describe_files
-
-        if SERVING not in manifest:
-            commit_manifest(folder, manifest)
-            return
-        serving = dict(manifest[SERVING])
-        entries = {k: v for k, v in serving["tasks"].items() if k in manifest["tasks"]}
-        rows = [row for row in serving["evaluation"] if row["task"] in manifest["tasks"]]
-        gone = {name_counts(task) for task in serving["tasks"].keys() - entries.keys()}
-        files = {name: each for name, each in serving["files"].items() if name not in gone}
-        for name in serving["files"].keys() & gone:
-            (folder / name).unlink()
-        for package in self._packages:
-            for name, path in package.inputs.items():
-                load_counts(path)
-                shutil.copyfile(path, folder / name)
-                files |= describe_files(folder, [name])
-            for task, packed in package.content.tasks.items():
-                if packed.serving is None:
-                    raise UserError(
-                        f"{package.path}: {task} has no settings for predictions; pack it from a "
-                        "run or an export"
-                    )
-                entries[task] = packed.serving
-                rows += packed.evaluation
-        serving |= {"tasks": entries, "evaluation": rows, "files": files}
-        write_sealed(folder, manifest | {SERVING: serving})
-        # A package of a stranger has these entries, too.
-        read_bundle_manifest(folder)
-
-
-@contextlib.contextmanager
-def _as_user_error() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-@contextlib.contextmanager
-def _user_errors(
-    opened: "contextlib.AbstractContextManager[SkillPackage]",
-) -> "Iterator[SkillPackage]":
-    with contextlib.ExitStack() as stack:
-        with _as_user_error():
-            package = stack.enter_context(opened)
-        yield package
+    if SERVING not in manifest:
+        commit_manifest(folder, manifest)
+        return
+    serving = dict(manifest[SERVING])
+    entries = {k: v for k, v in serving["tasks"].items() if k in manifest["tasks"]}
+    rows = [row for row in serving["evaluation"] if row["task"] in manifest["tasks"]]
+    gone = {name_counts(task) for task in serving["tasks"].keys() - entries.keys()}
+    files = {name: each for name, each in serving["files"].items() if name not in gone}
+    for name in serving["files"].keys() & gone:
+        (folder / name).unlink()
+    for package in packages:
+        for name, path in package.inputs.items():
+            load_counts(path)
+            shutil.copyfile(path, folder / name)
+            files |= describe_files(folder, [name])
+        for task, packed in package.content.tasks.items():
+            if packed.serving is None:
+                raise UserError(
+                    f"{package.path}: {task} has no settings for predictions; pack it from a run "
+                    "or an export"
+                )
+            entries[task] = packed.serving
+            rows += packed.evaluation
+    serving |= {"tasks": entries, "evaluation": rows, "files": files}
+    write_sealed(folder, manifest | {SERVING: serving})
+    # A package of a stranger has these entries, too.
+    read_bundle_manifest(folder)
 
 
 # -- skills --------------------------------------------------------------------------------
@@ -414,21 +390,18 @@ def list_skills(folder: Path) -> list[SkillEntry]:
         folder: directory of the model.
 
     Raises:
-        UserError: the model is damaged.
+        ValueError: the model is damaged.
     """
     from skillnet.package_joins import list_packages
     from skillnet.serialization import read_config, read_manifest, read_tensor_shapes
 
-    with _as_user_error():
-        manifest = read_manifest(folder)
-        config, _, _ = read_config(folder, manifest)
-        origin = {s: name for name, each in list_packages(folder).items() for s in each.skills}
-        entries = []
-        for skill in config.skills:
-            shapes = read_tensor_shapes(folder / f"skill-{skill}.safetensors").values()
-            size = sum(map(math.prod, shapes))
-            users = [task for task, spec in config.tasks.items() if skill in spec.skills]
-            entries.append(SkillEntry(skill, origin.get(skill), size, users))
+    config, _, _ = read_config(folder, read_manifest(folder))
+    origin = {s: name for name, each in list_packages(folder).items() for s in each.skills}
+    entries = []
+    for skill in config.skills:
+        shapes = read_tensor_shapes(folder / f"skill-{skill}.safetensors").values()
+        users = [task for task, spec in config.tasks.items() if skill in spec.skills]
+        entries.append(SkillEntry(skill, origin.get(skill), sum(map(math.prod, shapes)), users))
     return entries
 
 
@@ -477,5 +450,4 @@ def print_skills(config: SkillsConfig) -> "list[SkillEntry] | list[CatalogueEntr
         return list_skills(Path(config.place))
     from pipelines.serving.skill_catalogues import list_catalogue
 
-    with _as_user_error():
-        return list_catalogue(config.place, Path(config.fits) if config.fits else None)
+    return list_catalogue(config.place, Path(config.fits) if config.fits else None)

@@ -7,13 +7,16 @@ generates the same ones. Where the corpus of a task is at hand, rows of it take 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skillnet.dense_export import make_example_batch
-from skillnet.multitask_model import TaskModel
-from skillnet.skills import Task
+from skillnet.config import SkillNetConfig
+from skillnet.modality import find_modality
+from skillnet.multitask_model import Batch, TaskModel
+from skillnet.skills import SkillPlan, Task
 
 #: Rows of generated inputs on which outputs are compared, and start of their random numbers.
 PROBE_ROWS, PROBE_SEED = 16, 20221
@@ -61,6 +64,28 @@ class TaskProof:
     parameters: int
     package: str | None = None
     inputs: str = GENERATED
+
+
+def make_example_batch(
+    plan: SkillPlan,
+    config: SkillNetConfig,
+    rows: int = 3,
+    seed: int = 0,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Batch:
+    """Return random inputs of a tower, the first row as long as the model reads.
+
+    Args:
+        plan: active skills of the tower.
+        config: sizes of the inputs.
+        rows: B.
+        seed: start of the random numbers of the values and lengths.
+        settings: preprocessing of the task's corpus.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    half = find_modality(plan.modality).tensor_half
+    batch: Batch = half.make_example(config, rows, draw=draw, settings=settings)
+    return batch
 
 
 @torch.no_grad()

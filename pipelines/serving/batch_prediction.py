@@ -18,12 +18,12 @@ a file in ``done`` are not predicted again, if their bytes are still those that 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data.io.directory import OversizedInputError, iter_lines
+from pipelines.data.io.directory import OversizedInputError, SourceDirectory, iter_lines
 from pipelines.data.io.source_file import format_json_line, open_stream
 from pipelines.serving.inputs import (
     InputRow,
@@ -35,7 +35,6 @@ from pipelines.serving.inputs import (
 from skillnet_platform import cluster, console
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import (
     Location,
     join_location,
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
     from pipelines.serving.predictor import TaskPredictor
 
 PLAN, SUMMARY, DONE = "plan.json", "summary.json", "done"
+#: Levels of folders below an input.
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PredictionBlock:
     start: int = 0
     line: int = 1
     rows: int = 0
-    files: tuple[str, ...] = ()
+    files: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class BlockPredictor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Predict the blocks of a batch of Ray Data; return their counts as JSON."""
-        blocks = [_parse_block(text) for text in batch["block"]]
+        blocks = [PredictionBlock(**json.loads(text)) for text in batch["block"]]
         return {"counts": [json.dumps(self.commit_block(block)) for block in blocks]}
 
     def commit_block(self, block: PredictionBlock) -> dict[str, Any]:
@@ -244,17 +245,8 @@ def open_request_predictor(request: BatchRequest) -> "tuple[TaskPredictor, str]"
 
     predictor = open_predictor(source, source.find_corpora(request.data), request.precision)
     # The corpora of a checkpoint determine its names, captions and preprocessing.
-    digest = digest_config(
-        [
-            source.digest,
-            predictor.names,
-            predictor.limits,
-            predictor.preprocessing,
-            {task: bank.captions for task, bank in predictor.banks.items()},
-            predictor.tokenizer.to_str(),
-        ]
-    )
-    return predictor, digest
+    tasks = {task: predictor.describe_task(task) for task in predictor.tasks}
+    return predictor, digest_config([source.digest, tasks, predictor.tokenizer.to_str()])
 
 
 def _run_here(
@@ -289,11 +281,6 @@ def _run(request: BatchRequest, blocks: list[PredictionBlock]) -> Iterator[dict[
             raise
 
 
-def _parse_block(text: str) -> PredictionBlock:
-    values = json.loads(text)
-    return PredictionBlock(**(values | {"files": tuple(values["files"])}))
-
-
 def _read_rows(
     block: PredictionBlock, task: str | None, seen: "hashlib._Hash"
 ) -> Iterator[InputRow]:
@@ -306,14 +293,13 @@ def _read_rows(
         return data
 
     for name in block.files:
+        item, reason = None, "the file is empty"
         try:
-            item = PredictionItem(name, None, see(read_file_bytes(name)), task)
+            if data := see(read_file_bytes(name)):
+                item, reason = PredictionItem(name, None, data, task), ""
         except UserError as error:
             reason = str(error).removeprefix(f"{name}: ")
-            yield InputRow(name, {"source": name}, None, reason)
-        else:
-            reason = "" if item.data else "the file is empty"
-            yield InputRow(name, {"source": name}, item if item.data else None, reason)
+        yield InputRow(name, {"source": name}, item, reason)
     if not block.source:
         return
     folder: Location = (
@@ -407,50 +393,28 @@ def plan_blocks(where: Location, block_rows: int) -> BlockPlan:
         UserError: there is no file, or a file cannot be read.
     """
     listed = _list_input(where)
-    blocks: list[PredictionBlock] = []
-    media: list[str] = []
-    for name, _ in listed:
-        if has_rows(name):
-            blocks += _cut_lines(name, block_rows)
-        else:
-            media.append(name)
+    names = [name for name, _ in listed]
+    blocks = [each for name in names if has_rows(name) for each in _cut_lines(name, block_rows)]
+    media = [name for name in names if not has_rows(name)]
     for first in range(0, len(media), block_rows):
         group = tuple(media[first : first + block_rows])
         blocks.append(PredictionBlock(0, rows=len(group), files=group))
     if not blocks:
         raise UserError(f"{where}: no rows")
-    numbered = [
-        PredictionBlock(index, each.source, each.start, each.line, each.rows, each.files)
-        for index, each in enumerate(blocks)
-    ]
+    numbered = [replace(each, index=index) for index, each in enumerate(blocks)]
     return BlockPlan(numbered, digest_config([listed, [(b.start, b.rows) for b in numbered]]))
 
 
 def _list_input(where: Location) -> list[tuple[str, int]]:
     """Return paths or URIs with sizes, sorted; hidden files are left out."""
-    if isinstance(where, Path):
-        if where.is_file():
-            return [(str(where), where.stat().st_size)]
-        if not where.is_dir():
-            raise UserError(f"{where}: no such file or folder")
-        found = [(str(p), p.stat().st_size) for p in where.rglob("*") if p.is_file()]
-        kept = [each for each in found if not _is_hidden(Path(each[0]).relative_to(where).parts)]
-    elif has_rows(where):
-        with open_stream(where) as stream:
-            kept = [(where, stream.seek(0, 2))]
-    else:
-        kept = [
-            (str(join_location(where, entry.name)), entry.bytes)
-            for entry in directories.list_files(where)
-            if not _is_hidden(tuple(entry.name.split("/")))
-        ]
-    if not kept:
+    source = SourceDirectory(str(where))
+    if source.is_file:
+        with open_stream(source.uri) as stream:
+            return [(str(where), stream.seek(0, 2))]
+    entries = (each for each in source.walk(depth=MAX_DEPTH) if "/_" not in f"/{each.name}")
+    if not (found := [(str(join_location(where, each.name)), each.size or 0) for each in entries]):
         raise UserError(f"{where}: no files")
-    return sorted(kept)
-
-
-def _is_hidden(parts: tuple[str, ...]) -> bool:
-    return any(part.startswith((".", "_")) for part in parts)
+    return sorted(found)
 
 
 def _cut_lines(name: str, block_rows: int) -> Iterator[PredictionBlock]:
@@ -466,7 +430,5 @@ def _cut_lines(name: str, block_rows: int) -> Iterator[PredictionBlock]:
                     start, first, rows = stream.tell(), number + 1, 0
             if rows:
                 yield PredictionBlock(0, name, start, first, rows)
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file") from None
     except OversizedInputError as error:
         raise UserError(f"{name}: {error}. Give a file of JSON lines") from None

@@ -15,6 +15,7 @@ The registry stores bundles. A bundle opens without the corpora and without a ne
 
 import csv
 import hashlib
+import io
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -118,64 +119,51 @@ def build_bundle(
         task: open_corpus(locate_task_corpus(data, task, source.corpora))
         for task in model.config.tasks
     }
-    specs = model.config.tasks
     # A wrong corpus must fail before the captions are embedded.
     for task, corpus in corpora.items():
         check_corpus_vocabulary(model, task, corpus)
     tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
-    names = {task: read_output_names(model, task, corpus) for task, corpus in corpora.items()}
+    tasks = {
+        task: {
+            "corpus": corpus.name,
+            "corpus_digest": corpus.digest,
+            "licences": list_licences(corpus.source_names),
+            "names": read_output_names(model, task, corpus),
+            "limit": source.limits.get(task),
+            "preprocessing": corpus.manifest.get("preprocessing", {}),
+        }
+        for task, corpus in corpora.items()
+    }
+    files = [TOKENIZER_FILE]
     with staging_directory(target) as folder:
         write_model(model, folder)
         # A copy, because the tokenizer beside the corpora may be replaced later (decision 24).
         (folder / TOKENIZER_FILE).write_bytes(tokenizer)
-        preprocessing = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
-        predictor = TaskPredictor(
-            model,
-            tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
-            names,
-            limits=source.limits,
-            preprocessing=preprocessing,
-        )
+        predictor = TaskPredictor(model, tokenizers.load_tokenizer(folder / TOKENIZER_FILE), tasks)
         for task, corpus in corpora.items():
             # A task without a text tower cannot embed captions.
-            if specs[task].caption_tower is not None:
-                captions = read_known_captions(corpus)
+            if model.config.tasks[task].caption_tower is not None:
+                captions, bank = read_known_captions(corpus), name_bank(task)
                 # Embedded once here, so that a server does not run the text tower over all
                 # captions.
-                vectors = embed_captions(predictor, task, captions)
-                save_tensors(
-                    {"embeddings": torch.from_numpy(vectors)},
-                    folder / f"captions-{task}.safetensors",
-                )
-                write_json(folder / f"captions-{task}.json", captions)
+                vectors = torch.from_numpy(embed_captions(predictor, task, captions))
+                save_tensors({"embeddings": vectors}, folder / bank[1])
+                write_json(folder / bank[0], captions)
+                files += bank
+            counts = count_inputs(model, task, corpus, source.limits.get(task))
+            if counts is not None:
+                counts.save(folder / name_counts(task))
+                files.append(name_counts(task))
         about = {
             "package": __version__,
             "weights_digest": source.digest,
             "run_id": source.run_id,
             "steps": source.steps,
             "settings": source.settings,
-            "evaluation": select_figures(read_run_figures(source.run) if rows is None else rows),
-            "tasks": {
-                task: {
-                    "corpus": corpus.name,
-                    "corpus_digest": corpus.digest,
-                    "licences": list_licences(corpus.source_names),
-                    "names": names[task],
-                    "limit": source.limits.get(task),
-                    "preprocessing": preprocessing[task],
-                }
-                for task, corpus in corpora.items()
-            },
+            "evaluation": list_figures(source.run if rows is None else rows),
+            "tasks": tasks,
         }
-        for task, corpus in corpora.items():
-            counts = count_inputs(model, task, corpus, source.limits.get(task))
-            if counts is not None:
-                counts.save(folder / name_counts(task))
-        # Listed after everything is written, so that the hashes cover every file.
-        written = (
-            path.name for kind in ("captions", "inputs") for path in folder.glob(f"{kind}-*")
-        )
-        files = [TOKENIZER_FILE, *written]
+        # Last: the hashes cover every file.
         add_bundle_manifest(folder, about, files)
     return target
 
@@ -221,9 +209,7 @@ def read_predictor(folder: Path, model: TaskModel) -> TaskPredictor:
     """
     manifest = read_bundle_manifest(folder)
     tasks = {name: each for name, each in manifest["tasks"].items() if name in model.config.tasks}
-    banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    read = {TOKENIZER_FILE, *banks, *map(name_counts, tasks)}
-    check_files(folder, manifest, read & manifest["files"].keys())
+    check_files(folder, manifest, list_reading_files(tasks) & manifest["files"].keys())
     return _make_predictor(folder, manifest | {"tasks": tasks}, model, "auto")
 
 
@@ -231,27 +217,30 @@ def _make_predictor(
     folder: Path, manifest: dict[str, Any], model: TaskModel, precision: str
 ) -> TaskPredictor:
     check_tasks(folder / MANIFEST, manifest, model.config)
-    banks = {}
-    for task, spec in model.config.tasks.items():
-        has_captions = find_objective(spec.objective).pairs_towers
-        if has_captions and f"captions-{task}.json" in manifest["files"]:
-            banks[task] = _read_caption_bank(folder, task, model.config.embedding_dim)
+    files, tasks = manifest["files"], manifest["tasks"]
+    banks = {
+        task: _read_caption_bank(folder, task, model.config.embedding_dim)
+        for task, spec in model.config.tasks.items()
+        if find_objective(spec.objective).pairs_towers and name_bank(task)[0] in files
+    }
     tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER_FILE)
-    check_bundle_vocabulary(folder, manifest, tokenizer, model)
-    return TaskPredictor(
-        model,
-        tokenizer,
-        {task: entry["names"] for task, entry in manifest["tasks"].items()},
-        banks,
-        {task: entry["limit"] for task, entry in manifest["tasks"].items()},
-        precision,
-        {task: entry["preprocessing"] for task, entry in manifest["tasks"].items()},
-        {
-            task: folder / name_counts(task)
-            for task in manifest["tasks"]
-            if name_counts(task) in manifest["files"]
-        },
-    )
+    _check_vocabulary(folder, manifest, tokenizer, model)
+    counts = {task: folder / name_counts(task) for task in tasks if name_counts(task) in files}
+    return TaskPredictor(model, tokenizer, tasks, banks, precision, counts)
+
+
+def name_bank(task: str) -> tuple[str, str]:
+    """Return the names of the files with the known captions of a task, and with their vectors."""
+    return f"captions-{task}.json", f"captions-{task}.safetensors"
+
+
+def list_reading_files(tasks: Iterable[str]) -> set[str]:
+    """Return the possible names of files beside the weights that predictions of tasks read.
+
+    Args:
+        tasks: names of tasks.
+    """
+    return {TOKENIZER_FILE}.union(*((*name_bank(task), name_counts(task)) for task in tasks))
 
 
 def check_bundle(folder: str | Path) -> dict[str, Any]:
@@ -313,16 +302,10 @@ def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig)
             )
 
 
-def check_bundle_vocabulary(
+def _check_vocabulary(
     folder: Path, manifest: Mapping[str, Any], tokenizer: Any, model: TaskModel
 ) -> None:
     """Check that the tokenizer and the names of a bundle are those of its model.
-
-    Args:
-        folder: directory of the bundle.
-        manifest: result of :func:`read_bundle_manifest`.
-        tokenizer: text encoder of the bundle.
-        model: module with the weights of the bundle.
 
     Raises:
         UserError: another tokenizer, a token beyond the vocabulary of the model, or other names.
@@ -348,7 +331,7 @@ def check_bundle_vocabulary(
 
 def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
     """Return the known captions of a task with their embeddings."""
-    path, captions = folder / f"captions-{task}.safetensors", folder / f"captions-{task}.json"
+    captions, path = (folder / name for name in name_bank(task))
     tensors, texts = load_tensors(path), read_json(captions)
     vectors = tensors.get("embeddings")
     # Vectors that are paired with other texts would give wrong captions without an error.
@@ -615,27 +598,18 @@ def list_licences(corpora: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(f"{each.requirement}: {each.licence}" for each in archives))
 
 
-def read_run_figures(run: Path | None) -> list[dict[str, Any]]:
-    """Return the evaluation rows of a run's folder; [] if it has none.
-
-    Args:
-        run: folder of the run, or None.
-    """
-    path = run / EVALUATION_CSV if run is not None else None
-    if path is None or not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def select_figures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def list_figures(source: Path | Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """Return evaluation rows with the columns ``FIGURE_COLUMNS``, as plain values.
 
     Args:
-        rows: records of an evaluation, or read from its CSV file.
+        source: records of an evaluation, or the folder of a run; its figures are [] without them.
     """
+    if isinstance(source, Path):
+        path = source / EVALUATION_CSV
+        with path.open(encoding="utf-8", newline="") if path.is_file() else io.StringIO() as file:
+            source = list(csv.DictReader(file))
     figures = []
-    for row in rows:
+    for row in source or ():
         figure: dict[str, Any] = {key: str(row[key]) for key in FIGURE_COLUMNS[:3]}
         for key in FIGURE_COLUMNS[3:]:
             # An empty cell is a figure without an interval; JSON has no NaN.

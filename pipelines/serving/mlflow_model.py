@@ -16,8 +16,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.serving.bundle import open_bundle
 from pipelines.serving.inputs import parse_request_row
-from pipelines.serving.predictor import TaskPrediction
-from pipelines.serving.request_rows import DEFAULT_TOP
+from pipelines.serving.predictor import DEFAULT_TOP, TaskPrediction
 from skillnet_platform.errors import UserError
 
 

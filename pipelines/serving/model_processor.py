@@ -4,10 +4,8 @@
 imported.
 """
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,15 @@ import torch
 
 from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor, choose_tower, find_towers
+from pipelines.serving.predictor import TaskPrediction, TaskPredictor, describe_several, find_towers
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.runs.bundle_manifest import is_bundle, read_bundle_manifest
+from pipelines.training.runs.bundle_manifest import is_bundle
 from skillnet.modality import CAPTION_MODALITY
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Task, find_task
+from skillnet_files.entry_points import find_entries
 from skillnet_platform.errors import UserError
 
 #: How to make a folder with everything that a processor reads.
@@ -130,16 +129,11 @@ class ModelProcessor:
         Returns:
             URL of the commit.
         """
-        from pipelines.serving.export import push_folder, write_exported_folder
-
-        assert self.model.origin is not None
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            folder.mkdir()
-            manifest = read_bundle_manifest(self.model.origin)
-            title = repository.rpartition("/")[2]
-            write_exported_folder(self.model.origin, manifest, self.model, folder, title)
-            return push_folder(folder, repository, **options)
+        # Exports are a plug-in, which this package does not import.
+        found = find_entries("skillnet.exporters").get("hub")
+        if found is None:
+            raise UserError("no installed package uploads models. Install skillnet_serving")
+        return str(found.load()(self.model, repository, **options))
 
     def _predict(
         self, inputs: Sequence[Any], task: str | None, listed: str, top: int
@@ -153,7 +147,7 @@ class ModelProcessor:
         media = {tasks[name].towers[tower].modality for name, tower in found.items()}
         # A transcript has no place for the doubt of the router.
         if listed != "labels" or len(media) > 1:
-            choose_tower(tasks, None, task, objectives, ranks)
+            _require_one(found, None)
         name, modality = next(iter(found)), media.pop()
         # One task needs no router.
         chosen = {"task": name} if len(found) == 1 else {"among": tuple(found)}
@@ -194,7 +188,9 @@ class ModelProcessor:
         objectives = [each.name for each in list_objectives()]
         # Only vectors of a retrieval task are trained to be compared.
         tasks, ranks = self.model.config.tasks, (paired, reading)
-        return choose_tower(tasks, modality, task, objectives, ranks)
+        found = find_towers(tasks, modality, task, objectives, ranks)
+        _require_one(found, modality)
+        return next(iter(found.items()))
 
 
 def open_processor(model: TaskModel) -> ModelProcessor:
@@ -227,6 +223,12 @@ def _reject_file_name(value: Any, name: str, task: str) -> None:
             f"{name}: {value!r} names a file, and {task} reads texts. Give task={task!r} to take "
             f"it as a text, or Path({value!r}) for the text in the file"
         )
+
+
+def _require_one(found: Mapping[str, str], modality: str | None) -> None:
+    # Each of the tasks would answer, and the user wants one answer.
+    if len(found) > 1:
+        raise UserError(describe_several(found, modality))
 
 
 def _require_list(inputs: Any) -> None:

@@ -42,6 +42,8 @@ MAX_FUNCTIONS, INPUTS_PER_LOOK = 1024, 256
 TOO_MANY_FUNCTIONS = f"more than {MAX_FUNCTIONS:,} functions in a request. Split the file"
 #: Rows, and bytes of media, that are in memory at the same time.
 CHUNK_ROWS, CHUNK_BYTES = 64, 64 * 2**20
+#: Alternatives of an answer by default.
+DEFAULT_TOP = 5
 #: Keys of a corpus' preprocessing settings that limit the tokens of its captions.
 CAPTION_KEYS = ("max_caption_tokens", "caption_tokens")
 
@@ -130,11 +132,10 @@ class TaskPredictor:
     Args:
         model: the trained model.
         tokenizer: text encoder of the training corpora.
-        names: task -> names of its classes or symbols (symbol 1 first).
+        tasks: task -> ``names`` of its classes or symbols (symbol 1 first), ``limit`` of its own
+            modality's length and ``preprocessing`` settings of its corpus, as in training.
         banks: task -> known captions.
-        limits: task -> maximum length of the task's own modality, as in training.
         precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
-        preprocessing: task -> preprocessing settings of its corpus.
         counts: task -> file with the features of its training rows, which tell inputs without a
             task apart.
     """
@@ -143,16 +144,13 @@ class TaskPredictor:
         self,
         model: TaskModel,
         tokenizer: Any,
-        names: Mapping[str, Sequence[str]],
+        tasks: Mapping[str, Mapping[str, Any]],
         banks: Mapping[str, CaptionBank] | None = None,
-        limits: Mapping[str, int | None] | None = None,
         precision: str = "auto",
-        preprocessing: Mapping[str, Mapping[str, Any]] | None = None,
         counts: Mapping[str, Path] | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.names, self.banks, self.limits = dict(names), dict(banks or {}), dict(limits or {})
-        self.preprocessing, self._counts = dict(preprocessing or {}), dict(counts or {})
+        self.model, self.tokenizer, self.tasks = model, tokenizer, tasks
+        self.banks, self._counts = dict(banks or {}), dict(counts or {})
         self._routers: dict[frozenset[str], InputRouter] = {}
         self.runner = InferenceRunner(model, precision)
 
@@ -162,11 +160,13 @@ class TaskPredictor:
         Args:
             task: name of the task.
         """
-        bank = self.banks.get(task)
-        names, settings = list(self.names.get(task, ())), self.preprocessing.get(task)
-        return names, bank and bank.captions, self.limits.get(task), settings
+        bank, about = self.banks.get(task), self.tasks[task]
+        settings = (about["limit"], about["preprocessing"])
+        return bank and bank.captions, list(about["names"]), *settings
 
-    def predict(self, items: Sequence[PredictionItem], top: int = 5) -> list[TaskPrediction]:
+    def predict(
+        self, items: Sequence[PredictionItem], top: int = DEFAULT_TOP
+    ) -> list[TaskPrediction]:
         """Predict for each item, in order, with each task that answers it.
 
         A Python file gives predictions for each of its functions.
@@ -181,7 +181,9 @@ class TaskPredictor:
         rows = [InputRow(item.label, {}, item, is_required=True) for item in items]
         return [made for each in self.answer_rows(rows, top) for _, made in each.answered]
 
-    def answer_rows(self, rows: Iterable[InputRow], top: int = 5) -> "Iterator[RowAnswers]":
+    def answer_rows(
+        self, rows: Iterable[InputRow], top: int = DEFAULT_TOP
+    ) -> "Iterator[RowAnswers]":
         """Yield the answers to rows, in parts whose rows fit into memory.
 
         Args:
@@ -263,10 +265,14 @@ class TaskPredictor:
                 indices = chosen[start : start + step]
                 answers = self._run_task(*key, [inputs[i].array for i in indices], top)
                 for index, found in zip(indices, answers, strict=True):
-                    alternatives, vector = list(found.alternatives), list(found.embedding)
-                    name, confidence = inputs[index].name, inputs[index].confidence
                     out[index] = TaskPrediction(
-                        name, key[0], found.answer, found.score, alternatives, vector, confidence
+                        inputs[index].name,
+                        key[0],
+                        found.answer,
+                        found.score,
+                        list(found.alternatives),
+                        list(found.embedding),
+                        inputs[index].confidence,
                     )
         return [(n.row, each) for n, each in zip(inputs, out, strict=True) if each is not None]
 
@@ -277,8 +283,9 @@ class TaskPredictor:
             texts: to tokenize.
             limit: maximum number of tokens.
         """
+        rows = text.encode_texts(self.tokenizer, list(texts), limit).to_pylist()
         # An encoder needs at least one token; id 1 is the unknown token (decision 24).
-        return [np.array(row or [1], np.int32) for row in self._encode(texts, limit)]
+        return [np.array(row or [1], np.int32) for row in rows]
 
     def embed_texts(self, task: str, texts: Sequence[str]) -> np.ndarray:
         """Return the embeddings of queries in a retrieval task's space, (N, E) of unit length.
@@ -329,17 +336,14 @@ class TaskPredictor:
 
         The limit of a task is about the corpus' own modality, not about a second medium.
         """
-        settings = self.preprocessing.get(task, {})
+        settings = self.tasks[task]["preprocessing"]
         limits = [settings[key] for key in keys if settings.get(key)]
         if keys is CAPTION_KEYS:
             limits = limits or [text.CAPTION_TOKENS]
-        elif is_own and (limit := self.limits.get(task)):
+        elif is_own and (limit := self.tasks[task]["limit"]):
             limits.append(limit)
         # Preparation, training and the model each have a limit; the tightest one held in training.
         return min([*limits, self.model.config.max_tokens])
-
-    def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        return text.encode_texts(self.tokenizer, list(texts), limit).to_pylist()
 
     # -- selection of the task and preprocessing -------------------------------------------
 
@@ -434,7 +438,7 @@ class TaskPredictor:
 
         context = InputContext(
             self.model.config,
-            self.preprocessing.get(task, {}),
+            self.tasks[task]["preprocessing"],
             partial(decode_media, budget=budget),
             self.tokenize,
             limit_tokens,
@@ -457,7 +461,7 @@ class TaskPredictor:
         bank = self.banks.get(task) if tower != spec.caption_tower else None
         if bank is not None:
             return head.answer(predictions, bank.captions, top, bank.embeddings)
-        return head.answer(predictions, self.names.get(task, ()), top)
+        return head.answer(predictions, self.tasks[task]["names"], top)
 
 
 def to_document(prediction: TaskPrediction, top: int | None = None) -> dict[str, Any]:
@@ -517,25 +521,6 @@ def find_towers(
             return found
     missing = f"task of this model reads {modality}" if modality else f"{wanted} task in this model"
     raise UserError(f"no {missing}; it has {', '.join(tasks)}")
-
-
-def choose_tower(
-    tasks: Mapping[str, Task],
-    modality: str | None,
-    given: str | None,
-    objectives: Collection[str],
-    ranks: Sequence[Callable[[Task], str | None]],
-) -> tuple[str, str]:
-    """Return the only task that may answer an input, and its tower; see :func:`find_towers`.
-
-    Raises:
-        UserError: as :func:`find_towers`, or several tasks of the first rank may answer.
-    """
-    found = find_towers(tasks, modality, given, objectives, ranks)
-    # Each of them would answer, and the user wants one answer.
-    if len(found) > 1:
-        raise UserError(describe_several(found, modality))
-    return next(iter(found.items()))
 
 
 def describe_several(found: Mapping[str, str], modality: str | None) -> str:

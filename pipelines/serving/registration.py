@@ -9,20 +9,29 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+from pipelines.data.shards.dataset import open_corpus
+from pipelines.serving import bundle
+from pipelines.training.evaluation.evaluator import evaluate_model, locate_task_corpus
+from pipelines.training.evaluation.tables import find_row, primary_metric, run_description
+from pipelines.training.evaluation.weak_tests import find_weak_tests
+from pipelines.training.runs import model_source
+from pipelines.training.runs.model_source import ModelSource
 from skillnet_files.commit import remove_leftovers
-from skillnet_platform import console
+from skillnet_platform import __version__, console
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import run_root, scratch_directory, sha256_file
-
-if TYPE_CHECKING:
-    from pipelines.training.runs.model_source import ModelSource
-    from skillnet_platform.tracking import TrackingConfig
-    from skillnet_platform.tracking.champion import MetricEstimate
-    from skillnet_platform.tracking.registry import RegisteredVersion
-
+from skillnet_platform.tracking import TrackingConfig, backend, champion, registry, start_run
+from skillnet_platform.tracking.champion import MetricEstimate
+from skillnet_platform.tracking.registry import RegisteredVersion
+from skillnet_platform.tracking.spool import is_away
 
 #: Tag of a version: the digest of the weights that it was registered from.
 WEIGHTS_TAG = "weights_digest"
@@ -37,7 +46,7 @@ class WeakTestError(UserError):
 
 
 def register_model(
-    source: "ModelSource",
+    source: ModelSource,
     data: str | Path,
     *,
     rows: Sequence[dict[str, Any]] | None = None,
@@ -47,9 +56,9 @@ def register_model(
     bootstrap_samples: int = 1000,
     force: bool = False,
     description: str = "",
-    parents: Sequence["ModelSource"] = (),
+    parents: Sequence[ModelSource] = (),
     allow_weak_test: bool = False,
-) -> "RegisteredVersion":
+) -> RegisteredVersion:
     """Register a model as a new version, and set its alias by comparison with the champion.
 
     The same weights of the same run are registered once: a second call returns their version, and
@@ -79,13 +88,9 @@ def register_model(
     """
     check_trained_tasks(source)
     source.require_own_splits("Registration")
-    # These modules load torch and MLflow, which --help of the commands must not do.
-    from pipelines.training.runs.model_source import load_trained_tasks
-    from skillnet_platform.tracking import backend, champion, registry
-
     # SIGTERM may interrupt any step: the same command completes the registration.
     with terminate_as_interrupt():
-        model = load_trained_tasks(source)
+        model = model_source.load_trained_tasks(source)
         weak = _find_weak_tests([source, *parents], model, data, allow_weak_test)
         backend.setup_backend(uri)
         client = backend.create_client(backend.resolve_uri(uri))
@@ -105,32 +110,36 @@ def register_model(
             console.print_note(f"{source.name} is registered already: {registered.uri}")
         else:
             if rows is None:
-                rows = _evaluate(source, model, data, bootstrap_samples)
-            registered = _register_bundle(
-                source, model, data, rows, baseline_rows, name, uri, description, key, weak
-            )
+                console.print_note("evaluating the model before its registration")
+                rows = evaluate_model(
+                    model,
+                    data,
+                    seed=source.seed,
+                    corpora=source.corpora,
+                    limits=source.limits,
+                    steps=source.steps,
+                    bootstrap_samples=bootstrap_samples,
+                )
+            total = sum(p.numel() for p in model.parameters())
+            page = run_description(rows, baseline_rows, model.config, total, weak_tests=weak)
+            page = f"{description}\n\n{page}" if description else page
+            registered = _register_bundle(source, model, data, rows, name, uri, key, page)
         # A version that passed the comparison is not recorded as forced.
         if force and registered.alias != champion.CHAMPION:
             verdict = champion.promote_version(registered.version, name=name, uri=uri, force=True)
             registered = dataclasses.replace(registered, alias=champion.CHAMPION, verdict=verdict)
-    _warn_if_incomparable(registered, source.name)
+    if registered.alias != champion.CHAMPION and registered.verdict.is_incomparable:
+        # No version on these data is ever compared with such a champion.
+        console.print_warning(
+            f"{registered.uri}: not promoted. {registered.verdict}. To make this version the "
+            f"champion: skillnet register {source.name} --force true"
+        )
     return registered
 
 
-def _warn_if_incomparable(registered: "RegisteredVersion", source: str) -> None:
-    """Say how to replace a champion with which no version on these data is ever compared."""
-    from skillnet_platform.tracking import champion
-
-    if registered.alias != champion.CHAMPION and registered.verdict.is_incomparable:
-        console.print_warning(
-            f"{registered.uri}: not promoted. {registered.verdict}. To make this version the "
-            f"champion: skillnet register {source} --force true"
-        )
-
-
 def register_measured_run(
-    tracking: "TrackingConfig",
-    sources: Sequence["ModelSource"],
+    tracking: TrackingConfig,
+    sources: Sequence[ModelSource],
     run: Path,
     data: str,
     rows: Sequence[dict[str, Any]],
@@ -153,9 +162,6 @@ def register_measured_run(
     """
     if not tracking.register:
         return None
-    from pipelines.training.runs import model_source
-    from skillnet_platform.tracking.champion import OtherModelError
-
     try:
         for source in sources:
             check_trained_tasks(source)
@@ -167,26 +173,19 @@ def register_measured_run(
             description=description,
             parents=sources,
         )
-    except (UntrainedTaskError, WeakTestError, OtherModelError) as error:
+    except (UntrainedTaskError, WeakTestError, champion.OtherModelError) as error:
         console.print_warning(str(error))
         return None
-    return {
-        "name": registered.name,
-        "version": registered.version,
-        "alias": registered.alias,
-        "uri": registered.uri,
-    }
+    return {key: getattr(registered, key) for key in ("name", "version", "alias", "uri")}
 
 
-def find_unregistered(sources: Sequence["ModelSource"], uri: str | None) -> "ModelSource | None":
+def find_unregistered(sources: Sequence[ModelSource], uri: str | None) -> ModelSource | None:
     """Return the first of several models whose weights are no registered version; None for none.
 
     Args:
         sources: the models.
         uri: MLflow tracking URI.
     """
-    from skillnet_platform.tracking import backend
-
     client = backend.create_client(backend.resolve_uri(uri))
     for source in sources:
         wanted = f"tags.{WEIGHTS_TAG} = '{source.digest}'"
@@ -195,7 +194,7 @@ def find_unregistered(sources: Sequence["ModelSource"], uri: str | None) -> "Mod
     return None
 
 
-def check_trained_tasks(source: "ModelSource") -> None:
+def check_trained_tasks(source: ModelSource) -> None:
     """Raise UntrainedTaskError if a task of a model has random weights; name it and the reason."""
     # The final model has no head of an auxiliary task.
     untrained = {k: v for k, v in source.untrained.items() if k not in source.auxiliary}
@@ -207,14 +206,15 @@ def check_trained_tasks(source: "ModelSource") -> None:
 
 
 def _find_weak_tests(
-    sources: Sequence["ModelSource"], model: Any, data: str | Path, allowed: bool
+    sources: Sequence[ModelSource], model: Any, data: str | Path, allowed: bool
 ) -> list[str]:
     """Return why the test of a model proves little; refuse test rows of its training by default."""
-    from pipelines.training.evaluation.weak_tests import find_weak_tests
-    from pipelines.training.runs.model_source import list_training_reads, read_training_settings
-
     source = sources[0]
-    reads = [read for each in sources for read in list_training_reads(read_training_settings(each))]
+    reads = [
+        read
+        for each in sources
+        for read in model_source.list_training_reads(model_source.read_training_settings(each))
+    ]
     # Promotion compares models on this split.
     found = find_weak_tests(
         data, model.config.tasks, reads, corpora=source.corpora, splits=["test"]
@@ -229,7 +229,7 @@ def _find_weak_tests(
     return [each.sentence for each in found]
 
 
-def check_given_name(tracking: "TrackingConfig", system: str) -> None:
+def check_given_name(tracking: TrackingConfig, system: str) -> None:
     """Refuse the registered model that a run names, if it has another system.
 
     A run calls it before its training. A default name contains the system and is not looked up.
@@ -243,9 +243,6 @@ def check_given_name(tracking: "TrackingConfig", system: str) -> None:
     """
     if not tracking.register or not tracking.registered_model:
         return
-    from skillnet_platform.tracking import backend, champion
-    from skillnet_platform.tracking.spool import is_away
-
     backend.setup_backend(tracking.uri)
     client = backend.create_client(backend.resolve_uri(tracking.uri))
     try:
@@ -257,74 +254,58 @@ def check_given_name(tracking: "TrackingConfig", system: str) -> None:
 
 
 def _registration_key(
-    source: "ModelSource", model: Any, data: str | Path, name: str, uri: str | None
+    source: ModelSource, model: Any, data: str | Path, name: str, uri: str | None
 ) -> str:
     """Return the same key for each registration of a model's weights from the same corpora."""
-    from pipelines.data.shards.dataset import open_corpus
-    from pipelines.training.evaluation.evaluator import locate_task_corpus
-    from pipelines.training.runs.model_source import is_known_run
-    from skillnet_platform.config import digest_config
-
     corpora = {
         task: open_corpus(locate_task_corpus(data, task, source.corpora)).digest
         for task in model.config.tasks
     }
-    is_known = source.run_id is not None and is_known_run(source.run_id, uri)
+    is_known = source.run_id is not None and model_source.is_known_run(source.run_id, uri)
     return digest_config([name, source.digest, source.run_id if is_known else None, corpora])
 
 
 def _register_bundle(
-    source: "ModelSource",
+    source: ModelSource,
     model: Any,
     data: str | Path,
     rows: Sequence[dict[str, Any]],
-    baseline_rows: Sequence[dict[str, Any]],
     name: str,
     uri: str | None,
-    description: str,
     key: str,
-    weak_tests: Sequence[str],
-) -> "RegisteredVersion":
-    from pipelines.serving import bundle
-    from pipelines.training.evaluation.tables import run_description
-    from pipelines.training.runs.model_source import BUNDLE
-    from skillnet_platform import __version__
-    from skillnet_platform.tracking import champion, registry
-
+    page: str,
+) -> RegisteredVersion:
     # The directory is private: another registration at the same time writes to its own.
     with (
         _open_run(source, uri, key) as run_id,
         scratch_directory(_bundle_place()) as scratch,
     ):
-        folder = bundle.build_bundle(source, data, scratch / BUNDLE, rows)
+        folder = bundle.build_bundle(source, data, scratch / model_source.BUNDLE, rows)
         # The bundle is read back, so that a damaged one is never registered.
         manifest = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}
-        total_params = sum(p.numel() for p in model.parameters())
-        page = run_description(
-            rows, baseline_rows, model.config, total_params, weak_tests=weak_tests
-        )
+        sealed = sha256_file(folder / bundle.MANIFEST)
         return registry.register_version(
             run_id,
             # MLflow stores the file as code, so that the version contains no pickle file.
             Path(__file__).with_name("mlflow_model.py"),
-            {BUNDLE: folder},
+            {model_source.BUNDLE: folder},
             registry_metrics(rows, model.config.tasks, manifest),
             uri=uri,
             name=name,
             signature=model_signature(),
-            metadata={"manifest_sha256": sha256_file(folder / bundle.MANIFEST)},
+            metadata={"manifest_sha256": sealed},
             requirements=[
                 # Another version may not read this bundle format, so the requirement is exact.
                 f"skillnet-platform=={__version__}",
                 *registry.installed_requirements(registry.REQUIREMENTS),
             ],
-            description=f"{description}\n\n{page}" if description else page,
+            description=page,
             tags={
                 # `skillnet verify` compares these digests with the present files.
                 champion.SYSTEM_TAG: model.system,
                 WEIGHTS_TAG: source.digest,
-                "manifest_sha256": sha256_file(folder / bundle.MANIFEST),
+                "manifest_sha256": sealed,
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},
             },
@@ -339,7 +320,7 @@ def _bundle_place() -> Path:
 
 def registry_metrics(
     rows: Sequence[dict[str, Any]], tasks: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> "dict[str, MetricEstimate]":
+) -> dict[str, MetricEstimate]:
     """Return the primary metric of each task on ``test``, for the promotion decision.
 
     Args:
@@ -347,9 +328,6 @@ def registry_metrics(
         tasks: name -> task.
         manifest: entry ``serving`` of the bundle's manifest, with the digests of the corpora.
     """
-    from pipelines.training.evaluation.tables import find_row, primary_metric
-    from skillnet_platform.tracking.champion import MetricEstimate
-
     estimates: dict[str, MetricEstimate] = {}
     for task, spec in tasks.items():
         metric, higher_is_better = primary_metric(spec.objective)
@@ -365,66 +343,37 @@ def registry_metrics(
 
 def model_signature() -> Any:
     """Return the MLflow signature of a registered model: input and output columns, parameters."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array
-
     text, number = DataType.string, DataType.double
     inputs = Schema(
         [
             # MLflow rejects rows without a required column, and a row has either text or file.
-            ColSpec(text, "text", required=False),
-            ColSpec(text, "file", required=False),
-            ColSpec(text, "name", required=False),
-            ColSpec(text, "task", required=False),
+            ColSpec(text, name, required=False)
+            for name in ("text", "file", "name", "task")
         ]
     )
     outputs = Schema(
         [
-            ColSpec(text, "input"),
-            ColSpec(text, "task"),
-            ColSpec(text, "answer"),
+            *(ColSpec(text, name) for name in ("input", "task", "answer")),
             # A query has no score: its embedding is the result.
             ColSpec(number, "score", required=False),
             ColSpec(Array(text), "alternatives"),
-            ColSpec(Array(number), "scores"),
-            ColSpec(Array(number), "embedding"),
+            *(ColSpec(Array(number), name) for name in ("scores", "embedding")),
             ColSpec(number, "confidence"),
         ]
     )
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, 5)]))
 
 
-def _evaluate(
-    source: "ModelSource", model: Any, data: str | Path, bootstrap_samples: int
-) -> list[dict[str, Any]]:
-    from pipelines.training.evaluation.evaluator import evaluate_model
-
-    console.print_note("evaluating the model before its registration")
-    return evaluate_model(
-        model,
-        data,
-        seed=source.seed,
-        corpora=source.corpora,
-        limits=source.limits,
-        steps=source.steps,
-        bootstrap_samples=bootstrap_samples,
-    )
-
-
 @contextlib.contextmanager
-def _open_run(source: "ModelSource", uri: str | None, key: str) -> Iterator[str]:
+def _open_run(source: ModelSource, uri: str | None, key: str) -> Iterator[str]:
     """Yield the id of the run that trained the model, or of its registration if it has none."""
-    from pipelines.training.runs.model_source import is_known_run
-    from skillnet_platform import tracking
-
-    if source.run_id is not None and is_known_run(source.run_id, uri):
+    if source.run_id is not None and model_source.is_known_run(source.run_id, uri):
         yield source.run_id
         return
 
     # The load of this machine says nothing about the model.
-    settings = tracking.TrackingConfig(uri=uri, system_metrics=False)
-    with tracking.start_run(
+    settings = TrackingConfig(uri=uri, system_metrics=False)
+    with start_run(
         f"register {Path(source.name).name}",
         tracking=settings,
         description=f"Registered from `{source.weights}`, which has no run in this tracker.",

@@ -15,6 +15,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 from urllib.parse import quote
@@ -94,7 +95,8 @@ def find_packages(place: str) -> dict[str, int]:
     """
     where = locate_catalogue(place)
     if isinstance(where, Path):
-        found = {path.name: path.stat().st_size for path in _list_folder(where) if path.is_file()}
+        paths = where.iterdir() if where.is_dir() else ()
+        found = {path.name: path.stat().st_size for path in paths if path.is_file()}
     else:
         with _hub_errors(place):
             found = {entry.name: entry.bytes for entry in list_files(where)}
@@ -103,10 +105,6 @@ def find_packages(place: str) -> dict[str, int]:
         for name, size in sorted(found.items())
         if name.endswith(PACKAGE_SUFFIX) and "/" not in name
     }
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def list_catalogue(place: str, model: Path | None = None) -> list[CatalogueEntry]:
@@ -169,18 +167,18 @@ def _describe(
 def _read_header(where: Location, place: str, name: str, size: int) -> "SkillPackage":
     from skillnet.skill_packages import read_package_header
 
-    shown = Path(f"{name}@{place}")
-    if isinstance(where, Path):
-        with (where / f"{name}{PACKAGE_SUFFIX}").open("rb") as file:
+    with contextlib.ExitStack() as stack:
+        if isinstance(where, Path):
+            file = stack.enter_context((where / f"{name}{PACKAGE_SUFFIX}").open("rb"))
 
-            def read_local(start: int, end: int) -> bytes:
+            def read(start: int, end: int) -> bytes:
                 file.seek(start)
                 return file.read(end - start)
-
-            return read_package_header(cast(IO[bytes], _RangedFile(read_local, size)), shown)
-    uri = f"{where}/{name}{PACKAGE_SUFFIX}"
-    ranged = _RangedFile(lambda start, end: read_range(uri, start, end), size)
-    return read_package_header(cast(IO[bytes], ranged), shown)
+        else:
+            read = partial(read_range, f"{where}/{name}{PACKAGE_SUFFIX}")
+        return read_package_header(
+            cast(IO[bytes], _RangedFile(read, size)), Path(f"{name}@{place}")
+        )
 
 
 class _RangedFile(io.RawIOBase):

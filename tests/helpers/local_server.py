@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving.connection_guard import ServerLimits, configure_server
-from pipelines.serving.http_server import ModelGateway, build_application
-from pipelines.serving.served_model import UnreadyIndexError
 from skillnet_platform.errors import UserError
+from skillnet_serving.server.admission import configure_server
+from skillnet_serving.server.config import ServerLimits
+from skillnet_serving.server.http_server import ModelGateway, build_application
+from skillnet_serving.server.served_model import UnreadyIndexError
 from tests.helpers.ports import free_port
 from tests.helpers.waiting import wait_until
 
@@ -38,8 +39,8 @@ class LocalReplica:
     cancelled: list[Any] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
 
-    def __getattr__(self, name: str) -> Any:
-        return _Method(self, partial(self._answer, name))
+    def __call__(self, name: str, request: Any) -> "_Response":
+        return _Response(self, partial(self._answer, name), request)
 
     def _answer(self, name: str, request: Any) -> Any:
         if name == "describe_later":
@@ -56,16 +57,7 @@ class LocalReplica:
             return {"unready": str(error)}
         except UserError as error:
             return {"error": str(error)}
-        return getattr(self.model, name)(request, search, row, search.embed_query(row))
-
-
-@dataclass
-class _Method:
-    replica: LocalReplica
-    answer: Callable[[Any], Any]
-
-    def remote(self, request: Any) -> "_Response":
-        return _Response(self.replica, self.answer, request)
+        return self.model.search(request, search, row, search.embed_query(row))
 
 
 @dataclass
@@ -155,7 +147,7 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def run_service(
-    model: Any, limits: ServerLimits, token: str | None = TOKEN, handle: Any = None
+    model: Any, limits: ServerLimits, token: str | None = TOKEN, ask: Any = None
 ) -> Iterator[Service]:
     """Run a server during a block.
 
@@ -163,10 +155,10 @@ def run_service(
         model: object of its only replica: a ServedModel, a stub of it, or a ModelReplica.
         limits: bounds of requests, connections and time.
         token: that requests must have, or None.
-        handle: that calls a ModelReplica; None makes a handle that tests control.
+        ask: calls a ModelReplica; None makes a replica that tests control.
     """
-    replica, port = handle or LocalReplica(model), free_port()
-    gateway = ModelGateway(replica, model.describe(), limits, (DeadReplicaError,))
+    replica, port = LocalReplica(model), free_port()
+    gateway = ModelGateway(ask or replica, model.describe(), limits, (DeadReplicaError,))
     server = configure_server(build_application(gateway, token, limits), "127.0.0.1", port, limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

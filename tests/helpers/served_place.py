@@ -86,9 +86,10 @@ def _made(root: Path) -> ServedPlace:
     return ServedPlace(root)
 
 
-def served_place(factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
-    """The place, with the environment pointing at it; for a module's fixture."""
-    root = factory.getbasetemp() / "served"
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
+    """The place, with the environment pointing at it."""
+    root = tmp_path_factory.getbasetemp() / "served"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root))
         yield _made(root)
@@ -147,3 +148,9 @@ def pack_shapes(
     target = folder / f"{package}.skill"
     assert skills.pack_tasks([str(grown), "--output", str(target)]) == 0
     return target
+
+
+@pytest.fixture(scope="module")
+def shelf(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package ``shapes``, and with the model ``grown`` that it was made from."""
+    return pack_shapes(place, tmp_path_factory.mktemp("shelf")).parent

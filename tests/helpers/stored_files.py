@@ -25,7 +25,6 @@ from pipelines.data.tokenizer.selection import convert_tokenizer
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.data.transforms.text import encode_texts
 from pipelines.serving.bundle import check_tasks
-from pipelines.serving.corpus_search import read_index, write_index
 from pipelines.training.config.run import FinetuneConfig, TrainingConfig
 from pipelines.training.loop import checkpointing
 from pipelines.training.loop.optimizer import build_optimizer
@@ -41,6 +40,7 @@ from skillnet import systems
 from skillnet.serialization import write_manifest, write_parts
 from skillnet_corpora.archives import iter_members
 from skillnet_platform import config
+from skillnet_serving.retrieval.corpus_search import read_index, write_index
 from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry

@@ -45,9 +45,7 @@ class StubModel:
         return (request.query,)
 
     def search(self, request: Any, query: Any) -> Any:
-        """Answer without hits."""
+        """Answer without hits, or with a page."""
+        if request.is_page:
+            return {"html": "<p>stub</p>"}
         return {"task": "text_to_image", "searched": 0, "hits": []}
-
-    def render_search(self, request: Any, query: Any) -> Any:
-        """Answer with a page."""
-        return {"html": "<p>stub</p>"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import evaluate, predict, register, search
+from pipelines import evaluate, predict, register
 from pipelines.finetune import finetune, main, run_end_to_end
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.evaluation.inference import InferenceRunner
@@ -29,6 +29,7 @@ from skillnet_platform.cluster import connect
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking.source_commit import find_source_commit
+from skillnet_serving import search
 from tests.helpers import readable_corpora
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import small_config

@@ -17,11 +17,7 @@ import yaml
 from pipelines import predict
 from pipelines.data.preprocessing.task_template import describe_task
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.search import SearchConfig, search_corpus
 from pipelines.serving import bundle
-from pipelines.serving.connection_guard import ServerLimits
-from pipelines.serving.export import export_bundle
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.training.config.run import TaskTraining
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.loop.loop import train_model
@@ -34,6 +30,10 @@ from skillnet.skills import DEFAULT_SKILLS, known_tasks
 from skillnet.systems import build_system
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.errors import UserError
+from skillnet_serving.model_export import export_bundle
+from skillnet_serving.search import SearchConfig, search_corpus
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.served_model import ServedModel
 from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.processes import run_python
@@ -204,7 +204,7 @@ def test_a_modality_goes_from_files_to_predictions(
     assert predict.main([str(waves / "words.csv"), "--model", str(folder)]) == 2
     assert "words.csv: not a table of numbers" in capsys.readouterr().err
     sent = base64.b64encode(file.read_bytes()).decode()
-    served = ServedModel(ServedModelConfig(str(run), str(data)))
+    served = ServedModel(ServeConfig(str(run), str(data)))
     served.open_indexes()
     with run_service(served, LIMITS) as service:
         status, body, _ = service.ask("/v1/predict", {"rows": [{"file": sent, "name": "a.csv"}]})

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import predict, search
+from pipelines import predict
 from pipelines.serving.bundle import open_predictor
 from pipelines.serving.inputs import PredictionItem, guess_modality
 from pipelines.training.runs import model_source
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from skillnet_serving import search
 from tests.helpers.readable_corpora import SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
 
@@ -120,25 +121,6 @@ class TestSearch:
         assert page.is_symlink()
         assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
-    def test_scores_are_those_of_the_model(self, place: Place, capsys):
-        found = run(["蓝色的圆圈", "--top", "3", "--precision", "fp32"], capsys, search)
-        from pipelines.data.shards.dataset import open_corpus
-        from pipelines.data.tokenizer import training as tokenizer_training
-
-        model = SkillNet.from_pretrained(place.saved)
-        words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")
-        corpus = open_corpus(place.data / "drawings")
-        with torch.no_grad():
-            tokens = torch.tensor([words.encode("蓝色的圆圈").ids])
-            query = model.embed("text_to_image", "query", {"tokens": tokens})[0]
-            for hit in found["hits"]:
-                row = corpus.splits[hit["split"]].table().slice(hit["row"], 1).to_pylist()[0]
-                assert row["key"] == hit["key"]
-                assert row["captions"][0] == hit["caption"]
-                pixels = torch.tensor(row["pixels"], dtype=torch.uint8).view(1, 48, 48, 3)
-                vector = model.embed("text_to_image", "candidate", {"pixels": pixels})[0]
-                assert float(query @ vector) == pytest.approx(hit["score"], abs=1e-5)
-
     def test_the_index_is_kept_until_model_or_corpus_change(self, place: Place, capsys, tmp_path):
         indexes = Path(search.run_root()) / "cache" / "indexes"
         words = ["黑色", "--top", "1", "--splits", "validation"]
@@ -154,18 +136,3 @@ class TestSearch:
         SkillNet(config()).save_pretrained(tmp_path / "other")
         run([*words, "--model", str(tmp_path / "other")], capsys, search)
         assert len(list_indexes()) == len(before) + 1
-
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            ([], "the query is empty"),
-            ([" "], "the query is empty"),
-            (["心", "--task", "text_classification"], "is not a retrieval task"),
-            (["心", "--splits", "tset"], "has no split 'tset'"),
-            (["心", "--data", "/nowhere"], "missing. Run `skillnet prepare drawings`"),
-        ],
-    )
-    def test_mistakes_have_one_message(self, place: Place, capsys, words, message):
-        capsys.readouterr()
-        assert search.main(words) == 2
-        assert message in capsys.readouterr().err

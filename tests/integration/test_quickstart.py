@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import quickstart, search, verify
+from pipelines import quickstart, verify
 from skillnet_platform.cluster import connect
 from skillnet_platform.tracking import backend, registry
+from skillnet_serving import search
 from tests.helpers.readable_corpora import write_corpora
 from tests.helpers.small_run import SMALL_RUN, option_arguments
 

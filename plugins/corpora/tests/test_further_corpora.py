@@ -14,7 +14,6 @@ import pytest
 from pipelines.data.corpora import DEMO, find_corpus, is_built_in
 from pipelines.data.preprocessing.blocks import rows_to_table
 from pipelines.data.shards.dataset import PreparedCorpus
-from pipelines.serving.corpus_search import credit_line
 from plugins.corpora.tests.demo_archives import (
     made_classification,
     read_rows,
@@ -38,6 +37,7 @@ from skillnet_corpora.study.further_splits import MORE, PAIRS, RESERVE
 from skillnet_corpora.study.headings_unused import UnusedHeadingsCorpus
 from skillnet_corpora.study.syllables_voices import SyllableVoicesCorpus, parse_zhuyin
 from skillnet_files.entry_points import find_own_entries
+from skillnet_serving.retrieval.corpus_search import credit_line
 from tests.helpers.archive_files import packaged, tarred, zipped
 
 Rows = dict[str, dict[str, Any]]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.serving.connection_guard import ServerLimits
+from skillnet_serving.server.config import ServerLimits
 from tests.helpers.local_server import TOKEN, Service, run_service
 from tests.helpers.random_damage import budget
 from tests.helpers.stub_model import StubModel

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.serving.search_page import ResultCard
-from pipelines.serving.search_page import render_search_page as gallery
+from skillnet_serving.retrieval.search_page import ResultCard
+from skillnet_serving.retrieval.search_page import render_search_page as gallery
 from skillnet_studies.report.report import render_template
 from tests.helpers.html_probe import HOSTILE, NASTY, assert_harmless
 

@@ -14,12 +14,13 @@ from skillnet.baselines.alone import SeparateSkillNets
 from skillnet.baselines.dense import DenseModel
 from skillnet.baselines.moe import MoE
 from skillnet.config import SkillNetConfig
-from skillnet.dense_export import TowerGraph, export_tower, make_example_batch
 from skillnet.modalities.tensors import PAD
 from skillnet.model import SkillNet
 from skillnet.objectives.retrieval import find_grid_side
+from skillnet.skill_proofs import make_example_batch
 from skillnet.skills import SkillPlan, Task
 from skillnet_hf.specialist import SpecialistModel
+from skillnet_serving.model_export import TowerGraph, export_tower
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of
 
 TASKS = ("text_to_image", "text_to_code")

@@ -13,7 +13,6 @@ from pipelines.training.loop.sharding import require_sharding
 from pipelines.training.loop.worker import remove_untrained_parts
 from skillnet.accounting import account, account_task
 from skillnet.config import MAX_SOURCES, LowRankSkill
-from skillnet.dense_export import merge_task_skills
 from skillnet.layers import SkillLinear
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill, add_task, plan_merge, read_parent, remove_skill
@@ -23,6 +22,7 @@ from skillnet.skill_weights import SkillWeights
 from skillnet.skills import SkillPlan, Task
 from skillnet.systems import build_system, load_model
 from skillnet_platform.errors import UserError
+from skillnet_serving.model_export import merge_task_skills
 from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
 RANK = 3

@@ -15,8 +15,6 @@ import pytest
 from sklearn.metrics import label_ranking_average_precision_score, r2_score
 
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.serving.connection_guard import ServerLimits
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.training.config.run import FinetuneConfig, TaskTraining, TrainingConfig
 from pipelines.training.evaluation.evaluator import evaluate_model
 from pipelines.training.evaluation.inference import InferenceRunner, split_inputs
@@ -37,6 +35,8 @@ from skillnet.skills import SkillPlan, Task, pretrained_modalities
 from skillnet.vocabulary import ModelVocabulary, parse_vocabulary
 from skillnet_planning.example_batches import build_example_batch
 from skillnet_platform.cli import main
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.served_model import ServedModel
 from tests.helpers.installed_entries import forget_entries
 from tests.helpers.local_server import run_service
 from tests.helpers.readable_corpora import config, write_labelled_corpora
@@ -137,7 +137,7 @@ def test_an_objective_of_another_package_walks_from_rows_to_answers(
     assert answer["answer"] in model.vocabulary.outputs["subject"]
     assert answer["score"] >= 0
     limits = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=30.0)
-    with run_service(ServedModel(ServedModelConfig(str(folder))), limits) as service:
+    with run_service(ServedModel(ServeConfig(str(folder))), limits) as service:
         status, body, _ = service.ask("/v1/predict", {"rows": [{"text": "文学研究"}]})
     assert status == 200
     (served,) = json.loads(body)["predictions"]

@@ -22,15 +22,15 @@ from pipelines import predict
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving import bundle
 from pipelines.serving.batch_prediction import BatchRequest, BlockPredictor, plan_blocks
-from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.inputs import parse_request_row
 from pipelines.serving.mlflow_model import SkillNetModel
-from pipelines.serving.request_rows import PredictionRequest
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet import SkillNet
 from skillnet.router import RoutedInput
 from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform.errors import UserError
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.request_rows import PredictionRequest
+from skillnet_serving.server.served_model import ServedModel
 from tests.helpers.file_forms import draw_png
 from tests.helpers.local_server import run_service
 from tests.helpers.readable_corpora import STROKES
@@ -246,7 +246,7 @@ def entries(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Ent
         asked = [name for name, each in REQUESTS.items() if each.method]
         made.outcomes[PYTHON] = {name: ask_python(made, model, name, 3) for name in asked}
         limits = ServerLimits(max_bytes=10**7, max_rows=99, max_requests=9, timeout_s=60.0)
-        with run_service(ServedModel(ServedModelConfig(made.model, search=False)), limits) as http:
+        with run_service(ServedModel(ServeConfig(made.model, search=False)), limits) as http:
             sent = [made.encoded(REQUESTS[name].row) for name in rows]
             status, body, _ = http.ask("/v1/predict", {"rows": sent, "top": 3})
             answer = json.loads(body)
@@ -314,7 +314,7 @@ def test_every_entry_says_that_the_router_is_unsure(
     monkeypatch.setattr(bundle, "open_predictor", lambda *_: opened)
     monkeypatch.setattr("pipelines.serving.mlflow_model.open_bundle", lambda _: opened)
     name = "tasks of one domain"
-    served = ServedModel(ServedModelConfig(entries.model, search=False))
+    served = ServedModel(ServeConfig(entries.model, search=False))
     request = PredictionRequest([parse_request_row(entries.encoded(REQUESTS[name].row), 0)])
     (answer,) = served.predict([served.read_rows(request, WorkBudget(60.0))])
     found = {

@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +16,10 @@ from pipelines.serving.inputs import PredictionItem
 from pipelines.serving.model_processor import ModelProcessor
 from pipelines.serving.predictor import TaskPredictor
 from skillnet import SkillNet
-from skillnet.objectives.base import find_objective
 from skillnet.skills import known_tasks
 from skillnet_platform.cli import main
 from skillnet_platform.errors import UserError
+from tests.helpers.processes import run_python
 from tests.helpers.readable_corpora import config
 from tests.helpers.served_place import ServedPlace
 
@@ -53,8 +51,7 @@ def folder(place: ServedPlace) -> Path:
 
 
 def test_methods_equal_predictions_without_ray_and_mlflow(folder: Path) -> None:
-    command = [sys.executable, "-c", BARE, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run_python("-c", BARE, folder)
     assert done.returncode == 0, done.stderr
     assert "Install the extra train: pip install 'skillnet-platform[train]'" in done.stderr
 
@@ -79,12 +76,6 @@ def test_vectors_of_two_tasks_are_not_compared(folder: Path) -> None:
     similar = model.similarity(model.encode_text(["横", "竖"], task="text_to_video"), videos)
     assert similar.shape == (2, 1)
     assert (similar.abs() <= 1 + 1e-5).all()
-
-
-def test_a_function_with_an_inner_one_is_one_input(folder: Path) -> None:
-    model = SkillNet.from_pretrained(folder)
-    nested = "def outer(x):\n    def inner(y):\n        return y\n    return inner(x)\n"
-    assert len(model.encode_code([nested, CODE])) == 2
 
 
 def test_unreadable_inputs_have_a_message(folder: Path, tmp_path: Path) -> None:
@@ -153,8 +144,8 @@ def model_of(*names: str) -> SkillNet:
     tasks = {name: dataclasses.replace(known_tasks()[name], outputs=3) for name in names}
     model = SkillNet(dataclasses.replace(config(), tasks=tasks))
     words = Tokenizer.from_str(train_tokenizer(["心"], []))
-    outputs = {name: "abc" for name, each in tasks.items() if find_objective(each.objective).listed}
-    model._processor = ModelProcessor(TaskPredictor(model, words, outputs))
+    entries = {name: {"names": "abc", "limit": None, "preprocessing": {}} for name in tasks}
+    model._processor = ModelProcessor(TaskPredictor(model, words, entries))
     return model
 
 

@@ -44,10 +44,16 @@ def predictor(
     words: Any, task: str, prepared: Mapping[str, Any], **limits: int
 ) -> RecordingPredictor:
     torch.manual_seed(0)
-    names = {"text_classification": [f"class {number}" for number in range(15)]}
-    return RecordingPredictor(
-        SkillNet(config()), words, names, limits=limits, preprocessing={task: prepared}
-    )
+    classes = [f"class {number}" for number in range(15)]
+    tasks = {
+        name: {
+            "names": classes if name == "text_classification" else [],
+            "limit": limits.get(name),
+            "preprocessing": prepared if name == task else {},
+        }
+        for name in config().tasks
+    }
+    return RecordingPredictor(SkillNet(config()), words, tasks)
 
 
 @pytest.mark.parametrize("keywords", [False, True])

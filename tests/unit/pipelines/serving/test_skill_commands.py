@@ -27,6 +27,7 @@ from skillnet_platform.storage import directories
 from tests.helpers.file_forms import draw_png
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.processes import run_python
 from tests.helpers.served_place import ServedPlace, pack_shapes
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -182,20 +183,8 @@ def test_packages_come_from_a_pinned_revision_of_the_hub(
             "broken.skill": bytes(other.getvalue()),
             "README.md": b"# skills",
         }
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        ended = subprocess.run(
-            [sys.executable, "-c", SCRIPT, json.dumps(calls)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
+        ended = run_python(
+            "-c", SCRIPT, json.dumps(calls), variables=hub.variables(tmp_path / "cache")
         )
         headers = hub.sent[: hub.sent.index(len(content))]
     assert ended.returncode == 0, ended.stderr

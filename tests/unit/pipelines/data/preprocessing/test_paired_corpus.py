@@ -13,16 +13,17 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines import export, prepare
+from pipelines import prepare
 from pipelines.data.preprocessing.paired_corpus import take_rows, write_paired_corpus
 from pipelines.data.shards.dataset import open_corpus
-from pipelines.search import SearchConfig, search_corpus
 from pipelines.serving.bundle import list_licences, open_predictor
 from pipelines.serving.inputs import read_input_item
 from pipelines.training.runs.model_source import resolve_model
 from skillnet import SkillNet
 from skillnet.skills import known_tasks
 from skillnet_platform.errors import UserError
+from skillnet_serving import export
+from skillnet_serving.search import SearchConfig, search_corpus
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.readable_corpora import config, write_corpora, write_labelled_corpora
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import evaluate, export, predict, register, search, verify
+from pipelines import evaluate, predict, register, verify
 from pipelines.serving.batch_prediction import BatchRequest, open_request_predictor
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.resolved_run import resolve_run
 from pipelines.training.loop.run import validate_run
@@ -23,6 +22,9 @@ from skillnet.skills import known_tasks
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
+from skillnet_serving import export, search
+from skillnet_serving.server.config import ServeConfig
+from skillnet_serving.server.served_model import ServedModel
 from skillnet_studies import interpret
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.readable_corpora import config
@@ -182,7 +184,7 @@ def test_a_command_about_a_run_needs_no_option(
 
 
 def test_predictions_of_files_and_servers_read_them_too(run: Path) -> None:
-    assert ServedModel(ServedModelConfig(str(run))).describe()["search"]
+    assert ServedModel(ServeConfig(str(run))).describe()["search"]
     predictor, _ = open_request_predictor(BatchRequest(str(run), None, "out"))
     assert predictor.names["text_classification"]
 

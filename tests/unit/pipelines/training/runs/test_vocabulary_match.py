@@ -13,7 +13,6 @@ import torch
 from pipelines.data.tokenizer.selection import convert_tokenizer
 from pipelines.data.tokenizer.training import train_tokenizer
 from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
-from pipelines.search import SearchConfig, search_corpus
 from pipelines.serving import bundle
 from pipelines.training.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.loop.loop import train_model
@@ -28,6 +27,7 @@ from skillnet.serialization import describe_files, read_manifest, read_vocabular
 from skillnet.systems import load_model
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
+from skillnet_serving.search import SearchConfig, search_corpus
 from skillnet_studies.interpretation.ablation import find_measured_splits
 from skillnet_studies.interpretation.gradient_share import measure_gradient_share
 from tests.helpers.prepared_corpora import change_corpus, set_column

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.serving.connection_guard import MAX_HEAD_BYTES, ServerLimits
+from skillnet_serving.server.admission import MAX_HEAD_BYTES
+from skillnet_serving.server.config import ServerLimits
 from tests.helpers.local_server import TOKEN, Service, read_to_end, run_service
 from tests.helpers.stub_model import StubModel
 from tests.helpers.waiting import wait_until

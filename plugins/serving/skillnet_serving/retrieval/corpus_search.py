@@ -13,17 +13,33 @@ in both directions, so either may read the query.
 import copy
 import functools
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from pipelines.data.config.folds import FoldConfig
+from pipelines.data.shards.columns import PAIRED_PREFIX, RaggedColumn, open_column, view_numbers
+from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
+from pipelines.data.shards.folds import open_fold
+from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.serving.bundle import check_unit_vectors, list_licences
 from pipelines.serving.inputs import PredictionItem
-from pipelines.serving.vector_scores import JoinedScores, iter_best
+from pipelines.serving.predictor import TaskPredictor
+from pipelines.training.evaluation.evaluator import locate_task_corpus
+from pipelines.training.evaluation.inference import split_inputs
+from pipelines.training.loading.task_columns import is_row_tower, tower_column
+from pipelines.training.runs.model_source import ModelSource
+from pipelines.training.runs.vocabulary_match import check_corpus_vocabulary
 from skillnet.modality import CAPTION_MODALITY, find_modality
 from skillnet.objectives.base import PAIR, find_objective
 from skillnet.rust_panics import panics_as_errors
@@ -33,13 +49,7 @@ from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 from skillnet_platform.storage.locks import hold_lock
-
-if TYPE_CHECKING:
-    from pipelines.data.shards.dataset import PreparedCorpus
-    from pipelines.data.transforms.decode_guard import WorkBudget
-    from pipelines.serving.predictor import TaskPredictor
-    from pipelines.serving.search_page import QueryPreview
-    from pipelines.training.runs.model_source import ModelSource
+from skillnet_serving.retrieval.search_page import QueryPreview, ResultCard, render_search_page
 
 #: Task of a search if the model has several.
 DEFAULT_TASK = "text_to_image"
@@ -78,6 +88,82 @@ class SearchHit:
     row: int
 
 
+def iter_best(scores: np.ndarray, count: int) -> Iterator[int]:
+    """Yield the positions of scores, the largest first; equal ones in their order.
+
+    Only the largest are sorted, four times as many whenever the caller wants more of them.
+
+    Args:
+        scores: (N,).
+        count: number of positions that the caller probably needs.
+    """
+    done = 0
+    while done < len(scores):
+        count = max(count, 1)
+        if count < len(scores):
+            least = np.partition(scores, -count)[-count]
+            found = np.flatnonzero(scores >= least)
+        else:
+            found = np.arange(len(scores))
+        # Results are reproducible, because the sort is stable.
+        order = found[np.argsort(-scores[found], kind="stable")]
+        yield from order[done:].tolist()
+        done, count = len(order), 4 * len(order)
+
+
+class JoinedScores:
+    """Products of vectors with queries; queries that arrive together share a pass over the memory.
+
+    A product with a million vectors waits for the memory, not for the processor. A block of vectors
+    stays in the cache for all waiting queries. Each product of a block and a query is the same with
+    any number of queries, so the scores do not depend on other requests.
+
+    Args:
+        vectors: (N, E) float32.
+    """
+
+    #: Vectors of a block: 1 MiB at 256 numbers.
+    BLOCK_ROWS = 1024
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors = vectors
+        self._pass, self._list = threading.Lock(), threading.Lock()
+        self._waiting: list[tuple[np.ndarray, Future[np.ndarray]]] = []
+
+    def score(self, query: np.ndarray) -> np.ndarray:
+        """Return the product with each vector, (N,); several threads may call it.
+
+        Args:
+            query: (E,).
+        """
+        answer: Future[np.ndarray] = Future()
+        with self._list:
+            self._waiting.append((query, answer))
+        with self._pass:
+            # The thread that had its turn before may have answered this query, too.
+            with self._list:
+                joined, self._waiting = self._waiting, []
+            self._run_pass(joined)
+        return answer.result()
+
+    def _run_pass(self, joined: list[tuple[np.ndarray, "Future[np.ndarray]"]]) -> None:
+        try:
+            kind = self._vectors.dtype
+            found = [np.empty(len(self._vectors), kind) for _ in joined]
+            queries = [query.astype(kind) for query, _ in joined]
+            for start in range(0, len(self._vectors) if joined else 0, self.BLOCK_ROWS):
+                block = self._vectors[start : start + self.BLOCK_ROWS]
+                for query, scores in zip(queries, found, strict=True):
+                    # A third faster than ``np.dot``, and equal vectors get equal scores.
+                    np.einsum("ij,j->i", block, query, out=scores[start : start + len(block)])
+        except Exception as error:
+            for _, answer in joined:
+                answer.set_exception(error)
+            return
+        for (_, answer), scores in zip(joined, found, strict=True):
+            answer.set_result(scores)
+
+
 @dataclass
 class SearchIndex:
     """Vectors of the rows of a search; searches of models that answer a task alike share them.
@@ -113,21 +199,13 @@ class CorpusSearch:
 
     def __init__(
         self,
-        predictor: "TaskPredictor",
-        source: "ModelSource",
+        predictor: TaskPredictor,
+        source: ModelSource,
         data: str | Path,
         task: str,
         splits: Sequence[str] | None = None,
         modality: str = CAPTION_MODALITY,
     ) -> None:
-        from pipelines.data.config.folds import FoldConfig
-        from pipelines.data.shards.columns import PAIRED_PREFIX
-        from pipelines.data.shards.dataset import open_corpus
-        from pipelines.data.shards.folds import open_fold
-        from pipelines.training.evaluation.evaluator import locate_task_corpus
-        from pipelines.training.loading.task_columns import tower_column
-        from pipelines.training.runs.vocabulary_match import check_corpus_vocabulary
-
         self.predictor, self.task, self.modality = predictor, task, modality
         spec = predictor.model.config.tasks[task]
         query_tower = find_query_tower(spec, modality)
@@ -144,15 +222,15 @@ class CorpusSearch:
         self.corpus = open_fold(corpus, FoldConfig())
         check_corpus_vocabulary(predictor.model, task, self.corpus)
         needs_captions = ranked == spec.caption_tower
-        self.splits = choose_search_splits(self.corpus, splits, needs_captions)
+        self.splits = _choose_splits(self.corpus, splits, needs_captions)
         #: Number of searched rows.
-        self.num_rows = check_indexable(predictor, task, self.corpus, self.splits)
+        self.num_rows = self._require_rows()
         self.index = SearchIndex()
         self._source, self._ranked = source, ranked
         version = "" if source.version is None else f" (version {source.version})"
         self.model = f"{source.name}{version}"
 
-    def take_model(self, predictor: "TaskPredictor", source: "ModelSource") -> "CorpusSearch":
+    def take_model(self, predictor: TaskPredictor, source: ModelSource) -> "CorpusSearch":
         """Return this search with another model; both have one index.
 
         Args:
@@ -177,7 +255,9 @@ class CorpusSearch:
             "ready": self.is_open,
         }
 
-    def open_index(self, place: str = "", on_rows: Callable[[int], object] | None = None) -> None:
+    def open_index(
+        self, place: str = "", on_rows: Callable[[int], object] = lambda rows: None
+    ) -> None:
         """Read the index of the corpus, or embed its rows; other threads may read the progress.
 
         Args:
@@ -187,35 +267,97 @@ class CorpusSearch:
 
         def count(rows: int) -> None:
             self.index.num_embedded += rows
-            if on_rows is not None:
-                on_rows(rows)
+            on_rows(rows)
 
-        vectors = build_retrieval_index(
-            self.predictor,
-            self._source,
-            self.task,
-            self.corpus,
-            self.splits,
-            self._ranked,
-            place,
-            count,
-        )
-        self.index.scores = JoinedScores(vectors)
+        self.index.scores = JoinedScores(self.embed_rows(place, count))
         self.index.num_embedded = self.num_rows
 
-    def find_hits(self, query: PredictionItem, top: int) -> list[SearchHit]:
-        """Return the best rows for a query, best first.
+    def embed_rows(
+        self, place: str = "", on_rows: Callable[[int], object] = lambda rows: None
+    ) -> np.ndarray:
+        """Return the vectors of all rows; the file is cached by model and corpus.
 
         Args:
-            query: text or file of the modality of this search.
-            top: number of results.
+            place: position of this search among others, for progress.
+            on_rows: called with the number of rows of each batch that is embedded.
 
-        Raises:
-            UserError: the query is empty or damaged.
+        Returns:
+            Unit vectors (N, E) float32, in the order of the splits and their rows.
         """
-        return self.rank_rows(self.embed_query(self.read_query(query)), top)
+        predictor, task, tower = self.predictor, self.task, self._ranked
+        config, limit = predictor.model.config, predictor.tasks[task]["limit"]
+        spec = config.tasks[task]
+        # Skills and tasks that a package adds change nothing here, so the file stays valid.
+        computed = self._source.digest_task(predictor.model, task)
+        # bf16 and float32 give different vectors, so an index belongs to one precision.
+        precision = predictor.runner.precision.name
+        about = [INDEX_VERSION, computed, self.corpus.digest, task, tower, self.splits, precision]
+        key = digest_config([*about, limit])
+        path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
+        shape = (self.num_rows, config.embedding_dim)
+        if (found := _read_cached(path, key, shape)) is not None:
+            return found
+        # Replicas of a server start together: one embeds, the others wait for its file.
+        with hold_lock(
+            path.with_suffix(".lock"),
+            lambda holder: f"{path}: waiting for {holder}, which embeds {self.corpus.name}",
+            wait=True,
+        ):
+            if (found := _read_cached(path, key, shape)) is not None:
+                return found
+            parts, title = [], f"embedding {self.corpus.name}{place}"
+            with console.show_progress(title, self.num_rows, "rows") as bar:
 
-    def read_query(self, query: PredictionItem, budget: "WorkBudget | None" = None) -> np.ndarray:
+                def advance(count: int) -> None:
+                    bar.advance(count)
+                    on_rows(count)
+
+                for name in self.splits:
+                    inputs = split_inputs(
+                        self.corpus.splits[name].table(),
+                        spec.towers[tower],
+                        config,
+                        f"{self.corpus.name}/{name}",
+                        column=tower_column(spec, tower),
+                        # The limit is about the corpus' own modality.
+                        limit=limit if is_row_tower(spec, tower) else None,
+                    )
+                    bar.advance(0, name)
+                    parts.append(predictor.runner.embed(task, tower, inputs, advance))
+            vectors = np.concatenate(parts)
+            write_index(path, key, vectors)
+        return vectors
+
+    def _require_rows(self) -> int:
+        """Return the number of rows; raise UserError for rows that cannot be embedded."""
+        corpus, config = self.corpus, self.predictor.model.config
+        spec = config.tasks[self.task]
+        modality = spec.towers[spec.row_tower].modality
+        # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
+        if corpus.modality != modality:
+            raise UserError(
+                f"{self.task}: the task ranks {modality}, but the corpus {corpus.name} holds "
+                f"{corpus.modality}. Use a model that was trained on this corpus"
+            )
+        rows = sum(corpus.splits[name].rows for name in self.splits)
+        if not rows:
+            raise UserError(
+                f"{corpus.name}: no rows in {', '.join(self.splits) or 'any split but pretrain'}. "
+                "Name other splits with --splits; the corpus has "
+                f"{', '.join(corpus.splits) or 'none'}"
+            )
+        size = rows * config.embedding_dim * 4  # float32
+        # Checked in advance: embedding takes long, and memory would run out only at its end.
+        if size > MAX_INDEX_BYTES:
+            raise UserError(
+                f"{corpus.name}: vectors of {rows:,} rows take {human_bytes(size)}, a search holds "
+                f"at most {human_bytes(MAX_INDEX_BYTES)} in memory; name some of its splits, for "
+                # The smallest split is the one that fits most probably.
+                f"example --splits {min(self.splits, key=lambda name: corpus.splits[name].rows)}"
+            )
+        return rows
+
+    def read_query(self, query: PredictionItem, budget: WorkBudget | None = None) -> np.ndarray:
         """Return the model input of a query.
 
         Args:
@@ -247,10 +389,6 @@ class CorpusSearch:
     @functools.cached_property
     def _known_tokens(self) -> np.ndarray:
         """Tokens of the texts that the query's tower reads in the corpus, (vocabulary,) bool."""
-        import pyarrow as pa
-
-        from pipelines.data.shards.columns import view_numbers
-
         known = np.zeros(self.predictor.model.config.vocab_size, bool)
         for split in self.corpus.splits.values():
             table = split.table()
@@ -284,9 +422,7 @@ class CorpusSearch:
             query_vector: result of :meth:`embed_query`.
             top: number of results.
         """
-        if self.index.scores is None:
-            self.open_index()
-        assert self.index.scores is not None
+        assert self.index.scores is not None  # opened before
         scores = self.index.scores.score(query_vector)
         return _rank_hits(self.corpus, self.splits, scores, top, self._prefix)
 
@@ -295,7 +431,7 @@ class CorpusSearch:
         query: str,
         hits: Sequence[SearchHit],
         tasks: Mapping[str, Sequence[str]] | None = None,
-        preview: "QueryPreview | None" = None,
+        preview: QueryPreview | None = None,
         doubt: str = "",
     ) -> str:
         """Return the results as one HTML page with embedded images.
@@ -308,8 +444,6 @@ class CorpusSearch:
             preview: picture or player of a file as the query.
             doubt: result of :meth:`describe_doubt`.
         """
-        from pipelines.serving.search_page import ResultCard, render_search_page
-
         facts = [
             ("task", self.task),
             ("model", self.model),
@@ -330,8 +464,6 @@ class CorpusSearch:
 
     def _load_content(self, hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
         """Return the picture or the video of a hit, or its text or code."""
-        from pipelines.data.shards.columns import RaggedColumn, open_column
-
         modality, table = find_modality(self._shown), self.corpus.splits[hit.split].table()
         if modality.reads_tokens:
             return None, _read_cell(table, self._prefix + modality.content_column, hit.row)
@@ -406,16 +538,10 @@ def choose_search_task(given: str | None, tasks: Mapping[str, Task], modality: s
     )
 
 
-def choose_search_splits(
-    corpus: "PreparedCorpus", names: Sequence[str] | None, needs_captions: bool = False
+def _choose_splits(
+    corpus: PreparedCorpus, names: Sequence[str] | None, needs_captions: bool
 ) -> list[str]:
-    """Return the splits to search: the named ones, or all except pretrain.
-
-    Args:
-        corpus: to search.
-        names: splits to read, or None for all.
-        needs_captions: whether captions are ranked; without names, splits without them are left
-            out.
+    """Return the named splits, or all except pretrain; without those that lack needed captions.
 
     Raises:
         UserError: the corpus has no such split.
@@ -443,14 +569,12 @@ def choose_search_splits(
 
 def _has_captions(table: Any) -> bool:
     """Return whether every row has a caption."""
-    import pyarrow.compute as pc
-
     if "caption_tokens" not in table.column_names:
         return False
     return pc.min(pc.list_value_length(table["caption_tokens"])).as_py() != 0
 
 
-def credit_line(corpus: "PreparedCorpus") -> str:
+def credit_line(corpus: PreparedCorpus) -> str:
     """Return authors and licences of the data of built-in corpora; "" for other corpora.
 
     Args:
@@ -461,7 +585,7 @@ def credit_line(corpus: "PreparedCorpus") -> str:
 
 
 def _rank_hits(
-    corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int, prefix: str
+    corpus: PreparedCorpus, splits: Sequence[str], scores: np.ndarray, top: int, prefix: str
 ) -> list[SearchHit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
     hits: list[SearchHit] = []
@@ -493,129 +617,7 @@ def _read_cell(table: Any, column: str, row: int) -> Any:
     return table.column(column)[row].as_py() if column in table.column_names else None
 
 
-# -- index: embeddings of rows or captions, cached on disk ----------------------------------------
-
-
-def build_retrieval_index(
-    predictor: "TaskPredictor",
-    source: "ModelSource",
-    task: str,
-    corpus: "PreparedCorpus",
-    splits: Sequence[str],
-    tower: str | None = None,
-    place: str = "",
-    on_rows: Callable[[int], object] | None = None,
-) -> np.ndarray:
-    """Return the embeddings of all rows of some splits; the file is cached by model and corpus.
-
-    Args:
-        predictor: with the model.
-        source: run, version or folder of the model.
-        task: a retrieval task; the digest of what it computes is part of the cache key.
-        corpus: to embed.
-        splits: names of its splits.
-        tower: that embeds the rows; the tower of captions embeds the first caption of each row.
-            None takes the tower of the rows.
-        place: position of this index among others, for progress.
-        on_rows: called with the number of rows of each batch that is embedded.
-
-    Returns:
-        Unit vectors (N, E) float32, in the order of the splits and their rows.
-
-    Raises:
-        UserError: as :func:`check_indexable`.
-    """
-    from pipelines.training.evaluation.inference import split_inputs
-    from pipelines.training.loading.task_columns import is_row_tower, tower_column
-
-    # bf16 and float32 give different vectors, so an index belongs to one precision.
-    precision = predictor.runner.precision.name
-    limit = predictor.limits.get(task)
-    spec = predictor.model.config.tasks[task]
-    tower = tower or spec.row_tower
-    # Skills and tasks that a package adds change nothing here, so the file stays valid.
-    computed = source.digest_task(predictor.model, task)
-    about = [INDEX_VERSION, computed, corpus.digest, task, tower, list(splits), precision]
-    key = digest_config([*about, limit])
-    path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
-    config = predictor.model.config
-    rows = check_indexable(predictor, task, corpus, splits)
-    shape = (rows, config.embedding_dim)
-    if (found := _read_cached(path, key, shape)) is not None:
-        return found
-    # Replicas of a server start together: one embeds, the others wait for its file.
-    with hold_lock(
-        path.with_suffix(".lock"),
-        lambda holder: f"{path}: waiting for {holder}, which embeds {corpus.name}",
-        wait=True,
-    ):
-        if (found := _read_cached(path, key, shape)) is not None:
-            return found
-        parts = []
-        with console.show_progress(f"embedding {corpus.name}{place}", rows, "rows") as bar:
-
-            def advance(count: int) -> None:
-                bar.advance(count)
-                if on_rows is not None:
-                    on_rows(count)
-
-            for name in splits:
-                inputs = split_inputs(
-                    corpus.splits[name].table(),
-                    spec.towers[tower],
-                    config,
-                    f"{corpus.name}/{name}",
-                    column=tower_column(spec, tower),
-                    # The limit is about the corpus' own modality.
-                    limit=limit if is_row_tower(spec, tower) else None,
-                )
-                bar.advance(0, name)
-                parts.append(predictor.runner.embed(task, tower, inputs, advance))
-        vectors = np.concatenate(parts)
-        write_index(path, key, vectors)
-    return vectors
-
-
-def check_indexable(
-    predictor: "TaskPredictor", task: str, corpus: "PreparedCorpus", splits: Sequence[str]
-) -> int:
-    """Check that splits can be embedded, and return the number of their rows.
-
-    Args:
-        predictor: with the model.
-        task: a retrieval task.
-        corpus: to embed.
-        splits: names of its splits.
-
-    Raises:
-        UserError: the splits have no rows, the corpus is of another modality, or the embeddings
-            exceed ``MAX_INDEX_BYTES``.
-    """
-    spec, config = predictor.model.config.tasks[task], predictor.model.config
-    modality = spec.towers[spec.row_tower].modality
-    # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
-    if corpus.modality != modality:
-        raise UserError(
-            f"{task}: the task ranks {modality}, but the corpus {corpus.name} holds "
-            f"{corpus.modality}. Use a model that was trained on this corpus"
-        )
-    rows = sum(corpus.splits[name].rows for name in splits)
-    if not rows:
-        raise UserError(
-            f"{corpus.name}: no rows in {', '.join(splits) or 'any split but pretrain'}. Name "
-            f"other splits with --splits; the corpus has {', '.join(corpus.splits) or 'none'}"
-        )
-    size = rows * config.embedding_dim * 4  # float32
-    # Checked in advance: embedding takes long, and memory would run out only at its end.
-    if size > MAX_INDEX_BYTES:
-        raise UserError(
-            f"{corpus.name}: vectors of {rows:,} rows take "
-            f"{human_bytes(size)}, a search holds at most {human_bytes(MAX_INDEX_BYTES)} in "
-            "memory; name some of its splits, for example --splits "
-            # The smallest split is the one that fits most probably.
-            f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
-        )
-    return rows
+# -- file of an index ---------------------------------------------------------------------------
 
 
 def _read_cached(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
@@ -639,8 +641,6 @@ def write_index(path: Path, key: str, vectors: np.ndarray) -> None:
         key: digest of all that decides the embeddings.
         vectors: unit vectors (N, E) float32.
     """
-    from safetensors.numpy import save
-
     about = {"key": key, "sha256": _hash_vectors(vectors)}
     # Two searches may build one index; no reader must see half a file.
     with atomic_write(path) as stream:
@@ -658,8 +658,6 @@ def read_index(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         UserError: the file is damaged, or of another model or corpus.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with panics_as_errors("no safetensors file"), safe_open(path, "numpy") as tensors:
             about = tensors.metadata() or {}

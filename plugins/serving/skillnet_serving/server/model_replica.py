@@ -1,7 +1,7 @@
 """Replica of ``skillnet serve``: requests that wait at the same time become one batch.
 
-A replica runs in the process of the server (:class:`LocalHandle`), or in a process of Ray Serve,
-which :mod:`pipelines.serve` starts for several replicas. It takes packages of skills that join the
+A replica runs in the process of the server, or in a process of Ray Serve, which
+:mod:`skillnet_serving.serve` starts for several replicas. It takes packages of skills that join the
 folder of its model, or leave it.
 """
 
@@ -11,29 +11,28 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from pipelines.data.transforms.decode_guard import WorkBudget
 from pipelines.data.transforms.decoder_process import MAX_CHILDREN
-from pipelines.serving.fair_share import FairShare
 from pipelines.serving.inputs import InputRow
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.served_model import (
+from skillnet.serialization import hash_file
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line
+from skillnet_serving.server.admission import FairShare
+from skillnet_serving.server.config import ServeConfig
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
+from skillnet_serving.server.served_model import (
     ClosedModelError,
     ReadRequest,
     ServedAnswer,
     ServedModel,
-    ServedModelConfig,
     UnreadyIndexError,
     read_change_ns,
 )
-from skillnet.serialization import hash_file
-from skillnet_platform import console
-from skillnet_platform.errors import UserError, first_line
 
 #: Inputs of a request that joins others; a larger one runs alone.
 MAX_JOINED_INPUTS = 64
@@ -41,7 +40,7 @@ MAX_JOINED_INPUTS = 64
 JOINED = "joined requests"
 #: CPU seconds of the last pass up to which the next one runs in the thread of the event loop.
 SHORT_PASS_S = 0.005
-#: Rows of short requests that may run there.
+#: Rows of a short request, which is read in the event loop, and of short requests in a pass there.
 MAX_SHORT_ROWS = 16
 #: Seconds between two looks at the folder of the model.
 LOOK_S = 1.0
@@ -53,15 +52,13 @@ class WaitingRequest:
 
     Args:
         model: that answers it.
-        read: returns its inputs.
-        rows: number of its rows.
-        is_short: whether ``read`` takes less time than a pass of the model.
+        read: its inputs.
+        is_short: whether it has few rows, and short texts only.
         answer: its answer, once it is known.
     """
 
     model: ServedModel
-    read: Callable[[], ReadRequest]
-    rows: int
+    read: ReadRequest
     is_short: bool
     answer: "asyncio.Future[ServedAnswer]"
 
@@ -81,7 +78,7 @@ class ModelReplica:
         config: settings of the server.
     """
 
-    def __init__(self, config: ServedModelConfig) -> None:
+    def __init__(self, config: ServeConfig) -> None:
         self._config, self._model = config, ServedModel(config)
         self._seen_ns, self._problem = 0, ""
         self._looking, self._is_closed = threading.Lock(), threading.Event()
@@ -163,6 +160,15 @@ class ModelReplica:
         await self._choose_model(manifest_ns)
         return self.describe()
 
+    def ask(self, method: str, request: Any) -> "asyncio.Task[ServedAnswer]":
+        """Return the task that answers a request, as a handle of Ray Serve does.
+
+        Args:
+            method: name of a method of this class.
+            request: its argument.
+        """
+        return asyncio.ensure_future(getattr(self, method)(request))
+
     async def predict(self, request: PredictionRequest) -> ServedAnswer:
         """Answer a prediction request, together with others that wait at the same time."""
         model = await self._choose_model(request.manifest_ns)
@@ -170,28 +176,23 @@ class ModelReplica:
 
     async def _predict(self, model: ServedModel, request: PredictionRequest) -> ServedAnswer:
         with _budget_of(request) as budget:
-            # Each step in another thread costs as much as reading a short text.
-            if len(request.rows) <= MAX_JOINED_INPUTS and model.is_short(request):
-                read_later = partial(model.read_rows, request, budget)
-                return await self._join(model, read_later, len(request.rows), is_short=True)
-            has_files = any(row.item and row.item.data is not None for row in request.rows)
-            read = await self._read(model.read_rows, request, budget, has_files)
+            is_short = len(request.rows) <= MAX_SHORT_ROWS and model.is_short(request)
+            if is_short:
+                # A step to another thread costs as much as reading a short text.
+                read = model.read_rows(request, budget)
+            else:
+                has_files = any(row.item and row.item.data is not None for row in request.rows)
+                read = await self._read(model.read_rows, request, budget, has_files)
             if len(read.inputs) <= MAX_JOINED_INPUTS:
-                return await self._join(model, lambda: read, len(read.inputs))
+                return await self._join(model, read, is_short)
             answers = await self._run(request.client, model.predict, [read], budget)
             found: ServedAnswer = answers[0]
             return found
 
-    async def _join(
-        self,
-        model: ServedModel,
-        read: Callable[[], ReadRequest],
-        rows: int,
-        is_short: bool = False,
-    ) -> ServedAnswer:
+    async def _join(self, model: ServedModel, read: ReadRequest, is_short: bool) -> ServedAnswer:
         """Return the answer of the next batch with room."""
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(WaitingRequest(model, read, rows, is_short, answer))
+        self._waiting.append(WaitingRequest(model, read, is_short, answer))
         if self._batches is None or self._batches.done():
             self._batches = asyncio.create_task(self._run_batches())
         found: ServedAnswer = await answer
@@ -233,63 +234,49 @@ class ModelReplica:
     def _is_quick(self, batch: list[WaitingRequest]) -> bool:
         """Return whether the event loop may wait for the answers of a batch."""
         is_short = all(each.is_short for each in batch)
-        rows = sum(each.rows for each in batch)
+        rows = sum(len(each.read.inputs) for each in batch)
         return is_short and rows <= MAX_SHORT_ROWS and self._pass_s <= SHORT_PASS_S
 
     def _answer(self, batch: list[WaitingRequest]) -> list[ServedAnswer]:
         if not batch:
             return []
         began = time.thread_time()
-        answers = batch[0].model.predict([each.read() for each in batch])
+        answers = batch[0].model.predict([each.read for each in batch])
         self._pass_s = time.thread_time() - began
         return answers
 
     async def search(self, request: SearchRequest) -> ServedAnswer:
-        """Answer a search request."""
-        return await self._search(request, lambda model: model.search)
-
-    async def render_search(self, request: SearchRequest) -> ServedAnswer:
-        """Answer a search request with its page."""
+        """Answer a search request, or a request of the page for a task that does not search."""
         model = await self._choose_model(request.manifest_ns)
-        if not model.answers_page(request):
-            return await self._search(request, lambda model: model.render_search)
-        page = await self._render_answers(model, request)
-        return {**page, "manifest_ns": model.manifest_ns}
-
-    async def _render_answers(self, model: ServedModel, request: SearchRequest) -> ServedAnswer:
-        """Answer a request of the page for a task that does not search."""
-        item = replace(request.query, task=request.task)
-        asked = PredictionRequest([InputRow(item.label, {"row": 0}, item)], request.top)
         with _budget_of(request) as budget:
-            timed = replace(asked, client=request.client, seconds=request.seconds)
-            read = await self._read(model.read_rows, timed, budget, item.data is not None)
-            (answer,) = await self._run(request.client, model.predict, [read], budget)
-            if "error" in answer:
-                return dict(answer)
-            return await asyncio.to_thread(model.render_answers, request, read, answer)
+            answer = self._answer_page if model.answers_page(request) else self._find
+            return {**await answer(model, request, budget), "manifest_ns": model.manifest_ns}
 
-    async def _search(
-        self, request: SearchRequest, choose: Callable[[ServedModel], Callable[..., ServedAnswer]]
+    async def _answer_page(
+        self, model: ServedModel, request: SearchRequest, budget: WorkBudget
     ) -> ServedAnswer:
-        model = await self._choose_model(request.manifest_ns)
-        answer = await self._find(model, request, choose(model))
-        return {**answer, "manifest_ns": model.manifest_ns}
+        item = replace(request.query, task=request.task)
+        row = InputRow(item.label, {"row": 0}, item)
+        asked = PredictionRequest([row], request.top, client=request.client)
+        read = await self._read(model.read_rows, asked, budget, item.data is not None)
+        (answer,) = await self._run(request.client, model.predict, [read], budget)
+        if "error" in answer:
+            return dict(answer)
+        return await asyncio.to_thread(model.render_answers, request, read, answer)
 
     async def _find(
-        self, model: ServedModel, request: SearchRequest, answer: Callable[..., ServedAnswer]
+        self, model: ServedModel, request: SearchRequest, budget: WorkBudget
     ) -> ServedAnswer:
-        with _budget_of(request) as budget:
-            has_file = request.query.data is not None
-            try:
-                found = await self._read(model.read_query, request, budget, has_file)
-            except UnreadyIndexError as error:
-                return {"unready": str(error)}
-            except UserError as error:
-                return {"error": str(error)}
-            search, row = found
-            vector = await self._run(request.client, search.embed_query, row)
-            # Ranking needs no turn at the model, so that searches run side by side.
-            return await asyncio.to_thread(answer, request, search, row, vector)
+        has_file = request.query.data is not None
+        try:
+            search, row = await self._read(model.read_query, request, budget, has_file)
+        except UnreadyIndexError as error:
+            return {"unready": str(error)}
+        except UserError as error:
+            return {"error": str(error)}
+        vector = await self._run(request.client, search.embed_query, row)
+        # Ranking needs no turn at the model, so that searches run side by side.
+        return await asyncio.to_thread(model.search, request, search, row, vector)
 
     async def _read(
         self,
@@ -319,35 +306,6 @@ class ModelReplica:
         finally:
             # A cancelled request keeps its turn until the thread is free.
             await asyncio.wait([work])
-
-
-class LocalHandle:
-    """Handle of a replica in this process, with the methods of Ray Serve's handles.
-
-    Args:
-        replica: that answers.
-    """
-
-    def __init__(self, replica: ModelReplica) -> None:
-        self.predict = LocalMethod(replica.predict)
-        self.search = LocalMethod(replica.search)
-        self.render_search = LocalMethod(replica.render_search)
-        self.describe_later = LocalMethod(replica.describe_later)
-
-
-class LocalMethod:
-    """Method of a replica in this process.
-
-    Args:
-        answer: coroutine function of the replica.
-    """
-
-    def __init__(self, answer: Callable[[Any], Coroutine[Any, Any, ServedAnswer]]) -> None:
-        self._answer = answer
-
-    def remote(self, request: Any) -> "asyncio.Task[ServedAnswer]":
-        """Return the task that answers a request."""
-        return asyncio.ensure_future(self._answer(request))
 
 
 @contextlib.contextmanager

@@ -25,9 +25,7 @@ from pipelines.data.shards.format import (
 )
 from pipelines.data.tokenizer.training import load_tokenizer
 from pipelines.data.transforms.text import encode_captions
-from pipelines.search import SearchConfig, read_query, search_corpus, show_search
 from pipelines.serving.bundle import open_predictor
-from pipelines.serving.corpus_search import choose_search_task
 from pipelines.training.evaluation.inference import InferenceRunner, split_inputs
 from pipelines.training.loading.task_columns import tower_column
 from pipelines.training.runs.model_source import resolve_model
@@ -37,6 +35,8 @@ from skillnet_corpora.demo.strokes import draw_pen_paths
 from skillnet_platform import console
 from skillnet_platform.console import ProgressCounter
 from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval.corpus_search import CorpusSearch, choose_search_task
+from skillnet_serving.search import SearchConfig, read_query, search_corpus, show_search
 from tests.helpers.readable_corpora import STROKES, config, write_corpora
 from tests.helpers.video_files import encode_video
 
@@ -150,6 +150,7 @@ def ask(modality: str, folder: Path) -> dict[str, object]:
         (("sound", "text"), "sound", "candidate"),
         (("sound", "text"), "text", "query"),
         (("text", "image"), "image", "query"),
+        (("text", "image"), "text", "candidate"),
         (("text", "code"), "code", "query"),
     ],
     ids=str,
@@ -246,9 +247,7 @@ def test_an_unusable_query_is_refused_before_rows_are_embedded(
     run = save_run({"coded": retrieval("code"), "seen": retrieval("image")},
                    {"coded": "functions", "seen": "drawings"})  # fmt: skip
     embedded: list[str] = []
-    monkeypatch.setattr(
-        "pipelines.serving.corpus_search.build_retrieval_index", lambda *given: embedded.append("")
-    )
+    monkeypatch.setattr(CorpusSearch, "embed_rows", lambda *given: embedded.append(""))
     for name, content in (("a.py", b"def f(): pass\ndef g(): pass\n"), ("b.py", b"x = 1"),
                           ("c.py", b"def"), ("d.png", b"\x89PNG broken")):  # fmt: skip
         (tmp_path / name).write_bytes(content)
@@ -373,13 +372,15 @@ def test_corpora_that_cannot_be_searched_are_named(
     edit_corpus(folder, "functions", lambda _, table: table.slice(0, 0))
     run = save_run(tasks, {"views": "drawings", "crossed": "syllables", "emptied": "functions"})
 
-    def fails(task: str, message: str) -> None:
+    def fails(task: str, message: str, data: str = str(folder), **more: list[str]) -> None:
         with pytest.raises(UserError, match=message):
-            search_corpus(SearchConfig(["一"], None, task, run, str(folder)))
+            search_corpus(SearchConfig(["一"], None, task, run, data, **more))
 
     fails("views", "views: the task reads image, the query is text.*: crossed, emptied")
     fails("crossed", "crossed: the task ranks video, but the corpus syllables holds sound")
     fails("emptied", "functions: no rows in train, validation, test")
+    fails("emptied", "has no split 'tset'", splits=["tset"])
+    fails("emptied", "missing. Run `skillnet prepare ", data="/nowhere")
     run = save_run(default_tasks(), {"text_classification": "headings"})
     fails("text_classification", "text_classification: the task is not a retrieval task")
 

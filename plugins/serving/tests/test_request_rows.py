@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.serving import request_rows
-from pipelines.serving.request_rows import read_prediction_request, read_search_request
 from skillnet_platform.errors import UserError
+from skillnet_serving.server import request_rows
+from skillnet_serving.server.request_rows import read_prediction_request, read_search_request
 
 MIB = 2**20
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving import model_replica
 from pipelines.serving.inputs import InputRow, PredictionItem
-from pipelines.serving.model_replica import MAX_JOINED_INPUTS, ModelReplica
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.served_model import ServedModelConfig
+from skillnet_serving.server import model_replica
+from skillnet_serving.server.model_replica import MAX_JOINED_INPUTS, ModelReplica
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
+from skillnet_serving.server.served_model import ServeConfig
 
 
 class SlowModel:
@@ -26,7 +26,7 @@ class SlowModel:
         config: settings of the server.
     """
 
-    def __init__(self, config: ServedModelConfig) -> None:
+    def __init__(self, config: ServeConfig) -> None:
         self.budgets: list[WorkBudget] = []
         self.passes: list[list[str]] = []
         self.can_pass = threading.Event()
@@ -53,6 +53,9 @@ class SlowModel:
                 threading.Event().wait(0.01)
         return SimpleNamespace(inputs=[1] * len(request.rows), client=request.client)
 
+    def answers_page(self, request: SearchRequest) -> bool:
+        return False
+
     def read_query(self, request: SearchRequest, budget: WorkBudget) -> Any:
         return SimpleNamespace(embed_query=lambda row: row), request.query.text
 
@@ -78,7 +81,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run_with_replica(test: Callable[[ModelReplica, Any], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            replica = ModelReplica(ServedModelConfig("model", "data", max_batch_size=3))
+            replica = ModelReplica(ServeConfig("model", "data", max_batch_size=3))
             await asyncio.wait_for(test(replica, replica._model), 60)
             replica.close()
 
@@ -227,7 +230,7 @@ def test_a_request_ends_with_the_model_that_it_began_with(run: Any) -> None:
         await until(lambda: model.passes == [["first"]])
         waiting = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "ab"]
         await until(lambda: len(replica._waiting) == 2)
-        other: Any = SlowModel(ServedModelConfig("other"))
+        other: Any = SlowModel(ServeConfig("other"))
         other.manifest_ns = 2
         replica._model = other
         later = [asyncio.create_task(replica.predict(ask(each, texts=1))) for each in "cd"]

@@ -4,10 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import export as command
 from pipelines.serving import bundle
-from pipelines.serving.export import GRAPH_MANIFEST, export_bundle
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
+from skillnet_serving import export as command
+from skillnet_serving.model_export import GRAPH_MANIFEST, export_bundle
 from tests.helpers.hub_server import serve_hub
-from tests.helpers.served_place import ServedPlace, served_place
+from tests.helpers.processes import run_python
+from tests.helpers.served_place import ServedPlace
 
 FIGURE = {"task": "text_to_image", "split": "test", "metric": "recall_at_10", "value": 0.5}
 #: Pushes a model, downloads one task of it, and then all tasks.
@@ -83,15 +82,14 @@ class ExportPlace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportPlace]:
-    for served in served_place(tmp_path_factory):
-        yield ExportPlace(served, tmp_path_factory.mktemp("export"))
+def made(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> ExportPlace:
+    return ExportPlace(place, tmp_path_factory.mktemp("export"))
 
 
-def test_folder_for_the_hub_loads_again_and_has_a_card(place: ExportPlace, tmp_path: Path) -> None:
-    report = place.export(tmp_path / "hf", "hf")
+def test_folder_for_the_hub_loads_again_and_has_a_card(made: ExportPlace, tmp_path: Path) -> None:
+    report = made.export(tmp_path / "hf", "hf")
     assert report.difference == 0
-    model, source = (SkillNet.from_pretrained(folder) for folder in (tmp_path / "hf", place.bundle))
+    model, source = (SkillNet.from_pretrained(folder) for folder in (tmp_path / "hf", made.bundle))
     pixels = np.arange(30 * 30 * 3, dtype=np.uint8).reshape(30, 30, 3)
     assert torch.equal(model.encode_image([pixels]), source.encode_image([pixels]))
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8").replace("\u00a0", " ")
@@ -100,15 +98,15 @@ def test_folder_for_the_hub_loads_again_and_has_a_card(place: ExportPlace, tmp_p
         assert words in card, words
     bundle.open_bundle(tmp_path / "hf")
     with pytest.raises(UserError, match="hf: exists"):
-        place.export(tmp_path / "hf", "hf")
+        made.export(tmp_path / "hf", "hf")
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "speech_recognition"])
 def test_dense_model_reads_raw_inputs(
-    place: ExportPlace, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
+    made: ExportPlace, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [task, "--to", "dense", "--output", str(tmp_path / "dense")]
-    assert command.main([*words, "--model", str(place.bundle), "--json"]) == 0
+    assert command.main([*words, "--model", str(made.bundle), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["tasks"] == [task]
     assert report["difference"] <= 1e-6
@@ -117,8 +115,8 @@ def test_dense_model_reads_raw_inputs(
     assert model.processor.tokenizer.get_vocab_size()
 
 
-def test_torch_program_is_compared_with_its_source(place: ExportPlace, tmp_path: Path) -> None:
-    report = place.export(tmp_path / "graph", "pt2", "speech_recognition")
+def test_torch_program_is_compared_with_its_source(made: ExportPlace, tmp_path: Path) -> None:
+    report = made.export(tmp_path / "graph", "pt2", "speech_recognition")
     assert report.difference <= 1e-5
     about = json.loads((tmp_path / "graph" / GRAPH_MANIFEST).read_text(encoding="utf-8"))
     assert about["towers"]["input"]["outputs"] == ["log_probs", "lengths"]
@@ -127,35 +125,20 @@ def test_torch_program_is_compared_with_its_source(place: ExportPlace, tmp_path:
 
 
 def test_onnx_without_its_extra_names_it(
-    place: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"skillnet-platform\[export\]"):
-        place.export(tmp_path / "graph", "onnx", "speech_recognition")
+        made.export(tmp_path / "graph", "onnx", "speech_recognition")
 
 
-def test_one_task_of_a_pushed_model_is_downloaded_alone(place: ExportPlace, tmp_path: Path) -> None:
+def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_path: Path) -> None:
     with serve_hub() as hub:
         for name, task in (("owner/tags", None), ("owner/tags@v1", "text_to_image")):
             folder = tmp_path / name
-            place.export(folder, "hf", task)
+            made.export(folder, "hf", task)
             hub.repositories[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path),
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", TRAVEL, str(place.bundle)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env=environment,
-        )
+        done = run_python("-c", TRAVEL, made.bundle, variables=hub.variables(tmp_path))
         assert done.returncode == 0, done.stderr
         pushed = hub.repositories["owner/pictures"]
     assert {"README.md", "manifest.json", "skill-code.safetensors"} <= pushed.keys()
@@ -177,18 +160,18 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(place: ExportPlace, tmp_
     [("hf", None), ("dense", "text_to_image"), ("pt2", "text_to_code"), ("onnx", "text_to_image")],
 )
 def test_exports_name_no_place_of_the_machine_and_are_readable(
-    place: ExportPlace, tmp_path: Path, to: str, task: str | None
+    made: ExportPlace, tmp_path: Path, to: str, task: str | None
 ) -> None:
     missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
     if to == "onnx" and missing:
         pytest.skip(f"the extra [export] is not installed: {', '.join(missing)}")
     before = os.umask(0o022)
     try:
-        assert place.export(tmp_path / "out", to, task).difference <= 1e-5
+        assert made.export(tmp_path / "out", to, task).difference <= 1e-5
     finally:
         os.umask(before)
     root = Path(torch.__file__).parents[1]
-    secrets = (str(place.bundle.parent), "s3://bucket", str(root), str(Path(__file__).parents[4]))
+    secrets = (str(made.bundle.parent), "s3://bucket", str(root), str(Path(__file__).parents[4]))
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_mode & 0o777 == 0o644, path.name
         contents = [path.read_bytes()]
@@ -205,13 +188,13 @@ def test_exports_name_no_place_of_the_machine_and_are_readable(
 
 @pytest.mark.parametrize("is_wrong", [lambda rows: rows > 1, lambda rows: rows == 1])
 def test_an_export_that_is_wrong_for_some_numbers_of_rows_is_refused(
-    place: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wrong: Any
+    made: ExportPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wrong: Any
 ) -> None:
     load = systems.load_model
 
     def load_spoiled(path: str | Path, task: str | None = None) -> Any:
         model = load(path, task)
-        if Path(path) != place.bundle:
+        if Path(path) != made.bundle:
             model.encoder.register_forward_hook(  # type: ignore[union-attr]
                 lambda _, __, tokens_BTD: tokens_BTD * (1.5 if is_wrong(len(tokens_BTD)) else 1)
             )
@@ -219,12 +202,12 @@ def test_an_export_that_is_wrong_for_some_numbers_of_rows_is_refused(
 
     monkeypatch.setattr(systems, "load_model", load_spoiled)
     with pytest.raises(ValueError, match="outputs differ from the source"):
-        place.export(tmp_path / "hf", "hf", "text_classification")
+        made.export(tmp_path / "hf", "hf", "text_classification")
     assert not (tmp_path / "hf").exists()
 
 
-def test_formats_of_one_task_need_its_name(place: ExportPlace, tmp_path: Path) -> None:
+def test_formats_of_one_task_need_its_name(made: ExportPlace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"exports one task\. Give one of .*text_to_code"):
-        place.export(tmp_path / "x", "onnx")
+        made.export(tmp_path / "x", "onnx")
     with pytest.raises(ValueError, match="did you mean 'text_to_code'"):
-        place.export(tmp_path / "x", "pt2", "text_to_cod")
+        made.export(tmp_path / "x", "pt2", "text_to_cod")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
+from skillnet.skill_proofs import make_example_batch
 from skillnet.skills import default_tasks
+from skillnet_serving.model_export import TowerGraph, export_tower, merge_task_skills
 from tests.helpers.small_models import small_model, towers_of
 
 

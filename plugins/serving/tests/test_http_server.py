@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pipelines.data.transforms.decode_guard import WorkBudget
-from pipelines.serving import corpus_search
-from pipelines.serving.access_token import is_authorized, read_token
-from pipelines.serving.connection_guard import ServerLimits
-from pipelines.serving.http_server import ModelGateway, build_routes
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval.corpus_search import CorpusSearch
+from skillnet_serving.server.admission import is_authorized, read_token
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.http_server import ModelGateway, build_routes
+from skillnet_serving.server.served_model import ServedModel
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import TOKEN, Service, run_service
 from tests.helpers.served_place import ServedPlace
@@ -27,7 +27,7 @@ LIMITS = ServerLimits(max_bytes=200_000, max_rows=3, max_requests=4, timeout_s=3
 
 @pytest.fixture(scope="module")
 def model(place: ServedPlace) -> ServedModel:
-    made = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    made = ServedModel(ServeConfig(str(place.bundle), str(place.data)))
     made.open_indexes()
     return made
 
@@ -40,7 +40,7 @@ def service(model: ServedModel) -> Iterator[Service]:
 
 def test_requests_that_run_together_get_their_own_answers(model: ServedModel) -> None:
     from pipelines.serving.inputs import parse_request_row
-    from pipelines.serving.request_rows import PredictionRequest
+    from skillnet_serving.server.request_rows import PredictionRequest
 
     texts = [["文学研究"], ["历史概论", "  "], ["医药手册"]]
     requests = [
@@ -109,7 +109,7 @@ def test_a_search_before_its_index_is_ready_gets_the_progress(
     place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
-    model = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
+    model = ServedModel(ServeConfig(str(place.bundle), str(place.data)))
     seen: list[dict[str, Any]] = []
 
     def look(rows: int) -> None:
@@ -140,15 +140,15 @@ def test_an_index_that_cannot_be_built_stops_nothing_else(
     place: ServedPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
-    model = ServedModel(ServedModelConfig(str(place.bundle), str(place.data)))
-    build = corpus_search.build_retrieval_index
+    model = ServedModel(ServeConfig(str(place.bundle), str(place.data)))
+    embed = CorpusSearch.embed_rows
 
-    def fail(predictor: Any, source: Any, task: str, *more: Any) -> Any:
-        if task == "text_to_image":
+    def fail(search: CorpusSearch, *given: Any) -> Any:
+        if search.task == "text_to_image":
             raise OSError(28, "No space left on device")
-        return build(predictor, source, task, *more)
+        return embed(search, *given)
 
-    monkeypatch.setattr(corpus_search, "build_retrieval_index", fail)
+    monkeypatch.setattr(CorpusSearch, "embed_rows", fail)
     model.open_indexes()
     with run_service(model, LIMITS) as service:
         status, text, _ = service.ask("/v1/search", {"query": "红色的心"})

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from pipelines.serving.fair_share import FairShare, identify_client
+from skillnet_serving.server.admission import FairShare, identify_client
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 7, 32, 100])

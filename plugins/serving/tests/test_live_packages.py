@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 from pipelines import skills as commands
-from pipelines.serving import corpus_search, model_replica
-from pipelines.serving.connection_guard import ServerLimits
 from pipelines.serving.inputs import InputRow, PredictionItem
-from pipelines.serving.model_replica import LocalHandle, ModelReplica
-from pipelines.serving.request_rows import PredictionRequest
-from pipelines.serving.served_model import ServedModel, ServedModelConfig, read_change_ns
 from pipelines.training.runs.bundle_manifest import write_sealed
 from skillnet.serialization import describe_files, load_tensors, read_manifest, save_tensors
 from skillnet_files.commit import commit_directory, make_scratch_directory
+from skillnet_serving.retrieval.corpus_search import CorpusSearch
+from skillnet_serving.server import model_replica
+from skillnet_serving.server.config import ServeConfig, ServerLimits
+from skillnet_serving.server.model_replica import ModelReplica
+from skillnet_serving.server.request_rows import PredictionRequest
+from skillnet_serving.server.served_model import ServedModel, read_change_ns
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.local_server import Service, run_service
 from tests.helpers.served_place import ServedPlace
@@ -50,7 +51,7 @@ def replica(
     place: ServedPlace, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ModelReplica]:
     monkeypatch.setattr(model_replica, "LOOK_S", 0.01)
-    made = ModelReplica(ServedModelConfig(str(model), str(place.data)))
+    made = ModelReplica(ServeConfig(str(model), str(place.data)))
     wait_until(lambda: made.describe()["ready"], 120, pause=0.01)
     yield made
     made.close()
@@ -58,7 +59,7 @@ def replica(
 
 @pytest.fixture
 def service(replica: ModelReplica) -> Iterator[Service]:
-    with run_service(replica, LIMITS, handle=LocalHandle(replica)) as running:
+    with run_service(replica, LIMITS, ask=replica.ask) as running:
         yield running
 
 
@@ -86,7 +87,7 @@ def test_packages_come_and_go_without_a_lost_request_or_another_old_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built: list[str] = []
-    monkeypatch.setattr(corpus_search, "build_retrieval_index", lambda *given: built.append(""))
+    monkeypatch.setattr(CorpusSearch, "embed_rows", lambda *given: built.append(""))
     expected = [service.ask(*asked)[:2] for asked in OLD]
     assert {status for status, _ in expected} == {200}
     failed: list[tuple[int, str]] = []
@@ -220,7 +221,7 @@ def test_no_replica_answers_for_an_older_folder_than_another_one(
     place: ServedPlace, shelf: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_replica, "LOOK_S", 3600.0)
-    replicas = [ModelReplica(ServedModelConfig(str(model), search=False)) for _ in range(2)]
+    replicas = [ModelReplica(ServeConfig(str(model), search=False)) for _ in range(2)]
     row = InputRow("row 0", {}, PredictionItem("a.png", data=draw_png(), task="shape"))
 
     async def ask(replica: ModelReplica, manifest_ns: int) -> Any:
@@ -248,9 +249,9 @@ def test_no_replica_answers_for_an_older_folder_than_another_one(
 def test_an_index_stays_valid_when_a_package_joins(
     place: ServedPlace, shelf: Path, model: Path
 ) -> None:
-    ServedModel(ServedModelConfig(str(model), str(place.data))).open_indexes()
+    ServedModel(ServeConfig(str(model), str(place.data))).open_indexes()
     add(shelf, model)
     rows: list[int] = []
-    after = ServedModel(ServedModelConfig(str(model), str(place.data)))
+    after = ServedModel(ServeConfig(str(model), str(place.data)))
     after.open_indexes(rows.append)
     assert (after.describe()["ready"], rows) == (True, [])

@@ -11,7 +11,7 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.serving.export import ExportReport
+    from skillnet_serving.model_export import ExportReport
 
 DEFAULT_MODEL = "models:/skillnet@champion"
 
@@ -77,7 +77,7 @@ def main(config: ExportConfig) -> "ExportReport":
     source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.serving.bundle import find_bundle
-    from pipelines.serving.export import export_bundle, push_folder
+    from skillnet_serving.model_export import export_bundle, push_folder
 
     source = source.with_corpora(config.corpora)
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))

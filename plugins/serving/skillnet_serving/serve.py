@@ -8,8 +8,8 @@
     GET  /health       without a token
     GET  /metrics      for Prometheus
 
-The process of the command answers HTTP (:mod:`pipelines.serving.http_server`). It also holds the
-model (:mod:`pipelines.serving.model_replica`), or sends requests to several replicas of Ray Serve.
+The process of the command answers HTTP (:mod:`.server.http_server`). It also holds the model
+(:mod:`.server.model_replica`), or sends requests to several replicas of Ray Serve.
 """
 
 import contextlib
@@ -17,28 +17,21 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from pipelines.serving.access_token import read_token
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console, signals
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
-from skillnet_platform.config.bounds import (
-    PortNumber,
-    PositiveAmount,
-    PositiveCount,
-    require_bounds,
-)
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
+from skillnet_serving.server.admission import read_token
+from skillnet_serving.server.config import ServeConfig
 
 if TYPE_CHECKING:
-    from pipelines.serving.connection_guard import ServerLimits
-    from pipelines.serving.http_server import ModelHandle
-    from pipelines.serving.served_model import ServedModelConfig
+    from skillnet_serving.server.http_server import AskReplica
 
 DEPLOYMENT = "skillnet"
 #: Ray Serve would report every start and every request.
@@ -47,52 +40,6 @@ LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 HEALTH_CHECK_S = 2.0
 #: Files that the command has open beside its connections.
 OTHER_FILES = 256
-
-
-@dataclass
-class ServeConfig:
-    """Serve a trained model over HTTP.
-
-    Args:
-        model: registry address, name, id or folder of a run, checkpoint, or saved model.
-        data: prepared corpora, for searches; by default those of the model's run, else corpora
-            below the run root.
-        host: interface to listen on; any but loopback needs a token.
-        port: port to listen on; 0 takes a free port.
-        token_file: file with the bearer token, which only its owner may read; without it the
-            environment variable SKILLNET_SERVE_TOKEN counts.
-        search: whether corpora can be searched; false needs no corpora.
-        replicas: copies of the model. One runs in the process of the command; more, or one on the
-            cluster of RAY_ADDRESS, have a process of Ray Serve each.
-        cpus: CPUs of a replica.
-        max_batch_size: requests that a replica answers together.
-        max_requests: requests that are in progress at the same time; the server answers 503 beyond.
-            One client has half of them at most, and so of memory, decoders and the model's turns.
-        max_bytes: bytes of a request; files travel as base64, which adds a third.
-        max_rows: rows of a request.
-        timeout_s: seconds until a request without an answer gets 503, and its work stops.
-        precision: auto, bf16, fp32 or fp64.
-        tracking_uri: MLflow tracking URI; by default as in training.
-    """
-
-    model: str = "models:/skillnet@champion"
-    data: str | None = None
-    host: str = "127.0.0.1"
-    port: PortNumber = 8080
-    token_file: str | None = None
-    search: bool = True
-    replicas: PositiveCount = 1
-    cpus: PositiveAmount = 1.0
-    max_batch_size: PositiveCount = 16
-    max_requests: PositiveCount = 256
-    max_bytes: PositiveCount = 32 * 2**20
-    max_rows: PositiveCount = 64
-    timeout_s: PositiveAmount = 60.0
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    tracking_uri: str | None = None
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
 
 
 def pin_version(model: str, tracking_uri: str | None) -> str:
@@ -113,48 +60,44 @@ def pin_version(model: str, tracking_uri: str | None) -> str:
     return f"{model.rpartition('@')[0]}/{source.version}"
 
 
+def _uses_ray(config: ServeConfig) -> bool:
+    return config.replicas > 1 or bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
-def open_model(
-    config: ServeConfig, served: "ServedModelConfig"
-) -> "Iterator[tuple[ModelHandle, dict[str, Any]]]":
-    """Load a model during a block, and return its handle and description.
+def open_model(config: ServeConfig) -> "Iterator[tuple[AskReplica, dict[str, Any]]]":
+    """Load a model during a block; return the function that asks it, and its description.
 
     Args:
         config: settings of the server.
-        served: the model.
 
     Raises:
         UserError: the model or a corpus is missing or damaged.
     """
-    if config.replicas > 1 or os.environ.get("RAY_ADDRESS"):
-        from pipelines.serving.served_model import ServedModel
+    if _uses_ray(config):
+        from skillnet_serving.server.served_model import ServedModel
 
         # A wrong model fails before Ray starts.
-        about = ServedModel(served).describe()
-        with run_replicas(config, served) as handle:
-            yield handle, about
+        about = ServedModel(config).describe()
+        with _run_replicas(config) as handle:
+            yield lambda method, request: getattr(handle, method).remote(request), about
         return
     import torch
 
-    from pipelines.serving.model_replica import LocalHandle, ModelReplica
+    from skillnet_serving.server.model_replica import ModelReplica
 
     torch.set_num_threads(max(int(config.cpus), 1))
-    replica = ModelReplica(served)
+    replica = ModelReplica(config)
     try:
         with signals.terminate_as_interrupt():
-            yield LocalHandle(replica), replica.describe()
+            yield replica.ask, replica.describe()
     finally:
         replica.close()
 
 
 @contextlib.contextmanager
-def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[Any]:
-    """Run replicas of Ray Serve during a block, and return their handle.
-
-    Args:
-        config: settings of the server.
-        served: the model.
-    """
+def _run_replicas(config: ServeConfig) -> Iterator[Any]:
+    """Run replicas of Ray Serve during a block, and return their handle."""
     from skillnet_platform.cluster import connect
 
     connect.prepare_ray_environment()
@@ -165,7 +108,7 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
     with connect.ray_session(slots), signals.terminate_as_interrupt():
         from ray import serve
 
-        from pipelines.serving.model_replica import ModelReplica
+        from skillnet_serving.server.model_replica import ModelReplica
 
         # Without Ray Serve's own HTTP server, which reads bodies of any size.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -174,22 +117,22 @@ def run_replicas(config: ServeConfig, served: "ServedModelConfig") -> Iterator[A
             ModelReplica,
             name=DEPLOYMENT,
             num_replicas=config.replicas,
-            max_ongoing_requests=_requests_of_replica(config),
+            max_ongoing_requests=config.requests_of_replica,
             max_queued_requests=config.max_requests,
             health_check_period_s=HEALTH_CHECK_S,
             logging_config=LOGGING,
             ray_actor_options={"num_cpus": config.cpus},
         )
         try:
-            yield serve.run(deployment.bind(served), name=DEPLOYMENT, route_prefix=None)
+            yield serve.run(deployment.bind(config), name=DEPLOYMENT, route_prefix=None)
         finally:
             # An embedded Ray ends with this block, without the half minute that this may take.
             if is_shared:
                 serve.shutdown()
 
 
-def limits_of(config: ServeConfig) -> "ServerLimits":
-    """Return the limits of a server, and let this process open a file for each connection.
+def require_open_files(config: ServeConfig) -> None:
+    """Let this process open a file for each connection.
 
     Args:
         config: settings of the server.
@@ -197,16 +140,7 @@ def limits_of(config: ServeConfig) -> "ServerLimits":
     Raises:
         UserError: the machine allows fewer files.
     """
-    from pipelines.serving.connection_guard import ServerLimits
-
-    limits = ServerLimits(
-        config.max_bytes,
-        config.max_rows,
-        config.max_requests,
-        config.timeout_s,
-        max_running=config.replicas * _requests_of_replica(config),
-    )
-    needed = limits.max_connections + OTHER_FILES
+    needed = config.limits.max_connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if needed > hard != resource.RLIM_INFINITY:
         raise UserError(
@@ -215,38 +149,32 @@ def limits_of(config: ServeConfig) -> "ServerLimits":
         )
     if needed > soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return limits
 
 
-def build_server(config: ServeConfig, handle: Any, about: dict[str, Any], token: str | None) -> Any:
+def build_server(
+    config: ServeConfig, ask: "AskReplica", about: dict[str, Any], token: str | None
+) -> Any:
     """Return the HTTP server of uvicorn for replicas.
 
     Args:
         config: settings of the server.
-        handle: that calls the replicas.
+        ask: calls the replicas.
         about: description of the model.
         token: that requests must have, or None.
     """
-    from pipelines.serving.connection_guard import configure_server
-    from pipelines.serving.http_server import ModelGateway, build_application
-    from pipelines.serving.model_replica import LocalHandle
+    from skillnet_serving.server.admission import configure_server
+    from skillnet_serving.server.http_server import ModelGateway, build_application
 
-    limits = limits_of(config)
     lost: tuple[type[Exception], ...] = ()
     full: tuple[type[Exception], ...] = ()
-    if not isinstance(handle, LocalHandle):
+    if _uses_ray(config):
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
         lost, full = (RayActorError, DeploymentUnavailableError), (BackPressureError,)
-    gateway = ModelGateway(handle, about, limits, lost, full)
-    application = build_application(gateway, token, limits)
-    return configure_server(application, config.host, config.port, limits)
-
-
-def _requests_of_replica(config: ServeConfig) -> int:
-    # One batch runs, others are read meanwhile. One client has half of them at most.
-    return max(4 * config.max_batch_size, 8)
+    gateway = ModelGateway(ask, about, config.limits, lost, full)
+    application = build_application(gateway, token, config.limits)
+    return configure_server(application, config.host, config.port, config.limits)
 
 
 @command(
@@ -263,24 +191,16 @@ def _requests_of_replica(config: ServeConfig) -> int:
 def main(config: ServeConfig) -> int:
     """Serve until interrupted."""
     token = read_token(config.token_file, config.host)
-    limits_of(config)
+    require_open_files(config)
     port = loopback.choose_port(config.host, config.port)
     model = pin_version(config.model, config.tracking_uri)
-    # torch loads here: --help and wrong names do not need it.
-    from pipelines.serving.served_model import ServedModelConfig
-
-    served = ServedModelConfig(
-        model,
-        str(parse_location(config.data, data_root())) if config.data else None,
-        config.precision,
-        config.tracking_uri,
-        config.search,
-        config.max_batch_size,
-    )
+    data = str(parse_location(config.data, data_root())) if config.data else None
+    config = replace(config, port=port, model=model, data=data)
     address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}"
     try:
-        with open_model(config, served) as (handle, about):
-            server = build_server(replace(config, port=port), handle, about, token)
+        # torch loads here: --help and wrong names do not need it.
+        with open_model(config) as (ask, about):
+            server = build_server(config, ask, about, token)
             console.print_note(f"{about['model']}: {', '.join(about['tasks'])}; Ctrl-C stops")
             if about["search"]:
                 console.print_note(

@@ -1,6 +1,6 @@
 """Requests of ``skillnet serve``: the body is checked before Python builds objects of it.
 
-:mod:`pipelines.serving.http_server` calls :func:`read_prediction_request`,
+:mod:`skillnet_serving.server.http_server` calls :func:`read_prediction_request`,
 :func:`read_search_request` and :func:`read_search_form`.
 """
 
@@ -21,9 +21,9 @@ from pipelines.serving.inputs import (
     parse_request_row,
     parse_row,
 )
+from pipelines.serving.predictor import DEFAULT_TOP
 from skillnet_platform.errors import UserError
 
-DEFAULT_TOP = 5
 #: Seconds for an answer without a limit of the server.
 DEFAULT_SECONDS = 60.0
 #: Bytes of a request outside of its strings: of all of it, and for each row. Python's parser takes
@@ -68,6 +68,7 @@ class SearchRequest:
         query: text or file to rank rows for.
         task: retrieval task; None takes the first one that reads the query.
         top: number of results.
+        is_page: whether the answer is a page, which also has the answers of other tasks.
         client: that sent the request; clients share a replica.
         seconds: that the answer may take.
         manifest_ns: time of the oldest state of the model's folder that may answer.
@@ -76,6 +77,7 @@ class SearchRequest:
     query: PredictionItem
     task: str | None = None
     top: int = 12
+    is_page: bool = False
     client: str = ""
     seconds: float = DEFAULT_SECONDS
     manifest_ns: int = 0
@@ -167,7 +169,7 @@ def read_search_form(content_type: str, body: bytes) -> SearchRequest:
     if sent is None or not content:
         raise UserError("file: no file, or an empty one; choose another file")
     item = PredictionItem(sent.filename or "file", data=content, where=sent.filename or "file")
-    return SearchRequest(item, fields.get("task") or None)
+    return SearchRequest(item, fields.get("task") or None, is_page=True)
 
 
 def build_search_request(

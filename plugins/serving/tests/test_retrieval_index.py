@@ -13,14 +13,16 @@ from safetensors.numpy import load_file, save, save_file
 
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.data.shards.files import LocalShardStore
-from pipelines.serving import bundle, corpus_search
-from pipelines.serving.corpus_search import (
-    build_retrieval_index,
+from pipelines.serving import bundle
+from skillnet_platform.errors import UserError
+from skillnet_serving.retrieval import corpus_search
+from skillnet_serving.retrieval.corpus_search import (
+    CorpusSearch,
+    JoinedScores,
+    iter_best,
     read_index,
     write_index,
 )
-from pipelines.serving.vector_scores import JoinedScores, iter_best
-from skillnet_platform.errors import UserError
 from tests.helpers.served_place import ServedPlace
 
 
@@ -69,12 +71,9 @@ def test_altered_index_is_rejected(tmp_path: Path) -> None:
 def test_damaged_index_is_built_again(
     place: ServedPlace, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = open_corpus(place.data / "drawings")
-
     def build() -> np.ndarray:
-        return build_retrieval_index(
-            place.predictor, place.source, "text_to_image", corpus, ["test"]
-        )
+        search = CorpusSearch(place.predictor, place.source, place.data, "text_to_image", ["test"])
+        return search.embed_rows()
 
     vectors = build()
     (path,) = (run_root / "cache" / "indexes").glob("*.safetensors")
@@ -150,7 +149,7 @@ def test_a_search_above_the_memory_limit_names_a_split(
     with pytest.raises(
         UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
     ):
-        build_retrieval_index(place.predictor, place.source, "text_to_image", corpus, splits)
+        CorpusSearch(place.predictor, place.source, place.data, "text_to_image", splits)
 
 
 @pytest.mark.parametrize("count", [0, 1, 12, 499, 500, 9_999])

@@ -117,7 +117,7 @@ def render_search_page(
         "preview_uri": "" if preview is None else _media_uri(preview),
         "recording_uri": "" if preview is None else _recording_uri(preview, query),
     }
-    return render_page("search.html", values, package="pipelines.serving")
+    return render_page("search.html", values, package="skillnet_serving")
 
 
 def preview_query(

@@ -20,26 +20,21 @@ import psutil
 import pytest
 
 from benchmarks.serving import kill_replica
-from pipelines.serve import ServeConfig, build_server, run_replicas
-from pipelines.serving.served_model import ServedModel, ServedModelConfig
 from pipelines.skills import drop_packages, join_packages
 from skillnet.model import SkillNet
+from skillnet_serving.serve import build_server, open_model
+from skillnet_serving.server.config import ServeConfig
 from tests.helpers.file_forms import draw_png, encode_form
 from tests.helpers.hostile_corpora import SLOW_SVG
 from tests.helpers.ports import free_port
 from tests.helpers.processes import kill_family
 from tests.helpers.readable_corpora import config, write_corpora
-from tests.helpers.served_place import ServedPlace, pack_shapes, served_place
+from tests.helpers.served_place import ServedPlace, pack_shapes
 from tests.helpers.waiting import wait_for_answer, wait_until
 
 pytestmark = pytest.mark.integration
 
 CLIENTS, REQUESTS = 8, 12
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPlace]:
-    yield from served_place(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +44,9 @@ def model(place: ServedPlace, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, ray_session: Any) -> Iterator[str]:
-    served = ServedModelConfig(str(model), search=False)
-    options = ServeConfig(port=free_port(), replicas=2, cpus=0.5, search=False)
-    about = ServedModel(served).describe()
-    with run_replicas(options, served) as handle:
-        server = build_server(options, handle, about, None)
+    options = ServeConfig(str(model), port=free_port(), replicas=2, cpus=0.5, search=False)
+    with open_model(options) as (ask, about):
+        server = build_server(options, ask, about, None)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         wait_until(lambda: server.started, 60, pause=0.01)
@@ -121,7 +114,7 @@ def test_one_replica_needs_no_ray_and_ends_with_its_decoders(tmp_path: Path) -> 
     port = free_port()
     words = ["--model", str(tmp_path / "model"), "--data", str(data), "--port", str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.serve", *words],
+        [sys.executable, "-m", "skillnet_serving.serve", *words],
         env={**os.environ, "SKILLNET_HOME": str(tmp_path / "runs")},
     )
     try:

@@ -7,33 +7,50 @@
 
 :func:`export_bundle` is the entry point of ``skillnet export``. Every export is compared with the
 outputs of its source.
+
+A task has a fixed plan, so its inactive skills are not needed and its active ones are always
+averaged. :func:`merge_task_skills` computes the merged weights once. The result is a SkillNet with
+one skill per plan; its outputs are those of the source.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from huggingface_hub import ModelHubMixin
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
+from pipelines.serving.bundle import list_reading_files
 from pipelines.training.evaluation.tables import result_cells, sort_rows
-from pipelines.training.runs.bundle_manifest import TOKENIZER_FILE, add_bundle_manifest, is_bundle
+from pipelines.training.runs.bundle_manifest import (
+    TOKENIZER_FILE,
+    add_bundle_manifest,
+    is_bundle,
+    read_bundle_manifest,
+)
 from pipelines.training.runs.model_source import ModelSource
 from skillnet import systems
-from skillnet.dense_export import TowerGraph, export_tower, make_example_batch, merge_task_skills
+from skillnet.encoder import SHARED
+from skillnet.layers import SkillWeights
+from skillnet.modality import find_modality
 from skillnet.model import SkillNet
-from skillnet.multitask_model import TaskModel
-from skillnet.router import name_counts
+from skillnet.multitask_model import Batch, TaskModel
+from skillnet.objectives.base import find_objective
 from skillnet.serialization import write_model
-from skillnet.skills import find_task
+from skillnet.skill_proofs import make_example_batch
+from skillnet.skills import SkillPlan, find_task
+from skillnet.skipped_init import SkippedInit
 from skillnet_evidence.cells import markdown_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import describe_missing_extra
@@ -44,6 +61,8 @@ FORMATS = ("hf", "dense", "pt2", "onnx")
 TOLERANCE = 1e-5
 #: Version of the ONNX operators: attention and normalization exist since 18.
 OPSET = 18
+#: Shortest text of a graph. Tensors of length 1 broadcast, so torch would trace another graph.
+MIN_TOKENS = 3
 GRAPH_MANIFEST, CARD_FILE = "graph.json", "README.md"
 #: Settings of the training that an export repeats. The others name folders and servers.
 PUBLIC_SETTINGS = frozenset(
@@ -53,7 +72,7 @@ PUBLIC_SETTINGS = frozenset(
 Towers = Callable[[str, str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ExportReport:
     """Result of an export.
 
@@ -132,9 +151,7 @@ def write_exported_folder(
     """
     write_model(model, folder)
     tasks = {task: manifest["tasks"][task] for task in model.config.tasks}
-    banks = [f"captions-{task}.{kind}" for task in tasks for kind in ("json", "safetensors")]
-    possible = (TOKENIZER_FILE, *banks, *map(name_counts, tasks))
-    files = [name for name in possible if name in manifest["files"]]
+    files = sorted(list_reading_files(tasks) & manifest["files"].keys())
     for name in files:
         shutil.copyfile(bundle / name, folder / name)
     settings = {k: v for k, v in manifest["settings"].items() if k in PUBLIC_SETTINGS}
@@ -162,6 +179,124 @@ def _shorten_paths(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("/", "~", "file:")):
         return Path(value).name
     return value
+
+
+# -- one task as a dense model, and its graphs -------------------------------------------------
+
+
+@torch.no_grad()
+def merge_task_skills(model: SkillNet, task: str) -> SkillNet:
+    """Return a model of one task, in evaluation mode, with one skill per plan of the task.
+
+    The skill is named after the first tower with its plan. The feed-forward layers of the result
+    are as wide as those of all active skills together.
+
+    Args:
+        model: trained model; it is not changed.
+        task: name of the task.
+
+    Raises:
+        ValueError: the model has no such task.
+    """
+    spec = find_task(task, model.config.tasks)
+    merged: dict[tuple[str, ...], str] = {}
+    for tower in sorted(spec.towers):
+        merged.setdefault(spec.towers[tower].skills, tower)
+    towers = {
+        tower: SkillPlan((merged[plan.skills],), plan.modality)
+        for tower, plan in spec.towers.items()
+    }
+    # Layers whose feed-forward part has no skills keep their width, and are padded with zeros.
+    has_wide = any(layer.feedforward_skills for layer in model.encoder.layers)
+    width = model.config.ffn_dim * (max(map(len, merged)) if has_wide else 1)
+    config = dataclasses.replace(
+        model.config,
+        skills=tuple(merged.values()),
+        skill_rank=0,
+        low_rank_skills={},
+        ffn_dim=width,
+        tasks={task: dataclasses.replace(spec, towers=towers)},
+    )
+    some = next(model.parameters())
+    with SkippedInit(), some.device:
+        dense = SkillNet(config).to(some.dtype)
+    known = model.state_dict()
+    # Every weight without skills has the same name and shape in both models.
+    dense.load_state_dict(
+        {name: known[name] for name in dense.state_dict() if ".weights." not in name}, strict=False
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, SkillWeights):
+            target = dense.get_submodule(name)
+            assert isinstance(target, SkillWeights)
+            for skills, merged_name in merged.items():
+                is_shared = SHARED[0] in module.weights
+                weight = module.merged(SHARED if is_shared else skills, some.dtype)
+                wanted = target.weights[SHARED[0] if is_shared else merged_name]
+                wanted.copy_(_pad(weight, wanted.shape))
+    dense.vocabulary = model.vocabulary.restrict_to(config.tasks)
+    return dense.eval()
+
+
+def _pad(weight: Tensor, shape: torch.Size) -> Tensor:
+    """Append zeros: gelu(0) is 0, so a hidden unit without weights changes no output."""
+    missing = [wanted - found for found, wanted in zip(weight.shape, shape, strict=True)]
+    return F.pad(weight, [n for each in reversed(missing) for n in (0, each)])
+
+
+class TowerGraph(nn.Module):
+    """One tower of a task with tensors as inputs and outputs.
+
+    Args:
+        model: with the task.
+        task: name of the task.
+        tower: tower of the task, such as ``query``.
+    """
+
+    def __init__(self, model: TaskModel, task: str, tower: str) -> None:
+        super().__init__()
+        self.model, self.task, self.tower = model, task, tower
+        self.spec = find_task(task, model.config.tasks)
+        self.input_names = find_modality(self.spec.towers[tower].modality).batch
+        self.output_names: tuple[str, ...] = ()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the unit vectors of a retrieval tower, or the outputs of the head."""
+        batch = dict(zip(self.input_names, tensors, strict=True))
+        if find_objective(self.spec.objective).pairs_towers:
+            outputs = {"vectors": self.model.embed(self.task, self.tower, batch)}
+        else:
+            outputs = self.model(self.task, {self.tower: batch})
+        self.output_names = tuple(outputs)
+        return tuple(outputs.values())
+
+
+def export_tower(graph: TowerGraph, batch: Batch) -> ExportedProgram:
+    """Trace a tower for any number of rows, and texts of any length up to that of the batch.
+
+    Args:
+        graph: traceable module of the tower, its model in evaluation mode.
+        batch: inputs of the longest length, at least two rows.
+    """
+    shapes: list[dict[int, Any]] = []
+    for name in graph.input_names:
+        axes: dict[int, Any] = {0: Dim.DYNAMIC}
+        longest = batch[name].shape[1] if name == "tokens" else 0
+        # torch cannot prove that the convolutions of sound give as many tokens as their mask has.
+        if longest > MIN_TOKENS:
+            axes[1] = Dim("tokens_length", min=MIN_TOKENS, max=longest)
+        shapes.append(axes)
+    tensors = tuple(batch[name] for name in graph.input_names)
+    with torch.no_grad():
+        graph(*tensors)  # sets the names of the outputs
+        program = torch.export.export(graph, tensors, dynamic_shapes=(tuple(shapes),))
+    for node in program.graph.nodes:
+        # It names files of this machine, and would be a part of the export.
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+# -- files ---------------------------------------------------------------------------------------
 
 
 def _write_graphs(
@@ -212,7 +347,7 @@ def _require_onnx() -> None:
         raise UserError(f"--to onnx: {describe_missing_extra(error) or error}") from None
 
 
-def _write_onnx(program: torch.export.ExportedProgram, graph: TowerGraph, path: Path) -> None:
+def _write_onnx(program: ExportedProgram, graph: TowerGraph, path: Path) -> None:
     # The exporter reports its steps on standard output, where --json has one document.
     with contextlib.redirect_stdout(sys.stderr):
         torch.onnx.export(
@@ -371,3 +506,26 @@ def push_folder(folder: Path, repository: str, **options: Any) -> str:
             f"{repository}: the Hub refuses the upload ({type(error).__name__}). Check the name, "
             "the connection and HF_TOKEN"
         ) from None
+
+
+def push_model(model: TaskModel, repository: str, **options: Any) -> str:
+    """Upload a model in memory with the files of predictions of the folder that it was read from.
+
+    ``model.push_to_hub`` calls it by the entry point ``hub`` of ``skillnet.exporters``.
+
+    Args:
+        model: read from the folder of a bundle; its weights may have changed.
+        repository: ``owner/name``.
+        **options: see :func:`push_folder`.
+
+    Returns:
+        URL of the commit.
+    """
+    assert model.origin is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        manifest = read_bundle_manifest(model.origin)
+        title = repository.rpartition("/")[2]
+        write_exported_folder(model.origin, manifest, model, folder, title)
+        return push_folder(folder, repository, **options)

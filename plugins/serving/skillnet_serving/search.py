@@ -16,8 +16,8 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import open_output, run_root
 
 if TYPE_CHECKING:
-    from pipelines.serving.corpus_search import SearchHit
     from pipelines.serving.inputs import PredictionItem
+    from skillnet_serving.retrieval.corpus_search import SearchHit
 
 
 @dataclass
@@ -109,12 +109,12 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.corpus_search import (
+    from skillnet_serving.retrieval.corpus_search import (
         CorpusSearch,
         choose_search_task,
         find_query_tower,
     )
-    from pipelines.serving.search_page import preview_query
+    from skillnet_serving.retrieval.search_page import preview_query
 
     data = source.find_corpora(config.data)
     predictor = open_predictor(source, data, config.precision)

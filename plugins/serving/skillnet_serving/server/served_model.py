@@ -1,29 +1,26 @@
 """A trained model in memory that answers requests: predictions and searches.
 
-Each replica of ``skillnet serve`` has a :class:`ServedModel`, see
-:mod:`pipelines.serving.model_replica`. When packages of skills join its folder or leave it, another
-one takes its place, if :func:`find_unchanged_tasks` finds that no old task changes.
+Each replica of ``skillnet serve`` has a :class:`ServedModel`, see :mod:`.model_replica`. When
+packages of skills join its folder or leave it, another one takes its place, if
+:func:`find_unchanged_tasks` finds that no old task changes.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines.data.transforms.decode_guard import WorkBudget
+from pipelines.serving import bundle
 from pipelines.serving.inputs import find_item_modality, named_errors, printable_name
 from pipelines.serving.predictor import ReadInput, RowAnswers, TaskPredictor, to_document
-from pipelines.serving.request_rows import PredictionRequest, SearchRequest
-from pipelines.serving.search_page import (
-    PROBABILITY,
-    ResultCard,
-    preview_query,
-    render_search_page,
-)
+from pipelines.training.evaluation.tables import sort_rows
 from pipelines.training.runs.bundle_manifest import MANIFEST
+from pipelines.training.runs.model_source import resolve_model
 from skillnet.modality import modality_names
 from skillnet.objectives.base import find_objective
 from skillnet.serialization import hash_file
@@ -31,11 +28,19 @@ from skillnet.skill_proofs import PROBE_ROWS, probe_outputs, prove_task
 from skillnet.skills import Task
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, first_line, suggest_name
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from pipelines.serving.corpus_search import CorpusSearch
+from skillnet_serving.retrieval.corpus_search import (
+    CorpusSearch,
+    MissingCaptionsError,
+    list_search_tasks,
+)
+from skillnet_serving.retrieval.search_page import (
+    PROBABILITY,
+    ResultCard,
+    preview_query,
+    render_search_page,
+)
+from skillnet_serving.server.config import ServeConfig
+from skillnet_serving.server.request_rows import PredictionRequest, SearchRequest
 
 #: Share of a request's time that reading its rows may take.
 READING_FRACTION = 0.75
@@ -52,27 +57,6 @@ class ClosedModelError(Exception):
 
 class UnreadyIndexError(UserError):
     """The index of a search is not open yet."""
-
-
-@dataclass(frozen=True)
-class ServedModelConfig:
-    """The model of a server, and how its replicas batch.
-
-    Args:
-        model: address of the model, with a version instead of an alias.
-        data: directory or URI of prepared corpora; None takes those of the model's run.
-        precision: auto, bf16, fp32 or fp64.
-        tracking_uri: address of the tracker, without its password.
-        search: whether the corpora of the retrieval tasks can be searched.
-        max_batch_size: requests that one batch joins.
-    """
-
-    model: str
-    data: str | None = None
-    precision: str = "auto"
-    tracking_uri: str | None = None
-    search: bool = True
-    max_batch_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -104,23 +88,14 @@ class ServedModel:
             than before.
     """
 
-    def __init__(self, config: ServedModelConfig, before: "ServedModel | None" = None) -> None:
-        from pipelines.serving.bundle import open_predictor
-        from pipelines.serving.corpus_search import (
-            CorpusSearch,
-            MissingCaptionsError,
-            list_search_tasks,
-        )
-        from pipelines.training.evaluation.tables import sort_rows
-        from pipelines.training.runs.model_source import resolve_model
-
+    def __init__(self, config: ServeConfig, before: "ServedModel | None" = None) -> None:
         source = resolve_model(config.model, config.tracking_uri)
         data = source.find_corpora(config.data)
         self.manifest = source.weights / MANIFEST
         # Read before the weights: a change in between is seen as one.
         self.manifest_ns = read_change_ns(self.manifest)
         self.digest = hash_file(self.manifest)
-        self.predictor = open_predictor(source, data, config.precision)
+        self.predictor = bundle.open_predictor(source, data, config.precision)
         self.name = source.name
         unchanged: set[str] = set()
         if before is not None:
@@ -141,7 +116,7 @@ class ServedModel:
                         self.predictor, source, data, task, modality=modality
                     )
 
-    def open_indexes(self, on_rows: Callable[[int], object] | None = None) -> None:
+    def open_indexes(self, on_rows: Callable[[int], object] = lambda rows: None) -> None:
         """Open or build the index of each search; predictions are answered meanwhile.
 
         Args:
@@ -166,15 +141,6 @@ class ServedModel:
                 search.index.problem = f"{task}: its index cannot be built: {first_line(error)}"
                 console.print_warning(search.index.problem)
 
-    def _describe_indexes(self) -> ServedAnswer:
-        found = {
-            modality: {task: each.describe_progress() for task, each in searches.items()}
-            for modality, searches in self.searches.items()
-            if searches
-        }
-        is_ready = all(each["ready"] for tasks in found.values() for each in tasks.values())
-        return {"ready": is_ready, "indexes": found}
-
     def describe(self) -> ServedAnswer:
         """Return the model's name, its tasks with what they read, and its searchable tasks.
 
@@ -184,6 +150,11 @@ class ServedModel:
         indexes, and ``ready`` says whether all of them are open. ``problem`` is empty.
         ``manifest_ns`` orders the states of the folder.
         """
+        indexes = {
+            modality: {task: each.describe_progress() for task, each in searches.items()}
+            for modality, searches in self.searches.items()
+            if searches
+        }
         tasks = {
             name: {
                 "objective": task.objective,
@@ -198,7 +169,8 @@ class ServedModel:
             "tasks": tasks,
             "search": self._list_searches(),
             "page": self._list_page(),
-            **self._describe_indexes(),
+            "ready": all(each["ready"] for found in indexes.values() for each in found.values()),
+            "indexes": indexes,
             "problem": "",
             "manifest_ns": self.manifest_ns,
         }
@@ -215,10 +187,10 @@ class ServedModel:
         """Return whether the page shows answers of a task, in place of ranked rows.
 
         Args:
-            request: parsed form of a browser.
+            request: parsed request of a client.
         """
         task = self.predictor.model.config.tasks.get(request.task or "")
-        return task is not None and _has_answers(task)
+        return request.is_page and task is not None and _has_answers(task)
 
     def render_answers(
         self, request: SearchRequest, read: ReadRequest, answer: ServedAnswer
@@ -318,7 +290,7 @@ class ServedModel:
 
     def read_query(
         self, request: SearchRequest, budget: WorkBudget
-    ) -> "tuple[CorpusSearch, np.ndarray]":
+    ) -> tuple[CorpusSearch, np.ndarray]:
         """Return the search for a query and its model input; several threads may call it.
 
         Args:
@@ -341,11 +313,11 @@ class ServedModel:
     def search(
         self,
         request: SearchRequest,
-        search: "CorpusSearch",
-        row: "np.ndarray",
-        vector: "np.ndarray",
+        search: CorpusSearch,
+        row: np.ndarray,
+        vector: np.ndarray,
     ) -> ServedAnswer:
-        """Answer a search with a document of its hits; several threads may call it.
+        """Answer a search with a document of its hits, or with a page; several threads may call it.
 
         Args:
             request: parsed request of a client.
@@ -353,32 +325,16 @@ class ServedModel:
             row: result of :meth:`read_query`.
             vector: that of the row, by ``search.embed_query``.
         """
-        found = [asdict(hit) for hit in search.rank_rows(vector, request.top)]
+        hits, doubt = search.rank_rows(vector, request.top), search.describe_doubt(row)
+        if request.is_page:
+            preview = preview_query(request.query, row, search.modality)
+            name = printable_name(request.query.name)
+            return {"html": search.render_hits(name, hits, self._list_page(), preview, doubt)}
+        found = [asdict(hit) for hit in hits]
         answer: ServedAnswer = {"task": search.task, "searched": search.num_rows, "hits": found}
-        doubt = search.describe_doubt(row)
         return {**answer, "caution": doubt} if doubt else answer
 
-    def render_search(
-        self,
-        request: SearchRequest,
-        search: "CorpusSearch",
-        row: "np.ndarray",
-        vector: "np.ndarray",
-    ) -> ServedAnswer:
-        """Answer a search with its page in ``html``; several threads may call it.
-
-        Args:
-            request: parsed form of a browser.
-            search: result of :meth:`read_query`.
-            row: result of :meth:`read_query`.
-            vector: that of the row, by ``search.embed_query``.
-        """
-        hits = search.rank_rows(vector, request.top)
-        preview = preview_query(request.query, row, search.modality)
-        name, doubt = printable_name(request.query.name), search.describe_doubt(row)
-        return {"html": search.render_hits(name, hits, self._list_page(), preview, doubt)}
-
-    def _find_search(self, request: SearchRequest) -> "CorpusSearch":
+    def _find_search(self, request: SearchRequest) -> CorpusSearch:
         with named_errors(request.query.label):
             modality = find_item_modality(request.query)
         searches = self.searches[modality]

@@ -5,16 +5,15 @@
 The server runs in the process of the command, not in Ray Serve's proxy: it rejects a request before
 it reads the body, and sends the request of a killed replica to another one. A prediction changes
 nothing, so it may run twice. Clients share requests, memory and replicas, see
-:mod:`pipelines.serving.fair_share`. A request whose client is gone is cancelled.
+:class:`.FairShare`. A request whose client is gone is cancelled.
 """
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -30,11 +29,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from pipelines.serving.access_token import describe_foreign_page, is_authorized, parse_authority
-from pipelines.serving.connection_guard import ADMITTED, ServerLimits
-from pipelines.serving.fair_share import FairShare, identify_client
 from pipelines.serving.inputs import NONE_USABLE
-from pipelines.serving.request_rows import (
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import human_bytes
+from skillnet_serving.retrieval.search_page import render_search_page
+from skillnet_serving.server.admission import (
+    ADMITTED,
+    FairShare,
+    describe_foreign_page,
+    identify_client,
+    is_authorized,
+    parse_authority,
+)
+from skillnet_serving.server.config import ServerLimits
+from skillnet_serving.server.request_rows import (
     PredictionRequest,
     SearchRequest,
     build_search_request,
@@ -42,10 +51,6 @@ from pipelines.serving.request_rows import (
     read_search_form,
     read_search_request,
 )
-from pipelines.serving.search_page import render_search_page
-from skillnet_platform import console
-from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import human_bytes
 
 #: Tries of one request; each follows the death of a replica.
 MAX_TRIES = 5
@@ -65,6 +70,8 @@ DISCARD_PATIENCE_S, MAX_DISCARDED_BYTES = 2.0, 64 * 2**20
 AUTHORIZED = "authorized"
 #: Keys of the model's description that the health has.
 HEALTH_KEYS = ("manifest", "packages", "problem", "ready", "indexes")
+#: Content type of the form of the search page.
+FORM = "multipart/form-data"
 #: Status in the metrics of a request whose client left.
 CLIENT_LEFT = 499
 RETRY_HEADERS, RETRY_REMEDY = {"Retry-After": str(RETRY_AFTER_S)}, "send the request again"
@@ -81,17 +88,15 @@ HEADERS = {
 Parsed = TypeVar("Parsed")
 
 
-class OverloadError(Exception):
+class OverloadError(HTTPException):
     """The server has too many requests, no replica answered in time, or an index is not ready."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)
 
-class ModelHandle(Protocol):
-    """Replicas of a served model: a deployment handle of Ray Serve, or one in this process."""
 
-    predict: Any
-    search: Any
-    render_search: Any
-    describe_later: Any
+#: Calls a method of a replica, here or in Ray Serve; its answer is awaited, or cancelled.
+AskReplica = Callable[[str, Any], Any]
 
 
 class ServerMetrics:
@@ -119,10 +124,10 @@ class ModelGateway:
     """Handlers of the routes.
 
     Args:
-        handle: that calls the replicas.
+        ask: calls the replicas.
         about: description of the model, see
-            :meth:`pipelines.serving.model_replica.ModelReplica.describe`. It changes when packages
-            join or leave the folder of the model.
+            :meth:`.model_replica.ModelReplica.describe`. It changes when packages join or leave the
+            folder of the model.
         limits: bounds of requests, connections and time.
         lost: exceptions that mean a dead replica.
         full: exceptions that mean that the queues are full.
@@ -130,13 +135,13 @@ class ModelGateway:
 
     def __init__(
         self,
-        handle: ModelHandle,
+        ask: AskReplica,
         about: dict[str, Any],
         limits: ServerLimits,
         lost: tuple[type[Exception], ...],
         full: tuple[type[Exception], ...] = (),
     ) -> None:
-        self._handle, self._limits = handle, limits
+        self._ask_replica, self._limits = ask, limits
         self._about = {key: value for key, value in about.items() if key != "manifest_ns"}
         self._lost, self._full = lost, full
         self._running = FairShare(limits.max_running)
@@ -164,9 +169,8 @@ class ModelGateway:
         """Return the description of the model by a replica; the last known one if it is dead."""
         # One question for all requests that wait: anybody may ask for the health.
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.ensure_future(
-                self._handle.describe_later.remote(self._manifest_ns)
-            )
+            asked = self._ask_replica("describe_later", self._manifest_ns)
+            self._asking = asyncio.ensure_future(asked)
         with contextlib.suppress(TimeoutError, *self._lost, *self._full):
             async with asyncio.timeout(PROGRESS_PATIENCE_S):
                 about = dict(await asyncio.shield(self._asking))
@@ -187,7 +191,7 @@ class ModelGateway:
         """Answer ``POST /v1/predict``."""
         async with self._hold_body(request) as body:
             asked = await self._parse(read_prediction_request, body, self._limits.max_rows)
-            answer = await self._ask(request, self._handle.predict, asked)
+            answer = await self._ask(request, "predict", asked)
         for each in answer["predictions"]:
             self.metrics.rows.labels(each["task"]).inc()
         rejected = answer["rejected"]
@@ -200,7 +204,7 @@ class ModelGateway:
         """Answer ``POST /v1/search``."""
         async with self._hold_body(request) as body:
             asked = await self._parse(read_search_request, body)
-            return JSONResponse(await self._ask(request, self._handle.search, asked))
+            return JSONResponse(await self._ask(request, "search", asked))
 
     async def show_search(self, request: Request) -> Response:
         """Answer ``/search`` with a page: inputs, and the results of a query.
@@ -209,47 +213,29 @@ class ModelGateway:
         """
         query, task = request.query_params.get("query", ""), request.query_params.get("task")
         tasks: Mapping[str, Sequence[str]] = (await self._read_about())["page"]
-        status, problem, headers = 200, "", {}
+        status, problem, headers = 200, "", None
         try:
             if not tasks:
                 problem = "This model has no task that the page can show."
             elif request.method == "POST":
-                return await self._search_form(request)
+                kind = request.headers.get("content-type", "")
+                async with self._hold_body(request, FORM) as body:
+                    asked = await asyncio.to_thread(read_search_form, kind, body)
+                    return HTMLResponse((await self._ask(request, "search", asked))["html"])
             elif query:
-                asked = build_search_request(query, task)
-                answer = await self._ask(request, self._handle.render_search, asked)
-                return HTMLResponse(answer["html"])
-        except UserError as error:
-            status, problem = 422, str(error)
-        except HTTPException as error:
-            status, problem = error.status_code, str(error.detail)
-        except OverloadError as error:
-            status, problem, headers = 503, f"{error}; {RETRY_REMEDY}", RETRY_HEADERS
+                asked = replace(build_search_request(query, task), is_page=True)
+                return HTMLResponse((await self._ask(request, "search", asked))["html"])
+        except (UserError, HTTPException) as error:
+            status, problem, headers = _describe_error(error)
         page = render_search_page(query[:100], [], tasks=tasks, task=task or "", problem=problem)
         return HTMLResponse(page, status, headers)
-
-    async def _search_form(self, request: Request) -> Response:
-        kind = request.headers.get("content-type", "")
-        try:
-            async with self._hold_body(request, "multipart/form-data") as body:
-                asked = await asyncio.to_thread(read_search_form, kind, body)
-                answer = await self._ask(request, self._handle.render_search, asked)
-        except HTTPException as error:
-            if error.status_code == 413:
-                limit = human_bytes(self._limits.max_bytes)
-                error.detail = (
-                    f"file: larger than {limit}. Choose a smaller one, or start the server with a "
-                    "larger --max_bytes"
-                )
-            raise
-        return HTMLResponse(answer["html"])
 
     async def go_to_search(self, request: Request) -> Response:
         """Answer ``GET /``."""
         return RedirectResponse("/search")
 
     async def _ask(
-        self, request: Request, method: Any, asked: PredictionRequest | SearchRequest
+        self, request: Request, method: str, asked: PredictionRequest | SearchRequest
     ) -> dict[str, Any]:
         """Return the answer of a replica; a replica that dies is replaced by another one."""
         client, clock = _client_of(request), asyncio.get_running_loop().time
@@ -264,7 +250,13 @@ class ModelGateway:
                         manifest_ns=self._manifest_ns,
                     )
                     try:
-                        answer: dict[str, Any] = await _call(method, timed)
+                        response = self._ask_replica(method, timed)
+                        try:
+                            answer: dict[str, Any] = await response
+                        except asyncio.CancelledError:
+                            # The replica learns that nobody waits any more.
+                            response.cancel()
+                            raise
                         self._remember(answer)
                         break
                     except self._lost:
@@ -299,7 +291,13 @@ class ModelGateway:
             raise HTTPException(415, f"Content-Type: send {expected}")
         size, limit = _declared_length(request), self._limits.max_bytes
         if size > limit:
-            raise HTTPException(413, f"the request is larger than {limit} bytes; send parts")
+            reason = f"the request is larger than {limit} bytes; send parts"
+            if expected == FORM:
+                reason = (
+                    f"file: larger than {human_bytes(limit)}. Choose a smaller one, or start the "
+                    "server with a larger --max_bytes"
+                )
+            raise HTTPException(413, reason)
         async with contextlib.AsyncExitStack() as held:
             has_room = False
             try:
@@ -316,17 +314,6 @@ class ModelGateway:
                     400, "the client left before its request was complete"
                 ) from None
             yield body
-
-
-async def _call(method: Any, asked: Any) -> dict[str, Any]:
-    """Return the answer of a replica; the replica learns that nobody waits any more."""
-    response = method.remote(asked)
-    try:
-        answer: dict[str, Any] = await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-    return answer
 
 
 def _client_of(request: Request) -> str:
@@ -357,7 +344,7 @@ class RequestGuard:
     ) -> None:
         self._metrics, self._application = gateway.metrics, application
         self._token = token
-        self._admitted, self._active = FairShare(limits.max_requests), 0
+        self._admitted = FairShare(limits.max_requests)
         self._paths = {route.path for route in build_routes(gateway)}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -369,25 +356,15 @@ class RequestGuard:
         exchange = RequestExchange(scope, receive, send)
         # Unknown paths share a label: clients must not create series without bound.
         path = scope["path"] if scope["path"] in self._paths else "other"
-        begin = time.monotonic()
-        with self._count_request(), self._admit(exchange.request) as refused:
-            if refused is not None:
-                await refused(scope, exchange.receive, exchange.send)
-            else:
-                await exchange.run(self._application)
-        await exchange.finish()
+        with self._metrics.seconds.labels(path).time():
+            active = self._metrics.active.track_inprogress()
+            with active, self._admit(exchange.request) as refused:
+                if refused is not None:
+                    await refused(scope, exchange.receive, exchange.send)
+                else:
+                    await exchange.run(self._application)
+            await exchange.finish()
         self._metrics.requests.labels(path, str(exchange.status)).inc()
-        self._metrics.seconds.labels(path).observe(time.monotonic() - begin)
-
-    @contextlib.contextmanager
-    def _count_request(self) -> Iterator[None]:
-        self._active += 1
-        self._metrics.active.set(self._active)
-        try:
-            yield
-        finally:
-            self._active -= 1
-            self._metrics.active.set(self._active)
 
     @contextlib.contextmanager
     def _admit(self, request: Request) -> Iterator[Response | None]:
@@ -400,7 +377,8 @@ class RequestGuard:
             return
         client = _client_of(request)
         if not self._admitted.take(client):
-            yield answer_overload("too many requests are in progress")
+            error = OverloadError("too many requests are in progress")
+            yield build_error(*_describe_error(error))
             return
         request.scope.setdefault("state", {})[ADMITTED] = True
         try:
@@ -521,26 +499,14 @@ def build_application(
         limits: bounds of requests, connections and time.
     """
 
-    async def user_error(request: Request, error: Exception) -> Response:
-        return build_error(422, str(error))
-
-    async def http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return build_error(error.status_code, str(error.detail), error.headers)
-
-    async def overload(request: Request, error: Exception) -> Response:
-        return answer_overload(str(error))
+    async def rejected(request: Request, error: Exception) -> Response:
+        return build_error(*_describe_error(error))
 
     async def unexpected(request: Request, error: Exception) -> Response:
         console.print_warning(f"{request.url.path}: {type(error).__name__}: {first_line(error)}")
         return build_error(500, "internal error; the server's output has the reason")
 
-    handlers: Any = {
-        UserError: user_error,
-        HTTPException: http_error,
-        OverloadError: overload,
-        Exception: unexpected,
-    }
+    handlers: Any = {UserError: rejected, HTTPException: rejected, Exception: unexpected}
     application = Starlette(routes=build_routes(gateway), exception_handlers=handlers)
     return RequestGuard(gateway, application, token, limits)
 
@@ -573,10 +539,8 @@ def build_error(status: int, message: str, headers: Any = None) -> Response:
     return JSONResponse({"error": message}, status, headers)
 
 
-def answer_overload(reason: str) -> Response:
-    """Return the answer of an overloaded server.
-
-    Args:
-        reason: cause of the overload.
-    """
-    return build_error(503, f"{reason}; {RETRY_REMEDY}", RETRY_HEADERS)
+def _describe_error(error: Exception) -> tuple[int, str, Any]:
+    """Return status, message and headers of the answer to a rejected request."""
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail), error.headers
+    return 422, str(error), None

@@ -1,0 +1,1 @@
+"""The HTTP server of ``skillnet serve``, and the replicas that hold its model."""
