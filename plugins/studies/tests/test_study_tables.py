@@ -34,7 +34,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     systems = {"skillnet": 0.5, "specialist": 0.0, "moe": 0.4}
     folder = keep_study(tmp_path, "final", systems, stated={"skills": CLAIM})
     text = render_block(FINAL, tmp_path / "results")
-    assert "Skills help" in text.splitlines()[0]
+    assert "Skills help" in text
     assert "3 systems, 3 replicates each, 5 tasks, 9 runs. runs at commit 0123456789ab" in text
     titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
     assert titles == ["Claims", study_tables.SCORES, study_tables.DIFFERENCES, "Cost"]
@@ -46,7 +46,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     with change_kept(folder) as kept:
         kept.content[NOTICE] = "Rates of baselines were low.\n"
     lines = render_block(FINAL, tmp_path / "results").splitlines()
-    assert lines[:3] == [text.splitlines()[0], "", "**Notice:** Rates of baselines were low."]
+    assert lines[:3] == ["**Notice:** Rates of baselines were low.", "", text.splitlines()[0]]
     # Nobody looks at a part of a study, or at a reserve that was not opened.
     reserve = replace(FINAL, is_reserve=True)
     assert render_block(reserve, tmp_path / "results") == NOT_COMPLETE
