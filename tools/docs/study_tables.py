@@ -20,9 +20,8 @@ from skillnet_platform.storage import read_json
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
 from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER
 from skillnet_studies.report.report import ComparisonReport, build_report, list_notices
-from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study
+from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study, read_study_config
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
-from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table
@@ -66,10 +65,8 @@ GAINS, MORE_STEPS = "Gain from pretraining", "Differences after more steps"
 
 #: Name of the marks -> block, in the order of the pages.
 BLOCKS = {
-    "final": StudyBlock(
-        ("final",), (CLAIMS, SCORES, DIFFERENCES, GAINS, "Cost"), page=FINAL_PAGE
-    ),
-    "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True, page=FINAL_PAGE),
+    "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, GAINS, "Cost"), page=FINAL_PAGE),
+    "reserve": StudyBlock(("final",), (SCORES,), is_reserve=True, page=FINAL_PAGE),
     "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, GAINS)),
     "labels": StudyBlock(("labels",), (CLAIMS, GAINS)),
     "longer": StudyBlock(
@@ -182,6 +179,13 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def render_rates(folder: Path) -> str:
+    """Return the rates of a study and of the present rule; the command shows the trials, too."""
+    table = build_rates_table(folder)
+    rows = [row[:4] for row in table.rows]
+    return replace(table, columns=table.columns[:4], rows=rows, caption="").to_markdown()
+
+
 def list_described(block: StudyBlock) -> set[str]:
     """Return the titles of tables whose caption stands in an earlier block of the page."""
     before = takewhile(lambda other: other != block, BLOCKS.values())
@@ -195,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
     if options.block in (None, CHOSEN_RATES):
-        put(BESIDE_PAGE, CHOSEN_RATES, build_rates_table(RESULTS / "final").to_markdown())
+        put(BESIDE_PAGE, CHOSEN_RATES, render_rates(RESULTS / "final"))
     if options.block in (None, RATE_CHANGES):
         changes = build_change_table(RESULTS / "final", RESULTS / "rates")
         put(BESIDE_PAGE, RATE_CHANGES, changes.to_markdown())
