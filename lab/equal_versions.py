@@ -5,7 +5,7 @@
 The order of rows and every value must be equal, but floating-point numbers may differ by
 ``--tolerance``. With ``--output`` the result is recorded in a study or its kept results, so that
 ``skillnet compare`` accepts its runs of both versions; see
-:mod:`skillnet_studies.analysis.equal_versions`.
+:mod:`skillnet_studies.analysis.finished_runs`.
 
 NumPy computes some functions with the vector instructions of the processor, and they can round
 differently. The version of a processor without AVX-512 is prepared on one with it by
@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipelines.data.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, list_equal_versions
+from skillnet_studies.analysis.finished_runs import EQUAL_VERSIONS, list_equal_versions
 from skillnet_studies.study.kept_results import open_study, write_document
 
 

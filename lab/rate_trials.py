@@ -30,7 +30,7 @@ from pipelines.training.loop.resolved_run import ResolvedRun, build_joint_run, r
 from skillnet.multitask_model import TaskModel
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.kept_results import read_study_config
 from skillnet_studies.study.study import read_study_ledger
 from skillnet_studies.study.tuning import (
     RATE_KEYS,

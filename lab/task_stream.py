@@ -454,7 +454,7 @@ class StreamStudy:
     def _keep_cells(self, tuning: "Mapping[str, TuningResult]") -> None:
         """Write the ledger of the study and its two kept files."""
         from skillnet_studies.study.kept_results import change_kept, keep_results
-        from skillnet_studies.study.study import StudyResult, write_study_ledger
+        from skillnet_studies.study.study import write_study_ledger
 
         cells = self.list_cells()
         outcomes = [
@@ -468,7 +468,7 @@ class StreamStudy:
             )
             for (label, fold), cell in cells.items()
         ]
-        write_study_ledger(StudyResult(self.config, dict(tuning), outcomes), self.folder)
+        write_study_ledger(self.config, tuning, outcomes)
         with change_kept(self.path) as kept:
             # The record of a cell of another machine is in the kept file alone.
             kept.content.setdefault(RECORD, {}).update(

@@ -16,7 +16,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import backend
-from skillnet_studies.study.stored_config import fetch_finished_runs
+from skillnet_studies.study.kept_results import fetch_finished_runs
 from tests.helpers.object_store import ObjectStore
 from tests.helpers.processes import kill_family, run_python, start_python
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -188,14 +188,13 @@ def study_file(path: Path, data: str) -> Path:
     }
     body = {
         "name": "kept",
-        "seeds": [0],
+        "seeds": [0, 1],
         "run": one_task(data, **training),
         "pretraining": {"tasks": masked, "training": training},
         "systems": {
             "skillnet": {"system": "skillnet"},
             "skillnet-pretrained": {
                 "system": "skillnet", "pretrain": True, "reuse_tuning_of": "skillnet",
-                "extra_seeds": [1],
             },
         },
         "tuning": {"trials": 1, "seeds": [9], "space": {"training.lr": {"choice": [0.01]}}},
@@ -231,8 +230,8 @@ def test_a_study_resumes_and_is_compared_from_the_store(
     for name, content in finished.items():
         assert directories.read_bytes(f"{kept}/{name}") == content, "not run again"
     assert {(run["system"], run["seed"]) for run in result["runs"]} == {
-        ("skillnet", 0), ("skillnet-pretrained", 0), ("skillnet-pretrained", 1)
-    }  # fmt: skip
+        (system, seed) for system in ("skillnet", "skillnet-pretrained") for seed in (0, 1)
+    }
     here = tmp_path / "second/driver/kept"
     assert not list(tmp_path.glob("second/*/kept/*/*/model")), "models are in the store alone"
     there = {entry.name for entry in directories.list_files(kept)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import read_csv_rows
-from skillnet_evidence.forest import draw_joint_evidence
+from skillnet_evidence.figures import draw_joint_evidence
 from skillnet_evidence.plot_kit import encode_svg
 from skillnet_evidence.rows import collect_points, group_claims, group_tests
 from skillnet_evidence.scale import collect_scale, draw_scale_figure

@@ -20,7 +20,6 @@ from pipelines.training.evaluation import tables
 from pipelines.training.growth.report import (
     GROWN,
     REPORT_JSON,
-    REPORT_MARKDOWN,
     TRAINING_LABELS,
     GrowthReport,
     TransferResult,
@@ -31,7 +30,7 @@ from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "growth.md"
 EVALUATION, REFERENCES = "evaluation.csv", "references.csv"
-KEPT = (REPORT_JSON, REPORT_MARKDOWN, "grow.yaml", EVALUATION)
+KEPT = (REPORT_JSON, "grow.yaml", EVALUATION)
 BOUNDS = ("value", "low", "high")
 
 

@@ -20,7 +20,7 @@ from skillnet_evidence.format import format_interval, format_setting
 from skillnet_platform.errors import UserError
 from skillnet_platform.tables import show_table
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
-from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.kept_results import read_study_config
 from skillnet_studies.study.study import read_study_ledger
 from skillnet_studies.study.tuning import (
     RATE,

@@ -14,8 +14,7 @@ from skillnet_platform.storage import data_root
 from skillnet_studies.analysis.finished_runs import compare_runs
 from skillnet_studies.config.study import REFERENCES_FILE
 from skillnet_studies.report.references import build_references, measure_references
-from skillnet_studies.study.kept_results import write_document
-from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.kept_results import read_study_config, write_document
 from tools.docs.study_rates import read_kept_runs
 
 

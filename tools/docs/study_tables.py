@@ -10,7 +10,8 @@ final study.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from skillnet_evidence.comparison import find_common_replicates
@@ -19,9 +20,8 @@ from skillnet_platform.storage import read_json
 from skillnet_studies.analysis.finished_runs import FinishedRun, compare_runs, label_runs, read_run
 from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER
 from skillnet_studies.report.report import ComparisonReport, build_report, list_notices
-from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study
+from skillnet_studies.study.kept_results import RESERVE_RECORD, open_study, read_study_config
 from skillnet_studies.study.reserve import collect_reserve_runs, drop_tests
-from skillnet_studies.study.stored_config import read_study_config
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from tools.docs.page_marks import put
 from tools.docs.study_rates import build_change_table, build_rates_table
@@ -61,37 +61,35 @@ CHOSEN_RATES = "chosen-rates"
 #: Marks of the table of differences at the rates of both studies.
 RATE_CHANGES = "rate-changes"
 
-#: Name of the marks -> block.
+GAINS, MORE_STEPS = "Gain from pretraining", "Differences after more steps"
+
+#: Name of the marks -> block, in the order of the pages.
 BLOCKS = {
-    "final": StudyBlock(
-        ("final",),
-        (CLAIMS, SCORES, DIFFERENCES, "Gain from pretraining", "Cost"),
-        page=FINAL_PAGE,
-    ),
-    "reserve": StudyBlock(("final",), (CLAIMS, SCORES), is_reserve=True, page=FINAL_PAGE),
-    "labels": StudyBlock(("labels",), (CLAIMS, SCORES, "Gain from pretraining")),
-    "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, "Gain from pretraining")),
-    "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
+    "final": StudyBlock(("final",), (CLAIMS, SCORES, DIFFERENCES, GAINS, "Cost"), page=FINAL_PAGE),
+    "reserve": StudyBlock(("final",), (SCORES,), is_reserve=True, page=FINAL_PAGE),
+    "rates": StudyBlock(("rates",), (SCORES, DIFFERENCES, GAINS)),
+    "labels": StudyBlock(("labels",), (CLAIMS, GAINS)),
     "longer": StudyBlock(
         ("rates", "longer"),
-        ("Differences after more steps", SCORES),
+        (MORE_STEPS,),
         ("skillnet", "specialist", "skillnet-long", "specialist-long"),
     ),
     "longer-pretrained": StudyBlock(
         ("rates", "longer", "longer-pretrained"),
-        ("Differences after more steps", SCORES),
+        (MORE_STEPS,),
         ("skillnet", "skillnet-pretrained", "skillnet-long", "skillnet-long-pretrained"),
     ),
     "equal-steps": StudyBlock(
         ("equal-steps", "rates"),
-        (SCORES, DIFFERENCES),
+        (DIFFERENCES,),
         ("skillnet-equal", "skillnet", "skillnet-pretrained"),
     ),
     "dense": StudyBlock(
         ("rates", "dense"),
-        (SCORES, DIFFERENCES, "Sizes of baselines"),
+        (DIFFERENCES, "Sizes of baselines"),
         ("skillnet", "dense-executed", "dense-deep", "dense-modality"),
     ),
+    "budget": StudyBlock(("budget",), ("Budget until dense's final score",)),
 }
 
 
@@ -168,15 +166,30 @@ def render_block(block: StudyBlock, results: Path = RESULTS) -> str:
     report = build_block_report(block, results)
     if report is None:
         return NOT_COMPLETE
-    known = {table.title: table for table in report.tables}
-    # A report without claims answers another question than that of its block.
-    parts = [report.answer] if CLAIMS in known else []
-    # A block of several studies has some of their systems.
-    parts += list_notices(report) if len(block.studies) == 1 else []
+    # The table of claims states the answer. A block of several studies has some of their systems.
+    parts = list_notices(report) if len(block.studies) == 1 else []
     facts = " · ".join(f"{name} {report.facts[name]}" for name in FACTS)
     parts.append(f"{report.lead}. {facts}.")
+    described = list_described(block)
+    known = {
+        table.title: replace(table, caption="") if table.title in described else table
+        for table in report.tables
+    }
     parts += [known[title].to_markdown() for title in block.tables if title in known]
     return "\n\n".join(parts)
+
+
+def render_rates(folder: Path) -> str:
+    """Return the rates of a study and of the present rule; the command shows the trials, too."""
+    table = build_rates_table(folder)
+    rows = [row[:4] for row in table.rows]
+    return replace(table, columns=table.columns[:4], rows=rows, caption="").to_markdown()
+
+
+def list_described(block: StudyBlock) -> set[str]:
+    """Return the titles of tables whose caption stands in an earlier block of the page."""
+    before = takewhile(lambda other: other != block, BLOCKS.values())
+    return {title for other in before if other.page == block.page for title in other.tables}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", choices=names, help="all by default")
     options = parser.parse_args(argv)
     if options.block in (None, CHOSEN_RATES):
-        put(BESIDE_PAGE, CHOSEN_RATES, build_rates_table(RESULTS / "final").to_markdown())
+        put(BESIDE_PAGE, CHOSEN_RATES, render_rates(RESULTS / "final"))
     if options.block in (None, RATE_CHANGES):
         changes = build_change_table(RESULTS / "final", RESULTS / "rates")
         put(BESIDE_PAGE, RATE_CHANGES, changes.to_markdown())

@@ -2,7 +2,7 @@
 ``python -m tools.docs.sweep_tables [runs/NAME]``.
 
 Keeps what is light of the sweep's folder below ``lab/results/<date>-sweep-<name>/``: trials,
-configuration, the best one, the plot. Without a folder only the page is written again, which has
+configuration. Without a folder only the page is written again, which has
 the newest of each name. What the tables say is computed from the kept ``trials.csv`` alone.
 """
 
@@ -27,7 +27,7 @@ from tools.docs.quickstart_tables import seed_interval
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeps.md"
 TRIALS = "trials.csv"
-KEPT = ("sweep.yaml", TRIALS, "best.yaml", "score.png")
+KEPT = ("sweep.yaml", TRIALS)
 #: Columns of a trial that only its machine can follow.
 PLACES = ("folder", "log", "run_id")
 
@@ -147,37 +147,6 @@ def _with_interval(values: list[float]) -> str:
     return reported if math.isnan(low) else f"{reported} ({low:.1f} to {high:.1f})"
 
 
-def draw(folder: Path) -> None:
-    """Draw the plot of a kept sweep again, as ``skillnet sweep`` draws it.
-
-    Args:
-        folder: directory of the kept sweep; its ``trials.csv`` and ``sweep.yaml`` suffice.
-    """
-    from sweeps.search.ranking import draw_ranking_figure, rank_configurations
-    from sweeps.trials.trial import TrialOutcome
-
-    sweep = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
-    costs = ("score", "activated_params", "flops_per_example")
-    outcomes = [
-        TrialOutcome(
-            row["name"],
-            row["group"],
-            folder,
-            "finished",
-            reports=[
-                {key: float(row[key]) for key in costs} | {"scores": {}, "step": int(row["step"])}
-            ],
-            settings={key: row[key] for key in sweep["space"] if row[key]},
-            seed=int(row["seed"]),
-        )
-        for row in read_csv_rows(folder / TRIALS)
-        if row["status"] == "finished"
-    ]
-    figure = draw_ranking_figure(rank_configurations(outcomes))
-    if figure is not None:
-        figure.savefig(folder / "score.png", dpi=120)
-
-
 def _short(key: str) -> str:
     return key.rpartition(".")[2].replace("_", " ")
 
@@ -186,12 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     """Keep a sweep, and put the tables of all that are kept in their place in the page."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.sweep_tables", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="of a finished sweep")
-    parser.add_argument("--redraw", action="store_true", help="draw the plots again")
     options = parser.parse_args(argv)
     if options.folder:
         collect(options.folder)
-    for folder in newest().values() if options.redraw else ():
-        draw(folder)
     put(PAGE, "sweep", page_text())
     reported = ", ".join(folder.name for folder in newest().values())
     print(f"{PAGE.name} tells {reported or 'that there is no result'}")

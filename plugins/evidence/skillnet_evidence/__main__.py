@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
+from skillnet_evidence.cells import ReportTable
 from skillnet_evidence.claims import (
     Claim,
     ClaimsConfig,
@@ -23,13 +24,13 @@ from skillnet_evidence.errors import EvidenceError, require_known
 from skillnet_evidence.figures import draw_tier_figure
 from skillnet_evidence.page import build_page
 from skillnet_evidence.plot_kit import encode_svg
-from skillnet_evidence.power import POWER_CAPTION, plan_power, simulate_claims, tabulate_power
+from skillnet_evidence.power import build_power_table, plan_power, simulate_claims
 from skillnet_evidence.readers.formats import READERS, read_lines
 from skillnet_evidence.readers.lines import ReadOptions
 from skillnet_evidence.rows import build_summary_rows
 from skillnet_evidence.scale import build_scale_table, collect_scale
 from skillnet_evidence.scores import FILE_FORMAT, build_runs
-from skillnet_evidence.tables import ReportTable, build_claim_table, build_tables, make_table
+from skillnet_evidence.tables import build_claim_table, build_tables
 from skillnet_evidence.tiers import build_pairing_table, build_tier_table, find_tiers
 
 SOURCES = """\
@@ -183,8 +184,8 @@ def _plan_power(comparison: SystemComparison, rules: ClaimsConfig, seeds: int) -
         raise EvidenceError(f"--power: expected two seeds or more, got {seeds}")
     counts = dict.fromkeys(comparison.systems, seeds)
     planned = plan_power(comparison, rules, counts, comparison.test_to_train)
-    table = tabulate_power(planned, simulate_claims(planned, rules))
-    return make_table(f"What {seeds} {comparison.repeat_noun}s could decide", *table, POWER_CAPTION)
+    title = f"What {seeds} {comparison.repeat_noun}s could decide"
+    return build_power_table(title, planned, simulate_claims(planned, rules))
 
 
 def read_claims(path: Path) -> ClaimsConfig:

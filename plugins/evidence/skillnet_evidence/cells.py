@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 #: A space at which a line of a table ends only if its words do not fit together: before a unit.
 NO_BREAK_SPACE = "\u00a0"
@@ -36,6 +37,14 @@ class TableCell:
         interval = f" ({self.small})" if self.small else ""
         return f"{self.text}{self.mark}{interval}"
 
+    def to_html(self) -> str:
+        """Return the cell as an escaped element of HTML."""
+        kind = "prose" if self.is_prose else "best" if self.is_best else ""
+        mark = f'<span class="mark">{escape(self.mark)}</span>' if self.mark else ""
+        small = f"<small>{escape(self.small)}</small>" if self.small else ""
+        css = f' class="{kind}"' if kind else ""
+        return f"<td{css}>{escape(self.text)}{mark}{small}</td>"
+
 
 @dataclass(frozen=True)
 class ReportTable:
@@ -60,6 +69,20 @@ class ReportTable:
         lines = [[cell.to_line() for cell in row] for row in self.rows]
         parts = [f"#### {self.title}", markdown_table(self.columns, lines), self.caption]
         return "\n\n".join(part for part in parts if part)
+
+    def to_html(self) -> str:
+        """Return the table with its caption, without its title, as escaped HTML."""
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        rows = "".join(
+            f'<tr><th scope="row">{escape(row[0].text)}</th>'
+            f"{''.join(cell.to_html() for cell in row[1:])}</tr>"
+            for row in self.rows
+        )
+        caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
+        return (
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+            f"</table></div>{caption}"
+        )
 
 
 def make_table(

@@ -12,7 +12,8 @@ STYLE = """
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem}
 table {border-collapse: collapse; font-size: 13px} caption, p {text-align: left; max-width: 46rem}
 th, td {padding: .15rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top}
-small {color: #555; white-space: nowrap} .scroll {overflow-x: auto}
+small {color: #555; white-space: nowrap; margin-left: .4em} .scroll {overflow-x: auto}
+th[scope=row] {font-weight: normal} .best {font-weight: 600}
 svg {max-width: 100%; height: auto}
 summary {font-weight: 600; cursor: pointer; margin: .8rem 0}
 """
@@ -31,25 +32,15 @@ def build_page(
     """
     parts = [f"<h1>{escape(answer or 'Comparison')}</h1>", figure]
     parts += [f"<p>{escape(note)}</p>" for note in notes]
-    parts += [_show_table(table) for table in tables]
+    parts += [_fold_table(table) for table in tables]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
-def _show_table(table: ReportTable) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = []
-    for row in table.rows:
-        cells = []
-        for cell in row:
-            text = escape(f"{cell.text}{cell.mark}")
-            text = f"<b>{text}</b>" if cell.is_best else text
-            cells.append(f"<td>{text} <small>{escape(cell.small)}</small></td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+def _fold_table(table: ReportTable) -> str:
     return (
         f"<details{'' if table.collapsed else ' open'}><summary>{escape(table.title)}</summary>"
-        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-        f"<p>{escape(table.caption)}</p></details>"
+        f"{table.to_html()}</details>"
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from skillnet_evidence import statistics
+from skillnet_evidence.cells import ReportTable, make_table
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
 from skillnet_evidence.comparison import (
     PRETRAINED,
@@ -33,12 +34,6 @@ from skillnet_evidence.statistics import Contrast, SeedVariance
 POWER = 0.8
 #: True differences of simulated studies, as fractions.
 EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.05)
-#: What the table of planned tests shows.
-POWER_CAPTION = (
-    "Points. Found: true difference that 80 of 100 studies show in this test alone. Holds: share "
-    "of simulated studies in which the whole claim holds after the correction of all claims, if "
-    "every difference is this one; tests are drawn independently."
-)
 #: Simulated studies for each of them; a share of 0.5 has a standard error of 0.8 per cent.
 STUDIES = 4000
 
@@ -248,14 +243,15 @@ def simulate_claims(
     return shares
 
 
-def tabulate_power(
-    planned: Sequence[PlannedTest], shares: Mapping[str, Sequence[float]]
-) -> tuple[list[str], list[list[str]]]:
-    """Return columns and cells of a table with a line per planned test, in points.
+def build_power_table(
+    title: str, planned: Sequence[PlannedTest], shares: Mapping[str, Sequence[float]]
+) -> ReportTable:
+    """Return a table with a line per planned test, in points.
 
     The first line of a claim has the share of studies in which the whole claim holds.
 
     Args:
+        title: title of the table.
         planned: result of :func:`plan_power`.
         shares: result of :func:`simulate_claims`.
     """
@@ -279,7 +275,14 @@ def tabulate_power(
             ]
         )
         seen.add(each.claim)
-    return columns, cells
+    return make_table(
+        title,
+        columns,
+        cells,
+        "Points. Found: true difference that 80 of 100 studies show in this test alone. Holds: "
+        "share of simulated studies in which the whole claim holds after the correction of all "
+        "claims, if every difference is this one; tests are drawn independently.",
+    )
 
 
 def _state_differences(earlier: SystemComparison, labels: Sequence[str]) -> dict[str, Claim]:

@@ -1,6 +1,6 @@
 """Plain rows of a comparison, as ``summary.csv``, ``tests.csv`` and ``claims.json`` hold them.
 
-The figures of :mod:`skillnet_evidence.forest` are drawn from these rows, so the report of a study
+The figures of :mod:`skillnet_evidence.figures` are drawn from these rows, so the report of a study
 and the figure of the documents show the same.
 """
 

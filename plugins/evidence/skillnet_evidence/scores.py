@@ -113,7 +113,6 @@ class ScoredRun:
         name: where the outcomes are from, for error messages.
         fold: fold of the test rows.
         costs: task -> cost of an example of the split ``test``.
-        system: name of the system without its size, whose points figures join.
         steps: training steps.
         seconds: seconds in the training loop.
         pretraining_seconds: the same of the pretraining; None without one.
@@ -128,7 +127,6 @@ class ScoredRun:
     name: str = ""
     fold: RunFold = NO_FOLD
     costs: Mapping[str, TaskCost] = field(default_factory=dict)
-    system: str = ""
     steps: int = 0
     seconds: float = 0.0
     pretraining_seconds: float | None = None

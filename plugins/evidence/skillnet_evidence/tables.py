@@ -21,7 +21,6 @@ from skillnet_evidence.comparison import (
     PairedTest,
     SystemComparison,
     TestVerdict,
-    estimate_run_figures,
     find_common_replicates,
     find_variant,
 )
@@ -84,7 +83,6 @@ def build_tables(
         build_other_splits_table(comparison, known),
         build_task_cost_table(comparison, "Activated parameters by task", "activated"),
         build_task_cost_table(comparison, "FLOPs per example by task", "flops"),
-        build_robust_table(comparison),
         build_test_table(comparison),
     ]
     return [table for table in built if table.rows]
@@ -197,31 +195,6 @@ def build_other_splits_table(
         rows,
         "Scores in percent, higher is better, with 95 % intervals over "
         f"{name_sources(comparison)}; no significance tests. A set of one unit has no interval.",
-    )
-
-
-def build_robust_table(comparison: SystemComparison) -> ReportTable:
-    """Return how the relative score depends on tasks and runs, per system."""
-    figures, rows = estimate_run_figures(comparison), []
-    for label, relative in comparison.relative.items():
-        if relative.against == label or np.isnan(relative.value.value):
-            continue
-        ends = relative.without_one or (np.nan, np.nan)
-        row: list[TableCell | str] = [label, relative.against, _format_range(*ends, 3) or "–"]
-        own = figures.get(label)
-        for each in (own.chance, own.middle) if own else ():
-            row.append(TableCell(f"{each.value:.3f}", _format_range(each.low, each.high, 3)))
-        rows.append([*row, *["–"] * (5 - len(row))])
-    columns = ["system", "against", "relative score without one task"]
-    return make_table(
-        "Relative to specialists: single tasks and runs",
-        [*columns, "chance that a run is better", "interquartile mean"],
-        rows,
-        "Without one task: the range of the relative score if any task is left out. Chance: that "
-        "the score of a run is above that of a run of the specialists, mean over tasks "
-        "(Bouthillier et al. 2021). Interquartile mean: of relative scores over tasks and runs "
-        "(Agarwal et al. 2021). Their intervals resample runs and hold for these test rows only"
-        f"{'; they ignore that replicates share training rows' if comparison.has_folds else ''}.",
     )
 
 

@@ -12,15 +12,8 @@ from plugins.evidence.tests.drawn_runs import TASKS, compared, draw_run
 from skillnet_evidence import claims as cl
 from skillnet_evidence.__main__ import read_claims
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition
-from skillnet_evidence.comparison import (
-    MEAN,
-    SystemComparison,
-    compare_systems,
-    compute_chance,
-    estimate_run_figures,
-)
+from skillnet_evidence.comparison import MEAN, SystemComparison, compare_systems
 from skillnet_evidence.errors import EvidenceError
-from skillnet_evidence.format import format_signed_points
 from skillnet_evidence.rows import build_claim_rows, build_test_rows, group_claims, group_tests
 from skillnet_evidence.statistics import compute_p_value
 from skillnet_evidence.tables import build_claim_table, build_score_table, build_tables
@@ -278,15 +271,6 @@ def test_a_missing_task_keeps_the_others():
         compare_systems([few[0], draw_run("moe", tasks=TASKS[3:])])
 
 
-def test_differences_have_signs():
-    assert [format_signed_points(x) for x in (0.0123, -0.0123, -0.0, -0.0001)] == [
-        "+1.2",
-        "−1.2",
-        "+0.0",
-        "+0.0",
-    ]
-
-
 def test_one_seed_and_one_system_give_a_table():
     found = compared({"skillnet": 0.0}, seeds=(3,))
     assert found.seeds == 1
@@ -310,18 +294,6 @@ def test_a_mean_score_lies_within_its_interval():
     speech = found.scores["skillnet", "speech_recognition", "test"]
     assert (speech.value, found.metrics["speech_recognition"].score(150.0)) == (0, 0)
     assert found.scores["skillnet", MEAN, "test"].value > 0.4
-
-
-def test_runs_are_compared_by_chance_and_interquartile_mean(clear: SystemComparison):
-    figures = estimate_run_figures(clear)
-    assert "specialist" not in figures
-    own = figures["skillnet"]
-    assert own.against == "specialist"
-    assert 0.9 < own.chance.value <= 1
-    assert own.middle.low < own.middle.value < own.middle.high
-    behind = figures["dense"]
-    assert behind.chance.value < 0.2
-    assert compute_chance(np.ones((1, 2, 3)), np.ones((1, 2, 4))).tolist() == [0.5]
 
 
 # -- one verdict in every place ------------------------------------------------------------
@@ -497,24 +469,3 @@ def test_a_refuted_claim_does_not_weaken_the_correction_of_the_others():
         found = cl.evaluate_claims(of, ClaimsConfig(stated, alpha=alpha, margin=0.0))
         assert [claim.verdict for claim in found] == [wanted, "does not hold"]
         assert found[1].p > 0.99
-
-
-def test_the_p_of_a_conjunction_is_its_largest(near: SystemComparison):
-    of = near
-    parts = [Condition("skillnet", "dense", tasks=[task]) for task in TASKS]
-    single = [
-        cl.evaluate_claims(of, ClaimsConfig({"x": Claim("x", [part])}))[0].p for part in parts
-    ]
-    (claim,) = cl.evaluate_claims(of, ClaimsConfig({"x": Claim("x", parts)}))
-    assert claim.p == max(single) > min(single)
-
-
-def test_a_clear_loss_of_about_the_margin_is_open(near: SystemComparison):
-    change = cl.estimate_difference(near, "dense", "skillnet", MEAN)
-    assert change.high < 0
-    part = Condition("dense", "skillnet", "not_lower", [MEAN])
-    rules = ClaimsConfig({"it": Claim("It is so.", [part])}, margin=-change.value)
-    (claim,) = cl.evaluate_claims(near, rules)
-    assert claim.verdict == "not decided"
-    assert claim.conditions[0].shown is None
-    assert claim.p == pytest.approx(0.5)

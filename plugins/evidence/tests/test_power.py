@@ -1,5 +1,6 @@
 """Power of a planned study: from an earlier one, and as simulated."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +18,11 @@ from skillnet_evidence.comparison import (
 from skillnet_evidence.errors import EvidenceError
 from skillnet_evidence.power import (
     EFFECTS,
+    PlannedTest,
+    build_power_table,
     estimate_time,
     plan_power,
     simulate_claims,
-    tabulate_power,
 )
 from skillnet_evidence.scores import RunFold
 from skillnet_evidence.statistics import RunSample, compute_p_value, estimate_mean
@@ -92,8 +94,8 @@ def test_a_study_without_claims_plans_its_differences(earlier: SystemComparison)
         for label in ("dense", "moe")
         for task in (*TASKS, MEAN)
     ]
-    columns, cells = tabulate_power(planned, simulate_claims(planned, ClaimsConfig(), 50))
-    assert all(len(row) == len(columns) for row in cells)
+    table = build_power_table("x", planned, simulate_claims(planned, ClaimsConfig(), 50))
+    assert all(len(row) == len(table.columns) for row in table.rows)
     with pytest.raises(EvidenceError, match="--power: the earlier study has no task reading"):
         plan_power(
             earlier,
@@ -149,12 +151,18 @@ def test_a_study_of_folds_is_planned_from_another_one() -> None:
         plan_power(earlier, claims("not_lower", 0.02), counts)
 
 
+def read_cells(
+    planned: Sequence[PlannedTest], shares: Mapping[str, Sequence[float]]
+) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in build_power_table("x", planned, shares).rows]
+
+
 def test_a_conjunction_holds_less_often_than_each_of_its_tests(earlier: SystemComparison) -> None:
     part = Condition("skillnet", "dense", "not_lower", [])
     config = ClaimsConfig({"it": Claim("x", [part])}, margin=0.05)
     planned = plan_power(earlier, config, {"skillnet": 6, "dense": 6})
     shares = simulate_claims(planned, config)
-    _, cells = tabulate_power(planned, shares)
+    cells = read_cells(planned, shares)
     assert len(cells) == len(planned) == len(TASKS)
     single = [
         stats.nct.sf(stats.t.ppf(0.975, each.dof), each.dof, 0.05 / each.error) for each in planned
@@ -224,7 +232,7 @@ def test_the_power_of_equivalence_falls_with_the_true_difference(
     assert shares[4] <= 0.03
     inside = margin / plan.error - stats.t.ppf(0.975, plan.dof)
     assert shares[0] == pytest.approx(2 * stats.norm.cdf(inside) - 1, abs=0.06)
-    _, cells = tabulate_power([plan], {"it": shares})
+    cells = read_cells([plan], {"it": shares})
     assert cells[0][5:7] == [f"±{100 * margin:g}", "–"]
 
 

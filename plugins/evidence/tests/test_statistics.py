@@ -39,21 +39,6 @@ def test_intervals_have_their_nominal_coverage(seeds: int, by_seed: float):
     assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / trials) <= hits / trials <= 0.99
 
 
-def test_intervals_over_rows_alone_would_be_too_short():
-    """With seeds treated as fixed, intervals of the same answers cover far less."""
-    random = np.random.default_rng(0)
-    right, both, alone = truth(by_seed=0.4), 0, 0
-    for _ in range(200):
-        answers = world(random, 3, rows=300, by_seed=0.4)
-        found = st.estimate_mean(as_sample(answers))
-        both += found.low <= right <= found.high
-        rows = answers.mean(0)
-        half = 1.96 * rows.std(ddof=1) / np.sqrt(300)
-        alone += abs(rows.mean() - right) <= half
-    assert both / 200 > 0.87
-    assert alone / 200 < 0.6
-
-
 def p_values(trials: int, shift: float, seeds: int = 4, start: int = 0) -> np.ndarray:
     random = np.random.default_rng(start)
     found = []

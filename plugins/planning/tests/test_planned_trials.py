@@ -17,7 +17,7 @@ from skillnet_planning.memory_check import (
 from skillnet_planning.plan import main as plan
 from skillnet_platform.cluster.gpu_types import GPU_TYPES, GpuType, NodeType
 from skillnet_studies.config.study import StudyConfig, SystemConfig
-from skillnet_studies.study.planned_trials import list_study_runs, request_study
+from skillnet_studies.study.study import list_study_runs, request_study
 from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import ResourceConfig

@@ -21,7 +21,7 @@ from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.directories import is_uri
 from skillnet_studies.config.study import StudyConfig
-from skillnet_studies.study.planned_trials import request_study
+from skillnet_studies.study.study import request_study
 
 if TYPE_CHECKING:
     from skillnet_evidence.power import PowerPlan
@@ -87,12 +87,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from skillnet_studies.report.references import build_references
     from skillnet_studies.report.report import REPORT_FILES
     from skillnet_studies.study.kept_results import find_kept_path, restore_results, write_document
-    from skillnet_studies.study.study import (
-        START_FILES,
-        check_study,
-        run_study,
-        warn_about_failures,
-    )
+    from skillnet_studies.study.study import START_FILES, check_study, run_study
     from sweeps.trials import remote_ledger
     from sweeps.trials.remote_ledger import RUN
 
@@ -109,23 +104,21 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
         tags={"run_dir": str(folder), "stage": "study"},
         record=folder / RUN,
     ) as tracker:
-        study = run_study(config, tracker)
-        warn_about_failures(study)
-        runs = [
-            read_run(outcome.folder, outcome.group)
-            for outcome in study.outcomes
-            if outcome.status == "finished"
-        ]
+        tuning, outcomes = run_study(config, tracker)
+        failed = [each for each in outcomes if each.status != "finished"]
+        for each in failed:
+            console.print_warning(f"{each.name} {each.status}: {each.error or 'no result'}")
+        runs = [read_run(each.folder, each.group) for each in outcomes if each not in failed]
         if not runs:
             raise UserError(f"no run of the study finished; see {folder / 'runs'}")
         output = Path(config.output) if config.output else folder
-        report = _build_report(config, runs, study.tuning, output)
+        report = _build_report(config, runs, tuning, output)
         report.facts["configuration"] = (
             f"study.yaml, digest {configuration.digest_config(config)[:12]}"
         )
         report.texts["Configuration of the study"] = configuration.to_yaml(config)
-        if study.failed_runs:
-            errors = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
+        if failed:
+            errors = [f"{each.name}: {each.error or each.status}" for each in failed]
             report.facts["without a result"] = "; ".join(errors)
         _write_and_record(report, output, tracker)
         if config.keep and report.references:
@@ -134,7 +127,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             write_document(find_kept_path(config), REFERENCES_FILE, references)
         if mirror is not None:
             mirror.upload(*REPORT_FILES)
-    return report, len(study.failed_runs)
+    return report, len(failed)
 
 
 def _compare_on_reserve(config: StudyConfig) -> "ComparisonReport":
@@ -169,9 +162,7 @@ def plan_study_power(config: StudyConfig) -> "PowerPlan":
 
     runs, _ = _read_named_runs(config.power, config.tracking.uri)
     earlier = compare_runs(label_runs(runs))
-    counts = {
-        label: len(config.seeds_of(label)) * len(config.fold_numbers) for label in config.systems
-    }
+    counts = dict.fromkeys(config.systems, len(config.seeds) * len(config.fold_numbers))
     fold = config.run.fold
     overlap = fold.test_to_train if fold.count else None
     tests = plan_power(earlier, config.claims, counts, overlap)
@@ -188,8 +179,7 @@ def _read_named_runs(
     """Read finished runs and the runs of studies; return the studies with their tuning."""
     from skillnet_studies.analysis.finished_runs import find_run, read_run
     from skillnet_studies.config.study import STUDY_LEDGER
-    from skillnet_studies.study.kept_results import open_study
-    from skillnet_studies.study.stored_config import fetch_finished_runs
+    from skillnet_studies.study.kept_results import fetch_finished_runs, open_study
     from skillnet_studies.study.study import read_study_ledger
 
     runs: list[FinishedRun] = []
@@ -210,7 +200,7 @@ def _read_named_runs(
 
 def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     from skillnet_studies.analysis.finished_runs import label_runs
-    from skillnet_studies.study.stored_config import adopt_study_settings
+    from skillnet_studies.study.kept_results import adopt_study_settings
 
     runs, studies = _read_named_runs(config.runs, config.tracking.uri)
     config = adopt_study_settings(config, [folder for folder, _ in studies])
@@ -378,13 +368,13 @@ def normalize_arguments(argv: Sequence[str]) -> list[str]:
 
 def show_comparison(report: "ComparisonReport | PowerPlan") -> None:
     """Print the claims and the main tables, or the power of a planned study."""
-    from skillnet_evidence.power import POWER_CAPTION, PowerPlan, tabulate_power
+    from skillnet_evidence.power import PowerPlan, build_power_table
+    from skillnet_platform.tables import show_table
     from skillnet_studies.report.report import show_report
 
     if isinstance(report, PowerPlan):
         title = f"{report.study}: what it could decide, with the variances of {report.earlier}"
-        console.print_table(title, *tabulate_power(report.tests, report.shares))
-        console.print_note(POWER_CAPTION)
+        show_table(build_power_table(title, report.tests, report.shares))
         console.print_note(report.time.describe())
         return
 

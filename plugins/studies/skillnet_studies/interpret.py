@@ -6,13 +6,12 @@ The entry point is :func:`interpret_source`. ``skillnet compare`` also calls it 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipelines.training.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
-from skillnet_platform.config.bounds import PositiveCount, RandomSeed, ResampleCount, require_bounds
 from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import run_root
 
@@ -36,11 +35,6 @@ class InterpretConfig:
         split: split for ablations and output similarity.
         corpora: task -> corpus, if it differs from the training run.
         swaps: also replace each active skill by each other skill; most of the running time.
-        tokens: tokens of each modality for the comparison of skill outputs.
-        batches: training batches of each task for the gradient.
-        bootstrap_samples: resamplings of the intervals of gradient shares.
-        seed: seed of row sampling and resampling.
-        precision: auto is bf16 on hardware with native bf16 multiplication.
         output: output directory; by default interpretation in the run directory, or below the run
             root.
         log: also record the files in the MLflow run of the model.
@@ -53,17 +47,9 @@ class InterpretConfig:
     split: str = "test"
     corpora: dict[str, str] = field(default_factory=dict)
     swaps: bool = True
-    tokens: PositiveCount = 2048
-    batches: PositiveCount = 8
-    bootstrap_samples: ResampleCount = 1000
-    seed: RandomSeed = 0
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     output: str | None = None
     log: bool = True
     tracking_uri: str | None = None
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
 
 
 def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path]]:
@@ -103,18 +89,12 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
             corpora=source.corpora | config.corpora,
             limits=source.limits,
             swaps=config.swaps,
-            tokens=config.tokens,
-            batches=config.batches,
-            seed=config.seed,
-            bootstrap_samples=config.bootstrap_samples,
-            precision=config.precision,
             on_progress=lambda task, rows: bar.advance(rows, task),
         )
     interpretation.facts.update(
         {
             "weights": source.digest,
             "steps of training": str(source.steps or "unknown"),
-            "seed": str(config.seed),
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine_name(),
             "seconds": f"{time.monotonic() - begin:.0f}",

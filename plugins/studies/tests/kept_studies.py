@@ -11,7 +11,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.storage import read_json, write_json
 from skillnet_studies.config.study import StudyConfig, SystemConfig
 from skillnet_studies.study.kept_results import keep_results
-from skillnet_studies.study.study import StudyResult, build_final_trials, write_study_ledger
+from skillnet_studies.study.study import build_final_trials, write_study_ledger
 from skillnet_studies.study.tuning import start_tuning
 from sweeps.trials.ledger import LedgerEntry
 from tests.helpers.small_corpora import small_config
@@ -58,6 +58,6 @@ def keep_study(
         write_json(trained, read_json(trained) | {"step": own.training.steps})
         complete_result(folder)
         outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
-    write_study_ledger(StudyResult(config, start_tuning(config), outcomes), config.folder)
+    write_study_ledger(config, start_tuning(config), outcomes)
     keep_results(config, outcomes)
     return root / "results" / name

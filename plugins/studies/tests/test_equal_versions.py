@@ -7,8 +7,12 @@ import pytest
 
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS
-from skillnet_studies.analysis.finished_runs import compare_runs, label_runs, read_run
+from skillnet_studies.analysis.finished_runs import (
+    EQUAL_VERSIONS,
+    compare_runs,
+    label_runs,
+    read_run,
+)
 from tests.helpers.synthetic_runs import write_run
 
 

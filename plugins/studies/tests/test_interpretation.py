@@ -258,9 +258,6 @@ def test_all_files_and_figures_are_written(data: Path, model: SkillNet, tmp_path
         ["text_classification", "text_to_image"],
         split="validation",
         name="a <small> model",
-        tokens=60,
-        batches=2,
-        bootstrap_samples=5,
     )
     paths = made.write(tmp_path / "out")
     page = paths[0].read_text(encoding="utf-8")
@@ -285,15 +282,12 @@ def test_command_prints_json_and_rejects_errors(
     model.save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
     arguments += ["--tasks", "text_classification", "--swaps", "false"]
-    arguments += ["--tokens", "40", "--batches", "1", "--bootstrap_samples", "5"]
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {row["change"] for row in printed["ablation"]} == {REMOVE, ADD}
     assert printed["files"][0].endswith("interpretation.html")
     assert main([*arguments, "--split", "tset"]) == 2
     assert "split 'tset'" in capsys.readouterr().err
-    assert main([*arguments, "--bootstrap_samples", "0"]) == 2
-    capsys.readouterr()
     for option in (["--tasks", "text_clasification"], ["--corpora.text_clasification", "x"]):
         assert main([*arguments, *option]) == 2
         wanted = "unknown task 'text_clasification'; did you mean 'text_classification'?"

@@ -52,13 +52,16 @@ from skillnet_studies.study.kept_results import (
     change_kept,
     keep_results,
     open_study,
+    read_study_config,
     restore_results,
 )
-from skillnet_studies.study.reserve import list_final_runs, read_reserve, read_reserve_record
-from skillnet_studies.study.sealed_reserve import seal_reserve
-from skillnet_studies.study.stored_config import read_study_config
+from skillnet_studies.study.reserve import (
+    list_final_runs,
+    read_reserve,
+    read_reserve_record,
+    seal_reserve,
+)
 from skillnet_studies.study.study import (
-    StudyResult,
     build_final_trials,
     check_folds,
     group_replicates,
@@ -152,7 +155,7 @@ def test_a_study_resumes_from_kept_results_alone(tmp_path: Path):
         (folder / CONFIG).write_text(configuration.to_yaml(trial.config), encoding="utf-8")
         complete_result(folder)
         outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
-    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    write_study_ledger(config, tuning, outcomes)
     keep_results(config, outcomes)
     # Another machine has other paths and an empty directory.
     other = study(tmp_path / "second", tmp_path / "keep", systems={**config.systems})
@@ -266,16 +269,16 @@ def test_a_lost_machine_costs_the_tuning_trials_that_it_was_training(
     other = study(tmp_path / "second", tmp_path / "keep", **values)
     assert restore_results(other) == set()
     kept, ran = ran, []
-    result = run_study(other, cast("Tracker", None))
+    tuned, _ = run_study(other, cast("Tracker", None))
     assert len({*kept, *ran}) == len(kept) + len(ran) == 6
-    assert sorted(row["score"] for row in result.tuning["skillnet"].trials) == pytest.approx(
+    assert sorted(row["score"] for row in tuned["skillnet"].trials) == pytest.approx(
         [0.1, 0.1, 0.2, 0.2, 0.3, 0.4]
     )
-    assert result.tuning["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
+    assert tuned["skillnet"].trials[0]["scores"] == {"text_classification": 0.1}
     # Each trial names the commit that trained it, also after a machine with another one.
     entries = KeptStudy(tmp_path / "keep/s").content[TUNING]
     assert sorted(entry["commit"] for entry in entries) == ["c1", "c1", "c2", "c2", "c3", "c4"]
-    commits = {row["commit"] for row in result.tuning["skillnet"].trials}
+    commits = {row["commit"] for row in tuned["skillnet"].trials}
     assert commits == {"c1", "c2", "c3", "c4"}
     changed = replace(other, tuning=replace(tuning, seeds=[9, 11]))
     with pytest.raises(UserError, match=r"keep: .* a study with tuning\.seeds"):
@@ -394,7 +397,7 @@ def test_a_machine_without_the_models_reads_the_sealed_reserve(tmp_path: Path):
         shutil.rmtree(folder / "model")
         SkillNet(run.model).save_pretrained(folder / "model")
         outcomes.append(LedgerEntry(trial, folder).build_outcome("finished"))
-    write_study_ledger(StudyResult(config, tuning, outcomes), config.folder)
+    write_study_ledger(config, tuning, outcomes)
     folders = [outcome.folder for outcome in outcomes]
     seal_reserve(config, folders)
     sealed = [(folder / RESERVE_SUMS).stat() for folder in folders]

@@ -16,7 +16,7 @@ from pipelines.training.evaluation.simple_baselines import evaluate_simple_basel
 from skillnet_evidence.budget import estimate_budgets, estimate_ratio, find_crossing
 from skillnet_evidence.claims import Claim, ClaimsConfig, Condition, sort_systems
 from skillnet_evidence.comparison import MEAN, SystemComparison
-from skillnet_evidence.forest import draw_joint_evidence
+from skillnet_evidence.figures import draw_joint_evidence
 from skillnet_evidence.rows import (
     build_claim_rows,
     build_summary_rows,

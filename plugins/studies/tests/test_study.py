@@ -77,19 +77,6 @@ def test_every_system_gets_the_same_trials():
     assert rates == [0.002, *points[0][1:]]
 
 
-def test_every_system_also_tries_named_points():
-    tuning = replace(study().tuning, points=[{"training.lr": 0.05}])
-    trials = space_trials(study(tuning=tuning))
-    assert len(trials) == 15
-    last = [trial for trial in trials if trial.name.endswith("-t4-seed77")]
-    assert [trial.config.training.lr for trial in last] == [0.05] * 3
-    wrong = replace(study().tuning, points=[{"training.lrr": 0.05}])
-    with pytest.raises(UserError, match=r"tuning\.points: .*'training\.lr'"):
-        space_trials(study(tuning=wrong))
-    none = replace(tuning, trials=0)
-    assert space_trials(study(tuning=none)) == []
-
-
 def test_final_runs_differ_only_in_the_settings_of_their_system():
     config = study()
     made = {label: st.build_final_trial(config, label, {}, 1) for label in SYSTEMS}
@@ -193,19 +180,18 @@ def test_without_tuning_nothing_is_chosen():
     assert build_tuning_tables(tuned) == []
 
 
-def test_the_ledger_round_trips(tmp_path: Path):
+def test_the_ledger_round_trips(run_root: Path):
     config = study()
     trials = [st.build_final_trial(config, "dense", {}, seed) for seed in (0, 1)]
     outcomes = [outcome(trials[0], None), outcome(trials[1], None, "failed")]
     for each in outcomes:
-        each.folder = tmp_path / "runs" / each.name
+        each.folder = config.folder / "runs" / each.name
     tuned = {"dense": tn.TuningResult("dense", {"training.lr": 0.1}, 0.5, [])}
-    made = st.StudyResult(config, tuned, outcomes)
-    assert [each.name for each in made.failed_runs] == ["dense-seed1"]
-    st.write_study_ledger(made, tmp_path)
-    again, runs = st.read_study_ledger(tmp_path)
+    config.folder.mkdir()
+    st.write_study_ledger(config, tuned, outcomes)
+    again, runs = st.read_study_ledger(config.folder)
     assert again == tuned
-    assert runs == [("dense", tmp_path / "runs" / "dense-seed0")]
+    assert runs == [("dense", config.folder / "runs" / "dense-seed0")]
 
 
 def begun(config: StudyConfig, trial: Trial, group: str) -> Path:
@@ -238,7 +224,7 @@ def test_a_study_resumes_only_with_unchanged_settings(run_root: Path):
     tuned = {label: tn.TuningResult(label, {"training.lr": 0.1}) for label in few}
     for trial in st.build_final_trials(config, tuned):
         begun(config, trial, "runs")
-    st.write_study_ledger(st.StudyResult(config, tuned, []), config.folder)
+    st.write_study_ledger(config, tuned, [])
     more = few | {"moe": SystemConfig("moe")}
     st.check_study(study(**common | {"seeds": [0, 1], "systems": more, "reference": "moe"}))
 
@@ -289,32 +275,11 @@ def test_a_started_run_has_the_tasks_and_outputs_of_its_corpora(run_root: Path):
         st.check_unchanged(config, [trial], place)
 
 
-def test_a_system_can_have_extra_seeds():
-    config = study(
-        systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", extra_seeds=[4, 3])},
-        tuning=TuningConfig(),
-    )
-    made = st.build_final_trials(
-        config, {label: tn.TuningResult(label) for label in config.systems}
-    )
-    assert [trial.name for trial in made] == [
-        "a-seed0", "b-seed0", "a-seed1", "b-seed1", "b-seed4", "b-seed3"
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"seeds": []}, "seeds must not be empty"),
         ({"seeds": [1, 1]}, "seeds must differ, got"),
-        (
-            {"systems": {"a": SystemConfig("dense", extra_seeds=[1])}},
-            r"systems.a.extra_seeds must differ, got \[0, 1, 1\]",
-        ),
-        (
-            {"systems": {"a": SystemConfig("dense", extra_seeds=[77])}},
-            r"tuning.seeds \[77\] are also seeds and systems.a.extra_seeds",
-        ),
         ({"seeds": [77]}, r"tuning.seeds \[77\] are also seeds"),
         ({"systems": {"a/b": SystemConfig("dense")}}, "is not a valid directory name"),
         (
@@ -373,6 +338,4 @@ def test_presets_of_studies_expand(name: str):
         seen.add(configuration.digest_config({"run": same}))
     assert len(seen) == 1, "systems differ in more than their system, options and model"
     one = replace(config, systems={"skillnet": config.systems["skillnet"]})
-    tuning = config.tuning
-    tried = tuning.trials and tuning.trials + len(tuning.points)
-    assert len(space_trials(one)) == tried * len(tuning.seeds)
+    assert len(space_trials(one)) == config.tuning.trials * len(config.tuning.seeds)

@@ -14,7 +14,12 @@ from pipelines.training.evaluation.tables import COLUMNS
 from skillnet_evidence.cells import TableCell
 from skillnet_evidence.comparison import MEAN
 from skillnet_evidence.figures import draw_plots
-from skillnet_evidence.format import format_count, format_duration, format_p_value
+from skillnet_evidence.format import (
+    format_count,
+    format_duration,
+    format_p_value,
+    format_signed_points,
+)
 from skillnet_evidence.tables import build_score_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
@@ -79,7 +84,7 @@ def test_the_page_is_self_contained(written: ComparisonReport):
     assert "script" not in found.tags
     assert "link" not in found.tags
     inside = [target for target in found.targets if target.startswith("data:image/svg+xml;base64,")]
-    assert len(inside) == len(written.evidence) + len(written.figures) == 6
+    assert len(inside) == len(written.evidence) + len(written.figures) == 4
     assert all(t.startswith("#") for t in found.targets if t not in inside)
     assert "url(" not in page
     assert "@import" not in page
@@ -193,6 +198,8 @@ def test_number_formats():
         "–",
     ]
     assert [format_duration(x) for x in (9, 95, 7200)] == ["9 s", "1.6 min", "2.0 h"]
+    signed = [format_signed_points(x) for x in (0.0123, -0.0123, -0.0, -0.0001)]
+    assert signed == ["+1.2", "−1.2", "+0.0", "+0.0"]
     assert [format_p_value(x) for x in (0.0004, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
 
 
@@ -240,7 +247,7 @@ def test_finished_runs_from_the_command_line(
     files = {entry.path for entry in client.list_artifacts(runs[0].info.run_id, "comparison")}
     assert {f"comparison/{name}" for name in ("report.html", "summary.csv")} <= files
     plotted = client.list_artifacts(runs[0].info.run_id, "plots")
-    assert "plots/score_against_FLOPs.png" in {entry.path for entry in plotted}
+    assert "plots/scores.png" in {entry.path for entry in plotted}
     assert runs[0].data.tags["claim.pretrained specialists"] == "holds"
     assert runs[0].data.metrics["skillnet/mean_score"] == pytest.approx(means[0]["score"])
 

@@ -14,7 +14,12 @@ from skillnet_studies.study.kept_results import RESERVE_RECORD, change_kept, wri
 from skillnet_studies.study.study import read_study_ledger
 from tools.docs import study_tables
 from tools.docs.page_marks import between
-from tools.docs.study_rates import build_change_table, build_rates_table
+from tools.docs.study_rates import (
+    build_change_table,
+    build_rates_table,
+    choose_rates_again,
+)
+from tools.docs.study_rates import main as show_rates
 from tools.docs.study_tables import (
     BESIDE_PAGE,
     BLOCKS,
@@ -24,6 +29,7 @@ from tools.docs.study_tables import (
     RESULTS,
     StudyBlock,
     render_block,
+    render_rates,
     select_runs,
 )
 
@@ -34,7 +40,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     systems = {"skillnet": 0.5, "specialist": 0.0, "moe": 0.4}
     folder = keep_study(tmp_path, "final", systems, stated={"skills": CLAIM})
     text = render_block(FINAL, tmp_path / "results")
-    assert "Skills help" in text.splitlines()[0]
+    assert "Skills help" in text
     assert "3 systems, 3 replicates each, 5 tasks, 9 runs. runs at commit 0123456789ab" in text
     titles = [line[5:] for line in text.splitlines() if line.startswith("#### ")]
     assert titles == ["Claims", study_tables.SCORES, study_tables.DIFFERENCES, "Cost"]
@@ -46,7 +52,7 @@ def test_a_block_shows_the_answer_and_its_tables(tmp_path: Path) -> None:
     with change_kept(folder) as kept:
         kept.content[NOTICE] = "Rates of baselines were low.\n"
     lines = render_block(FINAL, tmp_path / "results").splitlines()
-    assert lines[:3] == [text.splitlines()[0], "", "**Notice:** Rates of baselines were low."]
+    assert lines[:3] == ["**Notice:** Rates of baselines were low.", "", text.splitlines()[0]]
     # Nobody looks at a part of a study, or at a reserve that was not opened.
     reserve = replace(FINAL, is_reserve=True)
     assert render_block(reserve, tmp_path / "results") == NOT_COMPLETE
@@ -95,11 +101,6 @@ def test_a_gain_from_pretraining_stands_beside_its_further_training() -> None:
         assert "twice the training" in text
 
 
-def test_the_page_has_the_rates_that_the_present_rule_chooses() -> None:
-    table = build_rates_table(RESULTS / "final")
-    assert between(BESIDE_PAGE, CHOSEN_RATES) == table.to_markdown()
-
-
 def test_the_page_compares_the_differences_at_the_rates_of_both_studies() -> None:
     table = build_change_table(RESULTS / "final", RESULTS / "rates")
     assert between(BESIDE_PAGE, RATE_CHANGES) == table.to_markdown()
@@ -108,3 +109,39 @@ def test_the_page_compares_the_differences_at_the_rates_of_both_studies() -> Non
     assert "skillnet-alone − skillnet" in pairs
     assert "moe-pretrained − skillnet-pretrained" in pairs
     assert "skillnet-pretrained − skillnet" not in pairs
+
+
+def test_rates_lie_beside_the_best_trials_of_the_final_study() -> None:
+    table = build_rates_table(RESULTS / "final")
+    assert between(BESIDE_PAGE, CHOSEN_RATES) == render_rates(RESULTS / "final")
+    tried = [float(column) for column in table.columns[4:]]
+    assert tried == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    lines = {(row[0].text, row[1].text): [cell.text for cell in row[2:]] for row in table.rows}
+    assert len(lines) == 23
+    # The study's rate of this task was half of the best one.
+    before, again, *scores = lines["skillnet-alone", "speech recognition"]
+    assert (float(before), float(again)) == (1.07e-3, 1.72e-3)
+    assert scores == ["33.2", "42.7", "51.6", "67.7", "27.2"]
+    for _, again, *scores in lines.values():
+        means = {rate: float(score) for rate, score in zip(tried, scores, strict=True) if score}
+        best = max(means, key=lambda rate: means[rate])
+        # The top of a parabola lies within its three rates.
+        assert best / 2 <= float(again) <= best * 2
+
+
+def test_settings_of_the_space_stay_those_of_the_study() -> None:
+    before, _ = read_study_ledger(RESULTS / "final")
+    for label, own in choose_rates_again(RESULTS / "final").items():
+        assert own.settings.keys() == before[label].settings.keys()
+        kept = {key for key in own.settings if not key.endswith(".lr")}
+        assert {key: own.settings[key] for key in kept} == {
+            key: before[label].settings[key] for key in kept
+        }
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert show_rates([str(RESULTS / "final")]) == 0
+    assert "moe-pretrained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        show_rates([str(tmp_path / "nowhere")])
+    assert "nowhere" in capsys.readouterr().err

@@ -185,7 +185,7 @@ FREE_KEYS = {
     FinetuneConfig: ["options.x"],
     PretrainConfig: ["options.x", "options.x.y"],
     SweepConfig: ["run.options.x", "space.x.options.a.b", "space.x.grid"],
-    StudyConfig: ["systems.x.options.y", "systems.x.set.y", "tuning.points"],
+    StudyConfig: ["systems.x.options.y", "systems.x.set.y"],
     GrowConfig: ["skill", "task"],
 }
 

@@ -22,7 +22,7 @@ from pipelines import prepare
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.evaluation.outcomes import OutcomeTable
 from plugins.studies.tests.kept_studies import keep_study
-from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS, read_equal_versions
+from skillnet_studies.analysis.finished_runs import EQUAL_VERSIONS, read_equal_versions
 from skillnet_studies.study.kept_results import TUNING, KeptStudy, open_study
 from tests.helpers.prepared_corpora import write_corpus
 from tests.helpers.user_corpora import write_lines

@@ -77,8 +77,6 @@ def made_sweep(home: Path) -> Path:
     run = {"model": {"dim": 8, "num_layers": 1, "ffn_dim": 64}, "training": {"steps": 50}}
     reported = {"run": run, "space": space, "seeds": [0, 1, 2], "fixed_cost": {"adjust": "ffn_dim"}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(reported, sort_keys=False))
-    (folder / "best.yaml").write_text("steps: 50\n")
-    (folder / "score.png").write_bytes(b"")
     return folder
 
 
@@ -106,11 +104,6 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     assert ranked[0][3] == "32.0 (31.0 to 33.0)"
     assert sweep_result.page_text(tmp_path / "results") == f"### depths\n\n{text}"
     assert sweep_result.page_text(tmp_path / "nothing") == "No result is kept yet."
-    # The plot is drawn from the kept trials alone.
-    before = (kept / "score.png").read_bytes()
-    sweep_result.draw(kept)
-    assert (kept / "score.png").read_bytes().startswith(b"\x89PNG")
-    assert (kept / "score.png").read_bytes() != before
 
 
 def test_the_page_has_the_newest_of_each_sweep(tmp_path: Path) -> None:
@@ -142,7 +135,6 @@ def test_a_growth_is_kept_and_shown_as_its_report_has_it(tmp_path: Path) -> None
     row = {"system": "skillnet", "task": "counting", "split": "test", "metric": "accuracy"}
     write_rows(folder / "evaluation.csv", [row | DAY])
     (folder / "growth.json").write_text(json.dumps(report.to_dict()))
-    (folder / "growth.md").write_text(report.to_markdown())
     (folder / "grow.yaml").write_text("name: grown\n")
     kept = growth_result.collect(folder, tmp_path / "results")
     assert kept.name == "2026-01-02-growth"

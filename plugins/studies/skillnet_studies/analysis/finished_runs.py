@@ -45,10 +45,13 @@ from skillnet_platform import console
 from skillnet_platform.config.schema import child_types, without_none
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
-from skillnet_studies.analysis.equal_versions import read_equal_versions
 
 #: Last part of the error message about a damaged file of a run.
 REMEDY = "leave this run out, or run it again"
+#: Record of versions of a corpus that differ by rounding errors alone, because two processors round
+#: a feature differently: in the directory of a study, written by ``python -m lab.equal_versions``.
+EQUAL_VERSIONS = "equal_versions.json"
+VERSIONS_REMEDY = "write it again with python -m lab.equal_versions"
 #: Keys of a run's configuration that do not describe the training: names, paths and the seed.
 UNCOMPARED_KEYS = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
 
@@ -148,7 +151,6 @@ class FinishedRun:
                 repr(replace(self.fold, number=0)),
             ),
             costs,
-            self.system,
             int(self.trained["step"]),
             self.seconds,
             self.pretraining_seconds,
@@ -394,6 +396,39 @@ def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
                 read_record(path, {"digest": str}, f"prepare {corpus} again")["digest"]
             )
     return digests
+
+
+def list_equal_versions(study: Path) -> list[dict[str, Any]]:
+    """Return the entries of a study's record, one per pair of versions; [] without a record.
+
+    Args:
+        study: directory of the study.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = study / EQUAL_VERSIONS
+    if not path.is_file():
+        return []
+    entries: list[dict[str, Any]] = read_record(path, {"pairs": list}, VERSIONS_REMEDY)["pairs"]
+    for entry in entries:
+        versions = entry.get("versions") if isinstance(entry, dict) else None
+        if not isinstance(versions, list) or len(versions) != 2:
+            raise UserError(f"{path} is damaged: a pair has not two versions; {VERSIONS_REMEDY}")
+    return entries
+
+
+def read_equal_versions(study: Path) -> dict[str, str]:
+    """Return the digest of a second version -> that of the first, of each recorded pair.
+
+    Args:
+        study: directory of the study.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    pairs = (entry["versions"] for entry in list_equal_versions(study))
+    return {second: first for first, second in pairs}
 
 
 # -- groups --------------------------------------------------------------------------------

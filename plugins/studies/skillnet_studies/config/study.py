@@ -47,7 +47,6 @@ class SystemConfig:
             with ``pretraining.`` overrides the study's pretraining.
         reuse_tuning_of: system whose tuned settings are used instead of own tuning trials. A
             pretrained system that names one without pretraining tunes its own rates.
-        extra_seeds: seeds beyond the study's, for close results.
         rate_per_task: choose the learning rate of each task by its own scores, for a system whose
             tasks share no weights.
         steps_factor: steps of the system as a multiple of the run's, to see whether gaps close.
@@ -58,7 +57,6 @@ class SystemConfig:
     pretrain: bool = False
     set: dict[str, Any] = field(default_factory=dict)
     reuse_tuning_of: str | None = None
-    extra_seeds: list[RandomSeed] = field(default_factory=list)
     rate_per_task: bool = False
     steps_factor: Annotated[float, Interval(gt=0, le=100)] = 1.0
 
@@ -78,8 +76,6 @@ class TuningConfig:
     Args:
         trials: trials per system over the space; 0 keeps the settings as configured.
         space: key -> values, as in a sweep.
-        points: additional settings (key -> value) that every system tries, such as a value beyond
-            the end of a range.
         rates: learning rates of the run that every system tries; empty tunes no rate.
         pretraining_rates: learning rates of the pretraining that every pretrained system tries.
         seeds: seeds of each trial; none may be a seed of the study. The first draws the points.
@@ -89,7 +85,6 @@ class TuningConfig:
 
     trials: NonNegativeCount = 0
     space: dict[str, SearchDimension] = field(default_factory=dict)
-    points: list[dict[str, Any]] = field(default_factory=list)
     rates: list[LearningRate] = field(default_factory=list)
     pretraining_rates: list[LearningRate] = field(default_factory=list)
     seeds: list[RandomSeed] = field(default_factory=lambda: [1000])
@@ -205,24 +200,21 @@ class StudyConfig:
             raise UserError(
                 "read_reserve: the study does not read its reserve (seal_reserve: false)"
             )
-        for label in [None, *self.systems]:
-            seeds = self.seeds if label is None else self.seeds_of(label)
-            key = "seeds" if label is None else f"seeds and systems.{label}.extra_seeds"
-            if len(set(seeds)) < len(seeds):
-                raise UserError(f"{key} must differ, got {seeds}")
-            if self.run.fold.count and max(seeds) >= FOLD_SEEDS:
-                raise UserError(
-                    f"{key}: {max(seeds)} may be the seed of another fold; choose seeds below "
-                    f"{FOLD_SEEDS:,}"
-                )
-            # Settings chosen with a seed of a final run would favour that run.
-            final = {shift_seed(seed, fold) for seed in seeds for fold in self.fold_numbers}
-            both = sorted(final & set(self.tuning.seeds)) if self.tuning.is_enabled else []
-            if both:
-                raise UserError(
-                    f"tuning.seeds {both} are also {key}: settings must not be chosen and "
-                    "evaluated with one seed; choose other tuning.seeds"
-                )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds must differ, got {self.seeds}")
+        if self.run.fold.count and max(self.seeds) >= FOLD_SEEDS:
+            raise UserError(
+                f"seeds: {max(self.seeds)} may be the seed of another fold; choose seeds below "
+                f"{FOLD_SEEDS:,}"
+            )
+        # Settings chosen with a seed of a final run would favour that run.
+        final = {shift_seed(seed, fold) for seed in self.seeds for fold in self.fold_numbers}
+        both = sorted(final & set(self.tuning.seeds)) if self.tuning.is_enabled else []
+        if both:
+            raise UserError(
+                f"tuning.seeds {both} are also seeds: settings must not be chosen and evaluated "
+                "with one seed; choose other tuning.seeds"
+            )
         for label, entry in self.systems.items():
             if "/" in label or label.startswith(".") or not label:
                 raise UserError(f"systems: {label!r} is not a valid directory name; rename it")
@@ -238,10 +230,6 @@ class StudyConfig:
                     f"systems.{label}.reuse_tuning_of: {other} has no tuning trials; name a system "
                     "that has"
                 )
-
-    def seeds_of(self, label: str) -> list[int]:
-        """Return the seeds of a system's final runs."""
-        return [*self.seeds, *self.systems[label].extra_seeds]
 
     @property
     def fold_numbers(self) -> range:

@@ -108,7 +108,6 @@ def measure_ablations(
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
     swaps: bool = True,
-    precision: str = "auto",
     on_change: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate every task with every change of its plans.
@@ -121,7 +120,6 @@ def measure_ablations(
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
         swaps: also replace each active skill by each other skill.
-        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
         on_change: called with the task and its number of rows before each evaluation.
 
     Returns:
@@ -134,7 +132,7 @@ def measure_ablations(
         UserError: an unknown task, or no corpus with that split.
     """
     table: list[dict[str, Any]] = []
-    runner = InferenceRunner(model, precision)
+    runner = InferenceRunner(model)
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         metric, more = primary_metric(spec.objective)

@@ -121,11 +121,6 @@ def interpret_model(
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
     swaps: bool = True,
-    tokens: int = 2048,
-    batches: int = 8,
-    seed: int = 0,
-    bootstrap_samples: int = 1000,
-    precision: str = "auto",
     on_progress: Callable[[str, int], None] | None = None,
 ) -> SkillInterpretation:
     """Interpret a trained model by ablations, similarity of skills and gradient shares.
@@ -139,11 +134,6 @@ def interpret_model(
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
         swaps: also replace each active skill by each other skill.
-        tokens: see :func:`skillnet_studies.interpretation.similarity.measure_skill_similarity`.
-        batches: training batches of each task for the gradient.
-        seed: seed of row sampling and resampling.
-        bootstrap_samples: resamplings of the intervals of gradient shares.
-        precision: see :class:`pipelines.training.evaluation.inference.InferenceRunner`.
         on_progress: called with a task and its number of rows before each evaluation.
 
     Raises:
@@ -151,28 +141,10 @@ def interpret_model(
     """
     common: dict[str, Any] = {"corpora": corpora, "limits": limits}
     ablations = measure_ablations(
-        model,
-        data,
-        tasks,
-        split,
-        swaps=swaps,
-        precision=precision,
-        on_change=on_progress,
-        **common,
+        model, data, tasks, split, swaps=swaps, on_change=on_progress, **common
     )
-    similarities = measure_skill_similarity(
-        model, data, tasks, split, tokens=tokens, seed=seed, **common
-    )
-    gradients = measure_gradient_share(
-        model,
-        data,
-        tasks,
-        batches=batches,
-        seed=seed,
-        bootstrap_samples=bootstrap_samples,
-        precision=precision,
-        **common,
-    )
+    similarities = measure_skill_similarity(model, data, tasks, split, **common)
+    gradients = measure_gradient_share(model, data, tasks, **common)
     skills = tuple(model.config.skills)
     facts = {"split": split}
     return SkillInterpretation(name, skills, ablations, similarities, gradients, facts)

@@ -44,15 +44,12 @@ def measure_gradient_share(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None = None,
-    split: str = "train",
     *,
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
     batches: int = 8,
     batch: int = 64,
-    seed: int = 0,
     bootstrap_samples: int = 1000,
-    precision: str = "auto",
 ) -> list[dict[str, Any]]:
     """Measure the share of each part in the squared gradient norm of every task.
 
@@ -60,14 +57,11 @@ def measure_gradient_share(
         model: a trained model; it is not changed.
         data: directory of prepared corpora.
         tasks: task names; None takes all tasks with a headline metric.
-        split: split of the batches.
         corpora: task -> corpus, if it is not the built-in corpus.
         limits: task -> maximum sequence length, as in training.
         batches: number of batches per task.
         batch: rows per batch.
-        seed: seed of row sampling and resampling.
         bootstrap_samples: resamplings of each interval, which is over batches.
-        precision: as in training.
 
     Returns:
         Rows with the keys ``COLUMNS``: one per skill (0 if inactive), one for shared parameters,
@@ -84,34 +78,32 @@ def measure_gradient_share(
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         align_outputs(model, name, corpus)
         settings = TaskTraining(
-            corpus.name, batch_size=batch, split=split, max_length=(limits or {}).get(name)
+            corpus.name, batch_size=batch, split="train", max_length=(limits or {}).get(name)
         )
         # Always the first caption, so that equal seeds give equal batches.
         settings = replace(settings, first_caption_prob=1.0)
-        stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed)
-        squares, sizes = _squared_norms(model, name, stream, batches, precision)
+        stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed=0)
+        squares, sizes = _squared_norms(model, name, stream, batches)
         total = np.sum(list(squares.values()), 0)
         skills = np.sum([x for (kind, _), x in squares.items() if kind == "skill"], 0)
         for (kind, part), values in squares.items():
             row: dict[str, Any] = {"task": name, "kind": kind, "part": part, "batches": batches}
             row["parameters"] = sizes[kind, part]
             keys = ("share", "low", "high")
-            row |= zip(keys, _share_interval(values, total, seed, bootstrap_samples), strict=True)
+            row |= zip(keys, _share_interval(values, total, bootstrap_samples), strict=True)
             if kind == "skill":
                 keys = ("of_skills", "of_skills_low", "of_skills_high")
-                row |= zip(
-                    keys, _share_interval(values, skills, seed, bootstrap_samples), strict=True
-                )
+                row |= zip(keys, _share_interval(values, skills, bootstrap_samples), strict=True)
             table.append({column: row.get(column) for column in COLUMNS})
     return table
 
 
 def _share_interval(
-    values: np.ndarray, total: np.ndarray, seed: int, bootstrap_samples: int
+    values: np.ndarray, total: np.ndarray, bootstrap_samples: int
 ) -> ConfidenceInterval:
     # A ratio of sums, so that the share of a batch with tiny gradients has little weight.
     rows_N2 = np.stack([values, total], 1)
-    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)
+    return bootstrap_interval(rows_N2, ratio_of_sums, seed=0, samples=bootstrap_samples)
 
 
 #: (kind, name): ("skill", its name), or twice "shared", "stem" or "head".
@@ -119,7 +111,7 @@ ModelPart = tuple[str, str]
 
 
 def _squared_norms(
-    model: SkillNet, task: str, stream: MultiTaskDataLoader, batches: int, precision: str
+    model: SkillNet, task: str, stream: MultiTaskDataLoader, batches: int
 ) -> tuple[dict[ModelPart, np.ndarray], dict[ModelPart, int]]:
     """Return part -> squared gradient norm of each batch, and part -> number of parameters."""
     named = list(model.active_parameters(task))
@@ -132,7 +124,7 @@ def _squared_norms(
     squares = {part: np.zeros(batches) for part in parts}
     first = next(model.parameters())
     frozen = [parameter for _, parameter in named if not parameter.requires_grad]
-    numbers = choose_precision("fp64" if first.dtype == torch.float64 else precision, first.device)
+    numbers = choose_precision("fp64" if first.dtype == torch.float64 else "auto", first.device)
     training = model.training
     model.eval()
     try:

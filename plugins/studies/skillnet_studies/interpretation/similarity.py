@@ -52,7 +52,6 @@ def measure_skill_similarity(
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
     tokens: int = 2048,
-    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Compare all pairs of skills in every module that has skills.
 
@@ -66,7 +65,6 @@ def measure_skill_similarity(
         limits: task -> maximum sequence length, as in training.
         tokens: minimum number of tokens per modality, without padding. At least eight times the
             model width is used, because few tokens make unrelated outputs look similar.
-        seed: seed of row sampling.
 
     Returns:
         Rows with the keys ``COLUMNS``, each pair in both orders, including :data:`UNTRAINED`;
@@ -75,7 +73,7 @@ def measure_skill_similarity(
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
-    model = _with_untrained(model, seed)
+    model = _with_untrained(model)
     modules = find_skill_modules(model)
     table = []
     for (layer, module), carrier in modules.items():
@@ -94,7 +92,7 @@ def measure_skill_similarity(
         limit = (limits or {}).get(name)
         where = f"{corpus.name}/{part.name}"
         inputs = split_inputs(part.table(), plan, model.config, where, limit=limit)
-        rows = _sample_rows(inputs.lengths, max(tokens, 8 * model.config.dim), seed)
+        rows = _sample_rows(inputs.lengths, max(tokens, 8 * model.config.dim))
         outputs = _collect_outputs(model, modules, plan, inputs, rows)
         for (layer, module), by_skill in outputs.items():
             common = {"measure": CKA, "modality": plan.modality, "task": name}
@@ -138,13 +136,13 @@ def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
     }
 
 
-def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
+def _with_untrained(model: SkillNet) -> SkillNet:
     """Return a copy with one untrained skill; the global random state is unchanged."""
     # The model of the caller must not get another skill.
     copied = copy.deepcopy(model)
     # The new weights must not change the random state of the caller.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return add_skill(copied, UNTRAINED)
 
 
@@ -195,9 +193,9 @@ def _take_real(y: Tensor, mask_BT: Tensor | None) -> Tensor:
     return y[: int(mask_BT.sum())] if y.dim() == 2 else y[mask_BT]
 
 
-def _sample_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
+def _sample_rows(lengths: np.ndarray, tokens: int) -> np.ndarray:
     """Return random row indices (sorted) that contain at least ``tokens`` tokens."""
-    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = np.random.default_rng(0).permutation(len(lengths))
     enough = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
     # Sorted rows read a memory-mapped split in order.
     return np.sort(order[:enough])

@@ -36,8 +36,7 @@ from skillnet_evidence.claims import (
     sort_systems,
 )
 from skillnet_evidence.comparison import SystemComparison
-from skillnet_evidence.figures import draw_plots
-from skillnet_evidence.forest import draw_evidence
+from skillnet_evidence.figures import draw_evidence, draw_plots
 from skillnet_evidence.plot_kit import encode_png_uri, encode_svg_uri
 from skillnet_evidence.rows import (
     SUMMARY_COLUMNS,
@@ -73,8 +72,7 @@ from skillnet_platform.storage import atomic_write, write_json
 from skillnet_platform.tables import show_table, write_csv
 from skillnet_platform.terminal_text import format_plural
 from skillnet_platform.tracking.source_commit import find_source_commit
-from skillnet_studies.analysis.equal_versions import read_equal_versions
-from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished
+from skillnet_studies.analysis.finished_runs import FinishedRun, list_finished, read_equal_versions
 from skillnet_studies.config.study import NOTICE, REFERENCES_FILE
 from skillnet_studies.report.references import (
     build_references,
@@ -114,10 +112,6 @@ CAPTIONS = {
     "at the end. The means of all tasks are of other tasks at another number.",
     "scores": "Score of each system on the test rows: mean over {noun}s with the 95 % interval "
     "over {sources}. Filled: pretrained; hollow: not pretrained.",
-    "score against FLOPs": "Score against the FLOPs of the forward pass of one test example. Sizes "
-    "of one system are joined.",
-    "gain from pretraining": "Score with pretraining minus score without, with the paired 95 % "
-    "interval.",
     "learning": "Score on the validation rows if it was logged, else the training loss; mean over "
     "{noun}s. Solid: pretrained; dashed: not pretrained.",
 }

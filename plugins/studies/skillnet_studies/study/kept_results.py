@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -43,13 +43,14 @@ from pipelines.training.evaluation.outcomes import (
 )
 from pipelines.training.evaluation.tables import name_metric
 from pipelines.training.runs.layout import CONFIG, RESULT, TRAINED, read_result
+from pipelines.training.runs.mirror import START, RunMirror
 from pipelines.training.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_evidence.units import sum_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import atomic_write, read_json, write_json
-from skillnet_studies.analysis.equal_versions import EQUAL_VERSIONS
+from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
+from skillnet_studies.analysis.finished_runs import EQUAL_VERSIONS, add_defaults
 from skillnet_studies.config.study import (
     NOTICE,
     REFERENCES_FILE,
@@ -392,6 +393,84 @@ def sum_table(outcomes: OutcomeTable) -> OutcomeTable:
         part = sum_outcomes(outcomes[task, split])
         sums.add(task, split, part.numerator, part.denominator, part.rank, part.unit)
     return sums
+
+
+# -- stored configurations ------------------------------------------------------------------
+
+
+def read_study_config(folder: Path) -> StudyConfig:
+    """Return the configuration of a stored study; a key that it lacks has its default.
+
+    Args:
+        folder: directory of a study, or path of its kept results.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = open_study(folder) / STUDY_FILE
+    tree = add_defaults(StudyConfig, configuration.load_yaml(path))
+    try:
+        return configuration.build_config(StudyConfig, tree)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def adopt_study_settings(config: StudyConfig, studies: Sequence[Path]) -> StudyConfig:
+    """Return the configuration of a report with the claims and roles of its study.
+
+    Claims belong to a study, so its report has them again. Claims and roles of the call win. Runs
+    of several studies, or of none, have no common claims.
+
+    Args:
+        config: the call.
+        studies: directories of the studies that it names.
+    """
+    if len(config.runs) != 1 or len(studies) != 1 or not (studies[0] / STUDY_FILE).is_file():
+        return config
+    stored = read_study_config(studies[0])
+    return replace(
+        config,
+        claims=config.claims if config.claims.stated else stored.claims,
+        reference=config.reference or stored.reference,
+        specialist=config.specialist or stored.specialist,
+    )
+
+
+def fetch_finished_runs(uri: str) -> Path:
+    """Download a finished run, or all finished runs of a study, without models.
+
+    Args:
+        uri: URI of the directory of a run or study.
+
+    Returns:
+        Local directory of the copy.
+
+    Raises:
+        UserError: there is no finished run, or the store rejects the request.
+        StoreUnavailableError: the store does not respond.
+    """
+    cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    ledger = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
+    if not ledger.has(STUDY_LEDGER):
+        _fetch_run(ledger)
+        return ledger.local
+    ledger.download(STUDY_FILE, STUDY_LEDGER)
+    for entry in read_json(ledger.local / STUDY_LEDGER)["runs"]:
+        # The name comes from the store: it must not lead out of the directory.
+        names = PurePosixPath(str(entry["folder"])).parts
+        if entry["status"] == "finished" and ".." not in names and "/" not in names:
+            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.local.joinpath(*names)))
+    return ledger.local
+
+
+def _fetch_run(run: RunMirror) -> None:
+    if not run.has(RESULT):
+        raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
+    run.download(*START)
+    run.download_results()
+
+
+# -- files ---------------------------------------------------------------------------------
 
 
 def _read_sums(path: Path, runs: Sequence[str]) -> pa.Table:

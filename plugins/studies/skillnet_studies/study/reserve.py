@@ -1,5 +1,9 @@
 """The reserve of a study: units that no run reads, evaluated once with all final models.
 
+A study with ``keep`` does not keep weights, and its replicates may finish on several machines.
+:func:`seal_reserve` therefore evaluates the models of a replicate as soon as it is complete, and
+shows no result.
+
 :func:`read_reserve` is called by ``skillnet compare --read_reserve once``. It records each read in
 ``reserve.json`` before it evaluates, so that a second look cannot go unnoticed. All replicates
 answer the same rows of the reserve; :func:`collect_reserve_runs` makes runs of them that differ in
@@ -12,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.config.folds import RESERVE_SPLIT
-from pipelines.training.evaluation.outcomes import OutcomeTable, read_outcomes
+from pipelines.data.config.folds import RESERVE_SPLIT, is_reserve
+from pipelines.training.evaluation.outcomes import OutcomeTable, read_outcomes, write_outcomes
 from skillnet_evidence.comparison import SystemComparison
 from skillnet_evidence.scores import SPLIT
 from skillnet_platform import config as configuration
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
@@ -28,16 +33,83 @@ from skillnet_studies.study.kept_results import (
     RESERVE_SUMS,
     KeptStudy,
     find_kept_path,
+    sum_table,
     write_document,
-)
-from skillnet_studies.study.sealed_reserve import (
-    evaluate_runs,
-    has_model,
-    has_reserve,
-    is_evaluated,
 )
 from skillnet_studies.study.study import build_final_trials, read_study_ledger
 from skillnet_studies.study.tuning import TuningResult
+
+
+def seal_reserve(config: StudyConfig, folders: Sequence[Path]) -> None:
+    """Evaluate the models of final runs on the reserve, and show no result.
+
+    Args:
+        config: the study; without a reserve, or with ``seal_reserve: false``, nothing is done.
+        folders: directories of finished final runs; one that is evaluated, or has no model here,
+            stays as it is.
+    """
+    if has_reserve(config) and config.seal_reserve:
+        evaluate_runs([folder for folder in folders if has_model(folder)])
+
+
+def evaluate_runs(folders: Sequence[Path]) -> None:
+    """Evaluate the models of final runs on the reserve; an evaluated run stays as it is.
+
+    Args:
+        folders: run directories with a model.
+    """
+    for folder in folders:
+        if not is_evaluated(folder):
+            _evaluate_run(folder)
+
+
+def _evaluate_run(folder: Path) -> None:
+    from pipelines.training.evaluation.evaluator import evaluate_model, open_task_corpus
+    from pipelines.training.evaluation.tables import write_evaluation_csv
+    from pipelines.training.runs import model_source
+
+    source = model_source.resolve_model(str(folder))
+    data = str(source.settings["data"])
+    model, outcomes = model_source.load_trained_tasks(source), OutcomeTable()
+    console.print_note(f"{folder.name}: evaluating on the reserve")
+    splits = {
+        split
+        for task in model.config.tasks
+        for split in open_task_corpus(data, task, source.corpora, source.fold, True).splits
+        if is_reserve(split)
+    }
+    rows = evaluate_model(
+        model,
+        data,
+        splits=sorted(splits),
+        seed=source.seed,
+        corpora=source.corpora,
+        limits=source.limits,
+        steps=source.steps,
+        bootstrap_samples=0,
+        outcomes=outcomes,
+        fold=source.fold,
+        with_reserve=True,
+    )
+    write_evaluation_csv(rows, folder / RESERVE_ROWS)
+    write_outcomes(sum_table(outcomes), folder / RESERVE_SUMS)
+
+
+def has_reserve(config: StudyConfig) -> bool:
+    """Return whether the folds of a study reserve units."""
+    fold = config.run.fold
+    return bool(fold.reserve_part or fold.reserve_units)
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Return whether a run has its result on the reserve."""
+    # Written last, so a file is a complete result.
+    return (folder / RESERVE_SUMS).is_file()
+
+
+def has_model(folder: Path) -> bool:
+    """Return whether a run has its weights on this machine."""
+    return (folder / "model" / "manifest.json").is_file()
 
 
 def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[FinishedRun]:

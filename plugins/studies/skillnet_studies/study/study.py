@@ -14,12 +14,13 @@ sweeps/trials/remote_ledger.py.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.training.config.resources import PlannedRun
 from skillnet_platform import config as configuration
-from skillnet_platform import console
+from skillnet_platform.cluster.resource_request import ResourceRequest, select_model_paths
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_studies.config.study import STUDY_FILE, STUDY_LEDGER, StudyConfig, shift_seed
@@ -33,7 +34,7 @@ from skillnet_studies.study.tuning import (
     choose_settings,
     start_tuning,
 )
-from sweeps.config.trials import ScoreConfig
+from sweeps.config.trials import ScoreConfig, request_run, request_trial
 from sweeps.search.space import warn_about_small_space
 from sweeps.trials.remote_ledger import RUN
 from sweeps.trials.trial import Trial, TrialOutcome
@@ -43,26 +44,6 @@ if TYPE_CHECKING:
 
 #: Files that exist from the start of a study.
 START_FILES = (STUDY_FILE, RUN)
-
-
-@dataclass
-class StudyResult:
-    """Result of a study: tuning and final runs.
-
-    Args:
-        config: the study.
-        tuning: label -> tuning result.
-        outcomes: outcomes of the final runs.
-    """
-
-    config: StudyConfig
-    tuning: dict[str, TuningResult]
-    outcomes: list[TrialOutcome]
-
-    @property
-    def failed_runs(self) -> list[TrialOutcome]:
-        """Final runs without a result."""
-        return [outcome for outcome in self.outcomes if outcome.status != "finished"]
 
 
 def check_study(config: StudyConfig) -> None:
@@ -76,8 +57,8 @@ def check_study(config: StudyConfig) -> None:
     # first is compared with existing runs: the others depend on what it selects.
     stages = [build_stage_trials(config, stage, start) for stage in STAGES]
     if config.tuning.trials:
-        wanted = config.tuning.trials + len(config.tuning.points)
-        warn_about_small_space("tuning.space", len(build_tuning_points(config)), wanted)
+        found = len(build_tuning_points(config))
+        warn_about_small_space("tuning.space", found, config.tuning.trials)
     check_unchanged(config, stages[0], config.folder / "tuning")
     known: dict[str, TuningResult] = {}
     if (config.folder / STUDY_LEDGER).is_file():
@@ -90,12 +71,17 @@ def check_study(config: StudyConfig) -> None:
     )
 
 
-def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
+def run_study(
+    config: StudyConfig, tracker: "Tracker"
+) -> tuple[dict[str, TuningResult], list[TrialOutcome]]:
     """Tune and train all systems; an unfinished study is resumed.
 
     Args:
         config: the study.
         tracker: the open MLflow run of the study.
+
+    Returns:
+        Label -> tuning result, and the outcomes of the final runs.
 
     Raises:
         UserError: a trial is invalid (nothing is trained), or no tuning trial of a system
@@ -104,7 +90,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     """
     # These load torch, which --help must not do.
     from skillnet_studies.study.kept_results import KeptTuning, is_kept_run, keep_results
-    from skillnet_studies.study.sealed_reserve import seal_reserve
+    from skillnet_studies.study.reserve import seal_reserve
     from sweeps.trials.engine import run_trials
     from sweeps.trials.ledger import LedgerEntry
 
@@ -143,15 +129,15 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         )
         tuning = choose_settings(config, stage, tuning, trials, tuned)
     # Written before the final runs, so that a killed study resumes with the same settings.
-    write_study_ledger(StudyResult(config, tuning, []), folder)
+    write_study_ledger(config, tuning, [])
     finals = build_final_trials(config, tuning)
     # Checked again, because only now the chosen settings are known.
     check_unchanged(config, finals, folder / "runs")
     kept = {t.name: t for t in finals if is_kept_run(folder / "runs" / t.name)}
     entries = [LedgerEntry(trial, folder / "runs" / name) for name, trial in kept.items()]
-    study = StudyResult(config, tuning, [entry.build_outcome("finished") for entry in entries])
+    outcomes = [entry.build_outcome("finished") for entry in entries]
     for trials in group_replicates(finals) if config.keep else [finals]:
-        study.outcomes += run_trials(
+        outcomes += run_trials(
             [trial for trial in trials if trial.name not in kept],
             folder=folder / "runs",
             parent=tracker,
@@ -159,12 +145,12 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             label="final runs",
             store=mirror.uri_of("runs") if mirror is not None else None,
         )
-        write_study_ledger(study, folder)
+        write_study_ledger(config, tuning, outcomes)
         if config.keep:
             # The kept results have no weights, so the reserve is evaluated before.
-            seal_reserve(config, [o.folder for o in study.outcomes if o.status == "finished"])
-            keep_results(config, study.outcomes)
-    return study
+            seal_reserve(config, [o.folder for o in outcomes if o.status == "finished"])
+            keep_results(config, outcomes)
+    return tuning, outcomes
 
 
 def check_folds(config: StudyConfig) -> None:
@@ -223,14 +209,12 @@ def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) 
         config: the study.
         tuning: label -> tuning result with the chosen settings.
     """
-    seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
     return [
         build_final_trial(config, label, tuning[label].settings, seed, fold)
         # Seeds are the outer loop, so that an interrupted study can already be compared.
-        for seed in seeds
+        for seed in config.seeds
         for fold in config.fold_numbers
         for label in config.systems
-        if seed in config.seeds_of(label)
     ]
 
 
@@ -258,33 +242,72 @@ def build_final_trial(
     )
 
 
+def request_study(config: StudyConfig) -> ResourceRequest:
+    """Return the request of one run of a study, and of its pretraining if a system has one."""
+    first = replace(
+        request_run(config, config.run.training), list_runs=lambda: list_study_runs(config)
+    )
+    if not any(system.pretrain for system in config.systems.values()):
+        return first
+    workers = request_trial(config, config.pretraining.training)
+    models = select_model_paths(config.run.init_from, config.pretraining.init_from)
+    same = workers == request_trial(config, config.run.training)
+    return replace(first, models=models, next_stage=None if same else workers)
+
+
+def list_study_runs(config: StudyConfig) -> list[PlannedRun]:
+    """Return the tuning trials, final runs and pretrainings of a study.
+
+    Args:
+        config: settings of the study. The final runs have its settings, not those that tuning will
+            choose.
+
+    Raises:
+        UserError: the study is invalid.
+    """
+    untuned = start_tuning(config)
+    planned, share = [], config.resources.gpus or 1.0
+    tuning = [each for stage in STAGES for each in build_stage_trials(config, stage, untuned)]
+    for trial in [*build_final_trials(config, untuned), *tuning]:
+        label = trial.group or trial.name
+        planned.append(PlannedRun(trial.config, label, "run.", share))
+        if trial.pretrain is not None:
+            planned.append(
+                PlannedRun(trial.pretrain, f"pretraining of {label}", "pretraining.", share)
+            )
+    return planned
+
+
 # -- ledger --------------------------------------------------------------------------------
 
 
-def write_study_ledger(study: StudyResult, folder: Path) -> None:
+def write_study_ledger(
+    config: StudyConfig, tuning: Mapping[str, TuningResult], outcomes: Sequence[TrialOutcome]
+) -> None:
     """Write the tuning results and the status of each run to ``study.json``.
 
     Args:
-        study: the study; without outcomes before the final runs.
-        folder: directory of the study.
+        config: the study.
+        tuning: label -> tuning result.
+        outcomes: outcomes of the final runs; none before them.
     """
     write_json(
-        folder / STUDY_LEDGER,
+        config.folder / STUDY_LEDGER,
         {
-            "name": study.config.name,
-            "seeds": {label: study.config.seeds_of(label) for label in study.config.systems},
-            "tuning": {label: vars(result) for label, result in study.tuning.items()},
+            "name": config.name,
+            "seeds": dict.fromkeys(config.systems, config.seeds),
+            "tuning": {label: vars(result) for label, result in tuning.items()},
             "runs": [
                 {
                     "system": outcome.group,
                     "seed": outcome.seed,
                     # Relative, so that a study can be moved or mirrored.
-                    "folder": str(outcome.folder.relative_to(folder)),
+                    "folder": str(outcome.folder.relative_to(config.folder)),
                     "status": outcome.status,
                     "error": outcome.error,
                     "run_id": outcome.run_id,
                 }
-                for outcome in study.outcomes
+                for outcome in outcomes
             ],
         },
     )
@@ -315,9 +338,3 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
         if entry["status"] == "finished"
     ]
     return tuning, runs
-
-
-def warn_about_failures(study: StudyResult) -> None:
-    """Print a warning for each final run without a result."""
-    for outcome in study.failed_runs:
-        console.print_warning(f"{outcome.name} {outcome.status}: {outcome.error or 'no result'}")

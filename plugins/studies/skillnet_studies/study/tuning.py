@@ -28,7 +28,7 @@ from skillnet_studies.study.system_runs import (
     build_base_run,
     build_pretraining,
 )
-from sweeps.config.space import SearchDimension
+from sweeps.config.space import format_setting
 from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.trial import Trial, TrialOutcome
 
@@ -220,8 +220,8 @@ def _build_trial(
 def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     """Return the settings of the trials of the space, which are the same for every system.
 
-    The first are the settings as configured, then points spread over the space, then the points
-    of ``tuning.points``. Equal points are tried once.
+    The first are the settings as configured, then points spread over the space. Equal points are
+    tried once.
 
     Args:
         config: the study.
@@ -237,21 +237,7 @@ def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     seen = {space.identify_point({})}
     count = config.tuning.trials - 1
     spread = spread_points(space, count, config.tuning.seeds[0], seen)
-    for drawn in spread[: max(count, 0)]:
-        seen.add(space.identify_point(drawn))
-        points.append(space.resolve_assignments(drawn))
-    for point in config.tuning.points:
-        try:
-            listed = SearchSpace(
-                {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
-            )
-        except UserError as error:
-            raise UserError(f"tuning.points: {error}") from None
-        identity = listed.identify_point(point)
-        if identity not in seen:
-            seen.add(identity)
-            points.append(point)
-    return points
+    return points + [space.resolve_assignments(drawn) for drawn in spread[: max(count, 0)]]
 
 
 def spread_points(
