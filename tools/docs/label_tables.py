@@ -6,7 +6,6 @@ printed; with it, the table replaces the one in docs/corpora.md.
 """
 
 import argparse
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import machine
-from pipelines.data.corpora import find_corpus
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet.skills import SkillPlan, Task
@@ -29,10 +27,8 @@ PRESET = ROOT / "configs" / "prepare" / "stream.yaml"
 SPLITS = ("train", "validation", "test")
 HEADER = (
     "task", "rows of", "classes", "`train`", "`validation`", "`test`",
-    "most frequent class of `test`", "chance", "simple reference", "licence",
+    "most frequent class of `test`", "chance", "simple reference",
 )  # fmt: skip
-#: A licence without its remarks: "MIT; its metadata state BSD" -> "MIT".
-REMARKS = re.compile(r" \([^)]*\)|; (?!voice).*|^drawings ")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +67,6 @@ def build_row(data: Path, name: str) -> list[str]:
     }
     labels = np.asarray(corpus.splits["test"].column("label").to_pylist())
     (source,) = corpus.source_names
-    licences = dict.fromkeys(REMARKS.sub("", each.licence) for each in find_corpus(source).archives)
     return [
         f"`{name}`",
         f"`{source}`",
@@ -80,7 +75,6 @@ def build_row(data: Path, name: str) -> list[str]:
         f"{100 * np.bincount(labels).max() / len(labels):.1f} %",
         accuracy["chance"],
         accuracy["simple_baseline"],
-        ", ".join(licences),
     ]
 
 
