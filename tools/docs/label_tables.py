@@ -24,10 +24,10 @@ from tools.docs.page_marks import put
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "corpora.md"
 PRESET = ROOT / "configs" / "prepare" / "stream.yaml"
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "test")
 HEADER = (
-    "task", "rows of", "classes", "`train`", "`validation`", "`test`",
-    "most frequent class of `test`", "chance", "simple reference",
+    "task", "rows of", "classes", "`train`", "`test`", "most frequent of `test`, %", "chance, %",
+    "simple reference, %",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def build_row(data: Path, name: str) -> list[str]:
         data, {name: task}, ["test"], corpora={name: name}, bootstrap_samples=0, use_cache=False
     )
     accuracy = {
-        row["system"]: f"{100 * row['value']:.1f} %" for row in rows if row["metric"] == "accuracy"
+        row["system"]: f"{100 * row['value']:.1f}" for row in rows if row["metric"] == "accuracy"
     }
     labels = np.asarray(corpus.splits["test"].column("label").to_pylist())
     (source,) = corpus.source_names
@@ -72,7 +72,7 @@ def build_row(data: Path, name: str) -> list[str]:
         f"`{source}`",
         str(classes),
         *(f"{corpus.splits[split].rows:,}" for split in SPLITS),
-        f"{100 * np.bincount(labels).max() / len(labels):.1f} %",
+        f"{100 * np.bincount(labels).max() / len(labels):.1f}",
         accuracy["chance"],
         accuracy["simple_baseline"],
     ]
