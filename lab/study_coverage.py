@@ -31,15 +31,6 @@ from skillnet_platform.tables import write_csv
 
 UNITS = Path(__file__).with_name("study_units.csv")
 LEVEL = 0.05
-#: Task, or the mean -> its column in the table.
-SHORT_NAMES = {
-    "text_classification": "text",
-    "speech_recognition": "speech",
-    "text_to_image": "image",
-    "text_to_video": "video",
-    "text_to_code": "code",
-    MEAN: "mean",
-}
 #: Column of the CSV -> words for it in the table.
 MEASURES = {
     "coverage": "covers",
@@ -307,24 +298,22 @@ def _find_scale(name: str) -> ScoreScale:
 
 
 def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the results as a table with three lines per design.
+    """Return the results as a table with a line per design: the range over tasks, and the mean.
 
     Args:
         rows: result of :func:`measure_studies`, or of the CSV that has them.
     """
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    last = f"all {rows[0]['tests']}"
-    columns = ["design", "measure", *(SHORT_NAMES[task] for task in tasks), last]
+    heads = [f"{words}: {of}" for words in MEASURES.values() for of in ("tasks", "mean")]
     lines = []
     for design in dict.fromkeys(row["design"] for row in rows):
         of = {row["task"]: row for row in rows if row["design"] == design}
-        error = f"{float(of[MEAN]['family_wise_error']):.1f}"
-        name = design
-        for measure, words in MEASURES.items():
-            cells = [f"{float(of[task][measure]):.1f}" for task in tasks]
-            lines.append([name, words, *cells, error if measure == "false_alarms" else ""])
-            name = ""
-    return markdown_table(columns, lines, len(columns) - 2)
+        cells = [design]
+        for measure in MEASURES:
+            values = [float(row[measure]) for task, row in of.items() if task != MEAN]
+            cells += [f"{min(values):.1f}–{max(values):.1f}", f"{float(of[MEAN][measure]):.1f}"]
+        lines.append([*cells, f"{float(of[MEAN]['family_wise_error']):.1f}"])
+    columns = ["design", *heads, f"any of {rows[0]['tests']} tests"]
+    return markdown_table(columns, lines, len(columns) - 1)
 
 
 def build_parser(name: str, about: str | None, studies: int = 1000) -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ printed; with it, the table replaces the one in docs/corpora.md.
 """
 
 import argparse
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import machine
-from pipelines.data.corpora import find_corpus
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.training.evaluation.simple_baselines import evaluate_simple_baselines
 from skillnet.skills import SkillPlan, Task
@@ -26,13 +24,11 @@ from tools.docs.page_marks import put
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "corpora.md"
 PRESET = ROOT / "configs" / "prepare" / "stream.yaml"
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "test")
 HEADER = (
-    "task", "rows of", "classes", "`train`", "`validation`", "`test`",
-    "most frequent class of `test`", "chance", "simple reference", "licence",
+    "task", "rows of", "classes", "`train`", "`test`", "most frequent of `test`, %", "chance, %",
+    "simple reference, %",
 )  # fmt: skip
-#: A licence without its remarks: "MIT; its metadata state BSD" -> "MIT".
-REMARKS = re.compile(r" \([^)]*\)|; (?!voice).*|^drawings ")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,20 +63,18 @@ def build_row(data: Path, name: str) -> list[str]:
         data, {name: task}, ["test"], corpora={name: name}, bootstrap_samples=0, use_cache=False
     )
     accuracy = {
-        row["system"]: f"{100 * row['value']:.1f} %" for row in rows if row["metric"] == "accuracy"
+        row["system"]: f"{100 * row['value']:.1f}" for row in rows if row["metric"] == "accuracy"
     }
     labels = np.asarray(corpus.splits["test"].column("label").to_pylist())
     (source,) = corpus.source_names
-    licences = dict.fromkeys(REMARKS.sub("", each.licence) for each in find_corpus(source).archives)
     return [
         f"`{name}`",
         f"`{source}`",
         str(classes),
         *(f"{corpus.splits[split].rows:,}" for split in SPLITS),
-        f"{100 * np.bincount(labels).max() / len(labels):.1f} %",
+        f"{100 * np.bincount(labels).max() / len(labels):.1f}",
         accuracy["chance"],
         accuracy["simple_baseline"],
-        ", ".join(licences),
     ]
 
 

@@ -154,12 +154,11 @@ def tables(folder: Path = RESULTS) -> str:
         "",
         "The spool exists only while a tokenizer is trained.",
         "",
-        f"Training on JPEG images of 224 x 224 takes {load * 1e3:.2f} ms of a core per row. The 64 "
-        f"measured images take {cell / 1024:.1f} KiB each; larger ones take longer. A GPU that "
-        f"processes {GPU_ROWS:,} rows per second needs {cores:.1f} cores for decoding and "
-        f"augmentation. For photographs, it reads {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
-        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s from its disk or cache. Beside {GPU_CPUS} cores "
-        f"it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
+        f"Training on JPEG images of 224 x 224 ({cell / 1024:.1f} KiB each, 64 measured) takes "
+        f"{load * 1e3:.2f} ms of a core per row. A GPU that processes {GPU_ROWS:,} rows per second "
+        f"needs {cores:.1f} cores, and {'does not wait' if cores < GPU_CPUS else 'waits'} beside "
+        f"{GPU_CPUS}. For photographs it reads {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
+        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s.",
         "",
         "Assumptions:",
         "",
@@ -168,7 +167,6 @@ def tables(folder: Path = RESULTS) -> str:
         f"- A photograph of 224 x 224 takes {PICTURE[0] / 1e3:.0f} to {PICTURE[1] / 1e3:.0f} KB as "
         "JPEG. No corpus of photographs was available.",
         *(f"- {plan.name}: {plan.why}." for plan in CORPORA),
-        f"- A GPU trains on {GPU_ROWS:,} rows per second and has {GPU_CPUS} cores beside it.",
     ]
     return "\n".join(lines)
 
@@ -185,9 +183,9 @@ def _fed(fed: dict[str, float], scaling: Path | None) -> list[str]:
     slow = {name: math.ceil(256 / cpus) for name, cpus in fed.items() if cpus < 256}
     parts = ", ".join(f"{count} of {name}" for name, count in slow.items())
     return [
-        "The last column is the number of CPUs that the reading task of the corpus can supply. The "
-        "times use at most this number. "
-        + (f"To use 256 CPUs, divide the corpus into several: {parts}. " if parts else "")
+        "The last column is the number of CPUs that the reading task can supply; the times use at "
+        "most this number. "
+        + (f"To use 256 CPUs, divide the corpus: {parts}. " if parts else "")
         + (f"Measured speedups against one CPU: {'; '.join(grown)}." if grown else "")
     ]
 

@@ -70,23 +70,20 @@ def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
         keys: columns of settings.
         plain: key -> value where a configuration leaves it as the run has it.
     """
-    tasks = [c for c in rows[0] if c.startswith("score/")]
     groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         if row["status"] == "finished":
             groups[row["group"]].append(row)
     order = sorted(groups.values(), key=lambda members: -_mean(members, "score"))
-    heads = [*(_short(key) for key in keys), "score (95 % interval)"]
-    heads += [*(task.removeprefix("score/").replace("_", " ") for task in tasks), "M active"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(keys)}{'---:|' * (len(tasks) + 2)}"]
+    heads = [*(_short(key) for key in keys), "score (95 % interval)", "M active"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(keys)}{'---:|' * 2}"]
     for members in order:
         scores = [100 * float(row["score"]) for row in members]
         cells = [
             *(members[0][key] or str(plain.get(key, "")) for key in keys),
             _with_interval(scores),
+            f"{_mean(members, 'activated_params') / 1e6:.2f}",
         ]
-        cells += [f"{100 * _mean(members, task):.1f}" for task in tasks]
-        cells.append(f"{_mean(members, 'activated_params') / 1e6:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -129,7 +126,8 @@ def text_of(folder: Path) -> str:
         f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
         f"splits; intervals are Student's t over seeds alone, on these rows.\n\n{ranked}\n\n"
         "Effect of each setting, fitted over all finished trials:\n\n"
-        f"{effects(rows, space)}\n\nFiles: [{folder.name}](../lab/results/{folder.name})."
+        f"{effects(rows, space)}\n\n"
+        f"Files, with scores by task: [{folder.name}](../lab/results/{folder.name})."
     )
 
 

@@ -39,13 +39,18 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize(("word", "page"), ANSWERS.items())
-def test_the_first_page_leads_from_a_common_word_to_its_guide(word: str, page: str) -> None:
+def test_the_first_page_leads_from_a_common_word_to_its_guide() -> None:
     """The site's search finds the row, or the guide itself."""
-    home = (site_hooks.ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    rows = [line for line in home.splitlines() if line.startswith("|") and word in line]
-    guide = (site_hooks.ROOT / "docs" / page).read_text(encoding="utf-8").split("\n## ")[0]
-    assert any(f"({page}" in row for row in rows) or word in guide
+    docs = site_hooks.ROOT / "docs"
+    home = (docs / "index.md").read_text(encoding="utf-8")
+    rows = [line for line in home.splitlines() if line.startswith("|")]
+    missing = [
+        word
+        for word, page in ANSWERS.items()
+        if not any(f"({page}" in row and word in row for row in rows)
+        and word not in (docs / page).read_text(encoding="utf-8").split("\n## ")[0]
+    ]
+    assert missing == []
 
 
 def test_guides_come_before_decisions_in_a_search() -> None:
