@@ -28,7 +28,6 @@ from skillnet_studies.study.system_runs import (
     build_base_run,
     build_pretraining,
 )
-from sweeps.config.space import format_setting
 from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.trial import Trial, TrialOutcome
 
