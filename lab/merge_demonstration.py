@@ -8,7 +8,7 @@ with a skill of its own; ``skillnet merge`` joins both (``merged``). The other a
 same base, with the rows, steps per task, batch size and learning rate of ``configs/grow``:
 
 apart, all trained   one model per task; nothing is frozen
-averaged             these two models, joined with ``--average-shared``
+averaged             these two models, joined with ``--average_shared``
 sequential           ``radical`` is grown from the model with ``stroke_count``, and reads its skill
 joint                both skills at once in one run; the old files are frozen
 

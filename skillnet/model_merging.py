@@ -408,7 +408,7 @@ def _describe_difference(files: Sequence[str], origins: Mapping[str, list[MergeP
     else:
         what = {"skill": "skill", "head": "task"}[kind]
         remedy = f"rename the {what} of one model with --rename {name}=NEW"
-    return f"{file} differs: {who}; {remedy}, or give --average-shared, which changes the outputs"
+    return f"{file} differs: {who}; {remedy}, or give --average_shared, which changes the outputs"
 
 
 #: Joins a file that differs between the parents that have it.
