@@ -31,12 +31,15 @@ def write_files(home: Path, files: dict[str, Any]) -> Path:
     """Write files: a text, rows in the form of the ending, or the members of a tar.
 
     A file of None is a medium that no reader opens; rows without an ending are a saved dataset.
+    Rows can have ``features``, as the library ``datasets`` describes columns.
     """
     for name, content in files.items():
         path = home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, list):
             write_rows(path, content)
+        elif isinstance(content, dict) and "features" in content:
+            write_rows(path, content["rows"], content["features"])
         elif isinstance(content, dict):
             packed = tarred({member: text.encode() for member, text in content.items()})
             path.write_bytes(gzip.decompress(packed) if name.lower().endswith("tar") else packed)
@@ -45,19 +48,24 @@ def write_files(home: Path, files: dict[str, Any]) -> Path:
     return home
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(
+    path: Path, rows: list[dict[str, Any]], features: dict[str, Any] | None = None
+) -> None:
     """Write rows as Parquet, CSV, JSON lines, or with ``save_to_disk`` if there is no ending."""
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        table = pa.Table.from_pylist(rows)
+        described = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(table.replace_schema_metadata(described if features else None), path)
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    elif path.suffix:
+    elif path.suffix == ".jsonl":
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     else:
-        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+        kinds = datasets.Features.from_dict(features) if features else None
+        datasets.Dataset.from_list(rows, kinds).save_to_disk(str(path))
 
 
 def read_cases(file: Path) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ from pipelines.data.corpora.base import (
     SourceArchives,
     measure_texts,
 )
+from pipelines.data.corpora.readers.row_builders import error_row
 from pipelines.data.io.directory import to_printable
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.source_file import format_json_line
@@ -393,7 +394,7 @@ def rows_to_table(corpus: Corpus, rows: list[Row]) -> tuple[pa.Table, dict[int, 
         # At least one row does not fit. Only now pay for a check of each row.
         reasons = [_find_misfit(row, schema) for row in rows]
     refused = {
-        place: _make_error_row(row, reason)
+        place: _reject_row(row, reason)
         for place, (row, reason) in enumerate(zip(rows, reasons, strict=True))
         if reason
     }
@@ -422,23 +423,17 @@ def check_row(row: Row | RejectedRow, seen: KeySet | None) -> tuple[Row | Reject
     """
     if isinstance(row, RejectedRow):
         is_new = seen is None or seen.add(row.key)
-        return row if is_new else _make_duplicate(row.key, row.file, row.row), 0
+        return row if is_new else error_row(row.key, DUPLICATE_KEY, row.file, row.row), 0
     if isinstance(row.get("file"), str):
         row["file"] = to_printable(row["file"])
     if seen is not None and not seen.add(row["key"]):
-        return _make_duplicate(row["key"], row.get("file"), row.get("row")), 0
+        return _reject_row(row, DUPLICATE_KEY), 0
     count, reason = measure_texts(row)
-    return _make_error_row(row, reason) if reason else row, count
+    return _reject_row(row, reason) if reason else row, count
 
 
-def _make_duplicate(key: str, file: Any, row: Any) -> RejectedRow:
-    return RejectedRow(key, DUPLICATE_KEY, file=file, row=row, counts_as_error=True)
-
-
-def _make_error_row(row: Row, reason: str) -> RejectedRow:
-    return RejectedRow(
-        str(row["key"]), reason, file=row.get("file"), row=row.get("row"), counts_as_error=True
-    )
+def _reject_row(row: Row, reason: str) -> RejectedRow:
+    return error_row(str(row["key"]), reason, row.get("file"), row.get("row"))
 
 
 def _find_misfit(row: Row, schema: pa.Schema) -> str:

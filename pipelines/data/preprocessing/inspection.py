@@ -7,7 +7,6 @@ reads them, for ``READ_TIMEOUT_S`` at most. Files are counted for ``COUNT_TIMEOU
 import contextlib
 import itertools
 import json
-import math
 import re
 import shlex
 import threading
@@ -36,7 +35,11 @@ from pipelines.data.corpora.base import (
     list_archives,
     unpack_hint,
 )
-from pipelines.data.corpora.readers.base import count_labels, describe_numeric_labels
+from pipelines.data.corpora.readers.base import (
+    RunningMoments,
+    count_labels,
+    describe_numeric_labels,
+)
 from pipelines.data.io.directory import SourceDirectory, to_printable
 from pipelines.data.io.key_set import KeySet
 from pipelines.data.io.media import describe_bytes, read_media
@@ -278,21 +281,6 @@ def _list_unread_archives(corpus: ExternalCorpus) -> list[str]:
 
 
 @dataclass
-class ValueRange:
-    """Range and sum of numbers that are seen one by one."""
-
-    count: int = 0
-    total: float = 0.0
-    low: float = math.inf
-    high: float = -math.inf
-
-    def add(self, value: float) -> None:
-        """Add a number."""
-        self.count, self.total = self.count + 1, self.total + value
-        self.low, self.high = min(self.low, value), max(self.high, value)
-
-
-@dataclass
 class _Sample:
     """Rows that were read before the time limit.
 
@@ -316,7 +304,7 @@ class _Sample:
     errors: int = 0
     duplicates: int = 0
     labels: Counter[str] = field(default_factory=Counter)
-    values: ValueRange = field(default_factory=ValueRange)
+    values: RunningMoments = field(default_factory=RunningMoments)
     inputs: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     media: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     targets: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -369,11 +357,11 @@ def _list_labels(row: Row) -> list[str]:
     return row.get("label_set") or ([row["label"]] if row.get("label") else [])
 
 
-def _describe_values(values: ValueRange) -> str:
+def _describe_values(values: RunningMoments) -> str:
     """Return range and mean of the numbers that a regression predicts, or "" without any."""
     if not values.count:
         return ""
-    return f"{values.low:g} to {values.high:g}, mean {values.total / values.count:g}"
+    return f"{values.low:g} to {values.high:g}, mean {values.mean:g}"
 
 
 def _digest(content: bytes) -> int:

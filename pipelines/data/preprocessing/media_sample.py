@@ -69,11 +69,6 @@ def measure_media(
     return (None, str(error)) if result is None else result
 
 
-def try_media(corpus: ExternalCorpus, data: bytes, row: Row) -> str | None:
-    """Return the reason if prepare would reject the row of a media file, or None."""
-    return measure_media(corpus, data, row)[1]
-
-
 def _check_media(
     corpus: ExternalCorpus, data: bytes, row: Row
 ) -> tuple[dict[str, float], str | None]:

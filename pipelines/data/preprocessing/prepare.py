@@ -33,7 +33,7 @@ from pipelines.data.preprocessing.blocks import (
 )
 from pipelines.data.preprocessing.jobs import CorpusJob
 from pipelines.data.preprocessing.local_tasks import LocalTasks, needs_no_ray
-from pipelines.data.preprocessing.media_sample import run_within, try_media
+from pipelines.data.preprocessing.media_sample import measure_media, run_within
 from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
     MOSTLY_BAD_ADVICE,
@@ -112,8 +112,10 @@ def prepare(
                 selection.install_tokenizer(
                     tokenizer, data / TOKENIZER, manifest, requested, store or data
                 )
-            policy = selection.TokenizerPolicy(tokenizer == selection.LEARN, vocabulary, lock)
-            return _prepare(corpora, data, archives.absolute(), cpus, max_error_rate, policy, store)
+            retrain, archives = tokenizer == selection.LEARN, archives.absolute()
+            return _prepare(
+                corpora, data, archives, cpus, max_error_rate, store, retrain, vocabulary, lock
+            )
     except Exception as error:
         message = user_error_message(error)
         if message is None or isinstance(error, UserError):
@@ -127,10 +129,11 @@ def _prepare(
     archives: Path,
     cpus: int | None = None,
     max_error_rate: float = MAX_ERROR_RATE,
-    policy: selection.TokenizerPolicy | None = None,
     store: str | None = None,
+    retrain: bool = False,
+    vocabulary: int = tokenizers.VOCABULARY_SIZE,
+    lock: selection.TokenizerLock | None = None,
 ) -> dict[str, dict[str, Any]]:
-    policy = policy or selection.TokenizerPolicy()
     sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
     for corpus in corpora:
         if isinstance(corpus, ExternalCorpus) and (unread := corpus.describe_unread()):
@@ -140,11 +143,9 @@ def _prepare(
             )
     tokenizer = data / TOKENIZER
     absent = not tokenizer.is_file() or selection.is_leftover_tokenizer(tokenizer, store or data)
-    training_corpora = tokenizer_training_corpora(
-        corpora, tokenizer, archives, policy.retrain, absent
-    )
+    training_corpora = tokenizer_training_corpora(corpora, tokenizer, archives, retrain, absent)
     is_external = any(isinstance(corpus, ExternalCorpus) for corpus in training_corpora)
-    size = policy.vocabulary if is_external else None
+    size = vocabulary if is_external else None
     fingerprint = tokenizer_fingerprint(training_corpora, archives, sources)
     fingerprint |= {"vocabulary": size} if size else {}
     is_trained = not training_corpora or selection.matches_fingerprint(tokenizer, fingerprint)
@@ -165,8 +166,8 @@ def _prepare(
                 corpus.scan_labels()
             rejected = data / f"{corpus.name}.rejected.jsonl"
             are_small &= check_preparable(corpus, rejected, max_error_rate)
-    if not is_trained and policy.lock is not None:
-        policy.lock.exclusive()
+    if not is_trained and lock is not None:
+        lock.exclusive()
     if not is_trained and size is not None:
         requested = {corpus.name for corpus in corpora}
         selection.check_replaceable(tokenizer, requested, store or data)
@@ -494,7 +495,10 @@ def _check_media(corpus: ExternalCorpus, rows: list[Row]) -> None:
     chosen = rows[:: -(-len(rows) // MAX_TRIED) or 1]
     reasons = Counter[str]()
     for row, data in zip(chosen, read_media([row["media"] for row in chosen]), strict=True):
-        reason = data.reason if isinstance(data, MediaReadError) else try_media(corpus, data, row)
+        if isinstance(data, MediaReadError):
+            reason: str | None = data.reason
+        else:
+            _, reason = measure_media(corpus, data, row)
         if reason is None:
             return
         reasons[reason] += 1

@@ -74,33 +74,62 @@ def describe_task(
             corpus is given with options.
     """
     prepared = _find_prepared(path)
+    commands: tuple[str, ...] = ()
+    data: dict[str, str] = {}
     if prepared is not None:
         if options:
             raise UserError(
                 f"options.{next(iter(options))}: {path} is prepared already. Give the options to "
                 "skillnet prepare"
             )
-        corpus = open_corpus(prepared)
-        manifest = corpus.manifest
-        sizes = _input_sizes(corpus.modality, manifest["preprocessing"])
+        opened = open_corpus(prepared)
+        kind, corpus, manifest = opened.task, opened.name, opened.manifest
+        sizes = _input_sizes(opened.modality, manifest["preprocessing"])
         if paired := manifest.get("paired"):
             sizes |= _input_sizes(paired["modality"], paired["preprocessing"])
         vocabulary = (manifest.get("tokenizer") or {}).get("vocab_size", 0)
         sizes |= {"vocab_size": vocabulary} if vocabulary > SkillNetConfig.vocab_size else {}
-        rows = {split: each.rows for split, each in corpus.splits.items()}
+        train = opened.splits["train"].rows if "train" in opened.splits else 0
         parent = str(prepared).rpartition("/")[0]
         data = {} if Path(parent) == data_root() else {"data": parent}
-        return _fill_template(name, corpus.task, corpus.name, sizes, rows, data, (), file, path)
-    report = inspect_corpus(path, options)
-    if not report["command"]:
+    else:
+        report = inspect_corpus(path, options)
+        if not report["command"]:
+            raise UserError(
+                f"{path}: no row can be used. See the reasons with skillnet inspect "
+                f"{shlex.quote(path)}"
+            )
+        kind, corpus, commands = report["task"], report["name"], (report["command"],)
+        sizes = _input_sizes(report["modality"], report["preprocessing"])
+        train = report["splits"].get("train", 0)
+    usual = known_tasks().get(kind)
+    if usual is None:
         raise UserError(
-            f"{path}: no row can be used. See the reasons with skillnet inspect {shlex.quote(path)}"
+            f"{path}: its task {kind!r} has no default plan; known are {', '.join(known_tasks())}. "
+            "Write model.tasks as in docs/skills.md"
         )
-    sizes = _input_sizes(report["modality"], report["preprocessing"])
-    prepare = (report["command"],)
-    return _fill_template(
-        name, report["task"], report["name"], sizes, report["splits"], {}, prepare, file, path
-    )
+    own = name or kind
+    check_names((own,), "name")
+    is_masked = not find_objective(usual.objective).has_labels
+    batch = min(BATCH_ROWS, 1 << max(train.bit_length() - 1, 0))
+    training: dict[str, Any] = {"corpus": corpus, "batch_size": batch}
+    training |= {"split": "pretraining"} if is_masked else {}
+    towers = {
+        tower: {"modality": plan.modality, "skills": list(plan.skills)}
+        for tower, plan in usual.towers.items()
+    }
+    task = {"objective": usual.objective, "towers": towers}
+    # The skill of another package's modality.
+    if new := [each for each in usual.skills if each not in DEFAULT_SKILLS]:
+        sizes = {"skills": [*DEFAULT_SKILLS, *new], **sizes}
+    settings = {
+        **data,
+        "tasks": {own: training},
+        "model": {**sizes, "tasks": {own: task}},
+    }
+    stage = "pretrain" if is_masked else "finetune"
+    train_command = f"skillnet {stage} --config small --config {shlex.quote(file)}"
+    return TaskTemplate(own, usual.objective, corpus, settings, (*commands, train_command))
 
 
 def _find_prepared(path: str) -> str | None:
@@ -112,48 +141,6 @@ def _find_prepared(path: str) -> str | None:
         if (folder / MANIFEST).is_file():
             return str(folder.absolute())
     return None
-
-
-def _fill_template(
-    name: str | None,
-    kind: str,
-    corpus: str,
-    sizes: dict[str, Any],
-    rows: Mapping[str, int],
-    data: dict[str, str],
-    prepare: tuple[str, ...],
-    file: str,
-    path: str,
-) -> TaskTemplate:
-    usual = known_tasks().get(kind)
-    if usual is None:
-        raise UserError(
-            f"{path}: its task {kind!r} has no default plan; known are {', '.join(known_tasks())}. "
-            "Write model.tasks as in docs/skills.md"
-        )
-    own = name or kind
-    check_names((own,), "name")
-    is_masked = not find_objective(usual.objective).has_labels
-    train = rows.get("train", 0)
-    batch = min(BATCH_ROWS, 1 << max(train.bit_length() - 1, 0))
-    training: dict[str, Any] = {"corpus": corpus, "batch_size": batch}
-    training |= {"split": "pretraining"} if is_masked else {}
-    towers = {
-        tower: {"modality": plan.modality, "skills": list(plan.skills)}
-        for tower, plan in usual.towers.items()
-    }
-    task = {"objective": usual.objective, "towers": towers}
-    # The skill of another package's modality.
-    if new := [name for name in usual.skills if name not in DEFAULT_SKILLS]:
-        sizes = {"skills": [*DEFAULT_SKILLS, *new], **sizes}
-    settings = {
-        **data,
-        "tasks": {own: training},
-        "model": {**sizes, "tasks": {own: task}},
-    }
-    stage = "pretrain" if is_masked else "finetune"
-    train_command = f"skillnet {stage} --config small --config {shlex.quote(file)}"
-    return TaskTemplate(own, usual.objective, corpus, settings, (*prepare, train_command))
 
 
 def _find_default(modality: Modality, key: str) -> Any:

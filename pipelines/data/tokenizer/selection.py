@@ -14,12 +14,10 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from pipelines.data.shards.format import MANIFEST
-from pipelines.data.tokenizer import training as tokenizers
 from pipelines.data.tokenizer.guarded_loader import (
     UNUSED_PARTS,
     parse_tokenizer,
@@ -189,21 +187,6 @@ TRAINED_ON = "trained_on"
 #: Key of the tokenizer's manifest: digest of all that decides a trained tokenizer.
 FINGERPRINT = "fingerprint"
 LOCK = ".tokenizer.lock"
-
-
-@dataclass(frozen=True)
-class TokenizerPolicy:
-    """Rule by which external corpora get a tokenizer.
-
-    Args:
-        retrain: train a new tokenizer on them, even if one exists.
-        vocabulary: number of tokens of a new tokenizer.
-        lock: lock on the tokenizer of the directory; ``None`` if no other process can use it.
-    """
-
-    retrain: bool = False
-    vocabulary: int = tokenizers.VOCABULARY_SIZE
-    lock: "TokenizerLock | None" = None
 
 
 class TokenizerLock:

@@ -85,24 +85,6 @@ def test_audio_with_transcripts(tmp_path: Path) -> None:
     assert min(built["frames"].to_pylist()) > 10
 
 
-def test_texts_with_class_names_and_an_unlabelled_split(tmp_path: Path) -> None:
-    """IMDB has the folder plain_text and a split "unsupervised" whose labels are -1."""
-    columns = {"text": TEXT, "label": ["neg", "pos"]}
-    labelled = [{"text": f"第{n}条", "label": n % 2} for n in range(30)]
-    bare = [{"text": f"另{n}条", "label": -1} for n in range(50)]
-    splits = {"train": labelled[:20], "test": labelled[20:], "unsupervised": bare}
-    write_repository(tmp_path, columns, splits, config="plain_text")
-    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
-    assert corpus.task == "text_classification"
-    assert corpus.facts() == {"labels": ["neg", "pos"]}
-    rows, reasons = read(corpus)
-    assert not reasons
-    assert len(rows["train"]) + len(rows["validation"]) == 20
-    assert [row["label"] for row in rows["test"]] == ["neg", "pos"] * 5
-    assert (len(rows["unlabelled"]), rows["unlabelled"][0]["label"]) == (50, None)
-    assert "label" not in corpus.schema("unlabelled").names
-
-
 @pytest.mark.parametrize("kind", ["struct", "bytes"])
 @pytest.mark.parametrize("place", ["", "pictures.parquet"])
 def test_embedded_images_without_features(tmp_path: Path, kind: str, place: str) -> None:

@@ -88,19 +88,6 @@ def test_a_missing_file_is_named(tmp_path: Path, in_store: bool) -> None:
         open_external_corpus("mine", f"hf_dataset:{place}")
 
 
-def test_class_names_of_a_single_split(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["坏", "好"])}
-    )
-    rows = {"text": [f"第{n}条" for n in range(30)], "label": [n % 2 for n in range(30)]}
-    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
-    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
-    assert corpus.facts() == {"labels": ["坏", "好"]}
-    found, _ = read(corpus)
-    assert {row["label"] for row in found["train"]} == {"坏", "好"}
-    assert set(found) == {"train", "validation", "test"}
-
-
 def test_audio_bytes_and_paths(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     sounds = [{"bytes": user_corpora.wav(n), "path": f"{n}.wav"} for n in range(4)]
@@ -117,49 +104,6 @@ def test_audio_bytes_and_paths(tmp_path: Path) -> None:
     # directory is not followed.
     assert reasons in ({}, {"no media file": 1})
     assert {s["bytes"] for s in sounds[:4]} <= set(read_back)
-
-
-def labelled(labels: list[int], names: list[str] | None = None) -> datasets.Dataset:
-    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
-    rows = {"text": [f"第{n}条" for n in range(len(labels))], "label": labels}
-    return datasets.Dataset.from_dict(rows, features)
-
-
-@pytest.mark.parametrize("names", [["坏", "好"], None])
-def test_labels_of_minus_one_mean_no_label(tmp_path: Path, names: list[str] | None) -> None:
-    parts = {"train": labelled([0, 1] * 15, names), "test": labelled([-1] * 5, names)}
-    parts["validation"] = labelled([0, 1] * 10, names)
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
-    rows, reasons = read(corpus)
-    assert not reasons
-    assert (len(rows["unlabelled"]), rows["unlabelled"][0]["label"]) == (5, None)
-    assert len(rows["test"]) + len(rows["validation"]) == 20
-    assert "label" not in corpus.schema("unlabelled").names
-
-
-def test_minus_one_can_be_a_class(tmp_path: Path) -> None:
-    parts = {"train": labelled([-1, 0, 1] * 5), "test": labelled([-1] * 4)}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    rows, _ = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
-    assert [row["label"] for row in rows["test"]] == ["-1"] * 4
-
-
-def test_splits_with_longer_names(tmp_path: Path) -> None:
-    names = {"train.clean.100": 9, "validation.clean": 3, "test.clean": 2, "other": 1}
-    parts = {name: labelled([0, 1] * rows) for name, rows in names.items()}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    rows, _ = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
-    assert sizes(rows) == {"other": 2, "test": 4, "train": 18, "validation": 6}
-
-
-def test_a_split_field_is_used(tmp_path: Path) -> None:
-    rows = {"text": [f"第{n}条" for n in range(9)], "part": ["train", "dev", "test"] * 3}
-    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
-    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}", {"split": "part"})
-    found, _ = read(corpus)
-    assert [row["text"] for row in found["test"]] == ["第2条", "第5条", "第8条"]
 
 
 VALUE = {"dtype": "string", "_type": "Value"}

@@ -13,6 +13,7 @@ Parquet. Only the value decides the class.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -596,19 +597,20 @@ def sort_labels(labels: Collection[str]) -> list[str]:
 
 
 class RunningMoments:
-    """Mean and deviation of numbers that are seen one by one (Welford 1962)."""
+    """Mean, deviation and range of numbers that are seen one by one (Welford 1962)."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._mean = 0.0
-        self._squares = 0.0
+        self.count = 0
+        self.mean = self._squares = 0.0
+        self.low, self.high = math.inf, -math.inf
 
     def add(self, value: float) -> None:
         """Add a number."""
-        self._count += 1
-        step = value - self._mean
-        self._mean += step / self._count
-        self._squares += step * (value - self._mean)
+        self.count += 1
+        step = value - self.mean
+        self.mean += step / self.count
+        self._squares += step * (value - self.mean)
+        self.low, self.high = min(self.low, value), max(self.high, value)
 
     def scale(self, where: str) -> tuple[float, float]:
         """Return mean and deviation; the deviation of equal numbers counts as 1.
@@ -619,9 +621,9 @@ class RunningMoments:
         Raises:
             UserError: no number was added.
         """
-        if not self._count:
+        if not self.count:
             raise UserError(f"{where}: no training row has a value")
-        return self._mean, (self._squares / self._count) ** 0.5 or 1.0
+        return self.mean, (self._squares / self.count) ** 0.5 or 1.0
 
 
 def read_number(value: Any) -> float:
