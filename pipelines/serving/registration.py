@@ -128,13 +128,17 @@ def register_model(
         if force and registered.alias != champion.CHAMPION:
             verdict = champion.promote_version(registered.version, name=name, uri=uri, force=True)
             registered = dataclasses.replace(registered, alias=champion.CHAMPION, verdict=verdict)
+    _warn_if_incomparable(registered, source.name)
+    return registered
+
+
+def _warn_if_incomparable(registered: RegisteredVersion, source: str) -> None:
+    """Say how to replace a champion with which no version on these data is ever compared."""
     if registered.alias != champion.CHAMPION and registered.verdict.is_incomparable:
-        # No version on these data is ever compared with such a champion.
         console.print_warning(
             f"{registered.uri}: not promoted. {registered.verdict}. To make this version the "
-            f"champion: skillnet register {source.name} --force true"
+            f"champion: skillnet register {source} --force true"
         )
-    return registered
 
 
 def register_measured_run(

@@ -186,7 +186,7 @@ def test_a_command_about_a_run_needs_no_option(
 def test_predictions_of_files_and_servers_read_them_too(run: Path) -> None:
     assert ServedModel(ServeConfig(str(run))).describe()["search"]
     predictor, _ = open_request_predictor(BatchRequest(str(run), None, "out"))
-    assert predictor.names["text_classification"]
+    assert predictor.tasks["text_classification"]["names"]
 
 
 def test_a_registration_reads_them_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +196,6 @@ def test_a_registration_reads_them_too(run: Path, monkeypatch: pytest.MonkeyPatc
     def stop(source: Any, data: Any, **options: Any) -> None:
         raise StoppedError(str(data))
 
-    monkeypatch.setattr(register, "register_model", stop)
+    monkeypatch.setattr("pipelines.serving.registration.register_model", stop)
     with pytest.raises(StoppedError, match=str(run.parent / "prepared")):
         register.main([str(run)])

@@ -234,7 +234,7 @@ def test_a_bundle_with_another_tokenizer_is_rejected(
 ) -> None:
     folder = bundle.build_bundle(resolve_model(str(texts)), data, texts / "bundle")
     predictor = bundle.open_bundle(folder)
-    assert predictor.names[TASK] == CLASSES
+    assert predictor.tasks[TASK]["names"] == CLASSES
     (folder / "tokenizer.json").write_text(train_tokenizer(["天"], [], size=400), "utf-8")
     manifest = read_manifest(folder)
     manifest["serving"]["files"] |= describe_files(folder, ["tokenizer.json"])
@@ -249,7 +249,7 @@ def test_a_bundle_names_the_outputs_of_its_model(data: Path, texts: Path, run_ro
     entry = tokenizer_entry(sha256_file(data / "tokenizer.json"))
     derive_corpus(data, "headings", "texts", CLASSES[::-1], tokenizer=entry)
     folder = bundle.build_bundle(resolve_model(str(texts)), data, texts / "bundle")
-    assert bundle.open_bundle(folder).names[TASK] == CLASSES
+    assert bundle.open_bundle(folder).tasks[TASK]["names"] == CLASSES
 
 
 # -- --from ----------------------------------------------------------------------------------------
