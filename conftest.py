@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,8 @@ def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
     """Return MLflow's tables without a run; a database that a test's client creates is a copy.
 
-    Their creation takes two seconds, a copy none.
+    Their creation takes two seconds, a copy none. SQLite does not wait for the disk: no test cuts
+    the power.
     """
     from skillnet_platform.tracking import backend
     from skillnet_platform.tracking.backend import sqlite_uri
@@ -87,8 +89,17 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
             backend.create_client(sqlite_uri(empty)).search_experiments()
         return empty
 
+    def skip_waits(connection: Any, _: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
     def require_and_copy(path: Path) -> None:
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
         require(path)
+        if not event.contains(Engine, "connect", skip_waits):
+            event.listen(Engine, "connect", skip_waits)
         if path != empty and not path.exists() and path.parent.is_dir():
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             shutil.copyfile(find_empty(), part)
@@ -97,6 +108,26 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "require_database", require_and_copy)
         yield find_empty
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing() -> Iterator[Callable[..., None]]:
+    """Return the tracker's method that draws a figure; runs of tests log an empty file instead.
+
+    Figures take half of the time of a run of six steps.
+    """
+    from skillnet_platform.tracking.run import Tracker
+
+    draw = Tracker.figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "figure", lambda self, figure, name: self.text("", name))
+        yield draw
+
+
+@pytest.fixture
+def drawn_figures(drawing: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs of the test draw their figures."""
+    monkeypatch.setattr("skillnet_platform.tracking.run.Tracker.figure", drawing)
 
 
 @pytest.fixture

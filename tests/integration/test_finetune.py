@@ -34,6 +34,7 @@ from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import small_config
 
 pytestmark = pytest.mark.integration
+FIGURES = ("activation", "loss_by_task", "learning_rate")
 
 
 def config_for(data: Path, **training: object) -> FinetuneConfig:
@@ -46,7 +47,7 @@ def weights(path: str) -> dict[str, torch.Tensor]:
     return dict(SkillNet.from_pretrained(path).named_parameters())
 
 
-def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
+def test_a_run_in_this_process(data: Path, run_root: Path, drawn_figures: None) -> None:
     config = config_for(data, evaluate_every=4)
     config.evaluate = True
     result = finetune(config)
@@ -59,8 +60,11 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert configuration.digest_config(stored.model) == configuration.digest_config(config.model)
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
 
-    recorded = backend.create_client(backend.resolve_uri()).get_run(result["run_id"])
+    client = backend.create_client(backend.resolve_uri())
+    recorded = client.get_run(result["run_id"])
     assert recorded.info.status == "FINISHED"
+    figures = [client.download_artifacts(result["run_id"], f"plots/{name}.png") for name in FIGURES]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in figures)
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
     for task in config.tasks:
