@@ -1,7 +1,7 @@
 """Preparation: rows are accounted for, bytes are stable, crashes leave nothing.
 
-The session's Ray prepares in this process. A process of its own needs none for texts, and starts
-one for media.
+The session's Ray prepares the corpus that the other tests compare theirs with. They prepare in this
+process. A process of its own needs no Ray for texts, and starts one for media.
 """
 
 import json
@@ -21,6 +21,7 @@ from pipelines.data.corpora import find_corpus, open_external_corpus
 from pipelines.data.corpora.formats import record_reader
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preprocessing_prepare
+from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.preprocessing.prepare import prepare
 from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
@@ -63,11 +64,17 @@ def command(data: Path, archives: Path, *more: str, **environment: str) -> subpr
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[Path, Path]:
-    """The made-up corpus, prepared once: (data, archives)."""
+    """The made-up corpus, prepared once on Ray: (data, archives)."""
     root = tmp_path_factory.mktemp("made")
     archives = put_archive(root / "archives")
     prepare([MADE], root / "data", archives)
     return root / "data", archives
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare in this process, also beside a Ray and with media."""
+    monkeypatch.setattr(preprocessing_prepare, "_start_tasks", lambda *given: LocalTasks(1))
 
 
 def test_every_row_is_in_a_split_or_in_the_quarantine(made: tuple[Path, Path]) -> None:
@@ -100,7 +107,7 @@ def test_a_second_run_does_nothing(made: tuple[Path, Path]) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (data / "made").iterdir()}
 
 
-def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) -> None:
+def test_an_altered_shard_is_prepared_again(tmp_path: Path, one_process: None) -> None:
     archives = put_archive(tmp_path / "archives")
     prepare([MADE], tmp_path / "data", archives)
     shard = tmp_path / "data" / "made" / "train-00000.arrow"
@@ -114,7 +121,7 @@ def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) ->
 
 @pytest.mark.parametrize("kind", ["made_settings", "made_code", "made_labels"])
 def test_what_would_come_out_otherwise_is_prepared_again(
-    tmp_path: Path, ray_session: Any, kind: str
+    tmp_path: Path, one_process: None, kind: str
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     first = prepare([MADE], tmp_path / "data", archives)["made"]
@@ -258,7 +265,7 @@ def test_tasks_of_ray_read_the_parts_of_a_corpus(
 
 
 def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
-    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prepare that stopped leaves its shards; one with other settings removes them."""
     archives = made[1]
@@ -294,7 +301,7 @@ def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.005, 0.2])
 def test_too_many_bad_rows_stop_with_a_summary(
-    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, share: float
+    made: tuple[Path, Path], tmp_path: Path, one_process: None, share: float
 ) -> None:
     """One of a hundred lines is an error; the ten that are excluded by choice are not."""
     if share > 0.01:
@@ -313,7 +320,9 @@ def test_too_many_bad_rows_stop_with_a_summary(
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_recordings_and_error_pages_end_where_they_belong(tmp_path: Path, ray_session: Any) -> None:
+def test_recordings_and_error_pages_end_where_they_belong(
+    tmp_path: Path, one_process: None
+) -> None:
     names = [f"{s}{t}" for s in ("ma", "shi", "lü") for t in "1234"]
     files = {
         f"package/voice/{name}.mp3": mp3(tone(0.2 + 0.02 * n, 32_000, 300 + 20 * n), 32_000)
