@@ -21,7 +21,6 @@ from pipelines.data.corpora import find_corpus, open_external_corpus
 from pipelines.data.corpora.formats import record_reader
 from pipelines.data.preprocessing import pipeline
 from pipelines.data.preprocessing import prepare as preprocessing_prepare
-from pipelines.data.preprocessing.local_tasks import LocalTasks
 from pipelines.data.preprocessing.prepare import prepare
 from pipelines.data.shards import files
 from pipelines.data.shards.dataset import open_corpus, verify_corpus
@@ -69,12 +68,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[Pa
     archives = put_archive(root / "archives")
     prepare([MADE], root / "data", archives)
     return root / "data", archives
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare in this process, also beside a Ray and with media."""
-    monkeypatch.setattr(preprocessing_prepare, "_start_tasks", lambda *given: LocalTasks(1))
 
 
 def test_every_row_is_in_a_split_or_in_the_quarantine(made: tuple[Path, Path]) -> None:
@@ -223,7 +216,7 @@ def test_a_killed_prepare_resumes_with_its_finished_shards(
     assert len(same) >= 3  # they were not written again
 
 
-@pytest.mark.parametrize("with_media", [False, True])
+@pytest.mark.parametrize("with_media", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     made: tuple[Path, Path], tmp_path: Path, with_media: bool
 ) -> None:
