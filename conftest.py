@@ -1,8 +1,10 @@
 """What every test may need: a run root of its own, and one Ray for the whole session."""
 
+import fcntl
 import gc
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,11 @@ _SLOW_MACHINES = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # The same examples each time: what decides over a change is the change, not the day's luck. New
 # ground is the long lane's, and what it finds joins the short one as an @example.
 settings.register_profile(
-    "short", deadline=None, suppress_health_check=_SLOW_MACHINES, derandomize=True
+    "short",
+    deadline=None,
+    suppress_health_check=_SLOW_MACHINES,
+    derandomize=True,
+    max_examples=40,
 )
 settings.register_profile(
     "long", deadline=None, suppress_health_check=_SLOW_MACHINES, max_examples=200
@@ -74,22 +80,38 @@ def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
     """Return MLflow's tables without a run; a database that a test's client creates is a copy.
 
-    Their creation takes two seconds, a copy none.
+    One process creates them in two seconds, and all copy them in none. SQLite does not wait for
+    the disk: no test cuts the power.
     """
     from skillnet_platform.tracking import backend
     from skillnet_platform.tracking.backend import sqlite_uri
 
-    empty = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    # The folder that the processes of pytest-xdist have in common.
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+    empty, made = folder / "empty.db", tmp_path_factory.mktemp("tracking") / "mlflow.db"
     require = backend.require_database
 
     def find_empty() -> Path:
-        if not empty.exists():
-            backend.create_client(sqlite_uri(empty)).search_experiments()
+        with (folder / "empty.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not empty.exists():
+                backend.create_client(sqlite_uri(made)).search_experiments()
+                shutil.copyfile(made, empty)
         return empty
 
+    def skip_waits(connection: Any, _: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
     def require_and_copy(path: Path) -> None:
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
         require(path)
-        if path != empty and not path.exists() and path.parent.is_dir():
+        if not event.contains(Engine, "connect", skip_waits):
+            event.listen(Engine, "connect", skip_waits)
+        if path != made and not path.exists() and path.parent.is_dir():
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             shutil.copyfile(find_empty(), part)
             part.replace(path)
@@ -97,6 +119,26 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "require_database", require_and_copy)
         yield find_empty
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing() -> Iterator[Callable[..., None]]:
+    """Return the tracker's method that draws a figure; runs of tests log an empty file instead.
+
+    Figures take half of the time of a run of six steps.
+    """
+    from skillnet_platform.tracking.run import Tracker
+
+    draw = Tracker.figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "figure", lambda self, figure, name: self.text("", name))
+        yield draw
+
+
+@pytest.fixture
+def drawn_figures(drawing: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs of the test draw their figures."""
+    monkeypatch.setattr("skillnet_platform.tracking.run.Tracker.figure", drawing)
 
 
 @pytest.fixture
@@ -138,6 +180,18 @@ def ray_session(session_root: Path) -> Iterator[Any]:
         with ray_session(cpus=CPUS) as session:
             patch.undo()
             yield session
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare in this process, also beside a Ray and with media.
+
+    A task of Ray imports the libraries of media in each of its workers.
+    """
+    from pipelines.data.preprocessing.local_tasks import LocalTasks
+
+    where = "pipelines.data.preprocessing.prepare._start_tasks"
+    monkeypatch.setattr(where, lambda *given: LocalTasks(1))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,14 @@ from pipelines.training.config.run import FinetuneConfig
 from pipelines.training.loop.loop import train_model
 from pipelines.training.loop.reporter import LoopReporter
 from pipelines.training.loop.resolved_run import ResolvedRun
-
-# Imported here, the libraries of sharding are loaded once for all ranks.
-from pipelines.training.loop.sharded_checkpoints import ShardedCheckpoints  # noqa: F401
-from pipelines.training.loop.sharding import ShardedSync  # noqa: F401
 from tests.helpers.ports import free_port
+from tests.helpers.processes import fork_context
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
     """Call ``function(rank, world, *args)`` in ``world`` fresh processes."""
     port = free_port()
-    # The server imports torch once; each rank is a fork of it, made in milliseconds.
-    get_context("forkserver").set_forkserver_preload([__name__])
+    fork_context()
     multiprocessing.start_processes(
         _enter, (world, port, function, args), nprocs=world, start_method="forkserver"
     )

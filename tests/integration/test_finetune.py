@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,8 +33,10 @@ from skillnet_serving import search
 from tests.helpers import readable_corpora
 from tests.helpers.prepared_corpora import change_corpus
 from tests.helpers.small_corpora import small_config
+from tests.helpers.sockets import Listening, reachable, watched
 
 pytestmark = pytest.mark.integration
+FIGURES = ("activation", "loss_by_task", "learning_rate")
 
 
 def config_for(data: Path, **training: object) -> FinetuneConfig:
@@ -47,7 +49,7 @@ def weights(path: str) -> dict[str, torch.Tensor]:
     return dict(SkillNet.from_pretrained(path).named_parameters())
 
 
-def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
+def test_a_run_in_this_process(data: Path, run_root: Path, drawn_figures: None) -> None:
     config = config_for(data, evaluate_every=4)
     config.evaluate = True
     result = finetune(config)
@@ -60,8 +62,11 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert configuration.digest_config(stored.model) == configuration.digest_config(config.model)
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
 
-    recorded = backend.create_client(backend.resolve_uri()).get_run(result["run_id"])
+    client = backend.create_client(backend.resolve_uri())
+    recorded = client.get_run(result["run_id"])
     assert recorded.info.status == "FINISHED"
+    figures = [client.download_artifacts(result["run_id"], f"plots/{name}.png") for name in FIGURES]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in figures)
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
     for task in config.tasks:
@@ -173,16 +178,41 @@ def test_one_ray_worker_reaches_the_same_bits(
         ).read_bytes(), name
 
 
-def test_two_ray_workers_reach_the_same_weights(
-    data: Path, run_root: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = finetune(config_for(data))
+class WatchedRun(NamedTuple):
+    """Run of two workers of Ray, and the sockets on which its processes listened."""
+
+    config: FinetuneConfig
+    result: dict[str, Any]
+    sockets: set[Listening]
+
+
+@pytest.fixture(scope="module")
+def two_workers(
+    data: Path, ray_session: Any, tmp_path_factory: pytest.TempPathFactory
+) -> WatchedRun:
     config = config_for(data, workers=2, evaluate_every=3)
     config.name, config.evaluate = "two", True
-    with monkeypatch.context() as driver:
+    with pytest.MonkeyPatch.context() as driver, watched() as seen:
+        driver.setenv("SKILLNET_HOME", str(tmp_path_factory.mktemp("two")))
         # The driver may have no GPU, so it infers nothing.
         driver.setattr(InferenceRunner, "__init__", None)
-        two = finetune(config)
+        result = finetune(config)
+    return WatchedRun(config, result, seen)
+
+
+def test_two_ray_workers_listen_on_loopback_only(two_workers: WatchedRun) -> None:
+    whole = " ".join(each.process for each in two_workers.sockets)
+    for part in ("gcs_server", "raylet", "dashboard.py", "RayTrainWorker"):
+        assert part in whole, f"{part} was not looked at"
+    assert "DatasetManager" not in whole, "Ray Data has no part in a fit"
+    assert reachable(two_workers.sockets) == []
+
+
+def test_two_ray_workers_reach_the_same_weights(
+    data: Path, run_root: Path, two_workers: WatchedRun
+) -> None:
+    alone = finetune(config_for(data))
+    config, two, _ = two_workers
     assert two["world"] == 2
     assert two["commit"] == find_source_commit()
     whole = evaluate_run(

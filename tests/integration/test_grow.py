@@ -216,6 +216,7 @@ def write_growth(path: Path, config: GrowConfig, skill: str, task: str, corpus: 
     return str(path)
 
 
+@pytest.mark.long
 def test_growths_of_one_command_are_the_bits_of_growths_one_by_one(
     place: Path, ray_session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

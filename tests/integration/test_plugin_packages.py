@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipelines import predict
+from pipelines import inspect, predict, prepare
 from pipelines.data.preprocessing.task_template import describe_task
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
@@ -89,21 +89,32 @@ def waves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(
     installed: Path, poems: Path, waves: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Both corpora, prepared in one run."""
+    """Both corpora, prepared in one run by a process that finds the packages, as Ray's do."""
     folder = tmp_path_factory.mktemp("data")
     words = ["--corpus", f"poems={poems}", "--options.poems.verses", "2"]
     words += ["--corpus", f"waves=folder:{waves}", "--options.waves.channels", "2"]
-    done = run_command(installed, "prepare", *words, "--data", str(folder), "--cpus", "1")
+    words += ["--data", str(folder), "--cpus", "1", "--json"]
+    done = run_beside(installed, "-m", "pipelines.prepare", *words)
     assert done.returncode == 0, done.stderr
     counts = {name: each["rows_in"] for name, each in json.loads(done.stdout)["corpora"].items()}
     assert counts == {"poems": 30, "waves": 41}
     return folder
 
 
-def run_command(installed: Path, command: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_beside(installed: Path, *words: object) -> "subprocess.CompletedProcess[str]":
+    """Run Python with the packages on its path."""
     path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "platform")))
-    given = {"PYTHONPATH": path}
-    return run_python("-m", f"pipelines.{command}", *words, "--json", cwd=ROOT, variables=given)
+    return run_python(*words, cwd=ROOT, variables={"PYTHONPATH": path})
+
+
+@pytest.fixture
+def series(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The packages in this process."""
+    monkeypatch.syspath_prepend(installed)
+    forget_entries()
+    yield
+    sys.modules.pop("time_series", None)
+    forget_entries()
 
 
 def test_a_format_is_prepared_by_its_name(data: Path) -> None:
@@ -115,37 +126,34 @@ def test_a_format_is_prepared_by_its_name(data: Path) -> None:
     assert all(t.count("，") == 1 for t in corpus.splits["train"].column("text").to_pylist())
 
 
-def test_a_format_is_guessed_and_its_options_are_checked(installed: Path, poems: Path) -> None:
-    found = run_command(installed, "inspect", str(poems))
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["reader"] == "poems"
-    wrong = run_command(
-        installed, "prepare", "--corpus", f"poems={poems}", "--options.poems.verse", "2"
-    )
-    assert wrong.returncode == 2
-    assert "did you mean 'verses'" in wrong.stderr
+@pytest.mark.usefixtures("series")
+def test_a_format_is_guessed_and_its_options_are_checked(
+    poems: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect.main([str(poems), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reader"] == "poems"
+    assert prepare.main(["--corpus", f"poems={poems}", "--options.poems.verse", "2"]) == 2
+    assert "did you mean 'verses'" in capsys.readouterr().err
+
+
+#: Inspects a folder with an option of the modality, and prepares it with a value out of bounds.
+INSPECT = """
+import sys
+from pipelines import inspect, prepare
+assert inspect.main([sys.argv[1], "--options.folder.channels", "2", "--json"]) == 0
+wrong = ["--corpus", f"waves=folder:{sys.argv[1]}", "--options.waves.channels", "65"]
+assert prepare.main(wrong) == 2
+"""
 
 
 def test_files_of_a_modality_are_recognised(installed: Path, waves: Path) -> None:
-    found = run_command(installed, "inspect", str(waves), "--options.folder.channels", "2")
-    assert found.returncode == 0, found.stderr
-    report = json.loads(found.stdout)
+    # The options of a folder are those of the modalities that its process found first.
+    done = run_beside(installed, "-c", INSPECT, waves)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     assert (report["modality"], report["task"]) == ("series", "text_to_series")
     assert not report["unread"]
-    options = ("--options.waves.channels", "65")
-    wrong = run_command(installed, "prepare", "--corpus", f"waves=folder:{waves}", *options)
-    assert wrong.returncode == 2
-    assert "channels" in wrong.stderr
-
-
-@pytest.fixture
-def series(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The modality in this process."""
-    monkeypatch.syspath_prepend(installed)
-    forget_entries()
-    yield
-    sys.modules.pop("time_series", None)
-    forget_entries()
+    assert "channels" in done.stderr
 
 
 @pytest.mark.usefixtures("series", "run_root")

@@ -1,7 +1,7 @@
 """Preparation: rows are accounted for, bytes are stable, crashes leave nothing.
 
-The session's Ray prepares in this process. A process of its own needs none for texts, and starts
-one for media.
+The session's Ray prepares the corpus that the other tests compare theirs with. They prepare in this
+process. A process of its own needs no Ray for texts, and starts one for media.
 """
 
 import json
@@ -63,7 +63,7 @@ def command(data: Path, archives: Path, *more: str, **environment: str) -> subpr
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[Path, Path]:
-    """The made-up corpus, prepared once: (data, archives)."""
+    """The made-up corpus, prepared once on Ray: (data, archives)."""
     root = tmp_path_factory.mktemp("made")
     archives = put_archive(root / "archives")
     prepare([MADE], root / "data", archives)
@@ -100,7 +100,7 @@ def test_a_second_run_does_nothing(made: tuple[Path, Path]) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (data / "made").iterdir()}
 
 
-def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) -> None:
+def test_an_altered_shard_is_prepared_again(tmp_path: Path, one_process: None) -> None:
     archives = put_archive(tmp_path / "archives")
     prepare([MADE], tmp_path / "data", archives)
     shard = tmp_path / "data" / "made" / "train-00000.arrow"
@@ -114,7 +114,7 @@ def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) ->
 
 @pytest.mark.parametrize("kind", ["made_settings", "made_code", "made_labels"])
 def test_what_would_come_out_otherwise_is_prepared_again(
-    tmp_path: Path, ray_session: Any, kind: str
+    tmp_path: Path, one_process: None, kind: str
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     first = prepare([MADE], tmp_path / "data", archives)["made"]
@@ -216,7 +216,7 @@ def test_a_killed_prepare_resumes_with_its_finished_shards(
     assert len(same) >= 3  # they were not written again
 
 
-@pytest.mark.parametrize("with_media", [False, True])
+@pytest.mark.parametrize("with_media", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
     made: tuple[Path, Path], tmp_path: Path, with_media: bool
 ) -> None:
@@ -258,7 +258,7 @@ def test_tasks_of_ray_read_the_parts_of_a_corpus(
 
 
 def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
-    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prepare that stopped leaves its shards; one with other settings removes them."""
     archives = made[1]
@@ -294,7 +294,7 @@ def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.005, 0.2])
 def test_too_many_bad_rows_stop_with_a_summary(
-    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, share: float
+    made: tuple[Path, Path], tmp_path: Path, one_process: None, share: float
 ) -> None:
     """One of a hundred lines is an error; the ten that are excluded by choice are not."""
     if share > 0.01:
@@ -313,7 +313,9 @@ def test_too_many_bad_rows_stop_with_a_summary(
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_recordings_and_error_pages_end_where_they_belong(tmp_path: Path, ray_session: Any) -> None:
+def test_recordings_and_error_pages_end_where_they_belong(
+    tmp_path: Path, one_process: None
+) -> None:
     names = [f"{s}{t}" for s in ("ma", "shi", "lü") for t in "1234"]
     files = {
         f"package/voice/{name}.mp3": mp3(tone(0.2 + 0.02 * n, 32_000, 300 + 20 * n), 32_000)

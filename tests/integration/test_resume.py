@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Parts = list[tuple[int, int | None]]
+Weights = dict[str, torch.Tensor]
 
 
-def train_parts(config: FinetuneConfig, folder: Path, parts: Parts) -> dict[str, torch.Tensor]:
+def train_parts(config: FinetuneConfig, folder: Path, parts: Parts) -> Weights:
     """Train in parts, each (number of workers, step to stop before); weights and last losses."""
     for world, stop in parts:
-        run_ranks(world, train_and_save, config, str(folder), f"{folder}.safetensors", stop)
+        given = (deepcopy(config), str(folder), f"{folder}.safetensors", stop)
+        if world == 1:
+            train_and_save(0, 1, *given)
+        else:
+            run_ranks(world, train_and_save, *given)
     return read_weights(Path(f"{folder}.safetensors"), losses=len(parts) == 1)
 
 
-def read_weights(path: Path, losses: bool = False) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, losses: bool = False) -> Weights:
     found = load_file(path)
     del found["bytes_reduced"]
     return {name: x for name, x in found.items() if losses or ":" not in name}
@@ -75,6 +81,20 @@ IN_PARTS = {"micro_batch_size": 2, "activation_checkpointing": True}
 WHOLE: Parts = [(1, None)]
 
 
+@pytest.fixture(scope="module")
+def train_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Weights]:
+    """Return weights and last losses of an undisturbed run, which several cases compare with."""
+    done: dict[str, Weights] = {}
+
+    def train(config: FinetuneConfig, whole: Parts) -> Weights:
+        key = f"{config} {whole}"
+        if key not in done:
+            done[key] = train_parts(config, tmp_path_factory.mktemp("whole") / "run", whole)
+        return done[key]
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("make", "whole", "parts", "settings", "extra"),
     [
@@ -101,9 +121,10 @@ def test_a_run_in_parts_on_any_workers_equals_a_whole_one(
     extra: dict[str, Any],
     data: Path,
     tmp_path: Path,
+    train_whole: Callable[..., Weights],
 ) -> None:
     """To the bit with as many workers, in float64 with others."""
-    expected = train_parts(make(data, **settings), tmp_path / "whole", whole)
+    expected = train_whole(make(data, **settings), whole)
     found = train_parts(make(data, **settings, **extra), tmp_path / "parts", parts)
     if len(parts) > 1:
         expected = {name: x for name, x in expected.items() if ":" not in name}

@@ -40,7 +40,7 @@ def words(kind: str, folder: Path, data: Path, max_error_rate: float | None) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_hostile_row_is_rejected_and_its_neighbours_arrive(
-    tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
+    tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """A file that ends its worker would be rejected for that, which hides the tested reason."""
     folder, data = tmp_path / "given" / kind, tmp_path / "data"
@@ -76,7 +76,7 @@ def test_every_hostile_row_is_rejected_and_its_neighbours_arrive(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_share_of_bad_rows_above_the_limit_stops_with_a_summary(
-    tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
+    tmp_path: Path, one_process: None, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     folder, data = tmp_path / "given" / kind, tmp_path / "data"
     wanted = hostile.write_corpus(folder, kind, cut=False)
@@ -94,7 +94,7 @@ def test_a_share_of_bad_rows_above_the_limit_stops_with_a_summary(
     assert not (data / kind).exists()
 
 
-def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session: Any) -> None:
+def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, one_process: None) -> None:
     """One picture twice in the annotations, one sample twice in a tar."""
     aic = user_corpora.aic_icc(tmp_path / "aic_icc")
     (file,) = aic.rglob("caption_train_annotations*.json")

@@ -184,6 +184,7 @@ def compare_compiled(rank: int, world: int, config: FinetuneConfig) -> None:
     )
 
 
+@pytest.mark.long
 def test_compiled_layers_equal_plain_ones(data: Path) -> None:
     """Weights are freed after each layer and gathered again, which the graphs must not notice."""
     config = small_config(data, steps=3, activation_checkpointing=True, sharding="full")

@@ -15,7 +15,7 @@ from skillnet_platform.cluster import connect, loopback
 from skillnet_platform.tracking import backend
 from tests.helpers.other_user import run_as_other_user
 from tests.helpers.processes import run_python, start_python
-from tests.helpers.sockets import Listening, listening, reachable, watched
+from tests.helpers.sockets import Listening, listening, reachable
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,39 +31,6 @@ def test_the_watch_sees_a_socket_that_others_can_reach() -> None:
         assert found.port == open_to_all.getsockname()[1]
     assert Listening("", "::ffff:127.0.0.1", 1).is_loopback
     assert not Listening("", "::ffff:10.0.0.1", 1).is_loopback
-
-
-def _together(settings: dict[str, Any]) -> None:
-    """A training function: a process group that works, and that another rank waits for."""
-    import ray.train
-    import torch
-    import torch.distributed as dist
-
-    total = torch.ones(1)
-    dist.all_reduce(total)
-    assert total.item() == dist.get_world_size() == 2
-    dist.barrier()
-    ray.train.report({})
-
-
-def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_path: Path) -> None:
-    from ray.train import RunConfig, ScalingConfig
-
-    from pipelines.training.loop.ray_train import rendezvous
-    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
-
-    with watched() as seen:
-        PolicyTrainer(
-            _together,
-            scaling_config=ScalingConfig(num_workers=2),
-            backend_config=rendezvous.build_process_group_config(False, timeout_s=60),
-            run_config=RunConfig(storage_path=str(tmp_path)),
-        ).fit()
-    whole = " ".join(each.process for each in seen)
-    for part in ("gcs_server", "raylet", "dashboard.py", "RayTrainWorker"):
-        assert part in whole, f"{part} was not looked at"
-    assert "DatasetManager" not in whole, "Ray Data has no part in a fit"
-    assert reachable(seen) == []
 
 
 def test_workers_of_the_embedded_ray_have_the_priority_of_their_driver(ray_session: Any) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("flask_wtf", reason="needs Flask-WTF: pip install '.[tracker]'")
 
-from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 from werkzeug.security import check_password_hash
 
 from skillnet_cluster import tracker
@@ -20,6 +19,9 @@ from skillnet_platform.tracking.backend import sqlite_uri
 @pytest.fixture(scope="module")
 def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """MLflow's own store of users, with one user."""
+    # Its import takes three seconds, in each process that collects tests.
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("users")
         patch.setenv("SKILLNET_HOME", str(folder))

@@ -1,10 +1,13 @@
 """The list of runs shows what tells runs apart, and a moved run root keeps its artifacts."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from skillnet_platform import tracking
 from skillnet_platform.tracking import backend, source_commit
 from skillnet_studies.config.study import StudyConfig
 from sweeps.config.sweep import SweepConfig
+from tests.helpers.processes import fork_context, run_python
 from tests.helpers.tracked_runs import run_of, where
 
 ROOT = Path(__file__).parents[3]
@@ -95,6 +99,16 @@ print(client.get_run(tracker.run_id).info.artifact_uri)
 """
 
 
+def record_in(root: Path, folder: Path, record: str, answers: "SimpleQueue[str]") -> None:
+    os.environ["SKILLNET_HOME"] = str(root)
+    os.chdir(folder)
+    sys.argv[1:] = [record]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(RECORD, {})  # noqa: S102
+    answers.put(printed.getvalue())
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["copied", "moved", "linked", "mounted", "mounted read-only"])
 def test_a_command_runs_in_a_run_root_of_another_path(
@@ -103,37 +117,42 @@ def test_a_command_runs_in_a_run_root_of_another_path(
     record = tmp_path / "run.json"
     with tracking.start_run("here", None, where(), record=record) as tracker:
         tracker.text("kept", "note.txt")
-    there, words = tmp_path / "a 50% ü root", [sys.executable, "-c", RECORD, str(record)]
+    there = tmp_path / "a 50% ü root"
     if kind == "copied":
         shutil.copytree(run_root, there)
     elif kind == "moved":
         run_root.rename(there)
     elif kind == "linked":
         there.symlink_to(run_root)
-    else:
+    if kind.startswith("mounted"):
         # As in a container: the folder at its new path only.
         there.mkdir()
         hide = f"mount --bind {run_root} '{there}' && mount -t tmpfs none {run_root}"
         if kind == "mounted read-only":
             hide += f" && mount -o remount,ro,bind '{there}'"
-        words = ["unshare", "-rm", "sh", "-c", f'{hide} && exec "$@"', "sh", *words]
         if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
             pytest.skip("this machine lets no user make namespaces")
-    done = subprocess.run(
-        words,
-        cwd=tmp_path,
-        env={**os.environ, "SKILLNET_HOME": str(there)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    if kind == "mounted read-only":
-        said = done.stderr.splitlines()[-1]
-        assert f"UserError: {there / 'mlflow.db'}: the database is read-only. Make it" in said
-        return
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"database-folder:/mlartifacts/{tracker.run_id}/artifacts"
+        done = run_python(
+            *("-c", RECORD, str(record)),
+            before=["unshare", "-rm", "sh", "-c", f'{hide} && exec "$@"', "sh"],
+            variables={"SKILLNET_HOME": str(there)},
+            cwd=tmp_path,
+        )
+        if kind == "mounted read-only":
+            said = done.stderr.splitlines()[-1]
+            assert f"UserError: {there / 'mlflow.db'}: the database is read-only. Make it" in said
+            return
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        forks = fork_context()
+        answers = forks.SimpleQueue()
+        process = forks.Process(target=record_in, args=(there, tmp_path, str(record), answers))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0
+        printed = answers.get()
+    assert printed.strip() == f"database-folder:/mlartifacts/{tracker.run_id}/artifacts"
     assert kind != "moved" or not run_root.exists(), "the old location is not made again"
     assert (tmp_path / "note.txt").read_text() == "kept"
     kept_in = run_root if kind == "mounted" else there

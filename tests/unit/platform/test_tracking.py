@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
+import time
 from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from skillnet_platform.tracking.spool import OperationSpool
 from tests.helpers.ports import free_port
-from tests.helpers.processes import start_python
+from tests.helpers.processes import fork_context
 from tests.helpers.tracked_runs import artifacts_of, history, run_of, where
 
 ROOT = Path(__file__).parents[3]
@@ -85,7 +86,7 @@ def test_a_run_records_what_made_it() -> None:
     assert "steps: 10" in (kept / "config.yaml").read_text()
 
 
-def test_a_figure_is_kept_as_a_picture() -> None:
+def test_a_figure_is_kept_as_a_picture(drawn_figures: None) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2, 1))
@@ -114,28 +115,26 @@ def test_a_run_ends_as_it_ended(problem: BaseException, status: str, failure: st
     assert run.data.tags.get("failure") == failure
 
 
-def child(run_root: Path) -> "subprocess.Popen[str]":
-    code = (
-        "import time; from skillnet_platform import tracking\n"
-        "where = tracking.TrackingConfig(system_metrics=False)\n"
-        "with tracking.start_run('child', None, where) as tracker:\n"
-        "    print(tracker.run_id, flush=True); time.sleep(60)"
-    )
-    given = {"SKILLNET_HOME": str(run_root)}
-    return start_python("-c", code, variables=given, stderr=subprocess.DEVNULL)
+def record_until_killed(root: Path, opened: "SimpleQueue[str]") -> None:
+    os.environ["SKILLNET_HOME"] = str(root)
+    with tracking.start_run("child", None, TrackingConfig(system_metrics=False)) as tracker:
+        opened.put(tracker.run_id)
+        time.sleep(600)
 
 
 @pytest.mark.integration
 def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
     place = backend.setup_backend()
     ids = {}
+    forks = fork_context()
+    opened = forks.SimpleQueue()
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
-        process = child(run_root)
-        assert process.stdout is not None
-        ids[name] = process.stdout.readline().strip()
-        process.send_signal(name)
-        process.wait(30)
-        process.stdout.close()
+        process = forks.Process(target=record_until_killed, args=(run_root, opened))
+        process.start()
+        ids[name] = opened.get()
+        assert process.pid is not None
+        os.kill(process.pid, name)
+        process.join(30)
     client = backend.create_client(place.uri)
     assert client.get_run(ids[signal.SIGTERM]).info.status == "KILLED"
     assert client.get_run(ids[signal.SIGHUP]).info.status == "KILLED"
@@ -298,18 +297,23 @@ def test_a_deleted_experiment_is_named() -> None:
         backend.setup_backend(experiment="deleted")
 
 
+def find_experiment(root: Path, answers: "SimpleQueue[str]") -> None:
+    os.environ["SKILLNET_HOME"] = str(root)
+    answers.put(backend.setup_backend().experiment_id)
+
+
 @pytest.mark.integration
-def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
+def test_two_processes_may_meet_an_empty_store(run_root: Path) -> None:
     (run_root / "mlflow.db").unlink()
-    code = (
-        "from skillnet_platform.tracking import backend\n"
-        "print(backend.setup_backend().experiment_id)"
-    )
-    given = {"SKILLNET_HOME": str(run_root)}
-    processes = [start_python("-c", code, variables=given) for _ in range(3)]
-    answers = {process.communicate(timeout=120)[0] for process in processes}
-    assert [process.returncode for process in processes] == [0] * 3
-    assert len(answers) == 1
+    forks = fork_context()
+    answers = forks.SimpleQueue()
+    processes = [forks.Process(target=find_experiment, args=(run_root, answers)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert answers.get() == answers.get()
 
 
 def test_an_error_of_the_database_is_raised_without_a_traceback(

@@ -177,6 +177,16 @@ def test_ci_runs_its_lanes() -> None:
     assert {lane for lane in CI if re.search(rf"step ({lane}\b|.*:-{lane}}})", script)} == CI
 
 
+def test_ci_checks_names_words_and_imports() -> None:
+    """No test repeats these checks of the whole repository."""
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "\nstep check\n" in script
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ncheck:")[1].split("\n\n")[0]
+    assert {"$(BIN)/lint-imports", "$(BIN)/python -m tools.style.check"} <= {
+        line.strip() for line in rules.splitlines()
+    }
+
+
 def test_the_workflow_runs_the_slow_tests_every_night() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     assert {"schedule", "workflow_dispatch"} <= workflow[True].keys()  # YAML 1.1 reads "on" so

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from pipelines.training.loop.setup import compile_plans
 from skillnet.baselines.moe import MoE, MoEOptions
@@ -48,6 +47,9 @@ def run_step(model: SkillNet, task: str, rows: int, tokens: int) -> dict[str, Te
 
 
 def test_each_plan_is_one_graph_for_all_batches() -> None:
+    # The processes of other tests start seconds earlier without the compiler.
+    from torch._dynamo.utils import counters
+
     model = build_model().train()
     sizes = ((6, 7), (8, 12))
     expected = {(task, *size): run_step(model, task, *size) for task in TASKS for size in sizes}
