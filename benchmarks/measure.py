@@ -149,7 +149,7 @@ def time_command(words: Sequence[str], codes: Sequence[int] = (0,), **variables:
     Args:
         words: command line.
         codes: exit codes that it may have.
-        variables: of its environment, in addition.
+        **variables: environment that the program has beside that of this process.
     """
 
     def used() -> float:
