@@ -136,10 +136,10 @@ def format_options(settings: Mapping[str, Any]) -> str:
     Args:
         settings: dotted key -> value.
     """
-    return " ".join(f"--{key} {format_value(value)}" for key, value in settings.items())
+    return " ".join(f"--{key} {format_option_value(value)}" for key, value in settings.items())
 
 
-def format_value(value: Any) -> str:
+def format_option_value(value: Any) -> str:
     """Return a value as a word of a command line."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(str, value))}]"

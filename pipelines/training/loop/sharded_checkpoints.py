@@ -50,7 +50,7 @@ class ShardedCheckpoints:
 
     Args:
         folder: directory of the checkpoints, on a disk that all ranks see.
-        tensors: of which this rank has a part.
+        tensors: weights and state; this rank has a part of each.
         rank: index of this process among the workers, from 0.
         keep: number of checkpoints that stay.
         on_written: called on the first rank, in another thread, with each complete checkpoint and
@@ -220,7 +220,7 @@ def open_writer(
 
     Args:
         folder: directory of the checkpoints; is created on the first rank.
-        tensors: of which this rank has a part.
+        tensors: weights and state; this rank has a part of each.
         rank: index of this process among the workers, from 0.
         settings: hyperparameters of the training.
         reporter: receiver of progress of the first rank; receives complete checkpoints.

@@ -176,7 +176,7 @@ def evaluate_final(
 
     Args:
         run: settings with their corpora, tasks and sizes resolved.
-        result: of the training, which counts as preempted if the evaluation is asked to stop.
+        result: end of the training; it counts as preempted if the evaluation is asked to stop.
         request: splits and extent.
         ranks: that share the rows; all call this.
         reporter: receiver of progress of this rank; shows progress.

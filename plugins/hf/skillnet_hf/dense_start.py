@@ -22,8 +22,8 @@ from pipelines.training.config.run import FinetuneConfig, PretrainConfig
 from pipelines.training.loop.init_from import (
     check_init_settings,
     find_origin,
+    format_option_value,
     format_options,
-    format_value,
 )
 from pipelines.training.loop.resolved_run import ResolvedRun, resolve_run
 from pipelines.training.runs.model_source import resolve_model
@@ -163,7 +163,7 @@ def describe_needed_settings(config: FinetuneConfig, source: SkillNetConfig, loc
         return ""
     mine = configuration.to_dict(config.model)
     found = [
-        f"{key} {format_value(mine[key])}"
+        f"{key} {format_option_value(mine[key])}"
         for key in (name.removeprefix("model.") for name in needed)
         if key in mine
     ]

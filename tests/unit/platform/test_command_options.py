@@ -132,7 +132,6 @@ WRONG: list[tuple[str, str]] = [
     ("finetune --tasks.text_to_code.weight -1", "text_to_code.weight: expected a number above 0"),
     ("finetune --training.warmup_fraction 10", "warmup_fraction: expected a number from 0 to 1"),
     ("finetune --training.min_workers 0", "expected a whole number from 1 to 10000 or null"),
-    ("merge a b --training.steps 0", "training.steps: expected a whole number from 1"),
     ("compare --tuning.trials -1", "tuning.trials: expected a whole number from 0"),
     ("compare --tuning.step_fraction 0.5", "tuning.step_fraction: expected a number from 0.6"),
     # together
