@@ -9,7 +9,7 @@ both state the result of a test, so that the figure is legible in grey.
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -300,7 +300,7 @@ def draw_learning_figure(
 
     labels = list(comparison.systems)
 
-    def line(label: str) -> str:
+    def line(label: str) -> Literal["-", "--"]:
         return "-" if label.endswith(PRETRAINED) else "--"
 
     figure, axes = _make_panels(comparison.tasks, 2.2)

@@ -132,7 +132,8 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
 
 def _compare_on_reserve(config: StudyConfig) -> "ComparisonReport":
     """Read the reserve of a finished study, and report the final runs on it."""
-    from skillnet_studies.study.reserve import list_final_runs, read_reserve
+    from skillnet_studies.study.reserve import read_reserve
+    from skillnet_studies.study.study import list_final_runs
 
     runs = read_reserve(config, list_final_runs(config))
     name, folder = f"{config.name}, reserve", config.folder / "reserve"

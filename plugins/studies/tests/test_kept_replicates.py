@@ -56,7 +56,6 @@ from skillnet_studies.study.kept_results import (
     restore_results,
 )
 from skillnet_studies.study.reserve import (
-    list_final_runs,
     read_reserve,
     read_reserve_record,
     seal_reserve,
@@ -65,6 +64,7 @@ from skillnet_studies.study.study import (
     build_final_trials,
     check_folds,
     group_replicates,
+    list_final_runs,
     read_study_ledger,
     run_study,
     write_study_ledger,

@@ -26,7 +26,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.tracking.source_commit import find_source_commit
 from skillnet_studies.analysis.finished_runs import FinishedRun, read_evaluation_rows, read_run
-from skillnet_studies.config.study import STUDY_LEDGER, StudyConfig
+from skillnet_studies.config.study import StudyConfig
 from skillnet_studies.study.kept_results import (
     RESERVE_RECORD,
     RESERVE_ROWS,
@@ -36,8 +36,6 @@ from skillnet_studies.study.kept_results import (
     sum_table,
     write_document,
 )
-from skillnet_studies.study.study import build_final_trials, read_study_ledger
-from skillnet_studies.study.tuning import TuningResult
 
 
 def seal_reserve(config: StudyConfig, folders: Sequence[Path]) -> None:
@@ -166,31 +164,6 @@ def read_reserve(config: StudyConfig, runs: Sequence[tuple[str, Path]]) -> list[
     reads[-1]["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     _write_record(config, reads)
     return collect_reserve_runs(runs)
-
-
-def list_final_runs(config: StudyConfig) -> list[tuple[str, Path]]:
-    """Return label and directory of each final run of a finished study.
-
-    Args:
-        config: the study.
-
-    Raises:
-        UserError: a final run is missing: the reserve is not read before the last one.
-    """
-    known: dict[str, TuningResult] = {}
-    finished: list[tuple[str, Path]] = []
-    if (config.folder / STUDY_LEDGER).is_file():
-        known, finished = read_study_ledger(config.folder)
-    if not set(config.systems) <= set(known):
-        raise UserError("read_reserve: the study has no results yet. Run it without this option")
-    wanted = {trial.name for trial in build_final_trials(config, known)}
-    absent = sorted(wanted - {folder.name for _, folder in finished})
-    if absent:
-        raise UserError(
-            f"read_reserve: {len(absent)} of {len(wanted)} final runs are not finished, such as "
-            f"{absent[0]}. Run the study without this option first"
-        )
-    return finished
 
 
 def read_reserve_record(config: StudyConfig) -> list[dict[str, Any]]:

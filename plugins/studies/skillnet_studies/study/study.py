@@ -338,3 +338,28 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
         if entry["status"] == "finished"
     ]
     return tuning, runs
+
+
+def list_final_runs(config: StudyConfig) -> list[tuple[str, Path]]:
+    """Return label and directory of each final run of a finished study.
+
+    Args:
+        config: the study.
+
+    Raises:
+        UserError: a final run is missing: the reserve is not read before the last one.
+    """
+    known: dict[str, TuningResult] = {}
+    finished: list[tuple[str, Path]] = []
+    if (config.folder / STUDY_LEDGER).is_file():
+        known, finished = read_study_ledger(config.folder)
+    if not set(config.systems) <= set(known):
+        raise UserError("read_reserve: the study has no results yet. Run it without this option")
+    wanted = {trial.name for trial in build_final_trials(config, known)}
+    absent = sorted(wanted - {folder.name for _, folder in finished})
+    if absent:
+        raise UserError(
+            f"read_reserve: {len(absent)} of {len(wanted)} final runs are not finished, such as "
+            f"{absent[0]}. Run the study without this option first"
+        )
+    return finished
