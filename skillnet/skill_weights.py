@@ -28,7 +28,8 @@ from skillnet.skills import nearest_hint
 from skillnet.skipped_init import draw_truncated_normal, place_weight
 
 Skills = tuple[str, ...]
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 #: Low-rank skill -> its form.
 Forms = Mapping[str, LowRankSkill]
