@@ -347,12 +347,13 @@ class TrainingReplica:
         return None if self.shards is None else self.shards.group
 
 
-def compile_plans(*models: TaskModel, rank: int = 0) -> None:
+def compile_plans(*models: TaskModel, rank: int = 0, backend: str = "inductor") -> None:
     """Compile the plans of a run; the first rank names those that cannot be compiled.
 
     Args:
         *models: one module, or with shards those of training and of evaluation.
         rank: index of this process among the workers, from 0.
+        backend: compiler that ``torch.compile`` uses, such as ``inductor``.
     """
     reported = set[str]()
 
@@ -363,7 +364,7 @@ def compile_plans(*models: TaskModel, rank: int = 0) -> None:
 
     for model in models:
         if isinstance(model, SkillNet):
-            model.enable_compilation(report)
+            model.enable_compilation(report, backend)
         else:
             report(f"the system {model.system} runs without compilation")
 
