@@ -431,7 +431,8 @@ def lock_archive(bit: int, compression: int) -> bytes:
     """Return an archive whose members state a password (bit 1) or a kind of compression."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("header.json", "{}")
+        # A fixed date, because the bytes name the case and all processes collect the same names.
+        archive.writestr(zipfile.ZipInfo("header.json"), "{}")
     changed = bytearray(content.getvalue())
     listed = changed.find(b"PK\x01\x02")
     for flags, kind in ((6, 8), (listed + 8, listed + 10)):
