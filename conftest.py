@@ -121,26 +121,6 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
         yield find_empty
 
 
-@pytest.fixture(scope="session", autouse=True)
-def drawing() -> Iterator[Callable[..., None]]:
-    """Return the tracker's method that draws a figure; runs of tests log an empty file instead.
-
-    Figures take half of the time of a run of six steps.
-    """
-    from skillnet_platform.tracking.run import Tracker
-
-    draw = Tracker.figure
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "figure", lambda self, figure, name: self.text("", name))
-        yield draw
-
-
-@pytest.fixture
-def drawn_figures(drawing: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs of the test draw their figures."""
-    monkeypatch.setattr("skillnet_platform.tracking.run.Tracker.figure", drawing)
-
-
 @pytest.fixture
 def run_root(
     tmp_path: Path,

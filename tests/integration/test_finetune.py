@@ -36,7 +36,6 @@ from tests.helpers.small_corpora import small_config
 from tests.helpers.sockets import Listening, reachable, watched
 
 pytestmark = pytest.mark.integration
-FIGURES = ("activation", "loss_by_task", "learning_rate")
 
 
 def config_for(data: Path, **training: object) -> FinetuneConfig:
@@ -49,7 +48,7 @@ def weights(path: str) -> dict[str, torch.Tensor]:
     return dict(SkillNet.from_pretrained(path).named_parameters())
 
 
-def test_a_run_in_this_process(data: Path, run_root: Path, drawn_figures: None) -> None:
+def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     config = config_for(data, evaluate_every=4)
     config.evaluate = True
     result = finetune(config)
@@ -65,8 +64,6 @@ def test_a_run_in_this_process(data: Path, run_root: Path, drawn_figures: None) 
     client = backend.create_client(backend.resolve_uri())
     recorded = client.get_run(result["run_id"])
     assert recorded.info.status == "FINISHED"
-    figures = [client.download_artifacts(result["run_id"], f"plots/{name}.png") for name in FIGURES]
-    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in figures)
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
     for task in config.tasks:

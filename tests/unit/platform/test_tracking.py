@@ -86,7 +86,7 @@ def test_a_run_records_what_made_it() -> None:
     assert "steps: 10" in (kept / "config.yaml").read_text()
 
 
-def test_a_figure_is_kept_as_a_picture(drawn_figures: None) -> None:
+def test_a_figure_is_kept_as_a_picture() -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2, 1))
