@@ -200,7 +200,7 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "run.json").write_text('{"run_id": "' + 32 * "0" + '"}')
     assert (
-        evaluate.main(["--run", str(run), "--data", str(place.data), "--bootstrap_samples", "20"])
+        evaluate.main(["--model", str(run), "--data", str(place.data), "--bootstrap_samples", "20"])
         == 0
     )
     assert "is not in this tracker" in capsys.readouterr().err

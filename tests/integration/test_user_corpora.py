@@ -123,7 +123,7 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
     assert finetune.main(short) == 2  # a transcript asks for its whole recording
     assert finetune.main(words) == 0
     output = run_root / "figures.csv"
-    words = ["--run", "five", "--data", str(place.data), "--bootstrap_samples", "20"]
+    words = ["--model", "five", "--data", str(place.data), "--bootstrap_samples", "20"]
     assert evaluate.main([*words, "--simple_baselines", "false", "--output", str(output)]) == 0
     figures = output.read_text(encoding="utf-8")
     for task in TASK.values():

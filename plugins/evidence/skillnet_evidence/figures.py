@@ -290,10 +290,13 @@ def draw_tier_figure(comparison: SystemComparison, tiers: Sequence[Sequence[str]
 def draw_learning_figure(
     comparison: SystemComparison, histories: "Mapping[str, Sequence[MetricHistory]]"
 ) -> "Figure | None":
-    """Draw the mean validation metric over steps, or the training loss; None without logs.
+    """Draw the mean validation metric over operations, or the training loss; None without logs.
+
+    Operations are steps times those of an example. As in :mod:`skillnet_evidence.budget`, all
+    systems take equally many examples per step.
 
     Args:
-        comparison: names the tasks.
+        comparison: names the tasks and has their costs.
         histories: label -> what each run logged.
     """
     from matplotlib.lines import Line2D
@@ -312,15 +315,17 @@ def draw_learning_figure(
         name = validation if is_validated else f"{task}/loss"
         for label, runs in histories.items():
             curve = _mean_curve([each[name] for each in runs if each.get(name)])
-            if curve is None:
+            cost = comparison.costs.get((label, task))
+            if curve is None or cost is None:
                 continue
             steps, values = curve
+            operations = steps * cost.flops
             if is_validated:
                 values = 100 * np.array([metric.score(float(value)) for value in values])
             else:
                 values = smooth_series(values)
             colour = style_system(label, labels)["color"]
-            panel.plot(steps, values, color=colour, linestyle=line(label), linewidth=1.2)
+            panel.plot(operations, values, color=colour, linestyle=line(label), linewidth=1.2)
             has_curve = True
         panel.set_title(task.replace("_", " "), fontsize=9)
         text = f"{metric.label}, percent" if is_validated else "training loss"
@@ -329,7 +334,7 @@ def draw_learning_figure(
             panel.set_ylim(*_widen_limits(panel.get_ylim()))
         style_axes(panel)
     for panel in axes[-3:]:
-        panel.set_xlabel("step", fontsize=8)
+        panel.set_xlabel("steps x FLOPs per example", fontsize=8)
     if not has_curve:
         return None
     handles = [

@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from pipelines.training.evaluation.tables import COLUMNS
 from skillnet_evidence.cells import TableCell
 from skillnet_evidence.comparison import MEAN
-from skillnet_evidence.figures import draw_plots
+from skillnet_evidence.figures import draw_learning_figure, draw_plots
 from skillnet_evidence.format import (
     format_count,
     format_duration,
@@ -188,6 +189,17 @@ def test_plots_name_their_axes(written: ComparisonReport):
     panels = {axes.get_title() for axes in written.figures["scores"].axes}
     assert "mean over tasks" in panels
     assert "speech recognition, 1 − token error" in panels
+
+
+def test_curves_of_learning_are_drawn_over_operations(written: ComparisonReport):
+    found, task = written.comparison, TASKS[0]
+    cost = found.costs["dense", task]
+    dear = cost._replace(flops=3 * cost.flops)
+    found = replace(found, costs={**found.costs, ("dense", task): dear})
+    history = {f"{task}/validation_{found.metrics[task].name}": [(10, 0.25), (20, 0.5)]}
+    figure = draw_learning_figure(found, {"skillnet": [history], "dense": [history]})
+    lines = figure.axes[found.tasks.index(task)].get_lines()
+    assert [list(line.get_xdata() / cost.flops) for line in lines] == [[10, 20], [30, 60]]
 
 
 def test_number_formats():

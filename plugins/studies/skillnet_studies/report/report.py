@@ -112,7 +112,8 @@ CAPTIONS = {
     "at the end. The means of all tasks are of other tasks at another number.",
     "scores": "Score of each system on the test rows: mean over {noun}s with the 95 % interval "
     "over {sources}. Filled: pretrained; hollow: not pretrained.",
-    "learning": "Score on the validation rows if it was logged, else the training loss; mean over "
+    "learning": "Score on the validation rows against operations of a forward pass, with as many "
+    "examples per step for all systems; the training loss if no score was logged. Mean over "
     "{noun}s. Solid: pretrained; dashed: not pretrained.",
 }
 
