@@ -174,7 +174,10 @@ def _matches(path: Path, root: Path, patterns: Sequence[str]) -> bool:
 #: Folders of a checkout that hold its packages; a job has no installation of them.
 SOURCE_FOLDERS = (
     "platform",
-    *(f"plugins/{n}" for n in ("cluster", "corpora", "evidence", "hf", "planning", "studies")),
+    *(
+        f"plugins/{name}"
+        for name in ("cluster", "corpora", "evidence", "hf", "planning", "serving", "studies")
+    ),
 )
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0

@@ -357,6 +357,8 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = sent["runtime_env"]["env_vars"]
     *folders, given = variables["PYTHONPATH"].split(":")
     assert given == "mine"
+    packages = {each.parent.as_posix() for each in Path("plugins").glob("*/skillnet_*/")}
+    assert folders == ["platform", *sorted(packages)]
     assert f"FOLDERS={':'.join(folders)}\n" in Path("docs/cluster.md").read_text(encoding="utf-8")
     project = tomllib.loads(
         (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")

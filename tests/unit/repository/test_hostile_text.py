@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from skillnet_evidence.cells import ReportTable, TableCell
 from skillnet_serving.retrieval.search_page import ResultCard
 from skillnet_serving.retrieval.search_page import render_search_page as gallery
 from skillnet_studies.report.report import render_template
@@ -38,12 +39,9 @@ def comparison_page() -> str:
         find_state=lambda _: "shown",
         rule=NASTY,
     )
-    cell = SimpleNamespace(text=NASTY, is_best=True, is_prose=True, mark=NASTY, small=NASTY)
+    cell = TableCell(NASTY, small=NASTY, mark=NASTY, is_best=True, is_prose=True)
     tables = [
-        SimpleNamespace(
-            columns=[NASTY], rows=[[cell, cell]], caption=NASTY, title=NASTY, collapsed=collapsed
-        )
-        for collapsed in (True, False)
+        ReportTable(NASTY, [NASTY], [[cell, cell]], NASTY, collapsed) for collapsed in (True, False)
     ]
     report = SimpleNamespace(
         title=NASTY,
