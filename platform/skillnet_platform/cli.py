@@ -70,7 +70,7 @@ OTHER_NAMES = {
 }
 
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
-OUR_PACKAGES = ("skillnet", "skillnet_evidence", "skillnet_platform", "pipelines", "sweeps")
+OUR_PACKAGES = ("skillnet", "pipelines", "sweeps")
 
 #: Waiting compute threads spin for about 0.1 ms: libgomp's default, milliseconds, takes the core
 #: from the thread that loads the batches. Without spinning the threads sleep between operations.
@@ -391,8 +391,12 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):
             return str(inner)
         # A subclass of a library, such as UnicodeDecodeError, is no message to the user.
-        is_ours = type(inner) is ValueError or type(inner).__module__.partition(".")[0] in ours
-        if isinstance(inner, ValueError) and is_ours and find_raising_package(inner) in ours:
+        packages = {find_raising_package(inner)}
+        if type(inner) is not ValueError:
+            packages.add(type(inner).__module__.partition(".")[0])
+        # Plug-ins of this repository begin with `skillnet_`.
+        packages = {name for name in packages if not name.startswith("skillnet_")}
+        if isinstance(inner, ValueError) and packages <= set(ours):
             return str(inner)
         if (message := describe_missing_extra(inner)) is not None:
             return message

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from skillnet_corpora.demo.syllables import split_pinyin
 from skillnet_platform import cli, console
 from skillnet_platform.errors import UserError
 from tests.helpers.installed_entries import forget_entries
@@ -219,6 +220,12 @@ def test_a_value_error_of_a_library_is_a_defect(capsys: pytest.CaptureFixture[st
 
     assert cli.run_command(main, []) == 1
     assert "ValueError" in capsys.readouterr().err
+
+
+def test_a_value_error_of_a_plug_in_is_a_message() -> None:
+    with pytest.raises(ValueError, match="pinyin") as raised:
+        split_pinyin("x")
+    assert cli.user_error_message(raised.value) == "'x' is not pinyin with a tone from 1 to 4"
 
 
 def test_debug_shows_the_traceback(
