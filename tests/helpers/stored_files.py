@@ -251,8 +251,8 @@ STOPPED = {
 }
 RESULT = {"name": "000", "step": 4, "seconds": 1.5, "model": "model", "evaluation": []}
 FINISHED = STOPPED | {"result.json": [RESULT | {"run_id": "a"}]}
-ORDER: dict[str, Any] = {"name": "x", "config": config.to_dict(FinetuneConfig()), "splits": ["test"]}
-ORDER |= {"group": "x", "settings": {"a": "b"}, "brief": True, "score": {"tasks": ["x"]}}
+ORDER: dict[str, Any] = {"name": "x", "config": config.to_dict(FinetuneConfig()), "group": "x"}
+ORDER |= {"splits": ["test"], "settings": {"a": "b"}, "brief": True, "score": {"tasks": ["x"]}}
 
 
 def read_trial(folder: Path, _: Path) -> tuple[Any, ...] | None:
