@@ -14,6 +14,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import open_output
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
+from skillnet_platform.terminal_text import shorten_text
 
 if TYPE_CHECKING:
     from pipelines.serving.batch_prediction import BatchSummary
@@ -297,9 +298,8 @@ def write_predictions(run: "RowAnswers", lines: list[dict[str, Any]], output: st
         listed.unlink(missing_ok=True)
 
 
-def _short(text: str, max_length: int = 48) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"
+def _short(text: str, longest: int = 48) -> str:
+    return shorten_text(" ".join(text.split()), longest)
 
 
 @command(

@@ -24,6 +24,11 @@ def format_plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def shorten_text(text: str, longest: int) -> str:
+    """Return a text of at most ``longest`` characters; a cut one ends with an ellipsis."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def escape_controls(text: str) -> str:
     r"""Return a text whose control characters are written as ``\u001b``; lines are kept.
 

@@ -51,6 +51,7 @@ from pipelines.data.shards.row_checks import ROW_CHECKS, describe_row_checks
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
+from skillnet_platform.terminal_text import shorten_text
 
 #: Seconds. Rows that were not read by then are not counted.
 READ_TIMEOUT_S = 8.0
@@ -517,5 +518,5 @@ def _shorten(value: Any) -> Any:
     if isinstance(value, dict):
         return {_shorten(name): _shorten(inner) for name, inner in value.items()}
     if isinstance(value, str):
-        return to_printable(value if len(value) <= 200 else value[:199] + "…")
+        return to_printable(shorten_text(value, 200))
     return [_shorten(v) for v in value[:5]] if isinstance(value, list) else value

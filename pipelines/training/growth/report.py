@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
 REPORT_JSON = "growth.json"
-REPORT_MARKDOWN = "growth.md"
 #: System name of the grown model; reference runs have their own names.
 GROWN = "grown"
 

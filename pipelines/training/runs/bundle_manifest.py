@@ -34,6 +34,7 @@ from pydantic import (
 from pipelines.data.transforms.text import check_unicode
 from skillnet.serialization import check_inside, commit_manifest, describe_files, read_manifest
 from skillnet_platform.errors import UserError
+from skillnet_platform.terminal_text import shorten_text
 
 MANIFEST, SERVING = "manifest.json", "serving"
 BUNDLE_FORMAT = 4
@@ -227,5 +228,4 @@ def _describe_wrong_value(error: ValidationError) -> str:
 
 
 def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shorten_text(ascii(value), 60)

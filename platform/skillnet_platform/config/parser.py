@@ -58,6 +58,7 @@ from skillnet_platform.config.schema import (
     without_none,
 )
 from skillnet_platform.errors import UserError
+from skillnet_platform.terminal_text import shorten_text
 
 #: Key by which a mapping in a YAML file includes another file.
 INCLUDE = "include"
@@ -349,7 +350,7 @@ def read_value(text: str, hint: Any, key: str) -> Any:
     try:
         values = [safe_yaml.load_plain_yaml(part) for part in parts]
     except ValueError as error:
-        short = text if len(text) <= 80 else text[:79] + "…"
+        short = shorten_text(text, 80)
         raise UserError(
             f"command line: --{key}: cannot read {short!r} as a value ({error})"
         ) from None

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, find_raising_package, suggest_name
+from skillnet_platform.terminal_text import shorten_text
 
 Result = TypeVar("Result")
 
@@ -257,8 +258,7 @@ def _status(error: BaseException) -> int | None:
 
 def _words(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    short = text if len(text) <= 100 else text[:99] + "…"
-    return f"{type(error).__name__}: {short}" if text else type(error).__name__
+    return f"{type(error).__name__}: {shorten_text(text, 100)}" if text else type(error).__name__
 
 
 def _tell(uri: str, outcome: Any, limit: float) -> None:

@@ -29,6 +29,7 @@ from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.storage import read_record, write_json
 from skillnet_platform.storage.locks import has_ended, this_process
+from skillnet_platform.terminal_text import shorten_text
 from skillnet_platform.tracking import backend, source_commit, spool
 
 LONGEST_PARAMETER = 6000
@@ -443,7 +444,7 @@ def _short(value: Any, longest: int) -> str:
     text = (
         str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     )
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return shorten_text(text, longest)
 
 
 def close_abandoned(client: Any, experiment_id: str) -> int:

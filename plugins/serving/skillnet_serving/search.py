@@ -14,6 +14,7 @@ from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import open_output, run_root
+from skillnet_platform.terminal_text import shorten_text
 
 if TYPE_CHECKING:
     from pipelines.serving.inputs import PredictionItem
@@ -161,7 +162,13 @@ def show_search(result: SearchResult) -> None:
         result: result of :func:`search_corpus`.
     """
     rows = [
-        [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]
+        [
+            hit.rank,
+            f"{hit.score:.3f}",
+            shorten_text(" ".join(hit.caption.split()), 60),
+            hit.key,
+            hit.split,
+        ]
         for hit in result.hits
     ]
     columns = ["", "similarity", "caption", "key", "split"]
@@ -178,11 +185,6 @@ def _default_page(query: str, task: str) -> Path:
     # systems allow for a name.
     stem = re.sub(r"[^\w]+", "-", query).strip("-")[:40] or "query"
     return run_root() / "searches" / f"{task}-{stem}.html"
-
-
-def _short(text: str, max_length: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 @command(
