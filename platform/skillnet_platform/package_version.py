@@ -24,16 +24,21 @@ def find_version(name: str) -> str:
 
 #: Package -> extra that installs it.
 EXTRA_OF_PACKAGE = {
-    package: extra
-    for extra, packages in {
-        "train": (
-            *("ray", "mlflow", "sqlalchemy", "psutil", "pandas", "transformers", "timm", "optuna"),
-            *("sklearn", "matplotlib", "jinja2"),
-        ),
-        "cluster": ("boto3",),
-        "export": ("onnx", "onnxscript", "onnxruntime"),
-    }.items()
-    for package in packages
+    "ray": "train",
+    "mlflow": "train",
+    "sqlalchemy": "train",
+    "psutil": "train",
+    "pandas": "train",
+    "transformers": "train",
+    "timm": "train",
+    "optuna": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "jinja2": "train",
+    "boto3": "cluster",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
 }
 
 
