@@ -13,7 +13,13 @@ import torch
 
 from pipelines.serving.bundle import read_predictor
 from pipelines.serving.inputs import find_suffix_modality, make_item
-from pipelines.serving.predictor import TaskPrediction, TaskPredictor, describe_several, find_towers
+from pipelines.serving.predictor import (
+    DEFAULT_TOP,
+    TaskPrediction,
+    TaskPredictor,
+    describe_several,
+    find_towers,
+)
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.training.runs.bundle_manifest import is_bundle
 from skillnet.modality import CAPTION_MODALITY
@@ -88,7 +94,7 @@ class ModelProcessor:
         return vectors
 
     def classify(
-        self, inputs: Sequence[Any], task: str | None = None, top: int = 5
+        self, inputs: Sequence[Any], task: str | None = None, top: int = DEFAULT_TOP
     ) -> list[TaskPrediction]:
         """Return the best classes of inputs of one modality.
 

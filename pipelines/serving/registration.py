@@ -11,12 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array
-
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.serving import bundle
+from pipelines.serving.predictor import DEFAULT_TOP
 from pipelines.training.evaluation.evaluator import evaluate_model, locate_task_corpus
 from pipelines.training.evaluation.tables import find_row, primary_metric, run_description
 from pipelines.training.evaluation.weak_tests import find_weak_tests
@@ -347,6 +344,11 @@ def registry_metrics(
 
 def model_signature() -> Any:
     """Return the MLflow signature of a registered model: input and output columns, parameters."""
+    # MLflow takes a second to load, and a run with wrong settings ends before it needs MLflow.
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
     text, number = DataType.string, DataType.double
     inputs = Schema(
         [
@@ -365,7 +367,9 @@ def model_signature() -> Any:
             ColSpec(number, "confidence"),
         ]
     )
-    return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, 5)]))
+    return ModelSignature(
+        inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, DEFAULT_TOP)])
+    )
 
 
 @contextlib.contextmanager
