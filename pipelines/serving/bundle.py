@@ -15,7 +15,6 @@ The registry stores bundles. A bundle opens without the corpora and without a ne
 
 import csv
 import hashlib
-import io
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -605,9 +604,7 @@ def list_figures(source: Path | Iterable[Mapping[str, Any]] | None) -> list[dict
         source: records of an evaluation, or the folder of a run; its figures are [] without them.
     """
     if isinstance(source, Path):
-        path = source / EVALUATION_CSV
-        with path.open(encoding="utf-8", newline="") if path.is_file() else io.StringIO() as file:
-            source = list(csv.DictReader(file))
+        source = _read_evaluation(source)
     figures = []
     for row in source or ():
         figure: dict[str, Any] = {key: str(row[key]) for key in FIGURE_COLUMNS[:3]}
@@ -617,3 +614,11 @@ def list_figures(source: Path | Iterable[Mapping[str, Any]] | None) -> list[dict
             figure[key] = value if math.isfinite(value) else None
         figures.append(figure)
     return figures
+
+
+def _read_evaluation(run: Path) -> list[dict[str, str]]:
+    path = run / EVALUATION_CSV
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
