@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines import prepare
+from pipelines.data.preprocessing import prepare as preparation
 from pipelines.data.preprocessing.blocks import DUPLICATE_KEY
 from pipelines.data.shards.dataset import open_corpus
 from pipelines.data.transforms.decode_guard import CRASHES_WORKER
@@ -124,10 +125,15 @@ def test_workers_import_nothing_from_the_working_directory(ray_session: Any) -> 
     assert list(worker.get_job_config().py_driver_sys_path) == []
 
 
+@pytest.mark.parametrize("place", ["ray", "machine"])
 def test_a_row_that_hangs_or_ends_its_worker_is_rejected(
-    tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Twice it takes its worker along; then it is known. The rows beside it arrive."""
+    if place == "ray":
+        request.getfixturevalue("ray_session")
+    else:
+        monkeypatch.setattr(preparation, "needs_no_ray", lambda corpora, store: True)
     monkeypatch.syspath_prepend(ENTRY_POINTS)
     given = ["deadly", "--data", str(tmp_path / "data"), "--max_error_rate", "1.0"]
     assert prepare.main(given) == 0

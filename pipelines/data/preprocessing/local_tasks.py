@@ -1,12 +1,13 @@
-"""Tasks of a preparation in processes of this machine, for texts: they need no Ray.
+"""Tasks of a preparation in processes of this machine: they need no Ray.
 
-The driver cuts blocks; child processes read parts and write shards. Small corpora are prepared
-in the driver. Ray takes seconds to start. Media need it: it starts the process of a
-decoder again after a crash.
+The driver cuts blocks; child processes read parts and write shards. Small corpora of texts are
+prepared in the driver. Ray takes seconds to start, so texts do without it, and so do media that
+Python prepares, or that are prepared where Ray is not installed.
 """
 
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,13 +18,21 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipelines.data.corpora.base import Corpus
 from pipelines.data.preprocessing.blocks import IN_PROCESS, FutureResult, TaskStarter
 from pipelines.data.preprocessing.jobs import CorpusJob, list_writable, read_units, write_block
 from skillnet.modality import is_string_modality
 from skillnet_platform.errors import UserError
+
+#: Ends of its process that a task survives. A row that ends two of them is rejected.
+MAX_ENDS = 20
+
+
+def are_texts(corpora: Sequence[Corpus]) -> bool:
+    """Return whether all inputs of corpora are strings."""
+    return all(is_string_modality(corpus.modality) for corpus in corpora)
 
 
 def needs_no_ray(corpora: Sequence[Corpus], store: str | None) -> bool:
@@ -36,8 +45,8 @@ def needs_no_ray(corpora: Sequence[Corpus], store: str | None) -> bool:
     ray = sys.modules.get("ray")
     is_running = ray is not None and ray.is_initialized()
     has_cluster = is_running or bool(os.environ.get("RAY_ADDRESS"))
-    are_strings = all(is_string_modality(corpus.modality) for corpus in corpora)
-    return are_strings and store is None and not has_cluster
+    is_enough = are_texts(corpora) or importlib.util.find_spec("ray") is None
+    return is_enough and store is None and not has_cluster
 
 
 class LocalTasks:
@@ -45,25 +54,24 @@ class LocalTasks:
 
     Args:
         processes: number of child processes; 1 does all work in this process.
+        decodes: whether rows have media. A decoder may end its process, so there is a child then.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, decodes: bool = False) -> None:
         self._processes = processes
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool = self._make_pool() if processes > 1 or decodes else None
 
     def __enter__(self) -> "LocalTasks":
-        if self._processes > 1:
-            self._pool = ProcessPoolExecutor(
-                self._processes,
-                # A fork would copy the locks of running threads.
-                multiprocessing.get_context("spawn"),
-                _start_worker,
-            )
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+    def _make_pool(self) -> ProcessPoolExecutor:
+        # A fork would copy the locks of running threads.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._processes, context, _start_worker)
 
     def readers(self) -> TaskStarter:
         """Return the tasks that read the parts of a corpus."""
@@ -93,25 +101,61 @@ class LocalTasks:
                 yield from map(json.loads, done["result"].to_pylist())
 
     def _submit(self, function: Callable[..., Any], *given: Any) -> FutureResult:
+        return _LocalResult(self, function, given)
+
+    def start(
+        self, function: Callable[..., Any], given: Sequence[Any]
+    ) -> tuple[ProcessPoolExecutor, FutureResult]:
+        """Start a task; return it with the processes that it runs in."""
         assert self._pool is not None
         # Each submission can start a process.
         with _hidden_main():
-            return _LocalResult(self._pool.submit(function, *given))
+            try:
+                return self._pool, self._pool.submit(function, *given)
+            except BrokenProcessPool:
+                self.replace_pool(self._pool)
+                return self._pool, self._pool.submit(function, *given)
+
+    def replace_pool(self, broken: ProcessPoolExecutor) -> None:
+        """Start a process in place of those that ended together, because one of them died.
+
+        From now on it is one, so that another death concerns only the row that caused it.
+
+        Args:
+            broken: result of :meth:`start`, perhaps replaced before.
+        """
+        if self._pool is broken:
+            broken.shutdown(cancel_futures=True)
+            self._processes = 1
+            self._pool = self._make_pool()
 
 
-class _LocalResult(NamedTuple):
-    """Result of a child process, which can die."""
+class _LocalResult:
+    """Result of a task in a child process, which can die; the task is then started again.
 
-    future: FutureResult
+    Args:
+        tasks: starts it.
+        function: work of the task.
+        given: arguments.
+    """
+
+    def __init__(
+        self, tasks: LocalTasks, function: Callable[..., Any], given: Sequence[Any]
+    ) -> None:
+        self._tasks, self._function, self._given = tasks, function, given
+        self._pool, self._future = tasks.start(function, given)
 
     def result(self) -> Any:
-        try:
-            return self.future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that prepares rows ended, perhaps because the memory is full. Free "
-                "memory or give fewer --cpus, and run the same command again: it resumes"
-            ) from None
+        for _ in range(MAX_ENDS):
+            try:
+                return self._future.result()
+            except BrokenProcessPool:
+                self._tasks.replace_pool(self._pool)
+                self._pool, self._future = self._tasks.start(self._function, self._given)
+        raise UserError(
+            f"processes that prepare rows ended {MAX_ENDS} times, perhaps because the memory is "
+            "full. Free memory or give fewer --cpus, and run the same command again: it resumes"
+        )
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from pipelines.data.preprocessing.blocks import (
     read_spooled_rows,
 )
 from pipelines.data.preprocessing.jobs import CorpusJob
-from pipelines.data.preprocessing.local_tasks import LocalTasks, needs_no_ray
+from pipelines.data.preprocessing.local_tasks import LocalTasks, are_texts, needs_no_ray
 from pipelines.data.preprocessing.media_sample import measure_media, run_within
 from pipelines.data.preprocessing.progress import (
     MAX_ADVISED_RATE,
@@ -68,6 +68,7 @@ def prepare(
     tokenizer: str | None = None,
     vocabulary: int = tokenizers.VOCABULARY_SIZE,
     store: str | None = None,
+    uses_ray: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Prepare corpora, and the tokenizer if one of them needs it.
 
@@ -83,6 +84,7 @@ def prepare(
         store: URI of the folder that the corpora are uploaded to, shard by shard. Other nodes of
             the cluster do not see ``data`` then: they transform what does not need the disk of
             this node.
+        uses_ray: media are decoded by workers of Ray, otherwise by processes of this machine.
 
     Returns:
         Name -> state ("prepared" or "cached"), rows, splits, rejected rows, bytes, digest.
@@ -114,7 +116,16 @@ def prepare(
                 )
             retrain, archives = tokenizer == selection.LEARN, archives.absolute()
             return _prepare(
-                corpora, data, archives, cpus, max_error_rate, store, retrain, vocabulary, lock
+                corpora,
+                data,
+                archives,
+                cpus,
+                max_error_rate,
+                store,
+                retrain,
+                vocabulary,
+                lock,
+                uses_ray,
             )
     except Exception as error:
         message = user_error_message(error)
@@ -133,6 +144,7 @@ def _prepare(
     retrain: bool = False,
     vocabulary: int = tokenizers.VOCABULARY_SIZE,
     lock: selection.TokenizerLock | None = None,
+    uses_ray: bool = True,
 ) -> dict[str, dict[str, Any]]:
     sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
     for corpus in corpora:
@@ -184,7 +196,7 @@ def _prepare(
     ):
         spooled = list(dict.fromkeys([*unlabelled, *([] if is_trained else training_corpora)]))
         to_do = [*spooled, *(corpus for corpus in corpora if corpus.name not in done)]
-        tasks = _start_tasks(to_do, store, cpus, 1 if are_small else None, stack)
+        tasks = _start_tasks(to_do, store, cpus, 1 if are_small else None, stack, uses_ray)
         spools = pipeline.spool_corpora(spooled, archives, spool_dir, parts, tasks)
         for corpus in unlabelled:
             spool, annotations = spools[corpus.name], corpus.annotations_present
@@ -238,11 +250,12 @@ def _start_tasks(
     cpus: int | None,
     processes: int | None,
     stack: contextlib.ExitStack,
+    uses_ray: bool,
 ) -> pipeline.PreparationTasks:
     """Return where the tasks run. The stack ends them before their directory is removed."""
-    if needs_no_ray(corpora, store):
+    if not uses_ray or needs_no_ray(corpora, store):
         count = processes or cpus or len(os.sched_getaffinity(0))
-        return stack.enter_context(LocalTasks(count))
+        return stack.enter_context(LocalTasks(count, not are_texts(corpora)))
     cluster.ensure_ray(cpus)
     stack.callback(cluster.halt_if_asked)
     # Ray Data is imported only if there is work for it: not for --help.

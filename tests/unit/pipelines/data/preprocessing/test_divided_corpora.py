@@ -175,10 +175,13 @@ assert "concurrent.futures.process" in sys.modules and starts == [1, 1]
     assert content_of(tmp_path / "apart" / "mine") == content_of(tmp_path / "alone" / "mine")
 
 
-def test_a_process_that_dies_ends_the_run_with_one_message() -> None:
+def test_a_process_that_always_dies_ends_the_run_with_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_tasks, "MAX_ENDS", 2)
     with LocalTasks(2) as tasks:
         started = tasks.readers().submit(os._exit, 1)
-        with pytest.raises(UserError, match="a process that prepares rows ended"):
+        with pytest.raises(UserError, match="processes that prepare rows ended 2 times"):
             started.result()
 
 
@@ -281,10 +284,13 @@ def test_ray_prepares_media_stores_and_clusters(monkeypatch: pytest.MonkeyPatch)
     class Pictures(Made):
         modality = "image"
 
-    monkeypatch.setitem(local_tasks.sys.modules, "ray", None)  # type: ignore[arg-type]
+    monkeypatch.delitem(local_tasks.sys.modules, "ray", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert needs_no_ray([Made()], None)
     assert not needs_no_ray([Made(), Pictures()], None)
+    with monkeypatch.context() as absent:
+        absent.setattr(local_tasks.importlib.util, "find_spec", lambda name: None)
+        assert needs_no_ray([Pictures()], None)
     assert not needs_no_ray([Made()], "s3://bucket/corpora")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not needs_no_ray([Made()], None)
