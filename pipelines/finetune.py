@@ -13,7 +13,6 @@
   result.json      the result of the command; written last
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from pipelines.training.runs.mirror import RunMirror, mirror_of, upload_results
 from pipelines.training.runs.progress_log import PROGRESS, follow_progress
 from skillnet_platform import console
 from skillnet_platform.cli import command
+from skillnet_platform.config.parser import list_options
 from skillnet_platform.errors import UserError
 from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import write_json
@@ -64,10 +64,7 @@ def finetune(
         UserError: the name belongs to another run, a corpus is missing or does not fit, …
     """
     if isinstance(config, str):
-        words = ["--config", config]
-        for key, value in (overrides or {}).items():
-            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        config = main.parse_arguments(words)
+        config = main.parse_arguments(["--config", config, *list_options(overrides or {})])
     elif overrides:
         raise UserError("overrides: they apply to a preset. Change the configuration itself")
     return run_end_to_end(config, "finetune")

@@ -10,6 +10,7 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 
 import contextlib
 import dataclasses
+import pkgutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.objectives.base import find_objective
 from skillnet.objectives.heads import TaskHead, build_head
-from skillnet.raw_inputs import RawInputModel, find_model_folder
+from skillnet.raw_inputs import SAVER, RawInputModel, find_model_folder
 from skillnet.serialization import (
     PACKAGES,
     SavedFile,
@@ -432,8 +433,19 @@ class TaskModel(RawInputModel, nn.Module):
         return name
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the configuration, one safetensors file per group of weights, and a manifest."""
-        save_model(self, Path(path))
+        """Write the configuration, one safetensors file per group of weights, and a manifest.
+
+        A model that was trained by :meth:`fit`, or read with the names of its outputs, is written
+        with them, its tokenizer and a card.
+
+        Args:
+            path: directory to write.
+
+        Raises:
+            ValueError: the path exists and is not a saved model.
+        """
+        if self.origin is None or not pkgutil.resolve_name(SAVER)(self, Path(path)):
+            save_model(self, Path(path))
 
     @classmethod
     def from_pretrained(

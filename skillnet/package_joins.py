@@ -28,6 +28,7 @@ from skillnet.serialization import (
     read_about,
     read_config,
     read_manifest,
+    save_model,
 )
 from skillnet.skill_packages import (
     CLOSED,
@@ -364,7 +365,7 @@ def _change_files(model: SkillNet, change: Callable[[Path], list[TaskProof]]) ->
     some, origin = next(model.parameters()), model.origin
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        model.save_pretrained(folder)
+        save_model(model, folder)
         proofs = change(folder)
         changed = _load(folder).to(some.device)
     model.__dict__.update(changed.__dict__)

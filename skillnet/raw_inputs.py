@@ -12,7 +12,7 @@ Shapes: N and M inputs, E width of the vectors.
 
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -26,6 +26,10 @@ from skillnet.skills import nearest_hint
 #: ``module:function`` that returns the :class:`InputProcessor` of a model. A name, so that this
 #: package imports no higher one.
 PROCESSOR = "pipelines.serving.model_processor:open_processor"
+#: ``module:function`` that writes a model with the files of its predictions, if it has them.
+SAVER = "pipelines.serving.model_processor:save_described"
+#: ``module:function`` that trains a model.
+FITTER = "pipelines.fitting.fit:fit_model"
 
 
 class TaskVectors(Tensor):
@@ -158,6 +162,27 @@ class RawInputModel:
             task: a CTC task; None takes the only one.
         """
         return self.processor.transcribe(recordings, task)
+
+    def fit(
+        self, data: Any, settings: Mapping[str, Any] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Train the model in place, without Ray and MLflow, and evaluate it.
+
+        Args:
+            data: task -> its rows (a data frame, a list of mappings, or a path), or a
+                :class:`pipelines.fitting.TrainingData`.
+            settings: dotted key of ``skillnet finetune`` -> value, such as ``training.steps``.
+            **options: ``output``, ``run_dir``, ``callbacks``, ``loggers``, ``losses`` and
+                ``metrics``, see :func:`pipelines.fitting.fit.fit_model`.
+
+        Returns:
+            Steps, seconds, losses, and ``evaluation``: tidy rows.
+
+        Raises:
+            ValueError: data and model do not fit, or a setting is invalid.
+        """
+        result: dict[str, Any] = pkgutil.resolve_name(FITTER)(self, data, settings, **options)
+        return result
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model with its tokenizer and a model card to the Hugging Face Hub.

@@ -6,6 +6,7 @@ imported.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from pipelines.serving.predictor import (
     find_towers,
 )
 from pipelines.training.evaluation.inference import InferenceRunner, memory_inputs
-from pipelines.training.runs.bundle_manifest import is_bundle
+from pipelines.training.runs.bundle_manifest import is_bundle, read_bundle_manifest
 from skillnet.modality import CAPTION_MODALITY
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective, list_objectives
 from skillnet.raw_inputs import TaskVectors
 from skillnet.skills import Task, find_task
 from skillnet_files.entry_points import find_entries
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 #: How to make a folder with everything that a processor reads.
@@ -220,6 +222,33 @@ def open_processor(model: TaskModel) -> ModelProcessor:
             + EXPORT_REMEDY.format(model.origin, f"{model.origin}-exported")
         )
     return ModelProcessor(read_predictor(model.origin, model))
+
+
+def save_described(model: TaskModel, folder: Path) -> bool:
+    """Write a model with tokenizer, names of outputs and card; return whether it has them.
+
+    Args:
+        model: read from a folder; its weights may have changed.
+        folder: directory to write; an older model there is replaced.
+
+    Raises:
+        UserError: no installed package writes cards.
+    """
+    if model.origin is None or not is_bundle(model.origin):
+        return False
+    described = read_bundle_manifest(model.origin)["tasks"]
+    if added := sorted(model.config.tasks.keys() - described.keys()):
+        console.print_warning(
+            f"{folder}: written without tokenizer and names of outputs, because {added[0]} was "
+            "added in memory. Add it to the folder of the model with `skillnet add`"
+        )
+        return False
+    # Exports are a plug-in, which this package does not import.
+    found = find_entries("skillnet.exporters").get("folder")
+    if found is None:
+        raise UserError("no installed package writes models with cards. Install skillnet_serving")
+    found.load()(model, folder)
+    return True
 
 
 def _reject_file_name(value: Any, name: str, task: str) -> None:

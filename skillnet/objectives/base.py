@@ -9,7 +9,7 @@ that is loaded with the first model. Built-in objectives are declared in the sam
 import contextlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -74,21 +74,25 @@ class RowMetric:
     Args:
         objective: name of the objective whose tasks are measured.
         metric: name, label, direction and bounds.
-        score_rows: ``module:function`` of (predictions, targets) as in
+        score_rows: function, or its ``module:name``, of (predictions, targets) as in
             :meth:`skillnet.objectives.heads.TaskHead.score_rows`; returns numerator and
             denominator of each row, (N,) each. The metric is the ratio of their sums.
     """
 
     objective: str
     metric: NamedMetric
-    score_rows: str
+    score_rows: "str | ScoreRows"
 
-    def load(self) -> Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]:
+    def load(self) -> "ScoreRows":
         """Return the function."""
-        function: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]] = pkgutil.resolve_name(
-            self.score_rows
-        )
+        if not isinstance(self.score_rows, str):
+            return self.score_rows
+        function: ScoreRows = pkgutil.resolve_name(self.score_rows)
         return function
+
+
+#: Maps predictions and targets of N rows to numerators and denominators, (N,) each.
+ScoreRows = Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -285,20 +289,41 @@ def find_objective(name: str) -> Objective:
     return _add_metrics(found)
 
 
+#: Metrics of this process, with where they come from.
+_own_metrics: list[tuple[str, Any]] = []
+
+
+@contextlib.contextmanager
+def add_metrics(metrics: Sequence[RowMetric]) -> Iterator[None]:
+    """Measure further metrics inside a block of this process.
+
+    Args:
+        metrics: those of an entry point are measured without it.
+    """
+    _own_metrics.extend(("metrics", each) for each in metrics)
+    find_objective.cache_clear()
+    try:
+        yield
+    finally:
+        del _own_metrics[len(_own_metrics) - len(metrics) :]
+        find_objective.cache_clear()
+
+
 def _add_metrics(objective: Objective) -> Objective:
-    """Return an objective with the metrics that other packages add to it."""
+    """Return an objective with the metrics that other packages, or this process, add to it."""
     taken = {each.name for each in objective.metrics}
     further = []
-    for name, entry in sorted(find_entries(METRICS_GROUP).items()):
-        found = entry.load()
+    entries = sorted(find_entries(METRICS_GROUP).items())
+    given = [(f"the entry point {METRICS_GROUP}:{name}", each.load()) for name, each in entries]
+    for place, found in given + _own_metrics:
         if not isinstance(found, RowMetric):
-            raise ValueError(f"the entry point {METRICS_GROUP}:{name} names no RowMetric")
+            raise ValueError(f"{place} names no RowMetric")
         if found.objective != objective.name:
             continue
         if found.metric.name in taken:
             raise ValueError(
-                f"the entry point {METRICS_GROUP}:{name} adds {found.metric.name}, which "
-                f"{objective.name} has; give its metric another name"
+                f"{place} adds {found.metric.name}, which {objective.name} has; give its metric "
+                "another name"
             )
         taken.add(found.metric.name)
         further.append(found)

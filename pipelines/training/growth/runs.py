@@ -22,7 +22,7 @@ from pipelines.training.runs.model_source import ModelSource, resolve_model
 from skillnet.model import SkillNet
 from skillnet.model_merging import add_skill, add_task
 from skillnet.objectives.base import find_objective
-from skillnet.serialization import read_config, read_manifest
+from skillnet.serialization import read_config, read_manifest, save_model
 from skillnet.skills import SkillPlan, Task
 from skillnet.skipped_init import SkippedInit
 from skillnet.systems import build_system
@@ -83,7 +83,7 @@ def save_start_model(model: SkillNet, run_dir: str) -> str:
     starts = Path(run_dir) / ".starts"
     # Growths that start at the same time write to directories of their own.
     with scratch_directory(starts / "growing") as scratch:
-        model.save_pretrained(scratch / "model")
+        save_model(model, scratch / "model")
         # The identity of a run contains the digest of its initial weights, so a killed growth must
         # find the same weights again (decision 11).
         target = starts / str(digest_weights(str(scratch / "model")))[:16]

@@ -65,7 +65,7 @@ from skillnet.model import SkillNet
 from skillnet.model_merging import MergeParent, MergePlan, read_parent
 from skillnet.multitask_model import TaskModel
 from skillnet.objectives.base import find_objective
-from skillnet.serialization import hash_file, read_manifest, read_tensor_shapes
+from skillnet.serialization import hash_file, read_manifest, read_tensor_shapes, save_model
 from skillnet.skills import Task, find_task
 from skillnet_platform.config import build_config, load_yaml
 from skillnet_platform.errors import UserError
@@ -446,7 +446,7 @@ def open_merge_sources(
             listed = read_manifest(weights)["files"]
             if any(name.startswith("average-") for name in listed):
                 weights = folder / f"{position}"
-                model_source.load_source_model(source).cpu().save_pretrained(weights)
+                save_model(model_source.load_source_model(source).cpu(), weights)
             present = read_parent(weights, source.name).config
             wanted = config.renames_of(position)
             # A rename without a model number concerns those models that have the name.

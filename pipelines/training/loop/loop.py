@@ -129,7 +129,15 @@ def train_model(
         # The checkpoint must have the same identity as this run.
         checkpoint = find_checkpoint(folder, identity, world, find_used_files(config))
     replica = build_replica(
-        config, run.corpora, rank, world, device, precision.weights, folder, checkpoint
+        config,
+        run.corpora,
+        rank,
+        world,
+        device,
+        precision.weights,
+        folder,
+        checkpoint,
+        run.parts.model,
     )
     model, active, sync, shards = replica.model, replica.active, replica.sync, replica.shards
     # Weights that no step changes have no place in the optimizer.
@@ -224,7 +232,15 @@ def train_model(
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
             loss = backward_step(
-                replica.runner, batch, precision, config, sync, rank, world, health
+                replica.runner,
+                batch,
+                precision,
+                config,
+                sync,
+                rank,
+                world,
+                health,
+                run.parts.losses,
             )
             leaving = sync.finish()
             # All ranks see the same norm, so all of them skip the same steps. Norm and flag stay on

@@ -185,6 +185,7 @@ class RunReporter(LoopReporter):
         is_remote: the driver does not see the progress file; print the progress from time to
             time, because Ray forwards the output of workers.
         ranks: that evaluate together; None is this process alone.
+        loggers: beside those that the configuration names.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class RunReporter(LoopReporter):
         world: int = 1,
         is_remote: bool = False,
         ranks: EvaluationRanks | None = None,
+        loggers: Sequence[RunLogger] = (),
     ) -> None:
         self._ranks = ranks
         self._uploads, self._world = uploads, world
@@ -206,7 +208,7 @@ class RunReporter(LoopReporter):
         self.evaluates_last = on_evaluation is None
         self._file = ProgressFile(run / PROGRESS)
         named = find_observers(LOGGERS, config.tracking.loggers, "tracking.loggers")
-        self._loggers: list[RunLogger] = [kind() for kind in named]
+        self._loggers: list[RunLogger] = [*(kind() for kind in named), *loggers]
         for logger in self._loggers:
             logger.start(run, configuration.to_dict(config))
 

@@ -8,8 +8,8 @@ is another process: it receives the resolved configuration and opens its own inp
 import contextlib
 import copy
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,24 @@ if TYPE_CHECKING:
     from pipelines.data.shards.dataset import PreparedCorpus
     from pipelines.training.loading.dataloader import MultiTaskDataLoader
     from pipelines.training.loop.init_from import InitReport
+    from skillnet.multitask_model import TaskModel
+
+
+@dataclass(frozen=True)
+class InProcessParts:
+    """Objects of this process that a run trains with; a configuration cannot name them.
+
+    Args:
+        model: is trained in place; None builds the model of the configuration.
+        losses: task -> loss in place of the one of its objective: maps outputs and targets of B
+            rows to their mean, a tensor ().
+        loggers: receivers of metrics beside those that the configuration names, each a
+            ``pipelines.training.loop.reporter.RunLogger``.
+    """
+
+    model: "TaskModel | None" = None
+    losses: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    loggers: Sequence[Any] = ()
 
 
 class ResolvedRun:
@@ -38,7 +56,12 @@ class ResolvedRun:
         folder: directory of the run; checkpoints are written and resumed there. None keeps nothing
             on disk.
         corpora: opened corpora; others are opened when they are needed.
+
+    Attributes:
+        parts: objects of this process; workers of Ray have none.
     """
+
+    parts = InProcessParts()
 
     def __init__(
         self,

@@ -163,7 +163,7 @@ def complete_result(
     # Lists of runs are sorted by it. The driver of a sweep logs its own.
     score, _ = tables.compute_overall_score(rows, splits[0] if splits else "test")
     scored = {} if brief or score is None else {SCORE_METRIC: score}
-    weak = _find_weak_tests(config, rows, splits) if not brief else []
+    weak = find_run_weaknesses(config, rows, splits) if not brief else []
     costs = {task: account_task(model, task) for task in config.measured}
     record: dict[str, Any] = {
         "result": result | {"total_params": total} | ({"weak_tests": weak} if weak else {}),
@@ -185,7 +185,7 @@ def complete_result(
     return _log_evaluation(run, tracker, record)
 
 
-def _find_weak_tests(
+def find_run_weaknesses(
     config: FinetuneConfig, rows: list[dict[str, Any]], splits: Sequence[str] | None
 ) -> list[str]:
     """Return why figures of a run prove little; see ``evaluation.weak_tests``."""

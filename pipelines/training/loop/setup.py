@@ -378,6 +378,7 @@ def build_replica(
     dtype: torch.dtype,
     folder: Path | None = None,
     checkpoint: checkpoints.VerifiedCheckpoint | None = None,
+    given: TaskModel | None = None,
 ) -> TrainingReplica:
     """Build the weights of a run, equal on all ranks, as ``training.sharding`` says.
 
@@ -390,6 +391,7 @@ def build_replica(
         dtype: number type of the weights.
         folder: directory of the run; None keeps all weights in memory.
         checkpoint: from which the caller loads all weights; None gives initial ones.
+        given: model of one process that is trained in place; None builds one.
 
     Raises:
         UserError: corpora or initial weights do not fit, or the system cannot be sharded.
@@ -400,8 +402,12 @@ def build_replica(
     # Weights that are not in use stay in the host's memory.
     place = torch.device("cpu") if settings.sharding == "host" else device
     report = None
+    if given is not None:
+        model = given
+        of_task = {name: corpora[task.corpus] for name, task in config.tasks.items()}
+        model.vocabulary = read_corpora_vocabulary(config.model.tasks, of_task)
     # Other systems may build parts that no checkpoint holds.
-    if checkpoint is not None and find_used_files(config) is not None:
+    elif checkpoint is not None and find_used_files(config) is not None:
         model = _build_resumed(config, checkpoint)
     else:
         # Each rank builds the model from the seed or the initial weights.

@@ -12,8 +12,8 @@ its gradients come from GradCache (Gao et al. 2021):
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from skillnet.objectives.heads import LossInputs, RankGather, head_class
 from skillnet.precision import ComputePrecision
 from skillnet.skill_weights import share_merges
 from skillnet.skills import Task
+from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.training.loop.sharding import ShardedSync
@@ -52,6 +53,7 @@ def backward_step(
     rank: int = 0,
     world: int = 1,
     health: TaskHealth | None = None,
+    losses: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Tensor:
     """Add the gradients of a batch to the parameters; return the loss, without a graph.
 
@@ -64,11 +66,13 @@ def backward_step(
         rank: index of this process among the workers, from 0.
         world: number of processes.
         health: counts the rows that cannot be aligned.
+        losses: see :class:`pipelines.training.loop.resolved_run.InProcessParts`.
     """
     task = config.model.tasks[batch.task]
+    own = (losses or {}).get(batch.task)
 
     def compute_loss(part: Batch) -> Tensor:
-        return step_loss(model, task, part, precision, config, rank, world, health)
+        return step_loss(model, task, part, precision, config, rank, world, health, own)
 
     # All towers and parts of the step read the same weights.
     with share_merges(plan.skills for plan in task.towers.values()):
@@ -81,7 +85,7 @@ def backward_step(
         parts = list(split_batch(batch, count))
         if find_objective(task.objective).pairs_towers:
             gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
-            return _backward_contrastive(model, task, batch, parts, precision, sync, gather)
+            return _backward_contrastive(model, task, batch, parts, precision, sync, gather, own)
         total = torch.zeros((), device=_device_of(batch))
         for part in parts:
             with sync.paused(part is not parts[-1]):
@@ -155,6 +159,7 @@ def _backward_contrastive(
     precision: ComputePrecision,
     sync: "GradientSync | ShardedSync",
     gather: RankGather | None,
+    own: Callable[..., Any] | None,
 ) -> Tensor:
     device = _device_of(batch)
     states, embedded = [], []
@@ -168,7 +173,7 @@ def _backward_contrastive(
     # The scale of the similarities is a weight; its gradient goes back with the first part.
     leaves["scale"] = embedded[0]["scale"].detach().requires_grad_()
     del embedded
-    loss = task_loss(task, leaves, batch, gather)
+    loss = task_loss(task, leaves, batch, gather, own=own)
     with sync.paused():
         loss.backward()
     start = 0
@@ -217,6 +222,7 @@ def step_loss(
     rank: int = 0,
     world: int = 1,
     health: TaskHealth | None = None,
+    own: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Return this rank's share of the loss of a global batch; the shares of all ranks add up to it.
 
@@ -229,6 +235,7 @@ def step_loss(
         rank: index of this process among the workers, from 0.
         world: number of processes.
         health: counts the rows that cannot be aligned.
+        own: see :func:`task_loss`.
     """
     with precision.autocast():
         outputs = _run_model(model, batch)
@@ -236,7 +243,7 @@ def step_loss(
         health.add_outputs(task, outputs, batch)
     gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
     smoothing = config.tasks[batch.task].label_smoothing
-    loss = task_loss(task, outputs, batch, gather, smoothing)
+    loss = task_loss(task, outputs, batch, gather, smoothing, own)
     return _add_auxiliary_losses(loss, model, batch)
 
 
@@ -259,6 +266,7 @@ def task_loss(
     batch: Batch,
     gather: RankGather | None = None,
     smoothing: float = 0.0,
+    own: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Return the loss of a rank's rows: a sum over rows, divided by the global number of rows.
 
@@ -268,6 +276,20 @@ def task_loss(
         batch: targets of this rank's rows.
         gather: collects rows of all ranks for contrastive losses; None with one rank.
         smoothing: label smoothing of classification.
+        own: loss of one process in place of the objective's: maps outputs and targets to a mean.
+
+    Raises:
+        UserError: the own loss is no tensor of one number.
     """
+    if own is not None:
+        loss = own(outputs, batch.targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(
+                f"losses.{batch.task}: expected the mean loss of the rows, a tensor of shape (), "
+                f"got {shape}"
+            )
+        # Parts of a batch add up to it.
+        return loss.reshape(()) * (len(batch.rows) / batch.global_rows)
     inputs = LossInputs(batch.targets, batch.global_rows, batch.is_padding, gather, smoothing)
     return head_class(task).compute_loss(outputs, inputs)

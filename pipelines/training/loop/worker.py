@@ -286,7 +286,15 @@ def run_worker(
     reporter: LoopReporter = SilentReporter(config, on_evaluation, ranks)
     if not rank:
         reporter = RunReporter(
-            config, folder, tracker, on_evaluation, uploads, world, is_remote, ranks
+            config,
+            folder,
+            tracker,
+            on_evaluation,
+            uploads,
+            world,
+            is_remote,
+            ranks,
+            run.parts.loggers,
         )
     try:
         result = train_model(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)

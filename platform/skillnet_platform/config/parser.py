@@ -132,6 +132,14 @@ def parse_config(
         raise
 
 
+def list_options(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as the arguments of a command: dotted key -> value of Python."""
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
 def _merge_layers(
     cls: Any, files: Sequence[str], overrides: Sequence[tuple[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, str]]:

@@ -34,6 +34,7 @@ from torch.export import Dim, ExportedProgram
 from pipelines.serving.bundle import list_reading_files
 from pipelines.training.evaluation.tables import result_cells, sort_rows
 from pipelines.training.runs.bundle_manifest import (
+    MANIFEST,
     TOKENIZER_FILE,
     add_bundle_manifest,
     is_bundle,
@@ -521,11 +522,27 @@ def push_model(model: TaskModel, repository: str, **options: Any) -> str:
     Returns:
         URL of the commit.
     """
-    assert model.origin is not None
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        manifest = read_bundle_manifest(model.origin)
-        title = repository.rpartition("/")[2]
-        write_exported_folder(model.origin, manifest, model, folder, title)
+        folder = Path(scratch) / repository.rpartition("/")[2]
+        save_described_model(model, folder)
         return push_folder(folder, repository, **options)
+
+
+def save_described_model(model: TaskModel, target: Path) -> None:
+    """Write a model in memory with the files of predictions of its origin, atomically.
+
+    ``model.save_pretrained`` calls it by the entry point ``folder`` of ``skillnet.exporters``.
+
+    Args:
+        model: read from the folder of a bundle; its weights may have changed.
+        target: directory to write; an older model there is replaced.
+
+    Raises:
+        UserError: the target exists and is no saved model.
+    """
+    assert model.origin is not None
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise UserError(f"{target}: exists and is not a saved model; choose another folder")
+    manifest = read_bundle_manifest(model.origin)
+    with staging_directory(target) as folder:
+        write_exported_folder(model.origin, manifest, model, folder, target.name)
