@@ -72,19 +72,23 @@ class ModelProcessor:
         device = next(self.model.parameters()).device
         return {name: values.to(device) for name, values in batch.items()}
 
-    def encode(self, modality: str, inputs: Sequence[Any], task: str | None) -> TaskVectors:
+    def encode(
+        self, modality: str, inputs: Sequence[Any], task: str | None, tower: str | None = None
+    ) -> TaskVectors:
         """Return the vectors (N, E) of inputs of one modality.
 
         Args:
             modality: medium of the inputs.
             inputs: N inputs.
             task: task of the vectors; None takes the only one that reads the modality.
+            tower: tower of the task that encodes; None takes one that reads the modality.
 
         Raises:
             UserError: none or several tasks read the modality, or an input is damaged.
         """
         _require_list(inputs)
-        task, tower = self._select(modality, task)
+        task, found = self._select(modality, task)
+        tower = tower or found
         spec = find_task(task, self.model.config.tasks)
         rows = self._read(inputs, task, tower)
         batches = memory_inputs(rows, spec.towers[tower], self.model.config)

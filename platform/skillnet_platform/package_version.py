@@ -36,6 +36,7 @@ EXTRA_OF_PACKAGE = {
     "matplotlib": "train",
     "jinja2": "train",
     "boto3": "cluster",
+    "sentence_transformers": "sentence-transformers",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -23,7 +23,9 @@ class ExportConfig:
     Args:
         task: task to export; by default all, which only hf can.
         to: hf writes a folder for the Hugging Face Hub, dense merges the skills of the task into
-            one set of weights, pt2 and onnx write a graph of it.
+            one set of weights, pt2 and onnx write a graph of it. onnx-int8 has weights of 8 bits,
+            and says what that changes. sentence-transformers writes a folder that this library
+            and mteb load.
         output: folder to create; by default named after the task and the format.
         model: a registered model, a run, a checkpoint, or a folder.
         data: directory or URI of prepared corpora, for a model that is not registered; by default
@@ -34,7 +36,7 @@ class ExportConfig:
     """
 
     task: str | None = positional_field(default=None)
-    to: Literal["hf", "dense", "pt2", "onnx"] = "hf"
+    to: Literal["hf", "dense", "pt2", "onnx", "onnx-int8", "sentence-transformers"] = "hf"
     output: str | None = None
     model: str = DEFAULT_MODEL
     data: str | None = None
@@ -77,7 +79,8 @@ def main(config: ExportConfig) -> "ExportReport":
     source = model_source.resolve_model(config.model, config.tracking_uri)
     # torch loads here: --help and wrong names do not need it.
     from pipelines.serving.bundle import find_bundle
-    from skillnet_serving.model_export import export_bundle, push_folder
+    from skillnet_serving.exported_folder import push_folder
+    from skillnet_serving.model_export import export_bundle
 
     source = source.with_corpora(config.corpora)
     bundle, manifest = find_bundle(source, source.find_corpora(config.data))

@@ -4,6 +4,8 @@
     dense   the same of one task, with the skills of each tower merged into one set of weights
     pt2     a torch.export program per tower of one task, of the merged weights
     onnx    the same as ONNX
+    onnx-int8              the same with weights of 8 bits
+    sentence-transformers  hf of one task, with the list of modules of this library
 
 :func:`export_bundle` is the entry point of ``skillnet export``. Every export is compared with the
 outputs of its source.
@@ -17,30 +19,21 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
-from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipelines.serving.bundle import list_reading_files
-from pipelines.training.evaluation.tables import result_cells, sort_rows
 from pipelines.training.runs.bundle_manifest import (
-    MANIFEST,
     TOKENIZER_FILE,
-    add_bundle_manifest,
-    is_bundle,
-    read_bundle_manifest,
 )
-from pipelines.training.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.encoder import SHARED
 from skillnet.layers import SkillWeights
@@ -48,28 +41,32 @@ from skillnet.modality import find_modality
 from skillnet.model import SkillNet
 from skillnet.multitask_model import Batch, TaskModel
 from skillnet.objectives.base import find_objective
-from skillnet.serialization import write_model
 from skillnet.skill_proofs import make_example_batch
 from skillnet.skills import SkillPlan, find_task
 from skillnet.skipped_init import SkippedInit
-from skillnet_evidence.cells import markdown_table
 from skillnet_platform.errors import UserError
 from skillnet_platform.package_version import describe_missing_extra
 from skillnet_platform.storage import staging_directory
+from skillnet_serving.exported_folder import shorten_paths, write_exported_folder
 
-FORMATS = ("hf", "dense", "pt2", "onnx")
+FORMATS = ("hf", "dense", "pt2", "onnx", "onnx-int8", "sentence-transformers")
+#: Formats that keep the skills of the model.
+SPARSE_FORMATS = ("hf", "sentence-transformers")
+#: Format -> packages that it needs.
+NEEDED = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
+    "sentence-transformers": ("sentence_transformers",),
+}
 #: Largest difference of an output in float32, relative to the largest output or 1.
 TOLERANCE = 1e-5
+#: The same for weights of 8 bits, whose difference is reported: a larger one is a wrong graph.
+INT8_TOLERANCE = 1.0
 #: Version of the ONNX operators: attention and normalization exist since 18.
 OPSET = 18
 #: Shortest text of a graph. Tensors of length 1 broadcast, so torch would trace another graph.
 MIN_TOKENS = 3
-GRAPH_MANIFEST, CARD_FILE = "graph.json", "README.md"
-#: Settings of the training that an export repeats. The others name folders and servers.
-PUBLIC_SETTINGS = frozenset(
-    ("seed", "system", "options", "model", "tasks", "corpora", "fold", "training")
-)
-
+GRAPH_MANIFEST = "graph.json"
 Towers = Callable[[str, str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
@@ -115,12 +112,11 @@ def export_bundle(
         raise UserError(f"--to {to} exports one task. Give one of {', '.join(tasks)}")
     if task is not None:
         find_task(task, dict.fromkeys(tasks))  # type: ignore[arg-type]
-    if to == "onnx":
-        _require_onnx()
+    _require_packages(to)
     source = systems.load_model(bundle, task)
     # A tower of several skills becomes one of a single skill, so a graph has no averages.
     exported = source
-    if to != "hf":
+    if to not in SPARSE_FORMATS:
         if not isinstance(source, SkillNet):
             raise UserError(f"--to {to}: the system {source.system} has no skills to merge")
         exported = merge_task_skills(source, str(task))
@@ -128,58 +124,17 @@ def export_bundle(
         if to in ("hf", "dense"):
             write_exported_folder(bundle, manifest, exported, folder, target.name)
             difference = _compare(source, manifest, _run_model(systems.load_model(folder)))
+        elif to == "sentence-transformers":
+            read = _write_sentence_model(source, str(task), folder / target.name)
+            difference = _compare(source, manifest, _run_model(read))
         else:
             run = _write_graphs(bundle, manifest, exported, str(task), folder, to)
             difference = _compare(source, manifest, run)
         # Before the folder gets its name, so that a wrong export never exists.
-        if not difference <= TOLERANCE:
+        if not difference <= (INT8_TOLERANCE if to == "onnx-int8" else TOLERANCE):
             raise ValueError(f"{target}: outputs differ from the source by {difference:.2g}")
     parameters = sum(parameter.numel() for parameter in exported.parameters())
     return ExportReport(str(target), to, list(exported.config.tasks), parameters, difference)
-
-
-def write_exported_folder(
-    bundle: Path, manifest: Mapping[str, Any], model: TaskModel, folder: Path, title: str
-) -> None:
-    """Write a model, a card, and the files of predictions of the bundle that it comes from.
-
-    Args:
-        bundle: folder of the source.
-        manifest: entry ``serving`` of its manifest.
-        model: its tasks are those of the source or some of them.
-        folder: existing directory.
-        title: heading of the card.
-    """
-    write_model(model, folder)
-    tasks = {task: manifest["tasks"][task] for task in model.config.tasks}
-    files = sorted(list_reading_files(tasks) & manifest["files"].keys())
-    for name in files:
-        shutil.copyfile(bundle / name, folder / name)
-    settings = {k: v for k, v in manifest["settings"].items() if k in PUBLIC_SETTINGS}
-    content = {key: value for key, value in manifest.items() if key not in ("digest", "files")} | {
-        "settings": _shorten_paths(settings),
-        "tasks": {
-            task: entry | {"preprocessing": _shorten_paths(entry["preprocessing"])}
-            for task, entry in tasks.items()
-        },
-        "weights_digest": ModelSource(str(folder), folder).digest,
-        "evaluation": [row for row in manifest["evaluation"] if row["task"] in tasks],
-    }
-    add_bundle_manifest(folder, content, files)
-    # Not listed in the manifest: people edit the card.
-    (folder / CARD_FILE).write_text(render_card(content, model, title), encoding="utf-8")
-
-
-def _shorten_paths(value: Any) -> Any:
-    """Return a tree of plain values with the names of files and folders instead of their paths."""
-    if isinstance(value, Mapping):
-        return {key: _shorten_paths(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shorten_paths(each) for each in value]
-    # A user's folder may also be written with a tilde, or as an address.
-    if isinstance(value, str) and value.startswith(("/", "~", "file:")):
-        return Path(value).name
-    return value
 
 
 # -- one task as a dense model, and its graphs -------------------------------------------------
@@ -311,12 +266,14 @@ def _write_graphs(
         settings = manifest["tasks"][task]["preprocessing"]
         batch = make_example_batch(plan, model.config, settings=settings)
         program = export_tower(graph, batch)
-        path = folder / f"{tower}.{to}"
+        path = folder / f"{tower}.{to.removesuffix('-int8')}"
         if to == "pt2":
             torch.export.save(program, path)
             runs[tower] = program.module()
         else:
             _write_onnx(program, graph, path)
+            if to == "onnx-int8":
+                _quantize_onnx(path)
             runs[tower] = _run_onnx(path, graph)
         towers[tower] = {
             "file": path.name,
@@ -333,19 +290,55 @@ def _write_graphs(
     shutil.copyfile(bundle / TOKENIZER_FILE, folder / TOKENIZER_FILE)
     entry = manifest["tasks"][task]
     about = {key: entry[key] for key in ("names", "limit")}
-    about["preprocessing"] = _shorten_paths(entry["preprocessing"])
+    about["preprocessing"] = shorten_paths(entry["preprocessing"])
     about = {"task": task, "package": manifest["package"], "towers": towers} | about
     text = json.dumps(about, indent=1, ensure_ascii=False)
     (folder / GRAPH_MANIFEST).write_text(text + "\n", encoding="utf-8")
     return lambda _, tower, tensors: runs[tower](*tensors)
 
 
-def _require_onnx() -> None:
+def _require_packages(to: str) -> None:
     try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
+        for name in NEEDED.get(to, ()):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"--to onnx: {describe_missing_extra(error) or error}") from None
+        raise UserError(f"--to {to}: {describe_missing_extra(error) or error}") from None
+
+
+def _write_sentence_model(model: TaskModel, task: str, folder: Path) -> TaskModel:
+    """Write a folder of Sentence Transformers in place of its parent; return the model as read."""
+    from sentence_transformers import SentenceTransformer
+
+    from skillnet_serving.sentence_module import SkillNetModule
+
+    written = SentenceTransformer(modules=[SkillNetModule(model, task)], device="cpu")
+    written.save(str(folder), create_model_card=False)
+    for path in folder.iterdir():
+        path.rename(folder.parent / path.name)
+    folder.rmdir()
+    read = SentenceTransformer(str(folder.parent), device="cpu", trust_remote_code=True)
+    module = read[0]
+    assert isinstance(module, SkillNetModule)
+    return module.model
+
+
+def _quantize_onnx(path: Path) -> None:
+    """Replace the matrices of a graph by 8-bit ones; products stay in float32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    small = path.with_suffix(".int8")
+    root = logging.getLogger()
+    level = root.level
+    # A warning asks for another preprocessing, which changes nothing here.
+    root.setLevel(logging.ERROR)
+    try:
+        # Products of 7 and 8 bits do not overflow on processors without VNNI.
+        quantize_dynamic(
+            path, small, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
+    finally:
+        root.setLevel(level)
+    small.replace(path)
 
 
 def _write_onnx(program: ExportedProgram, graph: TowerGraph, path: Path) -> None:
@@ -394,155 +387,3 @@ def _compare(source: TaskModel, manifest: Mapping[str, Any], run: Towers) -> flo
                     scale = max(float(wanted.abs().max()), 1.0)
                     largest = max(largest, float((wanted - found).abs().max()) / scale)
     return largest
-
-
-# -- card and upload ----------------------------------------------------------------------------
-
-
-def render_card(manifest: Mapping[str, Any], model: TaskModel, name: str) -> str:
-    """Return the card as Markdown with a YAML header, as the Hugging Face Hub reads it.
-
-    Args:
-        manifest: entry ``serving`` of the model's manifest.
-        model: network whose weights are read.
-        name: title of the card.
-    """
-    tasks = {task: manifest["tasks"][task] for task in sort_rows(model.config.tasks)}
-    header = {
-        "library_name": "skillnet-platform",
-        "tags": ["skillnet", *sorted({spec.objective for spec in model.config.tasks.values()})],
-    }
-    total = sum(parameter.numel() for parameter in model.parameters())
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {_one_line(name)}",
-        f"A model of the system {model.system} with {total / 1e6:.1f} M parameters and the tasks "
-        f"{', '.join(tasks)}.",
-        "```python\nfrom skillnet import SkillNet\n\n"
-        'model = SkillNet.from_pretrained("PATH or owner/name")\n```',
-        "## Data",
-        markdown_table(
-            ["task", "corpus", "digest of the corpus", "licences of its sources"],
-            [
-                [
-                    task,
-                    _one_line(entry["corpus"]),
-                    f"`{_one_line(entry['corpus_digest'])[:16]}`",
-                    _one_line("; ".join(entry["licences"])) or "not recorded",
-                ]
-                for task, entry in tasks.items()
-            ],
-        ),
-        "## Figures",
-    ]
-    rows = [row for row in manifest["evaluation"] if row["task"] in tasks]
-    rows = [row for row in rows if row["value"] is not None]
-    parts.append(markdown_table(*result_cells(rows)) if rows else "This model was not evaluated.")
-    if rows:
-        parts.append("Intervals of 95 % over held-out units of the test.")
-    parts += ["## Cost", markdown_table(*_cost_cells(model, list(tasks), total))]
-    steps = "an unknown number of" if manifest["steps"] is None else f"{manifest['steps']}"
-    parts += [
-        "## Training",
-        f"Trained for {steps} steps. Written by skillnet-platform "
-        f"{_one_line(manifest['package'])}; `manifest.json` has all settings and hashes.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _cost_cells(
-    model: TaskModel, tasks: list[str], total: int
-) -> tuple[list[str], list[list[str]]]:
-    """Return columns and cells of what one example of a task reads and computes."""
-    cells = []
-    for task in tasks:
-        active = model.activated_parameters(task)
-        flops, tokens = model.flops(task)
-        share = f"{active / 1e6:.1f} M ({100 * active / total:.0f} %)"
-        cells.append([task, share, f"{flops / 1e9:.3g}", str(tokens)])
-    return ["task", "activated parameters", "GFLOPs of the longest example", "tokens"], cells
-
-
-def _one_line(text: str) -> str:
-    # A name with a line break or markup could write other parts of the card.
-    return " ".join(text.replace("<", "‹").replace("`", "'").split())
-
-
-class ExportedFolder(ModelHubMixin):
-    """Folder of ``skillnet export --to hf`` with the Hub's methods for models."""
-
-    #: Folder of the export; not an argument, because the mixin would save it as configuration.
-    folder: Path
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
-
-
-def push_folder(folder: Path, repository: str, **options: Any) -> str:
-    """Upload an exported model; create the repository if it does not exist.
-
-    Args:
-        folder: directory of the export.
-        repository: ``owner/name``.
-        **options: further arguments of ``ModelHubMixin.push_to_hub``, such as ``private`` and
-            ``token``.
-
-    Returns:
-        URL of the commit.
-
-    Raises:
-        UserError: the folder is no export, or the Hub refuses it.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if not is_bundle(folder):
-        raise UserError(f"{folder}: no exported model. Write one: skillnet export --to hf")
-    exported = ExportedFolder()
-    exported.folder = folder
-    try:
-        return str(exported.push_to_hub(repository, **options))
-    # Connection errors are OSErrors. The text of an HTTP error may hold the request's URL only.
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{repository}: the Hub refuses the upload ({type(error).__name__}). Check the name, "
-            "the connection and HF_TOKEN"
-        ) from None
-
-
-def push_model(model: TaskModel, repository: str, **options: Any) -> str:
-    """Upload a model in memory with the files of predictions of the folder that it was read from.
-
-    ``model.push_to_hub`` calls it by the entry point ``hub`` of ``skillnet.exporters``.
-
-    Args:
-        model: read from the folder of a bundle; its weights may have changed.
-        repository: ``owner/name``.
-        **options: see :func:`push_folder`.
-
-    Returns:
-        URL of the commit.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / repository.rpartition("/")[2]
-        save_described_model(model, folder)
-        return push_folder(folder, repository, **options)
-
-
-def save_described_model(model: TaskModel, target: Path) -> None:
-    """Write a model in memory with the files of predictions of its origin, atomically.
-
-    ``model.save_pretrained`` calls it by the entry point ``folder`` of ``skillnet.exporters``.
-
-    Args:
-        model: read from the folder of a bundle; its weights may have changed.
-        target: directory to write; an older model there is replaced.
-
-    Raises:
-        UserError: the target exists and is no saved model.
-    """
-    assert model.origin is not None
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise UserError(f"{target}: exists and is not a saved model; choose another folder")
-    manifest = read_bundle_manifest(model.origin)
-    with staging_directory(target) as folder:
-        write_exported_folder(model.origin, manifest, model, folder, target.name)

@@ -17,7 +17,7 @@ from pipelines.serving import bundle
 from skillnet import SkillNet, systems
 from skillnet_platform.errors import UserError
 from skillnet_serving import export as command
-from skillnet_serving.model_export import GRAPH_MANIFEST, export_bundle
+from skillnet_serving.model_export import GRAPH_MANIFEST, NEEDED, export_bundle
 from tests.helpers.hub_server import serve_hub
 from tests.helpers.processes import run_python
 from tests.helpers.served_place import ServedPlace
@@ -157,14 +157,20 @@ def test_one_task_of_a_pushed_model_is_downloaded_alone(made: ExportPlace, tmp_p
 
 @pytest.mark.parametrize(
     ("to", "task"),
-    [("hf", None), ("dense", "text_to_image"), ("pt2", "text_to_code"), ("onnx", "text_to_image")],
+    [
+        ("hf", None),
+        ("dense", "text_to_image"),
+        ("pt2", "text_to_code"),
+        ("onnx", "text_to_image"),
+        ("sentence-transformers", "text_to_image"),
+    ],
 )
 def test_exports_name_no_place_of_the_machine_and_are_readable(
     made: ExportPlace, tmp_path: Path, to: str, task: str | None
 ) -> None:
-    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(n)]
-    if to == "onnx" and missing:
-        pytest.skip(f"the extra [export] is not installed: {', '.join(missing)}")
+    missing = [name for name in NEEDED.get(to, ()) if not importlib.util.find_spec(name)]
+    if missing:
+        pytest.skip(f"an extra is not installed: {', '.join(missing)}")
     before = os.umask(0o022)
     try:
         assert made.export(tmp_path / "out", to, task).difference <= 1e-5
@@ -184,6 +190,15 @@ def test_exports_name_no_place_of_the_machine_and_are_readable(
         kept = bundle.check_bundle(tmp_path / "out")["settings"]
         assert kept["options"] == {"checkpoint": "bert-base", "width": 3}
         assert kept["seed"] == 3
+
+
+def test_weights_of_eight_bits_are_smaller_and_their_difference_is_stated(
+    made: ExportPlace, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the extra export")
+    assert 1e-5 < made.export(tmp_path / "out", "onnx-int8", "text_to_image").difference < 1
+    weights = onnx.load(tmp_path / "out" / "candidate.onnx").graph.initializer
+    assert onnx.TensorProto.INT8 in {each.data_type for each in weights}
 
 
 @pytest.mark.parametrize("is_wrong", [lambda rows: rows > 1, lambda rows: rows == 1])
