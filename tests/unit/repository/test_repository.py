@@ -267,14 +267,24 @@ WHERE = (
 )
 
 
+def names_in(wheel: str) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
 @pytest.mark.integration
 def test_the_wheel_installs_alone(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     both = [str(ROOT), str(ROOT / "plugins" / "evidence")]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), *both], check=True, timeout=300)
     evidence, wheel = sorted(map(str, tmp_path.glob("*.whl")))
-    with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.startswith("skillnet_evidence")]
+    of_platform, of_evidence = names_in(wheel), names_in(evidence)
+    assert not [name for name in of_platform if name.startswith("skillnet_evidence")]
+    for names in (of_platform, of_evidence):
+        modules = {name.partition("/")[0] for name in names if name.endswith(".py")}
+        typed = {name.partition("/")[0] for name in names if name.endswith("/py.typed")}
+        assert typed == modules, "a type checker skips a package without py.typed"
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     python = bare_environment(tmp_path / "environment")
     install(python, evidence, wheel)
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
