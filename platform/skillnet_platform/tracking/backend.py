@@ -124,6 +124,8 @@ RUN_LIST_TAG = f"mlflow.sharedViewState.{RUN_LIST_KEY}"
 #: Tags by which MLflow's pages show training runs first, with a description.
 EXPERIMENT_TAGS = {
     RUN_LIST_TAG: json.dumps(RUN_LIST_VIEW),
+    # The axis of the chart that compares runs; without it MLflow takes the first metric.
+    "mlflow.experiment.primaryMetric.name": SCORE_METRIC,
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
         "Runs of SkillNet Platform. Metrics are grouped by task (`text_to_image/loss`); a run's "
